@@ -1,0 +1,9 @@
+"""syncnorm trains a sharded batch as if it were one batch."""
+
+from syncnorm import functional
+from syncnorm.comm.guard import debug
+from syncnorm.layers import SyncBatchNorm
+from syncnorm.model.ddp import prepare_ddp, scale_loss
+
+__all__ = ["SyncBatchNorm", "debug", "functional", "prepare_ddp", "scale_loss"]
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Process groups and the exchange of messages. Knows no layers."""

@@ -1,0 +1,82 @@
+"""From the process group that a user names to the one that statistics travel on.
+
+Statistics have a group of their own over the same ranks. On the group that DistributedDataParallel uses they
+would queue behind gradient buckets, and where a parameter is used on one rank only, the order of messages
+would differ between ranks, which gloo answers with an abort.
+"""
+
+from __future__ import annotations
+
+import weakref
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from syncnorm.errors import InputError
+
+Group = dist.ProcessGroup
+
+# Per default group: a program may destroy its default group and initialise another.
+_made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def is_initialized() -> bool:
+    """Whether torch.distributed has a default process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def statistics_group(
+    process_group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None
+) -> dist.ProcessGroup | None:
+    """The group over which statistics of `process_group` are pooled; None if there is nobody to pool with.
+
+    Made at the first call for a set of ranks, then kept. *Collectives*: the first call must be made by every
+    member of `process_group` (and by no one else); later calls exchange nothing.
+
+    Args:
+        process_group: the ranks to pool over; None means the default group, or no group if there is none.
+        timeout: of a group made by this call; torch's default if None.
+
+    Raises:
+        InputError: a group was given although torch.distributed is not initialised, or this rank is not in it.
+    """
+    if not is_initialized():
+        if process_group is not None:
+            raise InputError(
+                f"`process_group` must belong to an initialised torch.distributed, got {process_group!r} "
+                "without a default group. Call torch.distributed.init_process_group first, or pass None."
+            )
+        return None
+    world = dist.group.WORLD
+    if process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise InputError(
+            "`process_group` must contain this rank, got a group without it "
+            f"(rank {dist.get_rank()}). Give each rank the group that it is a member of."
+        )
+    assert world is not None
+    ranks = tuple(dist.get_process_group_ranks(process_group or world))
+    if len(ranks) == 1:
+        return None
+    groups = _made.setdefault(world, {})
+    if ranks not in groups:
+        made = dist.new_group(
+            list(ranks),
+            timeout=timeout,
+            backend=dist.get_backend_config(process_group or world),
+            use_local_synchronization=len(ranks) < dist.get_world_size(),
+        )
+        assert isinstance(made, dist.ProcessGroup)
+        groups[ranks] = made
+    return groups[ranks]
+
+
+def rank(group: Group | None) -> int:
+    """This process's global rank; 0 without a group."""
+    return 0 if group is None else dist.get_rank()
+
+
+def ranks(group: Group | None) -> list[int]:
+    """The global ranks of the members of `group`, in its order; [0] without a group."""
+    return [0] if group is None else dist.get_process_group_ranks(group)

@@ -1,0 +1,29 @@
+"""The exceptions and warnings of syncnorm.
+
+SyncnormError
+├── InputError (ValueError)    an argument breaks its rule; the same on all workers by construction, raised locally
+├── FaultError (ValueError)    one worker's data breaks a rule; every worker raises the same error
+└── ConfigError (ValueError)   a configuration file or override cannot be used; exit status 2
+
+SingleValueWarning (UserWarning)   a statistic was taken over a single value
+"""
+
+
+class SyncnormError(Exception):
+    """Base class of every error that syncnorm raises on purpose."""
+
+
+class InputError(SyncnormError, ValueError):
+    """An argument breaks its rule. Raised before any exchange, so no worker is left waiting."""
+
+
+class FaultError(SyncnormError, ValueError):
+    """The data of one worker breaks a rule. Carried in the exchange and raised by all workers alike."""
+
+
+class ConfigError(SyncnormError, ValueError):
+    """A configuration cannot be used; the message names the key."""
+
+
+class SingleValueWarning(UserWarning):
+    """A training statistic was taken over one value per channel, so the output is the bias."""

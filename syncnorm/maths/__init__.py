@@ -1,0 +1,1 @@
+"""Mathematics of normalisation on tensors. Knows no network."""

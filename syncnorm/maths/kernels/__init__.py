@@ -1,0 +1,63 @@
+"""The four primitives of a normalisation layer, chosen by device.
+
+    local_moments   x, w                 -> [sum wx, sum wx^2, sum w]                      one pass over x
+    normalize       x, mean, scale, shift-> (x - mean) * scale + shift                     one pass
+    backward_sums   g, x, mean           -> [sum g, sum g (x - mean)]                      one pass over g and x
+    backward_input  g, x, mean, scale, a, b, w -> scale * (g - w * (a + b * (x - mean)))   one pass over g and x
+
+Shapes: x and g (N, C, *S), any floating type, any strides; mean, scale, shift, a, b (C,) float64; w (N, 1, *S)
+or None. Sums come back in float64. An output has the type and memory layout of x. Empty tensors never reach a
+kernel: their sums are zeros.
+
+Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n and
+b = sum g (x - mean) / (n std^2), the sums being those of all workers.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from syncnorm.maths.kernels import aten, plain
+
+
+def _implementation(x: Tensor) -> ModuleType:
+    return aten if x.device.type == "cpu" and not torch.compiler.is_compiling() else plain
+
+
+def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Raw sums of one worker, shape (2C+1,), float64: [sum wx, sum wx^2, sum w]."""
+    channels = x.shape[1]
+    sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    if x.numel() == 0:
+        return sums
+    count = x.numel() // channels if mask is None else mask.sum(dtype=torch.float64)
+    # About a pivot p near the mean, so that a large mean costs no digits of the variance.
+    p, s1, s2 = _implementation(x).centred_sums(x, mask, count)
+    sums[:channels] = s1 + count * p
+    sums[channels:-1] = s2 + p * (2.0 * s1 + count * p)
+    sums[-1] = count
+    return sums
+
+
+def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(x - mean) * scale + shift, in the type and layout of x."""
+    return torch.empty_like(x) if x.numel() == 0 else _implementation(x).normalize(x, mean, scale, shift)
+
+
+def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
+    if x.numel() == 0:
+        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
+    return _implementation(x).backward_sums(grad_output, x, mean)
+
+
+def backward_input(
+    grad_output: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
+) -> Tensor:
+    """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    return _implementation(x).backward_input(grad_output, x, mean, scale, a, b, mask)

@@ -1,0 +1,156 @@
+"""The four primitives on a CPU, from ATen's vectorised batch-norm operators.
+
+`native_batch_norm_backward` in evaluation mode returns sum g and sum g (x - running_mean) / std in one
+vectorised pass, which a general reduction does not (var_mean takes 20 times as long). It sums in float32, so
+it is given blocks that fit in the cache, with both factors centred, and the blocks are added in float64.
+With g = w (x - p) and running_mean = p it yields the centred raw sums; with the gradient, the backward sums.
+
+The running variance is always passed as 1 and eps as 0: standard deviations are folded into the (C,)-sized
+coefficients, in float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncnorm.maths.kernels import layout
+
+_HALF = (torch.bfloat16, torch.float16)
+_PIVOT_ELEMENTS = 8
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that the arithmetic is done in: at least float32."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def centred_sums(x: Tensor, mask: Tensor | None, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,), float64."""
+    rows = layout.is_rows(x)
+    v = layout.view(layout.dense(x), rows=rows)
+    if mask is None:
+        p = _pivot(v)
+        return p.double(), *_sums_about(v, None, p)
+    # Elements of weight 0 may lie anywhere, so under a mask the pivot is the (rounded) weighted mean itself.
+    w = layout.view(mask.to(_wide(x.dtype)), rows=rows)
+    total, _ = _sums_about(v, w, w.new_zeros(x.shape[1]))
+    p = (total / count).nan_to_num(0.0, 0.0, 0.0).to(w.dtype)
+    return p.double(), *_sums_about(v, w, p)
+
+
+def _pivot(v: Tensor) -> Tensor:
+    """The mean of up to 8 elements of each channel, spread over the batch. One alone may be an outlier.
+
+    Their number is a power of two, so that the pivot of integers is exact.
+    """
+    some = _spread(v, 0, _PIVOT_ELEMENTS)
+    if v.ndim == 2:
+        return some.to(_wide(v.dtype)).mean(0)
+    return _spread(some, 2, _PIVOT_ELEMENTS // some.shape[0]).to(_wide(v.dtype)).mean((0, 2))
+
+
+def _spread(v: Tensor, dim: int, most: int) -> Tensor:
+    """2^k <= most evenly spaced slices of v along a dimension."""
+    number = min(most, 1 << (v.shape[dim].bit_length() - 1))
+    index = [slice(None)] * v.ndim
+    step = v.shape[dim] // number
+    index[dim] = slice(0, number * step, step)
+    return v[tuple(index)]
+
+
+def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of w (x - p) and w (x - p)^2, each (C,), float64."""
+    cut = layout.Cut.of(v)
+    xs = cut.blocks(v)
+    ws = [None] * len(xs) if w is None else cut.blocks(w)
+    products = _Products(cut, p, len(xs))
+    for x, weights, centre in zip(xs, ws, cut.coefficients(_facing(p, v), len(xs)), strict=True):
+        wide = x.to(p.dtype)
+        b = wide - centre
+        products.add(b if weights is None else b.mul_(weights), wide)
+    return products.totals()
+
+
+def _facing(c: Tensor, v: Tensor) -> Tensor:
+    """A (C,) coefficient, shaped to broadcast against blocks of v."""
+    return c if v.ndim == 2 else c.unsqueeze(-1)
+
+
+class _Products:
+    """Sums of g and of g (x - mean), block by block."""
+
+    def __init__(self, cut: layout.Cut, mean: Tensor, blocks: int) -> None:
+        self._cut = cut
+        one, zero = torch.ones_like(mean), torch.zeros_like(mean)
+        self._coefficients = zip(*(cut.coefficients(c, blocks) for c in (one, mean, zero)), strict=True)
+        self._sums: list[Tensor] = []
+        self._products: list[Tensor] = []
+
+    def add(self, g: Tensor, x: Tensor) -> None:
+        one, mean, zero = next(self._coefficients)
+        _, products, total = torch.ops.aten.native_batch_norm_backward.default(
+            g, x, one, mean, one, zero, one, False, 0.0, [False, True, True]
+        )
+        self._sums.append(total)
+        self._products.append(products)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        return self._cut.total(self._sums), self._cut.total(self._products)
+
+
+def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(x - mean) * scale + shift, in the type and layout of x."""
+    x = layout.dense(x)
+    rows = layout.is_rows(x)
+    y = torch.empty_like(x)
+    mean, scale, shift = (c.to(_wide(x.dtype)) for c in (mean, scale, shift))
+    _affine_into_(layout.view(y, rows=rows), layout.view(x, rows=rows), mean, scale, shift, torch.ones_like(mean))
+    return y
+
+
+def _affine_into_(out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor) -> None:
+    nothing = x.new_empty(0, dtype=one.dtype)
+    torch.ops.aten.native_batch_norm.out(
+        x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
+    )
+
+
+def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
+    x = layout.dense(x)
+    rows = layout.is_rows(x)
+    g, v = (layout.view(t, rows=rows) for t in (layout.like(grad_output, x), x))
+    cut = layout.Cut.of(v)
+    gs, xs = cut.blocks(g), cut.blocks(v)
+    products = _Products(cut, mean.to(_wide(x.dtype)), len(xs))
+    for g_block, x_block in zip(gs, xs, strict=True):
+        products.add(g_block, x_block)
+    return torch.cat(products.totals())
+
+
+def backward_input(
+    grad_output: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
+) -> Tensor:
+    """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
+    x = layout.dense(x)
+    rows = layout.is_rows(x)
+    grad_input = torch.empty_like(x)
+    out, g, v = (layout.view(t, rows=rows) for t in (grad_input, layout.like(grad_output, x), x))
+    wide = _wide(x.dtype)
+    cut = layout.Cut.of(v)
+    outs, gs, xs = (cut.blocks(t) for t in (out, g, v))
+    ws = [None] * len(xs) if mask is None else cut.blocks(layout.view(mask.to(wide), rows=rows))
+    columns = [c.to(wide) for c in (mean, -scale * b, -scale * a, torch.ones_like(mean))]
+    columns.append(_facing(scale.to(wide), v))
+    coefficients = zip(*(cut.coefficients(c, len(xs)) for c in columns), strict=True)
+    for o, g_block, x_block, w, (*affine, factor) in zip(outs, gs, xs, ws, coefficients, strict=True):
+        # Half types are worked on in float32 and rounded once.
+        t = o if o.dtype == wide else torch.empty_like(o, dtype=wide)
+        _affine_into_(t, x_block.to(wide), *affine)
+        if w is not None:
+            t *= w
+        t.addcmul_(g_block.to(wide), factor)
+        if t is not o:
+            o.copy_(t)
+    return grad_input

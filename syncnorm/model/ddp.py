@@ -1,0 +1,68 @@
+"""A model of ours under DistributedDataParallel: what to do before wrapping it, and how to weight its loss."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncnorm.comm import exchange, groups
+from syncnorm.layers import SyncBatchNorm
+
+
+def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> nn.Module:
+    """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
+
+    Makes the process groups that statistics travel on, gives every worker rank 0's buffers once, and keeps
+    the buffers of our layers out of the broadcast that DDP makes before each forward: they are equal by
+    construction where statistics are pooled, and each worker's own where they are not.
+
+    *Collectives*: one broadcast per buffer, and one group creation per set of ranks. Every worker must call.
+
+    Args:
+        model: changed in place; parameters are left to DDP, which broadcasts them itself.
+        process_group: the group that DDP will be given.
+
+    Returns:
+        `model`.
+    """
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncBatchNorm)}
+    for layer in ours.values():
+        if layer.sync == "batch":
+            groups.statistics_group(layer.process_group)
+    if not groups.is_initialized():
+        return model
+    for buffer in model.buffers():
+        dist.broadcast(buffer, group=process_group, group_src=0)
+    names = {f"{name}.{key}".lstrip(".") for name, m in ours.items() for key, _ in m.named_buffers(recurse=False)}
+    # The attribute that DistributedDataParallel reads; a test notices if that changes.
+    model._ddp_params_and_buffers_to_ignore = sorted(  # pyright: ignore[reportArgumentType]
+        names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    )
+    return model
+
+
+def scale_loss(loss: Tensor, local_count: int, process_group: groups.Group | None = None) -> Tensor:
+    """Weight a worker's mean loss so that DDP's average over workers is the mean over all samples.
+
+        scaled = loss * local_count * world_size / global_count
+
+    *Collectives*: one all-reduce of one number, on the group of the statistics. Every worker must call.
+    *Gradients*: those of the loss, scaled.
+
+    Args:
+        loss: mean over this worker's samples, shape (). A worker without samples passes a zero that hangs on
+            its output, such as `output.sum() * 0`, so that it takes part in the backward pass.
+        local_count: how many samples that is, >= 0 (any additive measure will do, such as valid pixels).
+        process_group: the workers among which the batch is sharded; None: all of them.
+
+    Returns:
+        The scaled loss; the loss itself with one worker; zero if there are no samples at all.
+    """
+    group = groups.statistics_group(process_group)
+    if group is None:
+        return loss
+    total = torch.tensor([local_count], dtype=torch.float64, device=loss.device)
+    exchange.sum_(total, group, "count")
+    factor = local_count * len(groups.ranks(group)) / total.clamp(min=1e-300)
+    return loss * factor.squeeze(0).to(loss.dtype)

@@ -1,0 +1,91 @@
+"""The oracle: the papers' equations in float64, in one process, on the whole batch.
+
+Written to be compared with the papers, not to be fast. Nothing here shares code with the layers; gradients come
+from autograd through these lines.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RunningStatistics:
+    """The buffers of a normalisation layer."""
+
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: int = 0
+
+    @classmethod
+    def initial(cls, channels: int) -> RunningStatistics:
+        """Zeros and ones, shape (C,), float64."""
+        return cls(torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64))
+
+
+def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """n (), mean (C,) and biased variance (C,) of x (N, C, *S) in float64, differentiable in x."""
+    x = x.double()
+    w = torch.ones_like(x) if mask is None else mask.double().expand(x.shape[0], 1, *x.shape[2:]).expand_as(x)
+    dims = [0, *range(2, x.ndim)]
+    n = w[:, :1].sum()
+    if n == 0:
+        zero = x.sum(dims) * 0.0
+        return n, zero, zero
+    mean = (w * x).sum(dims) / n
+    var = (w * (x - _channels(mean, x)) ** 2).sum(dims) / n
+    return n, mean, var
+
+
+def batch_norm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float | None = 0.1,
+    running: RunningStatistics | None = None,
+) -> Tensor:
+    """Training-mode batch normalisation of the whole batch; updates `running`. arXiv:1502.03167, algorithm 1."""
+    n, mean, var = moments(x, mask)
+    if n == 0:
+        xhat = x.double() * 0.0
+    else:
+        xhat = (x.double() - _channels(mean, x)) / (_channels(var, x) + eps).sqrt()
+    if running is not None:
+        _update(running, n, mean.detach(), var.detach(), momentum)
+    return _affine(xhat, weight, bias)
+
+
+def batch_norm_inference(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: RunningStatistics, eps: float = 1e-5
+) -> Tensor:
+    """Normalisation by the running statistics."""
+    xhat = (x.double() - _channels(running.mean, x)) / (_channels(running.var, x) + eps).sqrt()
+    return _affine(xhat, weight, bias)
+
+
+def _update(running: RunningStatistics, n: Tensor, mean: Tensor, var: Tensor, momentum: float | None) -> None:
+    if n > 0:
+        running.num_batches_tracked += 1
+        factor = 1.0 / running.num_batches_tracked if momentum is None else momentum
+        running.mean = running.mean + factor * (mean - running.mean)
+        if n > 1:
+            running.var = running.var + factor * (var * n / (n - 1) - running.var)
+
+
+def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    y = xhat
+    if weight is not None:
+        y = y * _channels(weight.double(), y)
+    if bias is not None:
+        y = y + _channels(bias.double(), y)
+    return y
+
+
+def _channels(t: Tensor, x: Tensor) -> Tensor:
+    return t.view(1, -1, *[1] * (x.ndim - 2))

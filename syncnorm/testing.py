@@ -1,0 +1,209 @@
+"""For tests of code that spans processes: a kept pool of ranks, a table of tolerances, and batches in shards.
+
+    with RankPool(2) as pool:
+        results = pool.run(function, *arguments)      # function(*arguments) on every rank; results by rank
+
+Starting processes costs a second or more each; a call into a kept pool costs milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm.errors import SyncnormError
+
+
+class Tolerance(NamedTuple):
+    """|got - expected| <= rtol * |expected| + atol * (largest |expected| of the tensor)."""
+
+    rtol: float
+    atol: float
+
+
+TOLERANCES: dict[torch.dtype, Tolerance] = {
+    # What a correct layer keeps to at |mean| / std <= 100, gradients included: 1e-10 of the largest value.
+    torch.float64: Tolerance(5e-11, 5e-11),
+    torch.float32: Tolerance(2e-5, 2e-5),
+    # Half types: rounding of the output (2^-9 and 2^-12), and of gradients that nearly cancel.
+    torch.bfloat16: Tolerance(8e-3, 8e-3),
+    torch.float16: Tolerance(1e-3, 1e-3),
+}
+
+
+def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 1.0) -> None:
+    """Compare with the float64 truth, at the tolerance of `dtype` times `factor`; names the worst element.
+
+    The absolute part is relative to the largest expected value (at least 0.01), so that gradients of any
+    scale are judged alike. Shapes must agree, and NaN equals NaN only.
+
+    Raises:
+        AssertionError: with the largest error, where it is, and the bound.
+    """
+    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    if got.numel() == 0:
+        return
+    tolerance = TOLERANCES[dtype]
+    got, expected = got.detach().double(), expected.detach().double()
+    finite = expected[expected.isfinite()]
+    scale = max(0.01, finite.abs().max().item()) if finite.numel() else 1.0
+    error = (got - expected).abs()
+    bound = factor * (tolerance.atol * scale + tolerance.rtol * expected.abs())
+    wrong = ~(error <= bound) & ~(got.isnan() & expected.isnan()) & (got != expected)
+    if wrong.any():
+        worst = int(torch.where(wrong, (error / bound).nan_to_num(float("inf")), -1.0).argmax())
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; at flat index {worst} got "
+            f"{got.flatten()[worst]:.12g}, expected {expected.flatten()[worst]:.12g}, error "
+            f"{error.flatten()[worst]:.3g} over the bound {bound.flatten()[worst]:.3g} ({dtype})"
+        )
+
+
+def shard(batch: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The batch cut along dimension 0 into shards of these sizes (0 allowed), layouts kept."""
+    return [part.clone(memory_format=torch.preserve_format) for part in batch.split(list(sizes))]
+
+
+class RankFailure(SyncnormError):
+    """A rank of a pool raised, died or did not answer; the pool has been ended."""
+
+
+class RankPool:
+    """Processes that form a default process group and wait for functions to run.
+
+    Each rank has one thread and its own pipe. Functions and arguments are pickled, so functions must be
+    importable. A failure on any rank ends the pool: its collectives may be half done.
+
+    Args:
+        world_size: number of ranks, at least 1.
+        backend: of the default process group.
+        timeout_seconds: deadline of a call, and of a collective within it.
+    """
+
+    def __init__(self, world_size: int, backend: str = "gloo", timeout_seconds: float = 60.0) -> None:
+        self.world_size = world_size
+        self.timeout_seconds = timeout_seconds
+        self._folder = tempfile.TemporaryDirectory(prefix="syncnorm-pool-")
+        rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Any] = []
+        self._processes = []
+        for rank in range(world_size):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(there, rank, world_size, backend, rendezvous, timeout_seconds),
+                name=f"rank-{rank}",
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self._pipes.append(here)
+            self._processes.append(process)
+        try:
+            self._collect(time.monotonic() + timeout_seconds + 60.0)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the pool can take calls."""
+        return bool(self._pipes)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """function(*args) on every rank at once; the results by rank.
+
+        Raises:
+            RankFailure: a rank raised (with its traceback), died, or did not answer in time.
+        """
+        return self.run_each(function, [args] * self.world_size)
+
+    def run_each(self, function: Callable[..., Any], args_by_rank: Sequence[Sequence[Any]]) -> list[Any]:
+        """function(*args_by_rank[rank]) on every rank at once; the results by rank."""
+        if not self.is_alive:
+            raise RankFailure("the pool was ended by an earlier failure")
+        try:
+            for pipe, args in zip(self._pipes, args_by_rank, strict=True):
+                pipe.send_bytes(pickle.dumps((function, tuple(args))))
+            return self._collect(time.monotonic() + self.timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self, deadline: float) -> list[Any]:
+        waiting = dict(enumerate(self._pipes))
+        results: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        while waiting:
+            # After a first failure the others get a moment to tell theirs: they may have failed first.
+            left = deadline - time.monotonic() if not failures else min(2.0, deadline - time.monotonic())
+            ready = wait(list(waiting.values()), timeout=max(0.0, left))
+            if not ready:
+                break
+            for rank in [r for r, pipe in waiting.items() if pipe in ready]:
+                try:
+                    is_ok, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301 our own child
+                except EOFError:
+                    is_ok, value = False, f"the process died, exit code {self._processes[rank].exitcode}"
+                (results if is_ok else failures)[rank] = value
+        if failures or waiting:
+            lines = [f"rank {rank}: {text}" for rank, text in sorted(failures.items())]
+            lines += [f"rank {rank}: no answer" for rank in sorted(waiting)]
+            raise RankFailure("\n".join(lines))
+        return [results[rank] for rank in range(self.world_size)]
+
+    def close(self) -> None:
+        """End the ranks."""
+        for pipe in self._pipes:
+            pipe.close()
+        self._pipes = []
+        for process in self._processes:
+            process.join(timeout=0.5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._folder.cleanup()
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvous: str, timeout_seconds: float) -> None:
+    torch.set_num_threads(1)
+    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, rendezvous, timeout, rank=rank, world_size=world_size)
+        _answer(pipe, lambda: None)
+        while True:
+            message = pipe.recv_bytes()
+            _answer(pipe, lambda message=message: _call(message))
+
+
+def _call(message: bytes) -> Any:
+    function, args = pickle.loads(message)  # noqa: S301 from our own parent
+    return function(*args)
+
+
+def _answer(pipe: Connection, call: Callable[[], Any]) -> None:
+    try:
+        answer = pickle.dumps((True, call()))
+    except Exception:
+        answer = pickle.dumps((False, traceback.format_exc()))
+    pipe.send_bytes(answer)

@@ -1,0 +1,142 @@
+"""The four primitives: both implementations against float64, across layouts, block shapes and large means."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import pytest
+import torch
+
+from syncnorm.maths import kernels
+from syncnorm.maths.kernels import aten, layout, plain
+from syncnorm.maths.moments import of_sums
+from syncnorm.testing import assert_close
+
+# One shape for every way of cutting a tensor into blocks, and the odd ones.
+SHAPES = [
+    (200, 3),
+    (9000, 17),
+    (4, 3, 7),
+    (40, 64, 20, 20),
+    (3, 150, 40, 40),
+    (2, 3, 190, 190),
+    (2, 2, 300, 300),
+    (1, 2, 3, 60, 300),
+    (5, 1, 8, 8),
+    (4, 6, 1, 1),
+]
+
+
+@pytest.fixture(params=[aten, plain], ids=["aten", "plain"])
+def implementation(request, monkeypatch) -> ModuleType:
+    monkeypatch.setattr(kernels, "_implementation", lambda x: request.param)
+    return request.param
+
+
+def _arrange(x: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "channels_last":
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == "strided":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    return x.contiguous()
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equal_to_float64(implementation, shape, masked, how):
+    generator = torch.Generator().manual_seed(0)
+    x = _arrange(torch.randn(shape, generator=generator) * 2 + 3, how)
+    g = _arrange(torch.randn(shape, generator=generator), "contiguous" if how == "channels_last" else how)
+    mask = torch.rand(shape[0], 1, *shape[2:], generator=generator) if masked else None
+    channels, dims = shape[1], [0, *range(2, len(shape))]
+    x64, g64 = x.double(), g.double()
+    w = torch.ones_like(x64[:, :1]) if mask is None else mask.double()
+    mean, scale, shift, a, b = (torch.randn(channels, generator=generator).double() for _ in range(5))
+    face = (-1, *[1] * (len(shape) - 2))
+
+    sums = kernels.local_moments(x, mask)
+    expected = torch.cat([(w * x64).sum(dims), (w * x64 * x64).sum(dims), w.sum().reshape(1)])
+    assert_close(sums, expected, torch.float32, "local_moments")
+
+    y = kernels.normalize(x, mean, scale, shift)
+    assert_close(y, (x64 - mean.view(face)) * scale.view(face) + shift.view(face), torch.float32, "normalize")
+
+    sums = kernels.backward_sums(g, x, mean)
+    centred = x64 - mean.view(face)
+    # Sums of terms of both signs: judged by the sum of their magnitudes.
+    size = torch.cat([g64.abs().sum(dims), (g64 * centred).abs().sum(dims)])
+    expected = torch.cat([g64.sum(dims), (g64 * centred).sum(dims)])
+    assert ((sums - expected).abs() <= 2e-6 * size).all()
+
+    dx = kernels.backward_input(g, x, mean, scale, a, b, mask)
+    expected = scale.view(face) * (g64 - w * (a.view(face) + b.view(face) * centred))
+    assert_close(dx, expected, torch.float32, "backward_input")
+    for out in (y, dx):
+        assert out.dtype == x.dtype
+        if how != "strided":
+            assert out.stride() == x.stride()
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1e2, 1e3, 1e4])
+@pytest.mark.parametrize(
+    ("shape", "how", "bound"),
+    [
+        ((32, 64, 56, 56), "contiguous", 1e-5),
+        ((32, 64, 56, 56), "channels_last", 5e-5),
+        ((16, 512, 7, 7), "contiguous", 1e-5),
+        ((16, 512, 7, 7), "channels_last", 5e-5),
+        ((20000, 64), "contiguous", 5e-5),
+        ((2, 2, 400, 400), "contiguous", 1e-5),
+    ],
+    ids=str,
+)
+def test_variance_at_large_means(shape, how, bound, ratio):
+    """A block sum in plain float32 would be off by 1e-3 at mean/std 1e2 and useless at 1e4."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + ratio
+    x = _arrange(x, how)
+    got = of_sums(kernels.local_moments(x, None))
+    dims = [0, *range(2, len(shape))]
+    truth = x.double().var(dims, correction=0)
+    assert ((got.var - truth).abs() / truth).max() <= bound
+    assert ((got.mean - x.double().mean(dims)).abs() <= 1e-6 * truth.sqrt()).all()
+
+
+def test_a_mask_keeps_its_elements_out_of_the_pivot():
+    """Padding of weight 0, far from the data, costs no digits."""
+    x = torch.randn(64, 4, 32, generator=torch.Generator().manual_seed(2)) + 1e4
+    mask = torch.zeros(64, 1, 32)
+    mask[:, :, 20:] = 1.0
+    got = of_sums(kernels.local_moments(torch.where(mask > 0, x, -1e4), mask))
+    truth = x[:, :, 20:].double().var((0, 2), correction=0)
+    assert ((got.var - truth).abs() / truth).max() <= 1e-5
+
+
+def test_blocks_cover_every_element_once():
+    for shape in SHAPES:
+        v = layout.view(torch.arange(torch.Size(shape).numel()).view(shape), rows=False)
+        if len(shape) == 2:
+            v = v.squeeze(-1)
+        blocks = layout.Cut.of(v).blocks(v)
+        assert torch.equal(torch.cat([b.flatten() for b in blocks]).sort().values, v.flatten())
+        assert all(b.is_contiguous() and b.numel() <= max(layout.BLOCK_ELEMENTS, v[:1].numel()) for b in blocks)
+
+
+def test_the_aten_operator_means_what_aten_py_takes_it_to_mean():
+    """native_batch_norm_backward in evaluation mode: (sum g (x - mean) / std, sum g). Not a documented function."""
+    g, x = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
+    mean, one, zero = torch.tensor([0.5, -1.0]), torch.ones(2), torch.zeros(2)
+    _, products, total = torch.ops.aten.native_batch_norm_backward.default(
+        g, x, one, mean, one, zero, one, False, 0.0, [False, True, True]
+    )
+    torch.testing.assert_close(products, (g * (x - mean.view(2, 1))).sum((0, 2)))
+    torch.testing.assert_close(total, g.sum((0, 2)))
+
+
+def test_empty_tensors_reach_no_kernel(monkeypatch):
+    monkeypatch.setattr(kernels, "_implementation", lambda x: pytest.fail("reached"))
+    for shape in [(0, 3), (0, 3, 4, 4), (2, 3, 0)]:
+        x, c = torch.empty(shape), torch.zeros(3).double()
+        assert torch.equal(kernels.local_moments(x, None), torch.zeros(7).double())
+        assert torch.equal(kernels.backward_sums(x, x, c), torch.zeros(6).double())
+        assert kernels.normalize(x, c, c, c).shape == kernels.backward_input(x, x, c, c, c, c, None).shape == shape

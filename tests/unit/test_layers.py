@@ -1,0 +1,223 @@
+"""SyncBatchNorm in one process: torch's layer in everything but the name; bad arguments; the public names."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import syncnorm
+from syncnorm import SyncBatchNorm, functional
+from syncnorm.errors import InputError, SyncnormError
+from syncnorm.testing import assert_close
+
+LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def _pair(channels: int, ndim: int, **options) -> tuple[SyncBatchNorm, nn.Module]:
+    ours, theirs = SyncBatchNorm(channels, **options), LAYERS[ndim](channels, **options)
+    if options.get("affine", True):
+        with torch.no_grad():
+            ours.weight.uniform_(0.5, 1.5)
+            ours.bias.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3), (2, 4, 3, 2, 5)], ids=str)
+def test_equals_torch_in_training_and_evaluation(shape, options):
+    torch.manual_seed(0)
+    ours, theirs = _pair(4, len(shape), **options)
+    for mode in (True, True, False):
+        ours.train(mode)
+        theirs.train(mode)
+        x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2))
+        got, expected = ours(x), theirs(y)
+        cotangent = torch.randn(shape)
+        got.backward(cotangent)
+        expected.backward(cotangent)
+        assert_close(got, expected, torch.float32, "y")
+        assert_close(x.grad, y.grad, torch.float32, "grad")
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert_close(a.grad, b.grad, torch.float32, name)
+    for name, b in theirs.named_buffers():
+        assert_close(ours.get_buffer(name), b, torch.float32, name)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+def test_state_dicts_are_interchangeable(options):
+    ours, theirs = SyncBatchNorm(4, **options), nn.BatchNorm2d(4, **options)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert {k: (v.shape, v.dtype) for k, v in ours.state_dict().items()} == {
+        k: (v.shape, v.dtype) for k, v in theirs.state_dict().items()
+    }
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+
+
+def test_evaluation_is_exactly_torchs():
+    ours, theirs = _pair(3, 4)
+    ours.running_mean.normal_()
+    ours.running_var.uniform_()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(5, 3, 4, 4)
+    assert torch.equal(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "eval without running statistics"])
+def test_an_empty_batch(mode):
+    layer = SyncBatchNorm(3, track_running_stats="without" not in mode).train(mode == "train")
+    x = torch.empty(0, 3, 4, 4, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, 3, 4, 4)
+    y.backward(torch.empty_like(y))
+    assert x.grad is not None
+    assert layer.weight.grad is not None
+    assert torch.equal(layer.weight.grad, torch.zeros(3))
+
+
+def test_gradients_by_finite_differences():
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 4, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(3, 1, 4, dtype=torch.float64)
+    weight, bias = (torch.randn(2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def f(x, weight, bias):
+        return functional.sync_batch_norm(x, weight=weight, bias=bias, mask=mask)
+
+    assert torch.autograd.gradcheck(f, (x, weight, bias))
+
+
+def test_the_output_may_be_modified_in_place():
+    """ReLU(inplace=True) after the layer, in every layout: an output that is a view would refuse."""
+    for x in (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)):
+        x.requires_grad_()
+        nn.Sequential(SyncBatchNorm(3), nn.ReLU(inplace=True))(x).backward(torch.randn(2, 3, 4, 4))
+        assert x.grad is not None
+
+
+def test_functional_equals_the_layer():
+    torch.manual_seed(0)
+    layer = SyncBatchNorm(3, momentum=None)
+    mean, var, count = torch.zeros(3), torch.ones(3), torch.tensor(0)
+    for _ in range(2):
+        x, mask = torch.randn(4, 3, 5), torch.rand(4, 1, 5) > 0.5
+        y = functional.sync_batch_norm(
+            x, mean, var, layer.weight, layer.bias, momentum=None, num_batches_tracked=count, mask=mask
+        )
+        assert torch.equal(y, layer(x, mask))
+    assert torch.equal(mean, layer.running_mean)
+    assert torch.equal(var, layer.running_var)
+    assert count == layer.num_batches_tracked == 2
+    y = functional.sync_batch_norm(x, mean, var, layer.weight, layer.bias, training=False)
+    assert torch.equal(y, layer.eval()(x))
+
+
+@pytest.mark.parametrize("mask", [torch.tensor([True, False, True, True]), torch.tensor([2, 0, 1, 3])], ids=str)
+def test_masks_of_any_real_type(mask):
+    """A weight is a frequency: normalising with it is normalising a batch with so many copies."""
+    x = torch.randn(4, 3, dtype=torch.float64)
+    layer, repeated = SyncBatchNorm(3, dtype=torch.float64), SyncBatchNorm(3, dtype=torch.float64)
+    layer(x, mask.view(4, 1))
+    repeated(x.repeat_interleave(mask.long(), 0))
+    for name, b in layer.named_buffers():
+        assert_close(b, repeated.get_buffer(name), torch.float64, name)
+
+
+INPUT_ERRORS = [
+    (lambda: SyncBatchNorm(0), "`num_features` must be at least 1, got 0."),
+    (lambda: SyncBatchNorm(3, eps=0.0), "`eps` must be > 0, got 0.0."),
+    (lambda: SyncBatchNorm(3, eps=float("nan")), "`eps` must be > 0, got nan."),
+    (
+        lambda: SyncBatchNorm(3, momentum=1.5),
+        "`momentum` must be in [0, 1], or None for a cumulative average, got 1.5",
+    ),
+    (lambda: SyncBatchNorm(3, momentum=-0.1), "got -0.1"),
+    (lambda: SyncBatchNorm(3, sync="always"), '`sync` must be "batch" or "none", got \'always\''),
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(3)),
+        "`x` must have 2 or more dimensions (N, C, *S), got 1 (shape (3,))",
+    ),
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(2, 4, 5)),
+        "must have num_features = 3 channels in dimension 1, got 4",
+    ),
+    (lambda: SyncBatchNorm(3)(torch.zeros(2, 3, dtype=torch.int64)), "got torch.int64 (shape (2, 3))"),
+    (
+        lambda: SyncBatchNorm(3)(torch.zeros(2, 3, dtype=torch.complex64)),
+        "got torch.complex64 (shape (2, 3))",
+    ),
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(2, 3, 5), torch.ones(2, 5)),
+        "`mask` must broadcast to (N, 1, *S) = (2, 1, 5), got shape (2, 5). A mask without a channel dimension",
+    ),
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(2, 3, 5), torch.ones(2, 3, 5)),
+        "`mask` must broadcast to (N, 1, *S) = (2, 1, 5), got shape (2, 3, 5)",
+    ),
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(2, 3), torch.ones(2, 1, dtype=torch.complex64)),
+        "`mask` must be bool or real, got torch.complex64",
+    ),
+    (
+        lambda: functional.sync_batch_norm(torch.randn(2, 3), torch.zeros(3)),
+        "`running_mean` and `running_var` must be given together",
+    ),
+    (
+        lambda: functional.sync_batch_norm(torch.randn(2, 3), weight=torch.ones(4)),
+        "`weight` must have shape (3,), got (4,) (x has shape (2, 3))",
+    ),
+    (
+        lambda: functional.sync_batch_norm(torch.randn(2, 3), torch.zeros(3), torch.ones(3), momentum=None),
+        "`num_batches_tracked` must be a counter where `momentum` is None",
+    ),
+    (
+        lambda: functional.sync_batch_norm(torch.randn(2, 3), process_group=object()),  # pyright: ignore
+        "`process_group` must belong to an initialised torch.distributed",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), INPUT_ERRORS, ids=[m for _, m in INPUT_ERRORS])
+def test_bad_input_is_one_clear_error(call, message):
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        call()
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, SyncnormError)
+
+
+def test_is_a_batch_norm_to_the_ecosystem():
+    """Weight-decay filters, FSDP and swa_utils.update_bn look for torch's base class."""
+    assert isinstance(SyncBatchNorm(3), _BatchNorm)
+    assert "sync='batch'" in repr(SyncBatchNorm(3))
+
+
+def test_one_warning_per_layer():
+    layer = SyncBatchNorm(3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        layer(torch.randn(1, 3))
+        layer(torch.randn(1, 3))
+        SyncBatchNorm(3)(torch.randn(1, 3))
+    assert len(caught) == 2
+
+
+def test_public_names():
+    assert syncnorm.__all__ == ["SyncBatchNorm", "debug", "functional", "prepare_ddp", "scale_loss"]
+    assert functional.__all__ == ["sync_batch_norm"]
+
+
+def test_import_brings_torch_and_nothing_else_heavy():
+    code = (
+        "import sys, torch; before = set(sys.modules); import syncnorm; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert out.stdout.strip() == "['syncnorm']"
