@@ -2,8 +2,17 @@
 
 from syncnorm import functional
 from syncnorm.comm.guard import debug
-from syncnorm.layers import SyncBatchNorm
+from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.ddp import prepare_ddp, scale_loss
 
-__all__ = ["SyncBatchNorm", "debug", "functional", "prepare_ddp", "scale_loss"]
+__all__ = [
+    "RenormSchedule",
+    "SyncBatchNorm",
+    "SyncBatchRenorm",
+    "debug",
+    "functional",
+    "prepare_ddp",
+    "scale_loss",
+]
 __version__ = "0.1.0"

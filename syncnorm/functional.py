@@ -12,9 +12,10 @@ from torch import Tensor
 from syncnorm import ops
 from syncnorm.comm import groups, guard
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
-from syncnorm.maths.moments import Moments, update_running_
+from syncnorm.maths import moments, renorm
+from syncnorm.ops import Statistic
 
-__all__ = ["sync_batch_norm"]
+__all__ = ["sync_batch_norm", "sync_batch_renorm"]
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -32,7 +33,6 @@ def sync_batch_norm(
     num_batches_tracked: Tensor | None = None,
     mask: Tensor | None = None,
     process_group: groups.Group | None = None,
-    sync: str = "batch",
 ) -> Tensor:
     """Batch normalisation over the shards of all workers, as if they were one batch.
 
@@ -58,7 +58,6 @@ def sync_batch_norm(
         num_batches_tracked: integer counter, shape (), incremented in training.
         mask: weights >= 0, broadcastable to (N, 1, *S); bool or real. None: all ones.
         process_group: the workers to pool over; None: all, or nobody if torch.distributed is not initialised.
-        sync: "batch", or "none" for local statistics.
 
     Returns:
         y with the shape, type and memory layout of x. Where nothing counts on any worker (n = 0), y = bias.
@@ -76,27 +75,113 @@ def sync_batch_norm(
         Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167, algorithm 1. Deviations: the pooled count
         makes the running variance unbiased; a statistic of one value leaves it alone.
     """
-    check_input(x, None)
-    check_hyperparameters(x.shape[1], eps, momentum, sync)
-    _check_channels(x, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    if (running_mean is None) != (running_var is None):
-        raise InputError("`running_mean` and `running_var` must be given together, got one. Pass both or neither.")
-    if momentum is None and running_mean is not None and num_batches_tracked is None:
-        raise InputError(
-            "`num_batches_tracked` must be a counter where `momentum` is None (cumulative average), got None. "
-            "Pass a 0-dim integer tensor."
-        )
+    _check_arguments(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps)
     mask = expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
-    group = groups.statistics_group(process_group) if sync == "batch" else None
-    batch = ops.pooled_moments(x, mask, group)
-    check_count(batch, group, warn_single_value)
-    y = ops.normalize(x, weight, bias, batch, eps, mask, group)
-    if running_mean is not None and running_var is not None:
+    statistic = ops.pooled_statistic(x, mask, groups.statistics_group(process_group))
+    check_count(statistic, warn_single_value)
+    y = ops.normalize(x, weight, bias, statistic, eps, mask)
+    if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
-            update_running_(running_mean, running_var, num_batches_tracked, batch, momentum)
+            factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
+            moments.update_running_mean_(running_mean, statistic.batch, factor)
+            moments.update_running_var_(running_var, statistic.batch, factor)
     return y
+
+
+def sync_batch_renorm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    r_max: float | Tensor,
+    d_max: float | Tensor,
+    training: bool = True,
+    momentum: float | None = 0.01,
+    eps: float = 1e-5,
+    running_average: str = "std",
+    num_batches_tracked: Tensor | None = None,
+    mask: Tensor | None = None,
+    process_group: groups.Group | None = None,
+) -> Tensor:
+    """Batch renormalisation over the shards of all workers: batch norm, corrected towards the running statistics.
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
+        y = ((x - mean) / sigma_B * r + d) * weight + bias        sigma = sqrt(running_var + eps)
+
+    with mean and sigma_B = sqrt(var + eps) of the batch over all workers, and the running statistics as they
+    were before this batch. Where nothing is clipped, y is what evaluation gives.
+
+    *Statistics, Collectives*: those of `sync_batch_norm`: no further pass and no further message.
+    *Gradients*: r and d are constants; otherwise as `sync_batch_norm`.
+
+    Args:
+        x, weight, bias, training, eps, num_batches_tracked, mask, process_group: as for `sync_batch_norm`.
+        running_mean, running_var: shape (C,), updated in place in training. Required: r and d refer to them.
+        r_max: >= 1, a number or a tensor of shape ().
+        d_max: >= 0, a number or a tensor of shape ().
+        momentum: weight of the new value; None: cumulative average.
+        running_average: "std" averages sigma, as the paper does, and stores sigma^2 - eps; "var" averages the
+            unbiased variance, as batch normalisation does.
+
+    Returns:
+        y with the shape, type and memory layout of x.
+
+    Raises:
+        InputError, FaultError: as `sync_batch_norm`; also for bounds out of range.
+
+    Example:
+        >>> x = torch.tensor([[1.0], [3.0]])
+        >>> sync_batch_renorm(x, torch.zeros(1), torch.ones(1), r_max=3.0, d_max=5.0, eps=1e-12).tolist()
+        [[1.0], [3.0]]
+
+    References:
+        Ioffe, Batch Renormalization, arXiv:1702.03275, algorithm 1.
+    """
+    if running_mean is None or running_var is None:
+        raise InputError(
+            "`running_mean` and `running_var` must be given, got None. Renormalisation corrects towards them."
+        )
+    _check_arguments(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps)
+    check_running_average(running_average)
+    bounds = check_bounds(r_max, d_max, x.device)
+    mask = expand_mask(mask, x)
+    if not training:
+        return evaluate(x, running_mean, running_var, weight, bias, eps)
+    statistic = ops.pooled_statistic(x, mask, groups.statistics_group(process_group))
+    check_count(statistic, warn_single_value)
+    folded = fold_correction(weight, bias, statistic, running_mean, running_var, eps, *bounds)
+    y = ops.normalize(x, *folded, statistic, eps, mask)
+    if not ops.is_recomputing():
+        with torch.no_grad():
+            factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
+            moments.update_running_mean_(running_mean, statistic.batch, factor)
+            if running_average == "std":
+                renorm.update_running_std_(running_var, statistic.batch, eps, factor)
+            else:
+                moments.update_running_var_(running_var, statistic.batch, factor)
+    return y
+
+
+def fold_correction(
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistic: Statistic,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    r_max: Tensor,
+    d_max: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """weight * r and bias + weight * d, each (C,), float64; differentiable in weight and bias."""
+    with torch.no_grad():
+        r, d = renorm.correction(statistic.batch, running_mean, running_var, eps, r_max, d_max)
+    weight = torch.ones_like(r) if weight is None else weight.double()
+    bias = torch.zeros_like(d) if bias is None else bias.double()
+    return weight * r, bias + weight * d
 
 
 def evaluate(
@@ -109,8 +194,7 @@ def evaluate(
 ) -> Tensor:
     """Normalise by the running statistics, or by the local batch without them. No communication."""
     if running_mean is None:
-        batch = ops.pooled_moments(x, None, None)
-        return ops.normalize(x, weight, bias, batch, eps, None, None)
+        return ops.normalize(x, weight, bias, ops.pooled_statistic(x, None, None), eps, None)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
@@ -133,7 +217,7 @@ def check_input(x: Tensor, num_features: int | None) -> None:
         )
 
 
-def check_hyperparameters(num_features: int, eps: float, momentum: float | None, sync: str) -> None:
+def check_hyperparameters(num_features: int, eps: float, momentum: float | None) -> None:
     """Raise InputError unless a layer can be built with these."""
     if num_features < 1:
         raise InputError(f"`num_features` must be at least 1, got {num_features}. Pass the number of channels.")
@@ -144,17 +228,60 @@ def check_hyperparameters(num_features: int, eps: float, momentum: float | None,
             f"`momentum` must be in [0, 1], or None for a cumulative average, got {momentum}. "
             "It is the weight of the new value."
         )
-    if sync not in ("batch", "none"):
-        raise InputError(f'`sync` must be "batch" or "none", got {sync!r}. The default is "batch".')
 
 
-def _check_channels(x: Tensor, **vectors: Tensor | None) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise InputError unless `value` is one of the choices, the first being the default."""
+    if value not in choices:
+        known = " or ".join(f'"{choice}"' for choice in choices)
+        raise InputError(f'`{name}` must be {known}, got {value!r}. The default is "{choices[0]}".')
+
+
+def check_running_average(value: str) -> None:
+    """Raise InputError unless it is "std" or "var"."""
+    check_choice("running_average", value, ("std", "var"))
+
+
+def check_bounds(r_max: float | Tensor, d_max: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bounds as float64 tensors, or InputError if they are out of range (or NaN).
+
+    They come from the schedule and the step, equal on all workers. On CUDA they are looked at in debug mode
+    only, if they are tensors there.
+    """
+    for name, value, least in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
+        is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or guard.is_debug()
+        if is_free and not value >= least:
+            raise InputError(f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule.")
+    r, d = (torch.as_tensor(value, dtype=torch.float64, device=device) for value in (r_max, d_max))
+    return r, d
+
+
+def _check_arguments(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> None:
+    check_input(x, None)
+    check_hyperparameters(x.shape[1], eps, momentum)
+    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
     for name, t in vectors.items():
         if t is not None and t.shape != (x.shape[1],):
             raise InputError(
                 f"`{name}` must have shape ({x.shape[1]},), got {tuple(t.shape)} (x has shape {tuple(x.shape)}). "
                 "It holds one value per channel."
             )
+    if (running_mean is None) != (running_var is None):
+        raise InputError("`running_mean` and `running_var` must be given together, got one. Pass both or neither.")
+    if momentum is None and running_mean is not None and num_batches_tracked is None:
+        raise InputError(
+            "`num_batches_tracked` must be a counter where `momentum` is None (cumulative average), got None. "
+            "Pass a 0-dim integer tensor."
+        )
 
 
 def expand_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
@@ -174,25 +301,26 @@ def expand_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     return expanded if expanded.is_floating_point() else expanded.to(torch.float32)
 
 
-def check_count(batch: Moments, group: groups.Group | None, warn: Callable[[], None]) -> None:
-    """Call `warn` if the statistic is over one value; in debug mode raise, on every worker.
+def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
+    """Call `warn` if a statistic is over one value; in debug mode raise, if all workers do so.
 
-    The count is pooled, so all workers decide alike. On CUDA it is looked at in debug mode only.
+    A pooled count is known to all. On CUDA it is looked at in debug mode only.
     """
-    if (batch.count.device.type == "cpu" or guard.is_debug()) and batch.count == 1:
-        if guard.is_debug():
+    count = statistic.batch.count
+    if (count.device.type == "cpu" or guard.is_debug()) and count == 1:
+        if guard.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
-                "`x` must give a statistic more than one value per channel, got a total weight of 1 over "
-                f"{len(groups.ranks(group))} worker(s). Use larger batches or evaluation mode."
+                "`x` must give a statistic more than one value per channel, got a total weight of 1 over all workers. "
+                "Use larger batches or evaluation mode."
             )
         warn()
 
 
 def warn_single_value() -> None:
-    """Say that the output is the bias."""
+    """Say that the batch says nothing about its scale."""
     warnings.warn(
-        "a training statistic was taken over a single value per channel: the output is the bias, and the "
-        "running variance was left as it is",
+        "a training statistic was taken over a single value per channel: its variance is 0, the output does not "
+        "depend on the input, and the running variance was left as it is",
         SingleValueWarning,
         stacklevel=4,
     )

@@ -2,16 +2,143 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional, ops
 from syncnorm.comm import groups
-from syncnorm.maths.moments import Moments, update_running_
+from syncnorm.errors import InputError
+from syncnorm.maths import moments, renorm
+from syncnorm.maths.moments import Moments
+from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.ops import Statistic
+
+Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""From a step, an integer tensor of shape (), to (r_max, d_max)."""
 
 
-class SyncBatchNorm(_BatchNorm):
+class StatisticsSource(Protocol):
+    """Where a layer's training statistics come from, and where its batch's sums go."""
+
+    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+        """What to normalise this batch by."""
+        ...
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        """Have the running statistics follow the batch; called after the forward, never when it is repeated."""
+        ...
+
+    def settle(self) -> None:
+        """Bring the running statistics up to date before they are read. Never starts an exchange."""
+        ...
+
+
+class Immediate:
+    """The statistics of the batch itself, over a process group or local; running statistics follow at once."""
+
+    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+        group = groups.statistics_group(layer.process_group) if layer.sync == "batch" else None
+        return ops.pooled_statistic(x, mask, group)
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        layer.update_running(statistic.batch)
+
+    def settle(self) -> None:
+        pass
+
+
+class Unattached:
+    """For modes in which layers act together: an error until `prepare_ddp` has introduced them to each other."""
+
+    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+        if groups.statistics_group(layer.process_group) is None:
+            return ops.pooled_statistic(x, mask, None)
+        raise InputError(
+            f'`sync` must be "batch" or "none" in a layer that is not attached, got {layer.sync!r} in {layer}. '
+            "Call prepare_ddp(model) on every worker before training (and before DistributedDataParallel)."
+        )
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        layer.update_running(statistic.batch)
+
+    def settle(self) -> None:
+        pass
+
+
+class SyncNorm(_BatchNorm):
+    """What SyncBatchNorm and SyncBatchRenorm share; abstract."""
+
+    statistics: StatisticsSource
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        process_group: groups.Group | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        sync: str,
+    ) -> None:
+        functional.check_hyperparameters(num_features, eps, momentum)
+        functional.check_choice("sync", sync, ("batch", "running", "lagged", "none"))
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.sync = sync
+        self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
+        self._has_warned = False
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
+        functional.check_input(x, self.num_features)
+        weights = functional.expand_mask(mask, x)
+        if not self.training:
+            self.statistics.settle()
+            return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        self._begin_training_forward()
+        statistic = self.statistics.take(self, x, weights)
+        functional.check_count(statistic, self._warn_once)
+        y = ops.normalize(x, *self._affine(statistic), statistic, self.eps, weights)
+        if not ops.is_recomputing():
+            with torch.no_grad():
+                self.statistics.record(self, statistic)
+        return y
+
+    def update_running(self, batch: Moments) -> None:
+        """Move the running statistics towards those of `batch`, once. For those who own the layer's statistics."""
+        if self.running_mean is not None and self.running_var is not None:
+            factor = moments.average_factor(self.num_batches_tracked, batch, self.momentum)
+            moments.update_running_mean_(self.running_mean, batch, factor)
+            self._update_running_var(batch, factor)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sync={self.sync!r}"
+
+    def _begin_training_forward(self) -> None:
+        """Look at the running statistics before the batch enters them; no exchange has been made."""
+
+    @abstractmethod
+    def _affine(self, statistic: Statistic) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias to normalise with."""
+
+    @abstractmethod
+    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
+        """Move the running variance."""
+
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            functional.warn_single_value()
+
+
+class SyncBatchNorm(SyncNorm):
     """Batch normalisation with statistics pooled over the workers.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
@@ -37,7 +164,9 @@ class SyncBatchNorm(_BatchNorm):
         track_running_stats: whether to keep running statistics; without them evaluation uses the local batch.
         process_group: the workers to pool over; None: all of them.
         device, dtype: of parameters and buffers.
-        sync: "batch" pools the statistics of each batch; "none" keeps everything local.
+        sync: "batch" pools the statistics of each batch; "running" normalises by the local batch and pools the
+            running statistics of all layers in one hidden exchange; "lagged" normalises by an average of pooled
+            statistics one step old; "none" keeps everything local. "running" and "lagged" need `prepare_ddp`.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -64,34 +193,105 @@ class SyncBatchNorm(_BatchNorm):
         *,
         sync: str = "batch",
     ) -> None:
-        functional.check_hyperparameters(num_features, eps, momentum, sync)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
-        self.process_group = process_group
-        self.sync = sync
-        self._has_warned = False
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
-        functional.check_input(x, self.num_features)
-        weights = functional.expand_mask(mask, x)
-        if not self.training:
-            return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        group = groups.statistics_group(self.process_group) if self.sync == "batch" else None
-        batch = ops.pooled_moments(x, weights, group)
-        functional.check_count(batch, group, self._warn_once)
-        y = ops.normalize(x, self.weight, self.bias, batch, self.eps, weights, group)
-        self._update_running(batch)
-        return y
+    def _affine(self, statistic: Statistic) -> tuple[Tensor | None, Tensor | None]:
+        return self.weight, self.bias
+
+    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
+        assert self.running_var is not None
+        moments.update_running_var_(self.running_var, batch, factor)
+
+
+class SyncBatchRenorm(SyncNorm):
+    """Batch renormalisation with statistics pooled over the workers.
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
+        y = ((x - mean) / sigma_B * r + d) * weight + bias
+
+    with sigma = sqrt(running_var + eps) before this batch and sigma_B = sqrt(var + eps) of the batch. Unclipped,
+    training normalises as evaluation does, so small or biased batches no longer teach the network what it will
+    not see. It adds to pooling rather than replacing it: pool where you can, renormalise where batches stay small.
+
+    *Statistics*: as `SyncBatchNorm`, except that `running_average="std"` averages sigma_B itself, from the
+    biased variance, and `running_var` holds max(sigma^2 - eps, 0).
+
+    *Collectives*: as `SyncBatchNorm`. *Gradients*: r and d are constants.
+
+    The schedule's clock is `num_batches_tracked`, so a resumed run continues its ramps. State dicts are those of
+    `torch.nn.BatchNorm1d/2d/3d`; a layer that loads one of a trained batch norm starts with that one's clock.
+
+    Args:
+        num_features, eps, affine, process_group, device, dtype, sync: as for `SyncBatchNorm`.
+        momentum: weight of the new value in the running statistics; the paper's 0.01.
+        track_running_stats: must be True; r and d refer to the running statistics.
+        schedule: from the clock, an integer tensor (), to tensors (r_max, d_max); equal on all workers.
+        running_average: "std", as in the paper, or "var", the unbiased variance.
+
+    Raises:
+        InputError: an argument breaks its rule, or, before any exchange, the schedule returns NaN, r_max < 1 or
+            d_max < 0 (looked at on CUDA in debug mode only).
+
+    Example:
+        >>> layer = SyncBatchRenorm(3, schedule=RenormSchedule.switch(100, r_max=3.0, d_max=5.0))
+        >>> layer(torch.randn(8, 3, 4, 4)).shape
+        torch.Size([8, 3, 4, 4])
+
+    References:
+        Ioffe, Batch Renormalization, arXiv:1702.03275, algorithm 1 and section 4.1.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.01,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: groups.Group | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        schedule: Schedule = RenormSchedule(),  # noqa: B008 frozen
+        running_average: str = "std",
+        sync: str = "batch",
+    ) -> None:
+        if not track_running_stats:
+            raise InputError(
+                "`track_running_stats` must be True, got False. Renormalisation corrects towards running statistics; "
+                "without them use SyncBatchNorm."
+            )
+        functional.check_running_average(running_average)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
+        self.schedule = schedule
+        self.running_average = running_average
+        self._before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sync={self.sync!r}"
+        return f"{super().extra_repr()}, schedule={self.schedule}, running_average={self.running_average!r}"
 
-    @torch.no_grad()
-    def _update_running(self, batch: Moments) -> None:
-        if self.running_mean is not None and self.running_var is not None:
-            update_running_(self.running_mean, self.running_var, self.num_batches_tracked, batch, self.momentum)
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """(r_max, d_max) of the next training step, float64, shape (); InputError if they are out of range."""
+        assert self.num_batches_tracked is not None
+        r_max, d_max = self.schedule(self.num_batches_tracked)
+        return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
-    def _warn_once(self) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            functional.warn_single_value()
+    def _begin_training_forward(self) -> None:
+        if ops.is_recomputing() and self._before is not None:
+            return
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        # Kept for a repeated forward, which must see what the first one saw.
+        self._before = (self.running_mean.clone(), self.running_var.clone(), *self.bounds())
+
+    def _affine(self, statistic: Statistic) -> tuple[Tensor | None, Tensor | None]:
+        assert self._before is not None
+        mean, var, r_max, d_max = self._before
+        return functional.fold_correction(self.weight, self.bias, statistic, mean, var, self.eps, r_max, d_max)
+
+    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
+        assert self.running_var is not None
+        if self.running_average == "std":
+            renorm.update_running_std_(self.running_var, batch, self.eps, factor)
+        else:
+            moments.update_running_var_(self.running_var, batch, factor)

@@ -52,12 +52,41 @@ def batch_norm(
 ) -> Tensor:
     """Training-mode batch normalisation of the whole batch; updates `running`. arXiv:1502.03167, algorithm 1."""
     n, mean, var = moments(x, mask)
-    if n == 0:
-        xhat = x.double() * 0.0
-    else:
-        xhat = (x.double() - _channels(mean, x)) / (_channels(var, x) + eps).sqrt()
+    xhat = _standardised(x, n, mean, var, eps)
     if running is not None:
         _update(running, n, mean.detach(), var.detach(), momentum)
+    return _affine(xhat, weight, bias)
+
+
+def batch_renorm(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    running: RunningStatistics,
+    r_max: float,
+    d_max: float,
+    mask: Tensor | None = None,
+    eps: float = 1e-5,
+    momentum: float | None = 0.01,
+    running_average: str = "std",
+) -> Tensor:
+    """Training-mode batch renormalisation of the whole batch; updates `running`. arXiv:1702.03275, algorithm 1."""
+    n, mean, var = moments(x, mask)
+    sigma = (running.var + eps).sqrt()
+    sigma_b = (var + eps).sqrt()
+    if n == 0:  # r = 1 and d = 0
+        return _affine(x.double() * 0.0, weight, bias)
+    r = (sigma_b.detach() / sigma).clip(1 / r_max, r_max)
+    d = ((mean.detach() - running.mean) / sigma).clip(-d_max, d_max)
+    xhat = _standardised(x, n, mean, var, eps) * _channels(r, x) + _channels(d, x)
+    before = running.var
+    _update(running, n, mean.detach(), var.detach(), momentum)
+    if running_average == "std" and n > 1:
+        factor = 1.0 / running.num_batches_tracked if momentum is None else momentum
+        sigma = (before + eps).sqrt()
+        sigma = sigma + factor * (sigma_b.detach() - sigma)
+        running.var = (sigma**2 - eps).clip(min=0.0)
     return _affine(xhat, weight, bias)
 
 
@@ -76,6 +105,12 @@ def _update(running: RunningStatistics, n: Tensor, mean: Tensor, var: Tensor, mo
         running.mean = running.mean + factor * (mean - running.mean)
         if n > 1:
             running.var = running.var + factor * (var * n / (n - 1) - running.var)
+
+
+def _standardised(x: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+    """(x - mean) / sqrt(var + eps); 0 in a channel where a single value counts, which says nothing about scale."""
+    xhat = (x.double() - _channels(mean, x)) / (_channels(var, x) + eps).sqrt()
+    return torch.where(_channels((n <= 1) & (var == 0), x), 0.0, xhat)
 
 
 def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -27,6 +27,11 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def is_shared() -> bool:
+    """Whether there are other workers at all."""
+    return is_initialized() and dist.get_world_size() > 1
+
+
 def statistics_group(
     process_group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None
 ) -> dist.ProcessGroup | None:

@@ -59,33 +59,30 @@ def of_sums(sums: Tensor) -> Moments:
     return Moments(count, mean, m2)
 
 
-def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    num_batches_tracked: Tensor | None,
-    moments: Moments,
-    momentum: float | None,
-) -> None:
-    """Move the running statistics towards the batch's, in place and without reading a value on the host.
+def average_factor(num_batches_tracked: Tensor | None, batch: Moments, momentum: float | None) -> float | Tensor:
+    """Count the batch (in place, unless it is empty), and give the weight of its statistics in the running ones.
 
-        running_mean += f * (mean - running_mean)        running_var += f * (m2 / (n - 1) - running_var)
-
-    f is `momentum`, or 1 / num_batches_tracked when `momentum` is None (cumulative average). Weights are
-    frequencies: n <= 1 leaves running_var as it is, and n = 0 (or NaN, a fault) changes nothing at all.
+    That is `momentum`, or 1 / num_batches_tracked where `momentum` is None (cumulative average).
     """
-    count = moments.count
     if num_batches_tracked is not None:
-        num_batches_tracked += (count > 0).to(num_batches_tracked.dtype)
-    if momentum is None:
-        if num_batches_tracked is None:
-            raise AssertionError("a cumulative average needs its counter")
-        factor = 1.0 / num_batches_tracked.to(torch.float64).clamp(min=1.0)
-    else:
-        factor = momentum
-    _blend_(running_mean, moments.mean, factor, count > 0)
-    _blend_(running_var, moments.m2 / (count - 1.0), factor, count > 1)
+        num_batches_tracked += (batch.count > 0).to(num_batches_tracked.dtype)
+    if momentum is not None:
+        return momentum
+    assert num_batches_tracked is not None, "a cumulative average needs its counter"
+    return 1.0 / num_batches_tracked.to(torch.float64).clamp(min=1.0)
 
 
-def _blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: Tensor) -> None:
+def update_running_mean_(running_mean: Tensor, batch: Moments, factor: float | Tensor) -> None:
+    """running_mean += factor * (mean - running_mean), in place; n = 0 (or NaN, a fault) leaves it as it is."""
+    blend_(running_mean, batch.mean, factor, batch.count > 0)
+
+
+def update_running_var_(running_var: Tensor, batch: Moments, factor: float | Tensor) -> None:
+    """running_var += factor * (m2 / (n - 1) - running_var), in place. Weights are frequencies: n <= 1 leaves it."""
+    blend_(running_var, batch.m2 / (batch.count - 1.0), factor, batch.count > 1)
+
+
+def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: Tensor) -> None:
+    """running += factor * (value - running) where `where`, in float64, without reading a value on the host."""
     wide = running.to(torch.float64)
     running.copy_(torch.where(where, wide + factor * (value - wide), wide))

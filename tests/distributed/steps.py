@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm import SyncBatchNorm, reference
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, reference
 from syncnorm.comm import exchange
+from syncnorm.layers import SyncNorm
 from syncnorm.testing import RankPool, assert_close, shard
 
 
@@ -74,6 +75,23 @@ def parameters(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight.to(dtype), bias.to(dtype)
 
 
+def make_layer(channels: int, *, bounds: tuple[float, float] | None = None, **options: Any) -> SyncNorm:
+    """A SyncBatchNorm, or with bounds (r_max, d_max) a SyncBatchRenorm whose running statistics are not the initial."""
+    if bounds is None:
+        return SyncBatchNorm(channels, **options)
+    layer = SyncBatchRenorm(channels, schedule=RenormSchedule.constant(*bounds), **options)
+    running = trained_statistics(channels)
+    layer.running_mean.copy_(running.mean)
+    layer.running_var.copy_(running.var)
+    return layer
+
+
+def trained_statistics(channels: int) -> reference.RunningStatistics:
+    """Running statistics some way off the batches', by channel."""
+    spread = torch.linspace(-0.5, 1.5, channels, dtype=torch.float64)
+    return reference.RunningStatistics(spread + 0.5, 4.0 * torch.exp(spread))
+
+
 def train_step(
     steps: Sequence[tuple[Tensor, Tensor, Tensor | None]],
     options: dict[str, Any],
@@ -87,7 +105,7 @@ def train_step(
         group = made[mine]
     x = steps[0][0]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    layer = SyncBatchNorm(x.shape[1], process_group=group, dtype=dtype, **options)
+    layer = make_layer(x.shape[1], process_group=group, dtype=dtype, **options)
     if layer.affine:
         with torch.no_grad():
             weight, bias = parameters(x.shape[1], dtype)
@@ -96,7 +114,7 @@ def train_step(
     return [_one_step(layer, *step) for step in steps]
 
 
-def _one_step(layer: SyncBatchNorm, x: Tensor, cotangent: Tensor, mask: Tensor | None) -> Outcome:
+def _one_step(layer: SyncNorm, x: Tensor, cotangent: Tensor, mask: Tensor | None) -> Outcome:
     layer.zero_grad()
     x = x.detach().requires_grad_()
     with exchange.record() as exchanges:
@@ -118,25 +136,27 @@ def oracle_steps(batches: Sequence[Batch], options: dict[str, Any]) -> list[Outc
     """The same steps on the whole batches, in float64, in one process."""
     channels = batches[0].x.shape[1]
     dtype = torch.float64 if batches[0].x.dtype == torch.float64 else torch.float32
-    running = reference.RunningStatistics.initial(channels)
+    options = dict(options)
+    bounds, is_affine = options.pop("bounds", None), options.pop("affine", True)
+    is_tracking = options.pop("track_running_stats", True)
+    running = trained_statistics(channels) if bounds else reference.RunningStatistics.initial(channels)
     outcomes = []
     for batch in batches:
         weight = bias = None
-        if options.get("affine", True):
+        if is_affine:
             weight, bias = (p.double().requires_grad_() for p in parameters(channels, dtype))
         x = batch.x.double().detach().requires_grad_()
-        y = reference.batch_norm(
-            x,
-            weight,
-            bias,
-            mask=batch.mask,
-            eps=options.get("eps", 1e-5),
-            momentum=options.get("momentum", 0.1),
-            running=running if options.get("track_running_stats", True) else None,
-        )
+        if bounds is None:
+            kept = running if is_tracking else None
+            y = reference.batch_norm(x, weight, bias, mask=batch.mask, running=kept, **options)
+        else:
+            r_max, d_max = bounds
+            y = reference.batch_renorm(
+                x, weight, bias, mask=batch.mask, running=running, r_max=r_max, d_max=d_max, **options
+            )
         y.backward(batch.cotangent.double())
         buffers = {}
-        if options.get("track_running_stats", True):
+        if is_tracking:
             buffers = {
                 "running_mean": running.mean,
                 "running_var": running.var,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
+from syncnorm import SyncBatchNorm
 from syncnorm.testing import TOLERANCES
 from tests.distributed.steps import (
     Batch,
@@ -138,3 +140,32 @@ def test_float64_at_large_means(pool, sizes, ratio, bound):
     batch = Batch.random((sum(sizes), 3, 6, 6), torch.float64, mean=ratio, std=1.0)
     by_rank = run_steps(pool(len(sizes)), [batch], sizes)
     check_against_oracle(by_rank, [batch], sizes, factor=bound / sum(TOLERANCES[torch.float64]))
+
+
+def _pooled_variance(sizes: list[int], tail: tuple[int, ...], channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's unbiased float32 variance of shards about 1e4, 1e4 + 2, 1e4 - 1, and this rank's shard."""
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(sizes[rank], *tail, generator=generator) + 1e4 + (0.0, 2.0, -1.0)[rank]
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    layer = SyncBatchNorm(tail[0], momentum=1.0)
+    layer(x)
+    assert layer.running_var is not None
+    return layer.running_var, x
+
+
+@pytest.mark.parametrize(
+    ("tail", "channels_last", "bound"),
+    [((32, 56, 56), False, 1e-5), ((32, 56, 56), True, 5e-5), ((512, 7, 7), False, 1e-5), ((512, 7, 7), True, 5e-5)]
+    + [((64,), False, 5e-5)],
+    ids=str,
+)
+def test_float32_variance_at_large_means(pool, tail, channels_last, bound):
+    """mean/std = 1e4, pooled over three uneven workers of different means: the worst channel."""
+    sizes = [8000, 1, 3000] if len(tail) == 1 else [9, 1, 4]
+    answers = pool(3).run(_pooled_variance, sizes, tail, channels_last)
+    whole = torch.cat([x for _, x in answers]).double()
+    truth = whole.var([0, *range(2, whole.ndim)], correction=1)
+    for var, _ in answers:
+        assert ((var.double() - truth).abs() / truth).max() <= bound

@@ -140,7 +140,10 @@ INPUT_ERRORS = [
         "`momentum` must be in [0, 1], or None for a cumulative average, got 1.5",
     ),
     (lambda: SyncBatchNorm(3, momentum=-0.1), "got -0.1"),
-    (lambda: SyncBatchNorm(3, sync="always"), '`sync` must be "batch" or "none", got \'always\''),
+    (
+        lambda: SyncBatchNorm(3, sync="always"),
+        '`sync` must be "batch" or "running" or "lagged" or "none", got \'always\'',
+    ),
     (
         lambda: SyncBatchNorm(3)(torch.randn(3)),
         "`x` must have 2 or more dimensions (N, C, *S), got 1 (shape (3,))",
@@ -210,8 +213,16 @@ def test_one_warning_per_layer():
 
 
 def test_public_names():
-    assert syncnorm.__all__ == ["SyncBatchNorm", "debug", "functional", "prepare_ddp", "scale_loss"]
-    assert functional.__all__ == ["sync_batch_norm"]
+    assert syncnorm.__all__ == [
+        "RenormSchedule",
+        "SyncBatchNorm",
+        "SyncBatchRenorm",
+        "debug",
+        "functional",
+        "prepare_ddp",
+        "scale_loss",
+    ]
+    assert functional.__all__ == ["sync_batch_norm", "sync_batch_renorm"]
 
 
 def test_import_brings_torch_and_nothing_else_heavy():

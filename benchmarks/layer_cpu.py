@@ -1,0 +1,87 @@
+"""Forward and backward of one layer on a CPU, 2 gloo workers with one thread each.
+
+    python -m benchmarks.layer_cpu [rounds]
+
+Compares, in interleaved rounds on the same data: torch.nn.BatchNorm (local statistics), SyncBatchNorm without
+and with its two messages, and a pooled layer written with plain differentiable operators.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from benchmarks import paired
+from benchmarks.plain_layer import PlainSyncBatchNorm
+from syncnorm import SyncBatchNorm
+
+SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (16, 512, 7, 7), (200_000, 64)]
+WORKERS = 2
+
+
+def _cases() -> list[tuple[tuple[int, ...], bool]]:
+    return [(shape, last) for shape in SHAPES for last in ([False, True] if len(shape) > 2 else [False])]
+
+
+def _candidates(x: Tensor, g: Tensor) -> dict:
+    channels = x.shape[1]
+    local = nn.BatchNorm2d(channels) if x.ndim == 4 else nn.BatchNorm1d(channels)
+    layers = {
+        "local": local,
+        "ours, no messages": SyncBatchNorm(channels, sync="none"),
+        "ours": SyncBatchNorm(channels),
+        "plain": PlainSyncBatchNorm(channels),
+    }
+
+    def step(layer: nn.Module) -> None:
+        x.grad = None
+        layer(x).backward(g)
+
+    return {name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}
+
+
+def _worker(rank: int, folder: str, rounds: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS)
+    for shape, channels_last in _cases():
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        faults = paired.page_faults()
+        seconds = paired.rounds(_candidates(x, torch.randn_like(x)), rounds)
+        faults = paired.page_faults() - faults
+        if rank == 0:
+            _print_row(shape, channels_last, seconds, faults)
+    dist.destroy_process_group()
+
+
+def _print_row(shape: tuple[int, ...], channels_last: bool, seconds: dict[str, list[float]], faults: int) -> None:
+    to_local = [paired.ratio(seconds[name], seconds["local"]) for name in ("ours, no messages", "ours", "plain")]
+    plain_to_ours = paired.ratio(seconds["plain"], seconds["ours"])
+    layout = "channels last" if channels_last else "contiguous"
+    cells = [str(shape), layout, *map(str, to_local), str(plain_to_ours), str(faults)]
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def main() -> None:
+    paired.fix_allocator()
+    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 31
+    print(f"{WORKERS} workers, one thread each, {rounds} rounds; median ratio [95 % interval]")
+    print(f"torch {torch.__version__}; {paired.settings()}")
+    print(
+        "| shape per worker | layout | ours without messages / local | ours / local | plain / local | plain / ours | page faults |"
+    )
+    print("|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (folder, rounds), nprocs=WORKERS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""What the documents say can be run runs, and what they name exists."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+BIN = Path(sys.executable).parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def _run(command: list[str], cwd: Path) -> str:
+    done = subprocess.run(
+        [str(BIN / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_readme_example_runs_as_it_stands(tmp_path):
+    (example,) = _blocks("python")
+    assert len(example.strip().splitlines()) <= 14
+    (tmp_path / "example.py").write_text(example)
+    out = _run(["torchrun", "--nproc-per-node", "2", "example.py"], tmp_path)
+    first, second = sorted(re.findall(r"^\d tensor\(.*?\)", out, flags=re.DOTALL | re.MULTILINE))
+    assert first.removeprefix("0") == second.removeprefix("1")
+
+
+def _training_commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in _blocks("console") for line in block.splitlines()]
+    commands = [line for line in lines if "digits" in line]
+    assert len(commands) == 4
+    return commands
+
+
+@pytest.mark.parametrize("command", _training_commands())
+def test_the_readme_commands_run(command, tmp_path):
+    """As they stand, but for one epoch and a folder of their own."""
+    short = ["train.epochs=1", f"run_dir={tmp_path}"]
+    out = _run([*shlex.split(command), *short], ROOT)
+    assert re.search(r"^test accuracy \d+\.\d\d %$", out, flags=re.MULTILINE)
+
+
+def test_the_tests_that_prove_guarantees_exist():
+    named = re.findall(r"`(tests/\S+?\.py)(?:::(\w+))?`", README)
+    assert len(named) >= 10
+    for file, function in named:
+        assert f"def {function}" in (ROOT / file).read_text(), (file, function)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_links_and_files_exist(document):
+    text = document.read_text()
+    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
+        assert (document.parent / target).exists(), target
+    for path in re.findall(r"`((?:syncnorm|tests|benchmarks|configs|launch|docs|docker)/[\w./-]+\.\w+)", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["functional", "layers", "comm.exchange"])
+def test_docstring_examples(name):
+    results = doctest.testmod(
+        importlib.import_module(f"syncnorm.{name}"), extraglobs={"torch": importlib.import_module("torch")}
+    )
+    assert results.attempted > 0
+    assert results.failed == 0

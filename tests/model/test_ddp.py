@@ -1,0 +1,92 @@
+"""prepare_ddp and scale_loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncnorm import SyncBatchNorm, prepare_ddp, scale_loss
+from syncnorm.comm import exchange
+
+
+def _scaled(counts: list[int]) -> tuple[float, list[tuple[str, int]]]:
+    with exchange.record() as exchanges:
+        loss = scale_loss(torch.tensor(3.0), counts[dist.get_rank()])
+    return loss.item(), [(e.kind, e.numel) for e in exchanges]
+
+
+@pytest.mark.parametrize("counts", [[4, 4], [1, 3], [0, 5], [2, 0, 4], [0, 0]], ids=str)
+def test_scale_loss(pool, counts):
+    total = sum(counts)
+    for rank, (loss, exchanges) in enumerate(pool(len(counts)).run(_scaled, counts)):
+        assert loss == pytest.approx(3.0 * counts[rank] * len(counts) / total if total else 0.0)
+        assert exchanges == [("count", 1)]
+
+
+def test_scale_loss_alone_is_the_loss():
+    loss = torch.tensor(3.0, requires_grad=True)
+    assert scale_loss(loss, 5) is loss
+
+
+def _buffers_under_ddp(prepare: bool, sync: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Running means after preparing and after two training steps, with start values that differ by rank."""
+    rank = dist.get_rank()
+    model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync=sync), nn.Linear(4, 1))
+    model[1].running_mean.fill_(rank + 1.0)
+    if prepare:
+        assert prepare_ddp(model) is model
+    wrapped = DistributedDataParallel(model)
+    start = [b.clone() for b in model.buffers()]
+    for step in range(2):
+        torch.manual_seed(10 * rank + step)
+        wrapped(torch.randn(5 + rank, 3)).square().mean().backward()
+    return start, [b.clone() for b in model.buffers()]
+
+
+def test_prepare_ddp_gives_all_workers_the_buffers_of_rank_zero_once(pool):
+    (start0, end0), (start1, end1) = pool(2).run(_buffers_under_ddp, True, "none")
+    assert all(torch.equal(a, b) for a, b in zip(start0, start1, strict=True))
+    assert not torch.equal(end0[0], end1[0]), "local statistics stay each worker's own"
+    # What DDP does to buffers by itself, and prepare_ddp keeps it from doing: rank 0's replace everyone's.
+    (_, end0), (_, end1) = pool(2).run(_buffers_under_ddp, False, "none")
+    drift = (end0[0] - end1[0]).abs().max()
+    (_, kept0), (_, kept1) = pool(2).run(_buffers_under_ddp, True, "none")
+    assert (kept0[0] - kept1[0]).abs().max() > drift * 1.01
+
+
+def test_pooled_buffers_stay_equal_under_ddp(pool):
+    for prepare in (True, False):
+        (_, end0), (_, end1) = pool(2).run(_buffers_under_ddp, prepare, "batch")
+        assert all(torch.equal(a, b) for a, b in zip(end0, end1, strict=True))
+
+
+def test_prepare_ddp_needs_no_group():
+    model = nn.Sequential(SyncBatchNorm(4))
+    assert prepare_ddp(model) is model
+
+
+def _gradients(counts: list[int]) -> list[torch.Tensor]:
+    """DDP's averaged gradients of a model with a layer in the middle, on shards that may be empty."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), SyncBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    x = torch.randn(sum(counts), 2, 4, 4, dtype=torch.float64)
+    y = torch.randn(sum(counts), 3, dtype=torch.float64)
+    if len(counts) > 1:
+        rank = dist.get_rank()
+        x, y = x.split(counts)[rank], y.split(counts)[rank]
+        model = DistributedDataParallel(prepare_ddp(model))
+    out = model(x)
+    loss = (out - y).square().mean() if len(x) else (out * 0.0).mean() if out.numel() else out.sum() * 0.0
+    scale_loss(loss, len(x)).backward()
+    return [p.grad for p in model.parameters()]
+
+
+@pytest.mark.parametrize("counts", [[3, 3], [5, 1], [6, 0], [0, 4, 2]], ids=str)
+def test_gradients_are_the_large_batchs(pool, counts):
+    whole = _gradients([sum(counts)])
+    for gradients in pool(len(counts)).run(_gradients, counts):
+        for got, expected in zip(gradients, whole, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
