@@ -3,13 +3,17 @@
 from syncnorm import functional
 from syncnorm.comm.guard import debug
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.model.accumulate import accumulate
 from syncnorm.model.ddp import prepare_ddp, scale_loss
 
 __all__ = [
+    "Lagged",
     "RenormSchedule",
     "SyncBatchNorm",
     "SyncBatchRenorm",
+    "accumulate",
     "debug",
     "functional",
     "prepare_ddp",

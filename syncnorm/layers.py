@@ -14,6 +14,7 @@ from syncnorm import functional, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import moments, renorm
+from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.ops import Statistic
@@ -70,10 +71,30 @@ class Unattached:
         pass
 
 
+def _settle(layer: SyncNorm, *args: object) -> None:
+    """Before a state dict is made: nothing may be under way."""
+    layer.statistics.settle()
+
+
+def _settle_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    """Before a state dict is loaded: one of a batch norm has no averages, so a lagged layer starts by pooling."""
+    layer.statistics.settle()
+    if layer.sync == "lagged" and f"{prefix}lagged_waits" not in state_dict:
+        for name in ("mean", "var", "gradient", "updates", "waits"):
+            buffer = layer.get_buffer(f"lagged_{name}")
+            is_one = name in ("var", "waits")
+            state_dict[f"{prefix}lagged_{name}"] = torch.ones_like(buffer) if is_one else torch.zeros_like(buffer)
+
+
 class SyncNorm(_BatchNorm):
     """What SyncBatchNorm and SyncBatchRenorm share; abstract."""
 
     statistics: StatisticsSource
+    lagged_mean: Tensor
+    lagged_var: Tensor
+    lagged_gradient: Tensor
+    lagged_updates: Tensor
+    lagged_waits: Tensor
 
     def __init__(
         self,
@@ -85,15 +106,21 @@ class SyncNorm(_BatchNorm):
         process_group: groups.Group | None,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        sync: str,
+        sync: str | Lagged,
     ) -> None:
         functional.check_hyperparameters(num_features, eps, momentum)
+        self.lagged = sync if isinstance(sync, Lagged) else Lagged()
+        sync = "lagged" if isinstance(sync, Lagged) else sync
         functional.check_choice("sync", sync, ("batch", "running", "lagged", "none"))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.process_group = process_group
         self.sync = sync
+        if sync == "lagged":
+            self._register_averages(device)
         self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
         self._has_warned = False
+        self.register_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_pre_hook(_settle_and_fill)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
@@ -119,7 +146,16 @@ class SyncNorm(_BatchNorm):
             self._update_running_var(batch, factor)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sync={self.sync!r}"
+        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}"
+
+    def _register_averages(self, device: torch.device | str | None) -> None:
+        """What `sync="lagged"` carries from step to step; see syncnorm.model.lagged."""
+        wide = {"dtype": torch.float64, "device": device}
+        self.register_buffer("lagged_mean", torch.zeros(self.num_features, **wide))
+        self.register_buffer("lagged_var", torch.ones(self.num_features, **wide))
+        self.register_buffer("lagged_gradient", torch.zeros(2, self.num_features, **wide))
+        self.register_buffer("lagged_updates", torch.zeros(2, dtype=torch.int64, device=device))
+        self.register_buffer("lagged_waits", torch.ones((), dtype=torch.bool, device=device))
 
     def _begin_training_forward(self) -> None:
         """Look at the running statistics before the batch enters them; no exchange has been made."""
@@ -166,7 +202,8 @@ class SyncBatchNorm(SyncNorm):
         device, dtype: of parameters and buffers.
         sync: "batch" pools the statistics of each batch; "running" normalises by the local batch and pools the
             running statistics of all layers in one hidden exchange; "lagged" normalises by an average of pooled
-            statistics one step old; "none" keeps everything local. "running" and "lagged" need `prepare_ddp`.
+            statistics one step old (a `Lagged` changes its rates and guard); "none" keeps everything local.
+            "running" and "lagged" need `prepare_ddp`.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -191,7 +228,7 @@ class SyncBatchNorm(SyncNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
-        sync: str = "batch",
+        sync: str | Lagged = "batch",
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
 
@@ -254,7 +291,7 @@ class SyncBatchRenorm(SyncNorm):
         *,
         schedule: Schedule = RenormSchedule(),  # noqa: B008 frozen
         running_average: str = "std",
-        sync: str = "batch",
+        sync: str | Lagged = "batch",
     ) -> None:
         if not track_running_stats:
             raise InputError(

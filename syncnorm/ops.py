@@ -36,8 +36,7 @@ def pooled_sums(x: Tensor, mask: Tensor | None, group: groups.Group | None) -> T
     with torch.no_grad():
         sums = kernels.local_moments(x.detach(), mask)
         if mask is not None:
-            is_valid = ((mask >= 0) & mask.isfinite()).all()
-            sums[-1] = torch.where(is_valid, sums[-1], torch.nan)
+            sums[-1] = torch.where(is_valid(mask).all(), sums[-1], torch.nan)
         exchange.sum_(sums, group, "moments")
         # Looked at by all workers alike: whether somebody has a mask is known to that worker alone.
         if (sums.device.type == "cpu" or guard.is_debug()) and sums[-1].isnan():
@@ -45,11 +44,16 @@ def pooled_sums(x: Tensor, mask: Tensor | None, group: groups.Group | None) -> T
         return sums
 
 
+def is_valid(mask: Tensor) -> Tensor:
+    """Which weights are weights: finite and >= 0."""
+    return (mask >= 0) & mask.isfinite()
+
+
 def _raise_fault(mask: Tensor | None, group: groups.Group | None, device: torch.device) -> None:
     """Find out together whose mask is at fault, and raise the same error everywhere."""
     report = torch.zeros(1 + _MAX_DIMS, dtype=torch.float64)
     if mask is not None:
-        wrong = mask[~((mask >= 0) & mask.isfinite())]
+        wrong = mask[~is_valid(mask)]
         report[0] = wrong[0] if wrong.numel() else 0.0
         report[1 : 1 + mask.ndim] = torch.tensor(mask.shape)
     reports = exchange.gather(report.to(device), group, "fault").tolist()

@@ -90,6 +90,75 @@ def batch_renorm(
     return _affine(xhat, weight, bias)
 
 
+class LaggedBatchNorm:
+    """`sync="lagged"` in one process: normalisation by averages of the statistics of earlier batches.
+
+        y = (x - m) / sqrt(v + eps) * weight + bias
+        dx = weight / sqrt(v + eps) * (g - w (a + xhat b)),   xhat = (x - m) / sqrt(v + eps)
+
+    m, v: average of the batch moments up to the last step; a, b: average of mean g and mean g xhat up to the last
+    step. A step whose `waits` is set (the first, and any after a drift) uses its own batch instead, as batch norm
+    does. Call `step` once between steps; until then nothing moves.
+    """
+
+    def __init__(self, channels: int, forward_rate: float, backward_rate: float, max_drift: float, eps: float) -> None:
+        self.forward_rate, self.backward_rate, self.max_drift, self.eps = forward_rate, backward_rate, max_drift, eps
+        self.running = RunningStatistics.initial(channels)
+        self.waits = True
+        self.average: tuple[Tensor, Tensor] | None = None
+        self.gradient: tuple[Tensor, Tensor] | None = None
+        self._batch: tuple[Tensor, Tensor, Tensor] | None = None
+        self._seen: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = x.double()
+        n, mean, var = moments(x, mask)
+        self._batch = (n, mean.detach(), var.detach())
+        if not self.waits:
+            assert self.average is not None
+            mean, var = self.average
+        xhat = (x - _channels(mean, x)) / (_channels(var, x) + self.eps).sqrt()
+        if not self.waits:
+            xhat = self._correct_gradient(xhat, weight, mask)
+        y = _affine(xhat, weight, bias)
+        if y.requires_grad:
+            y.register_hook(lambda g: self._see(g, xhat.detach(), n))
+        return y
+
+    def step(self, momentum: float = 0.1) -> None:
+        """Let the averages and the running statistics follow the last batch."""
+        assert self._batch is not None
+        n, mean, var = self._batch
+        if n > 0:
+            _update(self.running, n, mean, var, momentum)
+            rate = 1.0 if self.average is None else self.forward_rate
+            m, v = self.average or (mean, var)
+            m, v = m + rate * (mean - m), v + rate * (var - v)
+            self.average = (m, v)
+            distance = (mean - m).abs() / (v + self.eps).sqrt()
+            ratio = ((var + self.eps) / (v + self.eps)).log().abs() / 2
+            self.waits = bool(torch.maximum(distance, ratio).max() > self.max_drift)
+        if self._seen is not None and n > 0:
+            rate = 1.0 if self.gradient is None else self.backward_rate
+            a, b = self.gradient or self._seen
+            self.gradient = (a + rate * (self._seen[0] - a), b + rate * (self._seen[1] - b))
+        self._batch = self._seen = None
+
+    def _correct_gradient(self, xhat: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
+        """xhat itself, whose gradient is lessened by weight * w * (a + xhat b)."""
+        assert self.gradient is not None
+        a, b = (_channels(t, xhat) for t in self.gradient)
+        w = torch.ones_like(xhat) if mask is None else mask.double()
+        lessening = _channels(weight.detach().double(), xhat) * w * (a + xhat.detach() * b)
+        through = xhat * 1.0
+        through.register_hook(lambda g: g - lessening)
+        return through
+
+    def _see(self, g: Tensor, xhat: Tensor, n: Tensor) -> None:
+        dims = [0, *range(2, g.ndim)]
+        self._seen = (g.sum(dims) / n, (g * xhat).sum(dims) / n)
+
+
 def batch_norm_inference(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, running: RunningStatistics, eps: float = 1e-5
 ) -> Tensor:

@@ -19,7 +19,7 @@ class Exchange(NamedTuple):
     """One message as its sender saw it."""
 
     kind: str
-    """What it carried: "moments", "gradients", "fault", "count"."""
+    """What it carried: "moments", "gradients", "fault", "count"; "all moments", "all gradients" of a model."""
     numel: int
     """How many float64 numbers."""
     seconds: float
@@ -59,6 +59,38 @@ def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tensor:
     dist.all_reduce(message, group=group)
     _note(kind, message, start)
     return message
+
+
+class Pending:
+    """A sum under way. Copies and pickles as its result."""
+
+    def __init__(self, message: Tensor, work: dist.Work | None) -> None:
+        self._message = message
+        self._work = work
+
+    def wait(self) -> Tensor:
+        """The sum over the group; on CUDA ordered before what the current stream does next."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._message
+
+    def __getstate__(self) -> dict[str, Tensor | None]:
+        return {"_message": self.wait(), "_work": None}
+
+
+def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Pending:
+    """Begin to sum `message` (float64) over `group`; it must be left alone until waited for.
+
+    *Collectives*: one asynchronous all-reduce of `message.numel()` float64 numbers; every member must call.
+    """
+    if group is None:
+        return Pending(message, None)
+    assert message.dtype == torch.float64
+    start = time.perf_counter()
+    work = dist.all_reduce(message, group=group, async_op=True)
+    _note(kind, message, start)
+    return Pending(message, work)
 
 
 def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tensor:

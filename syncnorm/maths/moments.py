@@ -59,6 +59,14 @@ def of_sums(sums: Tensor) -> Moments:
     return Moments(count, mean, m2)
 
 
+def merge(a: Moments, b: Moments) -> Moments:
+    """The moments of two batches together. Chan, Golub and LeVeque 1979, eq. 2.1."""
+    count = a.count + b.count
+    share = b.count * reciprocal(count)
+    delta = b.mean - a.mean
+    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta.square() * a.count * share)
+
+
 def average_factor(num_batches_tracked: Tensor | None, batch: Moments, momentum: float | None) -> float | Tensor:
     """Count the batch (in place, unless it is empty), and give the weight of its statistics in the running ones.
 

@@ -7,15 +7,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.comm import exchange, groups
-from syncnorm.layers import SyncBatchNorm
+from syncnorm.layers import SyncNorm, Unattached
+from syncnorm.model.lagged import PooledLagged
+from syncnorm.model.running import PooledRunning
 
 
 def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> nn.Module:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
-    Makes the process groups that statistics travel on, gives every worker rank 0's buffers once, and keeps
-    the buffers of our layers out of the broadcast that DDP makes before each forward: they are equal by
-    construction where statistics are pooled, and each worker's own where they are not.
+    Makes the process groups that statistics travel on, attaches layers with `sync="running"` or "lagged" to
+    each other and to the forward of `model`, gives every worker rank 0's buffers once, and keeps the buffers of
+    our layers out of the broadcast that DDP makes before each forward: they are equal by construction where
+    statistics are pooled, and each worker's own where they are not.
 
     *Collectives*: one broadcast per buffer, and one group creation per set of ranks. Every worker must call.
 
@@ -26,10 +29,11 @@ def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> 
     Returns:
         `model`.
     """
-    ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncBatchNorm)}
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
     for layer in ours.values():
-        if layer.sync == "batch":
+        if layer.sync != "none":
             groups.statistics_group(layer.process_group)
+    _attach(model, ours)
     if not groups.is_initialized():
         return model
     for buffer in model.buffers():
@@ -40,6 +44,17 @@ def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> 
         names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     )
     return model
+
+
+def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
+    """Introduce the layers that act together to each other: those of one mode and one process group."""
+    together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
+    for name, layer in layers.items():
+        if isinstance(layer.statistics, Unattached):
+            members = tuple(groups.ranks(groups.statistics_group(layer.process_group)))
+            together.setdefault((layer.sync, members), {})[name] = layer
+    for (sync, _), some in together.items():
+        (PooledRunning if sync == "running" else PooledLagged)(some).attach(model)
 
 
 def scale_loss(loss: Tensor, local_count: int, process_group: groups.Group | None = None) -> Tensor:

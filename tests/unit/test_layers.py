@@ -214,9 +214,11 @@ def test_one_warning_per_layer():
 
 def test_public_names():
     assert syncnorm.__all__ == [
+        "Lagged",
         "RenormSchedule",
         "SyncBatchNorm",
         "SyncBatchRenorm",
+        "accumulate",
         "debug",
         "functional",
         "prepare_ddp",

@@ -1,0 +1,83 @@
+"""Several forwards, one update of the running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.errors import InputError
+from syncnorm.layers import StatisticsSource, SyncNorm
+from syncnorm.maths.moments import Moments, merge
+from syncnorm.model.running import PooledRunning
+from syncnorm.ops import Statistic
+
+
+class Accumulating:
+    """Takes a layer's statistics from where they came from before, and merges what it should record."""
+
+    def __init__(self, source: StatisticsSource) -> None:
+        self.source = source
+        self.total: Moments | None = None
+
+    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+        return self.source.take(layer, x, mask)
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        self.total = statistic.batch if self.total is None else merge(self.total, statistic.batch)
+
+    def settle(self) -> None:
+        self.source.settle()
+
+
+@contextmanager
+def accumulate(model: nn.Module) -> Iterator[None]:
+    """Within the block, any number of training forwards of `model` make one update of the running statistics.
+
+    The update is that of all micro-batches as one batch: moments merged by count over rounds and workers, made
+    at the end of the block. Each forward still normalises by its own batch; renormalisation's r and d refer to
+    the running statistics, and its schedule to the clock, as they were before the block. If the block raises,
+    no update is made.
+
+    *Collectives*: those of the forwards; for layers with `sync="running"` or "lagged" one flat exchange at the
+    end of the block in place of one per forward. Every worker must use the block alike.
+
+    Args:
+        model: the model whose layers are meant; one given to prepare_ddp if it has "running" or "lagged" layers.
+
+    Raises:
+        InputError: the model is already accumulating.
+
+    Example:
+        >>> from syncnorm import SyncBatchNorm
+        >>> layer = SyncBatchNorm(3)
+        >>> with accumulate(layer):
+        ...     for micro_batch in torch.randn(4, 8, 3):
+        ...         _ = layer(micro_batch)
+        >>> int(layer.num_batches_tracked)
+        1
+    """
+    layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
+    together = {id(m.statistics): m.statistics for m in layers if isinstance(m.statistics, PooledRunning)}
+    if any(isinstance(m.statistics, Accumulating) for m in layers) or any(p.is_held for p in together.values()):
+        raise InputError("`model` must not be accumulating already, got one within its own block. Use one block.")
+    alone = {m: Accumulating(m.statistics) for m in layers if id(m.statistics) not in together}
+    for layer, accumulating in alone.items():
+        layer.statistics = accumulating
+    for pool in together.values():
+        pool.is_held = True
+    try:
+        yield
+        with torch.no_grad():
+            for layer, accumulating in alone.items():
+                if accumulating.total is not None:
+                    layer.update_running(accumulating.total)
+        for pool in together.values():
+            pool.launch()
+    finally:
+        for layer, accumulating in alone.items():
+            layer.statistics = accumulating.source
+        for pool in together.values():
+            pool.is_held = False
