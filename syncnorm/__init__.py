@@ -7,6 +7,7 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.accumulate import accumulate
 from syncnorm.model.ddp import prepare_ddp, scale_loss
+from syncnorm.model.recalibrate import recalibrate
 
 __all__ = [
     "Lagged",
@@ -17,6 +18,7 @@ __all__ = [
     "debug",
     "functional",
     "prepare_ddp",
+    "recalibrate",
     "scale_loss",
 ]
 __version__ = "0.1.0"

@@ -94,8 +94,11 @@ class PooledRunning:
                 self.launch()
 
     def _trains(self) -> bool:
-        """The layers are asked, not the model: a wrapper's own flag says nothing."""
-        return any(layer.training for layer in self.layers.values())
+        """The layers are asked, not the model: a wrapper's own flag says nothing.
+
+        A layer that somebody else has lent another source does not act for us.
+        """
+        return any(layer.training and layer.statistics is self for layer in self.layers.values())
 
     def _leave_sums(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         """This batch's local sums, which are added to the layer's; a layer used twice gets one merged update."""

@@ -222,6 +222,7 @@ def test_public_names():
         "debug",
         "functional",
         "prepare_ddp",
+        "recalibrate",
         "scale_loss",
     ]
     assert functional.__all__ == ["sync_batch_norm", "sync_batch_renorm"]

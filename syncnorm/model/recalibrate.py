@@ -1,0 +1,236 @@
+"""Population statistics for evaluation, from data: exact, whatever worker holds which batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import ops
+from syncnorm.comm import exchange, groups
+from syncnorm.errors import FaultError, InputError
+from syncnorm.layers import SyncBatchRenorm, SyncNorm
+from syncnorm.maths import kernels
+from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.ops import PooledMeans, Statistic
+
+
+@torch.no_grad()
+def recalibrate(
+    model: nn.Module, batches: Iterable[Any], *, process_group: groups.Group | None = None, mix: float = 1.0
+) -> nn.Module:
+    """Replace the running statistics by those of the data: every batch of every worker, weighted by count.
+
+        running <- (1 - mix) * running + mix * population        population: mean, and m2 / (n - 1)
+
+    For weights that the running statistics have not followed (averaged, pruned, quantised, loaded ones) and for
+    calibration to a new domain at test time (mix < 1).
+
+    *Statistics*: each layer sees every batch as training would give it with local statistics, renormalisation
+    off, dropout and the like as in evaluation. Its sums over all batches are added up in float64, so the result
+    depends on the set of batches, not on which worker had them, to rounding.
+
+    *Collectives*: one all-reduce at the end. Every worker of `process_group` must call, with any number of
+    batches, also none. All end with the same bits.
+
+    Args:
+        model: changed in place: running statistics of BatchNorm layers, ours and torch's, that keep them. Layers
+            that are in evaluation mode while `model` trains are frozen and left alone. Parameters, counters,
+            modes and gradients stay as they are.
+        batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list whose first
+            element is the input.
+        process_group: the workers whose batches count; None: all of them.
+        mix: weight of the new statistics, in (0, 1].
+
+    Returns:
+        `model`.
+
+    Raises:
+        InputError: `mix` is out of range, there is no layer to recalibrate, or a layer is torch's SyncBatchNorm,
+            which exchanges at every forward.
+        FaultError: no worker had a batch, or the forward failed on another one (the failing one raises its own
+            error); on all workers, and nothing was changed.
+
+    Example:
+        >>> from syncnorm import SyncBatchNorm
+        >>> layer = SyncBatchNorm(1)
+        >>> _ = recalibrate(layer, [torch.tensor([[1.0], [3.0]]), torch.tensor([[8.0]])])
+        >>> layer.running_mean.tolist(), layer.running_var.tolist()
+        ([4.0], [13.0])
+
+    References:
+        Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3 (PreciseBN); Schneider et
+        al., arXiv:2006.16971, for mix < 1. Deviation: moments are merged by count, not averaged over batches.
+    """
+    if not 0 < mix <= 1:
+        raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
+    layers = _layers(model)
+    group = groups.statistics_group(process_group)
+    sums, failure = _collect(model, layers, batches)
+    population = _pool(sums, failure, group)
+    for layer, batch in zip(layers, population, strict=True):
+        _blend(layer, batch, mix)
+    return model
+
+
+def _layers(model: nn.Module) -> list[_BatchNorm]:
+    layers = [
+        m
+        for m in model.modules()
+        if isinstance(m, _BatchNorm) and m.running_mean is not None and (m.training or not model.training)
+    ]
+    if not layers:
+        raise InputError(
+            f"`model` must have a BatchNorm layer that keeps running statistics and is not frozen, got none in "
+            f"{type(model).__name__}. Layers in evaluation mode within a model in training mode are frozen."
+        )
+    if groups.is_shared() and any(isinstance(m, nn.SyncBatchNorm) for m in layers):
+        raise InputError(
+            "`model` must not contain torch.nn.SyncBatchNorm on several workers, got one. It exchanges at every "
+            "forward, which workers with different numbers of batches do not make alike. Use syncnorm.SyncBatchNorm."
+        )
+    return layers
+
+
+def _collect(
+    model: nn.Module, layers: list[_BatchNorm], batches: Iterable[Any]
+) -> tuple[list[Tensor], Exception | None]:
+    """The raw sums of each layer over this worker's batches, and what went wrong, for all to know."""
+    sums = [torch.zeros(2 * m.num_features + 1, dtype=torch.float64, device=_mean(m).device) for m in layers]
+    with ExitStack() as stack:
+        stack.enter_context(_modes(model, layers))
+        for layer, total in zip(layers, sums, strict=True):
+            stack.enter_context((_own if isinstance(layer, SyncNorm) else _foreign)(layer, total.add_))
+        try:
+            for batch in batches:
+                _forward(model, batch)
+        except Exception as error:  # carried to the other workers, then raised
+            return sums, error
+    return sums, None
+
+
+def _forward(model: nn.Module, batch: Any) -> None:
+    if isinstance(batch, Mapping):
+        model(**batch)
+    else:
+        model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+@contextmanager
+def _modes(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
+    """The layers in training mode, everything else in evaluation mode."""
+    before = {m: m.training for m in model.modules()}
+    model.eval()
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for m, training in before.items():
+            m.training = training
+
+
+class _Recording:
+    """Local statistics, whose sums are kept."""
+
+    def __init__(self, keep: Callable[[Tensor], object]) -> None:
+        self.keep = keep
+
+    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+        sums = ops.pooled_sums(x, mask, None)
+        self.keep(sums)
+        batch = of_sums(sums)
+        return Statistic(batch, PooledMeans(batch.count, None), is_pooled=False)
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        pass
+
+    def settle(self) -> None:
+        pass
+
+
+@contextmanager
+def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
+    layer.statistics.settle()
+    source, layer.statistics = layer.statistics, _Recording(keep)
+    schedule = getattr(layer, "schedule", None)
+    with _buffers_put_back(layer):
+        if isinstance(layer, SyncBatchRenorm):
+            # Renormalisation off, and nothing of the old statistics must come through, not even NaN.
+            layer.schedule = RenormSchedule.constant(1.0, 0.0)
+            layer.reset_running_stats()
+        try:
+            yield
+        finally:
+            layer.statistics = source
+            if isinstance(layer, SyncBatchRenorm) and schedule is not None:
+                layer.schedule = schedule
+
+
+@contextmanager
+def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
+    """Torch's layer normalises by its batch in training mode, but also moves its buffers."""
+
+    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keep(kernels.local_moments(args[0], None))
+
+    hook = layer.register_forward_pre_hook(look)
+    with _buffers_put_back(layer):
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@contextmanager
+def _buffers_put_back(layer: _BatchNorm) -> Iterator[None]:
+    before = [b.clone() for b in layer.buffers(recurse=False)]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(layer.buffers(recurse=False), before, strict=True):
+            buffer.copy_(value)
+
+
+def _pool(sums: list[Tensor], failure: Exception | None, group: groups.Group | None) -> list[Moments]:
+    """The moments over all workers; or the same end for all of them."""
+    members = groups.ranks(group)
+    failures = torch.zeros(len(members), dtype=torch.float64, device=sums[0].device)
+    failures[members.index(groups.rank(group))] = failure is not None
+    message = exchange.sum_(torch.cat([*(s.to(sums[0].device) for s in sums), failures]), group, "population")
+    *pooled, failures = message.split([*(s.numel() for s in sums), len(members)])
+    if failure is not None:
+        raise failure
+    failed = [rank for rank, has in zip(members, failures.tolist(), strict=True) if has]
+    if failed:
+        raise FaultError(
+            f"`batches` must pass through the model on every worker, got an error on rank(s) {failed}. "
+            "Nothing was changed; see the error there."
+        )
+    population = [of_sums(s) for s in pooled]
+    if all(batch.count == 0 for batch in population):
+        raise FaultError("`batches` must hold data on at least one worker, got none. Nothing was changed.")
+    return population
+
+
+def _blend(layer: _BatchNorm, batch: Moments, mix: float) -> None:
+    values = ((_mean(layer), batch.mean, batch.count > 0), (_var(layer), batch.m2 / (batch.count - 1), batch.count > 1))
+    for running, value, is_known in values:
+        # At mix = 1 nothing of the old value must come through, not even NaN.
+        mixed = value if mix == 1 else (1 - mix) * running.double() + mix * value
+        running.copy_(torch.where(is_known, mixed, running.double()))
+
+
+def _mean(layer: _BatchNorm) -> Tensor:
+    assert layer.running_mean is not None
+    return layer.running_mean
+
+
+def _var(layer: _BatchNorm) -> Tensor:
+    assert layer.running_var is not None
+    return layer.running_var

@@ -1,0 +1,151 @@
+"""recalibrate gives the population statistics of all batches of all workers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp, recalibrate
+from syncnorm.comm import exchange
+from syncnorm.errors import FaultError, InputError
+from syncnorm.reference import moments
+from syncnorm.testing import assert_close
+
+KINDS = {
+    "torch": lambda c: nn.BatchNorm1d(c),
+    "batch": lambda c: SyncBatchNorm(c),
+    "running": lambda c: SyncBatchNorm(c, sync="running"),
+    "lagged": lambda c: SyncBatchNorm(c, sync="lagged"),
+    "renorm": lambda c: SyncBatchRenorm(c, schedule=RenormSchedule.constant(3.0, 5.0)),
+}
+
+
+def _model(kind: str) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), KINDS[kind](4), nn.Dropout(0.5), nn.ReLU(), nn.Linear(4, 5), KINDS[kind](5)]
+    return prepare_ddp(nn.Sequential(*layers).double())
+
+
+def _batches() -> list[Tensor]:
+    g = torch.Generator().manual_seed(3)
+    return [torch.randn(n, 3, generator=g, dtype=torch.float64) * (i + 1) + i for i, n in enumerate((5, 2, 9, 4, 3))]
+
+
+def _expected() -> list[tuple[Tensor, Tensor]]:
+    """Each batch normalised by itself, then all activations in front of a layer taken together."""
+    model = _model("torch")
+    seen = [[], []]
+    with torch.no_grad():
+        for x in _batches():
+            first = model[0](x)
+            seen[0].append(first)
+            # A linear layer of zero-mean features: its output is what the second layer sees.
+            normalised = model[1].train()(first)
+            seen[1].append(model[4](torch.relu(normalised)))
+    answers = []
+    for parts in seen:
+        n, mean, var = moments(torch.cat(parts))
+        answers.append((mean, var * n / (n - 1)))
+    return answers
+
+
+def _recalibrated(kind: str, shares: list[list[int]], mix: float, training: bool) -> tuple[dict, list, list[bool]]:
+    model = _model(kind).train(training)
+    model[1].running_var.fill_(float("nan") if mix == 1 else 1.0)
+    mine = [_batches()[i] for i in shares[dist.get_rank()]]
+    with exchange.record() as record:
+        assert recalibrate(model, ([x, "label"] for x in mine), mix=mix) is model
+    return dict(model.state_dict()), [e.kind for e in record], [m.training for m in model.modules()]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shares", [[[0, 1, 2, 3, 4]], [[4, 0], [3, 1, 2]], [[2], [], [0, 1, 3, 4]]], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_population_statistics_whoever_has_which_batch(pool, kind, shares, training):
+    expected = _expected()
+    answers = pool(len(shares)).run(_recalibrated, kind, shares, 1.0, training)
+    fresh = _model("torch").state_dict()
+    for state, kinds, modes in answers:
+        assert all(torch.equal(v, answers[0][0][k]) for k, v in state.items()), "the same bits everywhere"
+        for name, (mean, var) in zip(("1", "5"), expected, strict=True):
+            assert_close(state[f"{name}.running_mean"], mean, torch.float64, "mean")
+            assert_close(state[f"{name}.running_var"], var, torch.float64, "var")
+            assert int(state[f"{name}.num_batches_tracked"]) == 0
+        assert all(torch.equal(state[k], v) for k, v in fresh.items() if "running" not in k), "parameters stay"
+        assert kinds == (["population"] if len(shares) > 1 else [])
+        assert modes == [training] * len(modes)
+
+
+@pytest.mark.parametrize("kind", ["torch", "batch"])
+def test_mix_blends_old_and_new(pool, kind):
+    (state, _, _), (other, _, _) = pool(2).run(_recalibrated, kind, [[4, 0], [3, 1, 2]], 0.25, False)
+    mean, var = _expected()[0]
+    assert_close(state["1.running_mean"], 0.25 * mean, torch.float64, "mean")
+    assert_close(state["1.running_var"], 0.75 + 0.25 * var, torch.float64, "var")
+    assert torch.equal(state["1.running_var"], other["1.running_var"])
+
+
+def test_frozen_layers_are_left_alone():
+    model = _model("batch").train()
+    model[1].eval()
+    recalibrate(model, _batches())
+    assert torch.equal(model[1].running_mean, torch.zeros(4).double())
+    assert not torch.equal(model[5].running_mean, torch.zeros(5).double())
+    assert not model[1].training
+
+
+def test_inputs_as_mappings():
+    layer = SyncBatchNorm(3).double()
+    recalibrate(layer, [{"x": x, "mask": torch.ones(len(x), 1)} for x in _batches()])
+    assert_close(layer.running_mean, torch.cat(_batches()).mean(0), torch.float64, "mean")
+
+
+def _failing(bad_rank: int) -> tuple[str, bool]:
+    model = _model("batch")
+    batches = _batches()
+    if dist.get_rank() == bad_rank:
+        batches[2] = batches[2][:, :2]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        recalibrate(model, batches)
+        message = "no error"
+    except (FaultError, RuntimeError) as error:
+        message = str(error)
+    return message, all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
+
+
+def test_a_failing_worker_stops_all_and_nothing_is_changed(pool):
+    answers = pool(3).run(_failing, 1)
+    assert [is_unchanged for _, is_unchanged in answers] == [True] * 3
+    assert answers[0] == answers[2]
+    assert "got an error on rank(s) [1]. Nothing was changed" in answers[0][0]
+    assert "shapes cannot be multiplied" in answers[1][0]
+
+
+def _without_data() -> str:
+    try:
+        recalibrate(_model("running"), [])
+        return "no error"
+    except FaultError as error:
+        return str(error)
+
+
+def test_no_data_anywhere(pool):
+    answers = pool(2).run(_without_data)
+    assert answers == ["`batches` must hold data on at least one worker, got none. Nothing was changed."] * 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: recalibrate(nn.BatchNorm1d(3), [], mix=0.0), r"`mix` must be in \(0, 1\], got 0.0"),
+        (lambda: recalibrate(nn.BatchNorm1d(3), [], mix=float("nan")), r"`mix` must be in \(0, 1\], got nan"),
+        (lambda: recalibrate(nn.Linear(3, 3), []), "got none in Linear"),
+        (lambda: recalibrate(nn.BatchNorm1d(3, track_running_stats=False), []), "got none in BatchNorm1d"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(InputError, match=message):
+        call()

@@ -1,0 +1,341 @@
+"""sync="running": one hidden exchange per training forward; buffers are those of the pooled data."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, reference
+from syncnorm.comm import exchange
+from syncnorm.errors import FaultError, InputError
+from syncnorm.testing import assert_close, shard
+
+KINDS = {
+    "norm": lambda channels: SyncBatchNorm(channels, sync="running", dtype=torch.float64),
+    "renorm": lambda channels: SyncBatchRenorm(
+        channels, schedule=RenormSchedule.constant(2.0, 1.0), sync="running", dtype=torch.float64
+    ),
+}
+
+
+def _batch(size: int, seed: int, channels: int = 4) -> Tensor:
+    """Samples that differ in mean, so that shards are not alike."""
+    g = torch.Generator().manual_seed(seed)
+    offset = torch.linspace(-3, 3, max(size, 1), dtype=torch.float64)[:size].view(-1, 1, 1)
+    return torch.randn(size, channels, 5, generator=g, dtype=torch.float64) + offset
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def _train(kind: str, batches: list[Tensor], sizes: tuple[int, ...], layers: int) -> tuple[dict, list]:
+    rank = dist.get_rank()
+    model = nn.Sequential(*(KINDS[kind](4) for _ in range(layers)))
+    wrapped = DistributedDataParallel(prepare_ddp(model))
+    with exchange.record() as record:
+        for batch in batches:
+            wrapped(batch.split(list(sizes))[rank]).square().mean().nan_to_num().backward()
+    return _state(model), [(e.kind, e.numel) for e in record]
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+@pytest.mark.parametrize("sizes", [(6, 2), (5, 1, 2), (8, 0)], ids=str)
+def test_one_exchange_per_training_forward_however_many_layers(pool, sizes, layers):
+    batches = [_batch(8, seed) for seed in range(3)]
+    for _, exchanges in pool(len(sizes)).run(_train, "norm", batches, sizes, layers):
+        assert exchanges == [("all moments", layers * 9 + len(sizes))] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sizes", [(6, 2), (5, 1, 2), (0, 8)], ids=str)
+def test_buffers_are_the_total_variance_and_equal_to_the_bit(pool, sizes, kind):
+    """Total variance: within plus between workers. The mean of local variances would be far off here."""
+    batches = [_batch(8, seed) for seed in range(3)]
+    running = reference.RunningStatistics.initial(4)
+    for batch in batches:
+        if kind == "norm":
+            reference.batch_norm(batch, running=running)
+        else:
+            reference.batch_renorm(batch, running=running, r_max=2.0, d_max=1.0)
+    answers = [state for state, _ in pool(len(sizes)).run(_train, kind, batches, sizes, 1)]
+    for state in answers:
+        assert all(torch.equal(state[k], v) for k, v in answers[0].items())
+        assert_close(state["0.running_mean"], running.mean, torch.float64, "running_mean")
+        assert_close(state["0.running_var"], running.var, torch.float64, "running_var")
+        assert int(state["0.num_batches_tracked"]) == 3
+    local = torch.stack([b.split(list(sizes))[0].var((0, 2)) for b in batches if sizes[0]]) if sizes[0] else None
+    if local is not None and kind == "norm":
+        assert (local.mean(0) < 0.9 * batches[0].var((0, 2))).all(), "the shards must differ for this to say anything"
+
+
+def test_the_forward_is_that_of_the_local_layer(pool):
+    batch = _batch(8, 0)
+    for rank, y in enumerate(pool(2).run(_forward, shard(batch, (6, 2)))):
+        assert_close(y, reference.batch_norm(batch.split([6, 2])[rank]), torch.float64, "y")
+
+
+def _forward(shards: list[Tensor]) -> Tensor:
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
+    return model(shards[dist.get_rank()]).detach()
+
+
+def _staleness() -> list[list[float]]:
+    """The running mean as seen in the buffer and then in a state dict, after each of three forwards."""
+    layer = KINDS["norm"](1)
+    model = prepare_ddp(nn.Sequential(layer))
+    seen = []
+    for step in range(3):
+        model(_batch(4, step, 1) + dist.get_rank())
+        seen.append([layer.running_mean.item()])
+    seen[-1].append(model.state_dict()["0.running_mean"].item())
+    return seen
+
+
+def test_the_buffers_lack_exactly_one_forward(pool):
+    running = reference.RunningStatistics.initial(1)
+    expected = [0.0]
+    for step in range(3):
+        batch = _batch(4, step, 1)
+        reference.batch_norm(torch.cat([batch, batch + 1]), running=running)
+        expected.append(running.mean.item())
+    for seen in pool(2).run(_staleness):
+        assert [s[0] for s in seen] == pytest.approx(expected[:3], rel=1e-12)
+        assert seen[-1][1] == pytest.approx(expected[3], rel=1e-12)
+
+
+def _patterns(name: str) -> tuple[dict, int]:
+    """One way of training with three micro-batches; the state and the number of exchanges."""
+    rank = dist.get_rank()
+    x = [_batch(5, 10 * seed + rank) for seed in range(3)]
+    layer = KINDS["renorm"](4)
+    model = prepare_ddp(nn.Sequential(layer))
+    weight = torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with exchange.record() as record:
+        if name == "plain" or name == "gradient accumulation":
+            for each in x:
+                (model(each) * weight).mean().backward()
+        elif name == "forwards first":
+            sum((model(each) * weight).mean() for each in x).backward()
+        elif name == "without backward":
+            for each in x:
+                model(each)
+        elif name == "checkpoint":
+            for each in x:
+                leaf = each.clone().requires_grad_()
+                (checkpoint(model, leaf, use_reentrant=False) * weight).mean().backward()
+        elif name == "reentrant checkpoint":
+            for each in x:
+                leaf = each.clone().requires_grad_()
+                (checkpoint(model, leaf, use_reentrant=True) * weight).mean().backward()
+        elif name == "evaluation between, on one worker":
+            for each in x:
+                (model(each) * weight).mean().backward()
+                if rank == 0:
+                    model.eval()(each)
+                    model.train()
+    state = _state(model)
+    state["grad"] = layer.weight.grad.clone() if layer.weight.grad is not None else torch.zeros(())
+    return state, len(record)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gradient accumulation",
+        "forwards first",
+        "without backward",
+        "checkpoint",
+        "reentrant checkpoint",
+        "evaluation between, on one worker",
+    ],
+)
+def test_every_pattern_gives_the_plain_ones_buffers(pool, name):
+    plain = pool(2).run(_patterns, "plain")
+    for (state, exchanges), (expected, _) in zip(pool(2).run(_patterns, name), plain, strict=True):
+        assert exchanges == 3
+        for key, value in expected.items():
+            if key != "grad" or name != "without backward":
+                torch.testing.assert_close(state[key], value, rtol=1e-13, atol=1e-14, msg=lambda m, k=key: f"{k} {m}")
+
+
+def _used_twice() -> Tensor:
+    layer = KINDS["norm"](4)
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.layer(a) + self.layer(b)
+
+    model = prepare_ddp(Twice())
+    rank = dist.get_rank()
+    model(_batch(3, rank), _batch(3, 10 + rank))
+    state = model.state_dict()
+    return torch.cat([state["layer.running_mean"], state["layer.running_var"], state["layer.num_batches_tracked"].view(1)])
+
+
+def test_a_layer_used_twice_gets_one_merged_update(pool):
+    running = reference.RunningStatistics.initial(4)
+    reference.batch_norm(torch.cat([_batch(3, s) for s in (0, 1, 10, 11)]), running=running)
+    for got in pool(2).run(_used_twice):
+        assert_close(got, torch.cat([running.mean, running.var, torch.ones(1).double()]), torch.float64, "buffers")
+
+
+def _called_by_parts() -> str:
+    model = nn.Sequential(nn.Sequential(KINDS["norm"](4)), nn.Identity())
+    prepare_ddp(model)
+    try:
+        model[0](_batch(3, 0))
+        return "no error"
+    except InputError as error:
+        return str(error)
+
+
+def test_a_model_called_by_its_parts_is_noticed(pool):
+    answers = pool(2).run(_called_by_parts)
+    assert answers == [answers[0]] * 2
+    assert "got a direct call of layer '0.0'. Call the model itself" in answers[0]
+
+
+def _bad_mask(bad_rank: int) -> list[str]:
+    layer = KINDS["norm"](4)
+    model = prepare_ddp(_Masked(layer))
+    messages = []
+    for step in range(2):
+        mask = torch.ones(3, 1, 5)
+        if step == 0 and dist.get_rank() == bad_rank:
+            mask[1] = -1.0
+        try:
+            y = model(_batch(3, step), mask)
+            messages.append(f"fine {bool(y.isfinite().all())}")
+        except FaultError as error:
+            messages.append(str(error))
+    model(_batch(3, 5), None)
+    return [*messages, str(int(model.state_dict()["layer.num_batches_tracked"]))]
+
+
+class _Masked(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.layer(x, mask)
+
+
+def test_a_bad_mask_is_raised_by_all_when_the_message_has_arrived(pool):
+    answers = pool(3).run(_bad_mask, 1)
+    assert answers == [answers[0]] * 3
+    first, second, updates = answers[0]
+    assert first == "fine True"
+    assert "got others in the last training forward on rank(s) [1]." in second
+    assert updates == "1", "the faulty forward leaves no trace, and work goes on"
+
+
+def test_a_copy_has_the_update_that_was_under_way():
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
+    model(_batch(6, 0))
+    other = copy.deepcopy(model)
+    assert int(other[0].num_batches_tracked) == 0
+    expected = model.state_dict()
+    assert all(torch.equal(v, expected[k]) for k, v in other.state_dict().items())
+    other(_batch(6, 1))
+    assert int(other.state_dict()["0.num_batches_tracked"]) == 2
+    assert int(model.state_dict()["0.num_batches_tracked"]) == 1
+
+
+def test_loading_drops_what_was_under_way():
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
+    start = _state(model)
+    model(_batch(6, 0))
+    model.load_state_dict(start)
+    assert all(torch.equal(v, start[k]) for k, v in model.state_dict().items())
+
+
+def test_a_forward_that_raises_leaves_no_trace():
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4), nn.Linear(7, 2)))
+    with pytest.raises(RuntimeError):
+        model(_batch(6, 0))
+    model[1] = nn.Identity()
+    model(_batch(6, 1))
+    running = reference.RunningStatistics.initial(4)
+    reference.batch_norm(_batch(6, 1), running=running)
+    assert_close(model.state_dict()["0.running_mean"], running.mean, torch.float64, "running_mean")
+
+
+def _accumulated(sync: str, rounds: int) -> tuple[dict, list[str]]:
+    """Micro-batches of one global batch, cut by rank and round."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(2.0, 1.0), sync=sync, dtype=torch.float64)
+    model = prepare_ddp(nn.Sequential(layer))
+    pieces = _batch(12, 3).tensor_split(rounds * world)
+    with exchange.record() as record:
+        with accumulate(model):
+            before = layer.running_mean.clone()
+            for i in range(rounds):
+                model(pieces[i * world + rank]).square().mean().backward()
+                assert torch.equal(layer.running_mean, before)
+        kinds = [e.kind for e in record]
+    return _state(model), kinds
+
+
+@pytest.mark.parametrize("sync", ["batch", "running", "lagged"])
+@pytest.mark.parametrize("rounds", [1, 3, 5])
+def test_accumulate_gives_one_exact_update(pool, rounds, sync):
+    running = reference.RunningStatistics.initial(4)
+    reference.batch_renorm(_batch(12, 3), running=running, r_max=2.0, d_max=1.0)
+    for state, kinds in pool(2).run(_accumulated, sync, rounds):
+        assert_close(state["0.running_mean"], running.mean, torch.float64, "running_mean")
+        assert_close(state["0.running_var"], running.var, torch.float64, "running_var")
+        assert int(state["0.num_batches_tracked"]) == 1
+        assert kinds.count("all moments") == (0 if sync == "batch" else 1)
+
+
+def test_accumulate_alone_and_when_it_fails():
+    layer = SyncBatchNorm(4, dtype=torch.float64)
+    with accumulate(layer):
+        for piece in _batch(8, 0).split([5, 3]):
+            layer(piece)
+    running = reference.RunningStatistics.initial(4)
+    reference.batch_norm(_batch(8, 0), running=running)
+    assert_close(layer.running_var, running.var, torch.float64, "running_var")
+    state = _state(layer)
+    with pytest.raises(KeyError), accumulate(layer):
+        layer(_batch(5, 1))
+        raise KeyError
+    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+    with accumulate(layer), pytest.raises(InputError, match="must not be accumulating already"):
+        with accumulate(layer):
+            pass
+
+
+def _checkpointed(reentrant: bool | None, make: str) -> list[Tensor]:
+    """Gradients and buffers of a pooled layer, with and without activation checkpointing."""
+    layer = {
+        "norm": lambda: SyncBatchNorm(4, dtype=torch.float64),
+        "renorm": lambda: SyncBatchRenorm(4, schedule=RenormSchedule.constant(1.5, 0.5), dtype=torch.float64),
+    }[make]()
+    for step in range(3):
+        x = _batch(4, step + 10 * dist.get_rank()).requires_grad_()
+        y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+        cotangent = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        y.backward(cotangent)
+    return [x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()]
+
+
+@pytest.mark.parametrize("make", ["norm", "renorm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_updates_once_and_changes_no_bit(pool, reentrant, make):
+    """Also the test of the undocumented torch function that says whether a forward is being repeated."""
+    plain = pool(2).run(_checkpointed, None, make)
+    for got, expected in zip(pool(2).run(_checkpointed, reentrant, make), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
