@@ -131,13 +131,11 @@ class LaggedBatchNorm:
         n, mean, var = self._batch
         if n > 0:
             _update(self.running, n, mean, var, momentum)
-            rate = 1.0 if self.average is None else self.forward_rate
             m, v = self.average or (mean, var)
-            m, v = m + rate * (mean - m), v + rate * (var - v)
-            self.average = (m, v)
             distance = (mean - m).abs() / (v + self.eps).sqrt()
             ratio = ((var + self.eps) / (v + self.eps)).log().abs() / 2
             self.waits = bool(torch.maximum(distance, ratio).max() > self.max_drift)
+            self.average = (m + self.forward_rate * (mean - m), v + self.forward_rate * (var - v))
         if self._seen is not None and n > 0:
             rate = 1.0 if self.gradient is None else self.backward_rate
             a, b = self.gradient or self._seen

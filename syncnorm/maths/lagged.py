@@ -4,8 +4,8 @@
     backward  mean g, g xhat   <- mean g, g xhat   + backward_rate * (pooled of the last step - mean g, g xhat)
     drift     = max over channels of |pooled mean - mean| / sqrt(var + eps) and |log((pooled var + eps) / (var + eps))| / 2
 
-A layer whose drift exceeds `max_drift` waits for pooling in the next step. All of it is computed from pooled
-numbers, so all workers decide alike.
+The drift is that of a step's pooled moments from the average which that step used. A layer whose drift exceeds
+`max_drift` waits for pooling in the next step. All of it is computed from pooled numbers, so all workers decide alike.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Lagged:
     Args:
         forward_rate: weight of the newest pooled moments in their average, in (0, 1].
         backward_rate: weight of the newest pooled gradient means in theirs, in (0, 1].
-        max_drift: distance between the last pooled moments and their average, in standard deviations or half
-            log-ratios of variance, beyond which a layer waits for pooling in the next step; >= 0. 0 always
-            waits, infinity never does.
+        max_drift: distance of a step's pooled moments from the average that it used, in standard deviations or
+            half log-ratios of variance, beyond which a layer waits for pooling in the next step; >= 0.
+            Infinity turns the guard off.
 
     Raises:
         InputError: a value is out of range.

@@ -143,16 +143,14 @@ class PooledLagged(PooledRunning):
 
 
 def _follow_moments(layer: SyncNorm, batch: Moments) -> None:
-    """Move the average moments towards the pooled ones, and decide whether the layer waits."""
-    is_new = batch.count > 0
-    rate = _rate(layer, 0, layer.lagged.forward_rate)
+    """Decide by the average that the last step used whether the next one waits, then let the average follow."""
+    is_new, is_first = batch.count > 0, layer.lagged_updates[0] == 0
     mean, var = layer.lagged_mean.double(), layer.lagged_var.double()
-    mean = torch.where(is_new, mean + rate * (batch.mean - mean), mean)
-    var = torch.where(is_new, var + rate * (batch.var - var), var)
-    layer.lagged_mean.copy_(mean)
-    layer.lagged_var.copy_(var)
     has_drifted = lagged.drift(batch, mean, var, layer.eps) > layer.lagged.max_drift
-    layer.lagged_waits.copy_(torch.where(is_new, has_drifted, layer.lagged_waits))
+    layer.lagged_waits.copy_(torch.where(is_new, has_drifted & ~is_first, layer.lagged_waits))
+    rate = _rate(layer, 0, layer.lagged.forward_rate)
+    layer.lagged_mean.copy_(torch.where(is_new, mean + rate * (batch.mean - mean), mean))
+    layer.lagged_var.copy_(torch.where(is_new, var + rate * (batch.var - var), var))
     layer.lagged_updates[0] += is_new
 
 
