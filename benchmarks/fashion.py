@@ -47,6 +47,8 @@ def of_labels(labels: Tensor, wanted: tuple[int, ...]) -> Tensor:
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """How many of these the model, in evaluation mode, gets right."""
     model.eval()
-    right = sum(int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True))
+    right = sum(
+        int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(1000), labels.split(1000), strict=True)
+    )
     model.train()
     return right

@@ -73,7 +73,9 @@ def main() -> None:
     print("|---|---|---|", flush=True)
     for name, (norm, parts) in ROWS.items():
         accuracies = [train(norm, parts, seed, data) for seed in range(seeds)]
-        print(f"| {name} | {statistics.mean(accuracies):.1f} | {', '.join(f'{a:.1f}' for a in accuracies)} |", flush=True)
+        print(
+            f"| {name} | {statistics.mean(accuracies):.1f} | {', '.join(f'{a:.1f}' for a in accuracies)} |", flush=True
+        )
 
 
 if __name__ == "__main__":

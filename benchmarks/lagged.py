@@ -87,7 +87,9 @@ def _worker(rank: int, folder: str, root: str, seeds: int, names: list[str]) -> 
             each = ", ".join(f"{a:.1f}" for a in accuracies)
             waiting = statistics.mean(w for _, w in results)
             seconds = (time.perf_counter() - start) / seeds
-            print(f"| {name} | {statistics.mean(accuracies):.1f} | {each} | {waiting:.0f} % | {seconds:.0f} |", flush=True)
+            print(
+                f"| {name} | {statistics.mean(accuracies):.1f} | {each} | {waiting:.0f} % | {seconds:.0f} |", flush=True
+            )
     dist.destroy_process_group()
 
 

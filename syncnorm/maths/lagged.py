@@ -2,7 +2,8 @@
 
     forward   mean, var        <- mean, var        + forward_rate  * (pooled of the last step - mean, var)
     backward  mean g, g xhat   <- mean g, g xhat   + backward_rate * (pooled of the last step - mean g, g xhat)
-    drift     = max over channels of |pooled mean - mean| / sqrt(var + eps) and |log((pooled var + eps) / (var + eps))| / 2
+    drift     = max over channels of |pooled mean - mean| / sqrt(var + eps)
+                and of |log((pooled var + eps) / (var + eps))| / 2
 
 The drift is that of a step's pooled moments from the average which that step used. A layer whose drift exceeds
 `max_drift` waits for pooling in the next step. All of it is computed from pooled numbers, so all workers decide alike.

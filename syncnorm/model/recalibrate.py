@@ -105,7 +105,8 @@ def _collect(
     with ExitStack() as stack:
         stack.enter_context(_modes(model, layers))
         for layer, total in zip(layers, sums, strict=True):
-            stack.enter_context((_own if isinstance(layer, SyncNorm) else _foreign)(layer, total.add_))
+            is_own = isinstance(layer, SyncNorm)
+            stack.enter_context(_own(layer, total.add_) if is_own else _foreign(layer, total.add_))
         try:
             for batch in batches:
                 _forward(model, batch)

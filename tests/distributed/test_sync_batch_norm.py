@@ -157,8 +157,13 @@ def _pooled_variance(sizes: list[int], tail: tuple[int, ...], channels_last: boo
 
 @pytest.mark.parametrize(
     ("tail", "channels_last", "bound"),
-    [((32, 56, 56), False, 1e-5), ((32, 56, 56), True, 5e-5), ((512, 7, 7), False, 1e-5), ((512, 7, 7), True, 5e-5)]
-    + [((64,), False, 5e-5)],
+    [
+        ((32, 56, 56), False, 1e-5),
+        ((32, 56, 56), True, 5e-5),
+        ((512, 7, 7), False, 1e-5),
+        ((512, 7, 7), True, 5e-5),
+        ((64,), False, 5e-5),
+    ],
     ids=str,
 )
 def test_float32_variance_at_large_means(pool, tail, channels_last, bound):

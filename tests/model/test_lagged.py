@@ -27,9 +27,7 @@ class ReferenceNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, dtype=torch.float64))
         self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float64))
-        self.rule = LaggedBatchNorm(
-            channels, OPTIONS.forward_rate, OPTIONS.backward_rate, OPTIONS.max_drift, eps=1e-5
-        )
+        self.rule = LaggedBatchNorm(channels, OPTIONS.forward_rate, OPTIONS.backward_rate, OPTIONS.max_drift, eps=1e-5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.rule(x, self.weight, self.bias, mask)
