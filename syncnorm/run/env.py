@@ -1,0 +1,86 @@
+"""The one place where the environment is read and written.
+
+torchrun, our own launcher and Ray all say the same way which worker a process is: RANK, WORLD_SIZE,
+LOCAL_RANK and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed itself.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from syncnorm.errors import ConfigError
+
+_RUN_FOLDER = "SYNCNORM_RUN_FOLDER"
+_LAUNCHER = "SYNCNORM_LAUNCHER_PID"
+
+# glibc hands blocks above 32 MiB back to the system and gets them zeroed again at each call, which is most of
+# the time of a CPU operator on outputs of that size. It reads these when a process starts, so only a launcher
+# can set them.
+_MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "17179869184",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a launcher told this process.
+
+    Args:
+        rank: number of this worker among all.
+        world_size: how many there are.
+        local_rank: number of this worker on its machine.
+        local_world_size: how many are on its machine.
+        run_folder: the run's folder, if our own launcher made it.
+        launcher_pid: our own launcher, if that is what started this process.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    run_folder: Path | None = None
+    launcher_pid: int | None = None
+
+
+def read_launched() -> Launched | None:
+    """Say which worker this process is; None if it is not one.
+
+    Raises:
+        ConfigError: the environment says so only in part.
+    """
+    if "RANK" not in os.environ:
+        return None
+    folder = os.environ.get(_RUN_FOLDER)
+    return Launched(
+        rank=_number("RANK"),
+        world_size=_number("WORLD_SIZE"),
+        local_rank=_number("LOCAL_RANK"),
+        local_world_size=_number("LOCAL_WORLD_SIZE"),
+        run_folder=Path(folder) if folder else None,
+        launcher_pid=_number(_LAUNCHER) if _LAUNCHER in os.environ else None,
+    )
+
+
+def set_for_workers(run_folder: Path) -> None:
+    """Set what the workers that this process starts shall find in their environment.
+
+    What is set already stays, except for what must be so.
+    """
+    for name, value in {"OMP_NUM_THREADS": "1", **_MALLOC}.items():
+        os.environ.setdefault(name, value)
+    # With gloo, workers that are started again would otherwise find the addresses of their predecessors.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    os.environ[_RUN_FOLDER] = str(run_folder)
+    os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise ConfigError(
+            f"environment variable {name} must be a number where RANK is set, got {text!r}. "
+            "Start workers with torchrun, or unset RANK."
+        )
+    return int(text)

@@ -1,0 +1,1 @@
+"""The trainer: configuration, data, models, and the loop over them."""

@@ -1,0 +1,173 @@
+"""Finding, reading, overriding and checking a configuration."""
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config import Config
+from syncnorm.train.config_file import find_config, load_config
+from syncnorm.train.strict_yaml import dump
+
+GOOD = """
+model: {name: digits_resnet}
+data: {name: digits}
+train: {epochs: 2, global_batch: 64, lr: 1e-1}
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_defaults(config_path):
+    config = load_config(str(config_path))
+    assert config.train.lr == 0.1
+    assert (config.norm.name, config.norm.sync) == ("sync_batch_norm", "batch")
+    assert config.launch.workers == 1
+
+
+def test_a_config_is_frozen(config_path):
+    with pytest.raises(ValidationError):
+        load_config(str(config_path)).train.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_every_key_has_a_description():
+    for section in [Config, *(field.annotation for field in Config.model_fields.values())]:
+        for name, field in getattr(section, "model_fields", {}).items():
+            assert field.description, name
+
+
+def test_overrides(config_path):
+    config = load_config(
+        str(config_path), ["train.lr=1e-3", "norm.sync=none", "run_dir=a=b", "train.seed=1", "train.seed=2"]
+    )
+    assert config.train.lr == 0.001
+    assert config.norm.sync == "none"
+    assert config.run_dir == "a=b"
+    assert config.train.seed == 2
+
+
+def test_a_resolved_config_is_a_config(config_path, tmp_path):
+    config = load_config(str(config_path), ["train.weight_decay=1e-7"])
+    (tmp_path / "resolved.yaml").write_text(dump(config.model_dump()))
+    assert load_config(str(tmp_path / "resolved.yaml")) == config
+
+
+@pytest.mark.parametrize("source", ["digits", "digits.yaml"])
+def test_packed_configs_are_found_by_name(source, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config(source).data.name == "digits"
+
+
+def test_a_file_goes_before_a_packed_config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits.yaml").write_text(GOOD)
+    assert load_config("digits.yaml").train.epochs == 2
+
+
+def test_every_packed_config_is_valid_and_starts_with_its_command():
+    folder = find_config("digits").parent
+    for path in folder.glob("*.yaml"):
+        load_config(str(path))
+        assert path.read_text().startswith(f"# syncnorm train configs/{path.name}\n")
+
+
+BAD_TEXTS = [
+    ("", r"must be a mapping of sections, got None"),
+    ("[1, 2]", r"must be a mapping of sections, got \[1, 2\]"),
+    ("just words", r"must be a mapping of sections, got 'just words'"),
+    ("model: {name: digits_resnet}", r"2 problems\n  `data` is missing\n  `train` is missing"),
+    (GOOD.replace("1e-1", "fast"), r"`train.lr` must be a valid number, got 'fast'"),
+    (GOOD.replace("1e-1", '"0.1"'), r"`train.lr` must be a valid number, got '0.1'"),
+    (GOOD.replace("1e-1", "0"), r"`train.lr` must be greater than 0, got 0"),
+    (GOOD.replace("1e-1", ".nan"), r"`train.lr` must be a finite number, got nan"),
+    (GOOD.replace("1e-1", ".inf"), r"`train.lr` must be a finite number, got inf"),
+    (GOOD.replace("1e-1", ""), r"`train.lr` must be a valid number, got None"),
+    (GOOD.replace("epochs: 2", "epochs: 2.5"), r"`train.epochs` must be a valid integer, got 2.5"),
+    (GOOD.replace("epochs: 2", "epochs: true"), r"`train.epochs` must be a valid integer, got True"),
+    (GOOD.replace("epochs: 2", "epoch: 2"), r"`train.epochs` is missing\n.*`train.epoch` is not a key.*`train.epochs`"),
+    (GOOD.replace("name: digits}", "name: [digits]}"), r"`data.name` must be a valid string, got \['digits'\]"),
+    (GOOD.replace("name: digits}", "name: digit}"), r"`data.name` must be one of .*digits.*, got 'digit'"),
+    (
+        GOOD.replace("digits_resnet", "resnet18"),
+        r"`model.name` must be one of .*got 'resnet18'.*is 'resnet18_c",
+    ),
+    (GOOD.replace("data: {name: digits}", "data: digits"), r"`data` must be a section of .* lines, got 'digits'"),
+    (GOOD + "norm: off", r"`norm` must be a section of .* lines, got 'off'"),
+    (GOOD + "norm: {sync: all}", r"`norm.sync` must be 'batch' or 'none', got 'all'"),
+    (GOOD + "norm: {name: batch_norm, sync: batch}", r"`norm`: sync must be none with name batch_norm, got 'batch'"),
+    (GOOD + "norm: {momentum: 1.5}", r"`norm.momentum` must be less than or equal to 1, got 1.5"),
+    (GOOD + "launch: {workers: 0}", r"`launch.workers` must be greater than or equal to 1, got 0"),
+    (GOOD + "lr: 1", r"`lr` is not a key. The nearest key is `train.lr`"),
+    (GOOD + "run_dir: ''", r"`run_dir` must have at least 1 character, got ''"),
+    (GOOD + "data: {name: digits}", r"key 'data' is given twice \(line 5, column 1\)"),
+    (GOOD + "a: !!python/name:os.system", r"tag .*os.system is not allowed"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_TEXTS)
+def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.lrr=1", r"`train.lrr` is not a key. The nearest key is `train.lr`. \(from the command line\)"),
+        ("lr=1", r"`lr` is not a key. The nearest key is `train.lr`"),
+        ("trian.lr=1", r"`trian` is not a key. The nearest key is `train`"),
+        ("train.lr=-1", r"`train.lr` must be greater than 0, got -1 \(from the command line\)"),
+        ("train.lr=", r"`train.lr` must be a valid number, got None"),
+        ("train.lr.high=1", r"override 'train.lr.high=1': train.lr is not a section"),
+        ("train=1", r"`train` must be a section of .* lines, got 1"),
+        ("train.lr", r"override 'train.lr' must have the form section.key=value"),
+        ("=1", r"override '=1' must have the form section.key=value"),
+        ("train..lr=1", r"override 'train..lr=1' must have the form section.key=value"),
+        ("train.lr=[1]", r"override 'train.lr=\[1\]': the value must be a single value, got \[1\]"),
+        ("train.lr=a: b", r"override 'train.lr=a: b': the value must be a single value"),
+        ("train.lr=[", r"override 'train.lr=\[': "),
+        ("train.lr=!!float 1", r"override 'train.lr=!!float 1': tag .* is not allowed"),
+    ],
+)
+def test_a_bad_override_is_one_message_that_names_the_key(override, message, config_path):
+    with pytest.raises(ConfigError, match=message):
+        load_config(str(config_path), [override])
+
+
+def test_a_missing_file_names_itself_and_what_is_packed(tmp_path):
+    missing = str(tmp_path / "digits.yaml")
+    with pytest.raises(ConfigError, match=rf"no configuration '{missing}'. Packed ones, by name: .*digits"):
+        load_config(missing)
+
+
+def test_a_directory(tmp_path):
+    with pytest.raises(ConfigError, match=f"configuration '{tmp_path}' is a directory"):
+        load_config(str(tmp_path))
+
+
+def test_a_device():
+    with pytest.raises(ConfigError, match="configuration '/dev/null' is not a regular file"):
+        load_config("/dev/null")
+
+
+def test_not_text(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_bytes(b"model: \xff")
+    with pytest.raises(ConfigError, match=rf"{path}: not UTF-8 text \(byte 7\)"):
+        load_config(str(path))
+
+
+def test_not_a_page(tmp_path):
+    path: Path = tmp_path / "weights.yaml"
+    path.write_bytes(b" " * 1_000_001)
+    with pytest.raises(ConfigError, match=rf"{path}: larger than 1000000 bytes"):
+        load_config(str(path))

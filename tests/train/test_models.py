@@ -1,0 +1,89 @@
+"""The networks: their sizes, shapes and names."""
+
+import pytest
+import torch
+from torch import nn
+
+from syncnorm import SyncBatchNorm
+from syncnorm.train.config import NormSection
+from syncnorm.train.models import MODELS
+from syncnorm.train.norm import make_norm_layer
+
+
+def count(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "num_classes", "parameters"),
+    [
+        ("resnet18_cifar", 10, 11_173_962),
+        ("resnet18_imagenet", 1000, 11_689_512),
+        ("resnet50_imagenet", 1000, 25_557_032),
+        ("resnet50_cifar", 10, 23_520_842),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name, num_classes, parameters):
+    assert count(MODELS[name](in_channels=3, num_classes=num_classes, norm_layer=nn.BatchNorm2d)) == parameters
+
+
+@pytest.mark.parametrize("batch", [2, 0])
+@pytest.mark.parametrize(
+    ("name", "channels", "side"),
+    [
+        ("digits_resnet", 1, 8),
+        ("resnet18_cifar", 3, 32),
+        ("resnet18_imagenet", 3, 64),
+        ("resnet50_cifar", 3, 16),
+        ("resnet50_imagenet", 3, 64),
+    ],
+)
+def test_logits_also_of_an_empty_shard(name, channels, side, batch):
+    model = MODELS[name](in_channels=channels, num_classes=7, norm_layer=SyncBatchNorm)
+    logits = model(torch.randn(batch, channels, side, side))
+    assert logits.shape == (batch, 7)
+    logits.square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_side"),
+    [("resnet18_cifar", 4), ("resnet18_imagenet", 1), ("digits_resnet", 8)],
+)
+def test_resolution_of_the_last_stage(name, feature_side):
+    model = MODELS[name](in_channels=3, num_classes=2, norm_layer=nn.BatchNorm2d).eval()
+    sides = []
+    model.get_submodule(model.stages[-1]).register_forward_hook(lambda module, args, out: sides.append(out.shape[-1]))
+    model(torch.randn(1, 3, 32, 32))
+    assert sides == [feature_side]
+
+
+def test_names_are_those_of_torchvision():
+    model = MODELS["resnet50_imagenet"](in_channels=3, num_classes=1000, norm_layer=nn.BatchNorm2d)
+    names = set(model.state_dict())
+    assert len(names) == 320
+    assert {
+        "conv1.weight",
+        "bn1.running_var",
+        "layer1.0.downsample.0.weight",
+        "layer1.0.downsample.1.num_batches_tracked",
+        "layer3.5.conv3.weight",
+        "layer4.2.bn3.bias",
+        "fc.bias",
+    } <= names
+
+
+@pytest.mark.parametrize(
+    ("section", "kind", "sync"),
+    [
+        (NormSection(momentum=0.2, eps=1e-3), SyncBatchNorm, "batch"),
+        (NormSection(sync="none", momentum=0.2, eps=1e-3), SyncBatchNorm, "none"),
+        (NormSection(name="batch_norm", momentum=0.2, eps=1e-3), nn.BatchNorm2d, None),
+    ],
+)
+def test_norm_layers_are_those_of_the_config(section, kind, sync):
+    layer = make_norm_layer(section)(4)
+    assert type(layer) is kind
+    assert isinstance(layer, nn.BatchNorm2d | SyncBatchNorm)
+    assert (layer.num_features, layer.momentum, layer.eps) == (4, 0.2, 1e-3)
+    assert getattr(layer, "sync", None) == sync
