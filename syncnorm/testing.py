@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import tempfile
 import time
@@ -187,13 +188,15 @@ class RankPool:
 
 def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvous: str, timeout_seconds: float) -> None:
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, BrokenPipeError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, rendezvous, timeout, rank=rank, world_size=world_size)
         _answer(pipe, lambda: None)
         while True:
             message = pipe.recv_bytes()
             _answer(pipe, lambda message=message: _call(message))
+    # At an ordinary exit gloo's threads may outlive the interpreter and abort the process.
+    os._exit(0)
 
 
 def _call(message: bytes) -> Any:

@@ -32,17 +32,14 @@ def is_shared() -> bool:
     return is_initialized() and dist.get_world_size() > 1
 
 
-def statistics_group(
-    process_group: dist.ProcessGroup | None = None, *, timeout: timedelta | None = None
-) -> dist.ProcessGroup | None:
+def statistics_group(process_group: Group | None = None) -> Group | None:
     """The group over which statistics of `process_group` are pooled; None if there is nobody to pool with.
 
-    Made at the first call for a set of ranks, then kept. *Collectives*: the first call must be made by every
+    Made at the first call for a set of ranks, with the timeout of `process_group`, then kept. *Collectives*: the first call must be made by every
     member of `process_group` (and by no one else); later calls exchange nothing.
 
     Args:
         process_group: the ranks to pool over; None means the default group, or no group if there is none.
-        timeout: of a group made by this call; torch's default if None.
 
     Raises:
         InputError: a group was given although torch.distributed is not initialised, or this rank is not in it.
@@ -68,13 +65,19 @@ def statistics_group(
     if ranks not in groups:
         made = dist.new_group(
             list(ranks),
-            timeout=timeout,
+            timeout=_timeout(process_group or world),
             backend=dist.get_backend_config(process_group or world),
             use_local_synchronization=len(ranks) < dist.get_world_size(),
         )
         assert isinstance(made, dist.ProcessGroup)
         groups[ranks] = made
     return groups[ranks]
+
+
+def _timeout(group: Group) -> timedelta:
+    """How long the user wants to wait for others; torch would give a new group its own default of half an hour."""
+    # Not documented, and there is no other way to ask; a test notices if it changes.
+    return group._get_backend(group._device_types[0]).options._timeout  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def rank(group: Group | None) -> int:

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from syncnorm.comm import groups
 from syncnorm.errors import ConfigError
 from syncnorm.run.device import choose_device
 from syncnorm.run.env import Launched
@@ -74,8 +73,6 @@ def _join(config: Config, launched: Launched) -> Workers:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GROUP_TIMEOUT)
-    # Made here and not by the first layer, because a new group does not take over the timeout of another.
-    groups.statistics_group(timeout=GROUP_TIMEOUT)
     return Workers(launched.rank, launched.world_size, device)
 
 

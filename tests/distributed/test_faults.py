@@ -11,6 +11,7 @@ import torch.distributed as dist
 from syncnorm import SyncBatchNorm, debug
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
+from syncnorm.testing import RankPool
 
 
 def _with_bad_mask(value: float, bad_rank: int, others_have_masks: bool) -> tuple[str, bool, bool]:
@@ -156,6 +157,18 @@ def _statistics_groups() -> tuple[bool, bool, bool, int]:
 
 def test_statistics_have_one_group_of_their_own_per_set_of_ranks(pool):
     assert pool(2).run(_statistics_groups) == [(True, True, True, 2)] * 2
+
+
+def _timeouts() -> list[float]:
+    """Of the group that the pool was started with, and of the one for statistics."""
+    both = (dist.group.WORLD, groups.statistics_group())
+    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in both]
+
+
+def test_the_statistics_group_takes_over_the_timeout():
+    """Also the test of the undocumented way to ask for it."""
+    with RankPool(2, timeout_seconds=23.0) as ranks:
+        assert ranks.run(_timeouts) == [[23.0, 23.0]] * 2
 
 
 def _eval_is_silent() -> torch.Tensor:
