@@ -10,6 +10,7 @@ import typer
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import read_launched
 from syncnorm.run.local import LocalRunError, run_local
+from syncnorm.run.recalibrate import run_recalibrate
 from syncnorm.run.worker import run_worker
 from syncnorm.train.config_file import load_config
 
@@ -47,6 +48,18 @@ def train(
         run_local(checked, name, [config, *arguments])
     else:
         run_worker(checked, name, launched)
+
+
+@app.command()
+def recalibrate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
+) -> None:
+    """Replace a run's running statistics by those of its training set, in a new checkpoint beside the old one.
+
+    In this process, or as one worker of torchrun. The last line of standard output is the new checkpoint.
+    """
+    run_recalibrate(run, mix, read_launched())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -35,8 +35,10 @@ def is_shared() -> bool:
 def statistics_group(process_group: Group | None = None) -> Group | None:
     """The group over which statistics of `process_group` are pooled; None if there is nobody to pool with.
 
-    Made at the first call for a set of ranks, with the timeout of `process_group`, then kept. *Collectives*: the first call must be made by every
-    member of `process_group` (and by no one else); later calls exchange nothing.
+    Made at the first call for a set of ranks, with the timeout of `process_group`, then kept.
+
+    *Collectives*: the first call must be made by every member of `process_group` (and by no one else); later
+    calls exchange nothing.
 
     Args:
         process_group: the ranks to pool over; None means the default group, or no group if there is none.

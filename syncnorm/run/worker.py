@@ -53,7 +53,7 @@ def work(config: Config, name: str, launched: Launched) -> None:
     die_with_parent(launched.launcher_pid)
     # Ctrl-C ends a worker at once; as a KeyboardInterrupt it would wait for the message in flight.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    workers = _join(config, launched)
+    workers = join(config.launch.device, launched)
     folder = _agree(config, name, launched)
     position = Position()
     try:
@@ -68,12 +68,26 @@ def work(config: Config, name: str, launched: Launched) -> None:
     dist.destroy_process_group()
 
 
-def _join(config: Config, launched: Launched) -> Workers:
-    device = choose_device(config.launch.device, launched.local_rank, launched.local_world_size)
+def join(wanted_device: str, launched: Launched | None) -> Workers:
+    """Join the other workers, if there are any, in a default process group.
+
+    Args:
+        wanted_device: the configuration's `launch.device`.
+        launched: which worker this is; None: the only one.
+    """
+    rank, world_size, local = 0, 1, (0, 1)
+    if launched is not None:
+        rank, world_size, local = launched.rank, launched.world_size, (launched.local_rank, launched.local_world_size)
+    device = choose_device(wanted_device, *local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=GROUP_TIMEOUT)
-    return Workers(launched.rank, launched.world_size, device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if launched is None:
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+    else:
+        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
+    return Workers(rank, world_size, device)
 
 
 def _agree(config: Config, name: str, launched: Launched) -> Path:

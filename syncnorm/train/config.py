@@ -8,6 +8,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from syncnorm import RenormSchedule
 from syncnorm.train.data import DATASETS
 from syncnorm.train.models import MODELS
 from syncnorm.train.nearest import nearest
@@ -49,23 +50,60 @@ class DataSection(Section):
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(description="a data set of syncnorm.train.data")
 
 
+class RenormSection(Section):
+    """Batch renormalisation's bounds and their schedule."""
+
+    r_max: Finite = Field(default=3.0, ge=1, description="final bound of the scale's correction")
+    d_max: Finite = Field(default=5.0, ge=0, description="final bound of the mean's correction, in deviations")
+    warmup_steps: int | None = Field(
+        default=None, description="steps of plain batch normalisation; null, all three: the paper's, scaled to the run"
+    )
+    r_steps: int | None = Field(default=None, description="step at which r_max is reached")
+    d_steps: int | None = Field(default=None, description="step at which d_max is reached")
+    running_average: Literal["std", "var"] = Field(
+        default="std", description="std averages the standard deviation, as in the paper; var the unbiased variance"
+    )
+
+    @model_validator(mode="after")
+    def _makes_a_schedule(self) -> Self:
+        given = [step is not None for step in (self.warmup_steps, self.r_steps, self.d_steps)]
+        if any(given) and not all(given):
+            raise ValueError("warmup_steps, r_steps and d_steps must be given together, got some of them")
+        self.schedule(1)
+        return self
+
+    def schedule(self, total_steps: int) -> RenormSchedule:
+        """The schedule for a run of so many steps."""
+        if self.warmup_steps is None or self.r_steps is None or self.d_steps is None:
+            return RenormSchedule(self.r_max, self.d_max).scaled(total_steps)
+        return RenormSchedule(self.r_max, self.d_max, self.warmup_steps, self.r_steps, self.d_steps)
+
+
 class NormSection(Section):
     """The normalisation layers: which, and over which samples they take their statistics."""
 
-    name: Literal["sync_batch_norm", "batch_norm"] = Field(
+    name: Literal["sync_batch_norm", "sync_batch_renorm", "batch_norm"] = Field(
         default="sync_batch_norm", description="ours, or torch's own with each worker's local statistics"
     )
-    sync: Literal["batch", "none"] = Field(
+    sync: Literal["batch", "running", "lagged", "none"] = Field(
         default="batch",
-        description="sync_batch_norm only: batch pools statistics over all workers, none keeps them local",
+        description="what our layers pool over all workers: each batch, the running statistics, averages that are "
+        "one step old, or nothing",
     )
-    momentum: Finite = Field(default=0.1, ge=0, le=1, description="weight of a new batch in the running statistics")
+    momentum: Finite | None = Field(
+        default=None, ge=0, le=1, description="weight of a new batch in the running statistics; null: the layer's own"
+    )
     eps: Finite = Field(default=1e-5, gt=0, description="added to the variance")
+    renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
 
     @model_validator(mode="after")
-    def _local_layer_pools_nothing(self) -> Self:
-        if self.name == "batch_norm" and self.sync == "batch" and "sync" in self.model_fields_set:
-            raise ValueError("sync must be none with name batch_norm, got 'batch'. Use name sync_batch_norm to pool.")
+    def _keys_have_a_use(self) -> Self:
+        if self.name == "batch_norm" and self.sync != "none" and "sync" in self.model_fields_set:
+            raise ValueError(
+                f"sync must be none with name batch_norm, got {self.sync!r}. Use name sync_batch_norm to pool."
+            )
+        if self.name != "sync_batch_renorm" and self.renorm != RenormSection():
+            raise ValueError(f"renorm must be left out with name {self.name}. It belongs to name sync_batch_renorm.")
         return self
 
 

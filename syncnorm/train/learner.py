@@ -33,24 +33,29 @@ def load_data(config: Config, device: torch.device) -> Dataset:
     return replace(data, train=data.train.to(device, dtype), test=data.test.to(device, dtype))
 
 
-def make_learner(config: Config, data: Dataset, steps_per_epoch: int) -> Learner:
-    """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed."""
+def make_model(config: Config, data: Dataset, total_steps: int) -> nn.Module:
+    """Build the model for data of this shape, ready for DDP."""
     torch.manual_seed(config.train.seed)
     images = data.train.images
     model = MODELS[config.model.name](
         in_channels=images.shape[1],
         num_classes=data.num_classes,
-        norm_layer=make_norm_layer(config.norm),
+        norm_layer=make_norm_layer(config.norm, total_steps),
     )
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    model = prepare_ddp(model.to(images.device, images.dtype))
+    return prepare_ddp(model.to(images.device, images.dtype))
+
+
+def make_learner(config: Config, data: Dataset, steps_per_epoch: int) -> Learner:
+    """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed."""
+    total_steps = config.train.epochs * steps_per_epoch
+    model = make_model(config, data, total_steps)
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=config.train.lr,
         momentum=config.train.momentum,
         weight_decay=config.train.weight_decay,
     )
-    total_steps = config.train.epochs * steps_per_epoch
     factor = partial(
         learning_rate_factor,
         warmup_steps=round(config.train.warmup * total_steps),

@@ -9,7 +9,10 @@ from torch import nn
 def running_digest(model: nn.Module) -> str:
     """Return the SHA-256 of all buffers: their names, types, shapes and bits."""
     digest = hashlib.sha256()
-    for name, buffer in sorted(model.named_buffers()):
+    # From the state dict, because making one brings statistics that are under way up to date.
+    state = model.state_dict()
+    for name in sorted(name for name, _ in model.named_buffers()):
+        buffer = state[name]
         digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
         digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

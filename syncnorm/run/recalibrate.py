@@ -1,0 +1,29 @@
+"""The command `syncnorm recalibrate`: in this process, or as one worker of torchrun."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.env import Launched
+from syncnorm.run.worker import join
+from syncnorm.train.recalibrate import read_run, recalibrate_run
+
+
+def run_recalibrate(folder: Path, mix: float, launched: Launched | None) -> None:
+    """Recalibrate a run and say what came of it.
+
+    Raises:
+        ConfigError: `mix` is out of range, or the folder is not that of a finished run.
+    """
+    if not 0 < mix <= 1:
+        raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
+    config, _ = read_run(folder)
+    workers = join(config.launch.device, launched)
+    try:
+        result = recalibrate_run(folder, workers, mix)
+        if workers.is_first:
+            print(f"test accuracy {100 * result.before:.2f} % before, {100 * result.after:.2f} % after")
+            print(result.path, flush=True)
+    finally:
+        dist.destroy_process_group()
