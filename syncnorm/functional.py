@@ -79,9 +79,10 @@ def sync_batch_norm(
     mask = expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
-    statistic = ops.pooled_statistic(x, mask, groups.statistics_group(process_group))
+    local = ops.local_sums(x, mask)
+    statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), "sync_batch_norm")
     check_count(statistic, warn_single_value)
-    y = ops.normalize(x, weight, bias, statistic, eps, mask)
+    y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
             factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
@@ -116,7 +117,8 @@ def sync_batch_renorm(
     were before this batch. Where nothing is clipped, y is what evaluation gives.
 
     *Statistics, Collectives*: those of `sync_batch_norm`: no further pass and no further message.
-    *Gradients*: r and d are constants; otherwise as `sync_batch_norm`.
+    *Gradients*: r and d are constants; otherwise as `sync_batch_norm`. Under activation checkpointing use the
+    layer, which remembers what the first forward saw; this function would see the running statistics it moved.
 
     Args:
         x, weight, bias, training, eps, num_batches_tracked, mask, process_group: as for `sync_batch_norm`.
@@ -151,10 +153,11 @@ def sync_batch_renorm(
     mask = expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
-    statistic = ops.pooled_statistic(x, mask, groups.statistics_group(process_group))
+    local = ops.local_sums(x, mask)
+    statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), "sync_batch_renorm")
     check_count(statistic, warn_single_value)
     folded = fold_correction(weight, bias, statistic, running_mean, running_var, eps, *bounds)
-    y = ops.normalize(x, *folded, statistic, eps, mask)
+    y = ops.normalize(x, *folded, statistic, eps, local.mask)
     if not ops.is_recomputing():
         with torch.no_grad():
             factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
@@ -194,7 +197,8 @@ def evaluate(
 ) -> Tensor:
     """Normalise by the running statistics, or by the local batch without them. No communication."""
     if running_mean is None:
-        return ops.normalize(x, weight, bias, ops.pooled_statistic(x, None, None), eps, None)
+        statistic = ops.pooled_statistic(ops.local_sums(x, None), None, "evaluation")
+        return ops.normalize(x, weight, bias, statistic, eps, None)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
@@ -252,8 +256,14 @@ def check_bounds(r_max: float | Tensor, d_max: float | Tensor, device: torch.dev
         is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or guard.is_debug()
         if is_free and not value >= least:
             raise InputError(f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule.")
-    r, d = (torch.as_tensor(value, dtype=torch.float64, device=device) for value in (r_max, d_max))
-    return r, d
+    return _as_scalar(r_max, device), _as_scalar(d_max, device)
+
+
+def _as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """A float64 tensor of shape (), made without a copy from the host to a CUDA device."""
+    if isinstance(value, Tensor):
+        return value.to(device, torch.float64)
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _check_arguments(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,16 +19,28 @@ from syncnorm.maths import moments, renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.renorm import RenormSchedule
-from syncnorm.ops import Statistic
+from syncnorm.ops import LocalSums, Statistic
 
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a step, an integer tensor of shape (), to (r_max, d_max)."""
 
 
+@dataclass
+class Call:
+    """What a training forward of a layer saw, for the case that it is repeated (activation checkpointing)."""
+
+    sums: Tensor
+    """The local sums, by which a repetition finds the call that it repeats."""
+    before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    """Renormalisation: running mean and variance before the batch, r_max and d_max."""
+    averages: Any = None
+    """sync="lagged": the averages."""
+
+
 class StatisticsSource(Protocol):
     """Where a layer's training statistics come from, and where its batch's sums go."""
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         """What to normalise this batch by."""
         ...
 
@@ -35,40 +49,41 @@ class StatisticsSource(Protocol):
         ...
 
     def settle(self) -> None:
-        """Bring the running statistics up to date before they are read. Never starts an exchange."""
+        """Bring the running statistics up to date before they are read. Never starts an exchange, never raises."""
+        ...
+
+    def forget(self, layer: SyncNorm) -> None:
+        """Drop what is under way for this layer: its running statistics are about to be replaced."""
         ...
 
 
 class Immediate:
     """The statistics of the batch itself, over a process group or local; running statistics follow at once."""
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         group = groups.statistics_group(layer.process_group) if layer.sync == "batch" else None
-        return ops.pooled_statistic(x, mask, group)
+        return ops.pooled_statistic(local, group, layer.label)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
-        layer.update_running(statistic.batch)
+        layer.update_running(statistic.batch, layer.momentum)
 
     def settle(self) -> None:
         pass
 
+    def forget(self, layer: SyncNorm) -> None:
+        pass
 
-class Unattached:
+
+class Unattached(Immediate):
     """For modes in which layers act together: an error until `prepare_ddp` has introduced them to each other."""
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         if groups.statistics_group(layer.process_group) is None:
-            return ops.pooled_statistic(x, mask, None)
+            return ops.pooled_statistic(local, None, layer.label)
         raise InputError(
             f'`sync` must be "batch" or "none" in a layer that is not attached, got {layer.sync!r} in {layer}. '
             "Call prepare_ddp(model) on every worker before training (and before DistributedDataParallel)."
         )
-
-    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
-        layer.update_running(statistic.batch)
-
-    def settle(self) -> None:
-        pass
 
 
 def _settle(layer: SyncNorm, *args: object) -> None:
@@ -76,14 +91,34 @@ def _settle(layer: SyncNorm, *args: object) -> None:
     layer.statistics.settle()
 
 
-def _settle_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-    """Before a state dict is loaded: one of a batch norm has no averages, so a lagged layer starts by pooling."""
-    layer.statistics.settle()
-    if layer.sync == "lagged" and f"{prefix}lagged_waits" not in state_dict:
-        for name in ("mean", "var", "gradient", "updates", "waits"):
-            buffer = layer.get_buffer(f"lagged_{name}")
-            is_one = name in ("var", "waits")
-            state_dict[f"{prefix}lagged_{name}"] = torch.ones_like(buffer) if is_one else torch.zeros_like(buffer)
+def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    """Before a state dict is loaded: what is under way belongs to the old state.
+
+    One of a batch norm has no averages, so a lagged layer starts by pooling; and other layers have no use for them.
+    """
+    layer.statistics.forget(layer)
+    names = [f"{prefix}{name}" for name in _AVERAGES]
+    if layer.sync != "lagged":
+        for name in names:
+            state_dict.pop(name, None)
+    elif f"{prefix}running_mean" in state_dict and not any(name in state_dict for name in names):
+        state_dict |= {f"{prefix}{name}": value for name, value in _initial_averages(layer).items()}
+
+
+_AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "lagged_waits")
+
+
+def _initial_averages(layer: SyncNorm, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """What `sync="lagged"` carries from step to step (see syncnorm.model.lagged), before the first one."""
+    channels = layer.num_features
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    return {
+        "lagged_mean": torch.zeros(channels, **wide),
+        "lagged_var": torch.ones(channels, **wide),
+        "lagged_gradient": torch.zeros(2, channels, **wide),
+        "lagged_updates": torch.zeros(2, dtype=torch.int64, device=device),
+        "lagged_waits": torch.ones((), dtype=torch.bool, device=device),
+    }
 
 
 class SyncNorm(_BatchNorm):
@@ -109,18 +144,24 @@ class SyncNorm(_BatchNorm):
         sync: str | Lagged,
     ) -> None:
         functional.check_hyperparameters(num_features, eps, momentum)
-        self.lagged = sync if isinstance(sync, Lagged) else Lagged()
+        options = sync if isinstance(sync, Lagged) else Lagged()
         sync = "lagged" if isinstance(sync, Lagged) else sync
         functional.check_choice("sync", sync, ("batch", "running", "lagged", "none"))
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.process_group = process_group
         self.sync = sync
-        if sync == "lagged":
-            self._register_averages(device)
+        self.lagged = options
+        self.label = f"{type(self).__name__}({num_features})"
+        """What errors call this layer; `prepare_ddp` makes it the name within the model."""
         self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
+        if sync == "lagged":
+            for name, value in _initial_averages(self, device).items():
+                self.register_buffer(name, value)
         self._has_warned = False
+        # More calls than this before a backward pass that repeats them would be told apart wrongly.
+        self._calls: deque[Call] = deque(maxlen=16)
         self.register_state_dict_pre_hook(_settle)
-        self.register_load_state_dict_pre_hook(_settle_and_fill)
+        self.register_load_state_dict_pre_hook(_forget_and_fill)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
@@ -129,39 +170,69 @@ class SyncNorm(_BatchNorm):
         if not self.training:
             self.statistics.settle()
             return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        self._begin_training_forward()
-        statistic = self.statistics.take(self, x, weights)
+        local = ops.local_sums(x, weights)
+        call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
+        statistic = self.statistics.take(self, local, call)
         functional.check_count(statistic, self._warn_once)
-        y = ops.normalize(x, *self._affine(statistic), statistic, self.eps, weights)
+        y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
         if not ops.is_recomputing():
             with torch.no_grad():
                 self.statistics.record(self, statistic)
         return y
 
-    def update_running(self, batch: Moments) -> None:
+    def update_running(self, batch: Moments, momentum: float | None) -> None:
         """Move the running statistics towards those of `batch`, once. For those who own the layer's statistics."""
-        if self.running_mean is not None and self.running_var is not None:
-            factor = moments.average_factor(self.num_batches_tracked, batch, self.momentum)
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            factor = moments.average_factor(self.num_batches_tracked, batch, momentum)
             moments.update_running_mean_(self.running_mean, batch, factor)
             self._update_running_var(batch, factor)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; the running statistics are up to date when training ends."""
+        if not mode:
+            self.statistics.settle()
+        return super().train(mode)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics (and the averages of `sync="lagged"`) to their initial values."""
+        if "statistics" in self.__dict__:
+            self.statistics.forget(self)
+            if self.sync == "lagged":
+                for name, value in _initial_averages(self, self.lagged_mean.device).items():
+                    self.get_buffer(name).copy_(value)
+        super().reset_running_stats()
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}"
 
-    def _register_averages(self, device: torch.device | str | None) -> None:
-        """What `sync="lagged"` carries from step to step; see syncnorm.model.lagged."""
-        wide = {"dtype": torch.float64, "device": device}
-        self.register_buffer("lagged_mean", torch.zeros(self.num_features, **wide))
-        self.register_buffer("lagged_var", torch.ones(self.num_features, **wide))
-        self.register_buffer("lagged_gradient", torch.zeros(2, self.num_features, **wide))
-        self.register_buffer("lagged_updates", torch.zeros(2, dtype=torch.int64, device=device))
-        self.register_buffer("lagged_waits", torch.ones((), dtype=torch.bool, device=device))
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moved or cast: what is under way belongs to the old tensors, and averages stay float64.
+        self.statistics.settle()
+        wide = {name: b for name, b in self._buffers.items() if name in _AVERAGES and b is not None and not b.is_meta}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            now = self.get_buffer(name)
+            if now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        return self
 
-    def _begin_training_forward(self) -> None:
-        """Look at the running statistics before the batch enters them; no exchange has been made."""
+    def _new_call(self, local: LocalSums) -> Call:
+        """Remember what this forward sees; no exchange has been made."""
+        call = Call(local.sums)
+        if self.sync == "lagged":
+            self._calls.append(call)
+        return call
+
+    def _find_call(self, local: LocalSums) -> Call:
+        """The call that the present one repeats: the one with the same local sums, if there is a choice."""
+        if len(self._calls) > 1:
+            for call in self._calls:
+                if torch.equal(call.sums, local.sums):
+                    return call
+        return self._calls[-1] if self._calls else Call(local.sums)
 
     @abstractmethod
-    def _affine(self, statistic: Statistic) -> tuple[Tensor | None, Tensor | None]:
+    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
         """Weight and bias to normalise with."""
 
     @abstractmethod
@@ -190,7 +261,8 @@ class SyncBatchNorm(SyncNorm):
 
     *Gradients*: of weight and bias local sums, which DistributedDataParallel averages.
 
-    State dicts are those of `torch.nn.BatchNorm1d/2d/3d`. Input of 2 or more dimensions, on CPU and CUDA.
+    State dicts are those of `torch.nn.BatchNorm1d/2d/3d` (with five buffers more under `sync="lagged"`). Input of 2 or
+    more dimensions, on CPU and CUDA.
 
     Args:
         num_features: C, at least 1.
@@ -232,7 +304,7 @@ class SyncBatchNorm(SyncNorm):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
 
-    def _affine(self, statistic: Statistic) -> tuple[Tensor | None, Tensor | None]:
+    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
         return self.weight, self.bias
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
@@ -302,7 +374,6 @@ class SyncBatchRenorm(SyncNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
         self.schedule = schedule
         self.running_average = running_average
-        self._before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, schedule={self.schedule}, running_average={self.running_average!r}"
@@ -313,17 +384,16 @@ class SyncBatchRenorm(SyncNorm):
         r_max, d_max = self.schedule(self.num_batches_tracked)
         return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
-    def _begin_training_forward(self) -> None:
-        if ops.is_recomputing() and self._before is not None:
-            return
+    def _new_call(self, local: LocalSums) -> Call:
         assert self.running_mean is not None
         assert self.running_var is not None
-        # Kept for a repeated forward, which must see what the first one saw.
-        self._before = (self.running_mean.clone(), self.running_var.clone(), *self.bounds())
+        call = Call(local.sums, (self.running_mean.clone(), self.running_var.clone(), *self.bounds()))
+        self._calls.append(call)
+        return call
 
-    def _affine(self, statistic: Statistic) -> tuple[Tensor | None, Tensor | None]:
-        assert self._before is not None
-        mean, var, r_max, d_max = self._before
+    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        assert call.before is not None, "a repeated forward has a first one"
+        mean, var, r_max, d_max = call.before
         return functional.fold_correction(self.weight, self.bias, statistic, mean, var, self.eps, r_max, d_max)
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:

@@ -1,7 +1,8 @@
-"""The two operations that every normalisation layer is made of: taking a statistic, and normalising by it.
+"""The three operations that every normalisation layer is made of.
 
-    statistic = pooled_statistic(x, mask, group)                  one exchange of 2C+1 numbers
-    y = normalize(x, weight, bias, statistic, eps, mask)          backward: one exchange of 2C
+    local = local_sums(x, mask)                                   one pass over x
+    statistic = pooled_statistic(local, group)                    one exchange of 2C+1 numbers
+    y = normalize(x, weight, bias, statistic, eps, local.mask)    backward: one exchange of 2C
 
 `normalize` differentiates through the moments too: to autograd they are part of it, so a layer may fold any
 constant factors into `weight` and `bias` (batch renormalisation does) and needs no backward of its own.
@@ -23,47 +24,81 @@ from syncnorm.maths.moments import Moments, of_sums, reciprocal
 _MAX_DIMS = 8
 
 
-def pooled_sums(x: Tensor, mask: Tensor | None, group: groups.Group | None) -> Tensor:
-    """The raw sums [sum wx, sum wx^2, sum w] of all workers of `group`, shape (2C+1,), float64.
+class LocalSums(NamedTuple):
+    """One worker's share of a statistic."""
 
-    *Collectives*: one all-reduce of 2C+1 numbers; every worker must call, with samples or without.
-    *Gradients*: none; `normalize` accounts for them.
+    sums: Tensor
+    """[sum wx, sum wx^2, sum w], shape (2C+1,), float64."""
+    mask: Tensor | None
+    """The weights, with 0 in place of what is no weight."""
+    has_fault: Tensor | None
+    """Whether something was no weight, shape (); None without a mask."""
+    given: Tensor | None
+    """The mask as it was given, for the error."""
 
-    Raises:
-        FaultError: on every worker, if the mask of one is negative or not finite (on CUDA in debug mode only,
-            where looking costs a host synchronisation; otherwise the output is NaN and the buffers keep still).
-    """
+
+def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
+    """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient."""
     with torch.no_grad():
-        sums = kernels.local_moments(x.detach(), mask)
-        if mask is not None:
-            sums[-1] = torch.where(is_valid(mask).all(), sums[-1], torch.nan)
-        exchange.sum_(sums, group, "moments")
-        # Looked at by all workers alike: whether somebody has a mask is known to that worker alone.
-        if (sums.device.type == "cpu" or guard.is_debug()) and sums[-1].isnan():
-            _raise_fault(mask, group, sums.device)
-        return sums
+        if mask is None:
+            return LocalSums(kernels.local_moments(x.detach(), None), None, None, None)
+        valid = _is_valid(mask)
+        clean = torch.where(valid, mask, 0.0)
+        return LocalSums(kernels.local_moments(x.detach(), clean), clean, ~valid.all(), mask)
 
 
-def is_valid(mask: Tensor) -> Tensor:
+def _is_valid(mask: Tensor) -> Tensor:
     """Which weights are weights: finite and >= 0."""
     return (mask >= 0) & mask.isfinite()
 
 
-def _raise_fault(mask: Tensor | None, group: groups.Group | None, device: torch.device) -> None:
-    """Find out together whose mask is at fault, and raise the same error everywhere."""
-    report = torch.zeros(1 + _MAX_DIMS, dtype=torch.float64)
-    if mask is not None:
-        wrong = mask[~is_valid(mask)]
-        report[0] = wrong[0] if wrong.numel() else 0.0
-        report[1 : 1 + mask.ndim] = torch.tensor(mask.shape)
-    reports = exchange.gather(report.to(device), group, "fault").tolist()
-    faults = []
-    for rank, (value, *shape) in zip(groups.ranks(group), reports, strict=True):
-        if not 0 <= value < float("inf"):
-            faults.append(f"{value:g} (shape {tuple(int(s) for s in shape if s)}, rank {rank})")
+def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
+    """The raw sums of all workers of `group`, shape (2C+1,), float64.
+
+    *Collectives*: one all-reduce of 2C+1 numbers; every worker must call, with samples or without. A second
+    message only to say who was at fault.
+
+    Raises:
+        FaultError: on every worker, if the mask of one is negative or not finite; in debug mode also if the
+            input of one is not finite. On CUDA both are looked at in debug mode only, since looking costs a host
+            synchronisation; otherwise the output is NaN and the buffers keep still.
+    """
+    with torch.no_grad():
+        sums = local.sums.clone()
+        if local.has_fault is not None:
+            # A fault travels as a count of NaN: whether somebody has a mask is known to that worker alone.
+            sums[-1] = torch.where(local.has_fault, torch.nan, sums[-1])
+        exchange.sum_(sums, group, "moments")
+        is_looked_at = sums.device.type == "cpu" or guard.is_debug()
+        if is_looked_at and (sums[-1].isnan() or (guard.is_debug() and not sums.isfinite().all())):
+            _raise_fault(local, group, name)
+        return sums
+
+
+def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:
+    """Find out together whose data is at fault, and raise the same error everywhere."""
+    report = torch.zeros(3 + _MAX_DIMS, dtype=torch.float64)
+    report[0] = not local.sums.isfinite().all()
+    if local.given is not None:
+        wrong = local.given[~_is_valid(local.given)]
+        if wrong.numel():
+            report[1], report[2] = 1.0, wrong[0]
+            report[3 : 3 + local.given.ndim] = torch.tensor(local.given.shape)
+    reports = exchange.gather(report.to(local.sums.device), group, "fault").tolist()
+    masks, inputs = [], []
+    for rank, (is_input, is_mask, value, *shape) in zip(groups.ranks(group), reports, strict=True):
+        if is_mask:
+            masks.append(f"{value:g} (shape {tuple(int(s) for s in shape if s)}, rank {rank})")
+        if is_input:
+            inputs.append(rank)
+    if masks:
+        raise FaultError(
+            f"`mask` must hold finite weights >= 0, got {', '.join(masks)} in {name}. "
+            "Give weight 0 to elements that should not count. Nothing was updated."
+        )
     raise FaultError(
-        f"`mask` must hold finite weights >= 0, got {', '.join(faults)}. "
-        "Give weight 0 to elements that should not count. Nothing was updated."
+        f"`x` must be finite (debug mode), got NaN or infinity on rank(s) {inputs} in {name}. "
+        "Look at what comes before that layer, on those ranks. Nothing was updated."
     )
 
 
@@ -96,9 +131,9 @@ class Statistic(NamedTuple):
     """Whether other workers take part, in the backward pass too."""
 
 
-def pooled_statistic(x: Tensor, mask: Tensor | None, group: groups.Group | None) -> Statistic:
+def pooled_statistic(local: LocalSums, group: groups.Group | None, name: str) -> Statistic:
     """The moments of the batch over all workers of `group`. *Collectives*: as `pooled_sums`."""
-    batch = of_sums(pooled_sums(x, mask, group))
+    batch = of_sums(pooled_sums(local, group, name))
     return Statistic(batch, PooledMeans(batch.count, group), group is not None)
 
 
@@ -115,7 +150,7 @@ def normalize(
         weight, bias: (C,) or None, of any floating type.
         statistic: the moments, float64.
         eps: added to the variance.
-        mask: as for `pooled_sums`.
+        mask: weights (N, 1, *S) or None.
     """
     anchor = None
     if statistic.is_pooled and torch.is_grad_enabled() and not _needs_grad(weight, bias):

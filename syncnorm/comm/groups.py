@@ -17,9 +17,7 @@ from syncnorm.errors import InputError
 Group = dist.ProcessGroup
 
 # Per default group: a program may destroy its default group and initialise another.
-_made: weakref.WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], dist.ProcessGroup]] = (
-    weakref.WeakKeyDictionary()
-)
+_made: weakref.WeakKeyDictionary[Group, dict[tuple[str, tuple[int, ...]], Group]] = weakref.WeakKeyDictionary()
 
 
 def is_initialized() -> bool:
@@ -60,20 +58,22 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
             f"(rank {dist.get_rank()}). Give each rank the group that it is a member of."
         )
     assert world is not None
-    ranks = tuple(dist.get_process_group_ranks(process_group or world))
-    if len(ranks) == 1:
+    parent = process_group or world
+    members, backend = dist.get_process_group_ranks(parent), dist.get_backend_config(parent)
+    if len(members) == 1:
         return None
     groups = _made.setdefault(world, {})
-    if ranks not in groups:
+    key = (backend, tuple(members))
+    if key not in groups:
         made = dist.new_group(
-            list(ranks),
-            timeout=_timeout(process_group or world),
-            backend=dist.get_backend_config(process_group or world),
-            use_local_synchronization=len(ranks) < dist.get_world_size(),
+            members,
+            timeout=_timeout(parent),
+            backend=backend,
+            use_local_synchronization=len(members) < dist.get_world_size(),
         )
         assert isinstance(made, dist.ProcessGroup)
-        groups[ranks] = made
-    return groups[ranks]
+        groups[key] = made
+    return groups[key]
 
 
 def _timeout(group: Group) -> timedelta:
@@ -82,11 +82,11 @@ def _timeout(group: Group) -> timedelta:
     return group._get_backend(group._device_types[0]).options._timeout  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def rank(group: Group | None) -> int:
-    """This process's global rank; 0 without a group."""
-    return 0 if group is None else dist.get_rank()
+def rank() -> int:
+    """This process's global rank; 0 without torch.distributed."""
+    return dist.get_rank() if is_initialized() else 0
 
 
 def ranks(group: Group | None) -> list[int]:
-    """The global ranks of the members of `group`, in its order; [0] without a group."""
-    return [0] if group is None else dist.get_process_group_ranks(group)
+    """The global ranks of the members of `group`, in its order; this process alone without a group."""
+    return [rank()] if group is None else dist.get_process_group_ranks(group)

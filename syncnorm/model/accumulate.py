@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from syncnorm.errors import InputError
-from syncnorm.layers import StatisticsSource, SyncNorm
+from syncnorm.layers import Call, StatisticsSource, SyncNorm
 from syncnorm.maths.moments import Moments, merge
 from syncnorm.model.running import PooledRunning
-from syncnorm.ops import Statistic
+from syncnorm.ops import LocalSums, Statistic
 
 
 class Accumulating:
@@ -22,14 +22,18 @@ class Accumulating:
         self.source = source
         self.total: Moments | None = None
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
-        return self.source.take(layer, x, mask)
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        return self.source.take(layer, local, call)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         self.total = statistic.batch if self.total is None else merge(self.total, statistic.batch)
 
     def settle(self) -> None:
         self.source.settle()
+
+    def forget(self, layer: SyncNorm) -> None:
+        self.total = None
+        self.source.forget(layer)
 
 
 @contextmanager
@@ -67,15 +71,20 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     for layer, accumulating in alone.items():
         layer.statistics = accumulating
     for pool in together.values():
+        pool.start()
         pool.is_held = True
     try:
         yield
         with torch.no_grad():
             for layer, accumulating in alone.items():
                 if accumulating.total is not None:
-                    layer.update_running(accumulating.total)
+                    layer.update_running(accumulating.total, layer.momentum)
         for pool in together.values():
             pool.launch()
+    except BaseException:
+        for pool in together.values():
+            pool.drop()
+        raise
     finally:
         for layer, accumulating in alone.items():
             layer.statistics = accumulating.source

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -28,9 +30,15 @@ def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> 
 
     Returns:
         `model`.
+
+    Warns:
+        UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put in our place.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
-    for layer in ours.values():
+    _look_for_replaced(model)
+    for name, layer in ours.items():
+        layer.label = name or layer.label
+        layer.statistics.settle()
         if layer.sync != "none":
             groups.statistics_group(layer.process_group)
     _attach(model, ours)
@@ -44,6 +52,17 @@ def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> 
         names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     )
     return model
+
+
+def _look_for_replaced(model: nn.Module) -> None:
+    """torch's converter also matches our layers, and several frameworks' sync-bn switches call it."""
+    theirs = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if theirs:
+        warnings.warn(
+            f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, timm, mmengine or "
+            "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by themselves.",
+            stacklevel=3,
+        )
 
 
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
@@ -66,8 +85,8 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Group | Non
     *Gradients*: those of the loss, scaled.
 
     Args:
-        loss: mean over this worker's samples, shape (). A worker without samples passes a zero that hangs on
-            its output, such as `output.sum() * 0`, so that it takes part in the backward pass.
+        loss: mean over this worker's samples, shape (). A worker without samples passes what hangs on its (empty)
+            output all the same, so that it takes part in the backward pass; the value, perhaps NaN, does not matter.
         local_count: how many samples that is, >= 0 (any additive measure will do, such as valid pixels).
         process_group: the workers among which the batch is sharded; None: all of them.
 
@@ -77,7 +96,10 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Group | Non
     group = groups.statistics_group(process_group)
     if group is None:
         return loss
-    total = torch.tensor([local_count], dtype=torch.float64, device=loss.device)
+    # Filled rather than copied: a copy from the host would wait for a CUDA device.
+    total = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
     exchange.sum_(total, group, "count")
-    factor = local_count * len(groups.ranks(group)) / total.clamp(min=1e-300)
-    return loss * factor.squeeze(0).to(loss.dtype)
+    if local_count == 0:
+        # The mean over nothing is NaN.
+        return loss.nan_to_num(0.0) * 0.0
+    return loss * (local_count * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)

@@ -4,27 +4,55 @@ A layer normalises by an average of the pooled moments up to the last step, and 
 of the pooled gradient means up to the last step. Two flat asynchronous messages a step keep these up to date for
 all layers. A layer that drifts (see `syncnorm.maths.lagged`) waits for pooling in the next step, as in the first.
 
-The message of the backward pass leaves as soon as every layer's backward pass has been seen; where that cannot be
-known (a forward without gradients, a branch without a loss), when the next training forward begins. The order of
-messages is the same on all workers either way.
+As with `sync="batch"`, every worker must take the backward pass of the same calls. The message of the backward pass
+leaves when each call of the step has been through it; where that cannot be counted (forwards without gradients,
+re-entrant checkpointing), when the next training forward begins. Both are points of the program, the same on all
+workers.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncnorm import ops
 from syncnorm.comm import exchange
-from syncnorm.layers import SyncNorm
+from syncnorm.layers import Call, SyncNorm
 from syncnorm.maths import lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
-from syncnorm.model.running import PooledRunning
-from syncnorm.ops import PooledMeans, Statistic
+from syncnorm.model.running import PooledRunning, device_of, zeros
+from syncnorm.ops import LocalSums, PooledMeans, Statistic
+
+
+class Averages(NamedTuple):
+    """What a call of a layer saw of its averages; they move on before its backward pass if somebody settles."""
+
+    waits: bool
+    mean: Tensor
+    var: Tensor
+    gradient: Tensor
+
+
+@dataclass
+class Backward:
+    """The backward pass of a step: which of its calls have been through."""
+
+    expected: int = 0
+    arrived: set[int] = field(default_factory=set)
+    is_countable: bool = True
+    is_due: bool = False
+    """Whether the forward's message has left."""
+
+    @property
+    def is_complete(self) -> bool:
+        return self.is_due and self.is_countable and 0 < self.expected == len(self.arrived)
 
 
 class LaggedMeans:
-    """The gradient means of one call of a layer: averages of earlier steps, or pooled now if the layer waits."""
+    """The gradient means of one call: averages of earlier steps, or pooled now if the layer waits."""
 
     def __init__(
         self, owner: PooledLagged, layer: SyncNorm, estimate: Tensor, pooled: PooledMeans | None, count: Tensor
@@ -34,12 +62,12 @@ class LaggedMeans:
         self.estimate = estimate
         self.pooled = pooled
         self.count = count
-        self.step = owner.step if torch.is_grad_enabled() and not ops.is_recomputing() else None
+        self.backward = owner.expect()
 
     def __call__(self, local: Tensor) -> Tensor:
         self.owner.leave_gradients(self.layer, local, self.count)
         means = self.estimate if self.pooled is None else self.pooled(local)
-        self.owner.note_arrival(self.step)
+        self.owner.note_arrival(self.backward, id(self))
         return means
 
 
@@ -52,102 +80,120 @@ class PooledLagged(PooledRunning):
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         super().__init__(layers)
-        self._gradients = self._no_sums()
-        self._pending_gradients: exchange.Pending | None = None
-        self.step = 0
-        """Number of backward messages so far."""
-        self._is_backward_due = False
-        self._expected = self._arrived = 0
-        self._is_countable = True
+        self._backward = Backward()
+        self._gradients: dict[str, Tensor] = {}
+        self._sent_gradients: exchange.Pending | None = None
         self._waits: dict[str, bool] | None = None
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
-        local = self._leave_sums(layer, x, mask)
-        if not ops.is_recomputing():
-            self._expected += torch.is_grad_enabled()
-            self._is_countable &= torch.is_grad_enabled()
-        group, count = self.group, local[-1].clone()
-        # Copies, here and below: somebody may settle before the backward pass, and the averages move on.
-        estimate = layer.lagged_gradient.to(torch.float64, copy=True)
-        if self._is_waiting(layer):
-            batch = of_sums(exchange.sum_(local, group, "moments"))
-            means = LaggedMeans(self, layer, estimate, PooledMeans(batch.count, group), count)
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        self._leave(layer, local)
+        if call.averages is None:
+            call.averages = self._averages(layer)
+        averages: Averages = call.averages
+        group, count = self.group, local.sums[-1]
+        if averages.waits:
+            batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments"))
+            means = LaggedMeans(self, layer, averages.gradient, PooledMeans(batch.count, group), count)
         else:
             # An average has no count of its own; any above 1 says that its variance is one.
             several = torch.full_like(count, 2.0)
-            mean, var = (t.to(torch.float64, copy=True) for t in (layer.lagged_mean, layer.lagged_var))
-            batch = Moments(several, mean, var * several)
-            means = LaggedMeans(self, layer, estimate, None, count)
+            batch = Moments(several, averages.mean, averages.var * several)
+            means = LaggedMeans(self, layer, averages.gradient, None, count)
         return Statistic(batch, means, is_pooled=group is not None)
 
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange."""
         super().settle()
-        if self._pending_gradients is not None:
-            message, self._pending_gradients = self._pending_gradients.wait(), None
+        if self._sent_gradients is not None:
+            message, self._sent_gradients = self._sent_gradients.wait(), None
             with torch.no_grad():
-                self._apply_gradients(message)
+                for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
+                    part = part.to(device_of(layer))
+                    _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
+
+    def forget(self, layer: SyncNorm) -> None:
+        super().forget(layer)
+        self._gradients.pop(self._name(layer), None)
+        self._waits = None
+
+    def drop(self) -> None:
+        super().drop()
+        # Of a step whose forward's message has left, the backward's follows in any case.
+        if not self._backward.is_due:
+            self._backward = Backward()
+            self._gradients = {}
+
+    def start(self) -> None:
+        if self._backward.is_due:
+            self._launch_gradients()
+        super().start()
 
     def launch(self) -> None:
         super().launch()
-        self._is_backward_due = True
-        self._launch_gradients_if_complete()
+        self._backward.is_due = True
+        if self._backward.is_complete:
+            self._launch_gradients()
+
+    def expect(self) -> Backward | None:
+        """The step whose backward pass the present call belongs to; None if it is repeated or has no gradient."""
+        if ops.is_recomputing():
+            return None
+        if not torch.is_grad_enabled():
+            self._backward.is_countable = False
+            return None
+        self._backward.expected += 1
+        return self._backward
 
     def leave_gradients(self, layer: SyncNorm, local: Tensor, count: Tensor) -> None:
         """Keep a backward pass's [sum g, sum g xhat] and count for the next message."""
-        name = self._name(layer)
-        self._gradients[name] = self._gradients[name].to(local.device) + torch.cat([local.flatten(), count.view(1)])
+        name, new = self._name(layer), torch.cat([local.flatten(), count.view(1)])
+        self._gradients[name] = self._gradients[name] + new if name in self._gradients else new
 
-    def note_arrival(self, step: int | None) -> None:
-        """The backward pass of a call made in `step` has been through (None: a call that was not counted)."""
-        if step == self.step:
-            self._arrived += 1
-            self._launch_gradients_if_complete()
-
-    def _begin(self, model: nn.Module, args: object) -> None:
-        if self._is_backward_due and not ops.is_recomputing() and self._trains():
-            self._launch_gradients()
-        super()._begin(model, args)
-
-    def _launch_gradients_if_complete(self) -> None:
-        if self._is_backward_due and self._is_countable and self._expected and self._arrived == self._expected:
-            self._launch_gradients()
+    def note_arrival(self, backward: Backward | None, call: int) -> None:
+        """A call made in that step has been through its backward pass."""
+        if backward is not None:
+            backward.arrived.add(call)
+            if backward is self._backward and backward.is_complete:
+                self._launch_gradients()
 
     def _launch_gradients(self) -> None:
-        first = next(iter(self.layers.values()))
-        message = torch.cat([sums.to(first.lagged_mean.device) for sums in self._gradients.values()])
-        self._pending_gradients = exchange.start_sum(message, self.group, "all gradients")
-        self._gradients = self._no_sums()
-        self.step += 1
-        self._is_backward_due = False
-        self._expected = self._arrived = 0
-        self._is_countable = True
+        device = device_of(next(iter(self.layers.values())))
+        parts = [
+            self._gradients[name].to(device) if name in self._gradients else zeros(size, device)
+            for name, size in zip(self.layers, self._sizes(), strict=True)
+        ]
+        self._sent_gradients = exchange.start_sum(torch.cat(parts), self.group, "all gradients")
+        self._gradients = {}
+        self._backward = Backward()
 
-    def _apply(self, batches: list[Moments]) -> None:
-        super()._apply(batches)
+    def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
+        super()._apply(sums, momenta)
         self._waits = None
-        for layer, batch in zip(self.layers.values(), batches, strict=True):
-            _follow_moments(layer, batch)
+        for layer, each in zip(self.layers.values(), sums, strict=True):
+            _follow_moments(layer, of_sums(each))
 
-    def _apply_gradients(self, message: Tensor) -> None:
-        parts = message.split([2 * layer.num_features + 1 for layer in self.layers.values()])
-        for layer, part in zip(self.layers.values(), parts, strict=True):
-            _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
+    def _averages(self, layer: SyncNorm) -> Averages:
+        wide = (t.to(torch.float64, copy=True) for t in (layer.lagged_mean, layer.lagged_var, layer.lagged_gradient))
+        return Averages(self._is_waiting(layer), *wide)
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
         """Read once a step for all layers: the one look at values that this mode needs, on CUDA too."""
         if self._waits is None:
-            flags = torch.stack([layer.lagged_waits for layer in self.layers.values()]).tolist()
+            flags = torch.stack([each.lagged_waits for each in self.layers.values()]).tolist()
             self._waits = dict(zip(self.layers, flags, strict=True))
         return self._waits[self._name(layer)]
 
 
 def _follow_moments(layer: SyncNorm, batch: Moments) -> None:
-    """Decide by the average that the last step used whether the next one waits, then let the average follow."""
-    is_new, is_first = batch.count > 0, layer.lagged_updates[0] == 0
+    """Decide by the average that the last step used whether the next one waits, then let the average follow.
+
+    Moments that are not finite (an overflow somewhere) enter nothing; the layer waits until there are others.
+    """
+    is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
+    is_new, is_first = (batch.count > 0) & is_finite, layer.lagged_updates[0] == 0
     mean, var = layer.lagged_mean.double(), layer.lagged_var.double()
-    has_drifted = lagged.drift(batch, mean, var, layer.eps) > layer.lagged.max_drift
-    layer.lagged_waits.copy_(torch.where(is_new, has_drifted & ~is_first, layer.lagged_waits))
+    has_drifted = (lagged.drift(batch, mean, var, layer.eps) > layer.lagged.max_drift) & ~is_first
+    layer.lagged_waits.copy_(torch.where(is_new, has_drifted, layer.lagged_waits | ~is_finite))
     rate = _rate(layer, 0, layer.lagged.forward_rate)
     layer.lagged_mean.copy_(torch.where(is_new, mean + rate * (batch.mean - mean), mean))
     layer.lagged_var.copy_(torch.where(is_new, var + rate * (batch.var - var), var))
@@ -155,8 +201,8 @@ def _follow_moments(layer: SyncNorm, batch: Moments) -> None:
 
 
 def _follow_gradients(layer: SyncNorm, sums: Tensor, count: Tensor) -> None:
-    """Move the average gradient means towards the pooled ones."""
-    is_new = count > 0
+    """Move the average gradient means towards the pooled ones; what is not finite (an overflow) enters nothing."""
+    is_new = (count > 0) & sums.isfinite().all()
     rate = _rate(layer, 1, layer.lagged.backward_rate)
     gradient = layer.lagged_gradient.double()
     moved = gradient + rate * (sums * reciprocal(count) - gradient)

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
-from syncnorm.layers import SyncBatchRenorm, SyncNorm
-from syncnorm.maths import kernels
+from syncnorm.layers import Call, SyncBatchRenorm, SyncNorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
-from syncnorm.ops import PooledMeans, Statistic
+from syncnorm.ops import LocalSums, Statistic
 
 
 @torch.no_grad()
@@ -36,7 +36,7 @@ def recalibrate(
     depends on the set of batches, not on which worker had them, to rounding.
 
     *Collectives*: one all-reduce at the end. Every worker of `process_group` must call, with any number of
-    batches, also none. All end with the same bits.
+    batches, also none. All end with the same bits (with mix < 1, if they began with the same).
 
     Args:
         model: changed in place: running statistics of BatchNorm layers, ours and torch's, that keep them. Layers
@@ -51,8 +51,7 @@ def recalibrate(
         `model`.
 
     Raises:
-        InputError: `mix` is out of range, there is no layer to recalibrate, or a layer is torch's SyncBatchNorm,
-            which exchanges at every forward.
+        InputError: `mix` is out of range, or there is no layer to recalibrate.
         FaultError: no worker had a batch, or the forward failed on another one (the failing one raises its own
             error); on all workers, and nothing was changed.
 
@@ -69,9 +68,11 @@ def recalibrate(
     """
     if not 0 < mix <= 1:
         raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
-    layers = _layers(model)
+    # DistributedDataParallel's own forward would exchange, and workers have different numbers of batches.
+    bare = model.module if isinstance(model, DistributedDataParallel) else model
+    layers = _layers(bare)
     group = groups.statistics_group(process_group)
-    sums, failure = _collect(model, layers, batches)
+    sums, failure = _collect(bare, layers, batches)
     population = _pool(sums, failure, group)
     for layer, batch in zip(layers, population, strict=True):
         _blend(layer, batch, mix)
@@ -88,11 +89,6 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
         raise InputError(
             f"`model` must have a BatchNorm layer that keeps running statistics and is not frozen, got none in "
             f"{type(model).__name__}. Layers in evaluation mode within a model in training mode are frozen."
-        )
-    if groups.is_shared() and any(isinstance(m, nn.SyncBatchNorm) for m in layers):
-        raise InputError(
-            "`model` must not contain torch.nn.SyncBatchNorm on several workers, got one. It exchanges at every "
-            "forward, which workers with different numbers of batches do not make alike. Use syncnorm.SyncBatchNorm."
         )
     return layers
 
@@ -142,16 +138,18 @@ class _Recording:
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
         self.keep = keep
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
-        sums = ops.pooled_sums(x, mask, None)
-        self.keep(sums)
-        batch = of_sums(sums)
-        return Statistic(batch, PooledMeans(batch.count, None), is_pooled=False)
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        statistic = ops.pooled_statistic(local, None, layer.label)
+        self.keep(local.sums)
+        return statistic
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         pass
 
     def settle(self) -> None:
+        pass
+
+    def forget(self, layer: SyncNorm) -> None:
         pass
 
 
@@ -175,17 +173,29 @@ def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
 
 @contextmanager
 def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
-    """Torch's layer normalises by its batch in training mode, but also moves its buffers."""
+    """A layer of torch's does what ours would, so that a batch of one value passes too."""
 
-    def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        keep(kernels.local_moments(args[0], None))
+    def normalize(input: Tensor) -> Tensor:  # torch's name for the argument
+        local = ops.local_sums(input, None)
+        keep(local.sums)
+        statistic = ops.pooled_statistic(local, None, type(layer).__name__)
+        return ops.normalize(input, layer.weight, layer.bias, statistic, layer.eps, None)
 
-    hook = layer.register_forward_pre_hook(look)
+    def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        keep(ops.local_sums(args[0] if args else kwargs["input"], None).sums)
+
+    is_plain = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(layer)
+    hook = None if is_plain else layer.register_forward_pre_hook(look, with_kwargs=True)
+    if is_plain:
+        layer.forward = normalize
     with _buffers_put_back(layer):
         try:
             yield
         finally:
-            hook.remove()
+            if hook is None:
+                del layer.forward
+            else:
+                hook.remove()
 
 
 @contextmanager
@@ -202,7 +212,7 @@ def _pool(sums: list[Tensor], failure: Exception | None, group: groups.Group | N
     """The moments over all workers; or the same end for all of them."""
     members = groups.ranks(group)
     failures = torch.zeros(len(members), dtype=torch.float64, device=sums[0].device)
-    failures[members.index(groups.rank(group))] = failure is not None
+    failures[members.index(groups.rank())] = failure is not None
     message = exchange.sum_(torch.cat([*(s.to(sums[0].device) for s in sums), failures]), group, "population")
     *pooled, failures = message.split([*(s.numel() for s in sums), len(members)])
     if failure is not None:

@@ -7,22 +7,46 @@ running statistics (evaluation, `state_dict`, a copy). Applying never starts an 
 evaluate or save alone.
 
 Hence between two training forwards the buffers lack exactly the last forward's update; no forward sees that.
+
+What one step has gathered is one object. It is made when a forward begins, sent when it ends, and dropped whole if
+the forward raises.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from syncnorm import ops
-from syncnorm.comm import exchange, groups
+from syncnorm.comm import exchange, groups, guard
 from syncnorm.errors import FaultError, InputError
-from syncnorm.layers import SyncNorm
-from syncnorm.maths import kernels
-from syncnorm.maths.moments import Moments, of_sums
-from syncnorm.ops import PooledMeans, Statistic
+from syncnorm.layers import Call, SyncNorm
+from syncnorm.maths.moments import of_sums
+from syncnorm.ops import LocalSums, PooledMeans, Statistic
+
+
+@dataclass
+class Forward:
+    """What the layers have left since a step began: sums by layer, and where data was at fault."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    bad_masks: dict[str, Tensor] = field(default_factory=dict)
+
+    def leave(self, name: str, local: LocalSums) -> None:
+        """Add to the layer's; one that is used twice makes one merged update."""
+        self.sums[name] = self.sums[name] + local.sums if name in self.sums else local.sums
+        if local.has_fault is not None:
+            self.bad_masks[name] = self.bad_masks.get(name, local.has_fault) | local.has_fault
+
+
+class Sent(NamedTuple):
+    """A message on its way, and what to apply it with: a layer's momentum may be changed meanwhile."""
+
+    message: exchange.Pending
+    momenta: list[float | None]
 
 
 class PooledRunning:
@@ -36,10 +60,10 @@ class PooledRunning:
         self.layers = layers
         self.is_held = False
         """Whether forwards are being accumulated into one update."""
+        self._forward = Forward()
         self._is_open = False
-        self._sums = self._no_sums()
-        self._fault: Tensor = torch.zeros((), dtype=torch.bool)
-        self._pending: exchange.Pending | None = None
+        self._sent: Sent | None = None
+        self._fault: str | None = None
         for layer in layers.values():
             layer.statistics = self
 
@@ -53,38 +77,71 @@ class PooledRunning:
         model.register_forward_pre_hook(self._begin, prepend=True)
         model.register_forward_hook(self._end)
 
-    def take(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Statistic:
-        batch = of_sums(self._leave_sums(layer, x, mask))
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        self._leave(layer, local)
+        batch = of_sums(local.sums)
         return Statistic(batch, PooledMeans(batch.count, None), is_pooled=False)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         """Nothing to do: the sums were left in `take`, and are applied in `settle`."""
 
     def settle(self) -> None:
-        """Wait for what is under way and apply it. Starts no exchange."""
-        if self._pending is None:
+        """Wait for what is under way and apply it. Starts no exchange, and raises nothing: one worker may be alone."""
+        if self._sent is None:
             return
-        message, self._pending = self._pending.wait(), None
+        (pending, momenta), self._sent = self._sent, None
         with torch.no_grad():
-            self._apply(self._read(message))
+            message = pending.wait()
+            *sums, faults = message.split([*self._sizes(), len(groups.ranks(self.group))])
+            self._fault = self._describe(faults)
+            if self._fault is None:
+                self._apply(
+                    [s.to(device_of(layer)) for layer, s in zip(self.layers.values(), sums, strict=True)], momenta
+                )
+
+    def forget(self, layer: SyncNorm) -> None:
+        """The layer's state is about to be replaced: let the others have what is under way, and drop the layer's."""
+        self.settle()
+        self._fault = None
+        self._forward.sums.pop(self._name(layer), None)
+
+    def drop(self) -> None:
+        """Forget what a step has gathered and not sent."""
+        self._forward = Forward()
+        self._is_open = False
+
+    def start(self) -> None:
+        """Begin a step. Every worker must call.
+
+        Raises:
+            FaultError: some worker's data was at fault in the last one, known to all since its message arrived.
+        """
+        self.settle()
+        self.drop()
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise FaultError(fault)
 
     def launch(self) -> None:
-        """Send the sums that were left here, of all layers, on their way. Every worker must call."""
+        """Send what was left here, for all layers, on its way. Every worker must call."""
         self.settle()
-        self._pending = exchange.start_sum(self._message(), self.group, "all moments")
-        self._sums = self._no_sums()
+        forward, self._forward = self._forward, Forward()
+        momenta = [layer.momentum for layer in self.layers.values()]
+        self._sent = Sent(exchange.start_sum(self._message(forward), self.group, "all moments"), momenta)
 
-    def _apply(self, batches: list[Moments]) -> None:
-        for layer, batch in zip(self.layers.values(), batches, strict=True):
-            layer.update_running(batch)
+    def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
+        for layer, each, momentum in zip(self.layers.values(), sums, momenta, strict=True):
+            layer.update_running(of_sums(each), momentum)
 
     def _begin(self, model: nn.Module, args: object) -> None:
-        if ops.is_recomputing() or not self._trains():
+        if ops.is_recomputing():
             return
-        self.settle()
+        # A forward that raised has left it open.
+        self._is_open = False
+        if not self._trains():
+            return
         if not self.is_held:
-            # Left by a forward that raised.
-            self._sums = self._no_sums()
+            self.start()
         self._is_open = True
 
     def _end(self, model: nn.Module, args: object, output: object) -> None:
@@ -100,57 +157,61 @@ class PooledRunning:
         """
         return any(layer.training and layer.statistics is self for layer in self.layers.values())
 
-    def _leave_sums(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-        """This batch's local sums, which are added to the layer's; a layer used twice gets one merged update."""
-        is_again = ops.is_recomputing()
-        if not (self._is_open or is_again):
+    def _leave(self, layer: SyncNorm, local: LocalSums) -> None:
+        if ops.is_recomputing():
+            return
+        if not self._is_open:
             raise InputError(
                 f"`sync={layer.sync!r}` must be used through the model that was given to prepare_ddp, got a direct "
                 f"call of layer {self._name(layer)!r}. Call the model itself, or prepare the part that is called."
             )
-        with torch.no_grad():
-            if mask is not None:
-                valid = ops.is_valid(mask)
-                # Raised by all workers when the message has arrived; until then such weights count as 0.
-                self._fault = self._fault.to(mask.device) | ~valid.all()
-                mask = torch.where(valid, mask, 0.0)
-            sums = kernels.local_moments(x.detach(), mask)
-            if not is_again:
-                name = self._name(layer)
-                self._sums[name] = self._sums[name].to(sums.device) + sums
-            return sums
+        self._forward.leave(self._name(layer), local)
 
     def _name(self, layer: SyncNorm) -> str:
         return next(name for name, each in self.layers.items() if each is layer)
 
-    def _no_sums(self) -> dict[str, Tensor]:
-        return {
-            name: torch.zeros(2 * layer.num_features + 1, dtype=torch.float64) for name, layer in self.layers.items()
-        }
+    def _sizes(self) -> list[int]:
+        return [2 * layer.num_features + 1 for layer in self.layers.values()]
 
-    def _message(self) -> Tensor:
-        """All sums, and one number per worker that says whether its data was at fault."""
-        device = _device(next(iter(self.layers.values())))
+    def _message(self, forward: Forward) -> Tensor:
+        """All sums, then one number for each worker: at which layer its data was at fault, if at any."""
+        device = device_of(next(iter(self.layers.values())))
+        sums = [
+            forward.sums[name].to(device) if name in forward.sums else zeros(size, device)
+            for name, size in zip(self.layers, self._sizes(), strict=True)
+        ]
         members = groups.ranks(self.group)
-        faults = torch.zeros(len(members), dtype=torch.float64, device=device)
-        faults[members.index(groups.rank(self.group))] = self._fault.to(device, torch.float64)
-        self._fault = torch.zeros((), dtype=torch.bool)
-        return torch.cat([*(sums.to(device) for sums in self._sums.values()), faults])
+        faults = zeros(len(members), device)
+        for number, name in enumerate(self.layers, start=1):
+            mine = faults[members.index(groups.rank())]
+            if name in forward.bad_masks:
+                mine.copy_(torch.where((mine == 0) & forward.bad_masks[name].to(device), float(number), mine))
+            if guard.is_debug() and name in forward.sums:
+                mine.copy_(torch.where((mine == 0) & ~forward.sums[name].to(device).isfinite().all(), -number, mine))
+        return torch.cat([*sums, faults])
 
-    def _read(self, message: Tensor) -> list[Moments]:
-        sizes = [2 * layer.num_features + 1 for layer in self.layers.values()]
-        *sums, faults = message.split([*sizes, message.numel() - sum(sizes)])
-        if message.device.type == "cpu" and faults.any():
-            ranks = [rank for rank, fault in zip(groups.ranks(self.group), faults.tolist(), strict=True) if fault]
-            raise FaultError(
-                f"`mask` must hold finite weights >= 0, got others in the last training forward on rank(s) {ranks}. "
-                "They counted as 0; the running statistics were not updated. Give weight 0 to elements that "
-                "should not count."
-            )
-        return [of_sums(s) for s in sums]
+    def _describe(self, faults: Tensor) -> str | None:
+        """What was wrong in the last forward. On CUDA it is looked at in debug mode only."""
+        if not (faults.device.type == "cpu" or guard.is_debug()) or not faults.any():
+            return None
+        names = list(self.layers)
+        found = zip(groups.ranks(self.group), faults.tolist(), strict=True)
+        where = [f"rank {rank} in layer {names[int(abs(n)) - 1]!r}" for rank, n in found if n]
+        if (faults > 0).any():
+            what = "`mask` must hold finite weights >= 0, got others on"
+            remedy = "They counted as 0. Give weight 0 to elements that should not count."
+        else:
+            what = "`x` must be finite (debug mode), got NaN or infinity on"
+            remedy = "Look at what comes before that layer, on those ranks."
+        return f"{what} {', '.join(where)}, in the last training forward. {remedy} No running statistics were updated."
 
 
-def _device(layer: SyncNorm) -> torch.device:
+def device_of(layer: SyncNorm) -> torch.device:
     """Where the layer's sums are."""
-    state: Sequence[Tensor] = [*layer.buffers(recurse=False), *layer.parameters(recurse=False)]
-    return state[0].device if state else torch.device("cpu")
+    for tensor in (*layer.buffers(recurse=False), *layer.parameters(recurse=False)):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def zeros(size: int, device: torch.device) -> Tensor:
+    return torch.zeros(size, dtype=torch.float64, device=device)

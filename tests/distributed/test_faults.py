@@ -42,7 +42,9 @@ def test_bad_mask_weights_are_one_error_on_all_workers(pool, value, shown, bad_r
     answers = pool(3).run(_with_bad_mask, value, bad_rank, others_have_masks)
     assert answers == [answers[0]] * 3
     message, is_still, works_again = answers[0]
-    assert message.startswith(f"`mask` must hold finite weights >= 0, got {shown} (shape (4, 1, 5), rank {bad_rank}).")
+    assert message.startswith(
+        f"`mask` must hold finite weights >= 0, got {shown} (shape (4, 1, 5), rank {bad_rank}) in "
+    )
     assert is_still
     assert works_again
 

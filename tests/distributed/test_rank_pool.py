@@ -68,5 +68,9 @@ def test_assert_close_can_fail():
     bad[3] = torch.nan
     with pytest.raises(AssertionError, match=r"flat index 3 got nan"):
         assert_close(bad, good, torch.float32, "nan")
+    infinite = torch.full((5,), torch.inf, dtype=torch.float64)
+    assert_close(infinite, infinite, torch.float64, "inf")
+    with pytest.raises(AssertionError, match="5 of 5 elements are off"):
+        assert_close(good, infinite, torch.float64, "inf")
     with pytest.raises(AssertionError, match=r"shape \(4,\), expected \(5,\)"):
         assert_close(good[:4], good, torch.float64, "shape")

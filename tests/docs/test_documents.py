@@ -70,10 +70,11 @@ def test_links_and_files_exist(document):
         assert (ROOT / path).exists(), path
 
 
-@pytest.mark.parametrize("name", ["functional", "layers", "comm.exchange"])
+@pytest.mark.parametrize(
+    "name", ["functional", "layers", "comm.exchange", "maths.renorm", "model.accumulate", "model.recalibrate"]
+)
 def test_docstring_examples(name):
-    results = doctest.testmod(
-        importlib.import_module(f"syncnorm.{name}"), extraglobs={"torch": importlib.import_module("torch")}
-    )
+    names = {"torch": importlib.import_module("torch")}
+    results = doctest.testmod(importlib.import_module(f"syncnorm.{name}"), extraglobs=names)
     assert results.attempted > 0
     assert results.failed == 0

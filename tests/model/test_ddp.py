@@ -63,6 +63,23 @@ def test_pooled_buffers_stay_equal_under_ddp(pool):
         assert all(torch.equal(a, b) for a, b in zip(end0, end1, strict=True))
 
 
+def test_prepare_ddp_says_when_a_switch_has_replaced_our_layers():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Identity(), SyncBatchNorm(4)))
+    with pytest.warns(UserWarning, match=r"contains torch.nn.SyncBatchNorm at \['1'\]"):
+        prepare_ddp(model)
+
+
+def test_scale_loss_of_nothing_is_zero(pool):
+    assert pool(2).run(_scaled_mean_of_nothing) == [(0.0, 0.0)] * 2
+
+
+def _scaled_mean_of_nothing() -> tuple[float, float]:
+    weight = torch.ones(3, requires_grad=True)
+    loss = scale_loss((torch.empty(0, 3) * weight).mean(), 0)
+    loss.backward()
+    return loss.item(), weight.grad.abs().max().item()
+
+
 def test_prepare_ddp_needs_no_group():
     model = nn.Sequential(SyncBatchNorm(4))
     assert prepare_ddp(model) is model

@@ -267,3 +267,71 @@ def _renorm_lagged() -> tuple[Tensor, Tensor]:
 def test_renorm_takes_lagged_statistics_too(pool):
     for y, expected in pool(2).run(_renorm_lagged):
         torch.testing.assert_close(y, expected, rtol=1e-9, atol=1e-9)
+
+
+def _overflow(where: str) -> list[bool]:
+    """One step whose input or gradient overflows on one worker, then ordinary ones: what is finite in each."""
+    torch.manual_seed(0)
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged", affine=False)))
+    finite = []
+    for step in range(5):
+        g = torch.Generator().manual_seed(10 * dist.get_rank() + step)
+        x = torch.randn(5, 3, generator=g)
+        is_bad = step == 2 and dist.get_rank() == 0
+        if is_bad and where == "input":
+            x[0, 0] = torch.inf
+        x.requires_grad_()
+        y = model(x)
+        (y * torch.randn(5, 3, generator=g)).mean().mul(torch.inf if is_bad and where == "gradient" else 1.0).backward()
+        finite.append(bool(y.isfinite().all() and x.grad.isfinite().all()))
+    return finite
+
+
+@pytest.mark.parametrize("where", ["input", "gradient"])
+def test_an_overflow_passes(pool, where):
+    """A gradient scaler skips such a step; averages that took it in would never be finite again."""
+    answers = pool(2).run(_overflow, where)
+    assert answers[0] == [True, True, False, True, True]
+    assert answers[1][3:] == [True, True]
+
+
+def _several_backward_passes() -> list[int]:
+    """Gradients of one layer's output taken twice before the whole backward pass (GradNorm, PCGrad)."""
+    torch.manual_seed(dist.get_rank())
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged"), SyncBatchNorm(3, sync="lagged")))
+    y = model(torch.randn(5, 3))
+    for _ in range(2):
+        torch.autograd.grad(y.square().mean(), model[1].weight, retain_graph=True)
+    y.square().mean().backward()
+    state = model.state_dict()
+    return [int(state[f"{i}.lagged_updates"][1]) for i in range(2)]
+
+
+def test_the_message_waits_for_all_layers_not_for_as_many_calls(pool):
+    assert pool(2).run(_several_backward_passes) == [[1, 1]] * 2
+
+
+def test_other_layers_load_its_state_without_the_averages():
+    lagged, pooled = SyncBatchNorm(3, sync="lagged"), SyncBatchNorm(3)
+    lagged.running_mean.fill_(2.0)
+    pooled.load_state_dict(lagged.state_dict())
+    assert torch.equal(pooled.running_mean, lagged.running_mean)
+
+
+def test_averages_stay_double_and_resets_are_whole():
+    layer = SyncBatchNorm(3, sync="lagged").half()
+    assert layer.lagged_gradient.dtype == torch.float64
+    assert layer.running_mean.dtype == torch.float16
+    layer.lagged_waits.fill_(False)
+    layer.reset_running_stats()
+    assert bool(layer.lagged_waits)
+
+
+def test_loading_other_layers_leaves_the_averages():
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 3), SyncBatchNorm(3, sync="lagged")))
+    model(torch.randn(5, 3)).square().mean().backward()
+    before = model.state_dict()["1.lagged_mean"].clone()
+    model.load_state_dict(nn.Sequential(nn.Linear(3, 3)).state_dict(), strict=False)
+    assert torch.equal(model.state_dict()["1.lagged_mean"], before)
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model.state_dict()["1.lagged_mean"], before)

@@ -149,3 +149,18 @@ def test_no_data_anywhere(pool):
 def test_bad_input(call, message):
     with pytest.raises(InputError, match=message):
         call()
+
+
+def _wrapped(shares: list[list[int]]) -> Tensor:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    batches = [_batches()[i].float() for i in shares[dist.get_rank()]]
+    recalibrate(wrapped, [*batches, torch.zeros(1, 3)] if batches else [])
+    return model[1].running_mean.clone()
+
+
+def test_a_wrapped_model_and_a_batch_of_one(pool):
+    """DDP's forward would broadcast buffers and hang; torch's layer would refuse the single value."""
+    first, second = pool(2).run(_wrapped, [[0, 1], []])
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.zeros(4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, reference
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, debug, prepare_ddp, reference
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
 from syncnorm.testing import assert_close, shard
@@ -214,10 +215,11 @@ def _bad_mask(bad_rank: int) -> list[str]:
     for step in range(2):
         mask = torch.ones(3, 1, 5)
         if step == 0 and dist.get_rank() == bad_rank:
-            mask[1] = -1.0
+            mask[1] = torch.nan
         try:
             y = model(_batch(3, step), mask)
-            messages.append(f"fine {bool(y.isfinite().all())}")
+            y.square().mean().backward()
+            messages.append(f"fine {bool(y.isfinite().all() and layer.weight.grad.isfinite().all())}")
         except FaultError as error:
             messages.append(str(error))
     model(_batch(3, 5), None)
@@ -238,7 +240,7 @@ def test_a_bad_mask_is_raised_by_all_when_the_message_has_arrived(pool):
     assert answers == [answers[0]] * 3
     first, second, updates = answers[0]
     assert first == "fine True"
-    assert "got others in the last training forward on rank(s) [1]." in second
+    assert "got others on rank 1 in layer 'layer', in the last training forward. They counted as 0." in second
     assert updates == "1", "the faulty forward leaves no trace, and work goes on"
 
 
@@ -343,3 +345,160 @@ def test_activation_checkpointing_updates_once_and_changes_no_bit(pool, reentran
     plain = pool(2).run(_checkpointed, None, make)
     for got, expected in zip(pool(2).run(_checkpointed, reentrant, make), plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _raise_then_evaluate(sync: str) -> tuple[list[str], Tensor]:
+    """A forward that raises everywhere, an evaluation on one worker, then training as if nothing had been."""
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync=sync, dtype=torch.float64), _RaisesOnce()))
+    rank = dist.get_rank()
+    with exchange.record() as record:
+        with contextlib.suppress(RuntimeError):
+            model(_batch(6, 100 + rank) + 1000)
+        if rank == 0:
+            model.eval()(_batch(6, 0))
+            model.train()
+        for step in range(2):
+            model(_batch(6, 10 * step + rank)).square().mean().backward()
+    return [e.kind for e in record], model.state_dict()["0.running_mean"]
+
+
+class _RaisesOnce(nn.Module):
+    has_raised = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.has_raised:
+            self.has_raised = True
+            raise RuntimeError("once")
+        return x
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_forward_that_raised_sends_nothing_later(pool, sync):
+    running = reference.RunningStatistics.initial(4)
+    for step in range(2):
+        reference.batch_norm(torch.cat([_batch(6, 10 * step), _batch(6, 10 * step + 1)]), running=running)
+    answers = pool(2).run(_raise_then_evaluate, sync)
+    assert answers[0][0] == answers[1][0]
+    for _, mean in answers:
+        assert_close(mean, running.mean, torch.float64, "running_mean")
+
+
+def _forwards_before_backwards(make: str, is_checkpointed: bool) -> list[Tensor]:
+    """Several forwards, then one backward pass: a repeated forward must see what the first one saw."""
+    torch.manual_seed(0)
+    bounds = RenormSchedule.constant(1.5, 0.5)
+    layer = {
+        "renorm": lambda: SyncBatchRenorm(4, schedule=bounds, dtype=torch.float64),
+        "lagged": lambda: SyncBatchNorm(4, sync="lagged", dtype=torch.float64),
+        "lagged renorm": lambda: SyncBatchRenorm(4, schedule=bounds, sync="lagged", dtype=torch.float64),
+    }[make]()
+    model = prepare_ddp(nn.Sequential(layer))
+    for step in range(2):
+        xs = [_batch(4, 10 * step + 3 * dist.get_rank() + i).requires_grad_() for i in range(3)]
+        ys = [checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x) for x in xs]
+        if dist.get_rank() == 0:
+            model.state_dict()
+        sum((y * torch.linspace(-1, 2, y.numel()).view_as(y).sin()).mean() for y in ys).backward()
+    return [*(x.grad for x in xs), layer.weight.grad, layer.bias.grad, *model.state_dict().values()]
+
+
+@pytest.mark.parametrize("make", ["renorm", "lagged", "lagged renorm"])
+def test_checkpointing_with_several_forwards_before_the_backward_pass(pool, make):
+    plain = pool(2).run(_forwards_before_backwards, make, False)
+    for got, expected in zip(pool(2).run(_forwards_before_backwards, make, True), plain, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def _saved_after_a_bad_mask() -> list[str]:
+    """The worker that looks first must not raise alone, nor get out of step."""
+    layer = KINDS["norm"](4)
+    model = prepare_ddp(_Masked(layer))
+    mask = torch.ones(3, 1, 5)
+    mask[0] = -1.0 if dist.get_rank() == 1 else 1.0
+    model(_batch(3, 0), mask)
+    if dist.get_rank() == 0:
+        model.state_dict()
+    messages = []
+    for _ in range(2):
+        try:
+            model(_batch(3, 1), None)
+            messages.append("fine")
+        except FaultError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_who_looks_first_does_not_raise_alone(pool):
+    answers = pool(2).run(_saved_after_a_bad_mask)
+    assert answers[0] == answers[1]
+    assert "on rank 1 in layer 'layer'" in answers[0][0]
+    assert answers[0][1] == "fine"
+
+
+def _nan_in_debug_mode(sync: str) -> str:
+    x = _batch(3, 0)
+    if dist.get_rank() == 1:
+        x[1, 2] = torch.nan
+    model = prepare_ddp(nn.Sequential(nn.Identity(), SyncBatchNorm(4, sync=sync, dtype=torch.float64)))
+    try:
+        with debug():
+            model(x)
+            model(x)
+        return "no error"
+    except FaultError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("sync", ["batch", "running", "lagged"])
+def test_debug_mode_names_layer_and_rank_of_a_nan(pool, sync):
+    answers = pool(2).run(_nan_in_debug_mode, sync)
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("`x` must be finite (debug mode), got NaN or infinity on rank")
+    assert "1" in answers[0].split(" in ")[0]
+    assert "layer '1'" in answers[0] or "in 1." in answers[0]
+
+
+def _nan_by_default() -> bool:
+    x = torch.full((3, 4), torch.nan if dist.get_rank() == 1 else 1.0)
+    layer = SyncBatchNorm(4)
+    return bool(layer(x).isnan().all() and layer.running_mean.isnan().all())
+
+
+def test_a_nan_propagates_to_all_workers_by_default(pool):
+    assert pool(2).run(_nan_by_default) == [True, True]
+
+
+def test_the_momentum_is_that_of_the_forward():
+    """swa_utils.update_bn changes it for its forwards and puts it back before the last update is applied."""
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(1, sync="running", momentum=0.9)))
+    batches = [torch.full((4, 1), v) for v in (3.0, 6.0)]
+    torch.optim.swa_utils.update_bn(batches, model)
+    assert model.state_dict()["0.running_mean"].item() == pytest.approx(4.5)
+
+
+def test_reset_move_and_evaluation_mode_find_nothing_under_way():
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
+    model(_batch(6, 0))
+    model[0].reset_running_stats()
+    assert int(model.state_dict()["0.num_batches_tracked"]) == 0
+    model(_batch(6, 0))
+    model.eval()
+    assert int(model[0].num_batches_tracked) == 1
+    model.train()(_batch(6, 0))
+    model.float()
+    assert int(model[0].num_batches_tracked) == 2
+
+
+def test_prepared_twice_updates_once():
+    model = nn.Sequential(KINDS["norm"](4))
+    prepare_ddp(model)(_batch(6, 0))
+    prepare_ddp(model)(_batch(6, 0))
+    assert int(model.state_dict()["0.num_batches_tracked"]) == 2
+
+
+def test_statistics_that_are_not_tracked_stay():
+    layer = SyncBatchNorm(3)
+    layer.track_running_stats = False
+    layer(torch.randn(5, 3))
+    assert torch.equal(layer.running_mean, torch.zeros(3))
