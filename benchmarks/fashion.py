@@ -33,9 +33,9 @@ def _read(path: Path, header: int) -> Tensor:
 def network(norm: Callable[[int], nn.Module]) -> nn.Sequential:
     """Four convolutions, each followed by a normalisation layer and a ReLU."""
     layers: list[nn.Module] = []
-    for before, after, stride in ((1, 16, 1), (16, 32, 2), (32, 64, 1), (64, 64, 2)):
+    for before, after, stride in ((1, 32, 2), (32, 64, 2), (64, 64, 1), (64, 128, 2)):
         layers += [nn.Conv2d(before, after, 3, stride, padding=1, bias=False), norm(after), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, CLASSES))
 
 
 def of_labels(labels: Tensor, wanted: tuple[int, ...]) -> Tensor:

@@ -17,6 +17,9 @@ train: {epochs: 2, global_batch: 64, lr: 1e-1}
 """
 
 
+RENORM = "norm: {name: sync_batch_renorm, renorm: {"
+
+
 @pytest.fixture
 def config_path(tmp_path):
     path = tmp_path / "mine.yaml"
@@ -99,7 +102,15 @@ BAD_TEXTS = [
     ),
     (GOOD.replace("data: {name: digits}", "data: digits"), r"`data` must be a section of .* lines, got 'digits'"),
     (GOOD + "norm: off", r"`norm` must be a section of .* lines, got 'off'"),
-    (GOOD + "norm: {sync: all}", r"`norm.sync` must be 'batch' or 'none', got 'all'"),
+    (GOOD + "norm: {sync: all}", r"`norm.sync` must be 'batch', 'running', 'lagged' or 'none', got 'all'"),
+    (GOOD + "norm: {name: batch_norm, sync: lagged}", r"`norm`: sync must be none with name batch_norm, got 'lagged'"),
+    (GOOD + "norm: {renorm: {r_max: 2}}", r"`norm`: renorm must be left out with name sync_batch_norm\."),
+    (GOOD + RENORM + "r_max: 0.5}}", r"`norm.renorm.r_max` must be greater than or equal to 1, got 0.5"),
+    (GOOD + RENORM + "r_steps: 9}}", r"`norm.renorm`: warmup_steps, r_steps and d_steps must be given together"),
+    (
+        GOOD + RENORM + "warmup_steps: 9, r_steps: 5, d_steps: 9}}",
+        r"`norm.renorm`: `r_steps` must be >= warmup_steps = 9, got 5\.",
+    ),
     (GOOD + "norm: {name: batch_norm, sync: batch}", r"`norm`: sync must be none with name batch_norm, got 'batch'"),
     (GOOD + "norm: {momentum: 1.5}", r"`norm.momentum` must be less than or equal to 1, got 1.5"),
     (GOOD + "launch: {workers: 0}", r"`launch.workers` must be greater than or equal to 1, got 0"),

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from syncnorm import SyncBatchNorm
-from syncnorm.train.config import NormSection
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
+from syncnorm.train.config import NormSection, RenormSection
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import make_norm_layer
 
@@ -82,8 +82,21 @@ def test_names_are_those_of_torchvision():
     ],
 )
 def test_norm_layers_are_those_of_the_config(section, kind, sync):
-    layer = make_norm_layer(section)(4)
+    layer = make_norm_layer(section, 1000)(4)
     assert type(layer) is kind
     assert isinstance(layer, nn.BatchNorm2d | SyncBatchNorm)
     assert (layer.num_features, layer.momentum, layer.eps) == (4, 0.2, 1e-3)
     assert getattr(layer, "sync", None) == sync
+
+
+def test_renorm_layers_are_those_of_the_config():
+    section = NormSection(name="sync_batch_renorm", sync="running", renorm=RenormSection(r_max=2.0))
+    layer = make_norm_layer(section, 13_000)(4)
+    assert isinstance(layer, SyncBatchRenorm)
+    assert (layer.sync, layer.momentum, layer.running_average) == ("running", 0.01, "std")
+    assert layer.schedule == RenormSchedule(2.0, 5.0, 500, 4000, 2500), "the paper's, scaled to the run"
+    given = RenormSection(warmup_steps=1, r_steps=2, d_steps=3, running_average="var")
+    layer = make_norm_layer(NormSection(name="sync_batch_renorm", renorm=given), 13_000)(4)
+    assert isinstance(layer, SyncBatchRenorm)
+    assert layer.schedule == RenormSchedule(3.0, 5.0, 1, 2, 3)
+    assert layer.running_average == "var"
