@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from syncnorm.base import Call, StatisticsSource, SyncNorm
 from syncnorm.errors import InputError
-from syncnorm.layers import Call, StatisticsSource, SyncNorm
 from syncnorm.maths.moments import Moments, merge
 from syncnorm.model.running import PooledRunning
 from syncnorm.ops import LocalSums, Statistic
@@ -68,10 +68,11 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     if any(isinstance(m.statistics, Accumulating) for m in layers) or any(p.is_held for p in together.values()):
         raise InputError("`model` must not be accumulating already, got one within its own block. Use one block.")
     alone = {m: Accumulating(m.statistics) for m in layers if id(m.statistics) not in together}
+    for pool in together.values():
+        pool.start()
     for layer, accumulating in alone.items():
         layer.statistics = accumulating
     for pool in together.values():
-        pool.start()
         pool.is_held = True
     try:
         yield

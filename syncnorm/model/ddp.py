@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncnorm.base import SyncNorm, Unattached
 from syncnorm.comm import exchange, groups
-from syncnorm.layers import SyncNorm, Unattached
 from syncnorm.model.lagged import PooledLagged
 from syncnorm.model.running import PooledRunning
 

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from syncnorm import ops
+from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import exchange
-from syncnorm.layers import Call, SyncNorm
 from syncnorm.maths import lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 from syncnorm.model.running import PooledRunning, device_of, zeros
@@ -63,11 +63,13 @@ class LaggedMeans:
         self.pooled = pooled
         self.count = count
         self.backward = owner.expect()
+        # Not id(self): a later call of the same step may be given the memory, and the id, of this one.
+        self.number = self.backward.expected if self.backward is not None else 0
 
     def __call__(self, local: Tensor) -> Tensor:
         self.owner.leave_gradients(self.layer, local, self.count)
         means = self.estimate if self.pooled is None else self.pooled(local)
-        self.owner.note_arrival(self.backward, id(self))
+        self.owner.note_arrival(self.backward, self.number)
         return means
 
 
@@ -149,10 +151,10 @@ class PooledLagged(PooledRunning):
         name, new = self._name(layer), torch.cat([local.flatten(), count.view(1)])
         self._gradients[name] = self._gradients[name] + new if name in self._gradients else new
 
-    def note_arrival(self, backward: Backward | None, call: int) -> None:
-        """A call made in that step has been through its backward pass."""
+    def note_arrival(self, backward: Backward | None, number: int) -> None:
+        """A call made in that step has been through its backward pass, perhaps not for the first time."""
         if backward is not None:
-            backward.arrived.add(call)
+            backward.arrived.add(number)
             if backward is self._backward and backward.is_complete:
                 self._launch_gradients()
 

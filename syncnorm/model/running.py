@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import ops
+from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.errors import FaultError, InputError
-from syncnorm.layers import Call, SyncNorm
 from syncnorm.maths.moments import of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 

@@ -335,3 +335,21 @@ def test_loading_other_layers_leaves_the_averages():
     assert torch.equal(model.state_dict()["1.lagged_mean"], before)
     model.load_state_dict(model.state_dict())
     assert torch.equal(model.state_dict()["1.lagged_mean"], before)
+
+
+def _accumulated_rounds() -> list[str]:
+    """Micro-batches whose graphs are freed one after the other, and their memory perhaps used again."""
+    torch.manual_seed(dist.get_rank())
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged")))
+    kinds = []
+    for _ in range(3):
+        with exchange.record() as record:
+            with accumulate(model):
+                for _ in range(4):
+                    model(torch.randn(5, 3)).square().mean().backward()
+        kinds.append([e.kind for e in record if e.kind.startswith("all")])
+    return kinds
+
+
+def test_the_backward_message_leaves_with_the_block(pool):
+    assert pool(2).run(_accumulated_rounds) == [[["all moments", "all gradients"]] * 3] * 2

@@ -1,0 +1,245 @@
+"""What the layers share, and where their training statistics come from.
+
+A layer asks its `statistics` what to normalise a batch by, and hands it what its running statistics should follow:
+`Immediate` pools each batch at once; `syncnorm.model` has sources that act for all layers of a model together.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import functional, ops
+from syncnorm.comm import groups
+from syncnorm.errors import InputError
+from syncnorm.maths import moments
+from syncnorm.maths.lagged import Lagged
+from syncnorm.maths.moments import Moments
+from syncnorm.ops import LocalSums, Statistic
+
+
+@dataclass
+class Call:
+    """What a training forward of a layer saw, for the case that it is repeated (activation checkpointing)."""
+
+    sums: Tensor
+    """The local sums, by which a repetition finds the call that it repeats."""
+    before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+    """Renormalisation: running mean and variance before the batch, r_max and d_max."""
+    averages: Any = None
+    """sync="lagged": the averages."""
+
+
+class StatisticsSource(Protocol):
+    """Where a layer's training statistics come from, and where its batch's sums go."""
+
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        """What to normalise this batch by."""
+        ...
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        """Have the running statistics follow the batch; called after the forward, never when it is repeated."""
+        ...
+
+    def settle(self) -> None:
+        """Bring the running statistics up to date before they are read. Never starts an exchange, never raises."""
+        ...
+
+    def forget(self, layer: SyncNorm) -> None:
+        """Drop what is under way for this layer: its running statistics are about to be replaced."""
+        ...
+
+
+class Immediate:
+    """The statistics of the batch itself, over a process group or local; running statistics follow at once."""
+
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        group = groups.statistics_group(layer.process_group) if layer.sync == "batch" else None
+        return ops.pooled_statistic(local, group, layer.label)
+
+    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+        layer.update_running(statistic.batch, layer.momentum)
+
+    def settle(self) -> None:
+        pass
+
+    def forget(self, layer: SyncNorm) -> None:
+        pass
+
+
+class Unattached(Immediate):
+    """For modes in which layers act together: an error until `prepare_ddp` has introduced them to each other."""
+
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        if groups.statistics_group(layer.process_group) is None:
+            return ops.pooled_statistic(local, None, layer.label)
+        raise InputError(
+            f'`sync` must be "batch" or "none" in a layer that is not attached, got {layer.sync!r} in {layer}. '
+            "Call prepare_ddp(model) on every worker before training (and before DistributedDataParallel)."
+        )
+
+
+def _settle(layer: SyncNorm, *args: object) -> None:
+    """Before a state dict is made: nothing may be under way."""
+    layer.statistics.settle()
+
+
+def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    """Before a state dict is loaded: what is under way belongs to the old state.
+
+    One of a batch norm has no averages, so a lagged layer starts by pooling; and other layers have no use for them.
+    """
+    layer.statistics.forget(layer)
+    names = [f"{prefix}{name}" for name in _AVERAGES]
+    if layer.sync != "lagged":
+        for name in names:
+            state_dict.pop(name, None)
+    elif f"{prefix}running_mean" in state_dict and not any(name in state_dict for name in names):
+        state_dict |= {f"{prefix}{name}": value for name, value in _initial_averages(layer).items()}
+
+
+_AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "lagged_waits")
+
+
+def _initial_averages(layer: SyncNorm, device: torch.device | str | None = None) -> dict[str, Tensor]:
+    """What `sync="lagged"` carries from step to step (see syncnorm.model.lagged), before the first one."""
+    channels = layer.num_features
+    wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+    return {
+        "lagged_mean": torch.zeros(channels, **wide),
+        "lagged_var": torch.ones(channels, **wide),
+        "lagged_gradient": torch.zeros(2, channels, **wide),
+        "lagged_updates": torch.zeros(2, dtype=torch.int64, device=device),
+        "lagged_waits": torch.ones((), dtype=torch.bool, device=device),
+    }
+
+
+class SyncNorm(_BatchNorm):
+    """What SyncBatchNorm and SyncBatchRenorm share; abstract."""
+
+    statistics: StatisticsSource
+    lagged_mean: Tensor
+    lagged_var: Tensor
+    lagged_gradient: Tensor
+    lagged_updates: Tensor
+    lagged_waits: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float,
+        momentum: float | None,
+        affine: bool,
+        track_running_stats: bool,
+        process_group: groups.Group | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        sync: str | Lagged,
+    ) -> None:
+        functional.check_hyperparameters(num_features, eps, momentum)
+        options = sync if isinstance(sync, Lagged) else Lagged()
+        sync = "lagged" if isinstance(sync, Lagged) else sync
+        functional.check_choice("sync", sync, ("batch", "running", "lagged", "none"))
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.process_group = process_group
+        self.sync = sync
+        self.lagged = options
+        self.label = f"{type(self).__name__}({num_features})"
+        """What errors call this layer; `prepare_ddp` makes it the name within the model."""
+        self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
+        if sync == "lagged":
+            for name, value in _initial_averages(self, device).items():
+                self.register_buffer(name, value)
+        self._has_warned = False
+        # More calls than this before a backward pass that repeats them would be told apart wrongly.
+        self._calls: deque[Call] = deque(maxlen=16)
+        self.register_state_dict_pre_hook(_settle)
+        self.register_load_state_dict_pre_hook(_forget_and_fill)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
+        functional.check_input(x, self.num_features)
+        weights = functional.expand_mask(mask, x)
+        if not self.training:
+            self.statistics.settle()
+            return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        local = ops.local_sums(x, weights)
+        call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
+        statistic = self.statistics.take(self, local, call)
+        functional.check_count(statistic, self._warn_once)
+        y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
+        if not ops.is_recomputing():
+            with torch.no_grad():
+                self.statistics.record(self, statistic)
+        return y
+
+    def update_running(self, batch: Moments, momentum: float | None) -> None:
+        """Move the running statistics towards those of `batch`, once. For those who own the layer's statistics."""
+        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+            factor = moments.average_factor(self.num_batches_tracked, batch, momentum)
+            moments.update_running_mean_(self.running_mean, batch, factor)
+            self._update_running_var(batch, factor)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; the running statistics are up to date when training ends."""
+        if not mode:
+            self.statistics.settle()
+        return super().train(mode)
+
+    def reset_running_stats(self) -> None:
+        """Set the running statistics (and the averages of `sync="lagged"`) to their initial values."""
+        if "statistics" in self.__dict__:
+            self.statistics.forget(self)
+            if self.sync == "lagged":
+                for name, value in _initial_averages(self, self.lagged_mean.device).items():
+                    self.get_buffer(name).copy_(value)
+        super().reset_running_stats()
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}"
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moved or cast: what is under way belongs to the old tensors, and averages stay float64.
+        self.statistics.settle()
+        wide = {name: b for name, b in self._buffers.items() if name in _AVERAGES and b is not None and not b.is_meta}
+        super()._apply(fn, recurse)
+        for name, before in wide.items():
+            now = self.get_buffer(name)
+            if now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
+        return self
+
+    def _new_call(self, local: LocalSums) -> Call:
+        """Remember what this forward sees; no exchange has been made."""
+        call = Call(local.sums)
+        if self.sync == "lagged":
+            self._calls.append(call)
+        return call
+
+    def _find_call(self, local: LocalSums) -> Call:
+        """The call that the present one repeats: the one with the same local sums, if there is a choice."""
+        if len(self._calls) > 1:
+            for call in self._calls:
+                if torch.equal(call.sums, local.sums):
+                    return call
+        return self._calls[-1] if self._calls else Call(local.sums)
+
+    @abstractmethod
+    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias to normalise with."""
+
+    @abstractmethod
+    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
+        """Move the running variance."""
+
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            functional.warn_single_value()
