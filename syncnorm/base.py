@@ -24,6 +24,9 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
 
+# So many calls of a layer may come before the backward pass that repeats them.
+_REMEMBERED_CALLS = 64
+
 
 @dataclass
 class Call:
@@ -35,6 +38,8 @@ class Call:
     """Renormalisation: running mean and variance before the batch, r_max and d_max."""
     averages: Any = None
     """sync="lagged": the averages."""
+    repeated_in: int | None = None
+    """The backward pass that has repeated this call last."""
 
 
 class StatisticsSource(Protocol):
@@ -158,8 +163,7 @@ class SyncNorm(_BatchNorm):
             for name, value in _initial_averages(self, device).items():
                 self.register_buffer(name, value)
         self._has_warned = False
-        # More calls than this before a backward pass that repeats them would be told apart wrongly.
-        self._calls: deque[Call] = deque(maxlen=16)
+        self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
         self.register_state_dict_pre_hook(_settle)
         self.register_load_state_dict_pre_hook(_forget_and_fill)
 
@@ -224,12 +228,19 @@ class SyncNorm(_BatchNorm):
         return call
 
     def _find_call(self, local: LocalSums) -> Call:
-        """The call that the present one repeats: the one with the same local sums, if there is a choice."""
-        if len(self._calls) > 1:
-            for call in self._calls:
-                if torch.equal(call.sums, local.sums):
-                    return call
-        return self._calls[-1] if self._calls else Call(local.sums)
+        """The call that the present one repeats: the newest with the same local sums, each once in a backward pass."""
+        if len(self._calls) <= 1:
+            return self._calls[-1] if self._calls else Call(local.sums)
+        task = ops.backward_pass()
+        alike = [call for call in reversed(self._calls) if torch.equal(call.sums, local.sums)]
+        if not alike and len(self._calls) == _REMEMBERED_CALLS:
+            raise InputError(
+                f"`checkpoint` must repeat one of the last {_REMEMBERED_CALLS} training forwards of a layer, got none "
+                f"of them in {self.label}. Make the backward pass sooner, or checkpoint fewer calls of this layer."
+            )
+        found = next((call for call in alike if call.repeated_in != task), (alike or [self._calls[-1]])[0])
+        found.repeated_in = task
+        return found
 
     @abstractmethod
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -83,7 +83,8 @@ def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> Non
         wrong = local.given[~_is_valid(local.given)]
         if wrong.numel():
             report[1], report[2] = 1.0, wrong[0]
-            report[3 : 3 + local.given.ndim] = torch.tensor(local.given.shape)
+            shape = local.given.shape[:_MAX_DIMS]
+            report[3 : 3 + len(shape)] = torch.tensor(shape)
     reports = exchange.gather(report.to(local.sums.device), group, "fault").tolist()
     masks, inputs = [], []
     for rank, (is_input, is_mask, value, *shape) in zip(groups.ranks(group), reports, strict=True):
@@ -203,10 +204,15 @@ class _Normalize(torch.autograd.Function):
         return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
+def backward_pass() -> int:
+    """The number of the backward pass that is running; -1 outside of one."""
+    # Not a documented function; FSDP2 relies on it too, and a test notices if it changes.
+    return torch._C._current_graph_task_id()
+
+
 def is_recomputing() -> bool:
     """Whether this forward repeats an earlier one inside a backward pass, as activation checkpointing does.
 
     Exchanges are made again, since every worker repeats them; statistics must not be updated again.
     """
-    # Not a documented function; FSDP2 relies on it too, and a test notices if it changes.
-    return torch._C._current_graph_task_id() != -1
+    return backward_pass() != -1

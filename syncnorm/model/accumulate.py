@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,6 +37,10 @@ class Accumulating:
         self.total = None
         self.source.forget(layer)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> StatisticsSource:
+        # A copy made within the block is not part of it.
+        return copy.deepcopy(self.source, memo)
+
 
 @contextmanager
 def accumulate(model: nn.Module) -> Iterator[None]:
@@ -43,7 +49,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     The update is that of all micro-batches as one batch: moments merged by count over rounds and workers, made
     at the end of the block. Each forward still normalises by its own batch; renormalisation's r and d refer to
     the running statistics, and its schedule to the clock, as they were before the block. If the block raises,
-    no update is made.
+    no update is made; a forward that raises and is caught within the block may be part of it.
 
     *Collectives*: those of the forwards; for layers with `sync="running"` or "lagged" one flat exchange at the
     end of the block in place of one per forward. Every worker must use the block alike.

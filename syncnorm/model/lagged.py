@@ -67,7 +67,7 @@ class LaggedMeans:
         self.number = self.backward.expected if self.backward is not None else 0
 
     def __call__(self, local: Tensor) -> Tensor:
-        self.owner.leave_gradients(self.layer, local, self.count)
+        self.owner.leave_gradients(self.layer, local, self.count, self.backward)
         means = self.estimate if self.pooled is None else self.pooled(local)
         self.owner.note_arrival(self.backward, self.number)
         return means
@@ -84,6 +84,8 @@ class PooledLagged(PooledRunning):
         super().__init__(layers)
         self._backward = Backward()
         self._gradients: dict[str, Tensor] = {}
+        self._late: dict[str, Tensor] = {}
+        """Of steps whose message has left: two forwards before a backward pass, or two passes over one forward."""
         self._sent_gradients: exchange.Pending | None = None
         self._waits: dict[str, bool] | None = None
 
@@ -106,6 +108,9 @@ class PooledLagged(PooledRunning):
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange."""
         super().settle()
+        self._settle_gradients()
+
+    def _settle_gradients(self) -> None:
         if self._sent_gradients is not None:
             message, self._sent_gradients = self._sent_gradients.wait(), None
             with torch.no_grad():
@@ -115,7 +120,8 @@ class PooledLagged(PooledRunning):
 
     def forget(self, layer: SyncNorm) -> None:
         super().forget(layer)
-        self._gradients.pop(self._name(layer), None)
+        for kept in (self._gradients, self._late):
+            kept.pop(self._name(layer), None)
         self._waits = None
 
     def drop(self) -> None:
@@ -146,10 +152,12 @@ class PooledLagged(PooledRunning):
         self._backward.expected += 1
         return self._backward
 
-    def leave_gradients(self, layer: SyncNorm, local: Tensor, count: Tensor) -> None:
+    def leave_gradients(self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None) -> None:
         """Keep a backward pass's [sum g, sum g xhat] and count for the next message."""
+        is_late = backward is not None and backward is not self._backward
+        kept = self._late if is_late else self._gradients
         name, new = self._name(layer), torch.cat([local.flatten(), count.view(1)])
-        self._gradients[name] = self._gradients[name] + new if name in self._gradients else new
+        kept[name] = kept[name] + new if name in kept else new
 
     def note_arrival(self, backward: Backward | None, number: int) -> None:
         """A call made in that step has been through its backward pass, perhaps not for the first time."""
@@ -160,12 +168,14 @@ class PooledLagged(PooledRunning):
 
     def _launch_gradients(self) -> None:
         device = device_of(next(iter(self.layers.values())))
-        parts = [
-            self._gradients[name].to(device) if name in self._gradients else zeros(size, device)
-            for name, size in zip(self.layers, self._sizes(), strict=True)
-        ]
-        self._sent_gradients = exchange.start_sum(torch.cat(parts), self.group, "all gradients")
-        self._gradients = {}
+        parts = {name: zeros(size, device) for name, size in zip(self.layers, self._sizes(), strict=True)}
+        for kept in (self._late, self._gradients):
+            for name, sums in kept.items():
+                parts[name] += sums.to(device)
+        # Settled before another leaves: it is of an earlier step.
+        self._settle_gradients()
+        self._sent_gradients = exchange.start_sum(torch.cat(list(parts.values())), self.group, "all gradients")
+        self._gradients, self._late = {}, {}
         self._backward = Backward()
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:

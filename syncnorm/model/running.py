@@ -14,6 +14,7 @@ the forward raises.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -43,10 +44,11 @@ class Forward:
 
 
 class Sent(NamedTuple):
-    """A message on its way, and what to apply it with: a layer's momentum may be changed meanwhile."""
+    """A message on its way, and what it takes to apply it: momenta and groups may have changed by then."""
 
     message: exchange.Pending
     momenta: list[float | None]
+    members: list[int]
 
 
 class PooledRunning:
@@ -62,6 +64,7 @@ class PooledRunning:
         """Whether forwards are being accumulated into one update."""
         self._forward = Forward()
         self._is_open = False
+        self._handled: BaseException | None = None
         self._sent: Sent | None = None
         self._fault: str | None = None
         for layer in layers.values():
@@ -75,7 +78,7 @@ class PooledRunning:
     def attach(self, model: nn.Module) -> None:
         """Have the forward of `model` delimit the steps."""
         model.register_forward_pre_hook(self._begin, prepend=True)
-        model.register_forward_hook(self._end)
+        model.register_forward_hook(self._end, always_call=True)
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         self._leave(layer, local)
@@ -89,20 +92,23 @@ class PooledRunning:
         """Wait for what is under way and apply it. Starts no exchange, and raises nothing: one worker may be alone."""
         if self._sent is None:
             return
-        (pending, momenta), self._sent = self._sent, None
+        (pending, momenta, members), self._sent = self._sent, None
         with torch.no_grad():
-            message = pending.wait()
-            *sums, faults = message.split([*self._sizes(), len(groups.ranks(self.group))])
-            self._fault = self._describe(faults)
+            *sums, faults = pending.wait().split([*self._sizes(), len(members)])
+            self._fault = self._describe(faults, members)
             if self._fault is None:
+                # Where nobody looks, a count of NaN keeps the statistics still.
+                sums = [torch.where(faults.any(), torch.nan, s) for s in sums]
                 self._apply(
                     [s.to(device_of(layer)) for layer, s in zip(self.layers.values(), sums, strict=True)], momenta
                 )
 
     def forget(self, layer: SyncNorm) -> None:
-        """The layer's state is about to be replaced: let the others have what is under way, and drop the layer's."""
+        """The layer's state is about to be replaced: let the others have what is under way, and drop the layer's.
+
+        A fault stays: this worker may be alone in replacing its state, and all are to raise.
+        """
         self.settle()
-        self._fault = None
         self._forward.sums.pop(self._name(layer), None)
 
     def drop(self) -> None:
@@ -126,8 +132,10 @@ class PooledRunning:
         """Send what was left here, for all layers, on its way. Every worker must call."""
         self.settle()
         forward, self._forward = self._forward, Forward()
-        momenta = [layer.momentum for layer in self.layers.values()]
-        self._sent = Sent(exchange.start_sum(self._message(forward), self.group, "all moments"), momenta)
+        group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
+        members = groups.ranks(group)
+        message = exchange.start_sum(self._message(forward, members), group, "all moments")
+        self._sent = Sent(message, momenta, members)
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
         for layer, each, momentum in zip(self.layers.values(), sums, momenta, strict=True):
@@ -136,19 +144,23 @@ class PooledRunning:
     def _begin(self, model: nn.Module, args: object) -> None:
         if ops.is_recomputing():
             return
-        # A forward that raised has left it open.
         self._is_open = False
         if not self._trains():
             return
         if not self.is_held:
             self.start()
         self._is_open = True
+        self._handled = sys.exc_info()[1]
 
     def _end(self, model: nn.Module, args: object, output: object) -> None:
-        if self._is_open and not ops.is_recomputing():
-            self._is_open = False
-            if not self.is_held:
-                self.launch()
+        if not self._is_open or ops.is_recomputing():
+            return
+        self._is_open = False
+        # Called for a forward that raised, too, while its exception is being handled.
+        has_raised = sys.exc_info()[1] is not self._handled
+        self._handled = None
+        if not has_raised and not self.is_held:
+            self.launch()
 
     def _trains(self) -> bool:
         """The layers are asked, not the model: a wrapper's own flag says nothing.
@@ -173,29 +185,33 @@ class PooledRunning:
     def _sizes(self) -> list[int]:
         return [2 * layer.num_features + 1 for layer in self.layers.values()]
 
-    def _message(self, forward: Forward) -> Tensor:
+    def __getstate__(self) -> dict[str, object]:
+        # A copy made within `accumulate` is not part of it.
+        return {**self.__dict__, "is_held": False, "_is_open": False, "_handled": None}
+
+    def _message(self, forward: Forward, members: list[int]) -> Tensor:
         """All sums, then one number for each worker: at which layer its data was at fault, if at any."""
         device = device_of(next(iter(self.layers.values())))
         sums = [
             forward.sums[name].to(device) if name in forward.sums else zeros(size, device)
             for name, size in zip(self.layers, self._sizes(), strict=True)
         ]
-        members = groups.ranks(self.group)
         faults = zeros(len(members), device)
-        for number, name in enumerate(self.layers, start=1):
-            mine = faults[members.index(groups.rank())]
+        numbers = {name: number for number, name in enumerate(self.layers, start=1)}
+        for name in forward.sums:  # in the order of the calls: the first to be at fault is named
+            number, mine = numbers[name], faults[members.index(groups.rank())]
             if name in forward.bad_masks:
                 mine.copy_(torch.where((mine == 0) & forward.bad_masks[name].to(device), float(number), mine))
-            if guard.is_debug() and name in forward.sums:
+            if guard.is_debug():
                 mine.copy_(torch.where((mine == 0) & ~forward.sums[name].to(device).isfinite().all(), -number, mine))
         return torch.cat([*sums, faults])
 
-    def _describe(self, faults: Tensor) -> str | None:
+    def _describe(self, faults: Tensor, members: list[int]) -> str | None:
         """What was wrong in the last forward. On CUDA it is looked at in debug mode only."""
         if not (faults.device.type == "cpu" or guard.is_debug()) or not faults.any():
             return None
         names = list(self.layers)
-        found = zip(groups.ranks(self.group), faults.tolist(), strict=True)
+        found = zip(members, faults.tolist(), strict=True)
         where = [f"rank {rank} in layer {names[int(abs(n)) - 1]!r}" for rank, n in found if n]
         if (faults > 0).any():
             what = "`mask` must hold finite weights >= 0, got others on"

@@ -353,3 +353,26 @@ def _accumulated_rounds() -> list[str]:
 
 def test_the_backward_message_leaves_with_the_block(pool):
     assert pool(2).run(_accumulated_rounds) == [[["all moments", "all gradients"]] * 3] * 2
+
+
+def _two_forwards_one_backward() -> list[Tensor]:
+    """The gradient average after a backward pass over two forwards, and after one over their concatenation."""
+    torch.manual_seed(dist.get_rank())
+    options = Lagged(backward_rate=1.0, max_drift=float("inf"))
+    a, b = torch.randn(5, 3), torch.randn(5, 3)
+    averages = []
+    for is_split in (True, False):
+        model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync=options)))
+        for _ in range(2):
+            model(torch.randn(5, 3, generator=torch.Generator().manual_seed(1)))
+        parts = [model(a), model(b)] if is_split else model(torch.cat([a, b])).split(5)
+        (1000 * parts[0].square().mean() + parts[1].square().mean()).backward()
+        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(2)))
+        model(torch.randn(5, 3, generator=torch.Generator().manual_seed(2)))
+        averages.append(model.state_dict()["0.lagged_gradient"])
+    return averages
+
+
+def test_gradients_that_come_late_are_not_lost(pool):
+    for split, whole in pool(2).run(_two_forwards_one_backward):
+        assert split.abs().max() > 0.5 * whole.abs().max() > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import io
 
 import pytest
 import torch
@@ -502,3 +503,113 @@ def test_statistics_that_are_not_tracked_stay():
     layer.track_running_stats = False
     layer(torch.randn(5, 3))
     assert torch.equal(layer.running_mean, torch.zeros(3))
+
+
+def _checkpointed_steps(make: str, is_checkpointed: bool, batches: list[list[int]]) -> list[Tensor]:
+    """Gradients of several steps; a rank's batches are named by seed, and -1 is an empty one."""
+    torch.manual_seed(0)
+    bounds = RenormSchedule.constant(1.5, 0.5)
+    layer = {
+        "renorm": lambda: SyncBatchRenorm(4, schedule=bounds, dtype=torch.float64),
+        "lagged": lambda: SyncBatchNorm(4, sync="lagged", dtype=torch.float64),
+    }[make]()
+    model = prepare_ddp(nn.Sequential(layer))
+    gradients = []
+    for step, seed in enumerate(batches[dist.get_rank()]):
+        x = (_batch(4, seed) if seed >= 0 else torch.empty(0, 4, 5).double()).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x)
+        y.backward(_batch(len(x), 50 + step))
+        gradients += [x.grad.clone(), layer.weight.grad.clone()]
+    return gradients
+
+
+@pytest.mark.parametrize("make", ["renorm", "lagged"])
+@pytest.mark.parametrize(
+    "batches", [[[0, 1, 2, 3], [-1, -1, -1, -1]], [[0, 1, 2, 3], [9, 9, 9, 9]], [[5, 6, 5, 6], [7, 7, 7, 7]]], ids=str
+)
+def test_checkpointing_with_batches_that_come_again(pool, make, batches):
+    """Of the calls with the same sums the newest is repeated; an older one would ask for messages of its own."""
+    plain = pool(2).run(_checkpointed_steps, make, False, batches)
+    for got, expected in zip(pool(2).run(_checkpointed_steps, make, True, batches), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_checkpointing_more_calls_than_are_remembered_is_an_error():
+    layer = SyncBatchRenorm(4, dtype=torch.float64)
+    ys = [checkpoint(layer, _batch(3, i).requires_grad_(), use_reentrant=False) for i in range(70)]
+    with pytest.raises(InputError, match="must repeat one of the last 64 training forwards of a layer"):
+        torch.stack(ys).square().mean().backward()
+
+
+def _swapped_on_one_worker() -> list[str]:
+    """A fault, and one worker that loads a state in between: all are to raise all the same."""
+    layer = KINDS["norm"](4)
+    model = prepare_ddp(_Masked(layer))
+    mask = torch.ones(3, 1, 5)
+    mask[0] = -1.0 if dist.get_rank() == 1 else 1.0
+    model(_batch(3, 0), mask)
+    if dist.get_rank() == 0:
+        model.load_state_dict(model.state_dict())
+        layer.reset_running_stats()
+    messages = []
+    for _ in range(2):
+        try:
+            model(_batch(3, 1), None)
+            messages.append("fine")
+        except FaultError:
+            messages.append("fault")
+    return messages
+
+
+def test_a_fault_survives_a_load_on_one_worker(pool):
+    assert pool(2).run(_swapped_on_one_worker) == [["fault", "fine"]] * 2
+
+
+def _trained(sync: str) -> bytes:
+    torch.manual_seed(dist.get_rank())
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync=sync)))
+    model(torch.randn(5, 3)).square().mean().backward()
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_pickled_model_settles_where_there_is_no_group(pool, sync):
+    first, second = (
+        torch.load(io.BytesIO(data), weights_only=False).eval()  # our own ranks made them
+        for data in pool(2).run(_trained, sync)
+    )
+    assert int(first[0].num_batches_tracked) == 1
+    assert torch.equal(first[0].running_mean, second[0].running_mean)
+
+
+def test_a_direct_call_after_a_forward_that_raised_is_noticed():
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4), _RaisesOnce()))
+    with pytest.raises(RuntimeError, match="once"):
+        model(_batch(6, 0))
+    with pytest.raises(InputError, match="got a direct call of layer '0'"):
+        model[0](_batch(6, 0))
+    try:
+        raise KeyError
+    except KeyError:
+        # A forward that succeeds while somebody handles an exception counts.
+        model(_batch(6, 0))
+    assert int(model.state_dict()["0.num_batches_tracked"]) == 1
+
+
+def test_a_copy_made_while_accumulating_is_free():
+    for sync in ("batch", "running"):
+        model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync=sync, dtype=torch.float64)))
+        with accumulate(model):
+            model(_batch(6, 0))
+            other = copy.deepcopy(model)
+        for seed in range(2):
+            other(_batch(6, seed))
+        assert int(other.state_dict()["0.num_batches_tracked"]) == 2
+
+
+def test_a_mask_of_many_dimensions_is_no_less_an_error():
+    x = torch.randn(2, 3, *[1] * 8)
+    with pytest.raises(FaultError, match="got -1"):
+        SyncBatchNorm(3)(x, torch.full((2, 1, *[1] * 8), -1.0))
