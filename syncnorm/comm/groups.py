@@ -16,8 +16,10 @@ from syncnorm.errors import InputError
 
 Group = dist.ProcessGroup
 
-# Per default group: a program may destroy its default group and initialise another.
-_made: weakref.WeakKeyDictionary[Group, dict[tuple[str, tuple[int, ...]], Group]] = weakref.WeakKeyDictionary()
+# Per default group: a program may destroy its default group and initialise another. torch keeps the groups until
+# then; kept here too, their threads would outlive torch.distributed and abort the process at its end.
+_Made = weakref.WeakValueDictionary[tuple[str, tuple[int, ...]], Group]
+_made: weakref.WeakKeyDictionary[Group, _Made] = weakref.WeakKeyDictionary()
 
 
 def is_initialized() -> bool:
@@ -62,9 +64,10 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
     members, backend = dist.get_process_group_ranks(parent), dist.get_backend_config(parent)
     if len(members) == 1:
         return None
-    groups = _made.setdefault(world, {})
+    groups = _made.setdefault(world, weakref.WeakValueDictionary())
     key = (backend, tuple(members))
-    if key not in groups:
+    made = groups.get(key)
+    if made is None:
         made = dist.new_group(
             members,
             timeout=_timeout(parent),
@@ -73,7 +76,7 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
         )
         assert isinstance(made, dist.ProcessGroup)
         groups[key] = made
-    return groups[key]
+    return made
 
 
 def _timeout(group: Group) -> timedelta:
