@@ -28,21 +28,31 @@ class Moments:
     m2: Tensor
 
     @property
+    def n(self) -> float | Tensor:
+        """The count: on a CPU the number itself, which saves operators; elsewhere the tensor, unread."""
+        return self.count if self.count.device.type != "cpu" or torch.compiler.is_compiling() else self.count.item()
+
+    @property
     def var(self) -> Tensor:
         """Biased variance m2 / n, shape (C,); 0 where n = 0."""
-        return self.m2 * reciprocal(self.count)
+        return self.m2 * reciprocal(self.n)
 
     def invstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), shape (C,); 0 where no value or a single one counts.
 
         The output there is the bias, and the gradient 0, rather than a rounding error times 1 / sqrt(eps).
         """
+        n, invstd = self.n, torch.rsqrt(self.var + eps)
+        if not isinstance(n, Tensor) and not n <= 1:
+            return invstd
         is_single = (self.count <= 1) & (self.m2 == 0)
-        return torch.where(is_single, 0.0, torch.rsqrt(self.var + eps))
+        return torch.where(is_single, 0.0, invstd)
 
 
-def reciprocal(count: Tensor) -> Tensor:
+def reciprocal(count: float | Tensor) -> float | Tensor:
     """1 / count, and 0 where count = 0. NaN stays NaN: a fault must not pass for an empty batch."""
+    if not isinstance(count, Tensor):
+        return 0.0 if count == 0 else 1.0 / count
     return torch.where(count == 0, 0.0, 1.0 / count)
 
 
@@ -53,10 +63,9 @@ def of_sums(sums: Tensor) -> Moments:
     """
     channels = (sums.numel() - 1) // 2
     total, squares, count = sums.split((channels, channels, 1))
-    count = count.squeeze(0)
-    mean = total * reciprocal(count)
-    m2 = (squares - total * mean).clamp(min=0.0)
-    return Moments(count, mean, m2)
+    raw = Moments(count.squeeze(0), total, squares)
+    mean = total * reciprocal(raw.n)
+    return Moments(raw.count, mean, (squares - total * mean).clamp(min=0.0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:
@@ -73,7 +82,8 @@ def average_factor(num_batches_tracked: Tensor | None, batch: Moments, momentum:
     That is `momentum`, or 1 / num_batches_tracked where `momentum` is None (cumulative average).
     """
     if num_batches_tracked is not None:
-        num_batches_tracked += (batch.count > 0).to(num_batches_tracked.dtype)
+        is_new = batch.n > 0
+        num_batches_tracked += is_new if isinstance(is_new, bool) else is_new.to(num_batches_tracked.dtype)
     if momentum is not None:
         return momentum
     assert num_batches_tracked is not None, "a cumulative average needs its counter"
@@ -82,15 +92,19 @@ def average_factor(num_batches_tracked: Tensor | None, batch: Moments, momentum:
 
 def update_running_mean_(running_mean: Tensor, batch: Moments, factor: float | Tensor) -> None:
     """running_mean += factor * (mean - running_mean), in place; n = 0 (or NaN, a fault) leaves it as it is."""
-    blend_(running_mean, batch.mean, factor, batch.count > 0)
+    blend_(running_mean, batch.mean, factor, batch.n > 0)
 
 
 def update_running_var_(running_var: Tensor, batch: Moments, factor: float | Tensor) -> None:
     """running_var += factor * (m2 / (n - 1) - running_var), in place. Weights are frequencies: n <= 1 leaves it."""
-    blend_(running_var, batch.m2 / (batch.count - 1.0), factor, batch.count > 1)
+    blend_(running_var, batch.m2 * reciprocal(batch.n - 1.0), factor, batch.n > 1)
 
 
-def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: Tensor) -> None:
-    """running += factor * (value - running) where `where`, in float64, without reading a value on the host."""
+def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool | Tensor) -> None:
+    """running += factor * (value - running) where `where`, in float64; on CUDA without reading a value on the host."""
     wide = running.to(torch.float64)
-    running.copy_(torch.where(where, wide + factor * (value - wide), wide))
+    blended = torch.lerp(wide, value, factor)
+    if isinstance(where, Tensor):
+        running.copy_(torch.where(where, blended, wide))
+    elif where:
+        running.copy_(blended)

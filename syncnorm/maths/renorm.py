@@ -133,4 +133,4 @@ def update_running_std_(running_var: Tensor, batch: Moments, eps: float, factor:
     """
     sigma = torch.sqrt(running_var.double() + eps)
     sigma = sigma + factor * (torch.sqrt(batch.var + eps) - sigma)
-    blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, batch.count > 1)
+    blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, batch.n > 1)

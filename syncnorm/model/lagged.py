@@ -97,7 +97,7 @@ class PooledLagged(PooledRunning):
         group, count = self.group, local.sums[-1]
         if averages.waits:
             batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments"))
-            means = LaggedMeans(self, layer, averages.gradient, PooledMeans(batch.count, group), count)
+            means = LaggedMeans(self, layer, averages.gradient, PooledMeans(batch, group), count)
         else:
             # An average has no count of its own; any above 1 says that its variance is one.
             several = torch.full_like(count, 2.0)

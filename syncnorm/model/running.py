@@ -83,7 +83,7 @@ class PooledRunning:
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         self._leave(layer, local)
         batch = of_sums(local.sums)
-        return Statistic(batch, PooledMeans(batch.count, None), is_pooled=False)
+        return Statistic(batch, PooledMeans(batch, None), is_pooled=False)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         """Nothing to do: the sums were left in `take`, and are applied in `settle`."""

@@ -18,6 +18,7 @@ from syncnorm.maths.kernels import layout
 
 _HALF = (torch.bfloat16, torch.float16)
 _PIVOT_ELEMENTS = 8
+_SHORT_PLANE = 8
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -27,16 +28,22 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def centred_sums(x: Tensor, mask: Tensor | None, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,), float64."""
-    rows = layout.is_rows(x)
-    v = layout.view(layout.dense(x), rows=rows)
+    v = _summable(x)
     if mask is None:
         p = _pivot(v)
         return p.double(), *_sums_about(v, None, p)
     # Elements of weight 0 may lie anywhere, so under a mask the pivot is the (rounded) weighted mean itself.
-    w = layout.view(mask.to(_wide(x.dtype)), rows=rows)
+    w = layout.view(mask.to(_wide(x.dtype)), rows=v.ndim == 2)
     total, _ = _sums_about(v, w, w.new_zeros(x.shape[1]))
     p = (total / count).nan_to_num(0.0, 0.0, 0.0).to(w.dtype)
     return p.double(), *_sums_about(v, w, p)
+
+
+def _summable(x: Tensor) -> Tensor:
+    """The view to take sums over. Planes of a few elements are copied into rows: the operator is slow on them."""
+    rows = layout.is_rows(x)
+    v = layout.view(layout.dense(x), rows=rows)
+    return v.transpose(1, 2).reshape(-1, v.shape[1]) if not rows and v.shape[2] <= _SHORT_PLANE < v.shape[1] else v
 
 
 def _pivot(v: Tensor) -> Tensor:
@@ -119,8 +126,7 @@ def _affine_into_(out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Te
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
     x = layout.dense(x)
-    rows = layout.is_rows(x)
-    g, v = (layout.view(t, rows=rows) for t in (layout.like(grad_output, x), x))
+    g, v = _summable(layout.like(grad_output, x)), _summable(x)
     cut = layout.Cut.of(v)
     gs, xs = cut.blocks(g), cut.blocks(v)
     products = _Products(cut, mean.to(_wide(x.dtype)), len(xs))
