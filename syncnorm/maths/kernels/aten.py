@@ -20,6 +20,10 @@ _HALF = (torch.bfloat16, torch.float16)
 _PIVOT_ELEMENTS = 8
 _SHORT_PLANE = 8
 
+_forward_operator = torch.ops.aten.native_batch_norm.out
+_backward_operator = torch.ops.aten.native_batch_norm_backward.default
+_SUMS_ONLY = [False, True, True]
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """The type that the arithmetic is done in: at least float32."""
@@ -90,15 +94,15 @@ class _Products:
     def __init__(self, cut: layout.Cut, mean: Tensor, blocks: int) -> None:
         self._cut = cut
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-        self._coefficients = zip(*(cut.coefficients(c, blocks) for c in (one, mean, zero)), strict=True)
+        self._coefficients = iter([(one, mean, zero)])
+        if blocks > 1:
+            self._coefficients = zip(*(cut.coefficients(c, blocks) for c in (one, mean, zero)), strict=True)
         self._sums: list[Tensor] = []
         self._products: list[Tensor] = []
 
     def add(self, g: Tensor, x: Tensor) -> None:
         one, mean, zero = next(self._coefficients)
-        _, products, total = torch.ops.aten.native_batch_norm_backward.default(
-            g, x, one, mean, one, zero, one, False, 0.0, [False, True, True]
-        )
+        _, products, total = _backward_operator(g, x, one, mean, one, zero, one, False, 0.0, _SUMS_ONLY)
         self._sums.append(total)
         self._products.append(products)
 
@@ -117,10 +121,8 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _affine_into_(out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor) -> None:
-    nothing = x.new_empty(0, dtype=one.dtype)
-    torch.ops.aten.native_batch_norm.out(
-        x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
-    )
+    nothing = one.new_empty(0)
+    _forward_operator(x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing)
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
@@ -149,7 +151,9 @@ def backward_input(
     ws = [None] * len(xs) if mask is None else cut.blocks(layout.view(mask.to(wide), rows=rows))
     columns = [c.to(wide) for c in (mean, -scale * b, -scale * a, torch.ones_like(mean))]
     columns.append(_facing(scale.to(wide), v))
-    coefficients = zip(*(cut.coefficients(c, len(xs)) for c in columns), strict=True)
+    coefficients = [columns]
+    if len(xs) > 1:
+        coefficients = zip(*(cut.coefficients(c, len(xs)) for c in columns), strict=True)
     for o, g_block, x_block, w, (*affine, factor) in zip(outs, gs, xs, ws, coefficients, strict=True):
         # Half types are worked on in float32 and rounded once.
         t = o if o.dtype == wide else torch.empty_like(o, dtype=wide)

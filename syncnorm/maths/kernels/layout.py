@@ -22,7 +22,7 @@ PLANE = 4_096
 
 def is_rows(x: Tensor) -> bool:
     """Whether channels vary fastest, so that a (rows, C) view exists."""
-    return x.shape[1] > 1 and x.movedim(1, -1).is_contiguous()
+    return x.shape[1] > 1 and x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
@@ -74,6 +74,8 @@ class Cut(NamedTuple):
 
     def blocks(self, v: Tensor) -> list[Tensor]:
         """The blocks of a view of this shape, or of its mask, which has one channel."""
+        if v.shape[0] <= self.step and self.group == self.channels and self.lengths is None:
+            return [v]
         parts = list(v.split(self.step))
         if self.group < self.channels:
             groups = -(-self.channels // self.group)
@@ -92,6 +94,8 @@ class Cut(NamedTuple):
 
     def total(self, sums: list[Tensor]) -> Tensor:
         """Sums of the blocks, added up per channel in float64: shape (C,)."""
+        if len(sums) == 1:
+            return sums[0].double()
         pieces = len(self.lengths) if self.lengths is not None else 1
         return torch.cat(sums).view(-1, self.channels, pieces).sum((0, 2), dtype=torch.float64)
 
