@@ -1,0 +1,45 @@
+"""What the tests of whole models share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
+
+KINDS = {
+    "norm": lambda channels: SyncBatchNorm(channels, sync="running", dtype=torch.float64),
+    "renorm": lambda channels: SyncBatchRenorm(
+        channels, schedule=RenormSchedule.constant(2.0, 1.0), sync="running", dtype=torch.float64
+    ),
+}
+
+
+def uneven_batch(size: int, seed: int, channels: int = 4) -> Tensor:
+    """Samples that differ in mean, so that shards are not alike."""
+    g = torch.Generator().manual_seed(seed)
+    offset = torch.linspace(-3, 3, max(size, 1), dtype=torch.float64)[:size].view(-1, 1, 1)
+    return torch.randn(size, channels, 5, generator=g, dtype=torch.float64) + offset
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+class Masked(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.layer(x, mask)
+
+
+class RaisesOnce(nn.Module):
+    has_raised = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.has_raised:
+            self.has_raised = True
+            raise RuntimeError("once")
+        return x

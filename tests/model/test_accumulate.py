@@ -1,0 +1,76 @@
+"""accumulate: several forwards, one exact update of the running statistics."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, reference
+from syncnorm.comm import exchange
+from syncnorm.errors import InputError
+from syncnorm.testing import assert_close
+from tests.model.parts import state_of, uneven_batch
+
+
+def _accumulated(sync: str, rounds: int) -> tuple[dict, list[str]]:
+    """Micro-batches of one global batch, cut by rank and round."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(2.0, 1.0), sync=sync, dtype=torch.float64)
+    model = prepare_ddp(nn.Sequential(layer))
+    pieces = uneven_batch(12, 3).tensor_split(rounds * world)
+    with exchange.record() as record:
+        with accumulate(model):
+            before = layer.running_mean.clone()
+            for i in range(rounds):
+                model(pieces[i * world + rank]).square().mean().backward()
+                assert torch.equal(layer.running_mean, before)
+        kinds = [e.kind for e in record]
+    return state_of(model), kinds
+
+
+@pytest.mark.parametrize("sync", ["batch", "running", "lagged"])
+@pytest.mark.parametrize("rounds", [1, 3, 5])
+def test_accumulate_gives_one_exact_update(pool, rounds, sync):
+    running = reference.RunningStatistics.initial(4)
+    reference.batch_renorm(uneven_batch(12, 3), running=running, r_max=2.0, d_max=1.0)
+    for state, kinds in pool(2).run(_accumulated, sync, rounds):
+        assert_close(state["0.running_mean"], running.mean, torch.float64, "running_mean")
+        assert_close(state["0.running_var"], running.var, torch.float64, "running_var")
+        assert int(state["0.num_batches_tracked"]) == 1
+        assert kinds.count("all moments") == (0 if sync == "batch" else 1)
+
+
+def test_accumulate_alone_and_when_it_fails():
+    layer = SyncBatchNorm(4, dtype=torch.float64)
+    with accumulate(layer):
+        for piece in uneven_batch(8, 0).split([5, 3]):
+            layer(piece)
+    running = reference.RunningStatistics.initial(4)
+    reference.batch_norm(uneven_batch(8, 0), running=running)
+    assert_close(layer.running_var, running.var, torch.float64, "running_var")
+    state = state_of(layer)
+    with pytest.raises(RuntimeError, match="7 channels"), accumulate(layer):
+        _one_good_one_bad(layer)
+    assert all(torch.equal(v, state[k]) for k, v in layer.state_dict().items())
+    with accumulate(layer), pytest.raises(InputError, match="must not be accumulating already"):
+        accumulate(layer).__enter__()
+
+
+def _one_good_one_bad(layer: nn.Module) -> None:
+    layer(uneven_batch(5, 1))
+    raise RuntimeError("7 channels")
+
+
+def test_a_copy_made_while_accumulating_is_free():
+    for sync in ("batch", "running"):
+        model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync=sync, dtype=torch.float64)))
+        with accumulate(model):
+            model(uneven_batch(6, 0))
+            other = copy.deepcopy(model)
+        for seed in range(2):
+            other(uneven_batch(6, seed))
+        assert int(other.state_dict()["0.num_batches_tracked"]) == 2

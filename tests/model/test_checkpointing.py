@@ -1,0 +1,99 @@
+"""Activation checkpointing: a repeated forward updates nothing and sees what the first one saw."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm.errors import InputError
+from tests.model.parts import uneven_batch
+
+
+def _checkpointed(reentrant: bool | None, make: str) -> list[Tensor]:
+    """Gradients and buffers of a pooled layer, with and without activation checkpointing."""
+    layer = {
+        "norm": lambda: SyncBatchNorm(4, dtype=torch.float64),
+        "renorm": lambda: SyncBatchRenorm(4, schedule=RenormSchedule.constant(1.5, 0.5), dtype=torch.float64),
+    }[make]()
+    for step in range(3):
+        x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
+        y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+        cotangent = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        y.backward(cotangent)
+    return [x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()]
+
+
+@pytest.mark.parametrize("make", ["norm", "renorm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_updates_once_and_changes_no_bit(pool, reentrant, make):
+    """Also the test of the undocumented torch function that says whether a forward is being repeated."""
+    plain = pool(2).run(_checkpointed, None, make)
+    for got, expected in zip(pool(2).run(_checkpointed, reentrant, make), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _forwards_before_backwards(make: str, is_checkpointed: bool) -> list[Tensor]:
+    """Several forwards, then one backward pass: a repeated forward must see what the first one saw."""
+    torch.manual_seed(0)
+    bounds = RenormSchedule.constant(1.5, 0.5)
+    layer = {
+        "renorm": lambda: SyncBatchRenorm(4, schedule=bounds, dtype=torch.float64),
+        "lagged": lambda: SyncBatchNorm(4, sync="lagged", dtype=torch.float64),
+        "lagged renorm": lambda: SyncBatchRenorm(4, schedule=bounds, sync="lagged", dtype=torch.float64),
+    }[make]()
+    model = prepare_ddp(nn.Sequential(layer))
+    for step in range(2):
+        xs = [uneven_batch(4, 10 * step + 3 * dist.get_rank() + i).requires_grad_() for i in range(3)]
+        ys = [checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x) for x in xs]
+        if dist.get_rank() == 0:
+            model.state_dict()
+        sum((y * torch.linspace(-1, 2, y.numel()).view_as(y).sin()).mean() for y in ys).backward()
+    return [*(x.grad for x in xs), layer.weight.grad, layer.bias.grad, *model.state_dict().values()]
+
+
+@pytest.mark.parametrize("make", ["renorm", "lagged", "lagged renorm"])
+def test_checkpointing_with_several_forwards_before_the_backward_pass(pool, make):
+    plain = pool(2).run(_forwards_before_backwards, make, False)
+    for got, expected in zip(pool(2).run(_forwards_before_backwards, make, True), plain, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def _checkpointed_steps(make: str, is_checkpointed: bool, batches: list[list[int]]) -> list[Tensor]:
+    """Gradients of several steps; a rank's batches are named by seed, and -1 is an empty one."""
+    torch.manual_seed(0)
+    bounds = RenormSchedule.constant(1.5, 0.5)
+    layer = {
+        "renorm": lambda: SyncBatchRenorm(4, schedule=bounds, dtype=torch.float64),
+        "lagged": lambda: SyncBatchNorm(4, sync="lagged", dtype=torch.float64),
+    }[make]()
+    model = prepare_ddp(nn.Sequential(layer))
+    gradients = []
+    for step, seed in enumerate(batches[dist.get_rank()]):
+        x = (uneven_batch(4, seed) if seed >= 0 else torch.empty(0, 4, 5).double()).requires_grad_()
+        y = checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x)
+        y.backward(uneven_batch(len(x), 50 + step))
+        gradients += [x.grad.clone(), layer.weight.grad.clone()]
+    return gradients
+
+
+@pytest.mark.parametrize("make", ["renorm", "lagged"])
+@pytest.mark.parametrize(
+    "batches", [[[0, 1, 2, 3], [-1, -1, -1, -1]], [[0, 1, 2, 3], [9, 9, 9, 9]], [[5, 6, 5, 6], [7, 7, 7, 7]]], ids=str
+)
+def test_checkpointing_with_batches_that_come_again(pool, make, batches):
+    """Of the calls with the same sums the newest is repeated; an older one would ask for messages of its own."""
+    plain = pool(2).run(_checkpointed_steps, make, False, batches)
+    for got, expected in zip(pool(2).run(_checkpointed_steps, make, True, batches), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_checkpointing_more_calls_than_are_remembered_is_an_error():
+    layer = SyncBatchRenorm(4, dtype=torch.float64)
+    ys = [checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=False) for i in range(70)]
+    with pytest.raises(InputError, match="must repeat one of the last 64 training forwards of a layer"):
+        torch.stack(ys).square().mean().backward()
