@@ -17,7 +17,7 @@ def load(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not (root / "train-images-idx3-ubyte.gz").exists():
         raise SystemExit(
             f"No Fashion-MNIST in {root}. Pass the folder that holds its four .gz files, for example that of "
-            "Debian's package dataset-fashion-mnist, /usr/share/datasets/fashion-mnist."
+            "Debian's package dataset-fashion-mnist."
         )
     parts = []
     for name in ("train", "t10k"):
