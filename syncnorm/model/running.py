@@ -60,6 +60,7 @@ class PooledRunning:
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         self.layers = layers
+        self._names = {layer: name for name, layer in layers.items()}
         self.is_held = False
         """Whether forwards are being accumulated into one update."""
         self._forward = Forward()
@@ -94,11 +95,13 @@ class PooledRunning:
             return
         (pending, momenta, members), self._sent = self._sent, None
         with torch.no_grad():
-            *sums, faults = pending.wait().split([*self._sizes(), len(members)])
+            message = pending.wait()
+            faults = message[-len(members) :]
             self._fault = self._describe(faults, members)
             if self._fault is None:
                 # Where nobody looks, a count of NaN keeps the statistics still.
-                sums = [torch.where(faults.any(), torch.nan, s) for s in sums]
+                message = torch.where(faults.any(), torch.nan, message)
+                *sums, _ = message.split([*self._sizes(), len(members)])
                 self._apply(
                     [s.to(device_of(layer)) for layer, s in zip(self.layers.values(), sums, strict=True)], momenta
                 )
@@ -180,7 +183,7 @@ class PooledRunning:
         self._forward.leave(self._name(layer), local)
 
     def _name(self, layer: SyncNorm) -> str:
-        return next(name for name, each in self.layers.items() if each is layer)
+        return self._names[layer]
 
     def _sizes(self) -> list[int]:
         return [2 * layer.num_features + 1 for layer in self.layers.values()]

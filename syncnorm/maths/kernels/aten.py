@@ -94,9 +94,7 @@ class _Products:
     def __init__(self, cut: layout.Cut, mean: Tensor, blocks: int) -> None:
         self._cut = cut
         one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-        self._coefficients = iter([(one, mean, zero)])
-        if blocks > 1:
-            self._coefficients = zip(*(cut.coefficients(c, blocks) for c in (one, mean, zero)), strict=True)
+        self._coefficients = iter(cut.columns([one, mean, zero], blocks))
         self._sums: list[Tensor] = []
         self._products: list[Tensor] = []
 
@@ -151,9 +149,7 @@ def backward_input(
     ws = [None] * len(xs) if mask is None else cut.blocks(layout.view(mask.to(wide), rows=rows))
     columns = [c.to(wide) for c in (mean, -scale * b, -scale * a, torch.ones_like(mean))]
     columns.append(_facing(scale.to(wide), v))
-    coefficients = [columns]
-    if len(xs) > 1:
-        coefficients = zip(*(cut.coefficients(c, len(xs)) for c in columns), strict=True)
+    coefficients = cut.columns(columns, len(xs))
     for o, g_block, x_block, w, (*affine, factor) in zip(outs, gs, xs, ws, coefficients, strict=True):
         # Half types are worked on in float32 and rounded once.
         t = o if o.dtype == wide else torch.empty_like(o, dtype=wide)

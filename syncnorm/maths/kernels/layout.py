@@ -7,6 +7,7 @@ Anything else is copied into `planes` first.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -91,6 +92,12 @@ class Cut(NamedTuple):
             return [c] * blocks
         parts = [p for p in c.split(self.group) for _ in self.lengths or [0]]
         return parts * (blocks // len(parts))
+
+    def columns(self, cs: list[Tensor], blocks: int) -> Iterable[Sequence[Tensor]]:
+        """For each of so many blocks its coefficients out of several (C,) ones."""
+        if blocks == 1:
+            return [cs]
+        return zip(*(self.coefficients(c, blocks) for c in cs), strict=True)
 
     def total(self, sums: list[Tensor]) -> Tensor:
         """Sums of the blocks, added up per channel in float64: shape (C,)."""
