@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
@@ -53,6 +53,10 @@ class StatisticsSource(Protocol):
         """Have the running statistics follow the batch; called after the forward, never when it is repeated."""
         ...
 
+    def parts(self, count: int) -> Sequence[int] | None:
+        """Sizes of the parts of a batch of `count` that have a statistic each, in its order; None: it has one."""
+        ...
+
     def settle(self) -> None:
         """Bring the running statistics up to date before they are read. Never starts an exchange, never raises."""
         ...
@@ -71,6 +75,9 @@ class Immediate:
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         layer.update_running(statistic.batch, layer.momentum)
+
+    def parts(self, count: int) -> None:
+        return None
 
     def settle(self) -> None:
         pass
@@ -162,6 +169,8 @@ class SyncNorm(_BatchNorm):
         if sync == "lagged":
             for name, value in _initial_averages(self, device).items():
                 self.register_buffer(name, value)
+        self.seen: tuple[Call, Moments] | None = None
+        """The last training statistic, for those who watch: what went into it, and what the batch was normalised by."""
         self._has_warned = False
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
         self.register_state_dict_pre_hook(_settle)
@@ -174,12 +183,21 @@ class SyncNorm(_BatchNorm):
         if not self.training:
             self.statistics.settle()
             return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        parts = self.statistics.parts(x.shape[0])
+        if parts is None:
+            return self._train(x, weights)
+        masks = [None] * len(parts) if weights is None else weights.split(parts)
+        return torch.cat([self._train(part, mask) for part, mask in zip(x.split(parts), masks, strict=True)])
+
+    def _train(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Normalise a batch by its statistic, and have the running statistics follow it."""
         local = ops.local_sums(x, weights)
         call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
         statistic = self.statistics.take(self, local, call)
         functional.check_count(statistic, self._warn_once)
         y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
         if not ops.is_recomputing():
+            self.seen = (call, statistic.batch)
             with torch.no_grad():
                 self.statistics.record(self, statistic)
         return y

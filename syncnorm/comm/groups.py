@@ -79,10 +79,38 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
     return made
 
 
-def _timeout(group: Group) -> timedelta:
-    """How long the user wants to wait for others; torch would give a new group its own default of half an hour."""
+def runs(size: int) -> Group | None:
+    """The group of this rank when all ranks are cut into runs of `size` neighbours; None for runs of one.
+
+    Made at the first call for a size, with the timeout of the default group, then kept.
+
+    *Collectives*: the first call for a size must be made by every rank; later calls exchange nothing.
+
+    Args:
+        size: ranks in a run, a divisor of the world size.
+    """
+    world = dist.group.WORLD
+    if size == 1 or world is None:
+        return None
+    made = _made.setdefault(world, weakref.WeakValueDictionary())
+    start = dist.get_rank() // size * size
+    key = ("runs", tuple(range(start, start + size)))
+    if key not in made:
+        mine, _ = dist.new_subgroups(size, timeout=_timeout(world))
+        assert isinstance(mine, dist.ProcessGroup)
+        made[key] = mine
+        return mine
+    return made[key]
+
+
+def _timeout(group: Group) -> timedelta | None:
+    """How long the user wants to wait for others; torch would give a new group its own default of half an hour.
+
+    None for a backend that keeps no such option: its default then.
+    """
     # Not documented, and there is no other way to ask; a test notices if it changes.
-    return group._get_backend(group._device_types[0]).options._timeout  # pyright: ignore[reportAttributeAccessIssue]
+    options = group._get_backend(group._device_types[0]).options  # pyright: ignore[reportAttributeAccessIssue]
+    return None if options is None else options._timeout
 
 
 def rank() -> int:

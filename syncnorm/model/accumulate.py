@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,6 +29,9 @@ class Accumulating:
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         self.total = statistic.batch if self.total is None else merge(self.total, statistic.batch)
+
+    def parts(self, count: int) -> Sequence[int] | None:
+        return self.source.parts(count)
 
     def settle(self) -> None:
         self.source.settle()

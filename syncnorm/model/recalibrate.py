@@ -147,6 +147,9 @@ class _Recording:
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         pass
 
+    def parts(self, count: int) -> None:
+        return None
+
     def settle(self) -> None:
         pass
 
@@ -158,6 +161,7 @@ class _Recording:
 def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
     layer.statistics.settle()
     source, layer.statistics = layer.statistics, _Recording(keep)
+    seen = layer.seen
     schedule = getattr(layer, "schedule", None)
     with _buffers_put_back(layer):
         if isinstance(layer, SyncBatchRenorm):
@@ -167,7 +171,7 @@ def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
         try:
             yield
         finally:
-            layer.statistics = source
+            layer.statistics, layer.seen = source, seen
             if isinstance(layer, SyncBatchRenorm) and schedule is not None:
                 layer.schedule = schedule
 

@@ -15,6 +15,7 @@ the forward raises.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -88,6 +89,9 @@ class PooledRunning:
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         """Nothing to do: the sums were left in `take`, and are applied in `settle`."""
+
+    def parts(self, count: int) -> Sequence[int] | None:
+        return None
 
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange, and raises nothing: one worker may be alone."""
