@@ -7,6 +7,7 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.accumulate import accumulate
 from syncnorm.model.ddp import prepare_ddp, scale_loss
+from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "accumulate",
     "debug",
     "functional",
+    "monitor",
     "prepare_ddp",
     "recalibrate",
     "scale_loss",

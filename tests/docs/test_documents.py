@@ -76,7 +76,8 @@ def test_links_and_files_exist(document):
 
 
 @pytest.mark.parametrize(
-    "name", ["functional", "layers", "comm.exchange", "maths.renorm", "model.accumulate", "model.recalibrate"]
+    "name",
+    ["functional", "layers", "comm.exchange", "maths.renorm", "model.accumulate", "model.monitor", "model.recalibrate"],
 )
 def test_docstring_examples(name):
     names = {"torch": importlib.import_module("torch")}

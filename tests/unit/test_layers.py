@@ -221,6 +221,7 @@ def test_public_names():
         "accumulate",
         "debug",
         "functional",
+        "monitor",
         "prepare_ddp",
         "recalibrate",
         "scale_loss",
