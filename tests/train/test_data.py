@@ -1,13 +1,16 @@
-"""Which samples a step consists of, and who computes them."""
+"""Data sets in memory, the order of their samples, and shards."""
 
 import itertools
+import math
+from fractions import Fraction
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from syncnorm.train.data import Split, digits, epoch_order, local_batches, shard
+from syncnorm.errors import ConfigError
+from syncnorm.train.data import DATASETS, Split, digits, epoch_order, make_dataset, shard
 
 
 @given(count=st.integers(0, 200), world_size=st.integers(1, 9))
@@ -21,21 +24,9 @@ def test_shards_are_contiguous_and_nearly_equal(count, world_size):
     assert sizes == sorted(sizes, reverse=True)
 
 
-@given(
-    count=st.integers(1, 100), global_batch=st.integers(1, 120), world_size=st.integers(1, 7), epoch=st.integers(1, 9)
-)
-def test_every_sample_is_used_once_in_an_order_that_ignores_the_workers(count, global_batch, world_size, epoch):
-    numbers = torch.arange(count)
-    split = Split(numbers.reshape(-1, 1, 1, 1).double(), numbers)
-    order = epoch_order(count, seed=3, epoch=epoch)
-    by_rank = [list(local_batches(split, order, global_batch, rank, world_size)) for rank in range(world_size)]
-    steps = [torch.cat([part.labels for part in parts]) for parts in zip(*by_rank, strict=True)]
-    assert torch.equal(torch.cat(steps), order)
-    assert all(len(step) == global_batch for step in steps[:-1])
-    assert torch.equal(torch.cat(steps).sort().values, numbers)
-    for batches in by_rank:
-        for batch in batches:
-            assert torch.equal(batch.images.flatten().long(), batch.labels)
+@given(count=st.integers(0, 100), seed=st.integers(0, 2**63 - 1), epoch=st.integers(1, 9))
+def test_every_sample_is_used_once_in_an_epoch(count, seed, epoch):
+    assert torch.equal(epoch_order(count, seed, epoch).sort().values, torch.arange(count))
 
 
 def test_the_order_follows_from_seed_and_epoch_alone():
@@ -48,16 +39,125 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     assert not torch.equal(others[0], others[1])
 
 
+def some_split(count: int, dtype: torch.dtype = torch.float64, channels: int = 2) -> Split:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.rand(count, channels, 3, 4, generator=generator, dtype=torch.float64) * 200
+    return Split(images.to(dtype), torch.arange(count) % 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.float32, torch.float64], ids=str)
+def test_images_stay_as_stored_and_are_standardised_on_demand(dtype):
+    train, test = some_split(3000, dtype), some_split(20, dtype)
+    data = make_dataset(train, test, num_classes=5)
+    assert data.train.images.dtype == dtype
+    assert data.mean.dtype == data.std.dtype == torch.float64
+    reference = train.images.double()
+    assert torch.allclose(data.mean, reference.mean((0, 2, 3)), rtol=1e-13)
+    assert torch.allclose(data.std, reference.std((0, 2, 3), correction=0), rtol=1e-12)
+    images = data.standardise(train.images, torch.float64)
+    assert torch.allclose(images.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(images.std((0, 2, 3), correction=0), torch.ones(2, dtype=torch.float64))
+    # The test set is standardised by the training set's figures, not by its own.
+    one = (test.images[7, 1, 2, 3].double() - reference[:, 1].mean()) / reference[:, 1].std(correction=0)
+    assert data.standardise(test.images, torch.float64)[7, 1, 2, 3].item() == pytest.approx(one.item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_standardising_a_part_gives_the_same_bits(dtype):
+    data = make_dataset(some_split(50, torch.uint8), some_split(5, torch.uint8), num_classes=5)
+    whole = data.standardise(data.train.images, dtype)
+    assert whole.dtype == dtype
+    assert torch.equal(data.standardise(data.train[10:20].images, dtype), whole[10:20])
+    assert data.standardise(data.train[:0].images, dtype).shape == (0, 2, 3, 4)
+
+
+def test_figures_of_whole_numbers_are_exact():
+    train = some_split(3000, torch.uint8, channels=1)
+    values = train.images.flatten().tolist()
+    mean = Fraction(sum(values), len(values))
+    variance = Fraction(sum(value * value for value in values), len(values)) - mean**2
+    data = make_dataset(train, train, num_classes=5)
+    assert data.mean.item() == float(mean)
+    assert data.std.item() == pytest.approx(math.sqrt(variance), rel=4e-16)
+
+
+def test_figures_of_whole_numbers_do_not_depend_on_the_order_of_addition():
+    # The number of threads changes that order.
+    train = some_split(3000, torch.uint8, channels=40)
+    data = make_dataset(train, train, num_classes=5)
+    other = make_dataset(train[epoch_order(3000, seed=0, epoch=1)], train, num_classes=5)
+    assert torch.equal(other.mean, data.mean)
+    assert torch.equal(other.std, data.std)
+
+
+def test_a_constant_channel_becomes_0():
+    images = torch.cat([some_split(10).images, torch.full((10, 1, 3, 4), 0.1)], dim=1)
+    split = Split(images, torch.zeros(10, dtype=torch.int64))
+    data = make_dataset(split, split, num_classes=1)
+    assert data.std[2] == 1
+    assert data.standardise(images, torch.float64)[:, 2].abs().max() < 1e-15
+
+
+def wrong_labels(label: int) -> Split:
+    split = some_split(4)
+    return Split(split.images, torch.tensor([0, 1, label, label]))
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (some_split(0), some_split(4), r"^training set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)$"),
+        (some_split(4), some_split(0), r"^test set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)$"),
+        (some_split(4), Split(torch.ones(4, 3), torch.arange(4)), r"^test set: .*, got \(4, 3\) and \(4,\)$"),
+        (Split(torch.ones(4, 1, 2, 2), torch.arange(3)), some_split(4), r"^training set: .* and \(3,\)$"),
+        (some_split(4), some_split(4, channels=1), r"^test set: .* shape \(2, 3, 4\), got \(1, 3, 4\)$"),
+        (wrong_labels(5), some_split(4), r"^training set: labels must be from 0 to 4, got 5 for sample 2$"),
+        (some_split(4), wrong_labels(-1), r"^test set: labels must be from 0 to 4, got -1 for sample 2$"),
+        (
+            Split(torch.tensor([1.0, float("nan")]).reshape(2, 1, 1, 1), torch.arange(2)),
+            Split(torch.ones(1, 1, 1, 1), torch.arange(1)),
+            r"^training set: images must be finite, got mean \[nan\] and std \[nan\]$",
+        ),
+    ],
+)
+def test_splits_that_cannot_be_used(train, test, message):
+    with pytest.raises(ConfigError, match=message):
+        make_dataset(train, test, num_classes=5)
+
+
+def test_moving_keeps_dtypes():
+    data = make_dataset(some_split(4, torch.uint8), some_split(3, torch.uint8), num_classes=5)
+    moved = data.to("meta")
+    tensors = [moved.train.images, moved.train.labels, moved.test.images, moved.test.labels, moved.mean, moved.std]
+    assert all(tensor.is_meta for tensor in tensors)
+    assert [tensor.dtype for tensor in tensors] == [torch.uint8, torch.int64] * 2 + [torch.float64] * 2
+    assert moved.num_classes == 5
+
+
+def test_part_of_a_split():
+    split = some_split(9)
+    assert len(split) == 9
+    for index in (slice(2, 5), torch.tensor([8, 0])):
+        assert torch.equal(split[index].images, split.images[index])
+        assert torch.equal(split[index].labels, split.labels[index])
+
+
 def test_digits():
-    data = digits()
+    data = DATASETS["digits"](None)
     assert data.train.images.shape == (1437, 1, 8, 8)
     assert data.test.images.shape == (360, 1, 8, 8)
+    assert data.train.images.unique().tolist() == list(range(17))
     assert data.num_classes == 10
-    assert data.train.images.mean().item() == pytest.approx(0, abs=1e-12)
-    assert data.train.images.std(correction=0).item() == pytest.approx(1)
+    images = data.standardise(data.train.images, torch.float64)
+    assert images.mean().item() == pytest.approx(0, abs=1e-12)
+    assert images.std(correction=0).item() == pytest.approx(1)
     shares = [part.labels.bincount(minlength=10) / len(part) for part in (data.train, data.test)]
     assert torch.allclose(shares[0], shares[1], atol=3e-3)
 
 
-def test_digits_are_split_the_same_way_each_time():
-    assert torch.equal(digits().test.images, digits().test.images)
+def test_digits_are_split_the_same_way_each_time(tmp_path):
+    assert torch.equal(digits(None).test.images, digits(tmp_path).test.images)
+
+
+def test_names():
+    assert list(DATASETS) == ["digits", "mnist", "fashion_mnist", "cifar10"]
