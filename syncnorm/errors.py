@@ -3,7 +3,8 @@
 SyncnormError
 ├── InputError (ValueError)    an argument breaks its rule; the same on all workers by construction, raised locally
 ├── FaultError (ValueError)    one worker's data breaks a rule; every worker raises the same error
-└── ConfigError (ValueError)   a configuration file or override cannot be used; exit status 2
+├── ConfigError (ValueError)   a configuration file or override cannot be used; exit status 2
+└── CheckpointError            a checkpoint is damaged, incomplete or no checkpoint at all
 
 SingleValueWarning (UserWarning)   a statistic was taken over a single value
 """
@@ -23,6 +24,10 @@ class FaultError(SyncnormError, ValueError):
 
 class ConfigError(SyncnormError, ValueError):
     """A configuration cannot be used; the message names the key."""
+
+
+class CheckpointError(SyncnormError):
+    """A checkpoint cannot be used; the message names the file and what is wrong with it."""
 
 
 class SingleValueWarning(UserWarning):

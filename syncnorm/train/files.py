@@ -1,9 +1,19 @@
-"""Files that are either whole or absent, whenever the process dies."""
+"""Files that are either whole or absent, whenever the process dies; and files read without trust in what they are."""
 
+import contextlib
+import errno
+import fcntl
 import os
-from collections.abc import Callable
+import shutil
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+
+def open_to_write(path: Path) -> BinaryIO:
+    """Open a file for writing. All that this module writes passes here, so a drill can count the bytes."""
+    return path.open("wb")
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -15,15 +25,12 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """
     partial = path.with_name(f".tmp-{path.name}")
     try:
-        with partial.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        _write_synced(partial, write)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_text_whole(path: Path, text: str) -> None:
@@ -31,10 +38,81 @@ def write_text_whole(path: Path, text: str) -> None:
     write_whole(path, lambda file: file.write(text.encode()))
 
 
-def _sync_folder(folder: Path) -> None:
-    # The rename itself is durable only once the folder's entry is.
+def write_bytes_synced(path: Path, data: bytes) -> None:
+    """Write a file in place and bring it to disk, but not yet its entry in the folder."""
+    _write_synced(path, lambda file: file.write(data))
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's entries to disk: a rename is durable only once they are."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading that somebody else may have put there.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
+    """
+    try:
+        # A pipe would be waited for until somebody writes into it, but for the flag.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise _not_regular(path) if error.errno == errno.ELOOP else error from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it, as far as it lets itself be removed."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Be the only one inside this block, of all processes and threads on this machine; the dead do not count.
+
+    Where a file system has no locks (some network file systems have none for folders) nobody is kept out.
+
+    Raises:
+        BlockingIOError: somebody else is inside.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        # Not by closing alone: a process forked meanwhile has the descriptor too, and with it the lock.
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _not_regular(path: Path) -> OSError:
+    return OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(error.errno, "Somebody else is writing there", str(folder)) from None
+    except OSError:
+        pass
+
+
+def _write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    with open_to_write(path) as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,10 +1,14 @@
-"""Files that are whole or absent, and metrics."""
+"""Files that are whole or absent, folders with one writer, and metrics."""
 
+import contextlib
 import json
+import multiprocessing
+import os
+import signal
 
 import pytest
 
-from syncnorm.train.files import write_text_whole, write_whole
+from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, write_whole
 from syncnorm.train.metrics import MetricsFile, last_step
 
 
@@ -28,6 +32,82 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_whole(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_only_a_regular_file_is_opened(tmp_path):
+    regular, link, folder, pipe = (tmp_path / name for name in ("regular", "link", "folder", "pipe"))
+    regular.write_bytes(b"content")
+    link.symlink_to(regular)
+    folder.mkdir()
+    os.mkfifo(pipe)  # to open it would wait for a writer
+    with open_regular(regular) as file:
+        assert file.read() == b"content"
+    for path in (link, folder, pipe):
+        with pytest.raises(OSError, match="Not a regular file"):
+            open_regular(path)
+    with pytest.raises(FileNotFoundError):
+        open_regular(tmp_path / "absent")
+
+
+def test_a_link_is_removed_and_what_it_points_to_is_not(tmp_path):
+    kept, link, folder = tmp_path / "kept", tmp_path / "link", tmp_path / "folder"
+    kept.mkdir()
+    (kept / "file").write_text("kept")
+    link.symlink_to(kept)
+    folder.mkdir()
+    (folder / "link").symlink_to(kept)
+    for path in (link, folder, tmp_path / "absent"):
+        remove(path)
+    assert list(tmp_path.iterdir()) == [kept]
+    assert (kept / "file").read_text() == "kept"
+
+
+def test_one_writer_at_a_time(tmp_path):
+    with only_writer(tmp_path):
+        with pytest.raises(BlockingIOError, match=f"Somebody else is writing there: '{tmp_path}'"):
+            with only_writer(tmp_path):
+                pass
+    with only_writer(tmp_path):
+        pass
+
+
+def test_a_dead_writer_keeps_nobody_out(tmp_path):
+    def hold():
+        with only_writer(tmp_path):
+            is_in.send(None)
+            signal.pause()
+
+    said, is_in = multiprocessing.Pipe(duplex=False)
+    with forked(hold):
+        assert said.poll(20)
+        with pytest.raises(BlockingIOError), only_writer(tmp_path):
+            pass
+    with only_writer(tmp_path):
+        pass
+
+
+def test_a_process_forked_meanwhile_does_not_hold_the_lock(tmp_path):
+    with contextlib.ExitStack() as stack:
+        with only_writer(tmp_path):
+            stack.enter_context(forked(signal.pause))
+        with only_writer(tmp_path):
+            pass
+
+
+@contextlib.contextmanager
+def forked(run):
+    """A child that runs `run` until it is killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            run()
+        finally:
+            os._exit(1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_metrics_are_json_lines_also_when_a_loss_is_not_finite(tmp_path):
