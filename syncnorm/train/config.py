@@ -1,19 +1,34 @@
 """The schema of a training configuration: what every key means and which values it takes.
 
 `syncnorm.train.config_file` reads files and overrides into it. A section is frozen and refuses keys that it
-does not know, so a `Config` that exists is a `Config` that is right.
+does not know, so a `Config` that exists is a `Config` that is right, as far as that can be seen without data.
+
+`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections say where it is computed and
+what is written down, and may change when a run is resumed.
 """
 
-from typing import Annotated, Literal, Self
+import re
+import reprlib
+import warnings
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 
 from syncnorm import RenormSchedule
+from syncnorm.train import optim
 from syncnorm.train.data import DATASETS
 from syncnorm.train.models import MODELS
 from syncnorm.train.nearest import nearest
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+# More of anything is a slip of the pen; Python would take it, torch and float would not.
+Whole = Annotated[int, Field(le=1_000_000_000)]
+NormName = Literal["batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen"]
+
+# `package.module:callable`, nothing of it private: not `__main__`, not `__builtins__`
+REFERENCE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
 
 class Section(BaseModel):
@@ -31,23 +46,84 @@ def _known_dataset(name: str) -> str:
 
 
 def _one_of(name: str, known: list[str]) -> str:
-    if name not in known:
-        raise ValueError(f"must be one of {', '.join(known)}, got {name!r}. The nearest is {nearest(name, known)!r}.")
-    return name
+    if name in known or REFERENCE.fullmatch(name):
+        return name
+    raise ValueError(
+        f"must be one of {', '.join(known)}, or package.module:callable, got {reprlib.repr(name)}. "
+        f"The nearest is {nearest(name, known)!r}."
+    )
+
+
+def _string_keys(options: Any) -> Any:
+    if isinstance(options, dict):
+        for name in options:
+            if not name.isidentifier():
+                raise ValueError(f"must have names of arguments as keys, got {reprlib.repr(name)}")
+    return options
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_string_keys)]
+
+
+def _place(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"must be a path, got {reprlib.repr(text)}")
+    return text
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
+
+
+def _name_or_reference(known: Iterable[str]) -> JsonDict:
+    return {"anyOf": [{"enum": list(known)}, {"pattern": f"^{REFERENCE.pattern}$"}]}
 
 
 class ModelSection(Section):
     """The network."""
 
     name: Annotated[str, AfterValidator(_known_model)] = Field(
-        description="a network of syncnorm.train.models; its input channels and classes follow the data"
+        description="a network of syncnorm.train.models, or package.module:callable, which is called with in_channels, "
+        "num_classes, norm_layer and `options`; its package must be allowed on the command line",
+        json_schema_extra=_name_or_reference(MODELS),
     )
+    options: Options = Field(default={}, description="further arguments of a callable")
+
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> Self:
+        return _check_taker(self)
+
+
+class AugmentSection(Section):
+    """Changes to training images, drawn for each sample from (seed, epoch, sample) alone."""
+
+    crop: int = Field(
+        default=0, ge=0, le=64, description="pixels of zero padding around the image, before a random crop"
+    )
+    flip: bool = Field(default=False, description="mirror every second image, left to right")
+    cutout: int = Field(default=0, ge=0, le=512, description="side of a square set to 0 at a random place")
 
 
 class DataSection(Section):
     """What it learns from."""
 
-    name: Annotated[str, AfterValidator(_known_dataset)] = Field(description="a data set of syncnorm.train.data")
+    name: Annotated[str, AfterValidator(_known_dataset)] = Field(
+        description="a data set of syncnorm.train.data, or package.module:callable, which is called with root and "
+        "`options` and returns a syncnorm.train.data.Dataset; its package must be allowed on the command line",
+        json_schema_extra=_name_or_reference(DATASETS),
+    )
+    root: Place | None = Field(default=None, description="folder that holds the data set's files")
+    augment: AugmentSection = Field(default=AugmentSection(), description="random changes to training images")
+    options: Options = Field(default={}, description="further arguments of a callable")
+
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> Self:
+        return _check_taker(self)
+
+
+def _check_taker(section: Any) -> Any:
+    if section.options and not REFERENCE.fullmatch(section.name):
+        raise ValueError(f"options must be left out with name {section.name}. They belong to package.module:callable.")
+    return section
 
 
 class RenormSection(Section):
@@ -55,11 +131,13 @@ class RenormSection(Section):
 
     r_max: Finite = Field(default=3.0, ge=1, description="final bound of the scale's correction")
     d_max: Finite = Field(default=5.0, ge=0, description="final bound of the mean's correction, in deviations")
-    warmup_steps: int | None = Field(
-        default=None, description="steps of plain batch normalisation; null, all three: the paper's, scaled to the run"
+    warmup_steps: Whole | None = Field(
+        default=None,
+        ge=0,
+        description="steps of plain batch normalisation; null, all three: the paper's, scaled to the run",
     )
-    r_steps: int | None = Field(default=None, description="step at which r_max is reached")
-    d_steps: int | None = Field(default=None, description="step at which d_max is reached")
+    r_steps: Whole | None = Field(default=None, ge=0, description="step at which r_max is reached")
+    d_steps: Whole | None = Field(default=None, ge=0, description="step at which d_max is reached")
     running_average: Literal["std", "var"] = Field(
         default="std", description="std averages the standard deviation, as in the paper; var the unbiased variance"
     )
@@ -79,11 +157,28 @@ class RenormSection(Section):
         return RenormSchedule(self.r_max, self.d_max, self.warmup_steps, self.r_steps, self.d_steps)
 
 
+def _regular_expressions(rules: dict[str, NormName]) -> dict[str, NormName]:
+    for pattern in rules:
+        try:
+            with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[": of more than one meaning
+                re.compile(pattern)
+        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+            raise ValueError(f"must have regular expressions as keys, got {reprlib.repr(pattern)}: {error}") from None
+    return rules
+
+
 class NormSection(Section):
     """The normalisation layers: which, and over which samples they take their statistics."""
 
-    name: Literal["sync_batch_norm", "sync_batch_renorm", "batch_norm"] = Field(
-        default="sync_batch_norm", description="ours, or torch's own with each worker's local statistics"
+    name: NormName = Field(
+        default="sync_batch_norm",
+        description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, with the statistics "
+        "of each worker's forward; group_norm has up to 32 groups; frozen is a batch norm that only evaluates",
+    )
+    rules: Annotated[dict[str, NormName], AfterValidator(_regular_expressions)] = Field(
+        default={},
+        description="other layers for some places: from a regular expression, searched for in the layer's name within "
+        "the model, to a name as above; the first that is found holds",
     )
     sync: Literal["batch", "running", "lagged", "none"] = Field(
         default="batch",
@@ -96,30 +191,136 @@ class NormSection(Section):
     eps: Finite = Field(default=1e-5, gt=0, description="added to the variance")
     renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
 
+    @property
+    def names(self) -> set[str]:
+        """Every kind of layer that may be made."""
+        return {self.name, *self.rules.values()}
+
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
-        if self.name == "batch_norm" and self.sync != "none" and "sync" in self.model_fields_set:
-            raise ValueError(
-                f"sync must be none with name batch_norm, got {self.sync!r}. Use name sync_batch_norm to pool."
-            )
-        if self.name != "sync_batch_renorm" and self.renorm != RenormSection():
+        if not self.names & {"sync_batch_norm", "sync_batch_renorm"}:
+            if self.sync != "none" and "sync" in self.model_fields_set:
+                raise ValueError(
+                    f"sync must be none with name {self.name}, got {self.sync!r}. Use name sync_batch_norm to pool."
+                )
+            # What is written down is what holds, and is accepted when it is read again.
+            object.__setattr__(self, "sync", "none")
+        if "sync_batch_renorm" not in self.names and self.renorm != RenormSection():
             raise ValueError(f"renorm must be left out with name {self.name}. It belongs to name sync_batch_renorm.")
+        return self
+
+
+class OptimizerSection(Section):
+    """An optimizer of torch.optim; every further key is an argument of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(optim.check_optimizer_name)] = Field(
+        default="SGD",
+        description="a class of torch.optim; further keys of this section are its arguments",
+        json_schema_extra={"enum": list(optim.OPTIMIZERS)},
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments, but for the learning rate."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        optim.check_optimizer(self.name, self.options)
+        return self
+
+
+class ScheduleSection(Section):
+    """How the learning rate changes, step by step; every further key is an argument of a class of torch's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
+        default="cosine",
+        description="cosine, linear (both down to 0 at the end of the run), constant, or a class of "
+        "torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its arguments",
+        json_schema_extra={"enum": [*optim.FACTORS, *optim.SCHEDULERS]},
+    )
+    warmup: Finite = Field(
+        default=0.0, ge=0, lt=1, description="share of all steps over which the learning rate first rises in a line"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        optim.check_schedule(self.name, self.options)
         return self
 
 
 class TrainSection(Section):
     """The optimisation. Nothing here depends on the number of workers."""
 
-    epochs: int = Field(ge=1, description="passes over the training set")
-    global_batch: int = Field(ge=1, description="samples per optimizer step, over all workers together")
-    lr: Finite = Field(gt=0, description="highest learning rate of SGD; a half cosine takes it to 0")
-    warmup: Finite = Field(
-        default=0.0, ge=0, lt=1, description="share of all steps over which the learning rate first rises"
+    epochs: Whole = Field(ge=1, description="passes over the training set")
+    global_batch: Whole = Field(ge=1, description="samples per optimizer step, over all workers together")
+    norm_batch: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="samples per statistic of our layers, a divisor of global_batch; null: all",
     )
-    momentum: Finite = Field(default=0.9, ge=0, lt=1, description="momentum of SGD")
-    weight_decay: Finite = Field(default=0.0, ge=0, description="L2 penalty of SGD on all parameters")
+    lr: Finite = Field(gt=0, description="highest learning rate")
+    optimizer: OptimizerSection = Field(default=OptimizerSection(), description="what makes a step of gradients")
+    schedule: ScheduleSection = Field(default=ScheduleSection(), description="of the learning rate")
+    clip: Finite | None = Field(default=None, gt=0, description="largest norm of the whole gradient; null: any")
+    ema: Finite | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an average of parameters and running statistics, which is what is evaluated; null: none",
+    )
+    autocast: Literal["bfloat16"] | None = Field(default=None, description="type of convolutions and products")
+    compile: bool = Field(default=False, description="torch.compile the model")
+    not_finite: Literal["stop", "skip"] = Field(
+        default="stop", description="at a loss that is not finite: stop the run, or leave that step out"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63, description="fixes the first weights and the order of the samples")
     dtype: Literal["float32", "float64"] = Field(default="float32", description="of parameters, data and statistics")
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.norm_batch is not None and self.global_batch % self.norm_batch:
+            raise ValueError(
+                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got {self.norm_batch}. "
+                "A step consists of whole statistics."
+            )
+        if self.autocast is not None and self.dtype != "float32":
+            raise ValueError(f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits_optimizer(self) -> Self:
+        optimizer, schedule = self.optimizer, self.schedule
+        optim.check_together(optimizer.name, optimizer.options, schedule.name, schedule.options)
+        return self
+
+
+class CheckpointSection(Section):
+    """What is kept to go on from."""
+
+    every: Whole | None = Field(default=None, ge=1, description="steps between checkpoints; null: one after each epoch")
+    keep: Whole = Field(default=3, ge=1, description="how many of the newest are kept")
+    best: bool = Field(default=True, description="also keep the one with the highest test accuracy after an epoch")
+
+
+class FollowSection(Section):
+    """What is written down while it trains."""
+
+    every: Whole = Field(default=50, ge=1, description="steps between records of speed and of the normalisation layers")
+    layers: bool = Field(default=True, description="record each normalisation layer's statistics")
+    tensorboard: bool = Field(default=False, description="write TensorBoard files too; needs the extra tensorboard")
+    profile: Whole | None = Field(
+        default=None, ge=1, description="step of this run from which torch.profiler records 5 steps; null: never"
+    )
 
 
 class LaunchSection(Section):
@@ -128,6 +329,23 @@ class LaunchSection(Section):
     workers: int = Field(default=1, ge=1, le=256, description="processes that `syncnorm train` starts on this machine")
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA if there is a device for each local worker, else the CPU"
+    )
+    micro_batch: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="most samples in one forward of a worker; its share of a step takes several if need be; null: any",
+    )
+    memory_gib: Finite | None = Field(
+        default=None, gt=0, description="memory that a worker may use, in GiB; null: its share of what is free"
+    )
+    timeout_seconds: Finite = Field(
+        default=60.0,
+        ge=1,
+        le=604_800,
+        description="a worker that makes no progress for so long is stuck, and ends the attempt",
+    )
+    restarts: int = Field(
+        default=3, ge=0, le=1000, description="how often workers of this machine that were killed are started again"
     )
 
 
@@ -138,5 +356,30 @@ class Config(Section):
     data: DataSection = Field(description="what it learns from")
     norm: NormSection = Field(default=NormSection(), description="the normalisation layers")
     train: TrainSection = Field(description="the optimisation")
+    checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="what is kept to go on from")
+    follow: FollowSection = Field(default=FollowSection(), description="what is written down while it trains")
     launch: LaunchSection = Field(default=LaunchSection(), description="where it is computed")
-    run_dir: str = Field(default="runs", min_length=1, description="folder in which each run gets a folder of its own")
+    run_dir: Place = Field(default="runs", description="folder in which each run gets a folder of its own")
+
+    @property
+    def norm_batch(self) -> int:
+        """Samples per statistic."""
+        return self.train.norm_batch or self.train.global_batch
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a step has several statistics."""
+        return self.norm_batch < self.train.global_batch
+
+    def mathematics(self) -> dict[str, Any]:
+        """The sections that fix a run's result; a run can be resumed with others changed."""
+        return self.model_dump(include={"model", "data", "norm", "train"}, exclude={"data": {"root"}})
+
+    @model_validator(mode="after")
+    def _statistics_are_pooled(self) -> Self:
+        if self.train.norm_batch is not None and self.norm.sync != "batch":
+            raise ValueError(
+                f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got {self.train.norm_batch}. "
+                "Only sync batch takes statistics over a number of samples that the configuration fixes."
+            )
+        return self

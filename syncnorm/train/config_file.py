@@ -3,21 +3,37 @@
 Whatever is wrong ends in one `ConfigError` that names the file or the key.
 """
 
-import re
-import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from syncnorm.errors import ConfigError
 from syncnorm.train import strict_yaml
 from syncnorm.train.config import Config
-from syncnorm.train.nearest import nearest
+from syncnorm.train.config_message import OPEN_SECTIONS, Key, describe, show_value
 
 # A configuration is a page; anything near this size is another kind of file.
-_MAX_BYTES = 1_000_000
+_MAX_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class Written:
+    """A configuration as it was written, not yet checked.
+
+    Args:
+        path: of the file.
+        text: of the file.
+        values: of the file, with the overrides in their places.
+        overridden: the keys of the overrides.
+    """
+
+    path: Path
+    text: str
+    values: dict[str, Any]
+    overridden: frozenset[Key]
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
@@ -25,20 +41,32 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         source: path of a YAML file, or the name of a packed one with or without `.yaml`.
-        overrides: `section.key=value`, each value a YAML scalar; of two for one key the later one holds.
+        overrides: `section.key=value`, each value a YAML scalar; of two for one key the later one holds. An argument
+            of an optimizer or a schedule that the file gives is taken out by `null`.
 
     Raises:
         ConfigError: naming the file or the key, and what would be right.
     """
+    return check(read(source, overrides))
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> Written:
+    """`load_config` up to the check of the keys and values."""
     path = find_config(source)
-    values = strict_yaml.parse(_read(path), str(path))
+    text = _read_text(path)
+    values = strict_yaml.parse(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, got {_show(values)}")
+        raise ConfigError(f"{path}: must be a mapping of sections, got {show_value(values)}")
     keys = [_apply(values, override) for override in overrides]
+    return Written(path, text, values, frozenset(keys))
+
+
+def check(written: Written) -> Config:
+    """`load_config` from where `read` ends."""
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(written.values)
     except ValidationError as error:
-        raise ConfigError(_describe(error, str(path), keys)) from None
+        raise ConfigError(f"{written.path}: {describe(error, written.values, written.overridden)}") from None
 
 
 def find_config(source: str) -> Path:
@@ -65,7 +93,7 @@ def _packed() -> Iterator[Path]:
         yield from folder.glob("*.yaml")
 
 
-def _read(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes, so hardly a configuration")
@@ -76,58 +104,29 @@ def _read(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _apply(values: dict[str, Any], override: str) -> str:
+def _apply(values: dict[str, Any], override: str) -> Key:
     """Set one key of the nested `values`. Whether the schema knows it is checked later, as for a file's."""
-    key, equals, text = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"override {override!r} must have the form section.key=value")
-    value = strict_yaml.parse(text, f"override {override!r}")
+    name, equals, text = override.partition("=")
+    shown = f"override {show_value(override)}"
+    key = _split(name)
+    if not equals or not all(key):
+        raise ConfigError(f"{shown} must have the form section.key=value")
+    value = strict_yaml.parse(text, shown)
     if isinstance(value, dict | list):
-        raise ConfigError(f"override {override!r}: the value must be a single value, got {_show(value)}")
-    for depth, part in enumerate(parts[:-1], start=1):
+        raise ConfigError(f"{shown}: the value must be a single value, got {show_value(value)}")
+    for depth, part in enumerate(key[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"override {override!r}: {'.'.join(parts[:depth])} is not a section")
-    values[parts[-1]] = value
+            raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is not a section")
+    if value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
+        del values[key[-1]]
+    else:
+        values[key[-1]] = value
     return key
 
 
-def _describe(error: ValidationError, source: str, overridden: Sequence[str]) -> str:
-    problems = []
-    for detail in error.errors(include_url=False):
-        key = ".".join(str(part) for part in detail["loc"])
-        origin = " (from the command line)" if key in overridden else ""
-        problems.append(_problem(key, detail) + origin)
-    if len(problems) == 1:
-        return f"{source}: {problems[0]}"
-    return "\n  ".join([f"{source}: {len(problems)} problems", *problems])
-
-
-def _problem(key: str, detail: Mapping[str, Any]) -> str:
-    message = detail["msg"].removeprefix("Value error, ")
-    match detail["type"]:
-        case "extra_forbidden":
-            return f"`{key}` is not a key. The nearest key is `{nearest(key, list(_all_keys(Config)))}`."
-        case "missing":
-            return f"`{key}` is missing"
-        case "model_type":
-            return f"`{key}` must be a section of `key: value` lines, got {_show(detail['input'])}"
-        case "value_error" if isinstance(detail["input"], Mapping):  # a rule between keys of one section names them
-            return f"`{key}`: {message}"
-        case "value_error":
-            return f"`{key}` {message}"
-        case _:
-            # pydantic begins with "Input should", "String should" and the like
-            return f"`{key}` {re.sub('^[A-Z][a-z]+ should', 'must', message)}, got {_show(detail['input'])}"
-
-
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _all_keys(field.annotation, f"{prefix}{name}.")
-
-
-def _show(value: Any) -> str:
-    return reprlib.repr(value)
+def _split(name: str) -> Key:
+    section = "norm.rules."
+    if name.startswith(section):  # the rest is a regular expression, whose dots are its own
+        return ("norm", "rules", name.removeprefix(section))
+    return tuple(name.split("."))

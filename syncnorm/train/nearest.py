@@ -9,7 +9,8 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
     Dotted names are compared as a whole and by their last part, so that `lrr` finds `train.lr`.
     """
-    return max(known, key=lambda candidate: _likeness(name, candidate))
+    start = name[:100].lower()  # the comparison takes time that grows with the product of the lengths
+    return max(known, key=lambda candidate: _likeness(start, candidate.lower()))
 
 
 def _likeness(name: str, candidate: str) -> float:

@@ -5,8 +5,10 @@ equal keys the last one wins in silence. Here numbers, booleans and nulls are th
 are an error. So are tags and aliases: the first can build objects, the second can make a small file enormous.
 """
 
+import math
 import re
-from collections.abc import Hashable
+import reprlib
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import yaml
@@ -22,10 +24,16 @@ _FLOAT = re.compile(
 )
 
 
+# A configuration has sections within sections, not more; without a limit the reader itself would run out of stack.
+_MAX_DEPTH = 32
+_MAX_KEY = 500
+
+
 class _Loader(yaml.SafeLoader):
     # Both tables start empty: nothing of YAML 1.1 is inherited, neither types nor the merge key.
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 (PyYAML's own name and kind)
     yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012
+    depth = 0
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         """Refuse aliases and explicit tags where they stand, before anything is built from them."""
@@ -35,7 +43,12 @@ class _Loader(yaml.SafeLoader):
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.YAMLError(f"tag {tag} is not allowed{_position(event.start_mark)}")
-        return super().compose_node(parent, index)
+        if self.depth == _MAX_DEPTH:
+            raise yaml.YAMLError(f"nested too deeply{_position(event.start_mark)}")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def _construct_mapping(loader: _Loader, node: MappingNode) -> dict[Hashable, Any]:
@@ -43,15 +56,23 @@ def _construct_mapping(loader: _Loader, node: MappingNode) -> dict[Hashable, Any
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.YAMLError(f"key {key!r} must be a string{_position(key_node.start_mark)}")
+            raise yaml.YAMLError(f"key {reprlib.repr(key)} must be a string{_position(key_node.start_mark)}")
+        if len(key) > _MAX_KEY:
+            raise yaml.YAMLError(f"key of {len(key)} characters is too long{_position(key_node.start_mark)}")
         if key in mapping:
-            raise yaml.YAMLError(f"key {key!r} is given twice{_position(key_node.start_mark)}")
+            raise yaml.YAMLError(f"key {reprlib.repr(key)} is given twice{_position(key_node.start_mark)}")
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
 
 def _construct_sequence(loader: _Loader, node: SequenceNode) -> list[Any]:
     return [loader.construct_object(child, deep=True) for child in node.value]
+
+
+def _construct_str(_: _Loader, node: ScalarNode) -> str:
+    if re.search("[\ud800-\udfff]", node.value):
+        raise yaml.YAMLError(f"half of a surrogate pair is no character{_position(node.start_mark)}")
+    return node.value
 
 
 def _construct_int(_: _Loader, node: ScalarNode) -> int:
@@ -85,7 +106,7 @@ _Loader.add_constructor("tag:yaml.org,2002:null", lambda loader, node: None)
 _Loader.add_constructor("tag:yaml.org,2002:bool", lambda loader, node: node.value.lower() == "true")
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 _Loader.add_constructor("tag:yaml.org,2002:float", _construct_float)
-_Loader.add_constructor("tag:yaml.org,2002:str", lambda loader, node: node.value)
+_Loader.add_constructor("tag:yaml.org,2002:str", _construct_str)
 _Loader.add_constructor("tag:yaml.org,2002:seq", _construct_sequence)
 _Loader.add_constructor("tag:yaml.org,2002:map", _construct_mapping)
 
@@ -109,11 +130,33 @@ def parse(text: str, source: str) -> Any:
         place = _position(error.problem_mark) if error.problem_mark else ""
         raise ConfigError(f"{source}: {error.problem}{place}") from None
     except yaml.reader.ReaderError as error:
-        raise ConfigError(f"{source}: not text that YAML allows: {error.reason}") from None
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{source}: not text that YAML allows: {error.reason} (line {line})") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: {error}") from None
-    except RecursionError:
-        raise ConfigError(f"{source}: nested too deeply") from None
+        raise ConfigError(f"{source}: {printable(str(error))}") from None
+
+
+def printable(text: str) -> str:
+    """Escape what would break the line or steer the terminal that `text` is shown on."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def lines(text: str) -> dict[tuple[str, ...], int]:
+    """Say in which line each key of a document stands that `parse` has read without an error.
+
+    Returns:
+        from the path of a key, such as ("train", "lr"), to its line, from 1.
+    """
+    node = _Loader(text).get_single_node()
+    return dict(_lines(node, ())) if isinstance(node, MappingNode) else {}
+
+
+def _lines(mapping: MappingNode, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    for key_node, value_node in mapping.value:
+        path = (*prefix, key_node.value)
+        yield path, key_node.start_mark.line + 1
+        if isinstance(value_node, MappingNode):
+            yield from _lines(value_node, path)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -131,3 +174,24 @@ class _Dumper(yaml.SafeDumper):
 def dump(values: dict[str, Any]) -> str:
     """Write what `parse` reads back as equal, and YAML 1.1 as well."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False)
+
+
+class _LineDumper(_Dumper):
+    pass
+
+
+# Only double quotes keep a line break within the line.
+_LineDumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"'
+    ),
+)
+
+
+def dump_line(value: Any) -> str:
+    """Write one value, or one key, on one line, as it may stand in a document."""
+    text = yaml.dump(
+        value, Dumper=_LineDumper, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,89 @@
+"""Optimizers and schedules by name."""
+
+import pytest
+import torch
+
+from syncnorm.train import optim
+
+
+def rates(name, warmup=0.0, steps=12, **options):
+    optimizer = optim.make_optimizer("SGD", torch.nn.Linear(1, 1), 1.0, {"momentum": 0.9})
+    schedule = optim.make_schedule(name, optimizer, warmup, steps, options)
+    found = []
+    for _ in range(steps + 1):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_cosine_rises_then_falls():
+    found = rates("cosine", warmup=1 / 3)
+    assert found[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert found[8] == pytest.approx(0.5)
+    assert found[12] == pytest.approx(0.0)
+    assert found[4:] == sorted(found[4:], reverse=True)
+
+
+def test_linear_and_constant():
+    assert rates("linear", warmup=1 / 6, steps=12) == pytest.approx([0.5, 1.0, *(1 - i / 10 for i in range(11))])
+    assert rates("constant", warmup=1 / 6) == [0.5] + [1.0] * 12
+
+
+def test_a_class_of_torch_counts_from_the_end_of_the_warm_up():
+    assert rates("StepLR", step_size=2, gamma=0.1)[:5] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert rates("StepLR", warmup=1 / 6, step_size=2, gamma=0.1)[:6] == pytest.approx([0.5, 1.0, 1, 1, 0.1, 0.1])
+
+
+def test_without_warm_up_and_of_a_single_step():
+    assert rates("cosine", steps=1)[0] == 1.0
+
+
+@pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
+def test_every_optimizer_takes_a_step(name):
+    model = torch.nn.Linear(3, 2, bias=False)
+    optimizer = optim.make_optimizer(name, model, 0.1, {})
+    before = model.weight.clone()
+    model(torch.ones(1, 3)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
+def test_lists_become_tuples_and_frozen_parameters_are_left_out():
+    model = torch.nn.Linear(3, 2)
+    model.bias.requires_grad_(False)
+    optimizer = optim.make_optimizer("Adam", model, 0.1, {"betas": [0.8, 0.9]})
+    (group,) = optimizer.param_groups
+    assert group["betas"] == (0.8, 0.9)
+    assert group["params"] == [model.weight]
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "options", "message"),
+    [
+        (optim.check_optimizer, "SGD", {"momentumm": 0.9}, "momentumm\n *Extra inputs are not permitted"),
+        (optim.check_optimizer, "SGD", {"lr": 0.9}, "lr\n *Extra inputs are not permitted"),
+        (
+            optim.check_optimizer,
+            "Adam",
+            {"betas": [0.9, 1.5]},
+            r"Adam refuses .* Invalid beta parameter at index 1: 1.5",
+        ),
+        (optim.check_optimizer, "SGD", {"momentum": "much"}, "momentum\n *Input should be a valid number"),
+        (optim.check_schedule, "cosine", {"T_max": 3}, "T_max\n *Extra inputs are not permitted"),
+        (optim.check_schedule, "StepLR", {}, "step_size\n *Field required"),
+        (optim.check_schedule, "StepLR", {"step_size": 0}, "StepLR refuses {'step_size': 0}"),
+    ],
+)
+def test_arguments_are_checked(check, name, options, message):
+    with pytest.raises(ValueError, match=message):
+        check(name, options)
+
+
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [(optim.check_optimizer_name, "Adan"), (optim.check_optimizer_name, "LBFGS"), (optim.check_schedule_name, "cosin")],
+)
+def test_names_are_checked(check, name):
+    with pytest.raises(ValueError, match=f"must be one of .* got {name!r}. The nearest is "):
+        check(name)
