@@ -1,0 +1,129 @@
+"""The curves of all runs over the optimizer's steps, one figure for each quantity."""
+
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from syncnorm.train.report.marks import draw_marks
+from syncnorm.train.report.run import Run
+from syncnorm.train.report.series import Array, points, smooth, thin
+from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, to_element
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity that runs record.
+
+    Args:
+        name: in the events.
+        title: for people.
+        note: what exactly it is.
+        log: on a logarithmic axis, if all values are positive.
+        share: of 1, shown in per cent.
+        from_zero: the axis begins there.
+        noisy: a moving mean says more than the values.
+    """
+
+    name: str
+    title: str
+    note: str
+    log: bool = False
+    share: bool = False
+    from_zero: bool = False
+    noisy: bool = True
+
+
+CURVES = (
+    Curve("loss", "Training loss", "of each global batch; pale as recorded, strong its moving mean", log=True),
+    Curve("test_accuracy", "Test accuracy", "share of the test set, after each epoch", share=True),
+    Curve("lr", "Learning rate", "of the optimizer, at each step", noisy=False),
+    Curve("samples_per_second", "Throughput", "samples per second, all workers together", from_zero=True),
+    Curve(
+        "exchange_share",
+        "Time in exchanges",
+        "share of the time that the first worker was held up by them",
+        share=True,
+        from_zero=True,
+    ),
+    Curve("grad_norm", "Gradient norm", "of the whole gradient, before it is clipped", log=True),
+)
+
+
+def curve_figure(curve: Curve, runs: Sequence[Run]) -> ET.Element | None:
+    """Draw a quantity of all runs; None if none has recorded it."""
+    series = [points(run.events.curve(curve.name)) for run in runs]
+    finite = np.concatenate([y[np.isfinite(y)] for _, y in series])
+    if not len(finite):
+        return None
+    figure, above, axes = _axes(len(runs) if any(run.events.marks for run in runs) else 0)
+    for index, (x, y) in enumerate(series):
+        _draw_curve(axes, x, y, index, curve.noisy)
+    _scale(axes, curve, finite)
+    axes.set_xlim(*step_range(runs))
+    draw_marks(above, axes, runs)
+    return to_element(figure, curve.name.replace("_", "-"), _describe(curve, runs, series))
+
+
+def _axes(lanes: int) -> tuple[Figure, Axes, Axes]:
+    # In inches, and the same for all: so the figures of a page have their axes below each other.
+    left, right, bottom, height, lane = 0.5, 0.12, 0.42, 2.0, min(0.1 * lanes, 0.5)
+    total = bottom + height + 0.08 + lane + 0.02
+    width = WIDTH - left - right
+    figure = Figure(figsize=(WIDTH, total))
+    axes = figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total))
+    start = (bottom + height + 0.08) / total
+    above = figure.add_axes((left / WIDTH, start, width / WIDTH, (lane + 0.01) / total), sharex=axes)
+    return figure, above, axes
+
+
+def step_range(runs: Sequence[Run]) -> tuple[int, int]:
+    """The steps of all runs. Every figure shows them, so that what happened at a step stands in one line."""
+    return 0, max(1, *(run.events.highest_step for run in runs))
+
+
+def _draw_curve(axes: Axes, x: Array, y: Array, index: int, noisy: bool) -> None:
+    colour = run_colour(index)
+    smoothed = smooth(x, y) if noisy else None
+    if smoothed is not None:
+        axes.plot(*thin(x, y), color=colour, alpha=0.28, linewidth=0.7, zorder=1.9)
+        x, y = smoothed
+    # a single point has no line
+    axes.plot(
+        *thin(x, y), color=colour, linestyle=run_dashes(index), marker="o" if len(x) <= 30 else "", markersize=2.6
+    )
+
+
+def _scale(axes: Axes, curve: Curve, finite: Array) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel("optimizer step", loc="right")
+    if curve.share:
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+    if curve.from_zero:
+        axes.set_ylim(0, max(1.08 * finite.max(), 1e-9))
+    if curve.log and finite.min() > 0:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=_subdivisions(*axes.get_ylim()), numticks=9))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _subdivisions(low: float, high: float) -> tuple[float, ...]:
+    # Labels only at powers of ten would leave a short axis with one, or none.
+    if high > 300 * low:
+        return (1.0,)
+    return (1.0, 2.0, 5.0) if high > 4 * low else tuple(1 + 0.5 * index for index in range(18))
+
+
+def _describe(curve: Curve, runs: Sequence[Run], series: Sequence[tuple[Array, Array]]) -> str:
+    ends = []
+    for run, (x, y) in zip(runs, series, strict=True):
+        known = np.flatnonzero(np.isfinite(y))
+        if len(known):
+            ends.append(f"{run.name} from {y[known[0]]:.4g} to {y[known[-1]]:.4g} at step {x[known[-1]]:.0f}")
+    return f"{curve.title} over optimizer steps: {'; '.join(ends)}."

@@ -1,0 +1,57 @@
+"""Curves of any length as curves of a bounded one."""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+MOST_POINTS = 2000
+LARGEST = 1e30
+_SMOOTH_POINTS = 400
+_SMOOTH_WIDTH = 9
+
+
+def points(curve: Mapping[int, float]) -> tuple[Array, Array]:
+    """Steps in order and their values: NaN for all that are not finite, and none so large that an axis overflows."""
+    steps = sorted(curve)
+    values = np.array([curve[step] for step in steps], dtype=float)
+    return np.array(steps, dtype=float), np.where(np.isfinite(values), values.clip(-LARGEST, LARGEST), np.nan)
+
+
+def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
+    """Keep the lowest and the highest point of each of most/2 buckets: what is left looks the same."""
+    if len(x) <= most:
+        return x, y
+    kept: set[int] = {0, len(x) - 1}
+    for start, stop in _buckets(len(x), most // 2 - 1):
+        part = y[start:stop]
+        # A bucket without any value keeps one point, and so stays a gap.
+        kept.add(start + int(np.argmin(np.where(np.isnan(part), np.inf, part))))
+        kept.add(start + int(np.argmax(np.where(np.isnan(part), -np.inf, part))))
+    index = np.array(sorted(kept))
+    return x[index], y[index]
+
+
+def smooth(x: Array, y: Array) -> tuple[Array, Array] | None:
+    """Means over a moving window of about 2 % of the curve; None for a curve too short to need it."""
+    if len(x) < _SMOOTH_WIDTH**2:
+        return None
+    buckets = _buckets(len(x), min(len(x), _SMOOTH_POINTS))
+    means = np.array([_mean(y[start:stop]) for start, stop in buckets])
+    reach = _SMOOTH_WIDTH // 2
+    # A window per bucket instead of a running sum: after a peak of 1e30 that would have lost all smaller digits.
+    smoothed = [_mean(means[max(0, index - reach) : index + reach + 1]) for index in range(len(means))]
+    return np.array([x[start:stop].mean() for start, stop in buckets]), np.array(smoothed)
+
+
+def _buckets(length: int, count: int) -> list[tuple[int, int]]:
+    edges = np.linspace(0, length, count + 1).astype(int).tolist()
+    return list(pairwise(edges))
+
+
+def _mean(values: Array) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else float("nan")

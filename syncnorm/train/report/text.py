@@ -1,0 +1,40 @@
+"""Numbers as people read them."""
+
+ABSENT = "–"
+
+
+def percent(value: float | None) -> str:
+    """0.98611 -> 98.61 %."""
+    return ABSENT if value is None else f"{100 * value:.2f} %"
+
+
+def rate(value: float | None) -> str:
+    """Samples per second, three digits or all before the point."""
+    if value is None:
+        return ABSENT
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """4210.0 -> 1 h 10 min."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02} s"
+    return f"{minutes // 60:,} h {minutes % 60:02} min"
+
+
+def clock(seconds: float | None) -> str:
+    """4210.0 -> 1:10:10, time since a run's beginning."""
+    if seconds is None:
+        return ABSENT
+    sign, whole = ("-" if seconds < 0 else ""), abs(round(seconds))
+    return f"{sign}{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}"
+
+
+def shorten(name: str, most: int) -> str:
+    """The end of a long dotted name: that is where names differ."""
+    return name if len(name) <= most else "…" + name[1 - most :]
