@@ -1,4 +1,4 @@
-"""The command `syncnorm`. Exit status: 0 done, 1 failed, 2 bad input."""
+"""The command `syncnorm`. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped and resumable."""
 
 import sys
 from collections.abc import Sequence
@@ -8,10 +8,14 @@ from typing import Annotated
 import typer
 
 from syncnorm.errors import ConfigError
+from syncnorm.run.doctor import diagnose, exit_status, render
+from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
 from syncnorm.run.local import LocalRunError, run_local
 from syncnorm.run.recalibrate import run_recalibrate
-from syncnorm.run.worker import run_worker
+from syncnorm.run.worker import Task, run_worker
+from syncnorm.train import config_show
+from syncnorm.train.callables import check_callables
 from syncnorm.train.config_file import load_config
 
 app = typer.Typer(
@@ -21,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+config_app = typer.Typer(no_args_is_help=True, help="What a configuration comes to, and what its keys mean.")
+app.add_typer(config_app, name="config")
 
 
 @app.callback()
@@ -35,19 +42,30 @@ def train(
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
     ] = None,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Take one step without the other workers, say what it needs, and stop.")
+    ] = False,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
+    ] = None,
 ) -> None:
     """Train on workers of this machine, or as one worker of torchrun when started by it.
 
     The last two lines of standard output are the test accuracy and the run's folder.
     """
     arguments = overrides or []
-    checked = load_config(config, arguments)
+    task = Task(load_config(config, arguments), Path(config).stem, resume, tuple(allow or ()))
+    check_callables(task.config, task.allowed)
     launched = read_launched()
-    name = Path(config).stem
-    if launched is None:
-        run_local(checked, name, [config, *arguments])
+    if dry:
+        print(dry_run(task))
+    elif launched is None:
+        options = [word for package in task.allowed for word in ("--allow", package)]
+        run_local(task, [*options, config, *arguments])
     else:
-        run_worker(checked, name, launched)
+        run_worker(task, launched)
 
 
 @app.command()
@@ -62,6 +80,43 @@ def recalibrate(
     run_recalibrate(run, mix, read_launched())
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, to be compared.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page about runs: curves, layers, faults, and how their configurations differ."""
+    from syncnorm.train.report import write_report
+
+    print(write_report(runs, output))
+
+
+@config_app.command()
+def show(
+    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packed configuration.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+) -> None:
+    """Print the resolved configuration, with the origin of each value."""
+    print(config_show.show(config, overrides or []), end="")
+
+
+@config_app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option(help="As Markdown, for docs/config.md.")] = False,
+    json: Annotated[bool, typer.Option(help="As JSON Schema, for editors.")] = False,
+) -> None:
+    """Print every key with its type, range, default and meaning."""
+    print(config_show.schema("json" if json else "markdown" if markdown else "text"), end="")
+
+
+@app.command()
+def doctor(run_dir: Annotated[Path, typer.Option(help="The folder in which runs are to be written.")] = Path()) -> None:
+    """Look at this machine: versions, devices, memory, network, disk. Exit status 1 if something would fail."""
+    checks = diagnose(run_dir)
+    print(render(checks))
+    raise typer.Exit(exit_status(checks))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status.
 
@@ -73,7 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         _stop(error, 2)
     except LocalRunError as error:
-        _stop(error, 1)
+        _stop(error, error.exit_code)
 
 
 def _stop(error: Exception, status: int) -> None:

@@ -34,6 +34,7 @@ class Launched:
         local_world_size: how many are on its machine.
         run_folder: the run's folder, if our own launcher made it.
         launcher_pid: our own launcher, if that is what started this process.
+        launch_id: what torchrun calls this launch, the same when it starts its workers again; None if it has no name.
     """
 
     rank: int
@@ -42,6 +43,7 @@ class Launched:
     local_world_size: int
     run_folder: Path | None = None
     launcher_pid: int | None = None
+    launch_id: str | None = None
 
 
 def read_launched() -> Launched | None:
@@ -60,6 +62,39 @@ def read_launched() -> Launched | None:
         local_world_size=_number("LOCAL_WORLD_SIZE"),
         run_folder=Path(folder) if folder else None,
         launcher_pid=_number(_LAUNCHER) if _LAUNCHER in os.environ else None,
+        launch_id=_launch_id(),
+    )
+
+
+def _launch_id() -> str | None:
+    """torchrun's --rdzv-id; without one the address at which the workers meet."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name != "none":
+        return name
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the environment says about the speed and the safety of workers.
+
+    Args:
+        missing_malloc: variables of glibc's that are not set, with the values that CPU workers want.
+        is_under_torchrun: whether torchrun started this process.
+        shares_store: whether workers that are started again would meet in the store of those before them.
+    """
+
+    missing_malloc: dict[str, str]
+    is_under_torchrun: bool
+    shares_store: bool
+
+
+def read_tuning() -> Tuning:
+    """Read what decides how fast and how safely workers run."""
+    return Tuning(
+        missing_malloc={name: value for name, value in _MALLOC.items() if name not in os.environ},
+        is_under_torchrun="TORCHELASTIC_RUN_ID" in os.environ,
+        shares_store=os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1",
     )
 
 
@@ -68,7 +103,8 @@ def set_for_workers(run_folder: Path) -> None:
 
     What is set already stays, except for what must be so.
     """
-    for name, value in {"OMP_NUM_THREADS": "1", **_MALLOC}.items():
+    # DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see train/learner.py).
+    for name, value in {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **_MALLOC}.items():
         os.environ.setdefault(name, value)
     # With gloo, workers that are started again would otherwise find the addresses of their predecessors.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

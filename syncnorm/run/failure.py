@@ -6,21 +6,33 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from syncnorm.errors import ConfigError
+
 # What gloo and NCCL say on a worker whose peer is gone.
 _ECHOES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "remote process exited",
+    "Timed out waiting",
 )
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run failed: a sentence that names the worker, and the worker's traceback if it left one."""
+    """Why a run failed.
+
+    Args:
+        reason: a sentence that names the worker.
+        traceback: of the worker, if it left one.
+        is_loss: whether a worker was lost, by a kill, a crash or a time limit; code that fails would fail again.
+        is_bad_input: whether the worker refused its configuration; the reason is what it said.
+    """
 
     reason: str
     traceback: str
+    is_loss: bool = False
+    is_bad_input: bool = False
 
 
 def root_cause(error: ChildFailedError) -> Failure:
@@ -31,15 +43,28 @@ def root_cause(error: ChildFailedError) -> Failure:
 
 def _is_echo(failure: ProcessFailure) -> bool:
     # SIGTERM is what the launcher itself ends the remaining workers with.
-    return failure.exitcode == -signal.SIGTERM or any(echo in _told(failure).get("message", "") for echo in _ECHOES)
+    return failure.exitcode == -signal.SIGTERM or _lost_its_peer(failure)
+
+
+def _lost_its_peer(failure: ProcessFailure) -> bool:
+    return any(echo in _told(failure).get("message", "") for echo in _ECHOES)
 
 
 def _describe(rank: int, failure: ProcessFailure) -> Failure:
+    if failure.exitcode == -signal.SIGALRM:
+        return Failure(f"worker {rank} was stuck; where each worker was is in logs/stacks-*.txt", "", is_loss=True)
     told = _told(failure)
     if told:
-        return Failure(f"worker {rank} failed: {told['message']}", told["extraInfo"]["py_callstack"])
+        kind, _, message = told["message"].partition(": ")
+        if kind == ConfigError.__name__:
+            return Failure(message, "", is_bad_input=True)
+        return Failure(
+            f"worker {rank} failed: {told['message']}",
+            told["extraInfo"]["py_callstack"],
+            is_loss=_lost_its_peer(failure),
+        )
     if failure.exitcode < 0:
-        return Failure(f"worker {rank} was killed by {failure.signal_name()}", "")
+        return Failure(f"worker {rank} was killed by {failure.signal_name()}", "", is_loss=True)
     return Failure(f"worker {rank} ended with status {failure.exitcode}", "")
 
 

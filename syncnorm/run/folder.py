@@ -1,16 +1,21 @@
-"""A run's folder and the note of how the run ended."""
+"""A run's folder, the lock on it, and the note of how the run ended."""
 
+import fcntl
 import itertools
 import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from syncnorm.errors import ConfigError
 from syncnorm.train import strict_yaml
 from syncnorm.train.config import Config
 from syncnorm.train.files import write_text_whole
+from syncnorm.train.state import different_keys
+
+# Of sysexits.h: a temporary failure, to be tried again. Schedulers know it.
+RESUMABLE = 75
 
 
 @dataclass(frozen=True)
@@ -18,13 +23,13 @@ class Exit:
     """How a run ended.
 
     Args:
-        status: done, or failed.
+        status: done, stopped (saved, and can be resumed) or failed.
         reason: why, in a sentence.
         step: optimizer steps done, as far as they are on record.
         exit_code: of the command.
     """
 
-    status: Literal["done", "failed"]
+    status: Literal["done", "stopped", "failed"]
     reason: str
     step: int
     exit_code: int
@@ -34,8 +39,21 @@ class Exit:
         write_text_whole(folder / "exit.json", json.dumps(asdict(self)) + "\n")
 
 
-def make_run_folder(config: Config, name: str) -> Path:
+def read_exit(folder: Path) -> Exit | None:
+    """How a run ended; None while it goes on, or after it was killed."""
+    try:
+        return Exit(**json.loads((folder / "exit.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def make_run_folder(config: Config, name: str, launch: str | None = None) -> Path:
     """Make `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it; never one that is there already.
+
+    Args:
+        config: of the run.
+        name: of the configuration.
+        launch: what tells this launch from others, so that workers started again find the folder.
 
     Raises:
         ConfigError: it cannot be made.
@@ -45,12 +63,78 @@ def make_run_folder(config: Config, name: str) -> Path:
         root = Path(config.run_dir)
         root.mkdir(parents=True, exist_ok=True)
         folder = next(path for path in _candidates(root, stem) if _is_new(path))
+        if launch is not None:
+            write_text_whole(folder / "launch.json", json.dumps({"launch": launch}) + "\n")
         write_text_whole(folder / "config.yaml", strict_yaml.dump(config.model_dump()))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(
             f"`run_dir` must be a folder that can be written to, got {config.run_dir!r}: {error}"
         ) from None
     return folder
+
+
+def find_launched(config: Config, launch: str) -> Path | None:
+    """The newest unfinished run that the same launch has made: its workers are being started again."""
+    folders = []
+    for note in Path(config.run_dir).glob("*/launch.json"):
+        try:
+            is_same = json.loads(note.read_text(encoding="utf-8")) == {"launch": launch}
+        except (OSError, ValueError):
+            continue
+        end = read_exit(note.parent)
+        if is_same and (end is None or end.status != "done") and _is_same_config(config, note.parent):
+            folders.append(note.parent)
+    return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def check_resumable(config: Config, folder: Path) -> Path:
+    """Return the folder if a run with this configuration can go on in it.
+
+    Raises:
+        ConfigError: it is no run's, or the run's configuration has another result.
+    """
+    recorded = _recorded(folder)
+    if recorded is None:
+        raise ConfigError(
+            f"`--resume` must name a run's folder, got {str(folder)!r}, which has no readable config.yaml"
+        )
+    differences = different_keys(config, recorded)
+    if differences:
+        raise ConfigError(
+            f"`--resume` must name a run of the same configuration, got {str(folder)!r}, where "
+            f"{', '.join(differences)} differ. Only launch, follow, checkpoint and run_dir may change."
+        )
+    return folder
+
+
+def lock(folder: Path) -> Any:
+    """Keep other launches out of a run's folder for as long as the returned file is open.
+
+    Raises:
+        ConfigError: another process works in it.
+    """
+    file = (folder / "run.lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ConfigError(f"run {str(folder)!r} is being trained by another process. Stop that one first.") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _recorded(folder: Path) -> dict[str, Any] | None:
+    try:
+        recorded = strict_yaml.parse((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+    except (OSError, ValueError):
+        return None
+    return recorded if isinstance(recorded, dict) else None
+
+
+def _is_same_config(config: Config, folder: Path) -> bool:
+    recorded = _recorded(folder)
+    return recorded is not None and not different_keys(config, recorded)
 
 
 def _candidates(root: Path, stem: str) -> itertools.chain[Path]:

@@ -12,47 +12,93 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from syncnorm.errors import SyncnormError
+from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run import env
 from syncnorm.run.device import choose_device
 from syncnorm.run.failure import Failure, root_cause
-from syncnorm.run.folder import Exit, make_run_folder
-from syncnorm.train.config import Config
-from syncnorm.train.metrics import last_step
+from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, make_run_folder, read_exit
+from syncnorm.run.worker import Task
+from syncnorm.train.config import LaunchSection
+from syncnorm.train.metrics import MetricsFile, last_step
+
+# Time for workers that were told to stop to finish their step and save.
+_LEAST_SHUTDOWN_SECONDS = 30
 
 
 class LocalRunError(SyncnormError):
-    """A local run ended before its time; the message is for the person who started it."""
-
-
-def run_local(config: Config, name: str, arguments: Sequence[str]) -> None:
-    """Start `launch.workers` workers, each running `syncnorm train ARGUMENTS`, and wait for them.
+    """A local run ended before its time; the message is for the person who started it.
 
     Args:
-        config: checked already; the workers read it again.
-        name: of the configuration, for the run's folder.
+        message: what happened.
+        exit_code: of the command.
+    """
+
+    def __init__(self, message: str, exit_code: int = 1) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def run_local(task: Task, arguments: Sequence[str]) -> None:
+    """Start `launch.workers` workers, each running `syncnorm train ARGUMENTS`, and wait for them.
+
+    Workers that are killed are started again, and go on from the newest checkpoint.
+
+    Args:
+        task: checked already; the workers read it again.
         arguments: of the command `syncnorm train`.
 
     Raises:
-        ConfigError: the machine lacks the devices asked for, or the run's folder cannot be made.
-        LocalRunError: a worker failed, or this process was told to stop.
+        ConfigError: the machine lacks the devices asked for, or the run's folder cannot be made or does not fit.
+        LocalRunError: the run failed, or was stopped.
     """
-    choose_device(config.launch.device, 0, config.launch.workers)
-    folder = make_run_folder(config, name)
+    launch = task.config.launch
+    choose_device(launch.device, 0, launch.workers)
+    if task.resume is None:
+        folder = make_run_folder(task.config, task.name)
+    else:
+        folder = check_resumable(task.config, task.resume)
     env.set_for_workers(folder)
     _silence_agent()
+    for attempt in range(launch.restarts + 1):
+        failure = _attempt(launch, arguments, folder)
+        if failure is None:
+            return
+        if not failure.is_loss or attempt == launch.restarts:
+            raise LocalRunError(_tell(failure, folder))
+        again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
+        MetricsFile(folder / "metrics.jsonl").write_timed(
+            "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
+        )
+        print(f"syncnorm: {again}", file=sys.stderr)
+
+
+def _attempt(launch: LaunchSection, arguments: Sequence[str], folder: Path) -> Failure | None:
+    """Start the workers and wait for them; None if all is done, else why not."""
     logs = tempfile.mkdtemp(prefix="syncnorm-")
     try:
-        launch = elastic_launch(_launch_config(config.launch.workers, logs), sys.executable)
-        launch("-m", "syncnorm", "train", *arguments)
+        elastic_launch(_launch_config(launch, logs), sys.executable)("-m", "syncnorm", "train", *arguments)
     except ChildFailedError as error:
-        raise LocalRunError(_tell(root_cause(error), folder)) from None
+        _raise_if_stopped(folder)
+        failure = root_cause(error)
+        if failure.is_bad_input:
+            raise ConfigError(failure.reason) from None
+        return failure
     except SignalException as error:
-        reason = f"stopped by {error.sigval.name}"
+        _raise_if_stopped(folder)
+        reason = f"stopped by {error.sigval.name}, without saving"
         _record(reason, folder)
-        raise LocalRunError(f"{reason}\n{folder}") from None
+        raise LocalRunError(f"{reason}\n{folder}", 128 + error.sigval.value) from None
     finally:
         shutil.rmtree(logs, ignore_errors=True)
+    return None
+
+
+def _raise_if_stopped(folder: Path) -> None:
+    end = read_exit(folder)
+    if end is not None and end.status == "stopped":
+        raise LocalRunError(
+            f"stopped after step {end.step}: {end.reason}. To go on: the same command with --resume {folder}", RESUMABLE
+        )
 
 
 def _silence_agent() -> None:
@@ -62,17 +108,19 @@ def _silence_agent() -> None:
     agent.propagate = False
 
 
-def _launch_config(workers: int, logs: str) -> LaunchConfig:
+def _launch_config(launch: LaunchSection, logs: str) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=workers,
+        nproc_per_node=launch.workers,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
+        # Started again by us, with a rendezvous of their own: torch's would start failing code again, too.
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
+        shutdown_timeout=max(_LEAST_SHUTDOWN_SECONDS, round(launch.timeout_seconds)),
     )
 
 

@@ -18,7 +18,7 @@ def run_recalibrate(folder: Path, mix: float, launched: Launched | None) -> None
     """
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
-    config, _ = read_run(folder)
+    config = read_run(folder)
     workers = join(config.launch.device, launched)
     try:
         result = recalibrate_run(folder, workers, mix)

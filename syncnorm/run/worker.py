@@ -1,11 +1,11 @@
 """One worker of a run, whoever launched it: join the others, train, say how it ended."""
 
+import logging
 import os
-import signal
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -14,26 +14,47 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from syncnorm.errors import ConfigError
 from syncnorm.run.device import choose_device
 from syncnorm.run.env import Launched
-from syncnorm.run.folder import Exit, make_run_folder
+from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, find_launched, lock, make_run_folder
 from syncnorm.run.parent import die_with_parent
+from syncnorm.run.watch import WorkerWatch, open_log
 from syncnorm.train.config import Config
 from syncnorm.train.loop import Outcome, Position, train
 from syncnorm.train.workers import Workers
 
-# How long a worker waits for the others before it says that they are gone; torch's default is half an hour.
-GROUP_TIMEOUT = timedelta(seconds=60)
+_log = logging.getLogger(__name__)
+
+# A worker that is stuck ends by itself first, and leaves its stacks.
+_GROUP_MARGIN_SECONDS = 30.0
 
 
-def run_worker(config: Config, name: str, launched: Launched) -> NoReturn:
-    """Do `work`, and end this process with status 0 or 1."""
-    status = 0
+class Task:
+    """What the command line asks of a run.
+
+    Args:
+        config: the same on all workers.
+        name: of the configuration, for the run's folder.
+        resume: the folder of the run to go on with; None for a new one.
+        allowed: packages whose callables the configuration may name.
+    """
+
+    def __init__(self, config: Config, name: str, resume: Path | None = None, allowed: tuple[str, ...] = ()) -> None:
+        self.config = config
+        self.name = name
+        self.resume = resume
+        self.allowed = allowed
+
+
+def run_worker(task: Task, launched: Launched) -> NoReturn:
+    """Do `work`, and end this process with the status of the command."""
     try:
-        work(config, name, launched)
-    except Exception:
-        if launched.launcher_pid is None:
+        status: int = work(task, launched)  # pyright: ignore[reportAssignmentType] record declares that it may be None
+    except Exception as error:
+        if launched.launcher_pid is None and not isinstance(error, ConfigError):
             raise
         # Our own launcher has the cause from the worker's error file and tells it once, not once per worker.
-        status = 1
+        if launched.launcher_pid is None and launched.rank == 0:
+            print(f"syncnorm: {error}", file=sys.stderr)
+        status = 2 if isinstance(error, ConfigError) else 1
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: DDP keeps the process group alive, and a thread of gloo's that lets go of its last message while the
@@ -42,38 +63,49 @@ def run_worker(config: Config, name: str, launched: Launched) -> NoReturn:
 
 
 @record
-def work(config: Config, name: str, launched: Launched) -> None:
+def work(task: Task, launched: Launched) -> int:
     """Train as the worker that the launcher says this process is.
 
-    Args:
-        config: the same on all workers.
-        name: of the configuration, for the run's folder.
-        launched: which worker this is.
+    Returns:
+        The exit status: 0 done, 75 stopped and saved.
     """
     die_with_parent(launched.launcher_pid)
-    # Ctrl-C ends a worker at once; as a KeyboardInterrupt it would wait for the message in flight.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    workers = join(config.launch.device, launched)
-    folder = _agree(config, name, launched)
+    config = task.config
+    workers = join(config.launch.device, launched, config.launch.timeout_seconds)
+    folder, held = _agree(task, launched)
+    open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
+    watch = WorkerWatch(config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt")
+    _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
     position = Position()
     try:
-        outcome = train(config, workers, folder, position)
+        outcome = train(config, workers, folder, position, watch, task.allowed)
     except Exception as error:
+        _log.info("failed after step %d", position.step, exc_info=True)
         if workers.is_first:
-            Exit("failed", f"{type(error).__name__}: {error}", position.step, 1).write(folder)
+            code = 2 if isinstance(error, ConfigError) else 1
+            Exit("failed", f"{type(error).__name__}: {error}", position.step, code).write(folder)
         raise
     if workers.is_first:
-        Exit("done", "all epochs done", position.step, 0).write(folder)
-        print("\n".join(_summary(outcome, folder)), flush=True)
+        end = _end(outcome, position, watch)
+        end.write(folder)
+        print("\n".join([*_summary(outcome), str(folder)]), flush=True)
+    watch.close()
+    # Others may still be at work for this one's last message.
+    dist.barrier()
     dist.destroy_process_group()
+    if held is not None:
+        held.close()
+    return 0 if outcome.is_done else RESUMABLE
 
 
-def join(wanted_device: str, launched: Launched | None) -> Workers:
+def join(wanted_device: str, launched: Launched | None, timeout_seconds: float = 60.0) -> Workers:
     """Join the other workers, if there are any, in a default process group.
 
     Args:
         wanted_device: the configuration's `launch.device`.
         launched: which worker this is; None: the only one.
+        timeout_seconds: how long a worker waits for the others, and half a minute more, before it says that they are
+            gone; torch's default is half an hour.
     """
     rank, world_size, local = 0, 1, (0, 1)
     if launched is not None:
@@ -82,30 +114,57 @@ def join(wanted_device: str, launched: Launched | None) -> Workers:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
     if launched is None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=GROUP_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, timeout=GROUP_TIMEOUT)
-    return Workers(rank, world_size, device)
+        dist.init_process_group(backend, timeout=timeout)
+    return Workers(rank, world_size, device, local[1])
 
 
-def _agree(config: Config, name: str, launched: Launched) -> Path:
-    """Return the run's folder, the same on all workers, after a look at whether they have the same task."""
-    folder = launched.run_folder
-    if folder is None and launched.rank == 0:
-        folder = make_run_folder(config, name)
-    answers: list[tuple[str, Path | None]] = [("", None)] * launched.world_size
-    dist.all_gather_object(answers, (config.model_dump_json(), folder))
-    different = [rank for rank, (task, _) in enumerate(answers) if task != answers[0][0]]
+def _agree(task: Task, launched: Launched) -> tuple[Path, Any]:
+    """The run's folder, the same on all workers, after a look at whether they have the same task; and its lock."""
+    answers: list[tuple[str, Any]] = [("", None)] * launched.world_size
+    mine: Any = None
+    held = None
+    if launched.rank == 0:
+        try:
+            mine = _folder(task, launched)
+            held = lock(mine)
+            (mine / "exit.json").unlink(missing_ok=True)
+        except ConfigError as error:
+            mine = error
+    dist.all_gather_object(answers, (task.config.model_dump_json(), mine))
+    different = [rank for rank, (text, _) in enumerate(answers) if text != answers[0][0]]
     if different:
-        raise ConfigError(f"configuration {name!r} of workers {different} differs from that of worker 0")
+        raise ConfigError(f"configuration {task.name!r} of workers {different} differs from that of worker 0")
     folder = answers[0][1]
-    assert folder is not None
-    return folder
+    if isinstance(folder, ConfigError):
+        raise folder
+    return folder, held
 
 
-def _summary(outcome: Outcome, folder: Path) -> list[str]:
+def _folder(task: Task, launched: Launched) -> Path:
+    """The folder that our launcher made, that the user names, or that this launch has made before; else a new one."""
+    if launched.run_folder is not None:
+        return launched.run_folder
+    if task.resume is not None:
+        return check_resumable(task.config, task.resume)
+    found = None if launched.launch_id is None else find_launched(task.config, launched.launch_id)
+    return found or make_run_folder(task.config, task.name, launched.launch_id)
+
+
+def _end(outcome: Outcome, position: Position, watch: WorkerWatch) -> Exit:
+    if outcome.is_done:
+        return Exit("done", "all epochs done", position.step, 0)
+    asked = f"asked to stop by {watch.stop}" if watch.stop else "another worker was asked to stop"
+    return Exit("stopped", f"{asked}; saved", position.step, RESUMABLE)
+
+
+def _summary(outcome: Outcome) -> list[str]:
+    if not outcome.is_done:
+        return ["stopped, saved"]
     digests = outcome.digests
     lines = [f"running statistics of worker {rank}: sha256 {digest}" for rank, digest in enumerate(digests)]
     if len(set(digests)) == 1:
@@ -113,4 +172,5 @@ def _summary(outcome: Outcome, folder: Path) -> list[str]:
     else:
         lines.append(f"running statistics: different on {len(set(digests))} of {len(digests)} workers")
         lines.append("each worker judged its share of the test set by its own; the checkpoint holds those of worker 0")
-    return [*lines, f"test accuracy {100 * outcome.test_accuracy:.2f} %", str(folder)]
+    assert outcome.test_accuracy is not None
+    return [*lines, f"test accuracy {100 * outcome.test_accuracy:.2f} %"]

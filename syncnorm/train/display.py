@@ -11,24 +11,27 @@ class Display:
 
     Args:
         total_steps: optimizer steps of the run.
+        done: of them already, when a run is resumed.
         quiet: show nothing, as on all workers but the first.
     """
 
-    def __init__(self, total_steps: int, *, quiet: bool) -> None:
+    def __init__(self, total_steps: int, *, done: int = 0, quiet: bool) -> None:
         self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._is_shown = not quiet and self._console.is_terminal
         self._progress = Progress(
             TextColumn("[bold]training"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("steps"),
+            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(compact=True),
             console=self._console,
             # The drawing thread shares its core with a worker.
             refresh_per_second=4,
             transient=True,
-            disable=quiet or not self._console.is_terminal,
+            disable=not self._is_shown,
         )
-        self._task = self._progress.add_task("steps", total=total_steps)
+        self._task = self._progress.add_task("steps", total=total_steps, completed=done, figures="")
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -42,6 +45,22 @@ class Display:
         # soft_wrap: a log file has no width at which to break lines
         self._console.print(line, soft_wrap=True, markup=False)
 
-    def advance(self) -> None:
-        """Count a step."""
-        self._progress.advance(self._task)
+    def advance(self, step: int, loss: float) -> None:
+        """Show that a step is done."""
+        if self._is_shown:
+            self._progress.update(self._task, completed=step)
+            self._progress.tasks[0].fields["loss"] = f"loss {loss:.4f}"
+            self._show()
+
+    def show_speed(self, samples_per_second: float, exchange_share: float, test_accuracy: float | None) -> None:
+        """Show how fast the run goes, the share of time spent in exchanges, and how good it was last."""
+        if self._is_shown:
+            accuracy = "" if test_accuracy is None else f"  test accuracy {100 * test_accuracy:.2f} %"
+            self._progress.tasks[0].fields["speed"] = (
+                f"  {samples_per_second:.0f} samples/s  {100 * exchange_share:.0f} % exchanging{accuracy}"
+            )
+            self._show()
+
+    def _show(self) -> None:
+        fields = self._progress.tasks[0].fields
+        fields["figures"] = fields.get("loss", "") + fields.get("speed", "")

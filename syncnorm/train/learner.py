@@ -1,64 +1,230 @@
 """What a configuration describes, built: the data, the model and what changes it."""
 
-from dataclasses import dataclass, replace
-from functools import partial
+import inspect
+import logging
+import random
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from syncnorm import prepare_ddp
-from syncnorm.train.config import Config
+from syncnorm.base import SyncNorm
+from syncnorm.comm import groups
+from syncnorm.model.grouped import StatisticGroups
+from syncnorm.train import optim
+from syncnorm.train.callables import resolve
+from syncnorm.train.config import REFERENCE, Config
 from syncnorm.train.data import DATASETS, Dataset
 from syncnorm.train.models import MODELS
-from syncnorm.train.norm import make_norm_layer
-from syncnorm.train.step import learning_rate_factor
+from syncnorm.train.norm import apply_rules, make_norm_layer
+from syncnorm.train.placement import Placement, place, place_local
+from syncnorm.train.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Learner:
-    """The model and what changes it."""
+    """The model and what changes it.
 
+    Args:
+        config: what it was built from.
+        workers: where this worker stands.
+        model: the bare network, whose state is saved and which is evaluated.
+        ddp: the network in training: perhaps compiled, and under DistributedDataParallel.
+        optimizer: over its parameters.
+        schedule: of the learning rate.
+        average: the moving average of the network, if the configuration asks for one.
+        statistics: of our layers, where a step has several.
+    """
+
+    config: Config
+    workers: Workers
     model: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
-    schedule: LambdaLR
+    schedule: LRScheduler
+    average: AveragedModel | None
+    statistics: StatisticGroups | None
+
+    @property
+    def judged(self) -> nn.Module:
+        """What is evaluated."""
+        return self.model if self.average is None else self.average.module
+
+    def place(self, count: int) -> Placement:
+        """Where a step of `count` samples is computed."""
+        rank, world_size, micro_batch = self.workers.rank, self.workers.world_size, self.config.launch.micro_batch
+        if self.config.norm.sync != "batch" or not self.layers():
+            return place_local(count, rank, world_size, micro_batch)
+        return place(count, self.config.norm_batch, rank, world_size, micro_batch)
+
+    def describe_step(self) -> str:
+        """Say where a whole step is computed."""
+        count, workers = self.config.train.global_batch, self.workers
+        placement = self.place(count)
+        forwards = [" + ".join(str(part.stop - part.start) for part in parts) for parts in placement.rounds]
+        return (
+            f"{count} samples on {workers.world_size} worker(s); worker {workers.rank} has {len(forwards)} forward(s), "
+            f"of {'; '.join(forwards)} samples; each statistic is shared by {placement.shared_by} worker(s)"
+        )
+
+    def announce(self, placement: Placement, parts: tuple[slice, ...]) -> None:
+        """Tell the layers what the statistics of the next forward are taken over."""
+        if self.statistics is not None:
+            self.statistics.place(_sharing(placement.shared_by, self.workers), [p.stop - p.start for p in parts])
+
+    def layers(self) -> list[SyncNorm]:
+        """Our layers."""
+        return [module for module in self.model.modules() if isinstance(module, SyncNorm)]
+
+    def settle(self) -> None:
+        """Bring all running statistics up to date. Starts no exchange."""
+        for layer in self.layers():
+            layer.statistics.settle()
+
+    def buffers(self) -> list[Tensor]:
+        """Copies of the model's buffers, to be put back."""
+        self.settle()
+        return [buffer.clone() for buffer in self.model.buffers()]
+
+    @torch.no_grad()
+    def put_back(self, buffers: list[Tensor]) -> None:
+        """Undo what has changed the buffers since."""
+        self.settle()
+        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(value)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """The context of a forward."""
+        if self.config.train.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.workers.device.type, getattr(torch, self.config.train.autocast))
 
 
-def load_data(config: Config, device: torch.device) -> Dataset:
-    """Load the whole data set onto this worker's device."""
-    data = DATASETS[config.data.name]()
-    dtype = getattr(torch, config.train.dtype)
-    return replace(data, train=data.train.to(device, dtype), test=data.test.to(device, dtype))
+def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = ()) -> Dataset:
+    """Load the whole data set onto this worker's device.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or a callable may not be or cannot be called.
+    """
+    root = None if config.data.root is None else Path(config.data.root)
+    load: Callable[..., Dataset]
+    if REFERENCE.fullmatch(config.data.name):
+        load = resolve(config.data.name, allowed, "data.name")
+    else:
+        load = DATASETS[config.data.name]
+    return load(root, **config.data.options).to(device)
 
 
-def make_model(config: Config, data: Dataset, total_steps: int) -> nn.Module:
+def make_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
-    torch.manual_seed(config.train.seed)
+    return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
+
+
+def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
+    """Build the model for data of this shape. No exchange."""
+    seed_random(config.train.seed)
+    build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
     images = data.train.images
-    model = MODELS[config.model.name](
+    model = build(
         in_channels=images.shape[1],
         num_classes=data.num_classes,
         norm_layer=make_norm_layer(config.norm, total_steps),
+        **config.model.options,
     )
+    apply_rules(model, config.norm, total_steps)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    return prepare_ddp(model.to(images.device, images.dtype))
+    return model.to(images.device, getattr(torch, config.train.dtype))
 
 
-def make_learner(config: Config, data: Dataset, steps_per_epoch: int) -> Learner:
-    """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed."""
-    total_steps = config.train.epochs * steps_per_epoch
-    model = make_model(config, data, total_steps)
-    optimizer = torch.optim.SGD(
-        model.parameters(),
-        lr=config.train.lr,
-        momentum=config.train.momentum,
-        weight_decay=config.train.weight_decay,
+def make_learner(
+    config: Config, workers: Workers, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+) -> Learner:
+    """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed.
+
+    *Collectives*: those of prepare_ddp and DistributedDataParallel; every worker must call.
+
+    Args:
+        config: what to build.
+        workers: this worker's place.
+        data: for its shape.
+        total_steps: length of the run.
+        allowed: packages whose callables a configuration may name.
+    """
+    train = config.train
+    model = make_model(config, data, total_steps, allowed)
+    statistics = _group_statistics(config, model)
+    average = None
+    if train.ema is not None:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
+    if train.compile:
+        model.compile()
+    ddp = DistributedDataParallel(
+        model,
+        **_no_buffers(),
+        # DDP arranges its buckets anew after the first step, unless this is set; with more than two workers a sum
+        # depends on the arrangement, and a resumed run would differ in the last bit.
+        find_unused_parameters=workers.world_size > 2,
     )
-    factor = partial(
-        learning_rate_factor,
-        warmup_steps=round(config.train.warmup * total_steps),
-        total_steps=total_steps,
+    optimizer = optim.make_optimizer(train.optimizer.name, model, train.lr, train.optimizer.options)
+    schedule = optim.make_schedule(
+        train.schedule.name, optimizer, train.schedule.warmup, total_steps, train.schedule.options
     )
-    return Learner(model, DistributedDataParallel(model), optimizer, LambdaLR(optimizer, factor))
+    _warn_of_noise(model)
+    return Learner(config, workers, model, ddp, optimizer, schedule, average, statistics)
+
+
+def _no_buffers() -> dict[str, Any]:
+    """Buffers are equal by construction, or each worker's own: DDP need not send them before each forward."""
+    parameters = inspect.signature(DistributedDataParallel).parameters
+    name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
+    return {name: False}
+
+
+def _group_statistics(config: Config, model: nn.Module) -> StatisticGroups | None:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SyncNorm)}
+    if not config.is_grouped or not layers:
+        return None
+    statistics = StatisticGroups(layers)
+    statistics.attach(model)
+    return statistics
+
+
+def _sharing(shared_by: int, workers: Workers) -> groups.Group | None:
+    if shared_by == workers.world_size:
+        return groups.statistics_group()
+    return groups.runs(shared_by)
+
+
+def _warn_of_noise(model: nn.Module) -> None:
+    noisy = [name for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    if noisy:
+        _log.warning("dropout at %s: its noise depends on the number of workers, and so does the run", ", ".join(noisy))
+
+
+def noise_seed(seed: int, step: int, rank: int) -> int:
+    """What the random numbers of a step's forward on a worker are drawn from: never on what came before."""
+    mixed = seed
+    for number in (step, rank):
+        mixed = (mixed * 6364136223846793005 + 1442695040888963407 + number) % 2**63
+    return mixed
+
+
+def seed_random(seed: int) -> None:
+    """Seed torch's random numbers and Python's: a callable of the configuration's may draw from either."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+
+
+def indices_of(batch: Tensor, parts: tuple[slice, ...]) -> Tensor:
+    """The samples of a forward."""
+    return batch[parts[0]] if len(parts) == 1 else torch.cat([batch[part] for part in parts])

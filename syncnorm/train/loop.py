@@ -1,146 +1,252 @@
-"""A training run on one of its workers, from the first weight to the final checkpoint."""
+"""A training run on one of its workers, from wherever it stands to its end."""
 
 import math
-import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.train.checkpoint import save_checkpoint
+from syncnorm.errors import SyncnormError
+from syncnorm.train.checkpoint import CheckpointStore
 from syncnorm.train.config import Config
-from syncnorm.train.data import Dataset, epoch_order, local_batches, shard
-from syncnorm.train.display import Display
+from syncnorm.train.data import Dataset, epoch_order, shard
+from syncnorm.train.diagnose import NotFiniteError, describe_not_finite
+from syncnorm.train.follow import Follower
 from syncnorm.train.learner import Learner, load_data, make_learner
-from syncnorm.train.metrics import MetricsFile
+from syncnorm.train.memory import check_memory
+from syncnorm.train.position import Position
+from syncnorm.train.resume import resume
+from syncnorm.train.saver import BackgroundSaver
+from syncnorm.train.state import capture, versions
 from syncnorm.train.statistics import gather_digests
-from syncnorm.train.step import evaluate, training_step
+from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.workers import Workers
 
+CHECKPOINTS = "checkpoints"
+# Steps in a row that may be left out for not being finite; more are no accident.
+_MOST_SKIPPED = 10
 
-@dataclass
-class Position:
-    """How far a run has come; readable from outside when the run ends early."""
 
-    epoch: int = 0
-    step: int = 0
+class SaveError(SyncnormError):
+    """The state that a run ends with could not be saved; raised by all workers."""
+
+
+class Watch(Protocol):
+    """What the surroundings of a run want to know and to say."""
+
+    def alive(self) -> None:
+        """This worker makes progress."""
+        ...
+
+    @property
+    def stop(self) -> str | None:
+        """Why this worker was asked to stop, if it was."""
+        ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run hands back, the same on all workers.
+    """What a run hands back, the same on all workers.
 
     Args:
-        test_accuracy: share of the test set, 0 to 1.
+        test_accuracy: share of the test set, 0 to 1; None if the run was stopped before the first evaluation.
         digests: fingerprint of each worker's running statistics, in rank order.
+        is_done: whether all epochs are done; otherwise the run was asked to stop, and has saved its state.
     """
 
-    test_accuracy: float
+    test_accuracy: float | None
     digests: list[str]
+    is_done: bool
 
 
-@dataclass(frozen=True)
-class EpochRecord:
-    """What an epoch showed: loss and learning rate of each of its steps, and the test accuracy after it."""
+@dataclass
+class Run:
+    """What the steps of a run work on."""
 
-    losses: list[float]
-    rates: list[float]
-    test_accuracy: float
-    seconds: float
+    config: Config
+    workers: Workers
+    data: Dataset
+    learner: Learner
+    position: Position
+    watch: Watch
+    follower: Follower
+    saver: BackgroundSaver | None
+    steps_per_epoch: int
+    skipped: int = 0
 
-    @property
-    def mean_loss(self) -> float:
-        """Mean over the steps."""
-        return sum(self.losses) / len(self.losses)
 
+def train(
+    config: Config, workers: Workers, folder: Path, position: Position, watch: Watch, allowed: tuple[str, ...] = ()
+) -> Outcome:
+    """Train on this worker's part of every step; all workers must call it with the same configuration.
 
-def train(config: Config, workers: Workers, folder: Path, position: Position) -> Outcome:
-    """Train on this worker's shards; all workers must call it with the same configuration.
+    Goes on from the newest good checkpoint in the run's folder, if there is one.
 
     Args:
         config: what to train.
         workers: this worker's place.
-        folder: the run's folder; the first worker writes `metrics.jsonl` and `checkpoint.pt` into it.
+        folder: the run's folder; the first worker writes `metrics.jsonl` and `checkpoints` into it.
         position: is kept up to date.
+        watch: told of progress, asked whether to stop.
+        allowed: packages whose callables the configuration may name.
+
+    Raises:
+        ConfigError: something in the configuration turns out not to fit; on all workers.
+        NotFiniteError: a loss is not finite; on all workers.
+        SaveError: the last state could not be saved; on all workers.
     """
-    data = load_data(config, workers.device)
+    data = load_data(config, workers.device, allowed)
+    watch.alive()
     steps_per_epoch = math.ceil(len(data.train) / config.train.global_batch)
-    learner = make_learner(config, data, steps_per_epoch)
-    metrics = MetricsFile(folder / "metrics.jsonl" if workers.is_first else None)
-    record = None
-    with Display(config.train.epochs * steps_per_epoch, quiet=not workers.is_first) as display:
-        for position.epoch in range(1, config.train.epochs + 1):
-            record = run_epoch(config, workers, data, learner, position, display)
-            write_epoch(metrics, position, record)
-            display.say(epoch_line(config, position, record))
-    assert record is not None  # the schema asks for at least one epoch
-
-    digests = gather_digests(learner.model)
-    metrics.write("end", step=position.step, test_accuracy=record.test_accuracy, digests=digests)
-    if workers.is_first:
-        save_checkpoint(
-            folder / "checkpoint.pt",
-            model=learner.model,
-            optimizer=learner.optimizer,
-            step=position.step,
-            config=config,
+    total_steps = config.train.epochs * steps_per_epoch
+    check_memory(config, workers, data, allowed)
+    learner = make_learner(config, workers, data, total_steps, allowed)
+    store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
+    resumed = resume(learner, position, store)
+    saver = None if store is None else BackgroundSaver(store)
+    with Follower(learner, folder, position, total_steps) as follower:
+        run = Run(config, workers, data, learner, position, watch, follower, saver, steps_per_epoch)
+        _tell_start(run, resumed.source)
+        for fault in resumed.faults:
+            follower.fault("checkpoint", fault)
+        is_done = _epochs(run)
+        digests = gather_digests(learner.model)
+        follower.metrics.write_timed(
+            "end" if is_done else "stop", step=position.step, test_accuracy=position.test_accuracy, digests=digests
         )
-    return Outcome(record.test_accuracy, digests)
+    return Outcome(position.test_accuracy, digests, is_done)
 
 
-def run_epoch(
-    config: Config,
-    workers: Workers,
-    data: Dataset,
-    learner: Learner,
-    position: Position,
-    display: Display,
-) -> EpochRecord:
-    """Train on every sample once, then evaluate."""
-    started = time.perf_counter()
-    order = epoch_order(len(data.train), config.train.seed, position.epoch)
-    losses: list[Tensor] = []
-    rates: list[float] = []
-    for batch in local_batches(data.train, order, config.train.global_batch, workers.rank, workers.world_size):
-        rates.append(float(learner.schedule.get_last_lr()[0]))
-        losses.append(training_step(learner.ddp, learner.optimizer, batch))
-        learner.schedule.step()
-        position.step += 1
-        display.advance()
-    test_shard = data.test[shard(len(data.test), workers.rank, workers.world_size)]
-    accuracy = evaluate(learner.model, test_shard, config.train.global_batch)
-    return EpochRecord(pool_losses(losses), rates, accuracy, time.perf_counter() - started)
-
-
-def pool_losses(losses: list[Tensor]) -> list[float]:
-    """Average each step's scaled loss over the workers, which is the loss of its global batch."""
-    stacked = torch.stack(losses).double()
-    dist.all_reduce(stacked)
-    return (stacked / dist.get_world_size()).tolist()
-
-
-def write_epoch(metrics: MetricsFile, position: Position, record: EpochRecord) -> None:
-    """Write one `step` event per step, then the `epoch` event."""
-    first = position.step - len(record.losses) + 1
-    for index, (loss, rate) in enumerate(zip(record.losses, record.rates, strict=True)):
-        metrics.write("step", step=first + index, loss=loss, lr=rate)
-    metrics.write(
-        "epoch",
-        epoch=position.epoch,
-        step=position.step,
-        loss=record.mean_loss,
-        test_accuracy=record.test_accuracy,
-        lr=record.rates[-1],
-        seconds=record.seconds,
+def _tell_start(run: Run, source: str | None) -> None:
+    model = run.learner.model
+    run.follower.metrics.write_timed(
+        "start",
+        step=run.position.step,
+        world_size=run.workers.world_size,
+        device=str(run.workers.device.type),
+        resumed_from=source,
+        versions=versions(),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        placement=run.learner.describe_step(),
     )
+    if source is not None:
+        run.follower.display.say(f"resumed from {source} on {run.workers.world_size} worker(s)")
 
 
-def epoch_line(config: Config, position: Position, record: EpochRecord) -> str:
-    """Say in one line how the epoch went."""
-    return (
-        f"epoch {position.epoch}/{config.train.epochs}  step {position.step}  loss {record.mean_loss:.4f}"
-        f"  test accuracy {100 * record.test_accuracy:.2f} %"
-        f"  lr {record.rates[-1]:.3g}  {record.seconds:.2f} s"
-    )
+def _epochs(run: Run) -> bool:
+    """Train until all epochs are done (True) or somebody asks to stop (False)."""
+    position = run.position
+    if position.step_in_epoch == run.steps_per_epoch or position.epoch == 0:
+        position.epoch, position.step_in_epoch, position.loss_sum = position.epoch + 1, 0, 0.0
+    while position.epoch <= run.config.train.epochs:
+        if not _epoch(run):
+            return False
+        position.epoch, position.step_in_epoch, position.loss_sum = position.epoch + 1, 0, 0.0
+    position.epoch -= 1
+    return True
+
+
+def _epoch(run: Run) -> bool:
+    """Train on what is left of an epoch and evaluate; False if somebody asks to stop."""
+    position, train = run.position, run.config.train
+    order = epoch_order(len(run.data.train), train.seed, position.epoch)
+    batches = order.split(train.global_batch)
+    for indices in batches[position.step_in_epoch :]:
+        result, rate = take_step(run, indices)
+        is_last = position.step_in_epoch == run.steps_per_epoch
+        if is_last:
+            _judge(run, rate)
+        is_end = is_last and position.epoch == train.epochs
+        _save_if_due(run, is_last=is_last, must=is_end or result.stop)
+        if result.stop and not is_end:
+            return False
+    return True
+
+
+def take_step(run: Run, indices: Tensor) -> tuple[StepResult, float]:
+    """Train on the samples of a step, and put it on record; its result and its learning rate."""
+    position = run.position
+    rate = float(run.learner.schedule.get_last_lr()[0])
+    batch = StepBatch(indices, position.epoch, position.step + 1)
+    result = training_step(run.learner, run.data, batch, run.watch.stop is not None)
+    if result.was_taken:
+        run.skipped = 0
+    else:
+        _not_finite(run, batch, result)
+    position.step += 1
+    position.step_in_epoch += 1
+    # A step that was left out has no loss to speak of.
+    position.loss_sum += result.loss if result.was_taken else 0.0
+    run.watch.alive()
+    run.follower.after_step(result, len(indices), rate)
+    return result, rate
+
+
+def _judge(run: Run, rate: float) -> None:
+    """Evaluate on the test set."""
+    position, config = run.position, run.config
+    mine = run.data.test[shard(len(run.data.test), run.workers.rank, run.workers.world_size)]
+    chunk = min(config.train.global_batch, config.launch.micro_batch or config.train.global_batch)
+    dtype = getattr(torch, config.train.dtype)
+    with run.learner.precision():
+        position.test_accuracy = evaluate(run.learner.judged, run.data, mine, chunk, dtype, run.watch.alive)
+    run.follower.after_epoch(position.loss_sum / run.steps_per_epoch, rate, config.train.epochs)
+
+
+def _not_finite(run: Run, batch: StepBatch, result: StepResult) -> None:
+    """Stop, or leave the step out; the same on all workers."""
+    message = describe_not_finite(run.learner, run.data, batch, result)
+    run.follower.fault("not_finite", message)
+    run.skipped += 1
+    if run.config.train.not_finite == "stop":
+        raise NotFiniteError(f"{message}. Lower train.lr, set train.clip, or leave such steps out: not_finite=skip.")
+    if run.skipped > _MOST_SKIPPED:
+        raise NotFiniteError(f"{message}; and {_MOST_SKIPPED} steps before it were left out for the same reason")
+
+
+def _save_if_due(run: Run, *, is_last: bool, must: bool) -> None:
+    """Save after each epoch, or every so many steps; and what the run ends with, waiting until it is on disk.
+
+    *Collectives*: where it saves, those of `capture`; every worker decides alike.
+    """
+    every, position = run.config.checkpoint.every, run.position
+    if not (must or (is_last if every is None else position.step % every == 0)):
+        if run.saver is not None:
+            run.follower.saved(run.saver.take_results())
+        return
+    is_best = is_last and _is_best(run)
+    snapshot = capture(run.learner, position)
+    error: str | None = None
+    if run.saver is not None:
+        if must or is_best:
+            # These must not be left out because the last one is still being written.
+            run.saver.wait()
+        is_started = run.saver.start(snapshot, is_best=is_best and run.config.checkpoint.best)
+        if must:
+            run.saver.wait()
+        results = run.saver.take_results()
+        run.follower.saved(results)
+        if not is_started:
+            run.follower.metrics.write_timed("unsaved", step=position.step)
+        error = results[-1].error if must and results else None
+    if must:
+        _agree_on(error, position)
+
+
+def _is_best(run: Run) -> bool:
+    accuracy, best = run.position.test_accuracy, run.position.best_accuracy
+    if accuracy is None or (best is not None and accuracy <= best):
+        return False
+    run.position.best_accuracy = accuracy
+    return True
+
+
+def _agree_on(error: str | None, position: Position) -> None:
+    """Wait for the first worker's save, and share its fate."""
+    shared = [error]
+    dist.broadcast_object_list(shared, src=0)
+    if shared[0] is not None:
+        raise SaveError(f"the state after step {position.step} could not be saved: {shared[0]}")

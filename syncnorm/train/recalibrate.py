@@ -1,24 +1,25 @@
-"""Give a finished run's model population statistics of its training set."""
+"""Give a run's model population statistics of its training set."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from syncnorm import recalibrate
-from syncnorm.errors import ConfigError
-from syncnorm.train.config import Config
+from syncnorm.errors import CheckpointError, ConfigError
+from syncnorm.train.checkpoint import CheckpointStore
+from syncnorm.train.config import REFERENCE, Config
 from syncnorm.train.config_file import load_config
-from syncnorm.train.data import Dataset, Split, shard
-from syncnorm.train.files import write_whole
+from syncnorm.train.data import Dataset, shard
 from syncnorm.train.learner import load_data, make_model
+from syncnorm.train.loop import CHECKPOINTS
+from syncnorm.train.snapshot import Snapshot
 from syncnorm.train.step import evaluate
 from syncnorm.train.workers import Workers
 
-CHECKPOINT = "checkpoint.pt"
-RECALIBRATED = "checkpoint-recalibrated.pt"
+RECALIBRATED = "recalibrated"
 
 
 @dataclass(frozen=True)
@@ -30,53 +31,90 @@ class Recalibrated:
     path: Path
 
 
-def read_run(folder: Path) -> tuple[Config, dict[str, Any]]:
-    """The configuration of a run and its checkpoint, which is loaded without running code.
+def read_run(folder: Path) -> Config:
+    """The configuration of a run.
 
     Raises:
-        ConfigError: it is not the folder of a finished run.
+        ConfigError: it is not a run's folder, or its configuration names code, which is never run from a folder.
     """
-    for name in ("config.yaml", CHECKPOINT):
-        if not (folder / name).is_file():
-            raise ConfigError(f"run {str(folder)!r} has no {name}. Name the folder of a finished run.")
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run {str(folder)!r} has no config.yaml. Name the folder of a run.")
     config = load_config(str(folder / "config.yaml"))
-    try:
-        state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds, all of which mean the same here
-        first = str(error).strip().splitlines()
-        raise ConfigError(f"{folder / CHECKPOINT}: cannot be loaded: {first[0] if first else error!r}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise ConfigError(f"{folder / CHECKPOINT}: holds no model")
-    return config, state
+    for key, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+        if REFERENCE.fullmatch(name):
+            raise ConfigError(
+                f"{folder / 'config.yaml'}: `{key}` names code, {name!r}, which is not run from a run's folder. "
+                "Call syncnorm.recalibrate(model, batches) in a script of your own."
+            )
+    return config
 
 
 def recalibrate_run(folder: Path, workers: Workers, mix: float) -> Recalibrated:
     """Recalibrate on the training set, each worker taking its share of the batches, and write a new checkpoint.
 
+    Of a run with a moving average it is the average that is recalibrated.
+
     *Collectives*: those of `syncnorm.recalibrate` and of two evaluations; every worker must call.
     """
-    config, state = read_run(folder)
+    config = read_run(folder)
+    snapshot = _newest(folder, workers)
     data = load_data(config, workers.device)
     model = make_model(config, data, total_steps=1)
     try:
-        model.load_state_dict(state["model"])
-    except (RuntimeError, TypeError, AttributeError) as error:
+        model.load_state_dict(judged_state(snapshot))
+    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{folder / CHECKPOINT}: does not fit the run's configuration: {reason}") from None
+        raise ConfigError(f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}") from None
     before = _accuracy(model, data, workers, config)
-    recalibrate(model, _batches(data.train, workers, config.train.global_batch), mix=mix)
+    recalibrate(model, _batches(data, workers, config), mix=mix)
     after = _accuracy(model, data, workers, config)
-    path = folder / RECALIBRATED
+    store = CheckpointStore(folder / RECALIBRATED, keep=1)
+    path = Path()
     if workers.is_first:
-        write_whole(path, lambda file: torch.save({**state, "model": model.state_dict()}, file))
+        path = store.write(replace(snapshot, tensors={"model": model.state_dict()}))
     return Recalibrated(before, after, path)
 
 
-def _batches(split: Split, workers: Workers, size: int) -> list[torch.Tensor]:
+def judged_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """The state of the model that is evaluated: the moving average if there is one."""
+    if "ema" not in snapshot.tensors:
+        return snapshot.tensors["model"]
+    prefix = "module."
+    average = snapshot.tensors["ema"].items()
+    return {name.removeprefix(prefix): value for name, value in average if name.startswith(prefix)}
+
+
+def _newest(folder: Path, workers: Workers) -> Snapshot:
+    """The newest good checkpoint, read by the first worker."""
+    found: list[Snapshot | ConfigError | None] = [None]
+    if workers.is_first:
+        found = [_read(folder)]
+    dist.broadcast_object_list(found, src=0)
+    (snapshot,) = found
+    if isinstance(snapshot, ConfigError):
+        raise snapshot
+    assert snapshot is not None
+    return snapshot
+
+
+def _read(folder: Path) -> Snapshot | ConfigError:
+    if not (folder / CHECKPOINTS).is_dir():
+        return ConfigError(f"run {str(folder)!r} has no {CHECKPOINTS}. Name the folder of a run that has saved one.")
+    try:
+        snapshot, _, faults = CheckpointStore(folder / CHECKPOINTS).newest()
+    except (OSError, CheckpointError) as error:
+        return ConfigError(f"{folder / CHECKPOINTS}: {error}")
+    if snapshot is None:
+        return ConfigError(faults[0] if faults else f"{folder / CHECKPOINTS}: holds no checkpoint")
+    return snapshot
+
+
+def _batches(data: Dataset, workers: Workers, config: Config) -> list[torch.Tensor]:
     """Every worker's share of the batches: which batch is whose changes nothing but rounding."""
-    return list(split.images.split(size))[workers.rank :: workers.world_size]
+    batches = data.train.images.split(config.train.global_batch)[workers.rank :: workers.world_size]
+    return [data.standardise(batch, getattr(torch, config.train.dtype)) for batch in batches]
 
 
 def _accuracy(model: nn.Module, data: Dataset, workers: Workers, config: Config) -> float:
     mine = data.test[shard(len(data.test), workers.rank, workers.world_size)]
-    return evaluate(model, mine, config.train.global_batch)
+    return evaluate(model, data, mine, config.train.global_batch, getattr(torch, config.train.dtype))

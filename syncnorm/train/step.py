@@ -1,68 +1,174 @@
 """One optimizer step and one evaluation, each over all workers together."""
 
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncnorm import scale_loss
-from syncnorm.train.data import Split
+from syncnorm import accumulate
+from syncnorm.comm import exchange, groups
+from syncnorm.train.augment import augment
+from syncnorm.train.data import Dataset, Split
+from syncnorm.train.learner import Learner, indices_of, noise_seed, seed_random
+from syncnorm.train.placement import Placement
 
 
-def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, shard: Split) -> Tensor:
-    """Take the step of the global batch of which `shard` is this worker's part, perhaps an empty one.
+@dataclass(frozen=True)
+class StepBatch:
+    """The samples of one step, on all workers together.
 
-    *Collectives*: scale_loss's count, the layers' statistics, DDP's gradients; every worker must call it.
-
-    Returns:
-        The scaled loss of the shard; its mean over the workers is the mean loss over the global batch.
+    Args:
+        indices: of the training set, (N,), in the order that the configuration fixes.
+        epoch: from 1.
+        step: of the run, from 1.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss = scale_loss(mean_loss(model(shard.images), shard.labels), len(shard))
-    loss.backward()
-    optimizer.step()
-    return loss.detach()
+
+    indices: Tensor
+    epoch: int
+    step: int
 
 
-def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross entropy, averaged over samples; of no samples a zero that still reaches every parameter."""
-    # Reduction "mean" would be 0/0 for an empty shard.
-    return F.cross_entropy(logits, labels, reduction="sum") / max(len(labels), 1)
+@dataclass(frozen=True)
+class StepResult:
+    """What a step showed, the same on all workers.
+
+    Args:
+        losses: each worker's share of the mean loss, in rank order.
+        grad_norm: of the whole gradient before clipping; None where it is not clipped.
+        stop: whether some worker was asked to stop.
+        was_taken: whether the optimizer has stepped; not if something was not finite.
+    """
+
+    losses: list[float]
+    grad_norm: float | None
+    stop: bool
+    was_taken: bool
+
+    @property
+    def loss(self) -> float:
+        """Mean over the samples of the step."""
+        return math.fsum(self.losses)
+
+
+def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
+    """Take one step, of which this worker computes its part. Nothing changes if a loss is not finite.
+
+    *Collectives*: the layers' statistics, one sum that tells losses and wishes to stop, DDP's gradients; every
+    worker must call.
+
+    Args:
+        learner: what is trained.
+        data: the training set.
+        batch: the samples of the step, the same on all workers.
+        stop: whether this worker was asked to stop.
+    """
+    skips = learner.config.train.not_finite == "skip"
+    before = learner.buffers() if skips else []
+    seed_random(noise_seed(learner.config.train.seed, batch.step, learner.workers.rank))
+    learner.optimizer.zero_grad(set_to_none=True)
+    placement = learner.place(len(batch.indices))
+    loss = torch.zeros((), dtype=torch.float64, device=learner.workers.device)
+    note = None
+    with _one_update(learner, placement):
+        for number, parts in enumerate(placement.rounds, start=1):
+            is_last = number == len(placement.rounds)
+            with nullcontext() if is_last else learner.ddp.no_sync():
+                share = _share(learner, data, batch, placement, parts)
+                loss += share.detach()
+                if is_last:
+                    note = _tell(loss, stop, learner)
+                # DDP averages over the workers; a step's gradient is the sum of their shares.
+                (share * learner.workers.world_size).backward()
+    assert note is not None
+    *losses, stops = note.wait().tolist()
+    norm = _clip(learner)
+    was_taken = all(map(math.isfinite, [*losses, norm or 0.0]))
+    if was_taken:
+        learner.optimizer.step()
+        if learner.average is not None:
+            learner.settle()
+            learner.average.update_parameters(learner.model)
+    elif skips:
+        learner.put_back(before)
+    if was_taken or skips:
+        learner.schedule.step()
+    return StepResult(losses, norm, stops > 0, was_taken)
+
+
+def images_of(learner: Learner, data: Dataset, batch: StepBatch, parts: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
+    """Images, standardised and augmented, and labels of a forward."""
+    config, indices = learner.config, indices_of(batch.indices, parts)
+    here = indices.to(learner.workers.device)
+    images = data.standardise(data.train.images[here], getattr(torch, config.train.dtype))
+    images = augment(images, here, config.data.augment, config.train.seed, batch.epoch)
+    return images, data.train.labels[here]
+
+
+def _share(learner: Learner, data: Dataset, batch: StepBatch, placement: Placement, parts: tuple[slice, ...]) -> Tensor:
+    """This forward's share of the mean loss over the step; of no samples a zero that reaches every parameter."""
+    images, labels = images_of(learner, data, batch, parts)
+    learner.announce(placement, parts)
+    with learner.precision():
+        return F.cross_entropy(learner.ddp(images), labels, reduction="sum") / len(batch.indices)
+
+
+def _one_update(learner: Learner, placement: Placement) -> AbstractContextManager[Any]:
+    # One forward makes one update by itself, and sends its message while the backward pass runs. All workers must send
+    # it at the same point, also one that has fewer forwards than others.
+    return accumulate(learner.model) if placement.has_rounds else nullcontext()
+
+
+def _tell(loss: Tensor, stop: bool, learner: Learner) -> exchange.Pending:
+    """Begin to tell all workers each one's loss, and whether one was asked to stop."""
+    rank, world_size = learner.workers.rank, learner.workers.world_size
+    message = torch.zeros(world_size + 1, dtype=torch.float64, device=loss.device)
+    message[rank] = loss
+    message[-1] = stop
+    return exchange.start_sum(message, groups.statistics_group(), "notes")
+
+
+def _clip(learner: Learner) -> float | None:
+    """Bound the gradient's norm; it is the same on all workers."""
+    bound = learner.config.train.clip
+    if bound is None:
+        return None
+    return nn.utils.clip_grad_norm_(learner.model.parameters(), bound).item()
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, shard: Split, chunk: int) -> float:
+def evaluate(
+    model: nn.Module,
+    data: Dataset,
+    shard: Split,
+    chunk: int,
+    dtype: torch.dtype,
+    alive: Callable[[], object] = lambda: None,
+) -> float:
     """Return the accuracy on all workers' shards together, from exact counts.
 
     Args:
         model: the bare model: DDP's forward would exchange messages, and workers have unequally many chunks.
+        data: for its standardisation.
         shard: this worker's part of the test set, perhaps empty.
         chunk: samples per forward.
+        dtype: of the images.
+        alive: called after each forward.
     """
     was_training = model.training
     model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=shard.labels.device)
     for start in range(0, len(shard), chunk):
         part = shard[slice(start, start + chunk)]
-        counts[0] += (model(part.images).argmax(1) == part.labels).sum()
+        counts[0] += (model(data.standardise(part.images, dtype)).argmax(1) == part.labels).sum()
         counts[1] += len(part)
+        alive()
     model.train(was_training)
     dist.all_reduce(counts)
     correct, total = counts.tolist()
     return correct / total
-
-
-def learning_rate_factor(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Rise in a line to 1 over the warm-up, then fall to 0 along half a cosine.
-
-    Args:
-        step: 0 for the first step.
-        warmup_steps: steps of the rise; the first of them already has factor 1/warmup_steps.
-        total_steps: steps of the whole training.
-    """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return (1 + math.cos(math.pi * progress)) / 2

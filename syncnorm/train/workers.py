@@ -13,11 +13,13 @@ class Workers:
         rank: number of this worker.
         world_size: how many there are.
         device: where this worker computes.
+        local_world_size: how many share its machine.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    local_world_size: int = 1
 
     @property
     def is_first(self) -> bool:

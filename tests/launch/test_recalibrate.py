@@ -1,11 +1,14 @@
 """The command `syncnorm recalibrate` on the folder of a real run."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from syncnorm.cli import main
+from syncnorm.train.checkpoint import CheckpointStore
+from syncnorm.train.snapshot import Snapshot
 from tests.launch import commands
 
 
@@ -13,41 +16,50 @@ from tests.launch import commands
 def run(tmp_path_factory) -> Path:
     """A run of renormalisation with hidden pooling, one epoch long."""
     folder = tmp_path_factory.mktemp("recalibrate")
-    short = ["train.epochs=1", "train.global_batch=128"]
+    short = ["train.epochs=1", "train.global_batch=128", "train.ema=0.5"]
     done = commands.run([*commands.SYNCNORM, "train", "digits_renorm", *short], folder)
     assert done.returncode == 0, done.stderr
     assert "running statistics: equal on all 2 workers" in done.stdout
     return folder / done.stdout.splitlines()[-1]
 
 
-def _buffers(path: Path) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in torch.load(path, weights_only=True)["model"].items() if "running" in k}
+def newest(folder: Path) -> Snapshot:
+    snapshot, _, faults = CheckpointStore(folder).newest()
+    assert snapshot is not None
+    assert not faults
+    return snapshot
+
+
+def running(snapshot: Snapshot, prefix: str = "", name: str = "model") -> dict[str, torch.Tensor]:
+    tensors = snapshot.tensors[name]
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if "running" in k and k.startswith(prefix)}
 
 
 def test_a_new_checkpoint_beside_the_old_one(run, tmp_path):
-    before = (run / "checkpoint.pt").read_bytes()
     done = commands.run([*commands.SYNCNORM, "recalibrate", str(run)], tmp_path)
     assert done.returncode == 0, done.stderr
     first, last = done.stdout.splitlines()
     assert first.startswith("test accuracy ")
-    assert Path(last) == run / "checkpoint-recalibrated.pt"
-    assert (run / "checkpoint.pt").read_bytes() == before
-    old, new = torch.load(run / "checkpoint.pt", weights_only=True), torch.load(last, weights_only=True)
-    assert new.keys() == old.keys()
-    assert all(torch.equal(new["model"][k], v) for k, v in old["model"].items() if "running" not in k)
-    assert not torch.equal(new["model"]["bn1.running_mean"], old["model"]["bn1.running_mean"])
+    assert Path(last) == run / "recalibrated" / "step-00000012"
+    old, new = newest(run / "checkpoints"), newest(run / "recalibrated")
+    assert new.tensors.keys() == {"model"}
+    # Of the average, which is what the run evaluates.
+    average = {k.removeprefix("module."): v for k, v in old.tensors["ema"].items() if k.startswith("module.")}
+    assert new.tensors["model"].keys() == average.keys()
+    assert all(torch.equal(new.tensors["model"][k], v) for k, v in average.items() if "running" not in k)
+    assert not torch.equal(new.tensors["model"]["bn1.running_mean"], average["bn1.running_mean"])
 
-    alone = _buffers(run / "checkpoint-recalibrated.pt")
+    alone = running(new)
     done = commands.run([*commands.TORCHRUN, "-m", "syncnorm", "recalibrate", str(run)], tmp_path)
     assert done.returncode == 0, done.stderr
-    for name, value in _buffers(run / "checkpoint-recalibrated.pt").items():
+    for name, value in running(newest(run / "recalibrated")).items():
         torch.testing.assert_close(value, alone[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["missing"], "run 'missing' has no config.yaml. Name the folder of a finished run."),
+        (["missing"], "run 'missing' has no config.yaml. Name the folder of a run."),
         (["--mix", "0", "missing"], "`--mix` must be in (0, 1], got 0.0."),
     ],
 )
@@ -59,20 +71,43 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def no_checkpoints(folder: Path) -> None:
+    shutil.rmtree(folder / "checkpoints")
+
+
+def damage(folder: Path) -> None:
+    with (folder / "checkpoints" / "step-00000012" / "model.safetensors").open("r+b") as file:
+        file.seek(1000)
+        file.write(b"x")
+
+
+def another_model(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("digits_resnet", "resnet18_cifar"))
+
+
+def code(folder: Path) -> None:
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("digits_resnet", "os:system"))
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(b"not a checkpoint", "checkpoint.pt: cannot be loaded"), (None, "checkpoint.pt: does not fit the run's")],
+    ("spoil", "message"),
+    [
+        (no_checkpoints, "has no checkpoints. Name the folder of a run that has saved one."),
+        (damage, "model.safetensors` must have the SHA-256"),
+        (another_model, "checkpoints: does not fit the run's configuration: "),
+        (code, "`model.name` names code, 'os:system', which is not run from a run's folder."),
+    ],
 )
-def test_a_checkpoint_that_is_none(content, message, run, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text((run / "config.yaml").read_text())
-    if content is None:
-        torch.save({"model": {}}, tmp_path / "checkpoint.pt")
-    else:
-        (tmp_path / "checkpoint.pt").write_bytes(content)
+def test_a_run_that_is_none(spoil, message, run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    spoil(folder)
     with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(tmp_path)])
+        main(["recalibrate", str(folder)])
     assert caught.value.code == 2
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "checkpoint.pt"}
+    assert newest(run / "checkpoints").step == 12

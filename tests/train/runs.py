@@ -1,36 +1,73 @@
 """Functions that a pool's ranks call: they must be importable."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
-from syncnorm import SyncBatchNorm, prepare_ddp
+from syncnorm.train.config import Config
 from syncnorm.train.config_file import load_config
-from syncnorm.train.data import Split, shard
-from syncnorm.train.loop import Outcome, Position, train
+from syncnorm.train.data import Dataset, Split, shard
+from syncnorm.train.learner import make_learner
+from syncnorm.train.loop import Outcome, train
+from syncnorm.train.metrics import read_events
+from syncnorm.train.position import Position
 from syncnorm.train.statistics import gather_digests
-from syncnorm.train.step import evaluate, training_step
+from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.workers import Workers
+
+
+class Free:
+    """A watch that asks for a stop at a step, if at all.
+
+    Args:
+        stop_at: the step of the run before which this worker is asked.
+        position: of the run.
+    """
+
+    def __init__(self, stop_at: int | None = None, position: Position | None = None) -> None:
+        self._stop_at = stop_at
+        self._position = position
+
+    def alive(self) -> None:
+        pass
+
+    @property
+    def stop(self) -> str | None:
+        is_time = self._stop_at is not None and self._position is not None and self._position.step + 1 >= self._stop_at
+        return "SIGTERM" if is_time else None
 
 
 def workers() -> Workers:
     return Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
 
 
-def train_digits(folder: str, overrides: list[str]) -> tuple[Outcome, Position]:
-    """Train as configs/digits.yaml says, but for `overrides`, on the ranks of the pool."""
+def train_digits(
+    folder: str, overrides: list[str], stop_at: int | None = None, stopped_rank: int = 0
+) -> tuple[Outcome, Position]:
+    """Train as configs/digits.yaml says, but for `overrides`, on the ranks of the pool; one of them may ask to stop."""
     position = Position()
-    return train(load_config("digits", overrides), workers(), Path(folder), position), position
+    watch = Free(stop_at if dist.get_rank() == stopped_rank else None, position)
+    return train(load_config("digits", overrides), workers(), Path(folder), position, watch, ("tests",)), position
+
+
+def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Outcome, Position]:
+    """Train on digits of which one image makes the network's output NaN."""
+    sections: dict[str, Any] = {
+        "model": {"name": "tests.train.nets:Breaks", "options": {"limit": 100.0}},
+        "data": {"name": "tests.train.nets:one_bad_image", "options": {"bad": 1000}},
+        "train": {"epochs": 1, "global_batch": 128, "lr": 0.1, **changes.get("train", {})},
+        "norm": changes.get("norm", {}),
+    }
+    position = Position()
+    return train(Config(**sections), workers(), Path(folder), position, Free(), ("tests",)), position
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Read the run's metrics of one kind."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [event for event in map(json.loads, lines) if event["event"] == kind]
+    return [event for event in read_events(folder / "metrics.jsonl")[0] if event["event"] == kind]
 
 
 class Sign(nn.Module):
@@ -42,26 +79,41 @@ class Sign(nn.Module):
         return nn.functional.one_hot(positive, 2).double()
 
 
+def dataset_of(train: Split, test: Split, num_classes: int) -> Dataset:
+    """A data set whose pixels are as they should be."""
+    channels = train.images.shape[1]
+    zeros, ones = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+    return Dataset(train, test, num_classes, zeros, ones)
+
+
 def evaluate_sign(numbers: list[float], labels: list[int], chunk: int) -> tuple[float, bool]:
     """Evaluate `Sign` on this rank's shard of `numbers`."""
     mine = shard(len(numbers), dist.get_rank(), dist.get_world_size())
     split = Split(torch.tensor(numbers).reshape(-1, 1, 1, 1), torch.tensor(labels))
+    data = dataset_of(split, split, 2)
     model = Sign().train()
-    return evaluate(model, split[mine], chunk), model.training
+    return evaluate(model, data, split[mine], chunk, torch.float32), model.training
 
 
-def one_step(count: int) -> tuple[float, list[torch.Tensor]]:
-    """Take one step on `count` samples over all ranks; return the summed loss and the new parameters."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 3, 3), SyncBatchNorm(3), nn.Flatten(), nn.Linear(108, 4)).double()
-    model = nn.parallel.DistributedDataParallel(prepare_ddp(model))
+def images_and_labels(count: int) -> Dataset:
+    """Random images of 1x8x8 whose mean drifts along the set, so that shards differ; four classes."""
     generator = torch.Generator().manual_seed(1)
-    images = torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
-    batch = Split(images, torch.arange(count) % 4)
-    mine = batch[shard(count, dist.get_rank(), dist.get_world_size())]
-    loss = training_step(model, torch.optim.SGD(model.parameters(), lr=0.1), mine)
-    dist.all_reduce(loss)
-    return loss.item() / dist.get_world_size(), [parameter.detach() for parameter in model.parameters()]
+    drift = torch.linspace(-1, 1, count, dtype=torch.float64).view(-1, 1, 1, 1)
+    images = torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64) + drift
+    split = Split(images, torch.arange(count) % 4)
+    return dataset_of(split, split, 4)
+
+
+def one_step(count: int, overrides: list[str], steps: int = 1) -> tuple[StepResult, list[Tensor], dict[str, Tensor]]:
+    """Take steps on the same `count` samples over all ranks; the last result, the parameters and the buffers."""
+    config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", *overrides])
+    data = images_and_labels(count)
+    learner = make_learner(config, workers(), data, total_steps=10)
+    for step in range(1, steps + 1):
+        result = training_step(learner, data, StepBatch(torch.arange(count), 1, step), stop=False)
+    learner.settle()
+    parameters = [parameter.detach().clone() for parameter in learner.judged.parameters()]
+    return result, parameters, {name: buffer.clone() for name, buffer in learner.judged.named_buffers()}
 
 
 def digests_of(shift_by_rank: bool) -> list[str]:

@@ -1,34 +1,86 @@
 """A step and an evaluation over several workers."""
 
+import math
+
 import pytest
 import torch
-from torch import nn
 
-from syncnorm.train.step import learning_rate_factor, mean_loss
 from tests.train import runs
 
-
-def test_mean_loss_is_cross_entropy():
-    logits, labels = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 1])
-    assert torch.allclose(mean_loss(logits, labels), nn.functional.cross_entropy(logits, labels))
+# On 3 workers: ragged, one empty, two empty.
+COUNTS = [7, 2, 1]
 
 
-def test_mean_loss_of_no_samples_is_a_zero_that_reaches_the_parameters():
-    layer = nn.Linear(4, 3)
-    loss = mean_loss(layer(torch.empty(0, 4)), torch.empty(0, dtype=torch.long))
-    loss.backward()
-    assert loss.item() == 0
-    assert layer.weight.grad is not None
-    assert torch.equal(layer.weight.grad, torch.zeros(3, 4))
+def close(got, want, what):
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-11, atol=1e-13, msg=lambda m: f"{what}: {m}")
 
 
-@pytest.mark.parametrize("count", [7, 2, 1])  # on 3 workers: ragged, one empty, two empty
-def test_a_step_is_that_of_one_worker(pool, count):
-    (expected_loss, expected), *_ = pool(1).run(runs.one_step, count)
-    for loss, parameters in pool(3).run(runs.one_step, count):
-        assert loss == pytest.approx(expected_loss, rel=1e-12)
-        for got, want in zip(parameters, expected, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-13)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["train.clip=0.1"],
+        ["train.ema=0.5"],
+        ["train.optimizer.nesterov=true"],
+        ["norm.name=sync_batch_renorm", "norm.renorm.warmup_steps=0", "norm.renorm.r_steps=0", "norm.renorm.d_steps=0"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("count", COUNTS)
+def test_steps_are_those_of_one_worker(pool, count, overrides):
+    (expected, parameters, buffers), *_ = pool(1).run(runs.one_step, count, overrides, 3)
+    for result, some, others in pool(3).run(runs.one_step, count, overrides, 3):
+        assert result.loss == pytest.approx(expected.loss, rel=1e-12)
+        assert (result.grad_norm is None) == (expected.grad_norm is None)
+        if expected.grad_norm is not None:
+            assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-11)
+        close(some, parameters, "parameters")
+        close([b.double() for b in others.values()], [b.double() for b in buffers.values()], "buffers")
+
+
+GROUPS = ["train.global_batch=24", "train.norm_batch=6"]
+
+
+@pytest.mark.parametrize("micro_batch", ["null", "6", "13"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_several_statistics_in_a_step(pool, world_size, micro_batch):
+    """24 samples in 4 statistics, side by side or one after the other, on 1 to 3 workers; and 17 in 3."""
+    for count in (24, 17):
+        (expected, parameters, buffers), *_ = pool(1).run(runs.one_step, count, GROUPS, 2)
+        options = [*GROUPS, f"launch.micro_batch={micro_batch}"]
+        for result, some, others in pool(world_size).run(runs.one_step, count, options, 2):
+            assert result.loss == pytest.approx(expected.loss, rel=1e-12)
+            close(some, parameters, "parameters")
+            close([b.double() for b in others.values()], [b.double() for b in buffers.values()], "buffers")
+
+
+def test_the_size_of_a_statistic_matters(pool):
+    """The negative control."""
+    losses = [
+        pool(1).run(runs.one_step, 24, ["train.global_batch=24", f"train.norm_batch={size}"])[0][0].loss
+        for size in (24, 6)
+    ]
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("norm", ["norm.sync=running", "norm.sync=lagged", "norm.sync=none", "norm.name=batch_norm"])
+def test_local_statistics_in_several_rounds(pool, norm):
+    sync = ["norm.sync=none", norm] if norm == "norm.name=batch_norm" else [norm]
+    options = [*sync, "launch.micro_batch=4"]
+    for result, _, buffers in pool(2).run(runs.one_step, 21, options, 2):
+        assert math.isfinite(result.loss)
+        # torch's layer counts every forward, ours every step.
+        assert int(buffers["bn1.num_batches_tracked"]) == (6 if norm == "norm.name=batch_norm" else 2)
+
+
+def test_the_average_is_what_is_judged(pool):
+    (_, plain, buffers), *_ = pool(1).run(runs.one_step, 7, [], 2)
+    (_, averaged, averaged_buffers), *_ = pool(1).run(runs.one_step, 7, ["train.ema=0.5"], 2)
+    (_, first, first_buffers), *_ = pool(1).run(runs.one_step, 7, [], 1)
+    close(averaged, [(a + b) / 2 for a, b in zip(first, plain, strict=True)], "parameters")
+    for name in ("bn1.running_mean", "bn1.running_var"):
+        close([averaged_buffers[name]], [(first_buffers[name] + buffers[name]) / 2], name)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -42,18 +94,6 @@ def test_evaluation_counts_every_sample_once(pool, world_size, chunk):
 
 def test_evaluation_with_fewer_samples_than_workers(pool):
     assert [accuracy for accuracy, _ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)] == [1.0] * 3
-
-
-def test_learning_rate_rises_then_falls():
-    factors = [learning_rate_factor(step, warmup_steps=4, total_steps=12) for step in range(13)]
-    assert factors[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
-    assert factors[8] == pytest.approx(0.5)
-    assert factors[12] == pytest.approx(0.0)
-    assert factors[4:] == sorted(factors[4:], reverse=True)
-
-
-def test_learning_rate_without_warm_up_and_of_a_single_step():
-    assert learning_rate_factor(0, warmup_steps=0, total_steps=1) == 1.0
 
 
 @pytest.mark.parametrize(("shift_by_rank", "different"), [(False, 1), (True, 3)])

@@ -1,0 +1,106 @@
+"""`syncnorm train --dry-run`: one step as one of the workers, without the others, and what it took."""
+
+import resource
+import sys
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from syncnorm.comm import exchange
+from syncnorm.run.device import choose_device
+from syncnorm.run.worker import Task
+from syncnorm.train.config import Config
+from syncnorm.train.data import epoch_order
+from syncnorm.train.learner import Learner, load_data, make_learner
+from syncnorm.train.memory import Need, estimate, free_for, in_words, refuse
+from syncnorm.train.step import StepBatch, training_step
+from syncnorm.train.workers import Workers
+
+
+def dry_run(task: Task) -> str:
+    """Resolve, build, take one step as the first of `launch.workers`, and describe it.
+
+    The other workers are not there: their part of every sum is missing, so the loss means nothing, but memory, numbers
+    sent and this worker's own computation are those of a step.
+
+    Raises:
+        ConfigError: something in the configuration does not fit.
+    """
+    config = task.config
+    device = choose_device(config.launch.device, 0, config.launch.workers)
+    workers = Workers(0, config.launch.workers, device, config.launch.workers)
+    # A backend of torch's own tests, which sends nothing; a test notices if it changes.
+    dist.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=workers.world_size, timeout=timedelta(seconds=60)
+    )
+    try:
+        return _describe(task, config, workers)
+    finally:
+        dist.destroy_process_group()
+
+
+def _describe(task: Task, config: Config, workers: Workers) -> str:
+    data = load_data(config, workers.device, task.allowed)
+    steps_per_epoch = -(-len(data.train) // config.train.global_batch)
+    need = estimate(config, workers.world_size, data, task.allowed)
+    free = free_for(config, workers)
+    refuse(need, free, 0)
+    learner = make_learner(config, workers, data, config.train.epochs * steps_per_epoch, task.allowed)
+    learner.ddp.register_comm_hook(None, _keep)
+    indices = epoch_order(len(data.train), config.train.seed, 1)[: config.train.global_batch]
+    tally = exchange.Tally()
+    before = _peak(workers)
+    started = time.perf_counter()
+    training_step(learner, data, StepBatch(indices, 1, 1), stop=False)
+    seconds = time.perf_counter() - started
+    totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
+    lines = [
+        *_described_model(learner),
+        f"data: {len(data.train)} training and {len(data.test)} test images of "
+        f"{'x'.join(map(str, data.train.images.shape[1:]))}, {steps_per_epoch} steps per epoch",
+        f"step: {learner.describe_step()}",
+        *_described_memory(need, free, _peak(workers) - before),
+        f"one step, the first, without waiting for others: {seconds:.2f} s",
+        *_described_messages(learner, totals),
+    ]
+    return "\n".join(lines)
+
+
+def _keep(state: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """This worker's gradient in place of the average, which the backend that sends nothing does not hand back."""
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def _described_model(learner: Learner) -> list[str]:
+    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+    count = sum(p.numel() for p in parameters)
+    return [
+        f"model: {learner.config.model.name}, {count} parameters trained, {len(learner.layers())} layers of syncnorm's"
+    ]
+
+
+def _described_memory(need: Need, free: float, grown: int) -> list[str]:
+    has = "unknown" if free == float("inf") else in_words(free)
+    return [f"memory: a worker needs about {need}; it has {has}; the step took {in_words(grown)} more than before"]
+
+
+def _described_messages(learner: Learner, totals: dict[str, tuple[int, int]]) -> list[str]:
+    gradients = sum(p.numel() * p.element_size() for p in learner.model.parameters() if p.requires_grad)
+    lines = [f"gradients of parameters: {in_words(gradients)} per worker and step"]
+    for kind, (count, numbers) in sorted(totals.items()):
+        lines.append(f"messages of {kind}: {count}, of {8 * numbers / 1024:.2f} KiB in all, per worker and step")
+    return lines
+
+
+def _peak(workers: Workers) -> int:
+    """The most memory that this process has had, in bytes."""
+    if workers.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(workers.device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
