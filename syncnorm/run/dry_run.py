@@ -31,8 +31,9 @@ def dry_run(task: Task) -> str:
         ConfigError: something in the configuration does not fit.
     """
     config = task.config
-    device = choose_device(config.launch.device, 0, config.launch.workers)
-    workers = Workers(0, config.launch.workers, device, config.launch.workers)
+    device = choose_device(config.launch.device, 0, config.launch.most_workers)
+    number = config.launch.most_workers
+    workers = Workers(0, number, device, number)
     # A backend of torch's own tests, which sends nothing; a test notices if it changes.
     dist.init_process_group(
         "fake", store=FakeStore(), rank=0, world_size=workers.world_size, timeout=timedelta(seconds=60)

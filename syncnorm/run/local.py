@@ -52,7 +52,7 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
         LocalRunError: the run failed, or was stopped.
     """
     launch = task.config.launch
-    choose_device(launch.device, 0, launch.workers)
+    choose_device(launch.device, 0, launch.most_workers)
     if task.resume is None:
         folder = make_run_folder(task.config, task.name)
     else:
@@ -112,7 +112,7 @@ def _launch_config(launch: LaunchSection, logs: str) -> LaunchConfig:
     return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=launch.workers,
+        nproc_per_node=launch.most_workers,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",

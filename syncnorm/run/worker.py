@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +20,8 @@ from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, find_launched,
 from syncnorm.run.parent import die_with_parent
 from syncnorm.run.watch import WorkerWatch, open_log
 from syncnorm.train.config import Config
-from syncnorm.train.loop import Outcome, Position, train
+from syncnorm.train.loop import Outcome, Watch, train
+from syncnorm.train.position import Position
 from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -70,15 +73,31 @@ def work(task: Task, launched: Launched) -> int:
         The exit status: 0 done, 75 stopped and saved.
     """
     die_with_parent(launched.launcher_pid)
-    config = task.config
-    workers = join(config.launch.device, launched, config.launch.timeout_seconds)
-    folder, held = _agree(task, launched)
-    open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
-    watch = WorkerWatch(config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt")
+    workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
+    with enter_folder(task, launched) as folder:
+        open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
+        watch = WorkerWatch(task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt")
+        outcome = train_in(folder, task, workers, watch)
+        watch.close()
+        # Others may still be at work for this one's last message.
+        dist.barrier()
+    dist.destroy_process_group()
+    return 0 if outcome.is_done else RESUMABLE
+
+
+def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcome:
+    """Train in a run's folder, and leave a note there of how it ended; the first worker also prints it.
+
+    Args:
+        folder: as `enter_folder` gives it.
+        task: the same on all workers.
+        workers: this worker's place.
+        watch: told of progress, asked whether to stop.
+    """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
     position = Position()
     try:
-        outcome = train(config, workers, folder, position, watch, task.allowed)
+        outcome = train(task.config, workers, folder, position, watch, task.allowed)
     except Exception as error:
         _log.info("failed after step %d", position.step, exc_info=True)
         if workers.is_first:
@@ -86,16 +105,9 @@ def work(task: Task, launched: Launched) -> int:
             Exit("failed", f"{type(error).__name__}: {error}", position.step, code).write(folder)
         raise
     if workers.is_first:
-        end = _end(outcome, position, watch)
-        end.write(folder)
+        _end(outcome, position, watch).write(folder)
         print("\n".join([*_summary(outcome), str(folder)]), flush=True)
-    watch.close()
-    # Others may still be at work for this one's last message.
-    dist.barrier()
-    dist.destroy_process_group()
-    if held is not None:
-        held.close()
-    return 0 if outcome.is_done else RESUMABLE
+    return outcome
 
 
 def join(wanted_device: str, launched: Launched | None, timeout_seconds: float = 60.0) -> Workers:
@@ -115,7 +127,9 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
-    if launched is None:
+    if dist.is_initialized():  # by Ray
+        pass
+    elif launched is None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     else:
@@ -123,9 +137,15 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     return Workers(rank, world_size, device, local[1])
 
 
-def _agree(task: Task, launched: Launched) -> tuple[Path, Any]:
-    """The run's folder, the same on all workers, after a look at whether they have the same task; and its lock."""
-    answers: list[tuple[str, Any]] = [("", None)] * launched.world_size
+@contextmanager
+def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
+    """The run's folder, the same on all workers, after a look at whether they have the same task; locked meanwhile.
+
+    *Collectives*: one gathering; every worker must call.
+
+    Raises:
+        ConfigError: the workers' tasks differ, or the folder cannot be used; on all workers.
+    """
     mine: Any = None
     held = None
     if launched.rank == 0:
@@ -135,6 +155,7 @@ def _agree(task: Task, launched: Launched) -> tuple[Path, Any]:
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
             mine = error
+    answers: list[tuple[str, Any]] = [("", None)] * launched.world_size
     dist.all_gather_object(answers, (task.config.model_dump_json(), mine))
     different = [rank for rank, (text, _) in enumerate(answers) if text != answers[0][0]]
     if different:
@@ -142,7 +163,11 @@ def _agree(task: Task, launched: Launched) -> tuple[Path, Any]:
     folder = answers[0][1]
     if isinstance(folder, ConfigError):
         raise folder
-    return folder, held
+    try:
+        yield folder
+    finally:
+        if held is not None:
+            held.close()
 
 
 def _folder(task: Task, launched: Launched) -> Path:
@@ -155,7 +180,7 @@ def _folder(task: Task, launched: Launched) -> Path:
     return found or make_run_folder(task.config, task.name, launched.launch_id)
 
 
-def _end(outcome: Outcome, position: Position, watch: WorkerWatch) -> Exit:
+def _end(outcome: Outcome, position: Position, watch: Watch) -> Exit:
     if outcome.is_done:
         return Exit("done", "all epochs done", position.step, 0)
     asked = f"asked to stop by {watch.stop}" if watch.stop else "another worker was asked to stop"

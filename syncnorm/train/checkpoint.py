@@ -76,6 +76,11 @@ class CheckpointStore:
                 self._prune(snapshot.step)
         return path
 
+    def clean(self) -> None:
+        """Remove what writers that died have left, unless one is at work. `write` does it too, if there is another."""
+        with suppress(OSError, CheckpointError), files.only_writer(self.folder):
+            self._clean()
+
     def read(self, path: Path) -> Snapshot:
         """Read a checkpoint, each file once: what was verified is what is parsed.
 

@@ -323,10 +323,17 @@ class FollowSection(Section):
     )
 
 
+WorkerCount = Annotated[int, Field(ge=1, le=256)]
+
+
 class LaunchSection(Section):
     """Where it is computed. Under torchrun its own flags decide the number of workers."""
 
-    workers: int = Field(default=1, ge=1, le=256, description="processes that `syncnorm train` starts on this machine")
+    workers: WorkerCount | Annotated[list[WorkerCount], Field(min_length=2, max_length=2)] = Field(
+        default=1,
+        description="processes that `syncnorm train` starts on this machine, or a Ray job on its cluster; a pair "
+        "[fewest, most]: on a cluster as many as there is room for, on one machine the most",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: CUDA if there is a device for each local worker, else the CPU"
     )
@@ -347,6 +354,22 @@ class LaunchSection(Section):
     restarts: int = Field(
         default=3, ge=0, le=1000, description="how often workers of this machine that were killed are started again"
     )
+
+    @property
+    def fewest_workers(self) -> int:
+        """How many workers there must be."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers there are where there is room."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"workers must be [fewest, most], got {self.workers}")
+        return self
 
 
 class Config(Section):

@@ -40,6 +40,8 @@ def resume(learner: Learner, position: Position, store: CheckpointStore | None) 
     """
     found: list[Any] = [None]
     if store is not None:
+        # A kill after the last save of all would otherwise leave what that one was removing.
+        store.clean()
         try:
             snapshot, path, faults = store.newest()
             if snapshot is not None:
