@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic.config import JsonDict
 
 from syncnorm import RenormSchedule
@@ -323,13 +323,19 @@ class FollowSection(Section):
     )
 
 
-WorkerCount = Annotated[int, Field(ge=1, le=256)]
+# The tags keep pydantic from telling what is wrong with a number as a range, too.
+WorkerCount = Annotated[int, Field(ge=1, le=256), Tag("(number)")]
+WorkerRange = Annotated[list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=2, max_length=2), Tag("(range)")]
+
+
+def _number_or_range(value: Any) -> str:
+    return "(range)" if isinstance(value, list) else "(number)"
 
 
 class LaunchSection(Section):
     """Where it is computed. Under torchrun its own flags decide the number of workers."""
 
-    workers: WorkerCount | Annotated[list[WorkerCount], Field(min_length=2, max_length=2)] = Field(
+    workers: Annotated[WorkerCount | WorkerRange, Discriminator(_number_or_range)] = Field(
         default=1,
         description="processes that `syncnorm train` starts on this machine, or a Ray job on its cluster; a pair "
         "[fewest, most]: on a cluster as many as there is room for, on one machine the most",

@@ -112,8 +112,8 @@ def _apply(values: dict[str, Any], override: str) -> Key:
     if not equals or not all(key):
         raise ConfigError(f"{shown} must have the form section.key=value")
     value = strict_yaml.parse(text, shown)
-    if isinstance(value, dict | list):
-        raise ConfigError(f"{shown}: the value must be a single value, got {show_value(value)}")
+    if isinstance(value, dict):
+        raise ConfigError(f"{shown}: the value must be a value or a list of values, got {show_value(value)}")
     for depth, part in enumerate(key[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

@@ -44,7 +44,8 @@ def show_value(value: Any) -> str:
 
 
 def _problem(detail: Mapping[str, Any], values: Mapping[str, Any], overridden: Collection[Key]) -> str:
-    key = tuple(str(part) for part in detail["loc"])
+    # Without the tags of alternatives, which are in brackets.
+    key = tuple(str(part) for part in detail["loc"] if not str(part).startswith("("))
     message = _message(key, detail, values)
     remedy = ""
     if key[:2] in OPEN_SECTIONS and key[2:] not in (("name",), ("warmup",)) and detail["type"] != "model_type":

@@ -148,7 +148,7 @@ def _section_tables(prefix: str, section: Mapping[str, Any], root: Mapping[str, 
 
 
 def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
-    kinds = field.get("anyOf", [field])
+    kinds = field.get("anyOf") or field.get("oneOf") or [field]
     nullable = {"type": "null"} in kinds
     # For a text that is one of some names or has a pattern, the alternatives carry no type of their own.
     kind = next((each for each in kinds if each.get("type", "null") != "null"), field)
@@ -162,7 +162,7 @@ def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
     default = "required" if is_required else f"`{strict_yaml.dump_line(field['default'])}`"
     return _Row(
         key,
-        types[kind["type"]] + (" or null" if nullable else ""),
+        types[kind["type"]] + (" or a pair" if "oneOf" in field else "") + (" or null" if nullable else ""),
         _values(kind),
         default,
         field["description"],

@@ -81,16 +81,19 @@ WRONG: dict[str, list[Any]] = {
 
 def _wrong_types() -> Iterator[Case]:
     for key, field, _ in _keys():
-        kinds = field.get("anyOf", [field])
+        kinds = field.get("anyOf") or field.get("oneOf") or [field]
         kind = next((each for each in kinds if each.get("type", "null") != "null"), field)
         wrong = [*WRONG[kind.get("type", "section")], *([] if {"type": "null"} in kinds else [None])]
         for value in wrong:
-            yield _case(f"type:{key}={value}", _with(key, value), f"`{key}` must be ", ", got ")
+            if isinstance(value, list) and any(each.get("type") == "array" for each in kinds):
+                yield _case(f"type:{key}={value}", _with(key, value), f"`{key}` must have at least 2 items")
+            else:
+                yield _case(f"type:{key}={value}", _with(key, value), f"`{key}` must be ", ", got ")
 
 
 def _impossible_values() -> Iterator[Case]:
     for key, field, _ in _keys():
-        for kind in field.get("anyOf", [field]):
+        for kind in field.get("anyOf") or field.get("oneOf") or [field]:
             beyond = [kind["minimum"] - 1] if "minimum" in kind else []
             beyond += [kind["maximum"] + 1] if "maximum" in kind else []
             beyond += [kind[bound] for bound in ("exclusiveMinimum", "exclusiveMaximum") if bound in kind]
