@@ -82,7 +82,7 @@ def _described_model(learner: Learner) -> list[str]:
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     return [
-        f"model: {learner.config.model.name}, {count} parameters trained, {len(learner.layers())} layers of syncnorm's"
+        f"model: {learner.config.model.name}, {count} parameters trained, {len(learner.layers)} layers of syncnorm's"
     ]
 
 

@@ -15,10 +15,10 @@ _LAST_WORDS_SECONDS = 5.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class WorkerWatch:
-    """What a run asks and tells (see syncnorm.train.loop.Watch), as a process sees it.
+class StuckLimit:
+    """A limit on how long a worker may make no progress.
 
-    A worker that makes no progress for `timeout_seconds` writes the stacks of its threads to `stacks` and is ended by
+    A worker that makes none for `timeout_seconds` writes the stacks of its threads to `stacks` and is ended by
     SIGALRM, whatever it is doing: both work without the interpreter.
 
     Args:
@@ -27,15 +27,10 @@ class WorkerWatch:
     """
 
     def __init__(self, timeout_seconds: float, stacks: Path) -> None:
-        self.stop: str | None = None
-        self._asked = 0.0
         self._timeout = timeout_seconds
         self._path = stacks
         self._stacks = stacks.open("w", encoding="utf-8")
         self._armed = 0.0
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
         self.alive()
 
     def alive(self) -> None:
@@ -54,6 +49,23 @@ class WorkerWatch:
         self._stacks.close()
         if self._path.stat().st_size == 0:
             self._path.unlink()
+
+
+class WorkerWatch(StuckLimit):
+    """What a run asks and tells (see syncnorm.train.loop.Watch), as a process sees it.
+
+    Args:
+        timeout_seconds: at least 1.
+        stacks: see `StuckLimit`.
+    """
+
+    def __init__(self, timeout_seconds: float, stacks: Path) -> None:
+        self.stop: str | None = None
+        self._asked = 0.0
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+        super().__init__(timeout_seconds, stacks)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # No exchange here: a worker that got no signal would not take part. The step's own exchange tells the others.

@@ -79,6 +79,8 @@ def work(task: Task, launched: Launched) -> int:
         watch = WorkerWatch(task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt")
         outcome = train_in(folder, task, workers, watch)
         watch.close()
+        if workers.is_first:
+            print("\n".join([*summarize(outcome), str(folder)]), flush=True)
         # Others may still be at work for this one's last message.
         dist.barrier()
     dist.destroy_process_group()
@@ -86,7 +88,7 @@ def work(task: Task, launched: Launched) -> int:
 
 
 def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcome:
-    """Train in a run's folder, and leave a note there of how it ended; the first worker also prints it.
+    """Train in a run's folder, and leave a note there of how it ended.
 
     Args:
         folder: as `enter_folder` gives it.
@@ -106,7 +108,6 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
         raise
     if workers.is_first:
         _end(outcome, position, watch).write(folder)
-        print("\n".join([*_summary(outcome), str(folder)]), flush=True)
     return outcome
 
 
@@ -187,7 +188,8 @@ def _end(outcome: Outcome, position: Position, watch: Watch) -> Exit:
     return Exit("stopped", f"{asked}; saved", position.step, RESUMABLE)
 
 
-def _summary(outcome: Outcome) -> list[str]:
+def summarize(outcome: Outcome) -> list[str]:
+    """What a person is told of a run that ended by itself; the last line is its test accuracy."""
     if not outcome.is_done:
         return ["stopped, saved"]
     digests = outcome.digests

@@ -43,6 +43,7 @@ class Learner:
         optimizer: over its parameters.
         schedule: of the learning rate.
         average: the moving average of the network, if the configuration asks for one.
+        layers: ours.
         statistics: of our layers, where a step has several.
     """
 
@@ -53,6 +54,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     average: AveragedModel | None
+    layers: list[SyncNorm]
     statistics: StatisticGroups | None
 
     @property
@@ -63,7 +65,7 @@ class Learner:
     def place(self, count: int) -> Placement:
         """Where a step of `count` samples is computed."""
         rank, world_size, micro_batch = self.workers.rank, self.workers.world_size, self.config.launch.micro_batch
-        if self.config.norm.sync != "batch" or not self.layers():
+        if self.config.norm.sync != "batch" or not self.layers:
             return place_local(count, rank, world_size, micro_batch)
         return place(count, self.config.norm_batch, rank, world_size, micro_batch)
 
@@ -82,13 +84,9 @@ class Learner:
         if self.statistics is not None:
             self.statistics.place(_sharing(placement.shared_by, self.workers), [p.stop - p.start for p in parts])
 
-    def layers(self) -> list[SyncNorm]:
-        """Our layers."""
-        return [module for module in self.model.modules() if isinstance(module, SyncNorm)]
-
     def settle(self) -> None:
         """Bring all running statistics up to date. Starts no exchange."""
-        for layer in self.layers():
+        for layer in self.layers:
             layer.statistics.settle()
 
     def buffers(self) -> list[Tensor]:
@@ -180,7 +178,8 @@ def make_learner(
         train.schedule.name, optimizer, train.schedule.warmup, total_steps, train.schedule.options
     )
     _warn_of_noise(model)
-    return Learner(config, workers, model, ddp, optimizer, schedule, average, statistics)
+    layers = [module for module in model.modules() if isinstance(module, SyncNorm)]
+    return Learner(config, workers, model, ddp, optimizer, schedule, average, layers, statistics)
 
 
 def _no_buffers() -> dict[str, Any]:

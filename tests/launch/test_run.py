@@ -1,7 +1,9 @@
 """Short runs with real launchers and two workers, and what is left of them."""
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -286,6 +288,51 @@ def test_torchrun_stops_and_the_same_launch_goes_on(tmp_path):
     # A launch of the same name after the end is another run.
     again = commands.run([*command, "train.epochs=1"], tmp_path)
     assert run_folder(tmp_path, again) != run
+
+
+def test_on_a_terminal_there_is_a_bar_with_figures(tmp_path):
+    terminal, end = pty.openpty()
+    environment = {"TERM": "xterm", "COLUMNS": "160"}
+    command = [*commands.SYNCNORM, "train", "digits", "train.epochs=3", "follow.every=5", "launch.workers=1"]
+    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment}, stdout=end, stderr=end)
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other end is closed
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    assert process.wait(commands.DEADLINE_SECONDS) == 0
+    os.close(terminal)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert re.search(r"training .*\d+/69 steps loss \d\.\d{4}  \d+ samples/s  \d+ % exchanging  test accuracy", text)
+    assert "epoch 3/3  step 69  loss" in text
+
+
+def test_a_full_disk_ends_the_save_and_not_the_run(tmp_path):
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(runs)], capture_output=True)
+    if mounted.returncode != 0:
+        pytest.skip("a small file system cannot be mounted here")
+    try:
+        options = ["train.epochs=6", "train.global_batch=500", "launch.workers=1", "checkpoint.best=false"]
+        done = commands.run([*commands.SYNCNORM, "train", "digits", *options], tmp_path)
+        (run,) = runs.iterdir()
+        saved = [event["step"] for event in events(run, "checkpoint")]
+        faults = events(run, "fault")
+        names = [path.name for path in (run / "checkpoints").glob("step-*")]
+        note = json.loads((run / "exit.json").read_text())
+        losses = events(run, "step")
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
+    # Two checkpoints fit, a third beside them does not; only that the last state is not saved fails the run.
+    assert saved == [3, 6]
+    assert names and set(names) <= {"step-00000003", "step-00000006"}
+    assert faults
+    assert all("No space left on device" in fault["message"] for fault in faults)
+    assert len(losses) == 18
+    assert done.returncode == 1
+    assert note["status"] == "failed"
+    assert "the state after step 18 could not be saved" in note["reason"]
 
 
 def test_two_launches_do_not_share_a_folder(tmp_path):
