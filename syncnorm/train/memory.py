@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError
 from syncnorm.train import optim
-from syncnorm.train.config import Config, NormSection
+from syncnorm.train.config import Config
+from syncnorm.train.config_norm import NormSection
 from syncnorm.train.data import Dataset
 from syncnorm.train.learner import make_bare_model
 from syncnorm.train.placement import place, place_local

@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.errors import ConfigError
-from syncnorm.train.config import NormName, NormSection
+from syncnorm.train.config_norm import NormName, NormSection
 from syncnorm.train.models import NormLayer
 
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config import Config, NormSection, OptimizerSection, ScheduleSection
+from syncnorm.train.config import Config, OptimizerSection, ScheduleSection
 from syncnorm.train.config_file import find_config, load_config
+from syncnorm.train.config_norm import NormSection
 from syncnorm.train.config_show import origins, schema, show
 from syncnorm.train.optim import OPTIMIZERS
 from syncnorm.train.strict_yaml import dump, parse

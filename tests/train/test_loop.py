@@ -118,8 +118,11 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("kind", KINDS)
+# With three workers the order of a sum can differ, with two it cannot.
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [*((kind, 2) for kind in KINDS), *((kind, 3) for kind in ("pooled", "hidden renorm", "groups"))],
+)
 def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size):
     """Stopped in the first epoch because the last worker was asked to, and in the second, at an epoch's end."""
     options = [*SHORT, *KINDS[kind]]

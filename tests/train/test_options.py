@@ -9,7 +9,7 @@ from torch import nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.errors import ConfigError
-from syncnorm.train.config import NormSection
+from syncnorm.train.config_norm import NormSection
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, make_norm_layer
 from tests.launch import commands
