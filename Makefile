@@ -15,7 +15,7 @@ help:  ## Show this list
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,report,tensorboard,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,report,tensorboard,ray,dev]'
 	touch $@
 
 train: $(INSTALLED)  ## Train on real data, statistics pooled over two workers

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from syncnorm.errors import ConfigError
+from syncnorm.run import ray_cli
 from syncnorm.run.doctor import diagnose, exit_status, render
 from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
@@ -28,6 +29,7 @@ app = typer.Typer(
 
 config_app = typer.Typer(no_args_is_help=True, help="What a configuration comes to, and what its keys mean.")
 app.add_typer(config_app, name="config")
+ray_cli.add_to(app)
 
 
 @app.callback()

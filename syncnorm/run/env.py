@@ -22,6 +22,9 @@ _MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
+# DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see train/learner.py).
+_WORKER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+
 
 @dataclass(frozen=True)
 class Launched:
@@ -98,13 +101,74 @@ def read_tuning() -> Tuning:
     )
 
 
+# What Ray Train's driver hands on to its controller. All but the last may be set to something else by the user.
+_RAY_DRIVER = {
+    # A worker that is lost is seen after half a second instead of two, a node that is to be taken away after one
+    # instead of five.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    # How long a group of workers waits for its place before the cluster is looked at again: after a node is lost Ray
+    # still believes in it.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # A print in a worker would be told twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    # Relative paths mean the same in workers as in the driver.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
+
+
+def set_for_ray_driver() -> None:
+    """Set what Ray Train shall find in the environment of the process that calls it."""
+    for name, value in _RAY_DRIVER.items():
+        os.environ.setdefault(name, value)
+
+
+def for_ray_workers() -> dict[str, str]:
+    """What Ray shall set in the environment of a worker, before it is started."""
+    return {**_WORKER, **_MALLOC}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the environment says about a Ray cluster that jobs are sent to.
+
+    Args:
+        address: of its dashboard, as given.
+        token: names the variable that gives a token; None if none does. The token itself is for Ray alone.
+        token_path: the file that holds it, if it is in one.
+    """
+
+    address: str | None
+    token: str | None
+    token_path: Path | None
+
+
+def read_cluster() -> Cluster:
+    """Read which Ray cluster is meant, and whether there is a token for it."""
+    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Cluster(
+        address=os.environ.get("RAY_ADDRESS"),
+        token=next((name for name in variables if os.environ.get(name)), None),
+        token_path=Path(path) if path else None,
+    )
+
+
+def set_for_ray_client(address: str, has_token: bool) -> None:
+    """Have Ray's client send jobs to this address, and the token with them if there is one."""
+    # What is set here goes before the address that the client is given.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    if has_token:
+        os.environ["RAY_AUTH_MODE"] = "token"
+
+
 def set_for_workers(run_folder: Path) -> None:
     """Set what the workers that this process starts shall find in their environment.
 
     What is set already stays, except for what must be so.
     """
-    # DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see train/learner.py).
-    for name, value in {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", **_MALLOC}.items():
+    for name, value in {**_WORKER, **_MALLOC}.items():
         os.environ.setdefault(name, value)
     # With gloo, workers that are started again would otherwise find the addresses of their predecessors.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"

@@ -47,7 +47,12 @@ def _is_echo(failure: ProcessFailure) -> bool:
 
 
 def _lost_its_peer(failure: ProcessFailure) -> bool:
-    return any(echo in _told(failure).get("message", "") for echo in _ECHOES)
+    return is_echo(_told(failure).get("message", ""))
+
+
+def is_echo(message: str) -> bool:
+    """Whether an error's message only says that another worker is gone."""
+    return any(echo in message for echo in _ECHOES)
 
 
 def _describe(rank: int, failure: ProcessFailure) -> Failure:

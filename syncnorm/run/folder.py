@@ -65,12 +65,17 @@ def make_run_folder(config: Config, name: str, launch: str | None = None) -> Pat
         folder = next(path for path in _candidates(root, stem) if _is_new(path))
         if launch is not None:
             write_text_whole(folder / "launch.json", json.dumps({"launch": launch}) + "\n")
-        write_text_whole(folder / "config.yaml", strict_yaml.dump(config.model_dump()))
+        write_config(config, folder)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(
             f"`run_dir` must be a folder that can be written to, got {config.run_dir!r}: {error}"
         ) from None
     return folder
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """Write the resolved configuration into a run's folder; until then it is none."""
+    write_text_whole(folder / "config.yaml", strict_yaml.dump(config.model_dump()))
 
 
 def find_launched(config: Config, launch: str) -> Path | None:

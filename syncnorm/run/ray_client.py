@@ -1,0 +1,105 @@
+"""The way to a Ray cluster: its address, its token, and errors of its job server in words of our own."""
+
+import contextlib
+import ipaddress
+import logging
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.run.env import read_cluster, set_for_ray_client
+
+try:
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+    from requests.exceptions import RequestException
+except ImportError:
+    raise ConfigError("this command needs Ray: pip install 'syncnorm[ray]'") from None
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+
+# They tell of each package that they make and each log that they have read to the end.
+_TALKATIVE = (
+    "ray.dashboard.modules.job.sdk",
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray._private.runtime_env.packaging",
+)
+_GIVE_TOKEN = "export RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN"
+
+
+class ClusterError(SyncnormError):
+    """A cluster did not do what it was asked; the message is for the person who asked."""
+
+
+def connect(address: str | None, insecure: bool) -> JobSubmissionClient:
+    """Reach a cluster's job server.
+
+    Args:
+        address: of the dashboard, http(s)://HOST:PORT; None: RAY_ADDRESS, else this machine's.
+        insecure: send jobs to another machine although there is no token.
+
+    Raises:
+        ConfigError: the address is none, or there is no token for it, or the cluster does not take it.
+        ClusterError: nobody answers there.
+    """
+    cluster = read_cluster()
+    address = (address or cluster.address or DEFAULT_ADDRESS).rstrip("/")
+    check_address(address, cluster.token is not None, insecure)
+    if cluster.token_path is not None and not cluster.token_path.is_file():
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH must name a file, got {str(cluster.token_path)!r}")
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+    set_for_ray_client(address, has_token=cluster.token is not None)
+    with told(address):
+        return JobSubmissionClient(address)
+
+
+def check_address(address: str, has_token: bool, insecure: bool) -> None:
+    """Refuse an address that is none, and one of another machine without a token.
+
+    Raises:
+        ConfigError: see above.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(
+            f"`--address` must be http://HOST:PORT of a Ray dashboard, got {address!r}. "
+            f"Give --address, or set RAY_ADDRESS; on this machine it is {DEFAULT_ADDRESS}."
+        )
+    if parts.username or parts.password:
+        raise ConfigError(f"`--address` must hold no name and no password. To give a token: {_GIVE_TOKEN}.")
+    if not (has_token or insecure or _is_loopback(parts.hostname)):
+        raise ConfigError(
+            f"`--address` must be of this machine where there is no token, got {address!r}: whoever reaches a job "
+            f"server runs code on its cluster. {_GIVE_TOKEN}; or add --insecure on a network that you trust."
+        )
+
+
+@contextlib.contextmanager
+def told(address: str) -> Iterator[None]:
+    """Turn what Ray's client raises inside the block into a message.
+
+    Raises:
+        ConfigError: the cluster does not take the token, or wants one.
+        ClusterError: anything else.
+    """
+    try:
+        yield
+    except AuthenticationError as error:
+        what = "does not take this token" if "invalid" in str(error).lower() else "wants a token"
+        raise ConfigError(f"the Ray cluster at {address} {what}: {_GIVE_TOKEN}.") from None
+    except (ConnectionError, RequestException) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address} ({type(error).__name__}). Give --address, or start one: ray start"
+        ) from None
+    except (RuntimeError, ValueError) as error:
+        raise ClusterError(f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}") from None
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

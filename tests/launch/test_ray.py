@@ -1,0 +1,252 @@
+"""Jobs on a real Ray cluster of two nodes."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
+
+from ray.job_submission import JobSubmissionClient
+
+from syncnorm.cli import main
+from tests.launch import commands
+from tests.launch.ray_cluster import PATIENCE_SECONDS, Cluster, local_cluster, wait_until
+from tests.train.runs import events
+
+pytestmark = pytest.mark.timeout(1200)
+
+SHORT = ["digits", "train.epochs=1", "train.global_batch=128"]
+# Long enough to be disturbed on the way.
+LONGER = ["digits", "train.epochs=8", "checkpoint.every=10"]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with local_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
+    """LONGER on two workers of this machine, without Ray."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    command = [*commands.SYNCNORM, "train", *LONGER]
+    with commands.started(command, folder) as process:
+        done = CompletedProcess(command, 0, *process.communicate(timeout=PATIENCE_SECONDS))
+    assert process.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1], done
+
+
+@dataclass(frozen=True)
+class Called:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def call(cluster, tmp_path, monkeypatch, capfd) -> Callable[..., Called]:
+    """call(*arguments): run a command of syncnorm's in an empty folder and in this process, which has Ray already."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> Called:
+        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+            monkeypatch.setenv(name, "")  # so that it is put back whatever the command does
+            monkeypatch.delenv(name)
+        with pytest.raises(SystemExit) as caught:
+            main([*arguments, "--address", cluster.address])
+        return Called(int(caught.value.code or 0), *capfd.readouterr())
+
+    return run
+
+
+def digests(out: str) -> list[str]:
+    return [line.split()[-1] for line in out.splitlines() if "sha256" in line]
+
+
+def curve(run: Path) -> dict[int, float]:
+    """The loss of each step as it was last taken."""
+    return {event["step"]: event["loss"] for event in events(run, "step")}
+
+
+def last_step(run: Path) -> int:
+    return max((event["step"] for event in events(run, "step")), default=0) if (run / "metrics.jsonl").exists() else 0
+
+
+def process_of(run: Path, rank: int) -> int:
+    """The process that a worker's log is open in."""
+    log = str(run / "logs" / f"rank-{rank}.log")
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if str(link.readlink()) == log:
+                return int(link.parts[2])
+    raise AssertionError(f"no process has {log} open")
+
+
+def jobs(call) -> dict[str, dict]:
+    listed = call("list", "--json")
+    assert listed.code == 0, listed.err
+    return {job["submission_id"]: job for job in json.loads(listed.out)}
+
+
+def test_two_jobs_at_once_each_as_under_torchrun(cluster, call, tmp_path):
+    ids = ("one", "two")
+    for name in ids:
+        submitted = call("submit", *SHORT, "launch.workers=2", "--id", name, "--no-wait", "--json")
+        assert submitted.code == 0, submitted.err
+        assert json.loads(submitted.out)["folder"] == str(tmp_path / "runs" / name)
+    followed = [call("logs", "--follow", name) for name in ids]
+    command = [*commands.TORCHRUN, "-m", "syncnorm", "train", *SHORT]
+    with commands.started(command, tmp_path, {"OMP_NUM_THREADS": "1"}) as process:
+        out, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    for name, done in zip(ids, followed):
+        run = tmp_path / "runs" / name
+        assert done.code == 0, done.err
+        *_, accuracy, folder = done.out.splitlines()
+        assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
+        assert folder == str(run)
+        assert re.search(r"^epoch 1/1  step 12  loss ", done.err, re.MULTILINE)
+        (start,) = events(run, "start")
+        assert start["world_size"] == 2
+        assert digests(done.out) == digests(out)
+        assert len(set(digests(done.out))) == 1
+        assert curve(run) == curve(tmp_path / out.splitlines()[-1])
+    one, two = ((job.start_time, job.end_time) for job in by_id(cluster, *ids))
+    assert max(one[0], two[0]) < min(one[1], two[1]), "they did not run at once"
+
+    seen = json.loads(call("status", "one", "--json").out)
+    assert seen["status"] == "SUCCEEDED"
+    assert (seen["exit_code"], seen["step"], seen["config"]) == (0, 12, "digits")
+    assert "test accuracy" in call("logs", "one").out
+    # What is done stays done, and what it said before is not said again.
+    again = call("submit", *SHORT, "launch.workers=2", "--id", "one")
+    assert (again.code, again.out) == (0, f"done already, after step 12\n{tmp_path / 'runs' / 'one'}\n")
+    assert len(events(tmp_path / "runs" / "one", "start")) == 1
+
+
+def by_id(cluster, *ids):
+    found = {job.submission_id: job for job in JobSubmissionClient(cluster.address).list_jobs()}
+    return [found[name] for name in ids]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["digits", "train.epoch=1"], "`train.epoch` is not a key. The nearest key is `train.epochs`."),
+        (["digits", "model.name=mine:net"], "To run its code, add --allow mine."),
+        (["digits", "--id", "a b"], "`--id` must be letters, digits, '.', '_' and '-', at most 121, got 'a b'."),
+    ],
+)
+def test_a_bad_configuration_starts_nothing(call, tmp_path, arguments, message):
+    before = jobs(call)
+    done = call("submit", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("syncnorm: ")
+    assert message in done.err
+    assert jobs(call) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_an_unknown_job_is_named(call, command):
+    done = call(command, "nobody")
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("syncnorm: no job 'nobody' on this cluster.")
+
+
+def test_too_many_workers_are_refused_with_the_numbers(call):
+    done = call("submit", *SHORT, "launch.workers=5", "--id", "crowd")
+    assert (done.code, done.out) == (2, "")
+    message = (
+        "syncnorm: `launch.workers` must be at most 4 on this cluster, which has 4 CPUs and 0 GPUs on 2 node(s), "
+        "got 5: each takes 1 CPU of one node."
+    )
+    assert message in done.err
+    assert jobs(call)["crowd"]["exit_code"] == 2
+
+
+def test_stop_saves_and_the_same_command_goes_on(cluster, call, tmp_path, undisturbed):
+    submit = ["submit", *LONGER, "launch.workers=2", "--id", "stopped"]
+    run = tmp_path / "runs" / "stopped"
+    assert call(*submit, "--no-wait").code == 0
+    with cluster.started(*submit, folder=tmp_path) as detached, cluster.started(*submit, folder=tmp_path) as follower:
+        for process in (detached, follower):
+            assert process.stderr.readline().startswith("syncnorm: stopped is running already")
+        # Ctrl-C where nobody can be asked leaves the job alone.
+        detached.send_signal(signal.SIGINT)
+        wait_until(lambda: last_step(run) >= 15)
+        stopped = call("stop", "stopped")
+        _, err = follower.communicate(timeout=PATIENCE_SECONDS)
+        _, detached_err = detached.communicate(timeout=PATIENCE_SECONDS)
+    note = json.loads((run / "exit.json").read_text())
+    assert (note["status"], note["exit_code"]) == ("stopped", 75)
+    assert note["step"] < 184
+    assert stopped.code == 0
+    assert f"stopped after step {note['step']}, saved." in stopped.err
+    assert follower.returncode == 75, err
+    assert detached.returncode == 0
+    assert "To stop it: syncnorm stop stopped" in detached_err
+    assert jobs(call)["stopped"]["exit_code"] == 75
+
+    done = call(*submit)
+    assert done.code == 0, done.err
+    assert [event["step"] for event in events(run, "start")] == [0, note["step"]]
+    assert curve(run) == curve(undisturbed[0])
+    assert digests(done.out) == digests(undisturbed[1].stdout)
+
+
+def test_a_killed_worker_is_started_again_and_the_run_is_the_same(call, tmp_path, undisturbed):
+    run = tmp_path / "runs" / "killed"
+    submit = ["submit", *LONGER, "launch.workers=2", "--id", "killed"]
+    assert call(*submit, "--no-wait").code == 0
+    wait_until(lambda: last_step(run) >= 25)
+    os.kill(process_of(run, 1), signal.SIGKILL)
+    done = call(*submit)
+    assert done.code == 0, done.err
+    starts = [event["step"] for event in events(run, "start")]
+    assert len(starts) == 2
+    assert 20 <= starts[1] < 184
+    assert curve(run) == curve(undisturbed[0])
+    assert digests(done.out) == digests(undisturbed[1].stdout)
+
+
+def test_code_of_the_working_folder_runs_and_its_failure_is_told_once(call, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import os\n"
+        "import torch\n"
+        "from syncnorm.train.models import MODELS\n"
+        "class Breaks(torch.nn.Module):\n"
+        "    def __init__(self, net):\n"
+        "        super().__init__()\n"
+        "        self.net, self.calls = net, 0\n"
+        "    def forward(self, x):\n"
+        "        self.calls += 1\n"
+        "        if self.calls > 5 and os.environ['RANK'] == '1':\n"
+        "            raise RuntimeError('no forward on rank 1')\n"
+        "        return self.net(x)\n"
+        "def net(**kwargs):\n"
+        "    return Breaks(MODELS['digits_resnet'](**kwargs))\n"
+    )
+    done = call("submit", *SHORT, "model.name=mine:net", "launch.workers=2", "--allow", "mine", "--id", "mine")
+    assert (done.code, done.out) == (1, "")
+    run = tmp_path / "runs" / "mine"
+    assert (
+        done.err.splitlines()[-1]
+        == f"syncnorm: worker 1 failed: RuntimeError: no forward on rank 1; {run}/traceback.txt"
+    )
+    assert done.err.count("no forward on rank 1") == 1, done.err
+    assert "in forward" in (run / "traceback.txt").read_text()
+    note = json.loads((run / "exit.json").read_text())
+    assert note["reason"] == "worker 1 failed: RuntimeError: no forward on rank 1"
+    # Code that fails would fail again.
+    assert len(events(run, "start")) == 1

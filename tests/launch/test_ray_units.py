@@ -1,0 +1,339 @@
+"""What of the Ray side needs no cluster."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
+
+from ray.train.v2._internal.execution.context import TrainContext, set_train_context
+from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from syncnorm.cli import main
+from syncnorm.errors import ConfigError
+from syncnorm.run import env, ray_cli, ray_submit
+from syncnorm.run.folder import Exit
+from syncnorm.run.ray_client import check_address
+from syncnorm.run.ray_cluster import check_room, room_of
+from syncnorm.run.ray_job import STOP, Job, enter, make_job
+from syncnorm.run.ray_resize import SaveBeforeResize
+from syncnorm.run.ray_worker import RESIZE, RayWatch
+from syncnorm.train.config_file import load_config
+from tests.launch.ray_cluster import free_port, wait_until
+
+SMALL = {"CPU": 2.0, "memory": 1e9}
+WITH_GPUS = {"CPU": 8.0, "GPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "fewest", "workers", "is_gpu"),
+    [
+        ([SMALL, SMALL], "auto", 2, 4, False),
+        ([SMALL, {"CPU": 1.5}], "cpu", 1, 3, False),
+        ([{"CPU": 0.5}, {"CPU": 0.5}], "auto", 1, 0, False),
+        ([SMALL, WITH_GPUS], "auto", 4, 4, True),
+        ([SMALL, WITH_GPUS], "auto", 5, 10, False),
+        ([SMALL, WITH_GPUS], "cpu", 1, 10, False),
+        ([SMALL], "cuda", 1, 0, True),
+        # A GPU without a CPU beside it is of no use.
+        ([{"GPU": 4.0}, {"CPU": 1.0, "GPU": 2.0}], "cuda", 1, 1, True),
+    ],
+)
+def test_how_many_workers_fit(nodes, device, fewest, workers, is_gpu):
+    room = room_of(nodes, device, fewest)
+    assert (room.workers, room.is_gpu) == (workers, is_gpu)
+    assert ("GPU" in room.per_worker) == is_gpu
+
+
+def test_what_never_fits_is_refused_with_the_numbers():
+    config = load_config("digits", ["launch.workers=[3, 9]", "launch.device=cuda"])
+    room = room_of([SMALL, {"CPU": 8, "GPU": 2}], "cuda", 3)
+    message = (
+        "`launch.workers` must be at most 2 on this cluster, which has 10 CPUs and 2 GPUs on 2 node(s), got 3: "
+        "each takes 1 CPU and 1 GPU of one node."
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_room(config, room)
+    assert message in str(caught.value)
+    check_room(load_config("digits", ["launch.workers=[2, 9]"]), room)
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "http://127.8.9.1:1", "https://localhost:8265", "http://[::1]:8265"]
+)
+def test_this_machine_needs_no_token(address):
+    check_address(address, has_token=False, insecure=False)
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.7:8265", "https://ray.example:443", "http://localhost.example:1"])
+def test_another_machine_needs_a_token(address):
+    with pytest.raises(ConfigError, match="must be of this machine where there is no token") as caught:
+        check_address(address, has_token=False, insecure=False)
+    assert repr(address) in str(caught.value)
+    assert "RAY_AUTH_TOKEN_PATH" in str(caught.value)
+    assert "--insecure" in str(caught.value)
+    check_address(address, has_token=True, insecure=False)
+    check_address(address, has_token=False, insecure=True)
+
+
+@pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379", "ray://127.0.0.1:10001", "http://", "file:///etc"])
+def test_what_is_no_address_of_a_dashboard(address):
+    with pytest.raises(ConfigError, match="must be http://HOST:PORT of a Ray dashboard") as caught:
+        check_address(address, has_token=True, insecure=True)
+    assert repr(address) in str(caught.value)
+
+
+def test_an_address_holds_no_password():
+    with pytest.raises(ConfigError, match="must hold no name and no password") as caught:
+        check_address("http://me:s3cret@127.0.0.1:8265", has_token=True, insecure=False)
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """An environment that says nothing of Ray; put back afterwards."""
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
+def test_nobody_answers(clean, capsys):
+    address = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(SystemExit) as caught:
+        main(["list", "--address", address])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err.startswith(f"syncnorm: no Ray cluster answers at {address} (")
+
+
+def test_the_environment_gives_address_and_token(clean, tmp_path):
+    assert env.read_cluster() == env.Cluster(None, None, None)
+    clean.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    clean.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    # The token itself is not read.
+    assert env.read_cluster() == env.Cluster("http://127.0.0.1:1", "RAY_AUTH_TOKEN_PATH", tmp_path / "token")
+
+
+def test_a_token_file_that_is_not_there(clean, tmp_path, capsys):
+    clean.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    with pytest.raises(SystemExit) as caught:
+        main(["list"])
+    assert caught.value.code == 2
+    message = f"syncnorm: RAY_AUTH_TOKEN_PATH must name a file, got {str(tmp_path / 'token')!r}\n"
+    assert capsys.readouterr().err == message
+
+
+def test_the_same_training_is_the_same_job(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    job = make_job("digits", ["data.root=images"], ())
+    assert job.submission_id.startswith("digits-")
+    assert job.folder == str(tmp_path / "runs" / job.submission_id)
+    assert job.config["data"]["root"] == str(tmp_path / "images")
+    same = make_job("digits", ["launch.workers=[2, 8]", "checkpoint.every=7", "run_dir=/elsewhere"], ())
+    assert same.submission_id == job.submission_id
+    assert same.folder == f"/elsewhere/{job.submission_id}"
+    assert make_job("digits", ["train.lr=0.2"], ()).submission_id != job.submission_id
+
+
+def test_a_name_that_ray_would_not_take(tmp_path):
+    path = tmp_path / "my run (2).yaml"
+    path.write_text("model: {name: digits_resnet}\ndata: {name: digits}\ntrain: {epochs: 1, global_batch: 8, lr: 1}\n")
+    assert make_job(str(path), [], ()).submission_id.startswith("my-run--2--")
+
+
+def test_a_job_is_the_same_after_its_journey():
+    overrides = ["train.optimizer.nesterov=true", "launch.workers=[1, 3]", "train.clip=1", "norm.rules.a.b=group_norm"]
+    job = make_job("digits", overrides, ("one", "two.three"))
+    arrived = Job.from_text(job.as_text())
+    assert arrived == job
+    task = arrived.task()
+    assert task.allowed == ("one", "two.three")
+    assert task.config.mathematics() == load_config("digits", overrides).mathematics()
+    assert task.config.launch.workers == [1, 3]
+
+
+@pytest.mark.parametrize("text", ["{}", "{", "[1]", '{"submission_id": 1, "allowed": []}'])
+def test_what_is_no_job(text):
+    with pytest.raises(ConfigError, match="a job must be JSON as `syncnorm submit` makes it"):
+        Job.from_text(text)
+
+
+def test_a_job_of_a_bad_configuration():
+    values = json.loads(make_job("digits", [], ()).as_text())
+    values["config"]["train"]["lr"] = -1
+    with pytest.raises(ConfigError, match="greater than 0"):
+        Job.from_text(json.dumps(values))
+
+
+def test_a_run_is_entered_again_and_by_nobody_else(tmp_path):
+    place = f"run_dir={tmp_path}"
+    job = make_job("digits", [place], (), "mine")
+    assert enter(job) == tmp_path / "mine"
+    assert load_config(str(tmp_path / "mine" / "config.yaml")) == job.task().config
+    assert enter(make_job("digits", [place, "launch.workers=4"], (), "mine")) == tmp_path / "mine"
+    with pytest.raises(ConfigError, match=r"where train\.lr differ"):
+        enter(make_job("digits", [place, "train.lr=0.3"], (), "mine"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="`run_dir` must be a folder that all machines share") as caught:
+        enter(make_job("digits", [f"run_dir={tmp_path / 'file'}"], (), "mine"))
+    assert repr(str(tmp_path / "file")) in str(caught.value)
+
+
+@pytest.fixture
+def preemption() -> PreemptionContext:
+    """What Ray has told this process, as a worker of its own."""
+    context = PreemptionContext()
+    parts = dict.fromkeys(
+        ["train_run_context", "distributed_context", "execution_context", "storage_context", "controller_actor"]
+    )
+    set_train_context(TrainContext(**parts, preemption_context=context, dataset_shard_provider=None))
+    return context
+
+
+@pytest.fixture
+def watch(tmp_path, preemption):
+    (tmp_path / "logs").mkdir()
+    watch = RayWatch(60, tmp_path, 0)
+    yield watch
+    watch.close()
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "reason"), [(STOP, "syncnorm stop"), (RESIZE, "Ray, to change the number")])
+def test_a_file_asks_to_stop(watch, tmp_path, name, reason):
+    assert watch.stop is None
+    (tmp_path / name).touch()
+    wait_until(lambda: watch.stop is not None)
+    assert watch.stop.startswith(reason)
+    # Said once is said.
+    (tmp_path / name).unlink()
+    assert watch.stop.startswith(reason)
+
+
+def test_a_node_that_is_to_be_lost_asks_to_stop(watch, preemption):
+    assert watch.stop is None
+    preemption.preemption_info = PreemptionInfo(deadline_ms=1, preempted_node_to_ranks={"a": [1]})
+    wait_until(lambda: watch.stop is not None)
+    assert watch.stop == "Ray, which is to lose a node"
+
+
+class ResizingState:
+    """Named as Ray's."""
+
+
+class RunningState:
+    """Named as Ray's."""
+
+
+def test_workers_save_before_their_number_changes(tmp_path):
+    callback = SaveBeforeResize(tmp_path, 0.3)
+    callback.after_controller_state_update(ResizingState(), RunningState())
+    assert list(tmp_path.iterdir()) == []
+    seen = []
+
+    class Folder(type(tmp_path)):
+        def __truediv__(self, name):
+            seen.append(name)
+            return Path(self).__truediv__(name)
+
+    SaveBeforeResize(Folder(tmp_path), 0.3).after_controller_state_update(RunningState(), ResizingState())
+    assert RESIZE in seen
+    assert not (tmp_path / RESIZE).exists()
+    Exit("stopped", "saved", 3, 75).write(tmp_path)
+    SaveBeforeResize(tmp_path, 1000).after_controller_state_update(RunningState(), ResizingState())
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "noted", "expected"),
+    [
+        ("RUNNING", None, 75, None),
+        ("PENDING", None, None, None),
+        ("SUCCEEDED", 0, 0, 0),
+        ("STOPPED", None, 75, 75),
+        ("STOPPED", None, 0, 0),
+        ("STOPPED", None, None, 75),
+        ("FAILED", 2, None, 2),
+        ("FAILED", 75, 75, 75),
+        ("FAILED", 1, None, 1),
+        ("FAILED", -9, None, 1),
+        ("FAILED", None, None, 1),
+    ],
+)
+def test_exit_status(status, driver, noted, expected):
+    assert ray_submit._exit_code(status, driver, noted) == expected
+
+
+LOG = """\
+2026-11-20 10:30:03,569\tINFO job_manager.py:581 -- Runtime env is setting up.
+Running entrypoint for job a: exec python -m syncnorm.run.ray_train '{}'
+\x1b[36m(TrainController pid=1)\x1b[0m [2026-11-20 10:30:39,520 E 3528 3559] core_worker.cc:2465: Actor with class name
+\x1b[36m(RayTrainWorker pid=3, ip=127.0.0.3)\x1b[0m epoch 1/2  step 23
+(RayTrainWorker pid=3) resumed
+syncnorm: waiting
+test accuracy 96.67 %
+/runs/a
+"""
+
+
+def test_a_log_is_told_without_rays_own_words(capsys):
+    lines = ray_submit._Lines(sys.stdout, 0)
+    lines.take(LOG[:400])
+    lines.take(LOG[400:-3])
+    # The connection broke: all comes again.
+    lines.again()
+    for start in range(0, len(LOG), 50):
+        lines.take(LOG[start : start + 50])
+    lines.end()
+    out, err = capsys.readouterr()
+    assert out == "test accuracy 96.67 %\n/runs/a\n"
+    assert err == "epoch 1/2  step 23\nresumed\nsyncnorm: waiting\n"
+
+
+def test_a_log_of_before_is_not_told_again(capsys):
+    lines = ray_submit._Lines(sys.stdout, LOG.count("\n"))
+    lines.again()
+    lines.take(LOG + "new\n")
+    assert capsys.readouterr() == ("new\n", "")
+
+
+def test_what_is_not_packed(tmp_path, clean):
+    clean.chdir(tmp_path)
+    clean.setenv("RAY_AUTH_TOKEN_PATH", "token")
+    (tmp_path / "mine.yaml").write_text(
+        "model: {name: 'mine:net'}\ndata: {name: digits, root: images}\ntrain: {epochs: 1, global_batch: 8, lr: 1}\n"
+    )
+    environment = ray_submit._runtime_env(make_job("mine.yaml", [], ["mine"]))
+    assert environment["working_dir"] == str(tmp_path)
+    assert {"/runs", "/images", "/token", "**/.git", "**/.venv"} <= set(environment["excludes"])
+    assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
+    # Without code of the user's nothing is sent but the configuration.
+    assert "working_dir" not in ray_submit._runtime_env(make_job("digits", [], []))
+
+
+@pytest.mark.parametrize(("answer", "choice"), [("s\n", "s"), ("Detach\n", "d"), ("\n", ""), ("what?\n", "w")])
+def test_what_to_do_after_ctrl_c(monkeypatch, capsys, answer, choice):
+    monkeypatch.setattr("sys.stdin", io.StringIO(answer))
+    assert ray_cli._ask() == choice
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "detach or stop? [d/s]" in err
+
+
+def test_train_does_not_import_ray():
+    script = "import sys, syncnorm.cli, syncnorm.run.ray_cli; sys.exit('ray' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_what_the_user_has_set_for_ray_stays(monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "")
+    monkeypatch.delenv("RAY_TRAIN_ENABLE_PRINT_PATCH")
+    env.set_for_ray_driver()
+    assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
+    assert os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] == "0"
