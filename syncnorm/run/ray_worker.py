@@ -102,7 +102,7 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
     except SyncnormError as error:
         return asdict(Ended(2 if isinstance(error, ConfigError) else 1, [str(error)]))
     except Exception as error:
-        if is_echo(str(error)):
+        if is_echo(f"{type(error).__name__}: {error}"):
             raise WorkerLost(str(error)) from None
         _leave_traceback(folder, error)
         raise
