@@ -150,7 +150,7 @@ class SyncNorm(_BatchNorm):
         momentum: float | None,
         affine: bool,
         track_running_stats: bool,
-        process_group: groups.Group | None,
+        process_group: groups.Spec,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         sync: str | Lagged,
@@ -225,7 +225,21 @@ class SyncNorm(_BatchNorm):
         super().reset_running_stats()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}"
+        workers = "" if self._workers is None else f", process_group={self._workers!r}"
+        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}{workers}"
+
+    @property
+    def process_group(self) -> groups.Spec:
+        """The workers to pool over, as they were given: see `syncnorm.groups`.
+
+        A copy shares a group that was given; a pickle holds the ranks of its members, and what is loaded from it gives
+        these as `groups.Ranks`.
+        """
+        return groups.given(self._workers)
+
+    @process_group.setter
+    def process_group(self, value: groups.Spec) -> None:
+        self._workers = groups.keep(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: what is under way belongs to the old tensors, and averages stay float64.
