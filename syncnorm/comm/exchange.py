@@ -152,7 +152,7 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
     *Collectives*: two all-gathers, of 1 and of the longest text's bytes / 8 numbers; every member must call.
     """
     # Bytes travel as they are, eight in the place of a number. A last 1 marks the end; what follows is padding.
-    data = torch.tensor(list(text.encode()) + [1], dtype=torch.uint8)
+    data = torch.tensor([*text.encode(), 1], dtype=torch.uint8)
     length = torch.full((1,), -(-data.numel() // 8), dtype=torch.float64, device=device)
     longest = int(gather(length, group, kind).max())
     message = torch.zeros(8 * longest, dtype=torch.uint8)

@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from syncnorm.comm import exchange, which
 from syncnorm.comm.which import ForSamples, Ranks, Rule
-from syncnorm.errors import FaultError, InputError
+from syncnorm.errors import InputError
 
 Group = dist.ProcessGroup
 Spec = Group | DeviceMesh | str | int | ForSamples | Ranks | None
@@ -73,7 +73,7 @@ def keep(spec: Spec | Kept) -> Kept:
     if spec is None or isinstance(spec, Given | Outside):
         return spec
     if isinstance(spec, Group):
-        return Given(spec, spec)
+        return Given(spec, _check_live(spec))
     if isinstance(spec, DeviceMesh):
         return _keep_mesh(spec)
     return Outside() if spec == dist.GroupMember.NON_GROUP_MEMBER else which.check(spec)
@@ -83,9 +83,19 @@ def _keep_mesh(mesh: DeviceMesh) -> Given | Outside:
     if mesh.ndim != 1:
         raise InputError(
             f"`process_group` must be a mesh of one dimension, got {mesh.ndim} dimensions "
-            f"{mesh.mesh_dim_names or tuple(range(mesh.ndim))} of sizes {tuple(mesh.shape)}. Take one of them, mesh[name]."
+            f"{mesh.mesh_dim_names or tuple(range(mesh.ndim))} of sizes {tuple(mesh.shape)}. "
+            "Take one of them: mesh[name]."
         )
     return Outside() if mesh.get_coordinate() is None else Given(mesh, mesh.get_group())
+
+
+def _check_live(group: Group) -> Group:
+    if not _is_live(group):
+        raise InputError(
+            "`process_group` must belong to the present torch.distributed, got a group of one that was shut down. "
+            "Make it after init_process_group."
+        )
+    return group
 
 
 def given(kept: Kept) -> Spec:
@@ -167,7 +177,6 @@ def statistics_group(process_group: Spec | Kept = None) -> Group | None:
     Raises:
         InputError: a group was given although torch.distributed is not initialised, this rank is not in it, or the
             rule does not fit the workers that there are.
-        FaultError: on every member alike: see `_check_names`.
     """
     kept = keep(process_group)
     if not is_initialized():
@@ -260,30 +269,25 @@ def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
     if len(rule.members) == 1:
         return
     if isinstance(kept, Given) and kept.group is parent:
-        _check_names(rule.members, parent)
+        _even_out(parent)
     backend = dist.get_backend_config(parent)
-    made = dist.new_group(
-        list(rule.members), timeout=_timeout(parent), backend=backend, use_local_synchronization=True
-    )
+    made = dist.new_group(list(rule.members), timeout=_timeout(parent), backend=backend, use_local_synchronization=True)
     assert isinstance(made, Group)
     _workers().made[backend, rule.members] = made
 
 
-def _check_names(members: Sequence[int], parent: Group) -> None:
-    """Where only members take part in making a group, torch names it by how many groups each of them is in.
+def _even_out(parent: Group) -> None:
+    """Have the members of `parent` be in equally many groups, those in fewer by groups of their own alone.
 
-    Workers that are in different numbers of groups would wait for each other under different names.
+    Where only its members take part in making a group, torch names it by its ranks and by how many groups each of
+    them is in; members in different numbers of groups would wait for each other under different names.
     """
     # Not documented, and there is no other way to ask; a test notices if it changes.
     number = len(dist.distributed_c10d._world.pg_names)
     message = torch.full((1,), number, dtype=torch.float64, device=device_for(parent))
-    numbers = exchange.gather(message, parent, "agreement").flatten().tolist()
-    if len(set(numbers)) > 1:
-        raise FaultError(
-            f"`process_group` must be made by prepare_ddp where its members are in different numbers of groups, got "
-            f"ranks {list(members)} with {[int(n) for n in numbers]} groups. Call prepare_ddp(model) on every worker "
-            "before training."
-        )
+    most = int(exchange.gather(message, parent, "agreement").max())
+    for _ in range(most - number):
+        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def _machines() -> list[str]:
@@ -312,7 +316,7 @@ def this_machine() -> str:
 
 
 def device_for(group: Group, preferred: torch.device | None = None) -> torch.device:
-    """Where a message over `group` can be: the preferred device if it takes that, else the CPU, else its current one."""
+    """Where a message over `group` can be: the preferred device if it takes that, else the CPU, else a current one."""
     types = [device.type for device in group._device_types]
     if preferred is not None and preferred.type in types:
         return preferred

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from syncnorm.errors import InputError
 
@@ -123,7 +124,7 @@ def _workers_for(rule: ForSamples) -> int:
 def _runs(world_size: int, number: int) -> list[tuple[int, ...]]:
     """Neighbours in `number` runs of nearly equal length."""
     cuts = [world_size * i // number for i in range(number + 1)]
-    return [tuple(range(start, stop)) for start, stop in zip(cuts, cuts[1:])]
+    return [tuple(range(start, stop)) for start, stop in pairwise(cuts)]
 
 
 def _alike(names: Sequence[str]) -> list[tuple[int, ...]]:

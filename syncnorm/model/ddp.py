@@ -17,10 +17,11 @@ from syncnorm.model.running import PooledRunning
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
-    Compares the layers and their process groups between the workers, makes the process groups that statistics travel on, attaches layers with `sync="running"` or "lagged" to
-    each other and to the forward of `model`, gives every worker rank 0's buffers once, and keeps the buffers of
-    our layers out of the broadcast that DDP makes before each forward: they are equal by construction where
-    statistics are pooled, and each worker's own where they are not.
+    Compares between the workers which layers they have and with whom each pools, makes the process groups that
+    statistics travel on, attaches layers with `sync="running"` or "lagged" to each other and to the forward of
+    `model`, gives every worker rank 0's buffers once, and keeps the buffers of our layers out of the broadcast that
+    DDP makes before each forward: they are equal by construction where statistics are pooled over all workers, and
+    each worker's or group's own where they are not.
 
     *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer, and the creation of groups.
     Every worker must call.
@@ -44,13 +45,13 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
     among = groups.live(process_group)
     _look_for_replaced(model)
     if among is not None and len(groups.ranks(among)) > 1:
-        layers = [(name, _kind(m), groups.keep(m.process_group)) for name, m in ours.items() if m.sync != "none"]
+        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
         layer.label = name or layer.label
         layer.statistics.settle()
         if layer.sync != "none":
-            groups.statistics_group(layer.process_group)
+            groups.statistics_group(layer.workers)
     _attach(model, ours)
     if among is None:
         return model
@@ -88,7 +89,7 @@ def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
     for name, layer in layers.items():
         if isinstance(layer.statistics, Unattached):
-            members = tuple(groups.ranks(groups.statistics_group(layer.process_group)))
+            members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer
     for (sync, _), some in together.items():
         (PooledRunning if sync == "running" else PooledLagged)(some).attach(model)
