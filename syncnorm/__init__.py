@@ -1,6 +1,6 @@
 """syncnorm trains a sharded batch as if it were one batch."""
 
-from syncnorm import functional
+from syncnorm import functional, groups
 from syncnorm.comm.guard import debug
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.lagged import Lagged
@@ -18,6 +18,7 @@ __all__ = [
     "accumulate",
     "debug",
     "functional",
+    "groups",
     "monitor",
     "prepare_ddp",
     "recalibrate",

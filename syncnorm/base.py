@@ -70,7 +70,7 @@ class Immediate:
     """The statistics of the batch itself, over a process group or local; running statistics follow at once."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        group = groups.statistics_group(layer.process_group) if layer.sync == "batch" else None
+        group = groups.statistics_group(layer.workers) if layer.sync == "batch" else None
         return ops.pooled_statistic(local, group, layer.label)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
@@ -90,7 +90,7 @@ class Unattached(Immediate):
     """For modes in which layers act together: an error until `prepare_ddp` has introduced them to each other."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        if groups.statistics_group(layer.process_group) is None:
+        if groups.statistics_group(layer.workers) is None:
             return ops.pooled_statistic(local, None, layer.label)
         raise InputError(
             f'`sync` must be "batch" or "none" in a layer that is not attached, got {layer.sync!r} in {layer}. '
@@ -137,6 +137,8 @@ class SyncNorm(_BatchNorm):
     """What SyncBatchNorm and SyncBatchRenorm share; abstract."""
 
     statistics: StatisticsSource
+    workers: groups.Kept
+    """`process_group` as it is kept: what can be copied and pickled."""
     lagged_mean: Tensor
     lagged_var: Tensor
     lagged_gradient: Tensor
@@ -150,7 +152,7 @@ class SyncNorm(_BatchNorm):
         momentum: float | None,
         affine: bool,
         track_running_stats: bool,
-        process_group: groups.Group | None,
+        process_group: groups.Spec,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         sync: str | Lagged,
@@ -225,7 +227,21 @@ class SyncNorm(_BatchNorm):
         super().reset_running_stats()
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}"
+        workers = "" if self.workers is None else f", process_group={self.workers!r}"
+        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}{workers}"
+
+    @property
+    def process_group(self) -> groups.Spec:
+        """The workers to pool over, as they were given: see `syncnorm.groups`.
+
+        A copy shares a group that was given; a pickle holds the ranks of its members, and what is loaded from it gives
+        these as `groups.Ranks`.
+        """
+        return groups.given(self.workers)
+
+    @process_group.setter
+    def process_group(self, value: groups.Spec) -> None:
+        self.workers = groups.keep(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: what is under way belongs to the old tensors, and averages stay float64.

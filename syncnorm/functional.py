@@ -32,7 +32,7 @@ def sync_batch_norm(
     eps: float = 1e-5,
     num_batches_tracked: Tensor | None = None,
     mask: Tensor | None = None,
-    process_group: groups.Group | None = None,
+    process_group: groups.Spec = None,
 ) -> Tensor:
     """Batch normalisation over the shards of all workers, as if they were one batch.
 
@@ -57,7 +57,8 @@ def sync_batch_norm(
         eps: > 0, added to the variance.
         num_batches_tracked: integer counter, shape (), incremented in training.
         mask: weights >= 0, broadcastable to (N, 1, *S); bool or real. None: all ones.
-        process_group: the workers to pool over; None: all, or nobody if torch.distributed is not initialised.
+        process_group: the workers to pool over, see `syncnorm.groups`; None: all, or nobody if torch.distributed is
+            not initialised.
 
     Returns:
         y with the shape, type and memory layout of x. Where nothing counts on any worker (n = 0), y = bias.
@@ -106,7 +107,7 @@ def sync_batch_renorm(
     running_average: str = "std",
     num_batches_tracked: Tensor | None = None,
     mask: Tensor | None = None,
-    process_group: groups.Group | None = None,
+    process_group: groups.Spec = None,
 ) -> Tensor:
     """Batch renormalisation over the shards of all workers: batch norm, corrected towards the running statistics.
 

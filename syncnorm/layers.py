@@ -46,7 +46,8 @@ class SyncBatchNorm(SyncNorm):
         momentum: weight of the new value in the running statistics, in [0, 1]; None: cumulative average.
         affine: whether to learn weight and bias.
         track_running_stats: whether to keep running statistics; without them evaluation uses the local batch.
-        process_group: the workers to pool over; None: all of them.
+        process_group: the workers to pool over; None: all of them. A group, or a rule such as "node" or 2: see
+            `syncnorm.groups`.
         device, dtype: of parameters and buffers.
         sync: "batch" pools the statistics of each batch; "running" normalises by the local batch and pools the
             running statistics of all layers in one hidden exchange; "lagged" normalises by an average of pooled
@@ -72,7 +73,7 @@ class SyncBatchNorm(SyncNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: groups.Group | None = None,
+        process_group: groups.Spec = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
@@ -133,7 +134,7 @@ class SyncBatchRenorm(SyncNorm):
         momentum: float | None = 0.01,
         affine: bool = True,
         track_running_stats: bool = True,
-        process_group: groups.Group | None = None,
+        process_group: groups.Spec = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,

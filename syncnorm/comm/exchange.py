@@ -22,7 +22,7 @@ class Exchange(NamedTuple):
 
     kind: str
     """What it carried: "moments", "gradients", "fault", "count"; "all moments", "all gradients" of a model;
-    "population" of `recalibrate`, "monitor" of `monitor`."""
+    "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is pooled."""
     numel: int
     """How many float64 numbers."""
     seconds: float
@@ -144,6 +144,21 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tenso
     dist.all_gather(parts, message, group=group)
     _note(kind, message, start)
     return torch.stack(parts)
+
+
+def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.device) -> list[str]:
+    """The texts of all workers, by their rank in `group`.
+
+    *Collectives*: two all-gathers, of 1 and of the longest text's bytes / 8 numbers; every member must call.
+    """
+    # Bytes travel as they are, eight in the place of a number. A last 1 marks the end; what follows is padding.
+    data = torch.tensor([*text.encode(), 1], dtype=torch.uint8)
+    length = torch.full((1,), -(-data.numel() // 8), dtype=torch.float64, device=device)
+    longest = int(gather(length, group, kind).max())
+    message = torch.zeros(8 * longest, dtype=torch.uint8)
+    message[: data.numel()] = data
+    rows = gather(message.view(torch.float64).to(device), group, kind).cpu().view(torch.uint8)
+    return [bytes(row.tolist()).rstrip(b"\0")[:-1].decode() for row in rows]
 
 
 def _note(kind: str, message: Tensor, start: float) -> None:

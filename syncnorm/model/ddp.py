@@ -9,49 +9,68 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.base import SyncNorm, Unattached
-from syncnorm.comm import exchange, groups
+from syncnorm.comm import agreement, exchange, groups
 from syncnorm.model.lagged import PooledLagged
 from syncnorm.model.running import PooledRunning
 
 
-def prepare_ddp(model: nn.Module, process_group: groups.Group | None = None) -> nn.Module:
+def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
-    Makes the process groups that statistics travel on, attaches layers with `sync="running"` or "lagged" to
-    each other and to the forward of `model`, gives every worker rank 0's buffers once, and keeps the buffers of
-    our layers out of the broadcast that DDP makes before each forward: they are equal by construction where
-    statistics are pooled, and each worker's own where they are not.
+    Compares between the workers which layers they have and with whom each pools, makes the process groups that
+    statistics travel on, attaches layers with `sync="running"` or "lagged" to each other and to the forward of
+    `model`, gives every worker rank 0's buffers once, and keeps the buffers of our layers out of the broadcast that
+    DDP makes before each forward: they are equal by construction where statistics are pooled over all workers, and
+    each worker's or group's own where they are not.
 
-    *Collectives*: one broadcast per buffer, and one group creation per set of ranks. Every worker must call.
+    *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer, and the creation of groups.
+    Every worker must call.
 
     Args:
         model: changed in place; parameters are left to DDP, which broadcasts them itself.
-        process_group: the group that DDP will be given.
+        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. (With whom a layer pools is
+            the layer's own `process_group`.)
 
     Returns:
         `model`.
+
+    Raises:
+        InputError: `process_group` is no group; or a layer's rule does not fit the workers that there are.
+        FaultError: the workers differ in their layers, or in with whom these pool; the same on every worker.
 
     Warns:
         UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put in our place.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
+    among = groups.live(process_group)
     _look_for_replaced(model)
+    if among is not None and len(groups.ranks(among)) > 1:
+        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
+        agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
         layer.label = name or layer.label
         layer.statistics.settle()
         if layer.sync != "none":
-            groups.statistics_group(layer.process_group)
+            groups.statistics_group(layer.workers)
     _attach(model, ours)
-    if not groups.is_initialized():
+    if among is None:
         return model
     for buffer in model.buffers():
-        dist.broadcast(buffer, group=process_group, group_src=0)
+        dist.broadcast(buffer, group=among, group_src=0)
     names = {f"{name}.{key}".lstrip(".") for name, m in ours.items() for key, _ in m.named_buffers(recurse=False)}
     # The attribute that DistributedDataParallel reads; a test notices if that changes.
     model._ddp_params_and_buffers_to_ignore = sorted(  # pyright: ignore[reportArgumentType]
         names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     )
     return model
+
+
+def _kind(layer: SyncNorm) -> str:
+    return f"{type(layer).__name__}({layer.num_features}, sync={layer.sync!r})"
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def _look_for_replaced(model: nn.Module) -> None:
@@ -70,13 +89,13 @@ def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
     for name, layer in layers.items():
         if isinstance(layer.statistics, Unattached):
-            members = tuple(groups.ranks(groups.statistics_group(layer.process_group)))
+            members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer
     for (sync, _), some in together.items():
         (PooledRunning if sync == "running" else PooledLagged)(some).attach(model)
 
 
-def scale_loss(loss: Tensor, local_count: int, process_group: groups.Group | None = None) -> Tensor:
+def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None) -> Tensor:
     """Weight a worker's mean loss so that DDP's average over workers is the mean over all samples.
 
         scaled = loss * local_count * world_size / global_count

@@ -108,7 +108,7 @@ def _by_group(layers: dict[str, SyncNorm]) -> list[tuple[groups.Group | None, di
     """The layers that have the same workers, in an order that these agree on."""
     together: dict[tuple[int, ...], tuple[groups.Group | None, dict[str, SyncNorm]]] = {}
     for name, layer in layers.items():
-        group = groups.statistics_group(layer.process_group)
+        group = groups.statistics_group(layer.workers)
         together.setdefault(tuple(groups.ranks(group)), (group, {}))[1][name] = layer
     return list(together.values())
 

@@ -23,7 +23,7 @@ from syncnorm.ops import LocalSums, Statistic
 
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module, batches: Iterable[Any], *, process_group: groups.Group | None = None, mix: float = 1.0
+    model: nn.Module, batches: Iterable[Any], *, process_group: groups.Spec = None, mix: float = 1.0
 ) -> nn.Module:
     """Replace the running statistics by those of the data: every batch of every worker, weighted by count.
 
@@ -45,7 +45,7 @@ def recalibrate(
             modes and gradients stay as they are.
         batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list whose first
             element is the input.
-        process_group: the workers whose batches count; None: all of them.
+        process_group: the workers whose batches count, see `syncnorm.groups`; None: all of them.
         mix: weight of the new statistics, in (0, 1].
 
     Returns:

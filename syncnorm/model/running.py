@@ -75,7 +75,7 @@ class PooledRunning:
     @property
     def group(self) -> groups.Group | None:
         """Looked up anew, so that a copy or a pickle holds no process group."""
-        return groups.statistics_group(next(iter(self.layers.values())).process_group)
+        return groups.statistics_group(next(iter(self.layers.values())).workers)
 
     def attach(self, model: nn.Module) -> None:
         """Have the forward of `model` delimit the steps."""

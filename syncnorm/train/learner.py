@@ -82,7 +82,8 @@ class Learner:
     def announce(self, placement: Placement, parts: tuple[slice, ...]) -> None:
         """Tell the layers what the statistics of the next forward are taken over."""
         if self.statistics is not None:
-            self.statistics.place(_sharing(placement.shared_by, self.workers), [p.stop - p.start for p in parts])
+            over = groups.statistics_group(placement.shared_by)
+            self.statistics.place(over, [p.stop - p.start for p in parts])
 
     def settle(self) -> None:
         """Bring all running statistics up to date. Starts no exchange."""
@@ -196,12 +197,6 @@ def _group_statistics(config: Config, model: nn.Module) -> StatisticGroups | Non
     statistics = StatisticGroups(layers)
     statistics.attach(model)
     return statistics
-
-
-def _sharing(shared_by: int, workers: Workers) -> groups.Group | None:
-    if shared_by == workers.world_size:
-        return groups.statistics_group()
-    return groups.runs(shared_by)
 
 
 def _warn_of_noise(model: nn.Module) -> None:

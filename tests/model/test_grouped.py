@@ -39,7 +39,7 @@ def _step(micro_batch: int | None, norm_batch: int) -> tuple[dict[str, Tensor], 
     x = uneven_batch(COUNT, 3)
     cotangent = uneven_batch(COUNT, 4)
     placement = place(COUNT, norm_batch, rank, world_size, micro_batch)
-    over = groups.statistics_group() if placement.shared_by == world_size else groups.runs(placement.shared_by)
+    over = groups.statistics_group(placement.shared_by)
     outputs = torch.zeros_like(x)
     with exchange.record() as record, accumulate(model):
         for parts in placement.rounds:

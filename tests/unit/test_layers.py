@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncnorm
-from syncnorm import SyncBatchNorm, functional
+from syncnorm import SyncBatchNorm, functional, groups, prepare_ddp
 from syncnorm.errors import InputError, SyncnormError
 from syncnorm.testing import assert_close
 
@@ -182,8 +182,25 @@ INPUT_ERRORS = [
         "`num_batches_tracked` must be a counter where `momentum` is None",
     ),
     (
-        lambda: functional.sync_batch_norm(torch.randn(2, 3), process_group=object()),  # pyright: ignore
-        "`process_group` must belong to an initialised torch.distributed",
+        lambda: functional.sync_batch_norm(torch.randn(2, 3), process_group=groups.Ranks((0, 1))),
+        "`process_group` must belong to an initialised torch.distributed, got Ranks(members=(0, 1)) without",
+    ),
+    (
+        lambda: SyncBatchNorm(3, process_group=2)(torch.randn(2, 3)),
+        "`process_group` must divide the number of workers, got 2 for 1 worker(s). Take a divisor, or",
+    ),
+    (
+        lambda: SyncBatchNorm(3, process_group=object()),  # pyright: ignore
+        '`process_group` must be None, "world", "node", a number of neighbouring workers of at least 1, ',
+    ),
+    (lambda: SyncBatchNorm(3, process_group="nodes"), "one-dimensional DeviceMesh, got 'nodes'. None pools"),
+    (lambda: SyncBatchNorm(3, process_group=0), "one-dimensional DeviceMesh, got 0. None pools"),
+    (lambda: SyncBatchNorm(3, process_group=True), "one-dimensional DeviceMesh, got True. None pools"),
+    (lambda: groups.for_samples(0, 4), "`samples` must be an integer of at least 1, got 0."),
+    (lambda: groups.for_samples(8, 0), "`local_batch_size` must be an integer of at least 1, got 0."),
+    (
+        lambda: prepare_ddp(SyncBatchNorm(3), "node"),
+        "`process_group` must be the group that DistributedDataParallel is given, got 'node'. With whom",
     ),
 ]
 
@@ -221,6 +238,7 @@ def test_public_names():
         "accumulate",
         "debug",
         "functional",
+        "groups",
         "monitor",
         "prepare_ddp",
         "recalibrate",
