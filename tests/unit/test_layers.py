@@ -219,11 +219,17 @@ def test_public_names():
         "SyncBatchNorm",
         "SyncBatchRenorm",
         "accumulate",
+        "adopt_state_dict",
+        "conversion_table",
+        "convert",
+        "convert_sync_batchnorm",
         "debug",
         "functional",
         "monitor",
         "prepare_ddp",
         "recalibrate",
+        "register_adapter",
+        "revert",
         "scale_loss",
     ]
     assert functional.__all__ == ["sync_batch_norm", "sync_batch_renorm"]
