@@ -224,7 +224,7 @@ class SyncNorm(_BatchNorm):
         self.statistics.settle()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         _forget_and_fill(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 

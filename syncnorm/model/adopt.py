@@ -9,7 +9,7 @@ For each batch norm of the model, its entries in the foreign state say by their 
 | moving_mean, moving_variance, gamma, beta | Keras | running_mean, running_var, weight, bias |
 | moving_mean, moving_stddev, gamma, beta | Keras, renorm=True | running_var = moving_stddev^2 - eps |
 | renorm_mean, renorm_stddev, each over its _weight | Keras, renorm=True, without moving averages | as these |
-| ra_mean, ra_var, steps, scale, bias | CrossQ, sb3-contrib | running_mean, running_var, num_batches_tracked, weight, bias |
+| ra_mean, ra_var, steps, scale, bias | CrossQ (sb3-contrib) | running_mean, running_var, counter, weight, bias |
 """
 
 from __future__ import annotations

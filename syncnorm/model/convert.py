@@ -37,7 +37,8 @@ def convert(
 
     The layers stay the objects that they are, under all their names, with their parameters, buffers, hooks, modes and
     attributes: only their class changes (and `isinstance(layer, nn.BatchNorm2d)` with it; `_BatchNorm` remains). So
-    optimizers, ties and references hold, and evaluation gives the same bits as before. `revert` undoes it.
+    optimizers, ties and references hold, and evaluation gives the same bits as before (without running statistics the
+    same to rounding). `revert` undoes it.
 
     Converted are torch's BatchNorm1d/2d/3d, its SyncBatchNorm (whose process group stays unless another is given),
     lazy ones (with their first forward), parametrized ones, subclasses (which keep their other methods; with a forward
@@ -141,6 +142,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
         InputError: a layer was built as ours and `to` is not given, or it is wrapped. Nothing was changed.
 
     Example:
+        >>> import torch
         >>> layer = convert(nn.BatchNorm1d(1), SyncBatchRenorm)
         >>> _ = layer(torch.tensor([[1.0], [3.0]]))
         >>> revert(layer).running_mean, int(layer.num_batches_tracked)

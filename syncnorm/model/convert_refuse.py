@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,10 +39,10 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
     )
 
 
-def _class_to_be(layer: _BatchNorm) -> type[_BatchNorm]:
+def _class_to_be(layer: _BatchNorm) -> type[Any]:
     """Its class; of a lazy layer the one that it becomes."""
-    lazy = layer.pending.cls if isinstance(layer, LazySyncNorm) else own_class(layer)
-    return (vars(layer).get("cls_to_become") or lazy.cls_to_become) if issubclass(lazy, _LazyNormBase) else lazy
+    cls = layer.pending.cls if isinstance(layer, LazySyncNorm) else own_class(layer)
+    return vars(layer).get("cls_to_become", cls.cls_to_become) if issubclass(cls, _LazyNormBase) else cls
 
 
 def _busy(layer: SyncNorm) -> str | None:
@@ -76,7 +77,8 @@ def _unfit(layer: _BatchNorm, request: Request) -> str | None:
 
 def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
     """Attributes and methods of ours that the layer has already, as something else."""
-    ours = vars(request.to(1, device="meta")).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | {*AVERAGES}
+    built: nn.Module = request.to(1, device="meta")  # pyright: ignore[reportCallIssue]
+    ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | {*AVERAGES}
     ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1, device="meta"))}
     theirs = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
     for each in cls.__mro__:

@@ -194,6 +194,5 @@ def _become_later(layer: _LazyNormBase, name: str, request: Request) -> None:
         options = {k: v for k, v in earlier.options.items() if k in names} | request.options
         request = Request(request.to, request.process_group or earlier.process_group, options)
         layer.put_back()
-    pending = Pending(type(layer), name, request)
+    layer.__dict__["pending"] = Pending(type(layer), name, request)
     layer.__class__ = LazySyncNorm
-    layer.pending = pending  # pyright: ignore[reportAttributeAccessIssue]
