@@ -92,7 +92,7 @@ def adopt_state_dict(model: nn.Module, state: Mapping[str, Any], *, source: str 
     entries, target = _tidy(state, model), model.state_dict()
     layers: dict[str, str] = {}
     notes: list[str] = []
-    for name, layer in model.named_modules():
+    for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             prefix = f"{name}." if name else ""
             read = _read(_take(entries, prefix), layer, source, name)

@@ -48,8 +48,7 @@ def _train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 def _evaluate(model: nn.Module) -> Tensor:
     with torch.no_grad():
-        y = copy.deepcopy(model).eval()(_images(9))
-    return y
+        return copy.deepcopy(model).eval()(_images(9))
 
 
 HOOKS = [name for name in vars(nn.BatchNorm1d(1)) if "hooks" in name]
