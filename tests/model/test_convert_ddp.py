@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -56,7 +57,7 @@ def test_two_workers_train_as_torchs_model_on_the_whole_batch(pool, name):
     if name.startswith("transformers"):
         pytest.importorskip("transformers", reason="transformers is not installed")
     curve, state = _train(name, (SIZE,), False)
-    assert curve[-1] < 0.9 * curve[0], "the run must go somewhere"
+    assert min(abs(a - b) for a, b in pairwise(curve)) > 1e-2, "the run must go somewhere"
     for got, sharded in pool(len(SIZES)).run(_train, name, SIZES, True):
         assert got == pytest.approx(curve, rel=1e-10)
         assert sharded.keys() == state.keys()
