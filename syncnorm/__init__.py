@@ -6,6 +6,9 @@ from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.accumulate import accumulate
+from syncnorm.model.adapters import register_adapter
+from syncnorm.model.adopt import adopt_state_dict
+from syncnorm.model.convert import conversion_table, convert, convert_sync_batchnorm, revert
 from syncnorm.model.ddp import prepare_ddp, scale_loss
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
@@ -16,12 +19,18 @@ __all__ = [
     "SyncBatchNorm",
     "SyncBatchRenorm",
     "accumulate",
+    "adopt_state_dict",
+    "conversion_table",
+    "convert",
+    "convert_sync_batchnorm",
     "debug",
     "functional",
     "groups",
     "monitor",
     "prepare_ddp",
     "recalibrate",
+    "register_adapter",
+    "revert",
     "scale_loss",
 ]
 __version__ = "0.1.0"

@@ -98,18 +98,13 @@ class Unattached(Immediate):
         )
 
 
-def _settle(layer: SyncNorm, *args: object) -> None:
-    """Before a state dict is made: nothing may be under way."""
-    layer.statistics.settle()
-
-
-def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str) -> None:
     """Before a state dict is loaded: what is under way belongs to the old state.
 
     One of a batch norm has no averages, so a lagged layer starts by pooling; and other layers have no use for them.
     """
     layer.statistics.forget(layer)
-    names = [f"{prefix}{name}" for name in _AVERAGES]
+    names = [f"{prefix}{name}" for name in AVERAGES]
     if layer.sync != "lagged":
         for name in names:
             state_dict.pop(name, None)
@@ -117,7 +112,7 @@ def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str
         state_dict |= {f"{prefix}{name}": value for name, value in _initial_averages(layer).items()}
 
 
-_AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "lagged_waits")
+AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "lagged_waits")
 
 
 def _initial_averages(layer: SyncNorm, device: torch.device | str | None = None) -> dict[str, Tensor]:
@@ -155,28 +150,37 @@ class SyncNorm(_BatchNorm):
         process_group: groups.Spec,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
-        sync: str | Lagged,
+        **options: Any,
     ) -> None:
         functional.check_hyperparameters(num_features, eps, momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        self.set_up(process_group, device, **options)
+
+    def set_up(
+        self,
+        process_group: groups.Group | None,
+        device: torch.device | str | None = None,
+        *,
+        sync: str | Lagged = "batch",
+    ) -> None:
+        """Add to torch's layer what makes it one of ours: while it is built, and when it is converted."""
         options = sync if isinstance(sync, Lagged) else Lagged()
         sync = "lagged" if isinstance(sync, Lagged) else sync
         functional.check_choice("sync", sync, ("batch", "running", "lagged", "none"))
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         self.process_group = process_group
         self.sync = sync
         self.lagged = options
-        self.label = f"{type(self).__name__}({num_features})"
+        self.label = f"{type(self).__name__}({self.num_features})"
         """What errors call this layer; `prepare_ddp` makes it the name within the model."""
         self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
         if sync == "lagged":
-            for name, value in _initial_averages(self, device).items():
+            tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+            for name, value in _initial_averages(self, next((t.device for t in tensors), device)).items():
                 self.register_buffer(name, value)
         self.seen: tuple[Call, Moments] | None = None
         """The last training statistic, for those who watch: what went into it, and what the batch was normalised by."""
         self._has_warned = False
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
-        self.register_state_dict_pre_hook(_settle)
-        self.register_load_state_dict_pre_hook(_forget_and_fill)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
@@ -217,6 +221,15 @@ class SyncNorm(_BatchNorm):
             self.statistics.settle()
         return super().train(mode)
 
+    # Methods, not hooks: a layer that is converted, and back, keeps the hooks that it had and no others.
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self.statistics.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        _forget_and_fill(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def reset_running_stats(self) -> None:
         """Set the running statistics (and the averages of `sync="lagged"`) to their initial values."""
         if "statistics" in self.__dict__:
@@ -246,7 +259,7 @@ class SyncNorm(_BatchNorm):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: what is under way belongs to the old tensors, and averages stay float64.
         self.statistics.settle()
-        wide = {name: b for name, b in self._buffers.items() if name in _AVERAGES and b is not None and not b.is_meta}
+        wide = {name: b for name, b in self._buffers.items() if name in AVERAGES and b is not None and not b.is_meta}
         super()._apply(fn, recurse)
         for name, before in wide.items():
             now = self.get_buffer(name)

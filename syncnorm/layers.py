@@ -79,7 +79,9 @@ class SyncBatchNorm(SyncNorm):
         *,
         sync: str | Lagged = "batch",
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync=sync
+        )
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
         return self.weight, self.bias
@@ -147,8 +149,31 @@ class SyncBatchRenorm(SyncNorm):
                 "`track_running_stats` must be True, got False. Renormalisation corrects towards running statistics; "
                 "without them use SyncBatchNorm."
             )
+        super().__init__(
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            process_group,
+            device,
+            dtype,
+            sync=sync,
+            schedule=schedule,
+            running_average=running_average,
+        )
+
+    def set_up(
+        self,
+        process_group: groups.Group | None,
+        device: torch.device | str | None = None,
+        *,
+        sync: str | Lagged = "batch",
+        schedule: Schedule = RenormSchedule(),  # noqa: B008 frozen
+        running_average: str = "std",
+    ) -> None:
         functional.check_running_average(running_average)
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync)
+        super().set_up(process_group, device, sync=sync)
         self.schedule = schedule
         self.running_average = running_average
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import ops
-from syncnorm.base import Call, SyncNorm
+from syncnorm.base import Call, SyncNorm, Unattached
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
@@ -117,6 +117,12 @@ class PooledRunning:
         """
         self.settle()
         self._forward.sums.pop(self._name(layer), None)
+
+    def release(self, layer: SyncNorm) -> None:
+        """Let a layer go, up to date: it is about to become another one. On every worker alike."""
+        self.forget(layer)
+        del self.layers[self._names.pop(layer)]
+        layer.statistics = Unattached()
 
     def drop(self) -> None:
         """Forget what a step has gathered and not sent."""

@@ -236,12 +236,18 @@ def test_public_names():
         "SyncBatchNorm",
         "SyncBatchRenorm",
         "accumulate",
+        "adopt_state_dict",
+        "conversion_table",
+        "convert",
+        "convert_sync_batchnorm",
         "debug",
         "functional",
         "groups",
         "monitor",
         "prepare_ddp",
         "recalibrate",
+        "register_adapter",
+        "revert",
         "scale_loss",
     ]
     assert functional.__all__ == ["sync_batch_norm", "sync_batch_renorm"]

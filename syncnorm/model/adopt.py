@@ -1,0 +1,238 @@
+"""State dicts of other libraries, read into a model whose batch norms may be ours.
+
+For each batch norm of the model, its entries in the foreign state say by their names what they are:
+
+| entries | of | become |
+|---|---|---|
+| running_mean, running_var | torch (also its SyncBatchNorm), apex, mmcv, timm, our layers | the same |
+| the same | inplace_abn, only if it is named: it normalises by abs(weight) + eps | weight = abs(weight) + eps |
+| moving_mean, moving_variance, gamma, beta | Keras | running_mean, running_var, weight, bias |
+| moving_mean, moving_stddev, gamma, beta | Keras, renorm=True | running_var = moving_stddev^2 - eps |
+| renorm_mean, renorm_stddev, each over its _weight | Keras, renorm=True, without moving averages | as these |
+| ra_mean, ra_var, steps, scale, bias | CrossQ (sb3-contrib) | running_mean, running_var, counter, weight, bias |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from syncnorm import functional
+from syncnorm.base import AVERAGES
+from syncnorm.errors import InputError
+from syncnorm.layers import SyncBatchRenorm
+
+Entries = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Adopted:
+    """What `adopt_state_dict` did; printing it tells."""
+
+    layers: dict[str, str]
+    """By qualified name, what each batch norm's entries were recognised as."""
+    notes: tuple[str, ...]
+    """What was changed or made up, and what a state dict does not say."""
+
+    def __str__(self) -> str:
+        kinds = sorted(set(self.layers.values()))
+        lines = [f"{sum(k == kind for k in self.layers.values())} batch norms as {kind}" for kind in kinds]
+        return "\n".join((*lines, *self.notes))
+
+
+class _Read(NamedTuple):
+    """A layer's entries in our names, and what to say about them."""
+
+    kind: str
+    entries: Entries
+    notes: tuple[str, ...] = ()
+
+
+def adopt_state_dict(model: nn.Module, state: Mapping[str, Any], *, source: str | None = None) -> Adopted:
+    """Fill `model` from a state dict of another library: all of it, or nothing and an error.
+
+    Batch norms are found by the model's names and recognised by what their entries are called (see this module's
+    table); everything else must have the model's own names and shapes. A prefix "module." or "_orig_mod." of all names
+    is left out, and Keras's "bn/gamma:0" is read as bn.gamma. A layer or a part of a model can be filled alone:
+    `adopt_state_dict(model.bn1, entries)`.
+
+    Not in any state dict, and so not adopted: eps, momentum, activations. The notes say where a library's default eps
+    is not the layer's. Running statistics are read so that evaluation gives what it gave there. Where Keras has two
+    sets of averages (renorm=True), those that its evaluation used are taken.
+
+    *Collectives*: none. Every worker must adopt the same state.
+
+    Args:
+        model: changed in place, parameters by `load_state_dict`.
+        state: names to tensors or arrays.
+        source: "inplace_abn" must be named, since its entries are called as torch's are and mean something else;
+            "torch", "keras" and "crossq" insist on theirs. None: recognised.
+
+    Returns:
+        What was recognised, changed and made up.
+
+    Raises:
+        InputError: names are missing or left over, or shapes differ. Nothing was changed.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1, eps=1e-3)
+        >>> ones = torch.ones(1)
+        >>> print(adopt_state_dict(layer, {"moving_mean": ones, "moving_variance": ones, "gamma": ones, "beta": ones}))
+        1 batch norms as keras
+        '': num_batches_tracked = 0, since the state has no counter
+    """
+    if source is not None:
+        functional.check_choice("source", source, ("torch", "inplace_abn", "keras", "crossq"))
+    entries, target = _tidy(state, model), model.state_dict()
+    layers: dict[str, str] = {}
+    notes: list[str] = []
+    for name, layer in model.named_modules(remove_duplicate=False):
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            prefix = f"{name}." if name else ""
+            read = _read(_take(entries, prefix), layer, source, name)
+            entries |= {prefix + key: value for key, value in read.entries.items()}
+            layers[name] = read.kind
+            notes += (f"{name!r}: {note}" for note in read.notes)
+    _check(entries, target)
+    model.load_state_dict(entries)
+    return Adopted(layers, tuple(notes))
+
+
+def _tidy(state: Mapping[str, Any], model: nn.Module) -> Entries:
+    """Tensors under names as torch has them, without what wrappers put before all of them."""
+    entries = {
+        (name.removesuffix(":0").replace("/", ".") if "/" in name or name.endswith(":0") else name): (
+            value if isinstance(value, Tensor) else torch.as_tensor(value)
+        )
+        for name, value in state.items()
+    }
+    for prefix in ("module.", "_orig_mod."):
+        is_own = any(name.startswith(prefix) for name in model.state_dict())
+        if entries and not is_own and all(name.startswith(prefix) for name in entries):
+            entries = {name.removeprefix(prefix): value for name, value in entries.items()}
+    return entries
+
+
+_NAMES = {
+    "running_mean", "running_var", "num_batches_tracked", "weight", "bias", *AVERAGES,
+    "moving_mean", "moving_variance", "moving_stddev", "gamma", "beta",
+    "renorm_mean", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight",
+    "ra_mean", "ra_var", "steps", "scale",
+}  # fmt: skip
+
+
+def _take(entries: Entries, prefix: str) -> Entries:
+    """Out of all entries those of one layer that are called as some library calls them."""
+    return {name: entries.pop(prefix + name) for name in sorted(_NAMES) if prefix + name in entries}
+
+
+def _read(own: Entries, layer: _BatchNorm, source: str | None, name: str) -> _Read:
+    """Recognise a layer's entries, and say them in our names."""
+    readers = {"keras": _read_keras, "crossq": _read_crossq, "torch": _read_torch, "inplace_abn": _read_inplace_abn}
+    kind = source or _recognise(own)
+    if _recognise(own) != ("torch" if kind == "inplace_abn" else kind):
+        raise InputError(
+            f"`source` must be what the state is of, got {source!r} for {name!r} with {sorted(own)}. Leave it out."
+        )
+    read = readers[kind](own, layer)
+    if layer.num_batches_tracked is not None and "num_batches_tracked" not in read.entries:
+        read.entries["num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
+        return read._replace(notes=(*read.notes, "num_batches_tracked = 0, since the state has no counter"))
+    counted = int(read.entries.get("num_batches_tracked", torch.zeros(())))
+    if isinstance(layer, SyncBatchRenorm) and kind == "torch" and counted:
+        note = (
+            f"the schedule's clock stands at {counted}; if that was batch normalisation, set num_batches_tracked to 0"
+        )
+        return read._replace(notes=(*read.notes, note))
+    return read
+
+
+def _recognise(own: Entries) -> str:
+    if {"moving_mean", "renorm_mean"} & own.keys():
+        return "keras"
+    return "crossq" if "ra_mean" in own else "torch"
+
+
+def _read_torch(own: Entries, layer: _BatchNorm) -> _Read:
+    return _Read("torch", own)
+
+
+def _read_inplace_abn(own: Entries, layer: _BatchNorm) -> _Read:
+    """y = xhat * (abs(weight) + eps) + bias, followed by an activation."""
+    if "weight" not in own:
+        return _Read("inplace_abn", own)
+    negative = int((own["weight"] < 0).sum())
+    own["weight"] = own["weight"].abs() + layer.eps
+    note = f"weight = abs(weight) + {layer.eps:g} ({negative} were negative); the activation must follow the layer"
+    return _Read("inplace_abn", own, (note,))
+
+
+def _read_keras(own: Entries, layer: _BatchNorm) -> _Read:
+    """Biased variances; with renorm=True the averages of sigma = sqrt(var + eps), which are read as ours are."""
+    notes: list[str] = []
+    mean, var, std = (own.pop(key, None) for key in ("moving_mean", "moving_variance", "moving_stddev"))
+    averages = {key: own.pop(key) for key in sorted(own) if key.startswith("renorm_")}
+    if mean is None and averages:
+        mean, std = (_debiased(averages, key) for key in ("renorm_mean", "renorm_stddev"))
+        notes.append("running statistics from renorm_mean and renorm_stddev, since the state has no moving averages")
+    elif averages:
+        notes.append("renorm_mean and renorm_stddev were left out: evaluation used the moving averages")
+    if std is not None:
+        var = (std.double().square() - layer.eps).clamp(min=0.0).to(std.dtype)
+        notes.append(f"running_var = stddev^2 - {layer.eps:g}, which keeps sigma whatever eps was")
+    elif layer.eps != 1e-3:
+        notes.append(f"eps is {layer.eps:g} here, and 0.001 in Keras by default")
+    entries = {key: value for key, value in (("running_mean", mean), ("running_var", var)) if value is not None}
+    for theirs, ours, neutral in (("gamma", "weight", 1.0), ("beta", "bias", 0.0)):
+        parameter = getattr(layer, ours)
+        if theirs in own:
+            entries[ours] = own.pop(theirs)
+        elif parameter is not None and mean is not None:
+            entries[ours] = torch.full_like(mean, neutral)
+            notes.append(f"{ours} = {neutral:g}, since the state has no {theirs}")
+    return _Read("keras", own | entries, tuple(notes))
+
+
+def _debiased(averages: Entries, name: str) -> Tensor | None:
+    """Older versions average from 0, and keep beside each average the weight that values have in it."""
+    value, weight = averages.get(name), averages.get(f"{name}_weight")
+    if value is None or weight is None:
+        return value
+    if not weight > 0:
+        raise InputError(
+            f"`state` must hold averages of something, got {name}_weight = {float(weight):g}. Train first."
+        )
+    return value / weight
+
+
+def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:
+    """y = (x - ra_mean) / sqrt(ra_var + eps) * scale + bias; ra_var averages the unbiased variance."""
+    names = {"ra_mean": "running_mean", "ra_var": "running_var", "steps": "num_batches_tracked", "scale": "weight"}
+    notes = () if layer.eps == 1e-3 else (f"eps is {layer.eps:g} here, and 0.001 in CrossQ by default",)
+    if isinstance(layer, SyncBatchRenorm) and layer.running_average != "var":
+        notes += ('its running_var averages variances; running_average="var" goes on so',)
+    return _Read("crossq", {names.get(key, key): value for key, value in own.items()}, notes)
+
+
+def _check(entries: Entries, target: Mapping[str, Any]) -> None:
+    """InputError unless these are all of the model's entries, with its shapes."""
+    faults = [f"nothing for {name!r}" for name in target if name not in entries and not name.endswith(AVERAGES)]
+    faults += [f"{name!r}, which the model does not have" for name in entries if name not in target]
+    faults += [
+        f"{name!r} of shape {tuple(value.shape)}, which is {tuple(target[name].shape)} in the model"
+        for name, value in entries.items()
+        if name in target and isinstance(target[name], Tensor) and not is_lazy(target[name])
+        and value.shape != target[name].shape
+    ]  # fmt: skip
+    if faults:
+        more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
+        raise InputError(
+            f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or leave out what does "
+            "not fit, or fill a part of the model. Nothing was changed."
+        )
