@@ -77,6 +77,20 @@ def _launch_id() -> str | None:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
+def read_host() -> str:
+    """Say where the worker of rank 0 is, as a launcher has told all its workers.
+
+    Raises:
+        ConfigError: no launcher has.
+    """
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise ConfigError(
+            "environment variable MASTER_ADDR must name a host where RANK is set, got nothing. Use torchrun."
+        )
+    return host
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What the environment says about the speed and the safety of workers.
