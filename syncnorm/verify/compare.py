@@ -48,7 +48,7 @@ def expect_close(
     error = (got - expected).abs()
     worst = int((error / bound).nan_to_num(float("inf"), float("inf")).argmax())
     g, e, off, allowed = (t.flatten()[worst].item() for t in (got, expected, error, bound))
-    expect(got.isfinite().all().item(), f"{what} is {g:g}, should be {e:.6g}")
+    expect(bool(got.isfinite().all()), f"{what} is {g:g}, should be {e:.6g}")
     expect(off <= allowed, f"{what} is {off:.1e} off, allowed {allowed:.1e} (got {g:.6g}, should be {e:.6g})")
 
 

@@ -16,6 +16,7 @@ from syncnorm.verify.team import Team, join, ranks_in_words
 
 # Time for a worker to say that another does not answer, before it is given up itself.
 _GRACE_SECONDS = 2.0
+_START_SECONDS = 120.0
 
 
 class Crew(Protocol):
@@ -76,8 +77,10 @@ class LocalCrew:
 
     def _living_pool(self) -> RankPool:
         if self._pool is None or not self._pool.is_alive:
-            self._pool = RankPool(self.world_size, timeout_seconds=self.deadline_seconds + _GRACE_SECONDS)
+            # The deadline is for checks; starting takes what it takes.
+            self._pool = RankPool(self.world_size, timeout_seconds=self.deadline_seconds + _START_SECONDS)
             self._pool.run(_join, self.deadline_seconds)
+            self._pool.timeout_seconds = self.deadline_seconds + _GRACE_SECONDS
         return self._pool
 
 

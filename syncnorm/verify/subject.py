@@ -80,7 +80,7 @@ def subject_of(reference: str) -> Subject:
         ConfigError: there is no such class, or it is no layer.
     """
     cls = load(reference)
-    accepted = set(inspect.signature(cls).parameters)
+    accepted = _accepted(cls)
     claims = accepted & set(_OPTIONS)
     if issubclass(cls, SyncNorm):
         claims |= {claim for claim, is_claimed in _OURS.items() if is_claimed}
@@ -89,6 +89,18 @@ def subject_of(reference: str) -> Subject:
     if issubclass(cls, SyncBatchRenorm):
         claims = (claims | {"renorm"}) - {"track_running_stats"}
     return Subject(reference, frozenset(accepted), frozenset(claims))
+
+
+def _accepted(cls: type[nn.Module]) -> set[str]:
+    """Names of the arguments of a constructor; with **kwargs also those of the class that it extends."""
+    names: set[str] = set()
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
+    return names
 
 
 def ours() -> list[Subject]:

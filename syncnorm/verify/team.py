@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] documented all the same
 
 from syncnorm.verify.check import Check, Verdict, Wrong
 from syncnorm.verify.subject import Subject
@@ -51,9 +52,7 @@ class Team:
 
     subject: Subject
 
-    def __init__(
-        self, store: dist.Store, rank: int, world_size: int, device: torch.device, deadline_seconds: float
-    ) -> None:
+    def __init__(self, store: Store, rank: int, world_size: int, device: torch.device, deadline_seconds: float) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.deadline_seconds = deadline_seconds
         self._store = store
@@ -84,7 +83,7 @@ class Team:
     def leave(self) -> None:
         """Say that nothing more is to come; rank 0, whose store it is, waits until all have said so."""
         self._deadline = time.monotonic() + self.deadline_seconds
-        self._store.set(f"left/{self.rank}", b"")
+        self._store.set(f"left/{self.rank}", "")
         if self.rank == 0:
             for rank in range(self.world_size):
                 self._comes(f"left/{rank}")
@@ -106,7 +105,7 @@ class Team:
         """Exchange values, of whatever kind."""
         self._round += 1
         keys = [f"{self._round}/{rank}" for rank in range(self.world_size)]
-        self._store.set(keys[self.rank], pickle.dumps(value))
+        self._store.set(keys[self.rank], pickle.dumps(value))  # pyright: ignore[reportArgumentType] takes bytes too
         lost = [rank for rank, key in enumerate(keys) if not self._comes(key)]
         if lost:
             raise _Lost(f"no answer from {ranks_in_words(lost)} within {self.deadline_seconds:g} s")
@@ -133,11 +132,11 @@ def join(rank: int, world_size: int, device: torch.device, host: str, deadline_s
     timeout = timedelta(seconds=deadline_seconds + 60.0)
     store, port = None, [0]
     if rank == 0:
-        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+        store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
         port = [store.port]
     dist.broadcast_object_list(port, src=0, device=device)
     if store is None:
-        store = dist.TCPStore(host, port[0], is_master=False, timeout=timeout)
+        store = TCPStore(host, port[0], is_master=False, timeout=timeout)
     return Team(store, rank, world_size, device, deadline_seconds)
 
 

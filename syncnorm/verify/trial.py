@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm.verify.compare import expect_step
+from syncnorm.verify.compare import expect, expect_step
 from syncnorm.verify.team import Team
 from syncnorm.verify.truth import Batch, Oracle, Step, Use, initial_statistics, parameters
 
@@ -75,6 +75,9 @@ def take_step(
     y = use(layer, x, mask)
     if y.requires_grad:
         y.backward(layout(cotangent))
+    # The gradient of an empty shard is nothing, and may be missing.
+    is_missing = needs_grad and x.grad is None and x.numel() > 0
+    expect(not is_missing, f"input gradient of rank {team.rank} is missing")
     return team.gather(look(layer, y, x.grad))
 
 

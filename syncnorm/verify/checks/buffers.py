@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from syncnorm.verify.check import check
@@ -18,9 +20,9 @@ def buffers_equal(team: Team) -> None:
     for seed in range(3):
         batch = random_batch(sum(sizes), (7, 5, 5), torch.float32, mean=30.0, seed=seed)
         got = take_step(team, layer, batch, sizes)
-    for name, value in got[0].buffers.items():
-        for rank, step in enumerate(got):
-            expect_same_bits(f"{name} of rank {rank}, against rank 0,", step.buffers[name], value)
+        for name, value in got[0].buffers.items():
+            for rank, step in enumerate(got):
+                expect_same_bits(f"{name} of rank {rank}, against rank 0,", step.buffers[name], value)
 
 
 @check(
@@ -81,7 +83,7 @@ def input_stays(team: Team) -> None:
 @check("reset", "reset_running_stats() starts again")
 def reset(team: Team) -> None:
     sizes = ragged(team.world_size)
-    layer = make_layer(team, 4)
+    layer: Any = make_layer(team, 4)
     take_step(team, layer, random_batch(sum(sizes)), sizes)
     layer.reset_running_stats()
     fresh = team.subject.make(4).double()
