@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch.distributed as dist
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.env import Launched, read_host
+from syncnorm.run.env import Launched, read_host, set_for_children
 from syncnorm.run.worker import join
 from syncnorm.verify import LaunchedCrew, LocalCrew, Report, Result, Subject, ours, subject_of, verify
 from syncnorm.verify.check import Check, Verdict
@@ -39,6 +39,7 @@ def run_verify(
     if launched is not None:
         _end(_as_worker(workers, layers, deadline_seconds, json, launched))
     subjects = _subjects(layers)
+    set_for_children()
     with LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
         report = verify(crew, subjects, _teller(json))
     _print_end(report, json)
@@ -77,6 +78,7 @@ def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: 
         tell(report.add(subject.reference, check, verdict, deadline_seconds))
         if workers.is_first:
             _print_end(report, json)
+        team.leave(after_hang=True)
         _end(1)
 
     crew = LaunchedCrew(team, dist.get_backend(), give_up)

@@ -143,6 +143,5 @@ class LaunchedCrew:
         return verdict
 
     def close(self) -> None:
-        """Leave; the worker that has the store goes last."""
-        if not self.is_lost:
-            self._team.leave()
+        """Leave, in an order in which nobody is cut off."""
+        self._team.leave(self.is_lost)

@@ -80,11 +80,17 @@ class Team:
             said = f"; rank {self.rank} {mine.reason}" if mine.status == "raised" else ""
             return Verdict("hangs", f"{lost}{said}")
 
-    def leave(self) -> None:
-        """Say that nothing more is to come; rank 0, whose store it is, waits until all have said so."""
+    def leave(self, after_hang: bool = False) -> None:
+        """Say that nothing more is to come, and wait for those who still need this process.
+
+        Rank 0 has the store, so it waits for all. After a check that hangs some will never come; then the others wait
+        for rank 0, which says what was found: a launcher ends all workers when the first ends.
+        """
         self._deadline = time.monotonic() + self.deadline_seconds
         self._store.set(f"left/{self.rank}", "")
-        if self.rank == 0:
+        if after_hang and self.rank > 0:
+            self._comes("left/0")
+        if not after_hang and self.rank == 0:
             for rank in range(self.world_size):
                 self._comes(f"left/{rank}")
 

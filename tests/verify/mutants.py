@@ -457,3 +457,9 @@ class LateClock(SyncBatchRenorm):
         assert self.num_batches_tracked is not None
         r_max, d_max = self.schedule((self.num_batches_tracked - 1).clamp(min=0))
         return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
+
+
+class SkipsEmptyOnRankZero(SyncBatchNorm):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        skips = self.training and len(x) == 0 and dist.get_rank() == 0
+        return x * self.weight.view(1, -1, 1) if skips else super().forward(x, mask)
