@@ -119,6 +119,28 @@ def doctor(run_dir: Annotated[Path, typer.Option(help="The folder in which runs 
     raise typer.Exit(exit_status(checks))
 
 
+@app.command()
+def verify(
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers to start on this machine; 2 if not given.")
+    ] = None,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE:CLASS", help="A layer class to verify, which is imported; ours if not given."),
+    ] = None,
+    deadline: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="For one check.")] = 20.0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Hold layers against the large batch in float64, on live workers: of this machine, or those of torchrun.
+
+    Any synchronised layer can be verified; what it does not claim to do is "not offered". Exit status 1 if a check
+    fails.
+    """
+    from syncnorm.run.verify import run_verify
+
+    raise typer.Exit(run_verify(workers, layer or [], deadline, json, read_launched()))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status.
 

@@ -15,7 +15,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -80,7 +80,25 @@ def shard(batch: Tensor, sizes: Sequence[int]) -> list[Tensor]:
 
 
 class RankFailure(SyncnormError):
-    """A rank of a pool raised, died or did not answer; the pool has been ended."""
+    """A rank of a pool raised, died or did not answer; the pool has been ended.
+
+    Args:
+        answers: by rank, of those that answered.
+        failures: by rank, a traceback or how the process ended.
+        silent: ranks that did not answer.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        answers: Mapping[int, Any] | None = None,
+        failures: Mapping[int, str] | None = None,
+        silent: Sequence[int] = (),
+    ) -> None:
+        super().__init__(message)
+        self.answers = answers or {}
+        self.failures = failures or {}
+        self.silent = list(silent)
 
 
 class RankPool:
@@ -166,7 +184,7 @@ class RankPool:
         if failures or waiting:
             lines = [f"rank {rank}: {text}" for rank, text in sorted(failures.items())]
             lines += [f"rank {rank}: no answer" for rank in sorted(waiting)]
-            raise RankFailure("\n".join(lines))
+            raise RankFailure("\n".join(lines), results, failures, sorted(waiting))
         return [results[rank] for rank in range(self.world_size)]
 
     def close(self) -> None:

@@ -77,6 +77,20 @@ def _launch_id() -> str | None:
     return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
 
 
+def read_host() -> str:
+    """Say where the worker of rank 0 is, as a launcher has told all its workers.
+
+    Raises:
+        ConfigError: no launcher has.
+    """
+    host = os.environ.get("MASTER_ADDR")
+    if not host:
+        raise ConfigError(
+            "environment variable MASTER_ADDR must name a host where RANK is set, got nothing. Use torchrun."
+        )
+    return host
+
+
 @dataclass(frozen=True)
 class Tuning:
     """What the environment says about the speed and the safety of workers.
@@ -163,13 +177,18 @@ def set_for_ray_client(address: str, has_token: bool) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
+def set_for_children() -> None:
+    """Set what makes workers on a CPU fast and quiet, for those that this process starts; what is set already stays."""
+    for name, value in {**_WORKER, **_MALLOC}.items():
+        os.environ.setdefault(name, value)
+
+
 def set_for_workers(run_folder: Path) -> None:
     """Set what the workers that this process starts shall find in their environment.
 
     What is set already stays, except for what must be so.
     """
-    for name, value in {**_WORKER, **_MALLOC}.items():
-        os.environ.setdefault(name, value)
+    set_for_children()
     # With gloo, workers that are started again would otherwise find the addresses of their predecessors.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[_RUN_FOLDER] = str(run_folder)

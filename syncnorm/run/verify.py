@@ -1,0 +1,108 @@
+"""The command `syncnorm verify`: on workers that it starts, or as one worker of a launcher."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch.distributed as dist
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.env import Launched, read_host, set_for_children
+from syncnorm.run.worker import join
+from syncnorm.verify import LaunchedCrew, LocalCrew, Report, Result, Subject, ours, subject_of, verify
+from syncnorm.verify.check import Check, Verdict
+from syncnorm.verify.report import print_result
+from syncnorm.verify.team import join as join_team
+
+_LOCAL_WORKERS = 2
+
+
+def run_verify(
+    workers: int | None, layers: Sequence[str], deadline_seconds: float, json: bool, launched: Launched | None
+) -> int:
+    """Verify layers and say what came of it.
+
+    Args:
+        workers: to be started; must be None where a launcher has started them.
+        layers: `package:Class`; ours if empty.
+        deadline_seconds: for one check.
+        json: print one JSON object instead of lines.
+        launched: which worker this is; None: none.
+
+    Returns:
+        The exit status: 1 if a check failed. A worker of a launcher ends with it instead.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+    """
+    if launched is not None:
+        _end(_as_worker(workers, layers, deadline_seconds, json, launched))
+    subjects = _subjects(layers)
+    set_for_children()
+    with LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
+        report = verify(crew, subjects, _teller(json))
+    _print_end(report, json)
+    return report.exit_status
+
+
+def _as_worker(
+    workers: int | None, layers: Sequence[str], deadline_seconds: float, json: bool, launched: Launched
+) -> int:
+    try:
+        if workers is not None:
+            raise ConfigError(
+                f"`--workers` must be left to the launcher, which started {launched.world_size}, got {workers}."
+            )
+        return verify_launched(_subjects(layers), deadline_seconds, json, launched)
+    except ConfigError as error:
+        if launched.rank == 0:
+            print(f"syncnorm: {error}", file=sys.stderr)
+        return 2
+
+
+def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: bool, launched: Launched) -> int:
+    """Verify layers as one worker among others; rank 0 speaks.
+
+    *Collectives*: those of `verify`; every worker must call.
+
+    Returns:
+        The exit status.
+    """
+    workers = join("auto", launched, deadline_seconds)
+    team = join_team(workers.rank, workers.world_size, workers.device, read_host(), deadline_seconds)
+    report = Report(workers.world_size, dist.get_backend(), workers.device.type)
+    tell = _teller(json) if workers.is_first else id
+
+    def give_up(check: Check, subject: Subject, verdict: Verdict) -> None:
+        tell(report.add(subject.reference, check, verdict, deadline_seconds))
+        if workers.is_first:
+            _print_end(report, json)
+        team.leave(after_hang=True)
+        _end(1)
+
+    crew = LaunchedCrew(team, dist.get_backend(), give_up)
+    verify(crew, subjects, tell, report=report)
+    if workers.is_first:
+        _print_end(report, json)
+    crew.close()
+    return report.exit_status
+
+
+def _subjects(layers: Sequence[str]) -> list[Subject]:
+    return [subject_of(layer) for layer in layers] or ours()
+
+
+def _teller(json: bool) -> Callable[[Result], object]:
+    return id if json else print_result
+
+
+def _print_end(report: Report, json: bool) -> None:
+    print(report.as_json() if json else "\n".join(report.summary()), flush=True)
+
+
+def _end(status: int) -> NoReturn:
+    """Leave without taking the interpreter down: gloo's threads may abort the process then, and one may be stuck."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

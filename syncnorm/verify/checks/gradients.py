@@ -1,0 +1,187 @@
+"""Backward passes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from syncnorm.verify.check import check
+from syncnorm.verify.compare import expect, expect_close, expect_shards, expect_step, expect_sum
+from syncnorm.verify.subject import Layer
+from syncnorm.verify.team import Team
+from syncnorm.verify.trial import look, make_layer, my_shard, plainly, ragged, take_step, trial
+from syncnorm.verify.truth import Oracle, random_batch
+
+
+@check("input-without-gradient", "weight and bias have their gradients where no input needs one")
+def input_without_gradient(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes))], sizes, needs_grad=False)
+
+
+@check("gradient-needed-on-some", "inputs of some workers may need a gradient, of others not", workers=2)
+def gradient_needed_on_some(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, needs_grad=team.rank > 0)
+
+
+@check(
+    "gradient-needed-on-some-only",
+    "also where there is no weight and no bias that needs one",
+    needs="affine",
+    workers=2,
+)
+def gradient_needed_on_some_only(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes))], sizes, needs_grad=team.rank > 0, affine=False)
+
+
+@check("frozen-parameters", "the input has its gradient where weight and bias need none")
+def frozen_parameters(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes))], sizes, prepare=lambda layer: layer.requires_grad_(False))
+
+
+@check("frozen-bias", "weight may have a gradient where bias has none")
+def frozen_bias(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes))], sizes, prepare=lambda layer: layer.bias.requires_grad_(False))
+
+
+@check(
+    "local-parameter-sums", "gradients of weight and bias are sums over the worker's own shard, for others to average"
+)
+def local_parameter_sums(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    batch = random_batch(sum(sizes))
+    got = take_step(team, make_layer(team, 4), batch, sizes)
+    for rank, (step, c) in enumerate(zip(got, batch.cotangent.split(sizes), strict=True)):
+        expect_close(f"gradient of bias on rank {rank}", step.parameters.get("bias"), c.sum([0, 2]), torch.float64)
+
+
+@check("gradients-accumulate", "a second backward pass adds to the gradients of the first")
+def gradients_accumulate(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    batch = random_batch(sum(sizes))
+    layer = make_layer(team, 4)
+    x, cotangent, _ = my_shard(team, batch, sizes)
+    x.requires_grad_()
+    y = layer(x)
+    for _ in range(2):
+        # The same graph twice: a renormalising layer has moved on after a forward.
+        y.backward(cotangent, retain_graph=True)
+    got = team.gather(look(layer, y, x.grad))
+    truth = Oracle(team.subject, 4, {}).step(batch, plainly)
+    assert truth.grad_input is not None
+    expect_shards("input gradient, twice,", [s.grad_input for s in got], 2 * truth.grad_input, sizes, torch.float64)
+    for name, grad in truth.parameters.items():
+        assert grad is not None
+        expect_sum(f"gradient of {name}, twice", [s.parameters.get(name) for s in got], 2 * grad, torch.float64)
+
+
+@check("two-forwards-then-backward", "several forwards may come before their backward passes")
+def two_forwards_then_backward(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(
+        team,
+        [random_batch(2 * sum(sizes))],
+        [2 * n for n in sizes],
+        _in_halves(sizes[team.rank]),
+        truth=_in_parts(sizes),
+    )
+
+
+@check("used-twice", "a layer may be used twice in a forward, on its own output")
+def used_twice(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, _twice)
+
+
+@check("checkpoint", "activation checkpointing counts a batch once and changes no gradient")
+def checkpointed(team: Team) -> None:
+    _checkpointed(team, use_reentrant=False)
+
+
+@check("checkpoint-reentrant", "so does its re-entrant kind")
+def checkpointed_reentrant(team: Team) -> None:
+    _checkpointed(team, use_reentrant=True)
+
+
+@check("no-grad", "a training forward under torch.no_grad() normalises by the whole batch and follows it")
+def no_grad(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    batch = random_batch(sum(sizes))
+    layer = make_layer(team, 4)
+    x, _, _ = my_shard(team, batch, sizes)
+    with torch.no_grad():
+        y = layer(x)
+    expect(not y.requires_grad, "output needs a gradient under torch.no_grad()")
+    got = team.gather(look(layer, y, None))
+    truth = Oracle(team.subject, 4, {}).step(batch, plainly)
+    truth.parameters = {}
+    expect_step(got, truth, sizes, torch.float64)
+
+
+@check("double-backward", "the gradient can be differentiated once more", needs="double backward")
+def double_backward(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    batch = random_batch(sum(sizes))
+    x, cotangent, _ = my_shard(team, batch, sizes)
+    got = team.gather(_penalty_gradient(make_layer(team, 4), x, cotangent))
+    expected = _penalty_gradient(Oracle(team.subject, 4, {}), batch.x.clone(), batch.cotangent)
+    expect_shards("gradient of the squared input gradient", got, expected, sizes, torch.float64, factor=10.0)
+
+
+@check("compile", "torch.compile(fullgraph=True) changes no value", needs="compile")
+def compiled(team: Team) -> None:
+    sizes = ragged(team.world_size)
+
+    def use(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+
+    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly)
+
+
+def _twice(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+    return layer(torch.tanh(layer(x)))
+
+
+def _in_halves(n: int):
+    def use(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+        return torch.cat([layer(x[:n]), layer(x[n:])])
+
+    return use
+
+
+def _in_parts(sizes: list[int]):
+    """The first halves of all shards are one batch, the second halves another."""
+    starts = torch.tensor([0, *sizes]).cumsum(0)[:-1] * 2
+    first = torch.cat([torch.arange(n) + start for n, start in zip(sizes, starts, strict=True)])
+    second = torch.cat([torch.arange(n) + start + n for n, start in zip(sizes, starts, strict=True)])
+
+    def use(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
+        back = torch.cat([first, second]).argsort()
+        return torch.cat([layer(x[first]), layer(x[second])])[back]
+
+    return use
+
+
+def _checkpointed(team: Team, use_reentrant: bool) -> None:
+    def use(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = checkpoint(layer, x, use_reentrant=use_reentrant)
+        assert isinstance(y, Tensor)
+        return y
+
+    sizes = ragged(team.world_size)
+    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly)
+
+
+def _penalty_gradient(layer: Layer, x: Tensor, cotangent: Tensor) -> Tensor:
+    """Of the sum of squares of the input gradient, with respect to the input."""
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x), x, cotangent, create_graph=True)
+    (second,) = torch.autograd.grad(grad.square().sum(), x)
+    return second.detach().cpu()

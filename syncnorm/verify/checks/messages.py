@@ -1,0 +1,61 @@
+"""How many messages, and of what size."""
+
+from __future__ import annotations
+
+import torch
+
+from syncnorm.verify.check import check
+from syncnorm.verify.collectives import counted
+from syncnorm.verify.compare import expect
+from syncnorm.verify.team import Team
+from syncnorm.verify.trial import make_layer, my_shard, ragged, take_step
+from syncnorm.verify.truth import Batch, random_batch
+
+
+@check(
+    "messages",
+    "one all-reduce of 2C+1 numbers forward and one of 2C backward, whatever the number of workers",
+    needs="messages",
+)
+def messages(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    _expect_messages(team, random_batch(sum(sizes)), sizes)
+
+
+@check("messages-empty", "the same from a worker without samples", needs="messages", workers=2)
+def messages_empty(team: Team) -> None:
+    sizes = [*ragged(team.world_size - 1), 0]
+    _expect_messages(team, random_batch(sum(sizes)), sizes)
+
+
+@check("messages-mask", "the same with a mask", needs="messages, mask")
+def messages_mask(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    _expect_messages(team, random_batch(sum(sizes), masked=True), sizes)
+
+
+@check("messages-half", "the same in bfloat16", needs="messages")
+def messages_half(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    _expect_messages(team, random_batch(sum(sizes), dtype=torch.bfloat16), sizes)
+
+
+@check("messages-no-gradient", "the same where the input needs no gradient", needs="messages")
+def messages_no_gradient(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    _expect_messages(team, random_batch(sum(sizes)), sizes, needs_grad=False)
+
+
+def _expect_messages(team: Team, batch: Batch, sizes: list[int], needs_grad: bool = True) -> None:
+    layer = make_layer(team, 4, batch.x.dtype)
+    take_step(team, layer, batch, sizes)  # the first makes the group that statistics travel on
+    x, cotangent, mask = my_shard(team, batch, sizes)
+    x.requires_grad_(needs_grad)
+    with counted() as forward:
+        y = layer(x) if mask is None else layer(x, mask)
+    with counted() as backward:
+        y.backward(cotangent)
+    shared = team.world_size > 1
+    for when, got, numbers in (("forward", forward, 9), ("backward", backward, 8)):
+        expected = [("allreduce", numbers)] if shared else []
+        expect(got == expected, f"rank {team.rank} sends {got} {when}, should send {expected}")

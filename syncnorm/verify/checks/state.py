@@ -1,0 +1,87 @@
+"""State dicts and copies."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.verify.check import check
+from syncnorm.verify.compare import expect, expect_same_bits
+from syncnorm.verify.team import Team
+from syncnorm.verify.trial import make_layer, my_shard, ragged, take_step
+from syncnorm.verify.truth import random_batch
+
+
+@check("state-dict-keys", "the state dict has the keys and shapes of torch.nn.BatchNorm's")
+def state_dict_keys(team: Team) -> None:
+    got = {name: tuple(t.shape) for name, t in make_layer(team, 4).state_dict().items()}
+    expected = {name: tuple(t.shape) for name, t in nn.BatchNorm2d(4).state_dict().items()}
+    expect(got == expected, f"state dict has {got}, should have {expected}")
+
+
+@check("loads-batch-norm", "it loads that of a trained torch.nn.BatchNorm, and evaluates as that does")
+def loads_batch_norm(team: Team) -> None:
+    theirs = nn.BatchNorm1d(4).double()
+    theirs(random_batch(6).x)
+    ours = make_layer(team, 4)
+    ours.load_state_dict(theirs.state_dict())
+    x = random_batch(3, seed=1).x
+    expect_same_bits("output in evaluation", ours.eval()(x.to(team.device)).cpu(), theirs.eval()(x))
+
+
+@check("state-dict-round-trip", "a layer that loads the state dict of a trained one goes on with the same bits")
+def state_dict_round_trip(team: Team) -> None:
+    def copied(layer: nn.Module) -> nn.Module:
+        fresh = make_layer(team, 4)
+        buffer = io.BytesIO()
+        torch.save(layer.state_dict(), buffer)
+        fresh.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
+        return fresh
+
+    _goes_on(team, copied, "a layer with its state dict")
+
+
+@check("deepcopy", "a deep copy goes on with the same bits, and by itself")
+def deep_copied(team: Team) -> None:
+    _goes_on(team, copy.deepcopy, "a deep copy")
+
+
+@check("pickle", "so does a pickled one")
+def pickled(team: Team) -> None:
+    _goes_on(team, lambda layer: pickle.loads(pickle.dumps(layer)), "a pickled copy")  # noqa: S301 of our own
+
+
+@check("moves-to-a-type", "a layer may be cast: .double() of a float32 one trains in float64")
+def cast(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    layer = team.subject.make(4).to(team.device).double()
+    for name, t in layer.state_dict().items():
+        wanted = torch.float64 if t.is_floating_point() else torch.int64
+        expect(t.dtype == wanted, f"{name} is {t.dtype} after .double(), should be {wanted}")
+    got = take_step(team, layer, random_batch(sum(sizes)), sizes)
+    expect(got[0].y.dtype == torch.float64, f"output is {got[0].y.dtype} after .double()")
+
+
+def _goes_on(team: Team, make_copy, what: str) -> None:
+    """After a step in common, layer and copy take the same second step, each by itself."""
+    sizes = ragged(team.world_size)
+    layer = make_layer(team, 4)
+    take_step(team, layer, random_batch(sum(sizes)), sizes)
+    other = make_copy(layer)
+    ours, theirs = (_second(team, each, sizes) for each in (layer, other))
+    for name, value in ours.items():
+        expect_same_bits(f"{name} of {what}, on rank {team.rank},", theirs[name], value)
+
+
+def _second(team: Team, layer: nn.Module, sizes: list[int]) -> dict[str, Tensor]:
+    x, cotangent, _ = my_shard(team, random_batch(sum(sizes), seed=1), sizes)
+    layer.zero_grad()
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(cotangent)
+    assert x.grad is not None
+    return {"output": y.detach(), "input gradient": x.grad, **{k: b.clone() for k, b in layer.named_buffers()}}

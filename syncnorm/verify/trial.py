@@ -1,0 +1,146 @@
+"""A layer on shards, held against the whole batch: what most checks come to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.verify.compare import expect, expect_step
+from syncnorm.verify.team import Team
+from syncnorm.verify.truth import Batch, Oracle, Step, Use, initial_statistics, parameters
+
+Layout = Callable[[Tensor], Tensor]
+
+
+def plainly(layer: Callable[..., Tensor], x: Tensor, mask: Tensor | None) -> Tensor:
+    """Call the layer once."""
+    return layer(x) if mask is None else layer(x, mask)
+
+
+def ragged(workers: int) -> list[int]:
+    """Uneven numbers of samples."""
+    return [(3, 1, 4, 2)[rank % 4] for rank in range(workers)]
+
+
+def make_layer(team: Team, channels: int, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
+    """A layer of the subject's on this worker's device, with the oracle's parameters and statistics.
+
+    Half types are given to layers in float32, as under autocast.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    layer = team.subject.make(channels, **options).to(team.device, wide)
+    fill(layer, dict(zip(("weight", "bias"), parameters(channels), strict=True)))
+    if team.subject.is_renorm:
+        running = initial_statistics(team.subject, channels)
+        fill(layer, {"running_mean": running.mean, "running_var": running.var})
+    return layer
+
+
+def fill(layer: nn.Module, values: dict[str, Tensor]) -> None:
+    """Copy values into a layer's parameters and buffers of these names, where it has them."""
+    with torch.no_grad():
+        for name, value in values.items():
+            own = getattr(layer, name, None)
+            if isinstance(own, Tensor):
+                own.copy_(value)
+
+
+def take_step(
+    team: Team,
+    layer: nn.Module,
+    batch: Batch,
+    sizes: Sequence[int],
+    use: Use = plainly,
+    *,
+    layout: Layout = torch.clone,
+    needs_grad: bool = True,
+) -> list[Step]:
+    """A forward and a backward pass on this worker's shard; the outcomes of all ranks.
+
+    Args:
+        team: this worker among the others.
+        layer: in training.
+        batch: the whole one.
+        sizes: samples of each rank.
+        use: how the layer is called.
+        layout: brings the shard into a layout in memory.
+        needs_grad: whether this rank's input needs a gradient.
+    """
+    x, cotangent, mask = my_shard(team, batch, sizes)
+    x = layout(x).detach().requires_grad_(needs_grad)
+    layer.zero_grad()
+    y = use(layer, x, mask)
+    if y.requires_grad:
+        y.backward(layout(cotangent))
+    # The gradient of an empty shard is nothing, and may be missing.
+    is_missing = needs_grad and x.grad is None and x.numel() > 0
+    expect(not is_missing, f"input gradient of rank {team.rank} is missing")
+    return team.gather(look(layer, y, x.grad))
+
+
+def my_shard(team: Team, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """This worker's x, cotangent and mask, on its device."""
+    x, cotangent = (t.split(list(sizes))[team.rank].to(team.device) for t in (batch.x, batch.cotangent))
+    mask = None if batch.mask is None else batch.mask.split(list(sizes))[team.rank].to(team.device)
+    return x.clone(), cotangent.clone(), mask
+
+
+def look(layer: nn.Module, y: Tensor, grad_input: Tensor | None) -> Step:
+    """What there is to see after a step, on the CPU."""
+    grads = {name: None if p.grad is None else p.grad.detach().cpu().clone() for name, p in layer.named_parameters()}
+    buffers = {name: b.detach().cpu().clone() for name, b in layer.named_buffers()}
+    return Step(y.detach().cpu(), None if grad_input is None else grad_input.detach().cpu(), grads, buffers)
+
+
+def trial(
+    team: Team,
+    batches: Sequence[Batch],
+    sizes: Sequence[int],
+    use: Use = plainly,
+    *,
+    truth: Use | None = None,
+    factor: float = 1.0,
+    layout: Layout = torch.clone,
+    needs_grad: bool = True,
+    prepare: Callable[[nn.Module], object] = id,
+    **options: Any,
+) -> list[list[Step]]:
+    """Steps on the batches in shards; after each, everything must be as the oracle has it for the whole batch.
+
+    Args:
+        team: this worker among the others.
+        batches: one for each step.
+        sizes: samples of each rank.
+        use: how the layer is called.
+        truth: how the oracle is called, if not in the same way.
+        factor: on the tolerance.
+        layout, needs_grad: as for `take_step`.
+        prepare: changes the layer before the first step.
+        options: of the layer.
+
+    Returns:
+        The outcomes of each step, by rank.
+
+    Raises:
+        Wrong: something differs.
+    """
+    x = batches[0].x
+    layer = make_layer(team, x.shape[1], x.dtype, **options)
+    prepare(layer)
+    oracle = Oracle(team.subject, x.shape[1], options)
+    steps = []
+    for number, batch in enumerate(batches):
+        got = take_step(team, layer, batch, sizes, use, layout=layout, needs_grad=needs_grad)
+        expected = oracle.step(batch, truth or use)
+        expected.parameters = {k: v for k, v in expected.parameters.items() if _wants_gradient(layer, k)}
+        what = f"step {number + 1}: " if len(batches) > 1 else ""
+        expect_step(got, expected, sizes, x.dtype, factor=factor, what=what)
+        steps.append(got)
+    return steps
+
+
+def _wants_gradient(layer: nn.Module, name: str) -> bool:
+    return any(n == name and p.requires_grad for n, p in layer.named_parameters())
