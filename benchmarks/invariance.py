@@ -9,7 +9,7 @@ if a bound is missed:
 
     gap = |loss - loss of one worker| / loss of one worker
     float64: <= 1e-12 at every step
-    float32: <= 4 * control at steps 1, 10, 50 and 100; and with GELU in place of ReLU <= 1e-5 at every step
+    float32: <= 4 * control at steps 1, 10, 50 and 100; and with GELU in place of ReLU <= 1e-4 at every step
 
 In float32 curves part by themselves: where the input of a ReLU is so near 0 that the last bit decides, a gradient is
 there or not. Without that they stay together. With it the measure is a control: the largest gap, up to a step, of one
@@ -55,7 +55,7 @@ from syncnorm.train.step import StepBatch, evaluate, training_step
 from syncnorm.train.workers import Workers
 
 STEPS, SEEN_AT, WORLD_SIZES = 100, (1, 10, 50, 100), (1, 2, 3, 4)
-FLOAT64_BOUND, FLOAT32_BOUND, SMOOTH_BOUND = 1e-12, 4.0, 1e-5
+FLOAT64_BOUND, FLOAT32_BOUND, SMOOTH_BOUND = 1e-12, 4.0, 1e-4
 DRAWS = 4
 """Of one ulp up or down in each weight, in each configuration."""
 LEGS = ((4, 37), (2, 60), (3, STEPS))
