@@ -7,6 +7,7 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.accumulate import accumulate
 from syncnorm.model.ddp import prepare_ddp, scale_loss
+from syncnorm.model.explain import explain
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
 
@@ -17,6 +18,7 @@ __all__ = [
     "SyncBatchRenorm",
     "accumulate",
     "debug",
+    "explain",
     "functional",
     "groups",
     "monitor",

@@ -237,6 +237,7 @@ def test_public_names():
         "SyncBatchRenorm",
         "accumulate",
         "debug",
+        "explain",
         "functional",
         "groups",
         "monitor",
