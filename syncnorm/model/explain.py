@@ -71,6 +71,8 @@ class Explanation:
     bytes: int
 
     def __str__(self) -> str:
+        if not self.rows:
+            return "no normalisation layer"
         names = [f.name for f in fields(Row) if any(getattr(row, f.name) not in (None, "") for row in self.rows)]
         cells = [names, *([_text(getattr(row, name)) for name in names] for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
