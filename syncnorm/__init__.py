@@ -10,6 +10,7 @@ from syncnorm.model.adapters import register_adapter
 from syncnorm.model.adopt import adopt_state_dict
 from syncnorm.model.convert import conversion_table, convert, convert_sync_batchnorm, revert
 from syncnorm.model.ddp import prepare_ddp, scale_loss
+from syncnorm.model.explain import explain
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
 
@@ -24,6 +25,7 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "debug",
+    "explain",
     "functional",
     "groups",
     "monitor",

@@ -193,6 +193,23 @@ def statistics_group(process_group: Spec | Kept = None) -> Group | None:
     return None if len(members) == 1 else _workers().made[backend, members]
 
 
+def least_size(kept: Kept, world_size: int) -> int | None:
+    """How many workers pool together in the smallest group, if there were `world_size`; None where nobody knows yet.
+
+    Nothing is exchanged or made.
+
+    Raises:
+        InputError: the rule does not fit so many.
+    """
+    if isinstance(kept, Given | Ranks):
+        members = kept if isinstance(kept, Ranks) else kept.members
+        return len(members.members)
+    machines = _workers().machines if is_initialized() else []
+    if isinstance(kept, Outside) or (kept == "node" and len(machines) != world_size > 1):
+        return None
+    return min(len(part) for part in which.parts(kept or "world", world_size, lambda: machines or [""]))
+
+
 def _check_alone(kept: Kept) -> None:
     """Without torch.distributed there is one worker, and no group that could have been given."""
     if isinstance(kept, Given | Outside | Ranks):

@@ -43,7 +43,9 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
     among = groups.live(process_group)
-    _look_for_replaced(model)
+    switch = replaced(model)
+    if switch is not None:
+        warnings.warn(switch, stacklevel=2)
     if among is not None and len(groups.ranks(among)) > 1:
         layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
         agreement.agree(layers, among, _device(model))
@@ -73,15 +75,18 @@ def _device(model: nn.Module) -> torch.device:
     return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
-def _look_for_replaced(model: nn.Module) -> None:
-    """torch's converter also matches our layers, and several frameworks' sync-bn switches call it."""
+def replaced(model: nn.Module) -> str | None:
+    """What to say of layers that a sync-bn switch may have put in the place of ours; None if there are none.
+
+    torch's converter also matches our layers, and several frameworks' switches call it.
+    """
     theirs = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
-    if theirs:
-        warnings.warn(
-            f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, timm, mmengine or "
-            "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by themselves.",
-            stacklevel=3,
-        )
+    if not theirs:
+        return None
+    return (
+        f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, timm, mmengine or "
+        "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by themselves."
+    )
 
 
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:

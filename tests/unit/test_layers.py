@@ -241,6 +241,7 @@ def test_public_names():
         "convert",
         "convert_sync_batchnorm",
         "debug",
+        "explain",
         "functional",
         "groups",
         "monitor",

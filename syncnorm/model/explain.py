@@ -1,0 +1,302 @@
+"""What the normalisation layers of a model do, and what converting it would make of them: a table, before training.
+
+Nothing is changed and nothing exchanged: one worker may ask alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
+
+from syncnorm.base import Immediate, SyncNorm
+from syncnorm.comm import groups
+from syncnorm.errors import InputError
+from syncnorm.layers import SyncBatchRenorm
+from syncnorm.model.ddp import replaced
+from syncnorm.model.recalibrate import _forward
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+# Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet loses 4 points against
+# 32, of which renormalisation wins back 2 (Ioffe 2017, section 4.2).
+_FEW_VALUES, _FEW_SAMPLES = 8, 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layer. None where something does not apply, or is not known without a sample."""
+
+    layer: str
+    now: str
+    """Its class."""
+    convert: str
+    """What `convert(model)` makes of it. The columns that follow are of that layer."""
+    sync: str | None = None
+    workers: int | None = None
+    """How many share a statistic of what it normalises by; the fewest, where groups differ."""
+    samples: int | None = None
+    """Per statistic, over these workers, each having a batch like the sample."""
+    values: int | None = None
+    """Per channel and statistic: samples times positions. Of several calls of the layer the fewest."""
+    messages: int | None = None
+    """Exchanges of this layer alone in a training step, forward and backward; each is waited for."""
+    bytes: int | None = None
+    """What one worker hands to these, and to the messages that the layer shares with others."""
+    clock: int | None = None
+    """Of the renormalisation schedule: updates of the statistics so far."""
+    r_max: float | None = None
+    d_max: float | None = None
+    between: float | None = None
+    """Share of the variance that lies between workers, by `monitor`."""
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: `rows`, one for each normalisation layer, and `lints`; its text is a table."""
+
+    rows: list[Row]
+    lints: list[str]
+    messages: int
+    """Exchanges of the whole model in a training step, those that nobody waits for included."""
+    bytes: int
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no normalisation layer"
+        names = [f.name for f in fields(Row) if any(getattr(row, f.name) not in (None, "") for row in self.rows)]
+        cells = [names, *([_text(getattr(row, name)) for name in names] for row in self.rows)]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        total = f"a training step: {self.messages} message(s), {self.bytes} bytes from each worker"
+        return "\n".join([*lines, total, *(f"! {lint}" for lint in self.lints)])
+
+
+def explain(
+    model: nn.Module,
+    sample: Any = None,
+    world_size: int | None = None,
+    *,
+    readings: Mapping[str, Mapping[str, float | None]] | None = None,
+) -> Explanation:
+    """Say of each normalisation layer what it is, would become, pools, sends, and how much its statistics hold.
+
+        values per statistic = N * prod(S) * workers that share it
+
+    The model stays as it is: the sample passes once in evaluation mode without gradients; modes, buffers and random
+    numbers are put back. (Forward hooks of the model's own run.)
+
+    *Collectives*: none, whatever the layers; one worker may call alone.
+
+    Args:
+        model: any, also one wrapped by DistributedDataParallel.
+        sample: one worker's batch: a tensor, a mapping (keyword arguments), or a tuple or list whose first element
+            is the input. Without it nothing is said about counts, and the order of layers is not known.
+        world_size: the workers to reckon with; None: those that there are.
+        readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between workers.
+
+    Returns:
+        The rows, lints and totals; print it.
+
+    Raises:
+        InputError: `world_size` is below 1, or a sample was given although the model has lazy parameters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> print(explain(model, torch.zeros(2, 3, 4, 4), world_size=4))
+        layer  now          convert        sync   workers  samples  values  messages  bytes
+        1      BatchNorm2d  SyncBatchNorm  batch  4        8        32      2         264
+        a training step: 2 message(s), 264 bytes from each worker
+
+    References:
+        Li et al., Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift,
+        arXiv:1801.05134, for the lint about dropout.
+    """
+    if world_size is not None and world_size < 1:
+        raise InputError(f"`world_size` must be at least 1, got {world_size}. It counts workers.")
+    model = model.module if isinstance(model, DistributedDataParallel) else model
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS)}
+    seen = None if sample is None else _look(model, sample)
+    lints = [] if seen is None else _dropout_lints(model, seen)
+    switch = replaced(model)
+    lints += [] if switch is None else [switch]
+    world = world_size or len(groups.ranks(groups.live(None)))
+    rows, parts = [], []
+    for name, layer in layers.items():
+        shapes = None if seen is None else [shape for module, shape in seen if module is layer]
+        part, row, faults = _explain(name, layer, shapes, model.training and not layer.training, world)
+        rows.append(replace(row, between=(readings or {}).get(name, {}).get("between_share")))
+        parts += [] if part is None else [part]
+        lints += faults
+    return Explanation(rows, lints, *_totals(parts))
+
+
+# Of a layer that pools: its mode, how many workers take part, C, and its calls in a forward.
+_Part = tuple[str, int, int, int]
+_Shape = tuple[int, ...]
+
+
+def _explain(
+    name: str, layer: nn.Module, shapes: list[_Shape] | None, is_frozen: bool, world: int
+) -> tuple[_Part | None, Row, list[str]]:
+    """The layer's part in the messages, its row, and what is wrong with it."""
+    row = Row(name, _class_name(layer), _becomes(layer))
+    if not isinstance(layer, _BatchNorm) or row.convert.startswith("refused"):
+        return None, row, []
+    if is_frozen:
+        return None, replace(row, advice="frozen: in evaluation mode while the model trains"), []
+    sync, kept = (layer.sync, layer.workers) if isinstance(layer, SyncNorm) else ("batch", None)
+    try:
+        group = 1 if sync == "none" else groups.least_size(kept, world)
+    except InputError as error:
+        return None, replace(row, sync=sync), [f"{name or 'the layer'}: {error}"]
+    workers = 1 if sync == "running" else group
+    row = replace(row, sync=sync, workers=workers, **_schedule(layer))
+    if shapes and workers is not None:
+        least = min(shapes, key=lambda shape: shape[0] * math.prod(shape[2:]))
+        row = replace(row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:]))
+        row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), world))
+    if group is None or not layer.num_features:
+        return None, row, []
+    part = (sync, group, layer.num_features, 1 if shapes is None else len(shapes))
+    messages, numbers = _sent(part)
+    return part, replace(row, messages=messages, bytes=8 * numbers), []
+
+
+def _class_name(layer: nn.Module) -> str:
+    # Its name is that of one of ours.
+    return "torch.nn.SyncBatchNorm" if type(layer) is nn.SyncBatchNorm else type(layer).__name__
+
+
+def _becomes(layer: nn.Module) -> str:
+    if isinstance(layer, SyncNorm) or not isinstance(layer, _BatchNorm):
+        return "unchanged"
+    has_own = type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in vars(layer)
+    return "refused: has a forward of its own" if has_own else "SyncBatchNorm"
+
+
+def _schedule(layer: nn.Module) -> dict[str, Any]:
+    if not isinstance(layer, SyncBatchRenorm) or layer.num_batches_tracked is None:
+        return {}
+    r_max, d_max = layer.bounds()
+    return {"clock": int(layer.num_batches_tracked), "r_max": r_max.item(), "d_max": d_max.item()}
+
+
+def _sent(part: _Part) -> tuple[int, int]:
+    """A layer's own exchanges in a step, and its numbers in these and in those that it shares."""
+    sync, group, channels, calls = part
+    if group == 1:
+        return 0, 0
+    if sync == "batch":
+        return 2 * calls, (4 * channels + 1) * calls
+    return 0, (2 * channels + 1) * (2 if sync == "lagged" else 1)
+
+
+def _totals(parts: list[_Part]) -> tuple[int, int]:
+    """Of the model: what the layers send, and the flat messages of those that act together, with a number a worker."""
+    sent = [_sent(part) for part in parts]
+    flat = {(sync, group) for sync, group, _, _ in parts if group > 1 and sync in ("running", "lagged")}
+    messages = sum(m for m, _ in sent) + sum(2 if sync == "lagged" else 1 for sync, _ in flat)
+    return messages, 8 * (sum(n for _, n in sent) + sum(group for _, group in flat))
+
+
+def _advice(row: Row, is_renorm: bool, world: int) -> str:
+    assert row.values is not None
+    assert row.samples is not None
+    if row.values >= _FEW_VALUES and row.samples > _FEW_SAMPLES:
+        return ""
+    found = f"{row.samples} sample(s) per statistic"
+    if row.values < _FEW_VALUES:
+        found = f"{row.values} value(s) per statistic, sigma_B is {mean_ratio(row.values):.2f} sigma on average"
+    remedies = ["pool over more workers"] if (row.workers or 1) < world else []
+    remedies += ["larger batches"] if is_renorm else ["SyncBatchRenorm"]
+    return f"{found}: {' or '.join(remedies)}"
+
+
+def mean_ratio(values: int) -> float:
+    """E[sigma_B] / sigma of so many independent normal values, sigma_B from the biased variance.
+
+        sqrt(2 / m) Gamma(m / 2) / Gamma((m - 1) / 2)
+
+    >>> [round(mean_ratio(m), 2) for m in (1, 2, 4, 8, 32)]
+    [0.0, 0.56, 0.8, 0.9, 0.98]
+    """
+    if values < 2:
+        return 0.0
+    return math.sqrt(2 / values) * math.exp(math.lgamma(values / 2) - math.lgamma((values - 1) / 2))
+
+
+def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, _Shape]]) -> list[str]:
+    """Each dropout after which a layer takes statistics, in the order in which they run."""
+    names = {m: name for name, m in model.named_modules()}
+    order = [m for m, _ in seen]
+    lints = {}
+    for i, module in enumerate(order):
+        after = next((m for m in order[i + 1 :] if isinstance(m, _BatchNorm)), None)
+        if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
+            lints[module] = (
+                f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics hold a variance that "
+                "evaluation does not have. Move it behind the last batch normalisation."
+            )
+    return list(lints.values())
+
+
+def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
+    """Which layers and dropouts the sample passes, in order, with the shapes of their inputs."""
+    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise InputError(f"`model` must have its parameters for a sample, got lazy ones: {lazy}. Run it once before.")
+    seen: list[tuple[nn.Module, _Shape]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        seen.append((module, tuple(x.shape)))
+
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_put_back(model))
+        for module in model.modules():
+            if isinstance(module, (_BatchNorm, _DropoutNd)):
+                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        _forward(model, sample)
+    return seen
+
+
+@contextmanager
+def _put_back(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; modes, buffers and random numbers afterwards as they were."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
+    # Evaluation would apply what is under way, and so would `eval()`.
+    sources = {m: m.statistics for m in modes if isinstance(m, SyncNorm)}
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    with torch.random.fork_rng([d for d in devices if d.index is not None]):
+        try:
+            for module in modes:
+                module.training = False
+            for layer in sources:
+                layer.statistics = Immediate()
+            yield
+        finally:
+            for layer, source in sources.items():
+                layer.statistics = source
+            for module, mode in modes.items():
+                module.training = mode
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                if not torch.equal(buffer, value):  # a write would disturb a backward pass that is to come
+                    buffer.copy_(value)
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
