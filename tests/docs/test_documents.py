@@ -77,7 +77,18 @@ def test_links_and_files_exist(document):
 
 @pytest.mark.parametrize(
     "name",
-    ["functional", "layers", "comm.exchange", "maths.renorm", "model.accumulate", "model.monitor", "model.recalibrate"],
+    [
+        "functional",
+        "layers",
+        "comm.exchange",
+        "maths.renorm",
+        "model.accumulate",
+        "model.monitor",
+        "model.recalibrate",
+        "model.convert",
+        "model.adopt",
+        "model.adapters",
+    ],
 )
 def test_docstring_examples(name):
     names = {"torch": importlib.import_module("torch")}
