@@ -36,29 +36,18 @@ def run_verify(
     Raises:
         ConfigError: an argument cannot be used.
     """
+    subjects = [subject_of(layer) for layer in layers] or ours()
     if launched is not None:
-        _end(_as_worker(workers, layers, deadline_seconds, json, launched))
-    subjects = _subjects(layers)
+        if workers is not None:
+            raise ConfigError(
+                f"`--workers` must be left to the launcher, which started {launched.world_size}, got {workers}."
+            )
+        _end(verify_launched(subjects, deadline_seconds, json, launched))
     set_for_children()
     with LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
         report = verify(crew, subjects, _teller(json))
     _print_end(report, json)
     return report.exit_status
-
-
-def _as_worker(
-    workers: int | None, layers: Sequence[str], deadline_seconds: float, json: bool, launched: Launched
-) -> int:
-    try:
-        if workers is not None:
-            raise ConfigError(
-                f"`--workers` must be left to the launcher, which started {launched.world_size}, got {workers}."
-            )
-        return verify_launched(_subjects(layers), deadline_seconds, json, launched)
-    except ConfigError as error:
-        if launched.rank == 0:
-            print(f"syncnorm: {error}", file=sys.stderr)
-        return 2
 
 
 def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: bool, launched: Launched) -> int:
@@ -87,10 +76,6 @@ def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: 
         _print_end(report, json)
     crew.close()
     return report.exit_status
-
-
-def _subjects(layers: Sequence[str]) -> list[Subject]:
-    return [subject_of(layer) for layer in layers] or ours()
 
 
 def _teller(json: bool) -> Callable[[Result], object]:

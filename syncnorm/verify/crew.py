@@ -15,7 +15,7 @@ from syncnorm.verify.subject import Subject
 from syncnorm.verify.team import Team, join, ranks_in_words
 
 # Time for a worker to say that another does not answer, before it is given up itself.
-_GRACE_SECONDS = 2.0
+_GRACE_SECONDS = 5.0
 _START_SECONDS = 120.0
 
 

@@ -14,11 +14,11 @@ class OneProcess(nn.BatchNorm2d):
 
 
 class Breaks(OneProcess):
-    """Cannot be traced in one piece, and its gradient is a constant."""
+    """Cannot be traced in one piece, and differentiated once only."""
 
     def forward(self, input: Tensor) -> Tensor:
         torch._dynamo.graph_break()
-        return _Once.apply(super().forward(input))
+        return super().forward(_Once.apply(input))
 
 
 class _Once(torch.autograd.Function):

@@ -1,0 +1,112 @@
+"""Layers of other people's: wrong ones, right ones, ones that hang, die or refuse."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import replace
+
+from syncnorm.verify import LocalCrew, Report, subject_of, verify
+from syncnorm.verify.check import all_checks
+
+
+def _by_check(report: Report) -> dict[str, tuple[str, str]]:
+    return {result.check: (result.status, result.reason) for result in report.results}
+
+
+def _verified(layer: str, workers: int = 2, seconds: float = 60.0, only: Collection[str] = ()) -> Report:
+    with LocalCrew(workers, seconds) as crew:
+        return verify(crew, [subject_of(layer)], only=only)
+
+
+# Check -> what it says of a layer with every classic mistake.
+NAIVE = {
+    "equal-shards": r"step 1: input gradient of rank 0 is \S+ off, allowed \S+ \(got \S+, should be \S+\)",
+    "ragged-shards": r"step 1: input gradient of rank 0 is \S+ off",
+    "one-sample-each": r"step 1: input gradient of rank 0 is \S+ off",
+    "last-empty": r"step 1: running_var of rank 0 is \S+ off",
+    "first-empty": r"step 1: running_var of rank 0 is \S+ off",
+    "all-but-one-empty": r"step 1: running_var of rank 0 is \S+ off",
+    "all-empty": "running_mean of rank 0, after an empty batch, is nan off, allowed 0",
+    "single-value": r"running_var of rank 0 is 1.0e-01 off, allowed \S+ \(got 0.9, should be 1\)",
+    "two-values": r"input gradient of rank 0 is \S+ off",
+    "constant-channel": r"input gradient of rank 0 is \S+ off",
+    "float32": r"input gradient of rank 0 is \S+ off",
+    "bfloat16": r"output of rank 0 is \S+ off, allowed \S+, twice torch's own",
+    "float16": r"output of rank 0 is \S+ off, allowed \S+, twice torch's own",
+    "float16-large": r"output of rank 0 is inf off, allowed \S+, twice torch's own",
+    "float16-many": "running_mean of rank 0 is nan, should be",
+    "float64-large-mean": r"input gradient of rank 0 is \S+ off",
+    "float32-large-mean": r"running_var of rank 0 is a share of \S+ off, allowed 5.0e-05",
+    "float32-small-variance": r"running_var of rank 0 is a share of \S+ off, allowed 1.0e-04",
+    "momentum-none": "ranks 0, 1 raised TypeError: unsupported operand type",
+    "input-without-gradient": r"running_var of rank 0 is \S+ off",
+    "gradients-accumulate": r"input gradient, twice, of rank 0 is \S+ off",
+    "checkpoint": r"input gradient of rank 0 is \S+ off",
+    "no-grad": r"running_var of rank 0 is \S+ off",
+    "global-count": r"running_var is \S+ off",
+    "reset": "ranks 0, 1 raised AttributeError: 'Naive' object has no attribute 'reset_running_stats'",
+    "evaluation-silent": r"rank 0 made 1 exchange\(s\) in evaluation",
+    "ddp": r"0.weight of rank 0 after three steps is \S+ off",
+}
+# What that layer gets right even so.
+RIGHT = {
+    "runs", "permuted-ranks", "differs-from-local", "same-bits-again", "buffers-equal", "counted-once",
+    "evaluation", "evaluation-one-sample", "state-dict-keys", "pickle", "nan-is-seen", "wrong-channels",
+}  # fmt: skip
+# Checks of it at which workers wait for each other; see test_mutants.py.
+WAITING = {"gradient-needed-on-some", "gradient-needed-on-some-only", "evaluation-alone"}
+
+
+def test_a_layer_with_every_classic_mistake_fails_with_reasons():
+    report = _verified("tests.verify.naive:Naive", only=all_checks().keys() - WAITING)
+    assert report.exit_status == 1
+    found = _by_check(report)
+    for check, pattern in NAIVE.items():
+        status, reason = found[check]
+        assert status == "failed", check
+        assert re.search(pattern, reason), (check, reason)
+    assert {found[check] for check in RIGHT} == {("passed", "")}
+    assert {status for status, _ in found.values()} == {"passed", "failed", "not offered"}
+    assert found["mask-weights"] == ("not offered", "Naive does not claim mask")
+    assert found["subgroups"] == ("not offered", "Naive does not claim process_group")
+
+
+def test_a_layer_that_hangs_or_dies_ends_neither_the_run_nor_the_others():
+    checks = ["equal-shards", "last-empty", "float32"]
+    report = _verified("tests.verify.mutants:SkipsEmpty", seconds=5.0, only=checks)
+    found = _by_check(report)
+    assert found["last-empty"] == ("hangs", "no answer from rank 0 within 5 s")
+    assert [found[check] for check in ("equal-shards", "float32")] == [("passed", "")] * 2
+    found = _by_check(_verified("tests.verify.mutants:Dies", seconds=5.0, only=checks))
+    assert found["last-empty"] == ("failed", "rank 1: the process died, exit code 77")
+    assert found["float32"] == ("passed", "")
+
+
+def test_torch_sync_batch_norm_refuses_the_cpu_and_nothing_hangs():
+    found = _by_check(_verified("torch.nn:SyncBatchNorm"))
+    status, reason = found.pop("runs")
+    assert status == "failed"
+    assert re.search("ranks 0, 1 raised ValueError: SyncBatchNorm expected input tensor to be on GPU", reason)
+    assert set(found.values()) == {("not offered", f"runs: {reason}")}
+
+
+def test_torch_batch_norm_in_one_process_fails_where_it_is_known_to():
+    """The checks judge somebody else's layer fairly: all else that it offers passes."""
+    report = _verified("tests.verify.layers:OneProcess", workers=1)
+    failed = {check: reason for check, (status, reason) in _by_check(report).items() if status == "failed"}
+    assert failed.keys() == {"all-empty", "single-value", "checkpoint", "checkpoint-reentrant"}
+    assert re.search("Expected more than 1 value per channel", failed["single-value"])
+    assert sum(status == "passed" for status, _ in _by_check(report).values()) >= 45
+
+
+def test_checks_that_need_a_claim_can_pass_and_fail():
+    names = ["double-backward", "compile"]
+    with LocalCrew(1, 60.0) as crew:
+        for layer, status in (("OneProcess", "passed"), ("Breaks", "failed")):
+            subject = subject_of(f"tests.verify.layers:{layer}")
+            claiming = replace(subject, claims=subject.claims | {"double backward", "compile"})
+            found = _by_check(verify(crew, [claiming], only=names))
+            assert [found[check][0] for check in names] == [status] * 2, found
+            unclaimed = _by_check(verify(crew, [subject], only=names))
+            assert {s for s, _ in unclaimed.values()} == {"not offered"}
