@@ -158,7 +158,7 @@ class SyncNorm(_BatchNorm):
 
     def set_up(
         self,
-        process_group: groups.Group | None,
+        process_group: groups.Spec,
         device: torch.device | str | None = None,
         *,
         sync: str | Lagged = "batch",

@@ -165,7 +165,7 @@ class SyncBatchRenorm(SyncNorm):
 
     def set_up(
         self,
-        process_group: groups.Group | None,
+        process_group: groups.Spec,
         device: torch.device | str | None = None,
         *,
         sync: str | Lagged = "batch",

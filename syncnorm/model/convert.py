@@ -29,7 +29,7 @@ def convert(
     module: nn.Module,
     to: type[SyncNorm] = SyncBatchNorm,
     *,
-    process_group: groups.Group | None = None,
+    process_group: groups.Spec = None,
     select: Select | None = None,
     **options: Any,
 ) -> nn.Module:
@@ -81,7 +81,7 @@ def convert(
         BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     _check_target(to, options)
-    request = Request(to, process_group, options)
+    request = Request(to, groups.keep(process_group), options)
     layers = {
         layer: names
         for layer, names in _select(_named(module), select).items()
@@ -97,7 +97,7 @@ def convert(
     return module
 
 
-def convert_sync_batchnorm(module: nn.Module, process_group: groups.Group | None = None) -> nn.Module:
+def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Under torch's name: make the batch norms of `module` SyncBatchNorm, ours, in place.
 
     As `convert(module, process_group=process_group)`, except that layers of ours are left alone: a switch for

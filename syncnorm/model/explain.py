@@ -21,8 +21,10 @@ from torch.nn.parameter import is_lazy
 from syncnorm.base import Immediate, SyncNorm
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
-from syncnorm.layers import SyncBatchRenorm
+from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.model.convert_refuse import reason
 from syncnorm.model.ddp import replaced
+from syncnorm.model.origin import Request
 from syncnorm.model.recalibrate import _forward
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -180,8 +182,8 @@ def _class_name(layer: nn.Module) -> str:
 def _becomes(layer: nn.Module) -> str:
     if isinstance(layer, SyncNorm) or not isinstance(layer, _BatchNorm):
         return "unchanged"
-    has_own = type(layer).forward not in (_BatchNorm.forward, nn.SyncBatchNorm.forward) or "forward" in vars(layer)
-    return "refused: has a forward of its own" if has_own else "SyncBatchNorm"
+    why = reason(layer, Request(SyncBatchNorm))
+    return "SyncBatchNorm" if why is None else f"refused: {why}"
 
 
 def _schedule(layer: nn.Module) -> dict[str, Any]:

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncnorm.base import AVERAGES, SyncNorm
+from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.model.adapters import over, own_class, set_class, their_class
 from syncnorm.model.running import PooledRunning
 
 # Of torch's attributes those that we may set to something else.
-_SHARED = ("momentum", "eps", "process_group", "sync", "lagged")
+_SHARED = ("momentum", "eps", "workers", "sync", "lagged")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Request:
     """What a layer is to become: the arguments of `convert`."""
 
     to: type[SyncNorm]
-    process_group: Any = None
+    workers: groups.Kept = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def momentum(self, layer: _BatchNorm) -> float | None:
@@ -38,9 +39,9 @@ class Request:
         default = inspect.signature(self.to).parameters["momentum"].default if is_other else layer.momentum
         return self.options.get("momentum", default)
 
-    def group(self, layer: _BatchNorm) -> Any:
+    def group(self, layer: _BatchNorm) -> groups.Spec:
         """As asked for; else that of the layer, if it has one."""
-        return self.process_group if self.process_group is not None else getattr(layer, "process_group", None)
+        return groups.given(self.workers) if self.workers is not None else getattr(layer, "process_group", None)
 
     def settings(self, layer: _BatchNorm) -> dict[str, Any]:
         """The arguments of `set_up`: as asked for, else what a layer of ours has already."""
@@ -70,6 +71,8 @@ class Origin:
     """Attributes that have another value now."""
     added: set[str] = field(default_factory=set)
     """Attributes that it did not have."""
+    workers: groups.Kept | Literal[False] = False
+    """The process group, if it was torch's SyncBatchNorm."""
     counted: int = 0
     """Batches that it had counted when the clock of a schedule began again at 0."""
 
@@ -90,6 +93,9 @@ def become(layer: _BatchNorm, name: str, request: Request) -> None:
     if isinstance(layer, SyncNorm):
         _let_go(layer)
     before = dict(vars(layer))
+    if "process_group" in before:
+        # torch's SyncBatchNorm: a group can be neither copied nor pickled.
+        origin.workers = groups.keep(layer.__dict__.pop("process_group"))
     set_class(layer, over(request.to, theirs))
     assert isinstance(layer, SyncNorm)
     layer.set_up(group, **settings)
@@ -134,6 +140,8 @@ def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
     for name in origin.added & attributes.keys():
         del attributes[name]
     attributes |= origin.changed
+    if origin.workers is not False:
+        attributes["process_group"] = groups.given(origin.workers)
     if isinstance(layer, SyncNorm):
         label, names = layer.label, ("sync", "schedule", "running_average")
         layer.set_up(layer.process_group, **_settings_of(layer, [name for name in names if hasattr(layer, name)]))
@@ -192,7 +200,7 @@ def _become_later(layer: _LazyNormBase, name: str, request: Request) -> None:
         earlier = layer.pending.request
         names = inspect.signature(request.to).parameters
         options = {k: v for k, v in earlier.options.items() if k in names} | request.options
-        request = Request(request.to, request.process_group or earlier.process_group, options)
+        request = Request(request.to, earlier.workers if request.workers is None else request.workers, options)
         layer.put_back()
     layer.__dict__["pending"] = Pending(type(layer), name, request)
     layer.__class__ = LazySyncNorm
