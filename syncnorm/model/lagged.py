@@ -96,8 +96,8 @@ class PooledLagged(PooledRunning):
         averages: Averages = call.averages
         group, count = self.group, local.sums[-1]
         if averages.waits:
-            batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments"))
-            means = LaggedMeans(self, layer, averages.gradient, PooledMeans(batch, group), count)
+            batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments", layer.label))
+            means = LaggedMeans(self, layer, averages.gradient, PooledMeans(batch, group, layer.label), count)
         else:
             # An average has no count of its own; any above 1 says that its variance is one.
             several = torch.full_like(count, 2.0)
@@ -174,7 +174,8 @@ class PooledLagged(PooledRunning):
                 parts[name] += sums.to(device)
         # Settled before another leaves: it is of an earlier step.
         self._settle_gradients()
-        self._sent_gradients = exchange.start_sum(torch.cat(list(parts.values())), self.group, "all gradients")
+        message = torch.cat(list(parts.values()))
+        self._sent_gradients = exchange.start_sum(message, self.group, "all gradients", self._title)
         self._gradients, self._late = {}, {}
         self._backward = Backward()
 

@@ -141,7 +141,7 @@ class PooledRunning:
         forward, self._forward = self._forward, Forward()
         group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
         members = groups.ranks(group)
-        message = exchange.start_sum(self._message(forward, members), group, "all moments")
+        message = exchange.start_sum(self._message(forward, members), group, "all moments", self._title)
         self._sent = Sent(message, momenta, members)
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
@@ -188,6 +188,12 @@ class PooledRunning:
 
     def _name(self, layer: SyncNorm) -> str:
         return self._names[layer]
+
+    @property
+    def _title(self) -> str:
+        """What errors call all layers together."""
+        names = list(self.layers)
+        return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
     def _sizes(self) -> list[int]:
         return [2 * layer.num_features + 1 for layer in self.layers.values()]
