@@ -7,6 +7,8 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.accumulate import accumulate
 from syncnorm.model.ddp import prepare_ddp, scale_loss
+from syncnorm.model.frozen import frozen_statistics
+from syncnorm.model.join import join
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
 
@@ -17,7 +19,9 @@ __all__ = [
     "SyncBatchRenorm",
     "accumulate",
     "debug",
+    "frozen_statistics",
     "functional",
+    "join",
     "monitor",
     "prepare_ddp",
     "recalibrate",

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from syncnorm.comm import guard
 from syncnorm.comm.flight import Flight
-from syncnorm.comm.signing import Agreement
+from syncnorm.comm.signing import NO_DATA, Agreement
+
+__all__ = ["NO_DATA", "Exchange", "Pending", "Tally", "Total", "announcers", "gather", "record", "start_sum", "sum_"]
 
 
 class Exchange(NamedTuple):
@@ -27,7 +29,7 @@ class Exchange(NamedTuple):
 
     kind: str
     """What it carried: "moments", "gradients", "fault", "count"; "all moments", "all gradients" of a model;
-    "population" of `recalibrate`, "monitor" of `monitor`."""
+    "population" of `recalibrate`, "monitor" of `monitor`, "join" of `join`; "no data" for a worker's answer there."""
     numel: int
     """How many float64 numbers."""
     seconds: float

@@ -52,6 +52,12 @@ class Line:
 _lines: weakref.WeakKeyDictionary[dist.ProcessGroup, Line] = weakref.WeakKeyDictionary()
 
 
+def count_anew(group: dist.ProcessGroup) -> None:
+    """Begin to count calls anew, on all workers: one that was away does not know what the others have called."""
+    if group in _lines:
+        _lines[group].calls.clear()
+
+
 class Flight:
     """One exchange of this process.
 
@@ -110,8 +116,8 @@ class Flight:
             raise ExchangeError(self.agreement.broken(error)) from error
         raise ExchangeError(
             f"exchange must be made by all of ranks {self.line.members}, got an error on rank {groups.rank()} at "
-            f"{self} after {time.monotonic() - self.began:.1f} s: {error}. A worker has ended, raised, skipped this exchange "
-            "or is late; SYNCNORM_DEBUG=1 on all workers says which."
+            f"{self} after {time.monotonic() - self.began:.1f} s: {error}. A worker has ended, raised, skipped this "
+            "exchange or is late; SYNCNORM_DEBUG=1 on all workers says which."
         ) from error
 
     def __str__(self) -> str:
@@ -195,7 +201,7 @@ def _tell(what: str) -> None:
     sys.stderr.flush()
 
 
-def world_store() -> dist.Store:
+def world_store() -> dist.distributed_c10d.Store:
     """Where all workers can leave words for each other."""
     # Not documented; a test notices if it changes.
     return dist.distributed_c10d._get_default_store()

@@ -9,6 +9,7 @@ answer to everybody who comes to an exchange later, over whatever group.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from syncnorm.comm import groups, guard
 from syncnorm.comm.flight import Flight, describe, world_store
 from syncnorm.errors import ExchangeError
 
+NO_DATA = "no data"
+"""The kind of a worker's answers when its data has run out: zeros, to whatever the others exchange."""
 _VERDICT, _HEARD = "syncnorm/verdict", "syncnorm/heard"
 _GO = "go"
 # How long one who raises stays for the others to hear of it: the store may end with this process.
@@ -70,7 +73,7 @@ class Agreement:
             self._store.set(self._key("is", groups.rank()), json.dumps(mine))
             decision = self._store.compare_set(self._key("decision"), "", self._judge()).decode()
             if decision != _GO:
-                raise ExchangeError(self._publish(decision))
+                raise ExchangeError(self._publish(decision, len(self._who("is"))))
         except dist.DistError as error:
             raise ExchangeError(self._lost(error)) from error
 
@@ -84,7 +87,8 @@ class Agreement:
             what = f"nothing more from {_ranks(gone)}" if gone else f"from rank {groups.rank()}: {error}"
             return self._publish(
                 f"exchange must be made by all of ranks {self._members}, got {what}, in {self._flight}. "
-                "Look for the cause in the log of that worker."
+                "Look for the cause in the log of that worker.",
+                len(here),
             )
         except dist.DistError as lost:
             return self._lost(lost)
@@ -97,14 +101,16 @@ class Agreement:
         """The decision, as far as this worker can tell."""
         everyone = [self._key("is", rank) for rank in self._members]
         self._wait(
-            lambda: self._store.check(everyone)
-            or self._store.check([self._key("decision")])
-            or self._world.check([_VERDICT]),
+            lambda: (
+                self._store.check(everyone)
+                or self._store.check([self._key("decision")])
+                or self._world.check([_VERDICT])
+            ),
             self.patience_seconds,
         )
         if self._store.check(everyone):
             at = dict(zip(self._members, map(_read, self._store.multi_get(everyone)), strict=True))
-            return _GO if len(set(at.values())) == 1 else self._complain(at, [])
+            return _GO if _are_alike(at) else self._complain(at, [])
         if self._world.check([_VERDICT]):
             return self._world.get(_VERDICT).decode()
         at = {rank: self._signature(rank, self._number) for rank in self._who("is")}
@@ -134,21 +140,13 @@ class Agreement:
             if groups.rank() == self._members[0]:
                 self._store.delete_key(_key(self._number - 2, "decision"))
 
-    def _key(self, what: str, rank: int | None = None) -> str:
-        return _key(self._number, what, rank)
-
-    def _wait(self, is_done: Callable[[], bool], patience_seconds: float) -> None:
-        deadline, nap = time.monotonic() + patience_seconds, _SHORTEST_NAP_SECONDS
-        while not is_done() and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(nap, left))
-            nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
-
-    def _publish(self, verdict: str) -> str:
-        """Tell the world, and stay until those who are here have heard. Returns the verdict that was first."""
+    def _publish(self, verdict: str, present: int) -> str:
+        """Tell the world, and stay until so many have heard. Returns the verdict that was first."""
         first = self._world.compare_set(_VERDICT, "", verdict).decode()
-        present = len(self._who("is"))
-        self._world.add(_HEARD, 1)
-        self._wait(lambda: self._world.add(_HEARD, 0) >= present, _GRACE_SECONDS)
+        # The one that hosts the store may have heard enough, and left.
+        with contextlib.suppress(dist.DistError):
+            self._world.add(_HEARD, 1)
+            self._wait(lambda: self._world.add(_HEARD, 0) >= present, _GRACE_SECONDS)
         return first
 
     def _lost(self, error: BaseException) -> str:
@@ -169,6 +167,12 @@ class Agreement:
 
 def _key(number: int, what: str, rank: int | None = None) -> str:
     return f"syncnorm/{number}/{what}" if rank is None else f"syncnorm/{number}/{what}/{rank}"
+
+
+def _are_alike(at: dict[int, Signature]) -> bool:
+    """Whether it is one exchange. One who has no more data knows no more of it than its size."""
+    sizes = {place.numel for place in at.values()}
+    return len(sizes) == 1 and len({place for place in at.values() if place.kind != NO_DATA}) <= 1
 
 
 def _read(signature: bytes) -> Signature:

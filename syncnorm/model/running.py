@@ -83,7 +83,7 @@ class PooledRunning:
         model.register_forward_hook(self._end, always_call=True)
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        self._leave(layer, local)
+        self._leave(layer, local, call)
         batch = of_sums(local.sums)
         return Statistic(batch, PooledMeans(batch, None), is_pooled=False)
 
@@ -172,12 +172,13 @@ class PooledRunning:
     def _trains(self) -> bool:
         """The layers are asked, not the model: a wrapper's own flag says nothing.
 
-        A layer that somebody else has lent another source does not act for us.
+        A layer that somebody else has lent another source does not act for us, nor does a frozen one.
         """
-        return any(layer.training and layer.statistics is self for layer in self.layers.values())
+        layers = self.layers.values()
+        return any(each.training and each.statistics is self and each.freeze is None for each in layers)
 
-    def _leave(self, layer: SyncNorm, local: LocalSums) -> None:
-        if ops.is_recomputing():
+    def _leave(self, layer: SyncNorm, local: LocalSums, call: Call) -> None:
+        if ops.is_recomputing() or call.is_frozen:
             return
         if not self._is_open:
             raise InputError(
