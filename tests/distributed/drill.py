@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,8 @@ class Job:
     faulty: int
     in_debug: bool
     timeout_seconds: float
+    folder: Path
+    """Where each rank's standard error goes."""
     store_on_rank_zero: bool = False
 
 
@@ -61,6 +64,10 @@ class Skipping(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.first(x)
         return x if self.skips else self.last(x)
+
+
+def errors_of(job: Job, rank: int) -> Path:
+    return job.folder / f"errors-{rank}"
 
 
 def run(job: Job) -> dict[int, Report]:
@@ -115,6 +122,7 @@ def _collect(pipes: list[Connection], job: Job) -> dict[int, Report]:
 
 def _worker(pipe: Connection, rank: int, port: int | None, job: Job, tell_port: Connection | None) -> None:
     torch.set_num_threads(1)
+    os.dup2(os.open(errors_of(job, rank), os.O_WRONLY | os.O_CREAT), 2)
     if tell_port is not None and job.store_on_rank_zero:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         tell_port.send(store.port)
@@ -130,7 +138,7 @@ def _worker(pipe: Connection, rank: int, port: int | None, job: Job, tell_port: 
         pipe.send(_report(model, rank, job))
     # Stays for the others as long as it takes them to notice by themselves: its end would tell them.
     if not job.store_on_rank_zero:
-        pipe.poll(3 * job.timeout_seconds)
+        pipe.poll(2 * job.timeout_seconds)
     os._exit(0)
 
 
@@ -140,8 +148,8 @@ def _report(model: Skipping, rank: int, job: Job) -> Report:
     if rank == job.faulty:
         if job.fault == "skips":
             model.skips = True
-        elif job.fault == "raises":
-            return Report("my own error", False, 0.0)
+        elif job.fault in ("raises", "skips all"):
+            return Report("elsewhere", False, 0.0)
         elif job.fault == "is killed":
             threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
         elif job.fault == "sends another C":
