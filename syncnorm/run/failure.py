@@ -8,13 +8,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# What gloo and NCCL say on a worker whose peer is gone.
+# What gloo and NCCL say on a worker whose peer is gone, and then what debug mode says.
 _ECHOES = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
     "remote process exited",
     "Timed out waiting",
+    "nothing more from rank",
+    "not there within",
+    "Store of the process group, which cannot be reached",
 )
 
 
