@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := syncnorm launch tests benchmarks
 
-.PHONY: help train test test-slow lint types imports format check clean
+.PHONY: help train test test-slow drill lint types imports format check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -26,6 +26,10 @@ test: $(INSTALLED)  ## Run the tests
 
 test-slow: $(INSTALLED)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+drill: $(INSTALLED)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
+	$(BIN)/python -m benchmarks.kill_drill
+	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check $(SOURCES)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from syncnorm.comm import guard
 from syncnorm.comm.flight import Flight
-from syncnorm.comm.signing import NO_DATA, Agreement
+from syncnorm.comm.signing import NO_DATA, Signing
 
 __all__ = ["NO_DATA", "Exchange", "Pending", "Tally", "Total", "announcers", "gather", "record", "start_sum", "sum_"]
 
@@ -126,9 +126,8 @@ def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str 
 class Pending:
     """A sum under way. Copies and pickles as its result."""
 
-    def __init__(self, message: Tensor, work: dist.Work | None, flight: Flight | None) -> None:
+    def __init__(self, message: Tensor, flight: Flight | None) -> None:
         self._message = message
-        self._work = work
         self._flight = flight
 
     def wait(self) -> Tensor:
@@ -139,16 +138,16 @@ class Pending:
         """
         if self._flight is not None:
             start = time.perf_counter()
-            (flight, work), self._flight, self._work = (self._flight, self._work), None, None
+            flight, self._flight = self._flight, None
             with flight:
-                _wait(work)
+                _wait(flight.work)
             flight.land(self._message)
             for tally in _tallies:
                 tally.add(flight.kind, 0, 0, time.perf_counter() - start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_message": self.wait(), "_work": None, "_flight": None}
+        return {"_message": self.wait(), "_flight": None}
 
 
 def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Pending:
@@ -157,14 +156,14 @@ def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str, name:
     *Collectives*: one asynchronous all-reduce of `message.numel()` float64 numbers; every member must call.
     """
     if group is None:
-        return Pending(message, None, None)
+        return Pending(message, None)
     assert message.dtype == torch.float64
     start = time.perf_counter()
     flight = _begin("sum", message, group, kind, name)
     with flight:
-        work = dist.all_reduce(message, group=group, async_op=True)
+        flight.work = dist.all_reduce(message, group=group, async_op=True)
     _note(kind, message, start)
-    return Pending(message, work, flight)
+    return Pending(message, flight)
 
 
 def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Tensor:
@@ -186,8 +185,9 @@ def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: 
         announce(op, message, group)
     flight = Flight(message, group, kind, name)
     if guard.is_debug():
-        flight.agreement = Agreement(flight, group)
-        flight.agreement.reach()
+        flight.signing = Signing(flight, group)
+        with flight:
+            flight.signing.reach()
     return flight
 
 

@@ -24,7 +24,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import ExchangeError
 
 if TYPE_CHECKING:
-    from syncnorm.comm.signing import Agreement
+    from syncnorm.comm.signing import Signing
 
 _KEPT = 64
 # This share of a group's timeout before its end, and no more than so many seconds.
@@ -37,7 +37,7 @@ class Line:
     """What this process knows of the exchanges over one group. Holds no group: torch must be able to end them."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        timeout = groups.timeout(group)
+        timeout = groups._timeout(group)
         self.members = dist.get_process_group_ranks(group)
         self.timeout_seconds = _DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout.total_seconds()
         self.calls: Counter[tuple[str, str]] = Counter()
@@ -80,9 +80,11 @@ class Flight:
         self.numel = message.numel()
         self.began = time.monotonic()
         self.is_told = False
+        self.work: dist.Work | None = None
+        """What somebody has yet to wait for."""
+        self.signing: Signing | None = None
+        """In debug mode, the words with the other workers."""
         self._is_over = False
-        self.agreement: Agreement | None = None
-        """In debug mode, what the workers have agreed upon."""
         self._done: torch.cuda.Event | None = None
         _flights.append(self)
         if _watch.thread is None:
@@ -93,12 +95,13 @@ class Flight:
         if message.is_cuda:
             self._done = torch.cuda.Event()
             self._done.record()
-        self._is_over = True
-        self.agreement = None
+        self._is_over, self.work, self.signing = True, None, None
 
     @property
     def is_over(self) -> bool:
-        return self._is_over and (self._done is None or self._done.query())
+        if self._done is not None:
+            return self._done.query()
+        return self._is_over or (self.work is not None and self.work.is_completed())
 
     def is_old(self) -> bool:
         """Whether its group will give up soon, if it is still under way."""
@@ -109,11 +112,14 @@ class Flight:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         """Name the error of torch.distributed: the layer and the call, in debug mode who is gone."""
-        if not isinstance(error, RuntimeError):
+        if error is None:
             return
-        self._is_over = True
-        if self.agreement is not None:
-            raise ExchangeError(self.agreement.broken(error)) from error
+        self._is_over, self.work = True, None
+        signing, self.signing = self.signing, None
+        if not isinstance(error, RuntimeError) or isinstance(error, ExchangeError):
+            return
+        if signing is not None:
+            raise ExchangeError(signing.broken(error)) from error
         raise ExchangeError(
             f"exchange must be made by all of ranks {self.line.members}, got an error on rank {groups.rank()} at "
             f"{self} after {time.monotonic() - self.began:.1f} s: {error}. A worker has ended, raised, skipped this "
@@ -157,9 +163,10 @@ class _Watch:
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self._ends = threading.Event()
+        self._has_told = False
 
     def start(self) -> None:
-        self.thread = threading.Thread(target=self._look, name="syncnorm-watch", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="syncnorm-watch", daemon=True)
         self.thread.start()
         # A thread that is inside torch when the interpreter ends would abort the process.
         atexit.register(self._end)
@@ -169,30 +176,32 @@ class _Watch:
         if self.thread is not None:
             self.thread.join(timeout=1.0)
 
-    def _look(self) -> None:
-        has_told = False
+    def _run(self) -> None:
         while not self._ends.wait(min((f.line.margin_seconds for f in list(_flights)), default=1.0) / 3):
-            stuck = next((f for f in list(_flights) if f.is_old() and not f.is_told and _is_under_way(f)), None)
+            self._look()
+
+    def _look(self) -> None:
+        stuck = next((f for f in list(_flights) if f.is_old() and not f.is_told and _is_under_way(f)), None)
+        if stuck is not None:
+            stuck.is_told = self._has_told = True
+            _tell(
+                f"{stuck} has been under way for {time.monotonic() - stuck.began:.1f} s, and its process group "
+                f"gives up after {stuck.line.timeout_seconds:g} s."
+            )
+        elif self._has_told:
+            return
+        try:
             if stuck is not None:
-                stuck.is_told = has_told = True
-                _tell(
-                    f"{stuck} has been under way for {time.monotonic() - stuck.began:.1f} s, and its process group "
-                    f"gives up after {stuck.line.timeout_seconds:g} s."
-                )
-                with contextlib.suppress(Exception):
-                    world_store().set(_STUCK_KEY, str(groups.rank()))
-            elif not has_told and _is_another_stuck():
-                has_told = True
+                world_store().set(_STUCK_KEY, str(groups.rank()))
+            elif world_store().check([_STUCK_KEY]):
+                self._has_told = True
                 _tell("an exchange of another worker is stuck.")
+        except (RuntimeError, ValueError):
+            # No group any more, or the store has ended with its host: nobody to tell.
+            self._has_told = True
 
 
 _watch = _Watch()
-
-
-def _is_another_stuck() -> bool:
-    with contextlib.suppress(Exception):
-        return world_store().check([_STUCK_KEY])
-    return False
 
 
 def _tell(what: str) -> None:

@@ -70,7 +70,7 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
     if made is None:
         made = dist.new_group(
             members,
-            timeout=timeout(parent),
+            timeout=_timeout(parent),
             backend=backend,
             use_local_synchronization=len(members) < dist.get_world_size(),
         )
@@ -96,14 +96,14 @@ def runs(size: int) -> Group | None:
     start = dist.get_rank() // size * size
     key = ("runs", tuple(range(start, start + size)))
     if key not in made:
-        mine, _ = dist.new_subgroups(size, timeout=timeout(world))
+        mine, _ = dist.new_subgroups(size, timeout=_timeout(world))
         assert isinstance(mine, dist.ProcessGroup)
         made[key] = mine
         return mine
     return made[key]
 
 
-def timeout(group: Group) -> timedelta | None:
+def _timeout(group: Group) -> timedelta | None:
     """How long the user wants to wait for others; torch would give a new group its own default of half an hour.
 
     None for a backend that keeps no such option: its default then.

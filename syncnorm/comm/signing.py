@@ -42,7 +42,7 @@ class Signature(NamedTuple):
         return describe(*self)
 
 
-class Agreement:
+class Signing:
     """The words between the members of a group about one exchange.
 
     Args:

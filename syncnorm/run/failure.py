@@ -8,8 +8,11 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# What gloo and NCCL say on a worker whose peer is gone, and then what debug mode says.
+# What gloo, NCCL and the store say on a worker whose peer is gone (the kinds are those of the store alone), and then
+# what debug mode says.
 _ECHOES = (
+    "DistNetworkError: ",
+    "DistStoreError: ",
     "Connection closed by peer",
     "Connection reset by peer",
     "Connection refused",
@@ -54,7 +57,7 @@ def _lost_its_peer(failure: ProcessFailure) -> bool:
 
 
 def is_echo(message: str) -> bool:
-    """Whether an error's message only says that another worker is gone."""
+    """Whether an error, as KIND: MESSAGE, only says that another worker is gone."""
     return any(echo in message for echo in _ECHOES)
 
 

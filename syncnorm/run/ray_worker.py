@@ -100,7 +100,7 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
     try:
         return asdict(_train(job, folder))
     except Exception as error:
-        if is_echo(str(error)):
+        if is_echo(f"{type(error).__name__}: {error}"):
             raise WorkerLost(str(error)) from None
         if isinstance(error, SyncnormError):
             return asdict(Ended(2 if isinstance(error, ConfigError) else 1, [str(error)]))

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from syncnorm import SyncBatchNorm, debug
 from syncnorm.comm import exchange, flight
 from syncnorm.errors import ExchangeError, InputError
+from syncnorm.run.failure import is_echo
 from tests.distributed.drill import Job, errors_of, run
 
 TIMEOUT = 3.0
@@ -39,6 +40,8 @@ def test_in_debug_mode_all_raise_the_same_and_know_who_is_where(fault, tmp_path)
     assert all(r.is_promised and r.seconds < TIMEOUT + 2 for r in raised.values()), reports
     assert len({r.text for r in raised.values()}) == 1, "the same words on all"
     assert re.search(CASES[fault], raised[0].text), raised[0].text
+    is_loss = fault in ("raises", "is killed", "is late")
+    assert is_echo(raised[0].text) == is_loss, "launchers know the loss of a worker from a mistake of all"
     assert {r.again for r in raised.values()} == {raised[0].text}, "and at the next exchange too"
 
 
@@ -54,6 +57,7 @@ def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
     for rank, r in survivors.items():
         assert r.is_promised, r
         assert r.seconds < TIMEOUT + 2, r
+        assert is_echo(r.text)
         assert (
             f"got an error on rank {rank} at call 2 of 'first' (training forward, moments, 9 float64) after" in r.text
         )

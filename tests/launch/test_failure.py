@@ -9,6 +9,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from syncnorm.run.failure import root_cause
 
 GLOO = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29106."
+# Both where a peer is killed before the group has come to be.
+STORE = "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"
+STORE_TIMEOUT = "DistStoreError: wait timeout after 30000ms, keys: /default_pg/0//cpu//0/1"
 
 
 @pytest.fixture
@@ -44,8 +47,15 @@ def test_a_kill_is_the_cause_and_the_launchers_own_signal_is_not(failure):
     assert root_cause(ChildFailedError("x", failures)).reason == "worker 2 was killed by SIGKILL"
 
 
-def test_a_lost_peer_is_told_if_nothing_else_is_known(failure):
-    assert "Connection closed by peer" in root_cause(ChildFailedError("x", {0: failure(0, 1, GLOO)})).reason
+@pytest.mark.parametrize("echo", [GLOO, STORE, STORE_TIMEOUT])
+def test_a_lost_peer_is_told_and_tried_again_if_nothing_else_is_known(failure, echo):
+    found = root_cause(ChildFailedError("x", {0: failure(0, 1, echo)}))
+    assert found.reason == f"worker 0 failed: {echo}"
+    assert found.is_loss
+
+
+def test_code_that_fails_is_not_tried_again(failure):
+    assert not root_cause(ChildFailedError("x", {0: failure(0, 1, "ValueError: a")})).is_loss
 
 
 def test_a_message_goes_before_how_the_process_ended(failure):
