@@ -8,8 +8,9 @@ part in whatever it is, in a thread of their own: the main thread meanwhile shad
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,10 +27,10 @@ _CODES = {"sum": _SUM, "gather": _GATHER}
 
 
 @contextmanager
-def join(model: nn.Module) -> Iterator[None]:
+def join(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]:
     """Within the block, a worker whose data ends early goes on answering the others, forward and backward.
 
-        with join(ddp_model):
+        with join(ddp_model, optimizer):
             for x, y in batches:                     # as many as this worker has, also none
                 loss = criterion(ddp_model(x), y)
                 scale_loss(loss, len(x)).backward()
@@ -40,17 +41,21 @@ def join(model: nn.Module) -> Iterator[None]:
     those included that have left (they add zeros): `divide_by_initial_world_size=True`, which this block sets. Without
     `scale_loss` the gradient shrinks with every worker that leaves.
 
-    At the end all workers have the parameters and running statistics of one who was there last.
+    At the end all workers have the parameters, running statistics and optimizer state (learning rate included) of one
+    who was there last. Schedulers of the learning rate are the caller's: step them after the block.
 
     *Collectives*: in each step an exchange of one number besides those of the forwards; once a worker has left, one of
-    three numbers before each. At the end two more. Every worker must use the block, and make the same exchanges as
-    those that still have data; other collectives within it are not answered. With DDP its own join is entered too.
+    three numbers before each. At the end two more, and two for each optimizer. Every worker must use the block, and
+    make the same exchanges as those that still have data; other collectives within it are not answered. With DDP its
+    own join is entered too.
 
     An error that ends the block on one worker leaves the others to the timeout of their group.
 
     Args:
         model: one wrapped by DistributedDataParallel (any buffer setting), or one whose gradients somebody else pools;
             given to `prepare_ddp` before. Called itself: the roll is called when its forward begins.
+        optimizers: those that keep something from step to step (momentum). Left out, the workers go on with different
+            states, and their parameters drift apart.
 
     Raises:
         InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a worker's last step) or
@@ -69,7 +74,7 @@ def join(model: nn.Module) -> Iterator[None]:
     if group is None:
         yield
         return
-    roll = RollCall(group, layers)
+    roll = RollCall(group, layers, optimizers)
     hook = model.register_forward_pre_hook(roll.begin, prepend=True)
     exchange.announcers.append(roll.announce)
     try:
@@ -103,11 +108,15 @@ class RollCall:
     Args:
         group: all workers.
         layers: whose running statistics to hand over at the end.
+        optimizers: whose states.
     """
 
-    def __init__(self, group: groups.Group, layers: list[SyncNorm]) -> None:
+    def __init__(
+        self, group: groups.Group, layers: list[SyncNorm], optimizers: Sequence[torch.optim.Optimizer]
+    ) -> None:
         self._group = group
         self._layers = layers
+        self._optimizers = optimizers
         self._device = device_of(layers[0]) if layers else torch.device("cpu")
         self._members = groups.ranks(group)
         self._is_talking = False
@@ -198,18 +207,36 @@ class RollCall:
 
     @torch.no_grad()
     def _hand_over(self) -> None:
-        """Running statistics went on without those who had left."""
+        """All went on without those who had left."""
         rank = groups.rank()
         mine = torch.tensor([float(self._steps if r == rank else 0) for r in self._members], dtype=torch.float64)
         steps = exchange.sum_(mine.to(self._device), self._group, "join").tolist()
-        giver = self._members[steps.index(max(steps))]
+        is_giver, is_late = self._members[steps.index(max(steps))] == rank, self._steps < max(steps)
         for layer in self._layers:
             layer.statistics.settle()
         buffers = [b for layer in self._layers for b in layer.buffers(recurse=False)]
-        if not buffers:
-            return
-        wide = torch.cat([b.detach().to(self._device, torch.float64).flatten() for b in buffers])
-        given = exchange.sum_(wide if rank == giver else torch.zeros_like(wide), self._group, "join")
-        if self._steps < max(steps):
-            for buffer, value in zip(buffers, given.split([b.numel() for b in buffers]), strict=True):
-                buffer.copy_(value.view_as(buffer))
+        if buffers:
+            wide = torch.cat([b.detach().to(self._device, torch.float64).flatten() for b in buffers])
+            given = self._from_giver(wide, is_giver)
+            if is_late:
+                for buffer, value in zip(buffers, given.split([b.numel() for b in buffers]), strict=True):
+                    buffer.copy_(value.view_as(buffer))
+        for optimizer in self._optimizers:
+            self._hand_over_optimizer(optimizer, is_giver, is_late)
+
+    def _hand_over_optimizer(self, optimizer: torch.optim.Optimizer, is_giver: bool, is_late: bool) -> None:
+        """Its state as bytes, four in the place of a number: that is exact."""
+        file = io.BytesIO()
+        if is_giver:
+            torch.save(optimizer.state_dict(), file)
+        file.write(bytes(-file.tell() % 4))
+        data = torch.frombuffer(bytearray(file.getbuffer()), dtype=torch.int32) if is_giver else torch.zeros(0)
+        size = self._from_giver(torch.tensor([data.numel()], dtype=torch.float64).to(self._device), is_giver)
+        wide = data.to(self._device, torch.float64) if is_giver else torch.zeros(int(size)).to(self._device).double()
+        given = self._from_giver(wide, is_giver)
+        if is_late:
+            file = io.BytesIO(bytes(given.cpu().to(torch.int32).view(torch.uint8).tolist()))
+            optimizer.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+
+    def _from_giver(self, numbers: Tensor, is_giver: bool) -> Tensor:
+        return exchange.sum_(numbers if is_giver else torch.zeros_like(numbers), self._group, "join")

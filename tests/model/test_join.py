@@ -44,8 +44,9 @@ def _loss(y: Tensor) -> Tensor:
     return (y - target).square().sum(1).mean()
 
 
-def _train(model: nn.Module, batches: list[Tensor], is_scaled: bool) -> tuple[list[Tensor], list[list[Tensor]]]:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+def _train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor], is_scaled: bool
+) -> tuple[list[Tensor], list[list[Tensor]]]:
     outputs, gradients = [], []
     for x in batches:
         optimizer.zero_grad()
@@ -58,24 +59,38 @@ def _train(model: nn.Module, batches: list[Tensor], is_scaled: bool) -> tuple[li
     return outputs, gradients
 
 
+def _momentum(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def _adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-2)
+
+
 def _on_worker(
-    counts: list[int], options: dict, ddp: dict, is_debugging: bool = False, is_scaled: bool = True
+    counts: list[int],
+    ddp: dict | None = None,
+    is_debugging: bool = False,
+    is_scaled: bool = True,
 ) -> Trained:
     rank = dist.get_rank()
-    model = prepare_ddp(_network(SyncBatchNorm, **options))
-    wrapped = DistributedDataParallel(model, **ddp)
+    model = prepare_ddp(_network(SyncBatchNorm))
+    wrapped = DistributedDataParallel(model, **(ddp or {}))
     with exchange.record() as record, debug(is_debugging, timeout_seconds=20.0 if is_debugging else None):
         with join(wrapped):
-            outputs, gradients = _train(wrapped, _batches(rank, counts[rank]), is_scaled)
+            outputs, gradients = _train(wrapped, _momentum(model), _batches(rank, counts[rank]), is_scaled)
     return Trained(outputs, gradients, {k: v.clone() for k, v in model.state_dict().items()}, [e.kind for e in record])
 
 
 def _on_one(counts: list[int]) -> Trained:
     """torch's own layer, on the union of what the workers have in each step."""
-    shards = [_batches(rank, count) for rank, count in enumerate(counts)]
-    union = [torch.cat([s[step] for s in shards if step < len(s)]) for step in range(max(counts))]
     model = _network(nn.BatchNorm1d)
-    return Trained(*_train(model, union, False), dict(model.state_dict()), [])
+    return Trained(*_train(model, _momentum(model), _union(counts), False), dict(model.state_dict()), [])
+
+
+def _union(counts: list[int]) -> list[Tensor]:
+    shards = [_batches(rank, count) for rank, count in enumerate(counts)]
+    return [torch.cat([s[step] for s in shards if step < len(s)]) for step in range(max(counts))]
 
 
 def _compare(got: list[Trained], whole: Trained, counts: list[int]) -> None:
@@ -95,7 +110,7 @@ COUNTS = [[3, 5], [5, 3, 4], [0, 3], [2, 0, 4], [0, 0, 3], [2, 2], [0, 0]]
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_equals_one_process_on_what_the_workers_hold_together(pool, counts):
-    got = pool(len(counts)).run(_on_worker, counts, {}, {})
+    got = pool(len(counts)).run(_on_worker, counts)
     if any(counts):
         _compare(got, _on_one(counts), counts)
     for each in got:
@@ -105,26 +120,57 @@ def test_equals_one_process_on_what_the_workers_hold_together(pool, counts):
 @pytest.mark.parametrize("ddp", [{"broadcast_buffers": False}, {"find_unused_parameters": True}], ids=str)
 def test_with_other_settings_of_ddp(pool, ddp):
     counts = [1, 4, 2]
-    _compare(pool(3).run(_on_worker, counts, {}, ddp), _on_one(counts), counts)
+    _compare(pool(3).run(_on_worker, counts, ddp), _on_one(counts), counts)
 
 
 def test_in_debug_mode(pool):
     counts = [3, 1]
-    _compare(pool(2).run(_on_worker, counts, {}, {}, True), _on_one(counts), counts)
+    _compare(pool(2).run(_on_worker, counts, {}, True), _on_one(counts), counts)
 
 
 def test_without_scaled_loss_it_differs(pool):
     """The negative control: the comparison can tell, and `scale_loss` is what makes it exact."""
     counts = [1, 4, 2]
     with pytest.raises(AssertionError, match="gradient, rank"):
-        _compare(pool(3).run(_on_worker, counts, {}, {}, False, False), _on_one(counts), counts)
+        _compare(pool(3).run(_on_worker, counts, {}, False, False), _on_one(counts), counts)
+
+
+def _epochs(counts: list[int], make: str, is_handed: bool) -> dict[str, Tensor]:
+    """Two passes over the data, with an optimizer that remembers."""
+    rank = dist.get_rank()
+    model = prepare_ddp(_network(SyncBatchNorm))
+    wrapped, optimizer = DistributedDataParallel(model), globals()[make](model)
+    for _ in range(2):
+        with join(wrapped, *([optimizer] if is_handed else [])):
+            _train(wrapped, optimizer, _batches(rank, counts[rank]), True)
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("counts", [[4, 2], [2, 0, 3]], ids=str)
+@pytest.mark.parametrize("make", ["_momentum", "_adam"])
+def test_several_epochs_with_an_optimizer_that_remembers(pool, counts, make):
+    whole = _network(nn.BatchNorm1d)
+    optimizer = globals()[make](whole)
+    for _ in range(2):
+        _train(whole, optimizer, _union(counts), False)
+    for state in pool(len(counts)).run(_epochs, counts, make, True):
+        for name, expected in whole.state_dict().items():
+            assert_close(state[name], expected, torch.float64, name, factor=100)
+
+
+def test_without_the_optimizer_the_workers_drift_apart(pool):
+    """The negative control: in the second pass the worker that had left lacks the momentum of what it missed."""
+    first, second = pool(2).run(_epochs, [4, 2], "_momentum", False)
+    expected = pool(2).run(_epochs, [4, 2], "_momentum", True)[0]
+    assert torch.equal(first["0.weight"], second["0.weight"]), "handed over at the end of the block"
+    assert not torch.equal(first["0.weight"], expected["0.weight"])
 
 
 def test_headers_are_sent_only_once_somebody_has_left(pool):
-    kinds = pool(2).run(_on_worker, [2, 2], {}, {})[0].kinds
+    kinds = pool(2).run(_on_worker, [2, 2])[0].kinds
     step = ["join", "moments", "moments", "count", "gradients", "gradients"]
     assert kinds == [*step, *step, "join", "join", "join"], "a roll call for each step and one at the end; the handover"
-    alone = pool(2).run(_on_worker, [2, 1], {}, {})[0].kinds
+    alone = pool(2).run(_on_worker, [2, 1])[0].kinds
     headed = ["join", *(kind for each in step[1:] for kind in ("join", each))]
     assert alone == [*step, *headed, "join", "join", "join", "join"]
 
