@@ -11,6 +11,8 @@ from syncnorm.model.adopt import adopt_state_dict
 from syncnorm.model.convert import conversion_table, convert, convert_sync_batchnorm, revert
 from syncnorm.model.ddp import prepare_ddp, scale_loss
 from syncnorm.model.explain import explain
+from syncnorm.model.frozen import frozen_statistics
+from syncnorm.model.join import join
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
 
@@ -26,8 +28,10 @@ __all__ = [
     "convert_sync_batchnorm",
     "debug",
     "explain",
+    "frozen_statistics",
     "functional",
     "groups",
+    "join",
     "monitor",
     "prepare_ddp",
     "recalibrate",

@@ -40,13 +40,22 @@ class Call:
     """sync="lagged": the averages."""
     repeated_in: int | None = None
     """The backward pass that has repeated this call last."""
+    is_frozen: bool = False
+    """Whether it must leave no trace (see syncnorm.model.frozen)."""
+
+
+class Freeze:
+    """Marks a layer whose statistics are frozen. Whoever copies the layer gets it without the mark."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
 
 class StatisticsSource(Protocol):
     """Where a layer's training statistics come from, and where its batch's sums go."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        """What to normalise this batch by."""
+        """What to normalise this batch by. Nothing must be kept of a call that `is_frozen`."""
         ...
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
@@ -179,6 +188,8 @@ class SyncNorm(_BatchNorm):
                 self.register_buffer(name, value)
         self.seen: tuple[Call, Moments] | None = None
         """The last training statistic, for those who watch: what went into it, and what the batch was normalised by."""
+        self.freeze: Freeze | None = None
+        """Set while forwards must leave no trace."""
         self._has_warned = False
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
 
@@ -202,7 +213,7 @@ class SyncNorm(_BatchNorm):
         statistic = self.statistics.take(self, local, call)
         functional.check_count(statistic, self._warn_once)
         y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
-        if not ops.is_recomputing():
+        if not ops.is_recomputing() and not call.is_frozen:
             self.seen = (call, statistic.batch)
             with torch.no_grad():
                 self.statistics.record(self, statistic)
@@ -269,7 +280,7 @@ class SyncNorm(_BatchNorm):
 
     def _new_call(self, local: LocalSums) -> Call:
         """Remember what this forward sees; no exchange has been made."""
-        call = Call(local.sums)
+        call = Call(local.sums, is_frozen=self.freeze is not None)
         if self.sync == "lagged":
             self._calls.append(call)
         return call

@@ -3,6 +3,7 @@
 SyncnormError
 ├── InputError (ValueError)    an argument breaks its rule; the same on all workers by construction, raised locally
 ├── FaultError (ValueError)    one worker's data breaks a rule; every worker raises the same error
+├── ExchangeError (RuntimeError)  workers disagree about an exchange, one is missing, or the exchange broke
 ├── ConfigError (ValueError)   a configuration file or override cannot be used; exit status 2
 └── CheckpointError            a checkpoint is damaged, incomplete or no checkpoint at all
 
@@ -20,6 +21,13 @@ class InputError(SyncnormError, ValueError):
 
 class FaultError(SyncnormError, ValueError):
     """The data of one worker breaks a rule. Carried in the exchange and raised by all workers alike."""
+
+
+class ExchangeError(SyncnormError, RuntimeError):
+    """Workers disagree about an exchange, one did not come to it, or it broke; the message names layer and ranks.
+
+    A RuntimeError, as are the errors of torch.distributed. In debug mode it is the same on every live worker.
+    """
 
 
 class ConfigError(SyncnormError, ValueError):

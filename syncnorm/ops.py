@@ -68,7 +68,7 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
         if local.has_fault is not None:
             # A fault travels as a count of NaN: whether somebody has a mask is known to that worker alone.
             sums[-1] = torch.where(local.has_fault, torch.nan, sums[-1])
-        exchange.sum_(sums, group, "moments")
+        exchange.sum_(sums, group, "moments", name)
         is_looked_at = sums.device.type == "cpu" or guard.is_debug()
         if is_looked_at and (sums[-1].isnan() or (guard.is_debug() and not sums.isfinite().all())):
             _raise_fault(local, group, name)
@@ -85,7 +85,7 @@ def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> Non
             report[1], report[2] = 1.0, wrong[0]
             shape = local.given.shape[:_MAX_DIMS]
             report[3 : 3 + len(shape)] = torch.tensor(shape)
-    reports = exchange.gather(report.to(local.sums.device), group, "fault").tolist()
+    reports = exchange.gather(report.to(local.sums.device), group, "fault", name).tolist()
     masks, inputs = [], []
     for rank, (is_input, is_mask, value, *shape) in zip(groups.ranks(group), reports, strict=True):
         if is_mask:
@@ -115,12 +115,13 @@ class GradientMeans(Protocol):
 class PooledMeans:
     """The exact means over all workers of `group`. *Collectives*: one all-reduce of 2C numbers."""
 
-    def __init__(self, batch: Moments, group: groups.Group | None) -> None:
+    def __init__(self, batch: Moments, group: groups.Group | None, name: str = "") -> None:
         self.n = batch.n
         self.group = group
+        self.name = name
 
     def __call__(self, local: Tensor) -> Tensor:
-        return exchange.sum_(local, self.group, "gradients") * reciprocal(self.n)
+        return exchange.sum_(local, self.group, "gradients", self.name) * reciprocal(self.n)
 
 
 class Statistic(NamedTuple):
@@ -135,7 +136,7 @@ class Statistic(NamedTuple):
 def pooled_statistic(local: LocalSums, group: groups.Group | None, name: str) -> Statistic:
     """The moments of the batch over all workers of `group`. *Collectives*: as `pooled_sums`."""
     batch = of_sums(pooled_sums(local, group, name))
-    return Statistic(batch, PooledMeans(batch, group), group is not None)
+    return Statistic(batch, PooledMeans(batch, group, name), group is not None)
 
 
 def normalize(

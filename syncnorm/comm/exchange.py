@@ -7,14 +7,21 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from syncnorm.comm import guard
+from syncnorm.comm.flight import Flight
+from syncnorm.comm.signing import NO_DATA, Signing
+
+__all__ = ["NO_DATA", "Exchange", "Pending", "Tally", "Total", "announcers", "gather", "record", "start_sum", "sum_"]
 
 
 class Exchange(NamedTuple):
@@ -22,7 +29,8 @@ class Exchange(NamedTuple):
 
     kind: str
     """What it carried: "moments", "gradients", "fault", "count"; "all moments", "all gradients" of a model;
-    "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is pooled."""
+    "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is pooled, "join" of `join`;
+    "no data" for a worker's answer there."""
     numel: int
     """How many float64 numbers."""
     seconds: float
@@ -85,16 +93,33 @@ class Tally:
 _tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
 
 
-def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tensor:
+Announce = Callable[[str, Tensor, dist.ProcessGroup], None]
+announcers: list[Announce] = []
+"""Called before each exchange with "sum" or "gather", the message and the group (see `syncnorm.model.join`)."""
+
+
+def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Tensor:
     """Replace `message` (float64) by its sum over `group`, the same bits on every worker. None: nothing to do.
 
     *Collectives*: one all-reduce of `message.numel()` float64 numbers; every member of `group` must call.
+
+    Args:
+        message: float64, left alone where it has gone.
+        group: the workers.
+        kind: what it carries, see `Exchange`.
+        name: the layer, for errors.
+
+    Raises:
+        ExchangeError: it broke, or in debug mode: a worker is somewhere else, or not there in time.
     """
     if group is None:
         return message
     assert message.dtype == torch.float64
     start = time.perf_counter()
-    dist.all_reduce(message, group=group)
+    flight = _begin("sum", message, group, kind, name)
+    with flight:
+        _wait(dist.all_reduce(message, group=group, async_op=guard.is_debug()))
+    flight.land(message)
     _note(kind, message, start)
     return message
 
@@ -102,46 +127,56 @@ def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tensor:
 class Pending:
     """A sum under way. Copies and pickles as its result."""
 
-    def __init__(self, message: Tensor, work: dist.Work | None, kind: str) -> None:
+    def __init__(self, message: Tensor, flight: Flight | None) -> None:
         self._message = message
-        self._work = work
-        self._kind = kind
+        self._flight = flight
 
     def wait(self) -> Tensor:
-        """The sum over the group; on CUDA ordered before what the current stream does next."""
-        if self._work is not None:
+        """The sum over the group; on CUDA ordered before what the current stream does next.
+
+        Raises:
+            ExchangeError: as `sum_`.
+        """
+        if self._flight is not None:
             start = time.perf_counter()
-            self._work.wait()
-            self._work = None
+            flight, self._flight = self._flight, None
+            with flight:
+                _wait(flight.work)
+            flight.land(self._message)
             for tally in _tallies:
-                tally.add(self._kind, 0, 0, time.perf_counter() - start)
+                tally.add(flight.kind, 0, 0, time.perf_counter() - start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_message": self.wait(), "_work": None}
+        return {"_message": self.wait(), "_flight": None}
 
 
-def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Pending:
+def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Pending:
     """Begin to sum `message` (float64) over `group`; it must be left alone until waited for.
 
     *Collectives*: one asynchronous all-reduce of `message.numel()` float64 numbers; every member must call.
     """
     if group is None:
-        return Pending(message, None, kind)
+        return Pending(message, None)
     assert message.dtype == torch.float64
     start = time.perf_counter()
-    work = dist.all_reduce(message, group=group, async_op=True)
+    flight = _begin("sum", message, group, kind, name)
+    with flight:
+        flight.work = dist.all_reduce(message, group=group, async_op=True)
     _note(kind, message, start)
-    return Pending(message, work, kind)
+    return Pending(message, flight)
 
 
-def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tensor:
+def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Tensor:
     """The messages of all workers, stacked by rank: shape (world size, *message.shape)."""
     if group is None:
         return message.unsqueeze(0)
     start = time.perf_counter()
+    flight = _begin("gather", message, group, kind, name)
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, message, group=group)
+    with flight:
+        _wait(dist.all_gather(parts, message, group=group, async_op=guard.is_debug()))
+    flight.land(message)
     _note(kind, message, start)
     return torch.stack(parts)
 
@@ -159,6 +194,28 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
     message[: data.numel()] = data
     rows = gather(message.view(torch.float64).to(device), group, kind).cpu().view(torch.uint8)
     return [bytes(row.tolist()).rstrip(b"\0")[:-1].decode() for row in rows]
+
+
+def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> Flight:
+    for announce in announcers:
+        announce(op, message, group)
+    flight = Flight(message, group, kind, name)
+    if guard.is_debug():
+        flight.signing = Signing(flight, group)
+        with flight:
+            flight.signing.reach()
+    return flight
+
+
+def _wait(work: dist.Work | None) -> None:
+    """For what has been enqueued (in debug mode, and what was begun); what blocks has been waited for."""
+    seconds = guard.debug_timeout_seconds()
+    if work is None:
+        return
+    if guard.is_debug() and seconds is not None:
+        work.wait(timedelta(seconds=seconds))
+    else:
+        work.wait()
 
 
 def _note(kind: str, message: Tensor, start: float) -> None:

@@ -122,7 +122,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
         return loss
     # Filled rather than copied: a copy from the host would wait for a CUDA device.
     total = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
-    exchange.sum_(total, group, "count")
+    exchange.sum_(total, group, "count", "scale_loss")
     if local_count == 0:
         # The mean over nothing is NaN.
         return loss.nan_to_num(0.0) * 0.0

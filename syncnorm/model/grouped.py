@@ -51,7 +51,7 @@ class StatisticGroups(PooledRunning):
         return [times * part for part in self._parts]
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        self._leave(layer, local)
+        self._leave(layer, local, call)
         return ops.pooled_statistic(local, self._over, layer.label)
 
     def __getstate__(self) -> dict[str, object]:

@@ -73,6 +73,15 @@ class LaggedMeans:
         return means
 
 
+class FixedMeans(NamedTuple):
+    """The averages of earlier steps as the gradient means of a call that leaves no trace."""
+
+    estimate: Tensor
+
+    def __call__(self, local: Tensor) -> Tensor:
+        return self.estimate
+
+
 class PooledLagged(PooledRunning):
     """The layers of one model that share two messages a step; their `statistics`.
 
@@ -90,19 +99,22 @@ class PooledLagged(PooledRunning):
         self._waits: dict[str, bool] | None = None
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        self._leave(layer, local)
+        self._leave(layer, local, call)
         if call.averages is None:
             call.averages = self._averages(layer)
         averages: Averages = call.averages
-        group, count = self.group, local.sums[-1]
+        group, count, pooled = self.group, local.sums[-1], None
         if averages.waits:
-            batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments"))
-            means = LaggedMeans(self, layer, averages.gradient, PooledMeans(batch, group), count)
+            batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments", layer.label))
+            pooled = PooledMeans(batch, group, layer.label)
         else:
             # An average has no count of its own; any above 1 says that its variance is one.
             several = torch.full_like(count, 2.0)
             batch = Moments(several, averages.mean, averages.var * several)
-            means = LaggedMeans(self, layer, averages.gradient, None, count)
+        if call.is_frozen:
+            means = pooled or FixedMeans(averages.gradient)
+        else:
+            means = LaggedMeans(self, layer, averages.gradient, pooled, count)
         return Statistic(batch, means, is_pooled=group is not None)
 
     def settle(self) -> None:
@@ -174,7 +186,8 @@ class PooledLagged(PooledRunning):
                 parts[name] += sums.to(device)
         # Settled before another leaves: it is of an earlier step.
         self._settle_gradients()
-        self._sent_gradients = exchange.start_sum(torch.cat(list(parts.values())), self.group, "all gradients")
+        message = torch.cat(list(parts.values()))
+        self._sent_gradients = exchange.start_sum(message, self.group, "all gradients", self._title)
         self._gradients, self._late = {}, {}
         self._backward = Backward()
 

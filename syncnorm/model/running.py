@@ -83,7 +83,7 @@ class PooledRunning:
         model.register_forward_hook(self._end, always_call=True)
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        self._leave(layer, local)
+        self._leave(layer, local, call)
         batch = of_sums(local.sums)
         return Statistic(batch, PooledMeans(batch, None), is_pooled=False)
 
@@ -147,7 +147,7 @@ class PooledRunning:
         forward, self._forward = self._forward, Forward()
         group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
         members = groups.ranks(group)
-        message = exchange.start_sum(self._message(forward, members), group, "all moments")
+        message = exchange.start_sum(self._message(forward, members), group, "all moments", self._title)
         self._sent = Sent(message, momenta, members)
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
@@ -178,12 +178,13 @@ class PooledRunning:
     def _trains(self) -> bool:
         """The layers are asked, not the model: a wrapper's own flag says nothing.
 
-        A layer that somebody else has lent another source does not act for us.
+        A layer that somebody else has lent another source does not act for us, nor does a frozen one.
         """
-        return any(layer.training and layer.statistics is self for layer in self.layers.values())
+        layers = self.layers.values()
+        return any(each.training and each.statistics is self and each.freeze is None for each in layers)
 
-    def _leave(self, layer: SyncNorm, local: LocalSums) -> None:
-        if ops.is_recomputing():
+    def _leave(self, layer: SyncNorm, local: LocalSums, call: Call) -> None:
+        if ops.is_recomputing() or call.is_frozen:
             return
         if not self._is_open:
             raise InputError(
@@ -194,6 +195,12 @@ class PooledRunning:
 
     def _name(self, layer: SyncNorm) -> str:
         return self._names[layer]
+
+    @property
+    def _title(self) -> str:
+        """What errors call all layers together."""
+        names = list(self.layers)
+        return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
     def _sizes(self) -> list[int]:
         return [2 * layer.num_features + 1 for layer in self.layers.values()]

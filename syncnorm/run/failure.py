@@ -8,7 +8,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# What gloo, NCCL and the store say on a worker whose peer is gone; the kinds are those of the store alone.
+# What gloo, NCCL and the store say on a worker whose peer is gone (the kinds are those of the store alone), and then
+# what debug mode says.
 _ECHOES = (
     "DistNetworkError: ",
     "DistStoreError: ",
@@ -17,6 +18,9 @@ _ECHOES = (
     "Connection refused",
     "remote process exited",
     "Timed out waiting",
+    "nothing more from rank",
+    "not there within",
+    "Store of the process group, which cannot be reached",
 )
 
 

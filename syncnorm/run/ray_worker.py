@@ -99,11 +99,11 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
         return asdict(Ended(1, []))
     try:
         return asdict(_train(job, folder))
-    except SyncnormError as error:
-        return asdict(Ended(2 if isinstance(error, ConfigError) else 1, [str(error)]))
     except Exception as error:
         if is_echo(f"{type(error).__name__}: {error}"):
             raise WorkerLost(str(error)) from None
+        if isinstance(error, SyncnormError):
+            return asdict(Ended(2 if isinstance(error, ConfigError) else 1, [str(error)]))
         _leave_traceback(folder, error)
         raise
 

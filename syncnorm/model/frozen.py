@@ -1,0 +1,48 @@
+"""Training forwards that leave no trace in the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from syncnorm.base import Freeze, SyncNorm
+
+
+@contextmanager
+def frozen_statistics(model: nn.Module) -> Iterator[None]:
+    """Within the block, training forwards of `model` use batch statistics as always, and update nothing.
+
+    For forwards that are no step of the training: the second one of sharpness-aware minimisation, those of a teacher
+    or for a gradient penalty. Running statistics, their counter (the clock of renormalisation's schedule), the averages
+    of `sync="lagged"` and what `monitor` shows stay as they are. An update under way is applied first.
+
+    *Collectives*: those of the forwards, except that layers with `sync="running"` send nothing, and those with "lagged"
+    only what they wait for: the rest serves updates. Every worker must use the block alike.
+
+    Blocks may be nested, in each other and in `accumulate` (whose update then leaves these forwards out). A copy of the
+    model that is made within the block is not part of it. `recalibrate` within it does what it says.
+
+    Args:
+        model: the model whose layers are meant, also one wrapped by DistributedDataParallel.
+
+    Example:
+        >>> import torch
+        >>> from syncnorm import SyncBatchNorm
+        >>> layer = SyncBatchNorm(3)
+        >>> with frozen_statistics(layer):
+        ...     _ = layer(torch.randn(8, 3))
+        >>> int(layer.num_batches_tracked)
+        0
+    """
+    layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
+    before = [layer.freeze for layer in layers]
+    for layer in layers:
+        layer.statistics.settle()
+        layer.freeze = Freeze()
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.freeze = was

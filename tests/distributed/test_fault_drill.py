@@ -1,0 +1,127 @@
+"""One worker goes wrong: every other one ends with an error that names the layer, in time."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from syncnorm import SyncBatchNorm, debug
+from syncnorm.comm import exchange, flight
+from syncnorm.errors import ExchangeError, InputError
+from syncnorm.run.failure import is_echo
+from tests.distributed.drill import Job, errors_of, run
+
+TIMEOUT = 3.0
+FORWARD = re.escape("(training forward, moments, 9 float64)")
+SKIPPED = r"ranks 0, 2 at call 2 of 'last' \(.*\), rank 1 at call 2 of 'first' \(backward, gradients, 8 float64\)\."
+ABSENT = (
+    rf"ranks 0, 2 at call 2 of 'first' {FORWARD}, rank 1 not there within 3 s \(last at call 1 of 'first' \(backward"
+)
+GONE = rf"got nothing more from rank 1, in call 2 of 'first' {FORWARD}\."
+OTHER = rf"ranks 0, 2 at call 2 of 'last' {FORWARD}, rank 1 at call 2 of 'last' \(.* 5 float64\)"
+
+CASES = {
+    "skips": SKIPPED,
+    "raises": ABSENT,
+    "is killed": GONE,
+    "sends another C": OTHER,
+    "is late": ABSENT,
+}
+
+
+@pytest.mark.parametrize("fault", CASES)
+def test_in_debug_mode_all_raise_the_same_and_know_who_is_where(fault, tmp_path):
+    reports = run(Job(fault, faulty=1, in_debug=True, timeout_seconds=TIMEOUT, folder=tmp_path))
+    raised = {rank: r for rank, r in reports.items() if not (rank == 1 and fault == "raises")}
+    assert set(raised) == {0, 1, 2} - ({1} if fault in ("is killed", "raises") else set())
+    assert all(r.is_promised and r.seconds < TIMEOUT + 2 for r in raised.values()), reports
+    assert len({r.text for r in raised.values()}) == 1, "the same words on all"
+    assert re.search(CASES[fault], raised[0].text), raised[0].text
+    is_loss = fault in ("raises", "is killed", "is late")
+    assert is_echo(raised[0].text) == is_loss, "launchers know the loss of a worker from a mistake of all"
+    assert {r.again for r in raised.values()} == {raised[0].text}, "and at the next exchange too"
+
+
+@pytest.mark.parametrize("fault", ["skips", "raises", "is killed", "is late"])
+def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
+    """What a skipped layer does to the rest of the job decides whether gloo can say so: here nothing follows it."""
+    job = Job(
+        "skips all" if fault == "skips" else fault, faulty=1, in_debug=False, timeout_seconds=TIMEOUT, folder=tmp_path
+    )
+    reports = run(job)
+    survivors = {rank: r for rank, r in reports.items() if rank != 1 or fault == "is late"}
+    assert set(survivors) == {0, 2} | ({1} if fault == "is late" else set())
+    for rank, r in survivors.items():
+        assert r.is_promised, r
+        assert r.seconds < TIMEOUT + 2, r
+        assert is_echo(r.text)
+        assert (
+            f"got an error on rank {rank} at call 2 of 'first' (training forward, moments, 9 float64) after" in r.text
+        )
+    if fault != "is killed":
+        # Shortly before the end, what each worker did last: on nccl there would be nothing else.
+        for rank in (0, 2):
+            said = errors_of(job, rank).read_text()
+            assert re.search(rf"syncnorm, rank {rank}: call 2 of 'first' {FORWARD} has been under way for", said)
+            assert re.search(rf"s ago: call 2 of 'first' {FORWARD}, under way, ranks \[0, 1, 2\]", said)
+        said = errors_of(job, 1).read_text()
+        assert "syncnorm, rank 1: an exchange of another worker is stuck." in said
+        assert re.search(r"s ago: call 1 of 'first' \(backward, gradients, 8 float64\), ranks \[0, 1, 2\]\n", said)
+        assert "call 2" not in said
+
+
+@pytest.mark.parametrize("fault", ["skips", "is killed"])
+def test_in_debug_mode_where_a_rank_hosts_the_store(fault, tmp_path):
+    """Rank 0 hosts it and leaves at once: those in the exchange have heard by then."""
+    reports = run(
+        Job(fault, faulty=1, in_debug=True, timeout_seconds=TIMEOUT, folder=tmp_path, store_on_rank_zero=True)
+    )
+    assert set(reports) == ({0, 2} if fault == "is killed" else {0, 1, 2})
+    assert all(r.is_promised and re.search(CASES[fault], r.text) for r in reports.values()), reports
+
+
+def test_in_debug_mode_where_the_host_of_the_store_is_killed(tmp_path):
+    reports = run(
+        Job("is killed", faulty=0, in_debug=True, timeout_seconds=TIMEOUT, folder=tmp_path, store_on_rank_zero=True)
+    )
+    assert set(reports) == {1, 2}
+    for r in reports.values():
+        assert r.is_promised
+        assert r.seconds < TIMEOUT + 2
+        assert "Store of the process group, which cannot be reached at call 2 of 'first' (training forward" in r.text
+
+
+def _agreed(steps: int) -> tuple[int, list[str], int]:
+    """Debug mode changes no number, and leaves no more than a few keys behind."""
+    torch.manual_seed(dist.get_rank())
+    layer, x = SyncBatchNorm(4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
+    with exchange.record() as record, debug(timeout_seconds=30.0):
+        before = flight.world_store().num_keys()
+        for _ in range(steps):
+            layer(x).square().sum().backward()
+        after = flight.world_store().num_keys()
+    state = layer.running_mean.clone()
+    layer.reset_running_stats()
+    for _ in range(steps):
+        layer(x)
+    return after - before, [e.kind for e in record], int(torch.equal(state, layer.running_mean))
+
+
+def test_what_agreeing_leaves_behind(pool):
+    for keys, kinds, is_same in pool(2).run(_agreed, 20):
+        assert kinds == ["moments", "gradients"] * 20
+        assert is_same
+        assert keys < 20, "old signatures are forgotten"
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0])
+def test_a_timeout_is_positive(seconds):
+    with pytest.raises(InputError, match=rf"`timeout_seconds` must be > 0, got {seconds}\. None waits"):
+        debug(timeout_seconds=seconds).__enter__()
+
+
+def test_it_is_an_error_of_torch_distributed_to_those_who_catch_that():
+    assert issubclass(ExchangeError, RuntimeError)
