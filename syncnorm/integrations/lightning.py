@@ -1,0 +1,62 @@
+"""Lightning: pooled statistics while it fits, torch's own layers before and after."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm.base import SyncNorm
+from syncnorm.model.convert import convert, revert
+from syncnorm.model.ddp import prepare_ddp
+
+
+def _package() -> str:
+    """Lightning has two names, and accepts plugins of its own class only: the one that is in use."""
+    if "lightning.pytorch" not in sys.modules:
+        if "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None:
+            return "pytorch_lightning"
+    return "lightning.pytorch"
+
+
+_LayerSync: Any = importlib.import_module(f"{_package()}.plugins").LayerSync
+
+
+class LayerSync(_LayerSync):
+    """Pool the statistics of batch norms over Lightning's workers, in place of `sync_batchnorm=True`.
+
+        Trainer(strategy="ddp", devices=4, plugins=[LayerSync()])
+
+    For the time of `fit` the module's batch norms are `SyncBatchNorm`; afterwards they are again what they were, with
+    what they have learnt. Checkpoints have the keys that they had without the plugin.
+
+    A module that has layers of ours already is only prepared for DistributedDataParallel, and stays as it is. So must
+    `SyncBatchRenorm` and `sync="lagged"` be: a run is resumed from a checkpoint before the plugin acts, and their
+    clock and averages must be there by then. Convert in the module's `__init__`.
+
+    On one device Lightning does not call the plugin. Like `prepare_ddp` it is for DDP, and acts on every worker.
+
+    Args:
+        options: of `convert`: process_group, select, sync, momentum, eps.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+        self._has_converted = False
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Called before the module is wrapped, on every worker."""
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._has_converted = bool(norms) and not any(isinstance(m, SyncNorm) for m in norms)
+        if self._has_converted:
+            convert(model, **self.options)
+        # Lightning moves it next; buffers are broadcast by a backend that may know one kind of device only.
+        strategy: Any = model.trainer.strategy
+        return prepare_ddp(model.to(strategy.root_device))
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Called after fitting, on every worker."""
+        return revert(model) if self._has_converted else model
