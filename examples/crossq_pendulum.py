@@ -20,7 +20,7 @@ def main(steps: int) -> None:
         policy_kwargs={"net_arch": {"pi": [64, 64], "qf": [128, 128]}, "renorm_warmup_steps": 300},
     )  # fmt: skip
     convert_policy(model.policy)
-    print(model.policy.critic)
+    print(model.policy.actor.latent_pi[0])
     for when in ("before", "after"):
         if when == "after":
             model.learn(steps)
