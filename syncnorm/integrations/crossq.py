@@ -1,8 +1,8 @@
 """CrossQ of sb3-contrib: its batch renormalisation becomes ours.
 
-    model = CrossQ("MlpPolicy", "Pendulum-v1")
-    convert_policy(model.policy)
-    model.learn(10_000)
+model = CrossQ("MlpPolicy", "Pendulum-v1")
+convert_policy(model.policy)
+model.learn(10_000)
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def convert_policy(policy: nn.Module, *, process_group: Any = None, sync: str = 
     averaged (`running_average="var"`). Evaluation gives what it gave. In training, batches are normalised by the biased
     variance, as in the paper; sb3-contrib takes the unbiased one, which differs by 1 / n.
 
-    State dicts keep sb3-contrib's names, so `model.save` and `CrossQ.load` go on working; what is loaded has its layers.
+    State dicts keep sb3-contrib's names, so `model.save` and `CrossQ.load` go on working; what is loaded has the layers
+    of sb3-contrib.
 
     *Collectives*: none. With `sync="batch"` training then pools over `process_group`, where there is one.
 
@@ -55,7 +56,9 @@ def convert_policy(policy: nn.Module, *, process_group: Any = None, sync: str = 
     layers = {name: m for name, m in policy.named_modules() if isinstance(m, BatchRenorm1d)}
     for name, layer in layers.items():
         if not layer.affine:
-            raise InputError(f"`policy` must have layers with affine=True, got {layer} at {name!r}. Build it with them.")
+            raise InputError(
+                f"`policy` must have layers with affine=True, got {layer} at {name!r}. Build it with them."
+            )
     for layer in layers.values():
         if isinstance(layer, CrossQRenorm):
             continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -16,10 +17,10 @@ from syncnorm.model.ddp import prepare_ddp
 
 def _package() -> str:
     """Lightning has two names, and accepts plugins of its own class only: the one that is in use."""
-    if "lightning.pytorch" not in sys.modules:
-        if "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None:
-            return "pytorch_lightning"
-    return "lightning.pytorch"
+    if "lightning.pytorch" in sys.modules:
+        return "lightning.pytorch"
+    is_other = "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None
+    return "pytorch_lightning" if is_other else "lightning.pytorch"
 
 
 _LayerSync: Any = importlib.import_module(f"{_package()}.plugins").LayerSync

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import syncnorm
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model import adapters
 
@@ -84,11 +85,16 @@ def test_every_block_is_found_and_says_what_it_needs():
     assert needed == ["lightning", "accelerate", "mmengine", "detectron2", "sb3_contrib"]
 
 
-def test_the_tables_lines_are_python_and_name_what_exists():
+def test_the_tables_new_lines_build_what_they_say():
     rows = [line.split(" | ") for line in TEXT.splitlines() if line.startswith("| ") and line.count(" | ") >= 3]
-    assert len(rows) == 20
-    for row in rows[1:]:
-        for line in re.findall(r"`([^`]*\([^`]*\))`", row[2]):
-            compile(line, "docs/migrate.md", "exec")
-    for layer in ("SyncBatchNorm(4, eps=1e-3, momentum=0.01)", "SyncBatchRenorm(4, eps=1e-3)"):
-        eval(layer, {"SyncBatchNorm": SyncBatchNorm, "SyncBatchRenorm": SyncBatchRenorm})
+    assert len(rows) == 19
+    lines = {line for row in rows[1:] for line in re.findall(r"`([^`]*\([^`]*\))`", row[2])}
+    ours = sorted(line for line in lines if re.match(r"(Sync|nn\.|prepare)", line))
+    assert len(ours) == 5
+    names = {"nn": nn, "c": 4, "model": nn.Sequential(nn.BatchNorm2d(4))}
+    names |= {name: getattr(syncnorm, name) for name in syncnorm.__all__}
+    for line in ours:
+        exec(f"built = {line}", names)
+        assert any(isinstance(m, SyncBatchNorm | SyncBatchRenorm) for m in names["built"].modules()), line
+    for line in lines.difference(ours):
+        compile(line, "docs/migrate.md", "eval")
