@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.base import SyncNorm
+from syncnorm.layers import SyncBatchNorm
 from syncnorm.model.convert import convert, revert
 from syncnorm.model.ddp import prepare_ddp
 
@@ -31,14 +32,12 @@ class LayerSync(_LayerSync):
 
         Trainer(strategy="ddp", devices=4, plugins=[LayerSync()])
 
-    For the time of `fit` the module's batch norms are `SyncBatchNorm`; afterwards they are again what they were, with
-    what they have learnt. Checkpoints have the keys that they had without the plugin.
+    While it fits the module's batch norms are `SyncBatchNorm`; afterwards they are again what they were, with what they
+    have learnt. Checkpoints have the usual keys. On one device Lightning does not call the plugin.
 
     A module that has layers of ours already is only prepared for DistributedDataParallel, and stays as it is. So must
-    `SyncBatchRenorm` and `sync="lagged"` be: a run is resumed from a checkpoint before the plugin acts, and their
-    clock and averages must be there by then. Convert in the module's `__init__`.
-
-    On one device Lightning does not call the plugin. Like `prepare_ddp` it is for DDP, and acts on every worker.
+    be those with `SyncBatchRenorm` or `sync="lagged"`, whose clock and averages are in checkpoints: Lightning restores
+    a checkpoint before the plugin acts. Convert in the module's `__init__`.
 
     Args:
         options: of `convert`: process_group, select, sync, momentum, eps.
@@ -50,13 +49,13 @@ class LayerSync(_LayerSync):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Called before the module is wrapped, on every worker."""
+        trainer: Any = model.trainer
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self._has_converted = bool(norms) and not any(isinstance(m, SyncNorm) for m in norms)
         if self._has_converted:
-            convert(model, **self.options)
+            convert(model, SyncBatchNorm, **self.options)
         # Lightning moves it next; buffers are broadcast by a backend that may know one kind of device only.
-        strategy: Any = model.trainer.strategy
-        return prepare_ddp(model.to(strategy.root_device))
+        return prepare_ddp(model.to(trainer.strategy.root_device))
 
     def revert(self, model: nn.Module) -> nn.Module:
         """Called after fitting, on every worker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_blocks_run(block, monkeypatch):
         layers(torch.randn(2, 3, 4, 4))
 
 
+def test_importing_syncnorm_imports_none_of_them():
+    """An integration is a file that imports its library, so it must not come with the package."""
+    code = "import sys, syncnorm; print([m for m in sys.modules if 'integrations' in m or 'lightning' in m])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.strip() == "[]"
+
+
 def test_every_block_is_found_and_says_what_it_needs():
     assert len(BLOCKS) == 8
     needed = [m[1] for b in BLOCKS if (m := re.match(r"# needs (\w+)", b))]
@@ -97,4 +107,4 @@ def test_the_tables_new_lines_build_what_they_say():
         exec(f"built = {line}", names)
         assert any(isinstance(m, SyncBatchNorm | SyncBatchRenorm) for m in names["built"].modules()), line
     for line in lines.difference(ours):
-        compile(line, "docs/migrate.md", "eval")
+        compile(line, "docs/migrate.md", "exec")
