@@ -16,8 +16,11 @@ from tests.model.whole import LR, SIZES, largest_difference, net, shards, train_
 pytest.importorskip("lightning", reason="lightning is not installed")
 
 
-def fit(options: dict[str, Any] | None, to: type | None = None) -> tuple[dict[str, Tensor], list[str], list[str], Any]:
-    """Train this worker's shards; the state, the batch norms' classes in training and afterwards, the next fit's."""
+def fit(
+    options: dict[str, Any] | None, to: type | None = None, epochs: int = 1, resumed_after: int | None = None,
+    folder: str = "",
+) -> tuple[dict[str, Tensor], list[str], list[str], Any]:  # fmt: skip
+    """Train this worker's shards; the state, the batch norms' classes in training and afterwards, what is left."""
     from lightning.fabric.plugins import ClusterEnvironment
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.strategies import DDPStrategy
@@ -69,13 +72,22 @@ def fit(options: dict[str, Any] | None, to: type | None = None) -> tuple[dict[st
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=LR, momentum=0.9)
 
-    module = Module()
-    trainer = Trainer(
-        accelerator="cpu", devices=dist.get_world_size(), strategy=DDPStrategy(), max_epochs=1,
-        plugins=[Kept(), *([] if options is None else [LayerSync(**options)])], use_distributed_sampler=False,
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, torch.utils.data.DataLoader(shards(dist.get_rank()), batch_size=None))
+    def train(epochs: int, checkpoint: str | None = None) -> tuple[Module, Trainer]:
+        module = Module()
+        trainer = Trainer(
+            accelerator="cpu", devices=dist.get_world_size(), strategy=DDPStrategy(), max_epochs=epochs,
+            plugins=[Kept(), *([] if options is None else [LayerSync(**options)])], use_distributed_sampler=False,
+            logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        loader = torch.utils.data.DataLoader(shards(dist.get_rank()), batch_size=None)
+        trainer.fit(module, loader, ckpt_path=checkpoint)
+        return module, trainer
+
+    checkpoint = None
+    if resumed_after is not None:
+        checkpoint = f"{folder}/run.ckpt"
+        train(resumed_after)[1].save_checkpoint(checkpoint)
+    module, _ = train(epochs, checkpoint)
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", None)
     return module.net.state_dict(), module.seen, norms(module.net), (ignored, len(module._forward_pre_hooks))
 
@@ -111,3 +123,11 @@ def test_options_reach_the_layers_and_hidden_exchanges_work(pool):
 def test_layers_that_were_ours_before_stay_ours(pool, to):
     for _, seen, after, _ in pool(len(SIZES)).run(fit, {}, to):
         assert seen == after == [to.__name__] * 2
+
+
+def test_a_resumed_run_is_the_undisturbed_one(pool, tmp_path):
+    """The clock is in the checkpoint, and goes into layers that are there before Lightning restores it."""
+    expected = pool(len(SIZES)).run(fit, {}, SyncBatchRenorm, 2)[0][0]
+    for state, *_ in pool(len(SIZES)).run(fit, {}, SyncBatchRenorm, 2, 1, str(tmp_path)):
+        assert int(state["1.num_batches_tracked"]) == 2 * len(shards(0))
+        assert largest_difference(state, expected) < 1e-12
