@@ -1,1 +1,1 @@
-"""Other libraries' hooks for our layers, one file each; a file imports its library, so import the one that you need."""
+"""Other libraries' hooks for our layers, one file each, which is imported by those who need it and not before."""

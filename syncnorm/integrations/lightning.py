@@ -1,9 +1,8 @@
-"""Lightning: pooled statistics while it fits, torch's own layers before and after."""
+"""Lightning, by either of its names: pooled statistics while it fits, torch's own layers before and after."""
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 from typing import Any
 
@@ -16,18 +15,7 @@ from syncnorm.model.convert import convert, revert
 from syncnorm.model.ddp import prepare_ddp
 
 
-def _package() -> str:
-    """Lightning has two names, and accepts plugins of its own class only: the one that is in use."""
-    if "lightning.pytorch" in sys.modules:
-        return "lightning.pytorch"
-    is_other = "pytorch_lightning" in sys.modules or importlib.util.find_spec("lightning") is None
-    return "pytorch_lightning" if is_other else "lightning.pytorch"
-
-
-_LayerSync: Any = importlib.import_module(f"{_package()}.plugins").LayerSync
-
-
-class LayerSync(_LayerSync):
+class LayerSync:
     """Pool the statistics of batch norms over Lightning's workers, in place of `sync_batchnorm=True`.
 
         Trainer(strategy="ddp", devices=4, plugins=[LayerSync()])
@@ -44,6 +32,9 @@ class LayerSync(_LayerSync):
     """
 
     def __init__(self, **options: Any) -> None:
+        # Lightning has two names, and takes plugins of its own class. It is loaded wherever a Trainer can be made.
+        for name in {"lightning.pytorch", "pytorch_lightning"} & sys.modules.keys():
+            importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
         self.options = options
         self._has_converted = False
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
@@ -18,42 +19,30 @@ pytest.importorskip("lightning", reason="lightning is not installed")
 
 def fit(
     options: dict[str, Any] | None, to: type | None = None, epochs: int = 1, resumed_after: int | None = None,
-    folder: str = "",
+    folder: str = "", package: str = "lightning.pytorch",
 ) -> tuple[dict[str, Tensor], list[str], list[str], Any]:  # fmt: skip
     """Train this worker's shards; the state, the batch norms' classes in training and afterwards, what is left."""
-    from lightning.fabric.plugins import ClusterEnvironment
-    from lightning.pytorch import LightningModule, Trainer
-    from lightning.pytorch.strategies import DDPStrategy
-
     from syncnorm.integrations.lightning import LayerSync
 
-    class Kept(ClusterEnvironment):
+    library = importlib.import_module(package)
+
+    class Kept(importlib.import_module(f"{package}.plugins.environments").LightningEnvironment):
         """The workers that are there already."""
 
         creates_processes_externally = True
-        main_address, main_port = "localhost", 0
-
-        @staticmethod
-        def detect() -> bool:
-            return True
 
         def world_size(self) -> int:
             return dist.get_world_size()
 
-        def set_world_size(self, size: int) -> None: ...
-
         def global_rank(self) -> int:
             return dist.get_rank()
-
-        def set_global_rank(self, rank: int) -> None: ...
 
         def local_rank(self) -> int:
             return dist.get_rank()
 
-        def node_rank(self) -> int:
-            return 0
+        def teardown(self) -> None: ...
 
-    class Module(LightningModule):
+    class Module(library.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.net = net()
@@ -72,10 +61,10 @@ def fit(
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), lr=LR, momentum=0.9)
 
-    def train(epochs: int, checkpoint: str | None = None) -> tuple[Module, Trainer]:
+    def train(epochs: int, checkpoint: str | None = None) -> tuple[Module, Any]:
         module = Module()
-        trainer = Trainer(
-            accelerator="cpu", devices=dist.get_world_size(), strategy=DDPStrategy(), max_epochs=epochs,
+        trainer = library.Trainer(
+            accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", max_epochs=epochs,
             plugins=[Kept(), *([] if options is None else [LayerSync(**options)])], use_distributed_sampler=False,
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
@@ -96,9 +85,11 @@ def norms(model: nn.Module) -> list[str]:
     return [type(m).__name__ for m in model if hasattr(m, "running_mean")]
 
 
-def test_two_workers_train_as_one_on_the_whole_batch_and_torchs_layers_are_back(pool):
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_two_workers_train_as_one_on_the_whole_batch_and_torchs_layers_are_back(pool, package):
+    pytest.importorskip(package, reason=f"{package} is not installed")
     expected = train_alone(net())
-    for state, seen, after, left in pool(len(SIZES)).run(fit, {}):
+    for state, seen, after, left in pool(len(SIZES)).run(fit, {}, None, 1, None, "", package):
         assert largest_difference(state, expected) < 1e-12
         assert seen == ["SyncBatchNorm"] * 2
         assert after == ["BatchNorm2d", "BatchNorm1d"]
