@@ -1,0 +1,53 @@
+"""Lightning, by either of its names: pooled statistics while it fits, torch's own layers before and after."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm.base import SyncNorm
+from syncnorm.layers import SyncBatchNorm
+from syncnorm.model.convert import convert, revert
+from syncnorm.model.ddp import prepare_ddp
+
+
+class LayerSync:
+    """Pool the statistics of batch norms over Lightning's workers, in place of `sync_batchnorm=True`.
+
+        Trainer(strategy="ddp", devices=4, plugins=[LayerSync()])
+
+    While it fits the module's batch norms are `SyncBatchNorm`; afterwards they are again what they were, with what they
+    have learnt. Checkpoints have the usual keys. On one device Lightning does not call the plugin.
+
+    A module that has layers of ours already is only prepared for DistributedDataParallel, and stays as it is. So must
+    be those with `SyncBatchRenorm` or `sync="lagged"`, whose clock and averages are in checkpoints: Lightning restores
+    a checkpoint before the plugin acts. Convert in the module's `__init__`.
+
+    Args:
+        options: of `convert`: process_group, select, sync, momentum, eps.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        # Lightning has two names, and takes plugins of its own class. It is loaded wherever a Trainer can be made.
+        for name in {"lightning.pytorch", "pytorch_lightning"} & sys.modules.keys():
+            importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
+        self.options = options
+        self._has_converted = False
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Called before the module is wrapped, on every worker."""
+        trainer: Any = model.trainer
+        norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
+        self._has_converted = bool(norms) and not any(isinstance(m, SyncNorm) for m in norms)
+        if self._has_converted:
+            convert(model, SyncBatchNorm, **self.options)
+        # Lightning moves it next; buffers are broadcast by a backend that may know one kind of device only.
+        return prepare_ddp(model.to(trainer.strategy.root_device))
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Called after fitting, on every worker."""
+        return revert(model) if self._has_converted else model
