@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := syncnorm launch tests benchmarks
+SOURCES := syncnorm launch tests benchmarks examples
 
 .PHONY: help train test test-slow drill lint types imports format check clean
 .DEFAULT_GOAL := help
@@ -15,7 +15,7 @@ help:  ## Show this list
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,report,tensorboard,ray,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,report,tensorboard,ray,integrations,dev]'
 	touch $@
 
 train: $(INSTALLED)  ## Train on real data, statistics pooled over two workers
