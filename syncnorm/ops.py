@@ -10,13 +10,13 @@ constant factors into `weight` and `bias` (batch renormalisation does) and needs
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncnorm.comm import exchange, groups, guard
+from syncnorm.derivatives import GradientMeans, Normalize
 from syncnorm.errors import FaultError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
@@ -103,17 +103,11 @@ def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> Non
     )
 
 
-class GradientMeans(Protocol):
-    """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the statistic.
-
-    They enter the gradient of the input. Called once in each backward pass of a layer's call, on every worker.
-    """
-
-    def __call__(self, local: Tensor) -> Tensor: ...
-
-
 class PooledMeans:
-    """The exact means over all workers of `group`. *Collectives*: one all-reduce of 2C numbers."""
+    """The exact means over all workers of `group`.
+
+    *Collectives*: one all-reduce of 2C numbers, one of 5C where the gradient is differentiated.
+    """
 
     def __init__(self, batch: Moments, group: groups.Group | None) -> None:
         self.n = batch.n
@@ -121,6 +115,9 @@ class PooledMeans:
 
     def __call__(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "gradients") * reciprocal(self.n)
+
+    def sum_second(self, local: Tensor) -> Tensor:
+        return exchange.sum_(local, self.group, "second")
 
 
 class Statistic(NamedTuple):
@@ -158,47 +155,11 @@ def normalize(
         # Whether x needs a gradient may differ between workers; the exchange in backward must not.
         anchor = torch.zeros((), device=x.device, requires_grad=True)
     batch = statistic.batch
-    return _Normalize.apply(x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means)
+    return Normalize.apply(x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
-
-
-class _Normalize(torch.autograd.Function):
-    """Normalisation by moments that are functions of x, known to autograd through this Function alone.
-
-    With g = dL/dy, xhat = (x - mean) * invstd and means over the whole statistic:
-        dx = weight * invstd * (g - w * (mean g + xhat * mean g xhat))      Ioffe and Szegedy 2015, section 3
-        dweight = local sum g xhat        dbias = local sum g
-    """
-
-    # With ctx as an argument: a separate setup_context costs more per call than the C-sized arithmetic.
-    @staticmethod
-    def forward(ctx, x, weight, bias, anchor, mean, invstd, mask, gradient_means):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(x, weight, mean, invstd, mask)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.gradient_means = gradient_means
-        scale = invstd if weight is None else weight.detach().double() * invstd
-        shift = torch.zeros_like(mean) if bias is None else bias.detach().double()
-        return kernels.normalize(x, mean, scale, shift)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, mean, invstd, mask = ctx.saved_tensors
-        local = kernels.backward_sums(grad_output, x, mean).view(2, -1)
-        local[1] *= invstd
-        grad_weight = grad_bias = grad_input = None
-        if weight is not None:
-            grad_weight = local[1].to(weight.dtype, copy=True)
-        if ctx.bias_dtype is not None:
-            grad_bias = local[0].to(ctx.bias_dtype, copy=True)
-        mean_dy, mean_dy_xhat = ctx.gradient_means(local)
-        if ctx.needs_input_grad[0]:
-            scale = invstd if weight is None else weight.double() * invstd
-            grad_input = kernels.backward_input(grad_output, x, mean, scale, mean_dy, mean_dy_xhat * invstd, mask)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 def backward_pass() -> int:

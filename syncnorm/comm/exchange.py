@@ -21,7 +21,7 @@ class Exchange(NamedTuple):
     """One message as its sender saw it."""
 
     kind: str
-    """What it carried: "moments", "gradients", "fault", "count"; "all moments", "all gradients" of a model;
+    """What it carried: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments", "all gradients" of a model;
     "population" of `recalibrate`, "monitor" of `monitor`."""
     numel: int
     """How many float64 numbers."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from syncnorm import ops
 from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import exchange
+from syncnorm.errors import InputError
 from syncnorm.maths import lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 from syncnorm.model.running import PooledRunning, device_of, zeros
@@ -59,6 +60,7 @@ class LaggedMeans:
     ) -> None:
         self.owner = owner
         self.layer = layer
+        self.n = 0.0
         self.estimate = estimate
         self.pooled = pooled
         self.count = count
@@ -71,6 +73,12 @@ class LaggedMeans:
         means = self.estimate if self.pooled is None else self.pooled(local)
         self.owner.note_arrival(self.backward, self.number)
         return means
+
+    def sum_second(self, local: Tensor) -> Tensor:
+        raise InputError(
+            f'`sync` must be "batch", "running" or "none" where a gradient is differentiated, got "lagged" in layer '
+            f"{self.layer.label!r}. Its gradient is corrected by an average and is no derivative of its output."
+        )
 
 
 class PooledLagged(PooledRunning):
