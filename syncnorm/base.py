@@ -199,6 +199,10 @@ class SyncNorm(_BatchNorm):
         if not ops.is_recomputing():
             self.seen = (call, statistic.batch)
             with torch.no_grad():
+                if torch.compiler.is_compiling():
+                    # The same call of compiled code may be repeated without being traced again.
+                    name = self.label if call.before is not None else ""
+                    statistic = statistic._replace(batch=ops.unless_repeated(statistic.batch, name))
                 self.statistics.record(self, statistic)
         return y
 

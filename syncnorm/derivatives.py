@@ -53,7 +53,7 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
         saved, needs_input = ctx.saved_tensors, ctx.needs_input_grad[0]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Whether g, x or weight needs a gradient may differ between workers; the exchange must not.
             anchor = torch.zeros((), device=grad_output.device, requires_grad=True)
             grads = _Gradient.apply(grad_output, *saved, anchor, ctx.gradient_means, ctx.bias_dtype, needs_input)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.derivatives import GradientMeans, Normalize
-from syncnorm.errors import FaultError
+from syncnorm.errors import FaultError, InputError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 
@@ -69,6 +69,8 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             # A fault travels as a count of NaN: whether somebody has a mask is known to that worker alone.
             sums[-1] = torch.where(local.has_fault, torch.nan, sums[-1])
         exchange.sum_(sums, group, "moments")
+        if torch.compiler.is_compiling():
+            return sums
         is_looked_at = sums.device.type == "cpu" or guard.is_debug()
         if is_looked_at and (sums[-1].isnan() or (guard.is_debug() and not sums.isfinite().all())):
             _raise_fault(local, group, name)
@@ -171,6 +173,32 @@ def backward_pass() -> int:
 def is_recomputing() -> bool:
     """Whether this forward repeats an earlier one inside a backward pass, as activation checkpointing does.
 
-    Exchanges are made again, since every worker repeats them; statistics must not be updated again.
+    Exchanges are made again, since every worker repeats them; statistics must not be updated again. Code that is
+    being compiled does not know: see `unless_repeated`.
     """
-    return backward_pass() != -1
+    return not torch.compiler.is_compiling() and backward_pass() != -1
+
+
+def unless_repeated(batch: Moments, name: str) -> Moments:
+    """In code that is being compiled: the batch, but empty where the code runs to repeat an earlier forward.
+
+    So it updates nothing then. Otherwise `batch`. With a name, repeating is an error that names the layer.
+    """
+    return Moments(_unless_repeated(batch.count, name), batch.mean, batch.m2)
+
+
+@torch.library.custom_op("syncnorm::unless_repeated", mutates_args=())
+def _unless_repeated(count: Tensor, name: str) -> Tensor:
+    if backward_pass() == -1:
+        return count.clone()
+    if name:
+        raise InputError(
+            f"`checkpoint` must be inside compiled code where it repeats a renormalisation, got {name} compiled and "
+            "repeated from outside. Compile the model after putting its parts under `checkpoint`."
+        )
+    return torch.zeros_like(count)
+
+
+@_unless_repeated.register_fake
+def _(count: Tensor, name: str) -> Tensor:
+    return torch.empty_like(count)

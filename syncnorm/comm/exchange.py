@@ -15,6 +15,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.effects import EffectType
+
+from syncnorm.comm import groups
 
 
 class Exchange(NamedTuple):
@@ -85,18 +88,37 @@ class Tally:
 _tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
 
 
-def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str) -> Tensor:
+def sum_(message: Tensor, group: groups.Group | groups.Named | None, kind: str) -> Tensor:
     """Replace `message` (float64) by its sum over `group`, the same bits on every worker. None: nothing to do.
 
-    *Collectives*: one all-reduce of `message.numel()` float64 numbers; every member of `group` must call.
+    *Collectives*: one all-reduce of `message.numel()` float64 numbers; every member of `group` must call. In code
+    that is being compiled the message goes out when the code runs.
     """
     if group is None:
         return message
+    if isinstance(group, groups.Named):
+        return message.copy_(_sum(message, group.name, kind))
     assert message.dtype == torch.float64
     start = time.perf_counter()
     dist.all_reduce(message, group=group)
     _note(kind, message, start)
     return message
+
+
+@torch.library.custom_op("syncnorm::sum", mutates_args=())
+def _sum(message: Tensor, group: str, kind: str) -> Tensor:
+    """`sum_` as an operator that a compiler puts into its graph: counted and timed when the graph runs."""
+    return sum_(message.clone(), groups.look_up(groups.Named(group)), kind)
+
+
+@_sum.register_fake
+def _(message: Tensor, group: str, kind: str) -> Tensor:
+    return torch.empty_like(message)
+
+
+# Left out nowhere and in the order of the program, on all workers alike: also where nobody needs the result, and
+# where workers have compiled for different shapes.
+_sum.register_effect(EffectType.ORDERED)
 
 
 class Pending:

@@ -9,12 +9,25 @@ from __future__ import annotations
 
 import weakref
 from datetime import timedelta
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from syncnorm.errors import InputError
 
 Group = dist.ProcessGroup
+
+
+class Named(NamedTuple):
+    """In code that is being compiled: the statistics group of the process group of this name, which `look_up` finds.
+
+    The compiled code looks it up whenever it runs: groups may have been made, or made anew, since.
+    """
+
+    name: str
+    """"" is the default group."""
+
 
 # Per default group: a program may destroy its default group and initialise another. torch keeps the groups until
 # then; kept here too, their threads would outlive torch.distributed and abort the process at its end.
@@ -46,6 +59,8 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
     Raises:
         InputError: a group was given although torch.distributed is not initialised, or this rank is not in it.
     """
+    if torch.compiler.is_compiling():
+        return Named("" if process_group is None else process_group.group_name)  # pyright: ignore[reportReturnType]
     if not is_initialized():
         if process_group is not None:
             raise InputError(
@@ -77,6 +92,12 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
         assert isinstance(made, dist.ProcessGroup)
         groups[key] = made
     return made
+
+
+def look_up(named: Named) -> Group | None:
+    """The group that `statistics_group` gives when code is not being compiled. *Collectives*: the same."""
+    # Not documented; what torch's own collectives in compiled code use.
+    return statistics_group(dist.distributed_c10d._resolve_process_group(named.name) if named.name else None)
 
 
 def runs(size: int) -> Group | None:

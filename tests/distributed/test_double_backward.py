@@ -207,7 +207,7 @@ def test_a_third_derivative_is_torchs_error():
     x = torch.randn(4, CHANNELS, dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(functional.sync_batch_norm(x).pow(3).sum(), x, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that is marked with @once_differentiable"):
+    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
         ddx.sum().backward()
 
 
