@@ -21,6 +21,10 @@ from syncnorm.maths.moments import reciprocal
 from syncnorm.maths.second import SecondDerivative
 
 
+ANCHOR = torch.zeros((), requires_grad=True)
+"""What keeps a Function in the backward pass where nothing else needs a gradient. It is given none."""
+
+
 class GradientMeans(Protocol):
     """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the statistic.
 
@@ -55,8 +59,7 @@ class Normalize(torch.autograd.Function):
         saved, needs_input = ctx.saved_tensors, ctx.needs_input_grad[0]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Whether g, x or weight needs a gradient may differ between workers; the exchange must not.
-            anchor = torch.zeros((), device=grad_output.device, requires_grad=True)
-            grads = _Gradient.apply(grad_output, *saved, anchor, ctx.gradient_means, ctx.bias_dtype, needs_input)
+            grads = _Gradient.apply(grad_output, *saved, ANCHOR, ctx.gradient_means, ctx.bias_dtype, needs_input)
         else:
             grads, _ = _gradient(grad_output, *saved, ctx.gradient_means, ctx.bias_dtype, needs_input)
         return *grads, None, None, None, None, None

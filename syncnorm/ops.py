@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.comm import exchange, groups, guard
-from syncnorm.derivatives import GradientMeans, Normalize
+from syncnorm.derivatives import ANCHOR, GradientMeans, Normalize
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
@@ -155,7 +155,7 @@ def normalize(
     anchor = None
     if statistic.is_pooled and torch.is_grad_enabled() and not _needs_grad(weight, bias):
         # Whether x needs a gradient may differ between workers; the exchange in backward must not.
-        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        anchor = ANCHOR
     batch = statistic.batch
     return Normalize.apply(x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means)
 
