@@ -20,7 +20,6 @@ from syncnorm.maths import kernels
 from syncnorm.maths.moments import reciprocal
 from syncnorm.maths.second import SecondDerivative
 
-
 ANCHOR = torch.zeros((), requires_grad=True)
 """What keeps a Function in the backward pass where nothing else needs a gradient. It is given none."""
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm import ops
+from syncnorm import ops, traced
 from syncnorm.comm import groups, guard
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
 from syncnorm.maths import moments, renorm
@@ -85,9 +85,10 @@ def sync_batch_norm(
     y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
-            factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
-            moments.update_running_mean_(running_mean, statistic.batch, factor)
-            moments.update_running_var_(running_var, statistic.batch, factor)
+            batch = traced.unless_repeated(statistic.batch, "")
+            factor = moments.average_factor(num_batches_tracked, batch, momentum)
+            moments.update_running_mean_(running_mean, batch, factor)
+            moments.update_running_var_(running_var, batch, factor)
     return y
 
 
@@ -160,12 +161,13 @@ def sync_batch_renorm(
     y = ops.normalize(x, *folded, statistic, eps, local.mask)
     if not ops.is_recomputing():
         with torch.no_grad():
-            factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
-            moments.update_running_mean_(running_mean, statistic.batch, factor)
+            batch = traced.unless_repeated(statistic.batch, "sync_batch_renorm")
+            factor = moments.average_factor(num_batches_tracked, batch, momentum)
+            moments.update_running_mean_(running_mean, batch, factor)
             if running_average == "std":
-                renorm.update_running_std_(running_var, statistic.batch, eps, factor)
+                renorm.update_running_std_(running_var, batch, eps, factor)
             else:
-                moments.update_running_var_(running_var, statistic.batch, factor)
+                moments.update_running_var_(running_var, batch, factor)
     return y
 
 
@@ -181,7 +183,8 @@ def fold_correction(
 ) -> tuple[Tensor, Tensor]:
     """weight * r and bias + weight * d, each (C,), float64; differentiable in weight and bias."""
     with torch.no_grad():
-        r, d = renorm.correction(statistic.batch, running_mean, running_var, eps, r_max, d_max)
+        correction = renorm.correction(statistic.batch, running_mean, running_var, eps, r_max, d_max)
+        r, d = (traced.constant(each) for each in correction)
     weight = torch.ones_like(r) if weight is None else weight.double()
     bias = torch.zeros_like(d) if bias is None else bias.double()
     return weight * r, bias + weight * d

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.derivatives import ANCHOR, GradientMeans, Normalize
-from syncnorm.errors import FaultError, InputError
+from syncnorm.errors import FaultError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 
@@ -174,31 +174,6 @@ def is_recomputing() -> bool:
     """Whether this forward repeats an earlier one inside a backward pass, as activation checkpointing does.
 
     Exchanges are made again, since every worker repeats them; statistics must not be updated again. Code that is
-    being compiled does not know: see `unless_repeated`.
+    being compiled does not know: see `traced.unless_repeated`.
     """
     return not torch.compiler.is_compiling() and backward_pass() != -1
-
-
-def unless_repeated(batch: Moments, name: str) -> Moments:
-    """In code that is being compiled: the batch, but empty where the code runs to repeat an earlier forward.
-
-    So it updates nothing then. Otherwise `batch`. With a name, repeating is an error that names the layer.
-    """
-    return Moments(_unless_repeated(batch.count, name), batch.mean, batch.m2)
-
-
-@torch.library.custom_op("syncnorm::unless_repeated", mutates_args=())
-def _unless_repeated(count: Tensor, name: str) -> Tensor:
-    if backward_pass() == -1:
-        return count.clone()
-    if name:
-        raise InputError(
-            f"`checkpoint` must be inside compiled code where it repeats a renormalisation, got {name} compiled and "
-            "repeated from outside. Compile the model after putting its parts under `checkpoint`."
-        )
-    return torch.zeros_like(count)
-
-
-@_unless_repeated.register_fake
-def _(count: Tensor, name: str) -> Tensor:
-    return torch.empty_like(count)

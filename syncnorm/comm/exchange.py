@@ -24,8 +24,8 @@ class Exchange(NamedTuple):
     """One message as its sender saw it."""
 
     kind: str
-    """What it carried: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments", "all gradients" of a model;
-    "population" of `recalibrate`, "monitor" of `monitor`."""
+    """What it carried: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments", "all
+    gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`."""
     numel: int
     """How many float64 numbers."""
     seconds: float

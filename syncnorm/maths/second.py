@@ -25,9 +25,10 @@ from torch import Tensor
 
 from syncnorm.maths import kernels
 
+
 @dataclass(frozen=True)
 class SecondDerivative:
-    """One worker's part: x, g and v (N, C, *S) of one type, at least float32; mask (N, 1, *S) or None; else (C,), float64.
+    """One worker's part: x, g and v (N, C, *S), at least float32; mask (N, 1, *S) or None; all else (C,), float64.
 
     `totals` are the sums of all workers, those of v times its worker's weight; `per_n` is 1/n, and 0 where n = 0.
     """

@@ -26,6 +26,7 @@ from syncnorm.maths import lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 from syncnorm.model.running import PooledRunning, device_of, zeros
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.traced import untraced
 
 
 class Averages(NamedTuple):
@@ -116,15 +117,17 @@ class PooledLagged(PooledRunning):
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange."""
         super().settle()
-        self._settle_gradients()
-
-    def _settle_gradients(self) -> None:
         if self._sent_gradients is not None:
-            message, self._sent_gradients = self._sent_gradients.wait(), None
-            with torch.no_grad():
-                for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
-                    part = part.to(device_of(layer))
-                    _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
+            self._apply_sent_gradients()
+
+    @untraced
+    def _apply_sent_gradients(self) -> None:
+        assert self._sent_gradients is not None
+        message, self._sent_gradients = self._sent_gradients.wait(), None
+        with torch.no_grad():
+            for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
+                part = part.to(device_of(layer))
+                _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
 
     def forget(self, layer: SyncNorm) -> None:
         super().forget(layer)
@@ -181,7 +184,8 @@ class PooledLagged(PooledRunning):
             for name, sums in kept.items():
                 parts[name] += sums.to(device)
         # Settled before another leaves: it is of an earlier step.
-        self._settle_gradients()
+        if self._sent_gradients is not None:
+            self._apply_sent_gradients()
         self._sent_gradients = exchange.start_sum(torch.cat(list(parts.values())), self.group, "all gradients")
         self._gradients, self._late = {}, {}
         self._backward = Backward()

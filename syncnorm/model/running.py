@@ -28,6 +28,7 @@ from syncnorm.comm import exchange, groups, guard
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.traced import untraced
 
 
 @dataclass
@@ -95,8 +96,12 @@ class PooledRunning:
 
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange, and raises nothing: one worker may be alone."""
-        if self._sent is None:
-            return
+        if self._sent is not None:
+            self._apply_sent()
+
+    @untraced
+    def _apply_sent(self) -> None:
+        assert self._sent is not None
         (pending, momenta, members), self._sent = self._sent, None
         with torch.no_grad():
             message = pending.wait()
@@ -148,6 +153,7 @@ class PooledRunning:
         for layer, each, momentum in zip(self.layers.values(), sums, momenta, strict=True):
             layer.update_running(of_sums(each), momentum)
 
+    @untraced
     def _begin(self, model: nn.Module, args: object) -> None:
         if ops.is_recomputing():
             return
@@ -159,6 +165,7 @@ class PooledRunning:
         self._is_open = True
         self._handled = sys.exc_info()[1]
 
+    @untraced
     def _end(self, model: nn.Module, args: object, output: object) -> None:
         if not self._is_open or ops.is_recomputing():
             return

@@ -78,7 +78,9 @@ def _compare(got: list[list[Tensor]], expected: list[Tensor], dtype: torch.dtype
     x, g, weight = zip(*got, strict=True)
     assert_close(torch.cat(x), expected[0], dtype, "by x", factor)
     assert_close(torch.cat(g), expected[1], dtype, "by the gradient of y", factor)
-    assert_close(torch.stack(weight).double().sum(0), expected[2], torch.promote_types(dtype, torch.float32), "by weight", factor)
+    assert_close(
+        torch.stack(weight).double().sum(0), expected[2], torch.promote_types(dtype, torch.float32), "by weight", factor
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
@@ -178,9 +180,7 @@ def _train_with_penalty(model: nn.Module, xs: list[Tensor], samples: int, worker
 
 def _penalty_on_rank(shards: list[Tensor], samples: int, options: dict[str, Any]) -> list[Tensor]:
     model = _penalised_model(make_layer(CHANNELS, dtype=torch.float64, **options))
-    return _train_with_penalty(
-        DistributedDataParallel(prepare_ddp(model)), shards, samples, dist.get_world_size()
-    )
+    return _train_with_penalty(DistributedDataParallel(prepare_ddp(model)), shards, samples, dist.get_world_size())
 
 
 @pytest.mark.parametrize("options", [{}, RENORM], ids=["norm", "renorm"])
