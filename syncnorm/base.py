@@ -205,8 +205,7 @@ class SyncNorm(_BatchNorm):
         functional.check_count(statistic, self._warn_once)
         y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
         if torch.compiler.is_compiling():
-            name = self.label if call.before is not None else ""
-            statistic = statistic._replace(batch=traced.unless_repeated(statistic.batch, name))
+            statistic = statistic._replace(batch=traced.unless_repeated(statistic.batch))
         elif ops.is_recomputing():
             return y
         else:

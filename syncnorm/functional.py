@@ -85,7 +85,7 @@ def sync_batch_norm(
     y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
-            batch = traced.unless_repeated(statistic.batch, "")
+            batch = traced.unless_repeated(statistic.batch) if torch.compiler.is_compiling() else statistic.batch
             factor = moments.average_factor(num_batches_tracked, batch, momentum)
             moments.update_running_mean_(running_mean, batch, factor)
             moments.update_running_var_(running_var, batch, factor)
@@ -161,7 +161,7 @@ def sync_batch_renorm(
     y = ops.normalize(x, *folded, statistic, eps, local.mask)
     if not ops.is_recomputing():
         with torch.no_grad():
-            batch = traced.unless_repeated(statistic.batch, "sync_batch_renorm")
+            batch = traced.unless_repeated(statistic.batch) if torch.compiler.is_compiling() else statistic.batch
             factor = moments.average_factor(num_batches_tracked, batch, momentum)
             moments.update_running_mean_(running_mean, batch, factor)
             if running_average == "std":

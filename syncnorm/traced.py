@@ -32,18 +32,13 @@ def untraced(function: F) -> F:
     return cast(F, call)
 
 
-def unless_repeated(batch: Moments, name: str) -> Moments:
-    """The batch for the running statistics: in compiled code empty where a forward is repeated, so that none move.
-
-    With a name, of a layer that would see other running statistics than at first, repeating is an error.
-    """
-    if not torch.compiler.is_compiling():
-        return batch
-    return Moments(_unless_repeated(batch.count, name), batch.mean, batch.m2)
+def unless_repeated(batch: Moments) -> Moments:
+    """In code that is being compiled: the batch, but empty where the code runs to repeat a forward, so it moves nothing."""
+    return Moments(_unless_repeated(batch.count), batch.mean, batch.m2)
 
 
 def constant(t: Tensor) -> Tensor:
-    """t; in compiled code a value that the backward pass keeps.
+    """t; in code that is being compiled a value that the backward pass keeps.
 
     It would otherwise compute the value anew, from running statistics that have moved since.
     """
@@ -51,24 +46,22 @@ def constant(t: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("syncnorm::unless_repeated", mutates_args=())
-def _unless_repeated(count: Tensor, name: str) -> Tensor:
-    if ops.backward_pass() == -1:
-        return count.clone()
-    if name:
-        raise InputError(
-            f"`checkpoint` must be within compiled code where it repeats a renormalisation, got {name} compiled and "
-            "repeated from outside. Compile the model rather than its parts."
-        )
-    return torch.zeros_like(count)
+def _unless_repeated(count: Tensor) -> Tensor:
+    return count.clone() if ops.backward_pass() == -1 else torch.zeros_like(count)
 
 
 @torch.library.custom_op("syncnorm::constant", mutates_args=())
 def _constant(t: Tensor) -> Tensor:
+    if ops.backward_pass() != -1:
+        raise InputError(
+            "`checkpoint` must not repeat a renormalisation that is compiled, got both: it would see running statistics "
+            "that have moved since. Leave the layer out of one of them."
+        )
     return t.clone()
 
 
 @_unless_repeated.register_fake
-def _(count: Tensor, name: str) -> Tensor:
+def _(count: Tensor) -> Tensor:
     return torch.empty_like(count)
 
 

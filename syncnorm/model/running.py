@@ -153,21 +153,29 @@ class PooledRunning:
         for layer, each, momentum in zip(self.layers.values(), sums, momenta, strict=True):
             layer.update_running(of_sums(each), momentum)
 
-    @untraced
     def _begin(self, model: nn.Module, args: object) -> None:
+        if self._trains():
+            self._open()
+        elif not ops.is_recomputing():
+            self._is_open = False
+
+    @untraced
+    def _open(self) -> None:
         if ops.is_recomputing():
             return
         self._is_open = False
-        if not self._trains():
-            return
         if not self.is_held:
             self.start()
         self._is_open = True
         self._handled = sys.exc_info()[1]
 
-    @untraced
     def _end(self, model: nn.Module, args: object, output: object) -> None:
-        if not self._is_open or ops.is_recomputing():
+        if self._is_open:
+            self._close()
+
+    @untraced
+    def _close(self) -> None:
+        if ops.is_recomputing():
             return
         self._is_open = False
         # Called for a forward that raised, too, while its exception is being handled.
