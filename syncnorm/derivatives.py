@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm.maths import kernels
-from syncnorm.maths.moments import reciprocal
 from syncnorm.maths.second import SecondDerivative
 
 ANCHOR = torch.zeros((), requires_grad=True)
@@ -30,13 +29,10 @@ class GradientMeans(Protocol):
     They enter the gradient of the input. Called once in each backward pass of a layer's call, on every worker.
     """
 
-    n: float | Tensor
-    """The total weight of the statistic."""
-
     def __call__(self, local: Tensor) -> Tensor: ...
 
-    def sum_second(self, local: Tensor) -> Tensor:
-        """The total over the statistic of a worker's five sums for the second derivative, shape (5, C)."""
+    def of_second(self, local: Tensor) -> Tensor:
+        """The same of the five sums of `syncnorm.maths.second`, shape (5, C), where the gradient is differentiated."""
         ...
 
 
@@ -55,12 +51,14 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
-        saved, needs_input = ctx.saved_tensors, ctx.needs_input_grad[0]
+        x, weight, mean, invstd, mask = ctx.saved_tensors
+        saved = (grad_output, x, weight, mean, invstd, mask)
+        how = (ctx.gradient_means, ctx.bias_dtype, ctx.needs_input_grad[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # Whether g, x or weight needs a gradient may differ between workers; the exchange must not.
-            grads = _Gradient.apply(grad_output, *saved, ANCHOR, ctx.gradient_means, ctx.bias_dtype, needs_input)
+            grads = _Gradient.apply(*saved, ANCHOR, *how)
         else:
-            grads, _ = _gradient(grad_output, *saved, ctx.gradient_means, ctx.bias_dtype, needs_input)
+            grads, _ = _gradient(*saved, *how)
         return *grads, None, None, None, None, None
 
 
@@ -114,9 +112,9 @@ class _Gradient(torch.autograd.Function):
         if weight is not None:
             grad_weight = second.wrt_weight(sums).to(weight.dtype)
         sums[:3] *= scale
-        totals, per_n = ctx.gradient_means.sum_second(sums), reciprocal(ctx.gradient_means.n)
+        pooled = ctx.gradient_means.of_second(sums)
         if ctx.needs_input_grad[0]:
-            grad_g = second.wrt_gradient(totals, per_n).to(g.dtype)
+            grad_g = second.wrt_gradient(pooled).to(g.dtype)
         if ctx.needs_input_grad[1]:
-            grad_x = second.wrt_input(totals, per_n).to(x.dtype)
+            grad_x = second.wrt_input(pooled).to(x.dtype)
         return grad_g, grad_x, grad_weight, None, None, None, None, None, None, None

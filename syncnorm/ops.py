@@ -118,8 +118,8 @@ class PooledMeans:
     def __call__(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "gradients") * reciprocal(self.n)
 
-    def sum_second(self, local: Tensor) -> Tensor:
-        return exchange.sum_(local, self.group, "second")
+    def of_second(self, local: Tensor) -> Tensor:
+        return exchange.sum_(local, self.group, "second") * reciprocal(self.n)
 
 
 class Statistic(NamedTuple):

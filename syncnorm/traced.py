@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from syncnorm import ops
 from syncnorm.errors import InputError
@@ -23,7 +24,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 def untraced(function: F) -> F:
     """`function`, which compiled code calls rather than contains."""
     # torch.compiler.disable, with its import of seconds put off until something is compiled.
-    apart = torch._disable_dynamo(function)
+    apart = _disable_dynamo(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -33,7 +34,10 @@ def untraced(function: F) -> F:
 
 
 def unless_repeated(batch: Moments) -> Moments:
-    """In code that is being compiled: the batch, but empty where the code runs to repeat a forward, so it moves nothing."""
+    """In code that is being compiled: the batch, but empty where the code runs to repeat a forward.
+
+    An empty batch leaves the running statistics as they are.
+    """
     return Moments(_unless_repeated(batch.count), batch.mean, batch.m2)
 
 
@@ -54,8 +58,8 @@ def _unless_repeated(count: Tensor) -> Tensor:
 def _constant(t: Tensor) -> Tensor:
     if ops.backward_pass() != -1:
         raise InputError(
-            "`checkpoint` must not repeat a renormalisation that is compiled, got both: it would see running statistics "
-            "that have moved since. Leave the layer out of one of them."
+            "`checkpoint` must not repeat a renormalisation that is compiled, got both. The repetition would see "
+            "running statistics that have moved since: leave the layer out of one of them."
         )
     return t.clone()
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
 
 from syncnorm.errors import InputError
 
@@ -60,6 +61,7 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
         InputError: a group was given although torch.distributed is not initialised, or this rank is not in it.
     """
     if torch.compiler.is_compiling():
+        # Of another type, since it is only passed on to `exchange.sum_`.
         return Named("" if process_group is None else process_group.group_name)  # pyright: ignore[reportReturnType]
     if not is_initialized():
         if process_group is not None:
@@ -97,7 +99,7 @@ def statistics_group(process_group: Group | None = None) -> Group | None:
 def look_up(named: Named) -> Group | None:
     """The group that `statistics_group` gives when code is not being compiled. *Collectives*: the same."""
     # Not documented; what torch's own collectives in compiled code use.
-    return statistics_group(dist.distributed_c10d._resolve_process_group(named.name) if named.name else None)
+    return statistics_group(_resolve_process_group(named.name) if named.name else None)  # pyright: ignore[reportArgumentType]
 
 
 def runs(size: int) -> Group | None:

@@ -30,7 +30,7 @@ from syncnorm.maths import kernels
 class SecondDerivative:
     """One worker's part: x, g and v (N, C, *S), at least float32; mask (N, 1, *S) or None; all else (C,), float64.
 
-    `totals` are the sums of all workers, those of v times its worker's weight; `per_n` is 1/n, and 0 where n = 0.
+    `pooled` are the sums of all workers over n, those of v times their worker's weight: [P, V1, V2, U1, U2] / n.
     """
 
     v: Tensor
@@ -58,16 +58,16 @@ class SecondDerivative:
         vg, v1, v2, _, _ = sums
         return self.invstd * (vg - v1 * self.mean_dy - v2 * self.mean_dy_xhat)
 
-    def wrt_gradient(self, totals: Tensor, per_n: float | Tensor) -> Tensor:
+    def wrt_gradient(self, pooled: Tensor) -> Tensor:
         """dF/dg."""
-        s, (_, v1, v2, _, _) = self.invstd, totals * per_n
+        s, (_, v1, v2, _, _) = self.invstd, pooled
         rest = kernels.normalize(self.x, self.mean, s * (self.u - s * v2), self.t - s * v1)
         return rest + _times(self.v, s * self.weight)
 
-    def wrt_input(self, totals: Tensor, per_n: float | Tensor) -> Tensor:
+    def wrt_input(self, pooled: Tensor) -> Tensor:
         """dF/dx."""
         s, a, b = self.invstd, self.mean_dy, self.mean_dy_xhat
-        p, v1, v2, u1, u2 = totals * per_n
+        p, v1, v2, u1, u2 = pooled
         q1 = u1 - s * (v1 * b + v2 * a)
         q2 = u2 - 2.0 * s * v2 * b
         wv = self.v if self.mask is None else self.v * self.mask.to(self.v.dtype)

@@ -61,7 +61,6 @@ class LaggedMeans:
     ) -> None:
         self.owner = owner
         self.layer = layer
-        self.n = 0.0
         self.estimate = estimate
         self.pooled = pooled
         self.count = count
@@ -75,7 +74,7 @@ class LaggedMeans:
         self.owner.note_arrival(self.backward, self.number)
         return means
 
-    def sum_second(self, local: Tensor) -> Tensor:
+    def of_second(self, local: Tensor) -> Tensor:
         raise InputError(
             f'`sync` must be "batch", "running" or "none" where a gradient is differentiated, got "lagged" in layer '
             f"{self.layer.label!r}. Its gradient is corrected by an average and is no derivative of its output."
