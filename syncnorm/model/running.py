@@ -156,7 +156,7 @@ class PooledRunning:
     def _begin(self, model: nn.Module, args: object) -> None:
         if self._trains():
             self._open()
-        elif not ops.is_recomputing():
+        elif self._is_open and not ops.is_recomputing():
             self._is_open = False
 
     @untraced

@@ -114,27 +114,25 @@ def test_differentiating_twice_costs_one_more_message_on_every_worker(pool, size
     batch = Batch.random((7, CHANNELS, 4), torch.float64)
     expected = [("moments", 2 * CHANNELS + 1), ("gradients", 2 * CHANNELS), ("second", 5 * CHANNELS)]
     for _, exchanges in _on_ranks(pool, batch, sizes, {}):
-        # By x through g: the gradient of y is asked for alone, so the first backward pass is not repeated.
         assert exchanges == expected
 
 
-def _hessian_product(needs_grad: list[bool], affine: bool) -> list[tuple[str, int]]:
-    """A product with the Hessian by the parameters behind and before the layer; the exchanges."""
+def _twice_where_some_need_gradients(needs_grad: list[bool], weight_is_frozen: bool) -> list[tuple[str, int]]:
+    """The exchanges of a derivative of dbias, and of dweight unless that is frozen."""
     rank = dist.get_rank()
-    torch.manual_seed(0)
-    layer, head = SyncBatchNorm(CHANNELS, affine=affine), nn.Linear(CHANNELS, 2)
-    x = torch.randn(4, CHANNELS, requires_grad=needs_grad[rank])
-    parameters = [*layer.parameters(), *head.parameters()]
+    layer = SyncBatchNorm(CHANNELS)
+    layer.weight.requires_grad_(not weight_is_frozen)
+    batch = Batch.random((4, CHANNELS), torch.float32, seed=rank)
     with exchange.record() as exchanges:
-        loss = head(layer(x).tanh()).square().mean()
-        loss.backward(create_graph=True)
-        sum((p.grad * torch.linspace(-1, 1, p.numel()).view_as(p)).sum() for p in parameters).backward()
+        layer(batch.x.requires_grad_(needs_grad[rank])).backward(batch.cotangent, create_graph=True)
+        sum(p.grad.square().sum() for p in layer.parameters() if p.requires_grad).backward()
     return [(e.kind, e.numel) for e in exchanges]
 
 
-def test_workers_may_differ_in_whether_the_input_needs_a_gradient(pool):
+@pytest.mark.parametrize("weight_is_frozen", [False, True], ids=["", "frozen weight"])
+def test_workers_may_differ_in_whether_the_input_needs_a_gradient(pool, weight_is_frozen):
     """The exchanges must not depend on it: a layer that asks hangs here."""
-    first, second = pool(2).run(_hessian_product, [True, False], True)
+    first, second = pool(2).run(_twice_where_some_need_gradients, [True, False], weight_is_frozen)
     assert first == second
     assert [kind for kind, _ in first].count("second") == 1
 
