@@ -6,7 +6,7 @@ Worker 0 takes a third of each batch and worker 1 the rest, as when videos or po
 """
 
 import torch
-import torch.distributed as dist  # noqa: TID251 a script of its own
+import torch.distributed as dist
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, ops
+from syncnorm import functional, ops, traced
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import moments
@@ -200,23 +200,35 @@ class SyncNorm(_BatchNorm):
         if not self.training:
             self.statistics.settle()
             return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
-        parts = self.statistics.parts(x.shape[0])
-        if parts is None:
-            return self._train(x, weights)
-        masks = [None] * len(parts) if weights is None else weights.split(parts)
-        return torch.cat([self._train(part, mask) for part, mask in zip(x.split(parts), masks, strict=True)])
+        if torch.compiler.is_compiling() and type(self.statistics) is not Immediate:
+            return self._train_untraced(x, weights)
+        return self._train(x, weights)
 
     def _train(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """Normalise a batch by its statistic, and have the running statistics follow it."""
+        """Normalise a batch by its statistic, or each of its parts by its own."""
+        parts = self.statistics.parts(x.shape[0])
+        if parts is None:
+            return self._train_part(x, weights)
+        masks = [None] * len(parts) if weights is None else weights.split(parts)
+        return torch.cat([self._train_part(part, mask) for part, mask in zip(x.split(parts), masks, strict=True)])
+
+    _train_untraced = traced.untraced(_train)
+
+    def _train_part(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Normalise by one statistic, and have the running statistics follow it."""
         local = ops.local_sums(x, weights)
         call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
         statistic = self.statistics.take(self, local, call)
         functional.check_count(statistic, self._warn_once)
         y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
-        if not ops.is_recomputing() and not call.is_frozen:
+        if call.is_frozen or ops.is_recomputing():
+            return y
+        if torch.compiler.is_compiling():
+            statistic = statistic._replace(batch=traced.unless_repeated(statistic.batch))
+        else:
             self.seen = (call, statistic.batch)
-            with torch.no_grad():
-                self.statistics.record(self, statistic)
+        with torch.no_grad():
+            self.statistics.record(self, statistic)
         return y
 
     def update_running(self, batch: Moments, momentum: float | None) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm import ops
+from syncnorm import ops, traced
 from syncnorm.comm import groups, guard
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
 from syncnorm.maths import moments, renorm
@@ -86,9 +86,10 @@ def sync_batch_norm(
     y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
-            factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
-            moments.update_running_mean_(running_mean, statistic.batch, factor)
-            moments.update_running_var_(running_var, statistic.batch, factor)
+            batch = traced.unless_repeated(statistic.batch) if torch.compiler.is_compiling() else statistic.batch
+            factor = moments.average_factor(num_batches_tracked, batch, momentum)
+            moments.update_running_mean_(running_mean, batch, factor)
+            moments.update_running_var_(running_var, batch, factor)
     return y
 
 
@@ -161,12 +162,13 @@ def sync_batch_renorm(
     y = ops.normalize(x, *folded, statistic, eps, local.mask)
     if not ops.is_recomputing():
         with torch.no_grad():
-            factor = moments.average_factor(num_batches_tracked, statistic.batch, momentum)
-            moments.update_running_mean_(running_mean, statistic.batch, factor)
+            batch = traced.unless_repeated(statistic.batch) if torch.compiler.is_compiling() else statistic.batch
+            factor = moments.average_factor(num_batches_tracked, batch, momentum)
+            moments.update_running_mean_(running_mean, batch, factor)
             if running_average == "std":
-                renorm.update_running_std_(running_var, statistic.batch, eps, factor)
+                renorm.update_running_std_(running_var, batch, eps, factor)
             else:
-                moments.update_running_var_(running_var, statistic.batch, factor)
+                moments.update_running_var_(running_var, batch, factor)
     return y
 
 
@@ -182,7 +184,8 @@ def fold_correction(
 ) -> tuple[Tensor, Tensor]:
     """weight * r and bias + weight * d, each (C,), float64; differentiable in weight and bias."""
     with torch.no_grad():
-        r, d = renorm.correction(statistic.batch, running_mean, running_var, eps, r_max, d_max)
+        correction = renorm.correction(statistic.batch, running_mean, running_var, eps, r_max, d_max)
+        r, d = (traced.constant(each) for each in correction)
     weight = torch.ones_like(r) if weight is None else weight.double()
     bias = torch.zeros_like(d) if bias is None else bias.double()
     return weight * r, bias + weight * d
@@ -254,6 +257,8 @@ def check_bounds(r_max: float | Tensor, d_max: float | Tensor, device: torch.dev
     only, if they are tensors there.
     """
     for name, value, least in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
+        if torch.compiler.is_compiling() and isinstance(value, Tensor):
+            continue
         is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or guard.is_debug()
         if is_free and not value >= least:
             raise InputError(f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule.")
@@ -318,6 +323,8 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     A pooled count is known to all. On CUDA it is looked at in debug mode only.
     """
     count = statistic.batch.count
+    if torch.compiler.is_compiling():
+        return
     if (count.device.type == "cpu" or guard.is_debug()) and count == 1:
         if guard.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(

@@ -191,7 +191,8 @@ class SyncBatchRenorm(SyncNorm):
         assert self.running_var is not None
         call = Call(local.sums, (self.running_mean.clone(), self.running_var.clone(), *self.bounds()))
         call.is_frozen = self.freeze is not None
-        self._calls.append(call)
+        if not torch.compiler.is_compiling():
+            self._calls.append(call)
         return call
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -10,13 +10,13 @@ constant factors into `weight` and `bias` (batch renormalisation does) and needs
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncnorm.comm import exchange, groups, guard
+from syncnorm.derivatives import ANCHOR, GradientMeans, Normalize
 from syncnorm.errors import FaultError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
@@ -69,6 +69,8 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             # A fault travels as a count of NaN: whether somebody has a mask is known to that worker alone.
             sums[-1] = torch.where(local.has_fault, torch.nan, sums[-1])
         exchange.sum_(sums, group, "moments", name)
+        if torch.compiler.is_compiling():
+            return sums
         is_looked_at = sums.device.type == "cpu" or guard.is_debug()
         if is_looked_at and (sums[-1].isnan() or (guard.is_debug() and not sums.isfinite().all())):
             _raise_fault(local, group, name)
@@ -103,17 +105,11 @@ def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> Non
     )
 
 
-class GradientMeans(Protocol):
-    """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the statistic.
-
-    They enter the gradient of the input. Called once in each backward pass of a layer's call, on every worker.
-    """
-
-    def __call__(self, local: Tensor) -> Tensor: ...
-
-
 class PooledMeans:
-    """The exact means over all workers of `group`. *Collectives*: one all-reduce of 2C numbers."""
+    """The exact means over all workers of `group`.
+
+    *Collectives*: one all-reduce of 2C numbers, one of 5C where the gradient is differentiated.
+    """
 
     def __init__(self, batch: Moments, group: groups.Group | None, name: str = "") -> None:
         self.n = batch.n
@@ -122,6 +118,9 @@ class PooledMeans:
 
     def __call__(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "gradients", self.name) * reciprocal(self.n)
+
+    def of_second(self, local: Tensor) -> Tensor:
+        return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
 
 
 class Statistic(NamedTuple):
@@ -157,49 +156,13 @@ def normalize(
     anchor = None
     if statistic.is_pooled and torch.is_grad_enabled() and not _needs_grad(weight, bias):
         # Whether x needs a gradient may differ between workers; the exchange in backward must not.
-        anchor = torch.zeros((), device=x.device, requires_grad=True)
+        anchor = ANCHOR
     batch = statistic.batch
-    return _Normalize.apply(x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means)
+    return Normalize.apply(x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means)
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
-
-
-class _Normalize(torch.autograd.Function):
-    """Normalisation by moments that are functions of x, known to autograd through this Function alone.
-
-    With g = dL/dy, xhat = (x - mean) * invstd and means over the whole statistic:
-        dx = weight * invstd * (g - w * (mean g + xhat * mean g xhat))      Ioffe and Szegedy 2015, section 3
-        dweight = local sum g xhat        dbias = local sum g
-    """
-
-    # With ctx as an argument: a separate setup_context costs more per call than the C-sized arithmetic.
-    @staticmethod
-    def forward(ctx, x, weight, bias, anchor, mean, invstd, mask, gradient_means):  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx.save_for_backward(x, weight, mean, invstd, mask)
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.gradient_means = gradient_means
-        scale = invstd if weight is None else weight.detach().double() * invstd
-        shift = torch.zeros_like(mean) if bias is None else bias.detach().double()
-        return kernels.normalize(x, mean, scale, shift)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, weight, mean, invstd, mask = ctx.saved_tensors
-        local = kernels.backward_sums(grad_output, x, mean).view(2, -1)
-        local[1] *= invstd
-        grad_weight = grad_bias = grad_input = None
-        if weight is not None:
-            grad_weight = local[1].to(weight.dtype, copy=True)
-        if ctx.bias_dtype is not None:
-            grad_bias = local[0].to(ctx.bias_dtype, copy=True)
-        mean_dy, mean_dy_xhat = ctx.gradient_means(local)
-        if ctx.needs_input_grad[0]:
-            scale = invstd if weight is None else weight.double() * invstd
-            grad_input = kernels.backward_input(grad_output, x, mean, scale, mean_dy, mean_dy_xhat * invstd, mask)
-        return grad_input, grad_weight, grad_bias, None, None, None, None, None
 
 
 def backward_pass() -> int:
@@ -211,6 +174,7 @@ def backward_pass() -> int:
 def is_recomputing() -> bool:
     """Whether this forward repeats an earlier one inside a backward pass, as activation checkpointing does.
 
-    Exchanges are made again, since every worker repeats them; statistics must not be updated again.
+    Exchanges are made again, since every worker repeats them; statistics must not be updated again. Code that is
+    being compiled does not know: see `traced.unless_repeated`.
     """
-    return backward_pass() != -1
+    return not torch.compiler.is_compiling() and backward_pass() != -1

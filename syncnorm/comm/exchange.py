@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._library.effects import EffectType
 
 from syncnorm.comm import guard
 from syncnorm.comm.flight import Flight
@@ -28,9 +29,9 @@ class Exchange(NamedTuple):
     """One message as its sender saw it."""
 
     kind: str
-    """What it carried: "moments", "gradients", "fault", "count"; "all moments", "all gradients" of a model;
-    "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is pooled, "join" of `join`;
-    "no data" for a worker's answer there."""
+    """What it carried: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments", "all
+    gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is
+    pooled, "join" of `join`; "no data" for a worker's answer there."""
     numel: int
     """How many float64 numbers."""
     seconds: float
@@ -98,10 +99,20 @@ announcers: list[Announce] = []
 """Called before each exchange with "sum" or "gather", the message and the group (see `syncnorm.model.join`)."""
 
 
-def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Tensor:
+class Named(NamedTuple):
+    """A group in code that is being compiled: `groups.look_up` finds it by name whenever the compiled code runs.
+
+    Groups may have been made, or made anew, since.
+    """
+
+    name: str
+
+
+def sum_(message: Tensor, group: dist.ProcessGroup | Named | None, kind: str, name: str = "") -> Tensor:
     """Replace `message` (float64) by its sum over `group`, the same bits on every worker. None: nothing to do.
 
-    *Collectives*: one all-reduce of `message.numel()` float64 numbers; every member of `group` must call.
+    *Collectives*: one all-reduce of `message.numel()` float64 numbers; every member of `group` must call. In code
+    that is being compiled the message goes out when the code runs.
 
     Args:
         message: float64, left alone where it has gone.
@@ -114,6 +125,8 @@ def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str 
     """
     if group is None:
         return message
+    if isinstance(group, Named):
+        return message.copy_(_sum(message, group.name, kind, name))
     assert message.dtype == torch.float64
     start = time.perf_counter()
     flight = _begin("sum", message, group, kind, name)
@@ -122,6 +135,24 @@ def sum_(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str 
     flight.land(message)
     _note(kind, message, start)
     return message
+
+
+@torch.library.custom_op("syncnorm::sum", mutates_args=())
+def _sum(message: Tensor, group: str, kind: str, name: str) -> Tensor:
+    """`sum_` as an operator that a compiler puts into its graph: counted and timed when the graph runs."""
+    from syncnorm.comm.groups import look_up  # which imports this module
+
+    return sum_(message.clone(), look_up(group), kind, name)
+
+
+@_sum.register_fake
+def _(message: Tensor, group: str, kind: str, name: str) -> Tensor:
+    return torch.empty_like(message)
+
+
+# Left out nowhere and in the order of the program, on all workers alike: also where nobody needs the result, and
+# where workers have compiled for different shapes.
+_sum.register_effect(EffectType.ORDERED)
 
 
 class Pending:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 
 from syncnorm.comm import exchange, which
@@ -44,6 +45,8 @@ class Given:
         self.group = group
         self.members = Ranks(tuple(dist.get_process_group_ranks(group)))
         self.is_world = group is dist.group.WORLD
+        self.name = group.group_name
+        _given[self.name] = self
 
     @property
     def rule(self) -> Rule:
@@ -59,6 +62,9 @@ class Given:
     def __repr__(self) -> str:
         return f"ranks {list(self.members.members)}"
 
+
+# By the names of their groups, for compiled code.
+_given: weakref.WeakValueDictionary[str, Given] = weakref.WeakValueDictionary()
 
 Kept = Given | Outside | Rule | None
 """What a module keeps of a `Spec`: it can be copied and pickled."""
@@ -178,6 +184,9 @@ def statistics_group(process_group: Spec | Kept = None) -> Group | None:
         InputError: a group was given although torch.distributed is not initialised, this rank is not in it, or the
             rule does not fit the workers that there are.
     """
+    if torch.compiler.is_compiling():
+        # Of another type, since it is only passed on to `exchange.sum_`.
+        return exchange.Named(_name(process_group))  # pyright: ignore[reportReturnType]
     kept = keep(process_group)
     if not is_initialized():
         _check_alone(kept)
@@ -191,6 +200,42 @@ def statistics_group(process_group: Spec | Kept = None) -> Group | None:
     else:
         members = _workers().mine.get((backend, rule)) or _resolve(rule, parent)
     return None if len(members) == 1 else _workers().made[backend, members]
+
+
+def _name(spec: Spec | Kept) -> str:
+    """`spec` as compiled code knows it."""
+    if spec is None:
+        return ""
+    if isinstance(spec, Given):
+        return f"group {spec.name}"
+    if isinstance(spec, Group):
+        return f"group {spec.group_name}"
+    if isinstance(spec, Ranks):
+        return "ranks " + " ".join(str(rank) for rank in spec.members)
+    if isinstance(spec, ForSamples):
+        return f"samples {spec.samples} {spec.local_batch_size}"
+    if isinstance(spec, str | int):
+        return f"rule {spec}"
+    return "outside"
+
+
+def look_up(name: str) -> Group | None:
+    """What `statistics_group` gives for the spec of this name where code is not being compiled.
+
+    *Collectives*: the same.
+    """
+    kind, _, rest = name.partition(" ")
+    if kind == "group":
+        # Not documented; what torch's own collectives in compiled code use.
+        return statistics_group(_given.get(rest) or _resolve_process_group(rest))  # pyright: ignore[reportArgumentType]
+    if kind == "rule":
+        return statistics_group(int(rest) if rest.isdecimal() else rest)
+    if kind == "outside":
+        return statistics_group(Outside())
+    numbers = [int(word) for word in rest.split()]
+    if kind == "samples":
+        return statistics_group(ForSamples(*numbers))
+    return statistics_group(Ranks(tuple(numbers)) if kind == "ranks" else None)
 
 
 def least_size(kept: Kept, world_size: int) -> int | None:

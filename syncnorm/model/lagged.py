@@ -21,10 +21,12 @@ from torch import Tensor
 from syncnorm import ops
 from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import exchange
+from syncnorm.errors import InputError
 from syncnorm.maths import lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 from syncnorm.model.running import PooledRunning, device_of, zeros
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.traced import untraced
 
 
 class Averages(NamedTuple):
@@ -72,14 +74,28 @@ class LaggedMeans:
         self.owner.note_arrival(self.backward, self.number)
         return means
 
+    def of_second(self, local: Tensor) -> Tensor:
+        raise _no_second(self.layer)
+
 
 class FixedMeans(NamedTuple):
     """The averages of earlier steps as the gradient means of a call that leaves no trace."""
 
+    layer: SyncNorm
     estimate: Tensor
 
     def __call__(self, local: Tensor) -> Tensor:
         return self.estimate
+
+    def of_second(self, local: Tensor) -> Tensor:
+        raise _no_second(self.layer)
+
+
+def _no_second(layer: SyncNorm) -> InputError:
+    return InputError(
+        f'`sync` must be "batch", "running" or "none" where a gradient is differentiated, got "lagged" in layer '
+        f"{layer.label!r}. Its gradient is corrected by an average and is no derivative of its output."
+    )
 
 
 class PooledLagged(PooledRunning):
@@ -112,7 +128,7 @@ class PooledLagged(PooledRunning):
             several = torch.full_like(count, 2.0)
             batch = Moments(several, averages.mean, averages.var * several)
         if call.is_frozen:
-            means = pooled or FixedMeans(averages.gradient)
+            means = pooled or FixedMeans(layer, averages.gradient)
         else:
             means = LaggedMeans(self, layer, averages.gradient, pooled, count)
         return Statistic(batch, means, is_pooled=group is not None)
@@ -120,15 +136,17 @@ class PooledLagged(PooledRunning):
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange."""
         super().settle()
-        self._settle_gradients()
-
-    def _settle_gradients(self) -> None:
         if self._sent_gradients is not None:
-            message, self._sent_gradients = self._sent_gradients.wait(), None
-            with torch.no_grad():
-                for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
-                    part = part.to(device_of(layer))
-                    _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
+            self._apply_sent_gradients()
+
+    @untraced
+    def _apply_sent_gradients(self) -> None:
+        assert self._sent_gradients is not None
+        message, self._sent_gradients = self._sent_gradients.wait(), None
+        with torch.no_grad():
+            for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
+                part = part.to(device_of(layer))
+                _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
 
     def forget(self, layer: SyncNorm) -> None:
         super().forget(layer)
@@ -185,7 +203,8 @@ class PooledLagged(PooledRunning):
             for name, sums in kept.items():
                 parts[name] += sums.to(device)
         # Settled before another leaves: it is of an earlier step.
-        self._settle_gradients()
+        if self._sent_gradients is not None:
+            self._apply_sent_gradients()
         message = torch.cat(list(parts.values()))
         self._sent_gradients = exchange.start_sum(message, self.group, "all gradients", self._title)
         self._gradients, self._late = {}, {}

@@ -28,6 +28,7 @@ from syncnorm.comm import exchange, groups, guard
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.traced import untraced
 
 
 @dataclass
@@ -95,8 +96,12 @@ class PooledRunning:
 
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange, and raises nothing: one worker may be alone."""
-        if self._sent is None:
-            return
+        if self._sent is not None:
+            self._apply_sent()
+
+    @untraced
+    def _apply_sent(self) -> None:
+        assert self._sent is not None
         (pending, momenta, members), self._sent = self._sent, None
         with torch.no_grad():
             message = pending.wait()
@@ -155,18 +160,28 @@ class PooledRunning:
             layer.update_running(of_sums(each), momentum)
 
     def _begin(self, model: nn.Module, args: object) -> None:
+        if self._trains():
+            self._open()
+        elif self._is_open and not ops.is_recomputing():
+            self._is_open = False
+
+    @untraced
+    def _open(self) -> None:
         if ops.is_recomputing():
             return
         self._is_open = False
-        if not self._trains():
-            return
         if not self.is_held:
             self.start()
         self._is_open = True
         self._handled = sys.exc_info()[1]
 
     def _end(self, model: nn.Module, args: object, output: object) -> None:
-        if not self._is_open or ops.is_recomputing():
+        if self._is_open:
+            self._close()
+
+    @untraced
+    def _close(self) -> None:
+        if ops.is_recomputing():
             return
         self._is_open = False
         # Called for a forward that raised, too, while its exception is being handled.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,14 +111,17 @@ def train_step(
             weight, bias = parameters(x.shape[1], dtype)
             layer.weight.copy_(weight)
             layer.bias.copy_(bias)
-    return [_one_step(layer, *step) for step in steps]
+    return [one_step(layer, *step) for step in steps]
 
 
-def _one_step(layer: SyncNorm, x: Tensor, cotangent: Tensor, mask: Tensor | None) -> Outcome:
+def one_step(
+    layer: SyncNorm, x: Tensor, cotangent: Tensor, mask: Tensor | None, run: Callable[..., Tensor] | None = None
+) -> Outcome:
+    """A training forward and backward; `run`: what to call instead of the layer itself, such as its compiled form."""
     layer.zero_grad()
     x = x.detach().requires_grad_()
     with exchange.record() as exchanges:
-        y = layer(x, mask)
+        y = (layer if run is None else run)(x, mask)
         y.backward(cotangent)
     assert x.grad is not None
     return Outcome(

@@ -28,7 +28,9 @@ def centred_sums(x: Tensor, mask: Tensor | None, count: int | Tensor) -> tuple[T
     wide = _wide(x)
     if mask is None:
         some = wide.flatten(2) if wide.ndim > 2 else wide.unsqueeze(-1)
-        p = some[:_PIVOT_ELEMENTS, :, :_PIVOT_ELEMENTS].mean((0, 2))
+        # Of two samples in compiled code, so that what is compiled for any number from 2 on needs no second version.
+        samples = 2 if torch.compiler.is_compiling() else _PIVOT_ELEMENTS
+        p = some[:samples, :, :_PIVOT_ELEMENTS].mean((0, 2))
     else:
         p = ((wide * mask).sum(_over(x), dtype=torch.float64) / count).nan_to_num(0.0, 0.0, 0.0).to(wide.dtype)
     b = wide - _channels(p, wide)
