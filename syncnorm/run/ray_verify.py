@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from syncnorm.run import env
 from syncnorm.run.ray_client import JobSubmissionClient, told
-from syncnorm.run.ray_submit import NEVER_PACKED, follow
+from syncnorm.run.ray_submit import NEVER_PACKED, follow, kept_out
 
 _PLACE_SECONDS = 60
 
@@ -37,7 +37,8 @@ def submit_verify(client: JobSubmissionClient, workers: int, arguments: Sequence
     name = f"verify-{uuid.uuid4().hex[:8]}"
     environment: dict[str, Any] = {}
     if packs_code:
-        environment = {"working_dir": str(Path.cwd()), "excludes": list(NEVER_PACKED)}
+        here = Path.cwd()
+        environment = {"working_dir": str(here), "excludes": [*NEVER_PACKED, *kept_out(here)]}
     command = ["exec", "python", "-m", "syncnorm.run.ray_verify", str(workers), *arguments]
     with told(client.get_address()):
         client.submit_job(entrypoint=shlex.join(command), submission_id=name, runtime_env=environment)
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     if not group.wait(_PLACE_SECONDS):
         print(f"syncnorm: no room for {workers} workers with {bundle} each within {_PLACE_SECONDS} s", file=sys.stderr)
         return 1
-    places = [
+    places: list[Any] = [
         _Place.options(
             num_cpus=1,
             num_gpus=bundle.get("GPU", 0.0),
