@@ -130,12 +130,20 @@ def verify(
     ] = None,
     deadline: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="For one check.")] = 20.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    address: Annotated[
+        str | None, typer.Option(help="http(s)://HOST:PORT of a Ray dashboard, on whose cluster to start the workers.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Reach another machine without a token.")] = False,
 ) -> None:
-    """Hold layers against the large batch in float64, on live workers: of this machine, or those of torchrun.
+    """Hold layers against the large batch in float64, on live workers: of this machine, of torchrun or of Ray.
 
     Any synchronised layer can be verified; what it does not claim to do is "not offered". Exit status 1 if a check
     fails.
     """
+    if address is not None:
+        options = [word for name in layer or [] for word in ("--layer", name)]
+        options += ["--deadline", f"{deadline:g}", *(["--json"] if json else [])]
+        raise typer.Exit(ray_cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer)))
     from syncnorm.run.verify import run_verify
 
     raise typer.Exit(run_verify(workers, layer or [], deadline, json, read_launched()))

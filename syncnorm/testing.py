@@ -179,6 +179,7 @@ class RankPool:
                 try:
                     is_ok, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301 our own child
                 except (EOFError, OSError):
+                    self._processes[rank].join(timeout=1.0)  # its pipe ends before it does
                     is_ok, value = False, f"the process died, exit code {self._processes[rank].exitcode}"
                 (results if is_ok else failures)[rank] = value
         if failures or waiting:

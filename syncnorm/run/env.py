@@ -177,6 +177,20 @@ def set_for_ray_client(address: str, has_token: bool) -> None:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
+def of_launched(rank: int, world_size: int, host: str, port: int, has_gpu: bool) -> dict[str, str]:
+    """The environment of a process that is to be this worker, the only one that this launcher has on its machine.
+
+    Args:
+        rank, world_size: of the worker.
+        host, port: where rank 0 is, and where the workers meet.
+        has_gpu: whether a GPU is set aside for it; otherwise it sees none, for others may have it.
+    """
+    hidden = {} if has_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    told = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    words = {name: str(value) for name, value in told.items()}
+    return {**_WORKER, **_MALLOC, **os.environ, **words, **hidden, "MASTER_ADDR": host}
+
+
 def set_for_children() -> None:
     """Set what makes workers on a CPU fast and quiet, for those that this process starts; what is set already stays."""
     for name, value in {**_WORKER, **_MALLOC}.items():

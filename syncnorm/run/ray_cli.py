@@ -3,7 +3,7 @@
 import contextlib
 import json as json_format
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -99,6 +99,14 @@ def logs(
             return
         for line in text.splitlines():
             ray_submit.tell(line, sys.stdout)
+
+
+def verify_there(address: str | None, insecure: bool, workers: int, arguments: Sequence[str], packs_code: bool) -> int:
+    """Run `syncnorm verify ARGUMENTS` on workers of a cluster; its exit status."""
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray_verify import submit_verify
+
+        return submit_verify(client, workers, arguments, packs_code)
 
 
 def stop(submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False) -> None:

@@ -27,7 +27,7 @@ _RUNNING = ("PENDING", "RUNNING")
 _FROM_WORKER = re.compile(r"^(?:\x1b\[\d+m)?\((\w+) pid=\d+(?:, ip=[^)]*)?\)(?:\x1b\[0m)? ?")
 # Lines of Ray's own: when and where it does what.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
-_NEVER_PACKED = ("**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors")
+NEVER_PACKED = ("**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,11 @@ def _runtime_env(job: Job) -> dict[str, Any]:
     if REFERENCE.fullmatch(config.model.name) or REFERENCE.fullmatch(config.data.name):
         here = Path.cwd()
         environment["working_dir"] = str(here)
-        environment["excludes"] = [*_NEVER_PACKED, *_kept_out(here, config.run_dir, config.data.root)]
+        environment["excludes"] = [*NEVER_PACKED, *kept_out(here, config.run_dir, config.data.root)]
     return environment
 
 
-def _kept_out(here: Path, *others: str | None) -> list[str]:
+def kept_out(here: Path, *others: str | None) -> list[str]:
     """What lies in the working folder and does not belong to the code: runs, data, the token."""
     paths = [Path(other) for other in others if other is not None]
     token = read_cluster().token_path

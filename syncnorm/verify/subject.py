@@ -23,8 +23,8 @@ BOUNDS = (1.5, 0.5)
 _OURS = {
     "mask": True,
     "messages": True,
-    "double backward": False,
-    "compile": False,
+    "double backward": True,
+    "compile": True,
 }
 _OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "process_group")
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)

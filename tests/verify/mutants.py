@@ -156,7 +156,8 @@ class SkipsEmpty(SyncBatchNorm):
     """Takes no part where it has no samples, and leaves the others waiting."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return x * self.weight.view(1, -1, 1) if self.training and len(x) == 0 else super().forward(x, mask)
+        skips = self.training and len(x) == 0
+        return x * self.weight.view(-1, *[1] * (x.ndim - 2)) if skips else super().forward(x, mask)
 
 
 class Dies(SyncBatchNorm):
@@ -462,4 +463,4 @@ class LateClock(SyncBatchRenorm):
 class SkipsEmptyOnRankZero(SyncBatchNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         skips = self.training and len(x) == 0 and dist.get_rank() == 0
-        return x * self.weight.view(1, -1, 1) if skips else super().forward(x, mask)
+        return x * self.weight.view(-1, *[1] * (x.ndim - 2)) if skips else super().forward(x, mask)

@@ -93,7 +93,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
 HANGING: dict[str, tuple[str, str]] = {
     "GatedExchange": ("gradient-needed-on-some gradient-needed-on-some-only", "no answer from rank 1 within 3 s"),
     "RaisesAlone": ("bad-mask", "no answer from rank 0 within 3 s"),
-    "SkipsEmpty": ("last-empty ddp-empty", "no answer from rank 0 within 3 s"),
+    "SkipsEmpty": ("last-empty ddp-empty", "no answer from ranks? [01](, 1)? within 3 s(; rank 0 raised .*)?"),
     "EvaluatesTogether": ("evaluation-alone", "no answer from rank 0 within 3 s"),
 }
 # Claimed by nobody yet; see test_verify.py.
@@ -127,7 +127,11 @@ def test_a_defect_is_seen(crew, mutant):
 def test_a_defect_that_makes_workers_wait_is_seen(mutant):
     checks, reason = HANGING[mutant]
     with LocalCrew(2, 3.0) as crew:
-        assert _results(crew, mutant, checks) == dict.fromkeys(checks.split(), ("hangs", reason))
+        results = _results(crew, mutant, checks)
+    assert results.keys() == set(checks.split())
+    for check, (status, got) in results.items():
+        assert status == "hangs", (check, status, got)
+        assert re.fullmatch(reason, got), (check, got)
 
 
 def test_every_check_can_fail():
