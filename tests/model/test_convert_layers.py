@@ -8,6 +8,7 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -21,6 +22,7 @@ from syncnorm import (
     conversion_table,
     convert,
     convert_sync_batchnorm,
+    groups,
     prepare_ddp,
     register_adapter,
     revert,
@@ -160,19 +162,29 @@ def test_convert_sync_batchnorm_leaves_ours_alone():
     assert type(convert_sync_batchnorm(nn.BatchNorm1d(4))) is SyncBatchNorm
 
 
-def test_torchs_process_group_is_taken_over():
-    theirs, given = object(), object()
-    for process_group, expected in ((None, theirs), (given, given)):
+def take_over_torchs_group() -> None:
+    theirs, given = dist.new_group([0, 1]), dist.new_group([0, 1])
+    for process_group, expected in ((None, theirs), (given, given), ("node", "node")):
         layer = nn.SyncBatchNorm(4, process_group=theirs)
-        convert(layer, process_group=process_group)  # pyright: ignore
+        convert(layer, process_group=process_group)
         assert layer.process_group is expected
+        # A group as torch keeps it could be neither copied nor pickled.
+        copied, pickled = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))  # noqa: S301 our own
+        assert copied.process_group is expected
+        assert pickled.process_group == (expected if expected == "node" else groups.Ranks((0, 1)))
         assert revert(layer).process_group is theirs
-        assert type(layer) is nn.SyncBatchNorm
+        assert revert(copied).process_group is theirs
+        assert type(layer) is type(copied) is nn.SyncBatchNorm
+        assert "workers" not in vars(layer)
+
+
+def test_torchs_process_group_is_taken_over(pool):
+    pool(2).run(take_over_torchs_group)
 
 
 def test_ours_keep_what_no_option_says():
-    group, lagged = object(), Lagged(max_drift=0.5)
-    layer = SyncBatchNorm(4, process_group=group, sync=lagged)  # pyright: ignore
+    group, lagged = "node", Lagged(max_drift=0.5)
+    layer = SyncBatchNorm(4, process_group=group, sync=lagged)
     keys = layer.state_dict().keys()
     convert(layer, SyncBatchRenorm, running_average="var")
     assert (layer.process_group, layer.sync, layer.lagged) == (group, "lagged", lagged)
