@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,7 +36,7 @@ def _run(command: list[str], cwd: Path) -> str:
 
 
 def test_the_readme_example_runs_as_it_stands(tmp_path):
-    (example,) = _blocks("python")
+    example, _ = _blocks("python")
     assert len([line for line in example.splitlines() if line]) <= 14
     (tmp_path / "example.py").write_text(example)
     # A file for each worker's output, which would mingle on one screen.
@@ -41,6 +44,23 @@ def test_the_readme_example_runs_as_it_stands(tmp_path):
     first, second = (next(tmp_path.glob(f"logs/*/attempt_0/{rank}/stdout.log")).read_text() for rank in (0, 1))
     assert re.fullmatch(r"0 tensor\(.*\)\s*", first, flags=re.DOTALL)
     assert first.removeprefix("0") == second.removeprefix("1")
+
+
+def run_the_block_on_a_model_that_exists() -> str:
+    """On a worker: the second block of the README, with what it takes for granted."""
+    names = {
+        "DistributedDataParallel": DistributedDataParallel,
+        "model": nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
+        "sample": torch.zeros(2, 3, 8, 8),
+    }
+    exec(_blocks("python")[1], names)
+    return repr(names["model"])
+
+
+def test_the_readme_block_on_a_model_that_exists_runs(pool):
+    one, other = pool(2).run(run_the_block_on_a_model_that_exists)
+    assert one == other
+    assert "SyncBatchNorm(8" in one
 
 
 def _training_commands() -> list[str]:
