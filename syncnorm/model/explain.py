@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
+from torch.utils.data.distributed import DistributedSampler
 
 from syncnorm.base import Immediate, SyncNorm
 from syncnorm.comm import groups
@@ -89,6 +91,7 @@ def explain(
     world_size: int | None = None,
     *,
     readings: Mapping[str, Mapping[str, float | None]] | None = None,
+    loader: DataLoader[Any] | None = None,
 ) -> Explanation:
     """Say of each normalisation layer what it is, would become, pools, sends, and how much its statistics hold.
 
@@ -105,6 +108,7 @@ def explain(
             is the input. Without it nothing is said about counts, and the order of layers is not known.
         world_size: the workers to reckon with; None: those that there are.
         readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between workers.
+        loader: of the training data, whose sampler is looked at, not iterated.
 
     Returns:
         The rows, lints and totals; print it.
@@ -131,6 +135,7 @@ def explain(
     lints = [] if seen is None else _dropout_lints(model, seen)
     switch = replaced(model)
     lints += [] if switch is None else [switch]
+    lints += [] if loader is None else _sampler_lints(loader)
     world = world_size or len(groups.ranks(groups.live(None)))
     rows, parts = [], []
     for name, layer in layers.items():
@@ -140,6 +145,16 @@ def explain(
         parts += [] if part is None else [part]
         lints += faults
     return Explanation(rows, lints, *_totals(parts))
+
+
+def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
+    sampler = loader.sampler
+    if not isinstance(sampler, DistributedSampler) or not sampler.shuffle or sampler.epoch != 0:
+        return []
+    return [
+        "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls set_epoch: every epoch has the "
+        "same order and the same samples together in a statistic. Call loader.sampler.set_epoch(epoch) before each."
+    ]
 
 
 # Of a layer that pools: its mode, how many workers take part, C, and its calls in a forward.

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data.distributed import DistributedSampler
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, explain, groups, monitor, prepare_ddp
 from syncnorm.comm import exchange
@@ -345,3 +347,15 @@ def test_the_table():
     assert text[1][text[0].index("workers")] == "2"
     assert str(explain(nn.Linear(2, 2))) == "no normalisation layer"
     assert math.isclose(mean_ratio(4), 0.798, abs_tol=1e-3)
+
+
+def test_a_sampler_that_nobody_tells_the_epoch():
+    data = TensorDataset(torch.zeros(8, 3))
+    sampler = DistributedSampler(data, num_replicas=2, rank=0)
+    (lint,) = explain(nn.BatchNorm1d(3), loader=DataLoader(data, sampler=sampler)).lints
+    assert "is at epoch 0" in lint
+    assert "set_epoch(epoch)" in lint
+    in_order = DistributedSampler(data, num_replicas=2, rank=0, shuffle=False)
+    sampler.set_epoch(1)
+    for loader in (DataLoader(data, sampler=sampler), DataLoader(data, sampler=in_order), DataLoader(data)):
+        assert explain(nn.BatchNorm1d(3), loader=loader).lints == []
