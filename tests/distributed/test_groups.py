@@ -27,7 +27,7 @@ from syncnorm.comm import groups as live
 from syncnorm.comm.groups import statistics_group
 from syncnorm.errors import FaultError, InputError
 from syncnorm.testing import RankPool, assert_close
-from tests.distributed.steps import Batch, Outcome, _one_step, compare, make_layer, oracle_steps, parameters
+from tests.distributed.steps import Batch, Outcome, compare, make_layer, one_step, oracle_steps, parameters
 
 Shards = list[tuple[Tensor, Tensor, Tensor | None]]
 
@@ -107,7 +107,7 @@ def _train(what: Any, steps: Shards, options: dict[str, Any]) -> list[Outcome]:
     machines = what[3:] if isinstance(what, str) and what.startswith("on ") else None
     with _on_machines(machines):
         layer = _layer(_spec(what if machines is None else "node"), **options)
-        return [_one_step(layer, *step) for step in steps]
+        return [one_step(layer, *step) for step in steps]
 
 
 def _by_rank(batches: list[Batch], sizes: list[int]) -> list[Shards]:
@@ -339,13 +339,13 @@ def _train_on(what: Any, way: str, steps: Shards) -> tuple[list[Outcome], list[b
     """A step, a copy, and a step of the copy and of the original."""
     spec = _spec(what)
     layer = _layer(spec)
-    first = _one_step(layer, *steps[0])
+    first = one_step(layer, *steps[0])
     before = statistics_group(layer.process_group)
     other = WAYS[way](layer)
     facts = [layer.process_group is spec, other.process_group == spec, statistics_group(other.process_group) is before]
-    outcomes = [first, _one_step(other, *steps[1])]
+    outcomes = [first, one_step(other, *steps[1])]
     if way != "copy":  # which shares the buffers
-        again = _one_step(layer, *steps[1])
+        again = one_step(layer, *steps[1])
         facts.append(torch.equal(again.y, outcomes[1].y) and torch.equal(again.grad_input, outcomes[1].grad_input))
     return outcomes, facts, repr(other)
 
