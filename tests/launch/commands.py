@@ -5,7 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 SYNCNORM = [sys.executable, "-m", "syncnorm"]
@@ -47,3 +48,16 @@ def run(
     with started(command, folder, environment) as process:
         out, err = process.communicate(timeout=DEADLINE_SECONDS)
         return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def wait_while_alive(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], seconds: float) -> None:
+    """Wait for a condition; a process that ends before, or too long a time, is a failure."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        for each in processes:
+            try:
+                each.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            raise AssertionError(f"a process ended with status {each.returncode}: {each.communicate()[1]}")

@@ -6,9 +6,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import pytest
@@ -79,17 +79,8 @@ class Run:
         return read_events(folders[0] / "metrics.jsonl")[0] if folders else []
 
 
-def wait_until(condition: Callable[[], bool], agents: list[subprocess.Popen[str]]) -> None:
-    """Wait for a condition; an agent that ends before, or too long a time, is a failure."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s"
-        for each in agents:
-            try:
-                each.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            raise AssertionError(f"an agent ended with status {each.returncode}: {each.communicate()[1]}")
+def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> None:
+    commands.wait_while_alive(condition, agents, PATIENCE_SECONDS)
 
 
 def wait_for_group(run: Run, agents: list[subprocess.Popen[str]], groups: int, steps: int = 2) -> None:

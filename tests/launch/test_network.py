@@ -4,8 +4,7 @@ import contextlib
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -119,17 +118,8 @@ def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for run in runs for event in events(run, kind)]
 
 
-def wait_until(condition: Callable[[], bool], agents: tuple[Popen[str], Popen[str]]) -> None:
-    """Wait for a condition; an agent that ends before, or too long a time, is a failure."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {PATIENCE_SECONDS} s"
-        for each in agents:
-            try:
-                each.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            raise AssertionError(f"an agent ended with status {each.returncode}: {each.communicate()[1]}")
+def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> None:
+    commands.wait_while_alive(condition, agents, PATIENCE_SECONDS)
 
 
 def has_workers(agents: tuple[Popen[str], Popen[str]]) -> bool:
