@@ -42,6 +42,8 @@ class Call:
     """The backward pass that has repeated this call last."""
     is_frozen: bool = False
     """Whether it must leave no trace (see syncnorm.model.frozen)."""
+    has_grad: bool = True
+    """Whether autograd looked on: not in the first forward of a checkpoint that is reentrant, nor in a teacher's."""
 
 
 class Freeze:
@@ -292,13 +294,16 @@ class SyncNorm(_BatchNorm):
 
     def _new_call(self, local: LocalSums) -> Call:
         """Remember what this forward sees; no exchange has been made."""
-        call = Call(local.sums, is_frozen=self.freeze is not None)
+        call = Call(local.sums, is_frozen=self.freeze is not None, has_grad=torch.is_grad_enabled())
         if self.sync == "lagged":
             self._calls.append(call)
         return call
 
     def _find_call(self, local: LocalSums) -> Call:
-        """The call that the present one repeats: the newest with the same local sums, each once in a backward pass."""
+        """The call that the present one repeats: the newest with the same local sums, each once in a backward pass.
+
+        One that was frozen and not to be differentiated (a teacher's) is not repeated where another is alike.
+        """
         if len(self._calls) <= 1:
             return self._calls[-1] if self._calls else Call(local.sums)
         task = ops.backward_pass()
@@ -308,6 +313,7 @@ class SyncNorm(_BatchNorm):
                 f"`checkpoint` must repeat one of the last {_REMEMBERED_CALLS} training forwards of a layer, got none "
                 f"of them in {self.label}. Make the backward pass sooner, or checkpoint fewer calls of this layer."
             )
+        alike = [call for call in alike if call.has_grad or not call.is_frozen] or alike
         found = next((call for call in alike if call.repeated_in != task), (alike or [self._calls[-1]])[0])
         found.repeated_in = task
         return found

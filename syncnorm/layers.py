@@ -190,7 +190,7 @@ class SyncBatchRenorm(SyncNorm):
         assert self.running_mean is not None
         assert self.running_var is not None
         call = Call(local.sums, (self.running_mean.clone(), self.running_var.clone(), *self.bounds()))
-        call.is_frozen = self.freeze is not None
+        call.is_frozen, call.has_grad = self.freeze is not None, torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
             self._calls.append(call)
         return call

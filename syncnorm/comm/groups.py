@@ -163,8 +163,12 @@ _known: weakref.WeakKeyDictionary[Group, _Workers] = weakref.WeakKeyDictionary()
 
 
 def _workers() -> _Workers:
-    assert dist.group.WORLD is not None
-    return _known.setdefault(dist.group.WORLD, _Workers())
+    world = dist.group.WORLD
+    assert world is not None
+    known = _known.get(world)
+    if known is None:
+        known = _known[world] = _Workers()
+    return known
 
 
 def statistics_group(process_group: Spec | Kept = None) -> Group | None:
@@ -210,13 +214,15 @@ def _name(spec: Spec | Kept) -> str:
         return f"group {spec.name}"
     if isinstance(spec, Group):
         return f"group {spec.group_name}"
+    if isinstance(spec, DeviceMesh):
+        return "outside" if spec.get_coordinate() is None else f"group {spec.get_group().group_name}"
     if isinstance(spec, Ranks):
         return "ranks " + " ".join(str(rank) for rank in spec.members)
     if isinstance(spec, ForSamples):
         return f"samples {spec.samples} {spec.local_batch_size}"
-    if isinstance(spec, str | int):
-        return f"rule {spec}"
-    return "outside"
+    if isinstance(spec, Outside) or spec == dist.GroupMember.NON_GROUP_MEMBER:
+        return "outside"
+    return f"rule {which.check(spec)}"
 
 
 def look_up(name: str) -> Group | None:

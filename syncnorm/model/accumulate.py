@@ -44,6 +44,14 @@ class Accumulating:
         # A copy made within the block is not part of it.
         return copy.deepcopy(self.source, memo)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Nor is what is loaded from a pickle.
+        return _itself, (self.source,)
+
+
+def _itself(source: StatisticsSource) -> StatisticsSource:
+    return source
+
 
 @contextmanager
 def accumulate(model: nn.Module) -> Iterator[None]:

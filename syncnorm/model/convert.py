@@ -160,7 +160,11 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     for layer in layers:
         go_back(layer, to)
     _forget_pools(module)
-    left = [name for name in getattr(module, "_ddp_params_and_buffers_to_ignore", ()) if name not in ignored]
+    left = [
+        name
+        for name in getattr(module, "_ddp_params_and_buffers_to_ignore", ())
+        if name.removeprefix("_orig_mod.") not in ignored
+    ]
     if left:
         module._ddp_params_and_buffers_to_ignore = left  # pyright: ignore[reportArgumentType]
     else:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import functional
 from syncnorm.base import AVERAGES, Immediate, SyncNorm
+from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.adapters import Over, adapter_of, has_torchs_forward, over, own_class
@@ -35,7 +36,11 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
             f"say what it does with register_adapter({cls.__name__}, ...)"
         )
     return (
-        _untracked(layer, request) or _unfit(layer, request) or _clash(layer, cls, request) or _mismatch(cls, request)
+        _untracked(layer, request)
+        or _unfit(layer, request)
+        or _stale(layer, request)
+        or _clash(layer, cls, request)
+        or _mismatch(cls, request)
     )
 
 
@@ -46,9 +51,19 @@ def _class_to_be(layer: _BatchNorm) -> type[Any]:
 
 
 def _busy(layer: SyncNorm) -> str | None:
-    if isinstance(layer.statistics, Immediate | PooledRunning):
-        return None
-    return "is used by accumulate or recalibrate; wait for the end of its block"
+    source = layer.statistics
+    is_held = isinstance(source, PooledRunning) and source.is_held
+    if is_held or not isinstance(source, Immediate | PooledRunning):
+        return "is used by accumulate or recalibrate; wait for the end of its block"
+    return None if layer.freeze is None else "is used by frozen_statistics; wait for the end of its block"
+
+
+def _stale(layer: _BatchNorm, request: Request) -> str | None:
+    try:
+        groups.keep(request.group(layer))
+    except InputError as error:
+        return f"has a process group that cannot be used: {error}"
+    return None
 
 
 def _subclass_of_ours(cls: type) -> str | None:

@@ -7,6 +7,7 @@ import warnings
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.base import SyncNorm, Unattached
 from syncnorm.comm import agreement, exchange, groups
@@ -59,12 +60,26 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
         return model
     for buffer in model.buffers():
         dist.broadcast(buffer, group=among, group_src=0)
+    _keep_from_ddp(model, ours)
+    return model
+
+
+def _keep_from_ddp(model: nn.Module, ours: dict[str, SyncNorm]) -> None:
+    """Tell DistributedDataParallel not to broadcast the buffers of our layers; those that were ours once, it may."""
     names = {f"{name}.{key}".lstrip(".") for name, m in ours.items() for key, _ in m.named_buffers(recurse=False)}
+    others = {
+        f"{name}.{key}".lstrip(".")
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) and name not in ours
+        for key, _ in m.named_buffers(recurse=False)
+    }
+    # The names that torch.compile's wrapper gives them, which passes on the attribute.
+    names |= {f"_orig_mod.{name}" for name in names}
+    before = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     # The attribute that DistributedDataParallel reads; a test notices if that changes.
     model._ddp_params_and_buffers_to_ignore = sorted(  # pyright: ignore[reportArgumentType]
-        names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+        names | {name for name in before if name.removeprefix("_orig_mod.") not in others}
     )
-    return model
 
 
 def _kind(layer: SyncNorm) -> str:

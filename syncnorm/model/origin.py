@@ -95,7 +95,8 @@ def become(layer: _BatchNorm, name: str, request: Request) -> None:
     before = dict(vars(layer))
     if "process_group" in before:
         # torch's SyncBatchNorm: a group can be neither copied nor pickled.
-        origin.workers = groups.keep(layer.__dict__.pop("process_group"))
+        origin.workers = groups.keep(before["process_group"])
+        del layer.__dict__["process_group"]
     set_class(layer, over(request.to, theirs))
     assert isinstance(layer, SyncNorm)
     layer.set_up(group, **settings)

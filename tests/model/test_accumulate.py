@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -71,6 +72,10 @@ def test_a_copy_made_while_accumulating_is_free():
         with accumulate(model):
             model(uneven_batch(6, 0))
             other = copy.deepcopy(model)
+            loaded = pickle.loads(pickle.dumps(model[0]))  # noqa: S301 our own
         for seed in range(2):
             other(uneven_batch(6, seed))
         assert int(other.state_dict()["0.num_batches_tracked"]) == 2
+        if sync == "batch":
+            loaded(uneven_batch(6, 0))
+            assert int(loaded.num_batches_tracked) == 1

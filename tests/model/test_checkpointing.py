@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, frozen_statistics, prepare_ddp
 from syncnorm.errors import InputError
 from tests.model.parts import uneven_batch
 
@@ -34,6 +34,25 @@ def test_activation_checkpointing_updates_once_and_changes_no_bit(pool, reentran
     plain = pool(2).run(_checkpointed, None, make)
     for got, expected in zip(pool(2).run(_checkpointed, reentrant, make), plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _with_a_teacher(reentrant: bool | None) -> Tensor:
+    """The gradient where the same batch passes once more, frozen, before the backward pass."""
+    layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(1.5, 0.5), dtype=torch.float64)
+    for step in range(2):
+        x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
+        y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+        with frozen_statistics(layer), torch.no_grad():
+            target = layer(x)
+        (y * target.sin()).sum().backward()
+    assert x.grad is not None
+    return x.grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_teachers_forward_of_the_same_batch_is_not_taken_for_the_one_to_be_repeated(pool, reentrant):
+    for got, expected in zip(pool(2).run(_with_a_teacher, reentrant), pool(2).run(_with_a_teacher, None), strict=True):
+        assert torch.equal(got, expected)
 
 
 def _forwards_before_backwards(make: str, is_checkpointed: bool) -> list[Tensor]:

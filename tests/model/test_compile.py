@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -128,6 +129,34 @@ def test_a_compiled_model_trains_under_ddp_as_an_uncompiled_one(pool, options):
     for got, expected in zip(pool(2).run(_ddp_steps, True, options), plain, strict=True):
         for a, b in zip(got, expected, strict=True):
             assert_close(a, b, torch.float64, "state")
+
+
+def _own_buffers(is_compiled: bool) -> Tensor:
+    """Running statistics of a layer that pools nothing, under DDP; prepared before it is compiled."""
+    torch.manual_seed(0)
+    model = prepare_ddp(nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(CHANNELS, sync="none")))
+    ddp = DistributedDataParallel(torch.compile(model, backend="eager") if is_compiled else model)
+    for step in range(3):
+        ddp(_sample(6, 10 * step + dist.get_rank(), dtype=torch.float32) + dist.get_rank()).sum().backward()
+    return model[1].running_mean.clone()
+
+
+def test_ddp_leaves_the_buffers_of_a_compiled_model_alone(pool):
+    plain, compiled = (pool(2).run(_own_buffers, is_compiled) for is_compiled in (False, True))
+    assert not torch.equal(plain[0], plain[1])
+    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+
+
+def _over_a_mesh(is_compiled: bool) -> Tensor:
+    mesh = init_device_mesh("cpu", (2,))
+    norm = functional.sync_batch_norm
+    run = torch.compile(norm, backend="eager", fullgraph=True) if is_compiled else norm
+    return run(_sample(6, dist.get_rank()), process_group=mesh)
+
+
+def test_compiled_over_a_mesh(pool):
+    for plain, compiled in zip(pool(2).run(_over_a_mesh, False), pool(2).run(_over_a_mesh, True), strict=True):
+        assert_close(plain, compiled, torch.float64, "y")
 
 
 def _against_eager(module: nn.Module, steps: int = 3, fullgraph: bool = True, run: Any = None) -> None:

@@ -22,6 +22,7 @@ from syncnorm import (
     conversion_table,
     convert,
     convert_sync_batchnorm,
+    frozen_statistics,
     groups,
     prepare_ddp,
     register_adapter,
@@ -368,11 +369,26 @@ def test_the_layer_itself_and_several_at_once():
         convert(nn.ModuleDict({"a": Unknown(4), "b": _with_own_forward()}))
 
 
-def test_not_within_accumulate():
-    model = nn.Sequential(SyncBatchNorm(4))
-    with accumulate(model), pytest.raises(InputError, match="'0' is used by accumulate or recalibrate"):
-        convert(model, SyncBatchRenorm)
-    convert(model, SyncBatchRenorm)
+@pytest.mark.parametrize("sync", ["batch", "running", "lagged"])
+def test_not_within_accumulate(sync):
+    model = prepare_ddp(convert(nn.Sequential(nn.BatchNorm1d(4)), sync=sync))
+    for change in (revert, lambda model: convert(model, SyncBatchRenorm)):
+        with accumulate(model):
+            model(torch.randn(6, 4))
+            with pytest.raises(InputError, match="'0' is used by accumulate or recalibrate"):
+                change(model)
+        with frozen_statistics(model), pytest.raises(InputError, match="'0' is used by frozen_statistics"):
+            change(model)
+        change(model)
+        convert(model)
+
+
+def test_a_process_group_that_is_none_is_refused_before_anything_is_changed():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.SyncBatchNorm(4, process_group=object()))
+    with pytest.raises(InputError, match="'1' has a process group that cannot be used: `process_group` must be None,"):
+        convert(model)
+    assert [type(layer) for layer in model] == [nn.BatchNorm1d, nn.SyncBatchNorm]
+    assert type(model[1].process_group) is object
 
 
 def _wrapped(kind: str) -> str:
