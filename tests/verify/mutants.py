@@ -301,6 +301,13 @@ class CastsBuffers(SyncBatchNorm):
         return y
 
 
+class HalvesBuffers(SyncBatchNorm):
+    def half(self):
+        super().half()
+        self.running_mean, self.running_var = self.running_mean.half(), self.running_var.half()
+        return self
+
+
 class WritesWeight(SyncBatchNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = super().forward(x, mask)
