@@ -393,11 +393,19 @@ def test_evaluation_sends_nothing(pool, kind):
 
 # Test -> what it says of a layer with the classic mistakes. Where its workers wait for each other: see below.
 NAIVE = {
-    test_parameters_after_five_steps_are_those_of_one_process: ["first.weight", "norm.weight", "outputs", "grad_inputs"],
+    test_parameters_after_five_steps_are_those_of_one_process: [
+        "first.weight",
+        "norm.weight",
+        "outputs",
+        "grad_inputs",
+    ],
     test_without_affine_parameters: ["first.weight of rank 0", "grad_inputs of step 0"],
     test_two_dimensional_input: ["norm.running_var of rank 0", "grad_inputs of step 0"],
     test_one_sample_per_process: ["first.weight of rank 0", "norm.running_var of rank 1"],
-    test_different_input_sizes_give_the_gradient_of_the_whole_batch: ["first.weight of rank 2", "grad_inputs of step 0"],
+    test_different_input_sizes_give_the_gradient_of_the_whole_batch: [
+        "first.weight of rank 2",
+        "grad_inputs of step 0",
+    ],
     test_a_worker_with_empty_input: ["norm.running_var of rank 1"],
     test_half: ["norm.running_mean of rank 0", "grad_inputs of step 0"],
     test_different_input_sizes_give_the_running_value_of_all_data: ["running_var", "grad_input"],
@@ -424,5 +432,5 @@ def test_a_naive_layer_fails_channels_last(pool, spatial):
     "check", [test_evaluation_on_rank_0_alone_does_not_wait, test_uneven_inputs_under_join], ids=["evaluation", "join"]
 )
 def test_workers_with_a_naive_layer_wait_for_each_other(check):
-    with RankPool(2, timeout_seconds=4.0) as pool, pytest.raises(RankFailure, match="no answer|Timed out|closed"):
+    with RankPool(2, timeout_seconds=4.0) as pool, pytest.raises(RankFailure, match=r"no answer|Timed out|closed"):
         check(lambda _: pool, "naive")
