@@ -302,10 +302,8 @@ class CastsBuffers(SyncBatchNorm):
 
 
 class HalvesBuffers(SyncBatchNorm):
-    def half(self):
-        super().half()
-        self.running_mean, self.running_var = self.running_mean.half(), self.running_var.half()
-        return self
+    def _apply(self, fn, recurse: bool = True):
+        return torch.nn.Module._apply(self, fn, recurse)
 
 
 class WritesWeight(SyncBatchNorm):

@@ -72,7 +72,7 @@ def half_layer(team: Team) -> None:
     batch = random_batch(sum(sizes), dtype=torch.float16)
     layer, oracle = make_layer(team, 4, torch.float16), Oracle(team.subject, 4, {})
     oracle.weight, oracle.bias = (p.detach().half().double().requires_grad_() for p in (layer.weight, layer.bias))
-    got = take_step(team, layer.half(), batch, sizes)
+    got = take_step(team, layer.to(torch.float16), batch, sizes)
     for name, t in layer.state_dict().items():
         wanted = {"weight": torch.float16, "bias": torch.float16, "num_batches_tracked": torch.int64}
         wanted = wanted.get(name, torch.float32)
