@@ -13,7 +13,7 @@ from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close, expect_same_bits, expect_shards
 from syncnorm.verify.team import Team
 from syncnorm.verify.trial import make_layer, my_shard, plainly, ragged, take_step
-from syncnorm.verify.truth import Oracle, random_batch
+from syncnorm.verify.truth import Oracle, parameters, random_batch
 
 
 @check("state-dict-keys", "the state dict has the keys and shapes of torch.nn.BatchNorm's")
@@ -71,7 +71,7 @@ def half_layer(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes), dtype=torch.float16)
     layer, oracle = make_layer(team, 4, torch.float16), Oracle(team.subject, 4, {})
-    oracle.weight, oracle.bias = (p.detach().half().double().requires_grad_() for p in (layer.weight, layer.bias))
+    oracle.weight, oracle.bias = (p.half().double().requires_grad_() for p in parameters(4))
     got = take_step(team, layer.to(torch.float16), batch, sizes)
     for name, t in layer.state_dict().items():
         wanted = {"weight": torch.float16, "bias": torch.float16, "num_batches_tracked": torch.int64}
