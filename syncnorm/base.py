@@ -123,6 +123,7 @@ def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str
         state_dict |= {f"{prefix}{name}": value for name, value in _initial_averages(layer).items()}
 
 
+HALF_TYPES = (torch.bfloat16, torch.float16)
 AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "lagged_waits")
 
 
@@ -137,6 +138,14 @@ def _initial_averages(layer: SyncNorm, device: torch.device | str | None = None)
         "lagged_updates": torch.zeros(2, dtype=torch.int64, device=device),
         "lagged_waits": torch.ones((), dtype=torch.bool, device=device),
     }
+
+
+def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
+    """The type of a running statistic that a cast of the layer would take from one type to another: at least float32.
+
+    One that was a half type already was asked for.
+    """
+    return torch.float32 if after in HALF_TYPES and before not in HALF_TYPES else after
 
 
 class SyncNorm(_BatchNorm):
@@ -183,6 +192,8 @@ class SyncNorm(_BatchNorm):
         self.lagged = options
         self.label = f"{type(self).__name__}({self.num_features})"
         """What errors call this layer; `prepare_ddp` makes it the name within the model."""
+        if self.running_mean is not None and self.running_var is not None and self.running_mean.dtype in HALF_TYPES:
+            self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
         self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
         if sync == "lagged":
             tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
@@ -282,14 +293,15 @@ class SyncNorm(_BatchNorm):
         self.workers = groups.keep(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moved or cast: what is under way belongs to the old tensors, and averages stay float64.
+        # Moved or cast: what is under way belongs to the old tensors, and no statistic loses digits.
         self.statistics.settle()
-        wide = {name: b for name, b in self._buffers.items() if name in AVERAGES and b is not None and not b.is_meta}
+        buffers = {name: b for name, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
-        for name, before in wide.items():
+        for name, before in buffers.items():
             now = self.get_buffer(name)
-            if now.dtype != before.dtype:
-                self._buffers[name] = before.to(now.device)
+            kept = before.dtype if name in AVERAGES else _kept_type(before.dtype, now.dtype)
+            if now.dtype != kept:
+                self._buffers[name] = (now if before.is_meta else before).to(now.device, kept)
         return self
 
     def _new_call(self, local: LocalSums) -> Call:

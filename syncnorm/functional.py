@@ -203,6 +203,11 @@ def evaluate(
     if running_mean is None:
         statistic = ops.pooled_statistic(ops.local_sums(x, None), None, "evaluation")
         return ops.normalize(x, weight, bias, statistic, eps, None)
+    given = (running_mean, running_var, weight, bias)
+    if any(t is not None and t.dtype != x.dtype for t in given):
+        # F.batch_norm takes them all in the type of x, or all in float32 with a half x.
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        running_mean, running_var, weight, bias = (None if t is None else t.to(wide) for t in given)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncnorm.base import AVERAGES, SyncNorm
+from syncnorm.base import AVERAGES, HALF_TYPES, SyncNorm
 from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.model.adapters import over, own_class, set_class, their_class
@@ -147,6 +147,10 @@ def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
         label, names = layer.label, ("sync", "schedule", "running_average")
         layer.set_up(layer.process_group, **_settings_of(layer, [name for name in names if hasattr(layer, name)]))
         layer.label = label
+    elif layer.weight is not None and layer.weight.dtype in HALF_TYPES and layer.running_mean is not None:
+        # With half weights torch's layer needs running statistics of their type.
+        for name in ("running_mean", "running_var"):
+            layer._buffers[name] = layer.get_buffer(name).to(layer.weight.dtype)
 
 
 def _settings_of(layer: SyncNorm, names: list[str]) -> dict[str, Any]:

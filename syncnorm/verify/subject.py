@@ -25,6 +25,7 @@ _OURS = {
     "messages": True,
     "double backward": True,
     "compile": True,
+    "float32 statistics": True,
 }
 _OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "process_group")
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
@@ -39,7 +40,7 @@ class Subject:
         reference: `package:Class`, imported on each worker.
         accepted: arguments that its constructor takes, besides the number of channels.
         claims: what it offers: names of such arguments, and "mask", "messages" (one of 2C+1 numbers forward, one of 2C
-            backward), "renorm", "double backward", "compile".
+            backward), "renorm", "double backward", "compile", "float32 statistics" (also of a half layer).
     """
 
     reference: str

@@ -321,7 +321,8 @@ def test_other_layers_load_its_state_without_the_averages():
 def test_averages_stay_double_and_resets_are_whole():
     layer = SyncBatchNorm(3, sync="lagged").half()
     assert layer.lagged_gradient.dtype == torch.float64
-    assert layer.running_mean.dtype == torch.float16
+    assert layer.running_mean.dtype == torch.float32
+    assert layer.weight.dtype == torch.float16
     layer.lagged_waits.fill_(False)
     layer.reset_running_stats()
     assert bool(layer.lagged_waits)

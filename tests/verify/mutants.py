@@ -301,6 +301,11 @@ class CastsBuffers(SyncBatchNorm):
         return y
 
 
+class HalvesBuffers(SyncBatchNorm):
+    def _apply(self, fn, recurse: bool = True):
+        return torch.nn.Module._apply(self, fn, recurse)
+
+
 class WritesWeight(SyncBatchNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         y = super().forward(x, mask)

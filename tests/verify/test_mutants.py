@@ -55,6 +55,7 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "LocalWithoutGrad": ("no-grad", OFF),
     "Drifts": ("buffers-equal", r"running_mean of rank 1, against rank 0, is \S+ off, allowed 0"),
     "CastsBuffers": ("buffers-keep-type", "running_mean is torch.bfloat16"),
+    "HalvesBuffers": ("half-layer", r"running_mean is torch.float16 after .half\(\), should be torch.float32"),
     "WritesWeight": ("parameters-stay", "weight of rank 0 is 1.0e-03 off, allowed 0"),
     "WritesInput": ("input-stays", "input of rank 0 is 1.0e.00 off, allowed 0"),
     "NeverResets": ("reset", r"running_mean after a reset is \S+ off, allowed 0"),

@@ -17,6 +17,8 @@ from torch import Tensor
 from syncnorm.maths.kernels import layout
 
 _HALF = (torch.bfloat16, torch.float16)
+# sqrt(1/2), exact in float32.
+_SCATTER = 11_863_283 / 2**24
 _PIVOT_ELEMENTS = 8
 _SHORT_PLANE = 8
 
@@ -71,7 +73,12 @@ def _spread(v: Tensor, dim: int, most: int) -> Tensor:
 
 
 def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of w (x - p) and w (x - p)^2, each (C,), float64."""
+    """Sums of w (x - p) and w (x - p)^2, each (C,), float64.
+
+    Values of a half type lie on so coarse a grid that float32 rounds each addition the same way, and a long sum drifts.
+    Times an odd factor their last bits are scattered, and the roundings cancel.
+    """
+    is_half = v.dtype in _HALF
     cut = layout.Cut.of(v)
     xs = cut.blocks(v)
     ws = [None] * len(xs) if w is None else cut.blocks(w)
@@ -79,8 +86,11 @@ def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]
     for x, weights, centre in zip(xs, ws, cut.coefficients(_facing(p, v), len(xs)), strict=True):
         wide = x.to(p.dtype)
         b = wide - centre
+        if is_half:
+            b *= _SCATTER
         products.add(b if weights is None else b.mul_(weights), wide)
-    return products.totals()
+    total, squares = products.totals()
+    return (total / _SCATTER, squares / _SCATTER) if is_half else (total, squares)
 
 
 def _facing(c: Tensor, v: Tensor) -> Tensor:

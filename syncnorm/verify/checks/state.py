@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.verify.check import check
-from syncnorm.verify.compare import expect, expect_same_bits
+from syncnorm.verify.compare import expect, expect_close, expect_same_bits, expect_shards
 from syncnorm.verify.team import Team
-from syncnorm.verify.trial import make_layer, my_shard, ragged, take_step
-from syncnorm.verify.truth import random_batch
+from syncnorm.verify.trial import make_layer, my_shard, plainly, ragged, take_step
+from syncnorm.verify.truth import Oracle, parameters, random_batch
 
 
 @check("state-dict-keys", "the state dict has the keys and shapes of torch.nn.BatchNorm's")
@@ -64,6 +64,24 @@ def cast(team: Team) -> None:
         expect(t.dtype == wanted, f"{name} is {t.dtype} after .double(), should be {wanted}")
     got = take_step(team, layer, random_batch(sum(sizes)), sizes)
     expect(got[0].y.dtype == torch.float64, f"output is {got[0].y.dtype} after .double()")
+
+
+@check("half-layer", "after .half() weights are float16, statistics are not, and it trains", needs="float32 statistics")
+def half_layer(team: Team) -> None:
+    sizes = ragged(team.world_size)
+    batch = random_batch(sum(sizes), dtype=torch.float16)
+    layer, oracle = make_layer(team, 4, torch.float16), Oracle(team.subject, 4, {})
+    oracle.weight, oracle.bias = (p.half().double().requires_grad_() for p in parameters(4))
+    got = take_step(team, layer.to(torch.float16), batch, sizes)
+    for name, t in layer.state_dict().items():
+        wanted = {"weight": torch.float16, "bias": torch.float16, "num_batches_tracked": torch.int64}
+        wanted = wanted.get(name, torch.float32)
+        expect(t.dtype == wanted, f"{name} is {t.dtype} after .half(), should be {wanted}")
+    truth = oracle.step(batch, plainly)
+    expect_shards("output", [step.y for step in got], truth.y, sizes, torch.float16)
+    for rank, step in enumerate(got):
+        for name, value in truth.buffers.items():
+            expect_close(f"{name} of rank {rank}", step.buffers[name], value, torch.float32)
 
 
 def _goes_on(team: Team, make_copy, what: str) -> None:
