@@ -143,8 +143,9 @@ def _own_buffers(is_compiled: bool) -> Tensor:
 
 def test_ddp_leaves_the_buffers_of_a_compiled_model_alone(pool):
     plain, compiled = (pool(2).run(_own_buffers, is_compiled) for is_compiled in (False, True))
-    assert not torch.equal(plain[0], plain[1])
-    assert all(torch.equal(a, b) for a, b in zip(plain, compiled, strict=True))
+    assert (plain[0] - plain[1]).abs().max() > 0.01
+    for got, expected in zip(compiled, plain, strict=True):
+        assert_close(got, expected, torch.float32, "running_mean")
 
 
 def _over_a_mesh(is_compiled: bool) -> Tensor:
