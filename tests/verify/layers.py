@@ -1,8 +1,10 @@
-"""Layers of other people's, that pool nothing: for one worker."""
+"""Layers of other people's: some that pool nothing, for one worker, and one that pools."""
 
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 
@@ -11,6 +13,21 @@ class OneProcess(nn.BatchNorm2d):
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
+
+
+class Pooled(OneProcess):
+    """The moments in one sum that torch can differentiate, and the rest is autograd's; no running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        axes = [0, *range(2, input.ndim)]
+        count = input.new_full((self.num_features,), input.numel() / self.num_features)
+        sums = torch.stack([input.sum(axes), input.square().sum(axes), count])
+        total, squares, n = differentiable.all_reduce(sums, group=dist.group.WORLD)
+        mean = total / n
+        scale = self.weight / (squares / n - mean.square() + self.eps).sqrt()
+        shift = self.bias - mean * scale
+        shape = (1, -1, *[1] * (input.ndim - 2))
+        return input * scale.view(shape) + shift.view(shape)
 
 
 class Breaks(OneProcess):

@@ -286,6 +286,96 @@ class LocalWithoutGrad(SyncBatchNorm):
         return super().forward(x, mask)
 
 
+class LocalSecond(SyncBatchNorm):
+    """Pools the gradient, and not what its derivative needs."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.statistics = _LocalSecond()
+
+
+class _LocalSecond(Immediate):
+    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        statistic = super().take(layer, local, call)
+        means = statistic.gradient_means
+        assert isinstance(means, PooledMeans)
+        return statistic._replace(gradient_means=_LocalSecondMeans(statistic.batch, means.group, means.name))
+
+
+class _LocalSecondMeans(PooledMeans):
+    def of_second(self, local: Tensor) -> Tensor:
+        return local * moments.reciprocal(self.n)
+
+
+class SevenfoldByInput(SyncBatchNorm):
+    """The derivative of its gradient by x is too large; the gradient is right."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return super().forward(_sevenfold_second(x), mask)
+
+
+class SevenfoldByWeight(SyncBatchNorm):
+    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        return _sevenfold_second(self.weight), self.bias
+
+
+class SevenfoldByGradient(SyncBatchNorm):
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        y = super().forward(x, mask)
+        y.register_hook(_Sevenfold.apply)
+        return y
+
+
+class DetachesBiasGradient(SyncBatchNorm):
+    """As if the gradient of bias did not depend on that of the output."""
+
+    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
+        bias = self.bias.view_as(self.bias)
+        bias.register_hook(torch.detach)
+        return self.weight, bias
+
+
+def _sevenfold_second(t: Tensor) -> Tensor:
+    """t, whose gradients are 7 times too large once one has been made that can be differentiated."""
+    t = t.view_as(t)
+    made = []
+
+    def scale(grad: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            made.append(1)
+            return grad
+        return 7 * grad if made else grad
+
+    t.register_hook(scale)
+    return t
+
+
+class _Sevenfold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, grad: Tensor) -> Tensor:
+        return grad.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return 7 * grad
+
+
+class LocalCompiled(SyncBatchNorm):
+    """Pools nothing where it is compiled."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        self.sync = "none" if torch.compiler.is_compiling() else "batch"
+        return super().forward(x, mask)
+
+
+class CompiledForgets(SyncBatchNorm):
+    """Its running statistics follow no batch where it is compiled."""
+
+    def update_running(self, batch: Moments, momentum: float | None) -> None:
+        if not torch.compiler.is_compiling():
+            super().update_running(batch, momentum)
+
+
 class Drifts(SyncBatchNorm):
     """Running means that differ in a bit."""
 

@@ -110,3 +110,11 @@ def test_checks_that_need_a_claim_can_pass_and_fail():
             assert [found[check][0] for check in names] == [status] * 2, found
             unclaimed = _by_check(verify(crew, [subject], only=names))
             assert {s for s, _ in unclaimed.values()} == {"not offered"}
+
+
+def test_a_pooling_layer_of_another_make_passes_the_double_backward_check():
+    subject = subject_of("tests.verify.layers:Pooled")
+    claiming = replace(subject, claims=subject.claims | {"double backward"})
+    with LocalCrew(3, 60.0) as crew:
+        report = verify(crew, [claiming], only=["double-backward"])
+    assert _by_check(report) == {"double-backward": ("passed", "")}

@@ -125,14 +125,16 @@ def no_grad(team: Team) -> None:
     expect_step(got, truth, sizes, torch.float64)
 
 
-@check("double-backward", "the gradient can be differentiated once more", needs="double backward")
+@check(
+    "double-backward",
+    "gradients of input, weight and bias can be differentiated once more: by input, weight and the output's gradient",
+    needs="double backward",
+)
 def double_backward(team: Team) -> None:
     sizes = ragged(team.world_size)
-    batch = random_batch(sum(sizes))
-    x, cotangent, _ = my_shard(team, batch, sizes)
-    got = team.gather(_penalty_gradient(make_layer(team, 4), x, cotangent))
-    expected = _penalty_gradient(Oracle(team.subject, 4, {}), batch.x.clone(), batch.cotangent)
-    expect_shards("gradient of the squared input gradient", got, expected, sizes, torch.float64, factor=10.0)
+    _differentiate_twice(team, sizes)
+    if team.world_size > 1:
+        _differentiate_twice(team, [*sizes[:-1], 0])
 
 
 @check("compile", "torch.compile(fullgraph=True) changes no value", needs="compile")
@@ -179,9 +181,29 @@ def _checkpointed(team: Team, use_reentrant: bool) -> None:
     trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly)
 
 
-def _penalty_gradient(layer: Layer, x: Tensor, cotangent: Tensor) -> Tensor:
-    """Of the sum of squares of the input gradient, with respect to the input."""
+def _differentiate_twice(team: Team, sizes: list[int]) -> None:
+    batch = random_batch(sum(sizes))
+    v = random_batch(sum(sizes), seed=1).cotangent
+    u, t = torch.randn(2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x, cotangent, _ = my_shard(team, batch, sizes)
+    mine = [each.to(team.device) for each in (v.split(sizes)[team.rank], u, t)]
+    got = team.gather(_second_derivatives(make_layer(team, 4), x, cotangent, mine))
+    truth = _second_derivatives(Oracle(team.subject, 4, {}), batch.x.clone(), batch.cotangent.clone(), [v, u, t])
+    by_x, by_weight, by_cotangent = zip(*got, strict=True)
+    # Derivatives of derivatives: what rounding left in the first is magnified.
+    how: dict[str, Any] = {"dtype": torch.float64, "factor": 10.0}
+    expect_shards("second derivative by the input", by_x, truth[0], sizes, **how)
+    expect_sum("second derivative by weight", by_weight, truth[1], **how)
+    expect_shards("second derivative by the output's gradient", by_cotangent, truth[2], sizes, **how)
+
+
+def _second_derivatives(layer: Any, x: Tensor, cotangent: Tensor, directions: list[Tensor]) -> list[Tensor]:
+    """Of sum v dx + sum u dweight + sum t dbias, by x, weight and the cotangent; directions: v, u, t."""
     x.requires_grad_()
-    (grad,) = torch.autograd.grad(layer(x), x, cotangent, create_graph=True)
-    (second,) = torch.autograd.grad(grad.square().sum(), x)
-    return second.detach().cpu()
+    cotangent.requires_grad_()
+    # What a layer leaves out counts as zeros, as that of an empty shard may be.
+    unused = {"allow_unused": True, "materialize_grads": True}
+    first = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), cotangent, create_graph=True, **unused)
+    total = torch.stack([(d * grad).sum() for d, grad in zip(directions, first, strict=True)]).sum()
+    second = torch.autograd.grad(total, (x, layer.weight, cotangent), **unused)
+    return [grad.detach().cpu() for grad in second]
