@@ -39,6 +39,7 @@ class Crew:
 
     def __init__(self, plant: Plant = contextlib.nullcontext, timeout_seconds: float = 60.0) -> None:
         self.plant = plant
+        """A context manager, importable, in which the workers play: it may put a defect into the package."""
         self.timeout_seconds = timeout_seconds
         self._pool: RankPool | None = None
 
@@ -86,10 +87,10 @@ def sequences(seed: int, count: int, calls: int = CALLS) -> Iterator[Calls]:
         yield draw_calls(random.Random(number).choice, number, calls)  # noqa: S311 no secret
 
 
-def first_failure(crew: Crew, candidates: Sequence[Calls]) -> Verdict | None:
+def first_failure(crew: Crew, candidates: Sequence[Calls], together: int = TOGETHER) -> Verdict | None:
     """The first of the sequences that fails."""
-    for start in range(0, len(candidates), TOGETHER):
-        for verdict in crew.judge(candidates[start : start + TOGETHER]):
+    for start in range(0, len(candidates), together):
+        for verdict in crew.judge(candidates[start : start + together]):
             if verdict.problems:
                 return verdict
     return None

@@ -184,6 +184,8 @@ class Player:
         self.state_dtype = torch.float64 if sequence.dtype == "float64" else torch.float32
         """What the buffers, and all that depends on them, can be held to."""
         self.terms = 0.0
+        self.is_coarse = False
+        """Whether gradients of weight and bias come from `F.batch_norm` in bfloat16, which sums them in that type."""
 
     def run(self) -> list[str]:
         for index, call in enumerate(self.sequence.calls):
@@ -212,7 +214,7 @@ class Player:
 
     def _zero_grad(self) -> None:
         self.layer.zero_grad()
-        self.terms = 0.0
+        self.terms, self.is_coarse = 0.0, False
         for p in (self.oracle.weight, self.oracle.bias):
             if p is not None:
                 p.grad = None
@@ -285,6 +287,7 @@ class Player:
         for each in todo:
             self._check_gradient(each)
             self.terms += float(each.cotangent.abs().sum())
+            self.is_coarse |= each.call.mode == "eval" and each.dtype == torch.bfloat16
 
     def _check_gradient(self, done: Pending) -> None:
         if not done.x.requires_grad:
@@ -315,7 +318,8 @@ class Player:
             torch.cat([zeros if p is None or p.grad is None else p.grad.double() for p in (each.weight, each.bias)])
             for each in (self.layer, self.oracle)
         )
-        self.records.append(Record(self.what, torch.cat([*buffers, own]), oracle, self.terms, self.state_dtype))
+        dtype = torch.bfloat16 if self.is_coarse else self.state_dtype
+        self.records.append(Record(self.what, torch.cat([*buffers, own]), oracle, self.terms, dtype))
 
     def _compare_records(self) -> None:
         own = torch.stack([record.values for record in self.records])
