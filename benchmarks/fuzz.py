@@ -56,10 +56,15 @@ class Crew:
             verdicts: list[Verdict] = []
             for each in sequences:
                 verdicts += self.judge([each])
-                if verdicts[-1].is_hang:
-                    break
-            return verdicts
-        return [Verdict(s, sum(each, [])) for s, each in zip(sequences, zip(*by_rank, strict=True), strict=True)]
+                if verdicts[-1].problems:
+                    return verdicts
+            # None fails alone: what failed together is not forgotten for that.
+            text = f"only in one call with the sequences before it: {failure}"
+            return [*verdicts[:-1], Verdict(sequences[-1], [text], not _has_raised(failure))]
+        return [
+            Verdict(sequence, [problem for problems in by_worker for problem in problems])
+            for sequence, by_worker in zip(sequences, zip(*by_rank, strict=True), strict=True)
+        ]
 
     def close(self) -> None:
         if self._pool is not None:
@@ -84,7 +89,7 @@ def sequences(seed: int, count: int, calls: int = CALLS) -> Iterator[Calls]:
     for index in range(count):
         # A seed for each: the tenth does not depend on how the ninth was drawn.
         number = seed * 1_000_003 + index
-        yield draw_calls(random.Random(number).choice, number, calls)  # noqa: S311 no secret
+        yield draw_calls(random.Random(number).choice, number, calls)
 
 
 def first_failure(crew: Crew, candidates: Sequence[Calls], together: int = TOGETHER) -> Verdict | None:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import Crew, drill, first_failure, sequences, shorten
-from benchmarks.fuzz_calls import CALLS, Call, Calls, draw_calls
+from benchmarks.fuzz_calls import CALLS, Calls, draw_calls
 from tests.distributed import planted
 
 
@@ -78,25 +78,13 @@ def test_a_planted_defect_is_found_and_its_sequence_shortened(crew, monkeypatch,
     assert any(trace in problem for problem in shortest.problems)
 
 
-def test_an_exchange_that_one_worker_leaves_out_ends_by_the_deadline():
-    with Crew(planted.gated_exchange, timeout_seconds=15.0) as crew:
-        found = first_failure(crew, [FREE_OF_GRADIENTS], together=1)
+def test_an_exchange_that_one_worker_leaves_out_is_found_and_ends_by_the_deadline():
+    with Crew(planted.gated_exchange, timeout_seconds=10.0) as crew:
+        found = first_failure(crew, list(sequences(seed=1, count=5)), together=1)
     assert found is not None
     assert found.is_hang
 
 
-# One worker's input needs no gradient, again and again, and in the end the others wait for it.
-FREE_OF_GRADIENTS = Calls(
-    0, "norm", True, 0.1, "std", "float32", tuple(Call(needs_grad=(True, False, True)) for _ in range(3))
-)
-
-
-def test_drawn_sequences_hang_where_a_worker_leaves_out_an_exchange():
-    with Crew(planted.gated_exchange, timeout_seconds=15.0) as crew:
-        found = first_failure(crew, list(sequences(seed=1, count=5)), together=1)
-    assert found is not None
-
-
 def test_the_same_seed_draws_the_same_sequences():
     assert list(sequences(3, 2)) == list(sequences(3, 2))
-    assert draw_calls(random.Random(1).choice, 1) != draw_calls(random.Random(2).choice, 1)  # noqa: S311 no secret
+    assert draw_calls(random.Random(1).choice, 1) != draw_calls(random.Random(2).choice, 1)
