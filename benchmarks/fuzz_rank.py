@@ -245,7 +245,8 @@ class Player:
         inverse_std = self.oracle.inverse_std(call, whole, mask)
         # The tolerances hold for |x| / std <= 100. A value counted twice, alone, has a "std" of sqrt(eps) = 0.003.
         condition = max(1.0, _largest(whole) * float(inverse_std.max()) / 100)
-        terms = self.oracle.gradient_terms(inverse_std, cotangent) * condition
+        # Squared: the gradient holds the product of xhat and its mean with g, to which masked elements far off add.
+        terms = self.oracle.gradient_terms(inverse_std, cotangent) * condition**2
         expected = self.oracle(call, whole, mask)
         self._check("y", y, self._slice(call, expected), dtype, _largest(expected) * condition)
         pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms, condition, dtype, blank)
