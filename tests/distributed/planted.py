@@ -1,0 +1,80 @@
+"""Defects for the fuzz drill: each is in the package for as long as its block lasts, in the process that enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from syncnorm import derivatives, ops
+from syncnorm.base import SyncNorm
+from syncnorm.maths import moments
+
+
+@contextmanager
+def local_count() -> Iterator[None]:
+    """The gradient of the input divides the pooled sums by this worker's count."""
+    true = ops.pooled_statistic
+
+    def pooled_statistic(local: ops.LocalSums, group: Any, name: str) -> ops.Statistic:
+        means = ops.PooledMeans(moments.of_sums(local.sums), group, name)
+        return true(local, group, name)._replace(gradient_means=means)
+
+    with patch.object(ops, "pooled_statistic", pooled_statistic):
+        yield
+
+
+@contextmanager
+def narrow_wire() -> Iterator[None]:
+    """Sums travel in the input's type."""
+    true = ops.local_sums
+
+    def local_sums(x: Tensor, mask: Tensor | None) -> ops.LocalSums:
+        local = true(x, mask)
+        return local._replace(sums=local.sums.to(x.dtype).double())
+
+    with patch.object(ops, "local_sums", local_sums):
+        yield
+
+
+@contextmanager
+def unguarded_count() -> Iterator[None]:
+    """1 / count, whatever the count."""
+
+    def reciprocal(count: float | Tensor) -> Tensor:
+        return 1.0 / torch.as_tensor(count, dtype=torch.float64)
+
+    with patch.object(moments, "reciprocal", reciprocal), patch.object(ops, "reciprocal", reciprocal):
+        yield
+
+
+@contextmanager
+def counted_twice() -> Iterator[None]:
+    """The counter moves again where a checkpoint repeats a forward."""
+    true = SyncNorm._train_part
+
+    def _train_part(self: SyncNorm, x: Tensor, weights: Tensor | None) -> Tensor:
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += ops.is_recomputing()
+        return true(self, x, weights)
+
+    with patch.object(SyncNorm, "_train_part", _train_part):
+        yield
+
+
+@contextmanager
+def gated_exchange() -> Iterator[None]:
+    """The exchange of the backward pass is left out where the input needs no gradient."""
+    true = derivatives._gradient
+
+    def _gradient(*args: Any) -> Any:
+        *others, gradient_means, bias_dtype, needs_input = args
+        means = gradient_means if needs_input else lambda local: local
+        return true(*others, means, bias_dtype, needs_input)
+
+    with patch.object(derivatives, "_gradient", _gradient):
+        yield

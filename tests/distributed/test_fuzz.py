@@ -1,0 +1,90 @@
+"""Random sequences of calls of both layers, on three workers that hold each call against the oracle."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from benchmarks.fuzz import Crew, drill, first_failure, sequences, shorten
+from benchmarks.fuzz_calls import CALLS, Calls, draw_calls
+from tests.distributed import planted
+
+
+@pytest.fixture(scope="module")
+def crew() -> Iterator[Crew]:
+    with Crew() as crew:
+        yield crew
+
+
+def test_sequences_of_calls_equal_the_oracle(crew):
+    tally = drill(crew, seed=0, count=300)
+    assert tally.first is None, f"{tally.first.sequence}\n" + "\n".join(tally.first.problems)
+    assert tally.calls == 300 * CALLS
+    # A kind of call that never came would be a claim that nothing backs.
+    missing = [kind for kind in KINDS if tally.kinds[kind] < 50]
+    assert not missing
+
+
+KINDS = [
+    "train", "eval", "frozen", "float32", "float64", "bfloat16", "contiguous", "channels_last", "rows", "deepcopy",
+    "no worker has samples", "a worker without samples", "masks on some workers only", "all weights zero",
+    "inputs differ in requires_grad", "checkpoint, reentrant", "checkpoint, non-reentrant", "in an accumulate block",
+    "gradients kept from before", "backward left for later", "layer: norm", "layer: renorm",
+]  # fmt: skip
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Calls:
+    def choose(options):
+        return draw(st.sampled_from(options))
+
+    return draw_calls(choose, draw(st.integers(0, 10**6)), draw(st.integers(1, CALLS)))
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+)
+@given(sequence=drawn())
+def test_drawn_sequences_equal_the_oracle(crew, sequence):
+    """The same, with a library that looks for the smallest example."""
+    (verdict,) = crew.judge([sequence])
+    assert not verdict.problems, "\n".join([str(sequence), *verdict.problems])
+
+
+@pytest.mark.parametrize(
+    ("plant", "trace"),
+    [
+        (planted.local_count, "gradient of the input"),
+        (planted.narrow_wire, "running_"),
+        (planted.unguarded_count, "nan"),
+        (planted.counted_twice, "counter"),
+    ],
+)
+def test_a_planted_defect_is_found_and_its_sequence_shortened(crew, monkeypatch, plant, trace):
+    monkeypatch.setattr(crew, "plant", plant)
+    found = first_failure(crew, list(sequences(seed=1, count=20)))
+    assert found is not None
+    shortest = shorten(crew, found)
+    assert not shortest.is_hang
+    assert len(shortest.sequence.calls) <= 2
+    assert any(trace in problem for problem in shortest.problems)
+
+
+def test_an_exchange_that_one_worker_leaves_out_is_found_and_ends_by_the_deadline():
+    with Crew(planted.gated_exchange, timeout_seconds=10.0) as crew:
+        found = first_failure(crew, list(sequences(seed=1, count=5)), together=1)
+    assert found is not None
+    assert found.is_hang
+
+
+def test_the_same_seed_draws_the_same_sequences():
+    assert list(sequences(3, 2)) == list(sequences(3, 2))
+    assert draw_calls(random.Random(1).choice, 1) != draw_calls(random.Random(2).choice, 1)
