@@ -202,7 +202,7 @@ def _second_derivatives(layer: Any, x: Tensor, cotangent: Tensor, directions: li
     x.requires_grad_()
     cotangent.requires_grad_()
     # What a layer leaves out counts as zeros, as that of an empty shard may be.
-    unused = {"allow_unused": True, "materialize_grads": True}
+    unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
     first = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), cotangent, create_graph=True, **unused)
     total = torch.stack([(d * grad).sum() for d, grad in zip(directions, first, strict=True)]).sum()
     second = torch.autograd.grad(total, (x, layer.weight, cotangent), **unused)
