@@ -85,8 +85,8 @@ def told(address: str) -> Iterator[None]:
     """
     try:
         yield
-    except AuthenticationError as error:
-        what = "does not take this token" if "invalid" in str(error).lower() else "wants a token"
+    except AuthenticationError:
+        what = "wants a token" if read_cluster().token is None else "does not take this token"
         raise ConfigError(f"the Ray cluster at {address} {what}: {_GIVE_TOKEN}.") from None
     except (ConnectionError, RequestException) as error:
         raise ClusterError(

@@ -13,6 +13,8 @@ from benchmarks.fuzz import Crew, drill, first_failure, sequences, shorten
 from benchmarks.fuzz_calls import CALLS, Calls, draw_calls
 from tests.distributed import planted
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Crew]:

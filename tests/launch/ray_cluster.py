@@ -60,7 +60,7 @@ class Cluster:
         # Of two log monitors on a machine each would tell every line.
         options = ["--address", self.gcs, "--include-log-monitor=false"]
         node = self._start(ip, cpus, *options)
-        count = len(self.nodes)
+        count = sum(each.process.poll() is None for each in self.nodes)
         wait_until(lambda: self._count_nodes() >= count, self._logs)
         return node
 
