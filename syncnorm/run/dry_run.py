@@ -4,7 +4,6 @@ import resource
 import sys
 import time
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -71,7 +70,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     return "\n".join(lines)
 
 
-def _keep(state: object, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+def _keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """This worker's gradient in place of the average, which the backend that sends nothing does not hand back."""
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
