@@ -70,7 +70,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     return "\n".join(lines)
 
 
-def _keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
     """This worker's gradient in place of the average, which the backend that sends nothing does not hand back."""
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
