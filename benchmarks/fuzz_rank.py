@@ -155,8 +155,6 @@ class Pending(NamedTuple):
     terms: float
     condition: float
     dtype: torch.dtype
-    blank: list[bool]
-    """Whether nothing counts, by worker."""
 
 
 class Record(NamedTuple):
@@ -226,9 +224,6 @@ class Player:
         parts = [make_part(self.sequence, index, rank) for rank in range(WORKERS)]
         own = parts[self.rank]
         x = own.x.detach().requires_grad_(call.needs_grad[self.rank])
-        blank = [_is_blank(part) for part in parts]
-        if call.checkpoint == "no" and any(self._is_ambiguous(each.blank, blank) for each in self.pending):
-            self._backward(self.pending)
         freeze = frozen_statistics(self.layer) if call.mode == "frozen" else contextlib.nullcontext()
         self.layer.train(call.mode != "eval")
         with exchange.record() as sent, freeze:
@@ -249,22 +244,13 @@ class Player:
         terms = self.oracle.gradient_terms(inverse_std, cotangent) * condition**2
         expected = self.oracle(call, whole, mask)
         self._check("y", y, self._slice(call, expected), dtype, _largest(expected) * condition)
-        pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms, condition, dtype, blank)
+        pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms, condition, dtype)
         if call.mode == "eval":  # alone and at once: torch forbids that its running statistics move in between
             self._backward([pending])
         else:
             self.pending.append(pending)
         if call.backward:
             self._backward(self.pending)
-
-    def _is_ambiguous(self, before: Sequence[bool], now: Sequence[bool]) -> bool:
-        """Whether a repetition of an earlier call could be taken for the present one, by some worker.
-
-        A limit of the layer, which drawn sequences keep clear of: it finds the call that a checkpoint repeats by its
-        local sums, newest first, and those of two calls in which nothing counts are equal. Where the newer one is not
-        checkpointed, so never repeated, renormalisation would correct by the wrong running statistics.
-        """
-        return self.sequence.kind == "renorm" and any(a and b for a, b in zip(before, now, strict=True))
 
     def _call(self, call: Call, x: Tensor, mask: Tensor | None) -> Tensor:
         if call.checkpoint == "no":
@@ -363,11 +349,6 @@ _GRADIENTS = ("gradients", 2 * CHANNELS)
 
 def _largest(t: Tensor) -> float:
     return float(t.detach().abs().max()) if t.numel() else 0.0
-
-
-def _is_blank(part: Part) -> bool:
-    """Whether nothing counts in this part, so that its sums are zeros."""
-    return not bool(_weights(part).any())
 
 
 def _weights(part: Part) -> Tensor:

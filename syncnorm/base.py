@@ -42,8 +42,8 @@ class Call:
     """The backward pass that has repeated this call last."""
     is_frozen: bool = False
     """Whether it must leave no trace (see syncnorm.model.frozen)."""
-    has_grad: bool = True
-    """Whether autograd looked on: not in the first forward of a checkpoint that is reentrant, nor in a teacher's."""
+    may_repeat: bool = True
+    """Whether it looks like the first forward of a checkpoint, and not like a teacher's."""
 
 
 class Freeze:
@@ -306,15 +306,19 @@ class SyncNorm(_BatchNorm):
 
     def _new_call(self, local: LocalSums) -> Call:
         """Remember what this forward sees; no exchange has been made."""
-        call = Call(local.sums, is_frozen=self.freeze is not None, has_grad=torch.is_grad_enabled())
-        if self.sync == "lagged":
+        call = Call(local.sums, self._before(), is_frozen=self.freeze is not None)
+        if torch.compiler.is_compiling():
+            return call
+        call.may_repeat = ops.may_be_repeated() and (torch.is_grad_enabled() or not call.is_frozen)
+        if call.before is not None or self.sync == "lagged":
             self._calls.append(call)
         return call
 
     def _find_call(self, local: LocalSums) -> Call:
         """The call that the present one repeats: the newest with the same local sums, each once in a backward pass.
 
-        One that was frozen and not to be differentiated (a teacher's) is not repeated where another is alike.
+        One that no checkpoint seems to have made, or that was frozen and not to be differentiated (a teacher's), is not
+        repeated where another is alike.
         """
         if len(self._calls) <= 1:
             return self._calls[-1] if self._calls else Call(local.sums)
@@ -325,10 +329,14 @@ class SyncNorm(_BatchNorm):
                 f"`checkpoint` must repeat one of the last {_REMEMBERED_CALLS} training forwards of a layer, got none "
                 f"of them in {self.label}. Make the backward pass sooner, or checkpoint fewer calls of this layer."
             )
-        alike = [call for call in alike if call.has_grad or not call.is_frozen] or alike
+        alike = [call for call in alike if call.may_repeat] or alike
         found = next((call for call in alike if call.repeated_in != task), (alike or [self._calls[-1]])[0])
         found.repeated_in = task
         return found
+
+    def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
+        """What `Call.before` holds."""
+        return None
 
     @abstractmethod
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:

@@ -15,7 +15,7 @@ from syncnorm.maths import moments, renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.renorm import RenormSchedule
-from syncnorm.ops import LocalSums, Statistic
+from syncnorm.ops import Statistic
 
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a step, an integer tensor of shape (), to (r_max, d_max)."""
@@ -186,14 +186,10 @@ class SyncBatchRenorm(SyncNorm):
         r_max, d_max = self.schedule(self.num_batches_tracked)
         return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
-    def _new_call(self, local: LocalSums) -> Call:
+    def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         assert self.running_mean is not None
         assert self.running_var is not None
-        call = Call(local.sums, (self.running_mean.clone(), self.running_var.clone(), *self.bounds()))
-        call.is_frozen, call.has_grad = self.freeze is not None, torch.is_grad_enabled()
-        if not torch.compiler.is_compiling():
-            self._calls.append(call)
-        return call
+        return self.running_mean.clone(), self.running_var.clone(), *self.bounds()
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
         assert call.before is not None, "a repeated forward has a first one"

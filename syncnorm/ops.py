@@ -171,6 +171,16 @@ def backward_pass() -> int:
     return torch._C._current_graph_task_id()
 
 
+def may_be_repeated() -> bool:
+    """Whether activation checkpointing may repeat the forward that runs: its two modes withhold what autograd saves.
+
+    The re-entrant one turns autograd off; the other puts hooks in its way, as some that do not repeat do too.
+    """
+    # Not a documented function; a test notices if it changes.
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None or not torch.is_grad_enabled()
+
+
 def is_recomputing() -> bool:
     """Whether this forward repeats an earlier one inside a backward pass, as activation checkpointing does.
 
