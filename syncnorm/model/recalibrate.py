@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import ops
-from syncnorm.base import Call, SyncNorm
+from syncnorm.base import Call, Immediate, SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
@@ -133,7 +133,7 @@ def _modes(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
             m.training = training
 
 
-class _Recording:
+class _Recording(Immediate):
     """Local statistics, whose sums are kept."""
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
@@ -145,15 +145,6 @@ class _Recording:
         return statistic
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
-        pass
-
-    def parts(self, count: int) -> None:
-        return None
-
-    def settle(self) -> None:
-        pass
-
-    def forget(self, layer: SyncNorm) -> None:
         pass
 
 

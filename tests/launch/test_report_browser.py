@@ -1,9 +1,6 @@
 """The report's page in a real browser, without a network and without its sandbox, which containers do not allow."""
 
-import os
 import shutil
-import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from syncnorm.train.report import write_report
+from tests.launch import commands
 from tests.train.report_runs import write_examples
 
 CHROMIUM = shutil.which("chromium")
@@ -40,20 +38,8 @@ def browse(page: Path, *arguments: str) -> tuple[str, str]:
         *arguments,
         page.as_uri(),
     ]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with commands.started(command, page.parent) as process:
         out, err = process.communicate(timeout=DEADLINE_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
     assert process.returncode == 0, err
     return out, "\n".join(line for line in err.splitlines() if "CONSOLE" in line)
 
