@@ -30,7 +30,8 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
     Args:
         model: changed in place; parameters are left to DDP, which broadcasts them itself.
         process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. (With whom a layer pools is
-            the layer's own `process_group`.)
+            the layer's own `process_group`. A layer with a rule, such as "node", pools by it over all workers there
+            are: these must all call then, not the members of this group alone.)
 
     Returns:
         `model`.

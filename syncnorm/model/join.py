@@ -41,8 +41,8 @@ def join(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]
     those included that have left (they add zeros): `divide_by_initial_world_size=True`, which this block sets. Without
     `scale_loss` the gradient shrinks with every worker that leaves.
 
-    At the end all workers have the parameters, running statistics and optimizer state (learning rate included) of one
-    who was there last. Schedulers of the learning rate are the caller's: step them after the block.
+    At the end all workers have the parameters, running statistics (not those of `sync="none"`, which are each worker's
+    own) and optimizer state (learning rate included) of one who was there last. Schedulers of the learning rate are the caller's: step them after the block.
 
     *Collectives*: in each step an exchange of one number besides those of the forwards; once a worker has left, one of
     three numbers before each. At the end two more, and two for each optimizer. Every worker must use the block, and
@@ -178,12 +178,11 @@ class RollCall:
 
     def _take_part(self, code: float, numel: int) -> None:
         zeros = torch.zeros(numel, dtype=torch.float64, device=self._device)
-        self._is_talking = True
-        if code == _GATHER:
-            exchange.gather(zeros, self._group, exchange.NO_DATA)
-        else:
-            exchange.sum_(zeros, self._group, exchange.NO_DATA)
-        self._is_talking = False
+        with self._unannounced():
+            if code == _GATHER:
+                exchange.gather(zeros, self._group, exchange.NO_DATA)
+            else:
+                exchange.sum_(zeros, self._group, exchange.NO_DATA)
 
     def _call(self, present: float) -> int:
         """Call the roll, where those who have left expect it."""
@@ -199,9 +198,15 @@ class RollCall:
     def _talk(self, *numbers: float) -> list[float]:
         """Their sums over the workers."""
         message = torch.tensor(numbers, dtype=torch.float64).to(self._device)
+        with self._unannounced():
+            return exchange.sum_(message, self._group, "join").tolist()
+
+    @contextmanager
+    def _unannounced(self) -> Iterator[None]:
+        """Exchanges within it are the talk itself, or answers to what was announced."""
         self._is_talking = True
         try:
-            return exchange.sum_(message, self._group, "join").tolist()
+            yield
         finally:
             self._is_talking = False
 
