@@ -119,21 +119,25 @@ class Oracle:
         how["d_max"] = D_MAX * min(1.0, max(0.0, (step - WARMUP) / (D_STEPS - WARMUP)))
         return reference.batch_renorm(x, weight, bias, running_average=self.sequence.running_average, **how)
 
-    def inverse_std(self, call: Call, x: Tensor, mask: Tensor) -> Tensor:
-        """What the call multiplies differences of x by, to know how rounding errors grow."""
-        n, _, var = reference.moments(x.detach(), mask)
-        if call.mode == "eval":
-            return (self.running.var + EPS).rsqrt()
-        return (var + EPS).rsqrt() * (n > 1)
+    def scale_of_errors(self, call: Call, x: Tensor, mask: Tensor, cotangent: Tensor) -> tuple[float, float]:
+        """How rounding errors grow: |x| / std, and the largest of the terms that the gradient of the input adds up.
 
-    def gradient_terms(self, inverse_std: Tensor, cotangent: Tensor) -> float:
-        """The largest of the terms that make up the gradient of the input, which may cancel.
-
-        Their rounding errors are what a gradient is judged by; of two values per channel it is next to nothing.
+        These may cancel: of two values per channel the gradient is next to nothing.
         """
-        weight = torch.ones(CHANNELS).double() if self.weight is None else self.weight.detach()
-        largest = (weight * inverse_std).max() * (R_MAX if self.sequence.kind == "renorm" else 1.0)
-        return float(largest) * _largest(cotangent)
+        n, mean, var = reference.moments(x.detach(), mask)
+        is_local = call.mode == "eval"
+        invstd = ((self.running.var if is_local else var) + EPS).rsqrt() * (is_local or n > 1)
+        scale = invstd if self.weight is None else invstd * self.weight.detach().abs()
+        terms = torch.full((CHANNELS,), _largest(cotangent), dtype=torch.float64)
+        if not is_local and n > 1:
+            # weight * invstd * (g - w * (mean g + xhat * mean g xhat)); what does not count may be far off, and its g
+            # is in both means all the same.
+            # An xhat is a difference of |x| / std: where it is below 1 its error is not.
+            g, xhat = _rows(cotangent).abs(), ((_rows(x.detach()) - mean).abs() * invstd).clamp(min=1.0)
+            counted = (xhat * (_rows(mask) > 0)).amax(0)
+            terms += float(mask.max()) * (g.sum(0) + counted * (g * xhat).sum(0)) / n
+            scale = scale * (R_MAX if self.sequence.kind == "renorm" else 1.0)
+        return _largest(x) * float(invstd.max()), float((scale * terms).max())
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -237,14 +241,12 @@ class Player:
         whole = torch.cat([part.x.double() for part in parts]).requires_grad_()
         mask = torch.cat([_weights(part) for part in parts])
         cotangent = torch.cat([part.cotangent.double() for part in parts])
-        inverse_std = self.oracle.inverse_std(call, whole, mask)
+        ratio, terms = self.oracle.scale_of_errors(call, whole, mask, cotangent)
         # The tolerances hold for |x| / std <= 100. A value counted twice, alone, has a "std" of sqrt(eps) = 0.003.
-        condition = max(1.0, _largest(whole) * float(inverse_std.max()) / 100)
-        # Squared: the gradient holds the product of xhat and its mean with g, to which masked elements far off add.
-        terms = self.oracle.gradient_terms(inverse_std, cotangent) * condition**2
+        condition = max(1.0, ratio / 100)
         expected = self.oracle(call, whole, mask)
         self._check("y", y, self._slice(call, expected), dtype, _largest(expected) * condition)
-        pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms, condition, dtype)
+        pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms * condition, condition, dtype)
         if call.mode == "eval":  # alone and at once: torch forbids that its running statistics move in between
             self._backward([pending])
         else:

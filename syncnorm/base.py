@@ -43,7 +43,7 @@ class Call:
     is_frozen: bool = False
     """Whether it must leave no trace (see syncnorm.model.frozen)."""
     may_repeat: bool = True
-    """Whether it looks like the first forward of a checkpoint, and not like a teacher's."""
+    """Whether a checkpoint may have made it."""
 
 
 class Freeze:
@@ -309,7 +309,7 @@ class SyncNorm(_BatchNorm):
         call = Call(local.sums, self._before(), is_frozen=self.freeze is not None)
         if torch.compiler.is_compiling():
             return call
-        call.may_repeat = ops.may_be_repeated() and (torch.is_grad_enabled() or not call.is_frozen)
+        call.may_repeat = ops.may_be_repeated()
         if call.before is not None or self.sync == "lagged":
             self._calls.append(call)
         return call
@@ -317,8 +317,7 @@ class SyncNorm(_BatchNorm):
     def _find_call(self, local: LocalSums) -> Call:
         """The call that the present one repeats: the newest with the same local sums, each once in a backward pass.
 
-        One that no checkpoint seems to have made, or that was frozen and not to be differentiated (a teacher's), is not
-        repeated where another is alike.
+        One that no checkpoint has made, as it seems, is not repeated where another is alike.
         """
         if len(self._calls) <= 1:
             return self._calls[-1] if self._calls else Call(local.sums)

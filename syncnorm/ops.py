@@ -172,13 +172,14 @@ def backward_pass() -> int:
 
 
 def may_be_repeated() -> bool:
-    """Whether activation checkpointing may repeat the forward that runs: its two modes withhold what autograd saves.
+    """Whether activation checkpointing may repeat the forward that runs.
 
-    The re-entrant one turns autograd off; the other puts hooks in its way, as some that do not repeat do too.
+    Its re-entrant kind makes the first forward within that of a Function, where forward-mode gradients are off, which
+    they are not under `no_grad`; the other kind has hooks on what autograd saves, as some that do not repeat do too.
     """
-    # Not a documented function; a test notices if it changes.
+    # Not documented functions; a test notices if they change.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return hooks is not None or not torch.is_grad_enabled()
+    return hooks is not None or not torch._C._is_fwd_grad_enabled()
 
 
 def is_recomputing() -> bool:

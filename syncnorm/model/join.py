@@ -42,7 +42,8 @@ def join(model: nn.Module, *optimizers: torch.optim.Optimizer) -> Iterator[None]
     `scale_loss` the gradient shrinks with every worker that leaves.
 
     At the end all workers have the parameters, running statistics (not those of `sync="none"`, which are each worker's
-    own) and optimizer state (learning rate included) of one who was there last. Schedulers of the learning rate are the caller's: step them after the block.
+    own) and optimizer state (learning rate included) of one who was there last. Schedulers of the learning rate are the
+    caller's: step them after the block.
 
     *Collectives*: in each step an exchange of one number besides those of the forwards; once a worker has left, one of
     three numbers before each. At the end two more, and two for each optimizer. Every worker must use the block, and

@@ -169,12 +169,15 @@ def read_cluster() -> Cluster:
     )
 
 
-def set_for_ray_client(address: str, has_token: bool) -> None:
-    """Have Ray's client send jobs to this address, and the token with them if there is one."""
-    # What is set here goes before the address that the client is given.
-    os.environ["RAY_API_SERVER_ADDRESS"] = address
-    if has_token:
+def set_for_ray() -> None:
+    """Have Ray send the token, if there is one. To be called before Ray is imported: it looks once."""
+    if read_cluster().token is not None:
         os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def set_for_ray_client(address: str) -> None:
+    """Have Ray's client send jobs to this address; what is set here goes before the one that it is given."""
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
 
 
 def of_launched(rank: int, world_size: int, host: str, port: int, has_gpu: bool) -> dict[str, str]:

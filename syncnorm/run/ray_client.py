@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from syncnorm.errors import ConfigError, SyncnormError
-from syncnorm.run.env import read_cluster, set_for_ray_client
+from syncnorm.run.env import read_cluster, set_for_ray, set_for_ray_client
 
 try:
+    set_for_ray()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
     from requests.exceptions import RequestException
@@ -49,7 +50,7 @@ def connect(address: str | None, insecure: bool) -> JobSubmissionClient:
         raise ConfigError(f"RAY_AUTH_TOKEN_PATH must name a file, got {str(cluster.token_path)!r}")
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
-    set_for_ray_client(address, has_token=cluster.token is not None)
+    set_for_ray_client(address)
     with told(address):
         return JobSubmissionClient(address)
 
