@@ -79,10 +79,7 @@ class Cluster:
                 node.process.terminate()
         for node in self.nodes:
             end(node)
-        # A worker is in a process group of its own, and goes with its node; if not, it is known by Ray's folder.
-        for pid in _processes_of(self.folder):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_processes_of(self.folder)
 
     def _start(self, ip: str, cpus: int, *options: str) -> Node:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={ip}"]
@@ -163,9 +160,10 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _processes_of(folder: Path) -> Iterator[int]:
+def kill_processes_of(folder: Path) -> None:
+    """A worker is in a process group of its own, and goes with its node; if not, it is known by Ray's folder."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):
                 if str(folder).encode() in (entry / "cmdline").read_bytes():
-                    yield int(entry.name)
+                    os.kill(int(entry.name), signal.SIGKILL)

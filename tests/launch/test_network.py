@@ -1,18 +1,22 @@
-"""Two network namespaces as two machines, an agent of torchrun on each, and a wire between them that can be cut."""
+"""Two network namespaces as two machines, with agents of torchrun or nodes of Ray, and a wire that can be cut."""
 
 import contextlib
+import json
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
 import pytest
 
-from tests.launch import commands
-from tests.train.runs import events
+from syncnorm.train.metrics import read_events
+from tests.launch import commands, ray_cluster
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wire"}
@@ -111,11 +115,11 @@ def count_steps(folder: Path) -> int:
     return len(events_of(folder, "step"))
 
 
-def events_of(folder: Path, kind: str) -> list[dict[str, Any]]:
+def events_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
     """Of the only run below a folder, if it is there yet."""
-    runs = list(folder.glob("runs/*"))
-    assert len(runs) <= 1, runs
-    return [event for run in runs for event in events(run, kind)]
+    records = list(folder.glob("runs/*/metrics.jsonl"))
+    assert len(records) <= 1, records
+    return [event for each in records for event in read_events(each)[0] if event["event"] in kinds]
 
 
 def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> None:
@@ -157,3 +161,67 @@ def test_a_wire_that_stays_cut_ends_in_errors_with_names(machines, agents):
     assert [each.returncode for each in agents] == [1, 1]
     assert "RendezvousTimeoutError" in errors[0]
     assert "RendezvousConnectionError" in errors[1]
+
+
+@contextlib.contextmanager
+def ray_node(machines: Machines, machine: int, folder: Path, *options: str) -> Iterator[Popen[str]]:
+    """A node of Ray on a machine, with room for one worker; ended on the way out."""
+    command = [*machines.enter(machine), str(Path(sys.executable).with_name("ray")), "start", "--block"]
+    command += ["--node-ip-address", ADDRESSES[machine], "--num-cpus=1", "--num-gpus=0"]
+    command += ["--object-store-memory=100000000", "--disable-usage-stats", *options]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with commands.started(command, folder, {**ENVIRONMENT, "PATH": path}) as process:
+        yield process
+
+
+def another_node(machines: Machines, folder: Path) -> contextlib.AbstractContextManager[Popen[str]]:
+    return ray_node(machines, 1, folder, "--address", f"{ADDRESSES[0]}:6379", "--include-log-monitor=false")
+
+
+@pytest.fixture
+def nodes(machines, tmp_path) -> Iterator[tuple[Popen[str], Popen[str]]]:
+    """A cluster with a node on each machine, the head on the first."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
+    # Sockets lie in it, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        try:
+            options = ["--head", "--port=6379", "--dashboard-host=127.0.0.1", "--temp-dir", folder]
+            with ray_node(machines, 0, tmp_path, *options) as head:
+                wait_until(lambda: call(machines, tmp_path, "list").returncode == 0, [head])
+                with another_node(machines, tmp_path) as other:
+                    yield head, other
+        finally:
+            ray_cluster.kill_processes_of(Path(folder))
+
+
+def call(machines: Machines, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of syncnorm's on the first machine."""
+    return commands.run([*machines.enter(0), *commands.SYNCNORM, *arguments], folder)
+
+
+def test_a_node_of_ray_behind_a_cut_wire_is_done_without_and_comes_back(machines, nodes, tmp_path):
+    head, other = nodes
+
+    def workers() -> int | None:
+        """How many there are in the last group that has made a step."""
+        record = events_of(tmp_path, "start", "step")
+        began = [
+            first["world_size"] for first, second in pairwise(record) if first["event"] == "start" != second["event"]
+        ]
+        return began[-1] if began else None
+
+    options = [*OPTIONS, "train.epochs=100000", "launch.workers=[1, 2]", "--id", "wire"]
+    submitted = call(machines, tmp_path, "submit", "digits", *options, "--no-wait")
+    assert submitted.returncode == 0, submitted.stderr
+    wait_until(lambda: workers() == 2, nodes)
+    machines.ip(0, "link set wire down")
+    wait_until(lambda: workers() == 1, [head])
+    machines.ip(0, "link set wire up")
+    # It hears that it was given up, and ends.
+    other.communicate(timeout=PATIENCE_SECONDS)
+    with another_node(machines, tmp_path) as third:
+        wait_until(lambda: workers() == 2, [head, third])
+        stopped = call(machines, tmp_path, "stop", "wire", "--json")
+    assert json.loads(stopped.stdout)["exit_code"] == 75, stopped.stderr
+    steps = [event["step"] for event in events_of(tmp_path, "step")]
+    assert set(steps) == set(range(1, max(steps) + 1))

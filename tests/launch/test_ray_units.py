@@ -330,6 +330,15 @@ def test_train_does_not_import_ray():
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
+@pytest.mark.parametrize(("token", "mode"), [({"RAY_AUTH_TOKEN": "x"}, "TOKEN"), ({}, "DISABLED")])
+def test_ray_is_told_of_a_token_before_it_looks(token, mode):
+    """Ray looks once, when it is imported. The drill with a token goes on from here."""
+    script = "import syncnorm.run.ray_client, sys; from ray import _raylet as r; "
+    script += f"sys.exit(r.get_authentication_mode() != r.AuthenticationMode.{mode})"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
+    assert subprocess.run([sys.executable, "-c", script], env=inherited | token, check=False).returncode == 0
+
+
 def test_what_the_user_has_set_for_ray_stays(monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "")
