@@ -245,7 +245,7 @@ class Player:
         # The tolerances hold for |x| / std <= 100. A value counted twice, alone, has a "std" of sqrt(eps) = 0.003.
         condition = max(1.0, ratio / 100)
         expected = self.oracle(call, whole, mask)
-        self._check("y", y, self._slice(call, expected), dtype, _largest(expected) * condition)
+        self._check("y", y, self._slice(call, expected), dtype, max(1.0, _largest(expected)) * condition)
         pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms * condition, condition, dtype)
         if call.mode == "eval":  # alone and at once: torch forbids that its running statistics move in between
             self._backward([pending])
