@@ -191,8 +191,11 @@ def _attempt(name: str, options: Mapping[str, Any], make: Callable[[], object]) 
 
 
 def _trial_optimizer(name: str, options: Mapping[str, Any]) -> torch.optim.Optimizer:
+    cls = OPTIMIZERS[name]
+    # Without torch's wrapper around this method, which imports torch's compiler: two seconds of every start.
+    light = type(name, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})
     # Two-dimensional, as Muon asks for matrices.
-    return OPTIMIZERS[name]([torch.zeros(1, 1, requires_grad=True)], lr=0.1, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    return light([torch.zeros(1, 1, requires_grad=True)], lr=0.1, **_tuples(options))  # pyright: ignore[reportCallIssue]
 
 
 def _step_once(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:

@@ -325,8 +325,9 @@ def test_what_to_do_after_ctrl_c(monkeypatch, capsys, answer, choice):
     assert "detach or stop? [d/s]" in err
 
 
-def test_train_does_not_import_ray():
-    script = "import sys, syncnorm.cli, syncnorm.run.ray_cli; sys.exit('ray' in sys.modules)"
+def test_train_does_not_wait_for_imports_of_ray_or_of_torchs_compiler():
+    script = "import sys, syncnorm.cli, syncnorm.run.ray_cli; from syncnorm.train.config_file import load_config;"
+    script += "load_config('digits'); sys.exit(bool({'ray', 'torch._dynamo'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
