@@ -13,8 +13,6 @@ from benchmarks.fuzz import Crew, drill, first_failure, sequences, shorten
 from benchmarks.fuzz_calls import CALLS, Calls, draw_calls
 from tests.distributed import planted
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def crew() -> Iterator[Crew]:
@@ -48,7 +46,7 @@ def drawn(draw: st.DrawFn) -> Calls:
 
 
 @settings(
-    max_examples=30,
+    max_examples=100,
     deadline=None,
     database=None,
     derandomize=True,
