@@ -118,10 +118,11 @@ class Unknown(nn.BatchNorm2d):
 
 def points() -> nn.Module:
     """Batch norms of two numbers of dimensions, without parameters, without a bias, and averaging all batches."""
+    last = nn.BatchNorm1d(4, momentum=None)
+    last.bias = None  # an argument in newer torch
     return nn.Sequential(
-        nn.Flatten(2), nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6, affine=False),
-        nn.Flatten(), nn.LazyLinear(4), nn.BatchNorm1d(4, momentum=None, bias=False),
-    )  # fmt: skip
+        nn.Flatten(2), nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6, affine=False), nn.Flatten(), nn.LazyLinear(4), last
+    )
 
 
 def volumes() -> nn.Module:

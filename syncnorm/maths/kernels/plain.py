@@ -42,7 +42,8 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
     wide = _wide(x)
     y = (wide - _channels(mean, wide)) * _channels(scale, wide) + _channels(shift, wide)
-    return y.to(x.dtype)
+    # Not `to` without need, which returns y itself: for an output of that kind torch 2.11 compiles a gradient of zeros.
+    return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
