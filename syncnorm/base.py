@@ -24,7 +24,7 @@ from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
 
-# So many calls of a layer may come before the backward pass that repeats them.
+# So many calls of a layer that is checkpointed may come before the backward pass that repeats them.
 _REMEMBERED_CALLS = 64
 
 
@@ -42,8 +42,6 @@ class Call:
     """The backward pass that has repeated this call last."""
     is_frozen: bool = False
     """Whether it must leave no trace (see syncnorm.model.frozen)."""
-    may_repeat: bool = True
-    """Whether a checkpoint may have made it."""
 
 
 class Freeze:
@@ -204,7 +202,9 @@ class SyncNorm(_BatchNorm):
         self.freeze: Freeze | None = None
         """Set while forwards must leave no trace."""
         self._has_warned = False
+        self._newest: Call | None = None
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
+        """Those that checkpoints may repeat."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
@@ -305,33 +305,36 @@ class SyncNorm(_BatchNorm):
         return self
 
     def _new_call(self, local: LocalSums) -> Call:
-        """Remember what this forward sees; no exchange has been made."""
+        """Remember what this forward sees, if that is more than the batch; no exchange has been made."""
         call = Call(local.sums, self._before(), is_frozen=self.freeze is not None)
-        if torch.compiler.is_compiling():
-            return call
-        call.may_repeat = ops.may_be_repeated()
-        if call.before is not None or self.sync == "lagged":
-            self._calls.append(call)
+        if (call.before is not None or self.sync == "lagged") and not torch.compiler.is_compiling():
+            self._newest = call
+            if ops.may_be_repeated():
+                self._calls.append(call)
         return call
 
     def _find_call(self, local: LocalSums) -> Call:
-        """The call that the present one repeats: the newest with the same local sums, each once in a backward pass.
-
-        One that no checkpoint has made, as it seems, is not repeated where another is alike.
-        """
+        """The call that the present one repeats: the newest with the same local sums that was not repeated yet."""
         if len(self._calls) <= 1:
-            return self._calls[-1] if self._calls else Call(local.sums)
-        task = ops.backward_pass()
-        alike = [call for call in reversed(self._calls) if torch.equal(call.sums, local.sums)]
-        if not alike and len(self._calls) == _REMEMBERED_CALLS:
+            return self._calls[0] if self._calls else self._newest or Call(local.sums)
+        task, calls = ops.backward_pass(), list(reversed(self._calls))
+        # Bit by bit: what is not a number equals itself.
+        bits = torch.stack([call.sums for call in calls]).view(torch.int64) == local.sums.view(torch.int64)
+        alike = [call for call, is_alike in zip(calls, bits.all(1).tolist(), strict=True) if is_alike]
+        if not alike and len(calls) == _REMEMBERED_CALLS:
             raise InputError(
                 f"`checkpoint` must repeat one of the last {_REMEMBERED_CALLS} training forwards of a layer, got none "
                 f"of them in {self.label}. Make the backward pass sooner, or checkpoint fewer calls of this layer."
             )
-        alike = [call for call in alike if call.may_repeat] or alike
-        found = next((call for call in alike if call.repeated_in != task), (alike or [self._calls[-1]])[0])
+        alike = alike or calls
+        others = [call for call in alike if call.repeated_in != task]
+        found = next((call for call in others if call.repeated_in is None), (others or alike)[0])
         found.repeated_in = task
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What awaits a backward pass awaits it of this object, not of a copy.
+        return {**self.__dict__, "_calls": deque(maxlen=_REMEMBERED_CALLS), "_newest": None}
 
     def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """What `Call.before` holds."""

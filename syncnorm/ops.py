@@ -179,7 +179,9 @@ def may_be_repeated() -> bool:
     """
     # Not documented functions; a test notices if they change.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return hooks is not None or not torch._C._is_fwd_grad_enabled()
+    if torch.is_grad_enabled():
+        return hooks is not None
+    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
 def is_recomputing() -> bool:

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import io
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -42,20 +47,22 @@ def _with_another_forward(other: str, reentrant: bool | None) -> Tensor:
     for step in range(2):
         x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
         y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
-        if other == "teacher":
-            with frozen_statistics(layer), torch.no_grad():
-                target = layer(x)
-        else:
+        with contextlib.ExitStack() as stack:
+            if other != "plain":
+                stack.enter_context(frozen_statistics(layer))
+                stack.enter_context(torch.inference_mode() if "inference" in other else torch.no_grad())
+            if "hooks" in other:
+                stack.enter_context(torch.autograd.graph.save_on_cpu())
             target = layer(x.detach()).detach()
-        (y * target.sin()).sum().backward()
+        (y * target.clone().sin()).sum().backward()
     assert x.grad is not None
     return x.grad
 
 
-@pytest.mark.parametrize("other", ["teacher", "plain"])
+@pytest.mark.parametrize("other", ["plain", "teacher", "teacher in inference mode", "teacher with hooks"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_plain_forward_of_the_same_batch_is_not_taken_for_the_one_to_be_repeated(pool, reentrant, other):
-    """Also the test of the undocumented torch function that tells whether a forward may be repeated."""
+    """Also the test of the undocumented torch functions that tell whether a forward may be repeated."""
     plain = pool(2).run(_with_another_forward, other, None)
     for got, expected in zip(pool(2).run(_with_another_forward, other, reentrant), plain, strict=True):
         assert torch.equal(got, expected)
@@ -122,3 +129,57 @@ def test_checkpointing_more_calls_than_are_remembered_is_an_error():
     ys = [checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=False) for i in range(70)]
     with pytest.raises(InputError, match="must repeat one of the last 64 training forwards of a layer"):
         torch.stack(ys).square().mean().backward()
+
+
+def _one_that_is_no_number(steps: int) -> list[float]:
+    """The sums of the outputs, where one worker's last batch holds an infinity."""
+    layer = SyncBatchRenorm(4, dtype=torch.float64)
+    sums = []
+    for step in range(steps + 1):
+        x = uneven_batch(3, step + 100 * dist.get_rank())
+        if step == steps and dist.get_rank() == 1:
+            x[0, 0, 0] = torch.inf
+        y = checkpoint(layer, x.requires_grad_(), use_reentrant=False)
+        assert isinstance(y, Tensor)
+        y.square().sum().backward()
+        sums.append(float(y[:, 0].detach().sum()))
+    return sums
+
+
+def test_checkpointing_what_is_no_number_is_an_error_on_no_worker(pool):
+    """It repeats what the memory holds, however full that is."""
+    for sums in pool(2).run(_one_that_is_no_number, 70):
+        assert [math.isnan(value) for value in sums] == [*[False] * 70, True]
+
+
+def _lagged_with_an_empty_worker(is_checkpointed: bool) -> list[Tensor]:
+    layer = SyncBatchNorm(4, sync="lagged", dtype=torch.float64)
+    model = prepare_ddp(nn.Sequential(layer))
+    xs = [(uneven_batch(4, i) if dist.get_rank() else torch.empty(0, 4, 5).double()).requires_grad_() for i in range(2)]
+    ys = [checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x) for x in xs]
+    for y in reversed(ys):
+        y.square().sum().backward()
+    return [*(x.grad for x in xs if x.grad is not None), *model.state_dict().values()]
+
+
+def test_checkpointing_lagged_forwards_of_an_empty_worker_one_backward_pass_after_the_other(pool):
+    """Those of the empty worker have the same sums, and make different exchanges."""
+    plain = pool(2).run(_lagged_with_an_empty_worker, False)
+    for got, expected in zip(pool(2).run(_lagged_with_an_empty_worker, True), plain, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_what_awaits_a_backward_pass_is_neither_copied_nor_pickled(is_checkpointed):
+    layer = SyncBatchRenorm(512)
+    sizes = []
+    for _ in range(20):
+        x = torch.randn(4, 512).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=False) if is_checkpointed else layer(x)
+        assert isinstance(y, Tensor)
+        file = io.BytesIO()
+        torch.save(copy.deepcopy(layer), file)
+        sizes.append(len(file.getvalue()))
+        y.sum().backward()
+    assert sizes[-1] < 1.1 * sizes[0]
