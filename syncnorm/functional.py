@@ -330,7 +330,8 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     count = statistic.batch.count
     if torch.compiler.is_compiling():
         return
-    if (count.device.type == "cpu" or guard.is_debug()) and count == 1:
+    # A weight of 1 may also be that of several values.
+    if (count.device.type == "cpu" or guard.is_debug()) and count == 1 and not statistic.batch.m2.any():
         if guard.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
                 "`x` must give a statistic more than one value per channel, got a total weight of 1 over all workers. "

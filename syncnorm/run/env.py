@@ -145,33 +145,38 @@ def for_ray_workers() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the environment says about a Ray cluster that jobs are sent to.
+    """What the environment says about a Ray cluster that jobs are sent to. The token itself is for Ray alone.
 
     Args:
         address: of its dashboard, as given.
-        token: names the variable that gives a token; None if none does. The token itself is for Ray alone.
-        token_path: the file that holds it, if it is in one.
+        has_token: whether there is one: in a variable, which goes before a file, or in a file.
+        token_path: the file that is said to hold it.
     """
 
     address: str | None
-    token: str | None
+    has_token: bool
     token_path: Path | None
 
 
 def read_cluster() -> Cluster:
-    """Read which Ray cluster is meant, and whether there is a token for it."""
-    variables = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    return Cluster(
-        address=os.environ.get("RAY_ADDRESS"),
-        token=next((name for name in variables if os.environ.get(name)), None),
-        token_path=Path(path) if path else None,
-    )
+    """Read which Ray cluster is meant, and whether there is a token for it.
+
+    Raises:
+        ConfigError: the file that is to hold the token does not exist.
+    """
+    is_given, path = bool(os.environ.get("RAY_AUTH_TOKEN")), os.environ.get("RAY_AUTH_TOKEN_PATH")
+    token_path = Path(path) if path else None
+    default = Path.home() / ".ray" / "auth_token"
+    if token_path is None and os.environ.get("RAY_AUTH_MODE") == "token" and default.is_file():
+        token_path = default
+    if not (is_given or token_path is None or token_path.is_file()):
+        raise ConfigError(f"RAY_AUTH_TOKEN_PATH must name a file, got {str(token_path)!r}")
+    return Cluster(os.environ.get("RAY_ADDRESS"), is_given or token_path is not None, token_path)
 
 
 def set_for_ray() -> None:
     """Have Ray send the token, if there is one. To be called before Ray is imported: it looks once."""
-    if read_cluster().token is not None:
+    if read_cluster().has_token:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 

@@ -45,9 +45,7 @@ def connect(address: str | None, insecure: bool) -> JobSubmissionClient:
     """
     cluster = read_cluster()
     address = (address or cluster.address or DEFAULT_ADDRESS).rstrip("/")
-    check_address(address, cluster.token is not None, insecure)
-    if cluster.token_path is not None and not cluster.token_path.is_file():
-        raise ConfigError(f"RAY_AUTH_TOKEN_PATH must name a file, got {str(cluster.token_path)!r}")
+    check_address(address, cluster.has_token, insecure)
     for name in _TALKATIVE:
         logging.getLogger(name).setLevel(logging.WARNING)
     set_for_ray_client(address)
@@ -87,7 +85,7 @@ def told(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError:
-        what = "wants a token" if read_cluster().token is None else "does not take this token"
+        what = "does not take this token" if read_cluster().has_token else "wants a token"
         raise ConfigError(f"the Ray cluster at {address} {what}: {_GIVE_TOKEN}.") from None
     except (ConnectionError, RequestException) as error:
         raise ClusterError(

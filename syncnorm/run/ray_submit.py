@@ -1,6 +1,7 @@
 """Jobs on a Ray cluster, seen from outside: submit, follow, stop, list."""
 
 import asyncio
+import os
 import re
 import shlex
 import sys
@@ -27,7 +28,14 @@ _RUNNING = ("PENDING", "RUNNING")
 _FROM_WORKER = re.compile(r"^(?:\x1b\[\d+m)?\((\w+) pid=\d+(?:, ip=[^)]*)?\)(?:\x1b\[0m)? ?")
 # Lines of Ray's own: when and where it does what.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
-NEVER_PACKED = ("**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors")
+_NEVER_PACKED = (
+    "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors",
+    "**/.ray/auth_token",
+)  # fmt: skip
+# Of the characters of a path those to which patterns of gitignore give a meaning; the spaces at an end are stripped.
+_ESCAPED = {character: f"\\{character}" for character in "\\*?[]"} | {
+    character: f"[{character}]" for character in " \t\n"
+}
 
 
 @dataclass(frozen=True)
@@ -195,17 +203,21 @@ def _runtime_env(job: Job) -> dict[str, Any]:
     if REFERENCE.fullmatch(config.model.name) or REFERENCE.fullmatch(config.data.name):
         here = Path.cwd()
         environment["working_dir"] = str(here)
-        environment["excludes"] = [*NEVER_PACKED, *kept_out(here, config.run_dir, config.data.root)]
+        environment["excludes"] = kept_out(here, config.run_dir, config.data.root)
     return environment
 
 
 def kept_out(here: Path, *others: str | None) -> list[str]:
-    """What lies in the working folder and does not belong to the code: runs, data, the token."""
-    paths = [Path(other) for other in others if other is not None]
-    token = read_cluster().token_path
-    if token is not None:
-        paths.append(token.absolute())
-    return [f"/{path.relative_to(here)}" for path in paths if path != here and path.is_relative_to(here)]
+    """What lies in the working folder and is no code, as patterns of gitignore: runs, data, the token, and the like."""
+    token, home = read_cluster().token_path, here.resolve()
+    found = set[str]()
+    for other in (*others, token):
+        if other is not None:
+            path = here / other
+            # As it is called, the link that it may be, and what that leads to.
+            for name in (Path(os.path.normpath(path)), path.parent.resolve() / path.name, path.resolve()):
+                found |= {str(name.relative_to(root)) for root in (here, home) if root in name.parents}
+    return [*_NEVER_PACKED, *sorted("/" + "".join(_ESCAPED.get(c, c) for c in name) for name in found)]
 
 
 class _Lines:

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from syncnorm.run import env
 from syncnorm.run.ray_client import JobSubmissionClient, told
-from syncnorm.run.ray_submit import NEVER_PACKED, follow, kept_out
+from syncnorm.run.ray_submit import follow, kept_out
 
 _PLACE_SECONDS = 60
 
@@ -38,7 +38,7 @@ def submit_verify(client: JobSubmissionClient, workers: int, arguments: Sequence
     environment: dict[str, Any] = {}
     if packs_code:
         here = Path.cwd()
-        environment = {"working_dir": str(here), "excludes": [*NEVER_PACKED, *kept_out(here)]}
+        environment = {"working_dir": str(here), "excludes": kept_out(here)}
     command = ["exec", "python", "-m", "syncnorm.run.ray_verify", str(workers), *arguments]
     with told(client.get_address()):
         client.submit_job(entrypoint=shlex.join(command), submission_id=name, runtime_env=environment)

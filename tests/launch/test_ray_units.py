@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
 
+from ray._private.runtime_env.packaging import create_package
 from ray.train.v2._internal.execution.context import TrainContext, set_train_context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -113,11 +115,19 @@ def test_nobody_answers(clean, capsys):
 
 
 def test_the_environment_gives_address_and_token(clean, tmp_path):
-    assert env.read_cluster() == env.Cluster(None, None, None)
+    clean.setenv("HOME", str(tmp_path))
+    assert env.read_cluster() == env.Cluster(None, False, None)
+    default = tmp_path / ".ray" / "auth_token"
+    default.parent.mkdir()
+    default.write_text("x")
+    assert not env.read_cluster().has_token
+    clean.setenv("RAY_AUTH_MODE", "token")
+    assert env.read_cluster() == env.Cluster(None, True, default)
     clean.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     clean.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    # The token itself is not read.
-    assert env.read_cluster() == env.Cluster("http://127.0.0.1:1", "RAY_AUTH_TOKEN_PATH", tmp_path / "token")
+    # A variable goes before a file, which need not be there then.
+    clean.setenv("RAY_AUTH_TOKEN", "x")
+    assert env.read_cluster() == env.Cluster("http://127.0.0.1:1", True, tmp_path / "token")
 
 
 def test_a_token_file_that_is_not_there(clean, tmp_path, capsys):
@@ -302,15 +312,33 @@ def test_a_log_of_before_is_not_told_again(capsys):
     assert capsys.readouterr() == ("new\n", "")
 
 
-def test_what_is_not_packed(tmp_path, clean):
-    clean.chdir(tmp_path)
-    clean.setenv("RAY_AUTH_TOKEN_PATH", "token")
-    (tmp_path / "mine.yaml").write_text(
+@pytest.mark.parametrize("token", ["token", "sub/../token", "a [1]*/!#token ", "link", "other/token", "link/token"])
+def test_what_is_not_packed(tmp_path, clean, token):
+    """By Ray's own packer."""
+    here = tmp_path / "here"
+    secret = here / token if token != "link" else tmp_path / "secret"
+    clean.setenv("RAY_AUTH_TOKEN_PATH", token)
+    for path in ("runs/one", "images/one", "sub/one", ".venv/one", "code.py", "other/one", ".ray/auth_token"):
+        (here / path).parent.mkdir(parents=True, exist_ok=True)
+        (here / path).write_text("")
+    if token.startswith("link"):
+        (here / "link").symlink_to(secret if token == "link" else here / "sub")
+    secret.parent.mkdir(exist_ok=True)
+    secret.write_text("secret")
+    (here / "mine.yaml").write_text(
         "model: {name: 'mine:net'}\ndata: {name: digits, root: images}\ntrain: {epochs: 1, global_batch: 8, lr: 1}\n"
     )
+    # A working folder may be known by another name, too.
+    (tmp_path / "alias").symlink_to(here)
+    clean.chdir(tmp_path / "alias")
     environment = ray_submit._runtime_env(make_job("mine.yaml", [], ["mine"]))
-    assert environment["working_dir"] == str(tmp_path)
-    assert {"/runs", "/images", "/token", "**/.git", "**/.venv"} <= set(environment["excludes"])
+    package = tmp_path / "package.zip"
+    create_package(environment["working_dir"], package, include_gitignore=True, excludes=environment["excludes"])
+    with zipfile.ZipFile(package) as packed:
+        names = {name for name in packed.namelist() if not name.endswith("/")}
+        assert b"secret" not in b"".join(packed.read(name) for name in names)
+    assert {"code.py", "sub/one", "other/one", "mine.yaml"} <= names
+    assert not [name for name in names if name.startswith(("runs/", "images/", ".venv/", ".ray/"))]
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
     # Without code of the user's nothing is sent but the configuration.
     assert "working_dir" not in ray_submit._runtime_env(make_job("digits", [], []))
@@ -341,6 +369,7 @@ def test_ray_is_told_of_a_token_before_it_looks(token, mode):
 
 
 def test_what_the_user_has_set_for_ray_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "7")
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PRINT_PATCH", "")
     monkeypatch.delenv("RAY_TRAIN_ENABLE_PRINT_PATCH")
