@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 WORKERS = 3
@@ -34,8 +34,10 @@ class Call:
     """Neighbouring calls of which this is true are in one `accumulate` block."""
     zero_grad: bool = True
     """Whether gradients are forgotten before the call."""
-    backward: bool = True
-    """Whether a backward pass of all forwards that await one follows."""
+    backward: str = "together"
+    """How all forwards that await a backward pass get it: "together", "one by one", the last first, or "later"."""
+    is_again: bool = False
+    """Whether the batch is that of the call before."""
     copied: bool = False
     """Whether the sequence goes on with a deepcopy of the layer."""
 
@@ -68,6 +70,9 @@ def draw_calls(choose: Choose, seed: int, count: int = CALLS) -> Calls:
     """A layer and `count` calls of it."""
     dtypes = choose((_NARROW, _WIDE, _ANY))
     dtype = "float64" if dtypes == _WIDE else choose(("float32", "float64"))
+    calls: list[Call] = []
+    for _ in range(count):
+        calls.append(draw_call(choose, dtypes, dtype, calls[-1] if calls else None))
     return Calls(
         seed=seed,
         kind=choose(("norm", "renorm")),
@@ -75,11 +80,11 @@ def draw_calls(choose: Choose, seed: int, count: int = CALLS) -> Calls:
         momentum=choose((0.1, None)),
         running_average=choose(("std", "var")),
         dtype=dtype,
-        calls=tuple(draw_call(choose, dtypes, dtype) for _ in range(count)),
+        calls=tuple(calls),
     )
 
 
-def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str) -> Call:
+def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str, before: Call | None = None) -> Call:
     mode = choose(("train", "train", "train", "eval", "frozen"))
     checkpoint = "no" if mode == "eval" else choose(("no", "no", "non-reentrant", "reentrant"))
     # In evaluation the layer takes what `F.batch_norm` takes.
@@ -87,7 +92,7 @@ def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str) -> Call:
     # A re-entrant checkpoint whose input needs no gradient has no backward pass at all; torch says so.
     grads = (True,) if checkpoint == "reentrant" else (True, True, False)
     masks = choose((("none",), ("none", "none", "weights", "bool", "zero"), ("zero",)))
-    return Call(
+    drawn = Call(
         mode=mode,
         sizes=tuple(choose((2, 1, 0, 3)) for _ in range(WORKERS)),
         masks=tuple(choose(masks) for _ in range(WORKERS)),
@@ -97,8 +102,13 @@ def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str) -> Call:
         checkpoint=checkpoint,
         in_block=choose((False, False, True)),
         zero_grad=choose((True, False)),
-        backward=choose((True, False)),
+        backward=choose(("together", "later", "later", "one by one")),
         copied=choose((False, False, False, False, False, True)),
+    )
+    if before is None or mode == "eval" or not choose((False, False, False, True)):
+        return drawn
+    return replace(
+        drawn, is_again=True, sizes=before.sizes, masks=before.masks, dtype=before.dtype, layout=before.layout
     )
 
 
@@ -116,6 +126,8 @@ def traits(call: Call) -> list[str]:
         f"checkpoint, {call.checkpoint}" if call.checkpoint != "no" else "",
         "in an accumulate block" if call.in_block else "",
         "gradients kept from before" if not call.zero_grad else "",
-        "backward left for later" if not call.backward and call.mode != "eval" else "",
+        "backward left for later" if call.backward == "later" and call.mode != "eval" else "",
+        "backward one by one" if call.backward == "one by one" else "",
+        "the batch before again" if call.is_again else "",
         "deepcopy" if call.copied else "",
     ]

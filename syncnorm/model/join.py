@@ -118,7 +118,7 @@ class RollCall:
         self._group = group
         self._layers = layers
         self._optimizers = optimizers
-        self._device = device_of(layers[0]) if layers else torch.device("cpu")
+        self._device = groups.device_for(group, device_of(layers[0]) if layers else None)
         self._members = groups.ranks(group)
         self._is_talking = False
         self._has_absent = False

@@ -33,7 +33,8 @@ KINDS = [
     "train", "eval", "frozen", "float32", "float64", "bfloat16", "contiguous", "channels_last", "rows", "deepcopy",
     "no worker has samples", "a worker without samples", "masks on some workers only", "all weights zero",
     "inputs differ in requires_grad", "checkpoint, reentrant", "checkpoint, non-reentrant", "in an accumulate block",
-    "gradients kept from before", "backward left for later", "layer: norm", "layer: renorm",
+    "gradients kept from before", "backward left for later", "backward one by one", "the batch before again",
+    "layer: norm", "layer: renorm",
 ]  # fmt: skip
 
 

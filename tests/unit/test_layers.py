@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncnorm
-from syncnorm import SyncBatchNorm, functional, groups, prepare_ddp
+from syncnorm import SyncBatchNorm, debug, functional, groups, prepare_ddp
 from syncnorm.errors import InputError, SyncnormError
 from syncnorm.testing import assert_close
 
@@ -263,3 +264,14 @@ def test_import_brings_torch_and_nothing_else_heavy():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert out.stdout.strip() == "['syncnorm']"
+
+
+@pytest.mark.parametrize("is_debug", [False, True])
+def test_several_values_of_total_weight_one_are_no_single_value(is_debug):
+    layer = SyncBatchNorm(2)
+    mode = debug() if is_debug else contextlib.nullcontext()
+    with warnings.catch_warnings(), mode:
+        warnings.simplefilter("error")
+        y = layer(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([0.5, 0.5]).view(2, 1))
+    torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), rtol=1e-4, atol=0)
+    assert torch.equal(layer.running_var, torch.ones(2))
