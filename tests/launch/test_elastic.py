@@ -9,12 +9,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
 
 import pytest
 
-from syncnorm.train.metrics import read_events
 from tests.launch import commands
+from tests.launch.record import Run, undisturbed
 
 # All samples in a step, in float64: steps slow enough that an agent comes back within some dozens of them, and a curve
 # that so many steps leave comparable. The rate is constant, so that a shorter run has the same curve.
@@ -56,36 +55,13 @@ def is_listening(port: int) -> bool:
         return caller.connect_ex(("127.0.0.1", port)) == 0
 
 
-class Run:
-    """What the only run below a folder has on record, at any time."""
-
-    def __init__(self, folder: Path) -> None:
-        self._runs = folder / "runs"
-
-    def world_sizes(self) -> list[int]:
-        """Of all groups of workers so far."""
-        return [event["world_size"] for event in self._events() if event["event"] == "start"]
-
-    def steps_of_this_group(self) -> int:
-        kinds = [event["event"] for event in self._events() if event["event"] in ("start", "step")]
-        return kinds[::-1].index("start") if kinds else 0
-
-    def losses(self) -> dict[int, float]:
-        return {event["step"]: event["loss"] for event in self._events() if event["event"] == "step"}
-
-    def _events(self) -> list[dict[str, Any]]:
-        folders = list(self._runs.glob("*"))
-        assert len(folders) <= 1, folders
-        return read_events(folders[0] / "metrics.jsonl")[0] if folders else []
-
-
 def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> None:
     commands.wait_while_alive(condition, agents, PATIENCE_SECONDS)
 
 
 def wait_for_group(run: Run, agents: list[subprocess.Popen[str]], groups: int, steps: int = 2) -> None:
     """Wait until at least so many groups of workers have been, and the last has made some steps."""
-    wait_until(lambda: len(run.world_sizes()) >= groups and run.steps_of_this_group() >= steps, agents)
+    wait_until(lambda: run.has_group(groups, steps), agents)
 
 
 def worker_of(agent: subprocess.Popen[str]) -> int:
@@ -93,14 +69,9 @@ def worker_of(agent: subprocess.Popen[str]) -> int:
     return int(worker)
 
 
-def undisturbed(folder: Path, workers: int, epochs: int) -> dict[int, float]:
-    """The losses of `syncnorm train` with the same configuration."""
-    folder.mkdir()
-    options = [f"launch.workers={workers}", f"train.epochs={epochs}"]
-    with commands.started([*commands.SYNCNORM, "train", *TRAINING, *options], folder) as process:
-        _, err = process.communicate(timeout=2 * PATIENCE_SECONDS)
-    assert process.returncode == 0, err
-    return Run(folder).losses()
+def expected_losses(folder: Path, workers: int, epochs: int) -> dict[int, float]:
+    options = [*TRAINING, f"launch.workers={workers}", f"train.epochs={epochs}"]
+    return undisturbed(folder / "undisturbed", options, 2 * PATIENCE_SECONDS)
 
 
 def test_an_agent_is_lost_and_comes_back(tmp_path, port):
@@ -113,11 +84,11 @@ def test_an_agent_is_lost_and_comes_back(tmp_path, port):
         wait_for_group(run, [first], 2)
         with agent(port, "1:2", tmp_path, "train.epochs=1000") as returned:
             wait_for_group(run, [first, returned], 3)
-            assert run.world_sizes() == [2, 1, 2]
+            assert run.groups() == [2, 1, 2]
     losses = run.losses()
     steps = max(losses)
     assert sorted(losses) == list(range(1, steps + 1))
-    expected = undisturbed(tmp_path / "undisturbed", 1, steps)
+    expected = expected_losses(tmp_path, 1, steps)
     assert losses == pytest.approx(expected, rel=1e-9, abs=0)
     # The curve is one that falls, not one that stands still and is equal for that reason.
     assert losses[steps] < 0.999 * losses[1]
@@ -135,11 +106,11 @@ def test_killed_workers_of_two_agents_are_started_again_ten_times(tmp_path, port
         for each in (first, second):
             _, err = each.communicate(timeout=PATIENCE_SECONDS)
             assert each.returncode == 0, err
-    sizes = run.world_sizes()
+    sizes = run.groups()
     assert len(sizes) > kills
     assert set(sizes) == {2}
     # On the same number of workers the same bits.
-    assert run.losses() == undisturbed(tmp_path / "undisturbed", 2, epochs)
+    assert run.losses() == expected_losses(tmp_path, 2, epochs)
 
 
 def test_without_the_agent_that_hosts_the_store_the_launch_ends_and_can_be_repeated(tmp_path, port):
@@ -156,5 +127,5 @@ def test_without_the_agent_that_hosts_the_store_the_launch_ends_and_can_be_repea
     with agent(port, "1:2", tmp_path, "train.epochs=12") as again:
         _, err = again.communicate(timeout=PATIENCE_SECONDS)
     assert again.returncode == 0, err
-    assert run.world_sizes() == [2, 1]
+    assert run.groups() == [2, 1]
     assert sorted(run.losses()) == list(range(1, 13))

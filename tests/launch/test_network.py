@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from subprocess import Popen
-from typing import Any
 
 import pytest
 
-from syncnorm.train.metrics import read_events
 from tests.launch import commands, ray_cluster
+from tests.launch.record import Run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wire"}
@@ -107,19 +106,8 @@ def agents(machines, tmp_path) -> Iterator[tuple[Popen[str], Popen[str]]]:
         commands.started(agent(machines, 1), tmp_path, ENVIRONMENT) as second,
     ):
         both = (first, second)
-        wait_until(lambda: count_steps(tmp_path) >= 3, both)
+        wait_until(lambda: len(Run(tmp_path).events("step")) >= 3, both)
         yield both
-
-
-def count_steps(folder: Path) -> int:
-    return len(events_of(folder, "step"))
-
-
-def events_of(folder: Path, *kinds: str) -> list[dict[str, Any]]:
-    """Of the only run below a folder, if it is there yet."""
-    records = list(folder.glob("runs/*/metrics.jsonl"))
-    assert len(records) <= 1, records
-    return [event for each in records for event in read_events(each)[0] if event["event"] in kinds]
 
 
 def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> None:
@@ -147,10 +135,10 @@ def test_a_wire_that_is_cut_for_longer_than_the_limit_ends_in_a_restart(machines
     for each in agents:
         _, err = each.communicate(timeout=PATIENCE_SECONDS)
         assert each.returncode == 0, err
-    starts = events_of(tmp_path, "start")
+    starts = Run(tmp_path).events("start")
     assert [start["world_size"] for start in starts] == [2, 2]
     assert starts[1]["step"] > 0
-    assert {event["step"] for event in events_of(tmp_path, "step")} == set(range(1, EPOCHS + 1))
+    assert {event["step"] for event in Run(tmp_path).events("step")} == set(range(1, EPOCHS + 1))
 
 
 def test_a_wire_that_stays_cut_ends_in_errors_with_names(machines, agents):
@@ -204,7 +192,7 @@ def test_a_node_of_ray_behind_a_cut_wire_is_done_without_and_comes_back(machines
 
     def workers() -> int | None:
         """How many there are in the last group that has made a step."""
-        record = events_of(tmp_path, "start", "step")
+        record = Run(tmp_path).events("start", "step")
         began = [
             first["world_size"] for first, second in pairwise(record) if first["event"] == "start" != second["event"]
         ]
@@ -223,5 +211,5 @@ def test_a_node_of_ray_behind_a_cut_wire_is_done_without_and_comes_back(machines
         wait_until(lambda: workers() == 2, [head, third])
         stopped = call(machines, tmp_path, "stop", "wire", "--json")
     assert json.loads(stopped.stdout)["exit_code"] == 75, stopped.stderr
-    steps = [event["step"] for event in events_of(tmp_path, "step")]
+    steps = [event["step"] for event in Run(tmp_path).events("step")]
     assert set(steps) == set(range(1, max(steps) + 1))

@@ -16,9 +16,9 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[r
 
 from ray.job_submission import JobSubmissionClient
 
-from syncnorm.train.metrics import read_events
 from tests.launch import commands
 from tests.launch.ray_cluster import PATIENCE_SECONDS, Cluster, end, local_cluster, wait_until
+from tests.launch.record import Run, undisturbed
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -28,30 +28,9 @@ ELASTIC = ["digits", "train.dtype=float64", "train.global_batch=1437", "train.sc
 ELASTIC += ["train.schedule.warmup=0", "train.lr=0.02", "checkpoint.every=1"]
 
 
-class Run:
-    """A run's record, at any time."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def events(self, *kinds: str) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        return [event for event in read_events(path)[0] if event["event"] in kinds] if path.exists() else []
-
-    def groups(self) -> list[int]:
-        return [event["world_size"] for event in self.events("start")]
-
-    def losses(self) -> dict[int, float]:
-        return {event["step"]: event["loss"] for event in self.events("step")}
-
-    def wait_for_group(self, count: int, steps: int = 3) -> None:
-        """Wait until at least so many groups of workers have been, and the last has made some steps."""
-
-        def is_so() -> bool:
-            kinds = [event["event"] for event in self.events("start", "step")]
-            return kinds.count("start") >= count and kinds[::-1].index("start") >= steps
-
-        wait_until(is_so)
+def wait_for_group(run: Run, count: int, steps: int = 3) -> None:
+    """Wait until at least so many groups of workers have been, and the last has made some steps."""
+    wait_until(lambda: run.has_group(count, steps))
 
 
 class Clock:
@@ -91,50 +70,42 @@ def call(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.Complete
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def undisturbed(folder: Path, *options: str) -> dict[int, float]:
-    folder.mkdir()
-    with commands.started([*commands.SYNCNORM, "train", *options], folder) as process:
-        out, err = process.communicate(timeout=3 * PATIENCE_SECONDS)
-    assert process.returncode == 0, err
-    return Run(folder / out.splitlines()[-1]).losses()
-
-
 def wait_for_end(cluster: Cluster, name: str) -> None:
     client = JobSubmissionClient(cluster.address)
     wait_until(lambda: client.get_job_info(name).status.is_terminal())
 
 
 def test_a_fixed_number_of_workers_comes_through_with_the_same_bits(tmp_path):
-    run, clock = Run(tmp_path / "runs" / "drill"), Clock()
+    run, clock, folder = Run(tmp_path), Clock(), tmp_path / "runs" / "drill"
     submit = ["submit", *FIXED, "--id", "drill"]
     with local_cluster(cpus=1) as cluster:
         clock.tell("cluster up")
         clock.begin()
         assert call(cluster, tmp_path, *submit, "--no-wait").returncode == 0
-        run.wait_for_group(1)
+        wait_for_group(run, 1)
         clock.tell("submitted to training")
 
         clock.begin()
-        os.kill(holder(run.folder / "logs" / "rank-1.log"), signal.SIGKILL)
-        run.wait_for_group(2)
+        os.kill(holder(folder / "logs" / "rank-1.log"), signal.SIGKILL)
+        wait_for_group(run, 2)
         clock.tell("worker killed to training again")
 
         clock.begin()
-        for driver in list(processes("syncnorm.run.ray_train", str(run.folder))):
+        for driver in list(processes("syncnorm.run.ray_train", str(folder))):
             os.kill(driver, signal.SIGKILL)
         wait_for_end(cluster, "drill")
         assert call(cluster, tmp_path, *submit, "--no-wait").returncode == 0
-        run.wait_for_group(3)
+        wait_for_group(run, 3)
         clock.tell("driver killed, submitted again, to training")
 
         clock.begin()
         assert call(cluster, tmp_path, "stop", "drill").returncode == 0
         clock.tell("stopped and saved")
-        note = json.loads((run.folder / "exit.json").read_text())
+        note = json.loads((folder / "exit.json").read_text())
         assert note["exit_code"] == 75
         clock.begin()
         assert call(cluster, tmp_path, *submit, "--no-wait").returncode == 0
-        run.wait_for_group(4)
+        wait_for_group(run, 4)
         clock.tell("submitted again to training")
         assert run.events("start")[-1]["step"] == note["step"]
         for node in cluster.nodes:
@@ -145,7 +116,7 @@ def test_a_fixed_number_of_workers_comes_through_with_the_same_bits(tmp_path):
         assert done.returncode == 0, done.stderr
         clock.tell("all of the cluster killed, another one, submitted again, to the end")
     assert run.groups() == [2] * 5
-    assert run.losses() == undisturbed(tmp_path / "undisturbed", *FIXED)
+    assert run.losses() == undisturbed(tmp_path / "undisturbed", FIXED, 3 * PATIENCE_SECONDS)
 
 
 def node_id(cluster: Cluster, ip: str) -> str:
@@ -165,22 +136,22 @@ def drain(cluster: Cluster, node: str, seconds: int) -> None:
 
 
 def test_nodes_go_and_come_and_no_notice_costs_a_step(tmp_path):
-    run, clock = Run(tmp_path / "runs" / "drill"), Clock()
+    run, clock = Run(tmp_path), Clock()
     submit = ["submit", *ELASTIC, "train.epochs=100000", "launch.workers=[1, 2]", "--id", "drill"]
     with local_cluster(cpus=1) as cluster:
         assert call(cluster, tmp_path, *submit, "--no-wait").returncode == 0
-        run.wait_for_group(1)
+        wait_for_group(run, 1)
         assert run.groups() == [2]
 
         clock.begin()
         os.killpg(cluster.nodes[1].process.pid, signal.SIGKILL)
-        run.wait_for_group(2)
+        wait_for_group(run, 2)
         clock.tell("node killed to training on what is left")
         assert run.groups()[-1] == 1
 
         clock.begin()
         returned = cluster.add_node("127.0.0.4", cpus=1)
-        run.wait_for_group(3)
+        wait_for_group(run, 3)
         clock.tell("another node to training on both")
         assert run.groups()[-1] == 2
         # The workers were told, and have saved.
@@ -191,7 +162,7 @@ def test_nodes_go_and_come_and_no_notice_costs_a_step(tmp_path):
         stops = len(run.events("stop"))
         wait_until(lambda: len(run.events("stop")) >= max(stops, 2))
         clock.tell("notice to saved")
-        run.wait_for_group(4)
+        wait_for_group(run, 4)
         clock.tell("notice to training on what is left")
         assert run.groups()[-1] == 1
         assert run.events("start")[-1]["step"] == run.events("stop")[-1]["step"]
@@ -201,7 +172,8 @@ def test_nodes_go_and_come_and_no_notice_costs_a_step(tmp_path):
     losses = run.losses()
     steps = max(losses)
     assert sorted(losses) == list(range(1, steps + 1))
-    expected = undisturbed(tmp_path / "undisturbed", *ELASTIC, f"train.epochs={steps}", "launch.workers=1")
+    options = [*ELASTIC, f"train.epochs={steps}", "launch.workers=1"]
+    expected = undisturbed(tmp_path / "undisturbed", options, 3 * PATIENCE_SECONDS)
     assert losses == pytest.approx(expected, rel=1e-9, abs=0)
     assert losses[steps] < 0.999 * losses[1]
 
@@ -210,7 +182,7 @@ def test_a_job_that_waits_for_its_place_can_be_stopped(tmp_path):
     with local_cluster(nodes=1, cpus=1) as cluster:
         endless = ["submit", "digits", "train.epochs=100000", "launch.workers=1"]
         assert call(cluster, tmp_path, *endless, "--id", "first", "--no-wait").returncode == 0
-        Run(tmp_path / "runs" / "first").wait_for_group(1)
+        wait_for_group(Run(tmp_path, "first"), 1)
         assert call(cluster, tmp_path, *endless, "--id", "second", "--no-wait").returncode == 0
         # Ray Train makes it before it looks for a place.
         wait_until((tmp_path / "runs" / "second" / "ray").exists)
@@ -245,7 +217,7 @@ def test_a_cluster_that_wants_a_token(tmp_path):
 
         # The mode need not be given with the token.
         with commands.started(submit, tmp_path, {"RAY_AUTH_TOKEN_PATH": str(token)}) as process:
-            Run(tmp_path / "runs" / "secret").wait_for_group(1)
+            wait_for_group(Run(tmp_path), 1)
             assert not list(processes(TOKEN))
             out, err = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, err
