@@ -61,3 +61,12 @@ def wait_while_alive(condition: Callable[[], bool], processes: Sequence[subproce
             except subprocess.TimeoutExpired:
                 continue
             raise AssertionError(f"a process ended with status {each.returncode}: {each.communicate()[1]}")
+
+
+def holder(path: Path) -> int:
+    """The process that has a file open."""
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):
+            if link.readlink() == path:
+                return int(link.parts[2])
+    raise AssertionError(f"nobody has {path} open")

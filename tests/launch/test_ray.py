@@ -1,6 +1,5 @@
 """Jobs on a real Ray cluster of two nodes."""
 
-import contextlib
 import json
 import os
 import re
@@ -81,16 +80,6 @@ def curve(run: Path) -> dict[int, float]:
 
 def last_step(run: Path) -> int:
     return max((event["step"] for event in events(run, "step")), default=0) if (run / "metrics.jsonl").exists() else 0
-
-
-def process_of(run: Path, rank: int) -> int:
-    """The process that a worker's log is open in."""
-    log = str(run / "logs" / f"rank-{rank}.log")
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if str(link.readlink()) == log:
-                return int(link.parts[2])
-    raise AssertionError(f"no process has {log} open")
 
 
 def jobs(call) -> dict[str, dict]:
@@ -210,7 +199,7 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(call, tmp_path
     submit = ["submit", *LONGER, "launch.workers=2", "--id", "killed"]
     assert call(*submit, "--no-wait").code == 0
     wait_until(lambda: last_step(run) >= 25)
-    os.kill(process_of(run, 1), signal.SIGKILL)
+    os.kill(commands.holder(run / "logs" / "rank-1.log"), signal.SIGKILL)
     done = call(*submit)
     assert done.code == 0, done.err
     starts = [event["step"] for event in events(run, "start")]

@@ -55,15 +55,6 @@ def processes(*words: str) -> Iterator[int]:
                 yield int(entry.name)
 
 
-def holder(path: Path) -> int:
-    """The process that has a file open."""
-    for link in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if link.readlink() == path:
-                return int(link.parts[2])
-    raise AssertionError(f"nobody has {path} open")
-
-
 def call(cluster: Cluster, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     with cluster.started(*arguments, folder=folder) as process:
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
@@ -86,7 +77,7 @@ def test_a_fixed_number_of_workers_comes_through_with_the_same_bits(tmp_path):
         clock.tell("submitted to training")
 
         clock.begin()
-        os.kill(holder(folder / "logs" / "rank-1.log"), signal.SIGKILL)
+        os.kill(commands.holder(folder / "logs" / "rank-1.log"), signal.SIGKILL)
         wait_for_group(run, 2)
         clock.tell("worker killed to training again")
 
