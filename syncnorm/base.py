@@ -202,7 +202,6 @@ class SyncNorm(_BatchNorm):
         self.freeze: Freeze | None = None
         """Set while forwards must leave no trace."""
         self._has_warned = False
-        self._newest: Call | None = None
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
         """Those that checkpoints may repeat."""
 
@@ -307,16 +306,18 @@ class SyncNorm(_BatchNorm):
     def _new_call(self, local: LocalSums) -> Call:
         """Remember what this forward sees, if that is more than the batch; no exchange has been made."""
         call = Call(local.sums, self._before(), is_frozen=self.freeze is not None)
-        if (call.before is not None or self.sync == "lagged") and not torch.compiler.is_compiling():
-            self._newest = call
-            if ops.may_be_repeated():
-                self._calls.append(call)
+        depends_on_more = call.before is not None or self.sync == "lagged"
+        if depends_on_more and not torch.compiler.is_compiling() and ops.may_be_repeated():
+            self._calls.append(call)
         return call
 
     def _find_call(self, local: LocalSums) -> Call:
         """The call that the present one repeats: the newest with the same local sums that was not repeated yet."""
-        if len(self._calls) <= 1:
-            return self._calls[0] if self._calls else self._newest or Call(local.sums)
+        if not self._calls:
+            # Repeated in a way that is not known: the last one.
+            return self.seen[0] if self.seen is not None else Call(local.sums)
+        if len(self._calls) == 1:
+            return self._calls[0]
         task, calls = ops.backward_pass(), list(reversed(self._calls))
         # Bit by bit: what is not a number equals itself.
         bits = torch.stack([call.sums for call in calls]).view(torch.int64) == local.sums.view(torch.int64)
@@ -334,7 +335,7 @@ class SyncNorm(_BatchNorm):
 
     def __getstate__(self) -> dict[str, Any]:
         # What awaits a backward pass awaits it of this object, not of a copy.
-        return {**self.__dict__, "_calls": deque(maxlen=_REMEMBERED_CALLS), "_newest": None}
+        return {**self.__dict__, "_calls": deque(maxlen=_REMEMBERED_CALLS)}
 
     def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
         """What `Call.before` holds."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import socket
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 
-from syncnorm.comm import exchange, which
+from syncnorm.comm import exchange, naming, which
 from syncnorm.comm.which import ForSamples, Ranks, Rule
 from syncnorm.errors import InputError
 
@@ -328,11 +327,7 @@ def make_all(parts: Sequence[Part], parent: Group) -> None:
 
 
 def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
-    """Make the group of some ranks, which alone call; nothing for a single one.
-
-    torch names such a group by its ranks and a number: from 2.15 on by how many groups have been made, before by how
-    many this rank is in. Either may differ between the members, who would wait for each other under different names.
-    """
+    """Make the group of some ranks, which alone call; nothing for a single one."""
     which.parts(rule, dist.get_world_size())
     if dist.get_rank() not in rule.members:
         raise InputError(
@@ -342,51 +337,13 @@ def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
     if len(rule.members) == 1:
         return
     backend = dist.get_backend_config(parent)
-    with _counting_from(_FIRST_NUMBER + _count_among(rule)):
-        if isinstance(kept, Given) and kept.group is parent and not _is_named_by_count():
-            _even_out(parent)
+    among = parent if isinstance(kept, Given) and kept.group is parent else None
+    with naming.alike(rule.members, among, device_for(parent)):
         group = dist.new_group(
             list(rule.members), timeout=_timeout(parent), backend=backend, use_local_synchronization=True
         )
     assert isinstance(group, Group)
     _workers().made[backend, rule.members] = group
-
-
-# More groups than are ever made among all ranks.
-_FIRST_NUMBER = 10**9
-
-
-@contextmanager
-def _counting_from(number: int) -> Iterator[None]:
-    """Have torch number groups from here on, and as before afterwards: all ranks count those of all ranks alike."""
-    # Not documented, nor is what follows, and there is no other way to ask; a test notices if it changes.
-    world = dist.distributed_c10d._world
-    before, world.group_count = world.group_count, number
-    try:
-        yield
-    finally:
-        world.group_count = before
-
-
-def _count_among(rule: Ranks) -> int:
-    """How many groups there are of just these ranks, which all of them know."""
-    return sum(tuple(sorted(ranks)) == rule.members for ranks in dist.distributed_c10d._world.pg_group_ranks.values())
-
-
-def _is_named_by_count() -> bool:
-    """Whether the number in a group's name is that of the groups that have been made."""
-    name = dist.distributed_c10d._hash_ranks_to_str([0])
-    with _counting_from(0):
-        return name != dist.distributed_c10d._hash_ranks_to_str([0])
-
-
-def _even_out(parent: Group) -> None:
-    """Have the members of `parent` be in equally many groups, those in fewer by groups of their own alone."""
-    number = len(dist.distributed_c10d._world.pg_names)
-    message = torch.full((1,), number, dtype=torch.float64, device=device_for(parent))
-    most = int(exchange.gather(message, parent, "agreement").max())
-    for _ in range(most - number):
-        dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
 
 def _machines() -> list[str]:

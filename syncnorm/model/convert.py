@@ -16,6 +16,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert_refuse import born_reason, reason, scripted, wrapped
+from syncnorm.model.ddp import let_broadcast
 from syncnorm.model.origin import LazySyncNorm, Request, become, go_back, origin_of
 from syncnorm.model.running import PooledRunning
 
@@ -160,15 +161,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     for layer in layers:
         go_back(layer, to)
     _forget_pools(module)
-    left = [
-        name
-        for name in getattr(module, "_ddp_params_and_buffers_to_ignore", ())
-        if name.removeprefix("_orig_mod.") not in ignored
-    ]
-    if left:
-        module._ddp_params_and_buffers_to_ignore = left  # pyright: ignore[reportArgumentType]
-    else:
-        module.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+    let_broadcast(module, ignored)
     return module
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection, Mapping
 
 import torch
 import torch.distributed as dist
@@ -65,22 +66,31 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
     return model
 
 
-def _keep_from_ddp(model: nn.Module, ours: dict[str, SyncNorm]) -> None:
+def _keep_from_ddp(model: nn.Module, ours: Mapping[str, nn.Module]) -> None:
     """Tell DistributedDataParallel not to broadcast the buffers of our layers; those that were ours once, it may."""
-    names = {f"{name}.{key}".lstrip(".") for name, m in ours.items() for key, _ in m.named_buffers(recurse=False)}
-    others = {
-        f"{name}.{key}".lstrip(".")
-        for name, m in model.named_modules()
-        if isinstance(m, _BatchNorm) and name not in ours
-        for key, _ in m.named_buffers(recurse=False)
-    }
+    batch_norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
+    let_broadcast(model, _buffer_names({name: m for name, m in batch_norms.items() if name not in ours}))
+    names = _buffer_names(ours)
     # The names that torch.compile's wrapper gives them, which passes on the attribute.
     names |= {f"_orig_mod.{name}" for name in names}
-    before = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     # The attribute that DistributedDataParallel reads; a test notices if that changes.
     model._ddp_params_and_buffers_to_ignore = sorted(  # pyright: ignore[reportArgumentType]
-        names | {name for name in before if name.removeprefix("_orig_mod.") not in others}
+        names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
     )
+
+
+def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
+    return {f"{name}.{key}".lstrip(".") for name, m in layers.items() for key, _ in m.named_buffers(recurse=False)}
+
+
+def let_broadcast(model: nn.Module, names: Collection[str]) -> None:
+    """Have DistributedDataParallel broadcast the buffers of these names, which prepare_ddp may have kept from it."""
+    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    left = [name for name in ignored if name.removeprefix("_orig_mod.") not in names]
+    if left:
+        model._ddp_params_and_buffers_to_ignore = left  # pyright: ignore[reportArgumentType]
+    else:
+        model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
 
 
 def _kind(layer: SyncNorm) -> str:
