@@ -358,8 +358,8 @@ class Player:
         return whole.split(list(call.sizes))[self.rank]
 
 
-_MOMENTS = ("moments", 2 * CHANNELS + 1)
-_GRADIENTS = ("gradients", 2 * CHANNELS)
+_MOMENTS = ("moments", 2 * CHANNELS + 2)
+_GRADIENTS = ("gradients", 2 * CHANNELS + 2)
 
 
 def _largest(t: Tensor) -> float:

@@ -80,7 +80,7 @@ class Immediate:
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         group = groups.statistics_group(layer.workers) if layer.sync == "batch" else None
-        return ops.pooled_statistic(local, group, layer.label)
+        return ops.pooled_statistic(local, group, layer.label, is_averaged=layer.is_prepared)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         layer.update_running(statistic.batch, layer.momentum)
@@ -190,6 +190,8 @@ class SyncNorm(_BatchNorm):
         self.lagged = options
         self.label = f"{type(self).__name__}({self.num_features})"
         """What errors call this layer; `prepare_ddp` makes it the name within the model."""
+        self.is_prepared = False
+        """Set by `prepare_ddp`: gradients are averaged over the workers."""
         if self.running_mean is not None and self.running_var is not None and self.running_mean.dtype in HALF_TYPES:
             self.running_mean, self.running_var = self.running_mean.float(), self.running_var.float()
         self.statistics = Immediate() if sync in ("batch", "none") else Unattached()

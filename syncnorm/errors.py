@@ -8,6 +8,7 @@ SyncnormError
 └── CheckpointError            a checkpoint is damaged, incomplete or no checkpoint at all
 
 SingleValueWarning (UserWarning)   a statistic was taken over a single value
+UnevenShardsWarning (UserWarning)  workers held unequally much of a batch, and the loss was not scaled for that
 """
 
 
@@ -40,3 +41,7 @@ class CheckpointError(SyncnormError):
 
 class SingleValueWarning(UserWarning):
     """A training statistic was taken over one value per channel, so the output is the bias."""
+
+
+class UnevenShardsWarning(UserWarning):
+    """Workers held unequally much of a batch, and `scale_loss` was not called before the backward pass."""

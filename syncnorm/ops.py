@@ -10,6 +10,7 @@ constant factors into `weight` and `bias` (batch renormalisation does) and needs
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.derivatives import ANCHOR, GradientMeans, Normalize
-from syncnorm.errors import FaultError
+from syncnorm.errors import FaultError, UnevenShardsWarning
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
 
@@ -64,11 +65,11 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             synchronisation; otherwise the output is NaN and the buffers keep still.
     """
     with torch.no_grad():
-        sums = local.sums.clone()
+        sums = local.sums
         if local.has_fault is not None:
             # A fault travels as a count of NaN: whether somebody has a mask is known to that worker alone.
-            sums[-1] = torch.where(local.has_fault, torch.nan, sums[-1])
-        exchange.sum_(sums, group, "moments", name)
+            sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
+        sums = exchange.sum_(sums, group, "moments", name)
         if torch.compiler.is_compiling():
             return sums
         is_looked_at = sums.device.type == "cpu" or guard.is_debug()
@@ -109,18 +110,59 @@ class PooledMeans:
     """The exact means over all workers of `group`.
 
     *Collectives*: one all-reduce of 2C numbers, one of 5C where the gradient is differentiated.
+
+    Args:
+        batch: the pooled moments.
+        group: the workers; None: this one.
+        name: the layer, for errors.
+        shard: whose unevenness to notice in the backward pass; None: nobody's.
     """
 
-    def __init__(self, batch: Moments, group: groups.Group | None, name: str = "") -> None:
+    def __init__(self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None) -> None:
         self.n = batch.n
         self.group = group
         self.name = name
+        self.shard = shard
 
     def __call__(self, local: Tensor) -> Tensor:
+        if self.shard is not None:
+            self.shard.check(self.n, groups.ranks(self.group), self.name)
         return exchange.sum_(local, self.group, "gradients", self.name) * reciprocal(self.n)
 
     def of_second(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
+
+
+class Shard:
+    """One worker's part of a batch, to notice losses that should have been scaled and were not.
+
+    DistributedDataParallel weights the workers equally, however much of the batch each holds.
+    """
+
+    has_warned = False
+    """Whether this process has said so. Once is enough."""
+
+    def __init__(self, count: Tensor) -> None:
+        self._count = count
+        self._scaled = exchange.sent["count"]
+
+    def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
+        """Warn, once, if the shards are uneven and no loss was scaled since the forward. Looked at on the CPU only."""
+        if Shard.has_warned or exchange.sent["count"] != self._scaled or isinstance(n, Tensor):
+            return
+        count = self._count.item()
+        if count * len(ranks) == n or not n > 0:
+            return
+        Shard.has_warned = True
+        warnings.warn(
+            f"workers should hold equal shards, or scale their losses: rank {groups.rank()} had {count:g} of {n:g} "
+            f"values per channel in {name!r} where each of {len(ranks)} equal shards has {n / len(ranks):g}, and "
+            "scale_loss was not called before the backward pass. DistributedDataParallel weights the workers equally, "
+            "so the gradient is not that of the whole batch. Add `loss = scale_loss(loss, len(x))`. A loss that is "
+            "weighted in another way needs nothing: filter this UnevenShardsWarning.",
+            UnevenShardsWarning,
+            stacklevel=2,
+        )
 
 
 class Statistic(NamedTuple):
@@ -132,10 +174,16 @@ class Statistic(NamedTuple):
     """Whether other workers take part, in the backward pass too."""
 
 
-def pooled_statistic(local: LocalSums, group: groups.Group | None, name: str) -> Statistic:
-    """The moments of the batch over all workers of `group`. *Collectives*: as `pooled_sums`."""
+def pooled_statistic(
+    local: LocalSums, group: groups.Group | None, name: str, *, is_averaged: bool = False
+) -> Statistic:
+    """The moments of the batch over all workers of `group`. *Collectives*: as `pooled_sums`.
+
+    With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven shards are noticed.
+    """
     batch = of_sums(pooled_sums(local, group, name))
-    return Statistic(batch, PooledMeans(batch, group, name), group is not None)
+    shard = Shard(local.sums[-1]) if is_averaged and group is not None and not torch.compiler.is_compiling() else None
+    return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 
 def normalize(

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm.comm import flight
 from syncnorm.errors import SyncnormError
 
 
@@ -222,6 +223,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvou
 
 def _call(message: bytes) -> Any:
     function, args = pickle.loads(message)  # noqa: S301 from our own parent
+    flight.forget_rooms()  # so that what travels does not depend on what was called before
     return function(*args)
 
 

@@ -1,12 +1,21 @@
 """The one kind of message: float64 numbers, summed over the workers of a group.
 
 Every exchange of the library passes through here, where it is counted and timed.
+
+A sum travels with its identity: behind the numbers stands one that is made of the layer's name and of what the message
+carries. The sum of equal identities is a multiple of each of them; that of unequal ones is none (but for a chance of
+about 1e-10), and every worker sees that alike. So workers that are in different layers, or in a forward and a backward
+pass, raise one error instead of pooling what does not belong together.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import math
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,11 +27,27 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from syncnorm.comm import guard
+from syncnorm.comm import flight as flights
+from syncnorm.comm import groups, guard
 from syncnorm.comm.flight import Flight
-from syncnorm.comm.signing import NO_DATA, Signing
+from syncnorm.comm.signing import NO_DATA, Signing, at_different_places
+from syncnorm.errors import ExchangeError
 
-__all__ = ["NO_DATA", "Exchange", "Pending", "Tally", "Total", "announcers", "gather", "record", "start_sum", "sum_"]
+__all__ = [
+    "NO_DATA",
+    "Exchange",
+    "Pending",
+    "Tally",
+    "Total",
+    "announcers",
+    "gather",
+    "make_room",
+    "record",
+    "sent",
+    "size_of",
+    "start_sum",
+    "sum_",
+]
 
 
 class Exchange(NamedTuple):
@@ -33,11 +58,13 @@ class Exchange(NamedTuple):
     gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is
     pooled, "join" of `join`; "no data" for a worker's answer there."""
     numel: int
-    """How many float64 numbers."""
+    """How many float64 numbers travel, identity and padding included (see `size_of`)."""
     seconds: float
     """How long the caller was held up (on CUDA: the time to enqueue it)."""
 
 
+sent: Counter[str] = Counter()
+"""How many exchanges this process has made, by kind."""
 _records: list[list[Exchange]] = []
 
 
@@ -108,33 +135,100 @@ class Named(NamedTuple):
     name: str
 
 
-def sum_(message: Tensor, group: dist.ProcessGroup | Named | None, kind: str, name: str = "") -> Tensor:
-    """Replace `message` (float64) by its sum over `group`, the same bits on every worker. None: nothing to do.
+def size_of(count: int, room: int = 0) -> int:
+    """The size of a message that carries `count` numbers: these, the identity, and padding.
 
-    *Collectives*: one all-reduce of `message.numel()` float64 numbers; every member of `group` must call. In code
-    that is being compiled the message goes out when the code runs.
+    The sums of a layer's forward (2C+1) and backward pass (2C) travel in the same size: backends that are given
+    messages of different sizes abort or hang, and nobody could say why.
 
     Args:
-        message: float64, left alone where it has gone.
+        count: how many numbers the message carries.
+        room: the least size over its group, see `make_room`.
+    """
+    return max(room, 2 * (count // 2 + 1))
+
+
+def make_room(group: dist.ProcessGroup | None, count: int) -> None:
+    """Have all sums over `group` travel in at least the size of one of `count` numbers.
+
+    Then workers that are in layers of different widths are told so, too. Every member must call, with the same count.
+    """
+    if group is not None:
+        line = flights.line_of(group)
+        line.room = max(line.room, size_of(count))
+
+
+def sum_(message: Tensor, group: dist.ProcessGroup | Named | None, kind: str, name: str = "") -> Tensor:
+    """The sum of `message` (float64) over `group`, the same bits on every worker. None: the message itself.
+
+    *Collectives*: one all-reduce of `size_of(message.numel(), room)` float64 numbers; every member of `group` must
+    call. In code that is being compiled the message goes out when the code runs.
+
+    Args:
+        message: float64, left as it is.
         group: the workers.
         kind: what it carries, see `Exchange`.
-        name: the layer, for errors.
+        name: the layer, for errors and for the identity.
 
     Raises:
-        ExchangeError: it broke, or in debug mode: a worker is somewhere else, or not there in time.
+        ExchangeError: it broke; or, on all workers alike, some of them sent something else. (On CUDA the latter is
+            looked at in debug mode only. Otherwise the sum is NaN.) In debug mode also: one is not there in time.
     """
     if group is None:
         return message
     if isinstance(group, Named):
-        return message.copy_(_sum(message, group.name, kind, name))
-    assert message.dtype == torch.float64
+        return _sum(message, group.name, kind, name)
     start = time.perf_counter()
-    flight = _begin("sum", message, group, kind, name)
+    flight, wire = _begin_sum(message, group, kind, name)
     with flight:
-        _wait(dist.all_reduce(message, group=group, async_op=guard.is_debug()))
-    flight.land(message)
-    _note(kind, message, start)
-    return message
+        _wait(dist.all_reduce(wire, group=group, async_op=guard.is_debug()))
+    flight.land(wire)
+    _note(kind, wire, start)
+    total, is_one = _open(wire, message, kind, name)
+    if not is_one:
+        raise_mixed(flight, group)
+    return total
+
+
+@functools.lru_cache(maxsize=4096)
+def _identity(kind: str, name: str, count: int) -> int:
+    """A number of 38 bits: the sum of equal ones is exact in float64 for up to 32768 workers."""
+    digest = hashlib.blake2b(f"{count} {kind} of {name}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 27 | 1 << 37
+
+
+def _begin_sum(message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> tuple[Flight, Tensor]:
+    """The message as it travels. One who only answers sends just zeros, whatever the others mean by it."""
+    assert message.dtype == torch.float64
+    count = message.numel()
+    if kind == NO_DATA:
+        wire = message
+    else:
+        tail = size_of(count, flights.line_of(group).room) - count
+        wire = torch.cat([message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))])
+    return _begin("sum", wire, group, kind, name, count), wire
+
+
+def _open(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, bool]:
+    """The sum of the messages, and whether all of them were of this kind and name, as far as is looked at."""
+    if kind == NO_DATA:
+        return wire, True
+    count = message.numel()
+    total, identity = wire[:count].view(message.shape), _identity(kind, name, count)
+    if wire.device.type == "cpu" or guard.is_debug():
+        return total, math.fmod(wire[-1].item(), identity) == 0
+    is_one = torch.remainder(wire[-1], identity) == 0
+    return torch.where(is_one, total, torch.nan), True
+
+
+def raise_mixed(flight: Flight, group: dist.ProcessGroup) -> None:
+    """Find out together who was in which exchange, and raise that everywhere.
+
+    *Collectives*: two all-gathers. Every worker whose sum over `group` was of different messages must call.
+    """
+    texts = gather_text(str(flight), group, "agreement", groups.device_for(group))
+    flights.count_anew(group)
+    raise ExchangeError(at_different_places(dict(zip(groups.ranks(group), texts, strict=True))))
 
 
 @torch.library.custom_op("syncnorm::sum", mutates_args=())
@@ -142,7 +236,8 @@ def _sum(message: Tensor, group: str, kind: str, name: str) -> Tensor:
     """`sum_` as an operator that a compiler puts into its graph: counted and timed when the graph runs."""
     from syncnorm.comm.groups import look_up  # which imports this module
 
-    return sum_(message.clone(), look_up(group), kind, name)
+    total = sum_(message, look_up(group), kind, name)
+    return total.clone() if total is message else total  # an operator's output is no input of it
 
 
 @_sum.register_fake
@@ -158,44 +253,49 @@ _sum.register_effect(EffectType.ORDERED)
 class Pending:
     """A sum under way. Copies and pickles as its result."""
 
-    def __init__(self, message: Tensor, flight: Flight | None) -> None:
+    def __init__(self, message: Tensor, wire: Tensor | None = None, flight: Flight | None = None) -> None:
         self._message = message
+        self._wire = wire
         self._flight = flight
+        self.mixed: Flight | None = None
+        """The exchange, if some workers sent something else: to be told to `raise_mixed`, once waited for."""
 
     def wait(self) -> Tensor:
         """The sum over the group; on CUDA ordered before what the current stream does next.
 
         Raises:
-            ExchangeError: as `sum_`.
+            ExchangeError: it broke.
         """
-        if self._flight is not None:
+        if self._flight is not None and self._wire is not None:
             start = time.perf_counter()
-            flight, self._flight = self._flight, None
+            (flight, self._flight), (wire, self._wire) = (self._flight, None), (self._wire, None)
             with flight:
                 _wait(flight.work)
-            flight.land(self._message)
+            flight.land(wire)
+            self._message, is_one = _open(wire, self._message, flight.kind, flight.name)
+            self.mixed = None if is_one else flight
             for tally in _tallies:
                 tally.add(flight.kind, 0, 0, time.perf_counter() - start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_message": self.wait(), "_flight": None}
+        return {"_message": self.wait(), "_wire": None, "_flight": None, "mixed": None}
 
 
 def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Pending:
-    """Begin to sum `message` (float64) over `group`; it must be left alone until waited for.
+    """Begin to sum `message` (float64) over `group`.
 
-    *Collectives*: one asynchronous all-reduce of `message.numel()` float64 numbers; every member must call.
+    *Collectives*: one asynchronous all-reduce of `size_of(message.numel(), room)` float64 numbers; every member must
+    call.
     """
     if group is None:
-        return Pending(message, None)
-    assert message.dtype == torch.float64
+        return Pending(message)
     start = time.perf_counter()
-    flight = _begin("sum", message, group, kind, name)
+    flight, wire = _begin_sum(message, group, kind, name)
     with flight:
-        flight.work = dist.all_reduce(message, group=group, async_op=True)
-    _note(kind, message, start)
-    return Pending(message, flight)
+        flight.work = dist.all_reduce(wire, group=group, async_op=True)
+    _note(kind, wire, start)
+    return Pending(message, wire, flight)
 
 
 def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Tensor:
@@ -203,7 +303,7 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
     if group is None:
         return message.unsqueeze(0)
     start = time.perf_counter()
-    flight = _begin("gather", message, group, kind, name)
+    flight = _begin("gather", message, group, kind, name, message.numel())
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     with flight:
         _wait(dist.all_gather(parts, message, group=group, async_op=guard.is_debug()))
@@ -227,10 +327,10 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
     return [bytes(row.tolist()).rstrip(b"\0")[:-1].decode() for row in rows]
 
 
-def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> Flight:
+def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str, count: int) -> Flight:
     for announce in announcers:
         announce(op, message, group)
-    flight = Flight(message, group, kind, name)
+    flight = Flight(message.numel(), group, kind, name, count)
     if guard.is_debug():
         flight.signing = Signing(flight, group)
         with flight:
@@ -250,6 +350,7 @@ def _wait(work: dist.Work | None) -> None:
 
 
 def _note(kind: str, message: Tensor, start: float) -> None:
+    sent[kind] += 1
     done = Exchange(kind, message.numel(), time.perf_counter() - start)
     for exchanges in _records:
         exchanges.append(done)

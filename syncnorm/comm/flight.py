@@ -43,6 +43,8 @@ class Line:
         self.calls: Counter[tuple[str, str]] = Counter()
         self.signed = 0
         """How many exchanges were agreed upon (debug mode)."""
+        self.room = 0
+        """The least size of a sum over the group (see `syncnorm.comm.exchange.make_room`)."""
 
     @property
     def margin_seconds(self) -> float:
@@ -50,6 +52,20 @@ class Line:
 
 
 _lines: weakref.WeakKeyDictionary[dist.ProcessGroup, Line] = weakref.WeakKeyDictionary()
+
+
+def line_of(group: dist.ProcessGroup) -> Line:
+    """What is known of the exchanges over `group`."""
+    line = _lines.get(group)
+    if line is None:
+        line = _lines[group] = Line(group)
+    return line
+
+
+def forget_rooms() -> None:
+    """Have sums over all groups travel in their own sizes again: the models that asked for room are gone."""
+    for line in _lines.values():
+        line.room = 0
 
 
 def count_anew(group: dist.ProcessGroup) -> None:
@@ -62,22 +78,22 @@ class Flight:
     """One exchange of this process.
 
     Args:
-        message: what is sent.
+        size: how many numbers are sent.
         group: over which group.
-        kind: what it carries.
+        kind: what they carry.
         name: the layer, or whatever else is exchanged for.
+        count: how many of them that takes.
     """
 
-    def __init__(self, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> None:
-        line = _lines.get(group)
-        if line is None:
-            line = _lines[group] = Line(group)
+    def __init__(self, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int) -> None:
+        line = line_of(group)
         line.calls[kind, name] += 1
         self.line = line
         self.kind = kind
         self.name = name
         self.call = line.calls[kind, name]
-        self.numel = message.numel()
+        self.size = size
+        self.count = count
         self.began = time.monotonic()
         self.is_told = False
         self.work: dist.Work | None = None
@@ -127,14 +143,14 @@ class Flight:
         ) from error
 
     def __str__(self) -> str:
-        return describe(self.kind, self.name, self.call, self.numel)
+        return describe(self.kind, self.name, self.call, self.count)
 
 
-def describe(kind: str, name: str, call: int, numel: int) -> str:
+def describe(kind: str, name: str, call: int, count: int) -> str:
     """Where a worker is, in words."""
     phase = {"moments": "training forward, ", "gradients": "backward, "}.get(kind, "")
     where = f"call {call} of {name!r}" if name else f"call {call}"
-    return f"{where} ({phase}{kind}, {numel} float64)"
+    return f"{where} ({phase}{kind}, {count} float64)"
 
 
 _flights: deque[Flight] = deque(maxlen=_KEPT)

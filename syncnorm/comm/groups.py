@@ -104,6 +104,11 @@ def _check_live(group: Group) -> Group:
     return group
 
 
+def rule_of(kept: Kept) -> Rule | Outside:
+    """The workers that are meant, as something that can be compared."""
+    return kept.rule if isinstance(kept, Given) else kept or "world"
+
+
 def given(kept: Kept) -> Spec:
     """What the user gave; of an unpickled group its `Ranks`."""
     if isinstance(kept, Outside):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -36,10 +36,13 @@ class Signature(NamedTuple):
     kind: str
     name: str
     call: int
-    numel: int
+    count: int
+    """How many numbers it carries."""
+    size: int
+    """How many travel."""
 
     def __str__(self) -> str:
-        return describe(*self)
+        return describe(*self[:4])
 
 
 class Signing:
@@ -69,7 +72,7 @@ class Signing:
                 raise ExchangeError(self._world.get(_VERDICT).decode())
             self._forget_earlier()
             flight = self._flight
-            mine = Signature(flight.kind, flight.name, flight.call, flight.numel)
+            mine = Signature(flight.kind, flight.name, flight.call, flight.count, flight.size)
             self._store.set(self._key("is", groups.rank()), json.dumps(mine))
             decision = self._store.compare_set(self._key("decision"), "", self._judge()).decode()
             if decision != _GO:
@@ -117,15 +120,11 @@ class Signing:
         return self._complain(at, [rank for rank in self._members if rank not in at])
 
     def _complain(self, at: dict[int, Signature], missing: list[int]) -> str:
-        places = [f"{_ranks([r for r in at if at[r] == place])} at {place}" for place in dict.fromkeys(at.values())]
+        late = []
         for rank in missing:
             last = f"last at {self._signature(rank, self._number - 1)}" if self._number else "at none before"
-            places.append(f"rank {rank} not there within {self.patience_seconds:g} s ({last})")
-        return (
-            f"workers must make the same exchanges in the same order, got {', '.join(places)}. Look at what differs "
-            "there: a layer skipped or called once more, evaluation mode, another number of channels or batches, an "
-            "error, a worker that ended or is slow."
-        )
+            late.append(f"rank {rank} not there within {self.patience_seconds:g} s ({last})")
+        return at_different_places({rank: str(place) for rank, place in at.items()}, late)
 
     def _who(self, what: str) -> list[int]:
         return [rank for rank in self._members if self._store.check([self._key(what, rank)])]
@@ -165,13 +164,28 @@ class Signing:
         return _key(self._number, what, rank)
 
 
+def at_different_places(at: dict[int, str], late: Sequence[str] = ()) -> str:
+    """Words for workers that are in different exchanges.
+
+    Args:
+        at: of each rank, the exchange that it is in.
+        late: what to say of those who are in none.
+    """
+    places = [f"{_ranks([r for r in at if at[r] == place])} at {place}" for place in dict.fromkeys(at.values())]
+    return (
+        f"workers must make the same exchanges in the same order, got {', '.join([*places, *late])}. Look at what "
+        "differs there: a layer skipped or called once more, evaluation mode, another number of channels or batches, "
+        "an error, a worker that ended or is slow."
+    )
+
+
 def _key(number: int, what: str, rank: int | None = None) -> str:
     return f"syncnorm/{number}/{what}" if rank is None else f"syncnorm/{number}/{what}/{rank}"
 
 
 def _are_alike(at: dict[int, Signature]) -> bool:
     """Whether it is one exchange. One who has no more data knows no more of it than its size."""
-    sizes = {place.numel for place in at.values()}
+    sizes = {place.size for place in at.values()}
     return len(sizes) == 1 and len({place for place in at.values() if place.kind != NO_DATA}) <= 1
 
 

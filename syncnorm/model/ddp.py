@@ -53,10 +53,10 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
         layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
-        layer.label = name or layer.label
+        layer.label, layer.is_prepared = name or layer.label, True
         layer.statistics.settle()
         if layer.sync != "none":
-            groups.statistics_group(layer.workers)
+            exchange.make_room(groups.statistics_group(layer.workers), 2 * layer.num_features + 1)
     _attach(model, ours)
     if among is None:
         return model
@@ -147,8 +147,8 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     if group is None:
         return loss
     # Filled rather than copied: a copy from the host would wait for a CUDA device.
-    total = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
-    exchange.sum_(total, group, "count", "scale_loss")
+    count = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
+    total = exchange.sum_(count, group, "count", "scale_loss")
     if local_count == 0:
         # The mean over nothing is NaN.
         return loss.nan_to_num(0.0) * 0.0

@@ -6,10 +6,10 @@ Nothing is changed and nothing exchanged: one worker may ask alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from syncnorm.base import Immediate, SyncNorm
-from syncnorm.comm import groups
+from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert_refuse import reason
@@ -120,8 +120,8 @@ def explain(
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> print(explain(model, torch.zeros(2, 3, 4, 4), world_size=4))
         layer  now          convert        sync   workers  samples  values  messages  bytes
-        1      BatchNorm2d  SyncBatchNorm  batch  4        8        32      2         264
-        a training step: 2 message(s), 264 bytes from each worker
+        1      BatchNorm2d  SyncBatchNorm  batch  4        8        32      2         288
+        a training step: 2 message(s), 288 bytes from each worker
 
     References:
         Li et al., Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift,
@@ -137,14 +137,18 @@ def explain(
     lints += [] if switch is None else [switch]
     lints += [] if loader is None else _sampler_lints(loader)
     world = world_size or len(groups.ranks(groups.live(None)))
-    rows, parts = [], []
-    for name, layer in layers.items():
+    rows, parts = [], {}
+    for number, (name, layer) in enumerate(layers.items()):
         shapes = None if seen is None else [shape for module, shape in seen if module is layer]
         part, row, faults = _explain(name, layer, shapes, model.training and not layer.training, world)
         rows.append(replace(row, between=(readings or {}).get(name, {}).get("between_share")))
-        parts += [] if part is None else [part]
+        parts |= {} if part is None else {number: part}
         lints += faults
-    return Explanation(rows, lints, *_totals(parts))
+    rooms = _rooms(parts.values())
+    for number, part in parts.items():
+        messages, numbers = _sent(part, rooms[part.rule])
+        rows[number] = replace(rows[number], messages=messages, bytes=8 * numbers)
+    return Explanation(rows, lints, *_totals(list(parts.values()), rooms))
 
 
 def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
@@ -157,8 +161,18 @@ def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
     ]
 
 
-# Of a layer that pools: its mode, how many workers take part, C, and its calls in a forward.
-_Part = tuple[str, int, int, int]
+class _Part(NamedTuple):
+    """What a layer that pools has to do with the messages of a step."""
+
+    sync: str
+    rule: groups.Rule | groups.Outside
+    workers: int
+    """How many take part."""
+    channels: int
+    calls: int
+    """In a forward."""
+
+
 _Shape = tuple[int, ...]
 
 
@@ -184,9 +198,8 @@ def _explain(
         row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), world))
     if group is None or not layer.num_features:
         return None, row, []
-    part = (sync, group, layer.num_features, 1 if shapes is None else len(shapes))
-    messages, numbers = _sent(part)
-    return part, replace(row, messages=messages, bytes=8 * numbers), []
+    calls = 1 if shapes is None else len(shapes)
+    return _Part(sync, groups.rule_of(kept), group, layer.num_features, calls), row, []
 
 
 def _class_name(layer: nn.Module) -> str:
@@ -208,22 +221,33 @@ def _schedule(layer: nn.Module) -> dict[str, Any]:
     return {"clock": int(layer.num_batches_tracked), "r_max": r_max.item(), "d_max": d_max.item()}
 
 
-def _sent(part: _Part) -> tuple[int, int]:
+def _rooms(parts: Iterable[_Part]) -> dict[Any, int]:
+    """Of each group the least size of a message, as `prepare_ddp` has it: that of the widest layer."""
+    rooms: dict[Any, int] = {}
+    for part in parts:
+        rooms[part.rule] = max(rooms.get(part.rule, 0), exchange.size_of(2 * part.channels + 1))
+    return rooms
+
+
+def _sent(part: _Part, room: int) -> tuple[int, int]:
     """A layer's own exchanges in a step, and its numbers in these and in those that it shares."""
-    sync, group, channels, calls = part
-    if group == 1:
+    if part.workers == 1:
         return 0, 0
-    if sync == "batch":
-        return 2 * calls, (4 * channels + 1) * calls
-    return 0, (2 * channels + 1) * (2 if sync == "lagged" else 1)
+    if part.sync == "batch":
+        return 2 * part.calls, 2 * part.calls * room
+    return 0, (2 * part.channels + 1) * (2 if part.sync == "lagged" else 1)
 
 
-def _totals(parts: list[_Part]) -> tuple[int, int]:
+def _totals(parts: list[_Part], rooms: Mapping[Any, int]) -> tuple[int, int]:
     """Of the model: what the layers send, and the flat messages of those that act together, with a number a worker."""
-    sent = [_sent(part) for part in parts]
-    flat = {(sync, group) for sync, group, _, _ in parts if group > 1 and sync in ("running", "lagged")}
-    messages = sum(m for m, _ in sent) + sum(2 if sync == "lagged" else 1 for sync, _ in flat)
-    return messages, 8 * (sum(n for _, n in sent) + sum(group for _, group in flat))
+    own = [_sent(part, rooms[part.rule]) for part in parts if part.sync == "batch"]
+    flat: dict[tuple[str, Any, int], int] = {}
+    for sync, rule, workers, channels, _ in parts:
+        if workers > 1 and sync in ("running", "lagged"):
+            flat[sync, rule, workers] = flat.get((sync, rule, workers), 0) + 2 * channels + 1
+    sizes = [exchange.size_of(n + workers, rooms[rule]) for (_, rule, workers), n in flat.items()]
+    sizes += [exchange.size_of(n, rooms[rule]) for (sync, rule, _), n in flat.items() if sync == "lagged"]
+    return sum(m for m, _ in own) + len(sizes), 8 * (sum(n for _, n in own) + sum(sizes))
 
 
 def _advice(row: Row, is_renorm: bool, world: int) -> str:

@@ -121,7 +121,7 @@ class PooledLagged(PooledRunning):
         averages: Averages = call.averages
         group, count, pooled = self.group, local.sums[-1], None
         if averages.waits:
-            batch = of_sums(exchange.sum_(local.sums.clone(), group, "moments", layer.label))
+            batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(batch, group, layer.label)
         else:
             # An average has no count of its own; any above 1 says that its variance is one.
@@ -142,7 +142,11 @@ class PooledLagged(PooledRunning):
     @untraced
     def _apply_sent_gradients(self) -> None:
         assert self._sent_gradients is not None
-        message, self._sent_gradients = self._sent_gradients.wait(), None
+        pending, self._sent_gradients = self._sent_gradients, None
+        message = pending.wait()
+        if pending.mixed is not None:
+            self._mixed = pending.mixed
+            return
         with torch.no_grad():
             for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
                 part = part.to(device_of(layer))

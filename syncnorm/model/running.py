@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from syncnorm import ops
 from syncnorm.base import Call, SyncNorm, Unattached
 from syncnorm.comm import exchange, groups, guard
+from syncnorm.comm.flight import Flight
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
@@ -70,6 +71,8 @@ class PooledRunning:
         self._handled: BaseException | None = None
         self._sent: Sent | None = None
         self._fault: str | None = None
+        self._mixed: Flight | None = None
+        """An exchange in which some workers sent something else, to be raised when all are there again."""
         for layer in layers.values():
             layer.statistics = self
 
@@ -105,6 +108,9 @@ class PooledRunning:
         (pending, momenta, members), self._sent = self._sent, None
         with torch.no_grad():
             message = pending.wait()
+            if pending.mixed is not None:
+                self._mixed = pending.mixed
+                return
             faults = message[-len(members) :]
             self._fault = self._describe(faults, members)
             if self._fault is None:
@@ -139,9 +145,13 @@ class PooledRunning:
 
         Raises:
             FaultError: some worker's data was at fault in the last one, known to all since its message arrived.
+            ExchangeError: some worker sent something else than the others, likewise.
         """
         self.settle()
         self.drop()
+        if self._mixed is not None and self.group is not None:
+            mixed, self._mixed = self._mixed, None
+            exchange.raise_mixed(mixed, self.group)
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise FaultError(fault)
@@ -222,7 +232,7 @@ class PooledRunning:
 
     def __getstate__(self) -> dict[str, object]:
         # A copy made within `accumulate` is not part of it.
-        return {**self.__dict__, "is_held": False, "_is_open": False, "_handled": None}
+        return {**self.__dict__, "is_held": False, "_is_open": False, "_handled": None, "_mixed": None}
 
     def _message(self, forward: Forward, members: list[int]) -> Tensor:
         """All sums, then one number for each worker: at which layer its data was at fault, if at any."""

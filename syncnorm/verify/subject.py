@@ -39,8 +39,8 @@ class Subject:
     Args:
         reference: `package:Class`, imported on each worker.
         accepted: arguments that its constructor takes, besides the number of channels.
-        claims: what it offers: names of such arguments, and "mask", "messages" (one of 2C+1 numbers forward, one of 2C
-            backward), "renorm", "double backward", "compile", "float32 statistics" (also of a half layer).
+        claims: what it offers: names of such arguments, and "mask", "messages" (one of at most 2C+2 numbers in
+            each direction), "renorm", "double backward", "compile", "float32 statistics" (also of a half layer).
     """
 
     reference: str

@@ -88,7 +88,7 @@ def _central_differences(f, x: torch.Tensor, step: float = 1e-5) -> torch.Tensor
 def test_no_further_message(pool, options):
     batch = Batch.random((6, 5, 4), torch.float32)
     for outcomes in run_steps(pool(3), [batch], (1, 0, 5), options):
-        assert outcomes[0].exchanges == [("moments", 2 * 5 + 1), ("gradients", 2 * 5)]
+        assert outcomes[0].exchanges == [("moments", 2 * 5 + 2), ("gradients", 2 * 5 + 2)]
 
 
 def _under_ddp(x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

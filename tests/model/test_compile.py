@@ -67,7 +67,7 @@ def _check_compiled(pool: Any, options: dict[str, Any], sizes: list[int], masked
     check_against_oracle(got, batches, sizes, options)
     for outcomes in got:
         for outcome in outcomes:
-            assert outcome.exchanges == [("moments", 2 * CHANNELS + 1), ("gradients", 2 * CHANNELS)]
+            assert outcome.exchanges == [("moments", 2 * CHANNELS + 2), ("gradients", 2 * CHANNELS + 2)]
 
 
 @pytest.mark.parametrize(("options", "sizes"), [({}, [0, 5]), (RENORM, [3, 4])], ids=str)
@@ -91,7 +91,7 @@ def _exchanges_where_some_need_gradients(needs_grad: list[bool]) -> list[tuple[s
 def test_compiled_workers_may_differ_in_whether_the_input_needs_a_gradient(pool):
     """A compiler leaves out what it finds no use for: without its mark the exchange would be missing on rank 1."""
     first, second = pool(2).run(_exchanges_where_some_need_gradients, [True, False])
-    assert first == second == [("moments", 2 * CHANNELS + 1), ("gradients", 2 * CHANNELS)]
+    assert first == second == [("moments", 2 * CHANNELS + 2), ("gradients", 2 * CHANNELS + 2)]
 
 
 def test_two_graphs_serve_all_batch_sizes_and_one_each_for_none_and_one():

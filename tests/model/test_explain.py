@@ -108,7 +108,7 @@ def test_other_numbers_of_workers():
     for spec, world_size, workers in ((None, 1, 1), (None, 8, 8), (2, 8, 2), (groups.for_samples(9, 4), 7, 3)):
         (row,) = explain(SyncBatchNorm(2, process_group=spec), x, world_size).rows
         assert (row.workers, row.samples, row.values) == (workers, 4 * workers, 12 * workers)
-        assert (row.messages, row.bytes) == ((0, 0) if workers == 1 else (2, 8 * 9))
+        assert (row.messages, row.bytes) == ((0, 0) if workers == 1 else (2, 8 * 12))
     (row,) = explain(SyncBatchNorm(2, process_group="node"), x, 8).rows
     assert (row.workers, row.values, row.messages) == (None, None, None), "nobody has said where the workers are"
     found = explain(SyncBatchNorm(2, process_group=3), x, 8)
@@ -338,10 +338,10 @@ def test_the_table():
     text = str(explain(model, torch.zeros(2, 3), world_size=2)).splitlines()
     names = "layer now convert sync workers samples values messages bytes clock r_max d_max advice"
     assert " ".join(text[0].split()) == names
-    assert text[1].split()[:9] == ["0", "BatchNorm1d", "SyncBatchNorm", "batch", "2", "4", "4", "2", "104"]
+    assert text[1].split()[:9] == ["0", "BatchNorm1d", "SyncBatchNorm", "batch", "2", "4", "4", "2", "128"]
     assert text[2].split()[9:12] == ["0", "1", "0"]
     assert text[3].split() == ["3", "GroupNorm", "unchanged"]
-    assert text[4] == "a training step: 4 message(s), 208 bytes from each worker"
+    assert text[4] == "a training step: 4 message(s), 256 bytes from each worker"
     assert text[5].startswith("! dropout at '1' runs before '2'")
     # Each column begins where its name does.
     assert text[1][text[0].index("workers")] == "2"

@@ -150,11 +150,12 @@ def test_two_messages_a_step_and_two_per_waiting_layer(pool, oracle):
     _, waits, _ = oracle
     for _, exchanges, _ in pool(3).run(_live, _data(20), (2, 6, 1)):
         for step, (record, waiting) in enumerate(zip(exchanges, waits, strict=True)):
-            flat = [("all moments", sum(2 * c + 1 for c in CHANNELS) + 3)]
-            moments = [("moments", 2 * c + 1) for c, w in zip(CHANNELS, waiting, strict=True) if w]
-            gradients = [("gradients", 2 * c) for c, w in zip(CHANNELS, waiting, strict=True) if w][::-1]
-            flat_gradients = [("all gradients", sum(2 * c + 1 for c in CHANNELS))]
-            assert record == moments + flat + [("count", 1)] + gradients + flat_gradients, step
+            room, together = 2 * max(CHANNELS) + 2, sum(2 * c + 1 for c in CHANNELS)
+            flat = [("all moments", exchange.size_of(together + 3))]
+            moments = [("moments", room)] * sum(waiting)
+            gradients = [("gradients", room)] * sum(waiting)
+            flat_gradients = [("all gradients", exchange.size_of(together))]
+            assert record == moments + flat + [("count", room)] + gradients + flat_gradients, step
 
 
 @pytest.mark.parametrize("sizes", [(9,), (2, 6, 1)], ids=str)
