@@ -36,7 +36,7 @@ class Signature(NamedTuple):
     kind: str
     name: str
     call: int
-    count: int
+    numel: int
     """How many numbers it carries."""
     size: int
     """How many travel."""
