@@ -23,7 +23,7 @@ from syncnorm.model.running import PooledRunning
 Select = str | Callable[[str, nn.Module], bool]
 
 # Facts of the layer that is converted, not options.
-_KEPT = ("num_features", "affine", "track_running_stats", "device", "dtype")
+_KEPT = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
 
 
 def convert(
