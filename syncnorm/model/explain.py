@@ -290,7 +290,8 @@ def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
     seen: list[tuple[nn.Module, _Shape]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        names = [name for name in kwargs if name != "mask"]
+        x = args[0] if args else kwargs[names[0]]
         seen.append((module, tuple(x.shape)))
 
     with ExitStack() as stack, torch.no_grad():

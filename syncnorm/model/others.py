@@ -45,8 +45,9 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
         return None
     return (
         f"`model` keeps running statistics in layers of its own, {_listed(layers)}: convert leaves them alone, each "
-        "worker has statistics of its own batches, and DistributedDataParallel overwrites them with rank 0's. Build "
-        "such layers on torch.nn.BatchNorm1d, 2d or 3d, or on syncnorm.functional.sync_batch_norm."
+        "worker has statistics of its own batches, and DistributedDataParallel overwrites them with rank 0's unless it "
+        "is told not to. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on "
+        "syncnorm.functional.sync_batch_norm."
     )
 
 

@@ -199,7 +199,7 @@ def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[No
         return ops.normalize(input, layer.weight, layer.bias, statistic, layer.eps, None)
 
     def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        keep(ops.local_sums(args[0] if args else kwargs["input"], None).sums)
+        keep(ops.local_sums(args[0] if args else next(iter(kwargs.values())), None).sums)
 
     is_plain = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(layer)
     hook = None if is_plain else layer.register_forward_pre_hook(look, with_kwargs=True)

@@ -72,7 +72,8 @@ def test_home_made_layers_are_named_once_by_each_who_leaves_them_alone(names):
     sentence = (
         "`model` keeps running statistics in layers of its own, '1' (HomeMade), '3.0' (HomeMade): convert leaves them "
         "alone, each worker has statistics of its own batches, and DistributedDataParallel overwrites them with rank "
-        "0's. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on syncnorm.functional.sync_batch_norm."
+        "0's unless it is told not to. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on "
+        "syncnorm.functional.sync_batch_norm."
     )
     found = explain(model, torch.zeros(6, 3), 2)
     assert found.lints == [sentence]
