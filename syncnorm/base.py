@@ -6,6 +6,7 @@ A layer asks its `statistics` what to normalise a batch by, and hands it what it
 
 from __future__ import annotations
 
+import inspect
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional, ops, traced
@@ -26,6 +27,11 @@ from syncnorm.ops import LocalSums, Statistic
 
 # So many calls of a layer that is checkpointed may come before the backward pass that repeats them.
 _REMEMBERED_CALLS = 64
+# fairscale's checkpoint wrapper sets track_running_stats to False in the forward that is made without gradients, to
+# leave the update to the repetition, and keeps its value here. Our layers update in that forward.
+_FAIRSCALES_BACKUP = "_track_running_stats_backup"
+# Whether torch's own layers may be without a bias: from 2.13 on.
+_TORCH_HAS_BIAS = "bias" in inspect.signature(_BatchNorm.__init__).parameters
 
 
 @dataclass
@@ -168,10 +174,14 @@ class SyncNorm(_BatchNorm):
         process_group: groups.Spec,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        *,
+        bias: bool,
         **options: Any,
     ) -> None:
         functional.check_hyperparameters(num_features, eps, momentum)
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # not by torch's argument, which old versions lack
+            self.register_parameter("bias", None)
         self.set_up(process_group, device, **options)
 
     def set_up(
@@ -207,8 +217,15 @@ class SyncNorm(_BatchNorm):
         self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
         """Those that checkpoints may repeat."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
+        """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only.
+
+        `input` is torch's name for x.
+        """
+        if x is None or input is not None:
+            x = functional.one_input(x, input)
         functional.check_input(x, self.num_features)
         weights = functional.expand_mask(mask, x)
         if not self.training:
@@ -247,7 +264,8 @@ class SyncNorm(_BatchNorm):
 
     def update_running(self, batch: Moments, momentum: float | None) -> None:
         """Move the running statistics towards those of `batch`, once. For those who own the layer's statistics."""
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
+        is_tracking = self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
+        if is_tracking and self.running_mean is not None and self.running_var is not None:
             factor = moments.average_factor(self.num_batches_tracked, batch, momentum)
             moments.update_running_mean_(self.running_mean, batch, factor)
             self._update_running_var(batch, factor)
@@ -267,6 +285,14 @@ class SyncNorm(_BatchNorm):
         _forget_and_fill(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def reset_parameters(self) -> None:
+        """Set weight, bias and the running statistics to their initial values."""
+        if self.affine and self.bias is None and not _TORCH_HAS_BIAS:
+            self.reset_running_stats()
+            nn.init.ones_(self.weight)
+        else:
+            super().reset_parameters()
+
     def reset_running_stats(self) -> None:
         """Set the running statistics (and the averages of `sync="lagged"`) to their initial values."""
         if "statistics" in self.__dict__:
@@ -278,7 +304,10 @@ class SyncNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         workers = "" if self.workers is None else f", process_group={self.workers!r}"
-        return f"{super().extra_repr()}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}{workers}"
+        theirs = super().extra_repr()
+        if self.affine and self.bias is None and not _TORCH_HAS_BIAS:
+            theirs += ", bias=False"
+        return f"{theirs}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}{workers}"
 
     @property
     def process_group(self) -> groups.Spec:

@@ -211,6 +211,16 @@ def evaluate(
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
 
 
+def one_input(x: Tensor | None, input: Tensor | None) -> Tensor:
+    """What a layer is given, by our name or by torch's."""
+    if x is not None and input is not None:
+        raise InputError("`x` must be given once, got `input` too. These are two names of one argument.")
+    given = input if x is None else x
+    if given is None:
+        raise InputError("`x` must be given, got None. Call the layer with a tensor of shape (N, C, *S).")
+    return given
+
+
 def check_input(x: Tensor, num_features: int | None) -> None:
     """Raise InputError unless x is a floating (N, C, *S) tensor with C = num_features."""
     if x.ndim < 2:

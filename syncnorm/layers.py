@@ -49,6 +49,7 @@ class SyncBatchNorm(SyncNorm):
         process_group: the workers to pool over; None: all of them. A group, or a rule such as "node" or 2: see
             `syncnorm.groups`.
         device, dtype: of parameters and buffers.
+        bias: whether an affine layer also learns the bias.
         sync: "batch" pools the statistics of each batch; "running" normalises by the local batch and pools the
             running statistics of all layers in one hidden exchange; "lagged" normalises by an average of pooled
             statistics one step old (a `Lagged` changes its rates and guard); "none" keeps everything local.
@@ -77,10 +78,11 @@ class SyncBatchNorm(SyncNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         sync: str | Lagged = "batch",
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, sync=sync
+            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias=bias, sync=sync
         )
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -110,7 +112,7 @@ class SyncBatchRenorm(SyncNorm):
     `torch.nn.BatchNorm1d/2d/3d`; a layer that loads one of a trained batch norm starts with that one's clock.
 
     Args:
-        num_features, eps, affine, process_group, device, dtype, sync: as for `SyncBatchNorm`.
+        num_features, eps, affine, process_group, device, dtype, bias, sync: as for `SyncBatchNorm`.
         momentum: weight of the new value in the running statistics; the paper's 0.01.
         track_running_stats: must be True; r and d refer to the running statistics.
         schedule: from the clock, an integer tensor (), to tensors (r_max, d_max); equal on all workers.
@@ -140,6 +142,7 @@ class SyncBatchRenorm(SyncNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         *,
+        bias: bool = True,
         schedule: Schedule = RenormSchedule(),  # noqa: B008 frozen
         running_average: str = "std",
         sync: str | Lagged = "batch",
@@ -158,6 +161,7 @@ class SyncBatchRenorm(SyncNorm):
             process_group,
             device,
             dtype,
+            bias=bias,
             sync=sync,
             schedule=schedule,
             running_average=running_average,
@@ -182,14 +186,22 @@ class SyncBatchRenorm(SyncNorm):
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """(r_max, d_max) of the next training step, float64, shape (); InputError if they are out of range."""
-        assert self.num_batches_tracked is not None
+        if self.num_batches_tracked is None:
+            raise self._without("num_batches_tracked")
         r_max, d_max = self.schedule(self.num_batches_tracked)
         return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
     def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        return self.running_mean.clone(), self.running_var.clone(), *self.bounds()
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
+            raise self._without("running_mean" if mean is None else "running_var")
+        return mean.clone(), var.clone(), *self.bounds()
+
+    def _without(self, name: str) -> InputError:
+        return InputError(
+            f"`{name}` must be there in training, got None in '{self.label}'. Renormalisation corrects towards the "
+            "running statistics. To normalise by the batch alone, convert(model, SyncBatchNorm) first."
+        )
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
         assert call.before is not None, "a repeated forward has a first one"

@@ -12,14 +12,16 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -194,8 +196,9 @@ class RankPool:
         for pipe in self._pipes:
             pipe.close()
         self._pipes = []
+        deadline = time.monotonic() + 2.0
         for process in self._processes:
-            process.join(timeout=0.5)
+            process.join(timeout=max(0.0, deadline - time.monotonic()))
             if process.is_alive():
                 process.kill()
                 process.join()
@@ -217,8 +220,18 @@ def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvou
         while True:
             message = pipe.recv_bytes()
             _answer(pipe, lambda message=message: _call(message))
-    # At an ordinary exit gloo's threads may outlive the interpreter and abort the process.
-    os._exit(0)
+    leave(0)
+
+
+def leave(status: int) -> NoReturn:
+    """End this process as a rank should: at an ordinary exit gloo's threads may outlive the interpreter and abort.
+
+    What multiprocessing has to release is released before: torch's compiler, for one, leaves a semaphore.
+    """
+    util._run_finalizers(0)  # pyright: ignore[reportAttributeAccessIssue] undocumented, and tested
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _call(message: bytes) -> Any:

@@ -13,6 +13,7 @@ from torch import nn
 from syncnorm.base import Call, StatisticsSource, SyncNorm
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments, merge
+from syncnorm.model.others import check_covers
 from syncnorm.model.running import PooledRunning
 from syncnorm.ops import LocalSums, Statistic
 
@@ -69,7 +70,11 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         model: the model whose layers are meant; one given to prepare_ddp if it has "running" or "lagged" layers.
 
     Raises:
-        InputError: the model is already accumulating.
+        InputError: the model is already accumulating; or its training forwards update running statistics, and none of
+            ours.
+
+    Warns:
+        UserWarning: they update some that are not ours, too; these go on following every forward.
 
     Example:
         >>> from syncnorm import SyncBatchNorm
@@ -80,6 +85,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         >>> int(layer.num_batches_tracked)
         1
     """
+    check_covers(model, "accumulate")
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
     together = {id(m.statistics): m.statistics for m in layers if isinstance(m.statistics, PooledRunning)}
     if any(isinstance(m.statistics, Accumulating) for m in layers) or any(p.is_held for p in together.values()):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from syncnorm import functional
 from syncnorm.base import SyncNorm
 from syncnorm.errors import InputError
 
@@ -105,7 +106,9 @@ class Over:
 class _Adapted(Over):
     """For a subclass with a forward of its own."""
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        if x is None or input is not None:
+            x = functional.one_input(x, input)
         ours, theirs = self.made_of
         adapter = adapter_of(theirs)
         if adapter is None:

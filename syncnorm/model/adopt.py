@@ -89,7 +89,8 @@ def adopt_state_dict(model: nn.Module, state: Mapping[str, Any], *, source: str 
     """
     if source is not None:
         functional.check_choice("source", source, ("torch", "inplace_abn", "keras", "crossq"))
-    entries, target = _tidy(state, model), model.state_dict()
+    target = model.state_dict()
+    entries = _tidy(_tensors(state), target)
     layers: dict[str, str] = {}
     notes: list[str] = []
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -104,16 +105,55 @@ def adopt_state_dict(model: nn.Module, state: Mapping[str, Any], *, source: str 
     return Adopted(layers, tuple(notes))
 
 
-def _tidy(state: Mapping[str, Any], model: nn.Module) -> Entries:
-    """Tensors under names as torch has them, without what wrappers put before all of them."""
-    entries = {
-        (name.removesuffix(":0").replace("/", ".") if "/" in name or name.endswith(":0") else name): (
-            value if isinstance(value, Tensor) else torch.as_tensor(value)
-        )
-        for name, value in state.items()
-    }
+def _tensors(state: object) -> dict[str, Any]:
+    """The entries as tensors, but for what a module adds by `get_extra_state`, which may be anything.
+
+    Raises:
+        InputError: there is more than that, as in a whole checkpoint; it says where in it a state dict lies.
+    """
+    entries: dict[str, Any] = {}
+    others: dict[object, str] = {}
+    for name, value in state.items() if isinstance(state, Mapping) else ():
+        is_as_it_is = isinstance(value, Tensor) or str(name).endswith("_extra_state")
+        try:
+            entries[name] = value if is_as_it_is else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            others[name] = type(value).__name__
+    if isinstance(state, Mapping) and not others and all(isinstance(name, str) for name in entries):
+        return entries
+    kinds = ", ".join(f"{kind} under {name!r}" for name, kind in [*others.items()][:4])
+    places = [path for path, _ in sorted(_state_dicts(state), key=lambda place: -place[1])]
+    found = " or ".join(f"state{path}" for path in places[:4])
+    raise InputError(
+        f"`state` must be a state dict, tensors or arrays by name, got {type(state).__name__}"
+        f"{f' with {kinds}' if kinds else ''}. "
+        f"{f'Pass {found}' if found else 'Load the file, and pass what state_dict() gave'}. Nothing was changed."
+    )
+
+
+def _state_dicts(value: object, depth: int = 4) -> list[tuple[str, int]]:
+    """Where in a checkpoint state dicts lie, as Python would write it, and how many entries they have."""
+    if isinstance(value, nn.Module):
+        return [(".state_dict()", len(value.state_dict()))]
+    if not isinstance(value, Mapping) or depth == 0:
+        return []
+    entries = {k: v for k, v in value.items() if isinstance(k, str)}
+    has_known = any(_dotted(name).rpartition(".")[2] in _NAMES for name in entries)
+    if has_known and all(hasattr(v, "shape") and hasattr(v, "dtype") for v in entries.values()):
+        return [("", len(entries))]
+    return [(f"[{k!r}]{path}", size) for k, v in entries.items() for path, size in _state_dicts(v, depth - 1)]
+
+
+def _dotted(name: str) -> str:
+    """As torch has it, from Keras' names."""
+    return name.removesuffix(":0").replace("/", ".") if "/" in name or name.endswith(":0") else name
+
+
+def _tidy(state: Mapping[str, Any], target: Mapping[str, Any]) -> Entries:
+    """Entries under names as torch has them, without what wrappers put before all of them."""
+    entries = {_dotted(name): value for name, value in state.items()}
     for prefix in ("module.", "_orig_mod."):
-        is_own = any(name.startswith(prefix) for name in model.state_dict())
+        is_own = any(name.startswith(prefix) for name in target)
         if entries and not is_own and all(name.startswith(prefix) for name in entries):
             entries = {name.removeprefix(prefix): value for name, value in entries.items()}
     return entries

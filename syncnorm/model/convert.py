@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from typing import Any
@@ -18,12 +19,13 @@ from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert_refuse import born_reason, reason, scripted, wrapped
 from syncnorm.model.ddp import let_broadcast
 from syncnorm.model.origin import LazySyncNorm, Request, become, go_back, origin_of
+from syncnorm.model.others import home_made, is_home_made, stays_local
 from syncnorm.model.running import PooledRunning
 
 Select = str | Callable[[str, nn.Module], bool]
 
 # Facts of the layer that is converted, not options.
-_KEPT = ("num_features", "affine", "track_running_stats", "device", "dtype")
+_KEPT = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
 
 
 def convert(
@@ -74,6 +76,9 @@ def convert(
         InputError: an option is unknown or breaks its rule, `select` chooses nothing, or a layer cannot be converted:
             it names each, and why. Nothing was changed.
 
+    Warns:
+        UserWarning: layers that are no subclass of torch's batch norms keep running statistics, too, and stay local.
+
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
         >>> convert(model)[1]
@@ -95,6 +100,11 @@ def convert(
     for layer, names in layers.items():
         become(layer, names[0], request)
     _forget_pools(module)
+    if not callable(select):  # which is asked about batch norms of torch's only
+        chosen = _select(_named(module), select, may_be_none=True)
+        said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
     return module
 
 
@@ -115,6 +125,9 @@ def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None)
         >>> type(convert_sync_batchnorm(nn.BatchNorm1d(3))).__name__
         'SyncBatchNorm'
     """
+    said = stays_local(home_made(module))
+    if said is not None:
+        warnings.warn(said, stacklevel=2)
     if not any(isinstance(m, _BatchNorm) and not isinstance(m, SyncNorm) for m in module.modules()):
         return module
     return convert(module, process_group=process_group, select=lambda name, layer: not isinstance(layer, SyncNorm))
@@ -186,7 +199,9 @@ def conversion_table(module: nn.Module) -> str:
             momentum = _change(origin.changed.get("momentum", layer.momentum), layer.momentum)
             rows.append((" = ".join(names), origin.cls.__name__, type(layer).__name__, momentum, count))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    said = stays_local(home_made(module))
+    return "\n".join(lines if said is None else [*lines, f"! {said}"])
 
 
 def _change(before: float | None, after: float | None) -> str:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm.base import SyncNorm, Unattached
 from syncnorm.comm import agreement, exchange, groups
 from syncnorm.model.lagged import PooledLagged
+from syncnorm.model.others import home_made, stays_local
 from syncnorm.model.running import PooledRunning
 
 
@@ -42,13 +43,14 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
         FaultError: the workers differ in their layers, or in with whom these pool; the same on every worker.
 
     Warns:
-        UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put in our place.
+        UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put in our place; or
+            layers that keep running statistics in a way of their own, which stay local.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
     among = groups.live(process_group)
-    switch = replaced(model)
-    if switch is not None:
-        warnings.warn(switch, stacklevel=2)
+    for said in (replaced(model), stays_local(home_made(model))):
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
     if among is not None and len(groups.ranks(among)) > 1:
         layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
         agreement.agree(layers, among, _device(model))

@@ -27,7 +27,8 @@ from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert_refuse import reason
 from syncnorm.model.ddp import replaced
 from syncnorm.model.origin import Request
-from syncnorm.model.recalibrate import _forward
+from syncnorm.model.others import is_home_made, kind_of, stays_local
+from syncnorm.model.recalibrate import forward
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 # Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet loses 4 points against
@@ -73,6 +74,8 @@ class Explanation:
     messages: int
     """Exchanges of the whole model in a training step, those that nobody waits for included."""
     bytes: int
+    is_alone: bool = False
+    """Whether it is reckoned with one worker because there is no other."""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -82,6 +85,7 @@ class Explanation:
         widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         total = f"a training step: {self.messages} message(s), {self.bytes} bytes from each worker"
+        total += ", for 1 worker; world_size=8 reckons with more" if self.is_alone else ""
         return "\n".join([*lines, total, *(f"! {lint}" for lint in self.lints)])
 
 
@@ -104,8 +108,9 @@ def explain(
 
     Args:
         model: any, also one wrapped by DistributedDataParallel.
-        sample: one worker's batch: a tensor, a mapping (keyword arguments), or a tuple or list whose first element
-            is the input. Without it nothing is said about counts, and the order of layers is not known.
+        sample: one worker's batch: a tensor, a mapping (keyword arguments), or a tuple or list that begins with what
+            the model requires (its first element, where that is one argument). Without it nothing is said about
+            counts, and the order of layers is not known.
         world_size: the workers to reckon with; None: those that there are.
         readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between workers.
         loader: of the training data, whose sampler is looked at, not iterated.
@@ -114,7 +119,8 @@ def explain(
         The rows, lints and totals; print it.
 
     Raises:
-        InputError: `world_size` is below 1, or a sample was given although the model has lazy parameters.
+        InputError: `world_size` is below 1, the model does not take the sample's arguments, or it has lazy parameters
+            and a sample was given.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -130,17 +136,22 @@ def explain(
     if world_size is not None and world_size < 1:
         raise InputError(f"`world_size` must be at least 1, got {world_size}. It counts workers.")
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS) or is_home_made(m)}
     seen = None if sample is None else _look(model, sample)
     lints = [] if seen is None else _dropout_lints(model, seen)
     switch = replaced(model)
     lints += [] if switch is None else [switch]
+    local = stays_local(
+        {name: m for name, m in layers.items() if is_home_made(m) and (m.training or not model.training)}
+    )
+    lints += [] if local is None else [local]
     lints += [] if loader is None else _sampler_lints(loader)
     world = world_size or len(groups.ranks(groups.live(None)))
+    is_alone = world_size is None and world == 1
     rows, parts = [], {}
     for number, (name, layer) in enumerate(layers.items()):
         shapes = None if seen is None else [shape for module, shape in seen if module is layer]
-        part, row, faults = _explain(name, layer, shapes, model.training and not layer.training, world)
+        part, row, faults = _explain(name, layer, shapes, model.training and not layer.training, world, is_alone)
         rows.append(replace(row, between=(readings or {}).get(name, {}).get("between_share")))
         parts |= {} if part is None else {number: part}
         lints += faults
@@ -148,7 +159,7 @@ def explain(
     for number, part in parts.items():
         messages, numbers = _sent(part, rooms[part.rule])
         rows[number] = replace(rows[number], messages=messages, bytes=8 * numbers)
-    return Explanation(rows, lints, *_totals(list(parts.values()), rooms))
+    return Explanation(rows, lints, *_totals(list(parts.values()), rooms), is_alone and bool(parts))
 
 
 def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
@@ -177,7 +188,7 @@ _Shape = tuple[int, ...]
 
 
 def _explain(
-    name: str, layer: nn.Module, shapes: list[_Shape] | None, is_frozen: bool, world: int
+    name: str, layer: nn.Module, shapes: list[_Shape] | None, is_frozen: bool, world: int, is_alone: bool
 ) -> tuple[_Part | None, Row, list[str]]:
     """The layer's part in the messages, its row, and what is wrong with it."""
     row = Row(name, _class_name(layer), _becomes(layer))
@@ -193,9 +204,11 @@ def _explain(
     workers = 1 if sync == "running" else group
     row = replace(row, sync=sync, workers=workers, **_schedule(layer))
     if shapes and workers is not None:
-        least = min(shapes, key=lambda shape: shape[0] * math.prod(shape[2:]))
+        # A call with nothing in it is one of this sample alone: those with something come first.
+        least = min(shapes, key=lambda shape: (math.prod(shape) == 0, shape[0] * math.prod(shape[2:])))
         row = replace(row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:]))
-        row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), world))
+        may_pool = workers < world or is_alone
+        row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), may_pool))
     if group is None or not layer.num_features:
         return None, row, []
     calls = 1 if shapes is None else len(shapes)
@@ -204,7 +217,7 @@ def _explain(
 
 def _class_name(layer: nn.Module) -> str:
     # Its name is that of one of ours.
-    return "torch.nn.SyncBatchNorm" if type(layer) is nn.SyncBatchNorm else type(layer).__name__
+    return "torch.nn.SyncBatchNorm" if type(layer) is nn.SyncBatchNorm else kind_of(layer)
 
 
 def _becomes(layer: nn.Module) -> str:
@@ -250,15 +263,17 @@ def _totals(parts: list[_Part], rooms: Mapping[Any, int]) -> tuple[int, int]:
     return sum(m for m, _ in own) + len(sizes), 8 * (sum(n for _, n in own) + sum(sizes))
 
 
-def _advice(row: Row, is_renorm: bool, world: int) -> str:
+def _advice(row: Row, is_renorm: bool, may_pool: bool) -> str:
     assert row.values is not None
     assert row.samples is not None
+    if row.values == 0:
+        return "the sample holds nothing here"
     if row.values >= _FEW_VALUES and row.samples > _FEW_SAMPLES:
         return ""
     found = f"{row.samples} sample(s) per statistic"
     if row.values < _FEW_VALUES:
         found = f"{row.values} value(s) per statistic, sigma_B is {mean_ratio(row.values):.2f} sigma on average"
-    remedies = ["pool over more workers"] if (row.workers or 1) < world else []
+    remedies = ["pool over more workers"] if may_pool else []
     remedies += ["larger batches"] if is_renorm else ["SyncBatchRenorm"]
     return f"{found}: {' or '.join(remedies)}"
 
@@ -299,7 +314,8 @@ def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
     seen: list[tuple[nn.Module, _Shape]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else next(iter(kwargs.values()))
+        names = [name for name in kwargs if name != "mask"]
+        x = args[0] if args else kwargs[names[0]]
         seen.append((module, tuple(x.shape)))
 
     with ExitStack() as stack, torch.no_grad():
@@ -307,7 +323,7 @@ def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
         for module in model.modules():
             if isinstance(module, (_BatchNorm, _DropoutNd)):
                 stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        _forward(model, sample)
+        forward(model, sample, "sample")
     return seen
 
 

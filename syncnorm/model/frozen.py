@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from syncnorm.base import Freeze, SyncNorm
+from syncnorm.model.others import check_covers
 
 
 @contextmanager
@@ -27,6 +28,12 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     Args:
         model: the model whose layers are meant, also one wrapped by DistributedDataParallel.
 
+    Raises:
+        InputError: training forwards of the model update running statistics, and none of ours.
+
+    Warns:
+        UserWarning: they update some that are not ours, too; these go on following every forward.
+
     Example:
         >>> import torch
         >>> from syncnorm import SyncBatchNorm
@@ -36,6 +43,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         >>> int(layer.num_batches_tracked)
         0
     """
+    check_covers(model, "frozen_statistics")
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
     before = [layer.freeze for layer in layers]
     for layer in layers:

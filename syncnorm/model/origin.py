@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
+from syncnorm import functional
 from syncnorm.base import AVERAGES, HALF_TYPES, SyncNorm
 from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
@@ -176,11 +177,17 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
     cls_to_become = None
     pending: Pending
 
+    def initialize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
+    ) -> None:
+        super().initialize_parameters(functional.one_input(x, input))
+
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         pending = self.pending
         become_class = self.__dict__.pop("cls_to_become", pending.cls.cls_to_become)
         # A state dict that was loaded has brought the parameters, and left the number of channels at 0.
-        self.num_features = self.num_features or (args[0] if args else kwargs["x"]).shape[1]
+        x = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+        self.num_features = self.num_features or x.shape[1]
         self.put_back()
         self.__class__ = become_class
         become(self, pending.name, pending.request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,8 +44,8 @@ def recalibrate(
         model: changed in place: running statistics of BatchNorm layers, ours and torch's, that keep them. Layers
             that are in evaluation mode while `model` trains are frozen and left alone. Parameters, counters,
             modes and gradients stay as they are.
-        batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list whose first
-            element is the input.
+        batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list that begins with
+            what the model requires (its first element, where that is one argument).
         process_group: the workers whose batches count, see `syncnorm.groups`; None: all of them.
         mix: weight of the new statistics, in (0, 1].
 
@@ -106,17 +107,37 @@ def _collect(
             stack.enter_context(_own(layer, total.add_) if is_own else _foreign(layer, total.add_))
         try:
             for batch in batches:
-                _forward(model, batch)
+                forward(model, batch, "batches")
         except Exception as error:  # carried to the other workers, then raised
             return sums, error
     return sums, None
 
 
-def _forward(model: nn.Module, batch: Any) -> None:
+def forward(model: nn.Module, batch: Any, argument: str) -> None:
+    """Call the model with a batch; of a tuple or list with as many elements as it must have, the first at least.
+
+    Raises:
+        InputError: the model does not take these arguments.
+    """
+    signature = inspect.signature(model.forward)
+    args, kwargs = (), {}
     if isinstance(batch, Mapping):
-        model(**batch)
+        kwargs = dict(batch)
+    elif isinstance(batch, tuple | list):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = [p for p in signature.parameters.values() if p.kind in kinds and p.default is p.empty]
+        args = tuple(batch[: max(1, len(required))])
     else:
-        model(batch[0] if isinstance(batch, tuple | list) else batch)
+        args = (batch,)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise InputError(
+            f"`{argument}` must hold the arguments of {type(model).__name__}.forward, {names}, got "
+            f"{type(batch).__name__} ({error}). Give a tensor, a tuple with an element for each, or a mapping by name."
+        ) from None
+    model(*args, **kwargs)
 
 
 @contextmanager
@@ -178,7 +199,7 @@ def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[No
         return ops.normalize(input, layer.weight, layer.bias, statistic, layer.eps, None)
 
     def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        keep(ops.local_sums(args[0] if args else kwargs["input"], None).sums)
+        keep(ops.local_sums(args[0] if args else next(iter(kwargs.values())), None).sums)
 
     is_plain = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(layer)
     hook = None if is_plain else layer.register_forward_pre_hook(look, with_kwargs=True)

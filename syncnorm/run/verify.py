@@ -1,15 +1,13 @@
 """The command `syncnorm verify`: on workers that it starts, or as one worker of a launcher."""
 
-import os
-import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 import torch.distributed as dist
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched, read_host, set_for_children
 from syncnorm.run.worker import join
+from syncnorm.testing import leave
 from syncnorm.verify import LaunchedCrew, LocalCrew, Report, Result, Subject, ours, subject_of, verify
 from syncnorm.verify.check import Check, Verdict
 from syncnorm.verify.report import print_result
@@ -42,7 +40,7 @@ def run_verify(
             raise ConfigError(
                 f"`--workers` must be left to the launcher, which started {launched.world_size}, got {workers}."
             )
-        _end(verify_launched(subjects, deadline_seconds, json, launched))
+        leave(verify_launched(subjects, deadline_seconds, json, launched))
     set_for_children()
     with LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
         report = verify(crew, subjects, _teller(json))
@@ -68,7 +66,7 @@ def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: 
         if workers.is_first:
             _print_end(report, json)
         team.leave(after_hang=True)
-        _end(1)
+        leave(1)
 
     crew = LaunchedCrew(team, dist.get_backend(), give_up)
     verify(crew, subjects, tell, report=report)
@@ -84,10 +82,3 @@ def _teller(json: bool) -> Callable[[Result], object]:
 
 def _print_end(report: Report, json: bool) -> None:
     print(report.as_json() if json else "\n".join(report.summary()), flush=True)
-
-
-def _end(status: int) -> NoReturn:
-    """Leave without taking the interpreter down: gloo's threads may abort the process then, and one may be stuck."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)

@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm import accumulate
 from syncnorm.errors import SyncnormError
 from syncnorm.train.data import Dataset
 from syncnorm.train.learner import Learner
-from syncnorm.train.step import StepBatch, StepResult, images_of
+from syncnorm.train.step import StepBatch, StepResult, images_of, one_update
 
 
 class NotFiniteError(SyncnormError):
@@ -70,7 +69,7 @@ def _look(found: list[tuple[int, str]], order: int, name: str) -> Callable[[nn.M
 @torch.no_grad()
 def _forwards(learner: Learner, data: Dataset, batch: StepBatch, found: list[tuple[int, str]]) -> None:
     placement, before = learner.place(len(batch.indices)), learner.buffers()
-    with accumulate(learner.model), torch.compiler.set_stance("force_eager"):
+    with one_update(learner.model), torch.compiler.set_stance("force_eager"):
         for parts in placement.rounds:
             images, _ = images_of(learner, data, batch, parts)
             if not images.isfinite().all():

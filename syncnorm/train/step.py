@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import accumulate
+from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.train.augment import augment
 from syncnorm.train.data import Dataset, Split
@@ -121,7 +122,12 @@ def _share(learner: Learner, data: Dataset, batch: StepBatch, placement: Placeme
 def _one_update(learner: Learner, placement: Placement) -> AbstractContextManager[Any]:
     # One forward makes one update by itself, and sends its message while the backward pass runs. All workers must send
     # it at the same point, also one that has fewer forwards than others.
-    return accumulate(learner.model) if placement.has_rounds else nullcontext()
+    return one_update(learner.model) if placement.has_rounds else nullcontext()
+
+
+def one_update(model: nn.Module) -> AbstractContextManager[Any]:
+    """Have the forwards within it make one update of the running statistics, if the model has layers of ours."""
+    return accumulate(model) if any(isinstance(m, SyncNorm) for m in model.modules()) else nullcontext()
 
 
 def _tell(loss: Tensor, stop: bool, learner: Learner) -> exchange.Pending:

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from syncnorm.base import SyncNorm
 from syncnorm.errors import ConfigError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.verify.reshape import reshape
 
 BOUNDS = (1.5, 0.5)
 """r_max and d_max of a renormalising layer, unless a check says otherwise: some channels are clipped, some are not."""
@@ -28,6 +30,8 @@ _OURS = {
     "float32 statistics": True,
 }
 _OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "process_group")
+DIMENSIONS = (2, 3, 4, 5)
+"""Of the input in checks."""
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 _PACKAGE = "syncnorm:"
 
@@ -40,12 +44,15 @@ class Subject:
         reference: `package:Class`, imported on each worker.
         accepted: arguments that its constructor takes, besides the number of channels.
         claims: what it offers: names of such arguments, and "mask", "messages" (one of at most 2C+2 numbers in
-            each direction), "renorm", "double backward", "compile", "float32 statistics" (also of a half layer).
+            each direction), "renorm", "double backward", "compile", "float32 statistics" (also of a half layer), and
+            the numbers of dimensions of its input, such as "4-D input".
+        dimensions: of the input that it takes; others are brought into the most of these.
     """
 
     reference: str
     accepted: frozenset[str]
     claims: frozenset[str]
+    dimensions: tuple[int, ...] = DIMENSIONS
 
     @property
     def name(self) -> str:
@@ -57,13 +64,22 @@ class Subject:
         """Whether it renormalises: then its truth is another one."""
         return "renorm" in self.claims
 
+    @property
+    def shapes(self) -> str:
+        """What to say of the input that it takes."""
+        taken = " and ".join(f"{ndim}-D" for ndim in self.dimensions)
+        return f"{self.name} takes {taken} inputs only; the checks give it others as {self.dimensions[-1]}-D"
+
     def make(self, num_features: int, **options: Any) -> nn.Module:
         """Build a layer with those of the options that its constructor takes."""
         if self.is_renorm:
             bounds = options.pop("bounds", BOUNDS)
             options = {"schedule": RenormSchedule.constant(*bounds), **options}
         given = {"eps": 1e-5, "momentum": 0.1, "affine": True, **options}
-        return load(self.reference)(num_features, **{k: v for k, v in given.items() if k in self.accepted})
+        layer = load(self.reference)(num_features, **{k: v for k, v in given.items() if k in self.accepted})
+        if self.dimensions != DIMENSIONS:
+            reshape(layer, self.dimensions)
+        return layer
 
     def lacks(self, needs: tuple[str, ...]) -> str | None:
         """Why a check with these needs is not offered; None if it is."""
@@ -89,7 +105,23 @@ def subject_of(reference: str) -> Subject:
         claims.add("mask")
     if issubclass(cls, SyncBatchRenorm):
         claims = (claims | {"renorm"}) - {"track_running_stats"}
-    return Subject(reference, frozenset(accepted), frozenset(claims))
+    dimensions = tuple(ndim for ndim in DIMENSIONS if _takes(cls, ndim)) or DIMENSIONS
+    claims |= {f"{ndim}-D input" for ndim in dimensions}
+    return Subject(reference, frozenset(accepted), frozenset(claims), dimensions)
+
+
+def _takes(cls: type[nn.Module], ndim: int) -> bool:
+    """Whether a class that checks dimensions as torch's batch norms do lets this many pass."""
+    check = getattr(cls, "_check_input_dim", None)
+    if check is None or issubclass(cls, SyncNorm):
+        return True
+    try:
+        check(object.__new__(cls), torch.empty([1] * ndim))
+    except ValueError:
+        return False
+    except Exception:  # it looks at more than the input: the checks will show
+        return True
+    return True
 
 
 def _accepted(cls: type[nn.Module]) -> set[str]:

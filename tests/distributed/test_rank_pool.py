@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,13 +38,25 @@ def test_runs_on_every_rank_with_one_thread(pool):
     assert pool(3).run(_rank) == [(0, 3, 1), (1, 3, 1), (2, 3, 1)]
 
 
-def test_an_exception_names_the_rank_and_its_traceback():
+_locks = []
+
+
+def _make_a_lock() -> str:
+    """As tqdm does, which torch's compiler uses."""
+    _locks.append(multiprocessing.get_context("spawn").RLock())
+    return _locks[-1]._semlock.name
+
+
+def test_an_exception_names_the_rank_and_its_traceback_and_nothing_is_left_behind():
     with RankPool(2) as ranks:
+        locks = [Path(f"/dev/shm/sem.{name[1:]}") for name in ranks.run(_make_a_lock)]
+        assert all(lock.exists() for lock in locks) or not locks[0].parent.exists()
         with pytest.raises(RankFailure, match=r"(?s)rank 1: Traceback.*ValueError: boom on 1"):
             ranks.run(_fail_on, 1)
         assert not ranks.is_alive
         with pytest.raises(RankFailure, match="ended by an earlier failure"):
             ranks.run(_rank)
+    assert not any(lock.exists() for lock in locks)
 
 
 def test_a_death_is_named():

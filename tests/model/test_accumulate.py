@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import warnings
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, reference
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    convert,
+    frozen_statistics,
+    prepare_ddp,
+    reference,
+)
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
-from tests.model.parts import state_of, uneven_batch
+from tests.model.parts import HomeMade, state_of, uneven_batch
 
 
 def _accumulated(sync: str, rounds: int) -> tuple[dict, list[str]]:
@@ -79,3 +90,37 @@ def test_a_copy_made_while_accumulating_is_free():
         if sync == "batch":
             loaded(uneven_batch(6, 0))
             assert int(loaded.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("block", [accumulate, frozen_statistics], ids=lambda b: b.__name__)
+def test_layers_that_are_not_ours_are_not_left_out_in_silence(block):
+    x, name = torch.randn(6, 3), block.__name__
+    theirs = nn.Sequential(nn.BatchNorm1d(3), nn.Sequential(HomeMade(3)))
+    message = f"`model` must have layers of ours for {name}, got only '0' (BatchNorm1d), '1.0' (HomeMade). convert("
+    with pytest.raises(InputError, match=re.escape(message)), block(theirs):
+        theirs(x)
+    assert int(theirs[0].num_batches_tracked) == 0
+    message = f"`model` must have layers of ours for {name}, got only a LazySyncNorm itself."
+    with pytest.raises(InputError, match=re.escape(message)), block(convert(nn.LazyBatchNorm1d())):
+        pass
+    mixed = nn.Sequential(nn.BatchNorm1d(3), SyncBatchNorm(3))
+    message = f"{name} leaves out layers of `model` that are not ours: '0' (BatchNorm1d). Their running statistics"
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught, block(mixed):
+        mixed(x)
+    assert caught[0].filename == __file__
+    assert int(mixed[1].num_batches_tracked) == (block is accumulate)
+
+
+@pytest.mark.parametrize("block", [accumulate, frozen_statistics], ids=lambda b: b.__name__)
+def test_layers_that_training_forwards_do_not_update_need_not_be_ours(block):
+    without = nn.BatchNorm1d(3, track_running_stats=False)
+    for other in (
+        nn.BatchNorm1d(3).eval(),
+        without,
+        nn.InstanceNorm1d(3, track_running_stats=True),
+        nn.GroupNorm(1, 3),
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with block(nn.Sequential(other)), block(nn.Sequential(other, SyncBatchNorm(3))):
+                pass

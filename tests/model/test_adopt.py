@@ -198,3 +198,44 @@ def test_what_does_not_fit_is_refused_before_anything_is_changed(state, source, 
         adopt_state_dict(model, entries, source=source)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert entries == given
+
+
+def _module(prefix: str = "", **more: Any) -> dict[str, Any]:
+    return {prefix + k: v for k, v in nn.BatchNorm1d(C).state_dict().items()} | more
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"epoch": 3, "state_dict": _module()}, "got dict with dict under 'state_dict'. Pass state['state_dict']."),
+        ({"model_state_dict": _module("module."), "best": 0.5}, "Pass state['model_state_dict']."),
+        # Random states and those of an optimizer are tensors by name, too.
+        ({"rng": {"cpu": torch.zeros(9)}, "ema": {"shadow": _module()}}, "Pass state['ema']['shadow']. Nothing"),
+        ({"net": _module(), "all": _module() | _module("b.")}, "Pass state['all'] or state['net']. Nothing"),
+        ({"model": nn.BatchNorm1d(C)}, "got dict with BatchNorm1d under 'model'. Pass state['model'].state_dict()."),
+        (nn.BatchNorm1d(C), "got BatchNorm1d. Pass state.state_dict(). Nothing was changed."),
+        ("runs/last.pt", "got str. Load the file, and pass what state_dict() gave."),
+        ({"optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": []}}, "pass what state_dict() gave."),
+        (_module(hparams={"lr": 0.1}), "got dict with dict under 'hparams'. Load the file"),
+        ({0: torch.zeros(C)}, "`state` must be a state dict, tensors or arrays by name, got dict. Load"),
+    ],
+    ids=str,
+)
+def test_what_is_no_state_dict_is_an_error_that_says_where_one_lies(state, message):
+    layer = SyncBatchNorm(C)
+    with pytest.raises(InputError, match=re.escape(message)):
+        adopt_state_dict(layer, state)
+
+
+class _WithExtraState(nn.Sequential):
+    def get_extra_state(self) -> dict[str, str]:
+        return {"made": "by hand"}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.seen = state
+
+
+def test_extra_state_is_handed_on():
+    model = _WithExtraState(nn.BatchNorm1d(C))
+    adopt_state_dict(model, model.state_dict())
+    assert model.seen == {"made": "by hand"}

@@ -13,7 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, frozen_statistics, prepare_ddp
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    convert,
+    frozen_statistics,
+    prepare_ddp,
+    revert,
+)
 from syncnorm.errors import InputError
 from tests.model.parts import uneven_batch
 
@@ -168,6 +176,48 @@ def test_checkpointing_lagged_forwards_of_an_empty_worker_one_backward_pass_afte
     for got, expected in zip(pool(2).run(_lagged_with_an_empty_worker, True), plain, strict=True):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def _patch_like_fairscale(layer: nn.Module) -> None:
+    """What fairscale's checkpoint_wrapper does to each batch norm: no update without gradients."""
+
+    def switch_off(layer: nn.Module, args: object) -> None:
+        if not torch.is_grad_enabled():
+            layer._track_running_stats_backup = layer.track_running_stats
+            layer.track_running_stats = False
+
+    def put_back(layer: nn.Module, args: object, output: object) -> None:
+        if not torch.is_grad_enabled():
+            layer.track_running_stats = layer._track_running_stats_backup
+
+    layer.register_forward_pre_hook(switch_off)
+    layer.register_forward_hook(put_back)
+
+
+@pytest.mark.parametrize("order", ["converted, then wrapped", "wrapped, then converted", "and back"])
+@pytest.mark.parametrize("to", [SyncBatchNorm, SyncBatchRenorm], ids=lambda c: c.__name__)
+def test_a_wrapper_that_leaves_the_update_to_the_repetition(to, order):
+    layer, plain = nn.BatchNorm1d(4), convert(nn.BatchNorm1d(4), to)
+    if order.startswith("wrapped"):
+        _patch_like_fairscale(layer)
+        convert(layer, to)
+    else:
+        convert(layer, to)
+        _patch_like_fairscale(layer)
+    if order == "and back":
+        revert(layer)
+        revert(plain)
+    for step in range(3):
+        x = uneven_batch(6, step).float().requires_grad_()
+        checkpoint(layer, x, use_reentrant=True).square().sum().backward()
+        plain(x.detach())
+    assert int(layer.num_batches_tracked) == 3
+    assert all(torch.equal(a, b) for a, b in zip(layer.buffers(), plain.buffers(), strict=True))
+    if order != "and back":
+        layer.track_running_stats = False
+        with torch.no_grad():
+            layer(uneven_batch(6, 0).float())
+        assert int(layer.num_batches_tracked) == 3, "a switch of the user's own holds"
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])

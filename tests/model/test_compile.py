@@ -203,9 +203,23 @@ def test_the_functional_forms_compile(function, options):
     _against_eager(_Functional(function, **options))
 
 
-@pytest.mark.parametrize("options", [{"momentum": None}, {"track_running_stats": False}, {"sync": "none"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"momentum": None, "bias": False}, {"track_running_stats": False}, {"sync": "none"}], ids=str
+)
 def test_other_options_compile(options):
     _against_eager(SyncBatchNorm(CHANNELS, dtype=torch.float64, **options))
+
+
+def test_what_a_layer_is_given_by_torchs_name_and_running_statistics_that_were_taken_away():
+    layer = SyncBatchRenorm(CHANNELS, dtype=torch.float64)
+    assert_close(_compiled(layer)(input=_sample(5)), _sample_normalised(), torch.float64, "y")
+    layer.running_mean = layer.running_var = None
+    with pytest.raises(InputError, match="`running_mean` must be there in training, got None"):
+        _compiled(layer, fullgraph=False)(_sample(5))
+
+
+def _sample_normalised() -> Tensor:
+    return functional.sync_batch_norm(_sample(5))
 
 
 def test_a_ramp_of_the_schedule_compiles():

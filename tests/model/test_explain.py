@@ -14,7 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, explain, groups, monitor, prepare_ddp
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    explain,
+    groups,
+    monitor,
+    prepare_ddp,
+    recalibrate,
+)
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.model.explain import mean_ratio
@@ -316,6 +325,66 @@ def test_samples_of_other_kinds_and_wrapped_models(pool):
     x = torch.zeros(8, 2)
     for sample in (x, (x, torch.zeros(8)), [x], {"input": x}):
         assert explain(nn.Sequential(SyncBatchNorm(2)), sample, 1).rows[0].values == 8
+
+
+class Detector(nn.Module):
+    """Two inputs, and a third that it may do without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.BatchNorm2d(3), nn.BatchNorm1d(4)
+
+    def forward(self, images: Tensor, rois: Tensor, targets: Tensor | None = None) -> Tensor:
+        self.backbone(images)
+        return self.head(rois)
+
+
+IMAGES = torch.zeros(2, 3, 4, 4)
+
+
+def test_models_with_several_inputs():
+    model, rois = Detector(), torch.randn(9, 4)
+    for sample in ((IMAGES, rois), [IMAGES, rois, "targets"], {"images": IMAGES, "rois": rois}):
+        assert [row.values for row in explain(model, sample, 2).rows] == [64, 18]
+    recalibrate(model, [(IMAGES, rois, "targets")])
+    torch.testing.assert_close(model.head.running_mean, rois.mean(0))
+    message = (
+        "must hold the arguments of Detector.forward, images, rois, targets, got Tensor (missing a required argument: "
+        "'rois'). Give a tensor, a tuple with an element for each, or a mapping by name."
+    )
+    with pytest.raises(InputError, match=re.escape(f"`sample` {message}")):
+        explain(model, IMAGES)
+    with pytest.raises(InputError, match=re.escape(f"`batches` {message}")):
+        recalibrate(model, [IMAGES])
+
+
+def test_an_empty_sample_gives_no_advice():
+    _, head = explain(Detector(), (IMAGES, torch.zeros(0, 4)), 8).rows
+    assert (head.samples, head.values, head.advice) == (0, 0, "the sample holds nothing here")
+    model = nn.Sequential(Several(SyncBatchNorm(4)))
+    (row,) = explain(model, [[torch.zeros(size, 4) for size in (9, 0, 8)]], 1).rows
+    assert (row.values, row.advice) == (8, ""), "of several calls the fewest that hold something"
+
+
+class Several(nn.Module):
+    """Levels of a feature pyramid."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        return [self.layer(x) for x in levels]
+
+
+def test_one_worker_is_said_and_no_reason_for_renormalisation_alone():
+    model, x = nn.Sequential(SyncBatchNorm(2)), torch.zeros(4, 2, 9)
+    found = explain(model, x)
+    assert found.rows[0].advice == "4 sample(s) per statistic: pool over more workers or SyncBatchRenorm"
+    hint = "a training step: 0 message(s), 0 bytes from each worker, for 1 worker; world_size=8 reckons with more"
+    assert str(found).splitlines()[2] == hint
+    assert "reckons with more" not in str(explain(model, x, 1)) + str(explain(model, x, 2))
+    assert "reckons with more" not in str(explain(nn.GroupNorm(1, 2), x))
 
 
 def _wrapped() -> list[str]:

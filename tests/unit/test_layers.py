@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import inspect
+import pickle
 import re
 import subprocess
 import sys
@@ -14,10 +17,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncnorm
-from syncnorm import SyncBatchNorm, debug, functional, groups, prepare_ddp
+from syncnorm import SyncBatchNorm, SyncBatchRenorm, base, convert, debug, functional, groups, prepare_ddp, revert
 from syncnorm.errors import InputError, SyncnormError
 from syncnorm.testing import assert_close
 
+# torch's own layers may be without a bias from 2.13 on; ours in every version.
+WITHOUT_BIAS = [{"bias": False}] if "bias" in inspect.signature(nn.BatchNorm1d).parameters else []
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
@@ -26,12 +31,15 @@ def _pair(channels: int, ndim: int, **options) -> tuple[SyncBatchNorm, nn.Module
     if options.get("affine", True):
         with torch.no_grad():
             ours.weight.uniform_(0.5, 1.5)
-            ours.bias.normal_()
+            if ours.bias is not None:
+                ours.bias.normal_()
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, *WITHOUT_BIAS]
+)
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3), (2, 4, 3, 2, 5)], ids=str)
 def test_equals_torch_in_training_and_evaluation(shape, options):
     torch.manual_seed(0)
@@ -52,7 +60,7 @@ def test_equals_torch_in_training_and_evaluation(shape, options):
         assert_close(ours.get_buffer(name), b, torch.float32, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, *WITHOUT_BIAS])
 def test_state_dicts_are_interchangeable(options):
     ours, theirs = SyncBatchNorm(4, **options), nn.BatchNorm2d(4, **options)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -61,6 +69,44 @@ def test_state_dicts_are_interchangeable(options):
     }
     theirs.load_state_dict(ours.state_dict())
     ours.load_state_dict(theirs.state_dict())
+
+
+@pytest.mark.parametrize("torch_has_it", [True, False])
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm], ids=lambda c: c.__name__)
+def test_without_a_bias(make, torch_has_it, monkeypatch):
+    """Also as with a torch whose layers always have one."""
+    if not torch_has_it:
+        monkeypatch.setattr(base, "_TORCH_HAS_BIAS", False)
+        monkeypatch.setattr(_BatchNorm, "extra_repr", lambda self: f"{self.num_features}, affine={self.affine}")
+    elif not WITHOUT_BIAS:
+        pytest.skip("this torch's layers always have a bias")
+    layer = make(3, bias=False, dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    expected = layer(x)
+    assert layer.bias is None
+    assert [*layer.state_dict()] == ["weight", "running_mean", "running_var", "num_batches_tracked"]
+    assert repr(layer).count("bias=False") == 1
+    with torch.no_grad():
+        layer.weight.fill_(2.0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # noqa: S301 our own
+        assert other.bias is None
+        other.reset_parameters()
+        assert torch.equal(other(x), expected)
+        assert revert(other, to=nn.BatchNorm1d).bias is None
+    assert "bias=" not in repr(make(3)).replace("bias=True", ""), "said only where there is none"
+    with pytest.raises(InputError, match="`bias` must not be given to convert, got False"):
+        convert(nn.BatchNorm1d(3), make, bias=False)
+
+
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm], ids=lambda c: c.__name__)
+def test_the_input_under_its_names(make):
+    x, mask = torch.randn(5, 3), torch.tensor([[1.0], [0.0], [1.0], [1.0], [1.0]])
+    expected = make(3)(x, mask)
+    for kwargs in ({"x": x, "mask": mask}, {"input": x, "mask": mask}):
+        assert torch.equal(make(3)(**kwargs), expected)
+        lazy = convert(nn.LazyBatchNorm1d(), make)
+        assert torch.equal(lazy(**kwargs), expected)
+        assert type(lazy) is make
 
 
 def test_evaluation_is_exactly_torchs():
@@ -144,6 +190,11 @@ INPUT_ERRORS = [
     (
         lambda: SyncBatchNorm(3, sync="always"),
         '`sync` must be "batch" or "running" or "lagged" or "none", got \'always\'',
+    ),
+    (lambda: SyncBatchNorm(3)(), "`x` must be given, got None. Call the layer with a tensor of shape (N, C, *S)."),
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(2, 3), input=torch.randn(2, 3)),
+        "`x` must be given once, got `input` too. These are two names of one argument.",
     ),
     (
         lambda: SyncBatchNorm(3)(torch.randn(3)),

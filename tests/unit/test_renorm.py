@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    convert,
+    explain,
+    frozen_statistics,
+    functional,
+    monitor,
+    prepare_ddp,
+    reference,
+)
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels
 from syncnorm.testing import assert_close
@@ -246,3 +258,34 @@ def test_no_extra_pass_over_the_data(make, monkeypatch):
     x = torch.randn(4, 3, 5, requires_grad=True)
     make(3)(x).backward(torch.randn(4, 3, 5))
     assert calls == ["local_moments", "normalize", "backward_sums", "backward_input"]
+
+
+def _take_away(model: nn.Module) -> nn.Module:
+    """As test-time adaptation (TENT) does it: batch statistics in any mode."""
+    layer = model[0]
+    layer.track_running_stats, layer.running_mean, layer.running_var = False, None, None
+    return model
+
+
+@pytest.mark.parametrize("sync", ["batch", "running", "lagged", "none"])
+def test_running_statistics_that_were_taken_away_are_one_clear_error(sync):
+    """Where torch's layer goes on by the batch alone, and so does renormalisation in evaluation."""
+    x = torch.randn(6, 3)
+    model = prepare_ddp(nn.Sequential(SyncBatchRenorm(3, sync=sync)))
+    model(x).sum().backward()
+    _take_away(model)
+    message = re.escape(
+        "`running_mean` must be there in training, got None in '0'. Renormalisation corrects towards the running "
+        "statistics. To normalise by the batch alone, convert(model, SyncBatchNorm) first."
+    )
+    with pytest.raises(InputError, match=message):
+        model(x)
+    with pytest.raises(InputError, match=message), accumulate(model):
+        model(x)
+    with pytest.raises(InputError, match=message), frozen_statistics(model):
+        model(x)
+    assert monitor(model).read()["layers"]["0"]["mean_gap"] is None
+    assert explain(model, x).rows[0].values == 6
+    assert_close(model.eval()(x), reference.batch_norm(x.double()), torch.float32, "y in evaluation")
+    convert(model, SyncBatchNorm)
+    assert_close(prepare_ddp(model.train())(x), reference.batch_norm(x.double()), torch.float32, "y after conversion")

@@ -6,6 +6,8 @@ import re
 from collections.abc import Collection
 from dataclasses import replace
 
+import pytest
+
 from syncnorm.verify import LocalCrew, Report, subject_of, verify
 from syncnorm.verify.check import all_checks
 
@@ -88,7 +90,7 @@ def test_torch_sync_batch_norm_refuses_the_cpu_and_nothing_hangs():
     status, reason = found.pop("runs")
     assert status == "failed"
     assert re.search("ranks 0, 1 raised ValueError: SyncBatchNorm expected input tensor to be on GPU", reason)
-    assert set(found.values()) == {("not offered", f"runs: {reason}")}
+    assert set(found.values()) == {("not offered", "it does not pass runs")}
 
 
 def test_torch_batch_norm_in_one_process_fails_where_it_is_known_to():
@@ -98,6 +100,27 @@ def test_torch_batch_norm_in_one_process_fails_where_it_is_known_to():
     assert failed.keys() == {"all-empty", "single-value", "checkpoint", "checkpoint-reentrant"}
     assert re.search("Expected more than 1 value per channel", failed["single-value"])
     assert sum(status == "passed" for status, _ in _by_check(report).values()) >= 45
+
+
+@pytest.mark.parametrize(
+    ("layer", "taken", "most", "lacking"),
+    [
+        ("BatchNorm1d", "2-D and 3-D", "3-D", {"shape-nchw", "shape-ncdhw"}),
+        ("BatchNorm2d", "4-D", "4-D", {"shape-nc", "shape-ncl", "shape-ncdhw"}),
+        ("BatchNorm3d", "5-D", "5-D", {"shape-nc", "shape-ncl", "shape-nchw"}),
+    ],
+)
+def test_a_layer_that_takes_some_dimensions_only_is_checked_in_those_and_that_is_said_once(layer, taken, most, lacking):
+    """Where it was at fault in nothing else, a hundred checks were not offered."""
+    report = _verified(f"torch.nn:{layer}", workers=1, only=all_checks().keys() - {"ddp", "subgroups"})
+    found = _by_check(report)
+    failed = {check: reason for check, (status, reason) in found.items() if status == "failed"}
+    assert failed.keys() == {"all-empty", "single-value", "checkpoint", "checkpoint-reentrant"}, failed
+    said = f"{layer} takes {taken} inputs only; the checks give it others as {most}"
+    assert [reason for status, reason in found.values() if status == "passed" and reason] == [said]
+    shapes = {name: found[name] for name in ("shape-nc", "shape-ncl", "shape-nchw", "shape-ncdhw")}
+    assert {name for name, (status, _) in shapes.items() if status == "not offered"} == lacking
+    assert {status for name, (status, _) in shapes.items() if name not in lacking} == {"passed"}
 
 
 def test_checks_that_need_a_claim_can_pass_and_fail():

@@ -12,32 +12,32 @@ from syncnorm.verify.trial import Layout, make_layer, my_shard, ragged, trial
 from syncnorm.verify.truth import random_batch
 
 
-@check("shape-nc", "input of two dimensions (N, C)")
+@check("shape-nc", "input of two dimensions (N, C)", needs="2-D input")
 def shape_nc(team: Team) -> None:
     _trial(team, (4,))
 
 
-@check("shape-ncl", "input of three dimensions (N, C, L)")
+@check("shape-ncl", "input of three dimensions (N, C, L)", needs="3-D input")
 def shape_ncl(team: Team) -> None:
     _trial(team, (4, 7))
 
 
-@check("shape-nchw", "images (N, C, H, W)")
+@check("shape-nchw", "images (N, C, H, W)", needs="4-D input")
 def shape_nchw(team: Team) -> None:
     _trial(team, (4, 3, 5))
 
 
-@check("shape-ncdhw", "volumes (N, C, D, H, W)")
+@check("shape-ncdhw", "volumes (N, C, D, H, W)", needs="5-D input")
 def shape_ncdhw(team: Team) -> None:
     _trial(team, (4, 2, 3, 5))
 
 
-@check("channels-last", "images in channels-last layout")
+@check("channels-last", "images in channels-last layout", needs="4-D input")
 def channels_last(team: Team) -> None:
     _trial(team, (4, 3, 5), channels_last_)
 
 
-@check("channels-last-3d", "volumes in channels-last layout")
+@check("channels-last-3d", "volumes in channels-last layout", needs="5-D input")
 def channels_last_3d(team: Team) -> None:
     _trial(team, (4, 2, 3, 5), channels_last_)
 
@@ -56,7 +56,7 @@ def expanded_gradient(team: Team) -> None:
     trial(team, [batch], sizes, _mean_over_space)
 
 
-@check("layout-kept", "the output has the input's layout, contiguous or channels last")
+@check("layout-kept", "the output has the input's layout, contiguous or channels last", needs="4-D input")
 def layout_kept(team: Team) -> None:
     sizes = [2] * team.world_size
     layer = make_layer(team, 4, torch.float32)
