@@ -258,8 +258,8 @@ def _renorm_lagged() -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
         x = torch.randn(5, 3, generator=g, dtype=torch.float64)
         model(x).square().mean().backward()
-    y = model(x).detach()
     running_mean, running_var = layer.running_mean.clone(), layer.running_var.clone()
+    y = model(x).detach()
     expected = (x - running_mean) / torch.sqrt(running_var + layer.eps)
     return y, expected
 
