@@ -5,7 +5,7 @@ See `syncnorm.model.lagged` for what it is. A checkpoint of a batch norm has non
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ def begin(layer: SyncNorm) -> None:
         layer.get_buffer(name).copy_(value)
 
 
-def is_brought(layer: SyncNorm, name: str, value: Tensor | None) -> TypeGuard[Tensor]:
+def is_brought(layer: SyncNorm, name: str, value: Tensor | None) -> bool:
     """Whether an entry of a state dict comes from outside of the layer.
 
     torch's distributed checkpointing completes a state dict by the model's own entries.

@@ -121,7 +121,7 @@ def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str
         return
     brought = [name for name in AVERAGES if averages.is_brought(layer, name, state_dict.get(f"{prefix}{name}"))]
     mean = state_dict.get(f"{prefix}running_mean")
-    if not brought and averages.is_brought(layer, "running_mean", mean):
+    if mean is not None and not brought and averages.is_brought(layer, "running_mean", mean):
         state_dict |= {f"{prefix}{name}": value for name, value in averages.initial(layer, mean.device).items()}
 
 

@@ -77,7 +77,8 @@ Marks = list[tuple[Tensor, int]]
 def mark(layer: SyncNorm, names: Iterable[str]) -> Marks:
     """Note how often the layer's buffers of these names have been written, as a message that will change them leaves.
 
-    Waits for nothing. For those who hold a buffer since before that and write it in place: they do not pass by `CurrentBuffers`.
+    Waits for nothing. For those who hold a buffer since before that and write it in place: they do not pass by
+    `CurrentBuffers`.
     """
     found = (dict.get(layer._buffers, name) for name in names)
     return [(buffer, buffer._version) for buffer in found if buffer is not None]

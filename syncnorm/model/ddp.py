@@ -22,20 +22,20 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
 
     Compares between the workers which layers they have and with whom each pools, makes the process groups that
     statistics travel on, attaches layers with `sync="running"` or "lagged" to each other and to the forward of
-    `model`, gives every worker rank 0's buffers of our layers, and keeps these out of the broadcast that DDP makes before
-    each forward: they are equal by construction where statistics are pooled over all workers, and each worker's or
-    group's own where they are not. When DDP wraps the model, it gives all workers rank 0's state, and these buffers of
-    rank 0 are given then, too: rank 0 alone may load a checkpoint in between. Other buffers are left to DDP.
+    `model`, gives every worker rank 0's buffers of our layers, and keeps these out of the broadcast that DDP makes
+    before each forward: they are equal by construction where statistics are pooled over all workers, and each worker's
+    or group's own where they are not. When DDP wraps the model, it gives all workers rank 0's state, and rank 0's
+    buffers of our layers are given then, too: rank 0 alone may load a checkpoint in between. Other buffers are DDP's.
 
     *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer of our layers (and again when DDP
     wraps the model), and the creation of groups. Every worker must call.
 
     Args:
         model: changed in place; parameters are left to DDP, which broadcasts them itself.
-        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. If it holds some of the workers,
-            layers whose own `process_group` is None pool over these, and keep the group as their own. (Any other
-            layer pools with whom it says. One with a rule, such as "node", pools by it over all workers there are:
-            these must all call then, not the members of this group alone.)
+        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. If it holds some of the
+            workers, layers whose own `process_group` is None pool over these, and keep the group as their own. (Any
+            other layer pools with whom it says. One with a rule, such as "node", pools by it over all workers there
+            are: these must all call then, not the members of this group alone.)
 
     Returns:
         `model`.
@@ -125,6 +125,7 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
     """
     if name == "module" and isinstance(ddp, DistributedDataParallel) and getattr(model, _OURS, None):
         assert model is not None
+        assert ddp.process_group is not None
         _give_state_of_rank_zero(model, ddp.process_group)
 
 
@@ -159,8 +160,8 @@ def _wrapped(model: nn.Module) -> str | None:
     if not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         return None
     return (
-        "`model` must be prepared before DistributedDataParallel wraps it, got one that is wrapped: it will broadcast the "
-        "buffers of syncnorm's layers before each forward. Write DistributedDataParallel(prepare_ddp(model))."
+        "`model` must be prepared before DistributedDataParallel wraps it, got one that is wrapped: it will broadcast "
+        "the buffers of syncnorm's layers before each forward. Write DistributedDataParallel(prepare_ddp(model))."
     )
 
 

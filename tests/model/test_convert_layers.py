@@ -418,7 +418,10 @@ def _wrapped(kind: str) -> str:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("DDP", "got '1.module.1' (and 1 more) is in DistributedDataParallel; pass model.module, before wrapping. Nothing"),
+        (
+            "DDP",
+            "got '1.module.1' (and 1 more) is in DistributedDataParallel; pass model.module, before wrapping. Nothing",
+        ),
         ("FSDP2", "'1.1' is sharded by FSDP; convert before fully_shard or FullyShardedDataParallel."),
         ("FSDP1", "is sharded by FSDP; convert before fully_shard or FullyShardedDataParallel."),
     ],
