@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import SyncBatchNorm, groups, prepare_ddp, reference, scale_loss
-from syncnorm.comm import exchange, which
+from syncnorm.comm import exchange, naming, which
 from syncnorm.comm import groups as live
 from syncnorm.comm.groups import statistics_group
-from syncnorm.errors import FaultError, InputError
+from syncnorm.errors import ExchangeError, FaultError, InputError
 from syncnorm.testing import RankPool, assert_close
 from tests.distributed.steps import Batch, Outcome, compare, make_layer, one_step, oracle_steps, parameters
 
@@ -354,6 +354,18 @@ def _prepare_among(spec: groups.Spec, group: list[int] | None) -> groups.Spec:
 def test_a_group_of_all_workers_or_a_layer_with_its_own_changes_nothing(pool):
     for spec, group in ((None, None), (None, [0, 1]), ("world", [0, 1]), (1, [0, 1])):
         assert pool(2).run(_prepare_among, spec, group) == [spec] * 2
+
+
+def _wait_in_vain() -> str:
+    with pytest.raises(ExchangeError) as caught, naming.made_by(range(3)):
+        raise dist.DistStoreError("Wait timeout")
+    return str(caught.value)
+
+
+def test_a_group_that_not_all_make_is_named(pool):
+    """What torch raises in new_group after the timeout; waiting for that would take as long."""
+    for rank, said in enumerate(pool(2).run(_wait_in_vain)):
+        assert f"must be made by all of ranks [0, 1, 2], got an error on rank {rank}: Wait timeout. Ranks" in said
 
 
 # Copies and pickles.
