@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, ops, traced
+from syncnorm import averages, functional, ops, traced
+from syncnorm.averages import AVERAGES
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import moments
@@ -123,25 +124,14 @@ def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str
     if layer.sync != "lagged":
         for name in names:
             state_dict.pop(name, None)
-    elif f"{prefix}running_mean" in state_dict and not any(name in state_dict for name in names):
-        state_dict |= {f"{prefix}{name}": value for name, value in _initial_averages(layer).items()}
+        return
+    brought = [name for name in AVERAGES if averages.is_brought(layer, name, state_dict.get(f"{prefix}{name}"))]
+    mean = state_dict.get(f"{prefix}running_mean")
+    if mean is not None and not brought and averages.is_brought(layer, "running_mean", mean):
+        state_dict |= {f"{prefix}{name}": value for name, value in averages.initial(layer, mean.device).items()}
 
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
-AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "lagged_waits")
-
-
-def _initial_averages(layer: SyncNorm, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """What `sync="lagged"` carries from step to step (see syncnorm.model.lagged), before the first one."""
-    channels = layer.num_features
-    wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
-    return {
-        "lagged_mean": torch.zeros(channels, **wide),
-        "lagged_var": torch.ones(channels, **wide),
-        "lagged_gradient": torch.zeros(2, channels, **wide),
-        "lagged_updates": torch.zeros(2, dtype=torch.int64, device=device),
-        "lagged_waits": torch.ones((), dtype=torch.bool, device=device),
-    }
 
 
 def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
@@ -163,6 +153,7 @@ class SyncNorm(_BatchNorm):
     lagged_gradient: Tensor
     lagged_updates: Tensor
     lagged_waits: Tensor
+    _is_hf_initialized = averages.Loaded()
 
     def __init__(
         self,
@@ -207,7 +198,7 @@ class SyncNorm(_BatchNorm):
         self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
         if sync == "lagged":
             tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
-            for name, value in _initial_averages(self, next((t.device for t in tensors), device)).items():
+            for name, value in averages.initial(self, next((t.device for t in tensors), device)).items():
                 self.register_buffer(name, value)
         self.seen: tuple[Call, Moments] | None = None
         """The last training statistic, for those who watch: what went into it, and what the batch was normalised by."""
@@ -298,8 +289,7 @@ class SyncNorm(_BatchNorm):
         if "statistics" in self.__dict__:
             self.statistics.forget(self)
             if self.sync == "lagged":
-                for name, value in _initial_averages(self, self.lagged_mean.device).items():
-                    self.get_buffer(name).copy_(value)
+                averages.begin(self)
         super().reset_running_stats()
 
     def extra_repr(self) -> str:
@@ -332,6 +322,9 @@ class SyncNorm(_BatchNorm):
             kept = before.dtype if name in AVERAGES else _kept_type(before.dtype, now.dtype)
             if now.dtype != kept:
                 self._buffers[name] = (now if before.is_meta else before).to(now.device, kept)
+        if self.sync == "lagged" and buffers["lagged_mean"].is_meta and not self.lagged_mean.is_meta:
+            # Materialised, as uninitialised memory. A checkpoint that fills the layer may be a batch norm's.
+            averages.begin(self)
         return self
 
     def _new_call(self, local: LocalSums) -> Call:

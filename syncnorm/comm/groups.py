@@ -179,8 +179,7 @@ def _workers() -> _Workers:
 def statistics_group(process_group: Spec | Kept = None) -> Group | None:
     """The group over which statistics of `process_group` are pooled; None if there is nobody to pool with.
 
-    Made at the first call for a set of ranks, with the timeout of the group given, else of the default group; then
-    kept, until torch.distributed is initialised anew.
+    Made at the first call for a set of ranks, with the timeout of the group given, else the default group's; then kept.
 
     *Collectives*: the first call for a rule (or for a group of all ranks) must be made by every rank, in the same
     order as those for others; the first one for a group of some ranks by these, and by no one else. Later calls
@@ -325,7 +324,8 @@ def make_all(parts: Sequence[Part], parent: Group) -> None:
     workers = _workers()
     for backend, members in parts:
         if len(members) > 1 and (backend, members) not in workers.made_by_all:
-            made = dist.new_group(list(members), timeout=_timeout(parent), backend=backend)
+            with naming.made_by(range(dist.get_world_size())):
+                made = dist.new_group(list(members), timeout=_timeout(parent), backend=backend)
             workers.made_by_all.add((backend, members))
             if isinstance(made, Group):
                 workers.made[backend, members] = made
@@ -343,7 +343,7 @@ def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
         return
     backend = dist.get_backend_config(parent)
     among = parent if isinstance(kept, Given) and kept.group is parent else None
-    with naming.alike(rule.members, among, device_for(parent)):
+    with naming.made_by(rule.members), naming.alike(rule.members, among, device_for(parent)):
         group = dist.new_group(
             list(rule.members), timeout=_timeout(parent), backend=backend, use_local_synchronization=True
         )

@@ -7,7 +7,7 @@ way to ask; a test notices if it changes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 from syncnorm.comm import exchange
+from syncnorm.errors import ExchangeError
 
 # More groups than are ever made among all ranks.
 _FIRST_NUMBER = 10**9
@@ -65,3 +66,18 @@ def _even_out(group: dist.ProcessGroup, device: torch.device) -> None:
     most = int(exchange.gather(torch.full((1,), number, dtype=torch.float64, device=device), group, "agreement").max())
     for _ in range(most - number):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+
+
+@contextmanager
+def made_by(ranks: Sequence[int]) -> Iterator[None]:
+    """Name the error where a group is not made by all of these ranks: torch says "Wait timeout"."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, ExchangeError):
+            raise
+        raise ExchangeError(
+            f"process group must be made by all of ranks {list(ranks)}, got an error on rank {dist.get_rank()}: "
+            f"{error}. "
+            "Ranks that do not train make none: say who does, with process_group=group in prepare_ddp and the layers."
+        ) from error

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from syncnorm import functional
-from syncnorm.base import AVERAGES
+from syncnorm.averages import AVERAGES
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchRenorm
 

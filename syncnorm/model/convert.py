@@ -259,8 +259,18 @@ def _select(
 
 def _refuse(faults: dict[str, str], what: str) -> None:
     if faults:
-        listed = "; ".join(f"{name!r} {why}" if name else f"itself, which {why}" for name, why in faults.items())
+        alike: dict[str, list[str]] = {}
+        for name, why in faults.items():
+            alike.setdefault(why, []).append(name)
+        listed = "; ".join(f"{_first(names)}{why}" for why, names in alike.items())
         raise InputError(f"`module` must hold layers that can be {what}, got {listed}. Nothing was changed.")
+
+
+def _first(names: list[str]) -> str:
+    """The first of them and the number of the others, as the subject of a clause."""
+    if len(names) > 1:
+        return f"{names[0]!r} (and {len(names) - 1} more) "
+    return f"{names[0]!r} " if names[0] else "itself, which "
 
 
 def _forget_pools(module: nn.Module) -> None:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import functional
-from syncnorm.base import AVERAGES, Immediate, SyncNorm
+from syncnorm import averages, functional
+from syncnorm.averages import AVERAGES
+from syncnorm.base import Immediate, SyncNorm
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
@@ -94,7 +95,8 @@ def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
     """Attributes and methods of ours that the layer has already, as something else."""
     built: nn.Module = request.to(1, device="meta")  # pyright: ignore[reportCallIssue]
     ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | {*AVERAGES}
-    ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1, device="meta"))}
+    # The last is a mark that transformers leaves in every module.
+    ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1, device="meta")), averages.Loaded.NAME}
     theirs = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
     for each in cls.__mro__:
         theirs |= set() if each.__module__.startswith("torch.") else vars(each).keys()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.base import SyncNorm, Unattached
 from syncnorm.comm import agreement, exchange, groups
@@ -22,17 +23,19 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
 
     Compares between the workers which layers they have and with whom each pools, makes the process groups that
     statistics travel on, attaches layers with `sync="running"` or "lagged" to each other and to the forward of
-    `model`, gives every worker rank 0's buffers once, and keeps the buffers of our layers out of the broadcast that
-    DDP makes before each forward: they are equal by construction where statistics are pooled over all workers, and
-    each worker's or group's own where they are not.
+    `model`, gives every worker rank 0's buffers of our layers, and keeps these out of the broadcast that DDP makes
+    before each forward: they are equal by construction where statistics are pooled over all workers, and each worker's
+    or group's own where they are not. When DDP wraps the model, it gives all workers rank 0's state, and rank 0's
+    buffers of our layers are given then, too: rank 0 alone may load a checkpoint in between. Other buffers are DDP's.
 
-    *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer, and the creation of groups.
-    Every worker must call.
+    *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer of our layers (and again when DDP
+    wraps the model), and the creation of groups. Every worker must call.
 
     Args:
         model: changed in place; parameters are left to DDP, which broadcasts them itself.
-        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. (With whom a layer pools is
-            the layer's own `process_group`. A layer with a rule, such as "node", pools by it over all workers there
+        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. If it holds some of the
+            workers, layers whose own `process_group` is None pool over these, and keep the group as their own. (Any
+            other layer pools with whom it says. One with a rule, such as "node", pools by it over all workers there
             are: these must all call then, not the members of this group alone.)
 
     Returns:
@@ -44,13 +47,14 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
 
     Warns:
         UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put in our place; or
-            layers that keep running statistics in a way of their own, which stay local.
+            layers that keep running statistics in a way of their own, which stay local; or DDP has wrapped it already.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
     among = groups.live(process_group)
-    for said in (replaced(model), stays_local(home_made(model))):
+    for said in (replaced(model), stays_local(home_made(model)), _wrapped(model)):
         if said is not None:
             warnings.warn(said, stacklevel=2)
+    _share_group(ours.values(), process_group)
     if among is not None and len(groups.ranks(among)) > 1:
         layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
         agreement.agree(layers, among, _device(model))
@@ -60,25 +64,42 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
         if layer.sync != "none":
             exchange.make_room(groups.statistics_group(layer.workers), 2 * layer.num_features + 1)
     _attach(model, ours)
-    if among is None:
-        return model
-    for buffer in model.buffers():
-        dist.broadcast(buffer, group=among, group_src=0)
-    _keep_from_ddp(model, ours)
+    if among is not None:
+        _keep_from_ddp(model, _buffer_names(ours))
+        _give_state_of_rank_zero(model, among)
     return model
 
 
-def _keep_from_ddp(model: nn.Module, ours: Mapping[str, nn.Module]) -> None:
-    """Tell DistributedDataParallel not to broadcast the buffers of our layers; those that were ours once, it may."""
-    batch_norms = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm)}
-    let_broadcast(model, _buffer_names({name: m for name, m in batch_norms.items() if name not in ours}))
-    names = _buffer_names(ours)
-    # The names that torch.compile's wrapper gives them, which passes on the attribute.
-    names |= {f"_orig_mod.{name}" for name in names}
-    # The attribute that DistributedDataParallel reads; a test notices if that changes.
-    model._ddp_params_and_buffers_to_ignore = sorted(  # pyright: ignore[reportArgumentType]
-        names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    )
+def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None:
+    """Have layers that name no workers pool over those of `process_group`, where that is not all there are."""
+    kept = groups.keep(process_group)
+    if isinstance(kept, groups.Given) and len(kept.members.members) < dist.get_world_size():
+        for layer in layers:
+            if layer.workers is None and layer.sync != "none":
+                layer.workers = kept
+
+
+# What DistributedDataParallel reads; a test notices if that changes.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+# Those of them that are there because of prepare_ddp. The others are the user's.
+_OURS = "_syncnorm_buffers_kept_from_ddp"
+
+
+def _keep_from_ddp(model: nn.Module, names: Collection[str]) -> None:
+    """Tell DistributedDataParallel not to broadcast these buffers before each forward, and those of before that it may.
+
+    What somebody else has told it to leave, it leaves.
+    """
+    before: Collection[str] = getattr(model, _OURS, ())
+    # With the names that torch.compile's wrapper gives them, which passes on the attributes.
+    theirs = {name for name in getattr(model, _IGNORED, ()) if name.removeprefix("_orig_mod.") not in before}
+    ours = sorted(set(names) - theirs)
+    ignored = sorted(theirs | {f"{prefix}{name}" for name in ours for prefix in ("", "_orig_mod.")})
+    for attribute, value in ((_OURS, ours), (_IGNORED, ignored)):
+        if value:
+            setattr(model, attribute, value)
+        else:
+            model.__dict__.pop(attribute, None)
 
 
 def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -86,13 +107,31 @@ def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def let_broadcast(model: nn.Module, names: Collection[str]) -> None:
-    """Have DistributedDataParallel broadcast the buffers of these names, which prepare_ddp may have kept from it."""
-    ignored = getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    left = [name for name in ignored if name.removeprefix("_orig_mod.") not in names]
-    if left:
-        model._ddp_params_and_buffers_to_ignore = left  # pyright: ignore[reportArgumentType]
-    else:
-        model.__dict__.pop("_ddp_params_and_buffers_to_ignore", None)
+    """Have DistributedDataParallel broadcast the buffers of these names again, which prepare_ddp has kept from it."""
+    _keep_from_ddp(model, set(getattr(model, _OURS, ())) - set(names))
+
+
+def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> None:
+    """Broadcast the buffers of our layers, whatever they have gone through on each worker."""
+    names = set(getattr(model, _OURS, ()))
+    for name, buffer in model.named_buffers():
+        if name.removeprefix("_orig_mod.") in names:
+            dist.broadcast(buffer, group=group, group_src=0)
+
+
+def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
+    """DistributedDataParallel takes a model: a point of the program that every worker of its group comes to.
+
+    It gives all of them rank 0's state, but for the buffers that it is to leave alone before each forward.
+    """
+    if name == "module" and isinstance(ddp, DistributedDataParallel) and getattr(model, _OURS, None):
+        assert model is not None
+        assert ddp.process_group is not None
+        _give_state_of_rank_zero(model, ddp.process_group)
+
+
+# For every module of this process, since a prepared model may have been copied, or come out of a file.
+register_module_module_registration_hook(_when_wrapped)
 
 
 def _kind(layer: SyncNorm) -> str:
@@ -114,6 +153,16 @@ def replaced(model: nn.Module) -> str | None:
     return (
         f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, timm, mmengine or "
         "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by themselves."
+    )
+
+
+def _wrapped(model: nn.Module) -> str | None:
+    """What to say of a model that DistributedDataParallel has wrapped already; None if it has not."""
+    if not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
+        return None
+    return (
+        "`model` must be prepared before DistributedDataParallel wraps it, got one that is wrapped: it will broadcast "
+        "the buffers of syncnorm's layers before each forward. Write DistributedDataParallel(prepare_ddp(model))."
     )
 
 

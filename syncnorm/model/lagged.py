@@ -24,6 +24,7 @@ from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.maths import lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
+from syncnorm.model.current import Marks, mark, written
 from syncnorm.model.running import PooledRunning, device_of, zeros
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.traced import untraced
@@ -111,7 +112,7 @@ class PooledLagged(PooledRunning):
         self._gradients: dict[str, Tensor] = {}
         self._late: dict[str, Tensor] = {}
         """Of steps whose message has left: two forwards before a backward pass, or two passes over one forward."""
-        self._sent_gradients: exchange.Pending | None = None
+        self._sent_gradients: tuple[exchange.Pending, list[Marks]] | None = None
         self._waits: dict[str, bool] | None = None
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
@@ -142,15 +143,17 @@ class PooledLagged(PooledRunning):
     @untraced
     def _apply_sent_gradients(self) -> None:
         assert self._sent_gradients is not None
-        pending, self._sent_gradients = self._sent_gradients, None
+        (pending, marks), self._sent_gradients = self._sent_gradients, None
         message = pending.wait()
         if pending.mixed is not None:
             self._mixed = pending.mixed
             return
         with torch.no_grad():
-            for layer, part in zip(self.layers.values(), message.split(self._sizes()), strict=True):
+            parts = message.split(self._sizes())
+            for layer, part, marked in zip(self.layers.values(), parts, marks, strict=True):
                 part = part.to(device_of(layer))
-                _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
+                if not written(marked):
+                    _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
 
     def forget(self, layer: SyncNorm) -> None:
         super().forget(layer)
@@ -169,6 +172,8 @@ class PooledLagged(PooledRunning):
         if self._backward.is_due:
             self._launch_gradients()
         super().start()
+        # Somebody may have written them since.
+        self._waits = None
 
     def launch(self) -> None:
         super().launch()
@@ -210,7 +215,8 @@ class PooledLagged(PooledRunning):
         if self._sent_gradients is not None:
             self._apply_sent_gradients()
         message = torch.cat(list(parts.values()))
-        self._sent_gradients = exchange.start_sum(message, self.group, "all gradients", self._title)
+        pending = exchange.start_sum(message, self.group, "all gradients", self._title)
+        self._sent_gradients = pending, [mark(layer, ("lagged_gradient",)) for layer in self.layers.values()]
         self._gradients, self._late = {}, {}
         self._backward = Backward()
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
 from syncnorm import functional
-from syncnorm.base import AVERAGES, HALF_TYPES, SyncNorm
+from syncnorm.averages import AVERAGES
+from syncnorm.base import HALF_TYPES, SyncNorm
 from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.model.adapters import over, own_class, set_class, their_class

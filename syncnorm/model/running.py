@@ -3,10 +3,11 @@
 During a training forward the layers leave the raw sums of their batches here. When the model's forward ends, the
 sums of all layers go out in one flat asynchronous message, which travels while the backward pass runs. It is
 waited for and applied at one point: before the next training forward begins, or earlier if somebody needs the
-running statistics (evaluation, `state_dict`, a copy). Applying never starts an exchange, so one worker may
-evaluate or save alone.
+running statistics (evaluation, `state_dict`, a copy, whoever reads or writes a buffer). Applying never starts an
+exchange, so one worker may evaluate or save alone.
 
-Hence between two training forwards the buffers lack exactly the last forward's update; no forward sees that.
+Hence nobody who reaches for a buffer through its layer sees that the update is made late. A buffer that somebody holds
+since before the forward lacks it; if it is written before the update is applied, what was written stays.
 
 What one step has gathered is one object. It is made when a forward begins, sent when it ends, and dropped whole if
 the forward raises.
@@ -28,6 +29,7 @@ from syncnorm.comm import exchange, groups, guard
 from syncnorm.comm.flight import Flight
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
+from syncnorm.model.current import CurrentBuffers, Marks, mark, written
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.traced import untraced
 
@@ -46,12 +48,16 @@ class Forward:
             self.bad_masks[name] = self.bad_masks.get(name, local.has_fault) | local.has_fault
 
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "lagged_mean", "lagged_var", "lagged_waits")
+
+
 class Sent(NamedTuple):
-    """A message on its way, and what it takes to apply it: momenta and groups may have changed by then."""
+    """A message on its way, and what it takes to apply it: momenta, groups and buffers may have changed by then."""
 
     message: exchange.Pending
     momenta: list[float | None]
     members: list[int]
+    marks: Marks
 
 
 class PooledRunning:
@@ -75,6 +81,7 @@ class PooledRunning:
         """An exchange in which some workers sent something else, to be raised when all are there again."""
         for layer in layers.values():
             layer.statistics = self
+            CurrentBuffers.put_into(layer, self)
 
     @property
     def group(self) -> groups.Group | None:
@@ -105,12 +112,13 @@ class PooledRunning:
     @untraced
     def _apply_sent(self) -> None:
         assert self._sent is not None
-        (pending, momenta, members), self._sent = self._sent, None
+        (pending, momenta, members, marks), self._sent = self._sent, None
         with torch.no_grad():
             message = pending.wait()
             if pending.mixed is not None:
                 self._mixed = pending.mixed
                 return
+            kept = [(buffer, buffer.clone()) for buffer in written(marks)]
             faults = message[-len(members) :]
             self._fault = self._describe(faults, members)
             if self._fault is None:
@@ -120,6 +128,8 @@ class PooledRunning:
                 self._apply(
                     [s.to(device_of(layer)) for layer, s in zip(self.layers.values(), sums, strict=True)], momenta
                 )
+                for buffer, value in kept:
+                    buffer.copy_(value)
 
     def forget(self, layer: SyncNorm) -> None:
         """The layer's state is about to be replaced: let the others have what is under way, and drop the layer's.
@@ -134,6 +144,7 @@ class PooledRunning:
         self.forget(layer)
         del self.layers[self._names.pop(layer)]
         layer.statistics = Unattached()
+        layer.__dict__["_buffers"] = dict(layer._buffers)
 
     def drop(self) -> None:
         """Forget what a step has gathered and not sent."""
@@ -163,7 +174,8 @@ class PooledRunning:
         group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
         members = groups.ranks(group)
         message = exchange.start_sum(self._message(forward, members), group, "all moments", self._title)
-        self._sent = Sent(message, momenta, members)
+        marks = [each for layer in self.layers.values() for each in mark(layer, _STATISTICS)]
+        self._sent = Sent(message, momenta, members, marks)
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
         for layer, each, momentum in zip(self.layers.values(), sums, momenta, strict=True):
@@ -231,7 +243,8 @@ class PooledRunning:
         return [2 * layer.num_features + 1 for layer in self.layers.values()]
 
     def __getstate__(self) -> dict[str, object]:
-        # A copy made within `accumulate` is not part of it.
+        # Nothing is under way in a copy; and one made within `accumulate` is not part of it.
+        self.settle()
         return {**self.__dict__, "is_held": False, "_is_open": False, "_handled": None, "_mixed": None}
 
     def _message(self, forward: Forward, members: list[int]) -> Tensor:
@@ -268,10 +281,9 @@ class PooledRunning:
 
 
 def device_of(layer: SyncNorm) -> torch.device:
-    """Where the layer's sums are."""
-    for tensor in (*layer.buffers(recurse=False), *layer.parameters(recurse=False)):
-        return tensor.device
-    return torch.device("cpu")
+    """Where the layer's sums are. Waits for nothing."""
+    tensors = (*dict.values(layer._buffers), *layer._parameters.values())
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 
 
 def zeros(size: int, device: torch.device) -> Tensor:

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import SyncBatchNorm, groups, prepare_ddp, reference, scale_loss
-from syncnorm.comm import exchange, which
+from syncnorm.comm import exchange, naming, which
 from syncnorm.comm import groups as live
 from syncnorm.comm.groups import statistics_group
-from syncnorm.errors import FaultError, InputError
+from syncnorm.errors import ExchangeError, FaultError, InputError
 from syncnorm.testing import RankPool, assert_close
 from tests.distributed.steps import Batch, Outcome, compare, make_layer, one_step, oracle_steps, parameters
 
@@ -312,6 +312,60 @@ def _prepare_made(what: Any) -> str:
     made = [dist.new_group(list(part)) for part in ((0, 1), (1, 2))]
     group = dist.GroupMember.NON_GROUP_MEMBER if what == "outside" else made[what]
     return _message(lambda: prepare_ddp(nn.Sequential(SyncBatchNorm(4), SyncBatchNorm(4, process_group=group))))
+
+
+# The group that prepare_ddp is given.
+
+
+def _stages(sync: str) -> tuple[Any, ...]:
+    """Two pipeline stages of two replicas, that is two models, whose layers name no workers."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "replica"))["replica"]
+    rank = dist.get_rank()
+    width, number = (4, 1) if rank < 2 else (3, 2)
+    norms = (SyncBatchNorm(width, sync=sync, dtype=torch.float64) for _ in range(number))
+    stage = prepare_ddp(nn.Sequential(nn.Linear(2, width, dtype=torch.float64), *norms), mesh)
+    ddp = DistributedDataParallel(stage, process_group=mesh.get_group())
+    x = torch.linspace(rank, 8, 2 * (rank + 2), dtype=torch.float64).view(-1, 2)
+    ddp(x).square().mean().backward()
+    seen = stage[0](x).detach()
+    copied = copy.deepcopy(stage)[1].process_group is mesh
+    return live.ranks(statistics_group(stage[1].process_group)), copied, seen, stage[1].running_mean
+
+
+@pytest.mark.parametrize("sync", ["batch", "running"])
+def test_layers_that_name_no_workers_pool_over_the_group_of_prepare_ddp(pool, sync):
+    answers = pool(4).run(_stages, sync)
+    for ranks in ((0, 1), (2, 3)):
+        pooled = torch.cat([answers[rank][2] for rank in ranks])
+        for rank in ranks:
+            members, copied, seen, mean = answers[rank]
+            assert members == list(ranks)
+            assert copied
+            assert_close(mean, 0.1 * pooled.mean(0), torch.float64, "running_mean")
+            assert not torch.allclose(mean, 0.1 * seen.mean(0)), "the replicas must differ for this to say anything"
+
+
+def _prepare_among(spec: groups.Spec, group: list[int] | None) -> groups.Spec:
+    layer = SyncBatchNorm(4, process_group=spec)
+    prepare_ddp(nn.Sequential(layer), None if group is None else dist.new_group(group))
+    return layer.process_group
+
+
+def test_a_group_of_all_workers_or_a_layer_with_its_own_changes_nothing(pool):
+    for spec, group in ((None, None), (None, [0, 1]), ("world", [0, 1]), (1, [0, 1])):
+        assert pool(2).run(_prepare_among, spec, group) == [spec] * 2
+
+
+def _wait_in_vain() -> str:
+    with pytest.raises(ExchangeError) as caught, naming.made_by(range(3)):
+        raise dist.DistStoreError("Wait timeout")
+    return str(caught.value)
+
+
+def test_a_group_that_not_all_make_is_named(pool):
+    """What torch raises in new_group after the timeout; waiting for that would take as long."""
+    for rank, said in enumerate(pool(2).run(_wait_in_vain)):
+        assert f"must be made by all of ranks [0, 1, 2], got an error on rank {rank}: Wait timeout. Ranks" in said
 
 
 # Copies and pickles.

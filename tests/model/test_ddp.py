@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import SyncBatchNorm, prepare_ddp, scale_loss
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp, scale_loss
 from syncnorm.comm import exchange
+from syncnorm.model.adopt import adopt_state_dict
 
 
 def _scaled(counts: list[int]) -> tuple[float, list[tuple[str, int]]]:
@@ -61,6 +65,106 @@ def test_pooled_buffers_stay_equal_under_ddp(pool):
     for prepare in (True, False):
         (_, end0), (_, end1) = pool(2).run(_buffers_under_ddp, prepare, "batch")
         assert all(torch.equal(a, b) for a, b in zip(end0, end1, strict=True))
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "batch": lambda: SyncBatchNorm(4),
+    "renorm": lambda: SyncBatchRenorm(4, schedule=RenormSchedule.switch(100, 3.0, 5.0)),
+    "running": lambda: SyncBatchNorm(4, sync="running"),
+    "lagged": lambda: SyncBatchNorm(4, sync="lagged"),
+    "none": lambda: SyncBatchNorm(4, sync="none"),
+    "torch": lambda: nn.BatchNorm1d(4),
+}
+
+
+def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
+    """A state from somewhere else, past a schedule's beginning, that does not wait."""
+    return {
+        key: torch.zeros_like(value) if key.endswith("waits") else value + (9000 if value.dtype == torch.int64 else 2)
+        for key, value in model.state_dict().items()
+    }
+
+
+def _write(model: nn.Module) -> None:
+    with torch.no_grad():
+        for value in (*model.parameters(), *model.buffers()):
+            value.fill_(3 if value.dtype != torch.bool else 0)
+
+
+ARRIVALS: dict[str, Callable[[nn.Module], object]] = {
+    "load_state_dict": lambda model: model.load_state_dict(_trained(model)),
+    "assign": lambda model: model.load_state_dict(_trained(model), assign=True),
+    "adopt_state_dict": lambda model: adopt_state_dict(model, _trained(model)),
+    "written": _write,
+    "reset": lambda model: model[1].reset_running_stats(),
+}
+
+
+def _state_of_rank_zero(layer: str) -> dict[str, list[dict[str, torch.Tensor]]]:
+    """Rank 0's state comes in before DDP wraps a trained model; then as wrapped, and after training and evaluation."""
+    torch.manual_seed(0)
+    trained = prepare_ddp(nn.Sequential(nn.Linear(3, 4), LAYERS[layer](), nn.Linear(4, 2)))
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(dist.get_rank()))
+    DistributedDataParallel(trained)(x).square().mean().backward()
+    found = {}
+    for way, come_in in ARRIVALS.items():
+        model = copy.deepcopy(trained)
+        if dist.get_rank() == 0:
+            come_in(model)
+        wrapped = DistributedDataParallel(model)
+        found[way] = [{k: v.clone() for k, v in model.state_dict().items()}]
+        evaluated = wrapped.eval()(torch.ones(2, 3)).detach()
+        wrapped.train()
+        for _ in range(2):
+            wrapped(x).square().mean().backward()
+        # Running statistics of each worker's own differ from here on.
+        found[way].append({"evaluated": evaluated, **({} if layer in ("none", "torch") else model.state_dict())})
+    return found
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_ddp_gives_all_workers_the_state_that_rank_zero_has_when_it_wraps(pool, layer):
+    first, second = pool(2).run(_state_of_rank_zero, layer)
+    for way, states in first.items():
+        for one, other in zip(states, second[way], strict=True):
+            for key, value in one.items():
+                assert torch.equal(value, other[key]), f"{way} {key}"
+    assert (first["written"][0]["1.running_mean"] == 3.0).all()
+    counted = {way: int(states[0]["1.num_batches_tracked"]) for way, states in first.items()}
+    assert counted == {"load_state_dict": 9001, "assign": 9001, "adopt_state_dict": 9001, "written": 3, "reset": 0}
+
+
+def _others_buffers(how: str) -> tuple[list[float], set[str]]:
+    """Buffers of each worker's own, before DDP and under it; and what travelled in a training forward."""
+    model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4))
+    for name in ("left", "other"):
+        model.register_buffer(name, torch.full((), float(dist.get_rank())))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["left"])
+    prepare_ddp(prepare_ddp(model))
+    seen = [model.left.item(), model.other.item()]
+    wrapped = DistributedDataParallel(model, broadcast_buffers=how == "broadcast")
+    wrapped(torch.randn(4, 3)).sum().backward()
+    return [*seen, model.left.item(), model.other.item()], wrapped.parameters_to_ignore
+
+
+@pytest.mark.filterwarnings("ignore:`broadcast_buffers` is deprecated")
+@pytest.mark.parametrize("how", ["broadcast", "none"])
+def test_buffers_of_others_are_left_to_ddp(pool, how):
+    for rank, (seen, ignored) in enumerate(pool(2).run(_others_buffers, how)):
+        assert seen == [rank, rank, rank, 0 if how == "broadcast" else rank]
+        ours = {f"1.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
+        assert ignored == {"left", *ours, *(f"_orig_mod.{name}" for name in ours)}
+
+
+def _prepare_wrapped() -> str:
+    with pytest.warns(UserWarning, match="syncnorm") as caught:
+        prepare_ddp(DistributedDataParallel(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4), SyncBatchNorm(4))))
+    return " ".join(str(each.message) for each in caught)
+
+
+def test_a_model_that_is_wrapped_already_is_one_warning(pool):
+    for said in pool(2).run(_prepare_wrapped):
+        assert said.count("must be prepared before DistributedDataParallel wraps it") == 1
 
 
 def test_prepare_ddp_says_when_a_switch_has_replaced_our_layers():

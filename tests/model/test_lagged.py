@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import Lagged, RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, scale_loss
+from syncnorm.averages import AVERAGES
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.reference import LaggedBatchNorm
@@ -259,8 +263,8 @@ def _renorm_lagged() -> tuple[Tensor, Tensor]:
         g = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
         x = torch.randn(5, 3, generator=g, dtype=torch.float64)
         model(x).square().mean().backward()
-    y = model(x).detach()
     running_mean, running_var = layer.running_mean.clone(), layer.running_var.clone()
+    y = model(x).detach()
     expected = (x - running_mean) / torch.sqrt(running_var + layer.eps)
     return y, expected
 
@@ -337,6 +341,81 @@ def test_loading_other_layers_leaves_the_averages():
     assert torch.equal(model.state_dict()["1.lagged_mean"], before)
     model.load_state_dict(model.state_dict())
     assert torch.equal(model.state_dict()["1.lagged_mean"], before)
+
+
+def _spoil(model: nn.Module) -> None:
+    """What to_empty may leave, made visible."""
+    for buffer in model.buffers():
+        buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
+
+
+def _materialised(state: dict[str, Tensor]) -> nn.Module:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync="lagged"))
+    return model.to_empty(device="cpu")
+
+
+def _spoilt_and_set(strict: bool) -> Callable[[dict[str, Tensor]], nn.Module]:
+    def load(state: dict[str, Tensor]) -> nn.Module:
+        model = _materialised(state)
+        _spoil(model)
+        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=strict))
+        return model
+
+    return load
+
+
+def _assigned(state: dict[str, Tensor]) -> nn.Module:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync="lagged"))
+    model.load_state_dict({**model.state_dict(), **state}, assign=True)
+    return model
+
+
+def _from_pretrained(state: dict[str, Tensor]) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+    class Model(transformers.PreTrainedModel):
+        config_class = transformers.PretrainedConfig
+
+        def __init__(self, config, norm=lambda channels: SyncBatchNorm(channels, sync="lagged")) -> None:
+            super().__init__(config)
+            self.net = nn.Sequential(nn.Linear(3, 4), norm(4))
+            self.post_init()
+
+    norm = nn.BatchNorm1d if len(state) == 7 else lambda channels: SyncBatchNorm(channels, sync="lagged")
+    saved = Model(transformers.PretrainedConfig(), norm)
+    saved.net.load_state_dict(state)
+    with TemporaryDirectory() as folder:
+        saved.save_pretrained(folder)
+        return Model.from_pretrained(folder).net
+
+
+LOADERS: dict[str, Callable[[dict[str, Tensor]], nn.Module]] = {
+    "to_empty": _materialised,
+    "set_model_state_dict": _spoilt_and_set(True),
+    "set_model_state_dict, not strict": _spoilt_and_set(False),
+    "assign": _assigned,
+    "from_pretrained": _from_pretrained,
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_averages_begin_where_a_loader_fills_the_layer_from_a_batch_norm(loader):
+    state = {k: v + 1 for k, v in nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict().items()}
+    layer, new = LOADERS[loader](state)[1], SyncBatchNorm(4, sync="lagged")
+    for name in AVERAGES:
+        assert torch.equal(layer.get_buffer(name), new.get_buffer(name)), name
+    assert loader == "to_empty" or torch.equal(layer.running_mean, state["1.running_mean"])
+    layer(torch.randn(5, 4))
+
+
+@pytest.mark.parametrize("loader", [name for name in LOADERS if name != "to_empty"])
+def test_averages_that_a_loader_brings_are_taken(loader):
+    own = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync="lagged")).state_dict()
+    state = {k: ~v if v.dtype == torch.bool else v + 1 for k, v in own.items()}
+    got = LOADERS[loader](state).state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in got.items())
 
 
 def _accumulated_rounds() -> list[str]:

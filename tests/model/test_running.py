@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
 from syncnorm import SyncBatchNorm, prepare_ddp, reference
@@ -69,28 +72,116 @@ def _forward(shards: list[Tensor]) -> Tensor:
     return model(shards[dist.get_rank()]).detach()
 
 
-def _staleness() -> list[list[float]]:
-    """The running mean as seen in the buffer and then in a state dict, after each of three forwards."""
+def _seen() -> tuple[list[float], list[float], list[str]]:
+    """The running mean after each of three forwards: as the layer's, and as a tensor held since the first."""
     layer = KINDS["norm"](1)
     model = prepare_ddp(nn.Sequential(layer))
-    seen = []
-    for step in range(3):
-        model(uneven_batch(4, step, 1) + dist.get_rank())
-        seen.append([layer.running_mean.item()])
-    seen[-1].append(model.state_dict()["0.running_mean"].item())
-    return seen
+    held = layer.running_mean
+    as_layers, as_held = [], []
+    with exchange.record() as record:
+        for step in range(3):
+            model(uneven_batch(4, step, 1) + dist.get_rank())
+            as_held.append(held.item())
+            as_layers.append(layer.running_mean.item())
+    return as_layers, as_held, [each.kind for each in record]
 
 
-def test_the_buffers_lack_exactly_one_forward(pool):
+def test_who_reaches_for_a_buffer_finds_the_last_forward_in_it(pool):
     running = reference.RunningStatistics.initial(1)
     expected = [0.0]
     for step in range(3):
         batch = uneven_batch(4, step, 1)
         reference.batch_norm(torch.cat([batch, batch + 1]), running=running)
         expected.append(running.mean.item())
-    for seen in pool(2).run(_staleness):
-        assert [s[0] for s in seen] == pytest.approx(expected[:3], rel=1e-12)
-        assert seen[-1][1] == pytest.approx(expected[3], rel=1e-12)
+    for as_layers, as_held, kinds in pool(2).run(_seen):
+        assert as_layers == pytest.approx(expected[1:], rel=1e-12)
+        assert as_held == pytest.approx(expected[:3], rel=1e-12), "the update is late for those who go around the layer"
+        assert kinds == ["all moments"] * 3
+
+
+def _average(model: nn.Module) -> None:
+    """What reads and writes in one."""
+    for buffer in model.buffers():
+        buffer.mul_(2).add_(1)
+
+
+def _swap(model: nn.Module) -> None:
+    for name in ("running_mean", "running_var"):
+        torch.utils.swap_tensors(model[0].get_buffer(name), torch.full((4,), 3.0, dtype=torch.float64))
+
+
+def _copy_from_a_teacher(model: nn.Module) -> None:
+    teacher = copy.deepcopy(model)
+    for own, other in zip(model.buffers(), teacher.buffers(), strict=True):
+        own.copy_(2 * other)
+
+
+def _reassign(model: nn.Module) -> None:
+    model[0].running_mean = torch.full_like(model[0].running_var, 3.0)
+    model[0].register_buffer("running_var", torch.full_like(model[0].running_var, 3.0))
+
+
+def _parametrize(model: nn.Module) -> None:
+    parametrize.register_parametrization(model[0], "running_mean", nn.Identity(), unsafe=True)
+    parametrize.remove_parametrizations(model[0], "running_mean", leave_parametrized=False)
+
+
+WRITES: dict[str, Callable[[nn.Module], object]] = {
+    "zero_": lambda model: model[0].running_mean.zero_(),
+    "the clock": lambda model: model[0].num_batches_tracked.fill_(7),
+    ".data": lambda model: setattr(model[0].running_mean, "data", torch.ones(4, dtype=torch.float64)),
+    "_buffers": lambda model: model[0]._buffers["running_var"].fill_(5),
+    "reassign": _reassign,
+    "delete": lambda model: (delattr(model[0], "running_mean"), model[0].register_buffer("running_mean", None)),
+    "average": _average,
+    "AveragedModel": lambda model: model.load_state_dict(AveragedModel(model, use_buffers=True).module.state_dict()),
+    "swap_tensors": _swap,
+    "copy_ from a teacher": _copy_from_a_teacher,
+    "update_bn": lambda model: torch.optim.swa_utils.update_bn([uneven_batch(4, 7)], model),
+    "assign": lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True),
+    "parametrize": _parametrize,
+    "functional_call": lambda model: torch.func.functional_call(
+        model, {k: v * 2 for k, v in model.named_buffers()}, uneven_batch(4, 9)
+    ),
+    "cast": lambda model: model.float().double(),
+}
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+@pytest.mark.parametrize("write", WRITES)
+def test_what_others_write_counts_as_with_a_layer_that_updates_at_once(write, sync):
+    """Between two forwards, and whatever becomes of the statistics in the second."""
+    at_once = nn.Sequential(SyncBatchNorm(4, dtype=torch.float64))
+    late = prepare_ddp(nn.Sequential(SyncBatchNorm(4, dtype=torch.float64, sync=sync)))
+    for model in (at_once, late):
+        model(uneven_batch(6, 0))
+        WRITES[write](model)
+    for _ in range(2):
+        for name, value in at_once.named_buffers():
+            torch.testing.assert_close(dict(late.named_buffers())[name], value, rtol=1e-12, atol=1e-12, msg=name)
+        for model in (at_once, late):
+            model(uneven_batch(6, 1))
+    assert write == "delete" or not torch.equal(at_once[0].running_mean, torch.zeros(4))
+
+
+def _write_under_way(is_alone: bool) -> list[Tensor]:
+    """One worker, or each, writes what it holds since before the forward."""
+    model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
+    mean, var = model[0].running_mean, model[0].running_var
+    model(uneven_batch(6, dist.get_rank()))
+    if not is_alone or dist.get_rank() == 1:
+        mean.fill_(3.0)
+    return [mean, var, model.state_dict()["0.running_mean"]]
+
+
+def test_what_is_written_into_a_buffer_that_somebody_holds_stays(pool):
+    for is_alone in (False, True):
+        first, second = pool(2).run(_write_under_way, is_alone)
+        assert (second[0] == 3.0).all(), "the update is older"
+        assert torch.equal(second[0], second[2])
+        assert torch.equal(first[1], second[1]), "the others follow the update"
+        assert not torch.equal(first[1], torch.ones(4).double())
+        assert torch.equal(first[0], second[0]) is not is_alone
 
 
 def _patterns(name: str) -> tuple[dict, int]:
@@ -178,7 +269,7 @@ def test_a_copy_has_the_update_that_was_under_way():
     model = prepare_ddp(nn.Sequential(KINDS["norm"](4)))
     model(uneven_batch(6, 0))
     other = copy.deepcopy(model)
-    assert int(other[0].num_batches_tracked) == 0
+    assert int(other[0].num_batches_tracked) == 1
     expected = model.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in other.state_dict().items())
     other(uneven_batch(6, 1))
