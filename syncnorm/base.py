@@ -10,13 +10,13 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, ops, traced
+from syncnorm import functional, observed, ops, traced
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import moments
@@ -79,8 +79,9 @@ class Immediate:
     """The statistics of the batch itself, over a process group or local; running statistics follow at once."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        group = groups.statistics_group(layer.workers) if layer.sync == "batch" else None
-        return ops.pooled_statistic(local, group, layer.label)
+        if layer.sync != "batch":
+            return ops.local_statistic(local, layer.label)
+        return ops.statistic_over(local, layer.workers, layer.label)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         layer.update_running(statistic.batch, layer.momentum)
@@ -99,6 +100,8 @@ class Unattached(Immediate):
     """For modes in which layers act together: an error until `prepare_ddp` has introduced them to each other."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        if local.observer is not None:
+            return ops.statistic_over(local, layer.workers, layer.label)
         if groups.statistics_group(layer.workers) is None:
             return ops.pooled_statistic(local, None, layer.label)
         raise InputError(
@@ -207,6 +210,8 @@ class SyncNorm(_BatchNorm):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for training only."""
+        if type(x) is not Tensor and isinstance(x, observed.Proxy):
+            return observed.module_call(self, x, mask)
         functional.check_input(x, self.num_features)
         weights = functional.expand_mask(mask, x)
         if not self.training:
@@ -229,6 +234,8 @@ class SyncNorm(_BatchNorm):
     def _train_part(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Normalise by one statistic, and have the running statistics follow it."""
         local = ops.local_sums(x, weights)
+        if local.observer is not None:
+            return self._train_observed(x, local)
         call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
         statistic = self.statistics.take(self, local, call)
         functional.check_count(statistic, self._warn_once)
@@ -241,6 +248,21 @@ class SyncNorm(_BatchNorm):
             self.seen = (call, statistic.batch)
         with torch.no_grad():
             self.statistics.record(self, statistic)
+        return y
+
+    def _train_observed(self, x: Tensor, local: LocalSums) -> Tensor:
+        """The same where something looks at operators (see `syncnorm.observed`): nothing is remembered or exchanged."""
+        call = Call(local.sums, self._before())
+        if isinstance(self.statistics, Immediate):
+            statistic = self.statistics.take(self, local, call)
+        elif local.observer == observed.FAKE:
+            statistic = ops.local_statistic(local, self.label)
+        else:
+            raise observed.refuse(local.observer or "", self.label)
+        y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
+        if isinstance(self.statistics, Immediate) and self.freeze is None and not ops.is_recomputing():
+            with torch.no_grad(), observed.updating(local.observer or "", self.label):
+                self.statistics.record(self, statistic)
         return y
 
     def update_running(self, batch: Moments, momentum: float | None) -> None:
@@ -332,6 +354,12 @@ class SyncNorm(_BatchNorm):
         found = next((call for call in others if call.repeated_in is None), (others or alike)[0])
         found.repeated_in = task
         return found
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise InputError(
+            f"`torch.jit.script` must be given torch's layers, got {type(self).__name__}. Script revert(model), or "
+            "trace the model in evaluation mode."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # What awaits a backward pass awaits it of this object, not of a copy.
