@@ -11,13 +11,13 @@ from abc import abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NoReturn, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import averages, functional, ops, traced
+from syncnorm import averages, functional, observed, ops, traced
 from syncnorm.averages import AVERAGES
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
@@ -86,8 +86,9 @@ class Immediate:
     """The statistics of the batch itself, over a process group or local; running statistics follow at once."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        group = groups.statistics_group(layer.workers) if layer.sync == "batch" else None
-        return ops.pooled_statistic(local, group, layer.label, is_averaged=layer.is_prepared)
+        if layer.sync != "batch":
+            return ops.local_statistic(local, layer.label)
+        return ops.statistic_over(local, layer.workers, layer.label, is_averaged=layer.is_prepared)
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         layer.update_running(statistic.batch, layer.momentum)
@@ -106,6 +107,8 @@ class Unattached(Immediate):
     """For modes in which layers act together: an error until `prepare_ddp` has introduced them to each other."""
 
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+        if local.observer is not None:
+            return ops.statistic_over(local, layer.workers, layer.label)
         if groups.statistics_group(layer.workers) is None:
             return ops.pooled_statistic(local, None, layer.label)
         raise InputError(
@@ -217,6 +220,8 @@ class SyncNorm(_BatchNorm):
         """
         if x is None or input is not None:
             x = functional.one_input(x, input)
+        if type(x) is not Tensor and isinstance(x, observed.Proxy):
+            return observed.module_call(self, x, mask)
         functional.check_input(x, self.num_features)
         weights = functional.expand_mask(mask, x)
         if not self.training:
@@ -239,6 +244,8 @@ class SyncNorm(_BatchNorm):
     def _train_part(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Normalise by one statistic, and have the running statistics follow it."""
         local = ops.local_sums(x, weights)
+        if local.observer is not None:
+            return self._train_observed(x, local)
         call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
         statistic = self.statistics.take(self, local, call)
         functional.check_count(statistic, self._warn_once)
@@ -251,6 +258,21 @@ class SyncNorm(_BatchNorm):
             self.seen = (call, statistic.batch)
         with torch.no_grad():
             self.statistics.record(self, statistic)
+        return y
+
+    def _train_observed(self, x: Tensor, local: LocalSums) -> Tensor:
+        """The same where something looks at operators (see `syncnorm.observed`): nothing is remembered or exchanged."""
+        call = Call(local.sums, self._before())
+        if isinstance(self.statistics, Immediate):
+            statistic = self.statistics.take(self, local, call)
+        elif local.observer == observed.FAKE:
+            statistic = ops.local_statistic(local, self.label)
+        else:
+            raise observed.refuse(local.observer or "", self.label)
+        y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
+        if isinstance(self.statistics, Immediate) and self.freeze is None and not ops.is_recomputing():
+            with torch.no_grad(), observed.updating(local.observer or "", self.label):
+                self.statistics.record(self, statistic)
         return y
 
     def update_running(self, batch: Moments, momentum: float | None) -> None:
@@ -356,6 +378,12 @@ class SyncNorm(_BatchNorm):
         found = next((call for call in others if call.repeated_in is None), (others or alike)[0])
         found.repeated_in = task
         return found
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise InputError(
+            f"`torch.jit.script` must be given torch's layers, got {type(self).__name__}. Script revert(model), or "
+            "trace the model in evaluation mode."
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # What awaits a backward pass awaits it of this object, not of a copy.

@@ -10,13 +10,15 @@ Ioffe and Szegedy 2015, section 3. The moments are functions of x, known to auto
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from syncnorm.maths import kernels
+from syncnorm import observed
+from syncnorm.maths import formula, kernels
 from syncnorm.maths.second import SecondDerivative
 
 ANCHOR = torch.zeros((), requires_grad=True)
@@ -28,6 +30,11 @@ class GradientMeans(Protocol):
 
     They enter the gradient of the input. Called once in each backward pass of a layer's call, on every worker.
     """
+
+    @property
+    def is_local(self) -> bool:
+        """Whether they are the means over this worker's batch, so that nothing is exchanged."""
+        ...
 
     def __call__(self, local: Tensor) -> Tensor: ...
 
@@ -52,6 +59,10 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, mean, invstd, mask = ctx.saved_tensors
+        who = observed.observer(grad_output)
+        if who is not None and who != observed.FAKE:
+            grads = _by_formula(who, ctx.gradient_means, grad_output, x, weight, mask, invstd)
+            return *_typed(*grads, weight, ctx.bias_dtype), None, None, None, None, None
         saved = (grad_output, x, weight, mean, invstd, mask)
         how = (ctx.gradient_means, ctx.bias_dtype, ctx.needs_input_grad[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -60,6 +71,24 @@ class Normalize(torch.autograd.Function):
         else:
             grads, _ = _gradient(*saved, *how)
         return *grads, None, None, None, None, None
+
+
+def _by_formula(who: str, gradient_means: GradientMeans, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias in operators that torch batches and differentiates itself."""
+    if not gradient_means.is_local:
+        raise observed.refuse(who, "the backward pass")
+    return formula.gradient(*args)
+
+
+def _typed(
+    dx: Tensor, dweight: Tensor, dbias: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What there is a weight and a bias for, in their types."""
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias_dtype is None else dbias.to(bias_dtype),
+    )
 
 
 def _gradient(
@@ -95,13 +124,20 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx, g, x, weight, mean, invstd, mask, anchor, gradient_means, bias_dtype, needs_input):  # pyright: ignore[reportIncompatibleMethodOverride]
         grads, means = _gradient(g, x, weight, mean, invstd, mask, gradient_means, bias_dtype, needs_input)
         ctx.save_for_backward(g, x, weight, mean, invstd, mask, *means)
-        ctx.gradient_means = gradient_means
+        ctx.gradient_means, ctx.bias_dtype = gradient_means, bias_dtype
         return grads
 
     @staticmethod
     @once_differentiable
     def backward(ctx, v, u, t):  # pyright: ignore[reportIncompatibleMethodOverride]
         g, x, weight, mean, invstd, mask, *means = ctx.saved_tensors
+        who = next(filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None)
+        if who is not None and who != observed.FAKE:
+            with torch.enable_grad():
+                # Views, so that what g is made from is not gone through.
+                g, x, weight = (None if each is None else each.view_as(each) for each in (g, x, weight))
+                grads = _by_formula(who, ctx.gradient_means, g, x, weight, mask, invstd)
+            return *_pull_back(_typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight)), *[None] * 7
         wide = torch.promote_types(x.dtype, torch.float32)
         v = torch.zeros_like(x) if v is None else v
         u, t = (torch.zeros_like(mean) if each is None else each.double() for each in (u, t))
@@ -118,3 +154,13 @@ class _Gradient(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = second.wrt_input(pooled).to(x.dtype)
         return grad_g, grad_x, grad_weight, None, None, None, None, None, None, None
+
+
+def _pull_back(
+    outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients of the outputs that have a cotangent, by each input that needs one."""
+    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None]
+    needed = [t for t in inputs if t is not None and t.requires_grad]
+    grads = iter(torch.autograd.grad([o for o, _ in pairs], needed, [c for _, c in pairs], allow_unused=True))
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm import ops, traced
+from syncnorm import observed, ops, traced
 from syncnorm.comm import groups, guard
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
 from syncnorm.maths import moments, renorm
+from syncnorm.maths.moments import Unread
 from syncnorm.ops import Statistic
 
 __all__ = ["sync_batch_norm", "sync_batch_renorm"]
@@ -20,6 +21,7 @@ __all__ = ["sync_batch_norm", "sync_batch_renorm"]
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
+@observed.function_call
 def sync_batch_norm(
     x: Tensor,
     running_mean: Tensor | None = None,
@@ -81,7 +83,7 @@ def sync_batch_norm(
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
     local = ops.local_sums(x, mask)
-    statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), "sync_batch_norm")
+    statistic = ops.statistic_over(local, process_group, "sync_batch_norm")
     check_count(statistic, warn_single_value)
     y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
@@ -93,6 +95,7 @@ def sync_batch_norm(
     return y
 
 
+@observed.function_call
 def sync_batch_renorm(
     x: Tensor,
     running_mean: Tensor,
@@ -156,7 +159,7 @@ def sync_batch_renorm(
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
     local = ops.local_sums(x, mask)
-    statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), "sync_batch_renorm")
+    statistic = ops.statistic_over(local, process_group, "sync_batch_renorm")
     check_count(statistic, warn_single_value)
     folded = fold_correction(weight, bias, statistic, running_mean, running_var, eps, *bounds)
     y = ops.normalize(x, *folded, statistic, eps, local.mask)
@@ -201,7 +204,7 @@ def evaluate(
 ) -> Tensor:
     """Normalise by the running statistics, or by the local batch without them. No communication."""
     if running_mean is None:
-        statistic = ops.pooled_statistic(ops.local_sums(x, None), None, "evaluation")
+        statistic = ops.local_statistic(ops.local_sums(x, None), "evaluation")
         return ops.normalize(x, weight, bias, statistic, eps, None)
     given = (running_mean, running_var, weight, bias)
     if any(t is not None and t.dtype != x.dtype for t in given):
@@ -272,7 +275,7 @@ def check_bounds(r_max: float | Tensor, d_max: float | Tensor, device: torch.dev
     only, if they are tensors there.
     """
     for name, value, least in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
-        if torch.compiler.is_compiling() and isinstance(value, Tensor):
+        if isinstance(value, Tensor) and (torch.compiler.is_compiling() or observed.observer(value) is not None):
             continue
         is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or guard.is_debug()
         if is_free and not value >= least:
@@ -338,7 +341,7 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     A pooled count is known to all. On CUDA it is looked at in debug mode only.
     """
     count = statistic.batch.count
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or isinstance(statistic.batch, Unread):
         return
     # A weight of 1 may also be that of several values.
     if (count.device.type == "cpu" or guard.is_debug()) and count == 1 and not statistic.batch.m2.any():

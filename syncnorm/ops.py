@@ -16,11 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from syncnorm import observed
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.derivatives import ANCHOR, GradientMeans, Normalize
 from syncnorm.errors import FaultError, UnevenShardsWarning
-from syncnorm.maths import kernels
-from syncnorm.maths.moments import Moments, of_sums, reciprocal
+from syncnorm.maths import formula, kernels
+from syncnorm.maths.moments import Moments, Unread, of_sums, reciprocal
 
 _MAX_DIMS = 8
 
@@ -36,11 +37,18 @@ class LocalSums(NamedTuple):
     """Whether something was no weight, shape (); None without a mask."""
     given: Tensor | None
     """The mask as it was given, for the error."""
+    observer: str | None = None
+    """What looks at operators rather than numbers, if anything does: see `syncnorm.observed`."""
 
 
 def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
     """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient."""
+    who = observed.observer(x)
     with torch.no_grad():
+        if who is not None:
+            # A fault stays in the weights: there is nobody to raise it.
+            clean = None if mask is None else torch.where(_is_valid(mask), mask, torch.nan)
+            return LocalSums(formula.raw_sums(x.detach(), clean), clean, None, mask, who)
         if mask is None:
             return LocalSums(kernels.local_moments(x.detach(), None), None, None, None)
         valid = _is_valid(mask)
@@ -124,6 +132,10 @@ class PooledMeans:
         self.name = name
         self.shard = shard
 
+    @property
+    def is_local(self) -> bool:
+        return self.group is None
+
     def __call__(self, local: Tensor) -> Tensor:
         if self.shard is not None:
             self.shard.check(self.n, groups.ranks(self.group), self.name)
@@ -186,6 +198,36 @@ def pooled_statistic(
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 
+def statistic_over(
+    local: LocalSums, process_group: groups.Spec | groups.Kept, name: str, *, is_averaged: bool = False
+) -> Statistic:
+    """The moments of the batch over all workers of `process_group`, as `pooled_statistic`.
+
+    Raises:
+        InputError: something looks at operators, which would not see the exchange. (Fake tensors have none to make.)
+    """
+    if local.observer is None:
+        return pooled_statistic(local, groups.statistics_group(process_group), name, is_averaged=is_averaged)
+    if local.observer != observed.FAKE and not _is_alone(process_group):
+        raise observed.refuse(local.observer, name)
+    return local_statistic(local, name)
+
+
+def _is_alone(process_group: groups.Spec | groups.Kept) -> bool:
+    """Whether there is nobody to pool with. No group is made, since one worker may ask alone."""
+    if not groups.is_shared():
+        return True
+    return groups.least_size(groups.keep(process_group), len(groups.ranks(groups.live(None)))) == 1
+
+
+def local_statistic(local: LocalSums, name: str) -> Statistic:
+    """The moments of this worker's batch. *Collectives*: none."""
+    if local.observer is None:
+        return pooled_statistic(local, None, name)
+    batch = of_sums(local.sums, Unread)
+    return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
+
+
 def normalize(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, statistic: Statistic, eps: float, mask: Tensor | None
 ) -> Tensor:
@@ -201,6 +243,8 @@ def normalize(
         eps: added to the variance.
         mask: weights (N, 1, *S) or None.
     """
+    if isinstance(statistic.batch, Unread) and observed.observer(x) != observed.FAKE:
+        return formula.normalize(x, weight, bias, mask, eps)
     anchor = None
     if statistic.is_pooled and torch.is_grad_enabled() and not _needs_grad(weight, bias):
         # Whether x needs a gradient may differ between workers; the exchange in backward must not.

@@ -49,6 +49,14 @@ class Moments:
         return torch.where(is_single, 0.0, invstd)
 
 
+class Unread(Moments):
+    """Moments whose numbers are not there to be read: see `syncnorm.observed`."""
+
+    @property
+    def n(self) -> Tensor:
+        return self.count
+
+
 def reciprocal(count: float | Tensor) -> float | Tensor:
     """1 / count, and 0 where count = 0. NaN stays NaN: a fault must not pass for an empty batch."""
     if not isinstance(count, Tensor):
@@ -56,16 +64,16 @@ def reciprocal(count: float | Tensor) -> float | Tensor:
     return torch.where(count == 0, 0.0, 1.0 / count)
 
 
-def of_sums(sums: Tensor) -> Moments:
+def of_sums(sums: Tensor, kind: type[Moments] = Moments) -> Moments:
     """Moments from the raw sums [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
 
     Raw sums lose digits with the square of mean/std: in float64 about 1e-16 * (mean/std)^2 of var.
     """
     channels = (sums.numel() - 1) // 2
     total, squares, count = sums.split((channels, channels, 1))
-    raw = Moments(count.squeeze(0), total, squares)
+    raw = kind(count.squeeze(0), total, squares)
     mean = total * reciprocal(raw.n)
-    return Moments(raw.count, mean, (squares - total * mean).clamp(min=0.0))
+    return kind(raw.count, mean, (squares - total * mean).clamp(min=0.0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:

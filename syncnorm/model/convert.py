@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm import observed
 from syncnorm.base import SyncNorm
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
@@ -193,7 +194,8 @@ def conversion_table(module: nn.Module) -> str:
             rows.append((names[0], layer.pending.cls.__name__, f"{request.to.__name__} from its first forward on",
                          _change(layer.momentum, request.momentum(layer)), "0"))  # fmt: skip
         elif (origin := origin_of(layer)) is not None and isinstance(layer, SyncNorm):
-            count = "none" if layer.num_batches_tracked is None else str(int(layer.num_batches_tracked))
+            counter = layer.num_batches_tracked
+            count = "none" if counter is None else "?" if observed.is_fake(layer) else str(int(counter))
             if isinstance(layer, SyncBatchRenorm) and not issubclass(origin.cls, SyncBatchRenorm):
                 count = f"{origin.counted} before, {count} since: the schedule's clock"
             momentum = _change(origin.changed.get("momentum", layer.momentum), layer.momentum)
@@ -221,7 +223,7 @@ def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
             f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got {options[name]!r}. "
             f"Did you mean `{near[0]}`?"
         )
-    to(1, device="meta", **options)
+    to(1, **options)
 
 
 def _named(module: nn.Module) -> dict[nn.Module, list[str]]:

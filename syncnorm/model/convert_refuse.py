@@ -93,10 +93,10 @@ def _unfit(layer: _BatchNorm, request: Request) -> str | None:
 
 def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
     """Attributes and methods of ours that the layer has already, as something else."""
-    built: nn.Module = request.to(1, device="meta")  # pyright: ignore[reportCallIssue]
+    built: nn.Module = request.to(1)  # pyright: ignore[reportCallIssue]
     ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | {*AVERAGES}
     # The last is a mark that transformers leaves in every module.
-    ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1, device="meta")), averages.Loaded.NAME}
+    ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1)), averages.Loaded.NAME}
     theirs = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
     for each in cls.__mro__:
         theirs |= set() if each.__module__.startswith("torch.") else vars(each).keys()

@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from syncnorm import observed
 from syncnorm.base import Immediate, SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
@@ -228,7 +229,7 @@ def _becomes(layer: nn.Module) -> str:
 
 
 def _schedule(layer: nn.Module) -> dict[str, Any]:
-    if not isinstance(layer, SyncBatchRenorm) or layer.num_batches_tracked is None:
+    if not isinstance(layer, SyncBatchRenorm) or layer.num_batches_tracked is None or observed.is_fake(layer):
         return {}
     r_max, d_max = layer.bounds()
     return {"clock": int(layer.num_batches_tracked), "r_max": r_max.item(), "d_max": d_max.item()}
@@ -349,7 +350,8 @@ def _put_back(model: nn.Module) -> Iterator[None]:
                 module.training = mode
             for module, name, buffer, value in buffers:
                 module._buffers[name] = buffer
-                if not torch.equal(buffer, value):  # a write would disturb a backward pass that is to come
+                # A write would disturb a backward pass that is to come.
+                if not observed.is_fake(module) and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 

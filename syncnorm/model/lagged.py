@@ -69,6 +69,10 @@ class LaggedMeans:
         # Not id(self): a later call of the same step may be given the memory, and the id, of this one.
         self.number = self.backward.expected if self.backward is not None else 0
 
+    @property
+    def is_local(self) -> bool:
+        return False
+
     def __call__(self, local: Tensor) -> Tensor:
         self.owner.leave_gradients(self.layer, local, self.count, self.backward)
         means = self.estimate if self.pooled is None else self.pooled(local)
@@ -84,6 +88,10 @@ class FixedMeans(NamedTuple):
 
     layer: SyncNorm
     estimate: Tensor
+
+    @property
+    def is_local(self) -> bool:
+        return False
 
     def __call__(self, local: Tensor) -> Tensor:
         return self.estimate

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm import observed
 from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.layers import SyncBatchRenorm
@@ -161,7 +162,9 @@ class _Places(NamedTuple):
 
 
 def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures]:
-    """The figures of each layer, after one exchange for all of them."""
+    """The figures of each layer, after one exchange for all of them; none of layers that have no numbers."""
+    if observed.is_fake(layers[0]):
+        return [dict.fromkeys(_NAMES) for _ in layers]
     device = device_of(layers[0])
     places = _Places.of(layers, device)
     facts = [(layer.eps, layer.sync == "lagged", layer.seen is not None) for layer in layers]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncnorm import functional
+from syncnorm import functional, observed
 from syncnorm.averages import AVERAGES
 from syncnorm.base import HALF_TYPES, SyncNorm
 from syncnorm.comm import groups
@@ -114,7 +114,7 @@ def become(layer: _BatchNorm, name: str, request: Request) -> None:
 def _turn_clock(layer: _BatchNorm, origin: Origin, to: type[SyncNorm]) -> None:
     """A schedule begins when the layer becomes renormalisation; what was counted before is put aside."""
     counter = layer.num_batches_tracked
-    if counter is None or counter.is_meta:
+    if counter is None or observed.is_fake(layer):
         return
     with torch.no_grad():
         if issubclass(to, SyncBatchRenorm) and not isinstance(layer, SyncBatchRenorm):
@@ -132,7 +132,7 @@ def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
         return
     assert isinstance(layer, SyncNorm)
     _let_go(layer)
-    added = vars(layer).keys() - vars(nn.BatchNorm1d(1, device="meta")).keys() - {"_origin"}
+    added = vars(layer).keys() - vars(nn.BatchNorm1d(1)).keys() - {"_origin"}
     origin = origin_of(layer) or Origin(born or nn.BatchNorm1d, added=added)
     if origin.counted and layer.num_batches_tracked is not None:
         with torch.no_grad():

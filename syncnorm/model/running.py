@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from syncnorm import ops
+from syncnorm import observed, ops
 from syncnorm.base import Call, SyncNorm, Unattached
 from syncnorm.comm import exchange, groups, guard
 from syncnorm.comm.flight import Flight
@@ -182,7 +182,7 @@ class PooledRunning:
             layer.update_running(of_sums(each), momentum)
 
     def _begin(self, model: nn.Module, args: object) -> None:
-        if self._trains():
+        if self._trains() and not any(observed.is_fake(layer) for layer in [*self.layers.values()][:1]):
             self._open()
         elif self._is_open and not ops.is_recomputing():
             self._is_open = False

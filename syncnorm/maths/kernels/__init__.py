@@ -19,12 +19,15 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from syncnorm.maths.kernels import aten, plain
 
 
 def _implementation(x: Tensor) -> ModuleType:
-    return aten if x.device.type == "cpu" and not torch.compiler.is_compiling() else plain
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return plain
+    return aten if type(x) is Tensor or not isinstance(x, FakeTensor) else plain
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

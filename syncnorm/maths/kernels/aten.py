@@ -11,6 +11,8 @@ coefficients, in float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -137,12 +139,19 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
     x = layout.dense(x)
     g, v = _summable(layout.like(grad_output, x)), _summable(x)
-    cut = layout.Cut.of(v)
-    gs, xs = cut.blocks(g), cut.blocks(v)
-    products = _Products(cut, mean.to(_wide(x.dtype)), len(xs))
+    # The operator adds the values of a channel one by one, in float32: equal ones, all rounded alike, would drift.
+    parts = zip(layout.short_runs(g), layout.short_runs(v), strict=True)
+    sums = [_run_sums(g.part, x.part, x.repeat(mean.to(_wide(x.part.dtype))), x.total) for g, x in parts]
+    return torch.cat(sums[0] if len(sums) == 1 else [first + rest for first, rest in zip(*sums, strict=True)])
+
+
+def _run_sums(g: Tensor, x: Tensor, mean: Tensor, total: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    cut = layout.Cut.of(x)
+    gs, xs = cut.blocks(g), cut.blocks(x)
+    products = _Products(cut, mean, len(xs))
     for g_block, x_block in zip(gs, xs, strict=True):
         products.add(g_block, x_block)
-    return torch.cat(products.totals())
+    return [total(each) for each in products.totals()]
 
 
 def backward_input(

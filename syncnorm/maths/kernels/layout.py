@@ -7,6 +7,7 @@ Anything else is copied into `planes` first.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ BLOCK_ELEMENTS = 131_072
 BLOCK_ROWS = 4_096
 # Longer runs of one channel are summed in pieces of this length.
 PLANE = 4_096
+# How many values of one channel an operator should add one after the other: in a plane (of which it adds some side by
+# side), and in rows. Rows of more channels than _ROW would not stay in the first-level cache.
+_RUN, _RUN_ROWS = 256, 256
+_ROW = 512
 
 
 def is_rows(x: Tensor) -> bool:
@@ -43,6 +48,50 @@ def view(t: Tensor, *, rows: bool) -> Tensor:
     if rows:
         return t.movedim(1, -1).reshape(-1, t.shape[1])
     return t.reshape(t.shape[0], t.shape[1], -1)
+
+
+class Runs(NamedTuple):
+    """Dense values viewed so that each of C channels is `times` channels, whose sums are taken apart."""
+
+    part: Tensor
+    times: int
+
+    def repeat(self, c: Tensor) -> Tensor:
+        """(C,) coefficients for the channels of `part`."""
+        if self.times == 1:
+            return c
+        return c.repeat(self.times) if self.part.ndim == 2 else c.view(-1, 1).expand(-1, self.times).reshape(-1)
+
+    def total(self, sums: Tensor) -> Tensor:
+        """Sums by the channels of `part`, added up by channel: shape (C,)."""
+        if self.times == 1:
+            return sums
+        return sums.view(self.times, -1).sum(0) if self.part.ndim == 2 else sums.view(-1, self.times).sum(1)
+
+
+def short_runs(v: Tensor) -> list[Runs]:
+    """A (rows, C) or (N, C, L) view as parts with short runs of each channel; copied only if L has no divisor."""
+    if v.ndim == 2:
+        rows, channels = v.shape
+        times = min(_ROW // channels, rows // _RUN_ROWS)
+        if times < 4:
+            return [Runs(v, 1)]
+        rest = rows % times
+        parts = [Runs(v[: rows - rest].view(-1, times * channels), times)]
+        return [*parts, Runs(v[rows - rest :].view(1, -1), rest)] if rest else parts
+    samples, channels, length = v.shape
+    run = _run_of(length)
+    if run is None:
+        return short_runs(v.transpose(1, 2).reshape(-1, channels))
+    return [Runs(v if run == length else v.view(samples, -1, run), length // run)]
+
+
+@functools.cache
+def _run_of(length: int) -> int | None:
+    """How long the runs of a plane of this length are: the length itself, or a divisor; None: there is none."""
+    if length <= 4 * _RUN:
+        return length
+    return next((run for run in range(_RUN, 31, -1) if length % run == 0), None)
 
 
 class Cut(NamedTuple):
