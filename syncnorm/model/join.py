@@ -7,13 +7,11 @@ gradients have begun, so that those who have left can take part in whatever it i
 
 from __future__ import annotations
 
-import ctypes
-import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange, flight, groups
 from syncnorm.errors import ExchangeError, FaultError, InputError
+from syncnorm.model.handover import Handover, Stateful, check
 from syncnorm.model.join_ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.running import device_of
 from syncnorm.traced import untraced
@@ -33,14 +32,6 @@ _BASE = 64
 # In a roll call the number of the part follows what its forward is like.
 _KINDS = 16
 _TRAINING = 1
-
-
-class Stateful(Protocol):
-    """What can be handed over: an optimizer, a scheduler, a GradScaler, an AveragedModel, a user's own counter."""
-
-    def state_dict(self) -> Mapping[str, Any]: ...
-
-    def load_state_dict(self, state_dict: Any, /) -> Any: ...
 
 
 @contextmanager
@@ -96,7 +87,8 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
     is_ddp = isinstance(model, DistributedDataParallel)
     layers = [m for m in model.modules() if isinstance(m, SyncNorm) and m.sync != "none"]
     group = groups.statistics_group(model.process_group if is_ddp else None)
-    _check(layers, group, stateful)
+    _check(layers, group)
+    check(stateful)
     if group is None:
         yield
         return
@@ -109,13 +101,7 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
         roll.leave()
 
 
-def _check(layers: list[SyncNorm], group: groups.Group | None, stateful: Sequence[Stateful]) -> None:
-    for each in stateful:
-        if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
-            raise InputError(
-                f"`stateful` must have the methods state_dict and load_state_dict, got {type(each).__name__}. "
-                "Give it both, or change it after the block, on all workers alike."
-            )
+def _check(layers: list[SyncNorm], group: groups.Group | None) -> None:
     for layer in layers:
         if layer.sync == "lagged":
             raise InputError(
@@ -379,61 +365,13 @@ class RollCall:
         """All went on without those who had left."""
         rank = groups.rank()
         steps = self._talk(*(float(self._steps if r == rank else 0) for r in self._members))
-        is_giver, is_late = self._members[steps.index(max(steps))] == rank, self._steps < max(steps)
-        self._steps = round(max(steps))
+        self._steps, mine = round(max(steps)), self._steps
+        is_giver = self._members[steps.index(max(steps))] == rank
         for part in self._parts:
             if part.reductions is not None:
                 part.reductions.hand_over(is_giver)
-        for layer in self._layers:
-            layer.statistics.settle()
-        buffers = [b for layer in self._layers for b in layer.buffers(recurse=False)]
-        if buffers:
-            wide = torch.cat([b.detach().to(self._device, torch.float64).flatten() for b in buffers])
-            given = self._from_giver(wide, is_giver)
-            if is_late:
-                for buffer, value in zip(buffers, given.split([b.numel() for b in buffers]), strict=True):
-                    buffer.copy_(value.view_as(buffer))
-        for each in self._stateful:
-            self._hand_over_state(each, is_giver, is_late)
-
-    def _hand_over_state(self, stateful: Stateful, is_giver: bool, is_late: bool) -> None:
-        """Its state as bytes, four in the place of a number: that is exact."""
-        data = _packed(stateful) if is_giver else None
-        length = -1.0 if data is None else float(data.numel())
-        size = self._from_giver(self._message(length), is_giver)
-        if size < 0:
-            self._is_over = True
-            raise InputError(
-                f"`stateful` must have a state that torch.load(weights_only=True) takes, got another of "
-                f"{type(stateful).__name__}. Let its state_dict hold tensors, numbers, texts, lists and dicts."
-            )
-        wide = self._message(0.0).expand(int(size)) if data is None else data.to(self._device, torch.float64)
-        given = self._from_giver(wide, is_giver)
-        if is_late:
-            stateful.load_state_dict(_unpacked(given.cpu().to(torch.int32)))
-
-    def _from_giver(self, numbers: Tensor, is_giver: bool) -> Tensor:
-        return exchange.sum_(numbers if is_giver else torch.zeros_like(numbers), self.group, "join")
+        Handover(self.group, self._device, is_giver, mine < self._steps).give(self._layers, self._stateful)
 
 
 def _is_part(module: nn.Module, model: nn.Module) -> bool:
     return module is model or isinstance(module, DistributedDataParallel)
-
-
-def _packed(stateful: Stateful) -> Tensor | None:
-    """Its state in numbers of four bytes; None if it could not be read on the other side."""
-    file = io.BytesIO()
-    try:
-        torch.save(stateful.state_dict(), file)
-        file.seek(0)
-        torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # of whatever a user's object may raise: all workers raise together
-        return None
-    file.seek(0, io.SEEK_END)
-    file.write(bytes(-file.tell() % 4))
-    return torch.frombuffer(file.getbuffer(), dtype=torch.int32).clone()
-
-
-def _unpacked(data: Tensor) -> Any:
-    file = io.BytesIO(ctypes.string_at(data.data_ptr(), 4 * data.numel()))
-    return torch.load(file, map_location="cpu", weights_only=True)
