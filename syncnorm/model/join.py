@@ -48,7 +48,8 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
     `scale_loss` also gradients. For `scale_loss` multiplies by the number of *all* workers, and DDP divides by it,
     those included that have left (they add zeros). Without `scale_loss` the gradient shrinks with every worker that
     leaves. Several forwards may share a backward pass, or have none. Gradients may be accumulated, either with all
-    but the last of an update in `no_sync`, or with none (with `find_unused_parameters`: in `no_sync`).
+    but the last of an update in `no_sync`, or with none (with `find_unused_parameters`: in `no_sync`); a worker whose
+    data ends within an update leaves its gradients as they are.
 
     At the end all workers have the parameters, running statistics (not those of `sync="none"`, which are each worker's
     own) and the states of `stateful` of one who was there last. Of two models that are trained together each has its

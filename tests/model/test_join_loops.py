@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import SyncBatchNorm, accumulate, join, prepare_ddp, scale_loss
+from syncnorm.errors import ExchangeError
 from syncnorm.testing import assert_close
 from tests.model.parts import uneven_batch
 
@@ -245,7 +247,9 @@ def test_what_is_refused(pool):
             "InputError: `stateful` must have a state that torch.load(weights_only=True) takes, got another of _Opaque."
         )
     for said in pool(3).run(_failed, "stateless", [1, 1, 1]):
-        assert said.startswith("InputError: `stateful` must have the methods state_dict and load_state_dict, got object.")
+        assert said.startswith(
+            "InputError: `stateful` must have the methods state_dict and load_state_dict, got object."
+        )
 
 
 def test_workers_that_begin_different_forwards(pool):
@@ -273,7 +277,9 @@ def _critic(norm: type[nn.Module]) -> nn.Module:
     return nn.Sequential(nn.Conv1d(4, 6, 1), norm(6), nn.ReLU(), nn.Conv1d(6, 1, 3)).double()
 
 
-def _play(models: list[nn.Module], optimizers: list[torch.optim.Optimizer], batches: list[Tensor], scale: Scale) -> None:
+def _play(
+    models: list[nn.Module], optimizers: list[torch.optim.Optimizer], batches: list[Tensor], scale: Scale
+) -> None:
     """The critic is frozen in the generator's turn, also after the last one."""
     generator, critic = models
     for x in batches:
