@@ -27,7 +27,8 @@ class Reductions:
     """
 
     def __init__(self, ddp: DistributedDataParallel, begin: Callable[[], None], share: Callable[[], float]) -> None:
-        self._ddp = ddp
+        assert ddp.process_group is not None
+        self._ddp, self._group = ddp, ddp.process_group
         self._begin = begin
         self._share = share
         self._is_armed = False
@@ -90,7 +91,7 @@ class Reductions:
         if self.is_known_late:
             # It holds what was used some time before.
             used = reducer._get_local_used_map().zero_()
-            self._under_way.append((self._ddp.process_group.allreduce(used), used))
+            self._under_way.append((self._group.allreduce(used), used))
         reducer._push_all_rebuilt_params()
 
     def wait(self) -> None:
@@ -105,7 +106,7 @@ class Reductions:
 
     def _fill(self, bucket: Any) -> None:
         # A hook of the user's divides by the number of workers itself.
-        divisor = 1 if self._ddp._comm_hooks else self._ddp.process_group.size()
+        divisor = 1 if self._ddp._comm_hooks else self._group.size()
         for view, parameter in zip(bucket.gradients(), bucket.parameters(), strict=True):
             if parameter.grad is not None:
                 view.copy_(parameter.grad).div_(divisor)
