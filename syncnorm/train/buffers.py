@@ -26,9 +26,7 @@ def shared_places(model: nn.Module) -> Places:
     """The buffers that are the same on all workers because the first worker's are sent."""
     left = _left_by_ddp(model)
     places = _places(model)
-    return {
-        name: place for name, place in places.items() if not isinstance(place[0], _BatchNorm) and name not in left
-    }
+    return {name: place for name, place in places.items() if not isinstance(place[0], _BatchNorm) and name not in left}
 
 
 def local_places(model: nn.Module) -> Places:
@@ -50,7 +48,9 @@ def values(places: Places) -> dict[str, Tensor]:
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
     """The shared buffers that the model's state dict leaves out."""
     places = shared_places(model)
-    return values({n: (module, key) for n, (module, key) in places.items() if key in module._non_persistent_buffers_set})
+    return values(
+        {n: (module, key) for n, (module, key) in places.items() if key in module._non_persistent_buffers_set}
+    )
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:

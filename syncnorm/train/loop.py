@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import SyncnormError
+from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.checkpoint import CheckpointStore
 from syncnorm.train.config import Config
-from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.data import Dataset, epoch_order, shard
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite
 from syncnorm.train.first_step import first_step

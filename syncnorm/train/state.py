@@ -1,8 +1,8 @@
 """All that a run's future depends on, as a snapshot, and back.
 
 What follows from a snapshot is what would have followed without it, bit for bit on as many workers: parameters,
-buffers, averages, modes, optimizer, schedule, random numbers and the place in the data are in it. On another number of workers
-it goes on as the same training, to rounding.
+buffers, averages, modes, optimizer, schedule, random numbers and the place in the data are in it. On another number of
+workers it goes on as the same training, to rounding.
 """
 
 import platform
