@@ -28,8 +28,8 @@ def first_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool) ->
     changed = [name for name, value in buffers.values(learner.shared.places).items() if _is_other(before, name, value)]
     if changed:
         _log.warning(
-            "buffers of the model's own that training changes: %s. All workers go on with worker 0's, so where they come "
-            "from samples the run depends on the number of workers",
+            "buffers of the model's own that training changes: %s. All workers go on with worker 0's: where they come "
+            "from samples, the run depends on the number of workers",
             _listed(changed),
         )
     return result

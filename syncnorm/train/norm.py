@@ -53,7 +53,7 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
 
 
 def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
-    """Exchange layers whose name a rule finds, in place; the mode, weight and bias (a zero-initialised one, say) are kept.
+    """Exchange layers whose name a rule finds, in place; mode, weight and bias (a zero-initialised one, say) are kept.
 
     Raises:
         ConfigError: a rule finds no normalisation layer.
