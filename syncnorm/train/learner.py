@@ -107,7 +107,7 @@ class Learner:
             if buffer.shape == value.shape:
                 buffer.copy_(value)
             else:
-                buffer.set_(value)
+                buffer.data = value
 
     def follow(self) -> None:
         """Move the moving average, if there is one, towards the model."""

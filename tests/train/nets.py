@@ -120,6 +120,13 @@ class Routed(Net):
 class Remembering(Net):
     """Buffers of every kind that training changes: in place and put anew, saved and not, of any type, that grow."""
 
+    center: Tensor
+    shift: Tensor
+    is_bright: Tensor
+    seen: Tensor
+    queue: Tensor
+    first: Tensor | None
+
     def __init__(self, in_channels: int, num_classes: int, norm_layer) -> None:
         super().__init__(in_channels, num_classes, norm_layer)
         self.register_buffer("center", torch.zeros(8))
