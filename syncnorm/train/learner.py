@@ -141,11 +141,19 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
 
 def make_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
-    return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
+    model, was_off = _build(config, data, total_steps, allowed)
+    if was_off:
+        _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
+    return prepare_ddp(model)
 
 
 def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
     """Build the model for data of this shape. No exchange."""
+    return _build(config, data, total_steps, allowed)[0]
+
+
+def _build(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...]) -> tuple[nn.Module, bool]:
+    """The model, and whether it came wholly in evaluation mode."""
     seed_random(config.train.seed)
     build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
     images = data.train.images
@@ -156,10 +164,9 @@ def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tu
         **config.model.options,
     )
     apply_rules(model, config.norm, total_steps)
-    if begin_training(model):
-        _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
+    was_off = begin_training(model)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    return model.to(images.device, getattr(torch, config.train.dtype))
+    return model.to(images.device, getattr(torch, config.train.dtype)), was_off
 
 
 def make_learner(
