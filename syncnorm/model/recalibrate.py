@@ -19,6 +19,7 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.model.modes import evaluating
 from syncnorm.ops import LocalSums, Statistic
 
 
@@ -143,15 +144,10 @@ def forward(model: nn.Module, batch: Any, argument: str) -> None:
 @contextmanager
 def _modes(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     """The layers in training mode, everything else in evaluation mode."""
-    before = {m: m.training for m in model.modules()}
-    model.eval()
-    for layer in layers:
-        layer.training = True
-    try:
+    with evaluating(model):
+        for layer in layers:
+            layer.training = True
         yield
-    finally:
-        for m, training in before.items():
-            m.training = training
 
 
 class _Recording(Immediate):

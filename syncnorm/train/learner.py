@@ -19,7 +19,9 @@ from syncnorm import prepare_ddp
 from syncnorm.base import SyncNorm
 from syncnorm.comm import groups
 from syncnorm.model.grouped import StatisticGroups
+from syncnorm.model.modes import begin_training
 from syncnorm.train import optim
+from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.callables import resolve
 from syncnorm.train.config import REFERENCE, Config
 from syncnorm.train.data import DATASETS, Dataset
@@ -45,6 +47,7 @@ class Learner:
         average: the moving average of the network, if the configuration asks for one.
         layers: ours.
         statistics: of our layers, where a step has several.
+        shared: buffers that are neither batch norms' nor each worker's own.
     """
 
     config: Config
@@ -56,6 +59,7 @@ class Learner:
     average: AveragedModel | None
     layers: list[SyncNorm]
     statistics: StatisticGroups | None
+    shared: SharedBuffers
 
     @property
     def judged(self) -> nn.Module:
@@ -100,7 +104,18 @@ class Learner:
         """Undo what has changed the buffers since."""
         self.settle()
         for buffer, value in zip(self.model.buffers(), buffers, strict=True):
-            buffer.copy_(value)
+            if buffer.shape == value.shape:
+                buffer.copy_(value)
+            else:
+                buffer.data = value
+
+    def follow(self) -> None:
+        """Move the moving average, if there is one, towards the model."""
+        if self.average is not None:
+            self.settle()
+            self.shared.before_average()
+            self.average.update_parameters(self.model)
+            self.shared.after_average()
 
     def precision(self) -> AbstractContextManager[Any]:
         """The context of a forward."""
@@ -126,11 +141,19 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
 
 def make_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
-    return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
+    model, was_off = _build(config, data, total_steps, allowed)
+    if was_off:
+        _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
+    return prepare_ddp(model)
 
 
 def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
     """Build the model for data of this shape. No exchange."""
+    return _build(config, data, total_steps, allowed)[0]
+
+
+def _build(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...]) -> tuple[nn.Module, bool]:
+    """The model, and whether it came wholly in evaluation mode."""
     seed_random(config.train.seed)
     build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
     images = data.train.images
@@ -141,8 +164,9 @@ def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tu
         **config.model.options,
     )
     apply_rules(model, config.norm, total_steps)
+    was_off = begin_training(model)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    return model.to(images.device, getattr(torch, config.train.dtype))
+    return model.to(images.device, getattr(torch, config.train.dtype)), was_off
 
 
 def make_learner(
@@ -170,9 +194,10 @@ def make_learner(
     ddp = DistributedDataParallel(
         model,
         **_no_buffers(),
-        # DDP arranges its buckets anew after the first step, unless this is set; with more than two workers a sum
-        # depends on the arrangement, and a resumed run would differ in the last bit.
-        find_unused_parameters=workers.world_size > 2,
+        # A parameter without a part in the loss is left alone, as in a single process; without this DDP fails. Nor does
+        # it then arrange its buckets anew after the first step: with more than two workers a sum depends on the
+        # arrangement, and a resumed run would differ in the last bit.
+        find_unused_parameters=True,
     )
     optimizer = optim.make_optimizer(train.optimizer.name, model, train.lr, train.optimizer.options)
     schedule = optim.make_schedule(
@@ -180,11 +205,12 @@ def make_learner(
     )
     _warn_of_noise(model)
     layers = [module for module in model.modules() if isinstance(module, SyncNorm)]
-    return Learner(config, workers, model, ddp, optimizer, schedule, average, layers, statistics)
+    shared = SharedBuffers(model, None if average is None else average.module)
+    return Learner(config, workers, model, ddp, optimizer, schedule, average, layers, statistics, shared)
 
 
 def _no_buffers() -> dict[str, Any]:
-    """Buffers are equal by construction, or each worker's own: DDP need not send them before each forward."""
+    """Buffers are equal by construction, each worker's own, or sent after each step: DDP need not send them."""
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return {name: False}

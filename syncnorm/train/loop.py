@@ -10,10 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import SyncnormError
+from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.checkpoint import CheckpointStore
 from syncnorm.train.config import Config
 from syncnorm.train.data import Dataset, epoch_order, shard
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite
+from syncnorm.train.first_step import first_step
 from syncnorm.train.follow import Follower
 from syncnorm.train.learner import Learner, load_data, make_learner
 from syncnorm.train.memory import check_memory
@@ -76,6 +78,7 @@ class Run:
     saver: BackgroundSaver | None
     steps_per_epoch: int
     skipped: int = 0
+    is_new: bool = True
 
 
 def train(
@@ -171,7 +174,9 @@ def take_step(run: Run, indices: Tensor) -> tuple[StepResult, float]:
     position = run.position
     rate = float(run.learner.schedule.get_last_lr()[0])
     batch = StepBatch(indices, position.epoch, position.step + 1)
-    result = training_step(run.learner, run.data, batch, run.watch.stop is not None)
+    take = first_step if run.is_new else training_step
+    run.is_new = False
+    result = take(run.learner, run.data, batch, run.watch.stop is not None)
     if result.was_taken:
         run.skipped = 0
     else:
@@ -193,6 +198,8 @@ def _judge(run: Run, rate: float) -> None:
     dtype = getattr(torch, config.train.dtype)
     with run.learner.precision():
         position.test_accuracy = evaluate(run.learner.judged, run.data, mine, chunk, dtype, run.watch.alive)
+    # The forwards may have changed some, and workers make different ones.
+    SharedBuffers(run.learner.judged).share(are_alike=False)
     run.follower.after_epoch(position.loss_sum / run.steps_per_epoch, rate, config.train.epochs)
 
 

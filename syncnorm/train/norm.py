@@ -53,7 +53,7 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
 
 
 def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
-    """Exchange layers whose name a rule finds, in place; weight and bias (a zero-initialised one, say) are kept.
+    """Exchange layers whose name a rule finds, in place; mode, weight and bias (a zero-initialised one, say) are kept.
 
     Raises:
         ConfigError: a rule finds no normalisation layer.
@@ -72,6 +72,8 @@ def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
             other = make_norm_layer(norm, total_steps, kind)(channels)
             for key, value in layer.named_parameters():
                 other.get_parameter(key).data.copy_(value.data)
+            if not isinstance(layer, FrozenBatchNorm):
+                other.train(layer.training)
             model.set_submodule(name, other)
 
 

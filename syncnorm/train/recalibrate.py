@@ -9,6 +9,8 @@ from torch import nn
 
 from syncnorm import recalibrate
 from syncnorm.errors import CheckpointError, ConfigError
+from syncnorm.model.modes import in_evaluation, put_in_evaluation
+from syncnorm.train import buffers
 from syncnorm.train.checkpoint import CheckpointStore
 from syncnorm.train.config import REFERENCE, Config
 from syncnorm.train.config_file import load_config
@@ -61,7 +63,9 @@ def recalibrate_run(folder: Path, workers: Workers, mix: float) -> Recalibrated:
     data = load_data(config, workers.device)
     model = make_model(config, data, total_steps=1)
     try:
-        model.load_state_dict(judged_state(snapshot))
+        unsaved = judged_unsaved(snapshot)
+        buffers.load(model, judged_state(snapshot), unsaved)
+        put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}") from None
@@ -71,7 +75,8 @@ def recalibrate_run(folder: Path, workers: Workers, mix: float) -> Recalibrated:
     store = CheckpointStore(folder / RECALIBRATED, keep=1)
     path = Path()
     if workers.is_first:
-        path = store.write(replace(snapshot, tensors={"model": model.state_dict()}))
+        states = snapshot.states | ({"buffers": {"model": unsaved}} if unsaved else {})
+        path = store.write(replace(snapshot, tensors={"model": model.state_dict()}, states=states))
     return Recalibrated(before, after, path)
 
 
@@ -79,9 +84,18 @@ def judged_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     """The state of the model that is evaluated: the moving average if there is one."""
     if "ema" not in snapshot.tensors:
         return snapshot.tensors["model"]
+    return _of_module(snapshot.tensors["ema"])
+
+
+def judged_unsaved(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """The buffers of that model which its state leaves out."""
+    unsaved = snapshot.states.get("buffers", {})
+    return _of_module(unsaved.get("ema", {})) if "ema" in snapshot.tensors else unsaved.get("model", {})
+
+
+def _of_module(average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix = "module."
-    average = snapshot.tensors["ema"].items()
-    return {name.removeprefix(prefix): value for name, value in average if name.startswith(prefix)}
+    return {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
 
 
 def _newest(folder: Path, workers: Workers) -> Snapshot:

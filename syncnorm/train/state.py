@@ -1,8 +1,8 @@
 """All that a run's future depends on, as a snapshot, and back.
 
 What follows from a snapshot is what would have followed without it, bit for bit on as many workers: parameters,
-buffers, averages, optimizer, schedule, random numbers and the place in the data are in it. On another number of workers
-it goes on as the same training, to rounding.
+buffers, averages, modes, optimizer, schedule, random numbers and the place in the data are in it. On another number of
+workers it goes on as the same training, to rounding.
 """
 
 import platform
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
-from syncnorm.base import SyncNorm
 from syncnorm.errors import CheckpointError
+from syncnorm.model.modes import in_evaluation, put_in_evaluation
+from syncnorm.train import buffers
 from syncnorm.train.config import Config
 from syncnorm.train.learner import Learner
 from syncnorm.train.position import Position
@@ -34,11 +34,15 @@ def capture(learner: Learner, position: Position) -> Snapshot:
 
     *Collectives*: one gathering of what is each worker's own; every worker must call.
     """
+    learner.settle()
     own: list[Any] = [None] * learner.workers.world_size
-    dist.all_gather_object(own, {"rng": _random_state(), "buffers": _own_buffers(learner.model)})
+    mine = {name: value.cpu() for name, value in buffers.values(buffers.local_places(learner.model)).items()}
+    dist.all_gather_object(own, {"rng": _random_state(), "buffers": mine})
     tensors = {"model": learner.model.state_dict()}
+    unsaved = {"model": buffers.unsaved(learner.model)}
     if learner.average is not None:
         tensors["ema"] = learner.average.state_dict()
+        unsaved["ema"] = buffers.unsaved(learner.average)
     return Snapshot(
         step=position.step,
         tensors=tensors,
@@ -46,9 +50,12 @@ def capture(learner: Learner, position: Position) -> Snapshot:
             "optimizer": learner.optimizer.state_dict(),
             "schedule": _plain(learner.schedule.state_dict()),
             "workers": own,
+            # What a model leaves out of its state dict it may change all the same.
+            **({"buffers": unsaved} if unsaved["model"] else {}),
         },
         facts={
             "position": position.as_facts(),
+            "in_evaluation": in_evaluation(learner.model),
             "world_size": learner.workers.world_size,
             "config": learner.config.model_dump(),
             "versions": versions(),
@@ -63,9 +70,12 @@ def restore(learner: Learner, position: Position, snapshot: Snapshot) -> None:
         CheckpointError: it is not of this model, or lacks a part.
     """
     try:
-        learner.model.load_state_dict(snapshot.tensors["model"])
+        unsaved = snapshot.states.get("buffers", {})
+        buffers.load(learner.model, snapshot.tensors["model"], unsaved.get("model", {}))
         if learner.average is not None:
-            learner.average.load_state_dict(snapshot.tensors["ema"])
+            buffers.load(learner.average, snapshot.tensors["ema"], unsaved.get("ema", {}))
+        if "in_evaluation" in snapshot.facts:  # not in what versions before 0.3 saved
+            put_in_evaluation(learner.model, snapshot.facts["in_evaluation"])
         learner.optimizer.load_state_dict(snapshot.states["optimizer"])
         learner.schedule.load_state_dict(snapshot.states["schedule"])
         own = snapshot.states["workers"]
@@ -109,21 +119,8 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers of layers whose statistics are each worker's own."""
-    state = model.state_dict()
-    return {
-        f"{name}.{key}".lstrip("."): state[f"{name}.{key}".lstrip(".")].cpu()
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and not (isinstance(module, SyncNorm) and module.sync != "none")
-        for key, _ in module.named_buffers(recurse=False)
-    }
-
-
 def _put_own(learner: Learner, own: dict[str, Any]) -> None:
-    with torch.no_grad():
-        for name, value in own["buffers"].items():
-            learner.model.get_buffer(name).copy_(value)
+    buffers.put(learner.model, buffers.local_places(learner.model), own["buffers"])
     torch.set_rng_state(own["rng"]["torch"])
     if own["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(own["rng"]["cuda"])

@@ -9,10 +9,9 @@ from torch import nn
 def running_digest(model: nn.Module) -> str:
     """Return the SHA-256 of all buffers: their names, types, shapes and bits."""
     digest = hashlib.sha256()
-    # From the state dict, because making one brings statistics that are under way up to date.
-    state = model.state_dict()
-    for name in sorted(name for name, _ in model.named_buffers()):
-        buffer = state[name]
+    # Making a state dict brings statistics that are under way up to date. It lacks the buffers that a model leaves out.
+    model.state_dict()
+    for name, buffer in sorted(model.named_buffers(), key=lambda named: named[0]):
         digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
         digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

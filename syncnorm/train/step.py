@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from syncnorm import accumulate
 from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange, groups
+from syncnorm.model.modes import evaluating
 from syncnorm.train.augment import augment
 from syncnorm.train.data import Dataset, Split
 from syncnorm.train.learner import Learner, indices_of, noise_seed, seed_random
@@ -60,8 +61,8 @@ class StepResult:
 def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
     """Take one step, of which this worker computes its part. Nothing changes if a loss is not finite.
 
-    *Collectives*: the layers' statistics, one sum that tells losses and wishes to stop, DDP's gradients; every
-    worker must call.
+    *Collectives*: the layers' statistics, one sum that tells losses and wishes to stop, DDP's gradients, and the first
+    worker's buffers if the model has some of its own; every worker must call.
 
     Args:
         learner: what is trained.
@@ -87,14 +88,14 @@ def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
                 (share * learner.workers.world_size).backward()
     assert note is not None
-    *losses, stops = note.wait().tolist()
+    stops, *told = note.wait().tolist()
+    losses, forms = told[: learner.workers.world_size], told[learner.workers.world_size :]
     norm = _clip(learner)
     was_taken = all(map(math.isfinite, [*losses, norm or 0.0]))
     if was_taken:
         learner.optimizer.step()
-        if learner.average is not None:
-            learner.settle()
-            learner.average.update_parameters(learner.model)
+        learner.shared.share(are_alike=len(set(forms)) == 1)
+        learner.follow()
     elif skips:
         learner.put_back(before)
     if was_taken or skips:
@@ -131,11 +132,14 @@ def one_update(model: nn.Module) -> AbstractContextManager[Any]:
 
 
 def _tell(loss: Tensor, stop: bool, learner: Learner) -> exchange.Pending:
-    """Begin to tell all workers each one's loss, and whether one was asked to stop."""
+    """Begin to tell all workers whether one was asked to stop, each one's loss, and the form of its shared buffers."""
     rank, world_size = learner.workers.rank, learner.workers.world_size
-    message = torch.zeros(world_size + 1, dtype=torch.float64, device=loss.device)
-    message[rank] = loss
-    message[-1] = stop
+    size = 1 + world_size * (2 if learner.shared else 1)
+    message = torch.zeros(size, dtype=torch.float64, device=loss.device)
+    message[0] = stop
+    message[1 + rank] = loss
+    if learner.shared:
+        message[1 + world_size + rank] = learner.shared.form()
     return exchange.start_sum(message, groups.statistics_group(), "notes")
 
 
@@ -156,7 +160,7 @@ def evaluate(
     dtype: torch.dtype,
     alive: Callable[[], object] = lambda: None,
 ) -> float:
-    """Return the accuracy on all workers' shards together, from exact counts.
+    """Return the accuracy on all workers' shards together, from exact counts. Each module keeps its mode.
 
     Args:
         model: the bare model: DDP's forward would exchange messages, and workers have unequally many chunks.
@@ -166,15 +170,13 @@ def evaluate(
         dtype: of the images.
         alive: called after each forward.
     """
-    was_training = model.training
-    model.eval()
     counts = torch.zeros(2, dtype=torch.int64, device=shard.labels.device)
-    for start in range(0, len(shard), chunk):
-        part = shard[slice(start, start + chunk)]
-        counts[0] += (model(data.standardise(part.images, dtype)).argmax(1) == part.labels).sum()
-        counts[1] += len(part)
-        alive()
-    model.train(was_training)
+    with evaluating(model):
+        for start in range(0, len(shard), chunk):
+            part = shard[slice(start, start + chunk)]
+            counts[0] += (model(data.standardise(part.images, dtype)).argmax(1) == part.labels).sum()
+            counts[1] += len(part)
+            alive()
     dist.all_reduce(counts)
     correct, total = counts.tolist()
     return correct / total

@@ -164,3 +164,28 @@ def test_a_wrapped_model_and_a_batch_of_one(pool):
     first, second = pool(2).run(_wrapped, [[0, 1], []])
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.zeros(4))
+
+
+class _Merging(nn.Module):
+    """As adapters that `train` merges into the weights for evaluation, and takes out again."""
+
+    is_merged = False
+
+    def train(self, mode: bool = True):
+        self.is_merged = not mode
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.is_merged
+        return x
+
+
+def test_modes_are_left_and_put_back_by_each_modules_own_train():
+    model = nn.Sequential(_Merging(), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).eval())
+    model[2][1].train()
+    before = [module.training for module in model.modules()]
+    recalibrate(model, [torch.randn(8, 3)])
+    assert [module.training for module in model.modules()] == before == [True, True, True, False, False, True]
+    assert not model[0].is_merged
+    assert not torch.equal(model[1].running_mean, torch.zeros(3))
+    assert torch.equal(model[2][0].running_mean, torch.zeros(3))

@@ -1,16 +1,23 @@
 """Functions that a pool's ranks call: they must be importable."""
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm import scale_loss
+from syncnorm.model.modes import in_evaluation
+from syncnorm.train import optim
 from syncnorm.train.config import Config
 from syncnorm.train.config_file import load_config
 from syncnorm.train.data import Dataset, Split, shard
-from syncnorm.train.learner import make_learner
+from syncnorm.train.first_step import first_step
+from syncnorm.train.learner import make_learner, make_model
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
 from syncnorm.train.position import Position
@@ -70,11 +77,28 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(folder / "metrics.jsonl")[0] if event["event"] == kind]
 
 
+class Merging(nn.Module):
+    """Has two states, as adapters that are merged into the weights for evaluation; `train` chooses."""
+
+    is_merged = False
+
+    def train(self, mode: bool = True):
+        self.is_merged = not mode
+        return super().train(mode)
+
+
 class Sign(nn.Module):
     """Says class 1 for positive numbers, class 0 for others; fails if it is asked in training mode."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen = nn.Sequential(nn.Dropout(), nn.Dropout()).eval()
+        self.frozen[1].train()
+        self.merging = Merging()
+
     def forward(self, x):
-        assert not self.training
+        assert not any(module.training for module in self.modules())
+        assert self.merging.is_merged
         positive = (x.flatten(1).sum(1) > 0).long()
         return nn.functional.one_hot(positive, 2).double()
 
@@ -86,13 +110,14 @@ def dataset_of(train: Split, test: Split, num_classes: int) -> Dataset:
     return Dataset(train, test, num_classes, zeros, ones)
 
 
-def evaluate_sign(numbers: list[float], labels: list[int], chunk: int) -> tuple[float, bool]:
+def evaluate_sign(numbers: list[float], labels: list[int], chunk: int) -> tuple[float, list[str], bool]:
     """Evaluate `Sign` on this rank's shard of `numbers`."""
     mine = shard(len(numbers), dist.get_rank(), dist.get_world_size())
     split = Split(torch.tensor(numbers).reshape(-1, 1, 1, 1), torch.tensor(labels))
     data = dataset_of(split, split, 2)
-    model = Sign().train()
-    return evaluate(model, data, split[mine], chunk, torch.float32), model.training
+    model = Sign()
+    accuracy = evaluate(model, data, split[mine], chunk, torch.float32)
+    return accuracy, in_evaluation(model), model.merging.is_merged
 
 
 def images_and_labels(count: int) -> Dataset:
@@ -108,12 +133,57 @@ def one_step(count: int, overrides: list[str], steps: int = 1) -> tuple[StepResu
     """Take steps on the same `count` samples over all ranks; the last result, the parameters and the buffers."""
     config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", *overrides])
     data = images_and_labels(count)
-    learner = make_learner(config, workers(), data, total_steps=10)
+    learner = make_learner(config, workers(), data, 10, ("tests",))
     for step in range(1, steps + 1):
         result = training_step(learner, data, StepBatch(torch.arange(count), 1, step), stop=False)
     learner.settle()
     parameters = [parameter.detach().clone() for parameter in learner.judged.parameters()]
     return result, parameters, {name: buffer.clone() for name, buffer in learner.judged.named_buffers()}
+
+
+def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """`one_step` as a loop of the user's own under plain DistributedDataParallel; parameters and buffers."""
+    config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", f"model.name={model}"])
+    data = images_and_labels(count)
+    net = make_model(config, data, 10, ("tests",))
+    ddp = DistributedDataParallel(net)
+    optimizer = optim.make_optimizer(config.train.optimizer.name, net, config.train.lr, config.train.optimizer.options)
+    schedule = optim.make_schedule(config.train.schedule.name, optimizer, config.train.schedule.warmup, 10, {})
+    mine = data.train[shard(count, dist.get_rank(), dist.get_world_size())]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(ddp(data.standardise(mine.images, torch.float64)), mine.labels)
+        scale_loss(loss, len(mine)).backward()
+        optimizer.step()
+        schedule.step()
+    return [parameter.detach().clone() for parameter in net.parameters()], dict(net.named_buffers())
+
+
+def first_warnings(options: list[str]) -> list[str]:
+    """What the making of a learner and its first step say."""
+    config = load_config("digits", ["train.dtype=float64", *options])
+    data = images_and_labels(12)
+    said = Said()
+    logging.getLogger().addHandler(said)
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            learner = make_learner(config, workers(), data, 10, ("tests",))
+            first_step(learner, data, StepBatch(torch.arange(12), 1, 1), stop=False)
+    finally:
+        logging.getLogger().removeHandler(said)
+    return said.lines + [str(warning.message) for warning in warned]
+
+
+class Said(logging.Handler):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 def digests_of(shift_by_rank: bool) -> list[str]:

@@ -114,6 +114,9 @@ KINDS = {
     "local": ["norm.sync=none"],
     "groups": ["train.norm_batch=50", "launch.micro_batch=50"],
     "noise": ["model.name=tests.train.nets:Noisy"],
+    "modes": ["model.name=tests.train.nets:Freezing"],
+    "own buffers": ["model.name=tests.train.nets:Remembering"],
+    "own and local": ["model.name=tests.train.nets:Remembering", "norm.name=batch_norm", "norm.sync=none"],
     "augmented": ["data.augment.crop=1", "data.augment.flip=true", "data.augment.cutout=2", "train.clip=1"],
 }
 
@@ -140,6 +143,19 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size
     assert got.facts == expected.facts
     resumed = [event["resumed_from"] for event in runs.events(parts, "start")]
     assert resumed == [None, "step-00000003", "step-00000008"]
+
+
+def test_a_model_that_comes_in_evaluation_mode_is_trained(pool, tmp_path):
+    for arrives in ("training", "evaluating", "frozen"):
+        options = ["model.name=tests.train.nets:Net", f"model.options.arrives={arrives}", "train.global_batch=500"]
+        run(pool, 2, tmp_path / arrives, [*options, "train.epochs=2"])
+    assert curve(tmp_path / "evaluating") == curve(tmp_path / "training")
+    assert curve(tmp_path / "frozen") != curve(tmp_path / "training")
+    counts = {
+        arrives: [int(last(tmp_path / arrives).tensors["model"][f"{part}.1.num_batches_tracked"]) for part in parts]
+        for arrives, parts in {"evaluating": ["stem", "body"], "frozen": ["stem", "body"]}.items()
+    }
+    assert counts == {"evaluating": [6, 6], "frozen": [0, 6]}
 
 
 def test_a_run_stopped_on_four_workers_goes_on_with_two_and_three(pool, tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
 from syncnorm.train.config_norm import NormSection, RenormSection
 from syncnorm.train.models import MODELS
-from syncnorm.train.norm import make_norm_layer
+from syncnorm.train.norm import FrozenBatchNorm, apply_rules, make_norm_layer
 
 
 def count(model: nn.Module) -> int:
@@ -100,3 +100,12 @@ def test_renorm_layers_are_those_of_the_config():
     assert isinstance(layer, SyncBatchRenorm)
     assert layer.schedule == RenormSchedule(3.0, 5.0, 1, 2, 3)
     assert layer.running_average == "var"
+
+
+def test_a_rule_keeps_the_mode_of_the_layer_that_it_exchanges():
+    section = NormSection(name="batch_norm", sync="none", rules={"0": "group_norm", "2": "sync_batch_norm"})
+    model = nn.Sequential(nn.BatchNorm2d(4).eval(), nn.ReLU(), nn.BatchNorm2d(4), FrozenBatchNorm(4)).eval()
+    model[2].train()
+    apply_rules(model, section, 10)
+    assert [type(module) for module in model] == [nn.GroupNorm, nn.ReLU, SyncBatchNorm, FrozenBatchNorm]
+    assert [module.training for module in model] == [False, False, True, False]

@@ -87,13 +87,63 @@ def test_the_average_is_what_is_judged(pool):
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_evaluation_counts_every_sample_once(pool, world_size, chunk):
     numbers, labels = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0], [1, 0, 1, 1, 0, 0, 1]
-    for accuracy, was_left_in_training in pool(world_size).run(runs.evaluate_sign, numbers, labels, chunk):
+    for accuracy, frozen, is_merged in pool(world_size).run(runs.evaluate_sign, numbers, labels, chunk):
         assert accuracy == 5 / 7
-        assert was_left_in_training
+        assert frozen == ["frozen", "frozen.0"]
+        assert not is_merged
 
 
 def test_evaluation_with_fewer_samples_than_workers(pool):
-    assert [accuracy for accuracy, _ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)] == [1.0] * 3
+    assert [accuracy for accuracy, *_ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)] == [1.0] * 3
+
+
+@pytest.mark.parametrize("options", [[], ["launch.micro_batch=2", "train.norm_batch=2"]], ids=["", "rounds"])
+def test_parameters_without_a_part_in_the_loss_are_left_alone(pool, options):
+    """One is used by no sample, one by samples that only some workers have; on any number of workers as on one."""
+    options = ["model.name=tests.train.nets:Routed", "train.optimizer.weight_decay=0.1", *options]
+    _, at_first, _ = pool(1).run(runs.one_step, 12, options, 1)[0]
+    _, expected, _ = pool(1).run(runs.one_step, 12, options, 3)[0]
+    assert not torch.equal(expected[-4], at_first[-4])
+    for world_size in (2, 3):
+        for _, parameters, _ in pool(world_size).run(runs.one_step, 12, options, 3):
+            close(parameters, expected, "parameters")
+            assert torch.equal(parameters[-2], at_first[-2])
+            assert torch.equal(parameters[-1], at_first[-1])
+
+
+def test_buffers_of_ones_own_are_those_that_plain_ddp_gives(pool):
+    model = "tests.train.nets:Remembering"
+    expected, expected_buffers = pool(2).run(runs.plain_steps, 12, model, 3)[0]
+    first, second = pool(2).run(runs.one_step, 12, [f"model.name={model}"], 3)
+    close(first[1], expected, "parameters")
+    for name, buffer in expected_buffers.items():
+        close([first[2][name].double()], [buffer.double()], name)
+        assert torch.equal(first[2][name], second[2][name]), name
+    assert first[2]["center"].abs().max() > 0
+
+
+UNUSED = "loss of step 1, which are left as they are in such steps: unused.weight, unused.bias"
+SHARED = "center, shift, is_bright, seen, queue, first"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], []),
+        (["model.name=tests.train.nets:Net", "model.options.arrives=frozen"], []),
+        (["model.name=tests.train.nets:Net", "model.options.arrives=evaluating"], ["is put into training mode"]),
+        (
+            ["model.name=tests.train.nets:Routed"],
+            [UNUSED],
+        ),
+        (["model.name=tests.train.nets:Remembering"], [f"that training changes: {SHARED}. All workers"]),
+    ],
+    ids=str,
+)
+def test_what_a_model_makes_the_trainer_say(pool, options, said):
+    for lines in pool(2).run(runs.first_warnings, options):
+        assert len(lines) == len(said), lines
+        assert all(words in line for words, line in zip(said, lines, strict=True)), lines
 
 
 @pytest.mark.parametrize(("shift_by_rank", "different"), [(False, 1), (True, 3)])
