@@ -12,6 +12,7 @@ from syncnorm.run import ray_cli
 from syncnorm.run.doctor import diagnose, exit_status, render
 from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
+from syncnorm.run.here import find_modules_here
 from syncnorm.run.local import LocalRunError, run_local
 from syncnorm.run.recalibrate import run_recalibrate
 from syncnorm.run.worker import Task, run_worker
@@ -61,6 +62,8 @@ def train(
     task = Task(load_config(config, arguments), Path(config).stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
     launched = read_launched()
+    if dry or launched is not None:
+        find_modules_here()
     if dry:
         print(dry_run(task))
     elif launched is None:
@@ -74,12 +77,18 @@ def train(
 def recalibrate(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE", help="A package whose callables the run's configuration may name."),
+    ] = None,
 ) -> None:
     """Replace a run's running statistics by those of its training set, in a new checkpoint beside the old one.
 
     In this process, or as one worker of torchrun. The last line of standard output is the new checkpoint.
     """
-    run_recalibrate(run, mix, read_launched())
+    if allow:
+        find_modules_here()
+    run_recalibrate(run, mix, tuple(allow or ()), read_launched())
 
 
 @app.command()
@@ -146,6 +155,8 @@ def verify(
         raise typer.Exit(ray_cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer)))
     from syncnorm.run.verify import run_verify
 
+    if layer:
+        find_modules_here()
     raise typer.Exit(run_verify(workers, layer or [], deadline, json, read_launched()))
 
 

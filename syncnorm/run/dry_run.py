@@ -10,11 +10,13 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from syncnorm.comm import exchange
+from syncnorm.run.crowd import check_crowd
 from syncnorm.run.device import choose_device
+from syncnorm.run.here import told_in_a_line
 from syncnorm.run.worker import Task
 from syncnorm.train.config import Config
 from syncnorm.train.data import epoch_order
-from syncnorm.train.learner import Learner, load_data, make_learner
+from syncnorm.train.learner import Learner, load_data, make_bare_model, make_learner
 from syncnorm.train.memory import Need, estimate, free_for, in_words, refuse
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.train.workers import Workers
@@ -28,9 +30,13 @@ def dry_run(task: Task) -> str:
 
     Raises:
         ConfigError: something in the configuration does not fit.
+        LocalRunError: code of the configuration's failed.
     """
     config = task.config
     device = choose_device(config.launch.device, 0, config.launch.most_workers)
+    note = check_crowd(config.launch, device)
+    if note is not None:
+        print(f"syncnorm: {note}", file=sys.stderr)
     number = config.launch.most_workers
     workers = Workers(0, number, device, number)
     # A backend of torch's own tests, which sends nothing; a test notices if it changes.
@@ -38,7 +44,8 @@ def dry_run(task: Task) -> str:
         "fake", store=FakeStore(), rank=0, world_size=workers.world_size, timeout=timedelta(seconds=60)
     )
     try:
-        return _describe(task, config, workers)
+        with told_in_a_line():
+            return _describe(task, config, workers)
     finally:
         dist.destroy_process_group()
 
@@ -46,10 +53,12 @@ def dry_run(task: Task) -> str:
 def _describe(task: Task, config: Config, workers: Workers) -> str:
     data = load_data(config, workers.device, task.allowed)
     steps_per_epoch = -(-len(data.train) // config.train.global_batch)
-    need = estimate(config, workers.world_size, data, task.allowed)
-    free = free_for(config, workers)
+    total_steps = config.train.epochs * steps_per_epoch
+    model = make_bare_model(config, data, total_steps, task.allowed)
+    need = estimate(config, workers, data, model)
+    free = free_for(config, workers, 1)
     refuse(need, free, 0)
-    learner = make_learner(config, workers, data, config.train.epochs * steps_per_epoch, task.allowed)
+    learner = make_learner(config, workers, data, total_steps, model=model)
     learner.ddp.register_comm_hook(None, _keep)
     indices = epoch_order(len(data.train), config.train.seed, 1)[: config.train.global_batch]
     tally = exchange.Tally()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from syncnorm.errors import ConfigError
 from syncnorm.train import strict_yaml
 from syncnorm.train.config import Config
-from syncnorm.train.files import write_text_whole
+from syncnorm.train.files import remove, write_text_whole
 from syncnorm.train.state import different_keys
 
 # Of sysexits.h: a temporary failure, to be tried again. Schedulers know it.
@@ -71,6 +71,12 @@ def make_run_folder(config: Config, name: str, launch: str | None = None) -> Pat
             f"`run_dir` must be a folder that can be written to, got {config.run_dir!r}: {error}"
         ) from None
     return folder
+
+
+def discard_unbegun(folder: Path) -> None:
+    """Remove a new run's folder if the run was refused before it began; the message said all that is in it."""
+    if not (folder / "metrics.jsonl").exists():
+        remove(folder)
 
 
 def write_config(config: Config, folder: Path) -> None:

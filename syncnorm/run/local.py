@@ -14,9 +14,10 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run import env
+from syncnorm.run.crowd import check_crowd
 from syncnorm.run.device import choose_device
 from syncnorm.run.failure import Failure, root_cause
-from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, make_run_folder, read_exit
+from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, discard_unbegun, make_run_folder, read_exit
 from syncnorm.run.worker import Task
 from syncnorm.train.config import LaunchSection
 from syncnorm.train.metrics import MetricsFile, last_step
@@ -48,19 +49,27 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
         arguments: of the command `syncnorm train`.
 
     Raises:
-        ConfigError: the machine lacks the devices asked for, or the run's folder cannot be made or does not fit.
+        ConfigError: the machine lacks the devices or the memory, the run's folder cannot be made or does not fit, or
+            the workers refused the configuration.
         LocalRunError: the run failed, or was stopped.
     """
     launch = task.config.launch
-    choose_device(launch.device, 0, launch.most_workers)
+    note = check_crowd(launch, choose_device(launch.device, 0, launch.most_workers))
     if task.resume is None:
         folder = make_run_folder(task.config, task.name)
     else:
         folder = check_resumable(task.config, task.resume)
+    if note is not None:
+        print(f"syncnorm: {note}", file=sys.stderr)
     env.set_for_workers(folder)
     _silence_agent()
     for attempt in range(launch.restarts + 1):
-        failure = _attempt(launch, arguments, folder)
+        try:
+            failure = _attempt(launch, arguments, folder)
+        except ConfigError:
+            if task.resume is None:
+                discard_unbegun(folder)
+            raise
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:

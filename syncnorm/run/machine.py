@@ -90,7 +90,7 @@ def gather(run_dir: Path) -> Facts:
         backends=_backends(),
         cuda_devices=tuple(torch.cuda.get_device_name(device) for device in devices),
         nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        cores=_cores(),
+        cores=cores(),
         threads=torch.get_num_threads(),
         free_memory=free_memory(),
         run_dir=run_dir,
@@ -116,13 +116,14 @@ def _backends() -> tuple[str, ...]:
     )
 
 
-def _cores() -> float:
-    cores = float(len(os.sched_getaffinity(0)))
+def cores() -> float:
+    """How many cores this process may use, with a container's quota."""
+    number = float(len(os.sched_getaffinity(0)))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return min(cores, int(quota) / int(period))
+        return min(number, int(quota) / int(period))
     except (OSError, ValueError):  # no cgroup, or no quota ("max")
-        return cores
+        return number
 
 
 def existing_folder(path: Path) -> Path | None:

@@ -6,22 +6,25 @@ import torch.distributed as dist
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
+from syncnorm.run.here import told_in_a_line
 from syncnorm.run.worker import join
 from syncnorm.train.recalibrate import read_run, recalibrate_run
 
 
-def run_recalibrate(folder: Path, mix: float, launched: Launched | None) -> None:
+def run_recalibrate(folder: Path, mix: float, allowed: tuple[str, ...], launched: Launched | None) -> None:
     """Recalibrate a run and say what came of it.
 
     Raises:
-        ConfigError: `mix` is out of range, or the folder is not that of a finished run.
+        ConfigError: `mix` is out of range, the folder is not that of a finished run, or it names code that may not run.
+        LocalRunError: code of the configuration's failed.
     """
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
-    config = read_run(folder)
+    config = read_run(folder, allowed)
     workers = join(config.launch.device, launched)
     try:
-        result = recalibrate_run(folder, workers, mix)
+        with told_in_a_line(workers.rank):
+            result = recalibrate_run(folder, config, workers, mix, allowed)
         if workers.is_first:
             print(f"test accuracy {100 * result.before:.2f} % before, {100 * result.after:.2f} % after")
             print(result.path, flush=True)

@@ -16,7 +16,15 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from syncnorm.errors import ConfigError
 from syncnorm.run.device import choose_device
 from syncnorm.run.env import Launched
-from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, find_launched, lock, make_run_folder
+from syncnorm.run.folder import (
+    RESUMABLE,
+    Exit,
+    check_resumable,
+    discard_unbegun,
+    find_launched,
+    lock,
+    make_run_folder,
+)
 from syncnorm.run.parent import die_with_parent
 from syncnorm.run.watch import WorkerWatch, open_log
 from syncnorm.train.config import Config
@@ -77,6 +85,8 @@ def work(task: Task, launched: Launched) -> int:
     with enter_folder(task, launched) as folder:
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         watch = WorkerWatch(task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt")
+        # From here on the folder may be removed: nobody is about to make a file in it.
+        dist.barrier()
         outcome = train_in(folder, task, workers, watch)
         watch.close()
         if workers.is_first:
@@ -142,16 +152,18 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
 def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
     """The run's folder, the same on all workers, after a look at whether they have the same task; locked meanwhile.
 
+    A folder that was made here is removed if the run is refused before it begins.
+
     *Collectives*: one gathering; every worker must call.
 
     Raises:
         ConfigError: the workers' tasks differ, or the folder cannot be used; on all workers.
     """
     mine: Any = None
-    held = None
+    held, is_new = None, False
     if launched.rank == 0:
         try:
-            mine = _folder(task, launched)
+            mine, is_new = _folder(task, launched)
             held = lock(mine)
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
@@ -166,19 +178,25 @@ def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
         raise folder
     try:
         yield folder
+    except ConfigError:
+        if is_new:
+            discard_unbegun(folder)
+        raise
     finally:
         if held is not None:
             held.close()
 
 
-def _folder(task: Task, launched: Launched) -> Path:
+def _folder(task: Task, launched: Launched) -> tuple[Path, bool]:
     """The folder that our launcher made, that the user names, or that this launch has made before; else a new one."""
     if launched.run_folder is not None:
-        return launched.run_folder
+        return launched.run_folder, False
     if task.resume is not None:
-        return check_resumable(task.config, task.resume)
+        return check_resumable(task.config, task.resume), False
     found = None if launched.launch_id is None else find_launched(task.config, launched.launch_id)
-    return found or make_run_folder(task.config, task.name, launched.launch_id)
+    if found is not None:
+        return found, False
+    return make_run_folder(task.config, task.name, launched.launch_id), True
 
 
 def _end(outcome: Outcome, position: Position, watch: Watch) -> Exit:

@@ -35,7 +35,7 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
         cause = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ConfigError(
             f"`{key}` must name what can be imported, got {reference!r}: {cause}. "
-            "Install its package, or put its folder on PYTHONPATH."
+            "Install its package, put its folder on PYTHONPATH, or work in that folder."
         ) from None
     if not callable(found):
         raise ConfigError(f"`{key}` must name a callable, got {reference!r}, which is {reprlib.repr(found)}")

@@ -26,6 +26,10 @@ from syncnorm.train.section import Finite, Section, Whole
 REFERENCE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
 
+# A path would make a local folder of it: s3://bucket becomes s3:/bucket.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
 def _known_model(name: str) -> str:
     return _one_of(name, list(MODELS))
 
@@ -57,6 +61,11 @@ Options = Annotated[dict[str, Any], BeforeValidator(_string_keys)]
 def _place(text: str) -> str:
     if "\0" in text:
         raise ValueError(f"must be a path, got {reprlib.repr(text)}")
+    if _ADDRESS.match(text):
+        raise ValueError(
+            f"must be a path on a file system of this machine, got {reprlib.repr(text)}. "
+            "Mount what is elsewhere, and give the path of a mounted folder, without file://."
+        )
     return text
 
 

@@ -73,24 +73,49 @@ def make_dataset(train: Split, test: Split, num_classes: int) -> Dataset:
     The deviation of a channel whose pixels are all equal counts as 1, so that it becomes 0.
 
     Raises:
-        ConfigError: a split is empty, images differ in shape or are not finite, or a label is out of range.
+        ConfigError: see `checked_splits`; or images are not finite.
+    """
+    train, test = checked_splits(train, test, num_classes)
+    mean, std = _measure(train.images)
+    if not std.isfinite().all():
+        raise ConfigError(f"training set: images must be finite, got mean {mean.tolist()} and std {std.tolist()}")
+    return Dataset(train, test, num_classes, mean, std)
+
+
+def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, Split]:
+    """Check that two splits are what a classifier of images learns from; their labels become int64.
+
+    Raises:
+        ConfigError: a split is empty or of other types or shapes, images differ in shape, or a label is out of range.
     """
     for name, split in (("training", train), ("test", test)):
-        if not len(split) or split.images.ndim != 4 or len(split.images) != len(split):
+        if not (isinstance(split, Split) and isinstance(split.images, Tensor) and isinstance(split.labels, Tensor)):
             raise ConfigError(
-                f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, "
-                f"got {tuple(split.images.shape)} and {tuple(split.labels.shape)}"
+                f"{name} set: must be a Split(images, labels) of two tensors, got {types_of(split)}. "
+                "torch.from_numpy makes a tensor of an array."
             )
+        images, labels = tuple(split.images.shape), tuple(split.labels.shape)
+        if len(images) != 4 or len(labels) != 1 or images[0] != labels[0] or not labels[0]:
+            raise ConfigError(
+                f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, got {images} and {labels}. "
+                "The loss takes one class for each image."
+            )
+        if split.labels.is_floating_point() or split.labels.is_complex():
+            raise ConfigError(f"{name} set: labels must be whole numbers, got {split.labels.dtype}. They name a class.")
         check_labels(split.labels, num_classes, f"{name} set")
     shape = tuple(train.images.shape[1:])
     if tuple(test.images.shape[1:]) != shape:
         raise ConfigError(
             f"test set: images must have the training set's shape {shape}, got {(*test.images.shape[1:],)}"
         )
-    mean, std = _measure(train.images)
-    if not std.isfinite().all():
-        raise ConfigError(f"training set: images must be finite, got mean {mean.tolist()} and std {std.tolist()}")
-    return Dataset(train, test, num_classes, mean, std)
+    return Split(train.images, train.labels.long()), Split(test.images, test.labels.long())
+
+
+def types_of(value: object) -> str:
+    """Name the type of a value and of what it holds, for a message."""
+    parts = (value.images, value.labels) if isinstance(value, Split) else value
+    held = [type(part).__name__ for part in parts[:3]] if isinstance(parts, tuple | list) else []
+    return f"{type(value).__name__}({', '.join(held)})" if held else type(value).__name__
 
 
 def check_labels(labels: Tensor, num_classes: int, source: str | Path) -> None:

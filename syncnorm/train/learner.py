@@ -3,9 +3,8 @@
 import inspect
 import logging
 import random
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from syncnorm import prepare_ddp
 from syncnorm.base import SyncNorm
 from syncnorm.comm import groups
+from syncnorm.errors import ConfigError
 from syncnorm.model.grouped import StatisticGroups
 from syncnorm.model.modes import begin_training
 from syncnorm.train import optim
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.callables import resolve
 from syncnorm.train.config import REFERENCE, Config
-from syncnorm.train.data import DATASETS, Dataset
+from syncnorm.train.data import DATASETS, Dataset, checked_splits, types_of
 from syncnorm.train.models import MODELS
-from syncnorm.train.norm import apply_rules, make_norm_layer
+from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
 from syncnorm.train.placement import Placement, place, place_local
 from syncnorm.train.workers import Workers
 
@@ -128,15 +128,19 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
     """Load the whole data set onto this worker's device.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a callable may not be or cannot be called.
+        ConfigError: a file is missing or damaged, or a callable may not be called or returns something else.
     """
     root = None if config.data.root is None else Path(config.data.root)
-    load: Callable[..., Dataset]
-    if REFERENCE.fullmatch(config.data.name):
-        load = resolve(config.data.name, allowed, "data.name")
-    else:
-        load = DATASETS[config.data.name]
-    return load(root, **config.data.options).to(device)
+    if not REFERENCE.fullmatch(config.data.name):
+        return DATASETS[config.data.name](root).to(device)
+    made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
+    if not isinstance(made, Dataset):
+        raise ConfigError(
+            f"`data.name` must return a syncnorm.train.data.Dataset, got {types_of(made)} of {config.data.name!r}. "
+            "make_dataset(train, test, num_classes) there makes one of two Split(images, labels)."
+        )
+    train, test = checked_splits(made.train, made.test, made.num_classes)
+    return replace(made, train=train, test=test).to(device)
 
 
 def make_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
@@ -163,6 +167,11 @@ def _build(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, 
         norm_layer=make_norm_layer(config.norm, total_steps),
         **config.model.options,
     )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"`model.name` must return a torch.nn.Module, got {types_of(model)} of {config.model.name!r}."
+        )
+    fit_layers(model, config.norm, total_steps)
     apply_rules(model, config.norm, total_steps)
     was_off = begin_training(model)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
@@ -170,7 +179,12 @@ def _build(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, 
 
 
 def make_learner(
-    config: Config, workers: Workers, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+    config: Config,
+    workers: Workers,
+    data: Dataset,
+    total_steps: int,
+    allowed: tuple[str, ...] = (),
+    model: nn.Module | None = None,
 ) -> Learner:
     """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed.
 
@@ -182,9 +196,12 @@ def make_learner(
         data: for its shape.
         total_steps: length of the run.
         allowed: packages whose callables a configuration may name.
+        model: of `make_bare_model`, where it has been built already.
     """
     train = config.train
-    model = make_model(config, data, total_steps, allowed)
+    if model is None:
+        model = make_bare_model(config, data, total_steps, allowed)
+    model = prepare_ddp(model)
     statistics = _group_statistics(config, model)
     average = None
     if train.ema is not None:

@@ -17,7 +17,7 @@ from syncnorm.train.data import Dataset, epoch_order, shard
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite
 from syncnorm.train.first_step import first_step
 from syncnorm.train.follow import Follower
-from syncnorm.train.learner import Learner, load_data, make_learner
+from syncnorm.train.learner import Learner, load_data, make_bare_model, make_learner
 from syncnorm.train.memory import check_memory
 from syncnorm.train.position import Position
 from syncnorm.train.resume import resume
@@ -105,8 +105,10 @@ def train(
     watch.alive()
     steps_per_epoch = math.ceil(len(data.train) / config.train.global_batch)
     total_steps = config.train.epochs * steps_per_epoch
-    check_memory(config, workers, data, allowed)
-    learner = make_learner(config, workers, data, total_steps, allowed)
+    # Built once: what a callable of the user's does as it builds, a download say, it does once.
+    model = make_bare_model(config, data, total_steps, allowed)
+    check_memory(config, workers, data, model)
+    learner = make_learner(config, workers, data, total_steps, model=model)
     store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
     resumed = resume(learner, position, store)
     saver = None if store is None else BackgroundSaver(store)

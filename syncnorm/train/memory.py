@@ -1,10 +1,16 @@
 """Whether a worker's part of a step fits in its memory, before it is tried.
 
-    need = parameters * (value + gradient + what optimizer and average keep) + samples in a forward * bytes per sample
+    need = the process with its data
+         + parameters * (value + gradient + what optimizer and average keep)
+         + samples in a forward * bytes per sample
 
-Bytes per sample are those that a forward of a few samples leaves for its backward pass.
+Bytes per sample are those that a forward of a few samples leaves for its backward pass. On a CPU the process counts:
+with small networks it is most of all; on a GPU it lies elsewhere.
 """
 
+import copy
+import logging
+import resource
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +19,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from syncnorm.base import Immediate, SyncNorm
 from syncnorm.errors import ConfigError
 from syncnorm.train import optim
 from syncnorm.train.config import Config
-from syncnorm.train.config_norm import NormSection
-from syncnorm.train.data import Dataset
-from syncnorm.train.learner import make_bare_model
+from syncnorm.train.data import Dataset, types_of
 from syncnorm.train.placement import place, place_local
 from syncnorm.train.workers import Workers
 
-_GIB = 2**30
+_log = logging.getLogger(__name__)
+
+GIB = 2**30
 _TRIED = 4
 
 
@@ -31,11 +38,13 @@ class Need:
     """What a step of a worker needs, in bytes.
 
     Args:
+        process: interpreter, libraries and data set, before there is a model.
         fixed: parameters, gradients, and what optimizer and moving average keep.
         per_sample: what a forward leaves for its backward pass, for each sample.
         samples: in the largest forward of any worker.
     """
 
+    process: int
     fixed: int
     per_sample: int
     samples: int
@@ -43,44 +52,54 @@ class Need:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.fixed + self.per_sample * self.samples
+        return self.process + self.fixed + self.per_sample * self.samples
 
     def __str__(self) -> str:
         return (
-            f"{in_words(self.total)}: {in_words(self.fixed)} for parameters, gradients and optimizer, and "
-            f"{self.samples} samples in a forward of {in_words(self.per_sample)} each"
+            f"{in_words(self.total)}: {in_words(self.process)} for the process with its data, {in_words(self.fixed)} "
+            f"for parameters, gradients and optimizer, and {self.samples} samples in a forward of "
+            f"{in_words(self.per_sample)} each"
         )
 
 
 def in_words(count: float) -> str:
     """A number of bytes, for people."""
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB else f"{count / 2**20:.2f} MiB"
+    size, unit = next(
+        each for each in ((GIB, "GiB"), (2**20, "MiB"), (1024, "KiB")) if count >= each[0] or each[0] == 1024
+    )
+    return f"{count / size:.2f} {unit}"
 
 
-def check_memory(config: Config, workers: Workers, data: Dataset, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse a step that does not fit.
+def check_memory(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> None:
+    """Refuse a step that does not fit, and a model that is no classifier of the data.
 
-    *Collectives*: one gathering of what each worker has; every worker must call.
+    *Collectives*: one gathering of what each worker needs and has; every worker must call.
+
+    Args:
+        config: what is to be trained.
+        workers: this worker's place.
+        data: the training set.
+        model: of `make_bare_model`; stays as it is.
 
     Raises:
         ConfigError: with the figures; on all workers, if one has too little.
     """
-    need = estimate(config, workers.world_size, data, allowed)
-    free: list[float] = [0.0] * workers.world_size
-    dist.all_gather_object(free, free_for(config, workers))
-    poorest = min(range(workers.world_size), key=lambda rank: free[rank])
-    refuse(need, free[poorest], poorest)
+    mine = (estimate(config, workers, data, model), free_for(config, workers, workers.local_world_size))
+    all_workers = [mine] * workers.world_size
+    dist.all_gather_object(all_workers, mine)
+    poorest = min(range(workers.world_size), key=lambda rank: all_workers[rank][1] - all_workers[rank][0].total)
+    refuse(*all_workers[poorest], poorest)
 
 
 def refuse(need: Need, free: float, rank: int) -> None:
     """ConfigError unless a step fits into `free` bytes of worker `rank`."""
     if need.total <= free:
         return
-    fitting = int((free - need.fixed) // max(need.per_sample, 1))
+    fitting = int((free - need.process - need.fixed) // max(need.per_sample, 1))
     remedy = (
         f"Set launch.micro_batch to at most {fitting}, or take more workers."
         if fitting > 0
-        else "Take a smaller model or more memory."
+        else "Take fewer workers, a smaller model or more memory."
     )
     raise ConfigError(
         f"`launch.micro_batch` must be such that a step fits into memory, got one that needs {need}. "
@@ -88,20 +107,41 @@ def refuse(need: Need, free: float, rank: int) -> None:
     )
 
 
-def estimate(config: Config, world_size: int, data: Dataset, allowed: tuple[str, ...] = ()) -> Need:
-    """What a step of the busiest worker needs. No exchange, and random numbers stay as they are."""
-    # torch's own layer keeps what ours keep, and takes a batch that is not a step's.
-    plain = config.model_copy(update={"norm": NormSection(name="batch_norm", sync="none", rules={})})
-    with torch.random.fork_rng(devices=[]):
-        model = make_bare_model(plain, data, 1, allowed)
-        images = data.standardise(data.train.images[:_TRIED], getattr(torch, config.train.dtype))
-        kept = _kept(model, images, data.train.labels[:_TRIED])
+def estimate(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> Need:
+    """What a step of the busiest worker needs. No exchange; the model and random numbers stay as they are.
+
+    Raises:
+        ConfigError: the model does not give logits for each image.
+    """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    # Before the process is measured: the first optimizer imports much.
     fixed = parameters * (2 + _copies(config))
-    return Need(fixed, kept // max(len(images), 1), _most_samples(config, world_size))
+    # The parameters, which are there, are counted already.
+    process = 0 if workers.device.type == "cuda" else max(resident_memory() - parameters, 0)
+    images = data.standardise(data.train.images[:_TRIED], getattr(torch, config.train.dtype))
+    kept = 0
+    trial = _copy(model)
+    if trial is not None:
+        with torch.random.fork_rng(devices=[]):
+            kept = _kept(trial, images, data.train.labels[:_TRIED], data.num_classes)
+    return Need(process, fixed, kept // len(images), _most_samples(config, workers.world_size))
 
 
-def _kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+def _copy(model: nn.Module) -> nn.Module | None:
+    """A copy of the model whose layers exchange nothing, so that a trial leaves no trace; None if it has none."""
+    try:
+        trial = copy.deepcopy(model)
+    except Exception as error:  # whatever the parts of a user's model do
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        _log.warning("the model cannot be copied, so what a forward keeps of a sample is not known: %s", cause)
+        return None
+    for layer in trial.modules():
+        if isinstance(layer, SyncNorm):
+            layer.sync, layer.statistics = "none", Immediate()
+    return trial
+
+
+def _kept(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -115,9 +155,25 @@ def _kept(model: nn.Module, images: Tensor, labels: Tensor) -> int:
 
     held: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(model(images), labels, reduction="sum")
+        logits = model(images)
+        _check_logits(logits, len(labels), num_classes)
+        loss = F.cross_entropy(logits, labels, reduction="sum")
         del loss
     return sum(seen.values())
+
+
+def _check_logits(logits: object, count: int, num_classes: int) -> None:
+    """Refuse what the loss would take for something else, or would stumble over."""
+    got = types_of(logits)
+    if isinstance(logits, Tensor):
+        # A pretrained head may have more classes.
+        if logits.ndim == 2 and len(logits) == count and logits.shape[1] >= num_classes:
+            return
+        got = f"shape {tuple(logits.shape)}"
+    raise ConfigError(
+        f"`model.name` must give a model from images (N, C, H, W) to a tensor of logits (N, num_classes), got {got} "
+        f"for {count} images of {num_classes} classes. Wrap a model that returns something else."
+    )
 
 
 def _copies(config: Config) -> int:
@@ -140,13 +196,27 @@ def _most_samples(config: Config, world_size: int) -> int:
     return max(sum(part.stop - part.start for part in parts) for parts in first.rounds)
 
 
-def free_for(config: Config, workers: Workers) -> float:
-    """What this worker may use, in bytes."""
+def free_for(config: Config, workers: Workers, started: int) -> float:
+    """What this worker may use, in bytes; on a CPU with what it has already.
+
+    Args:
+        config: which may say.
+        workers: this worker's place.
+        started: how many workers of this machine have their memory, as this one has.
+    """
     if config.launch.memory_gib is not None:
-        return config.launch.memory_gib * _GIB
+        return config.launch.memory_gib * GIB
     if workers.device.type == "cuda":
         return torch.cuda.mem_get_info(workers.device)[0]
-    return free_memory() / workers.local_world_size
+    return (free_memory() + started * resident_memory()) / workers.local_world_size
+
+
+def resident_memory() -> int:
+    """What this process has of the machine's memory, in bytes; 0 where nobody says."""
+    try:
+        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+    except (OSError, ValueError):
+        return 0
 
 
 def free_memory() -> float:

@@ -11,8 +11,9 @@ from syncnorm import recalibrate
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
 from syncnorm.train import buffers
+from syncnorm.train.callables import check_callables
 from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.config import REFERENCE, Config
+from syncnorm.train.config import Config
 from syncnorm.train.config_file import load_config
 from syncnorm.train.data import Dataset, shard
 from syncnorm.train.learner import load_data, make_model
@@ -33,35 +34,36 @@ class Recalibrated:
     path: Path
 
 
-def read_run(folder: Path) -> Config:
+def read_run(folder: Path, allowed: tuple[str, ...] = ()) -> Config:
     """The configuration of a run.
 
+    Args:
+        folder: of the run.
+        allowed: packages whose callables it may name. What the run itself was allowed counts for nothing: the folder
+            may be somebody else's.
+
     Raises:
-        ConfigError: it is not a run's folder, or its configuration names code, which is never run from a folder.
+        ConfigError: it is not a run's folder, or its configuration names code that is not allowed.
     """
     if not (folder / "config.yaml").is_file():
         raise ConfigError(f"run {str(folder)!r} has no config.yaml. Name the folder of a run.")
     config = load_config(str(folder / "config.yaml"))
-    for key, name in (("model.name", config.model.name), ("data.name", config.data.name)):
-        if REFERENCE.fullmatch(name):
-            raise ConfigError(
-                f"{folder / 'config.yaml'}: `{key}` names code, {name!r}, which is not run from a run's folder. "
-                "Call syncnorm.recalibrate(model, batches) in a script of your own."
-            )
+    check_callables(config, allowed)
     return config
 
 
-def recalibrate_run(folder: Path, workers: Workers, mix: float) -> Recalibrated:
+def recalibrate_run(
+    folder: Path, config: Config, workers: Workers, mix: float, allowed: tuple[str, ...] = ()
+) -> Recalibrated:
     """Recalibrate on the training set, each worker taking its share of the batches, and write a new checkpoint.
 
     Of a run with a moving average it is the average that is recalibrated.
 
     *Collectives*: those of `syncnorm.recalibrate` and of two evaluations; every worker must call.
     """
-    config = read_run(folder)
     snapshot = _newest(folder, workers)
-    data = load_data(config, workers.device)
-    model = make_model(config, data, total_steps=1)
+    data = load_data(config, workers.device, allowed)
+    model = make_model(config, data, 1, allowed)
     try:
         unsaved = judged_unsaved(snapshot)
         buffers.load(model, judged_state(snapshot), unsaved)

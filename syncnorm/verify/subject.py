@@ -157,7 +157,8 @@ def load(reference: str) -> type[nn.Module]:
     except (Exception, SystemExit) as error:  # whatever the module does as it is run
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
-            f"`--layer` must name what can be imported, got {reference!r}: {cause}. Put its folder on PYTHONPATH."
+            f"`--layer` must name what can be imported, got {reference!r}: {cause}. "
+            "Put its folder on PYTHONPATH, or work in that folder."
         ) from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         raise ConfigError(f"`--layer` must name a class of torch.nn.Module, got {reference!r}: {found!r}.")

@@ -1,8 +1,19 @@
 """The command's answer to bad input: one message, exit status 2, no traceback, nothing started."""
 
+import contextlib
+import re
+import sys
+from pathlib import Path
+
 import pytest
+import torch.distributed as dist
 
 from syncnorm.cli import main
+from syncnorm.errors import ConfigError
+from syncnorm.run.crowd import crowded, refuse_many
+from syncnorm.run.env import Launched
+from syncnorm.run.worker import Task, enter_folder
+from syncnorm.train.config_file import load_config
 from tests.launch import commands
 
 
@@ -20,6 +31,10 @@ def in_empty_folder(tmp_path, monkeypatch):
         (["digits", "train.epochs=many"], "`train.epochs` must be a valid integer"),
         (["digits", "run_dir=taken"], "`run_dir` must be a folder that can be written to, got 'taken'"),
         (["digits", "launch.device=cuda", "launch.workers=99"], "`launch.device` must be auto or cpu where 99 workers"),
+        (["digits", "launch.memory_gib=0.01"], "`launch.memory_gib` must be more than "),
+        (["digits", "run_dir=s3://bucket/runs"], "`run_dir` must be a path on a file system of this machine, got 's3:"),
+        (["digits", "run_dir=memory://runs", "--dry-run"], "`run_dir` must be a path on a file system of this machine"),
+        (["digits", "data.root=file:///tmp"], "`data.root` must be a path on a file system of this machine, got 'file"),
     ],
 )
 def test_bad_input(arguments, message, in_empty_folder, capsys):
@@ -33,6 +48,79 @@ def test_bad_input(arguments, message, in_empty_folder, capsys):
     assert message in err
     assert err.count("\n") == 1
     assert [path.name for path in in_empty_folder.iterdir()] == ["taken"]
+
+
+def test_a_path_may_have_colons_and_slashes():
+    for path in ("s3:/bucket", "a//b", "/runs/x:y", "3://x"):
+        assert load_config("digits", [f"run_dir={path}"]).run_dir == path
+
+
+def test_more_workers_than_fit_are_refused_with_numbers():
+    refuse_many(40, 256 * 2**20, 10 * 2**30)
+    message = (
+        "`launch.workers` must be at most 40 on this machine, got 41: a worker takes 256.00 MiB and more before it has "
+        "data and a model, and 10.00 GiB are free. Take fewer."
+    )
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        refuse_many(41, 256 * 2**20, 10 * 2**30)
+
+
+def test_more_workers_than_cores_are_told():
+    assert crowded(2, 2.0) is None
+    assert crowded(3, 2.0) == "3 workers share 2 core(s): a step takes longer than with 2 worker(s)"
+    assert crowded(1, 0.5) == "1 workers share 0.5 core(s): a step takes longer than with 1 worker(s)"
+
+
+@pytest.fixture
+def code_here(in_empty_folder, monkeypatch):
+    """Modules in the working folder, which an installed command has not on its path."""
+    here = {"", str(Path.cwd())}
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in here])
+    Path("lying_here.py").write_text("def load(root):\n    return root.parent\nLIMIT = 3\n")
+    Path("mine.yaml").write_text(
+        "model: {name: digits_resnet}\ndata: {name: 'lying_here:load'}\ntrain: {epochs: 1, global_batch: 8, lr: 0.1}\n"
+    )
+    yield Path.cwd()
+    sys.modules.pop("lying_here", None)
+
+
+def test_a_dry_run_finds_code_here_and_tells_a_bug_in_a_line(code_here, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["train", "mine.yaml", "--dry-run", "--allow", "lying_here"])
+    assert caught.value.code == 1
+    assert capsys.readouterr().err == (
+        "syncnorm: worker 0 failed: AttributeError: 'NoneType' object has no attribute 'parent' "
+        f"({code_here / 'lying_here.py'}, line 2, in load)\n"
+    )
+
+
+def test_verify_finds_code_here(code_here, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["verify", "--layer", "lying_here:LIMIT"])
+    assert caught.value.code == 2
+    assert "`--layer` must name a class of torch.nn.Module, got 'lying_here:LIMIT': 3." in capsys.readouterr().err
+
+
+def test_a_folder_is_removed_where_the_run_was_refused_before_it_began(pool, in_empty_folder):
+    pool(2).run(refuse_in_folder, str(in_empty_folder / "runs"), False)
+    assert not list((in_empty_folder / "runs").iterdir())
+    pool(2).run(refuse_in_folder, str(in_empty_folder / "runs"), True)
+    (run,) = (in_empty_folder / "runs").iterdir()
+    assert (run / "metrics.jsonl").exists(), "what happened later is kept"
+
+
+def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
+    """Refuse a configuration as a worker of torchrun."""
+    rank = dist.get_rank()
+    task = Task(load_config("digits", [f"run_dir={run_dir}"]), "digits")
+    with contextlib.suppress(ConfigError):
+        with enter_folder(task, Launched(rank, 2, rank, 2)) as folder:
+            assert (folder / "config.yaml").exists()
+            # Nobody looks for what the first worker has removed.
+            dist.barrier()
+            if has_begun and rank == 0:
+                (folder / "metrics.jsonl").touch()
+            raise ConfigError("no")
 
 
 @pytest.mark.parametrize("arguments", [["train"], ["tarin", "digits"], ["train", "digits", "--epochs", "3"]])

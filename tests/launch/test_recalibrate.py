@@ -1,5 +1,6 @@
 """The command `syncnorm recalibrate` on the folder of a real run."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -71,6 +72,26 @@ def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_code_of_a_package_that_is_allowed(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("digits_resnet", "tests.train.nets:same_net"))
+    with pytest.raises(SystemExit) as caught:
+        main(["recalibrate", str(folder), "--allow", "tests"])
+    assert not caught.value.code
+    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "recalibrated" / "step-00000012")
+
+    (folder / "config.yaml").write_text(text.replace("name: digits\n", "name: tests.train.nets:fails\n"))
+    with pytest.raises(SystemExit) as caught:
+        main(["recalibrate", str(folder), "--allow", "tests"])
+    assert caught.value.code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("syncnorm: worker 0 failed: IndexError: index 7 is out of bounds")
+    assert re.search(r"\(.*/nets.py, line \d+, in fails\)\n$", err)
+    assert err.count("\n") == 1
+
+
 def no_checkpoints(folder: Path) -> None:
     shutil.rmtree(folder / "checkpoints")
 
@@ -97,7 +118,7 @@ def code(folder: Path) -> None:
         (no_checkpoints, "has no checkpoints. Name the folder of a run that has saved one."),
         (damage, "model.safetensors` must have the SHA-256"),
         (another_model, "checkpoints: does not fit the run's configuration: "),
-        (code, "`model.name` names code, 'os:system', which is not run from a run's folder."),
+        (code, "`model.name` must name a callable of a package that is allowed, got 'os:system'. To run its code, add"),
     ],
 )
 def test_a_run_that_is_none(spoil, message, run, tmp_path, capsys):

@@ -1,11 +1,13 @@
 """Models and data that configurations of the tests name."""
 
+import threading
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from syncnorm.train.data import Dataset, Split, digits, make_dataset
+from syncnorm.train.models import MODELS
 
 
 class Breaks(nn.Module):
@@ -151,3 +153,96 @@ class Remembering(Net):
             if self.first is None:
                 self.first = fresh[0]
         return self.fc(z)
+
+
+BUILT = 0
+"""How many networks `own_norms` has made in this process."""
+
+
+def own_norms(in_channels: int, num_classes: int, norm_layer=None) -> nn.Sequential:
+    """A network for 8x8 images with batch norms of torch's own, which look trained, of two kinds."""
+    global BUILT
+    BUILT += 1
+    two, one = nn.BatchNorm2d(4, eps=1e-3), nn.BatchNorm1d(16)
+    for layer in (two, one):
+        nn.init.constant_(layer.weight, 0.5)
+        layer.running_mean.add_(0.1)  # pyright: ignore[reportOptionalMemberAccess]
+        layer.running_var.mul_(3)  # pyright: ignore[reportOptionalMemberAccess]
+    hidden, head = nn.Linear(144, 16), nn.Linear(16, num_classes)
+    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), two, nn.ReLU(), nn.Flatten(), hidden, one, head)
+
+
+def no_norms(in_channels: int, num_classes: int, norm_layer=None) -> nn.Module:
+    """A network without a batch norm."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, num_classes))
+
+
+def rows(in_channels: int, num_classes: int, norm_layer) -> nn.Module:
+    """A network whose layers see (N, C)."""
+    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 32), norm_layer(32), nn.Linear(32, num_classes))
+
+
+class Volumes(nn.Module):
+    """A network whose layer sees (N, C, D, H, W)."""
+
+    def __init__(self, in_channels: int, num_classes: int, norm_layer) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, 4, (1, 3, 3))
+        self.bn = norm_layer(4)
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.bn(self.conv(x[:, :, None].expand(-1, -1, 3, -1, -1))).mean((2, 3, 4)))
+
+
+class Locked(nn.Module):
+    """A network that cannot be copied."""
+
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.net = MODELS["digits_resnet"](**options)
+        self.lock = threading.Lock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class Maps(nn.Module):
+    """A network that gives something else than a logit for each class and image."""
+
+    def __init__(self, in_channels: int, num_classes: int, norm_layer, kind: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, num_classes, 3)
+        self.bn = norm_layer(num_classes)
+        self.kind = kind
+
+    def forward(self, x: Tensor):
+        y = self.bn(self.conv(x))
+        return {"map": y, "few": y.mean((2, 3))[:, 1:], "dict": {"logits": y}, "flat": y.flatten()}[self.kind]
+
+
+def same_net(**options) -> nn.Module:
+    """`digits_resnet`, as code of the user's."""
+    return MODELS["digits_resnet"](**options)
+
+
+def no_module(**options):
+    """Gives no network."""
+    return nn.functional.relu
+
+
+def fails(root: Path | None) -> Dataset:
+    """Has a bug."""
+    return torch.zeros(3)[7]  # pyright: ignore[reportReturnType]
+
+
+def two_folders(root: Path | None):
+    """Gives what is no data set."""
+    return Path("train"), Path("test")
+
+
+def masks(root: Path | None) -> Dataset:
+    """The digits with a class for each pixel, made without a check."""
+    data = digits(root)
+    train = Split(data.train.images, (data.train.images[:, 0] > 8).long())
+    return Dataset(train, train, 2, data.mean, data.std)

@@ -1,6 +1,7 @@
 """Functions that a pool's ranks call: they must be importable."""
 
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import scale_loss
+from syncnorm.errors import ConfigError
 from syncnorm.model.modes import in_evaluation
 from syncnorm.train import optim
 from syncnorm.train.config import Config
@@ -24,6 +26,7 @@ from syncnorm.train.position import Position
 from syncnorm.train.statistics import gather_digests
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.workers import Workers
+from tests.train import nets
 
 
 class Free:
@@ -70,6 +73,25 @@ def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Ou
     }
     position = Position()
     return train(Config(**sections), workers(), Path(folder), position, Free(), ("tests",)), position
+
+
+def train_code(folder: str, model: str, changes: list[str]) -> tuple[Outcome, int]:
+    """Train a network of `tests.train.nets` on digits; also how often `own_norms` was called."""
+    built = nets.BUILT
+    config = load_config("digits", ["train.epochs=1", f"model.name=tests.train.nets:{model}", *changes])
+    outcome = train(config, workers(), Path(folder), Position(), Free(), ("tests",))
+    return outcome, nets.BUILT - built
+
+
+def refused(overrides: list[str]) -> str:
+    """What `train` says of a configuration, in place of taking a step."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train(load_config("digits", overrides), workers(), Path(folder), Position(), Free(), ("tests",))
+        except ConfigError as error:
+            assert not list(Path(folder).iterdir())
+            return str(error)
+    raise AssertionError("it has trained")
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:

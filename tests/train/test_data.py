@@ -3,7 +3,9 @@
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -103,13 +105,40 @@ def wrong_labels(label: int) -> Split:
     return Split(split.images, torch.tensor([0, 1, label, label]))
 
 
+def labelled(labels: Any) -> Split:
+    return Split(some_split(4).images, labels)
+
+
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (some_split(0), some_split(4), r"^training set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)$"),
-        (some_split(4), some_split(0), r"^test set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)$"),
-        (some_split(4), Split(torch.ones(4, 3), torch.arange(4)), r"^test set: .*, got \(4, 3\) and \(4,\)$"),
-        (Split(torch.ones(4, 1, 2, 2), torch.arange(3)), some_split(4), r"^training set: .* and \(3,\)$"),
+        (some_split(0), some_split(4), r"^training set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)\. "),
+        (some_split(4), some_split(0), r"^test set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)\. "),
+        (some_split(4), Split(torch.ones(4, 3), torch.arange(4)), r"^test set: .*, got \(4, 3\) and \(4,\)\. "),
+        (Split(torch.ones(4, 1, 2, 2), torch.arange(3)), some_split(4), r"^training set: .* and \(3,\)\. "),
+        # A loss takes a class for each pixel, or a probability for each class, without a word.
+        (
+            labelled(torch.zeros(4, 3, 4, dtype=torch.int64)),
+            some_split(4),
+            r"got \(4, 2, 3, 4\) and \(4, 3, 4\)\. The ",
+        ),
+        (
+            some_split(4),
+            labelled(torch.rand(4, 5)),
+            r"^test set: .* got \(4, 2, 3, 4\) and \(4, 5\)\. The loss takes one",
+        ),
+        (labelled(torch.rand(4)), some_split(4), r"^training set: labels must be whole numbers, got torch.float32\. "),
+        (
+            labelled(np.zeros(4)),
+            some_split(4),
+            r"^training set: must be a Split.* got Split\(Tensor, ndarray\)\. torch.from",
+        ),
+        (
+            some_split(4),
+            (torch.zeros(4), 3),
+            r"^test set: must be a Split\(.*\) of two tensors, got tuple\(Tensor, int\)\. ",
+        ),
+        (None, some_split(4), r"^training set: must be a Split\(images, labels\) of two tensors, got NoneType\. "),
         (some_split(4), some_split(4, channels=1), r"^test set: .* shape \(2, 3, 4\), got \(1, 3, 4\)$"),
         (wrong_labels(5), some_split(4), r"^training set: labels must be from 0 to 4, got 5 for sample 2$"),
         (some_split(4), wrong_labels(-1), r"^test set: labels must be from 0 to 4, got -1 for sample 2$"),
@@ -123,6 +152,14 @@ def wrong_labels(label: int) -> Split:
 def test_splits_that_cannot_be_used(train, test, message):
     with pytest.raises(ConfigError, match=message):
         make_dataset(train, test, num_classes=5)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.bool], ids=str)
+def test_labels_are_classes_whatever_their_type(dtype):
+    labels = torch.tensor([0, 1, 1, 0])
+    data = make_dataset(labelled(labels.to(dtype)), labelled(labels), num_classes=2)
+    assert data.train.labels.dtype == torch.int64
+    assert torch.equal(data.train.labels, labels)
 
 
 def test_moving_keeps_dtypes():

@@ -7,7 +7,7 @@ from torch import nn
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
 from syncnorm.train.config_norm import NormSection, RenormSection
 from syncnorm.train.models import MODELS
-from syncnorm.train.norm import FrozenBatchNorm, apply_rules, make_norm_layer
+from syncnorm.train.norm import BatchNorm, FrozenBatchNorm, apply_rules, make_norm_layer
 
 
 def count(model: nn.Module) -> int:
@@ -78,7 +78,7 @@ def test_names_are_those_of_torchvision():
     [
         (NormSection(momentum=0.2, eps=1e-3), SyncBatchNorm, "batch"),
         (NormSection(sync="none", momentum=0.2, eps=1e-3), SyncBatchNorm, "none"),
-        (NormSection(name="batch_norm", momentum=0.2, eps=1e-3), nn.BatchNorm2d, None),
+        (NormSection(name="batch_norm", momentum=0.2, eps=1e-3), BatchNorm, None),
     ],
 )
 def test_norm_layers_are_those_of_the_config(section, kind, sync):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -9,11 +10,16 @@ from torch import nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.errors import ConfigError
+from syncnorm.train.config_file import load_config
 from syncnorm.train.config_norm import NormSection
+from syncnorm.train.data import digits
+from syncnorm.train.learner import make_bare_model
+from syncnorm.train.memory import Need, estimate, refuse, resident_memory
 from syncnorm.train.models import MODELS
-from syncnorm.train.norm import FrozenBatchNorm, apply_rules, make_norm_layer
+from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
+from syncnorm.train.workers import Workers
 from tests.launch import commands
-from tests.train import runs
+from tests.train import nets, runs
 
 SHORT = ["train.epochs=1", "train.global_batch=128"]
 
@@ -121,21 +127,169 @@ def test_profile_and_tensorboard(pool, tmp_path):
     assert [point.step for point in board.Scalars("loss")] == [5, 10]
 
 
+def needed(*options: str) -> tuple[Need, nn.Module]:
+    """What a step needs, and the network that this was found with."""
+    config, data = load_config("digits", ["launch.workers=1", *options]), digits(None)
+    model = make_bare_model(config, data, 100, ("tests",))
+    return estimate(config, Workers(0, 1, torch.device("cpu")), data, model), model
+
+
 def test_memory_is_estimated_from_what_a_forward_keeps():
-    from syncnorm.train.config_file import load_config
-    from syncnorm.train.data import digits
-    from syncnorm.train.memory import estimate
-
-    def need(*options: str):
-        return estimate(load_config("digits", ["launch.workers=1", *options]), 1, digits(None))
-
-    plain, double = need(), need("train.dtype=float64")
+    (plain, _), (double, _) = needed(), needed("train.dtype=float64")
     assert double.per_sample / plain.per_sample == pytest.approx(2, rel=0.1)
     assert double.fixed == 2 * plain.fixed
     # Values, gradients and momentum; and the average; Adam keeps two.
     assert plain.fixed == 3 * 4 * 77754
-    assert need("train.ema=0.9").fixed == 4 * 4 * 77754
-    adam = need("train.optimizer.name=Adam", "train.optimizer.momentum=null")
+    assert needed("train.ema=0.9")[0].fixed == 4 * 4 * 77754
+    adam, _ = needed("train.optimizer.name=Adam", "train.optimizer.momentum=null")
     assert adam.fixed == 4 * 4 * 77754
     assert plain.samples == 64
-    assert need("train.norm_batch=8", "launch.micro_batch=16").samples == 16
+    assert needed("train.norm_batch=8", "launch.micro_batch=16")[0].samples == 16
+    # torch alone takes this much.
+    assert 1e8 < plain.process <= resident_memory()
+    assert plain.total == plain.process + plain.fixed + 64 * plain.per_sample
+
+
+@pytest.mark.parametrize("sync", ["batch", "running", "lagged", "none"])
+@pytest.mark.parametrize("name", ["rows", "Volumes", "own_norms"])
+def test_memory_is_estimated_with_our_layers_for_any_number_of_dimensions(name, sync):
+    code = f"model.name=tests.train.nets:{name}"
+    random = torch.get_rng_state()
+    need, model = needed(code, f"norm.sync={sync}")
+    state = model.state_dict()
+    assert next(layer.sync for layer in model.modules() if isinstance(layer, SyncBatchNorm)) == sync
+    assert all(int(value) == 0 for key, value in state.items() if "num_batches" in key), "the trial leaves no trace"
+    torch.set_rng_state(random)
+    theirs, _ = needed(code, "norm.name=batch_norm", "norm.sync=none")
+    assert need.per_sample == pytest.approx(theirs.per_sample, rel=0.1)
+
+
+def test_a_network_that_cannot_be_copied_is_not_tried(caplog):
+    need, _ = needed("model.name=tests.train.nets:Locked")
+    assert need.per_sample == 0
+    assert (
+        "what a forward keeps of a sample is not known: TypeError: cannot pickle '_thread.lock' object" in caplog.text
+    )
+
+
+def test_what_does_not_fit_is_refused_with_its_figures():
+    need = Need(400 * 2**20, 100 * 2**20, 2**20 // 2, 64)
+    refuse(need, need.total, 0)
+    message = re.escape(
+        "must be such that a step fits into memory, got one that needs 532.00 MiB: 400.00 MiB for the process with its "
+        "data, 100.00 MiB for parameters, gradients and optimizer, and 64 samples in a forward of 512.00 KiB each. "
+        "Worker 3 has 531.00 MiB. Set launch.micro_batch to at most 62, or take more workers."
+    )
+    with pytest.raises(ConfigError, match=message):
+        refuse(need, 531 * 2**20, 3)
+    with pytest.raises(
+        ConfigError, match=r"Worker 0 has 500.00 MiB. Take fewer workers, a smaller model or more memory."
+    ):
+        refuse(need, 500 * 2**20, 0)
+
+
+NETS = "tests.train.nets"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["launch.memory_gib=0.05"], "`launch.micro_batch` must be such that a step fits into memory"),
+        ([f"model.name={NETS}:no_norms"], "got one that has none. Make its layers with the norm_layer"),
+        ([f"model.name={NETS}:no_module"], f"must return a torch.nn.Module, got function of '{NETS}:no_module'"),
+        ([f"model.name={NETS}:Maps", "model.options.kind=map"], "got shape (4, 10, 6, 6) for 4 images of 10 classes"),
+        ([f"model.name={NETS}:Maps", "model.options.kind=few"], "got shape (4, 9) for 4 images of 10 classes"),
+        ([f"model.name={NETS}:Maps", "model.options.kind=flat"], "got shape (1440,) for 4 images of 10 classes"),
+        ([f"model.name={NETS}:Maps", "model.options.kind=dict"], "got dict for 4 images of 10 classes"),
+        ([f"data.name={NETS}:two_folders"], "must return a syncnorm.train.data.Dataset, got tuple(PosixPath, "),
+        ([f"data.name={NETS}:masks"], "got (1437, 1, 8, 8) and (1437, 8, 8). The loss takes one class"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_alike_before_the_first_step(pool, options, message):
+    first, second = pool(2).run(runs.refused, options)
+    assert message in first
+    assert first == second, "with the figures of the same worker"
+
+
+def converted(**options) -> nn.Sequential:
+    model = nets.own_norms(1, 10)
+    fit_layers(model, NormSection(**options), 100)
+    return model
+
+
+@pytest.mark.parametrize("sync", ["batch", "running", "none"])
+@pytest.mark.parametrize("name", ["sync_batch_norm", "sync_batch_renorm"])
+def test_a_network_that_makes_no_layer_with_norm_layer_is_converted(name, sync, caplog):
+    model = converted(name=name, sync=sync)
+    kind = SyncBatchNorm if name == "sync_batch_norm" else SyncBatchRenorm
+    assert type(model[1]) is type(model[5]) is kind
+    assert (model[1].sync, model[1].eps, model[5].eps) == (sync, 1e-3, 1e-5)
+    assert model[1].momentum == (0.1 if kind is SyncBatchNorm else 0.01)
+    check_kept(model)
+    assert caplog.messages == [f"the model makes no layer with norm_layer: its 2 batch norms are {name} now"]
+
+
+def check_kept(model: nn.Sequential) -> None:
+    for layer in (model[1], model[5]):
+        assert torch.equal(layer.weight, torch.full_like(layer.weight, 0.5))
+        assert torch.equal(layer.running_mean, torch.full_like(layer.running_mean, 0.1))
+        assert torch.equal(layer.running_var, torch.full_like(layer.running_var, 3))
+
+
+def test_the_configurations_eps_and_momentum_hold_where_it_says_other_than_the_default():
+    layer = converted(eps=1e-2, momentum=0.3)[1]
+    assert (layer.eps, layer.momentum) == (1e-2, 0.3)
+
+
+def test_a_network_that_makes_no_layer_with_norm_layer_is_frozen_with_its_statistics(caplog):
+    model = converted(name="frozen").train()
+    assert isinstance(model[1], FrozenBatchNorm)
+    assert isinstance(model[5], FrozenBatchNorm)
+    check_kept(model)
+    assert model(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+    assert caplog.messages == ["the model makes no layer with norm_layer: its 2 batch norms are frozen now"]
+
+
+def test_torchs_own_layers_stay_where_they_are_asked_for(caplog):
+    assert [type(converted(name="batch_norm")[place]) for place in (1, 5)] == [nn.BatchNorm2d, nn.BatchNorm1d]
+    for name in ("batch_norm", "group_norm", "frozen"):
+        fit_layers(nets.no_norms(1, 10), NormSection(name=name), 100)
+    assert caplog.messages == []
+
+
+def test_layers_that_are_left_out_are_named(caplog):
+    model = nn.Sequential(nn.BatchNorm2d(3), SyncBatchNorm(3), nn.BatchNorm2d(3).eval())
+    fit_layers(model, NormSection(), 100)
+    assert type(model[0]) is nn.BatchNorm2d
+    assert caplog.messages == ["batch norms that are not made with norm_layer are not pooled: 0"]
+
+
+class WithAct(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+def test_a_layer_that_does_more_than_normalise_is_not_exchanged():
+    model = nn.Sequential(SyncBatchNorm(3), WithAct(3))
+    with pytest.raises(ConfigError, match=r"got '1', a WithAct, whose own forward would be lost"):
+        apply_rules(model, NormSection(rules={"1": "frozen"}), 100)
+    with pytest.raises(ConfigError, match=r"norm.name sync_batch_norm fits: .*'0' is a WithAct"):
+        fit_layers(nn.Sequential(WithAct(3)), NormSection(), 100)
+
+
+def test_a_rule_keeps_running_statistics():
+    model = converted()
+    apply_rules(model, NormSection(rules={"1": "frozen", "5": "sync_batch_renorm"}), 100)
+    assert (type(model[1]), type(model[5])) == (FrozenBatchNorm, SyncBatchRenorm)
+    check_kept(model)
+
+
+def test_a_converted_network_trains_pooled_and_is_built_once(pool, tmp_path):
+    for outcome, built in pool(2).run(runs.train_code, str(tmp_path), "own_norms", ["train.global_batch=128"]):
+        assert built == 1
+        assert len(set(outcome.digests)) == 1
+    folder = tmp_path / "own"
+    folder.mkdir()
+    options = ["train.global_batch=128", "norm.name=batch_norm", "norm.sync=none"]
+    (outcome, _), *_ = pool(2).run(runs.train_code, str(folder), "own_norms", options)
+    assert len(set(outcome.digests)) == 2, "torch's own layers are each worker's"
