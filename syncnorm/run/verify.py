@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched, read_host, set_for_children
+from syncnorm.run.interrupt import as_keyboard_interrupt
 from syncnorm.run.worker import join
 from syncnorm.verify import LaunchedCrew, LocalCrew, Report, Result, Subject, ours, subject_of, verify
 from syncnorm.verify.check import Check, Verdict
@@ -44,7 +45,7 @@ def run_verify(
             )
         _end(verify_launched(subjects, deadline_seconds, json, launched))
     set_for_children()
-    with LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
+    with as_keyboard_interrupt(), LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
         report = verify(crew, subjects, _teller(json))
     _print_end(report, json)
     return report.exit_status

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from syncnorm import SyncBatchNorm, debug
 from syncnorm.comm import exchange, flight
 from syncnorm.errors import ExchangeError, InputError
 from syncnorm.run.failure import is_echo
+from syncnorm.testing import RankPool
 from tests.distributed.drill import Job, errors_of, run
 
 TIMEOUT = 3.0
@@ -92,6 +96,35 @@ def test_in_debug_mode_where_the_host_of_the_store_is_killed(tmp_path):
         assert r.is_promised
         assert r.seconds < TIMEOUT + 2
         assert "Store of the process group, which cannot be reached at call 2 of 'first' (training forward" in r.text
+
+
+def _watched_anew(folder: str) -> list[str]:
+    """What the watch says when another worker is stuck, in one world and in the next; and when it looks again."""
+    watch, rank, said = flight._Watch(), dist.get_rank(), []
+    for world in range(2):
+        if world:
+            dist.destroy_process_group()
+            watch._look()  # nobody is there
+            dist.init_process_group("gloo", (Path(folder) / "anew").as_uri(), rank=rank, world_size=2)
+        watch._look()  # nobody is stuck
+        dist.barrier()
+        if rank == 0:
+            flight.world_store().set(flight._STUCK_KEY, "0")
+        dist.barrier()
+        for _ in range(2):
+            screen = io.StringIO()
+            with contextlib.redirect_stderr(screen):
+                watch._look()
+            said.append(screen.getvalue())
+    return said
+
+
+def test_the_watch_goes_on_when_torch_distributed_begins_anew(tmp_path):
+    with RankPool(2) as ranks:
+        for first, again, anew, again_anew in ranks.run(_watched_anew, str(tmp_path)):
+            assert "an exchange of another worker is stuck." in first
+            assert "an exchange of another worker is stuck." in anew
+            assert again == again_anew == ""
 
 
 def _agreed(steps: int) -> tuple[int, list[str], int]:
