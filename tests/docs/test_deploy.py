@@ -227,16 +227,15 @@ def test_the_ray_nodes_are_understood():
     composed = [[*service["entrypoint"], *service["command"]][2:] for service in services]
     groups = [cluster()["headGroupSpec"], *cluster()["workerGroupSpecs"]]
     grouped = [[f"--{name}={value}" for name, value in group["rayStartParams"].items()] for group in groups]
-    for arguments in (*composed, *grouped):
+    nodes = [scripts.start.make_context("start", arguments).params for arguments in composed]
+    for arguments in grouped:
         scripts.start.make_context("start", arguments)
     head, worker = (scripts.start.make_context("start", arguments).params for arguments in documented("ray start"))
     assert worker["address"] == f"{head['node_ip_address']}:{head['port']}"
     assert head["dashboard_host"] == "127.0.0.1"
     # Jobs go through the agents' ports, which nothing may take before: below where Linux hands out ports.
     ports = [each["dashboard_agent_listen_port"] for each in (head, worker)]
-    ports += [
-        scripts.start.make_context("start", arguments).params["dashboard_agent_listen_port"] for arguments in composed
-    ]
+    ports += [each["dashboard_agent_listen_port"] for each in nodes]
     assert all(port < 32768 for port in ports)
     assert ports[0] != ports[1]
 

@@ -16,9 +16,7 @@ ABORTED = (
     "DistBackendError: NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog "
     "caught collective operation timeout: WorkNCCL(SeqNum=10, OpType=ALLREDUCE, Timeout(ms)=90000) ran for 90057 ms"
 )
-WATCHDOG = (
-    "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1, OpType=ALLREDUCE"
-)
+WATCHDOG = "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1"
 REMOTE = (
     "DistBackendError: NCCL error in: NCCLUtils.cpp:93, remote process exited or there was a network error, NCCL "
     "version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting."

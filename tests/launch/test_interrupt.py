@@ -1,13 +1,15 @@
-"""Ctrl-C, from the first import to the middle of a run: one status, and not a word too many."""
+"""The command before it is up, and Ctrl-C from the first import on: one status, and not a word too many."""
 
 import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from syncnorm.__main__ import main
 from tests.launch import commands
 
 # Read by Python at its start: stands still where MODULE is about to be imported, in a process whose command has MARK.
@@ -85,3 +87,18 @@ def test_workers_of_torchrun_say_nothing(tmp_path):
     # torchrun itself tells that it was interrupted, with its own traceback.
     assert "KeyboardInterrupt" not in done.stderr
     assert "syncnorm/" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["verify"]], ids=str)
+def test_a_bare_install_names_the_extra(monkeypatch, capsys, arguments):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "syncnorm.cli", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught.value.code == 2
+    expected = "syncnorm: the command needs typer, which is missing: pip install 'syncnorm[train]'\n"
+    assert capsys.readouterr() == ("", expected)
