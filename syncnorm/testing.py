@@ -224,7 +224,7 @@ def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvou
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         timeout = timedelta(seconds=timeout_seconds)
-        store = dist.FileStore(rendezvous, world_size)
+        store = dist.FileStore(rendezvous, world_size)  # pyright: ignore[reportPrivateImportUsage]
         # The timeout is for collectives: importing takes what it takes.
         store.set(f"here/{rank}", "")
         store.wait([f"here/{each}" for each in range(world_size)], timedelta(seconds=_START_SECONDS))
