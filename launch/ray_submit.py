@@ -7,7 +7,7 @@ The same as `syncnorm submit configs/digits.yaml`, for platforms that want a scr
 
 import sys
 
-from syncnorm.cli import main
+from syncnorm.__main__ import main
 
 if __name__ == "__main__":
     main(["submit", *sys.argv[1:]])

@@ -8,7 +8,7 @@ a script.
 
 import sys
 
-from syncnorm.cli import main
+from syncnorm.__main__ import main
 
 if __name__ == "__main__":
     main(["train", *sys.argv[1:]])

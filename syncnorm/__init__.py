@@ -1,20 +1,10 @@
 """syncnorm trains a sharded batch as if it were one batch."""
 
-from syncnorm import functional, groups
-from syncnorm.comm.guard import debug
-from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.maths.lagged import Lagged
-from syncnorm.maths.renorm import RenormSchedule
-from syncnorm.model.accumulate import accumulate
-from syncnorm.model.adapters import register_adapter
-from syncnorm.model.adopt import adopt_state_dict
-from syncnorm.model.convert import conversion_table, convert, convert_sync_batchnorm, revert
-from syncnorm.model.ddp import prepare_ddp, scale_loss
-from syncnorm.model.explain import explain
-from syncnorm.model.frozen import frozen_statistics
-from syncnorm.model.join import join
-from syncnorm.model.monitor import monitor
-from syncnorm.model.recalibrate import recalibrate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from syncnorm._public import *
 
 __all__ = [
     "Lagged",
@@ -40,3 +30,24 @@ __all__ = [
     "scale_loss",
 ]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and the public names with the first of them: the command has to be up before (see `__main__`)."""
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A module of the package is imported alone: the public names are made of them, and may be half way there.
+    if name in __all__ and name not in ("functional", "groups"):
+        public = import_module(f"{__name__}._public")
+        globals().update((each, getattr(public, each)) for each in __all__)
+        return globals()[name]
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"{__name__}.{name}":
+            raise
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,29 @@
-"""`python -m syncnorm` is the command `syncnorm`."""
+"""The command `syncnorm`, and `python -m syncnorm`. Imports nothing until Ctrl-C is quiet; torch takes seconds."""
 
-from syncnorm.cli import main
+import signal
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command and exit with its status; 130 in the shell after Ctrl-C.
+
+    Args:
+        arguments: without the program's name; those of the process if None.
+    """
+    # Python's own handler would print where it was. One that a launcher has set to be ignored stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        from syncnorm.cli import main as run
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name == "syncnorm":
+            raise
+        print(f"syncnorm: the command needs {name}, which is missing: pip install 'syncnorm[train]'", file=sys.stderr)
+        sys.exit(2)
+    run(arguments)
+
 
 if __name__ == "__main__":
     main()

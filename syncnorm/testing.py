@@ -12,13 +12,14 @@ import contextlib
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from multiprocessing import util
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -82,6 +83,10 @@ def shard(batch: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [part.clone(memory_format=torch.preserve_format) for part in batch.split(list(sizes))]
 
 
+# Until the ranks have imported what they need, on a machine however busy.
+_START_SECONDS = 600.0
+
+
 class RankFailure(SyncnormError):
     """A rank of a pool raised, died or did not answer; the pool has been ended.
 
@@ -120,10 +125,12 @@ class RankPool:
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="syncnorm-pool-")
-        rendezvous = (Path(self._folder.name) / "rendezvous").as_uri()
+        rendezvous = str(Path(self._folder.name) / "rendezvous")
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Any] = []
         self._processes = []
+        # Otherwise started with the first process, and it lets the signal through that is blocked below.
+        resource_tracker.ensure_running()
         for rank in range(world_size):
             here, there = context.Pipe()
             process = context.Process(
@@ -132,12 +139,17 @@ class RankPool:
                 name=f"rank-{rank}",
                 daemon=True,
             )
-            process.start()
+            # Inherited: on a terminal Ctrl-C reaches the ranks, too, but it is their parent that ends them.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             there.close()
             self._pipes.append(here)
             self._processes.append(process)
         try:
-            self._collect(time.monotonic() + timeout_seconds + 60.0)
+            self._collect(time.monotonic() + timeout_seconds + _START_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -182,7 +194,7 @@ class RankPool:
                 try:
                     is_ok, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301 our own child
                 except (EOFError, OSError):
-                    self._processes[rank].join(timeout=1.0)  # its pipe ends before it does
+                    self._processes[rank].join(timeout=10.0)  # its pipe ends before it does
                     is_ok, value = False, f"the process died, exit code {self._processes[rank].exitcode}"
                 (results if is_ok else failures)[rank] = value
         if failures or waiting:
@@ -213,9 +225,13 @@ class RankPool:
 
 def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvous: str, timeout_seconds: float) -> None:
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, OSError, KeyboardInterrupt):
+    with contextlib.suppress(EOFError, OSError):
         timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, rendezvous, timeout, rank=rank, world_size=world_size)
+        store = dist.FileStore(rendezvous, world_size)  # pyright: ignore[reportPrivateImportUsage]
+        # The timeout is for collectives: importing takes what it takes.
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{each}" for each in range(world_size)], timedelta(seconds=_START_SECONDS))
+        dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world_size)
         _answer(pipe, lambda: None)
         while True:
             message = pipe.recv_bytes()

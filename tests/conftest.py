@@ -6,10 +6,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from syncnorm.testing import RankPool
 
 torch.set_num_threads(1)
+
+# How long something takes is the machine's: deadlines are for what hangs.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
+POOL_SECONDS = 600.0
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +27,7 @@ def pool() -> Iterator[Callable[[int], RankPool]]:
 
     def get(world_size: int) -> RankPool:
         if world_size not in pools or not pools[world_size].is_alive:
-            pools[world_size] = RankPool(world_size)
+            pools[world_size] = RankPool(world_size, timeout_seconds=POOL_SECONDS)
         return pools[world_size]
 
     yield get

@@ -179,7 +179,8 @@ class _Watch:
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self._ends = threading.Event()
-        self._has_told = False
+        self._told: weakref.ref[dist.ProcessGroup] | None = None
+        """The default group whose workers know already, or cannot be told."""
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._run, name="syncnorm-watch", daemon=True)
@@ -198,23 +199,27 @@ class _Watch:
 
     def _look(self) -> None:
         stuck = next((f for f in list(_flights) if f.is_old() and not f.is_told and _is_under_way(f)), None)
+        world = dist.group.WORLD
         if stuck is not None:
-            stuck.is_told = self._has_told = True
+            stuck.is_told = True
             _tell(
                 f"{stuck} has been under way for {time.monotonic() - stuck.began:.1f} s, and its process group "
                 f"gives up after {stuck.line.timeout_seconds:g} s."
             )
-        elif self._has_told:
+        elif self._told is not None and self._told() is world:
+            return
+        if world is None:
             return
         try:
             if stuck is not None:
                 world_store().set(_STUCK_KEY, str(groups.rank()))
-            elif world_store().check([_STUCK_KEY]):
-                self._has_told = True
+            elif not world_store().check([_STUCK_KEY]):
+                return
+            else:
                 _tell("an exchange of another worker is stuck.")
         except (RuntimeError, ValueError):
-            # No group any more, or the store has ended with its host: nobody to tell.
-            self._has_told = True
+            pass  # The store has ended with its host.
+        self._told = weakref.ref(world)
 
 
 _watch = _Watch()

@@ -215,6 +215,8 @@ def set_for_workers(run_folder: Path) -> None:
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[_RUN_FOLDER] = str(run_folder)
     os.environ[_LAUNCHER] = str(os.getpid())
+    # Without SIGINT, which is the launcher's own (see run/interrupt.py); torch's agent would take it.
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
 
 
 def _number(name: str) -> int:

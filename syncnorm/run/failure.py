@@ -8,8 +8,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# What gloo, NCCL and the store say on a worker whose peer is gone (the kinds are those of the store alone), and then
-# what debug mode says.
+# What gloo, the store and NCCL say on a worker whose peer is gone or does not come, and then what debug mode says.
+# Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError, out of memory).
 _ECHOES = (
     "DistNetworkError: ",
     "DistStoreError: ",
@@ -18,6 +18,10 @@ _ECHOES = (
     "Connection refused",
     "remote process exited",
     "Timed out waiting",
+    "communicator was aborted",
+    "is setting up NCCL communicator",
+    "ncclRemoteError",
+    "Watchdog caught collective operation timeout",
     "nothing more from rank",
     "not there within",
     "Store of the process group, which cannot be reached",
@@ -43,13 +47,17 @@ class Failure:
 
 def root_cause(error: ChildFailedError) -> Failure:
     """Choose the failure that came first and is not the echo of another."""
-    rank = min(error.failures, key=lambda rank: (_is_echo(error.failures[rank]), error.failures[rank].timestamp))
+    rank = min(error.failures, key=lambda rank: (_distance(error.failures[rank]), error.failures[rank].timestamp))
     return _describe(rank, error.failures[rank])
 
 
-def _is_echo(failure: ProcessFailure) -> bool:
+def _distance(failure: ProcessFailure) -> int:
+    """How far a failure is from being a cause: 0, 1 if it may be the echo of another, 2 if it is one."""
     # SIGTERM is what the launcher itself ends the remaining workers with.
-    return failure.exitcode == -signal.SIGTERM or _lost_its_peer(failure)
+    if failure.exitcode == -signal.SIGTERM or _lost_its_peer(failure):
+        return 2
+    # NCCL's watchdog and gloo's threads end the process so, without a word in its error file; a crash does, too.
+    return int(failure.exitcode == -signal.SIGABRT and not _told(failure))
 
 
 def _lost_its_peer(failure: ProcessFailure) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import signal
 import sys
 import tempfile
 import uuid
@@ -13,7 +14,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncnorm.errors import ConfigError, SyncnormError
-from syncnorm.run import env
+from syncnorm.run import env, interrupt
 from syncnorm.run.crowd import check_crowd
 from syncnorm.run.device import choose_device
 from syncnorm.run.failure import Failure, root_cause
@@ -63,6 +64,21 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
         print(f"syncnorm: {note}", file=sys.stderr)
     env.set_for_workers(folder)
     _silence_agent()
+    try:
+        with interrupt.for_launcher():
+            _attempts(task, arguments, folder)
+    except SignalException as error:
+        _raise_if_stopped(folder)
+        number = signal.SIGINT if isinstance(error, interrupt.Interrupted) else error.sigval
+        status = 128 + number
+        reason = f"stopped by {number.name}, without saving"
+        _record(reason, folder, status)
+        raise LocalRunError(f"{reason}\n{folder}", status) from None
+
+
+def _attempts(task: Task, arguments: Sequence[str], folder: Path) -> None:
+    """Start the workers, again if one is lost, until all is done."""
+    launch = task.config.launch
     for attempt in range(launch.restarts + 1):
         try:
             failure = _attempt(launch, arguments, folder)
@@ -84,19 +100,16 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
 def _attempt(launch: LaunchSection, arguments: Sequence[str], folder: Path) -> Failure | None:
     """Start the workers and wait for them; None if all is done, else why not."""
     logs = tempfile.mkdtemp(prefix="syncnorm-")
+    command = (sys.executable, "-m", "syncnorm", "train", *arguments)
     try:
-        elastic_launch(_launch_config(launch, logs), sys.executable)("-m", "syncnorm", "train", *arguments)
+        # Through a shell, so that a worker ignores Ctrl-C from its first instruction until it can heed it.
+        elastic_launch(_launch_config(launch, logs), "/bin/sh")("-c", 'trap "" INT; exec "$@"', "sh", *command)
     except ChildFailedError as error:
         _raise_if_stopped(folder)
         failure = root_cause(error)
         if failure.is_bad_input:
             raise ConfigError(failure.reason) from None
         return failure
-    except SignalException as error:
-        _raise_if_stopped(folder)
-        reason = f"stopped by {error.sigval.name}, without saving"
-        _record(reason, folder)
-        raise LocalRunError(f"{reason}\n{folder}", 128 + error.sigval.value) from None
     finally:
         shutil.rmtree(logs, ignore_errors=True)
     return None
@@ -143,5 +156,5 @@ def _tell(failure: Failure, folder: Path) -> str:
     return f"{failure.reason}\n{path}"
 
 
-def _record(reason: str, folder: Path) -> None:
-    Exit("failed", reason, last_step(folder / "metrics.jsonl"), 1).write(folder)
+def _record(reason: str, folder: Path, status: int = 1) -> None:
+    Exit("failed", reason, last_step(folder / "metrics.jsonl"), status).write(folder)

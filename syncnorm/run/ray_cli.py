@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from syncnorm.run.interrupt import as_keyboard_interrupt
 from syncnorm.run.ray_job import make_job
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _client(address: str | None, insecure: bool) -> "Iterator[JobSubmissionClien
     from syncnorm.run.ray_client import ClusterError, connect
 
     try:
-        yield connect(address, insecure)
+        with as_keyboard_interrupt():
+            yield connect(address, insecure)
     except ClusterError as error:
         _say(str(error))
         raise typer.Exit(1) from None

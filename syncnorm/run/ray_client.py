@@ -92,6 +92,13 @@ def told(address: str) -> Iterator[None]:
             f"no Ray cluster answers at {address} ({type(error).__name__}). Give --address, or start one: ray start"
         ) from None
     except (RuntimeError, ValueError) as error:
+        if "No available agent" in str(error):
+            raise ClusterError(
+                f"the Ray cluster at {address} has no agent that takes jobs: it has just been started, or the head's "
+                "agent did not come up, mostly because its port is taken. Try again in a minute; if it stays so, "
+                "dashboard_agent.log in the head's logs says why: start the head with --dashboard-agent-listen-port "
+                "below 32768."
+            ) from None
         raise ClusterError(f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}") from None
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched, read_host, set_for_children
+from syncnorm.run.interrupt import as_keyboard_interrupt
 from syncnorm.run.worker import join
 from syncnorm.testing import leave
 from syncnorm.verify import LaunchedCrew, LocalCrew, Report, Result, Subject, ours, subject_of, verify
@@ -42,7 +43,7 @@ def run_verify(
             )
         leave(verify_launched(subjects, deadline_seconds, json, launched))
     set_for_children()
-    with LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
+    with as_keyboard_interrupt(), LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
         report = verify(crew, subjects, _teller(json))
     _print_end(report, json)
     return report.exit_status

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-# On a terminal Ctrl-C reaches a worker twice, from the terminal and from the launcher.
-_SAME_SIGNAL_SECONDS = 2.0
+from syncnorm.run.interrupt import SAME_SIGNAL_SECONDS
+
 # Between the stacks and the end: the other workers write theirs at about the same time.
 _LAST_WORDS_SECONDS = 5.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -70,7 +70,8 @@ class WorkerWatch(StuckLimit):
     def _ask(self, number: int, frame: FrameType | None) -> None:
         # No exchange here: a worker that got no signal would not take part. The step's own exchange tells the others.
         now = time.monotonic()
-        if self.stop is not None and now - self._asked > _SAME_SIGNAL_SECONDS:
+        # On a terminal Ctrl-C reaches a worker twice, from the terminal and, as SIGTERM, from the launcher.
+        if self.stop is not None and now - self._asked > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         if self.stop is None:
             self.stop, self._asked = signal.Signals(number).name, now

@@ -24,7 +24,7 @@ from syncnorm import SyncBatchNorm, debug, prepare_ddp
 from syncnorm.errors import ExchangeError
 
 WORLD = 3
-_START_SECONDS = 60.0
+_START_SECONDS = 600.0
 
 
 @dataclass

@@ -48,7 +48,6 @@ def drawn(draw: st.DrawFn) -> Calls:
 
 @settings(
     max_examples=100,
-    deadline=None,
     database=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.distributed.steps import Batch, check_against_oracle, run_steps, train_step
@@ -45,7 +45,7 @@ def test_integers_are_pooled_exactly(pool, sizes, channels_last):
             assert torch.equal(value, whole.buffers[name]), name
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60)
 @given(
     data=st.data(),
     sizes=st.lists(st.integers(0, 5), min_size=1, max_size=4),

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ BIN = Path(sys.executable).parent
 
 
 def check(tool: str, *arguments: str) -> None:
-    done = subprocess.run([str(BIN / tool), *arguments], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([str(BIN / tool), *arguments], capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -96,6 +97,17 @@ def test_dependencies_come_before_the_source_and_nothing_runs_as_root():
         last_run = max(place for place, (name, _) in enumerate(lines) if name == "RUN")
         assert lines.index(("USER", "1000")) > last_run
     assert [text for _, name, text in instructions() if name == "ENTRYPOINT"] == ['["syncnorm"]']
+
+
+def test_what_the_image_installs_has_pins():
+    """Of the extras that the Dockerfile names, `report` among them: runs lie in the image's volume."""
+    (line,) = (text for _, name, text in instructions() if name == "RUN" and "optional-dependencies" in text)
+    extras = re.findall(r'extras\["(\w+)"\]', line)
+    assert set(extras) == {"train", "report", "ray"}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = [line.split("==")[0].lower() for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]]
+    for requirement in (each for extra in extras for each in project["optional-dependencies"][extra]):
+        assert re.split(r"[\[>=]", requirement)[0] in pins, requirement
 
 
 def test_versions_agree():
@@ -215,11 +227,17 @@ def test_the_ray_nodes_are_understood():
     composed = [[*service["entrypoint"], *service["command"]][2:] for service in services]
     groups = [cluster()["headGroupSpec"], *cluster()["workerGroupSpecs"]]
     grouped = [[f"--{name}={value}" for name, value in group["rayStartParams"].items()] for group in groups]
-    for arguments in (*composed, *grouped):
+    nodes = [scripts.start.make_context("start", arguments).params for arguments in composed]
+    for arguments in grouped:
         scripts.start.make_context("start", arguments)
     head, worker = (scripts.start.make_context("start", arguments).params for arguments in documented("ray start"))
     assert worker["address"] == f"{head['node_ip_address']}:{head['port']}"
     assert head["dashboard_host"] == "127.0.0.1"
+    # Jobs go through the agents' ports, which nothing may take before: below where Linux hands out ports.
+    ports = [each["dashboard_agent_listen_port"] for each in (head, worker)]
+    ports += [each["dashboard_agent_listen_port"] for each in nodes]
+    assert all(port < 32768 for port in ports)
+    assert ports[0] != ports[1]
 
 
 def _installed_torch() -> str:
@@ -227,7 +245,7 @@ def _installed_torch() -> str:
         [str(BIN / "python"), "-c", "import torch; print(torch.__version__)"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=900,
         check=True,
     )
     return done.stdout.strip()
@@ -244,7 +262,7 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
     (tmp_path / "index").mkdir()
     variables = {**os.environ, "PATH": search, "TORCH_INDEX": (tmp_path / "index").as_uri()}
     probe = ["pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), f"torch=={_installed_torch()}"]
-    offered = subprocess.run(probe, env=variables, capture_output=True, text=True, timeout=600, check=False)
+    offered = subprocess.run(probe, env=variables, capture_output=True, text=True, timeout=900, check=False)
     if "+cpu" not in _installed_torch() or offered.returncode != 0:
         pytest.skip("pip knows no CPU build of torch here; the one for CUDA is several GB")
     lines = [(name, text) for stage, name, text in instructions() if stage in ("base", "wheel", "cpu")]
@@ -263,7 +281,7 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     for command in (["syncnorm", "config", "show", "digits"], ["ray", "--version"]):
         done = subprocess.run(
-            command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=900, check=False
         )
         assert done.returncode == 0, done.stderr
     installed = subprocess.run(
@@ -271,7 +289,7 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
         env=variables,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=900,
         check=True,
     )
     pins = (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]
@@ -279,7 +297,9 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
     assert sorted(line.replace("+cpu", "") for line in installed.stdout.splitlines()) == sorted(pins)
 
 
+# As since Slurm 22.05: not told, it gives a task one CPU.
 SRUN = """#!/bin/bash
+[[ " $* " == *" --cpus-per-task=$SLURM_CPUS_PER_TASK "* ]] || exit 3
 while [[ $1 == -* ]]; do shift; done
 exec "$@"
 """

@@ -29,7 +29,7 @@ def _blocks(language: str) -> list[str]:
 
 def _run(command: list[str], cwd: Path) -> str:
     done = subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+        [str(BIN / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -23,7 +23,7 @@ def _run(name: str, *arguments: str) -> str:
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     started = [sys.executable, *(torchrun if command[0] == "torchrun" else []), *command[1:], *arguments]
     done = subprocess.run(
-        started, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+        started, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -17,7 +17,7 @@ from pathlib import Path
 from tests.launch import commands
 
 # The machine may be busy with other things.
-PATIENCE_SECONDS = 400
+PATIENCE_SECONDS = 1500
 
 
 @dataclass
@@ -108,7 +108,7 @@ class Cluster:
         if "RAY_AUTH_TOKEN_PATH" in self.environment:
             token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
             request.add_header("Authorization", f"Bearer {token}")
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return answer.read().decode()
 
     def _logs(self) -> str:
@@ -141,7 +141,7 @@ def end(node: Node) -> None:
         node.process.wait(10)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(node.process.pid, signal.SIGKILL)
-    node.process.wait(10)
+    node.process.wait(PATIENCE_SECONDS)
 
 
 def wait_until(is_so: Callable[[], bool], explain: Callable[[], str] = str) -> None:

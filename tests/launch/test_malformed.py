@@ -334,7 +334,7 @@ def check(case: Case, folder: Path, code: object, out: str, err: str) -> None:
     assert [path.name for path in folder.iterdir()] == ["mine.yaml"]
 
 
-@pytest.mark.timeout(15)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.encode("unicode_escape").decode())
 def test_malformed(case, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

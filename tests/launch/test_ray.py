@@ -4,7 +4,7 @@ import json
 import os
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -17,20 +17,14 @@ from ray.job_submission import JobSubmissionClient
 
 from syncnorm.cli import main
 from tests.launch import commands
-from tests.launch.ray_cluster import PATIENCE_SECONDS, Cluster, local_cluster, wait_until
+from tests.launch.ray_cluster import PATIENCE_SECONDS, wait_until
 from tests.train.runs import events
 
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = pytest.mark.timeout(5000)
 
 SHORT = ["digits", "train.epochs=1", "train.global_batch=128"]
 # Long enough to be disturbed on the way.
 LONGER = ["digits", "train.epochs=8", "checkpoint.every=10"]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
-    with local_cluster() as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from syncnorm.cli import main
 from syncnorm.errors import ConfigError
 from syncnorm.run import env, ray_cli, ray_submit
 from syncnorm.run.folder import Exit
-from syncnorm.run.ray_client import check_address
+from syncnorm.run.ray_client import ClusterError, check_address, told
 from syncnorm.run.ray_cluster import check_room, room_of
 from syncnorm.run.ray_job import STOP, Job, enter, make_job
 from syncnorm.run.ray_resize import SaveBeforeResize
@@ -104,6 +104,16 @@ def clean(monkeypatch):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
+
+
+def test_a_cluster_whose_agent_did_not_come_up(clean):
+    """Words of Ray 2.60's dashboard, as its client raises them."""
+    words = "Request failed with status code 500: No available agent to submit job, please try again later.."
+    with pytest.raises(ClusterError, match="--dashboard-agent-listen-port below 32768") as caught:
+        with told("http://127.0.0.1:8265"):
+            raise RuntimeError(words)
+    assert "http://127.0.0.1:8265" in str(caught.value)
+    assert "dashboard_agent.log" in str(caught.value)
 
 
 def test_nobody_answers(clean, capsys):

@@ -112,7 +112,7 @@ def test_a_kill_at_any_place_leaves_the_last_whole_checkpoint(tmp_path, monkeypa
     code = (
         f"import pathlib; from tests.train import {Path(__file__).stem} as t; t.drill(pathlib.Path({str(tmp_path)!r}))"
     )
-    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=60)
+    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=900)
     seen = Counter()
     for row in json.loads(output.stdout):
         scenario = row["scenario"]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
@@ -93,7 +93,6 @@ _VALUES = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     options=st.dictionaries(st.sampled_from(["a", "b", "null"]), _VALUES),
     patterns=st.lists(st.text("abz.:#'\"- \t\né{}"), unique=True, max_size=3),

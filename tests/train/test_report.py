@@ -312,7 +312,7 @@ def test_without_matplotlib(tmp_path):
         "from pathlib import Path; from syncnorm.train.report import write_report\n"
         "write_report([Path(sys.argv[1])], Path(sys.argv[1]) / 'report.html')"
     )
-    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, timeout=900)
     assert done.returncode == 1
     message = "ConfigError: a report needs matplotlib. Install it with: pip install 'syncnorm[report]'"
     assert done.stderr.rstrip().endswith(message)

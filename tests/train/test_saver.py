@@ -29,7 +29,7 @@ class Gate:
 
     def open_to_write(self, path: Path):
         self.reached.set()
-        assert self.is_open.wait(20)
+        assert self.is_open.wait(900)
         return path.open("wb")
 
 
@@ -50,7 +50,7 @@ def test_it_writes_what_was_while_training_goes_on(store, gate):
     saver = BackgroundSaver(store)
     snapshot = make_snapshot()
     assert saver.start(snapshot, is_best=True) is True
-    assert gate.reached.wait(20)
+    assert gate.reached.wait(900)
     # under way: training goes on, and nothing else is saved
     snapshot.tensors["model"]["weight"].fill_(-1)
     snapshot.states["optimizer"]["lr"] = 0
@@ -125,7 +125,7 @@ def test_a_snapshot_that_cannot_be_written_is_an_error_of_the_program(store):
 
 def run(code: str, *, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     command = [*prefix, sys.executable, "-c", f"from tests.train import test_saver as t\n{code}"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def test_a_save_under_way_is_finished_when_the_program_ends(tmp_path):

@@ -10,7 +10,7 @@ from syncnorm.verify.check import all_checks
 
 @pytest.mark.parametrize("workers", [1, 2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_our_layers_pass_all_that_they_claim(workers):
-    with LocalCrew(workers, 60.0) as crew:
+    with LocalCrew(workers, 600.0) as crew:
         report = verify(crew, ours())
     assert report.exit_status == 0, [r for r in report.results if r.status not in ("passed", "not offered")]
     for subject in ours():

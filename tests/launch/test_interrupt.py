@@ -1,0 +1,104 @@
+"""The command before it is up, and Ctrl-C from the first import on: one status, and not a word too many."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from syncnorm.__main__ import main
+from tests.launch import commands
+
+# Read by Python at its start: stands still where MODULE is about to be imported, in a process whose command has MARK.
+STANDS_STILL = """
+import os, sys, time
+
+class Stop:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["MODULE"] and os.environ["MARK"] in " ".join(sys.orig_argv):
+            if os.environ["IN_WORKER"] == str("RANK" in os.environ):
+                os.write(1, b"here\\n")
+                time.sleep(1000)
+
+sys.meta_path.insert(0, Stop())
+"""
+
+
+def interrupted(
+    command: list[str], folder: Path, module: str, in_worker: bool = False, mark: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Ctrl-C as a terminal sends it, to all processes, when one of them is about to import a module."""
+    hooks = folder / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(STANDS_STILL)
+    path = os.pathsep.join([str(hooks), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {"MODULE": module, "IN_WORKER": str(in_worker), "MARK": mark, "PYTHONPATH": path}
+    with commands.started(command, folder, environment) as process:
+        assert process.stdout.readline() == "here\n"
+        os.killpg(process.pid, signal.SIGINT)
+        # The pipes close when the last process is gone.
+        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def in_the_shell(status: int) -> int:
+    return 128 - status if status < 0 else status
+
+
+DRY = ["train", "digits", "--dry-run"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "mark"),
+    [
+        (["train", "digits"], "syncnorm.cli", ""),
+        (["train", "digits"], "torch.nn", ""),
+        (DRY, "sklearn.datasets", ""),
+        (["verify"], "torch.nn", "spawn_main"),
+        (["report", "run"], "syncnorm.train.report", ""),
+        (["submit", "digits"], "ray.job_submission", ""),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_command_ends_quietly(tmp_path, arguments, module, mark):
+    if arguments[0] == "submit":
+        pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
+    done = interrupted([*commands.SYNCNORM, *arguments], tmp_path, module, mark=mark)
+    assert in_the_shell(done.returncode) == 130
+    assert done.stderr == ""
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("module", ["torch.nn", "sklearn.datasets"])
+def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path, module):
+    done = interrupted([*commands.SYNCNORM, "train", "digits"], tmp_path, module, in_worker=True)
+    assert in_the_shell(done.returncode) == 130
+    (run,) = (tmp_path / "runs").iterdir()
+    assert done.stderr.splitlines() == ["syncnorm: stopped by SIGINT, without saving", str(run.relative_to(tmp_path))]
+    assert json.loads((run / "exit.json").read_text())["exit_code"] == 130
+
+
+def test_workers_of_torchrun_say_nothing(tmp_path):
+    command = [*commands.TORCHRUN, "-m", "syncnorm", "train", "digits"]
+    done = interrupted(command, tmp_path, "torch.nn", in_worker=True)
+    # torchrun itself tells that it was interrupted, with its own traceback.
+    assert "KeyboardInterrupt" not in done.stderr
+    assert "syncnorm/" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["verify"]], ids=str)
+def test_a_bare_install_names_the_extra(monkeypatch, capsys, arguments):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "syncnorm.cli", raising=False)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert caught.value.code == 2
+    expected = "syncnorm: the command needs typer, which is missing: pip install 'syncnorm[train]'\n"
+    assert capsys.readouterr() == ("", expected)
