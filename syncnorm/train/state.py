@@ -74,7 +74,7 @@ def restore(learner: Learner, position: Position, snapshot: Snapshot) -> None:
         buffers.load(learner.model, snapshot.tensors["model"], unsaved.get("model", {}))
         if learner.average is not None:
             buffers.load(learner.average, snapshot.tensors["ema"], unsaved.get("ema", {}))
-        if "in_evaluation" in snapshot.facts:  # not in what versions before 0.3 saved
+        if "in_evaluation" in snapshot.facts:  # checkpoints of older versions lack it
             put_in_evaluation(learner.model, snapshot.facts["in_evaluation"])
         learner.optimizer.load_state_dict(snapshot.states["optimizer"])
         learner.schedule.load_state_dict(snapshot.states["schedule"])
