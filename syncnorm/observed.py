@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.fx import Proxy
+from torch.fx import Proxy, Tracer
 
 from syncnorm.errors import InputError
 
@@ -92,7 +92,7 @@ def updating(who: str, name: str) -> Iterator[None]:
 
 def module_call(module: nn.Module, x: Proxy, mask: Any) -> Any:
     """The call of `module` as one node of the graph that torch.fx makes, as of a layer of torch's own."""
-    target = x.tracer.path_of_module(module)
+    target = cast(Tracer, x.tracer).path_of_module(module)
     if not target:
         raise InputError(
             f"`symbolic_trace` must be given a module that contains the layer, got {type(module).__name__} itself. "
