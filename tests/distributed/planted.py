@@ -20,9 +20,9 @@ def local_count() -> Iterator[None]:
     """The gradient of the input divides the pooled sums by this worker's count."""
     true = ops.pooled_statistic
 
-    def pooled_statistic(local: ops.LocalSums, group: Any, name: str) -> ops.Statistic:
+    def pooled_statistic(local: ops.LocalSums, group: Any, name: str, **options: Any) -> ops.Statistic:
         means = ops.PooledMeans(moments.of_sums(local.sums), group, name)
-        return true(local, group, name)._replace(gradient_means=means)
+        return true(local, group, name, **options)._replace(gradient_means=means)
 
     with patch.object(ops, "pooled_statistic", pooled_statistic):
         yield
