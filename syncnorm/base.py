@@ -218,10 +218,10 @@ class SyncNorm(_BatchNorm):
 
         `input` is torch's name for x.
         """
-        if x is None or input is not None:
-            x = functional.one_input(x, input)
         if type(x) is not Tensor and isinstance(x, observed.Proxy):
             return observed.module_call(self, x, mask)
+        if x is None or input is not None:
+            x = functional.one_input(x, input)
         functional.check_input(x, self.num_features)
         weights = functional.expand_mask(mask, x)
         if not self.training:

@@ -151,17 +151,33 @@ class Shard:
     DistributedDataParallel weights the workers equally, however much of the batch each holds.
     """
 
+    scaled_losses = 0
+    """How many losses this process has scaled, by `scale_loss` or in its way."""
     has_warned = False
-    """Whether this process has said so. Once is enough."""
+    """Whether this process has warned. Once is enough."""
 
     def __init__(self, count: Tensor) -> None:
         self._count = count
-        self._scaled = exchange.sent["count"]
+        self._scaled = Shard.scaled_losses
+
+    @property
+    def is_scaled(self) -> bool:
+        """True if a loss was scaled since the forward."""
+        return Shard.scaled_losses != self._scaled
 
     def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
-        """Warn, once, if the shards are uneven and no loss was scaled since the forward. Looked at on the CPU only."""
-        if Shard.has_warned or exchange.sent["count"] != self._scaled or isinstance(n, Tensor):
-            return
+        """Warn, once, if the shards are uneven and no loss was scaled. Called in the backward pass.
+
+        Args:
+            n: the pooled count; on CUDA a tensor, which is not looked at.
+            ranks: the workers.
+            name: the layer.
+        """
+        if not Shard.has_warned and not self.is_scaled and not isinstance(n, Tensor):
+            self.compare(n, ranks, name)
+
+    def compare(self, n: float, ranks: list[int], name: str) -> None:
+        """Warn if this worker's count is not the mean one."""
         count = self._count.item()
         if count * len(ranks) == n or not n > 0:
             return
@@ -175,6 +191,20 @@ class Shard:
             UnevenShardsWarning,
             stacklevel=2,
         )
+
+
+class LateShard(Shard):
+    """A shard whose pooled count arrives after the backward pass, which notes whether a loss was scaled before it."""
+
+    def __init__(self, count: Tensor, name: str) -> None:
+        super().__init__(count)
+        self.name = name
+        self.is_due = False
+        """Whether there was a backward pass of a loss that was not scaled."""
+
+    def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
+        """Note how the backward pass finds it; `n` is this worker's own count here."""
+        self.is_due = self.is_due or not self.is_scaled
 
 
 class Statistic(NamedTuple):

@@ -15,7 +15,6 @@ import hashlib
 import math
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +42,6 @@ __all__ = [
     "gather",
     "make_room",
     "record",
-    "sent",
     "size_of",
     "start_sum",
     "sum_",
@@ -63,8 +61,6 @@ class Exchange(NamedTuple):
     """How long the caller was held up (on CUDA: the time to enqueue it)."""
 
 
-sent: Counter[str] = Counter()
-"""How many exchanges this process has made, by kind."""
 _records: list[list[Exchange]] = []
 
 
@@ -350,7 +346,6 @@ def _wait(work: dist.Work | None) -> None:
 
 
 def _note(kind: str, message: Tensor, start: float) -> None:
-    sent[kind] += 1
     done = Exchange(kind, message.numel(), time.perf_counter() - start)
     for exchanges in _records:
         exchanges.append(done)

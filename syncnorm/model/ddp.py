@@ -16,6 +16,7 @@ from syncnorm.comm import agreement, exchange, groups
 from syncnorm.model.lagged import PooledLagged
 from syncnorm.model.others import home_made, stays_local
 from syncnorm.model.running import PooledRunning
+from syncnorm.ops import Shard
 
 
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
@@ -197,6 +198,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     group = groups.statistics_group(process_group)
     if group is None:
         return loss
+    Shard.scaled_losses += 1
     # Filled rather than copied: a copy from the host would wait for a CUDA device.
     count = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
     total = exchange.sum_(count, group, "count", "scale_loss")

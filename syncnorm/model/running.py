@@ -30,7 +30,7 @@ from syncnorm.comm.flight import Flight
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
 from syncnorm.model.current import CurrentBuffers, Marks, mark, written
-from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.ops import LateShard, LocalSums, PooledMeans, Shard, Statistic
 from syncnorm.traced import untraced
 
 
@@ -40,6 +40,8 @@ class Forward:
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     bad_masks: dict[str, Tensor] = field(default_factory=dict)
+    shard: LateShard | None = None
+    """Of the first layer that was called."""
 
     def leave(self, name: str, local: LocalSums) -> None:
         """Add to the layer's; one that is used twice makes one merged update."""
@@ -58,6 +60,7 @@ class Sent(NamedTuple):
     momenta: list[float | None]
     members: list[int]
     marks: Marks
+    shard: LateShard | None
 
 
 class PooledRunning:
@@ -96,7 +99,14 @@ class PooledRunning:
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         self._leave(layer, local, call)
         batch = of_sums(local.sums)
-        return Statistic(batch, PooledMeans(batch, None), is_pooled=False)
+        return Statistic(batch, PooledMeans(batch, None, layer.label, self._shard(layer, local)), is_pooled=False)
+
+    def _shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
+        """What notices uneven shards, at one layer of a forward."""
+        if self._forward.shard is None and not Shard.has_warned and local.sums.device.type == "cpu":
+            self._forward.shard = LateShard(local.sums[-1], self._name(layer))
+            return self._forward.shard
+        return None
 
     def record(self, layer: SyncNorm, statistic: Statistic) -> None:
         """Nothing to do: the sums were left in `take`, and are applied in `settle`."""
@@ -112,7 +122,7 @@ class PooledRunning:
     @untraced
     def _apply_sent(self) -> None:
         assert self._sent is not None
-        (pending, momenta, members, marks), self._sent = self._sent, None
+        (pending, momenta, members, marks, shard), self._sent = self._sent, None
         with torch.no_grad():
             message = pending.wait()
             if pending.mixed is not None:
@@ -122,6 +132,7 @@ class PooledRunning:
             faults = message[-len(members) :]
             self._fault = self._describe(faults, members)
             if self._fault is None:
+                self._compare(shard, message, members)
                 # Where nobody looks, a count of NaN keeps the statistics still.
                 message = torch.where(faults.any(), torch.nan, message)
                 *sums, _ = message.split([*self._sizes(), len(members)])
@@ -175,7 +186,13 @@ class PooledRunning:
         members = groups.ranks(group)
         message = exchange.start_sum(self._message(forward, members), group, "all moments", self._title)
         marks = [each for layer in self.layers.values() for each in mark(layer, _STATISTICS)]
-        self._sent = Sent(message, momenta, members, marks)
+        self._sent = Sent(message, momenta, members, marks, forward.shard)
+
+    def _compare(self, shard: LateShard | None, message: Tensor, members: list[int]) -> None:
+        """Warn if the backward pass was of a loss that was not scaled, and the shards were uneven."""
+        if shard is not None and shard.is_due and not Shard.has_warned:
+            counts = dict(zip(self.layers, (part[-1] for part in message.split([*self._sizes(), len(members)]))))
+            shard.compare(counts[shard.name].item(), members, shard.name)
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
         for layer, each, momentum in zip(self.layers.values(), sums, momenta, strict=True):

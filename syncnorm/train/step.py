@@ -15,6 +15,7 @@ from syncnorm import accumulate
 from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.model.modes import evaluating
+from syncnorm.ops import Shard
 from syncnorm.train.augment import augment
 from syncnorm.train.data import Dataset, Split
 from syncnorm.train.learner import Learner, indices_of, noise_seed, seed_random
@@ -86,6 +87,7 @@ def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool)
                 if is_last:
                     note = _tell(loss, stop, learner)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
+                Shard.scaled_losses += 1
                 (share * learner.workers.world_size).backward()
     assert note is not None
     stops, *told = note.wait().tolist()

@@ -205,15 +205,15 @@ def test_compiled_layers_are_told_apart_too(pool):
     assert "'norms.1' (training forward, moments" in errors[0]
 
 
-def _shards(sizes: list[int], rank: int, how: str) -> list[str]:
-    """The warnings of a worker that trains on a shard of this size, twice."""
+def _shards(sizes: list[int], rank: int, how: str, sync: str) -> list[str]:
+    """The warnings of a worker that trains on a shard of this size, a few times."""
     Shard.has_warned = False
-    model = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)))
-    model = model if how == "not prepared" else prepare_ddp(model)
+    model = convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), sync=sync)
+    prepare_ddp(model)
     teacher = copy.deepcopy(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):
+        for _ in range(3):
             x = torch.randn(sizes[rank], 3)
             with torch.no_grad():
                 teacher(x)
@@ -222,21 +222,33 @@ def _shards(sizes: list[int], rank: int, how: str) -> list[str]:
     return [str(w.message) for w in caught if w.category is UnevenShardsWarning]
 
 
+@pytest.mark.parametrize("sync", ["batch", "running"])
 @pytest.mark.parametrize(
     ("sizes", "how", "count"),
     [
         ([1, 5], "scaled", [0, 0]),
         ([3, 3], "not scaled", [0, 0]),
-        ([1, 5], "not prepared", [0, 0]),
         ([1, 5], "not scaled", [1, 1]),
         ([2, 4, 6], "not scaled", [1, 0, 1]),  # the one with a mean shard cannot tell
     ],
 )
-def test_uneven_shards_without_scale_loss_are_noticed_once(pool, sizes, how, count):
-    found = pool(len(sizes)).run_each(_shards, [(sizes, rank, how) for rank in range(len(sizes))])
+def test_uneven_shards_without_scale_loss_are_noticed_once(pool, sizes, how, count, sync):
+    found = pool(len(sizes)).run_each(_shards, [(sizes, rank, how, sync) for rank in range(len(sizes))])
     assert [len(each) for each in found] == count
     if count[0]:
         whole = sum(sizes)
         for rank in (0, len(sizes) - 1):
             assert f"rank {rank} had {sizes[rank]} of {whole} values per channel in '1'" in found[rank][0]
             assert "Add `loss = scale_loss(loss, len(x))`" in found[rank][0]
+
+
+def _not_prepared(rank: int) -> list[str]:
+    Shard.has_warned = False
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        SyncBatchNorm(4)(torch.randn(2 + rank, 4)).square().mean().backward()
+    return [str(w.message) for w in caught if w.category is UnevenShardsWarning]
+
+
+def test_layers_that_no_ddp_was_prepared_for_say_nothing_of_shards(pool):
+    assert pool(2).run_each(_not_prepared, [(0,), (1,)]) == [[], []]

@@ -185,7 +185,7 @@ def _fully_sharded(policy: MixedPrecisionPolicy | None, each: bool, steps: int) 
     assert isinstance(model[1].weight, DTensor)
     with exchange.record() as record:
         _train(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), steps)
-    assert [e.numel for e in record if e.kind == "moments"] == [13] * steps
+    assert [e.numel for e in record if e.kind == "moments"] == [14] * steps
     return {k: _full(v).clone() for k, v in model.state_dict().items()}
 
 

@@ -27,7 +27,7 @@ def test_scale_loss(pool, counts):
     total = sum(counts)
     for rank, (loss, exchanges) in enumerate(pool(len(counts)).run(_scaled, counts)):
         assert loss == pytest.approx(3.0 * counts[rank] * len(counts) / total if total else 0.0)
-        assert exchanges == [("count", 1)]
+        assert exchanges == [("count", 2)]
 
 
 def test_scale_loss_alone_is_the_loss():

@@ -58,13 +58,14 @@ def _with_and_without(
         _step(model, uneven_batch(4 + rank, 10 * rank + step))
     before, figures = state_of(bare), watch.read()["layers"]
     twin = prepare_ddp(_make(sync, renorm))
-    twin.load_state_dict(before)
+    wrapped_twin = DistributedDataParallel(twin) if wrapped else twin
+    twin.load_state_dict(before)  # after DDP, which gives all workers rank 0's
     x = uneven_batch(5, 50 + rank) * 1.1
     with exchange.record() as record, frozen_statistics(model):
         frozen = _step(model, x)
     is_still = all(torch.equal(v, before[k]) for k, v in bare.state_dict().items())
     is_unseen = watch.read()["layers"] == figures
-    expected = _step(DistributedDataParallel(twin) if wrapped else twin, x)
+    expected = _step(wrapped_twin, x)
     # And the training goes on as if nothing had been.
     after = _step(model, x)
     assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
