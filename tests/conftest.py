@@ -1,4 +1,4 @@
-"""Pools of ranks, one per world size, kept for the whole test run."""
+"""Pools of ranks, one per world size, kept for the whole test run; and which tests belong together."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ settings.register_profile(
 )
 settings.load_profile("tests")
 POOL_SECONDS = 600.0
+# They share one cluster.
+RAY = ("test_ray.py", "test_ray_verify.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, where several run side by side: they share what their fixtures make."""
+    for item in items:
+        name = "ray" if item.path.name in RAY else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
