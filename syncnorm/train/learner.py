@@ -145,19 +145,11 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
 
 def make_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
-    model, was_off = _build(config, data, total_steps, allowed)
-    if was_off:
-        _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
-    return prepare_ddp(model)
+    return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
 
 
 def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
-    """Build the model for data of this shape. No exchange."""
-    return _build(config, data, total_steps, allowed)[0]
-
-
-def _build(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...]) -> tuple[nn.Module, bool]:
-    """The model, and whether it came wholly in evaluation mode."""
+    """Build the model for data of this shape. No exchange. What is changed in it is said in a line each."""
     seed_random(config.train.seed)
     build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
     images = data.train.images
@@ -173,9 +165,10 @@ def _build(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, 
         )
     fit_layers(model, config.norm, total_steps)
     apply_rules(model, config.norm, total_steps)
-    was_off = begin_training(model)
+    if begin_training(model):
+        _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    return model.to(images.device, getattr(torch, config.train.dtype)), was_off
+    return model.to(images.device, getattr(torch, config.train.dtype))
 
 
 def make_learner(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncnorm.errors import CheckpointError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
@@ -36,8 +36,10 @@ def capture(learner: Learner, position: Position) -> Snapshot:
     """
     learner.settle()
     own: list[Any] = [None] * learner.workers.world_size
-    mine = {name: value.cpu() for name, value in buffers.values(buffers.local_places(learner.model)).items()}
-    dist.all_gather_object(own, {"rng": _random_state(), "buffers": mine})
+    mine = {"rng": _random_state(), "buffers": _local(learner.model)}
+    if learner.average is not None:
+        mine["ema"] = _local(learner.average.module)
+    dist.all_gather_object(own, mine)
     tensors = {"model": learner.model.state_dict()}
     unsaved = {"model": buffers.unsaved(learner.model)}
     if learner.average is not None:
@@ -119,8 +121,16 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _local(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are this worker's own."""
+    return {name: value.cpu() for name, value in buffers.values(buffers.local_places(model)).items()}
+
+
 def _put_own(learner: Learner, own: dict[str, Any]) -> None:
     buffers.put(learner.model, buffers.local_places(learner.model), own["buffers"])
+    if learner.average is not None and "ema" in own:  # checkpoints of older versions lack it
+        average = learner.average.module
+        buffers.put(average, buffers.local_places(average), own["ema"])
     torch.set_rng_state(own["rng"]["torch"])
     if own["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(own["rng"]["cuda"])
