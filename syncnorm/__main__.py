@@ -2,6 +2,7 @@
 
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 
@@ -12,7 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; those of the process if None.
     """
     # Python's own handler would print where it was. One that a launcher has set to be ignored stays so.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         from syncnorm.cli import main as run

@@ -61,6 +61,9 @@ class Loaded:
             raise AttributeError(self.NAME)
         return layer.__dict__[self.NAME]
 
+    def __delete__(self, layer: SyncNorm) -> None:
+        layer.__dict__.pop(self.NAME, None)
+
     def __set__(self, layer: SyncNorm, value: bool) -> None:
         layer.__dict__[self.NAME] = value
         tensors = dict(layer.named_buffers(recurse=False))

@@ -10,6 +10,7 @@ constant factors into `weight` and `bias` (batch renormalisation does) and needs
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import NamedTuple
 
@@ -137,9 +138,10 @@ class PooledMeans:
         return self.group is None
 
     def __call__(self, local: Tensor) -> Tensor:
+        total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
             self.shard.check(self.n, groups.ranks(self.group), self.name)
-        return exchange.sum_(local, self.group, "gradients", self.name) * reciprocal(self.n)
+        return total * reciprocal(self.n)
 
     def of_second(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
@@ -179,7 +181,8 @@ class Shard:
     def compare(self, n: float, ranks: list[int], name: str) -> None:
         """Warn if this worker's count is not the mean one."""
         count = self._count.item()
-        if count * len(ranks) == n or not n > 0:
+        # Sums of fractional weights are rounded.
+        if not n > 0 or math.isclose(count * len(ranks), n, rel_tol=1e-9):
             return
         Shard.has_warned = True
         warnings.warn(
@@ -224,7 +227,9 @@ def pooled_statistic(
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven shards are noticed.
     """
     batch = of_sums(pooled_sums(local, group, name))
-    shard = Shard(local.sums[-1]) if is_averaged and group is not None and not torch.compiler.is_compiling() else None
+    # A forward that is repeated comes after the loss was scaled.
+    is_noticed = is_averaged and group is not None and not torch.compiler.is_compiling() and not is_recomputing()
+    shard = Shard(local.sums[-1]) if is_noticed else None
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 

@@ -64,10 +64,13 @@ class Handover:
             if self.is_late:
                 for buffer, value in zip(buffers, given.split([b.numel() for b in buffers]), strict=True):
                     buffer.copy_(value.view_as(buffer))
-        for each in stateful:
-            self._give_state(each)
+        states = [self._give_state(each) for each in stateful]
+        if self.is_late:
+            # After all exchanges: one that does not fit raises here alone, and leaves nobody waiting.
+            for each, state in zip(stateful, states, strict=True):
+                each.load_state_dict(_unpacked(state.cpu().to(torch.int32)))
 
-    def _give_state(self, stateful: Stateful) -> None:
+    def _give_state(self, stateful: Stateful) -> Tensor:
         """Its state as bytes, four in the place of a number: that is exact."""
         data = _packed(stateful) if self.is_giver else None
         length = -1.0 if data is None else float(data.numel())
@@ -78,9 +81,7 @@ class Handover:
                 f"{type(stateful).__name__}. Let its state_dict hold tensors, numbers, texts, lists and dicts."
             )
         wide = torch.zeros(size) if data is None else data
-        given = self._from_giver(wide.to(self.device, torch.float64))
-        if self.is_late:
-            stateful.load_state_dict(_unpacked(given.cpu().to(torch.int32)))
+        return self._from_giver(wide.to(self.device, torch.float64))
 
     def _from_giver(self, numbers: Tensor) -> Tensor:
         return exchange.sum_(numbers if self.is_giver else torch.zeros_like(numbers), self.group, "join")

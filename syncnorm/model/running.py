@@ -103,7 +103,8 @@ class PooledRunning:
 
     def _shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """What notices uneven shards, at one layer of a forward."""
-        if self._forward.shard is None and not Shard.has_warned and local.sums.device.type == "cpu":
+        is_looked_at = not Shard.has_warned and local.sums.device.type == "cpu" and not ops.is_recomputing()
+        if self._forward.shard is None and is_looked_at:
             self._forward.shard = LateShard(local.sums[-1], self._name(layer))
             return self._forward.shard
         return None
@@ -132,7 +133,6 @@ class PooledRunning:
             faults = message[-len(members) :]
             self._fault = self._describe(faults, members)
             if self._fault is None:
-                self._compare(shard, message, members)
                 # Where nobody looks, a count of NaN keeps the statistics still.
                 message = torch.where(faults.any(), torch.nan, message)
                 *sums, _ = message.split([*self._sizes(), len(members)])
@@ -141,6 +141,7 @@ class PooledRunning:
                 )
                 for buffer, value in kept:
                     buffer.copy_(value)
+                self._compare(shard, message, members)
 
     def forget(self, layer: SyncNorm) -> None:
         """The layer's state is about to be replaced: let the others have what is under way, and drop the layer's.

@@ -91,6 +91,9 @@ def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool)
                 (share * learner.workers.world_size).backward()
     assert note is not None
     stops, *told = note.wait().tolist()
+    group = groups.statistics_group()
+    if note.mixed is not None and group is not None:
+        exchange.raise_mixed(note.mixed, group)
     losses, forms = told[: learner.workers.world_size], told[learner.workers.world_size :]
     norm = _clip(learner)
     was_taken = all(map(math.isfinite, [*losses, norm or 0.0]))

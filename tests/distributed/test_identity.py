@@ -7,8 +7,10 @@ import warnings
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import SyncBatchNorm, convert, functional, prepare_ddp, scale_loss
 from syncnorm.comm import exchange
@@ -252,3 +254,22 @@ def _not_prepared(rank: int) -> list[str]:
 
 def test_layers_that_no_ddp_was_prepared_for_say_nothing_of_shards(pool):
     assert pool(2).run_each(_not_prepared, [(0,), (1,)]) == [[], []]
+
+
+def _scaled_under_checkpointing(is_reentrant: bool) -> list[str]:
+    Shard.has_warned = False
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4)))
+    rank = dist.get_rank()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        y = checkpoint(model, torch.randn(2 + 2 * rank, 3, requires_grad=True), use_reentrant=is_reentrant)
+        scale_loss(y.square().mean(), len(y)).backward()
+        # Equal shards, whose fractional weights add up with a rounding error.
+        layer = prepare_ddp(SyncBatchNorm(4))
+        layer(torch.randn(2, 4, 3), torch.full((2, 1, 3), 0.1)).square().mean().backward()
+    return [str(w.message) for w in caught if w.category is UnevenShardsWarning]
+
+
+@pytest.mark.parametrize("is_reentrant", [False, True])
+def test_scaled_losses_of_checkpointed_forwards_and_equal_fractional_shards_are_right(pool, is_reentrant):
+    assert pool(3).run(_scaled_under_checkpointing, is_reentrant) == [[]] * 3

@@ -211,3 +211,22 @@ def test_gradients_are_the_large_batchs(pool, counts):
     for gradients in pool(len(counts)).run(_gradients, counts):
         for got, expected in zip(gradients, whole, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def _swap_in_an_average() -> list[float]:
+    """Worker 0 alone evaluates with a copy of the model in the place of DDP's."""
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4)))
+    ddp = DistributedDataParallel(model)
+    average = copy.deepcopy(ddp.module)
+    if dist.get_rank() == 0:
+        own, ddp.module = ddp.module, average
+        ddp.eval()(torch.ones(2, 3))
+        ddp.module = own
+        ddp.train()
+    ddp(torch.randn(4, 3)).square().mean().backward()
+    return model[1].running_mean.tolist()
+
+
+def test_one_worker_may_put_another_model_into_ddp(pool):
+    first, second = pool(2).run(_swap_in_an_average)
+    assert first == second
