@@ -126,9 +126,9 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
     It gives all of them rank 0's state, but for the buffers that it is to leave alone before each forward.
     """
     # Only when it is built: who puts another model in there later may be one worker alone.
-    is_built = name == "module" and isinstance(ddp, DistributedDataParallel) and name not in ddp._modules
-    if is_built and getattr(model, _OURS, None):
-        assert model is not None
+    if not isinstance(ddp, DistributedDataParallel) or name != "module" or name in ddp._modules:
+        return
+    if model is not None and getattr(model, _OURS, None):
         assert ddp.process_group is not None
         _give_state_of_rank_zero(model, ddp.process_group)
 
