@@ -384,7 +384,8 @@ def test_a_dry_run_takes_one_step_and_leaves_nothing(tmp_path):
     # Two statistics cannot be shared out among three workers: all pool both.
     expected = "64 samples on 3 worker(s); worker 0 has 1 forward(s), of 11 + 11 samples; each statistic is shared by 3"
     assert lines["step"].startswith(expected)
-    assert lines["messages of moments"].startswith("18, of 10.64 KiB in all")
+    # Each has the size of the widest layer's: 2 * 64 + 2 numbers.
+    assert lines["messages of moments"].startswith("18, of 18.28 KiB in all")
     assert lines["messages of all moments"].startswith("1, of ")
 
 
