@@ -91,8 +91,9 @@ def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool)
                 (share * learner.workers.world_size).backward()
     assert note is not None
     stops, *told = note.wait().tolist()
-    group = groups.statistics_group()
-    if note.mixed is not None and group is not None:
+    if note.mixed is not None:
+        group = groups.statistics_group()
+        assert group is not None, "an exchange was made"
         exchange.raise_mixed(note.mixed, group)
     losses, forms = told[: learner.workers.world_size], told[learner.workers.world_size :]
     norm = _clip(learner)
