@@ -1,9 +1,11 @@
-"""Random sequences of calls of both layers on live workers, each call held against the float64 oracle.
+"""Random sequences of calls of both layers on live workers, each call held against the float64
+oracle.
 
     python -m benchmarks.fuzz [--calls 20000] [--seed 0]
 
-Prints how often each kind of call came and what went wrong; exit status 1 and the shortest failing sequence if
-anything did. Every sequence has a deadline: workers that wait for each other are reported, not waited for.
+Prints how often each kind of call came and what went wrong; exit status 1 and the shortest failing
+sequence if anything did. Every sequence has a deadline: workers that wait for each other are
+reported, not waited for.
 """
 
 from __future__ import annotations
@@ -31,15 +33,21 @@ class Verdict(NamedTuple):
     sequence: Calls
     problems: list[str]
     is_hang: bool = False
-    """Whether workers waited for each other until the deadline, or broke off a message; the pool is gone then."""
+    """Whether workers waited for each other until the deadline, or broke off a message; the pool is
+    gone then.
+    """
 
 
 class Crew:
     """Workers that play sequences, started anew when a failure has ended them."""
 
-    def __init__(self, plant: Plant = contextlib.nullcontext, timeout_seconds: float = 60.0) -> None:
+    def __init__(
+        self, plant: Plant = contextlib.nullcontext, timeout_seconds: float = 60.0
+    ) -> None:
         self.plant = plant
-        """A context manager, importable, in which the workers play: it may put a defect into the package."""
+        """A context manager, importable, in which the workers play: it may put a defect into the
+        package.
+        """
         self.timeout_seconds = timeout_seconds
         self._pool: RankPool | None = None
 
@@ -92,7 +100,9 @@ def sequences(seed: int, count: int, calls: int = CALLS) -> Iterator[Calls]:
         yield draw_calls(random.Random(number).choice, number, calls)
 
 
-def first_failure(crew: Crew, candidates: Sequence[Calls], together: int = TOGETHER) -> Verdict | None:
+def first_failure(
+    crew: Crew, candidates: Sequence[Calls], together: int = TOGETHER
+) -> Verdict | None:
     """The first of the sequences that fails."""
     for start in range(0, len(candidates), together):
         for verdict in crew.judge(candidates[start : start + together]):
@@ -143,7 +153,9 @@ class Tally:
             ("sequences per second", round(self.sequences / seconds, 1)),
             *((f"calls: {kind}", count) for kind, count in sorted(self.kinds.items())),
         ]  # fmt: skip
-        return "\n".join(["| what | count |", "|---|---|", *(f"| {name} | {count} |" for name, count in rows)])
+        return "\n".join(
+            ["| what | count |", "|---|---|", *(f"| {name} | {count} |" for name, count in rows)]
+        )
 
 
 def drill(crew: Crew, seed: int, count: int) -> Tally:
@@ -159,7 +171,9 @@ def drill(crew: Crew, seed: int, count: int) -> Tally:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.fuzz", description="Fuzz both layers.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.fuzz", description="Fuzz both layers."
+    )
     parser.add_argument("--calls", type=int, default=20_000, help=f"in sequences of {CALLS}")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -169,7 +183,9 @@ def main() -> None:
         print(tally.table(time.perf_counter() - start), flush=True)
         if tally.first is not None:
             shortest = shorten(crew, tally.first)
-            print("\nThe shortest failing sequence:", shortest.sequence, *shortest.problems, sep="\n")
+            print(
+                "\nThe shortest failing sequence:", shortest.sequence, *shortest.problems, sep="\n"
+            )
             raise SystemExit(1)
 
 

@@ -1,4 +1,6 @@
-"""What a fuzzed sequence of calls is: values that are printed, drawn from any source of choices, and shrunk."""
+"""What a fuzzed sequence of calls is: values that are printed, drawn from any source of choices,
+and shrunk.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ _ANY = ("float32", "float64", "bfloat16")
 _WIDE, _NARROW = ("float64",), ("float32", "bfloat16")
 
 Choose = Callable[[Sequence[Any]], Any]
-"""One of the options, the simplest of which comes first: `random.choice`, or a draw of hypothesis."""
+"""One of the options, the simplest of which comes first: `random.choice`, or a draw of hypothesis.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,9 @@ class Call:
     zero_grad: bool = True
     """Whether gradients are forgotten before the call."""
     backward: str = "together"
-    """How all forwards that await a backward pass get it: "together", "one by one", the last first, or "later"."""
+    """How all forwards that await a backward pass get it: "together", "one by one", the last first,
+    or "later".
+    """
     is_again: bool = False
     """Whether the batch is that of the call before."""
     copied: bool = False
@@ -62,7 +67,9 @@ class Calls:
     calls: tuple[Call, ...]
 
     def __str__(self) -> str:
-        head = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "calls")
+        head = ", ".join(
+            f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if f.name != "calls"
+        )
         return "\n".join([f"Calls({head}, calls=(", *(f"    {call}," for call in self.calls), "))"])
 
 
@@ -84,12 +91,17 @@ def draw_calls(choose: Choose, seed: int, count: int = CALLS) -> Calls:
     )
 
 
-def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str, before: Call | None = None) -> Call:
+def draw_call(
+    choose: Choose, dtypes: Sequence[str], layer_dtype: str, before: Call | None = None
+) -> Call:
     mode = choose(("train", "train", "train", "eval", "frozen"))
     checkpoint = "no" if mode == "eval" else choose(("no", "no", "non-reentrant", "reentrant"))
     # In evaluation the layer takes what `F.batch_norm` takes.
-    allowed = [d for d in dtypes if mode != "eval" or (d == "float64") == (layer_dtype == "float64")]
-    # A re-entrant checkpoint whose input needs no gradient has no backward pass at all; torch says so.
+    allowed = [
+        d for d in dtypes if mode != "eval" or (d == "float64") == (layer_dtype == "float64")
+    ]
+    # A re-entrant checkpoint whose input needs no gradient has no backward pass at all; torch says
+    # so.
     grads = (True,) if checkpoint == "reentrant" else (True, True, False)
     masks = choose((("none",), ("none", "none", "weights", "bool", "zero"), ("zero",)))
     drawn = Call(
@@ -108,7 +120,12 @@ def draw_call(choose: Choose, dtypes: Sequence[str], layer_dtype: str, before: C
     if before is None or mode == "eval" or not choose((False, False, False, True)):
         return drawn
     return replace(
-        drawn, is_again=True, sizes=before.sizes, masks=before.masks, dtype=before.dtype, layout=before.layout
+        drawn,
+        is_again=True,
+        sizes=before.sizes,
+        masks=before.masks,
+        dtype=before.dtype,
+        layout=before.layout,
     )
 
 
@@ -118,7 +135,11 @@ def traits(call: Call) -> list[str]:
         call.mode,
         call.dtype,
         call.layout,
-        "no worker has samples" if not any(call.sizes) else "a worker without samples" if 0 in call.sizes else "",
+        "no worker has samples"
+        if not any(call.sizes)
+        else "a worker without samples"
+        if 0 in call.sizes
+        else "",
         "masks" if set(call.masks) != {"none"} else "",
         "masks on some workers only" if len({m == "none" for m in call.masks}) == 2 else "",
         "all weights zero" if set(call.masks) == {"zero"} else "",

@@ -1,8 +1,9 @@
-"""A worker's part in the fuzz drill: it makes the calls, and holds each against the oracle on the whole batch.
+"""A worker's part in the fuzz drill: it makes the calls, and holds each against the oracle on the
+whole batch.
 
-Every worker knows everybody's data from the seed, so it computes the oracle itself, and nothing is sent for the sake
-of the comparison but one gather at the end of a sequence. What is wrong is written down and the sequence goes on: a
-worker that stopped alone would leave the others waiting.
+Every worker knows everybody's data from the seed, so it computes the oracle itself, and nothing is
+sent for the sake of the comparison but one gather at the end of a sequence. What is wrong is
+written down and the sequence goes on: a worker that stopped alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.fuzz_calls import WORKERS, Call, Calls
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, frozen_statistics, reference
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    frozen_statistics,
+    reference,
+)
 from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange
 from syncnorm.errors import SingleValueWarning
@@ -56,13 +64,20 @@ def make_part(sequence: Calls, index: int, rank: int) -> Part:
     g = torch.Generator().manual_seed((sequence.seed * 1000 + index) * WORKERS + rank)
     shape = (call.sizes[rank], CHANNELS, *((2, 2) if call.layout != "rows" else ()))
     dtype = getattr(torch, call.dtype)
-    # On a grid, so that a few values never lie so close that the variance is a rounding error; workers differ in mean.
+    # On a grid, so that a few values never lie so close that the variance is a rounding error;
+    # workers differ in mean.
     x = ((torch.randn(shape, generator=g, dtype=torch.float64) * 2 + rank) * 16).round() / 16
     cotangent = torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
     weights = torch.randint(0, 3, (shape[0], 1, *shape[2:]), generator=g)
-    mask = {"none": None, "weights": weights.float(), "bool": weights > 0, "zero": weights * 0.0}[call.masks[rank]]
+    mask = {"none": None, "weights": weights.float(), "bool": weights > 0, "zero": weights * 0.0}[
+        call.masks[rank]
+    ]
     x = x.to(dtype)
-    return Part(x.to(memory_format=torch.channels_last) if call.layout == "channels_last" else x, cotangent, mask)
+    return Part(
+        x.to(memory_format=torch.channels_last) if call.layout == "channels_last" else x,
+        cotangent,
+        mask,
+    )
 
 
 def make_layer(sequence: Calls) -> SyncNorm:
@@ -90,7 +105,8 @@ class Oracle:
         self.sequence = sequence
         self.running = reference.RunningStatistics.initial(CHANNELS)
         self.weight, self.bias = (
-            None if p is None else p.detach().double().clone().requires_grad_() for p in (layer.weight, layer.bias)
+            None if p is None else p.detach().double().clone().requires_grad_()
+            for p in (layer.weight, layer.bias)
         )
         self.block: list[tuple[Tensor, Tensor]] | None = None
 
@@ -111,18 +127,33 @@ class Oracle:
         self.block = None
 
     def _train(
-        self, x: Tensor, mask: Tensor, weight: Tensor | None, bias: Tensor | None, running: reference.RunningStatistics
+        self,
+        x: Tensor,
+        mask: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running: reference.RunningStatistics,
     ) -> Tensor:
-        how: dict[str, Any] = {"mask": mask, "eps": EPS, "momentum": self.sequence.momentum, "running": running}
+        how: dict[str, Any] = {
+            "mask": mask,
+            "eps": EPS,
+            "momentum": self.sequence.momentum,
+            "running": running,
+        }
         if self.sequence.kind == "norm":
             return reference.batch_norm(x, weight, bias, **how)
         step = running.num_batches_tracked
         how["r_max"] = 1 + (R_MAX - 1) * min(1.0, max(0.0, (step - WARMUP) / (R_STEPS - WARMUP)))
         how["d_max"] = D_MAX * min(1.0, max(0.0, (step - WARMUP) / (D_STEPS - WARMUP)))
-        return reference.batch_renorm(x, weight, bias, running_average=self.sequence.running_average, **how)
+        return reference.batch_renorm(
+            x, weight, bias, running_average=self.sequence.running_average, **how
+        )
 
-    def scale_of_errors(self, call: Call, x: Tensor, mask: Tensor, cotangent: Tensor) -> tuple[float, float]:
-        """How rounding errors grow: |x| / std, and the largest of the terms that the gradient of the input adds up.
+    def scale_of_errors(
+        self, call: Call, x: Tensor, mask: Tensor, cotangent: Tensor
+    ) -> tuple[float, float]:
+        """How rounding errors grow: |x| / std, and the largest of the terms that the gradient of
+        the input adds up.
 
         These may cancel: of two values per channel the gradient is next to nothing.
         """
@@ -132,10 +163,13 @@ class Oracle:
         scale = invstd if self.weight is None else invstd * self.weight.detach().abs()
         terms = torch.full((CHANNELS,), _largest(cotangent), dtype=torch.float64)
         if not is_local and n > 1:
-            # weight * invstd * (g - w * (mean g + xhat * mean g xhat)); what does not count may be far off, and its g
-            # is in both means all the same.
-            # An xhat is a difference of |x| / std: where it is below 1 its error is not.
-            g, xhat = _rows(cotangent).abs(), ((_rows(x.detach()) - mean).abs() * invstd).clamp(min=1.0)
+            # weight * invstd * (g - w * (mean g + xhat * mean g xhat)); what does not count may be
+            # far off, and its g is in both means all the same. An xhat is a difference of |x| /
+            # std: where it is below 1 its error is not.
+            g, xhat = (
+                _rows(cotangent).abs(),
+                ((_rows(x.detach()) - mean).abs() * invstd).clamp(min=1.0),
+            )
             counted = (xhat * (_rows(mask) > 0)).amax(0)
             terms += float(mask.max()) * (g.sum(0) + counted * (g * xhat).sum(0)) / n
             scale = scale * (R_MAX if self.sequence.kind == "renorm" else 1.0)
@@ -192,7 +226,9 @@ class Player:
         """What the buffers, and all that depends on them, can be held to."""
         self.terms = 0.0
         self.is_coarse = False
-        """Whether gradients of weight and bias come from `F.batch_norm` in bfloat16, which sums them in that type."""
+        """Whether gradients of weight and bias come from `F.batch_norm` in bfloat16, which sums
+        them in that type.
+        """
 
     def run(self) -> list[str]:
         for index, call in enumerate(self.sequence.calls):
@@ -230,7 +266,9 @@ class Player:
         parts = [make_part(self.sequence, index, rank) for rank in range(WORKERS)]
         own = parts[self.rank]
         x = own.x.detach().requires_grad_(call.needs_grad[self.rank])
-        freeze = frozen_statistics(self.layer) if call.mode == "frozen" else contextlib.nullcontext()
+        freeze = (
+            frozen_statistics(self.layer) if call.mode == "frozen" else contextlib.nullcontext()
+        )
         self.layer.train(call.mode != "eval")
         with exchange.record() as sent, freeze:
             y = self._call(call, x, own.mask)
@@ -239,17 +277,36 @@ class Player:
             self.state_dtype = torch.float32
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else self.state_dtype
         if y.dtype != x.dtype or (call.mode != "eval" and x.numel() and y.stride() != x.stride()):
-            self.problems.append(f"{self.what}: y is {y.dtype} with strides {y.stride()}, x {x.dtype}, {x.stride()}")
+            self.problems.append(
+                f"{self.what}: y is {y.dtype} with strides {y.stride()}, x {x.dtype}, {x.stride()}"
+            )
         whole = torch.cat([part.x.double() for part in parts]).requires_grad_()
         mask = torch.cat([_weights(part) for part in parts])
         cotangent = torch.cat([part.cotangent.double() for part in parts])
         ratio, terms = self.oracle.scale_of_errors(call, whole, mask, cotangent)
-        # The tolerances hold for |x| / std <= 100. A value counted twice, alone, has a "std" of sqrt(eps) = 0.003.
+        # The tolerances hold for |x| / std <= 100. A value counted twice, alone, has a "std" of
+        # sqrt(eps) = 0.003.
         condition = max(1.0, ratio / 100)
         expected = self.oracle(call, whole, mask)
-        self._check_rounded("y", y, self._slice(call, expected), dtype, max(1.0, _largest(expected)) * condition)
-        pending = Pending(self.what, call, own, x, y, whole, expected, cotangent, terms * condition, condition, dtype)
-        if call.mode == "eval":  # alone and at once: torch forbids that its running statistics move in between
+        self._check_rounded(
+            "y", y, self._slice(call, expected), dtype, max(1.0, _largest(expected)) * condition
+        )
+        pending = Pending(
+            self.what,
+            call,
+            own,
+            x,
+            y,
+            whole,
+            expected,
+            cotangent,
+            terms * condition,
+            condition,
+            dtype,
+        )
+        if (
+            call.mode == "eval"
+        ):  # alone and at once: torch forbids that its running statistics move in between
             self._backward([pending])
         else:
             self.pending.append(pending)
@@ -275,7 +332,10 @@ class Player:
         todo, pending[:] = list(pending), []
         expected = Counter[tuple[str, int]]()
         for each in todo:
-            expected.update([_GRADIENTS] * (each.call.mode != "eval") + [_MOMENTS] * (each.call.checkpoint != "no"))
+            expected.update(
+                [_GRADIENTS] * (each.call.mode != "eval")
+                + [_MOMENTS] * (each.call.checkpoint != "no")
+            )
         with exchange.record() as sent:
             live = [each for each in todo if each.y.requires_grad]
             if live:
@@ -295,7 +355,9 @@ class Player:
         if done.x.grad is None or done.whole.grad is None:
             self.problems.append(f"{self.what}: {what}: there is none")
             return
-        self._check_rounded(what, done.x.grad, self._slice(done.call, done.whole.grad), done.dtype, done.terms)
+        self._check_rounded(
+            what, done.x.grad, self._slice(done.call, done.whole.grad), done.dtype, done.terms
+        )
 
     def _copy(self) -> None:
         """Go on with a copy. It is not part of a block that the layer is in."""
@@ -310,15 +372,24 @@ class Player:
         buffers = [b.detach().double().flatten() for b in self.layer.buffers()]
         running = self.oracle.running
         expected = (running.mean, running.var, torch.tensor([float(running.num_batches_tracked)]))
-        for name, got, wanted in zip(("running_mean", "running_var", "counter"), buffers, expected, strict=True):
+        for name, got, wanted in zip(
+            ("running_mean", "running_var", "counter"), buffers, expected, strict=True
+        ):
             self._check(name, got, wanted.double(), self.state_dtype)
         zeros = torch.zeros(CHANNELS, dtype=torch.float64)
         own, oracle = (
-            torch.cat([zeros if p is None or p.grad is None else p.grad.double() for p in (each.weight, each.bias)])
+            torch.cat(
+                [
+                    zeros if p is None or p.grad is None else p.grad.double()
+                    for p in (each.weight, each.bias)
+                ]
+            )
             for each in (self.layer, self.oracle)
         )
         dtype = torch.bfloat16 if self.is_coarse else self.state_dtype
-        self.records.append(Record(self.what, torch.cat([*buffers, own]), oracle, self.terms, dtype))
+        self.records.append(
+            Record(self.what, torch.cat([*buffers, own]), oracle, self.terms, dtype)
+        )
 
     def _compare_records(self) -> None:
         own = torch.stack([record.values for record in self.records])
@@ -330,22 +401,36 @@ class Player:
             self.what = record.what
             if not torch.equal(own[index, :count], everybody[0][index, :count]):
                 self.problems.append(f"{self.what}: buffers differ between ranks")
-            self._check("parameter gradients", totals[index, count:], record.gradients, record.dtype, record.terms)
+            self._check(
+                "parameter gradients",
+                totals[index, count:],
+                record.gradients,
+                record.dtype,
+                record.terms,
+            )
 
-    def _check_sent(self, sent: Sequence[exchange.Exchange], expected: Counter[tuple[str, int]]) -> None:
+    def _check_sent(
+        self, sent: Sequence[exchange.Exchange], expected: Counter[tuple[str, int]]
+    ) -> None:
         got = Counter((e.kind, e.numel) for e in sent)
         if got != expected:
             self.problems.append(f"{self.what}: sent {dict(got)}, expected {dict(expected)}")
 
-    def _check(self, name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float = 0.0) -> None:
-        """Compare; `terms`: the size of what the values are sums of, or of the whole tensor that they are cut from."""
+    def _check(
+        self, name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float = 0.0
+    ) -> None:
+        """Compare; `terms`: the size of what the values are sums of, or of the whole tensor that
+        they are cut from.
+        """
         size = max(0.01, float(expected.detach().abs().max())) if expected.numel() else 1.0
         try:
             assert_close(got, expected, dtype, f"{self.what}: {name}", max(1.0, terms / size))
         except AssertionError as error:
             self.problems.append(str(error))
 
-    def _check_rounded(self, name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float) -> None:
+    def _check_rounded(
+        self, name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float
+    ) -> None:
         """The same; what is of bfloat16 was computed in float32 and then rounded once."""
         if dtype == torch.bfloat16 and got.shape == expected.shape:
             expected = expected.detach()
@@ -367,4 +452,8 @@ def _largest(t: Tensor) -> float:
 
 
 def _weights(part: Part) -> Tensor:
-    return torch.ones_like(part.x[:, :1], dtype=torch.float64) if part.mask is None else part.mask.double()
+    return (
+        torch.ones_like(part.x[:, :1], dtype=torch.float64)
+        if part.mask is None
+        else part.mask.double()
+    )

@@ -1,21 +1,22 @@
-"""The same training on 1, 2, 3 and 4 workers: curves of 100 steps, compared with those of one worker.
+"""The same training on 1, 2, 3 and 4 workers: curves of 100 steps, compared with those of one
+worker.
 
     python -m benchmarks.invariance [DATA_FOLDER]
 
-Scikit-learn's digits, and augmented Fashion-MNIST if DATA_FOLDER holds its files; batch norm and batch
-renormalisation; statistics over all samples of a step, a half and an eighth of them, an eighth also one after the
-other, compared with side by side; and runs that are stopped and resumed on other numbers of workers. Ends with status 1
-if a bound is missed:
+Scikit-learn's digits, and augmented Fashion-MNIST if DATA_FOLDER holds its files; batch norm and
+batch renormalisation; statistics over all samples of a step, a half and an eighth of them, an
+eighth also one after the other, compared with side by side; and runs that are stopped and resumed
+on other numbers of workers. Ends with status 1 if a bound is missed:
 
-    gap = |loss - loss of one worker| / loss of one worker
-    float64: <= 1e-12 at every step
-    float32: <= 4 * control at steps 1, 10, 50 and 100; and with GELU in place of ReLU <= 1e-4 at every step
+    gap = |loss - loss of one worker| / loss of one worker float64: <= 1e-12 at every step float32:
+    <= 4 * control at steps 1, 10, 50 and 100; and with GELU in place of ReLU <= 1e-4 at every step
 
-In float32 curves part by themselves: where the input of a ReLU is so near 0 that the last bit decides, a gradient is
-there or not. Without that they stay together. With it the measure is a control: the largest gap, up to a step, of one
-worker whose weights are each one ulp off at the start, at least half an ulp of the loss. It is the largest of several
-draws in all configurations of a data set: when a ReLU decides otherwise for the first time is chance. One ulp in one
-weight alone is no fair measure: other workers add up every sum of every layer in another order, at every step.
+In float32 curves part by themselves: where the input of a ReLU is so near 0 that the last bit
+decides, a gradient is there or not. Without that they stay together. With it the measure is a
+control: the largest gap, up to a step, of one worker whose weights are each one ulp off at the
+start, at least half an ulp of the loss. It is the largest of several draws in all configurations of
+a data set: when a ReLU decides otherwise for the first time is chance. One ulp in one weight alone
+is no fair measure: other workers add up every sum of every layer in another order, at every step.
 """
 
 from __future__ import annotations
@@ -64,7 +65,12 @@ LAYERS = {
     "batch norm": ["norm.name=sync_batch_norm"],
     # Bounds that some channels reach and others do not.
     "batch renorm": [
-        *("norm.name=sync_batch_renorm", "norm.momentum=0.1", "norm.renorm.r_max=1.2", "norm.renorm.d_max=0.3"),
+        *(
+            "norm.name=sync_batch_renorm",
+            "norm.momentum=0.1",
+            "norm.renorm.r_max=1.2",
+            "norm.renorm.d_max=0.3",
+        ),
         *("norm.renorm.warmup_steps=3", "norm.renorm.r_steps=60", "norm.renorm.d_steps=40"),
     ],
 }
@@ -93,17 +99,23 @@ class Job(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a run showed: each step's loss, test accuracy, and the shares of r and d that were at their bounds."""
+    """What a run showed: each step's loss, test accuracy, and the shares of r and d that were at
+    their bounds.
+    """
 
     losses: list[float]
     accuracy: float
     clipped: list[float]
 
 
-# Of each the last step of an epoch is short, 85 and 17 samples, so shards differ in size on any number of workers.
+# Of each the last step of an epoch is short, 85 and 17 samples, so shards differ in size on any
+# number of workers.
 DIGITS = Job(["train.epochs=8", "train.lr=0.05", "train.global_batch=104"], samples=1437)
 # A part of the training set, so that 100 steps are four epochs, each with other augmentations.
-FASHION = Job(["train.epochs=4", "train.lr=0.05", "train.global_batch=32", "data.name=fashion_mnist"], samples=817)
+FASHION = Job(
+    ["train.epochs=4", "train.lr=0.05", "train.global_batch=32", "data.name=fashion_mnist"],
+    samples=817,
+)
 AUGMENT = ["data.augment.crop=2", "data.augment.flip=true"]
 
 
@@ -119,7 +131,9 @@ def train(job: Job) -> Trained:
     watch, losses, clipped = monitor(learner.model), [], []
     for step in range(1, job.steps + 1):
         epoch, number = 1 + (step - 1) // per_epoch, (step - 1) % per_epoch
-        indices = epoch_order(len(data.train), config.train.seed, epoch).split(config.train.global_batch)[number]
+        indices = epoch_order(len(data.train), config.train.seed, epoch).split(
+            config.train.global_batch
+        )[number]
         with mock.patch.object(F, "relu", F.gelu if job.is_smooth else F.relu):
             result = training_step(learner, data, StepBatch(indices, epoch, step), stop=False)
         assert result.was_taken, f"step {step}: the loss is {result.loss}"
@@ -144,12 +158,16 @@ def _nudge(model: nn.Module, seed: int) -> None:
     with torch.no_grad():
         for weight in model.parameters():
             up = torch.rand(weight.shape, generator=draw) < 0.5
-            weight.copy_(torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf).to(weight.dtype)))
+            weight.copy_(
+                torch.nextafter(weight, torch.where(up, torch.inf, -torch.inf).to(weight.dtype))
+            )
 
 
 def _clipped(watch: Monitor) -> tuple[float, float]:
     layers = watch.read()["layers"].values()
-    return mean(each["r_clipped"] or 0.0 for each in layers), mean(each["d_clipped"] or 0.0 for each in layers)
+    return mean(each["r_clipped"] or 0.0 for each in layers), mean(
+        each["d_clipped"] or 0.0 for each in layers
+    )
 
 
 class Stop:
@@ -170,8 +188,13 @@ class Stop:
 
 def train_until(folder: str, job: Job, after: int) -> None:
     """Train from wherever the folder's run stands until after a step, and save."""
-    workers, position = Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), Position()
-    loop.train(load_config("digits", job.options), workers, Path(folder), position, Stop(after, position))
+    workers, position = (
+        Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu")),
+        Position(),
+    )
+    loop.train(
+        load_config("digits", job.options), workers, Path(folder), position, Stop(after, position)
+    )
 
 
 Pools = dict[int, list[RankPool]]
@@ -185,8 +208,12 @@ def run(pools: Pools, world_size: int, jobs: Sequence[Job]) -> list[Trained]:
         return [_agreed(pool.run(train, job)) for job in mine]
 
     with ThreadPoolExecutor(len(some)) as threads:
-        parts = list(threads.map(train_every, some, [jobs[start :: len(some)] for start in range(len(some))]))
-    return [trained for turn in itertools.zip_longest(*parts) for trained in turn if trained is not None]
+        parts = list(
+            threads.map(train_every, some, [jobs[start :: len(some)] for start in range(len(some))])
+        )
+    return [
+        trained for turn in itertools.zip_longest(*parts) for trained in turn if trained is not None
+    ]
 
 
 def _agreed(results: list[Trained]) -> Trained:
@@ -200,7 +227,9 @@ def gaps(losses: list[float], expected: list[float]) -> list[float]:
 
 
 def control(nudged: list[list[float]]) -> list[float]:
-    """The largest of some runs' gaps up to each step; at least half a float32 ulp, so that 4 times it is two."""
+    """The largest of some runs' gaps up to each step; at least half a float32 ulp, so that 4 times
+    it is two.
+    """
     largest = itertools.accumulate((max(some) for some in zip(*nudged, strict=True)), max)
     return [max(gap, torch.finfo(torch.float32).eps / 2) for gap in largest]
 
@@ -211,7 +240,8 @@ def worst_ratio(some: list[float], bounds: list[float], at: Sequence[int]) -> tu
 
 
 class Row(NamedTuple):
-    """A layer, its statistics, and what was seen on each number of workers; `accuracies` begins with one worker's.
+    """A layer, its statistics, and what was seen on each number of workers; `accuracies` begins
+    with one worker's.
 
     Args:
         clipped: shares of r and d at their bounds.
@@ -241,7 +271,13 @@ def measure(pools: Pools, job: Job, layer: str) -> tuple[list[Row], list[list[fl
         nudged += [gaps(other.losses, narrow.losses) for other in others]
         kinds: list[tuple[str, Job, Sequence[int]]] = [(f"{size}", grouped, WORLD_SIZES[1:])]
         if size == global_batch // 8:
-            kinds.append((f"{size}, one after the other", grouped.but(f"launch.micro_batch={size}"), WORLD_SIZES))
+            kinds.append(
+                (
+                    f"{size}, one after the other",
+                    grouped.but(f"launch.micro_batch={size}"),
+                    WORLD_SIZES,
+                )
+            )
         for name, each, world_sizes in kinds:
             results = [run(pools, n, _variants(each)) for n in world_sizes]
             row = Row(
@@ -267,7 +303,11 @@ def _variants(job: Job) -> list[Job]:
 def compare(title: str, row: Row, bounds: list[float]) -> bool:
     """Print a row; whether its bounds hold."""
     ratios = [worst_ratio(some, bounds, SEEN_AT) for some in row.narrow]
-    holds = max(row.wide) <= FLOAT64_BOUND and max(ratios)[0] <= FLOAT32_BOUND and max(row.smooth) <= SMOOTH_BOUND
+    holds = (
+        max(row.wide) <= FLOAT64_BOUND
+        and max(ratios)[0] <= FLOAT32_BOUND
+        and max(row.smooth) <= SMOOTH_BOUND
+    )
     # A schedule that clips nothing, or everything, would show nothing of the clipping.
     holds = holds and (row.layer == "batch norm" or all(0.0 < share < 1.0 for share in row.clipped))
     cells = [
@@ -293,7 +333,9 @@ def judge(pools: Pools, title: str, job: Job) -> bool:
 
 
 def resumed(pools: Pools, layer: str) -> bool:
-    """Print how far a run that is stopped and resumed is from one that is not; whether the bound holds."""
+    """Print how far a run that is stopped and resumed is from one that is not; whether the bound
+    holds.
+    """
     job = DIGITS.but(*LAYERS[layer], "train.norm_batch=13", "train.dtype=float64")
     (expected,) = run(pools, 1, [job])
     with tempfile.TemporaryDirectory() as folder:
@@ -313,12 +355,17 @@ def resumed(pools: Pools, layer: str) -> bool:
 def tables(pools: Pools, data: dict[str, Job]) -> bool:
     """Print everything; whether all bounds hold."""
     print(
-        f"{STEPS} steps, torch {torch.__version__}, one thread per worker. Where a column has several numbers, they are"
+        f"{STEPS} steps, torch {torch.__version__}, one thread per worker. Where a column has "
+        "several numbers, they are"
     )
-    print("of 2, 3 and 4 workers, and of 1 to 4 where one after the other is compared with side by side.")
+    print(
+        "of 2, 3 and 4 workers, and of 1 to 4 where one after the other is compared with side by "
+        "side."
+    )
     print()
     print(
-        "| data | layer | norm_batch | r / d at their bounds, % | float64: largest gap | float32: gap / control "
+        "| data | layer | norm_batch | r / d at their bounds, % | float64: largest gap | float32: "
+        "gap / control "
         "| float32, GELU: largest gap | float32: test accuracy, %, first of one worker | verdict |"
     )
     print("|---|---|---|---|---|---|---|---|---|", flush=True)

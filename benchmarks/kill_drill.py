@@ -1,11 +1,13 @@
-"""Nothing is lost by a fault: runs that are killed again and again end with the bits of one that is not.
+"""Nothing is lost by a fault: runs that are killed again and again end with the bits of one that is
+not.
 
     python -m benchmarks.kill_drill [--workers 2 3] [--kills 30] [--torn 30] [--seed 0]
 
-For each number of workers one run is left alone. The others are killed from outside, a worker or the launcher, at
-moments drawn by the seed, and from inside, at a byte or an operation of a save (`benchmarks.kill_worker`). Each must
-end with the same SHA-256 over weights, buffers, averages, optimizer, schedule, random numbers and position, and with
-the same record of every step and epoch; and leave no process, no `.tmp-` name and no lock. Else the exit status is 1.
+For each number of workers one run is left alone. The others are killed from outside, a worker or
+the launcher, at moments drawn by the seed, and from inside, at a byte or an operation of a save
+(`benchmarks.kill_worker`). Each must end with the same SHA-256 over weights, buffers, averages,
+optimizer, schedule, random numbers and position, and with the same record of every step and epoch;
+and leave no process, no `.tmp-` name and no lock. Else the exit status is 1.
 
 A fault is a SIGKILL: the process is gone, and the system still writes what it was handed.
 """
@@ -49,12 +51,16 @@ def draw_kills(draw: random.Random, workers: int, count: int) -> list[Kill]:
 
 
 def draw_torn(draw: random.Random, save_bytes: int, count: int) -> list[Torn]:
-    """Half of them at a byte, half at an operation; a fifth in the last save, which no other one cleans up after."""
+    """Half of them at a byte, half at an operation; a fifth in the last save, which no other one
+    cleans up after.
+    """
     operations = draw.sample(range(_OPERATIONS), _OPERATIONS)
     return [
         Torn(
             step=STEPS if number % 5 == 4 else draw.randint(1, STEPS),
-            after=draw.randrange(save_bytes) if number % 2 else operations[number // 2 % _OPERATIONS],
+            after=draw.randrange(save_bytes)
+            if number % 2
+            else operations[number // 2 % _OPERATIONS],
             is_bytes=number % 2 == 1,
         )
         for number in range(count)
@@ -95,7 +101,9 @@ def drill(root: Path, workers: int, kills: int, torn: int, seed: int) -> Iterato
         result.problems += differences(alone.evidence, result.evidence)
         yield result
     if to_kill or to_tear:
-        yield Result(problems=[f"{len(to_kill) + len(to_tear)} faults that were planned did not come"])
+        yield Result(
+            problems=[f"{len(to_kill) + len(to_tear)} faults that were planned did not come"]
+        )
 
 
 def differences(expected: Evidence, got: Evidence | None) -> list[str]:
@@ -107,22 +115,29 @@ def differences(expected: Evidence, got: Evidence | None) -> list[str]:
         found.append(f"the last checkpoint has the SHA-256 {got.digest}, not {expected.digest}")
     steps = [name for name, values in expected.curve.items() if got.curve.get(name) != values]
     if steps or got.curve.keys() != expected.curve.keys():
-        found.append(f"{len(steps)} records differ or lack, {len(got.curve)} there are: {', '.join(steps[:3])}")
+        found.append(
+            f"{len(steps)} records differ or lack, {len(got.curve)} there are: "
+            f"{', '.join(steps[:3])}"
+        )
     if got.best != expected.best:
         found.append(f"the best checkpoint is {got.best}, not {expected.best}")
     return found
 
 
 def report(workers: int, results: Sequence[Result]) -> list[str]:
-    """What the run left alone came to, and a row for each kind of fault: how many came, how many of them in runs that
-    ended as they must, and how long training stood still."""
+    """What the run left alone came to, and a row for each kind of fault: how many came, how many of
+    them in runs that ended as they must, and how long training stood still."""
     alone, *others = results
     again = sum(len(result.starts) - 1 for result in others if result.starts)
-    launches, seconds = sum(result.launches for result in others), sum(result.seconds for result in others)
+    launches, seconds = (
+        sum(result.launches for result in others),
+        sum(result.seconds for result in others),
+    )
     return [
         f"\n{workers} workers: the run left alone took {alone.seconds:.0f} seconds and came to",
         "nothing" if alone.evidence is None else alone.evidence.digest,
-        f"the {len(others)} others took {seconds:.0f}, were launched {launches} times and went on {again} times\n",
+        f"the {len(others)} others took {seconds:.0f}, were launched {launches} times and went on "
+        f"{again} times\n",
         "| fault | came | survived | seconds until training went on, median | most |",
         "|---|---|---|---|---|",
         *_rows(others),
@@ -131,7 +146,9 @@ def report(workers: int, results: Sequence[Result]) -> list[str]:
 
 def _rows(results: Sequence[Result]) -> Iterator[str]:
     for kind in sorted({fault.kind for result in results for fault in result.faults}):
-        came = [(result, fault) for result in results for fault in result.faults if fault.kind == kind]
+        came = [
+            (result, fault) for result in results for fault in result.faults if fault.kind == kind
+        ]
         survived = sum(not result.problems for result, _ in came)
         waits = [wait for result, fault in came for wait in _waits(result, fault)]
         seconds = f"{statistics.median(waits):.1f} | {max(waits):.1f}" if waits else "- | -"
@@ -145,7 +162,9 @@ def _waits(result: Result, fault: Fault) -> list[float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Drill, print, and return the exit status."""
-    parser = argparse.ArgumentParser(description="Kill runs again and again, and compare them with one left alone.")
+    parser = argparse.ArgumentParser(
+        description="Kill runs again and again, and compare them with one left alone."
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--torn", type=int, default=30)
@@ -163,7 +182,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _tell(f"{workers} workers, run {len(results)}", result)
         print("\n".join(report(workers, results)), flush=True)
         is_good &= not any(result.problems for result in results)
-    verdict = "all runs ended alike" if is_good else f"NOT all runs ended as they must, see {folder}"
+    verdict = (
+        "all runs ended alike" if is_good else f"NOT all runs ended as they must, see {folder}"
+    )
     if is_good:
         shutil.rmtree(folder)
     print(f"\n{verdict}; {time.monotonic() - began:.0f} seconds in all")

@@ -24,7 +24,8 @@ class Evidence(NamedTuple):
 
     Args:
         digest: of the last checkpoint.
-        curve: loss and learning rate of each step, loss and test accuracy after each epoch, as they are on record.
+        curve: loss and learning rate of each step, loss and test accuracy after each epoch, as they
+            are on record.
         best: name of the checkpoint that is marked as the best.
         save_bytes: that the last checkpoint takes.
     """
@@ -48,11 +49,16 @@ def gather(run: Path) -> tuple[Evidence | None, list[str]]:
     curve, different = read_curve(run)
     best = store.best()
     size = sum(file.stat().st_size for file in path.iterdir())
-    return Evidence(digest(snapshot), curve, None if best is None else best.name, size), [*problems, *different]
+    return Evidence(digest(snapshot), curve, None if best is None else best.name, size), [
+        *problems,
+        *different,
+    ]
 
 
 def digest(snapshot: Snapshot) -> str:
-    """SHA-256 over weights, buffers, averages, optimizer, schedule, each worker's random numbers, and the position."""
+    """SHA-256 over weights, buffers, averages, optimizer, schedule, each worker's random numbers,
+    and the position.
+    """
     sha256 = hashlib.sha256()
     _feed(sha256, [snapshot.tensors, snapshot.states, snapshot.facts["position"]])
     return sha256.hexdigest()
@@ -64,7 +70,10 @@ def _feed(sha256: Any, value: object) -> None:
         _feed(sha256, [str(value.dtype), list(value.shape)])
         sha256.update(value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     elif isinstance(value, Mapping):
-        _feed(sha256, sorted(([repr(key), child] for key, child in value.items()), key=lambda item: item[0]))
+        _feed(
+            sha256,
+            sorted(([repr(key), child] for key, child in value.items()), key=lambda item: item[0]),
+        )
     elif isinstance(value, list | tuple):
         sha256.update(b"list" + struct.pack("<q", len(value)))
         for child in value:
@@ -75,7 +84,8 @@ def _feed(sha256: Any, value: object) -> None:
 
 
 def read_curve(run: Path) -> tuple[dict[str, list[Any]], list[str]]:
-    """Read what is on record of each step and epoch; a step that was taken again must show the same again.
+    """Read what is on record of each step and epoch; a step that was taken again must show the same
+    again.
 
     Returns:
         The records, and the steps of which there are two.
@@ -93,9 +103,13 @@ def read_curve(run: Path) -> tuple[dict[str, list[Any]], list[str]]:
 
 
 def left_behind(run: Path) -> list[str]:
-    """Say which names of writers that died are still in a run's folder, and who still holds a lock on it."""
+    """Say which names of writers that died are still in a run's folder, and who still holds a lock
+    on it.
+    """
     found = [f"left behind: {path.relative_to(run)}" for path in sorted(run.rglob(".tmp-*"))]
-    return found + [f"still locked: {name}" for name in ("run.lock", "checkpoints") if _is_locked(run / name)]
+    return found + [
+        f"still locked: {name}" for name in ("run.lock", "checkpoints") if _is_locked(run / name)
+    ]
 
 
 def _is_locked(path: Path) -> bool:
@@ -110,9 +124,15 @@ def _is_locked(path: Path) -> bool:
 
 
 def processes(name: str, value: str) -> list[int]:
-    """The living processes that were started with this in their environment; those of other users are not seen."""
+    """The living processes that were started with this in their environment; those of other users
+    are not seen.
+    """
     entry = f"{name}={value}".encode()
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if entry in environment(int(path.name))]
+    return [
+        int(path.name)
+        for path in Path("/proc").glob("[0-9]*")
+        if entry in environment(int(path.name))
+    ]
 
 
 def environment(pid: int) -> list[bytes]:

@@ -21,7 +21,12 @@ ROOT = Path(__file__).parents[1]
 STEPS = 32  # 1437 samples in 4 epochs, each of 7 steps of 200 and one of 37
 OPTIONS = [
     *("train.epochs=4", "train.global_batch=200", "train.lr=0.2", "train.clip=1", "train.ema=0.9"),
-    *("norm.name=sync_batch_renorm", "data.augment.crop=1", "data.augment.flip=true", "data.augment.cutout=2"),
+    *(
+        "norm.name=sync_batch_renorm",
+        "data.augment.crop=1",
+        "data.augment.flip=true",
+        "data.augment.cutout=2",
+    ),
     *("checkpoint.every=2", "follow.every=5", "launch.device=cpu", "launch.restarts=1000"),
 ]
 # In the environment of every process of a run, to find them all by.
@@ -39,7 +44,8 @@ class Kill(NamedTuple):
     Args:
         step: when this is on record of workers that have started since the kill before.
         victim: number of the worker; None: the launcher.
-        is_early: not then, but on the way there, while what was killed before is being started again.
+        is_early: not then, but on the way there, while what was killed before is being started
+            again.
         moment: 0 to 1, of the time that a step, or a start, takes.
     """
 
@@ -116,7 +122,8 @@ class Run:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "syncnorm", "train", "digits", *options],
                 cwd=self.folder,
-                env={name: value for name, value in os.environ.items() if name != "RANK"} | self._variables(),
+                env={name: value for name, value in os.environ.items() if name != "RANK"}
+                | self._variables(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=stderr,
@@ -140,7 +147,9 @@ class Run:
         return self._process.poll()
 
     def pid(self, victim: int | None) -> int | None:
-        """The launcher, or the worker of that number that it has now; None if there is none just now."""
+        """The launcher, or the worker of that number that it has now; None if there is none just
+        now.
+        """
         assert self._process is not None
         if victim is None:
             return self._process.pid
@@ -159,7 +168,9 @@ class Run:
         self.launch()
 
     def events(self, since: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """What is on record from this byte on, as far as its lines are whole; and how many bytes there are in all."""
+        """What is on record from this byte on, as far as its lines are whole; and how many bytes
+        there are in all.
+        """
         with contextlib.suppress(StopIteration, OSError):
             with next(self.folder.glob("runs/*/metrics.jsonl")).open("rb") as file:
                 file.seek(since)
@@ -181,7 +192,11 @@ class Run:
 
     def _signs(self) -> list[int]:
         """What grows while it is alive."""
-        files = [self.folder / "stderr.txt", *self.folder.glob("*.deaths"), *self.folder.glob("runs/*/metrics.jsonl")]
+        files = [
+            self.folder / "stderr.txt",
+            *self.folder.glob("*.deaths"),
+            *self.folder.glob("runs/*/metrics.jsonl"),
+        ]
         return [path.stat().st_size for path in files]
 
     def left(self) -> list[int]:
@@ -200,7 +215,9 @@ class Run:
         return found if self.record is None else [*found, *left_behind(self.record)]
 
 
-def run_once(folder: Path, workers: int, pace: Pace, kills: Sequence[Kill], torn: Sequence[Torn]) -> Result:
+def run_once(
+    folder: Path, workers: int, pace: Pace, kills: Sequence[Kill], torn: Sequence[Torn]
+) -> Result:
     """Run to the end, with those of the faults that come before it.
 
     Args:
@@ -226,7 +243,9 @@ def run_once(folder: Path, workers: int, pace: Pace, kills: Sequence[Kill], torn
     finally:
         kill(run.left())
     result.kills = len(result.faults)
-    result.faults += [Fault(f"save torn {death['place']}", death["time"]) for death in read_deaths(run.plan)]
+    result.faults += [
+        Fault(f"save torn {death['place']}", death["time"]) for death in read_deaths(run.plan)
+    ]
     result.starts = [event["time"] for event in run.events()[0] if event["event"] == "start"]
     result.launches, result.seconds = run.launches, time.monotonic() - began
     if run.record is not None:
@@ -261,4 +280,7 @@ def _has_come(events: list[dict[str, Any]], step: int) -> bool:
     kinds = [event["event"] for event in events]
     if "start" not in kinds:
         return False
-    return any(event["event"] == "step" and event["step"] >= step for event in events[kinds.index("start") :])
+    return any(
+        event["event"] == "step" and event["step"] >= step
+        for event in events[kinds.index("start") :]
+    )

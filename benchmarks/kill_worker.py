@@ -1,7 +1,7 @@
 """How the first worker of a run dies inside a save, for `benchmarks.kill_drill`.
 
-The drill puts a `sitecustomize.py` that calls `arm` on the path of the processes that it starts, and the plan of their
-deaths into their environment. The package knows nothing of either.
+The drill puts a `sitecustomize.py` that calls `arm` on the path of the processes that it starts,
+and the plan of their deaths into their environment. The package knows nothing of either.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ class Torn(NamedTuple):
 
     Args:
         step: of the save, or of the next one if that one is left out.
-        after: how many bytes are written, or how many operations on the file system are done, before it; where the
-            save has fewer, the worker dies when the save is done, before anybody knows.
+        after: how many bytes are written, or how many operations on the file system are done,
+            before it; where the save has fewer, the worker dies when the save is done, before
+            anybody knows.
         is_bytes: what is counted.
     """
 
@@ -47,7 +48,9 @@ def write_plan(path: Path, torn: list[Torn]) -> None:
 
 
 def read_deaths(path: Path) -> list[dict[str, Any]]:
-    """Return the deaths of a plan that have come: the `time` of each, in seconds since 1970, and its `place`."""
+    """Return the deaths of a plan that have come: the `time` of each, in seconds since 1970, and
+    its `place`.
+    """
     return [json.loads(line) for line in _record_of(path).read_text(encoding="utf-8").splitlines()]
 
 
@@ -116,7 +119,11 @@ class _Death:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def before_operation(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.is_near or event not in _OPERATIONS or (event == "open" and not arguments[2] & _WRITES):
+        if (
+            not self.is_near
+            or event not in _OPERATIONS
+            or (event == "open" and not arguments[2] & _WRITES)
+        ):
             return
         place = self._place(event, Path(str(arguments[0])).name)
         if self.left == 0:

@@ -1,9 +1,10 @@
-"""Accuracy where statistics are over 16 samples, 8 each of 2 labels: Fashion-MNIST, 1500 steps of 128, one process.
+"""Accuracy where statistics are over 16 samples, 8 each of 2 labels: Fashion-MNIST, 1500 steps of
+128, one process.
 
     python -m benchmarks.label_groups DATA_FOLDER [seeds]
 
-Each group of 16 is a forward of its own, as on a worker of its own; `accumulate` gives the running statistics of
-all eight groups, once per step.
+Each group of 16 is a forward of its own, as on a worker of its own; `accumulate` gives the running
+statistics of all eight groups, once per step.
 """
 
 from __future__ import annotations
@@ -68,13 +69,18 @@ def main() -> None:
     torch.set_num_threads(1)
     seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 1
     data = fashion.load(Path(sys.argv[1]))
-    print(f"{STEPS} steps of {GROUPS} groups of {GROUP} = 2 labels x 8, {seeds} seed(s), torch {torch.__version__}")
+    print(
+        f"{STEPS} steps of {GROUPS} groups of {GROUP} = 2 labels x 8, {seeds} seed(s), torch "
+        f"{torch.__version__}"
+    )
     print("| statistics | mean accuracy | each seed |")
     print("|---|---|---|", flush=True)
     for name, (norm, parts) in ROWS.items():
         accuracies = [train(norm, parts, seed, data) for seed in range(seeds)]
         print(
-            f"| {name} | {statistics.mean(accuracies):.1f} | {', '.join(f'{a:.1f}' for a in accuracies)} |", flush=True
+            f"| {name} | {statistics.mean(accuracies):.1f} | "
+            f"{', '.join(f'{a:.1f}' for a in accuracies)} |",
+            flush=True,
         )
 
 

@@ -1,8 +1,10 @@
-"""Accuracy where each worker sees only some labels: live gloo workers, Fashion-MNIST, 1500 steps of 4 x 32.
+"""Accuracy where each worker sees only some labels: live gloo workers, Fashion-MNIST, 1500 steps of
+4 x 32.
 
     python -m benchmarks.lagged DATA_FOLDER [seeds] [row ...]
 
-The workers hold the labels {0, 1, 2}, {3, 4}, {5, 6, 7}, {8, 9} for good: the hardest case for local statistics.
+The workers hold the labels {0, 1, 2}, {3, 4}, {5, 6, 7}, {8, 9} for good: the hardest case for
+local statistics.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Row(NamedTuple):
 
 
 def _renorm(channels: int) -> nn.Module:
-    return SyncBatchRenorm(channels, momentum=0.1, schedule=RenormSchedule.constant(3.0, 5.0), sync="running")
+    return SyncBatchRenorm(
+        channels, momentum=0.1, schedule=RenormSchedule.constant(3.0, 5.0), sync="running"
+    )
 
 
 ROWS = {
@@ -44,7 +48,9 @@ ROWS = {
     "batch 0.05": Row(SyncBatchNorm, 0.05),
     "lagged 0.05": Row(lambda c: SyncBatchNorm(c, sync="lagged"), 0.05),
     "lagged 0.1": Row(lambda c: SyncBatchNorm(c, sync="lagged"), 0.1),
-    "lagged, no guard 0.1": Row(lambda c: SyncBatchNorm(c, sync=Lagged(max_drift=float("inf"))), 0.1),
+    "lagged, no guard 0.1": Row(
+        lambda c: SyncBatchNorm(c, sync=Lagged(max_drift=float("inf"))), 0.1
+    ),
     "renorm, running 0.05": Row(_renorm, 0.05),
     "local batch norm 0.05": Row(nn.BatchNorm2d, 0.05),
 }
@@ -77,7 +83,9 @@ def train(row: Row, seed: int, data: tuple[torch.Tensor, ...]) -> tuple[float, f
 
 def _worker(rank: int, folder: str, root: str, seeds: int, names: list[str]) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=len(LABELS))
+    dist.init_process_group(
+        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=len(LABELS)
+    )
     data = fashion.load(Path(root))
     for name in names:
         start = time.perf_counter()
@@ -88,7 +96,9 @@ def _worker(rank: int, folder: str, root: str, seeds: int, names: list[str]) -> 
             waiting = statistics.mean(w for _, w in results)
             seconds = (time.perf_counter() - start) / seeds
             print(
-                f"| {name} | {statistics.mean(accuracies):.1f} | {each} | {waiting:.0f} % | {seconds:.0f} |", flush=True
+                f"| {name} | {statistics.mean(accuracies):.1f} | {each} | {waiting:.0f} % | "
+                f"{seconds:.0f} |",
+                flush=True,
             )
     dist.destroy_process_group()
 
@@ -99,8 +109,14 @@ def main() -> None:
         raise SystemExit(__doc__)
     seeds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     names = sys.argv[3:] or list(ROWS)
-    print(f"{len(LABELS)} workers x {LOCAL_BATCH}, {STEPS} steps, {seeds} seed(s), torch {torch.__version__}")
-    print("| layer, learning rate | mean accuracy | each seed | layer-steps that waited | seconds a run |")
+    print(
+        f"{len(LABELS)} workers x {LOCAL_BATCH}, {STEPS} steps, {seeds} seed(s), torch "
+        f"{torch.__version__}"
+    )
+    print(
+        "| layer, learning rate | mean accuracy | each seed | layer-steps that waited | seconds a "
+        "run |"
+    )
     print("|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, (folder, sys.argv[1], seeds, names), nprocs=len(LABELS))

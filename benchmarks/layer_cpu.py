@@ -2,8 +2,9 @@
 
     python -m benchmarks.layer_cpu [rounds]
 
-Compares, in interleaved rounds on the same data: torch.nn.BatchNorm (local statistics), SyncBatchNorm without
-and with its two messages, and a pooled layer written with plain differentiable operators.
+Compares, in interleaved rounds on the same data: torch.nn.BatchNorm (local statistics),
+SyncBatchNorm without and with its two messages, and a pooled layer written with plain
+differentiable operators.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ WORKERS = 2
 
 
 def _cases() -> list[tuple[tuple[int, ...], bool]]:
-    return [(shape, last) for shape in SHAPES for last in ([False, True] if len(shape) > 2 else [False])]
+    return [
+        (shape, last) for shape in SHAPES for last in ([False, True] if len(shape) > 2 else [False])
+    ]
 
 
 def _candidates(x: Tensor, g: Tensor) -> dict:
@@ -48,7 +51,9 @@ def _candidates(x: Tensor, g: Tensor) -> dict:
 
 def _worker(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS)
+    dist.init_process_group(
+        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS
+    )
     for shape, channels_last in _cases():
         x = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
         if channels_last:
@@ -62,8 +67,13 @@ def _worker(rank: int, folder: str, rounds: int) -> None:
     dist.destroy_process_group()
 
 
-def _print_row(shape: tuple[int, ...], channels_last: bool, seconds: dict[str, list[float]], faults: int) -> None:
-    to_local = [paired.ratio(seconds[name], seconds["local"]) for name in ("ours, no messages", "ours", "plain")]
+def _print_row(
+    shape: tuple[int, ...], channels_last: bool, seconds: dict[str, list[float]], faults: int
+) -> None:
+    to_local = [
+        paired.ratio(seconds[name], seconds["local"])
+        for name in ("ours, no messages", "ours", "plain")
+    ]
     plain_to_ours = paired.ratio(seconds["plain"], seconds["ours"])
     layout = "channels last" if channels_last else "contiguous"
     cells = [str(shape), layout, *map(str, to_local), str(plain_to_ours), str(faults)]
@@ -75,7 +85,13 @@ def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 31
     print(f"{WORKERS} workers, one thread each, {rounds} rounds; median ratio [95 % interval]")
     print(f"torch {torch.__version__}; {paired.settings()}")
-    columns = ["shape per worker", "layout", "ours without messages / local", "ours / local", "plain / local"]
+    columns = [
+        "shape per worker",
+        "layout",
+        "ours without messages / local",
+        "ours / local",
+        "plain / local",
+    ]
     print(f"| {' | '.join([*columns, 'plain / ours', 'page faults'])} |")
     print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -21,7 +21,9 @@ ALLOCATOR = {
 
 
 def fix_allocator() -> None:
-    """Restart this program with glibc's allocator told to keep memory, unless it was started so already."""
+    """Restart this program with glibc's allocator told to keep memory, unless it was started so
+    already.
+    """
     wanted = {**ALLOCATOR, "OMP_NUM_THREADS": "1"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
@@ -48,7 +50,9 @@ class Ratio(NamedTuple):
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
-def rounds(candidates: Mapping[str, Callable[[], None]], count: int, warm_up: int = 3) -> dict[str, list[float]]:
+def rounds(
+    candidates: Mapping[str, Callable[[], None]], count: int, warm_up: int = 3
+) -> dict[str, list[float]]:
     """Seconds of each candidate in each round; the order rotates from round to round."""
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -68,4 +72,8 @@ def ratio(of: list[float], to: list[float]) -> Ratio:
     n = len(values)
     reach = int(0.98 * n**0.5) + 1
     middle = n // 2
-    return Ratio(statistics.median(values), values[max(0, middle - reach)], values[min(n - 1, middle + reach)])
+    return Ratio(
+        statistics.median(values),
+        values[max(0, middle - reach)],
+        values[min(n - 1, middle + reach)],
+    )

@@ -1,4 +1,6 @@
-"""A synchronised batch norm as it is usually written by hand: plain operators, differentiable all-reduces."""
+"""A synchronised batch norm as it is usually written by hand: plain operators, differentiable
+all-reduces.
+"""
 
 from __future__ import annotations
 

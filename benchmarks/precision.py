@@ -2,9 +2,10 @@
 
     python -m benchmarks.precision
 
-Two gloo workers with ragged shards of one batch (7 x 16 x 24 x 24, mean 1, standard deviation 2), a training forward
-and backward; torch.nn.BatchNorm2d has the whole batch in one process. Printed is the largest error of each quantity, as
-a share of its largest value, against `syncnorm.reference` on the same (rounded) inputs and parameters.
+Two gloo workers with ragged shards of one batch (7 x 16 x 24 x 24, mean 1, standard deviation 2), a
+training forward and backward; torch.nn.BatchNorm2d has the whole batch in one process. Printed is
+the largest error of each quantity, as a share of its largest value, against `syncnorm.reference` on
+the same (rounded) inputs and parameters.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ LAYERS = ("SyncBatchNorm", "SyncBatchRenorm")
 
 
 def make(layer: str, dtype: torch.dtype) -> nn.Module:
-    """The layer, or torch's ("BatchNorm2d"), with weight and bias that are none of the initial ones."""
+    """The layer, or torch's ("BatchNorm2d"), with weight and bias that are none of the initial
+    ones.
+    """
     if layer == "SyncBatchRenorm":
         made = SyncBatchRenorm(CHANNELS, momentum=0.1, schedule=RenormSchedule.constant(*BOUNDS))
     else:
@@ -68,14 +71,24 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def step(layer: str, case: Case, x: Tensor, cotangent: Tensor) -> dict[str, Tensor]:
-    """A training forward and backward. Under autocast a convolution would hand x over in this type."""
+    """A training forward and backward.
+
+    Under autocast a convolution would hand x over in this type.
+    """
     made = make(layer, case.layer)
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", case.input) if case.is_autocast else contextlib.nullcontext():
         y = made(x)
     y.backward(cotangent)
     assert x.grad is not None
-    values = (y.detach(), x.grad, made.weight.grad, made.bias.grad, made.running_mean, made.running_var)
+    values = (
+        y.detach(),
+        x.grad,
+        made.weight.grad,
+        made.bias.grad,
+        made.running_mean,
+        made.running_var,
+    )
     return dict(zip(QUANTITIES, values, strict=True))
 
 
@@ -89,7 +102,10 @@ def pooled(pool: RankPool, layer: str, case: Case) -> dict[str, Tensor]:
     """The workers' parts together; gradients of weight and bias are sums over workers."""
     parts = pool.run(step_on_shard, layer, case)
     whole = {name: torch.cat([part[name] for part in parts]) for name in QUANTITIES[:2]}
-    sums = {name: torch.stack([part[name].double() for part in parts]).sum(0) for name in QUANTITIES[2:4]}
+    sums = {
+        name: torch.stack([part[name].double() for part in parts]).sum(0)
+        for name in QUANTITIES[2:4]
+    }
     return whole | sums | {name: parts[0][name] for name in QUANTITIES[4:]}
 
 
@@ -102,7 +118,9 @@ def truth(layer: str, case: Case) -> dict[str, Tensor]:
     running = reference.RunningStatistics.initial(CHANNELS)
     if layer == "SyncBatchRenorm":
         r_max, d_max = BOUNDS
-        y = reference.batch_renorm(x, weight, bias, running=running, r_max=r_max, d_max=d_max, momentum=0.1)
+        y = reference.batch_renorm(
+            x, weight, bias, running=running, r_max=r_max, d_max=d_max, momentum=0.1
+        )
     else:
         y = reference.batch_norm(x, weight, bias, running=running)
     y.backward(cotangent)
@@ -113,7 +131,8 @@ def truth(layer: str, case: Case) -> dict[str, Tensor]:
 def errors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """The largest error of each quantity, as a share of its largest value."""
     return {
-        name: float((got[name].double() - value).abs().max() / value.abs().max()) for name, value in expected.items()
+        name: float((got[name].double() - value).abs().max() / value.abs().max())
+        for name, value in expected.items()
     }
 
 
@@ -123,7 +142,10 @@ def torchs(case: Case) -> dict[str, float]:
 
 
 def main() -> None:
-    print(f"torch {torch.__version__}; ours on {len(SIZES)} workers / torch.nn.BatchNorm2d in one process")
+    print(
+        f"torch {torch.__version__}; ours on {len(SIZES)} workers / torch.nn.BatchNorm2d in one "
+        "process"
+    )
     print(f"| layer | types | {' | '.join(QUANTITIES)} |")
     print("|---" * (2 + len(QUANTITIES)) + "|")
     with RankPool(len(SIZES)) as pool:
@@ -131,7 +153,9 @@ def main() -> None:
             for name, case in CASES.items():
                 ours = errors(pooled(pool, layer, case), truth(layer, case))
                 theirs = torchs(case) if layer == "SyncBatchNorm" else {}
-                cells = [f"{ours[q]:.0e}" + (f" / {theirs[q]:.0e}" if theirs else "") for q in QUANTITIES]
+                cells = [
+                    f"{ours[q]:.0e}" + (f" / {theirs[q]:.0e}" if theirs else "") for q in QUANTITIES
+                ]
                 print(f"| {layer} | {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -1,8 +1,10 @@
-"""A whole training step on a CPU: ResNet-18, 32 images of 64x64 per worker, DDP, 2 gloo workers with one thread each.
+"""A whole training step on a CPU: ResNet-18, 32 images of 64x64 per worker, DDP, 2 gloo workers
+with one thread each.
 
     python -m benchmarks.step_cpu [rounds]
 
-Models that differ in their normalisation layer alone take turns; ratios to local BatchNorm within a round.
+Models that differ in their normalisation layer alone take turns; ratios to local BatchNorm within a
+round.
 """
 
 from __future__ import annotations
@@ -53,14 +55,19 @@ def _step(norm: Callable[[int], nn.Module], rank: int) -> Callable[[], None]:
 
 def _worker(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS)
+    dist.init_process_group(
+        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS
+    )
     steps = {name: _step(norm, rank) for name, norm in NORMS.items()}
     faults = paired.page_faults()
     seconds = paired.rounds(steps, rounds)
     if rank == 0:
         local = seconds["local BatchNorm2d"]
         for name, values in seconds.items():
-            print(f"| {name} | {paired.ratio(values, local)} | {1e3 * sorted(values)[len(values) // 2]:.0f} |")
+            print(
+                f"| {name} | {paired.ratio(values, local)} | "
+                f"{1e3 * sorted(values)[len(values) // 2]:.0f} |"
+            )
         print(f"page faults in all rounds: {paired.page_faults() - faults}", flush=True)
     dist.destroy_process_group()
 
@@ -68,7 +75,10 @@ def _worker(rank: int, folder: str, rounds: int) -> None:
 def main() -> None:
     paired.fix_allocator()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 41
-    print(f"{WORKERS} workers, one thread each, {rounds} rounds; torch {torch.__version__}; {paired.settings()}")
+    print(
+        f"{WORKERS} workers, one thread each, {rounds} rounds; torch {torch.__version__}; "
+        f"{paired.settings()}"
+    )
     print("| normalisation | step time / local, median [95 % interval] | median ms |")
     print("|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,12 @@
-"""What the trainer adds to a step: a step of `syncnorm train` against one of a plain loop under DDP written by hand.
+"""What the trainer adds to a step: a step of `syncnorm train` against one of a plain loop under DDP
+written by hand.
 
     python -m benchmarks.trainer_step [rounds]
 
-Both have the same network with SyncBatchNorm, 2 gloo workers with one thread each, and take turns; the ratio is taken
-within a round. The trainer's step standardises its images, agrees on stops and finite losses, writes its metrics and,
-every 50 steps, each layer's figures; the plain loop has its images ready and writes nothing.
+Both have the same network with SyncBatchNorm, 2 gloo workers with one thread each, and take turns;
+the ratio is taken within a round. The trainer's step standardises its images, agrees on stops and
+finite losses, writes its metrics and, every 50 steps, each layer's figures; the plain loop has its
+images ready and writes nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +37,10 @@ from syncnorm.train.workers import Workers
 WORKERS = 2
 CASES = {
     "digits, 64 images of 8x8 per step": ["train.global_batch=64"],
-    "ResNet-18, 64 images of 64x64 per step": ["model.name=resnet18_imagenet", "train.global_batch=64"],
+    "ResNet-18, 64 images of 64x64 per step": [
+        "model.name=resnet18_imagenet",
+        "train.global_batch=64",
+    ],
 }
 
 
@@ -49,16 +54,22 @@ class Quiet:
 
 
 def random_images() -> Dataset:
-    images = torch.randint(0, 256, (256, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    images = torch.randint(
+        0, 256, (256, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     split = Split(images, torch.arange(256) % 10)
     return make_dataset(split, split, 10)
 
 
-def trainer_step(config: Config, data: Dataset, workers: Workers, folder: Path) -> Callable[[], None]:
+def trainer_step(
+    config: Config, data: Dataset, workers: Workers, folder: Path
+) -> Callable[[], None]:
     learner = make_learner(config, workers, data, total_steps=10**6)
     position = Position(epoch=1)
     follower = Follower(learner, folder, position, total_steps=10**6)
-    run = Run(config, workers, data, learner, position, Quiet(), follower, None, steps_per_epoch=10**6)
+    run = Run(
+        config, workers, data, learner, position, Quiet(), follower, None, steps_per_epoch=10**6
+    )
     batches = torch.arange(len(data.train)).split(config.train.global_batch)
 
     def step() -> None:
@@ -70,7 +81,9 @@ def trainer_step(config: Config, data: Dataset, workers: Workers, folder: Path) 
 def plain_step(config: Config, data: Dataset, workers: Workers) -> Callable[[], None]:
     torch.manual_seed(config.train.seed)
     channels = data.train.images.shape[1]
-    model = MODELS[config.model.name](in_channels=channels, num_classes=10, norm_layer=SyncBatchNorm)
+    model = MODELS[config.model.name](
+        in_channels=channels, num_classes=10, norm_layer=SyncBatchNorm
+    )
     wrapped = DistributedDataParallel(prepare_ddp(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10**6)
@@ -93,7 +106,9 @@ def plain_step(config: Config, data: Dataset, workers: Workers) -> Callable[[], 
 
 def _worker(rank: int, folder: str, rounds: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS)
+    dist.init_process_group(
+        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS
+    )
     workers = Workers(rank, WORKERS, torch.device("cpu"), WORKERS)
     for number, (name, options) in enumerate(CASES.items()):
         config = load_config("digits", [*options, "train.schedule.warmup=0"])
@@ -105,7 +120,8 @@ def _worker(rank: int, folder: str, rounds: int) -> None:
         seconds = paired.rounds(candidates, rounds * (10 if number == 0 else 1), warm_up=10)
         if rank == 0:
             median = 1e3 * sorted(seconds["plain"])[len(seconds["plain"]) // 2]
-            # The mean too: figures of the layers come once in 50 steps, which a median does not see.
+            # The mean too: figures of the layers come once in 50 steps, which a median does not
+            # see.
             mean = sum(seconds["trainer"]) / sum(seconds["plain"])
             ratio = paired.ratio(seconds["trainer"], seconds["plain"])
             print(f"| {name} | {ratio} | {mean:.3f} | {median:.1f} |", flush=True)
@@ -115,8 +131,13 @@ def _worker(rank: int, folder: str, rounds: int) -> None:
 def main() -> None:
     paired.fix_allocator()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 61
-    print(f"{WORKERS} workers, one thread each, {rounds} rounds (digits: 10 times as many); torch {torch.__version__}")
-    print("| step | trainer / plain, median [95 % interval] | ratio of the means | plain, median ms |")
+    print(
+        f"{WORKERS} workers, one thread each, {rounds} rounds (digits: 10 times as many); torch "
+        f"{torch.__version__}"
+    )
+    print(
+        "| step | trainer / plain, median [95 % interval] | ratio of the means | plain, median ms |"
+    )
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_worker, (folder, rounds), nprocs=WORKERS)

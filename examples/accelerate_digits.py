@@ -21,11 +21,17 @@ def main() -> None:
     x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)
+        nn.Conv2d(1, 16, 3, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16 * 36, 10),
     )
     model = prepare_ddp(convert(model).to(accelerator.device))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    loader = DataLoader(TensorDataset(x[:1500], y[:1500]), batch_size=8, shuffle=True, drop_last=True)
+    loader = DataLoader(
+        TensorDataset(x[:1500], y[:1500]), batch_size=8, shuffle=True, drop_last=True
+    )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for _ in range(2):
         for images, labels in loader:

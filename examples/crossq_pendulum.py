@@ -2,7 +2,8 @@
 
     python examples/crossq_pendulum.py
 
-Needs sb3-contrib (and with it stable-baselines3 and gymnasium). A random policy gets about -1200, a good one -150.
+Needs sb3-contrib (and with it stable-baselines3 and gymnasium). A random policy gets about -1200, a
+good one -150.
 """
 
 import sys

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/ddp.py
 
-Worker 0 takes a third of each batch and worker 1 the rest, as when videos or point clouds differ in size.
+Worker 0 takes a third of each batch and worker 1 the rest, as when videos or point clouds differ in
+size.
 """
 
 import torch
@@ -20,7 +21,10 @@ BATCH, EPOCHS = 96, 3
 def make_model() -> nn.Module:
     def block(inputs: int, outputs: int) -> nn.Sequential:
         return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), SyncBatchNorm(outputs), nn.ReLU(), nn.MaxPool2d(2)
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
+            SyncBatchNorm(outputs),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
         )
 
     return nn.Sequential(block(1, 16), block(16, 32), nn.Flatten(), nn.Linear(32 * 2 * 2, 10))
@@ -36,7 +40,9 @@ def main() -> None:
     model = DistributedDataParallel(prepare_ddp(make_model()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(EPOCHS):
-        for batch in torch.randperm(1500).split(BATCH):  # the same order on every worker, by the seed
+        for batch in torch.randperm(1500).split(
+            BATCH
+        ):  # the same order on every worker, by the seed
             mine = batch.tensor_split((shares[:-1] * len(batch)).long())[rank]
             optimizer.zero_grad()
             loss = scale_loss(F.cross_entropy(model(x[mine]), y[mine]), len(mine))

@@ -19,7 +19,11 @@ class Digits(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Sequential(
-            nn.Conv2d(1, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10)
+            nn.Conv2d(1, 16, 3, bias=False),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16 * 36, 10),
         )
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
@@ -36,7 +40,9 @@ def main() -> None:
     torch.manual_seed(0)
     module = Digits()
     # 8 samples on each worker, and statistics of all of them.
-    loader = DataLoader(TensorDataset(x[:1500], y[:1500]), batch_size=8, shuffle=True, drop_last=True)
+    loader = DataLoader(
+        TensorDataset(x[:1500], y[:1500]), batch_size=8, shuffle=True, drop_last=True
+    )
     trainer = Trainer(
         accelerator="cpu", devices=2, strategy="ddp", plugins=[LayerSync()], max_epochs=2,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,

@@ -2,7 +2,8 @@
 
     python launch/ray_submit.py configs/digits.yaml [key=value ...] [--address http://HOST:PORT]
 
-The same as `syncnorm submit configs/digits.yaml`, for platforms that want a script. `--help` has the options.
+The same as `syncnorm submit configs/digits.yaml`, for platforms that want a script. `--help` has
+the options.
 """
 
 import sys

@@ -2,8 +2,9 @@
 
     python launch/ray_train.py configs/digits.yaml [key=value ...]
 
-`run_dir` must be on a file system that all machines of the cluster share. Give the job RAY_JOB_STOP_WAIT_TIME_S=120 in
-its runtime environment: Ray otherwise kills after 3 seconds what it stops, and nothing is saved.
+`run_dir` must be on a file system that all machines of the cluster share. Give the job
+RAY_JOB_STOP_WAIT_TIME_S=120 in its runtime environment: Ray otherwise kills after 3 seconds what it
+stops, and nothing is saved.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 launch/torchrun.py configs/digits.yaml [key=value ...]
 
-The same as `torchrun --nproc-per-node 2 -m syncnorm train configs/digits.yaml`, for platforms that want
-a script.
+The same as `torchrun --nproc-per-node 2 -m syncnorm train configs/digits.yaml`, for platforms that
+want a script.
 """
 
 import sys

@@ -33,10 +33,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and the public names with the first of them: the command has to be up before (see `__main__`)."""
+    """Import torch and the public names with the first of them: the command has to be up before
+    (see `__main__`).
+    """
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A module of the package is imported alone: the public names are made of them, and may be half way there.
+    # A module of the package is imported alone: the public names are made of them, and may be half
+    # way there.
     if name in __all__ and name not in ("functional", "groups"):
         public = import_module(f"{__name__}._public")
         globals().update((each, getattr(public, each)) for each in __all__)

@@ -1,4 +1,7 @@
-"""The command `syncnorm`, and `python -m syncnorm`. Imports nothing until Ctrl-C is quiet; torch takes seconds."""
+"""The command `syncnorm`, and `python -m syncnorm`.
+
+Imports nothing until Ctrl-C is quiet; torch takes seconds.
+"""
 
 import signal
 import sys
@@ -12,7 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; those of the process if None.
     """
-    # Python's own handler would print where it was. One that a launcher has set to be ignored stays so.
+    # Python's own handler would print where it was. One that a launcher has set to be ignored stays
+    # so.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -22,7 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name = (error.name or "").partition(".")[0]
         if name == "syncnorm":
             raise
-        print(f"syncnorm: the command needs {name}, which is missing: pip install 'syncnorm[train]'", file=sys.stderr)
+        print(
+            f"syncnorm: the command needs {name}, which is missing: pip install 'syncnorm[train]'",
+            file=sys.stderr,
+        )
         sys.exit(2)
     run(arguments)
 

@@ -1,4 +1,5 @@
-"""What `sync="lagged"` carries from step to step: how it begins, also where a loader fills the layer.
+"""What `sync="lagged"` carries from step to step: how it begins, also where a loader fills the
+layer.
 
 See `syncnorm.model.lagged` for what it is. A checkpoint of a batch norm has none of it.
 """
@@ -17,7 +18,9 @@ AVERAGES = ("lagged_mean", "lagged_var", "lagged_gradient", "lagged_updates", "l
 
 
 def initial(layer: SyncNorm, device: torch.device | str | None = None) -> dict[str, Tensor]:
-    """What `sync="lagged"` carries from step to step (see syncnorm.model.lagged), before the first one."""
+    """What `sync="lagged"` carries from step to step (see syncnorm.model.lagged), before the first
+    one.
+    """
     channels = layer.num_features
     wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
     return {
@@ -48,10 +51,11 @@ def is_brought(layer: SyncNorm, name: str, value: Tensor | None) -> bool:
 
 
 class Loaded:
-    """Told by transformers' from_pretrained, at its end, that a layer is complete. Its marks say what was loaded.
+    """Told by transformers' from_pretrained, at its end, that a layer is complete. Its marks say
+    what was loaded.
 
-    What the checkpoint lacks is uninitialised memory. torch's own buffers are its concern; the averages are not known
-    to it and begin as in a new layer.
+    What the checkpoint lacks is uninitialised memory. torch's own buffers are its concern; the
+    averages are not known to it and begin as in a new layer.
     """
 
     NAME = "_is_hf_initialized"
@@ -68,5 +72,9 @@ class Loaded:
         layer.__dict__[self.NAME] = value
         tensors = dict(layer.named_buffers(recurse=False))
         are_marked = any(hasattr(tensor, self.NAME) for tensor in tensors.values())
-        if are_marked and layer.sync == "lagged" and not any(hasattr(tensors[n], self.NAME) for n in AVERAGES):
+        if (
+            are_marked
+            and layer.sync == "lagged"
+            and not any(hasattr(tensors[n], self.NAME) for n in AVERAGES)
+        ):
             begin(layer)

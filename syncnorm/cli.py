@@ -28,7 +28,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-config_app = typer.Typer(no_args_is_help=True, help="What a configuration comes to, and what its keys mean.")
+config_app = typer.Typer(
+    no_args_is_help=True, help="What a configuration comes to, and what its keys mean."
+)
 app.add_typer(config_app, name="config")
 ray_cli.add_to(app)
 
@@ -40,18 +42,27 @@ def _syncnorm() -> None:
 
 @app.command()
 def train(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packed configuration such as digits.")],
+    config: Annotated[
+        str,
+        typer.Argument(help="A YAML file, or the name of a packed configuration such as digits."),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
     ] = None,
     dry: Annotated[
-        bool, typer.Option("--dry-run", help="Take one step without the other workers, say what it needs, and stop.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Take one step without the other workers, say what it needs, and stop.",
+        ),
     ] = False,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
+        typer.Option(
+            metavar="PACKAGE", help="A package whose callables the configuration may name."
+        ),
     ] = None,
 ) -> None:
     """Train on workers of this machine, or as one worker of torchrun when started by it.
@@ -79,12 +90,16 @@ def recalibrate(
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="PACKAGE", help="A package whose callables the run's configuration may name."),
+        typer.Option(
+            metavar="PACKAGE", help="A package whose callables the run's configuration may name."
+        ),
     ] = None,
 ) -> None:
-    """Replace a run's running statistics by those of its training set, in a new checkpoint beside the old one.
+    """Replace a run's running statistics by those of its training set, in a new checkpoint beside
+    the old one.
 
-    In this process, or as one worker of torchrun. The last line of standard output is the new checkpoint.
+    In this process, or as one worker of torchrun. The last line of standard output is the new
+    checkpoint.
     """
     if allow:
         find_modules_here()
@@ -93,10 +108,14 @@ def recalibrate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, to be compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, to be compared.")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
 ) -> None:
-    """Write one self-contained HTML page about runs: curves, layers, faults, and how their configurations differ."""
+    """Write one self-contained HTML page about runs: curves, layers, faults, and how their
+    configurations differ.
+    """
     from syncnorm.train.report import write_report
 
     print(write_report(runs, output))
@@ -104,7 +123,9 @@ def report(
 
 @config_app.command()
 def show(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packed configuration.")],
+    config: Annotated[
+        str, typer.Argument(help="A YAML file, or the name of a packed configuration.")
+    ],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
 ) -> None:
     """Print the resolved configuration, with the origin of each value."""
@@ -121,8 +142,15 @@ def schema(
 
 
 @app.command()
-def doctor(run_dir: Annotated[Path, typer.Option(help="The folder in which runs are to be written.")] = Path()) -> None:
-    """Look at this machine: versions, devices, memory, network, disk. Exit status 1 if something would fail."""
+def doctor(
+    run_dir: Annotated[
+        Path, typer.Option(help="The folder in which runs are to be written.")
+    ] = Path(),
+) -> None:
+    """Look at this machine: versions, devices, memory, network, disk.
+
+    Exit status 1 if something would fail.
+    """
     checks = diagnose(run_dir)
     print(render(checks))
     raise typer.Exit(exit_status(checks))
@@ -135,24 +163,37 @@ def verify(
     ] = None,
     layer: Annotated[
         list[str] | None,
-        typer.Option(metavar="PACKAGE:CLASS", help="A layer class to verify, which is imported; ours if not given."),
+        typer.Option(
+            metavar="PACKAGE:CLASS",
+            help="A layer class to verify, which is imported; ours if not given.",
+        ),
     ] = None,
-    deadline: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="For one check.")] = 20.0,
+    deadline: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="For one check.")
+    ] = 20.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[
-        str | None, typer.Option(help="http(s)://HOST:PORT of a Ray dashboard, on whose cluster to start the workers.")
+        str | None,
+        typer.Option(
+            help="http(s)://HOST:PORT of a Ray dashboard, on whose cluster to start the workers."
+        ),
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Reach another machine without a token.")] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Reach another machine without a token.")
+    ] = False,
 ) -> None:
-    """Hold layers against the large batch in float64, on live workers: of this machine, of torchrun or of Ray.
+    """Hold layers against the large batch in float64, on live workers: of this machine, of torchrun
+    or of Ray.
 
-    Any synchronised layer can be verified; what it does not claim to do is "not offered". Exit status 1 if a check
-    fails.
+    Any synchronised layer can be verified; what it does not claim to do is "not offered". Exit
+    status 1 if a check fails.
     """
     if address is not None:
         options = [word for name in layer or [] for word in ("--layer", name)]
         options += ["--deadline", f"{deadline:g}", *(["--json"] if json else [])]
-        raise typer.Exit(ray_cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer)))
+        raise typer.Exit(
+            ray_cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer))
+        )
     from syncnorm.run.verify import run_verify
 
     if layer:

@@ -1,11 +1,13 @@
-"""Normalisation as autograd knows it: one Function for y and its gradient, one for that gradient and its own.
+"""Normalisation as autograd knows it: one Function for y and its gradient, one for that gradient
+and its own.
 
 With g = dL/dy, xhat = (x - mean) * s, s = invstd, and means over the whole statistic:
 
     dx = weight * s * (g - w * (A + xhat * B))        A = mean g        B = mean g xhat
     dweight = local sum g xhat                        dbias = local sum g
 
-Ioffe and Szegedy 2015, section 3. The moments are functions of x, known to autograd through these Functions alone.
+Ioffe and Szegedy 2015, section 3. The moments are functions of x, known to autograd through these
+Functions alone.
 """
 
 from __future__ import annotations
@@ -22,13 +24,18 @@ from syncnorm.maths import formula, kernels
 from syncnorm.maths.second import SecondDerivative
 
 ANCHOR = torch.zeros((), requires_grad=True)
-"""What keeps a Function in the backward pass where nothing else needs a gradient. It is given none."""
+"""What keeps a Function in the backward pass where nothing else needs a gradient.
+
+It is given none.
+"""
 
 
 class GradientMeans(Protocol):
-    """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the statistic.
+    """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the
+    statistic.
 
-    They enter the gradient of the input. Called once in each backward pass of a layer's call, on every worker.
+    They enter the gradient of the input. Called once in each backward pass of a layer's call, on
+    every worker.
     """
 
     @property
@@ -39,14 +46,17 @@ class GradientMeans(Protocol):
     def __call__(self, local: Tensor) -> Tensor: ...
 
     def of_second(self, local: Tensor) -> Tensor:
-        """The same of the five sums of `syncnorm.maths.second`, shape (5, C), where the gradient is differentiated."""
+        """The same of the five sums of `syncnorm.maths.second`, shape (5, C), where the gradient is
+        differentiated.
+        """
         ...
 
 
 class Normalize(torch.autograd.Function):
     """y = (x - mean) * invstd * weight + bias, and its gradient."""
 
-    # With ctx as an argument: a separate setup_context costs more per call than the C-sized arithmetic.
+    # With ctx as an argument: a separate setup_context costs more per call than the C-sized
+    # arithmetic.
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, mean, invstd, mask, gradient_means):  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.save_for_backward(x, weight, mean, invstd, mask)
@@ -66,14 +76,17 @@ class Normalize(torch.autograd.Function):
         saved = (grad_output, x, weight, mean, invstd, mask)
         how = (ctx.gradient_means, ctx.bias_dtype, ctx.needs_input_grad[0])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # Whether g, x or weight needs a gradient may differ between workers; the exchange must not.
+            # Whether g, x or weight needs a gradient may differ between workers; the exchange must
+            # not.
             grads = _Gradient.apply(*saved, ANCHOR, *how)
         else:
             grads, _ = _gradient(*saved, *how)
         return *grads, None, None, None, None, None
 
 
-def _by_formula(who: str, gradient_means: GradientMeans, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _by_formula(
+    who: str, gradient_means: GradientMeans, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias in operators that torch batches and differentiates itself."""
     if not gradient_means.is_local:
         raise observed.refuse(who, "the backward pass")
@@ -81,7 +94,11 @@ def _by_formula(who: str, gradient_means: GradientMeans, *args: Any) -> tuple[Te
 
 
 def _typed(
-    dx: Tensor, dweight: Tensor, dbias: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """What there is a weight and a bias for, in their types."""
     return (
@@ -118,11 +135,17 @@ def _gradient(
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient as a function of g, x and weight, differentiable once; see `syncnorm.maths.second`."""
+    """The gradient as a function of g, x and weight, differentiable once; see
+    `syncnorm.maths.second`.
+    """
 
     @staticmethod
-    def forward(ctx, g, x, weight, mean, invstd, mask, anchor, gradient_means, bias_dtype, needs_input):  # pyright: ignore[reportIncompatibleMethodOverride]
-        grads, means = _gradient(g, x, weight, mean, invstd, mask, gradient_means, bias_dtype, needs_input)
+    def forward(
+        ctx, g, x, weight, mean, invstd, mask, anchor, gradient_means, bias_dtype, needs_input
+    ):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads, means = _gradient(
+            g, x, weight, mean, invstd, mask, gradient_means, bias_dtype, needs_input
+        )
         ctx.save_for_backward(g, x, weight, mean, invstd, mask, *means)
         ctx.gradient_means, ctx.bias_dtype = gradient_means, bias_dtype
         return grads
@@ -131,18 +154,26 @@ class _Gradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, v, u, t):  # pyright: ignore[reportIncompatibleMethodOverride]
         g, x, weight, mean, invstd, mask, *means = ctx.saved_tensors
-        who = next(filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None)
+        who = next(
+            filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None
+        )
         if who is not None and who != observed.FAKE:
             with torch.enable_grad():
                 # Views, so that what g is made from is not gone through.
-                g, x, weight = (None if each is None else each.view_as(each) for each in (g, x, weight))
+                g, x, weight = (
+                    None if each is None else each.view_as(each) for each in (g, x, weight)
+                )
                 grads = _by_formula(who, ctx.gradient_means, g, x, weight, mask, invstd)
-            return *_pull_back(_typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight)), *[None] * 7
+            return *_pull_back(
+                _typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight)
+            ), *[None] * 7
         wide = torch.promote_types(x.dtype, torch.float32)
         v = torch.zeros_like(x) if v is None else v
         u, t = (torch.zeros_like(mean) if each is None else each.double() for each in (u, t))
         scale = torch.ones_like(mean) if weight is None else weight.double()
-        second = SecondDerivative(v.to(wide), u, t, g.to(wide), x.to(wide), mask, scale, mean, invstd, *means)
+        second = SecondDerivative(
+            v.to(wide), u, t, g.to(wide), x.to(wide), mask, scale, mean, invstd, *means
+        )
         sums = second.sums()
         grad_g = grad_x = grad_weight = None
         if weight is not None:
@@ -157,10 +188,16 @@ class _Gradient(torch.autograd.Function):
 
 
 def _pull_back(
-    outputs: Sequence[Tensor | None], cotangents: Sequence[Tensor | None], inputs: Sequence[Tensor | None]
+    outputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The gradients of the outputs that have a cotangent, by each input that needs one."""
-    pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None]
+    pairs = [
+        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None
+    ]
     needed = [t for t in inputs if t is not None and t.requires_grad]
-    grads = iter(torch.autograd.grad([o for o, _ in pairs], needed, [c for _, c in pairs], allow_unused=True))
+    grads = iter(
+        torch.autograd.grad([o for o, _ in pairs], needed, [c for _, c in pairs], allow_unused=True)
+    )
     return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

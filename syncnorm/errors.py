@@ -21,13 +21,18 @@ class InputError(SyncnormError, ValueError):
 
 
 class FaultError(SyncnormError, ValueError):
-    """The data of one worker breaks a rule. Carried in the exchange and raised by all workers alike."""
+    """The data of one worker breaks a rule.
+
+    Carried in the exchange and raised by all workers alike.
+    """
 
 
 class ExchangeError(SyncnormError, RuntimeError):
-    """Workers disagree about an exchange, one did not come to it, or it broke; the message names layer and ranks.
+    """Workers disagree about an exchange, one did not come to it, or it broke; the message names
+    layer and ranks.
 
-    A RuntimeError, as are the errors of torch.distributed. In debug mode it is the same on every live worker.
+    A RuntimeError, as are the errors of torch.distributed. In debug mode it is the same on every
+    live worker.
     """
 
 
@@ -44,4 +49,6 @@ class SingleValueWarning(UserWarning):
 
 
 class UnevenShardsWarning(UserWarning):
-    """Workers held unequally much of a batch, and `scale_loss` was not called before the backward pass."""
+    """Workers held unequally much of a batch, and `scale_loss` was not called before the backward
+    pass.
+    """

@@ -1,4 +1,6 @@
-"""Normalisation over the shards of a batch, as functions: the one place where arguments are checked."""
+"""Normalisation over the shards of a batch, as functions: the one place where arguments are
+checked.
+"""
 
 from __future__ import annotations
 
@@ -40,15 +42,18 @@ def sync_batch_norm(
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    *Statistics*: in training, mean and biased variance per channel over every element of every worker, each
-    with its weight in `mask`. The running variance takes the unbiased one, by the global count. Otherwise the
-    running statistics, exactly as `F.batch_norm`; without any, those of the local batch.
+    *Statistics*: in training, mean and biased variance per channel over every element of every
+    worker, each with its weight in `mask`. The running variance takes the unbiased one, by the
+    global count. Otherwise the running statistics, exactly as `F.batch_norm`; without any, those of
+    the local batch.
 
-    *Collectives*: in training over more than one worker one all-reduce of 2C+1 float64 numbers, and one of 2C
-    in the backward pass. Every worker must call, also one without samples. None in evaluation.
+    *Collectives*: in training over more than one worker one all-reduce of 2C+1 float64 numbers, and
+    one of 2C in the backward pass. Every worker must call, also one without samples. None in
+    evaluation.
 
-    *Gradients*: of x through the pooled statistics; of weight and bias local sums (DistributedDataParallel
-    averages them; scale the loss of uneven shards by `scale_loss`). The mask is constant.
+    *Gradients*: of x through the pooled statistics; of weight and bias local sums
+    (DistributedDataParallel averages them; scale the loss of uneven shards by `scale_loss`). The
+    mask is constant.
 
     Args:
         x: shape (N, C, *S), floating; N may be 0 and may differ between workers.
@@ -59,11 +64,12 @@ def sync_batch_norm(
         eps: > 0, added to the variance.
         num_batches_tracked: integer counter, shape (), incremented in training.
         mask: weights >= 0, broadcastable to (N, 1, *S); bool or real. None: all ones.
-        process_group: the workers to pool over, see `syncnorm.groups`; None: all, or nobody if torch.distributed is
-            not initialised.
+        process_group: the workers to pool over, see `syncnorm.groups`; None: all, or nobody if
+            torch.distributed is not initialised.
 
     Returns:
-        y with the shape, type and memory layout of x. Where nothing counts on any worker (n = 0), y = bias.
+        y with the shape, type and memory layout of x. Where nothing counts on any worker (n = 0), y
+        = bias.
 
     Raises:
         InputError: before any exchange, if an argument breaks its rule.
@@ -75,8 +81,8 @@ def sync_batch_norm(
         [[-1.0], [1.0]]
 
     References:
-        Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167, algorithm 1. Deviations: the pooled count
-        makes the running variance unbiased; a statistic of one value leaves it alone.
+        Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167, algorithm 1. Deviations: the
+        pooled count makes the running variance unbiased; a statistic of one value leaves it alone.
     """
     _check_arguments(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps)
     mask = expand_mask(mask, x)
@@ -88,7 +94,11 @@ def sync_batch_norm(
     y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
-            batch = traced.unless_repeated(statistic.batch) if torch.compiler.is_compiling() else statistic.batch
+            batch = (
+                traced.unless_repeated(statistic.batch)
+                if torch.compiler.is_compiling()
+                else statistic.batch
+            )
             factor = moments.average_factor(num_batches_tracked, batch, momentum)
             moments.update_running_mean_(running_mean, batch, factor)
             moments.update_running_var_(running_var, batch, factor)
@@ -113,26 +123,30 @@ def sync_batch_renorm(
     mask: Tensor | None = None,
     process_group: groups.Spec = None,
 ) -> Tensor:
-    """Batch renormalisation over the shards of all workers: batch norm, corrected towards the running statistics.
+    """Batch renormalisation over the shards of all workers: batch norm, corrected towards the
+    running statistics.
 
         r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
         y = ((x - mean) / sigma_B * r + d) * weight + bias        sigma = sqrt(running_var + eps)
 
-    with mean and sigma_B = sqrt(var + eps) of the batch over all workers, and the running statistics as they
-    were before this batch. Where nothing is clipped, y is what evaluation gives.
+    with mean and sigma_B = sqrt(var + eps) of the batch over all workers, and the running
+    statistics as they were before this batch. Where nothing is clipped, y is what evaluation gives.
 
     *Statistics, Collectives*: those of `sync_batch_norm`: no further pass and no further message.
-    *Gradients*: r and d are constants; otherwise as `sync_batch_norm`. Under activation checkpointing use the
-    layer, which remembers what the first forward saw; this function would see the running statistics it moved.
+    *Gradients*: r and d are constants; otherwise as `sync_batch_norm`. Under activation
+    checkpointing use the layer, which remembers what the first forward saw; this function would see
+    the running statistics it moved.
 
     Args:
-        x, weight, bias, training, eps, num_batches_tracked, mask, process_group: as for `sync_batch_norm`.
-        running_mean, running_var: shape (C,), updated in place in training. Required: r and d refer to them.
+        x, weight, bias, training, eps, num_batches_tracked, mask, process_group: as for
+            `sync_batch_norm`.
+        running_mean, running_var: shape (C,), updated in place in training. Required: r and d refer
+            to them.
         r_max: >= 1, a number or a tensor of shape ().
         d_max: >= 0, a number or a tensor of shape ().
         momentum: weight of the new value; None: cumulative average.
-        running_average: "std" averages sigma, as the paper does, and stores sigma^2 - eps; "var" averages the
-            unbiased variance, as batch normalisation does.
+        running_average: "std" averages sigma, as the paper does, and stores sigma^2 - eps; "var"
+            averages the unbiased variance, as batch normalisation does.
 
     Returns:
         y with the shape, type and memory layout of x.
@@ -150,7 +164,8 @@ def sync_batch_renorm(
     """
     if running_mean is None or running_var is None:
         raise InputError(
-            "`running_mean` and `running_var` must be given, got None. Renormalisation corrects towards them."
+            "`running_mean` and `running_var` must be given, got None. Renormalisation corrects "
+            "towards them."
         )
     _check_arguments(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps)
     check_running_average(running_average)
@@ -165,7 +180,11 @@ def sync_batch_renorm(
     y = ops.normalize(x, *folded, statistic, eps, local.mask)
     if not ops.is_recomputing():
         with torch.no_grad():
-            batch = traced.unless_repeated(statistic.batch) if torch.compiler.is_compiling() else statistic.batch
+            batch = (
+                traced.unless_repeated(statistic.batch)
+                if torch.compiler.is_compiling()
+                else statistic.batch
+            )
             factor = moments.average_factor(num_batches_tracked, batch, momentum)
             moments.update_running_mean_(running_mean, batch, factor)
             if running_average == "std":
@@ -187,7 +206,9 @@ def fold_correction(
 ) -> tuple[Tensor, Tensor]:
     """weight * r and bias + weight * d, each (C,), float64; differentiable in weight and bias."""
     with torch.no_grad():
-        correction = renorm.correction(statistic.batch, running_mean, running_var, eps, r_max, d_max)
+        correction = renorm.correction(
+            statistic.batch, running_mean, running_var, eps, r_max, d_max
+        )
         r, d = (traced.constant(each) for each in correction)
     weight = torch.ones_like(r) if weight is None else weight.double()
     bias = torch.zeros_like(d) if bias is None else bias.double()
@@ -217,10 +238,14 @@ def evaluate(
 def one_input(x: Tensor | None, input: Tensor | None) -> Tensor:
     """What a layer is given, by our name or by torch's."""
     if x is not None and input is not None:
-        raise InputError("`x` must be given once, got `input` too. These are two names of one argument.")
+        raise InputError(
+            "`x` must be given once, got `input` too. These are two names of one argument."
+        )
     given = input if x is None else x
     if given is None:
-        raise InputError("`x` must be given, got None. Call the layer with a tensor of shape (N, C, *S).")
+        raise InputError(
+            "`x` must be given, got None. Call the layer with a tensor of shape (N, C, *S)."
+        )
     return given
 
 
@@ -228,25 +253,31 @@ def check_input(x: Tensor, num_features: int | None) -> None:
     """Raise InputError unless x is a floating (N, C, *S) tensor with C = num_features."""
     if x.ndim < 2:
         raise InputError(
-            f"`x` must have 2 or more dimensions (N, C, *S), got {x.ndim} (shape {tuple(x.shape)}). "
+            f"`x` must have 2 or more dimensions (N, C, *S), got {x.ndim} (shape "
+            f"{tuple(x.shape)}). "
             "Add a batch dimension with x.unsqueeze(0)."
         )
     if x.dtype not in _FLOATS:
         raise InputError(
-            f"`x` must be float32, float64, bfloat16 or float16, got {x.dtype} (shape {tuple(x.shape)}). "
+            f"`x` must be float32, float64, bfloat16 or float16, got {x.dtype} (shape "
+            f"{tuple(x.shape)}). "
             "Convert it with x.float()."
         )
     if num_features is not None and x.shape[1] != num_features:
         raise InputError(
-            f"`x` must have num_features = {num_features} channels in dimension 1, got {x.shape[1]} "
-            f"(shape {tuple(x.shape)}). Move the channels to dimension 1, or build the layer for {x.shape[1]}."
+            f"`x` must have num_features = {num_features} channels in dimension 1, got "
+            f"{x.shape[1]} "
+            f"(shape {tuple(x.shape)}). Move the channels to dimension 1, or build the layer for "
+            f"{x.shape[1]}."
         )
 
 
 def check_hyperparameters(num_features: int, eps: float, momentum: float | None) -> None:
     """Raise InputError unless a layer can be built with these."""
     if num_features < 1:
-        raise InputError(f"`num_features` must be at least 1, got {num_features}. Pass the number of channels.")
+        raise InputError(
+            f"`num_features` must be at least 1, got {num_features}. Pass the number of channels."
+        )
     if not eps > 0:
         raise InputError(f"`eps` must be > 0, got {eps}. The default is 1e-5.")
     if momentum is not None and not 0 <= momentum <= 1:
@@ -268,18 +299,24 @@ def check_running_average(value: str) -> None:
     check_choice("running_average", value, ("std", "var"))
 
 
-def check_bounds(r_max: float | Tensor, d_max: float | Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def check_bounds(
+    r_max: float | Tensor, d_max: float | Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """The bounds as float64 tensors, or InputError if they are out of range (or NaN).
 
-    They come from the schedule and the step, equal on all workers. On CUDA they are looked at in debug mode
-    only, if they are tensors there.
+    They come from the schedule and the step, equal on all workers. On CUDA they are looked at in
+    debug mode only, if they are tensors there.
     """
     for name, value, least in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
-        if isinstance(value, Tensor) and (torch.compiler.is_compiling() or observed.observer(value) is not None):
+        if isinstance(value, Tensor) and (
+            torch.compiler.is_compiling() or observed.observer(value) is not None
+        ):
             continue
         is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or guard.is_debug()
         if is_free and not value >= least:
-            raise InputError(f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule.")
+            raise InputError(
+                f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule."
+            )
     return _as_scalar(r_max, device), _as_scalar(d_max, device)
 
 
@@ -302,29 +339,44 @@ def _check_arguments(
 ) -> None:
     check_input(x, None)
     check_hyperparameters(x.shape[1], eps, momentum)
-    vectors = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    vectors = {
+        "running_mean": running_mean,
+        "running_var": running_var,
+        "weight": weight,
+        "bias": bias,
+    }
     for name, t in vectors.items():
         if t is not None and t.shape != (x.shape[1],):
             raise InputError(
-                f"`{name}` must have shape ({x.shape[1]},), got {tuple(t.shape)} (x has shape {tuple(x.shape)}). "
+                f"`{name}` must have shape ({x.shape[1]},), got {tuple(t.shape)} (x has shape "
+                f"{tuple(x.shape)}). "
                 "It holds one value per channel."
             )
     if (running_mean is None) != (running_var is None):
-        raise InputError("`running_mean` and `running_var` must be given together, got one. Pass both or neither.")
+        raise InputError(
+            "`running_mean` and `running_var` must be given together, got one. Pass both or "
+            "neither."
+        )
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise InputError(
-            "`num_batches_tracked` must be a counter where `momentum` is None (cumulative average), got None. "
+            "`num_batches_tracked` must be a counter where `momentum` is None (cumulative "
+            "average), got None. "
             "Pass a 0-dim integer tensor."
         )
 
 
 def expand_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask as floating weights of shape (N, 1, *S), or InputError if it does not broadcast to that."""
+    """The mask as floating weights of shape (N, 1, *S), or InputError if it does not broadcast to
+    that.
+    """
     if mask is None:
         return None
     shape = (x.shape[0], 1, *x.shape[2:])
     if mask.is_complex():
-        raise InputError(f"`mask` must be bool or real, got {mask.dtype} (shape {tuple(mask.shape)}). Take its abs().")
+        raise InputError(
+            f"`mask` must be bool or real, got {mask.dtype} (shape {tuple(mask.shape)}). Take its "
+            "abs()."
+        )
     try:
         expanded = mask.detach().expand(shape)
     except RuntimeError:
@@ -344,10 +396,15 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     if torch.compiler.is_compiling() or isinstance(statistic.batch, Unread):
         return
     # A weight of 1 may also be that of several values.
-    if (count.device.type == "cpu" or guard.is_debug()) and count == 1 and not statistic.batch.m2.any():
+    if (
+        (count.device.type == "cpu" or guard.is_debug())
+        and count == 1
+        and not statistic.batch.m2.any()
+    ):
         if guard.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
-                "`x` must give a statistic more than one value per channel, got a total weight of 1 over all workers. "
+                "`x` must give a statistic more than one value per channel, got a total weight of "
+                "1 over all workers. "
                 "Use larger batches or evaluation mode."
             )
         warn()
@@ -356,7 +413,8 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
 def warn_single_value() -> None:
     """Say that the batch says nothing about its scale."""
     warnings.warn(
-        "a training statistic was taken over a single value per channel: its variance is 0, the output does not "
+        "a training statistic was taken over a single value per channel: its variance is 0, the "
+        "output does not "
         "depend on the input, and the running variance was left as it is",
         SingleValueWarning,
         stacklevel=4,

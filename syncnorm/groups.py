@@ -10,8 +10,9 @@
 | a `torch.distributed.ProcessGroup` | its members |
 | a one-dimensional `DeviceMesh` | its members |
 
-The first four are rules: stated before there are workers, the same on all of them, kept by copies, pickles and
-checkpoints, and resolved anew for another number of workers. See `docs/semantics.md`, "Which workers".
+The first four are rules: stated before there are workers, the same on all of them, kept by copies,
+pickles and checkpoints, and resolved anew for another number of workers. See `docs/semantics.md`,
+"Which workers".
 """
 
 from syncnorm.comm.groups import Spec

@@ -26,34 +26,38 @@ class SyncBatchNorm(SyncNorm):
 
         y = (x - mean) / sqrt(var + eps) * weight + bias
 
-    *Statistics*: per channel over every element of every worker in `process_group`, weighted by `mask`; the
-    biased variance normalises, the unbiased one (by the global count n) goes into `running_var`. n = 1 gives
-    y = bias and leaves `running_var`; n = 0 changes no buffer. In evaluation the running statistics are used,
-    exactly as `torch.nn.BatchNorm2d` uses them, without communication.
+    *Statistics*: per channel over every element of every worker in `process_group`, weighted by
+    `mask`; the biased variance normalises, the unbiased one (by the global count n) goes into
+    `running_var`. n = 1 gives y = bias and leaves `running_var`; n = 0 changes no buffer. In
+    evaluation the running statistics are used, exactly as `torch.nn.BatchNorm2d` uses them, without
+    communication.
 
-    *Collectives*: in training, with `sync="batch"` and more than one worker, one all-reduce of 2C+1 float64
-    numbers forward and one of 2C backward. Every worker must take part, also one whose batch is empty. The
-    first training forward makes a process group for statistics (`prepare_ddp` makes it earlier).
+    *Collectives*: in training, with `sync="batch"` and more than one worker, one all-reduce of 2C+1
+    float64 numbers forward and one of 2C backward. Every worker must take part, also one whose
+    batch is empty. The first training forward makes a process group for statistics (`prepare_ddp`
+    makes it earlier).
 
     *Gradients*: of weight and bias local sums, which DistributedDataParallel averages.
 
-    State dicts are those of `torch.nn.BatchNorm1d/2d/3d` (with five buffers more under `sync="lagged"`). Input of 2 or
-    more dimensions, on CPU and CUDA.
+    State dicts are those of `torch.nn.BatchNorm1d/2d/3d` (with five buffers more under
+    `sync="lagged"`). Input of 2 or more dimensions, on CPU and CUDA.
 
     Args:
         num_features: C, at least 1.
         eps: added to the variance, > 0.
-        momentum: weight of the new value in the running statistics, in [0, 1]; None: cumulative average.
+        momentum: weight of the new value in the running statistics, in [0, 1]; None: cumulative
+            average.
         affine: whether to learn weight and bias.
-        track_running_stats: whether to keep running statistics; without them evaluation uses the local batch.
-        process_group: the workers to pool over; None: all of them. A group, or a rule such as "node" or 2: see
-            `syncnorm.groups`.
+        track_running_stats: whether to keep running statistics; without them evaluation uses the
+            local batch.
+        process_group: the workers to pool over; None: all of them. A group, or a rule such as
+            "node" or 2: see `syncnorm.groups`.
         device, dtype: of parameters and buffers.
         bias: whether an affine layer also learns the bias.
-        sync: "batch" pools the statistics of each batch; "running" normalises by the local batch and pools the
-            running statistics of all layers in one hidden exchange; "lagged" normalises by an average of pooled
-            statistics one step old (a `Lagged` changes its rates and guard); "none" keeps everything local.
-            "running" and "lagged" need `prepare_ddp`.
+        sync: "batch" pools the statistics of each batch; "running" normalises by the local batch
+            and pools the running statistics of all layers in one hidden exchange; "lagged"
+            normalises by an average of pooled statistics one step old (a `Lagged` changes its rates
+            and guard); "none" keeps everything local. "running" and "lagged" need `prepare_ddp`.
 
     Raises:
         InputError: an argument breaks its rule.
@@ -82,7 +86,16 @@ class SyncBatchNorm(SyncNorm):
         sync: str | Lagged = "batch",
     ) -> None:
         super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias=bias, sync=sync
+            num_features,
+            eps,
+            momentum,
+            affine,
+            track_running_stats,
+            process_group,
+            device,
+            dtype,
+            bias=bias,
+            sync=sync,
         )
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
@@ -99,28 +112,31 @@ class SyncBatchRenorm(SyncNorm):
         r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
         y = ((x - mean) / sigma_B * r + d) * weight + bias
 
-    with sigma = sqrt(running_var + eps) before this batch and sigma_B = sqrt(var + eps) of the batch. Unclipped,
-    training normalises as evaluation does, so small or biased batches no longer teach the network what it will
-    not see. It adds to pooling rather than replacing it: pool where you can, renormalise where batches stay small.
+    with sigma = sqrt(running_var + eps) before this batch and sigma_B = sqrt(var + eps) of the
+    batch. Unclipped, training normalises as evaluation does, so small or biased batches no longer
+    teach the network what it will not see. It adds to pooling rather than replacing it: pool where
+    you can, renormalise where batches stay small.
 
-    *Statistics*: as `SyncBatchNorm`, except that `running_average="std"` averages sigma_B itself, from the
-    biased variance, and `running_var` holds max(sigma^2 - eps, 0).
+    *Statistics*: as `SyncBatchNorm`, except that `running_average="std"` averages sigma_B itself,
+    from the biased variance, and `running_var` holds max(sigma^2 - eps, 0).
 
     *Collectives*: as `SyncBatchNorm`. *Gradients*: r and d are constants.
 
-    The schedule's clock is `num_batches_tracked`, so a resumed run continues its ramps. State dicts are those of
-    `torch.nn.BatchNorm1d/2d/3d`; a layer that loads one of a trained batch norm starts with that one's clock.
+    The schedule's clock is `num_batches_tracked`, so a resumed run continues its ramps. State dicts
+    are those of `torch.nn.BatchNorm1d/2d/3d`; a layer that loads one of a trained batch norm starts
+    with that one's clock.
 
     Args:
         num_features, eps, affine, process_group, device, dtype, bias, sync: as for `SyncBatchNorm`.
         momentum: weight of the new value in the running statistics; the paper's 0.01.
         track_running_stats: must be True; r and d refer to the running statistics.
-        schedule: from the clock, an integer tensor (), to tensors (r_max, d_max); equal on all workers.
+        schedule: from the clock, an integer tensor (), to tensors (r_max, d_max); equal on all
+            workers.
         running_average: "std", as in the paper, or "var", the unbiased variance.
 
     Raises:
-        InputError: an argument breaks its rule, or, before any exchange, the schedule returns NaN, r_max < 1 or
-            d_max < 0 (looked at on CUDA in debug mode only).
+        InputError: an argument breaks its rule, or, before any exchange, the schedule returns NaN,
+            r_max < 1 or d_max < 0 (looked at on CUDA in debug mode only).
 
     Example:
         >>> layer = SyncBatchRenorm(3, schedule=RenormSchedule.switch(100, r_max=3.0, d_max=5.0))
@@ -149,7 +165,8 @@ class SyncBatchRenorm(SyncNorm):
     ) -> None:
         if not track_running_stats:
             raise InputError(
-                "`track_running_stats` must be True, got False. Renormalisation corrects towards running statistics; "
+                "`track_running_stats` must be True, got False. Renormalisation corrects towards "
+                "running statistics; "
                 "without them use SyncBatchNorm."
             )
         super().__init__(
@@ -185,7 +202,9 @@ class SyncBatchRenorm(SyncNorm):
         return f"{super().extra_repr()}, schedule={self.schedule}, running_average={self.running_average!r}"
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """(r_max, d_max) of the next training step, float64, shape (); InputError if they are out of range."""
+        """(r_max, d_max) of the next training step, float64, shape (); InputError if they are out
+        of range.
+        """
         if self.num_batches_tracked is None:
             raise self._without("num_batches_tracked")
         r_max, d_max = self.schedule(self.num_batches_tracked)
@@ -199,14 +218,18 @@ class SyncBatchRenorm(SyncNorm):
 
     def _without(self, name: str) -> InputError:
         return InputError(
-            f"`{name}` must be there in training, got None in '{self.label}'. Renormalisation corrects towards the "
-            "running statistics. To normalise by the batch alone, convert(model, SyncBatchNorm) first."
+            f"`{name}` must be there in training, got None in '{self.label}'. Renormalisation "
+            "corrects towards the "
+            "running statistics. To normalise by the batch alone, convert(model, SyncBatchNorm) "
+            "first."
         )
 
     def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
         assert call.before is not None, "a repeated forward has a first one"
         mean, var, r_max, d_max = call.before
-        return functional.fold_correction(self.weight, self.bias, statistic, mean, var, self.eps, r_max, d_max)
+        return functional.fold_correction(
+            self.weight, self.bias, statistic, mean, var, self.eps, r_max, d_max
+        )
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
         assert self.running_var is not None

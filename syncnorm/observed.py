@@ -1,6 +1,8 @@
-"""Who looks at the operators of a call rather than at its numbers: function transforms, tracers, fake tensors.
+"""Who looks at the operators of a call rather than at its numbers: function transforms, tracers,
+fake tensors.
 
-Code that torch.compile and torch.export trace is not meant: they know themselves (see `syncnorm.traced`).
+Code that torch.compile and torch.export trace is not meant: they know themselves (see
+`syncnorm.traced`).
 """
 
 from __future__ import annotations
@@ -70,10 +72,15 @@ def is_fake(module: nn.Module) -> bool:
 
 
 def refuse(who: str, name: str) -> InputError:
-    """The error where what looks would not see an exchange. It comes before any, on all workers that do the same."""
+    """The error where what looks would not see an exchange.
+
+    It comes before any, on all workers that do the same.
+    """
     return InputError(
-        f"`sync` must leave the statistics to this worker alone under {who}, got an exchange in {name or 'a call'} "
-        'that would be no part of it. Use evaluation mode, or sync="none", or torch\'s layers by revert(model).'
+        f"`sync` must leave the statistics to this worker alone under {who}, got an exchange in "
+        f"{name or 'a call'} "
+        'that would be no part of it. Use evaluation mode, or sync="none", or torch\'s layers by '
+        "revert(model)."
     )
 
 
@@ -84,21 +91,28 @@ def updating(who: str, name: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise InputError(
-            f"`track_running_stats` must be False under {who}, or the buffers an argument of what is transformed (see "
-            f"torch.func.functional_call), got running statistics that cannot be updated there in {name}. "
+            f"`track_running_stats` must be False under {who}, or the buffers an argument of what "
+            "is transformed (see "
+            "torch.func.functional_call), got running statistics that cannot be updated there in "
+            f"{name}. "
             "Build the layer without them, or use evaluation mode."
         ) from error
 
 
 def module_call(module: nn.Module, x: Proxy, mask: Any) -> Any:
-    """The call of `module` as one node of the graph that torch.fx makes, as of a layer of torch's own."""
+    """The call of `module` as one node of the graph that torch.fx makes, as of a layer of torch's
+    own.
+    """
     target = cast(Tracer, x.tracer).path_of_module(module)
     if not target:
         raise InputError(
-            f"`symbolic_trace` must be given a module that contains the layer, got {type(module).__name__} itself. "
+            "`symbolic_trace` must be given a module that contains the layer, got "
+            f"{type(module).__name__} itself. "
             "Put it into torch.nn.Sequential."
         )
-    return x.tracer.create_proxy("call_module", target, (x,), {} if mask is None else {"mask": mask})
+    return x.tracer.create_proxy(
+        "call_module", target, (x,), {} if mask is None else {"mask": mask}
+    )
 
 
 def function_call(function: F) -> F:

@@ -4,8 +4,9 @@
     statistic = pooled_statistic(local, group)                    one exchange of 2C+1 numbers
     y = normalize(x, weight, bias, statistic, eps, local.mask)    backward: one exchange of 2C
 
-`normalize` differentiates through the moments too: to autograd they are part of it, so a layer may fold any
-constant factors into `weight` and `bias` (batch renormalisation does) and needs no backward of its own.
+`normalize` differentiates through the moments too: to autograd they are part of it, so a layer may
+fold any constant factors into `weight` and `bias` (batch renormalisation does) and needs no
+backward of its own.
 """
 
 from __future__ import annotations
@@ -65,18 +66,20 @@ def _is_valid(mask: Tensor) -> Tensor:
 def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
     """The raw sums of all workers of `group`, shape (2C+1,), float64.
 
-    *Collectives*: one all-reduce of 2C+1 numbers; every worker must call, with samples or without. A second
-    message only to say who was at fault.
+    *Collectives*: one all-reduce of 2C+1 numbers; every worker must call, with samples or without.
+    A second message only to say who was at fault.
 
     Raises:
-        FaultError: on every worker, if the mask of one is negative or not finite; in debug mode also if the
-            input of one is not finite. On CUDA both are looked at in debug mode only, since looking costs a host
-            synchronisation; otherwise the output is NaN and the buffers keep still.
+        FaultError: on every worker, if the mask of one is negative or not finite; in debug mode
+            also if the input of one is not finite. On CUDA both are looked at in debug mode only,
+            since looking costs a host synchronisation; otherwise the output is NaN and the buffers
+            keep still.
     """
     with torch.no_grad():
         sums = local.sums
         if local.has_fault is not None:
-            # A fault travels as a count of NaN: whether somebody has a mask is known to that worker alone.
+            # A fault travels as a count of NaN: whether somebody has a mask is known to that worker
+            # alone.
             sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
         sums = exchange.sum_(sums, group, "moments", name)
         if torch.compiler.is_compiling():
@@ -127,7 +130,9 @@ class PooledMeans:
         shard: whose unevenness to notice in the backward pass; None: nobody's.
     """
 
-    def __init__(self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None) -> None:
+    def __init__(
+        self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None
+    ) -> None:
         self.n = batch.n
         self.group = group
         self.name = name
@@ -186,10 +191,14 @@ class Shard:
             return
         Shard.has_warned = True
         warnings.warn(
-            f"workers should hold equal shards, or scale their losses: rank {groups.rank()} had {count:g} of {n:g} "
-            f"values per channel in {name!r} where each of {len(ranks)} equal shards has {n / len(ranks):g}, and "
-            "scale_loss was not called before the backward pass. DistributedDataParallel weights the workers equally, "
-            "so the gradient is not that of the whole batch. Add `loss = scale_loss(loss, len(x))`. A loss that is "
+            f"workers should hold equal shards, or scale their losses: rank {groups.rank()} had "
+            f"{count:g} of {n:g} "
+            f"values per channel in {name!r} where each of {len(ranks)} equal shards has "
+            f"{n / len(ranks):g}, and "
+            "scale_loss was not called before the backward pass. DistributedDataParallel weights "
+            "the workers equally, "
+            "so the gradient is not that of the whole batch. Add `loss = scale_loss(loss, "
+            "len(x))`. A loss that is "
             "weighted in another way needs nothing: filter this UnevenShardsWarning.",
             UnevenShardsWarning,
             stacklevel=2,
@@ -197,7 +206,9 @@ class Shard:
 
 
 class LateShard(Shard):
-    """A shard whose pooled count arrives after the backward pass, which notes whether a loss was scaled before it."""
+    """A shard whose pooled count arrives after the backward pass, which notes whether a loss was
+    scaled before it.
+    """
 
     def __init__(self, count: Tensor, name: str) -> None:
         super().__init__(count)
@@ -224,25 +235,38 @@ def pooled_statistic(
 ) -> Statistic:
     """The moments of the batch over all workers of `group`. *Collectives*: as `pooled_sums`.
 
-    With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven shards are noticed.
+    With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
+    shards are noticed.
     """
     batch = of_sums(pooled_sums(local, group, name))
     # A forward that is repeated comes after the loss was scaled.
-    is_noticed = is_averaged and group is not None and not torch.compiler.is_compiling() and not is_recomputing()
+    is_noticed = (
+        is_averaged
+        and group is not None
+        and not torch.compiler.is_compiling()
+        and not is_recomputing()
+    )
     shard = Shard(local.sums[-1]) if is_noticed else None
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 
 def statistic_over(
-    local: LocalSums, process_group: groups.Spec | groups.Kept, name: str, *, is_averaged: bool = False
+    local: LocalSums,
+    process_group: groups.Spec | groups.Kept,
+    name: str,
+    *,
+    is_averaged: bool = False,
 ) -> Statistic:
     """The moments of the batch over all workers of `process_group`, as `pooled_statistic`.
 
     Raises:
-        InputError: something looks at operators, which would not see the exchange. (Fake tensors have none to make.)
+        InputError: something looks at operators, which would not see the exchange. (Fake tensors
+            have none to make.)
     """
     if local.observer is None:
-        return pooled_statistic(local, groups.statistics_group(process_group), name, is_averaged=is_averaged)
+        return pooled_statistic(
+            local, groups.statistics_group(process_group), name, is_averaged=is_averaged
+        )
     if local.observer != observed.FAKE and not _is_alone(process_group):
         raise observed.refuse(local.observer, name)
     return local_statistic(local, name)
@@ -264,12 +288,18 @@ def local_statistic(local: LocalSums, name: str) -> Statistic:
 
 
 def normalize(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, statistic: Statistic, eps: float, mask: Tensor | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistic: Statistic,
+    eps: float,
+    mask: Tensor | None,
 ) -> Tensor:
     """y = (x - mean) / sqrt(var + eps) * weight + bias, the moments being functions of x.
 
     *Gradients*: with respect to x, through the moments as well; for weight and bias local sums.
-    *Collectives*: those of `gradient_means` in the backward pass, whatever needs a gradient on this worker.
+    *Collectives*: those of `gradient_means` in the backward pass, whatever needs a gradient on this
+    worker.
 
     Args:
         x: shape (N, C, *S).
@@ -285,7 +315,9 @@ def normalize(
         # Whether x needs a gradient may differ between workers; the exchange in backward must not.
         anchor = ANCHOR
     batch = statistic.batch
-    return Normalize.apply(x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means)
+    return Normalize.apply(
+        x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means
+    )
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -301,8 +333,9 @@ def backward_pass() -> int:
 def may_be_repeated() -> bool:
     """Whether activation checkpointing may repeat the forward that runs.
 
-    Its re-entrant kind makes the first forward within that of a Function, where forward-mode gradients are off, which
-    they are not under `no_grad`; the other kind has hooks on what autograd saves, as some that do not repeat do too.
+    Its re-entrant kind makes the first forward within that of a Function, where forward-mode
+    gradients are off, which they are not under `no_grad`; the other kind has hooks on what autograd
+    saves, as some that do not repeat do too.
     """
     # Not documented functions; a test notices if they change.
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
@@ -312,9 +345,10 @@ def may_be_repeated() -> bool:
 
 
 def is_recomputing() -> bool:
-    """Whether this forward repeats an earlier one inside a backward pass, as activation checkpointing does.
+    """Whether this forward repeats an earlier one inside a backward pass, as activation
+    checkpointing does.
 
-    Exchanges are made again, since every worker repeats them; statistics must not be updated again. Code that is
-    being compiled does not know: see `traced.unless_repeated`.
+    Exchanges are made again, since every worker repeats them; statistics must not be updated again.
+    Code that is being compiled does not know: see `traced.unless_repeated`.
     """
     return not torch.compiler.is_compiling() and backward_pass() != -1

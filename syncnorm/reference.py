@@ -1,7 +1,7 @@
 """The oracle: the papers' equations in float64, in one process, on the whole batch.
 
-Written to be compared with the papers, not to be fast. Nothing here shares code with the layers; gradients come
-from autograd through these lines.
+Written to be compared with the papers, not to be fast. Nothing here shares code with the layers;
+gradients come from autograd through these lines.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ class RunningStatistics:
     @classmethod
     def initial(cls, channels: int) -> RunningStatistics:
         """Zeros and ones, shape (C,), float64."""
-        return cls(torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64))
+        return cls(
+            torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+        )
 
 
 def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """n (), mean (C,) and biased variance (C,) of x (N, C, *S) in float64, differentiable in x."""
     x = x.double()
-    w = torch.ones_like(x) if mask is None else mask.double().expand(x.shape[0], 1, *x.shape[2:]).expand_as(x)
+    w = (
+        torch.ones_like(x)
+        if mask is None
+        else mask.double().expand(x.shape[0], 1, *x.shape[2:]).expand_as(x)
+    )
     dims = [0, *range(2, x.ndim)]
     n = w[:, :1].sum()
     if n == 0:
@@ -50,7 +56,9 @@ def batch_norm(
     momentum: float | None = 0.1,
     running: RunningStatistics | None = None,
 ) -> Tensor:
-    """Training-mode batch normalisation of the whole batch; updates `running`. arXiv:1502.03167, algorithm 1."""
+    """Training-mode batch normalisation of the whole batch; updates `running`. arXiv:1502.03167,
+    algorithm 1.
+    """
     n, mean, var = moments(x, mask)
     xhat = _standardised(x, n, mean, var, eps)
     if running is not None:
@@ -71,7 +79,9 @@ def batch_renorm(
     momentum: float | None = 0.01,
     running_average: str = "std",
 ) -> Tensor:
-    """Training-mode batch renormalisation of the whole batch; updates `running`. arXiv:1702.03275, algorithm 1."""
+    """Training-mode batch renormalisation of the whole batch; updates `running`. arXiv:1702.03275,
+    algorithm 1.
+    """
     n, mean, var = moments(x, mask)
     sigma = (running.var + eps).sqrt()
     sigma_b = (var + eps).sqrt()
@@ -91,18 +101,26 @@ def batch_renorm(
 
 
 class LaggedBatchNorm:
-    """`sync="lagged"` in one process: normalisation by averages of the statistics of earlier batches.
+    """`sync="lagged"` in one process: normalisation by averages of the statistics of earlier
+    batches.
 
         y = (x - m) / sqrt(v + eps) * weight + bias
         dx = weight / sqrt(v + eps) * (g - w (a + xhat b)),   xhat = (x - m) / sqrt(v + eps)
 
-    m, v: average of the batch moments up to the last step; a, b: average of mean g and mean g xhat up to the last
-    step. A step whose `waits` is set (the first, and any after a drift) uses its own batch instead, as batch norm
-    does. Call `step` once between steps; until then nothing moves.
+    m, v: average of the batch moments up to the last step; a, b: average of mean g and mean g xhat
+    up to the last step. A step whose `waits` is set (the first, and any after a drift) uses its own
+    batch instead, as batch norm does. Call `step` once between steps; until then nothing moves.
     """
 
-    def __init__(self, channels: int, forward_rate: float, backward_rate: float, max_drift: float, eps: float) -> None:
-        self.forward_rate, self.backward_rate, self.max_drift, self.eps = forward_rate, backward_rate, max_drift, eps
+    def __init__(
+        self, channels: int, forward_rate: float, backward_rate: float, max_drift: float, eps: float
+    ) -> None:
+        self.forward_rate, self.backward_rate, self.max_drift, self.eps = (
+            forward_rate,
+            backward_rate,
+            max_drift,
+            eps,
+        )
         self.running = RunningStatistics.initial(channels)
         self.waits = True
         self.average: tuple[Tensor, Tensor] | None = None
@@ -110,7 +128,9 @@ class LaggedBatchNorm:
         self._batch: tuple[Tensor, Tensor, Tensor] | None = None
         self._seen: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
         x = x.double()
         n, mean, var = moments(x, mask)
         self._batch = (n, mean.detach(), var.detach())
@@ -158,14 +178,20 @@ class LaggedBatchNorm:
 
 
 def batch_norm_inference(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, running: RunningStatistics, eps: float = 1e-5
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running: RunningStatistics,
+    eps: float = 1e-5,
 ) -> Tensor:
     """Normalisation by the running statistics."""
     xhat = (x.double() - _channels(running.mean, x)) / (_channels(running.var, x) + eps).sqrt()
     return _affine(xhat, weight, bias)
 
 
-def _update(running: RunningStatistics, n: Tensor, mean: Tensor, var: Tensor, momentum: float | None) -> None:
+def _update(
+    running: RunningStatistics, n: Tensor, mean: Tensor, var: Tensor, momentum: float | None
+) -> None:
     if n > 0:
         running.num_batches_tracked += 1
         factor = 1.0 / running.num_batches_tracked if momentum is None else momentum
@@ -175,7 +201,9 @@ def _update(running: RunningStatistics, n: Tensor, mean: Tensor, var: Tensor, mo
 
 
 def _standardised(x: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """(x - mean) / sqrt(var + eps); 0 in a channel where a single value counts, which says nothing about scale."""
+    """(x - mean) / sqrt(var + eps); 0 in a channel where a single value counts, which says nothing
+    about scale.
+    """
     xhat = (x.double() - _channels(mean, x)) / (_channels(var, x) + eps).sqrt()
     return torch.where(_channels((n <= 1) & (var == 0), x), 0.0, xhat)
 

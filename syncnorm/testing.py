@@ -1,4 +1,5 @@
-"""For tests of code that spans processes: a kept pool of ranks, a table of tolerances, and batches in shards.
+"""For tests of code that spans processes: a kept pool of ranks, a table of tolerances, and batches
+in shards.
 
     with RankPool(2) as pool:
         results = pool.run(function, *arguments)      # function(*arguments) on every rank; results by rank
@@ -40,7 +41,8 @@ class Tolerance(NamedTuple):
 
 
 TOLERANCES: dict[torch.dtype, Tolerance] = {
-    # What a correct layer keeps to at |mean| / std <= 100, gradients included: 1e-10 of the largest value.
+    # What a correct layer keeps to at |mean| / std <= 100, gradients included: 1e-10 of the largest
+    # value.
     torch.float64: Tolerance(5e-11, 5e-11),
     torch.float32: Tolerance(2e-5, 2e-5),
     # Half types: rounding of the output (2^-9 and 2^-12), and of gradients that nearly cancel.
@@ -49,16 +51,21 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
 }
 
 
-def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 1.0) -> None:
-    """Compare with the float64 truth, at the tolerance of `dtype` times `factor`; names the worst element.
+def assert_close(
+    got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 1.0
+) -> None:
+    """Compare with the float64 truth, at the tolerance of `dtype` times `factor`; names the worst
+    element.
 
-    The absolute part is relative to the largest expected value (at least 0.01), so that gradients of any
-    scale are judged alike. Shapes must agree, and NaN equals NaN only.
+    The absolute part is relative to the largest expected value (at least 0.01), so that gradients
+    of any scale are judged alike. Shapes must agree, and NaN equals NaN only.
 
     Raises:
         AssertionError: with the largest error, where it is, and the bound.
     """
-    assert got.shape == expected.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    assert got.shape == expected.shape, (
+        f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
+    )
     if got.numel() == 0:
         return
     tolerance = TOLERANCES[dtype]
@@ -72,7 +79,8 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, f
     if wrong.any():
         worst = int(torch.where(wrong, (error / bound).nan_to_num(float("inf")), -1.0).argmax())
         raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; at flat index {worst} got "
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; at flat index "
+            f"{worst} got "
             f"{got.flatten()[worst]:.12g}, expected {expected.flatten()[worst]:.12g}, error "
             f"{error.flatten()[worst]:.3g} over the bound {bound.flatten()[worst]:.3g} ({dtype})"
         )
@@ -112,8 +120,8 @@ class RankFailure(SyncnormError):
 class RankPool:
     """Processes that form a default process group and wait for functions to run.
 
-    Each rank has one thread and its own pipe. Functions and arguments are pickled, so functions must be
-    importable. A failure on any rank ends the pool: its collectives may be half done.
+    Each rank has one thread and its own pipe. Functions and arguments are pickled, so functions
+    must be importable. A failure on any rank ends the pool: its collectives may be half done.
 
     Args:
         world_size: number of ranks, at least 1.
@@ -121,7 +129,9 @@ class RankPool:
         timeout_seconds: deadline of a call, and of a collective within it.
     """
 
-    def __init__(self, world_size: int, backend: str = "gloo", timeout_seconds: float = 60.0) -> None:
+    def __init__(
+        self, world_size: int, backend: str = "gloo", timeout_seconds: float = 60.0
+    ) -> None:
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="syncnorm-pool-")
@@ -129,7 +139,8 @@ class RankPool:
         context = multiprocessing.get_context("spawn")
         self._pipes: list[Any] = []
         self._processes = []
-        # Otherwise started with the first process, and it lets the signal through that is blocked below.
+        # Otherwise started with the first process, and it lets the signal through that is blocked
+        # below.
         resource_tracker.ensure_running()
         for rank in range(world_size):
             here, there = context.Pipe()
@@ -139,7 +150,8 @@ class RankPool:
                 name=f"rank-{rank}",
                 daemon=True,
             )
-            # Inherited: on a terminal Ctrl-C reaches the ranks, too, but it is their parent that ends them.
+            # Inherited: on a terminal Ctrl-C reaches the ranks, too, but it is their parent that
+            # ends them.
             before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             try:
                 process.start()
@@ -167,13 +179,17 @@ class RankPool:
         """
         return self.run_each(function, [args] * self.world_size)
 
-    def run_each(self, function: Callable[..., Any], args_by_rank: Sequence[Sequence[Any]]) -> list[Any]:
+    def run_each(
+        self, function: Callable[..., Any], args_by_rank: Sequence[Sequence[Any]]
+    ) -> list[Any]:
         """function(*args_by_rank[rank]) on every rank at once; the results by rank."""
         if not self.is_alive:
             raise RankFailure("the pool was ended by an earlier failure")
         try:
             for pipe, args in zip(self._pipes, args_by_rank, strict=True):
-                with contextlib.suppress(OSError):  # a rank that died says so when it is asked for its answer
+                with contextlib.suppress(
+                    OSError
+                ):  # a rank that died says so when it is asked for its answer
                     pipe.send_bytes(pickle.dumps((function, tuple(args))))
             return self._collect(time.monotonic() + self.timeout_seconds)
         except BaseException:
@@ -185,8 +201,13 @@ class RankPool:
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
         while waiting:
-            # After a first failure the others get a moment to tell theirs: they may have failed first.
-            left = deadline - time.monotonic() if not failures else min(2.0, deadline - time.monotonic())
+            # After a first failure the others get a moment to tell theirs: they may have failed
+            # first.
+            left = (
+                deadline - time.monotonic()
+                if not failures
+                else min(2.0, deadline - time.monotonic())
+            )
             ready = wait(list(waiting.values()), timeout=max(0.0, left))
             if not ready:
                 break
@@ -195,7 +216,10 @@ class RankPool:
                     is_ok, value = pickle.loads(waiting.pop(rank).recv_bytes())  # noqa: S301 our own child
                 except (EOFError, OSError):
                     self._processes[rank].join(timeout=10.0)  # its pipe ends before it does
-                    is_ok, value = False, f"the process died, exit code {self._processes[rank].exitcode}"
+                    is_ok, value = (
+                        False,
+                        f"the process died, exit code {self._processes[rank].exitcode}",
+                    )
                 (results if is_ok else failures)[rank] = value
         if failures or waiting:
             lines = [f"rank {rank}: {text}" for rank, text in sorted(failures.items())]
@@ -223,15 +247,26 @@ class RankPool:
         self.close()
 
 
-def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvous: str, timeout_seconds: float) -> None:
+def _serve(
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    backend: str,
+    rendezvous: str,
+    timeout_seconds: float,
+) -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, OSError):
         timeout = timedelta(seconds=timeout_seconds)
         store = dist.FileStore(rendezvous, world_size)  # pyright: ignore[reportPrivateImportUsage]
         # The timeout is for collectives: importing takes what it takes.
         store.set(f"here/{rank}", "")
-        store.wait([f"here/{each}" for each in range(world_size)], timedelta(seconds=_START_SECONDS))
-        dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world_size)
+        store.wait(
+            [f"here/{each}" for each in range(world_size)], timedelta(seconds=_START_SECONDS)
+        )
+        dist.init_process_group(
+            backend, store=store, timeout=timeout, rank=rank, world_size=world_size
+        )
         _answer(pipe, lambda: None)
         while True:
             message = pipe.recv_bytes()
@@ -240,9 +275,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, backend: str, rendezvou
 
 
 def leave(status: int) -> NoReturn:
-    """End this process as a rank should: at an ordinary exit gloo's threads may outlive the interpreter and abort.
+    """End this process as a rank should: at an ordinary exit gloo's threads may outlive the
+    interpreter and abort.
 
-    What multiprocessing has to release is released before: torch's compiler, for one, leaves a semaphore.
+    What multiprocessing has to release is released before: torch's compiler, for one, leaves a
+    semaphore.
     """
     util._run_finalizers(0)  # pyright: ignore[reportAttributeAccessIssue] undocumented, and tested
     sys.stdout.flush()

@@ -1,4 +1,5 @@
-"""What code that is being compiled needs besides plain operators: things that are known, or done, when it runs.
+"""What code that is being compiled needs besides plain operators: things that are known, or done,
+when it runs.
 
 Its exchanges are in `syncnorm.comm.exchange`.
 """
@@ -58,7 +59,8 @@ def _unless_repeated(count: Tensor) -> Tensor:
 def _constant(t: Tensor) -> Tensor:
     if ops.backward_pass() != -1:
         raise InputError(
-            "`checkpoint` must not repeat a renormalisation that is compiled, got both. The repetition would see "
+            "`checkpoint` must not repeat a renormalisation that is compiled, got both. The "
+            "repetition would see "
             "running statistics that have moved since: leave the layer out of one of them."
         )
     return t.clone()

@@ -14,7 +14,9 @@ torch.set_num_threads(1)
 
 # How long something takes is the machine's: deadlines are for what hangs.
 settings.register_profile(
-    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "tests",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("tests")
 POOL_SECONDS = 600.0
@@ -23,7 +25,9 @@ RAY = ("test_ray.py", "test_ray_verify.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, where several run side by side: they share what their fixtures make."""
+    """Keep the tests of a file in one process, where several run side by side: they share what
+    their fixtures make.
+    """
     for item in items:
         name = "ray" if item.path.name in RAY else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(name))

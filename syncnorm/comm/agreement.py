@@ -1,4 +1,5 @@
-"""Before anything is pooled, every worker says which layers it has and with whom each pools; all go on, or none.
+"""Before anything is pooled, every worker says which layers it has and with whom each pools; all go
+on, or none.
 
 A worker that means other workers than these mean would wait for somebody who never comes.
 """
@@ -31,7 +32,8 @@ class Statement(NamedTuple):
 
 
 def agree(layers: Sequence[tuple[str, str, Kept]], among: Group, device: torch.device) -> None:
-    """Compare what the members of `among` say of their layers; where these are all workers, make their groups.
+    """Compare what the members of `among` say of their layers; where these are all workers, make
+    their groups.
 
     *Collectives*: two all-gathers over `among`, and the creation of groups. Every member must call.
 
@@ -70,11 +72,14 @@ def _state(name: str, kind: str, kept: Kept) -> Statement:
 def _check_layers(said: dict[int, list[Statement]]) -> None:
     """The same layers in the same order."""
     for number in range(max(len(each) for each in said.values())):
-        found = {r: each[number][:2] if number < len(each) else ("none", "") for r, each in said.items()}
+        found = {
+            r: each[number][:2] if number < len(each) else ("none", "") for r, each in said.items()
+        }
         if len(set(found.values())) > 1:
             raise FaultError(
                 "`model` must have the same layers in the same order on every worker, got "
-                f"{_by_worker({r: ' '.join(each).strip() for r, each in found.items()})} as number {number}. "
+                f"{_by_worker({r: ' '.join(each).strip() for r, each in found.items()})} as number "
+                f"{number}. "
                 "Build the model alike on all workers."
             )
 
@@ -95,7 +100,11 @@ def _is_answered(rank: int, said: dict[int, Statement]) -> bool:
     if members is None:
         return all(other[2:] == said[rank][2:] for other in said.values())
     exist = all(0 <= member < dist.get_world_size() for member in members)
-    return rank in members and exist and all(said[m][3:] == said[rank][3:] for m in members if m in said)
+    return (
+        rank in members
+        and exist
+        and all(said[m][3:] == said[rank][3:] for m in members if m in said)
+    )
 
 
 def _by_worker(words: dict[int, str]) -> str:

@@ -2,10 +2,11 @@
 
 Every exchange of the library passes through here, where it is counted and timed.
 
-A sum travels with its identity: behind the numbers stands one that is made of the layer's name and of what the message
-carries. The sum of equal identities is a multiple of each of them; that of unequal ones is none (but for a chance of
-about 1e-10), and every worker sees that alike. So workers that are in different layers, or in a forward and a backward
-pass, raise one error instead of pooling what does not belong together.
+A sum travels with its identity: behind the numbers stands one that is made of the layer's name and
+of what the message carries. The sum of equal identities is a multiple of each of them; that of
+unequal ones is none (but for a chance of about 1e-10), and every worker sees that alike. So workers
+that are in different layers, or in a forward and a backward pass, raise one error instead of
+pooling what does not belong together.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ class Exchange(NamedTuple):
     """One message as its sender saw it."""
 
     kind: str
-    """What it carried: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments", "all
-    gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`, "agreement" before anything is
-    pooled, "join" of `join`; "no data" for a worker's answer there."""
+    """What it carried: "moments", "gradients", "second" (derivatives), "fault", "count"; "all
+    moments", "all gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`,
+    "agreement" before anything is pooled, "join" of `join`; "no data" for a worker's answer
+    there."""
     numel: int
     """How many float64 numbers travel, identity and padding included (see `size_of`)."""
     seconds: float
@@ -90,7 +92,9 @@ class Total:
     numbers: int = 0
     """How many float64 numbers."""
     seconds: float = 0.0
-    """How long the caller was held up, waiting for sums under way included (on CUDA: the time to enqueue)."""
+    """How long the caller was held up, waiting for sums under way included (on CUDA: the time to
+    enqueue).
+    """
 
     def add(self, count: int, numbers: int, seconds: float) -> None:
         self.count += count
@@ -119,11 +123,14 @@ _tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
 
 Announce = Callable[[str, Tensor, dist.ProcessGroup], None]
 announcers: list[Announce] = []
-"""Called before each exchange with "sum" or "gather", the message and the group (see `syncnorm.model.join`)."""
+"""Called before each exchange with "sum" or "gather", the message and the group (see
+`syncnorm.model.join`).
+"""
 
 
 class Named(NamedTuple):
-    """A group in code that is being compiled: `groups.look_up` finds it by name whenever the compiled code runs.
+    """A group in code that is being compiled: `groups.look_up` finds it by name whenever the
+    compiled code runs.
 
     Groups may have been made, or made anew, since.
     """
@@ -134,8 +141,8 @@ class Named(NamedTuple):
 def size_of(count: int, room: int = 0) -> int:
     """The size of a message that carries `count` numbers: these, the identity, and padding.
 
-    The sums of a layer's forward (2C+1) and backward pass (2C) travel in the same size: backends that are given
-    messages of different sizes abort or hang, and nobody could say why.
+    The sums of a layer's forward (2C+1) and backward pass (2C) travel in the same size: backends
+    that are given messages of different sizes abort or hang, and nobody could say why.
 
     Args:
         count: how many numbers the message carries.
@@ -147,18 +154,22 @@ def size_of(count: int, room: int = 0) -> int:
 def make_room(group: dist.ProcessGroup | None, count: int) -> None:
     """Have all sums over `group` travel in at least the size of one of `count` numbers.
 
-    Then workers that are in layers of different widths are told so, too. Every member must call, with the same count.
+    Then workers that are in layers of different widths are told so, too. Every member must call,
+    with the same count.
     """
     if group is not None:
         line = flights.line_of(group)
         line.room = max(line.room, size_of(count))
 
 
-def sum_(message: Tensor, group: dist.ProcessGroup | Named | None, kind: str, name: str = "") -> Tensor:
-    """The sum of `message` (float64) over `group`, the same bits on every worker. None: the message itself.
+def sum_(
+    message: Tensor, group: dist.ProcessGroup | Named | None, kind: str, name: str = ""
+) -> Tensor:
+    """The sum of `message` (float64) over `group`, the same bits on every worker. None: the message
+    itself.
 
-    *Collectives*: one all-reduce of `size_of(message.numel(), room)` float64 numbers; every member of `group` must
-    call. In code that is being compiled the message goes out when the code runs.
+    *Collectives*: one all-reduce of `size_of(message.numel(), room)` float64 numbers; every member
+    of `group` must call. In code that is being compiled the message goes out when the code runs.
 
     Args:
         message: float64, left as it is.
@@ -167,8 +178,9 @@ def sum_(message: Tensor, group: dist.ProcessGroup | Named | None, kind: str, na
         name: the layer, for errors and for the identity.
 
     Raises:
-        ExchangeError: it broke; or, on all workers alike, some of them sent something else. (On CUDA the latter is
-            looked at in debug mode only. Otherwise the sum is NaN.) In debug mode also: one is not there in time.
+        ExchangeError: it broke; or, on all workers alike, some of them sent something else. (On
+            CUDA the latter is looked at in debug mode only. Otherwise the sum is NaN.) In debug
+            mode also: one is not there in time.
     """
     if group is None:
         return message
@@ -193,20 +205,29 @@ def _identity(kind: str, name: str, count: int) -> int:
     return int.from_bytes(digest, "big") >> 27 | 1 << 37
 
 
-def _begin_sum(message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> tuple[Flight, Tensor]:
-    """The message as it travels. One who only answers sends just zeros, whatever the others mean by it."""
+def _begin_sum(
+    message: Tensor, group: dist.ProcessGroup, kind: str, name: str
+) -> tuple[Flight, Tensor]:
+    """The message as it travels.
+
+    One who only answers sends just zeros, whatever the others mean by it.
+    """
     assert message.dtype == torch.float64
     count = message.numel()
     if kind == NO_DATA:
         wire = message
     else:
         tail = size_of(count, flights.line_of(group).room) - count
-        wire = torch.cat([message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))])
+        wire = torch.cat(
+            [message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))]
+        )
     return _begin("sum", wire, group, kind, name, count), wire
 
 
 def _open(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, bool]:
-    """The sum of the messages, and whether all of them were of this kind and name, as far as is looked at."""
+    """The sum of the messages, and whether all of them were of this kind and name, as far as is
+    looked at.
+    """
     if kind == NO_DATA:
         return wire, True
     count = message.numel()
@@ -220,7 +241,8 @@ def _open(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, 
 def raise_mixed(flight: Flight, group: dist.ProcessGroup) -> None:
     """Find out together who was in which exchange, and raise that everywhere.
 
-    *Collectives*: two all-gathers. Every worker whose sum over `group` was of different messages must call.
+    *Collectives*: two all-gathers. Every worker whose sum over `group` was of different messages
+    must call.
     """
     texts = gather_text(str(flight), group, "agreement", groups.device_for(group))
     flights.count_anew(group)
@@ -229,7 +251,9 @@ def raise_mixed(flight: Flight, group: dist.ProcessGroup) -> None:
 
 @torch.library.custom_op("syncnorm::sum", mutates_args=())
 def _sum(message: Tensor, group: str, kind: str, name: str) -> Tensor:
-    """`sum_` as an operator that a compiler puts into its graph: counted and timed when the graph runs."""
+    """`sum_` as an operator that a compiler puts into its graph: counted and timed when the graph
+    runs.
+    """
     from syncnorm.comm.groups import look_up  # which imports this module
 
     total = sum_(message, look_up(group), kind, name)
@@ -241,20 +265,24 @@ def _(message: Tensor, group: str, kind: str, name: str) -> Tensor:
     return torch.empty_like(message)
 
 
-# Left out nowhere and in the order of the program, on all workers alike: also where nobody needs the result, and
-# where workers have compiled for different shapes.
+# Left out nowhere and in the order of the program, on all workers alike: also where nobody needs
+# the result, and where workers have compiled for different shapes.
 _sum.register_effect(EffectType.ORDERED)
 
 
 class Pending:
     """A sum under way. Copies and pickles as its result."""
 
-    def __init__(self, message: Tensor, wire: Tensor | None = None, flight: Flight | None = None) -> None:
+    def __init__(
+        self, message: Tensor, wire: Tensor | None = None, flight: Flight | None = None
+    ) -> None:
         self._message = message
         self._wire = wire
         self._flight = flight
         self.mixed: Flight | None = None
-        """The exchange, if some workers sent something else: to be told to `raise_mixed`, once waited for."""
+        """The exchange, if some workers sent something else: to be told to `raise_mixed`, once
+        waited for.
+        """
 
     def wait(self) -> Tensor:
         """The sum over the group; on CUDA ordered before what the current stream does next.
@@ -278,11 +306,13 @@ class Pending:
         return {"_message": self.wait(), "_wire": None, "_flight": None, "mixed": None}
 
 
-def start_sum(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Pending:
+def start_sum(
+    message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = ""
+) -> Pending:
     """Begin to sum `message` (float64) over `group`.
 
-    *Collectives*: one asynchronous all-reduce of `size_of(message.numel(), room)` float64 numbers; every member must
-    call.
+    *Collectives*: one asynchronous all-reduce of `size_of(message.numel(), room)` float64 numbers;
+    every member must call.
     """
     if group is None:
         return Pending(message)
@@ -311,9 +341,11 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
 def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.device) -> list[str]:
     """The texts of all workers, by their rank in `group`.
 
-    *Collectives*: two all-gathers, of 1 and of the longest text's bytes / 8 numbers; every member must call.
+    *Collectives*: two all-gathers, of 1 and of the longest text's bytes / 8 numbers; every member
+    must call.
     """
-    # Bytes travel as they are, eight in the place of a number. A last 1 marks the end; what follows is padding.
+    # Bytes travel as they are, eight in the place of a number. A last 1 marks the end; what follows
+    # is padding.
     data = torch.tensor([*text.encode(), 1], dtype=torch.uint8)
     length = torch.full((1,), -(-data.numel() // 8), dtype=torch.float64, device=device)
     longest = int(gather(length, group, kind).max())
@@ -323,7 +355,9 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
     return [bytes(row.tolist()).rstrip(b"\0")[:-1].decode() for row in rows]
 
 
-def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str, count: int) -> Flight:
+def _begin(
+    op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str, count: int
+) -> Flight:
     for announce in announcers:
         announce(op, message, group)
     flight = Flight(message.numel(), group, kind, name, count)
@@ -335,7 +369,9 @@ def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: 
 
 
 def _wait(work: dist.Work | None) -> None:
-    """For what has been enqueued (in debug mode, and what was begun); what blocks has been waited for."""
+    """For what has been enqueued (in debug mode, and what was begun); what blocks has been waited
+    for.
+    """
     seconds = guard.debug_timeout_seconds()
     if work is None:
         return

@@ -1,8 +1,8 @@
 """Exchanges under way: who sent what, what became of it, and words for when it went wrong.
 
-The last exchanges of this process are kept. If one of them is stuck until shortly before its process group gives up
-(on nccl that ends the process, and no exception says why), a thread writes them to standard error, and has the other
-workers write theirs: together they show who is where.
+The last exchanges of this process are kept. If one of them is stuck until shortly before its
+process group gives up (on nccl that ends the process, and no exception says why), a thread writes
+them to standard error, and has the other workers write theirs: together they show who is where.
 """
 
 from __future__ import annotations
@@ -34,12 +34,17 @@ _STUCK_KEY = "syncnorm/stuck"
 
 
 class Line:
-    """What this process knows of the exchanges over one group. Holds no group: torch must be able to end them."""
+    """What this process knows of the exchanges over one group.
+
+    Holds no group: torch must be able to end them.
+    """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         timeout = groups._timeout(group)
         self.members = dist.get_process_group_ranks(group)
-        self.timeout_seconds = _DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout.total_seconds()
+        self.timeout_seconds = (
+            _DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout.total_seconds()
+        )
         self.calls: Counter[tuple[str, str]] = Counter()
         self.signed = 0
         """How many exchanges were agreed upon (debug mode)."""
@@ -63,13 +68,17 @@ def line_of(group: dist.ProcessGroup) -> Line:
 
 
 def forget_rooms() -> None:
-    """Have sums over all groups travel in their own sizes again: the models that asked for room are gone."""
+    """Have sums over all groups travel in their own sizes again: the models that asked for room are
+    gone.
+    """
     for line in _lines.values():
         line.room = 0
 
 
 def count_anew(group: dist.ProcessGroup) -> None:
-    """Begin to count calls anew, on all workers: one that was away does not know what the others have called."""
+    """Begin to count calls anew, on all workers: one that was away does not know what the others
+    have called.
+    """
     if group in _lines:
         _lines[group].calls.clear()
 
@@ -85,7 +94,9 @@ class Flight:
         count: how many of them that takes.
     """
 
-    def __init__(self, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int) -> None:
+    def __init__(
+        self, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
+    ) -> None:
         line = line_of(group)
         line.calls[kind, name] += 1
         self.line = line
@@ -126,7 +137,9 @@ class Flight:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: object
+    ) -> None:
         """Name the error of torch.distributed: the layer and the call, in debug mode who is gone."""
         if error is None:
             return
@@ -137,8 +150,10 @@ class Flight:
         if signing is not None:
             raise ExchangeError(signing.broken(error)) from error
         raise ExchangeError(
-            f"exchange must be made by all of ranks {self.line.members}, got an error on rank {groups.rank()} at "
-            f"{self} after {time.monotonic() - self.began:.1f} s: {error}. A worker has ended, raised, skipped this "
+            f"exchange must be made by all of ranks {self.line.members}, got an error on rank "
+            f"{groups.rank()} at "
+            f"{self} after {time.monotonic() - self.began:.1f} s: {error}. A worker has ended, "
+            "raised, skipped this "
             "exchange or is late; SYNCNORM_DEBUG=1 on all workers says which."
         ) from error
 
@@ -160,7 +175,8 @@ def last_exchanges() -> str:
     """The last exchanges of this process, oldest first, a line each."""
     now = time.monotonic()
     lines = (
-        f"  {now - f.began:8.1f} s ago: {f}{', under way' if _is_under_way(f) else ''}, ranks {f.line.members}"
+        f"  {now - f.began:8.1f} s ago: {f}{', under way' if _is_under_way(f) else ''}, ranks "
+        f"{f.line.members}"
         for f in list(_flights)
     )
     return "\n".join(lines)
@@ -194,16 +210,21 @@ class _Watch:
             self.thread.join(timeout=1.0)
 
     def _run(self) -> None:
-        while not self._ends.wait(min((f.line.margin_seconds for f in list(_flights)), default=1.0) / 3):
+        while not self._ends.wait(
+            min((f.line.margin_seconds for f in list(_flights)), default=1.0) / 3
+        ):
             self._look()
 
     def _look(self) -> None:
-        stuck = next((f for f in list(_flights) if f.is_old() and not f.is_told and _is_under_way(f)), None)
+        stuck = next(
+            (f for f in list(_flights) if f.is_old() and not f.is_told and _is_under_way(f)), None
+        )
         world = dist.group.WORLD
         if stuck is not None:
             stuck.is_told = True
             _tell(
-                f"{stuck} has been under way for {time.monotonic() - stuck.began:.1f} s, and its process group "
+                f"{stuck} has been under way for {time.monotonic() - stuck.began:.1f} s, and its "
+                "process group "
                 f"gives up after {stuck.line.timeout_seconds:g} s."
             )
         elif self._told is not None and self._told() is world:

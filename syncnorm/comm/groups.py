@@ -1,8 +1,8 @@
 """From what a user calls `process_group` to the group that statistics travel on.
 
-Statistics have a group of their own over the same ranks. On the group that DistributedDataParallel uses they
-would queue behind gradient buckets, and where a parameter is used on one rank only, the order of messages
-would differ between ranks, which gloo answers with an abort.
+Statistics have a group of their own over the same ranks. On the group that DistributedDataParallel
+uses they would queue behind gradient buckets, and where a parameter is used on one rank only, the
+order of messages would differ between ranks, which gloo answers with an abort.
 """
 
 from __future__ import annotations
@@ -31,14 +31,20 @@ Spec = Group | DeviceMesh | str | int | ForSamples | Ranks | None
 
 
 class Outside:
-    """In place of the group that a rank is not in. Nothing raises alone, so it is an error when it is used."""
+    """In place of the group that a rank is not in.
+
+    Nothing raises alone, so it is an error when it is used.
+    """
 
     def __repr__(self) -> str:
         return "a group without it"
 
 
 class Given:
-    """A group that a user gave. Copies in this process share it; a pickle holds the ranks of its members."""
+    """A group that a user gave.
+
+    Copies in this process share it; a pickle holds the ranks of its members.
+    """
 
     def __init__(self, what: Group | DeviceMesh, group: Group) -> None:
         self.what = what
@@ -98,7 +104,8 @@ def _keep_mesh(mesh: DeviceMesh) -> Given | Outside:
 def _check_live(group: Group) -> Group:
     if not _is_live(group):
         raise InputError(
-            "`process_group` must belong to the present torch.distributed, got a group of one that was shut down. "
+            "`process_group` must belong to the present torch.distributed, got a group of one that "
+            "was shut down. "
             "Make it after init_process_group."
         )
     return group
@@ -127,7 +134,8 @@ def live(process_group: Spec) -> Group | None:
         return kept.group
     if kept is not None:
         raise InputError(
-            f"`process_group` must be the group that DistributedDataParallel is given, got {kept!r}. "
+            "`process_group` must be the group that DistributedDataParallel is given, got "
+            f"{kept!r}. "
             "With whom a layer pools is said in the layer: SyncBatchNorm(..., process_group=...)."
         )
     return dist.group.WORLD if is_initialized() else None
@@ -151,9 +159,11 @@ Part = tuple[str, tuple[int, ...]]
 class _Workers:
     """What is known about the workers of one default group."""
 
-    # Weak: torch keeps the groups until it is shut down; kept here too, their threads would outlive it and abort the
-    # process at its end.
-    made: weakref.WeakValueDictionary[Part, Group] = field(default_factory=weakref.WeakValueDictionary)
+    # Weak: torch keeps the groups until it is shut down; kept here too, their threads would outlive
+    # it and abort the process at its end.
+    made: weakref.WeakValueDictionary[Part, Group] = field(
+        default_factory=weakref.WeakValueDictionary
+    )
     """This rank's groups."""
     made_by_all: set[Part] = field(default_factory=set)
     """Those that every rank has taken part in making, members or not; the same on all ranks."""
@@ -177,20 +187,23 @@ def _workers() -> _Workers:
 
 
 def statistics_group(process_group: Spec | Kept = None) -> Group | None:
-    """The group over which statistics of `process_group` are pooled; None if there is nobody to pool with.
+    """The group over which statistics of `process_group` are pooled; None if there is nobody to
+    pool with.
 
-    Made at the first call for a set of ranks, with the timeout of the group given, else the default group's; then kept.
+    Made at the first call for a set of ranks, with the timeout of the group given, else the default
+    group's; then kept.
 
-    *Collectives*: the first call for a rule (or for a group of all ranks) must be made by every rank, in the same
-    order as those for others; the first one for a group of some ranks by these, and by no one else. Later calls
-    exchange nothing.
+    *Collectives*: the first call for a rule (or for a group of all ranks) must be made by every
+    rank, in the same order as those for others; the first one for a group of some ranks by these,
+    and by no one else. Later calls exchange nothing.
 
     Args:
-        process_group: the workers to pool over; None means all, or nobody where torch.distributed is not initialised.
+        process_group: the workers to pool over; None means all, or nobody where torch.distributed
+            is not initialised.
 
     Raises:
-        InputError: a group was given although torch.distributed is not initialised, this rank is not in it, or the
-            rule does not fit the workers that there are.
+        InputError: a group was given although torch.distributed is not initialised, this rank is
+            not in it, or the rule does not fit the workers that there are.
     """
     if torch.compiler.is_compiling():
         # Of another type, since it is only passed on to `exchange.sum_`.
@@ -219,7 +232,9 @@ def _name(spec: Spec | Kept) -> str:
     if isinstance(spec, Group):
         return f"group {spec.group_name}"
     if isinstance(spec, DeviceMesh):
-        return "outside" if spec.get_coordinate() is None else f"group {spec.get_group().group_name}"
+        return (
+            "outside" if spec.get_coordinate() is None else f"group {spec.get_group().group_name}"
+        )
     if isinstance(spec, Ranks):
         return "ranks " + " ".join(str(rank) for rank in spec.members)
     if isinstance(spec, ForSamples):
@@ -249,7 +264,8 @@ def look_up(name: str) -> Group | None:
 
 
 def least_size(kept: Kept, world_size: int) -> int | None:
-    """How many workers pool together in the smallest group, if there were `world_size`; None where nobody knows yet.
+    """How many workers pool together in the smallest group, if there were `world_size`; None where
+    nobody knows yet.
 
     Nothing is exchanged or made.
 
@@ -262,7 +278,9 @@ def least_size(kept: Kept, world_size: int) -> int | None:
     machines = _workers().machines if is_initialized() else []
     if isinstance(kept, Outside) or (kept == "node" and len(machines) != world_size > 1):
         return None
-    return min(len(part) for part in which.parts(kept or "world", world_size, lambda: machines or [""]))
+    return min(
+        len(part) for part in which.parts(kept or "world", world_size, lambda: machines or [""])
+    )
 
 
 def _check_alone(kept: Kept) -> None:
@@ -270,7 +288,8 @@ def _check_alone(kept: Kept) -> None:
     if isinstance(kept, Given | Outside | Ranks):
         raise InputError(
             f"`process_group` must belong to an initialised torch.distributed, got {kept!r} "
-            "without a default group. Call torch.distributed.init_process_group first, or pass None."
+            "without a default group. Call torch.distributed.init_process_group first, or pass "
+            "None."
         )
     which.parts(kept or "world", 1, lambda: [""])
 
@@ -306,7 +325,8 @@ def _resolve(rule: Rule, parent: Group) -> tuple[int, ...]:
     cut = which.parts(rule, world_size, _machines)
     if which.is_short(rule, world_size):
         warnings.warn(
-            f"`process_group={rule}` asks for more samples than all {world_size} worker(s) hold together; they pool "
+            f"`process_group={rule}` asks for more samples than all {world_size} worker(s) hold "
+            "together; they pool "
             "what they have.",
             stacklevel=2,
         )
@@ -317,9 +337,11 @@ def _resolve(rule: Rule, parent: Group) -> tuple[int, ...]:
 
 
 def make_all(parts: Sequence[Part], parent: Group) -> None:
-    """Make the groups of these parts, but for parts of one. Every rank must call, with the same parts in order.
+    """Make the groups of these parts, but for parts of one. Every rank must call, with the same
+    parts in order.
 
-    Every rank takes part in making every group: torch numbers those that it makes among all ranks alike everywhere.
+    Every rank takes part in making every group: torch numbers those that it makes among all ranks
+    alike everywhere.
     """
     workers = _workers()
     for backend, members in parts:
@@ -336,8 +358,10 @@ def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
     which.parts(rule, dist.get_world_size())
     if dist.get_rank() not in rule.members:
         raise InputError(
-            f"`process_group` must contain this rank, got ranks {list(rule.members)} (rank {dist.get_rank()}). "
-            'Set layer.process_group on each worker to its own group, or on all to a rule such as "node" or 2.'
+            f"`process_group` must contain this rank, got ranks {list(rule.members)} (rank "
+            f"{dist.get_rank()}). "
+            "Set layer.process_group on each worker to its own group, or on all to a rule such as "
+            '"node" or 2.'
         )
     if len(rule.members) == 1:
         return
@@ -345,7 +369,10 @@ def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
     among = parent if isinstance(kept, Given) and kept.group is parent else None
     with naming.made_by(rule.members), naming.alike(rule.members, among, device_for(parent)):
         group = dist.new_group(
-            list(rule.members), timeout=_timeout(parent), backend=backend, use_local_synchronization=True
+            list(rule.members),
+            timeout=_timeout(parent),
+            backend=backend,
+            use_local_synchronization=True,
         )
     assert isinstance(group, Group)
     _workers().made[backend, rule.members] = group
@@ -356,7 +383,9 @@ def _machines() -> list[str]:
     workers, world = _workers(), dist.group.WORLD
     assert world is not None
     if not workers.machines:
-        workers.machines = exchange.gather_text(this_machine(), world, "agreement", device_for(world))
+        workers.machines = exchange.gather_text(
+            this_machine(), world, "agreement", device_for(world)
+        )
     return workers.machines
 
 
@@ -366,7 +395,8 @@ def know_machines(names: list[str]) -> None:
 
 
 def this_machine() -> str:
-    """What tells this machine from others: the number of the running kernel, which all its containers share.
+    """What tells this machine from others: the number of the running kernel, which all its
+    containers share.
 
     Where the system has none, the host's name.
     """
@@ -377,7 +407,9 @@ def this_machine() -> str:
 
 
 def device_for(group: Group, preferred: torch.device | None = None) -> torch.device:
-    """Where a message over `group` can be: the preferred device if it takes that, else the CPU, else a current one."""
+    """Where a message over `group` can be: the preferred device if it takes that, else the CPU,
+    else a current one.
+    """
     types = [device.type for device in group._device_types]
     if preferred is not None and preferred.type in types:
         return preferred
@@ -385,7 +417,8 @@ def device_for(group: Group, preferred: torch.device | None = None) -> torch.dev
 
 
 def _timeout(group: Group) -> timedelta | None:
-    """How long the user wants to wait for others; torch would give a new group its own default of half an hour.
+    """How long the user wants to wait for others; torch would give a new group its own default of
+    half an hour.
 
     None for a backend that keeps no such option: its default then.
     """

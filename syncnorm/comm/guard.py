@@ -24,18 +24,19 @@ def debug_timeout_seconds() -> float | None:
 
 @contextmanager
 def debug(enabled: bool = True, *, timeout_seconds: float | None = None) -> Iterator[None]:
-    """Turn debug mode on (or off) within the block; `SYNCNORM_DEBUG=1` turns it on for a whole process.
+    """Turn debug mode on (or off) within the block; `SYNCNORM_DEBUG=1` turns it on for a whole
+    process.
 
     In debug mode
 
-    - workers agree on each exchange before they make it. If they disagree about it, or one has not come within
-      `timeout_seconds`, every worker that is in an exchange, or comes to one later, raises the same `ExchangeError`,
-      which says which rank is where;
+    - workers agree on each exchange before they make it. If they disagree about it, or one has not
+      come within `timeout_seconds`, every worker that is in an exchange, or comes to one later,
+      raises the same `ExchangeError`, which says which rank is where;
     - a statistic over a single value per channel is an error on all workers rather than a warning;
     - faults in the data are looked for on CUDA too, at the price of a host synchronisation.
 
-    *Collectives*: none, but some words with the others through the Store of the process group, about a millisecond
-    for each exchange. Every worker must be in debug mode alike.
+    *Collectives*: none, but some words with the others through the Store of the process group,
+    about a millisecond for each exchange. Every worker must be in debug mode alike.
 
     Args:
         enabled: whether debug mode is on within the block.
@@ -51,7 +52,10 @@ def debug(enabled: bool = True, *, timeout_seconds: float | None = None) -> Iter
     """
     global _enabled, _timeout_seconds
     if timeout_seconds is not None and not timeout_seconds > 0:
-        raise InputError(f"`timeout_seconds` must be > 0, got {timeout_seconds}. None waits as the process group does.")
+        raise InputError(
+            f"`timeout_seconds` must be > 0, got {timeout_seconds}. None waits as the process "
+            "group does."
+        )
     before = _enabled, _timeout_seconds
     _enabled, _timeout_seconds = enabled, timeout_seconds
     try:

@@ -1,8 +1,9 @@
-"""How torch names a group that only its members make: by its ranks and a number that they need not agree on.
+"""How torch names a group that only its members make: by its ranks and a number that they need not
+agree on.
 
-From 2.15 on the number is that of the groups that a rank has made, before that of the groups that it is in. Members who
-count differently would wait for each other under different names. Nothing of this is documented, and there is no other
-way to ask; a test notices if it changes.
+From 2.15 on the number is that of the groups that a rank has made, before that of the groups that
+it is in. Members who count differently would wait for each other under different names. Nothing of
+this is documented, and there is no other way to ask; a test notices if it changes.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ _FIRST_NUMBER = 10**9
 
 
 @contextmanager
-def alike(members: tuple[int, ...], group: dist.ProcessGroup | None, device: torch.device) -> Iterator[None]:
+def alike(
+    members: tuple[int, ...], group: dist.ProcessGroup | None, device: torch.device
+) -> Iterator[None]:
     """Within it, a group that is made by its members alone has one name.
 
     *Collectives*: before torch 2.15, one all-gather of one number over `group`.
 
     Args:
         members: all of which enter.
-        group: one of just these members, if there is one; without it nothing can be agreed on before torch 2.15.
+        group: one of just these members, if there is one; without it nothing can be agreed on
+            before torch 2.15.
         device: for a message over it.
     """
     with _counting_from(_FIRST_NUMBER + _count_among(members)):
@@ -40,7 +44,9 @@ def alike(members: tuple[int, ...], group: dist.ProcessGroup | None, device: tor
 
 @contextmanager
 def _counting_from(number: int) -> Iterator[None]:
-    """Have torch number groups from here on, and as before afterwards: all ranks count those of all ranks alike."""
+    """Have torch number groups from here on, and as before afterwards: all ranks count those of all
+    ranks alike.
+    """
     before, c10d._world.group_count = c10d._world.group_count, number
     try:
         yield
@@ -61,9 +67,15 @@ def _is_named_by_count() -> bool:
 
 
 def _even_out(group: dist.ProcessGroup, device: torch.device) -> None:
-    """Have the members of `group` be in equally many groups, those in fewer by groups of their own alone."""
+    """Have the members of `group` be in equally many groups, those in fewer by groups of their own
+    alone.
+    """
     number = len(c10d._world.pg_names)
-    most = int(exchange.gather(torch.full((1,), number, dtype=torch.float64, device=device), group, "agreement").max())
+    most = int(
+        exchange.gather(
+            torch.full((1,), number, dtype=torch.float64, device=device), group, "agreement"
+        ).max()
+    )
     for _ in range(most - number):
         dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
 
@@ -77,7 +89,9 @@ def made_by(ranks: Sequence[int]) -> Iterator[None]:
         if isinstance(error, ExchangeError):
             raise
         raise ExchangeError(
-            f"process group must be made by all of ranks {list(ranks)}, got an error on rank {dist.get_rank()}: "
+            f"process group must be made by all of ranks {list(ranks)}, got an error on rank "
+            f"{dist.get_rank()}: "
             f"{error}. "
-            "Ranks that do not train make none: say who does, with process_group=group in prepare_ddp and the layers."
+            "Ranks that do not train make none: say who does, with process_group=group in "
+            "prepare_ddp and the layers."
         ) from error

@@ -1,10 +1,11 @@
 """Debug mode: workers agree on an exchange before they make it.
 
-Each worker leaves its signature of the exchange in the Store of the process group and looks for those of the others.
-Whoever first sees them all, or runs out of patience, writes the decision (a compare-and-set, so there is one): to
-go, or what is wrong. All obey the decision, also one who comes late and then finds every signature there; so nobody
-goes into an exchange that another has given up. What is wrong is also written for the whole world, and is the
-answer to everybody who comes to an exchange later, over whatever group.
+Each worker leaves its signature of the exchange in the Store of the process group and looks for
+those of the others. Whoever first sees them all, or runs out of patience, writes the decision (a
+compare-and-set, so there is one): to go, or what is wrong. All obey the decision, also one who
+comes late and then finds every signature there; so nobody goes into an exchange that another has
+given up. What is wrong is also written for the whole world, and is the answer to everybody who
+comes to an exchange later, over whatever group.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from syncnorm.comm.flight import Flight, describe, world_store
 from syncnorm.errors import ExchangeError
 
 NO_DATA = "no data"
-"""The kind of a worker's answers when its data has run out: zeros, to whatever the others exchange."""
+"""The kind of a worker's answers when its data has run out: zeros, to whatever the others exchange.
+"""
 _VERDICT, _HEARD = "syncnorm/verdict", "syncnorm/heard"
 _GO = "go"
 # How long one who raises stays for the others to hear of it: the store may end with this process.
@@ -87,9 +89,14 @@ class Signing:
             self._wait(lambda: len(self._who("broke")) == len(self._members), _GRACE_SECONDS)
             here = self._who("broke")
             gone = [rank for rank in self._members if rank not in here]
-            what = f"nothing more from {_ranks(gone)}" if gone else f"from rank {groups.rank()}: {error}"
+            what = (
+                f"nothing more from {_ranks(gone)}"
+                if gone
+                else f"from rank {groups.rank()}: {error}"
+            )
             return self._publish(
-                f"exchange must be made by all of ranks {self._members}, got {what}, in {self._flight}. "
+                f"exchange must be made by all of ranks {self._members}, got {what}, in "
+                f"{self._flight}. "
                 "Look for the cause in the log of that worker.",
                 len(here),
             )
@@ -122,7 +129,11 @@ class Signing:
     def _complain(self, at: dict[int, Signature], missing: list[int]) -> str:
         late = []
         for rank in missing:
-            last = f"last at {self._signature(rank, self._number - 1)}" if self._number else "at none before"
+            last = (
+                f"last at {self._signature(rank, self._number - 1)}"
+                if self._number
+                else "at none before"
+            )
             late.append(f"rank {rank} not there within {self.patience_seconds:g} s ({last})")
         return at_different_places({rank: str(place) for rank, place in at.items()}, late)
 
@@ -150,8 +161,10 @@ class Signing:
 
     def _lost(self, error: BaseException) -> str:
         return (
-            f"exchange must be agreed upon through the Store of the process group, which cannot be reached at "
-            f"{self._flight}: {error}. The worker that hosts it (rank 0, unless a launcher does) has ended."
+            "exchange must be agreed upon through the Store of the process group, which cannot be "
+            "reached at "
+            f"{self._flight}: {error}. The worker that hosts it (rank 0, unless a launcher does) "
+            "has ended."
         )
 
     def _wait(self, is_done: Callable[[], bool], patience_seconds: float) -> None:
@@ -171,10 +184,15 @@ def at_different_places(at: dict[int, str], late: Sequence[str] = ()) -> str:
         at: of each rank, the exchange that it is in.
         late: what to say of those who are in none.
     """
-    places = [f"{_ranks([r for r in at if at[r] == place])} at {place}" for place in dict.fromkeys(at.values())]
+    places = [
+        f"{_ranks([r for r in at if at[r] == place])} at {place}"
+        for place in dict.fromkeys(at.values())
+    ]
     return (
-        f"workers must make the same exchanges in the same order, got {', '.join([*places, *late])}. Look at what "
-        "differs there: a layer skipped or called once more, evaluation mode, another number of channels or batches, "
+        "workers must make the same exchanges in the same order, got "
+        f"{', '.join([*places, *late])}. Look at what "
+        "differs there: a layer skipped or called once more, evaluation mode, another number of "
+        "channels or batches, "
         "an error, a worker that ended or is slow."
     )
 

@@ -1,6 +1,8 @@
-"""Which workers pool together, stated as a rule: before there are any, in a copy, in a pickle, for any number of them.
+"""Which workers pool together, stated as a rule: before there are any, in a copy, in a pickle, for
+any number of them.
 
-Pure: a rule and the workers that there are give the parts. `syncnorm.comm.groups` makes groups of them.
+Pure: a rule and the workers that there are give the parts. `syncnorm.comm.groups` makes groups of
+them.
 """
 
 from __future__ import annotations
@@ -42,12 +44,13 @@ Rule = str | int | ForSamples | Ranks
 
 
 def for_samples(samples: int, local_batch_size: int) -> ForSamples:
-    """As few neighbouring workers as hold `samples` samples together: the rule "pool until a statistic has enough".
+    """As few neighbouring workers as hold `samples` samples together: the rule "pool until a
+    statistic has enough".
 
         workers in a group >= ceil(samples / local_batch_size)
 
-    Neighbours by rank are cut into as many groups as that allows, of nearly equal size. Where all workers together
-    hold fewer samples, all of them pool, and a warning says so.
+    Neighbours by rank are cut into as many groups as that allows, of nearly equal size. Where all
+    workers together hold fewer samples, all of them pool, and a warning says so.
 
     Args:
         samples: in each statistic, at least 1.
@@ -65,24 +68,31 @@ def for_samples(samples: int, local_batch_size: int) -> ForSamples:
     """
     for name, value in (("samples", samples), ("local_batch_size", local_batch_size)):
         if not isinstance(value, int) or value < 1:
-            raise InputError(f"`{name}` must be an integer of at least 1, got {value!r}. It counts samples.")
+            raise InputError(
+                f"`{name}` must be an integer of at least 1, got {value!r}. It counts samples."
+            )
     return ForSamples(samples, local_batch_size)
 
 
 def check(rule: object) -> Rule:
     """The rule, or InputError if it is none whatever the workers."""
-    if isinstance(rule, ForSamples | Ranks) or (isinstance(rule, str) and rule in ("world", "node")):
+    if isinstance(rule, ForSamples | Ranks) or (
+        isinstance(rule, str) and rule in ("world", "node")
+    ):
         return rule
     if isinstance(rule, int) and not isinstance(rule, bool) and rule >= 1:
         return rule
     raise InputError(
-        '`process_group` must be None, "world", "node", a number of neighbouring workers of at least 1, '
+        '`process_group` must be None, "world", "node", a number of neighbouring workers of at '
+        "least 1, "
         f"groups.for_samples(...), a ProcessGroup or a one-dimensional DeviceMesh, got {rule!r}. "
         "None pools over all workers."
     )
 
 
-def parts(rule: Rule, world_size: int, machines: Callable[[], Sequence[str]] = list) -> list[tuple[int, ...]]:
+def parts(
+    rule: Rule, world_size: int, machines: Callable[[], Sequence[str]] = list
+) -> list[tuple[int, ...]]:
     """The groups that workers 0 to world_size - 1 fall into, in the order in which they are made.
 
     `Ranks` says nothing about the others: its members are the one part.
@@ -105,7 +115,8 @@ def parts(rule: Rule, world_size: int, machines: Callable[[], Sequence[str]] = l
     if isinstance(rule, int):
         if world_size % rule:
             raise InputError(
-                f"`process_group` must divide the number of workers, got {rule} for {world_size} worker(s). "
+                f"`process_group` must divide the number of workers, got {rule} for {world_size} "
+                "worker(s). "
                 "Take a divisor, or groups.for_samples, which takes any number of workers."
             )
         return _runs(world_size, world_size // rule)
@@ -139,6 +150,8 @@ def _check_members(rule: Ranks, world_size: int) -> None:
     missing = [rank for rank in rule.members if not 0 <= rank < world_size]
     if missing or not rule.members:
         raise InputError(
-            f"`process_group` must hold ranks of the {world_size} worker(s) that there are, got {rule.members}. "
-            'Set layer.process_group to a group of theirs, or to a rule such as "node" or 2, which fits any number.'
+            f"`process_group` must hold ranks of the {world_size} worker(s) that there are, got "
+            f"{rule.members}. "
+            'Set layer.process_group to a group of theirs, or to a rule such as "node" or 2, which '
+            "fits any number."
         )

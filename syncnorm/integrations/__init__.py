@@ -1,1 +1,3 @@
-"""Other libraries' hooks for our layers, one file each, which is imported by those who need it and not before."""
+"""Other libraries' hooks for our layers, one file each, which is imported by those who need it and
+not before.
+"""

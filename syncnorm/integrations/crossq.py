@@ -1,4 +1,6 @@
-"""CrossQ of sb3-contrib, its batch renormalisation replaced by ours: `convert_policy(model.policy)`."""
+"""CrossQ of sb3-contrib, its batch renormalisation replaced by ours:
+`convert_policy(model.policy)`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,22 @@ from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.renorm import RenormSchedule
 
-_OURS = {"ra_mean": "running_mean", "ra_var": "running_var", "steps": "num_batches_tracked", "scale": "weight"}
+_OURS = {
+    "ra_mean": "running_mean",
+    "ra_var": "running_var",
+    "steps": "num_batches_tracked",
+    "scale": "weight",
+}
 
 
 class CrossQRenorm(SyncBatchRenorm, BatchRenorm1d):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Ours, and still theirs to CrossQ, which sets the mode of its layers by class, and to its saved models."""
+    """Ours, and still theirs to CrossQ, which sets the mode of its layers by class, and to its
+    saved models.
+    """
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for theirs, ours in _OURS.items():
             destination[prefix + theirs] = destination.pop(prefix + ours)
@@ -29,15 +40,19 @@ class CrossQRenorm(SyncBatchRenorm, BatchRenorm1d):  # pyright: ignore[reportInc
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def convert_policy(policy: nn.Module, *, process_group: Any = None, sync: str = "batch") -> nn.Module:
+def convert_policy(
+    policy: nn.Module, *, process_group: Any = None, sync: str = "batch"
+) -> nn.Module:
     """Make the BatchRenorm1d layers of a CrossQ policy ours, in place, with all their numbers.
 
-    Parameters stay the tensors that the optimizers hold, and momentum, eps, bounds, warm-up, clock and averages what
-    they were. Evaluation gives what it gave. In training, batches are normalised by the biased variance, as in the
-    paper; sb3-contrib takes the unbiased one, larger by n / (n - 1). State dicts keep sb3-contrib's names: `model.save`
-    works, and `CrossQ.load` gives a policy with its layers.
+    Parameters stay the tensors that the optimizers hold, and momentum, eps, bounds, warm-up, clock
+    and averages what they were. Evaluation gives what it gave. In training, batches are normalised
+    by the biased variance, as in the paper; sb3-contrib takes the unbiased one, larger by n / (n -
+    1). State dicts keep sb3-contrib's names: `model.save` works, and `CrossQ.load` gives a policy
+    with its layers.
 
-    *Collectives*: none. With `sync="batch"` training then pools over `process_group`, where there is one.
+    *Collectives*: none. With `sync="batch"` training then pools over `process_group`, where there
+    is one.
 
     Returns:
         `policy`.
@@ -45,11 +60,14 @@ def convert_policy(policy: nn.Module, *, process_group: Any = None, sync: str = 
     Raises:
         InputError: a layer has no weight and bias. Nothing was changed.
     """
-    layers: dict[str, Any] = {name: m for name, m in policy.named_modules() if isinstance(m, BatchRenorm1d)}
+    layers: dict[str, Any] = {
+        name: m for name, m in policy.named_modules() if isinstance(m, BatchRenorm1d)
+    }
     for name, layer in layers.items():
         if not layer.affine:
             raise InputError(
-                f"`policy` must have layers with affine=True, got {layer} at {name!r}. Build it with them."
+                f"`policy` must have layers with affine=True, got {layer} at {name!r}. Build it "
+                "with them."
             )
     for layer in layers.values():
         if not isinstance(layer, CrossQRenorm):

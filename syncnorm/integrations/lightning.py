@@ -1,4 +1,6 @@
-"""Lightning, by either of its names: pooled statistics while it fits, torch's own layers before and after."""
+"""Lightning, by either of its names: pooled statistics while it fits, torch's own layers before and
+after.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +18,27 @@ from syncnorm.model.ddp import prepare_ddp
 
 
 class LayerSync:
-    """Pool the statistics of batch norms over Lightning's workers, in place of `sync_batchnorm=True`.
+    """Pool the statistics of batch norms over Lightning's workers, in place of
+    `sync_batchnorm=True`.
 
         Trainer(strategy="ddp", devices=4, plugins=[LayerSync()])
 
-    While it fits the module's batch norms are `SyncBatchNorm`; afterwards they are again what they were, with what they
-    have learnt. Checkpoints have the usual keys. On one device Lightning does not call the plugin.
+    While it fits the module's batch norms are `SyncBatchNorm`; afterwards they are again what they
+    were, with what they have learnt. Checkpoints have the usual keys. On one device Lightning does
+    not call the plugin.
 
-    A module that has layers of ours already is only prepared for DistributedDataParallel, and stays as it is. So must
-    be those with `SyncBatchRenorm` or `sync="lagged"`, whose clock and averages are in checkpoints: Lightning restores
-    a checkpoint before the plugin acts. Convert in the module's `__init__`.
+    A module that has layers of ours already is only prepared for DistributedDataParallel, and stays
+    as it is. So must be those with `SyncBatchRenorm` or `sync="lagged"`, whose clock and averages
+    are in checkpoints: Lightning restores a checkpoint before the plugin acts. Convert in the
+    module's `__init__`.
 
     Args:
         options: of `convert`: process_group, select, sync, momentum, eps.
     """
 
     def __init__(self, **options: Any) -> None:
-        # Lightning has two names, and takes plugins of its own class. It is loaded wherever a Trainer can be made.
+        # Lightning has two names, and takes plugins of its own class. It is loaded wherever a
+        # Trainer can be made.
         for name in {"lightning.pytorch", "pytorch_lightning"} & sys.modules.keys():
             importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
         self.options = options
@@ -45,7 +51,8 @@ class LayerSync:
         self._has_converted = bool(norms) and not any(isinstance(m, SyncNorm) for m in norms)
         if self._has_converted:
             convert(model, SyncBatchNorm, **self.options)
-        # Lightning moves it next; buffers are broadcast by a backend that may know one kind of device only.
+        # Lightning moves it next; buffers are broadcast by a backend that may know one kind of
+        # device only.
         return prepare_ddp(model.to(trainer.strategy.root_device))
 
     def revert(self, model: nn.Module) -> nn.Module:

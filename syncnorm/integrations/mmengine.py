@@ -1,11 +1,13 @@
-"""mmengine, and with it mmcv, mmdet, mmseg, mmpretrain: our layers and our preparation under names in its registries.
+"""mmengine, and with it mmcv, mmdet, mmseg, mmpretrain: our layers and our preparation under names
+in its registries.
 
     custom_imports = dict(imports=["syncnorm.integrations.mmengine"])
     norm_cfg = dict(type="PooledBN")                                  # or "PooledBRN"; options go in the same dict
     model_wrapper_cfg = dict(type="PooledDistributedDataParallel")    # needed by sync="running" and "lagged" only
 
-`build_norm_layer` calls both "bn", as it does all subclasses of torch's, so parameters keep their names: a checkpoint
-of a model with norm_cfg = dict(type="BN") or "SyncBN" loads. Leave `sync_bn` out of the config: it makes them torch's.
+`build_norm_layer` calls both "bn", as it does all subclasses of torch's, so parameters keep their
+names: a checkpoint of a model with norm_cfg = dict(type="BN") or "SyncBN" loads. Leave `sync_bn`
+out of the config: it makes them torch's.
 """
 
 from __future__ import annotations
@@ -27,5 +29,9 @@ MODELS.register_module(name="PooledBRN", module=SyncBatchRenorm)
 class PooledDistributedDataParallel(MMDistributedDataParallel):
     """mmengine's wrapper round a model that `prepare_ddp` has prepared."""
 
-    def __init__(self, module: nn.Module, *args: Any, process_group: Any = None, **kwargs: Any) -> None:
-        super().__init__(prepare_ddp(module, process_group), *args, process_group=process_group, **kwargs)
+    def __init__(
+        self, module: nn.Module, *args: Any, process_group: Any = None, **kwargs: Any
+    ) -> None:
+        super().__init__(
+            prepare_ddp(module, process_group), *args, process_group=process_group, **kwargs
+        )

@@ -1,12 +1,13 @@
-"""Batch normalisation by one worker as a formula, which torch differentiates, batches and traces by itself.
+"""Batch normalisation by one worker as a formula, which torch differentiates, batches and traces by
+itself.
 
     n = sum w        mean = sum w x / n        var = sum w (x - mean)^2 / n        s = 1 / sqrt(var + eps)
 
     y  = (x - mean) * s * weight + bias
     dx = weight * s * (g - w * (sum g + xhat * sum g xhat) / n)        xhat = (x - mean) * s
 
-In float64 and out of place, with no number read: slower than the kernels, and more is kept for a backward pass.
-Shapes: x, g (N, C, *S); mask (N, 1, *S) or None; all else (C,).
+In float64 and out of place, with no number read: slower than the kernels, and more is kept for a
+backward pass. Shapes: x, g (N, C, *S); mask (N, 1, *S) or None; all else (C,).
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def raw_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     return torch.cat([wx.sum(_over(x)), (wx * wide).sum(_over(x)), w.sum().view(1)])
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, eps: float) -> Tensor:
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, eps: float
+) -> Tensor:
     """y, in the type of x; the moments are functions of x."""
     centred, _, var, is_single = _moments(x, mask)
     s = _invstd(var + eps, is_single)
@@ -33,14 +36,19 @@ def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tenso
 def gradient(
     g: Tensor, x: Tensor, weight: Tensor | None, mask: Tensor | None, invstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, in the type of x, sum g xhat and sum g; all functions of g, x and weight. `invstd` is what x had."""
+    """dx, in the type of x, sum g xhat and sum g; all functions of g, x and weight.
+
+    `invstd` is what x had.
+    """
     centred, inverse, var, is_single = _moments(x, mask)
     # The constant between the variance and 1 / invstd^2. It is infinite where invstd is 0.
     eps = (invstd.pow(-2) - var).detach()
     s = _invstd(var + eps, is_single)
     xhat, wide = centred * _facing(s, x), g.double()
     sum_g, sum_g_xhat = wide.sum(_over(x)), (wide * xhat).sum(_over(x))
-    through = _weights(x, mask) * (_facing(sum_g * inverse, x) + xhat * _facing(sum_g_xhat * inverse, x))
+    through = _weights(x, mask) * (
+        _facing(sum_g * inverse, x) + xhat * _facing(sum_g_xhat * inverse, x)
+    )
     dx = (wide - through) * _facing(s if weight is None else s * weight, x)
     return dx.to(x.dtype), sum_g_xhat, sum_g
 

@@ -1,12 +1,14 @@
-"""Statistics that nobody waits for: averages of pooled moments and gradient means, one step old, and their guard.
+"""Statistics that nobody waits for: averages of pooled moments and gradient means, one step old,
+and their guard.
 
     forward   mean, var        <- mean, var        + forward_rate  * (pooled of the last step - mean, var)
     backward  mean g, g xhat   <- mean g, g xhat   + backward_rate * (pooled of the last step - mean g, g xhat)
     drift     = max over channels of |pooled mean - mean| / sqrt(var + eps)
                 and of |log((pooled var + eps) / (var + eps))| / 2
 
-The drift is that of a step's pooled moments from the average which that step used. A layer whose drift exceeds
-`max_drift` waits for pooling in the next step. All of it is computed from pooled numbers, so all workers decide alike.
+The drift is that of a step's pooled moments from the average which that step used. A layer whose
+drift exceeds `max_drift` waits for pooling in the next step. All of it is computed from pooled
+numbers, so all workers decide alike.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ class Lagged:
     Args:
         forward_rate: weight of the newest pooled moments in their average, in (0, 1].
         backward_rate: weight of the newest pooled gradient means in theirs, in (0, 1].
-        max_drift: distance of a step's pooled moments from the average that it used, in standard deviations or
-            half log-ratios of variance, beyond which a layer waits for pooling in the next step; >= 0.
-            Infinity turns the guard off.
+        max_drift: distance of a step's pooled moments from the average that it used, in standard
+            deviations or half log-ratios of variance, beyond which a layer waits for pooling in the
+            next step; >= 0. Infinity turns the guard off.
 
     Raises:
         InputError: a value is out of range.
@@ -40,11 +42,18 @@ class Lagged:
     max_drift: float = 0.35
 
     def __post_init__(self) -> None:
-        for name, rate in (("forward_rate", self.forward_rate), ("backward_rate", self.backward_rate)):
+        for name, rate in (
+            ("forward_rate", self.forward_rate),
+            ("backward_rate", self.backward_rate),
+        ):
             if not 0 < rate <= 1:
-                raise InputError(f"`{name}` must be in (0, 1], got {rate}. It is the weight of the newest value.")
+                raise InputError(
+                    f"`{name}` must be in (0, 1], got {rate}. It is the weight of the newest value."
+                )
         if not self.max_drift >= 0:
-            raise InputError(f"`max_drift` must be >= 0, got {self.max_drift}. Infinity turns the guard off.")
+            raise InputError(
+                f"`max_drift` must be >= 0, got {self.max_drift}. Infinity turns the guard off."
+            )
 
 
 def drift(batch: Moments, mean: Tensor, var: Tensor, eps: float) -> Tensor:

@@ -2,7 +2,8 @@
 
     n = sum w        mean = sum w x / n        m2 = sum w (x - mean)^2        var = m2 / n
 
-All in float64. Raw sums (the wire format) add over workers; everything else is derived from their total.
+All in float64. Raw sums (the wire format) add over workers; everything else is derived from their
+total.
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ class Moments:
 
     @property
     def n(self) -> float | Tensor:
-        """The count: on a CPU the number itself, which saves operators; elsewhere the tensor, unread."""
-        return self.count if self.count.device.type != "cpu" or torch.compiler.is_compiling() else self.count.item()
+        """The count: on a CPU the number itself, which saves operators; elsewhere the tensor,
+        unread.
+        """
+        return (
+            self.count
+            if self.count.device.type != "cpu" or torch.compiler.is_compiling()
+            else self.count.item()
+        )
 
     @property
     def var(self) -> Tensor:
@@ -40,7 +47,8 @@ class Moments:
     def invstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), shape (C,); 0 where no value or a single one counts.
 
-        The output there is the bias, and the gradient 0, rather than a rounding error times 1 / sqrt(eps).
+        The output there is the bias, and the gradient 0, rather than a rounding error times 1 /
+        sqrt(eps).
         """
         n, invstd = self.n, torch.rsqrt(self.var + eps)
         if not isinstance(n, Tensor) and not n <= 1:
@@ -84,14 +92,19 @@ def merge(a: Moments, b: Moments) -> Moments:
     return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta.square() * a.count * share)
 
 
-def average_factor(num_batches_tracked: Tensor | None, batch: Moments, momentum: float | None) -> float | Tensor:
-    """Count the batch (in place, unless it is empty), and give the weight of its statistics in the running ones.
+def average_factor(
+    num_batches_tracked: Tensor | None, batch: Moments, momentum: float | None
+) -> float | Tensor:
+    """Count the batch (in place, unless it is empty), and give the weight of its statistics in the
+    running ones.
 
     That is `momentum`, or 1 / num_batches_tracked where `momentum` is None (cumulative average).
     """
     if num_batches_tracked is not None:
         is_new = batch.n > 0
-        num_batches_tracked += is_new if isinstance(is_new, bool) else is_new.to(num_batches_tracked.dtype)
+        num_batches_tracked += (
+            is_new if isinstance(is_new, bool) else is_new.to(num_batches_tracked.dtype)
+        )
     if momentum is not None:
         return momentum
     assert num_batches_tracked is not None, "a cumulative average needs its counter"
@@ -99,17 +112,24 @@ def average_factor(num_batches_tracked: Tensor | None, batch: Moments, momentum:
 
 
 def update_running_mean_(running_mean: Tensor, batch: Moments, factor: float | Tensor) -> None:
-    """running_mean += factor * (mean - running_mean), in place; n = 0 (or NaN, a fault) leaves it as it is."""
+    """running_mean += factor * (mean - running_mean), in place; n = 0 (or NaN, a fault) leaves it
+    as it is.
+    """
     blend_(running_mean, batch.mean, factor, batch.n > 0)
 
 
 def update_running_var_(running_var: Tensor, batch: Moments, factor: float | Tensor) -> None:
-    """running_var += factor * (m2 / (n - 1) - running_var), in place. Weights are frequencies: n <= 1 leaves it."""
+    """running_var += factor * (m2 / (n - 1) - running_var), in place.
+
+    Weights are frequencies: n <= 1 leaves it.
+    """
     blend_(running_var, batch.m2 * reciprocal(batch.n - 1.0), factor, batch.n > 1)
 
 
 def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool | Tensor) -> None:
-    """running += factor * (value - running) where `where`, in float64; on CUDA without reading a value on the host."""
+    """running += factor * (value - running) where `where`, in float64; on CUDA without reading a
+    value on the host.
+    """
     wide = running.to(torch.float64)
     blended = torch.lerp(wide, value, factor)
     if isinstance(where, Tensor):

@@ -1,10 +1,12 @@
-"""Batch renormalisation (Ioffe 2017, arXiv:1702.03275): the correction r, d and the schedule of its bounds.
+"""Batch renormalisation (Ioffe 2017, arXiv:1702.03275): the correction r, d and the schedule of its
+bounds.
 
     sigma = sqrt(running_var + eps)        sigma_B = sqrt(var + eps)
     r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
     y = ((x - mean) / sigma_B * r + d) * weight + bias
 
-r and d are constants to the gradient, so this is batch normalisation with weight * r and bias + weight * d.
+r and d are constants to the gradient, so this is batch normalisation with weight * r and bias +
+weight * d.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch import Tensor
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments, blend_
 
-# The step at which the paper's baseline reaches its best accuracy, and so the length of "the paper's run".
+# The step at which the paper's baseline reaches its best accuracy, and so the length of "the
+# paper's run".
 PAPER_STEPS = 130_000
 
 
@@ -28,8 +31,8 @@ class RenormSchedule:
         r_max(step) = 1 up to warmup_steps, then linear to r_max at r_steps, then r_max
         d_max(step) = 0 up to warmup_steps, then linear to d_max at d_steps, then d_max
 
-    r_max = 1 and d_max = 0 is plain batch normalisation. A ramp of no length is a switch: at warmup_steps the
-    bound is in force. The defaults are the paper's.
+    r_max = 1 and d_max = 0 is plain batch normalisation. A ramp of no length is a switch: at
+    warmup_steps the bound is in force. The defaults are the paper's.
 
     Args:
         r_max: final bound of r, >= 1; may be infinite where its ramp has no length.
@@ -57,12 +60,21 @@ class RenormSchedule:
 
     def __post_init__(self) -> None:
         if not self.r_max >= 1:
-            raise InputError(f"`r_max` must be >= 1, got {self.r_max}. r_max = 1 leaves the scale uncorrected.")
+            raise InputError(
+                f"`r_max` must be >= 1, got {self.r_max}. r_max = 1 leaves the scale uncorrected."
+            )
         if not self.d_max >= 0:
-            raise InputError(f"`d_max` must be >= 0, got {self.d_max}. d_max = 0 leaves the mean uncorrected.")
+            raise InputError(
+                f"`d_max` must be >= 0, got {self.d_max}. d_max = 0 leaves the mean uncorrected."
+            )
         if not self.warmup_steps >= 0:
-            raise InputError(f"`warmup_steps` must be >= 0, got {self.warmup_steps}. 0 starts the ramps at once.")
-        for name, end, bound in (("r_steps", self.r_steps, self.r_max), ("d_steps", self.d_steps, self.d_max)):
+            raise InputError(
+                f"`warmup_steps` must be >= 0, got {self.warmup_steps}. 0 starts the ramps at once."
+            )
+        for name, end, bound in (
+            ("r_steps", self.r_steps, self.r_max),
+            ("d_steps", self.d_steps, self.d_max),
+        ):
             if not end >= self.warmup_steps:
                 raise InputError(
                     f"`{name}` must be >= warmup_steps = {self.warmup_steps}, got {end}. "
@@ -70,7 +82,8 @@ class RenormSchedule:
                 )
             if bound == float("inf") and end > self.warmup_steps:
                 raise InputError(
-                    f"`{name}` must be warmup_steps = {self.warmup_steps} where the bound is infinite, got {end}. "
+                    f"`{name}` must be warmup_steps = {self.warmup_steps} where the bound is "
+                    f"infinite, got {end}. "
                     "A ramp to infinity has no values; use RenormSchedule.switch."
                 )
 
@@ -91,18 +104,28 @@ class RenormSchedule:
             InputError: `total_steps` is less than 1.
         """
         if total_steps < 1:
-            raise InputError(f"`total_steps` must be >= 1, got {total_steps}. It is the length of the run.")
-        steps = (round(n * total_steps / PAPER_STEPS) for n in (self.warmup_steps, self.r_steps, self.d_steps))
+            raise InputError(
+                f"`total_steps` must be >= 1, got {total_steps}. It is the length of the run."
+            )
+        steps = (
+            round(n * total_steps / PAPER_STEPS)
+            for n in (self.warmup_steps, self.r_steps, self.d_steps)
+        )
         return RenormSchedule(self.r_max, self.d_max, *steps)
 
     def at(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(r_max, d_max) at `step`, a tensor of any integer type; float64, without reading a value on the host."""
-        return self._ramp(step, 1.0, self.r_max, self.r_steps), self._ramp(step, 0.0, self.d_max, self.d_steps)
+        """(r_max, d_max) at `step`, a tensor of any integer type; float64, without reading a value
+        on the host.
+        """
+        return self._ramp(step, 1.0, self.r_max, self.r_steps), self._ramp(
+            step, 0.0, self.d_max, self.d_steps
+        )
 
     __call__ = at
 
     def _ramp(self, step: Tensor, start: float, end: float, end_step: int) -> Tensor:
-        # The last value is put in rather than computed: start + (end - start) may round to beyond the bound.
+        # The last value is put in rather than computed: start + (end - start) may round to beyond
+        # the bound.
         final = torch.full_like(step, end, dtype=torch.float64)
         length = end_step - self.warmup_steps
         if length == 0:
@@ -113,9 +136,17 @@ class RenormSchedule:
 
 
 def correction(
-    batch: Moments, running_mean: Tensor, running_var: Tensor, eps: float, r_max: Tensor, d_max: Tensor
+    batch: Moments,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    r_max: Tensor,
+    d_max: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """r and d against the running statistics, each (C,), float64. Where nothing was counted r = 1 and d = 0."""
+    """r and d against the running statistics, each (C,), float64.
+
+    Where nothing was counted r = 1 and d = 0.
+    """
     sigma = torch.sqrt(running_var.double() + eps)
     r = torch.sqrt(batch.var + eps) / sigma
     d = (batch.mean - running_mean.double()) / sigma
@@ -124,7 +155,9 @@ def correction(
     return r, d
 
 
-def update_running_std_(running_var: Tensor, batch: Moments, eps: float, factor: float | Tensor) -> None:
+def update_running_std_(
+    running_var: Tensor, batch: Moments, eps: float, factor: float | Tensor
+) -> None:
     """Average the standard deviation, as the paper does, and store it as a variance, in place.
 
         sigma += factor * (sigma_B - sigma)        running_var = max(sigma^2 - eps, 0)

@@ -1,11 +1,14 @@
-"""The derivative of a normaliser's gradient: what a gradient penalty or a Hessian-vector product needs.
+"""The derivative of a normaliser's gradient: what a gradient penalty or a Hessian-vector product
+needs.
 
-The gradient, of g = dL/dy, x and weight, with xhat = (x - mean) * s, s = invstd, A = mean g, B = mean g xhat:
+The gradient, of g = dL/dy, x and weight, with xhat = (x - mean) * s, s = invstd, A = mean g, B =
+mean g xhat:
 
     dx = weight * s * (g - w * (A + xhat * B))        dweight = local sum g xhat        dbias = local sum g
 
-For cotangents v of dx, u of dweight and t of dbias, with v' = weight * v, the derivative of
-F = sum v dx + sum (u xhat + t) g, sums being over the whole statistic (u, t and weight are each worker's own):
+For cotangents v of dx, u of dweight and t of dbias, with v' = weight * v, the derivative of F = sum
+v dx + sum (u xhat + t) g, sums being over the whole statistic (u, t and weight are each worker's
+own):
 
     P = sum v' g        V1 = sum w v'        V2 = sum w v' xhat        U1 = sum u g        U2 = sum u g xhat
     dF/dg = s * (v' - V1/n - xhat * V2/n) + u * xhat + t
@@ -28,9 +31,11 @@ from syncnorm.maths import kernels
 
 @dataclass(frozen=True)
 class SecondDerivative:
-    """One worker's part: x, g and v (N, C, *S), at least float32; mask (N, 1, *S) or None; all else (C,), float64.
+    """One worker's part: x, g and v (N, C, *S), at least float32; mask (N, 1, *S) or None; all else
+    (C,), float64.
 
-    `pooled` are the sums of all workers over n, those of v times their worker's weight: [P, V1, V2, U1, U2] / n.
+    `pooled` are the sums of all workers over n, those of v times their worker's weight: [P, V1, V2,
+    U1, U2] / n.
     """
 
     v: Tensor
@@ -46,7 +51,9 @@ class SecondDerivative:
     mean_dy_xhat: Tensor
 
     def sums(self) -> Tensor:
-        """This worker's [sum v g, sum w v, sum w v xhat, sum u g, sum u g xhat], shape (5, C): without the weight."""
+        """This worker's [sum v g, sum w v, sum w v xhat, sum u g, sum u g xhat], shape (5, C):
+        without the weight.
+        """
         wv = self.v if self.mask is None else self.v * self.mask.to(self.v.dtype)
         vg = kernels.backward_sums(self.v, self.g, torch.zeros_like(self.mean)).view(2, -1)[1]
         v1, v2 = kernels.backward_sums(wv, self.x, self.mean).view(2, -1)
@@ -74,7 +81,9 @@ class SecondDerivative:
         # s q: what is left has the form of the first derivative.
         sq = _times(self.g, s * (self.u - s * v2)) - _times(wv, s * s * b * self.weight)
         slope = s * s * (q2 + s * (p - v1 * a - v2 * b))
-        return kernels.backward_input(sq, self.x, self.mean, torch.ones_like(s), s * q1, slope, self.mask)
+        return kernels.backward_input(
+            sq, self.x, self.mean, torch.ones_like(s), s * q1, slope, self.mask
+        )
 
 
 def _times(t: Tensor, coefficient: Tensor) -> Tensor:

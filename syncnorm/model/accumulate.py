@@ -19,7 +19,9 @@ from syncnorm.ops import LocalSums, Statistic
 
 
 class Accumulating:
-    """Takes a layer's statistics from where they came from before, and merges what it should record."""
+    """Takes a layer's statistics from where they came from before, and merges what it should
+    record.
+    """
 
     def __init__(self, source: StatisticsSource) -> None:
         self.source = source
@@ -56,22 +58,26 @@ def _itself(source: StatisticsSource) -> StatisticsSource:
 
 @contextmanager
 def accumulate(model: nn.Module) -> Iterator[None]:
-    """Within the block, any number of training forwards of `model` make one update of the running statistics.
+    """Within the block, any number of training forwards of `model` make one update of the running
+    statistics.
 
-    The update is that of all micro-batches as one batch: moments merged by count over rounds and workers, made
-    at the end of the block. Each forward still normalises by its own batch; renormalisation's r and d refer to
-    the running statistics, and its schedule to the clock, as they were before the block. If the block raises,
-    no update is made; a forward that raises and is caught within the block may be part of it.
+    The update is that of all micro-batches as one batch: moments merged by count over rounds and
+    workers, made at the end of the block. Each forward still normalises by its own batch;
+    renormalisation's r and d refer to the running statistics, and its schedule to the clock, as
+    they were before the block. If the block raises, no update is made; a forward that raises and is
+    caught within the block may be part of it.
 
-    *Collectives*: those of the forwards; for layers with `sync="running"` or "lagged" one flat exchange at the
-    end of the block in place of one per forward. Every worker must use the block alike.
+    *Collectives*: those of the forwards; for layers with `sync="running"` or "lagged" one flat
+    exchange at the end of the block in place of one per forward. Every worker must use the block
+    alike.
 
     Args:
-        model: the model whose layers are meant; one given to prepare_ddp if it has "running" or "lagged" layers.
+        model: the model whose layers are meant; one given to prepare_ddp if it has "running" or
+            "lagged" layers.
 
     Raises:
-        InputError: the model is already accumulating; or its training forwards update running statistics, and none of
-            ours.
+        InputError: the model is already accumulating; or its training forwards update running
+            statistics, and none of ours.
 
     Warns:
         UserWarning: they update some that are not ours, too; these go on following every forward.
@@ -87,9 +93,15 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     """
     check_covers(model, "accumulate")
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
-    together = {id(m.statistics): m.statistics for m in layers if isinstance(m.statistics, PooledRunning)}
-    if any(isinstance(m.statistics, Accumulating) for m in layers) or any(p.is_held for p in together.values()):
-        raise InputError("`model` must not be accumulating already, got one within its own block. Use one block.")
+    together = {
+        id(m.statistics): m.statistics for m in layers if isinstance(m.statistics, PooledRunning)
+    }
+    if any(isinstance(m.statistics, Accumulating) for m in layers) or any(
+        p.is_held for p in together.values()
+    ):
+        raise InputError(
+            "`model` must not be accumulating already, got one within its own block. Use one block."
+        )
     alone = {m: Accumulating(m.statistics) for m in layers if id(m.statistics) not in together}
     for pool in together.values():
         pool.start()

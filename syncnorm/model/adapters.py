@@ -1,8 +1,10 @@
-"""Layers that are subclasses of torch's batch norms: which class they get, and what their forward adds to ours.
+"""Layers that are subclasses of torch's batch norms: which class they get, and what their forward
+adds to ours.
 
-A layer of exactly torch's class becomes `SyncBatchNorm` itself. For a subclass a class is made that has both as bases,
-so that the subclass's other methods stay (a `train` that keeps the layer frozen, say). If the subclass has a forward
-of its own, an adapter must say what it does besides normalising.
+A layer of exactly torch's class becomes `SyncBatchNorm` itself. For a subclass a class is made that
+has both as bases, so that the subclass's other methods stay (a `train` that keeps the layer frozen,
+say). If the subclass has a forward of its own, an adapter must say what it does besides
+normalising.
 """
 
 from __future__ import annotations
@@ -47,15 +49,17 @@ def register_adapter(cls: type[_BatchNorm], forward: Adapter) -> None:
 
         y = forward(layer, x, normalize)
 
-    with `normalize(x)` = what our layer does to x, in training and in evaluation. Once it is converted, the layer still
-    is a `cls`, with its attributes, submodules and other methods; only its forward is this one. `revert` gives it its
-    own back. The adapter holds for subclasses of `cls` that do not override forward again. timm's `BatchNormAct2d`
-    and `SyncBatchNormAct` need none: theirs is built in.
+    with `normalize(x)` = what our layer does to x, in training and in evaluation. Once it is
+    converted, the layer still is a `cls`, with its attributes, submodules and other methods; only
+    its forward is this one. `revert` gives it its own back. The adapter holds for subclasses of
+    `cls` that do not override forward again. timm's `BatchNormAct2d` and `SyncBatchNormAct` need
+    none: theirs is built in.
 
     *Collectives*: those of `normalize`. `forward` must call it as often on every worker.
 
     Args:
-        cls: the subclass. Register it in every process that converts, copies or unpickles such layers.
+        cls: the subclass. Register it in every process that converts, copies or unpickles such
+            layers.
         forward: what the layer does, see above.
 
     Raises:
@@ -68,11 +72,14 @@ def register_adapter(cls: type[_BatchNorm], forward: Adapter) -> None:
         >>> register_adapter(NormAndReLU, lambda layer, x, normalize: normalize(x).relu())
     """
     if not (isinstance(cls, type) and issubclass(cls, _BatchNorm)) or issubclass(cls, SyncNorm):
-        raise InputError(f"`cls` must be a subclass of torch's BatchNorm, got {cls!r}. Others are not converted.")
+        raise InputError(
+            f"`cls` must be a subclass of torch's BatchNorm, got {cls!r}. Others are not converted."
+        )
     if _owner_of_forward(cls) is not cls:
         raise InputError(
             f"`cls` must have a forward of its own, got {cls.__qualname__}, which has that of "
-            f"{_owner_of_forward(cls).__qualname__}. Register that class, or none: torch's forward needs no adapter."
+            f"{_owner_of_forward(cls).__qualname__}. Register that class, or none: torch's forward "
+            "needs no adapter."
         )
     _registered[cls] = forward
 
@@ -93,7 +100,9 @@ def adapter_of(cls: type) -> Adapter | None:
 
 
 class Over:
-    """Mixed into the class of a layer of ours that stands for a subclass of torch's; copies and pickles."""
+    """Mixed into the class of a layer of ours that stands for a subclass of torch's; copies and
+    pickles.
+    """
 
     made_of: tuple[type[SyncNorm], type[_BatchNorm]]
 
@@ -106,14 +115,17 @@ class Over:
 class _Adapted(Over):
     """For a subclass with a forward of its own."""
 
-    def forward(self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
         if x is None or input is not None:
             x = functional.one_input(x, input)
         ours, theirs = self.made_of
         adapter = adapter_of(theirs)
         if adapter is None:
             raise InputError(
-                f"`{theirs.__qualname__}` must have an adapter in this process, got a converted layer without one. "
+                f"`{theirs.__qualname__}` must have an adapter in this process, got a converted "
+                "layer without one. "
                 "Call register_adapter before using it."
             )
         return adapter(self, x, lambda x: ours.forward(self, x, mask))  # pyright: ignore[reportArgumentType]
@@ -121,11 +133,16 @@ class _Adapted(Over):
 
 @cache
 def over(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> type[SyncNorm]:
-    """The class of a layer of class `theirs` once it is converted to `ours`. TypeError if there cannot be one."""
+    """The class of a layer of class `theirs` once it is converted to `ours`.
+
+    TypeError if there cannot be one.
+    """
     if theirs in TORCHS:
         return ours
     mixed = Over if has_torchs_forward(theirs) else _Adapted
-    return type(f"{ours.__name__}_{theirs.__name__}", (mixed, ours, theirs), {"made_of": (ours, theirs)})
+    return type(
+        f"{ours.__name__}_{theirs.__name__}", (mixed, ours, theirs), {"made_of": (ours, theirs)}
+    )
 
 
 def _new(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> SyncNorm:
@@ -140,8 +157,13 @@ def own_class(layer: nn.Module) -> type:
 def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
     """Make it a `cls`, under its parametrizations if it has any."""
     if parametrize.is_parametrized(layer):
-        # Their properties are in a class of the layer's own, whose base torch gives it back in the end.
-        names = {k: v for k, v in vars(type(layer)).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+        # Their properties are in a class of the layer's own, whose base torch gives it back in the
+        # end.
+        names = {
+            k: v
+            for k, v in vars(type(layer)).items()
+            if k not in ("__dict__", "__weakref__", "__doc__")
+        }
         cls = type(f"Parametrized{cls.__name__}", (cls,), names)
     layer.__class__ = cls
 

@@ -42,7 +42,10 @@ class Adopted:
 
     def __str__(self) -> str:
         kinds = sorted(set(self.layers.values()))
-        lines = [f"{sum(k == kind for k in self.layers.values())} batch norms as {kind}" for kind in kinds]
+        lines = [
+            f"{sum(k == kind for k in self.layers.values())} batch norms as {kind}"
+            for kind in kinds
+        ]
         return "\n".join((*lines, *self.notes))
 
 
@@ -54,25 +57,29 @@ class _Read(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def adopt_state_dict(model: nn.Module, state: Mapping[str, Any], *, source: str | None = None) -> Adopted:
+def adopt_state_dict(
+    model: nn.Module, state: Mapping[str, Any], *, source: str | None = None
+) -> Adopted:
     """Fill `model` from a state dict of another library: all of it, or nothing and an error.
 
-    Batch norms are found by the model's names and recognised by what their entries are called (see this module's
-    table); everything else must have the model's own names and shapes. A prefix "module." or "_orig_mod." of all names
-    is left out, and Keras's "bn/gamma:0" is read as bn.gamma. A layer or a part of a model can be filled alone:
-    `adopt_state_dict(model.bn1, entries)`.
+    Batch norms are found by the model's names and recognised by what their entries are called (see
+    this module's table); everything else must have the model's own names and shapes. A prefix
+    "module." or "_orig_mod." of all names is left out, and Keras's "bn/gamma:0" is read as
+    bn.gamma. A layer or a part of a model can be filled alone: `adopt_state_dict(model.bn1,
+    entries)`.
 
-    Not in any state dict, and so not adopted: eps, momentum, activations. The notes say where a library's default eps
-    is not the layer's. Running statistics are read so that evaluation gives what it gave there. Where Keras has two
-    sets of averages (renorm=True), those that its evaluation used are taken.
+    Not in any state dict, and so not adopted: eps, momentum, activations. The notes say where a
+    library's default eps is not the layer's. Running statistics are read so that evaluation gives
+    what it gave there. Where Keras has two sets of averages (renorm=True), those that its
+    evaluation used are taken.
 
     *Collectives*: none. Every worker must adopt the same state.
 
     Args:
         model: changed in place, parameters by `load_state_dict`.
         state: names to tensors or arrays.
-        source: "inplace_abn" must be named, since its entries are called as torch's are and mean something else;
-            "torch", "keras" and "crossq" insist on theirs. None: recognised.
+        source: "inplace_abn" must be named, since its entries are called as torch's are and mean
+            something else; "torch", "keras" and "crossq" insist on theirs. None: recognised.
 
     Returns:
         What was recognised, changed and made up.
@@ -106,10 +113,12 @@ def adopt_state_dict(model: nn.Module, state: Mapping[str, Any], *, source: str 
 
 
 def _tensors(state: object) -> dict[str, Any]:
-    """The entries as tensors, but for what a module adds by `get_extra_state`, which may be anything.
+    """The entries as tensors, but for what a module adds by `get_extra_state`, which may be
+    anything.
 
     Raises:
-        InputError: there is more than that, as in a whole checkpoint; it says where in it a state dict lies.
+        InputError: there is more than that, as in a whole checkpoint; it says where in it a state
+            dict lies.
     """
     entries: dict[str, Any] = {}
     others: dict[object, str] = {}
@@ -127,12 +136,15 @@ def _tensors(state: object) -> dict[str, Any]:
     raise InputError(
         f"`state` must be a state dict, tensors or arrays by name, got {type(state).__name__}"
         f"{f' with {kinds}' if kinds else ''}. "
-        f"{f'Pass {found}' if found else 'Load the file, and pass what state_dict() gave'}. Nothing was changed."
+        f"{f'Pass {found}' if found else 'Load the file, and pass what state_dict() gave'}. "
+        "Nothing was changed."
     )
 
 
 def _state_dicts(value: object, depth: int = 4) -> list[tuple[str, int]]:
-    """Where in a checkpoint state dicts lie, as Python would write it, and how many entries they have."""
+    """Where in a checkpoint state dicts lie, as Python would write it, and how many entries they
+    have.
+    """
     if isinstance(value, nn.Module):
         return [(".state_dict()", len(value.state_dict()))]
     if not isinstance(value, Mapping) or depth == 0:
@@ -141,7 +153,11 @@ def _state_dicts(value: object, depth: int = 4) -> list[tuple[str, int]]:
     has_known = any(_dotted(name).rpartition(".")[2] in _NAMES for name in entries)
     if has_known and all(hasattr(v, "shape") and hasattr(v, "dtype") for v in entries.values()):
         return [("", len(entries))]
-    return [(f"[{k!r}]{path}", size) for k, v in entries.items() for path, size in _state_dicts(v, depth - 1)]
+    return [
+        (f"[{k!r}]{path}", size)
+        for k, v in entries.items()
+        for path, size in _state_dicts(v, depth - 1)
+    ]
 
 
 def _dotted(name: str) -> str:
@@ -174,21 +190,27 @@ def _take(entries: Entries, prefix: str) -> Entries:
 
 def _read(own: Entries, layer: _BatchNorm, source: str | None, name: str) -> _Read:
     """Recognise a layer's entries, and say them in our names."""
-    readers = {"keras": _read_keras, "crossq": _read_crossq, "torch": _read_torch, "inplace_abn": _read_inplace_abn}
+    readers = {
+        "keras": _read_keras,
+        "crossq": _read_crossq,
+        "torch": _read_torch,
+        "inplace_abn": _read_inplace_abn,
+    }
     kind = source or _recognise(own)
     if _recognise(own) != ("torch" if kind == "inplace_abn" else kind):
         raise InputError(
-            f"`source` must be what the state is of, got {source!r} for {name!r} with {sorted(own)}. Leave it out."
+            f"`source` must be what the state is of, got {source!r} for {name!r} with "
+            f"{sorted(own)}. Leave it out."
         )
     read = readers[kind](own, layer)
     if layer.num_batches_tracked is not None and "num_batches_tracked" not in read.entries:
         read.entries["num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
-        return read._replace(notes=(*read.notes, "num_batches_tracked = 0, since the state has no counter"))
+        return read._replace(
+            notes=(*read.notes, "num_batches_tracked = 0, since the state has no counter")
+        )
     counted = int(read.entries.get("num_batches_tracked", torch.zeros(())))
     if isinstance(layer, SyncBatchRenorm) and kind == "torch" and counted:
-        note = (
-            f"the schedule's clock stands at {counted}; if that was batch normalisation, set num_batches_tracked to 0"
-        )
+        note = f"the schedule's clock stands at {counted}; if that was batch normalisation, set num_batches_tracked to 0"
         return read._replace(notes=(*read.notes, note))
     return read
 
@@ -214,21 +236,34 @@ def _read_inplace_abn(own: Entries, layer: _BatchNorm) -> _Read:
 
 
 def _read_keras(own: Entries, layer: _BatchNorm) -> _Read:
-    """Biased variances; with renorm=True the averages of sigma = sqrt(var + eps), which are read as ours are."""
+    """Biased variances; with renorm=True the averages of sigma = sqrt(var + eps), which are read as
+    ours are.
+    """
     notes: list[str] = []
-    mean, var, std = (own.pop(key, None) for key in ("moving_mean", "moving_variance", "moving_stddev"))
+    mean, var, std = (
+        own.pop(key, None) for key in ("moving_mean", "moving_variance", "moving_stddev")
+    )
     averages = {key: own.pop(key) for key in sorted(own) if key.startswith("renorm_")}
     if mean is None and averages:
         mean, std = (_debiased(averages, key) for key in ("renorm_mean", "renorm_stddev"))
-        notes.append("running statistics from renorm_mean and renorm_stddev, since the state has no moving averages")
+        notes.append(
+            "running statistics from renorm_mean and renorm_stddev, since the state has no moving "
+            "averages"
+        )
     elif averages:
-        notes.append("renorm_mean and renorm_stddev were left out: evaluation used the moving averages")
+        notes.append(
+            "renorm_mean and renorm_stddev were left out: evaluation used the moving averages"
+        )
     if std is not None:
         var = (std.double().square() - layer.eps).clamp(min=0.0).to(std.dtype)
         notes.append(f"running_var = stddev^2 - {layer.eps:g}, which keeps sigma whatever eps was")
     elif layer.eps != 1e-3:
         notes.append(f"eps is {layer.eps:g} here, and 0.001 in Keras by default")
-    entries = {key: value for key, value in (("running_mean", mean), ("running_var", var)) if value is not None}
+    entries = {
+        key: value
+        for key, value in (("running_mean", mean), ("running_var", var))
+        if value is not None
+    }
     for theirs, ours, neutral in (("gamma", "weight", 1.0), ("beta", "bias", 0.0)):
         parameter = getattr(layer, ours)
         if theirs in own:
@@ -240,21 +275,31 @@ def _read_keras(own: Entries, layer: _BatchNorm) -> _Read:
 
 
 def _debiased(averages: Entries, name: str) -> Tensor | None:
-    """Older versions average from 0, and keep beside each average the weight that values have in it."""
+    """Older versions average from 0, and keep beside each average the weight that values have in
+    it.
+    """
     value, weight = averages.get(name), averages.get(f"{name}_weight")
     if value is None or weight is None:
         return value
     if not weight > 0:
         raise InputError(
-            f"`state` must hold averages of something, got {name}_weight = {float(weight):g}. Train first."
+            f"`state` must hold averages of something, got {name}_weight = {float(weight):g}. "
+            "Train first."
         )
     return value / weight
 
 
 def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:
     """y = (x - ra_mean) / sqrt(ra_var + eps) * scale + bias; ra_var averages the unbiased variance."""
-    names = {"ra_mean": "running_mean", "ra_var": "running_var", "steps": "num_batches_tracked", "scale": "weight"}
-    notes = () if layer.eps == 1e-3 else (f"eps is {layer.eps:g} here, and 0.001 in CrossQ by default",)
+    names = {
+        "ra_mean": "running_mean",
+        "ra_var": "running_var",
+        "steps": "num_batches_tracked",
+        "scale": "weight",
+    }
+    notes = (
+        () if layer.eps == 1e-3 else (f"eps is {layer.eps:g} here, and 0.001 in CrossQ by default",)
+    )
     if isinstance(layer, SyncBatchRenorm) and layer.running_average != "var":
         notes += ('its running_var averages variances; running_average="var" goes on so',)
     return _Read("crossq", {names.get(key, key): value for key, value in own.items()}, notes)
@@ -262,7 +307,11 @@ def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:
 
 def _check(entries: Entries, target: Mapping[str, Any]) -> None:
     """InputError unless these are all of the model's entries, with its shapes."""
-    faults = [f"nothing for {name!r}" for name in target if name not in entries and not name.endswith(AVERAGES)]
+    faults = [
+        f"nothing for {name!r}"
+        for name in target
+        if name not in entries and not name.endswith(AVERAGES)
+    ]
     faults += [f"{name!r}, which the model does not have" for name in entries if name not in target]
     faults += [
         f"{name!r} of shape {tuple(value.shape)}, which is {tuple(target[name].shape)} in the model"
@@ -273,6 +322,7 @@ def _check(entries: Entries, target: Mapping[str, Any]) -> None:
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise InputError(
-            f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or leave out what does "
+            f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or "
+            "leave out what does "
             "not fit, or fill a part of the model. Nothing was changed."
         )

@@ -39,46 +39,54 @@ def convert(
 ) -> nn.Module:
     """Make the batch norms of `module` layers of ours, in place; all of them, or none and an error.
 
-    The layers stay the objects that they are, under all their names, with their parameters, buffers, hooks, modes and
-    attributes: only their class changes (and `isinstance(layer, nn.BatchNorm2d)` with it; `_BatchNorm` remains). So
-    optimizers, ties and references hold, and evaluation gives the same bits as before (without running statistics the
-    same to rounding). `revert` undoes it.
+    The layers stay the objects that they are, under all their names, with their parameters,
+    buffers, hooks, modes and attributes: only their class changes (and `isinstance(layer,
+    nn.BatchNorm2d)` with it; `_BatchNorm` remains). So optimizers, ties and references hold, and
+    evaluation gives the same bits as before (without running statistics the same to rounding).
+    `revert` undoes it.
 
-    Converted are torch's BatchNorm1d/2d/3d, its SyncBatchNorm (whose process group stays unless another is given),
-    lazy ones (with their first forward), parametrized ones, subclasses (which keep their other methods; with a forward
-    of their own they need `register_adapter`), and our layers into one another. Ours take input of 2 or more
-    dimensions, so a check of the number of dimensions falls away. InstanceNorm and frozen batch norms that are no
-    subclass of torch's are left alone.
+    Converted are torch's BatchNorm1d/2d/3d, its SyncBatchNorm (whose process group stays unless
+    another is given), lazy ones (with their first forward), parametrized ones, subclasses (which
+    keep their other methods; with a forward of their own they need `register_adapter`), and our
+    layers into one another. Ours take input of 2 or more dimensions, so a check of the number of
+    dimensions falls away. InstanceNorm and frozen batch norms that are no subclass of torch's are
+    left alone.
 
-    What fine-tuning has to know is decided by these rules; `print(conversion_table(module))` says what they gave:
+    What fine-tuning has to know is decided by these rules; `print(conversion_table(module))` says
+    what they gave:
 
-    - momentum: the option; else that of the target's default where batch normalisation becomes renormalisation (0.01,
-      as its paper has it) or the reverse (0.1); else what the layer had.
-    - the schedule's clock: `num_batches_tracked` begins at 0 where batch normalisation becomes renormalisation. What
-      was counted before is kept aside, and added when the layer goes back; it is not in state dicts.
-    - running statistics, weight, bias, eps: as they are. `running_average="std"` reads `running_var` as sigma^2 - eps.
-    - layers of ours keep what no option says, but lose what ties them to others: `prepare_ddp` comes after `convert`.
+    - momentum: the option; else that of the target's default where batch normalisation becomes
+      renormalisation (0.01, as its paper has it) or the reverse (0.1); else what the layer had.
+    - the schedule's clock: `num_batches_tracked` begins at 0 where batch normalisation becomes
+      renormalisation. What was counted before is kept aside, and added when the layer goes back; it
+      is not in state dicts.
+    - running statistics, weight, bias, eps: as they are. `running_average="std"` reads
+      `running_var` as sigma^2 - eps.
+    - layers of ours keep what no option says, but lose what ties them to others: `prepare_ddp`
+      comes after `convert`.
 
     *Collectives*: none. Every worker must convert alike.
 
     Args:
-        module: a model, or a batch norm; not (part of) what DistributedDataParallel or FSDP has wrapped.
+        module: a model, or a batch norm; not (part of) what DistributedDataParallel or FSDP has
+            wrapped.
         to: SyncBatchNorm or SyncBatchRenorm.
         process_group: the workers to pool over.
-        select: which layers; (qualified name, layer) -> bool, or a regular expression to be found in the name. A
-            layer with several names is chosen if one of them is. None: all.
-        options: of the target: momentum, eps, sync, and for SyncBatchRenorm schedule, running_average.
+        select: which layers; (qualified name, layer) -> bool, or a regular expression to be found
+            in the name. A layer with several names is chosen if one of them is. None: all.
+        options: of the target: momentum, eps, sync, and for SyncBatchRenorm schedule,
+            running_average.
 
     Returns:
-        `module`. (The table is a function of its own, so that `model = convert(model)` goes on working, and so that it
-        can be had later, from a copy or from an unpickled model too.)
+        `module`. (The table is a function of its own, so that `model = convert(model)` goes on
+        working, and so that it can be had later, from a copy or from an unpickled model too.)
 
     Raises:
-        InputError: an option is unknown or breaks its rule, `select` chooses nothing, or a layer cannot be converted:
-            it names each, and why. Nothing was changed.
+        InputError: an option is unknown or breaks its rule, `select` chooses nothing, or a layer
+            cannot be converted: it names each, and why. Nothing was changed.
 
-    Warns:
-        UserWarning: layers that are no subclass of torch's batch norms keep running statistics, too, and stay local.
+    Warns: UserWarning: layers that are no subclass of torch's batch norms keep running statistics,
+        too, and stay local.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -112,9 +120,9 @@ def convert(
 def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Under torch's name: make the batch norms of `module` SyncBatchNorm, ours, in place.
 
-    As `convert(module, process_group=process_group)`, except that layers of ours are left alone: a switch for
-    synchronised batch norms does not take away renormalisation. Other than torch's, it changes a layer that is the
-    module itself, keeps ties, hooks and attributes, and works on CPUs.
+    As `convert(module, process_group=process_group)`, except that layers of ours are left alone: a
+    switch for synchronised batch norms does not take away renormalisation. Other than torch's, it
+    changes a layer that is the module itself, keeps ties, hooks and attributes, and works on CPUs.
 
     Returns:
         `module`.
@@ -131,20 +139,27 @@ def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None)
         warnings.warn(said, stacklevel=2)
     if not any(isinstance(m, _BatchNorm) and not isinstance(m, SyncNorm) for m in module.modules()):
         return module
-    return convert(module, process_group=process_group, select=lambda name, layer: not isinstance(layer, SyncNorm))
+    return convert(
+        module,
+        process_group=process_group,
+        select=lambda name, layer: not isinstance(layer, SyncNorm),
+    )
 
 
 def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Module:
     """Undo `convert`, in place: every layer is again what it was, with what it has learnt since.
 
-    Running statistics are brought up to date first. Weights, running statistics and hooks stay, `num_batches_tracked`
-    has all that was ever counted, momentum and eps are what they were before, and nothing of ours is left: state dicts
-    have the keys that they had. It works on copies and on unpickled models, too.
+    Running statistics are brought up to date first. Weights, running statistics and hooks stay,
+    `num_batches_tracked` has all that was ever counted, momentum and eps are what they were before,
+    and nothing of ours is left: state dicts have the keys that they had. It works on copies and on
+    unpickled models, too.
 
-    A layer that was built as one of ours was nothing else before, and does not know how many dimensions its input has,
-    as torch's classes do: it becomes a `to`. (Where a model needs several, revert its parts.)
+    A layer that was built as one of ours was nothing else before, and does not know how many
+    dimensions its input has, as torch's classes do: it becomes a `to`. (Where a model needs
+    several, revert its parts.)
 
-    *Collectives*: none. Every worker must revert alike. To train on under DistributedDataParallel, wrap anew.
+    *Collectives*: none. Every worker must revert alike. To train on under DistributedDataParallel,
+    wrap anew.
 
     Args:
         module: a model or a layer; not (part of) what DistributedDataParallel or FSDP has wrapped.
@@ -154,7 +169,8 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
         `module`.
 
     Raises:
-        InputError: a layer was built as ours and `to` is not given, or it is wrapped. Nothing was changed.
+        InputError: a layer was built as ours and `to` is not given, or it is wrapped. Nothing was
+            changed.
 
     Example:
         >>> import torch
@@ -165,13 +181,25 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     """
     classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     if to is not None and to not in classes:
-        raise InputError(f"`to` must be torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d, got {to!r}. Pass the class.")
-    layers = {m: names for m, names in _named(module).items() if isinstance(m, SyncNorm | LazySyncNorm)}
+        raise InputError(
+            f"`to` must be torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d, got {to!r}. Pass the "
+            "class."
+        )
+    layers = {
+        m: names for m, names in _named(module).items() if isinstance(m, SyncNorm | LazySyncNorm)
+    }
     faults = {
-        names[0]: why for layer, names in layers.items() if (why := born_reason(layer, to) or wrapped(module, layer))
+        names[0]: why
+        for layer, names in layers.items()
+        if (why := born_reason(layer, to) or wrapped(module, layer))
     }
     _refuse(faults, "reverted")
-    ignored = {f"{name}.{key}".lstrip(".") for m, names in layers.items() for name in names for key in m._buffers}
+    ignored = {
+        f"{name}.{key}".lstrip(".")
+        for m, names in layers.items()
+        for name in names
+        for key in m._buffers
+    }
     for layer in layers:
         go_back(layer, to)
     _forget_pools(module)
@@ -180,7 +208,8 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
 
 
 def conversion_table(module: nn.Module) -> str:
-    """Say what each converted layer of `module` was, is, and what the rules of `convert` gave it; for printing.
+    """Say what each converted layer of `module` was, is, and what the rules of `convert` gave it;
+    for printing.
 
     Example:
         >>> print(conversion_table(convert(nn.Sequential(nn.BatchNorm1d(3)), SyncBatchRenorm)))
@@ -195,13 +224,20 @@ def conversion_table(module: nn.Module) -> str:
                          _change(layer.momentum, request.momentum(layer)), "0"))  # fmt: skip
         elif (origin := origin_of(layer)) is not None and isinstance(layer, SyncNorm):
             counter = layer.num_batches_tracked
-            count = "none" if counter is None else "?" if observed.is_fake(layer) else str(int(counter))
+            count = (
+                "none" if counter is None else "?" if observed.is_fake(layer) else str(int(counter))
+            )
             if isinstance(layer, SyncBatchRenorm) and not issubclass(origin.cls, SyncBatchRenorm):
                 count = f"{origin.counted} before, {count} since: the schedule's clock"
             momentum = _change(origin.changed.get("momentum", layer.momentum), layer.momentum)
-            rows.append((" = ".join(names), origin.cls.__name__, type(layer).__name__, momentum, count))
+            rows.append(
+                (" = ".join(names), origin.cls.__name__, type(layer).__name__, momentum, count)
+            )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
     said = stays_local(home_made(module))
     return "\n".join(lines if said is None else [*lines, f"! {said}"])
 
@@ -213,14 +249,20 @@ def _change(before: float | None, after: float | None) -> str:
 def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
     """InputError unless `to` can be built with these options."""
     if to not in (SyncBatchNorm, SyncBatchRenorm):
-        raise InputError(f"`to` must be SyncBatchNorm or SyncBatchRenorm, got {to!r}. Pass the class.")
+        raise InputError(
+            f"`to` must be SyncBatchNorm or SyncBatchRenorm, got {to!r}. Pass the class."
+        )
     names = inspect.signature(to).parameters.keys() - {"process_group", *_KEPT}
     for name in options.keys() - names:
         if name in _KEPT:
-            raise InputError(f"`{name}` must not be given to convert, got {options[name]!r}. It stays the layer's own.")
+            raise InputError(
+                f"`{name}` must not be given to convert, got {options[name]!r}. It stays the "
+                "layer's own."
+            )
         near = get_close_matches(name, names, 1, 0)
         raise InputError(
-            f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got {options[name]!r}. "
+            f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got "
+            f"{options[name]!r}. "
             f"Did you mean `{near[0]}`?"
         )
     to(1, **options)
@@ -246,14 +288,16 @@ def _select(
             found = re.compile(select).search
         except re.error as error:
             raise InputError(
-                f"`select` must be a regular expression, got {select!r}: {error}. Escape special characters."
+                f"`select` must be a regular expression, got {select!r}: {error}. Escape special "
+                "characters."
             ) from None
         chosen = {m: names for m, names in layers.items() if any(found(name) for name in names)}
     else:
         chosen = {m: names for m, names in layers.items() if any(select(name, m) for name in names)}
     if layers and not chosen and not may_be_none:
         raise InputError(
-            f"`select` must choose at least one batch norm, got none of {len(layers)} with {select!r}. "
+            f"`select` must choose at least one batch norm, got none of {len(layers)} with "
+            f"{select!r}. "
             f"The first is called {next(iter(layers.values()))[0]!r}."
         )
     return chosen
@@ -265,7 +309,9 @@ def _refuse(faults: dict[str, str], what: str) -> None:
         for name, why in faults.items():
             alike.setdefault(why, []).append(name)
         listed = "; ".join(f"{_first(names)}{why}" for why, names in alike.items())
-        raise InputError(f"`module` must hold layers that can be {what}, got {listed}. Nothing was changed.")
+        raise InputError(
+            f"`module` must hold layers that can be {what}, got {listed}. Nothing was changed."
+        )
 
 
 def _first(names: list[str]) -> str:

@@ -48,7 +48,11 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
 def _class_to_be(layer: _BatchNorm) -> type[Any]:
     """Its class; of a lazy layer the one that it becomes."""
     cls = layer.pending.cls if isinstance(layer, LazySyncNorm) else own_class(layer)
-    return vars(layer).get("cls_to_become", cls.cls_to_become) if issubclass(cls, _LazyNormBase) else cls
+    return (
+        vars(layer).get("cls_to_become", cls.cls_to_become)
+        if issubclass(cls, _LazyNormBase)
+        else cls
+    )
 
 
 def _busy(layer: SyncNorm) -> str | None:
@@ -56,7 +60,11 @@ def _busy(layer: SyncNorm) -> str | None:
     is_held = isinstance(source, PooledRunning) and source.is_held
     if is_held or not isinstance(source, Immediate | PooledRunning):
         return "is used by accumulate or recalibrate; wait for the end of its block"
-    return None if layer.freeze is None else "is used by frozen_statistics; wait for the end of its block"
+    return (
+        None
+        if layer.freeze is None
+        else "is used by frozen_statistics; wait for the end of its block"
+    )
 
 
 def _stale(layer: _BatchNorm, request: Request) -> str | None:
@@ -85,7 +93,9 @@ def _untracked(layer: _BatchNorm, request: Request) -> str | None:
 def _unfit(layer: _BatchNorm, request: Request) -> str | None:
     try:
         channels = 1 if isinstance(layer, _LazyNormBase) else layer.num_features
-        functional.check_hyperparameters(channels, request.options.get("eps", layer.eps), request.momentum(layer))
+        functional.check_hyperparameters(
+            channels, request.options.get("eps", layer.eps), request.momentum(layer)
+        )
     except InputError as error:
         return f"breaks a rule: {error}"
     return None
@@ -97,7 +107,12 @@ def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
     ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | {*AVERAGES}
     # The last is a mark that transformers leaves in every module.
     ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1)), averages.Loaded.NAME}
-    theirs = vars(layer).keys() | layer._parameters.keys() | layer._buffers.keys() | layer._modules.keys()
+    theirs = (
+        vars(layer).keys()
+        | layer._parameters.keys()
+        | layer._buffers.keys()
+        | layer._modules.keys()
+    )
     for each in cls.__mro__:
         theirs |= set() if each.__module__.startswith("torch.") else vars(each).keys()
     names = sorted(name for name in ours & theirs if not name.startswith("__"))
@@ -109,7 +124,9 @@ def _mismatch(cls: type[_BatchNorm], request: Request) -> str | None:
     try:
         object.__new__(cls).__class__ = over(request.to, cls)
     except TypeError as error:
-        return f"is a {cls.__qualname__}, which cannot change its class ({error}); build another one"
+        return (
+            f"is a {cls.__qualname__}, which cannot change its class ({error}); build another one"
+        )
     return None
 
 

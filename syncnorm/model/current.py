@@ -1,7 +1,9 @@
-"""Buffers that are up to date for whoever reaches for them while an update of the running statistics is under way.
+"""Buffers that are up to date for whoever reaches for them while an update of the running
+statistics is under way.
 
-What others write (an average that is swapped in, a teacher's copy, a reset in a notebook) then counts as it does with a
-layer that updates at once: it finds the update of the last forward made, and is not overwritten by it later.
+What others write (an average that is swapped in, a teacher's copy, a reset in a notebook) then
+counts as it does with a layer that updates at once: it finds the update of the last forward made,
+and is not overwritten by it later.
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from syncnorm.base import StatisticsSource, SyncNorm
 
 
 class CurrentBuffers(dict[str, "Tensor | None"]):
-    """In place of the dict in which nn.Module keeps a layer's buffers: applies what is under way before it is used.
+    """In place of the dict in which nn.Module keeps a layer's buffers: applies what is under way
+    before it is used.
 
-    Attributes, `buffers()`, `named_buffers()` and state dicts all go through it; a test notices if that changes. Waits,
-    but never starts an exchange. Which names there are can be asked without waiting.
+    Attributes, `buffers()`, `named_buffers()` and state dicts all go through it; a test notices if
+    that changes. Waits, but never starts an exchange. Which names there are can be asked without
+    waiting.
     """
 
     source: StatisticsSource | None = None
@@ -62,7 +66,8 @@ class CurrentBuffers(dict[str, "Tensor | None"]):
         return super().values()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copy or a pickle must not settle while it is put together: of what it is made is up to date.
+        # A copy or a pickle must not settle while it is put together: of what it is made is up to
+        # date.
         self.settle()
         return CurrentBuffers, (), {"source": self.source, "buffers": dict(self)}
 
@@ -75,10 +80,11 @@ Marks = list[tuple[Tensor, int]]
 
 
 def mark(layer: SyncNorm, names: Iterable[str]) -> Marks:
-    """Note how often the layer's buffers of these names have been written, as a message that will change them leaves.
+    """Note how often the layer's buffers of these names have been written, as a message that will
+    change them leaves.
 
-    Waits for nothing. For those who hold a buffer since before that and write it in place: they do not pass by
-    `CurrentBuffers`.
+    Waits for nothing. For those who hold a buffer since before that and write it in place: they do
+    not pass by `CurrentBuffers`.
     """
     found = (dict.get(layer._buffers, name) for name in names)
     return [(buffer, buffer._version) for buffer in found if buffer is not None]

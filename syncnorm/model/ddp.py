@@ -1,4 +1,6 @@
-"""A model of ours under DistributedDataParallel: what to do before wrapping it, and how to weight its loss."""
+"""A model of ours under DistributedDataParallel: what to do before wrapping it, and how to weight
+its loss.
+"""
 
 from __future__ import annotations
 
@@ -22,33 +24,39 @@ from syncnorm.ops import Shard
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
-    Compares between the workers which layers they have and with whom each pools, makes the process groups that
-    statistics travel on, attaches layers with `sync="running"` or "lagged" to each other and to the forward of
-    `model`, gives every worker rank 0's buffers of our layers, and keeps these out of the broadcast that DDP makes
-    before each forward: they are equal by construction where statistics are pooled over all workers, and each worker's
-    or group's own where they are not. When DDP wraps the model, it gives all workers rank 0's state, and rank 0's
-    buffers of our layers are given then, too: rank 0 alone may load a checkpoint in between. Other buffers are DDP's.
+    Compares between the workers which layers they have and with whom each pools, makes the process
+    groups that statistics travel on, attaches layers with `sync="running"` or "lagged" to each
+    other and to the forward of `model`, gives every worker rank 0's buffers of our layers, and
+    keeps these out of the broadcast that DDP makes before each forward: they are equal by
+    construction where statistics are pooled over all workers, and each worker's or group's own
+    where they are not. When DDP wraps the model, it gives all workers rank 0's state, and rank 0's
+    buffers of our layers are given then, too: rank 0 alone may load a checkpoint in between. Other
+    buffers are DDP's.
 
-    *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer of our layers (and again when DDP
-    wraps the model), and the creation of groups. Every worker must call.
+    *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer of our layers
+    (and again when DDP wraps the model), and the creation of groups. Every worker must call.
 
     Args:
         model: changed in place; parameters are left to DDP, which broadcasts them itself.
-        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. If it holds some of the
-            workers, layers whose own `process_group` is None pool over these, and keep the group as their own. (Any
-            other layer pools with whom it says. One with a rule, such as "node", pools by it over all workers there
-            are: these must all call then, not the members of this group alone.)
+        process_group: the group that DDP will be given, or a one-dimensional DeviceMesh. If it
+            holds some of the workers, layers whose own `process_group` is None pool over these, and
+            keep the group as their own. (Any other layer pools with whom it says. One with a rule,
+            such as "node", pools by it over all workers there are: these must all call then, not
+            the members of this group alone.)
 
     Returns:
         `model`.
 
     Raises:
-        InputError: `process_group` is no group; or a layer's rule does not fit the workers that there are.
-        FaultError: the workers differ in their layers, or in with whom these pool; the same on every worker.
+        InputError: `process_group` is no group; or a layer's rule does not fit the workers that
+            there are.
+        FaultError: the workers differ in their layers, or in with whom these pool; the same on
+            every worker.
 
-    Warns:
-        UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put in our place; or
-            layers that keep running statistics in a way of their own, which stay local; or DDP has wrapped it already.
+    Warns: UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have
+        put in our place; or
+            layers that keep running statistics in a way of their own, which stay local; or DDP has
+            wrapped it already.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
     among = groups.live(process_group)
@@ -72,7 +80,9 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
 
 
 def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None:
-    """Have layers that name no workers pool over those of `process_group`, where that is not all there are."""
+    """Have layers that name no workers pool over those of `process_group`, where that is not all
+    there are.
+    """
     kept = groups.keep(process_group)
     if isinstance(kept, groups.Given) and len(kept.members.members) < dist.get_world_size():
         for layer in layers:
@@ -87,13 +97,18 @@ _OURS = "_syncnorm_buffers_kept_from_ddp"
 
 
 def _keep_from_ddp(model: nn.Module, names: Collection[str]) -> None:
-    """Tell DistributedDataParallel not to broadcast these buffers before each forward, and those of before that it may.
+    """Tell DistributedDataParallel not to broadcast these buffers before each forward, and those of
+    before that it may.
 
     What somebody else has told it to leave, it leaves.
     """
     before: Collection[str] = getattr(model, _OURS, ())
     # With the names that torch.compile's wrapper gives them, which passes on the attributes.
-    theirs = {name for name in getattr(model, _IGNORED, ()) if name.removeprefix("_orig_mod.") not in before}
+    theirs = {
+        name
+        for name in getattr(model, _IGNORED, ())
+        if name.removeprefix("_orig_mod.") not in before
+    }
     ours = sorted(set(names) - theirs)
     ignored = sorted(theirs | {f"{prefix}{name}" for name in ours for prefix in ("", "_orig_mod.")})
     for attribute, value in ((_OURS, ours), (_IGNORED, ignored)):
@@ -104,11 +119,17 @@ def _keep_from_ddp(model: nn.Module, names: Collection[str]) -> None:
 
 
 def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
-    return {f"{name}.{key}".lstrip(".") for name, m in layers.items() for key, _ in m.named_buffers(recurse=False)}
+    return {
+        f"{name}.{key}".lstrip(".")
+        for name, m in layers.items()
+        for key, _ in m.named_buffers(recurse=False)
+    }
 
 
 def let_broadcast(model: nn.Module, names: Collection[str]) -> None:
-    """Have DistributedDataParallel broadcast the buffers of these names again, which prepare_ddp has kept from it."""
+    """Have DistributedDataParallel broadcast the buffers of these names again, which prepare_ddp
+    has kept from it.
+    """
     _keep_from_ddp(model, set(getattr(model, _OURS, ())) - set(names))
 
 
@@ -121,9 +142,11 @@ def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> None:
 
 
 def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
-    """DistributedDataParallel takes a model: a point of the program that every worker of its group comes to.
+    """DistributedDataParallel takes a model: a point of the program that every worker of its group
+    comes to.
 
-    It gives all of them rank 0's state, but for the buffers that it is to leave alone before each forward.
+    It gives all of them rank 0's state, but for the buffers that it is to leave alone before each
+    forward.
     """
     # Only when it is built: who puts another model in there later may be one worker alone.
     if not isinstance(ddp, DistributedDataParallel) or name != "module" or name in ddp._modules:
@@ -133,7 +156,8 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
         _give_state_of_rank_zero(model, ddp.process_group)
 
 
-# For every module of this process, since a prepared model may have been copied, or come out of a file.
+# For every module of this process, since a prepared model may have been copied, or come out of a
+# file.
 register_module_module_registration_hook(_when_wrapped)
 
 
@@ -146,7 +170,8 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def replaced(model: nn.Module) -> str | None:
-    """What to say of layers that a sync-bn switch may have put in the place of ours; None if there are none.
+    """What to say of layers that a sync-bn switch may have put in the place of ours; None if there
+    are none.
 
     torch's converter also matches our layers, and several frameworks' switches call it.
     """
@@ -154,8 +179,10 @@ def replaced(model: nn.Module) -> str | None:
     if not theirs:
         return None
     return (
-        f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, timm, mmengine or "
-        "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by themselves."
+        f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, "
+        "timm, mmengine or "
+        "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by "
+        "themselves."
     )
 
 
@@ -164,13 +191,17 @@ def _wrapped(model: nn.Module) -> str | None:
     if not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         return None
     return (
-        "`model` must be prepared before DistributedDataParallel wraps it, got one that is wrapped: it will broadcast "
-        "the buffers of syncnorm's layers before each forward. Write DistributedDataParallel(prepare_ddp(model))."
+        "`model` must be prepared before DistributedDataParallel wraps it, got one that is "
+        "wrapped: it will broadcast "
+        "the buffers of syncnorm's layers before each forward. Write "
+        "DistributedDataParallel(prepare_ddp(model))."
     )
 
 
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
-    """Introduce the layers that act together to each other: those of one mode and one process group."""
+    """Introduce the layers that act together to each other: those of one mode and one process
+    group.
+    """
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
     for name, layer in layers.items():
         if isinstance(layer.statistics, Unattached):
@@ -185,13 +216,15 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
 
         scaled = loss * local_count * world_size / global_count
 
-    *Collectives*: one all-reduce of one number, on the group of the statistics. Every worker must call.
-    *Gradients*: those of the loss, scaled.
+    *Collectives*: one all-reduce of one number, on the group of the statistics. Every worker must
+    call. *Gradients*: those of the loss, scaled.
 
     Args:
-        loss: mean over this worker's samples, shape (). A worker without samples passes what hangs on its (empty)
-            output all the same, so that it takes part in the backward pass; the value, perhaps NaN, does not matter.
-        local_count: how many samples that is, >= 0 (any additive measure will do, such as valid pixels).
+        loss: mean over this worker's samples, shape (). A worker without samples passes what hangs
+            on its (empty) output all the same, so that it takes part in the backward pass; the
+            value, perhaps NaN, does not matter.
+        local_count: how many samples that is, >= 0 (any additive measure will do, such as valid
+            pixels).
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:

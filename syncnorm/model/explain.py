@@ -1,4 +1,5 @@
-"""What the normalisation layers of a model do, and what converting it would make of them: a table, before training.
+"""What the normalisation layers of a model do, and what converting it would make of them: a table,
+before training.
 
 Nothing is changed and nothing exchanged: one worker may ask alone.
 """
@@ -32,8 +33,8 @@ from syncnorm.model.others import is_home_made, kind_of, stays_local
 from syncnorm.model.recalibrate import forward
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
-# Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet loses 4 points against
-# 32, of which renormalisation wins back 2 (Ioffe 2017, section 4.2).
+# Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet
+# loses 4 points against 32, of which renormalisation wins back 2 (Ioffe 2017, section 4.2).
 _FEW_VALUES, _FEW_SAMPLES = 8, 4
 
 
@@ -52,9 +53,13 @@ class Row:
     samples: int | None = None
     """Per statistic, over these workers, each having a batch like the sample."""
     values: int | None = None
-    """Per channel and statistic: samples times positions. Of several calls of the layer the fewest."""
+    """Per channel and statistic: samples times positions.
+
+    Of several calls of the layer the fewest.
+    """
     messages: int | None = None
-    """Exchanges of this layer alone in a training step, forward and backward; each is waited for."""
+    """Exchanges of this layer alone in a training step, forward and backward; each is waited for.
+    """
     bytes: int | None = None
     """What one worker hands to these, and to the messages that the layer shares with others."""
     clock: int | None = None
@@ -68,7 +73,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `rows`, one for each normalisation layer, and `lints`; its text is a table."""
+    """What `explain` found: `rows`, one for each normalisation layer, and `lints`; its text is a
+    table.
+    """
 
     rows: list[Row]
     lints: list[str]
@@ -81,10 +88,17 @@ class Explanation:
     def __str__(self) -> str:
         if not self.rows:
             return "no normalisation layer"
-        names = [f.name for f in fields(Row) if any(getattr(row, f.name) not in (None, "") for row in self.rows)]
+        names = [
+            f.name
+            for f in fields(Row)
+            if any(getattr(row, f.name) not in (None, "") for row in self.rows)
+        ]
         cells = [names, *([_text(getattr(row, name)) for name in names] for row in self.rows)]
         widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
         total = f"a training step: {self.messages} message(s), {self.bytes} bytes from each worker"
         total += ", for 1 worker; world_size=8 reckons with more" if self.is_alone else ""
         return "\n".join([*lines, total, *(f"! {lint}" for lint in self.lints)])
@@ -98,30 +112,32 @@ def explain(
     readings: Mapping[str, Mapping[str, float | None]] | None = None,
     loader: DataLoader[Any] | None = None,
 ) -> Explanation:
-    """Say of each normalisation layer what it is, would become, pools, sends, and how much its statistics hold.
+    """Say of each normalisation layer what it is, would become, pools, sends, and how much its
+    statistics hold.
 
         values per statistic = N * prod(S) * workers that share it
 
-    The model stays as it is: the sample passes once in evaluation mode without gradients; modes, buffers and random
-    numbers are put back. (Forward hooks of the model's own run.)
+    The model stays as it is: the sample passes once in evaluation mode without gradients; modes,
+    buffers and random numbers are put back. (Forward hooks of the model's own run.)
 
     *Collectives*: none, whatever the layers; one worker may call alone.
 
     Args:
         model: any, also one wrapped by DistributedDataParallel.
-        sample: one worker's batch: a tensor, a mapping (keyword arguments), or a tuple or list that begins with what
-            the model requires (its first element, where that is one argument). Without it nothing is said about
-            counts, and the order of layers is not known.
+        sample: one worker's batch: a tensor, a mapping (keyword arguments), or a tuple or list that
+            begins with what the model requires (its first element, where that is one argument).
+            Without it nothing is said about counts, and the order of layers is not known.
         world_size: the workers to reckon with; None: those that there are.
-        readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between workers.
+        readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between
+            workers.
         loader: of the training data, whose sampler is looked at, not iterated.
 
     Returns:
         The rows, lints and totals; print it.
 
     Raises:
-        InputError: `world_size` is below 1, the model does not take the sample's arguments, or it has lazy parameters
-            and a sample was given.
+        InputError: `world_size` is below 1, the model does not take the sample's arguments, or it
+            has lazy parameters and a sample was given.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -131,19 +147,25 @@ def explain(
         a training step: 2 message(s), 288 bytes from each worker
 
     References:
-        Li et al., Understanding the Disharmony between Dropout and Batch Normalization by Variance Shift,
-        arXiv:1801.05134, for the lint about dropout.
+        Li et al., Understanding the Disharmony between Dropout and Batch Normalization by Variance
+        Shift, arXiv:1801.05134, for the lint about dropout.
     """
     if world_size is not None and world_size < 1:
         raise InputError(f"`world_size` must be at least 1, got {world_size}. It counts workers.")
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _NORMS) or is_home_made(m)}
+    layers = {
+        name: m for name, m in model.named_modules() if isinstance(m, _NORMS) or is_home_made(m)
+    }
     seen = None if sample is None else _look(model, sample)
     lints = [] if seen is None else _dropout_lints(model, seen)
     switch = replaced(model)
     lints += [] if switch is None else [switch]
     local = stays_local(
-        {name: m for name, m in layers.items() if is_home_made(m) and (m.training or not model.training)}
+        {
+            name: m
+            for name, m in layers.items()
+            if is_home_made(m) and (m.training or not model.training)
+        }
     )
     lints += [] if local is None else [local]
     lints += [] if loader is None else _sampler_lints(loader)
@@ -152,7 +174,9 @@ def explain(
     rows, parts = [], {}
     for number, (name, layer) in enumerate(layers.items()):
         shapes = None if seen is None else [shape for module, shape in seen if module is layer]
-        part, row, faults = _explain(name, layer, shapes, model.training and not layer.training, world, is_alone)
+        part, row, faults = _explain(
+            name, layer, shapes, model.training and not layer.training, world, is_alone
+        )
         rows.append(replace(row, between=(readings or {}).get(name, {}).get("between_share")))
         parts |= {} if part is None else {number: part}
         lints += faults
@@ -168,8 +192,10 @@ def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
     if not isinstance(sampler, DistributedSampler) or not sampler.shuffle or sampler.epoch != 0:
         return []
     return [
-        "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls set_epoch: every epoch has the "
-        "same order and the same samples together in a statistic. Call loader.sampler.set_epoch(epoch) before each."
+        "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls set_epoch: "
+        "every epoch has the "
+        "same order and the same samples together in a statistic. Call "
+        "loader.sampler.set_epoch(epoch) before each."
     ]
 
 
@@ -189,7 +215,12 @@ _Shape = tuple[int, ...]
 
 
 def _explain(
-    name: str, layer: nn.Module, shapes: list[_Shape] | None, is_frozen: bool, world: int, is_alone: bool
+    name: str,
+    layer: nn.Module,
+    shapes: list[_Shape] | None,
+    is_frozen: bool,
+    world: int,
+    is_alone: bool,
 ) -> tuple[_Part | None, Row, list[str]]:
     """The layer's part in the messages, its row, and what is wrong with it."""
     row = Row(name, _class_name(layer), _becomes(layer))
@@ -206,8 +237,12 @@ def _explain(
     row = replace(row, sync=sync, workers=workers, **_schedule(layer))
     if shapes and workers is not None:
         # A call with nothing in it is one of this sample alone: those with something come first.
-        least = min(shapes, key=lambda shape: (math.prod(shape) == 0, shape[0] * math.prod(shape[2:])))
-        row = replace(row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:]))
+        least = min(
+            shapes, key=lambda shape: (math.prod(shape) == 0, shape[0] * math.prod(shape[2:]))
+        )
+        row = replace(
+            row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:])
+        )
         may_pool = workers < world or is_alone
         row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), may_pool))
     if group is None or not layer.num_features:
@@ -229,7 +264,11 @@ def _becomes(layer: nn.Module) -> str:
 
 
 def _schedule(layer: nn.Module) -> dict[str, Any]:
-    if not isinstance(layer, SyncBatchRenorm) or layer.num_batches_tracked is None or observed.is_fake(layer):
+    if (
+        not isinstance(layer, SyncBatchRenorm)
+        or layer.num_batches_tracked is None
+        or observed.is_fake(layer)
+    ):
         return {}
     r_max, d_max = layer.bounds()
     return {"clock": int(layer.num_batches_tracked), "r_max": r_max.item(), "d_max": d_max.item()}
@@ -253,14 +292,18 @@ def _sent(part: _Part, room: int) -> tuple[int, int]:
 
 
 def _totals(parts: list[_Part], rooms: Mapping[Any, int]) -> tuple[int, int]:
-    """Of the model: what the layers send, and the flat messages of those that act together, with a number a worker."""
+    """Of the model: what the layers send, and the flat messages of those that act together, with a
+    number a worker.
+    """
     own = [_sent(part, rooms[part.rule]) for part in parts if part.sync == "batch"]
     flat: dict[tuple[str, Any, int], int] = {}
     for sync, rule, workers, channels, _ in parts:
         if workers > 1 and sync in ("running", "lagged"):
             flat[sync, rule, workers] = flat.get((sync, rule, workers), 0) + 2 * channels + 1
     sizes = [exchange.size_of(n + workers, rooms[rule]) for (_, rule, workers), n in flat.items()]
-    sizes += [exchange.size_of(n, rooms[rule]) for (sync, rule, _), n in flat.items() if sync == "lagged"]
+    sizes += [
+        exchange.size_of(n, rooms[rule]) for (sync, rule, _), n in flat.items() if sync == "lagged"
+    ]
     return sum(m for m, _ in own) + len(sizes), 8 * (sum(n for _, n in own) + sum(sizes))
 
 
@@ -301,7 +344,8 @@ def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, _Shape]]) -> li
         after = next((m for m in order[i + 1 :] if isinstance(m, _BatchNorm)), None)
         if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
             lints[module] = (
-                f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics hold a variance that "
+                f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics "
+                "hold a variance that "
                 "evaluation does not have. Move it behind the last batch normalisation."
             )
     return list(lints.values())
@@ -311,7 +355,10 @@ def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
     """Which layers and dropouts the sample passes, in order, with the shapes of their inputs."""
     lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if lazy:
-        raise InputError(f"`model` must have its parameters for a sample, got lazy ones: {lazy}. Run it once before.")
+        raise InputError(
+            f"`model` must have its parameters for a sample, got lazy ones: {lazy}. Run it once "
+            "before."
+        )
     seen: list[tuple[nn.Module, _Shape]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -332,7 +379,9 @@ def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
 def _put_back(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; modes, buffers and random numbers afterwards as they were."""
     modes = {m: m.training for m in model.modules()}
-    buffers = [(m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None]
+    buffers = [
+        (m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None
+    ]
     # Evaluation would apply what is under way, and so would `eval()`.
     sources = {m: m.statistics for m in modes if isinstance(m, SyncNorm)}
     devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}

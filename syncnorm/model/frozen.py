@@ -13,17 +13,21 @@ from syncnorm.model.others import check_covers
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within the block, training forwards of `model` use batch statistics as always, and update nothing.
+    """Within the block, training forwards of `model` use batch statistics as always, and update
+    nothing.
 
-    For forwards that are no step of the training: the second one of sharpness-aware minimisation, those of a teacher
-    or for a gradient penalty. Running statistics, their counter (the clock of renormalisation's schedule), the averages
-    of `sync="lagged"` and what `monitor` shows stay as they are. An update under way is applied first.
+    For forwards that are no step of the training: the second one of sharpness-aware minimisation,
+    those of a teacher or for a gradient penalty. Running statistics, their counter (the clock of
+    renormalisation's schedule), the averages of `sync="lagged"` and what `monitor` shows stay as
+    they are. An update under way is applied first.
 
-    *Collectives*: those of the forwards, except that layers with `sync="running"` send nothing, and those with "lagged"
-    only what they wait for: the rest serves updates. Every worker must use the block alike.
+    *Collectives*: those of the forwards, except that layers with `sync="running"` send nothing, and
+    those with "lagged" only what they wait for: the rest serves updates. Every worker must use the
+    block alike.
 
-    Blocks may be nested, in each other and in `accumulate` (whose update then leaves these forwards out). A copy of the
-    model that is made within the block is not part of it. `recalibrate` within it does what it says.
+    Blocks may be nested, in each other and in `accumulate` (whose update then leaves these forwards
+    out). A copy of the model that is made within the block is not part of it. `recalibrate` within
+    it does what it says.
 
     Args:
         model: the model whose layers are meant, also one wrapped by DistributedDataParallel.

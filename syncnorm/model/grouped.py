@@ -1,8 +1,9 @@
 """`sync="batch"` where a step has several statistics, each over some of its samples.
 
-The layers pool each statistic over a group of workers, or take it alone, perhaps several of one forward side by side
-("ghost batches"). The running statistics are those of all samples of all workers: the layers leave the raw sums of
-their batches as `sync="running"` does, and they go out in one flat asynchronous message.
+The layers pool each statistic over a group of workers, or take it alone, perhaps several of one
+forward side by side ("ghost batches"). The running statistics are those of all samples of all
+workers: the layers leave the raw sums of their batches as `sync="running"` does, and they go out in
+one flat asynchronous message.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from syncnorm.ops import LocalSums, Statistic
 
 
 class StatisticGroups(PooledRunning):
-    """The layers of one model, told before each forward what their statistics are taken over; their `statistics`.
+    """The layers of one model, told before each forward what their statistics are taken over; their
+    `statistics`.
 
     Args:
         layers: the layers by name, in the same order on all workers, over the same process group.
@@ -34,7 +36,8 @@ class StatisticGroups(PooledRunning):
 
         Args:
             over: the workers that share each statistic; None: this one has it alone.
-            parts: how many samples of this worker's input are of each statistic, in the order of the input.
+            parts: how many samples of this worker's input are of each statistic, in the order of
+                the input.
         """
         self._over = over
         self._parts = list(parts)
@@ -45,7 +48,8 @@ class StatisticGroups(PooledRunning):
         times, rest = divmod(count, sum(self._parts)) if sum(self._parts) else (0, count)
         if rest:
             raise InputError(
-                f"`x` must hold a whole number of rows for each of {sum(self._parts)} samples where a forward has "
+                f"`x` must hold a whole number of rows for each of {sum(self._parts)} samples "
+                "where a forward has "
                 f"several statistics, got {count} rows. Keep the samples in dimension 0."
             )
         return [times * part for part in self._parts]

@@ -17,7 +17,9 @@ from syncnorm.errors import InputError
 
 
 class Stateful(Protocol):
-    """What can be handed over: an optimizer, a scheduler, a GradScaler, an AveragedModel, a user's own counter."""
+    """What can be handed over: an optimizer, a scheduler, a GradScaler, an AveragedModel, a user's
+    own counter.
+    """
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -28,7 +30,8 @@ def check(stateful: Sequence[Stateful]) -> None:
     for each in stateful:
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise InputError(
-                f"`stateful` must have the methods state_dict and load_state_dict, got {type(each).__name__}. "
+                "`stateful` must have the methods state_dict and load_state_dict, got "
+                f"{type(each).__name__}. "
                 "Give it both, or change it after the block, on all workers alike."
             )
 
@@ -62,11 +65,14 @@ class Handover:
             wide = torch.cat([b.detach().to(self.device, torch.float64).flatten() for b in buffers])
             given = self._from_giver(wide)
             if self.is_late:
-                for buffer, value in zip(buffers, given.split([b.numel() for b in buffers]), strict=True):
+                for buffer, value in zip(
+                    buffers, given.split([b.numel() for b in buffers]), strict=True
+                ):
                     buffer.copy_(value.view_as(buffer))
         states = [self._give_state(each) for each in stateful]
         if self.is_late:
-            # After all exchanges: one that does not fit raises here alone, and leaves nobody waiting.
+            # After all exchanges: one that does not fit raises here alone, and leaves nobody
+            # waiting.
             for each, state in zip(stateful, states, strict=True):
                 each.load_state_dict(_unpacked(state.cpu().to(torch.int32)))
 
@@ -74,17 +80,23 @@ class Handover:
         """Its state as bytes, four in the place of a number: that is exact."""
         data = _packed(stateful) if self.is_giver else None
         length = -1.0 if data is None else float(data.numel())
-        size = int(self._from_giver(torch.full((1,), length, dtype=torch.float64, device=self.device)))
+        size = int(
+            self._from_giver(torch.full((1,), length, dtype=torch.float64, device=self.device))
+        )
         if size < 0:
             raise InputError(
-                f"`stateful` must have a state that torch.load(weights_only=True) takes, got another of "
-                f"{type(stateful).__name__}. Let its state_dict hold tensors, numbers, texts, lists and dicts."
+                "`stateful` must have a state that torch.load(weights_only=True) takes, got "
+                "another of "
+                f"{type(stateful).__name__}. Let its state_dict hold tensors, numbers, texts, "
+                "lists and dicts."
             )
         wide = torch.zeros(size) if data is None else data
         return self._from_giver(wide.to(self.device, torch.float64))
 
     def _from_giver(self, numbers: Tensor) -> Tensor:
-        return exchange.sum_(numbers if self.is_giver else torch.zeros_like(numbers), self.group, "join")
+        return exchange.sum_(
+            numbers if self.is_giver else torch.zeros_like(numbers), self.group, "join"
+        )
 
 
 def _packed(stateful: Stateful) -> Tensor | None:

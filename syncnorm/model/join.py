@@ -1,8 +1,9 @@
 """Data that runs out: a worker without data answers the exchanges of the others with zeros.
 
-Every forward begins with a roll call, three numbers summed over the workers. Nothing else changes while all have data.
-Once one has left, each exchange is preceded by a header that says what will be summed, and which reductions of
-gradients have begun, so that those who have left can take part in whatever it is.
+Every forward begins with a roll call, three numbers summed over the workers. Nothing else changes
+while all have data. Once one has left, each exchange is preceded by a header that says what will be
+summed, and which reductions of gradients have begun, so that those who have left can take part in
+whatever it is.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ _TRAINING = 1
 
 @contextmanager
 def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
-    """Within the block, a worker whose data ends early goes on answering the others, forward and backward.
+    """Within the block, a worker whose data ends early goes on answering the others, forward and
+    backward.
 
         with join(ddp_model, optimizer):
             for x, y in batches:                     # as many as this worker has, also none
@@ -44,39 +46,45 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
                 scale_loss(loss, len(x)).backward()
                 optimizer.step()
 
-    Each step is that of the batch which the workers that still have data hold together: statistics, and with
-    `scale_loss` also gradients. For `scale_loss` multiplies by the number of *all* workers, and DDP divides by it,
-    those included that have left (they add zeros). Without `scale_loss` the gradient shrinks with every worker that
-    leaves. Several forwards may share a backward pass, or have none. Gradients may be accumulated, either with all
-    but the last of an update in `no_sync`, or with none (with `find_unused_parameters`: in `no_sync`); a worker whose
+    Each step is that of the batch which the workers that still have data hold together: statistics,
+    and with `scale_loss` also gradients. For `scale_loss` multiplies by the number of *all*
+    workers, and DDP divides by it, those included that have left (they add zeros). Without
+    `scale_loss` the gradient shrinks with every worker that leaves. Several forwards may share a
+    backward pass, or have none. Gradients may be accumulated, either with all but the last of an
+    update in `no_sync`, or with none (with `find_unused_parameters`: in `no_sync`); a worker whose
     data ends within an update leaves its gradients as they are.
 
-    At the end all workers have the parameters, running statistics (not those of `sync="none"`, which are each worker's
-    own) and the states of `stateful` of one who was there last. Of two models that are trained together each has its
-    `join`, one within the other: `with join(g, opt_g), join(d, opt_d):`.
+    At the end all workers have the parameters, running statistics (not those of `sync="none"`,
+    which are each worker's own) and the states of `stateful` of one who was there last. Of two
+    models that are trained together each has its `join`, one within the other: `with join(g,
+    opt_g), join(d, opt_d):`.
 
-    *Collectives*: in each forward an exchange of three numbers besides its own; once a worker has left, one of four
-    numbers before each, and one more in a backward pass without any. At the end two more, and two for each of
-    `stateful`. Every worker must use the block, and make the same exchanges as those that still have data; other
-    collectives within it are not answered. A forward in evaluation mode under `torch.no_grad()` has none, unless DDP
-    broadcasts buffers.
+    *Collectives*: in each forward an exchange of three numbers besides its own; once a worker has
+    left, one of four numbers before each, and one more in a backward pass without any. At the end
+    two more, and two for each of `stateful`. Every worker must use the block, and make the same
+    exchanges as those that still have data; other collectives within it are not answered. A forward
+    in evaluation mode under `torch.no_grad()` has none, unless DDP broadcasts buffers.
 
-    An error that ends the block on all workers that have data is an ExchangeError on those that have left. One on a
-    single worker is an ExchangeError on the others at their next exchange, if a worker had left before. Else they wait
-    for the timeout of their group.
+    An error that ends the block on all workers that have data is an ExchangeError on those that
+    have left. One on a single worker is an ExchangeError on the others at their next exchange, if a
+    worker had left before. Else they wait for the timeout of their group.
 
     Args:
-        model: one wrapped by DistributedDataParallel (any buffer setting), or one whose gradients somebody else pools;
-            given to `prepare_ddp` before. Called itself: the roll is called when its forward begins.
-        stateful: whatever else changes from step to step: optimizers, schedulers, a GradScaler, an AveragedModel, or
-            any object with `state_dict` and `load_state_dict`, for instance a counter of your own. The state must be
-            of what `torch.load(weights_only=True)` takes. Left out, the workers go on with different states: with
-            different optimizers their parameters drift apart.
+        model: one wrapped by DistributedDataParallel (any buffer setting), or one whose gradients
+            somebody else pools; given to `prepare_ddp` before. Called itself: the roll is called
+            when its forward begins.
+        stateful: whatever else changes from step to step: optimizers, schedulers, a GradScaler, an
+            AveragedModel, or any object with `state_dict` and `load_state_dict`, for instance a
+            counter of your own. The state must be of what `torch.load(weights_only=True)` takes.
+            Left out, the workers go on with different states: with different optimizers their
+            parameters drift apart.
 
     Raises:
-        InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a worker's last step) or
-            pools over other workers than the rest; one of `stateful` has no state.
-        FaultError: the workers that still have data begin different forwards; the same on all workers.
+        InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a
+            worker's last step) or pools over other workers than the rest; one of `stateful` has no
+            state.
+        FaultError: the workers that still have data begin different forwards; the same on all
+            workers.
         ExchangeError: another worker's block ended with an error.
 
     Example:
@@ -106,13 +114,16 @@ def _check(layers: list[SyncNorm], group: groups.Group | None) -> None:
     for layer in layers:
         if layer.sync == "lagged":
             raise InputError(
-                f'`sync` must be "batch", "running" or "none" where workers may run out of data, got "lagged" in '
+                '`sync` must be "batch", "running" or "none" where workers may run out of data, '
+                'got "lagged" in '
                 f"{layer.label!r}. Give the workers equally many batches, empty ones if need be."
             )
         if groups.statistics_group(layer.workers) is not group:
             raise InputError(
-                f"`process_group` must be that of the model in all layers where workers may run out of data, got ranks "
-                f"{groups.ranks(groups.statistics_group(layer.workers))} in {layer.label!r}. Give the workers "
+                "`process_group` must be that of the model in all layers where workers may run "
+                "out of data, got ranks "
+                f"{groups.ranks(groups.statistics_group(layer.workers))} in {layer.label!r}. Give "
+                "the workers "
                 "equally many batches, empty ones if need be."
             )
 
@@ -127,8 +138,10 @@ def _roll_call(group: groups.Group) -> Iterator[RollCall]:
         (roll,) = _open
         if roll.group is not group:
             raise InputError(
-                f"`process_group` must be that of the model where workers may run out of data, got ranks "
-                f"{groups.ranks(group)} in a `join` within another. Give both models the same workers."
+                "`process_group` must be that of the model where workers may run out of data, got "
+                "ranks "
+                f"{groups.ranks(group)} in a `join` within another. Give both models the same "
+                "workers."
             )
         yield roll
         return
@@ -187,14 +200,20 @@ class RollCall:
         """Whether all workers know of an error."""
 
     @contextmanager
-    def includes(self, model: nn.Module, layers: list[SyncNorm], stateful: Sequence[Stateful]) -> Iterator[None]:
-        """Within the block, forwards of `model` call the roll, and its state is handed over at the end."""
+    def includes(
+        self, model: nn.Module, layers: list[SyncNorm], stateful: Sequence[Stateful]
+    ) -> Iterator[None]:
+        """Within the block, forwards of `model` call the roll, and its state is handed over at the
+        end.
+        """
         before = len(self._parts), len(self._layers), len(self._stateful)
         if layers:
             self._device = groups.device_for(self.group, device_of(layers[0]))
         self._layers += layers
         self._stateful += stateful
-        handles = [self._hook(module, layers) for module in model.modules() if _is_part(module, model)]
+        handles = [
+            self._hook(module, layers) for module in model.modules() if _is_part(module, model)
+        ]
         try:
             yield
         finally:
@@ -203,7 +222,9 @@ class RollCall:
             for part in self._parts[before[0] :]:
                 if part.reductions is not None:
                     part.reductions.close()
-            for some, count in zip((self._parts, self._layers, self._stateful), before, strict=True):
+            for some, count in zip(
+                (self._parts, self._layers, self._stateful), before, strict=True
+            ):
                 del some[count:]
 
     def _hook(self, module: nn.Module, layers: list[SyncNorm]) -> Any:
@@ -237,7 +258,8 @@ class RollCall:
             return
         assert part.reductions is not None
         (self._due_late if part.reductions.is_known_late else self._due).append(part)
-        # Not documented, and used by DDP itself: it runs at the end of this backward pass, before DDP waits.
+        # Not documented, and used by DDP itself: it runs at the end of this backward pass, before
+        # DDP waits.
         torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _flush(self) -> None:
@@ -253,7 +275,8 @@ class RollCall:
             return
         if group is not self.group:
             raise InputError(
-                f"`process_group` must be that of the model where workers may run out of data, got ranks "
+                "`process_group` must be that of the model where workers may run out of data, got "
+                "ranks "
                 f"{groups.ranks(group)} in an exchange. Make it outside of the block."
             )
         if self._has_absent:
@@ -270,7 +293,9 @@ class RollCall:
 
     @torch.no_grad()
     def leave(self) -> None:
-        """This worker has no more data: answer until nobody has, and get what those have who were there last."""
+        """This worker has no more data: answer until nobody has, and get what those have who were
+        there last.
+        """
         is_anybody_there = self._call(0.0, 0)
         while is_anybody_there:
             code, numel = self._hear(0.0, 0.0, 0.0, 0.0)
@@ -315,8 +340,10 @@ class RollCall:
         if count * squares != total * total:
             self._is_over = True
             raise FaultError(
-                "Forwards within `join` must be alike on all workers that still have data, got different ones: of "
-                "another model, in training or evaluation mode, with or without gradients, in no_sync or not. "
+                "Forwards within `join` must be alike on all workers that still have data, got "
+                "different ones: of "
+                "another model, in training or evaluation mode, with or without gradients, in "
+                "no_sync or not. "
                 "Evaluate under torch.no_grad(), or after the block."
             )
         self._present = round(count)
@@ -340,7 +367,8 @@ class RollCall:
         if errors:
             self._is_over = True
             raise ExchangeError(
-                f"the block of `join` must end alike on all workers that have data, got an error on {errors:g} of "
+                "the block of `join` must end alike on all workers that have data, got an error "
+                f"on {errors:g} of "
                 f"{total + errors:g}. Look for the cause in their logs."
             )
         return round(code / total), round(numel / total)
@@ -371,7 +399,9 @@ class RollCall:
         for part in self._parts:
             if part.reductions is not None:
                 part.reductions.hand_over(is_giver)
-        Handover(self.group, self._device, is_giver, mine < self._steps).give(self._layers, self._stateful)
+        Handover(self.group, self._device, is_giver, mine < self._steps).give(
+            self._layers, self._stateful
+        )
 
 
 def _is_part(module: nn.Module, model: nn.Module) -> bool:

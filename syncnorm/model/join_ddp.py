@@ -1,7 +1,8 @@
-"""What DistributedDataParallel exchanges within `join`: noticed by the workers that have data, matched by the others.
+"""What DistributedDataParallel exchanges within `join`: noticed by the workers that have data,
+matched by the others.
 
-DDP's own join takes every forward for one reduction of the gradients. Here a reduction is announced when it begins:
-several forwards may share one, and a forward may have none.
+DDP's own join takes every forward for one reduction of the gradients. Here a reduction is announced
+when it begins: several forwards may share one, and a forward may have none.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ class Reductions:
         share: the number of all workers over the number of those that have data.
     """
 
-    def __init__(self, ddp: DistributedDataParallel, begin: Callable[[], None], share: Callable[[], float]) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, begin: Callable[[], None], share: Callable[[], float]
+    ) -> None:
         assert ddp.process_group is not None
         self._ddp, self._group = ddp, ddp.process_group
         self._begin = begin
@@ -41,11 +44,15 @@ class Reductions:
         self._factor = 0.0
         self._left: set[int] = set()
         self._under_way: list[Any] = []
-        self._handles = [self._watch(i, p) for i, p in enumerate(ddp.parameters()) if p.is_floating_point()]
+        self._handles = [
+            self._watch(i, p) for i, p in enumerate(ddp.parameters()) if p.is_floating_point()
+        ]
 
     @property
     def is_known_late(self) -> bool:
-        """Whether workers may come to the first gradient of a reduction at different places: some leave parts out."""
+        """Whether workers may come to the first gradient of a reduction at different places: some
+        leave parts out.
+        """
         return self._ddp.find_unused_parameters and not self._ddp.static_graph
 
     def close(self) -> None:
@@ -80,7 +87,9 @@ class Reductions:
         self._ddp.require_forward_param_sync = what & (GRADIENTS | SYNC) == GRADIENTS | SYNC
 
     def match_reduction(self) -> None:
-        """Begin to take part in a reduction of the others: with zeros, or what this worker had not yet given."""
+        """Begin to take part in a reduction of the others: with zeros, or what this worker had not
+        yet given.
+        """
         self.wait()
         reducer = self._ddp.reducer
         for bucket in reducer._get_zeros_like_grad_buckets():
@@ -131,8 +140,8 @@ class Reductions:
     def _start_backward(self) -> None:
         """The first gradient of a backward pass is there, not yet added to what was accumulated."""
         if self._is_armed:
-            # What earlier reductions have left is the same on all workers that have data. DDP sums it over these, and
-            # divides by the number of all.
+            # What earlier reductions have left is the same on all workers that have data. DDP sums
+            # it over these, and divides by the number of all.
             self._factor = 0.0 if self._has_own else self._share() - 1.0
             self._left = set(range(len(self._handles))) if self._factor else set()
             self._is_armed = self._is_quiet = self._has_own = False

@@ -1,13 +1,14 @@
 """`sync="lagged"`: pooled statistics in both passes, and nobody waits for them.
 
-A layer normalises by an average of the pooled moments up to the last step, and corrects its gradient by an average
-of the pooled gradient means up to the last step. Two flat asynchronous messages a step keep these up to date for
-all layers. A layer that drifts (see `syncnorm.maths.lagged`) waits for pooling in the next step, as in the first.
+A layer normalises by an average of the pooled moments up to the last step, and corrects its
+gradient by an average of the pooled gradient means up to the last step. Two flat asynchronous
+messages a step keep these up to date for all layers. A layer that drifts (see
+`syncnorm.maths.lagged`) waits for pooling in the next step, as in the first.
 
-As with `sync="batch"`, every worker must take the backward pass of the same calls. The message of the backward pass
-leaves when each call of the step has been through it; where that cannot be counted (forwards without gradients,
-re-entrant checkpointing), when the next training forward begins. Both are points of the program, the same on all
-workers.
+As with `sync="batch"`, every worker must take the backward pass of the same calls. The message of
+the backward pass leaves when each call of the step has been through it; where that cannot be
+counted (forwards without gradients, re-entrant checkpointing), when the next training forward
+begins. Both are points of the program, the same on all workers.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from syncnorm.traced import untraced
 
 
 class Averages(NamedTuple):
-    """What a call of a layer saw of its averages; they move on before its backward pass if somebody settles."""
+    """What a call of a layer saw of its averages; they move on before its backward pass if somebody
+    settles.
+    """
 
     waits: bool
     mean: Tensor
@@ -58,7 +61,12 @@ class LaggedMeans:
     """The gradient means of one call: averages of earlier steps, or pooled now if the layer waits."""
 
     def __init__(
-        self, owner: PooledLagged, layer: SyncNorm, estimate: Tensor, pooled: PooledMeans | None, count: Tensor
+        self,
+        owner: PooledLagged,
+        layer: SyncNorm,
+        estimate: Tensor,
+        pooled: PooledMeans | None,
+        count: Tensor,
     ) -> None:
         self.owner = owner
         self.layer = layer
@@ -66,7 +74,8 @@ class LaggedMeans:
         self.pooled = pooled
         self.count = count
         self.backward = owner.expect()
-        # Not id(self): a later call of the same step may be given the memory, and the id, of this one.
+        # Not id(self): a later call of the same step may be given the memory, and the id, of this
+        # one.
         self.number = self.backward.expected if self.backward is not None else 0
 
     @property
@@ -102,16 +111,19 @@ class FixedMeans(NamedTuple):
 
 def _no_second(layer: SyncNorm) -> InputError:
     return InputError(
-        f'`sync` must be "batch", "running" or "none" where a gradient is differentiated, got "lagged" in layer '
-        f"{layer.label!r}. Its gradient is corrected by an average and is no derivative of its output."
+        '`sync` must be "batch", "running" or "none" where a gradient is differentiated, got '
+        '"lagged" in layer '
+        f"{layer.label!r}. Its gradient is corrected by an average and is no derivative of its "
+        "output."
     )
 
 
 class PooledLagged(PooledRunning):
     """The layers of one model that share two messages a step; their `statistics`.
 
-    The layers hold the averages in buffers, so that a resumed run is exact: `lagged_mean`, `lagged_var` (C,),
-    `lagged_gradient` (2, C), `lagged_waits` (), and how many values entered the averages, `lagged_updates` (2,).
+    The layers hold the averages in buffers, so that a resumed run is exact: `lagged_mean`,
+    `lagged_var` (C,), `lagged_gradient` (2, C), `lagged_waits` (), and how many values entered the
+    averages, `lagged_updates` (2,).
     """
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
@@ -119,7 +131,9 @@ class PooledLagged(PooledRunning):
         self._backward = Backward()
         self._gradients: dict[str, Tensor] = {}
         self._late: dict[str, Tensor] = {}
-        """Of steps whose message has left: two forwards before a backward pass, or two passes over one forward."""
+        """Of steps whose message has left: two forwards before a backward pass, or two passes over
+        one forward.
+        """
         self._sent_gradients: tuple[exchange.Pending, list[Marks]] | None = None
         self._waits: dict[str, bool] | None = None
 
@@ -190,7 +204,9 @@ class PooledLagged(PooledRunning):
             self._launch_gradients()
 
     def expect(self) -> Backward | None:
-        """The step whose backward pass the present call belongs to; None if it is repeated or has no gradient."""
+        """The step whose backward pass the present call belongs to; None if it is repeated or has
+        no gradient.
+        """
         if ops.is_recomputing():
             return None
         if not torch.is_grad_enabled():
@@ -199,7 +215,9 @@ class PooledLagged(PooledRunning):
         self._backward.expected += 1
         return self._backward
 
-    def leave_gradients(self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None) -> None:
+    def leave_gradients(
+        self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None
+    ) -> None:
         """Keep a backward pass's [sum g, sum g xhat] and count for the next message."""
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
@@ -207,7 +225,9 @@ class PooledLagged(PooledRunning):
         kept[name] = kept[name] + new if name in kept else new
 
     def note_arrival(self, backward: Backward | None, number: int) -> None:
-        """A call made in that step has been through its backward pass, perhaps not for the first time."""
+        """A call made in that step has been through its backward pass, perhaps not for the first
+        time.
+        """
         if backward is not None:
             backward.arrived.add(number)
             if backward is self._backward and backward.is_complete:
@@ -215,7 +235,9 @@ class PooledLagged(PooledRunning):
 
     def _launch_gradients(self) -> None:
         device = device_of(next(iter(self.layers.values())))
-        parts = {name: zeros(size, device) for name, size in zip(self.layers, self._sizes(), strict=True)}
+        parts = {
+            name: zeros(size, device) for name, size in zip(self.layers, self._sizes(), strict=True)
+        }
         for kept in (self._late, self._gradients):
             for name, sums in kept.items():
                 parts[name] += sums.to(device)
@@ -224,7 +246,10 @@ class PooledLagged(PooledRunning):
             self._apply_sent_gradients()
         message = torch.cat(list(parts.values()))
         pending = exchange.start_sum(message, self.group, "all gradients", self._title)
-        self._sent_gradients = pending, [mark(layer, ("lagged_gradient",)) for layer in self.layers.values()]
+        self._sent_gradients = (
+            pending,
+            [mark(layer, ("lagged_gradient",)) for layer in self.layers.values()],
+        )
         self._gradients, self._late = {}, {}
         self._backward = Backward()
 
@@ -235,11 +260,16 @@ class PooledLagged(PooledRunning):
             _follow_moments(layer, of_sums(each))
 
     def _averages(self, layer: SyncNorm) -> Averages:
-        wide = (t.to(torch.float64, copy=True) for t in (layer.lagged_mean, layer.lagged_var, layer.lagged_gradient))
+        wide = (
+            t.to(torch.float64, copy=True)
+            for t in (layer.lagged_mean, layer.lagged_var, layer.lagged_gradient)
+        )
         return Averages(self._is_waiting(layer), *wide)
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
-        """Read once a step for all layers: the one look at values that this mode needs, on CUDA too."""
+        """Read once a step for all layers: the one look at values that this mode needs, on CUDA
+        too.
+        """
         if self._waits is None:
             flags = torch.stack([each.lagged_waits for each in self.layers.values()]).tolist()
             self._waits = dict(zip(self.layers, flags, strict=True))
@@ -247,9 +277,11 @@ class PooledLagged(PooledRunning):
 
 
 def _follow_moments(layer: SyncNorm, batch: Moments) -> None:
-    """Decide by the average that the last step used whether the next one waits, then let the average follow.
+    """Decide by the average that the last step used whether the next one waits, then let the
+    average follow.
 
-    Moments that are not finite (an overflow somewhere) enter nothing; the layer waits until there are others.
+    Moments that are not finite (an overflow somewhere) enter nothing; the layer waits until there
+    are others.
     """
     is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
     is_new, is_first = (batch.count > 0) & is_finite, layer.lagged_updates[0] == 0
@@ -263,7 +295,9 @@ def _follow_moments(layer: SyncNorm, batch: Moments) -> None:
 
 
 def _follow_gradients(layer: SyncNorm, sums: Tensor, count: Tensor) -> None:
-    """Move the average gradient means towards the pooled ones; what is not finite (an overflow) enters nothing."""
+    """Move the average gradient means towards the pooled ones; what is not finite (an overflow)
+    enters nothing.
+    """
     is_new = (count > 0) & sums.isfinite().all()
     rate = _rate(layer, 1, layer.lagged.backward_rate)
     gradient = layer.lagged_gradient.double()

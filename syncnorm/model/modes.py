@@ -9,7 +9,8 @@ from torch import nn
 
 
 def begin_training(model: nn.Module) -> bool:
-    """Put a model that is wholly in evaluation mode into training mode; leave what is frozen in any other as it is.
+    """Put a model that is wholly in evaluation mode into training mode; leave what is frozen in any
+    other as it is.
 
     A module's own `train` has its say: what it keeps in evaluation mode stays there.
 
@@ -29,7 +30,9 @@ def begin_training(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All of `model` in evaluation mode within the block; afterwards each module has the mode it had."""
+    """All of `model` in evaluation mode within the block; afterwards each module has the mode it
+    had.
+    """
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -46,7 +49,8 @@ def put_modes(modes: Mapping[nn.Module, bool]) -> None:
     """
     for module, mode in modes.items():
         if module.training != mode:
-            # Not the flag alone: a module's own `train` may do more, such as take merged weights apart.
+            # Not the flag alone: a module's own `train` may do more, such as take merged weights
+            # apart.
             module.train(mode)
     for module, mode in modes.items():
         module.training = mode

@@ -1,7 +1,8 @@
 """What the layers of a model saw in their last training forward, read when somebody asks.
 
-A layer keeps references to its batch's sums and to the moments that it normalised by; everything here is computed
-from them when it is read, for all channels of all layers at once. A step that nobody reads computes nothing more.
+A layer keeps references to its batch's sums and to the moments that it normalised by; everything
+here is computed from them when it is read, for all channels of all layers at once. A step that
+nobody reads computes nothing more.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ _UNBOUNDED = torch.full((), math.inf, dtype=torch.float64)
 def monitor(model: nn.Module) -> Monitor:
     """Watch the normalisation layers of `model` and the exchanges of this process, from now on.
 
-    Training costs nothing more until `read` is called, and the monitor ends with the last reference to it.
+    Training costs nothing more until `read` is called, and the monitor ends with the last reference
+    to it.
 
     Args:
-        model: the model, also one wrapped by DistributedDataParallel; layers are named as in what was wrapped.
+        model: the model, also one wrapped by DistributedDataParallel; layers are named as in what
+            was wrapped.
 
     Returns:
         The monitor; see `Monitor.read`.
@@ -58,33 +61,38 @@ class Monitor:
 
     @torch.no_grad()
     def read(self) -> dict[str, Any]:
-        """What each layer saw in its last training forward, and what was exchanged since the last reading.
+        """What each layer saw in its last training forward, and what was exchanged since the last
+        reading.
 
-            between_share = mean over channels of (m2 - sum over workers of local m2) / (m2 + n * eps)
-            mean_gap = RMS over channels of (mean - running_mean) / sqrt(running_var + eps)
+            between_share = mean over channels of (m2 - sum over workers of local m2) / (m2 + n *
+            eps) mean_gap = RMS over channels of (mean - running_mean) / sqrt(running_var + eps)
             var_gap = RMS over channels of log((var + eps) / (running_var + eps)) / 2
 
-        *Statistics*: `between_share` is of the batch of all workers, whatever the layer normalises by. The other
-        figures are of what each worker normalised by (its own batch under "running" and "none", the average under
-        "lagged"), taken over the workers; `count` under "lagged" is that of the batch of all workers. The gaps are
-        from the running statistics before the batch for renormalisation, and after it for `SyncBatchNorm`, which
-        does not keep the former. A layer that was called several times gives the last call (of several micro-batches
-        or ghost batches the last one); those that `recalibrate` makes, and repetitions
-        by checkpointing, do not count.
+        *Statistics*: `between_share` is of the batch of all workers, whatever the layer normalises
+        by. The other figures are of what each worker normalised by (its own batch under "running"
+        and "none", the average under "lagged"), taken over the workers; `count` under "lagged" is
+        that of the batch of all workers. The gaps are from the running statistics before the batch
+        for renormalisation, and after it for `SyncBatchNorm`, which does not keep the former. A
+        layer that was called several times gives the last call (of several micro-batches or ghost
+        batches the last one); those that `recalibrate` makes, and repetitions by checkpointing, do
+        not count.
 
-        *Collectives*: one all-reduce of 3C + 8 float64 numbers for each layer, all layers in one message (one for
-        each process group, if they have several), in any mode. Every worker must call. It is not counted. All
-        get the same numbers, but for the seconds, which are each worker's own.
+        *Collectives*: one all-reduce of 3C + 8 float64 numbers for each layer, all layers in one
+        message (one for each process group, if they have several), in any mode. Every worker must
+        call. It is not counted. All get the same numbers, but for the seconds, which are each
+        worker's own.
 
         Returns:
-            Plain numbers, ready for JSON, None where there is none (before a layer's first training forward, of an
-            empty batch, not finite):
+            Plain numbers, ready for JSON, None where there is none (before a layer's first training
+            forward, of an empty batch, not finite):
 
-            - "layers", by qualified name: "count" (values per channel in the statistic), "between_share", "mean_gap",
-              "var_gap", "r_clipped" and "d_clipped" (share of channels where renormalisation's r or d is at its
-              bound; 1 while the schedule makes it batch normalisation; None for batch normalisation).
-            - "exchanges" of this process, by whatever model: "count", "numbers" (float64 sent), "seconds" that it
-              was held up (on CUDA: time to enqueue), and the same three "by_kind".
+            - "layers", by qualified name: "count" (values per channel in the statistic),
+              "between_share", "mean_gap", "var_gap", "r_clipped" and "d_clipped" (share of channels
+              where renormalisation's r or d is at its bound; 1 while the schedule makes it batch
+              normalisation; None for batch normalisation).
+            - "exchanges" of this process, by whatever model: "count", "numbers" (float64 sent),
+              "seconds" that it was held up (on CUDA: time to enqueue), and the same three
+              "by_kind".
         """
         layers = {name: m for name, m in self._model.named_modules() if isinstance(m, SyncNorm)}
         for layer in layers.values():
@@ -115,7 +123,9 @@ def _by_group(layers: dict[str, SyncNorm]) -> list[tuple[groups.Group | None, di
 
 
 class _Seen(NamedTuple):
-    """What one layer saw: sums of the local batch, the moments it normalised by, and what renormalisation used."""
+    """What one layer saw: sums of the local batch, the moments it normalised by, and what
+    renormalisation used.
+    """
 
     sums: Tensor
     batch: Moments
@@ -131,7 +141,9 @@ class _Seen(NamedTuple):
         if call.before is not None:
             return cls(call.sums, batch, *call.before)
         if layer.running_mean is not None and layer.running_var is not None:
-            return cls(call.sums, batch, layer.running_mean, layer.running_var, _UNBOUNDED, _UNBOUNDED)
+            return cls(
+                call.sums, batch, layer.running_mean, layer.running_var, _UNBOUNDED, _UNBOUNDED
+            )
         return cls(call.sums, batch, batch.mean, batch.var, _UNBOUNDED, _UNBOUNDED)
 
 
@@ -154,15 +166,22 @@ class _Places(NamedTuple):
         return cls(channels, torch.arange(len(layers), device=device).repeat_interleave(channels))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums over the channels of each layer, (..., T) -> (..., L), with the same bits wherever they are made."""
+        """Sums over the channels of each layer, (..., T) -> (..., L), with the same bits wherever
+        they are made.
+        """
         position = torch.arange(int(self.channels.max()), device=values.device)
-        first, is_own = self.channels.cumsum(0) - self.channels, position < self.channels.unsqueeze(1)
+        first, is_own = (
+            self.channels.cumsum(0) - self.channels,
+            position < self.channels.unsqueeze(1),
+        )
         index = torch.where(is_own, first.unsqueeze(1) + position, 0)
         return torch.where(is_own, values[..., index], 0.0).sum(-1)
 
 
 def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures]:
-    """The figures of each layer, after one exchange for all of them; none of layers that have no numbers."""
+    """The figures of each layer, after one exchange for all of them; none of layers that have no
+    numbers.
+    """
     if observed.is_fake(layers[0]):
         return [dict.fromkeys(_NAMES) for _ in layers]
     device = device_of(layers[0])
@@ -171,15 +190,21 @@ def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures
     eps, is_lagged, has_seen = torch.tensor(facts, dtype=torch.float64, device=device).unbind(1)
     by_channel, by_layer = _local([_Seen.by(layer) for layer in layers], has_seen, eps, places)
     message = torch.cat([by_channel.flatten(), by_layer.flatten()])
-    by_channel, by_layer = exchange.sum_(message, group, "monitor").split([by_channel.numel(), by_layer.numel()])
+    by_channel, by_layer = exchange.sum_(message, group, "monitor").split(
+        [by_channel.numel(), by_layer.numel()]
+    )
     table = _pooled(by_channel.view(3, -1), by_layer.view(8, -1), eps, is_lagged > 0, places)
     return [_select(layer, row) for layer, row in zip(layers, table.tolist(), strict=True)]
 
 
-def _local(seen: list[_Seen], has_seen: Tensor, eps: Tensor, places: _Places) -> tuple[Tensor, Tensor]:
+def _local(
+    seen: list[_Seen], has_seen: Tensor, eps: Tensor, places: _Places
+) -> tuple[Tensor, Tensor]:
     """What this worker adds to the message: by channel (3, T), and by layer (8, L)."""
     device = eps.device
-    sums, squares, n = (_flat(parts, device) for parts in zip(*(_cut(s.sums) for s in seen), strict=True))
+    sums, squares, n = (
+        _flat(parts, device) for parts in zip(*(_cut(s.sums) for s in seen), strict=True)
+    )
     count = _flat([s.batch.count.view(1) for s in seen], device)
     gaps = places.sum(_gaps(seen, count[places.owner], eps[places.owner], places.owner))
     is_known = count > 0
@@ -188,17 +213,22 @@ def _local(seen: list[_Seen], has_seen: Tensor, eps: Tensor, places: _Places) ->
     return torch.stack([sums, squares, local_m2]), torch.stack([n, has_seen, count, valid, *gaps])
 
 
-def _pooled(by_channel: Tensor, by_layer: Tensor, eps: Tensor, is_lagged: Tensor, places: _Places) -> Tensor:
+def _pooled(
+    by_channel: Tensor, by_layer: Tensor, eps: Tensor, is_lagged: Tensor, places: _Places
+) -> Tensor:
     """From what all workers added, the figures of each layer in the order of their names: (L, 6)."""
     sums, squares, within = by_channel
     n, workers, count, valid, *gaps = by_layer
     m2 = _m2(sums, squares, n[places.owner])
     between = (m2 - within).clamp(min=0.0) / (m2 + (n * eps)[places.owner])
     mean_square, var_square, r_clipped, d_clipped = (gap / valid for gap in gaps)
-    # The average that a lagged layer normalises by has no count of its own. Nobody's is 0 / 0: None.
+    # The average that a lagged layer normalises by has no count of its own. Nobody's is 0 / 0:
+    # None.
     count = torch.where(is_lagged, n * workers, count) / workers
     share = places.sum(between) / places.channels
-    return torch.stack([count, share, mean_square.sqrt(), var_square.sqrt(), r_clipped, d_clipped], 1)
+    return torch.stack(
+        [count, share, mean_square.sqrt(), var_square.sqrt(), r_clipped, d_clipped], 1
+    )
 
 
 def _flat(parts: Iterable[Tensor], device: torch.device) -> Tensor:
@@ -221,14 +251,19 @@ def _gaps(seen: list[_Seen], count: Tensor, eps: Tensor, owner: Tensor) -> Tenso
     Unclipped, d is the gap of the mean and log r that of the variance, in any layer.
     """
     device = eps.device
-    mean, m2 = _flat((s.batch.mean for s in seen), device), _flat((s.batch.m2 for s in seen), device)
+    mean, m2 = (
+        _flat((s.batch.mean for s in seen), device),
+        _flat((s.batch.m2 for s in seen), device),
+    )
     running_mean = _flat((s.running_mean for s in seen), device)
     sigma = torch.sqrt(_flat((s.running_var for s in seen), device) + eps)
     r_max = torch.stack([s.r_max.to(device) for s in seen])[owner]
     d_max = torch.stack([s.d_max.to(device) for s in seen])[owner]
     r = torch.sqrt(m2 * reciprocal(count) + eps) / sigma
     d = (mean - running_mean) / sigma
-    return torch.stack([d.square(), r.log().square(), (r >= r_max) | (r <= 1.0 / r_max), d.abs() >= d_max])
+    return torch.stack(
+        [d.square(), r.log().square(), (r >= r_max) | (r <= 1.0 / r_max), d.abs() >= d_max]
+    )
 
 
 def _select(layer: SyncNorm, values: list[float]) -> Figures:
@@ -239,4 +274,6 @@ def _select(layer: SyncNorm, values: list[float]) -> Figures:
     if not isinstance(layer, SyncBatchRenorm):
         means_nothing |= {"r_clipped", "d_clipped"}
     named = zip(_NAMES, values, strict=True)
-    return {name: v if math.isfinite(v) and name not in means_nothing else None for name, v in named}
+    return {
+        name: v if math.isfinite(v) and name not in means_nothing else None for name, v in named
+    }

@@ -1,8 +1,8 @@
 """One layer becomes one of ours, in place, and goes back to what it was.
 
-The object stays: its class changes, and what our class needs is added. So whatever refers to the layer or holds its
-parameters (other names in the model, hooks, optimizers) goes on doing so. What the layer was is remembered in it, and
-travels with its copies and pickles.
+The object stays: its class changes, and what our class needs is added. So whatever refers to the
+layer or holds its parameters (other names in the model, hooks, optimizers) goes on doing so. What
+the layer was is remembered in it, and travels with its copies and pickles.
 """
 
 from __future__ import annotations
@@ -36,18 +36,32 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
 
     def momentum(self, layer: _BatchNorm) -> float | None:
-        """As asked for; else the target's default where normalisation becomes renormalisation or the reverse."""
+        """As asked for; else the target's default where normalisation becomes renormalisation or
+        the reverse.
+        """
         is_other = isinstance(layer, SyncBatchRenorm) != issubclass(self.to, SyncBatchRenorm)
-        default = inspect.signature(self.to).parameters["momentum"].default if is_other else layer.momentum
+        default = (
+            inspect.signature(self.to).parameters["momentum"].default
+            if is_other
+            else layer.momentum
+        )
         return self.options.get("momentum", default)
 
     def group(self, layer: _BatchNorm) -> groups.Spec:
         """As asked for; else that of the layer, if it has one."""
-        return groups.given(self.workers) if self.workers is not None else getattr(layer, "process_group", None)
+        return (
+            groups.given(self.workers)
+            if self.workers is not None
+            else getattr(layer, "process_group", None)
+        )
 
     def settings(self, layer: _BatchNorm) -> dict[str, Any]:
         """The arguments of `set_up`: as asked for, else what a layer of ours has already."""
-        names = [p.name for p in inspect.signature(self.to.set_up).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        names = [
+            p.name
+            for p in inspect.signature(self.to.set_up).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
         had = _settings_of(layer, names) if isinstance(layer, SyncNorm) else {}
         return had | {name: value for name, value in self.options.items() if name in names}
 
@@ -56,7 +70,12 @@ class Request:
         if not isinstance(layer, self.to):
             return False
         settings = self.settings(layer)
-        return (layer.momentum, layer.eps, layer.process_group, _settings_of(layer, list(settings))) == (
+        return (
+            layer.momentum,
+            layer.eps,
+            layer.process_group,
+            _settings_of(layer, list(settings)),
+        ) == (
             self.momentum(layer),
             self.options.get("eps", layer.eps),
             self.group(layer),
@@ -85,11 +104,18 @@ def origin_of(layer: nn.Module) -> Origin | None:
 
 
 def become(layer: _BatchNorm, name: str, request: Request) -> None:
-    """Make the layer what is asked for. Nothing here may fail: what could has been looked at before."""
+    """Make the layer what is asked for.
+
+    Nothing here may fail: what could has been looked at before.
+    """
     if isinstance(layer, _LazyNormBase):
         _become_later(layer, name, request)
         return
-    momentum, group, settings = request.momentum(layer), request.group(layer), request.settings(layer)
+    momentum, group, settings = (
+        request.momentum(layer),
+        request.group(layer),
+        request.settings(layer),
+    )
     origin, theirs = origin_of(layer) or Origin(own_class(layer)), their_class(layer)
     _turn_clock(layer, origin, request.to)
     if isinstance(layer, SyncNorm):
@@ -105,14 +131,20 @@ def become(layer: _BatchNorm, name: str, request: Request) -> None:
     layer.momentum, layer.eps = momentum, request.options.get("eps", layer.eps)
     layer.label = name or layer.label
     after = layer.__dict__
-    changed = {k: before[k] for k in _SHARED if k in before and before[k] is not after[k] and k not in origin.added}
+    changed = {
+        k: before[k]
+        for k in _SHARED
+        if k in before and before[k] is not after[k] and k not in origin.added
+    }
     origin.changed = changed | origin.changed
     origin.added |= after.keys() - before.keys()
     after["_origin"] = origin
 
 
 def _turn_clock(layer: _BatchNorm, origin: Origin, to: type[SyncNorm]) -> None:
-    """A schedule begins when the layer becomes renormalisation; what was counted before is put aside."""
+    """A schedule begins when the layer becomes renormalisation; what was counted before is put
+    aside.
+    """
     counter = layer.num_batches_tracked
     if counter is None or observed.is_fake(layer):
         return
@@ -147,9 +179,16 @@ def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
         attributes["process_group"] = groups.given(origin.workers)
     if isinstance(layer, SyncNorm):
         label, names = layer.label, ("sync", "schedule", "running_average")
-        layer.set_up(layer.process_group, **_settings_of(layer, [name for name in names if hasattr(layer, name)]))
+        layer.set_up(
+            layer.process_group,
+            **_settings_of(layer, [name for name in names if hasattr(layer, name)]),
+        )
         layer.label = label
-    elif layer.weight is not None and layer.weight.dtype in HALF_TYPES and layer.running_mean is not None:
+    elif (
+        layer.weight is not None
+        and layer.weight.dtype in HALF_TYPES
+        and layer.running_mean is not None
+    ):
         # With half weights torch's layer needs running statistics of their type.
         for name in ("running_mean", "running_var"):
             layer._buffers[name] = layer.get_buffer(name).to(layer.weight.dtype)
@@ -161,7 +200,9 @@ def _settings_of(layer: SyncNorm, names: list[str]) -> dict[str, Any]:
 
 
 def _let_go(layer: SyncNorm) -> None:
-    """The running statistics are up to date, nobody else acts for the layer, and nothing of ours is in its state."""
+    """The running statistics are up to date, nobody else acts for the layer, and nothing of ours is
+    in its state.
+    """
     if isinstance(layer.statistics, PooledRunning):
         layer.statistics.release(layer)
     for name in AVERAGES:
@@ -171,8 +212,8 @@ def _let_go(layer: SyncNorm) -> None:
 class LazySyncNorm(_LazyNormBase, _BatchNorm):
     """A lazy batch norm that was converted before it knew its number of channels.
 
-    torch's hook gives it parameters before its first forward, which makes it what the lazy layer would have become, and
-    that a layer of ours. That forward is ours already.
+    torch's hook gives it parameters before its first forward, which makes it what the lazy layer
+    would have become, and that a layer of ours. That forward is ours already.
     """
 
     cls_to_become = None
@@ -186,7 +227,8 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         pending = self.pending
         become_class = self.__dict__.pop("cls_to_become", pending.cls.cls_to_become)
-        # A state dict that was loaded has brought the parameters, and left the number of channels at 0.
+        # A state dict that was loaded has brought the parameters, and left the number of channels
+        # at 0.
         x = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
         self.num_features = self.num_features or x.shape[1]
         self.put_back()
@@ -213,7 +255,9 @@ def _become_later(layer: _LazyNormBase, name: str, request: Request) -> None:
         earlier = layer.pending.request
         names = inspect.signature(request.to).parameters
         options = {k: v for k, v in earlier.options.items() if k in names} | request.options
-        request = Request(request.to, earlier.workers if request.workers is None else request.workers, options)
+        request = Request(
+            request.to, earlier.workers if request.workers is None else request.workers, options
+        )
         layer.put_back()
     layer.__dict__["pending"] = Pending(type(layer), name, request)
     layer.__class__ = LazySyncNorm

@@ -27,26 +27,30 @@ from syncnorm.ops import LocalSums, Statistic
 def recalibrate(
     model: nn.Module, batches: Iterable[Any], *, process_group: groups.Spec = None, mix: float = 1.0
 ) -> nn.Module:
-    """Replace the running statistics by those of the data: every batch of every worker, weighted by count.
+    """Replace the running statistics by those of the data: every batch of every worker, weighted by
+    count.
 
         running <- (1 - mix) * running + mix * population        population: mean, and m2 / (n - 1)
 
-    For weights that the running statistics have not followed (averaged, pruned, quantised, loaded ones) and for
-    calibration to a new domain at test time (mix < 1).
+    For weights that the running statistics have not followed (averaged, pruned, quantised, loaded
+    ones) and for calibration to a new domain at test time (mix < 1).
 
-    *Statistics*: each layer sees every batch as training would give it with local statistics, renormalisation
-    off, dropout and the like as in evaluation. Its sums over all batches are added up in float64, so the result
-    depends on the set of batches, not on which worker had them, to rounding.
+    *Statistics*: each layer sees every batch as training would give it with local statistics,
+    renormalisation off, dropout and the like as in evaluation. Its sums over all batches are added
+    up in float64, so the result depends on the set of batches, not on which worker had them, to
+    rounding.
 
-    *Collectives*: one all-reduce at the end. Every worker of `process_group` must call, with any number of
-    batches, also none. All end with the same bits (with mix < 1, if they began with the same).
+    *Collectives*: one all-reduce at the end. Every worker of `process_group` must call, with any
+    number of batches, also none. All end with the same bits (with mix < 1, if they began with the
+    same).
 
     Args:
-        model: changed in place: running statistics of BatchNorm layers, ours and torch's, that keep them. Layers
-            that are in evaluation mode while `model` trains are frozen and left alone. Parameters, counters,
-            modes and gradients stay as they are.
-        batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list that begins with
-            what the model requires (its first element, where that is one argument).
+        model: changed in place: running statistics of BatchNorm layers, ours and torch's, that keep
+            them. Layers that are in evaluation mode while `model` trains are frozen and left alone.
+            Parameters, counters, modes and gradients stay as they are.
+        batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list
+            that begins with what the model requires (its first element, where that is one
+            argument).
         process_group: the workers whose batches count, see `syncnorm.groups`; None: all of them.
         mix: weight of the new statistics, in (0, 1].
 
@@ -55,8 +59,8 @@ def recalibrate(
 
     Raises:
         InputError: `mix` is out of range, or there is no layer to recalibrate.
-        FaultError: no worker had a batch, or the forward failed on another one (the failing one raises its own
-            error); on all workers, and nothing was changed.
+        FaultError: no worker had a batch, or the forward failed on another one (the failing one
+            raises its own error); on all workers, and nothing was changed.
 
     Example:
         >>> from syncnorm import SyncBatchNorm
@@ -66,12 +70,14 @@ def recalibrate(
         ([4.0], [13.0])
 
     References:
-        Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3 (PreciseBN); Schneider et
-        al., arXiv:2006.16971, for mix < 1. Deviation: moments are merged by count, not averaged over batches.
+        Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3 (PreciseBN);
+        Schneider et al., arXiv:2006.16971, for mix < 1. Deviation: moments are merged by count, not
+        averaged over batches.
     """
     if not 0 < mix <= 1:
         raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
-    # DistributedDataParallel's own forward would exchange, and workers have different numbers of batches.
+    # DistributedDataParallel's own forward would exchange, and workers have different numbers of
+    # batches.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers(bare)
     group = groups.statistics_group(process_group)
@@ -86,12 +92,16 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
     layers = [
         m
         for m in model.modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None and (m.training or not model.training)
+        if isinstance(m, _BatchNorm)
+        and m.running_mean is not None
+        and (m.training or not model.training)
     ]
     if not layers:
         raise InputError(
-            f"`model` must have a BatchNorm layer that keeps running statistics and is not frozen, got none in "
-            f"{type(model).__name__}. Layers in evaluation mode within a model in training mode are frozen."
+            "`model` must have a BatchNorm layer that keeps running statistics and is not frozen, "
+            "got none in "
+            f"{type(model).__name__}. Layers in evaluation mode within a model in training mode "
+            "are frozen."
         )
     return layers
 
@@ -100,7 +110,10 @@ def _collect(
     model: nn.Module, layers: list[_BatchNorm], batches: Iterable[Any]
 ) -> tuple[list[Tensor], Exception | None]:
     """The raw sums of each layer over this worker's batches, and what went wrong, for all to know."""
-    sums = [torch.zeros(2 * m.num_features + 1, dtype=torch.float64, device=_mean(m).device) for m in layers]
+    sums = [
+        torch.zeros(2 * m.num_features + 1, dtype=torch.float64, device=_mean(m).device)
+        for m in layers
+    ]
     with ExitStack() as stack:
         stack.enter_context(_modes(model, layers))
         for layer, total in zip(layers, sums, strict=True):
@@ -115,7 +128,8 @@ def _collect(
 
 
 def forward(model: nn.Module, batch: Any, argument: str) -> None:
-    """Call the model with a batch; of a tuple or list with as many elements as it must have, the first at least.
+    """Call the model with a batch; of a tuple or list with as many elements as it must have, the
+    first at least.
 
     Raises:
         InputError: the model does not take these arguments.
@@ -126,7 +140,9 @@ def forward(model: nn.Module, batch: Any, argument: str) -> None:
         kwargs = dict(batch)
     elif isinstance(batch, tuple | list):
         kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        required = [p for p in signature.parameters.values() if p.kind in kinds and p.default is p.empty]
+        required = [
+            p for p in signature.parameters.values() if p.kind in kinds and p.default is p.empty
+        ]
         args = tuple(batch[: max(1, len(required))])
     else:
         args = (batch,)
@@ -136,7 +152,8 @@ def forward(model: nn.Module, batch: Any, argument: str) -> None:
         names = ", ".join(signature.parameters)
         raise InputError(
             f"`{argument}` must hold the arguments of {type(model).__name__}.forward, {names}, got "
-            f"{type(batch).__name__} ({error}). Give a tensor, a tuple with an element for each, or a mapping by name."
+            f"{type(batch).__name__} ({error}). Give a tensor, a tuple with an element for each, "
+            "or a mapping by name."
         ) from None
     model(*args, **kwargs)
 
@@ -173,7 +190,8 @@ def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
     schedule = getattr(layer, "schedule", None)
     with _buffers_put_back(layer):
         if isinstance(layer, SyncBatchRenorm):
-            # Renormalisation off, and nothing of the old statistics must come through, not even NaN.
+            # Renormalisation off, and nothing of the old statistics must come through, not even
+            # NaN.
             layer.schedule = RenormSchedule.constant(1.0, 0.0)
             layer.reset_running_stats()
         try:
@@ -197,7 +215,10 @@ def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[No
     def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         keep(ops.local_sums(args[0] if args else next(iter(kwargs.values())), None).sums)
 
-    is_plain = type(layer).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward) and "forward" not in vars(layer)
+    is_plain = type(layer).forward in (
+        _BatchNorm.forward,
+        nn.SyncBatchNorm.forward,
+    ) and "forward" not in vars(layer)
     hook = None if is_plain else layer.register_forward_pre_hook(look, with_kwargs=True)
     if is_plain:
         layer.forward = normalize
@@ -221,29 +242,39 @@ def _buffers_put_back(layer: _BatchNorm) -> Iterator[None]:
             buffer.copy_(value)
 
 
-def _pool(sums: list[Tensor], failure: Exception | None, group: groups.Group | None) -> list[Moments]:
+def _pool(
+    sums: list[Tensor], failure: Exception | None, group: groups.Group | None
+) -> list[Moments]:
     """The moments over all workers; or the same end for all of them."""
     members = groups.ranks(group)
     failures = torch.zeros(len(members), dtype=torch.float64, device=sums[0].device)
     failures[members.index(groups.rank())] = failure is not None
-    message = exchange.sum_(torch.cat([*(s.to(sums[0].device) for s in sums), failures]), group, "population")
+    message = exchange.sum_(
+        torch.cat([*(s.to(sums[0].device) for s in sums), failures]), group, "population"
+    )
     *pooled, failures = message.split([*(s.numel() for s in sums), len(members)])
     if failure is not None:
         raise failure
     failed = [rank for rank, has in zip(members, failures.tolist(), strict=True) if has]
     if failed:
         raise FaultError(
-            f"`batches` must pass through the model on every worker, got an error on rank(s) {failed}. "
+            "`batches` must pass through the model on every worker, got an error on rank(s) "
+            f"{failed}. "
             "Nothing was changed; see the error there."
         )
     population = [of_sums(s) for s in pooled]
     if all(batch.count == 0 for batch in population):
-        raise FaultError("`batches` must hold data on at least one worker, got none. Nothing was changed.")
+        raise FaultError(
+            "`batches` must hold data on at least one worker, got none. Nothing was changed."
+        )
     return population
 
 
 def _blend(layer: _BatchNorm, batch: Moments, mix: float) -> None:
-    values = ((_mean(layer), batch.mean, batch.count > 0), (_var(layer), batch.m2 / (batch.count - 1), batch.count > 1))
+    values = (
+        (_mean(layer), batch.mean, batch.count > 0),
+        (_var(layer), batch.m2 / (batch.count - 1), batch.count > 1),
+    )
     for running, value, is_known in values:
         # At mix = 1 nothing of the old value must come through, not even NaN.
         mixed = value if mix == 1 else (1 - mix) * running.double() + mix * value

@@ -1,16 +1,18 @@
 """`sync="running"`: local batch statistics, and running statistics pooled off the critical path.
 
-During a training forward the layers leave the raw sums of their batches here. When the model's forward ends, the
-sums of all layers go out in one flat asynchronous message, which travels while the backward pass runs. It is
-waited for and applied at one point: before the next training forward begins, or earlier if somebody needs the
-running statistics (evaluation, `state_dict`, a copy, whoever reads or writes a buffer). Applying never starts an
-exchange, so one worker may evaluate or save alone.
+During a training forward the layers leave the raw sums of their batches here. When the model's
+forward ends, the sums of all layers go out in one flat asynchronous message, which travels while
+the backward pass runs. It is waited for and applied at one point: before the next training forward
+begins, or earlier if somebody needs the running statistics (evaluation, `state_dict`, a copy,
+whoever reads or writes a buffer). Applying never starts an exchange, so one worker may evaluate or
+save alone.
 
-Hence nobody who reaches for a buffer through its layer sees that the update is made late. A buffer that somebody holds
-since before the forward lacks it; if it is written before the update is applied, what was written stays.
+Hence nobody who reaches for a buffer through its layer sees that the update is made late. A buffer
+that somebody holds since before the forward lacks it; if it is written before the update is
+applied, what was written stays.
 
-What one step has gathered is one object. It is made when a forward begins, sent when it ends, and dropped whole if
-the forward raises.
+What one step has gathered is one object. It is made when a forward begins, sent when it ends, and
+dropped whole if the forward raises.
 """
 
 from __future__ import annotations
@@ -50,11 +52,20 @@ class Forward:
             self.bad_masks[name] = self.bad_masks.get(name, local.has_fault) | local.has_fault
 
 
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked", "lagged_mean", "lagged_var", "lagged_waits")
+_STATISTICS = (
+    "running_mean",
+    "running_var",
+    "num_batches_tracked",
+    "lagged_mean",
+    "lagged_var",
+    "lagged_waits",
+)
 
 
 class Sent(NamedTuple):
-    """A message on its way, and what it takes to apply it: momenta, groups and buffers may have changed by then."""
+    """A message on its way, and what it takes to apply it: momenta, groups and buffers may have
+    changed by then.
+    """
 
     message: exchange.Pending
     momenta: list[float | None]
@@ -81,7 +92,9 @@ class PooledRunning:
         self._sent: Sent | None = None
         self._fault: str | None = None
         self._mixed: Flight | None = None
-        """An exchange in which some workers sent something else, to be raised when all are there again."""
+        """An exchange in which some workers sent something else, to be raised when all are there
+        again.
+        """
         for layer in layers.values():
             layer.statistics = self
             CurrentBuffers.put_into(layer, self)
@@ -99,11 +112,15 @@ class PooledRunning:
     def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
         self._leave(layer, local, call)
         batch = of_sums(local.sums)
-        return Statistic(batch, PooledMeans(batch, None, layer.label, self._shard(layer, local)), is_pooled=False)
+        return Statistic(
+            batch, PooledMeans(batch, None, layer.label, self._shard(layer, local)), is_pooled=False
+        )
 
     def _shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """What notices uneven shards, at one layer of a forward."""
-        is_looked_at = not Shard.has_warned and local.sums.device.type == "cpu" and not ops.is_recomputing()
+        is_looked_at = (
+            not Shard.has_warned and local.sums.device.type == "cpu" and not ops.is_recomputing()
+        )
         if self._forward.shard is None and is_looked_at:
             self._forward.shard = LateShard(local.sums[-1], self._name(layer))
             return self._forward.shard
@@ -116,7 +133,10 @@ class PooledRunning:
         return None
 
     def settle(self) -> None:
-        """Wait for what is under way and apply it. Starts no exchange, and raises nothing: one worker may be alone."""
+        """Wait for what is under way and apply it.
+
+        Starts no exchange, and raises nothing: one worker may be alone.
+        """
         if self._sent is not None:
             self._apply_sent()
 
@@ -137,14 +157,19 @@ class PooledRunning:
                 message = torch.where(faults.any(), torch.nan, message)
                 *sums, _ = message.split([*self._sizes(), len(members)])
                 self._apply(
-                    [s.to(device_of(layer)) for layer, s in zip(self.layers.values(), sums, strict=True)], momenta
+                    [
+                        s.to(device_of(layer))
+                        for layer, s in zip(self.layers.values(), sums, strict=True)
+                    ],
+                    momenta,
                 )
                 for buffer, value in kept:
                     buffer.copy_(value)
                 self._compare(shard, message, members)
 
     def forget(self, layer: SyncNorm) -> None:
-        """The layer's state is about to be replaced: let the others have what is under way, and drop the layer's.
+        """The layer's state is about to be replaced: let the others have what is under way, and
+        drop the layer's.
 
         A fault stays: this worker may be alone in replacing its state, and all are to raise.
         """
@@ -167,7 +192,8 @@ class PooledRunning:
         """Begin a step. Every worker must call.
 
         Raises:
-            FaultError: some worker's data was at fault in the last one, known to all since its message arrived.
+            FaultError: some worker's data was at fault in the last one, known to all since its
+                message arrived.
             ExchangeError: some worker sent something else than the others, likewise.
         """
         self.settle()
@@ -185,14 +211,21 @@ class PooledRunning:
         forward, self._forward = self._forward, Forward()
         group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
         members = groups.ranks(group)
-        message = exchange.start_sum(self._message(forward, members), group, "all moments", self._title)
+        message = exchange.start_sum(
+            self._message(forward, members), group, "all moments", self._title
+        )
         marks = [each for layer in self.layers.values() for each in mark(layer, _STATISTICS)]
         self._sent = Sent(message, momenta, members, marks, forward.shard)
 
     def _compare(self, shard: LateShard | None, message: Tensor, members: list[int]) -> None:
         """Warn if the backward pass was of a loss that was not scaled, and the shards were uneven."""
         if shard is not None and shard.is_due and not Shard.has_warned:
-            counts = dict(zip(self.layers, (part[-1] for part in message.split([*self._sizes(), len(members)]))))
+            counts = dict(
+                zip(
+                    self.layers,
+                    (part[-1] for part in message.split([*self._sizes(), len(members)])),
+                )
+            )
             shard.compare(counts[shard.name].item(), members, shard.name)
 
     def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
@@ -200,7 +233,9 @@ class PooledRunning:
             layer.update_running(of_sums(each), momentum)
 
     def _begin(self, model: nn.Module, args: object) -> None:
-        if self._trains() and not any(observed.is_fake(layer) for layer in [*self.layers.values()][:1]):
+        if self._trains() and not any(
+            observed.is_fake(layer) for layer in [*self.layers.values()][:1]
+        ):
             self._open()
         elif self._is_open and not ops.is_recomputing():
             self._is_open = False
@@ -233,18 +268,23 @@ class PooledRunning:
     def _trains(self) -> bool:
         """The layers are asked, not the model: a wrapper's own flag says nothing.
 
-        A layer that somebody else has lent another source does not act for us, nor does a frozen one.
+        A layer that somebody else has lent another source does not act for us, nor does a frozen
+        one.
         """
         layers = self.layers.values()
-        return any(each.training and each.statistics is self and each.freeze is None for each in layers)
+        return any(
+            each.training and each.statistics is self and each.freeze is None for each in layers
+        )
 
     def _leave(self, layer: SyncNorm, local: LocalSums, call: Call) -> None:
         if ops.is_recomputing() or call.is_frozen:
             return
         if not self._is_open:
             raise InputError(
-                f"`sync={layer.sync!r}` must be used through the model that was given to prepare_ddp, got a direct "
-                f"call of layer {self._name(layer)!r}. Call the model itself, or prepare the part that is called."
+                f"`sync={layer.sync!r}` must be used through the model that was given to "
+                "prepare_ddp, got a direct "
+                f"call of layer {self._name(layer)!r}. Call the model itself, or prepare the part "
+                "that is called."
             )
         self._forward.leave(self._name(layer), local)
 
@@ -263,10 +303,18 @@ class PooledRunning:
     def __getstate__(self) -> dict[str, object]:
         # Nothing is under way in a copy; and one made within `accumulate` is not part of it.
         self.settle()
-        return {**self.__dict__, "is_held": False, "_is_open": False, "_handled": None, "_mixed": None}
+        return {
+            **self.__dict__,
+            "is_held": False,
+            "_is_open": False,
+            "_handled": None,
+            "_mixed": None,
+        }
 
     def _message(self, forward: Forward, members: list[int]) -> Tensor:
-        """All sums, then one number for each worker: at which layer its data was at fault, if at any."""
+        """All sums, then one number for each worker: at which layer its data was at fault, if at
+        any.
+        """
         device = device_of(next(iter(self.layers.values())))
         sums = [
             forward.sums[name].to(device) if name in forward.sums else zeros(size, device)
@@ -277,9 +325,17 @@ class PooledRunning:
         for name in forward.sums:  # in the order of the calls: the first to be at fault is named
             number, mine = numbers[name], faults[members.index(groups.rank())]
             if name in forward.bad_masks:
-                mine.copy_(torch.where((mine == 0) & forward.bad_masks[name].to(device), float(number), mine))
+                mine.copy_(
+                    torch.where(
+                        (mine == 0) & forward.bad_masks[name].to(device), float(number), mine
+                    )
+                )
             if guard.is_debug():
-                mine.copy_(torch.where((mine == 0) & ~forward.sums[name].to(device).isfinite().all(), -number, mine))
+                mine.copy_(
+                    torch.where(
+                        (mine == 0) & ~forward.sums[name].to(device).isfinite().all(), -number, mine
+                    )
+                )
         return torch.cat([*sums, faults])
 
     def _describe(self, faults: Tensor, members: list[int]) -> str | None:

@@ -28,7 +28,8 @@ def refuse_small(each: float, memory_gib: float) -> None:
     """ConfigError unless a process fits into `memory_gib`."""
     if each > memory_gib * GIB:
         raise ConfigError(
-            f"`launch.memory_gib` must be more than {each / GIB:.2f}, which a worker takes before it has data and a "
+            f"`launch.memory_gib` must be more than {each / GIB:.2f}, which a worker takes before "
+            "it has data and a "
             f"model, got {memory_gib:g}. Give it more."
         )
 
@@ -37,8 +38,10 @@ def refuse_many(count: int, each: float, free: float) -> None:
     """ConfigError unless `count` processes of `each` bytes fit into `free` bytes."""
     if count * each > free:
         raise ConfigError(
-            f"`launch.workers` must be at most {int(free // each)} on this machine, got {count}: a worker takes "
-            f"{in_words(each)} and more before it has data and a model, and {in_words(free)} are free. Take fewer."
+            f"`launch.workers` must be at most {int(free // each)} on this machine, got {count}: a "
+            "worker takes "
+            f"{in_words(each)} and more before it has data and a model, and {in_words(free)} are "
+            "free. Take fewer."
         )
 
 

@@ -1,6 +1,7 @@
 """What on this machine would keep a run from starting, slow it down or end it.
 
-`gather` looks, `judge` decides: facts are a value, so that each judgement can be tried without a machine that has it.
+`gather` looks, `judge` decides: facts are a value, so that each judgement can be tried without a
+machine that has it.
 """
 
 import re
@@ -20,7 +21,8 @@ class Check:
 
     Args:
         name: what was looked at.
-        status: fail: a run will not start or not end well; warn: it will be slow, or a part of syncnorm is missing.
+        status: fail: a run will not start or not end well; warn: it will be slow, or a part of
+            syncnorm is missing.
         detail: what was found.
         remedy: what to do about it; empty with ok.
     """
@@ -61,7 +63,9 @@ def render(checks: Sequence[Check]) -> str:
         lines.append(f"{check.status:<4}  {check.name:<{width}}  {check.detail}")
         if check.remedy:
             lines.append(f"{'':<4}  {'':<{width}}  -> {check.remedy}")
-    count = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")}
+    count = {
+        status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")
+    }
     lines.append(", ".join(f"{number} {status}" for status, number in count.items()))
     return "\n".join(lines)
 
@@ -71,8 +75,12 @@ def exit_status(checks: Sequence[Check]) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def _check(name: str, detail: str, remedy: str = "", *, warn: bool = False, fail: bool = False) -> Check:
-    return Check(name, "fail" if fail else "warn" if warn else "ok", detail, remedy if warn or fail else "")
+def _check(
+    name: str, detail: str, remedy: str = "", *, warn: bool = False, fail: bool = False
+) -> Check:
+    return Check(
+        name, "fail" if fail else "warn" if warn else "ok", detail, remedy if warn or fail else ""
+    )
 
 
 def _software(facts: Facts) -> Iterator[Check]:
@@ -87,17 +95,25 @@ def _devices(facts: Facts) -> Iterator[Check]:
     lacking = [] if "gloo" in facts.backends else ["gloo"]
     if facts.cuda_devices and "nccl" not in facts.backends:
         lacking.append("nccl")
-    yield _check("backends", there, f"Install a build of torch with {' and '.join(lacking)}.", fail=bool(lacking))
+    yield _check(
+        "backends",
+        there,
+        f"Install a build of torch with {' and '.join(lacking)}.",
+        fail=bool(lacking),
+    )
     yield _check(
         "cuda",
-        ", ".join(facts.cuda_devices) or f"torch sees none of {facts.nvidia_devices} devices: workers use the CPU",
-        "Install a build of torch for CUDA that this driver can run, and look at CUDA_VISIBLE_DEVICES.",
+        ", ".join(facts.cuda_devices)
+        or f"torch sees none of {facts.nvidia_devices} devices: workers use the CPU",
+        "Install a build of torch for CUDA that this driver can run, and look at "
+        "CUDA_VISIBLE_DEVICES.",
         warn=facts.nvidia_devices > 0 and not facts.cuda_devices,
     )
     yield _check(
         "cores",
         f"{facts.cores:g}, and {facts.threads} threads in a process",
-        f"export OMP_NUM_THREADS={max(int(facts.cores), 1)}, or 1 where several workers share the machine",
+        f"export OMP_NUM_THREADS={max(int(facts.cores), 1)}, or 1 where several workers share the "
+        "machine",
         warn=facts.threads > max(facts.cores, 1),
     )
 
@@ -114,7 +130,8 @@ def _memory(facts: Facts) -> Iterator[Check]:
     yield _check(
         "/dev/shm",
         "none" if size is None else f"{size / _GIB:.2f} GiB",
-        "nccl exchanges through it within a machine: start the container with --shm-size=1g or --ipc=host.",
+        "nccl exchanges through it within a machine: start the container with --shm-size=1g or "
+        "--ipc=host.",
         warn=bool(facts.cuda_devices) and (size is None or size < 0.5 * _GIB),
     )
 
@@ -122,7 +139,8 @@ def _memory(facts: Facts) -> Iterator[Check]:
 def _run_folder(facts: Facts) -> Iterator[Check]:
     yield _check(
         "run folder",
-        str(facts.run_dir) + (f", to be made in {facts.folder}" if facts.folder not in (None, facts.run_dir) else ""),
+        str(facts.run_dir)
+        + (f", to be made in {facts.folder}" if facts.folder not in (None, facts.run_dir) else ""),
         "Set run_dir to a folder that can be written to.",
         fail=facts.folder is None or not facts.is_writable,
     )
@@ -137,7 +155,8 @@ def _run_folder(facts: Facts) -> Iterator[Check]:
         yield _check(
             "fsync",
             f"{1000 * facts.fsync_seconds:.1f} ms for a small file",
-            "Checkpoints wait for it: set run_dir to a local disk, or checkpoint.every to more steps.",
+            "Checkpoints wait for it: set run_dir to a local disk, or checkpoint.every to more "
+            "steps.",
             warn=facts.fsync_seconds > 0.1,
         )
 
@@ -146,7 +165,8 @@ def _network(facts: Facts) -> Iterator[Check]:
     yield _check(
         "host name",
         facts.host_name + (f": {facts.host_error}" if facts.host_error else ""),
-        "gloo asks for its address: add it to /etc/hosts, or export GLOO_SOCKET_IFNAME=lo for one machine.",
+        "gloo asks for its address: add it to /etc/hosts, or export GLOO_SOCKET_IFNAME=lo for one "
+        "machine.",
         warn=bool(facts.host_error),
     )
     yield _check(
@@ -158,7 +178,9 @@ def _network(facts: Facts) -> Iterator[Check]:
 
 
 def _environment(facts: Facts) -> Iterator[Check]:
-    """What torchrun leaves to the person who calls it; `syncnorm train` sets it for the workers that it starts."""
+    """What torchrun leaves to the person who calls it; `syncnorm train` sets it for the workers
+    that it starts.
+    """
     if not facts.tuning.is_under_torchrun:
         return
     if facts.has_glibc:
@@ -171,7 +193,8 @@ def _environment(facts: Facts) -> Iterator[Check]:
         )
     yield _check(
         "restarts",
-        "workers that are started again meet " + ("at addresses of before" if facts.tuning.shares_store else "anew"),
+        "workers that are started again meet "
+        + ("at addresses of before" if facts.tuning.shares_store else "anew"),
         "With gloo they do not find each other so: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
         warn=facts.tuning.shares_store,
     )

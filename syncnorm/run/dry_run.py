@@ -25,8 +25,8 @@ from syncnorm.train.workers import Workers
 def dry_run(task: Task) -> str:
     """Resolve, build, take one step as the first of `launch.workers`, and describe it.
 
-    The other workers are not there: their part of every sum is missing, so the loss means nothing, but memory, numbers
-    sent and this worker's own computation are those of a step.
+    The other workers are not there: their part of every sum is missing, so the loss means nothing,
+    but memory, numbers sent and this worker's own computation are those of a step.
 
     Raises:
         ConfigError: something in the configuration does not fit.
@@ -41,7 +41,11 @@ def dry_run(task: Task) -> str:
     workers = Workers(0, number, device, number)
     # A backend of torch's own tests, which sends nothing; a test notices if it changes.
     dist.init_process_group(
-        "fake", store=FakeStore(), rank=0, world_size=workers.world_size, timeout=timedelta(seconds=60)
+        "fake",
+        store=FakeStore(),
+        rank=0,
+        world_size=workers.world_size,
+        timeout=timedelta(seconds=60),
     )
     try:
         with told_in_a_line():
@@ -80,7 +84,9 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
 
 
 def _keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
-    """This worker's gradient in place of the average, which the backend that sends nothing does not hand back."""
+    """This worker's gradient in place of the average, which the backend that sends nothing does not
+    hand back.
+    """
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
@@ -90,20 +96,29 @@ def _described_model(learner: Learner) -> list[str]:
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     return [
-        f"model: {learner.config.model.name}, {count} parameters trained, {len(learner.layers)} layers of syncnorm's"
+        f"model: {learner.config.model.name}, {count} parameters trained, {len(learner.layers)} "
+        "layers of syncnorm's"
     ]
 
 
 def _described_memory(need: Need, free: float, grown: int) -> list[str]:
     has = "unknown" if free == float("inf") else in_words(free)
-    return [f"memory: a worker needs about {need}; it has {has}; the step took {in_words(grown)} more than before"]
+    return [
+        f"memory: a worker needs about {need}; it has {has}; the step took {in_words(grown)} more "
+        "than before"
+    ]
 
 
 def _described_messages(learner: Learner, totals: dict[str, tuple[int, int]]) -> list[str]:
-    gradients = sum(p.numel() * p.element_size() for p in learner.model.parameters() if p.requires_grad)
+    gradients = sum(
+        p.numel() * p.element_size() for p in learner.model.parameters() if p.requires_grad
+    )
     lines = [f"gradients of parameters: {in_words(gradients)} per worker and step"]
     for kind, (count, numbers) in sorted(totals.items()):
-        lines.append(f"messages of {kind}: {count}, of {8 * numbers / 1024:.2f} KiB in all, per worker and step")
+        lines.append(
+            f"messages of {kind}: {count}, of {8 * numbers / 1024:.2f} KiB in all, per worker and "
+            "step"
+        )
     return lines
 
 

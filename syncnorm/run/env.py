@@ -13,16 +13,17 @@ from syncnorm.errors import ConfigError
 _RUN_FOLDER = "SYNCNORM_RUN_FOLDER"
 _LAUNCHER = "SYNCNORM_LAUNCHER_PID"
 
-# glibc hands blocks above 32 MiB back to the system and gets them zeroed again at each call, which is most of
-# the time of a CPU operator on outputs of that size. It reads these when a process starts, so only a launcher
-# can set them.
+# glibc hands blocks above 32 MiB back to the system and gets them zeroed again at each call, which
+# is most of the time of a CPU operator on outputs of that size. It reads these when a process
+# starts, so only a launcher can set them.
 _MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": "4294967296",
     "MALLOC_TRIM_THRESHOLD_": "17179869184",
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-# DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see train/learner.py).
+# DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see
+# train/learner.py).
 _WORKER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -37,7 +38,8 @@ class Launched:
         local_world_size: how many are on its machine.
         run_folder: the run's folder, if our own launcher made it.
         launcher_pid: our own launcher, if that is what started this process.
-        launch_id: what torchrun calls this launch, the same when it starts its workers again; None if it has no name.
+        launch_id: what torchrun calls this launch, the same when it starts its workers again; None
+            if it has no name.
     """
 
     rank: int
@@ -86,7 +88,8 @@ def read_host() -> str:
     host = os.environ.get("MASTER_ADDR")
     if not host:
         raise ConfigError(
-            "environment variable MASTER_ADDR must name a host where RANK is set, got nothing. Use torchrun."
+            "environment variable MASTER_ADDR must name a host where RANK is set, got nothing. Use "
+            "torchrun."
         )
     return host
 
@@ -96,9 +99,11 @@ class Tuning:
     """What the environment says about the speed and the safety of workers.
 
     Args:
-        missing_malloc: variables of glibc's that are not set, with the values that CPU workers want.
+        missing_malloc: variables of glibc's that are not set, with the values that CPU workers
+            want.
         is_under_torchrun: whether torchrun started this process.
-        shares_store: whether workers that are started again would meet in the store of those before them.
+        shares_store: whether workers that are started again would meet in the store of those before
+            them.
     """
 
     missing_malloc: dict[str, str]
@@ -115,14 +120,15 @@ def read_tuning() -> Tuning:
     )
 
 
-# What Ray Train's driver hands on to its controller. All but the last may be set to something else by the user.
+# What Ray Train's driver hands on to its controller. All but the last may be set to something else
+# by the user.
 _RAY_DRIVER = {
-    # A worker that is lost is seen after half a second instead of two, a node that is to be taken away after one
-    # instead of five.
+    # A worker that is lost is seen after half a second instead of two, a node that is to be taken
+    # away after one instead of five.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # How long a group of workers waits for its place before the cluster is looked at again: after a node is lost Ray
-    # still believes in it.
+    # How long a group of workers waits for its place before the cluster is looked at again: after a
+    # node is lost Ray still believes in it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_USAGE_STATS_ENABLED": "0",
     # A print in a worker would be told twice.
@@ -145,7 +151,8 @@ def for_ray_workers() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the environment says about a Ray cluster that jobs are sent to. The token itself is for Ray alone.
+    """What the environment says about a Ray cluster that jobs are sent to. The token itself is for
+    Ray alone.
 
     Args:
         address: of its dashboard, as given.
@@ -175,18 +182,24 @@ def read_cluster() -> Cluster:
 
 
 def set_for_ray() -> None:
-    """Have Ray send the token, if there is one. To be called before Ray is imported: it looks once."""
+    """Have Ray send the token, if there is one.
+
+    To be called before Ray is imported: it looks once.
+    """
     if read_cluster().has_token:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def set_for_ray_client(address: str) -> None:
-    """Have Ray's client send jobs to this address; what is set here goes before the one that it is given."""
+    """Have Ray's client send jobs to this address; what is set here goes before the one that it is
+    given.
+    """
     os.environ["RAY_API_SERVER_ADDRESS"] = address
 
 
 def of_launched(rank: int, world_size: int, host: str, port: int, has_gpu: bool) -> dict[str, str]:
-    """The environment of a process that is to be this worker, the only one that this launcher has on its machine.
+    """The environment of a process that is to be this worker, the only one that this launcher has
+    on its machine.
 
     Args:
         rank, world_size: of the worker.
@@ -194,13 +207,21 @@ def of_launched(rank: int, world_size: int, host: str, port: int, has_gpu: bool)
         has_gpu: whether a GPU is set aside for it; otherwise it sees none, for others may have it.
     """
     hidden = {} if has_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    told = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+    told = {
+        "RANK": rank,
+        "WORLD_SIZE": world_size,
+        "LOCAL_RANK": 0,
+        "LOCAL_WORLD_SIZE": 1,
+        "MASTER_PORT": port,
+    }
     words = {name: str(value) for name, value in told.items()}
     return {**_WORKER, **_MALLOC, **os.environ, **words, **hidden, "MASTER_ADDR": host}
 
 
 def set_for_children() -> None:
-    """Set what makes workers on a CPU fast and quiet, for those that this process starts; what is set already stays."""
+    """Set what makes workers on a CPU fast and quiet, for those that this process starts; what is
+    set already stays.
+    """
     for name, value in {**_WORKER, **_MALLOC}.items():
         os.environ.setdefault(name, value)
 
@@ -211,11 +232,13 @@ def set_for_workers(run_folder: Path) -> None:
     What is set already stays, except for what must be so.
     """
     set_for_children()
-    # With gloo, workers that are started again would otherwise find the addresses of their predecessors.
+    # With gloo, workers that are started again would otherwise find the addresses of their
+    # predecessors.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[_RUN_FOLDER] = str(run_folder)
     os.environ[_LAUNCHER] = str(os.getpid())
-    # Without SIGINT, which is the launcher's own (see run/interrupt.py); torch's agent would take it.
+    # Without SIGINT, which is the launcher's own (see run/interrupt.py); torch's agent would take
+    # it.
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
 
 

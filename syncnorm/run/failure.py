@@ -8,8 +8,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# What gloo, the store and NCCL say on a worker whose peer is gone or does not come, and then what debug mode says.
-# Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError, out of memory).
+# What gloo, the store and NCCL say on a worker whose peer is gone or does not come, and then what
+# debug mode says. Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError,
+# out of memory).
 _ECHOES = (
     "DistNetworkError: ",
     "DistStoreError: ",
@@ -35,7 +36,8 @@ class Failure:
     Args:
         reason: a sentence that names the worker.
         traceback: of the worker, if it left one.
-        is_loss: whether a worker was lost, by a kill, a crash or a time limit; code that fails would fail again.
+        is_loss: whether a worker was lost, by a kill, a crash or a time limit; code that fails
+            would fail again.
         is_bad_input: whether the worker refused its configuration; the reason is what it said.
     """
 
@@ -47,16 +49,22 @@ class Failure:
 
 def root_cause(error: ChildFailedError) -> Failure:
     """Choose the failure that came first and is not the echo of another."""
-    rank = min(error.failures, key=lambda rank: (_distance(error.failures[rank]), error.failures[rank].timestamp))
+    rank = min(
+        error.failures,
+        key=lambda rank: (_distance(error.failures[rank]), error.failures[rank].timestamp),
+    )
     return _describe(rank, error.failures[rank])
 
 
 def _distance(failure: ProcessFailure) -> int:
-    """How far a failure is from being a cause: 0, 1 if it may be the echo of another, 2 if it is one."""
+    """How far a failure is from being a cause: 0, 1 if it may be the echo of another, 2 if it is
+    one.
+    """
     # SIGTERM is what the launcher itself ends the remaining workers with.
     if failure.exitcode == -signal.SIGTERM or _lost_its_peer(failure):
         return 2
-    # NCCL's watchdog and gloo's threads end the process so, without a word in its error file; a crash does, too.
+    # NCCL's watchdog and gloo's threads end the process so, without a word in its error file; a
+    # crash does, too.
     return int(failure.exitcode == -signal.SIGABRT and not _told(failure))
 
 
@@ -71,7 +79,11 @@ def is_echo(message: str) -> bool:
 
 def _describe(rank: int, failure: ProcessFailure) -> Failure:
     if failure.exitcode == -signal.SIGALRM:
-        return Failure(f"worker {rank} was stuck; where each worker was is in logs/stacks-*.txt", "", is_loss=True)
+        return Failure(
+            f"worker {rank} was stuck; where each worker was is in logs/stacks-*.txt",
+            "",
+            is_loss=True,
+        )
     told = _told(failure)
     if told:
         kind, _, message = told["message"].partition(": ")

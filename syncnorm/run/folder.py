@@ -48,7 +48,8 @@ def read_exit(folder: Path) -> Exit | None:
 
 
 def make_run_folder(config: Config, name: str, launch: str | None = None) -> Path:
-    """Make `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it; never one that is there already.
+    """Make `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it; never one that is there
+    already.
 
     Args:
         config: of the run.
@@ -74,7 +75,9 @@ def make_run_folder(config: Config, name: str, launch: str | None = None) -> Pat
 
 
 def discard_unbegun(folder: Path) -> None:
-    """Remove a new run's folder if the run was refused before it began; the message said all that is in it."""
+    """Remove a new run's folder if the run was refused before it began; the message said all that
+    is in it.
+    """
     if not (folder / "metrics.jsonl").exists():
         remove(folder)
 
@@ -93,7 +96,11 @@ def find_launched(config: Config, launch: str) -> Path | None:
         except (OSError, ValueError):
             continue
         end = read_exit(note.parent)
-        if is_same and (end is None or end.status != "done") and _is_same_config(config, note.parent):
+        if (
+            is_same
+            and (end is None or end.status != "done")
+            and _is_same_config(config, note.parent)
+        ):
             folders.append(note.parent)
     return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
@@ -107,13 +114,15 @@ def check_resumable(config: Config, folder: Path) -> Path:
     recorded = _recorded(folder)
     if recorded is None:
         raise ConfigError(
-            f"`--resume` must name a run's folder, got {str(folder)!r}, which has no readable config.yaml"
+            f"`--resume` must name a run's folder, got {str(folder)!r}, which has no readable "
+            "config.yaml"
         )
     differences = different_keys(config, recorded)
     if differences:
         raise ConfigError(
             f"`--resume` must name a run of the same configuration, got {str(folder)!r}, where "
-            f"{', '.join(differences)} differ. Only launch, follow, checkpoint and run_dir may change."
+            f"{', '.join(differences)} differ. Only launch, follow, checkpoint and run_dir may "
+            "change."
         )
     return folder
 
@@ -129,7 +138,9 @@ def lock(folder: Path) -> Any:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ConfigError(f"run {str(folder)!r} is being trained by another process. Stop that one first.") from None
+        raise ConfigError(
+            f"run {str(folder)!r} is being trained by another process. Stop that one first."
+        ) from None
     except OSError:
         pass  # a file system without locks
     return file
@@ -137,7 +148,9 @@ def lock(folder: Path) -> Any:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     try:
-        recorded = strict_yaml.parse((folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml")
+        recorded = strict_yaml.parse(
+            (folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml"
+        )
     except (OSError, ValueError):
         return None
     return recorded if isinstance(recorded, dict) else None
@@ -149,7 +162,9 @@ def _is_same_config(config: Config, folder: Path) -> bool:
 
 
 def _candidates(root: Path, stem: str) -> itertools.chain[Path]:
-    return itertools.chain([root / stem], (root / f"{stem}-{number}" for number in itertools.count(2)))
+    return itertools.chain(
+        [root / stem], (root / f"{stem}-{number}" for number in itertools.count(2))
+    )
 
 
 def _is_new(path: Path) -> bool:

@@ -1,4 +1,6 @@
-"""Code that a person names, run in the process that was typed: found and reported as the workers find and report it."""
+"""Code that a person names, run in the process that was typed: found and reported as the workers
+find and report it.
+"""
 
 import sys
 import traceback
@@ -11,7 +13,9 @@ from syncnorm.run.local import LocalRunError
 
 
 def find_modules_here() -> None:
-    """Have modules found in the working folder: `python -m` looks there, an installed command does not."""
+    """Have modules found in the working folder: `python -m` looks there, an installed command does
+    not.
+    """
     here = str(Path.cwd())
     if not sys.flags.safe_path and not {"", here} & set(sys.path):
         sys.path.insert(0, here)
@@ -19,7 +23,8 @@ def find_modules_here() -> None:
 
 @contextmanager
 def told_in_a_line(rank: int = 0) -> Iterator[None]:
-    """Tell a failure of this worker's as the launcher does, with its place where that names a file with the traceback.
+    """Tell a failure of this worker's as the launcher does, with its place where that names a file
+    with the traceback.
 
     Raises:
         LocalRunError: whatever was raised, but for what is told in a line already.
@@ -37,6 +42,10 @@ def _place(error: Exception) -> str:
     """Where it was raised; in code of a library, where that was called from."""
     frames = traceback.extract_tb(error.__traceback__)
     package = str(Path(__file__).parents[1])
-    own = [f for f in frames if "site-packages" not in f.filename and not f.filename.startswith((package, "<"))]
+    own = [
+        f
+        for f in frames
+        if "site-packages" not in f.filename and not f.filename.startswith((package, "<"))
+    ]
     frame = (own or frames)[-1]
     return f"{frame.filename}, line {frame.lineno}, in {frame.name}"

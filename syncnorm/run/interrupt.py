@@ -1,4 +1,7 @@
-"""Ctrl-C where a command does not simply end. Elsewhere SIGINT ends it at once and quietly (see `__main__`)."""
+"""Ctrl-C where a command does not simply end.
+
+Elsewhere SIGINT ends it at once and quietly (see `__main__`).
+"""
 
 import signal
 import sys
@@ -13,12 +16,16 @@ from torch.distributed.elastic.multiprocessing import SignalException
 STATUS = 128 + signal.SIGINT
 """Of a command that Ctrl-C has ended, in the shell."""
 
-# A worker takes a second signal within this time for the first one, which reaches it from terminal and launcher.
+# A worker takes a second signal within this time for the first one, which reaches it from terminal
+# and launcher.
 SAME_SIGNAL_SECONDS = 2.0
 
 
 class Interrupted(SignalException):
-    """Ctrl-C in the launcher. Its workers are told by SIGTERM, for they ignore SIGINT while they import."""
+    """Ctrl-C in the launcher.
+
+    Its workers are told by SIGTERM, for they ignore SIGINT while they import.
+    """
 
     def __init__(self) -> None:
         super().__init__("interrupted", signal.SIGTERM)
@@ -26,7 +33,8 @@ class Interrupted(SignalException):
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt inside the block, where something is to be cleared away or asked.
+    """Let Ctrl-C raise KeyboardInterrupt inside the block, where something is to be cleared away or
+    asked.
 
     Raises:
         SystemExit: of `STATUS`, if the block lets it pass.

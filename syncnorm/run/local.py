@@ -18,7 +18,14 @@ from syncnorm.run import env, interrupt
 from syncnorm.run.crowd import check_crowd
 from syncnorm.run.device import choose_device
 from syncnorm.run.failure import Failure, root_cause
-from syncnorm.run.folder import RESUMABLE, Exit, check_resumable, discard_unbegun, make_run_folder, read_exit
+from syncnorm.run.folder import (
+    RESUMABLE,
+    Exit,
+    check_resumable,
+    discard_unbegun,
+    make_run_folder,
+    read_exit,
+)
 from syncnorm.run.worker import Task
 from syncnorm.train.config import LaunchSection
 from syncnorm.train.metrics import MetricsFile, last_step
@@ -50,8 +57,8 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
         arguments: of the command `syncnorm train`.
 
     Raises:
-        ConfigError: the machine lacks the devices or the memory, the run's folder cannot be made or does not fit, or
-            the workers refused the configuration.
+        ConfigError: the machine lacks the devices or the memory, the run's folder cannot be made or
+            does not fit, or the workers refused the configuration.
         LocalRunError: the run failed, or was stopped.
     """
     launch = task.config.launch
@@ -102,8 +109,11 @@ def _attempt(launch: LaunchSection, arguments: Sequence[str], folder: Path) -> F
     logs = tempfile.mkdtemp(prefix="syncnorm-")
     command = (sys.executable, "-m", "syncnorm", "train", *arguments)
     try:
-        # Through a shell, so that a worker ignores Ctrl-C from its first instruction until it can heed it.
-        elastic_launch(_launch_config(launch, logs), "/bin/sh")("-c", 'trap "" INT; exec "$@"', "sh", *command)
+        # Through a shell, so that a worker ignores Ctrl-C from its first instruction until it can
+        # heed it.
+        elastic_launch(_launch_config(launch, logs), "/bin/sh")(
+            "-c", 'trap "" INT; exec "$@"', "sh", *command
+        )
     except ChildFailedError as error:
         _raise_if_stopped(folder)
         failure = root_cause(error)
@@ -119,7 +129,9 @@ def _raise_if_stopped(folder: Path) -> None:
     end = read_exit(folder)
     if end is not None and end.status == "stopped":
         raise LocalRunError(
-            f"stopped after step {end.step}: {end.reason}. To go on: the same command with --resume {folder}", RESUMABLE
+            f"stopped after step {end.step}: {end.reason}. To go on: the same command with "
+            f"--resume {folder}",
+            RESUMABLE,
         )
 
 
@@ -139,7 +151,8 @@ def _launch_config(launch: LaunchSection, logs: str) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        # Started again by us, with a rendezvous of their own: torch's would start failing code again, too.
+        # Started again by us, with a rendezvous of their own: torch's would start failing code
+        # again, too.
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
         shutdown_timeout=max(_LEAST_SHUTDOWN_SECONDS, round(launch.timeout_seconds)),

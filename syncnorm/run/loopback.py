@@ -1,4 +1,6 @@
-"""Two processes on this machine that pool a sum over gloo: `python -m syncnorm.run.loopback RANK FILE`."""
+"""Two processes on this machine that pool a sum over gloo: `python -m syncnorm.run.loopback RANK
+FILE`.
+"""
 
 import subprocess
 import sys
@@ -50,7 +52,10 @@ def _wait(pair: list[subprocess.Popen[str]], deadline: float, seconds: float) ->
         except subprocess.TimeoutExpired:
             return f"no sum within {seconds:g} seconds"
         if process.returncode != 0:
-            return (err.strip().splitlines() or [f"process {rank} ended with status {process.returncode}"])[-1]
+            return (
+                err.strip().splitlines()
+                or [f"process {rank} ended with status {process.returncode}"]
+            )[-1]
         if out.strip() != _SUM:
             return f"process {rank} has {out.strip()!r}, not {_SUM!r}"
     return None
@@ -58,7 +63,11 @@ def _wait(pair: list[subprocess.Popen[str]], deadline: float, seconds: float) ->
 
 def _pool(rank: int, store: str) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=_WORLD_SIZE, timeout=timedelta(seconds=30)
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=_WORLD_SIZE,
+        timeout=timedelta(seconds=30),
     )
     value = torch.tensor(rank + 1.0)
     dist.all_reduce(value)

@@ -21,7 +21,12 @@ from syncnorm.run.loopback import try_loopback
 from syncnorm.train.memory import free_memory
 
 # The package that stands for each extra.
-EXTRAS = {"train": "safetensors", "report": "matplotlib", "tensorboard": "tensorboard", "ray": "ray"}
+EXTRAS = {
+    "train": "safetensors",
+    "report": "matplotlib",
+    "tensorboard": "tensorboard",
+    "ray": "ray",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,12 @@ def _backends() -> tuple[str, ...]:
     if not dist.is_available():
         return ()
     return tuple(
-        name for name, is_there in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())) if is_there
+        name
+        for name, is_there in (
+            ("gloo", dist.is_gloo_available()),
+            ("nccl", dist.is_nccl_available()),
+        )
+        if is_there
     )
 
 

@@ -11,7 +11,8 @@ _PR_SET_PDEATHSIG = 1
 def die_with_parent(launcher_pid: int | None) -> None:
     """Have the kernel end this process when its parent dies, however that happens. Linux only.
 
-    Elsewhere, a launcher that is killed outright leaves its workers to the timeouts of their exchanges.
+    Elsewhere, a launcher that is killed outright leaves its workers to the timeouts of their
+    exchanges.
 
     Args:
         launcher_pid: the parent, if known: it may be dead already.

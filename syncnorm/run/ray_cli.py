@@ -1,4 +1,7 @@
-"""The commands submit, status, logs, stop and list. Ray is imported only when one of them is called."""
+"""The commands submit, status, logs, stop and list.
+
+Ray is imported only when one of them is called.
+"""
 
 import contextlib
 import json as json_format
@@ -18,10 +21,16 @@ if TYPE_CHECKING:
 
 _Address = Annotated[
     str | None,
-    typer.Option(help="http(s)://HOST:PORT of the dashboard. RAY_ADDRESS if that is set, else this machine's."),
+    typer.Option(
+        help="http(s)://HOST:PORT of the dashboard. RAY_ADDRESS if that is set, else this machine's."
+    ),
 ]
-_Insecure = Annotated[bool, typer.Option("--insecure", help="Reach another machine without a token.")]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")]
+_Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Reach another machine without a token.")
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")
+]
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The job's submission id.")]
 
 
@@ -33,24 +42,36 @@ def add_to(app: typer.Typer) -> None:
 
 
 def submit(
-    config: Annotated[str, typer.Argument(help="A YAML file, or the name of a packed configuration such as digits.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")] = None,
+    config: Annotated[
+        str,
+        typer.Argument(help="A YAML file, or the name of a packed configuration such as digits."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
+    ] = None,
     address: _Address = None,
     submission_id: Annotated[
         str | None,
-        typer.Option("--id", help="Name of the job and of its folder in run_dir; otherwise the same for the same run."),
+        typer.Option(
+            "--id",
+            help="Name of the job and of its folder in run_dir; otherwise the same for the same run.",
+        ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job until it is over.")] = True,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
+        typer.Option(
+            metavar="PACKAGE", help="A package whose callables the configuration may name."
+        ),
     ] = None,
     insecure: _Insecure = False,
     json: _Json = False,
 ) -> None:
-    """Train on a Ray cluster; a job that was stopped, failed or was lost goes on where its last checkpoint is.
+    """Train on a Ray cluster; a job that was stopped, failed or was lost goes on where its last
+    checkpoint is.
 
-    The run's folder is run_dir/ID, which all machines of the cluster must share. Exit status: that of the run.
+    The run's folder is run_dir/ID, which all machines of the cluster must share. Exit status: that
+    of the run.
     """
     job = make_job(config, overrides or [], allow or [], submission_id)
     with _client(address, insecure) as client:
@@ -60,7 +81,10 @@ def submit(
         if old is not None:
             _say(f"submitted {job.submission_id}; the run's folder is {job.folder}")
         else:
-            _say(f"{job.submission_id} is running already, with the settings that it was submitted with")
+            _say(
+                f"{job.submission_id} is running already, with the settings that it was submitted "
+                "with"
+            )
         if not wait:
             _print(ray_submit.see(client, job.submission_id), json)
             return
@@ -72,7 +96,9 @@ def submit(
         raise typer.Exit(1 if seen.exit_code is None else seen.exit_code)
 
 
-def status(submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False) -> None:
+def status(
+    submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
+) -> None:
     """Say how a job is doing."""
     with _client(address, insecure) as client:
         from syncnorm.run import ray_submit
@@ -102,7 +128,9 @@ def logs(
             ray_submit.tell(line, sys.stdout)
 
 
-def verify_there(address: str | None, insecure: bool, workers: int, arguments: Sequence[str], packs_code: bool) -> int:
+def verify_there(
+    address: str | None, insecure: bool, workers: int, arguments: Sequence[str], packs_code: bool
+) -> int:
     """Run `syncnorm verify ARGUMENTS` on workers of a cluster; its exit status."""
     with _client(address, insecure) as client:
         from syncnorm.run.ray_verify import submit_verify
@@ -110,7 +138,9 @@ def verify_there(address: str | None, insecure: bool, workers: int, arguments: S
         return submit_verify(client, workers, arguments, packs_code)
 
 
-def stop(submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False) -> None:
+def stop(
+    submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
+) -> None:
     """Have a job finish its step, save and end; it can go on later."""
     with _client(address, insecure) as client:
         _stop(client, submission_id, json)

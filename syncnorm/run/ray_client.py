@@ -1,4 +1,6 @@
-"""The way to a Ray cluster: its address, its token, and errors of its job server in words of our own."""
+"""The way to a Ray cluster: its address, its token, and errors of its job server in words of our
+own.
+"""
 
 import contextlib
 import ipaddress
@@ -40,7 +42,8 @@ def connect(address: str | None, insecure: bool) -> JobSubmissionClient:
         insecure: send jobs to another machine although there is no token.
 
     Raises:
-        ConfigError: the address is none, or there is no token for it, or the cluster does not take it.
+        ConfigError: the address is none, or there is no token for it, or the cluster does not take
+            it.
         ClusterError: nobody answers there.
     """
     cluster = read_cluster()
@@ -66,11 +69,15 @@ def check_address(address: str, has_token: bool, insecure: bool) -> None:
             f"Give --address, or set RAY_ADDRESS; on this machine it is {DEFAULT_ADDRESS}."
         )
     if parts.username or parts.password:
-        raise ConfigError(f"`--address` must hold no name and no password. To give a token: {_GIVE_TOKEN}.")
+        raise ConfigError(
+            f"`--address` must hold no name and no password. To give a token: {_GIVE_TOKEN}."
+        )
     if not (has_token or insecure or _is_loopback(parts.hostname)):
         raise ConfigError(
-            f"`--address` must be of this machine where there is no token, got {address!r}: whoever reaches a job "
-            f"server runs code on its cluster. {_GIVE_TOKEN}; or add --insecure on a network that you trust."
+            f"`--address` must be of this machine where there is no token, got {address!r}: "
+            "whoever reaches a job "
+            f"server runs code on its cluster. {_GIVE_TOKEN}; or add --insecure on a network that "
+            "you trust."
         )
 
 
@@ -89,17 +96,23 @@ def told(address: str) -> Iterator[None]:
         raise ConfigError(f"the Ray cluster at {address} {what}: {_GIVE_TOKEN}.") from None
     except (ConnectionError, RequestException) as error:
         raise ClusterError(
-            f"no Ray cluster answers at {address} ({type(error).__name__}). Give --address, or start one: ray start"
+            f"no Ray cluster answers at {address} ({type(error).__name__}). Give --address, or "
+            "start one: ray start"
         ) from None
     except (RuntimeError, ValueError) as error:
         if "No available agent" in str(error):
             raise ClusterError(
-                f"the Ray cluster at {address} has no agent that takes jobs: it has just been started, or the head's "
-                "agent did not come up, mostly because its port is taken. Try again in a minute; if it stays so, "
-                "dashboard_agent.log in the head's logs says why: start the head with --dashboard-agent-listen-port "
+                f"the Ray cluster at {address} has no agent that takes jobs: it has just been "
+                "started, or the head's "
+                "agent did not come up, mostly because its port is taken. Try again in a minute; "
+                "if it stays so, "
+                "dashboard_agent.log in the head's logs says why: start the head with "
+                "--dashboard-agent-listen-port "
                 "below 32768."
             ) from None
-        raise ClusterError(f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}") from None
+        raise ClusterError(
+            f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}"
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

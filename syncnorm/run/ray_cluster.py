@@ -42,13 +42,16 @@ def room_of(nodes: Sequence[Mapping[str, float]], device: str, fewest: int) -> R
 
     Args:
         nodes: resources of each, as Ray names them.
-        device: cuda: a GPU for each worker; cpu: none; auto: if there is one for each of the fewest.
+        device: cuda: a GPU for each worker; cpu: none; auto: if there is one for each of the
+            fewest.
         fewest: workers that there must be.
     """
     with_gpu = {"CPU": 1.0, "GPU": 1.0}
     is_gpu = device == "cuda" or (device == "auto" and _fit(nodes, with_gpu) >= fewest)
     per_worker = with_gpu if is_gpu else {"CPU": 1.0}
-    totals = " and ".join(f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU"))
+    totals = " and ".join(
+        f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU")
+    )
     return Room(_fit(nodes, per_worker), is_gpu, per_worker, f"{totals} on {len(nodes)} node(s)")
 
 
@@ -62,10 +65,14 @@ def check_room(config: Config, room: Room) -> None:
     if room.workers < fewest:
         each = " and ".join(f"{number:g} {name}" for name, number in room.per_worker.items())
         raise ConfigError(
-            f"`launch.workers` must be at most {room.workers} on this cluster, which has {room.totals}, got {fewest}: "
+            f"`launch.workers` must be at most {room.workers} on this cluster, which has "
+            f"{room.totals}, got {fewest}: "
             f"each takes {each} of one node. Take fewer, or add nodes first."
         )
 
 
 def _fit(nodes: Sequence[Mapping[str, float]], per_worker: Mapping[str, float]) -> int:
-    return sum(min(math.floor(node.get(name, 0) / number) for name, number in per_worker.items()) for node in nodes)
+    return sum(
+        min(math.floor(node.get(name, 0) / number) for name, number in per_worker.items())
+        for node in nodes
+    )

@@ -55,7 +55,9 @@ class Job:
             job = Job(**{**values, "allowed": tuple(values["allowed"])})
             job.task()
         except (ValueError, TypeError, KeyError) as error:
-            raise ConfigError(f"a job must be JSON as `syncnorm submit` makes it: {error}") from None
+            raise ConfigError(
+                f"a job must be JSON as `syncnorm submit` makes it: {error}"
+            ) from None
         return job
 
     def task(self) -> Task:
@@ -63,7 +65,9 @@ class Job:
         return Task(Config.model_validate(self.config), self.name, allowed=self.allowed)
 
 
-def make_job(source: str, overrides: Sequence[str], allowed: Sequence[str], submission_id: str | None = None) -> Job:
+def make_job(
+    source: str, overrides: Sequence[str], allowed: Sequence[str], submission_id: str | None = None
+) -> Job:
     """Make a job of a configuration; starts nothing.
 
     The run's folder is `run_dir`/SUBMISSION_ID. Paths that are relative mean the current folder.
@@ -72,7 +76,8 @@ def make_job(source: str, overrides: Sequence[str], allowed: Sequence[str], subm
         source: a YAML file, or the name of a packed configuration.
         overrides: `section.key=value`.
         allowed: packages whose callables the configuration may name.
-        submission_id: null: NAME-HASH, of the keys that fix the result, so that the same training is the same job.
+        submission_id: null: NAME-HASH, of the keys that fix the result, so that the same training
+            is the same job.
 
     Raises:
         ConfigError: something in the configuration, or the submission id, is not as it must be.
@@ -80,14 +85,20 @@ def make_job(source: str, overrides: Sequence[str], allowed: Sequence[str], subm
     config = _absolute(load_config(source, overrides))
     check_callables(config, allowed)
     name = Path(source).stem
-    submission_id = submission_id or f"{re.sub(r'[^A-Za-z0-9_-]', '-', name).lstrip('-_') or 'run'}-{_hash(config)}"
+    submission_id = (
+        submission_id
+        or f"{re.sub(r'[^A-Za-z0-9_-]', '-', name).lstrip('-_') or 'run'}-{_hash(config)}"
+    )
     if not _ID.fullmatch(submission_id):
         raise ConfigError(
-            f"`--id` must be letters, digits, '.', '_' and '-', at most 121, got {submission_id!r}. "
+            "`--id` must be letters, digits, '.', '_' and '-', at most 121, got "
+            f"{submission_id!r}. "
             "It names the run's folder too."
         )
     folder = Path(config.run_dir) / submission_id
-    return Job(submission_id, name, str(folder), json.loads(config.model_dump_json()), tuple(allowed))
+    return Job(
+        submission_id, name, str(folder), json.loads(config.model_dump_json()), tuple(allowed)
+    )
 
 
 def enter(job: Job) -> Path:
@@ -105,7 +116,8 @@ def enter(job: Job) -> Path:
         write_config(config, folder)
     except OSError as error:
         raise ConfigError(
-            f"`run_dir` must be a folder that all machines share and can write to, got {config.run_dir!r}: {error}"
+            "`run_dir` must be a folder that all machines share and can write to, got "
+            f"{config.run_dir!r}: {error}"
         ) from None
     return folder
 
@@ -116,5 +128,7 @@ def _hash(config: Config) -> str:
 
 def _absolute(config: Config) -> Config:
     root = config.data.root
-    data = config.data.model_copy(update={"root": None if root is None else str(Path(root).absolute())})
+    data = config.data.model_copy(
+        update={"root": None if root is None else str(Path(root).absolute())}
+    )
     return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "data": data})

@@ -15,7 +15,8 @@ _POLL_SECONDS = 0.1
 class SaveBeforeResize(ControllerCallback):
     """Has the workers save before Ray Train ends them to start more or fewer.
 
-    Ray has no public hook there; it takes callbacks of this kind in `RunConfig`, and calls this one in its controller.
+    Ray has no public hook there; it takes callbacks of this kind in `RunConfig`, and calls this one
+    in its controller.
 
     Args:
         folder: of the run.

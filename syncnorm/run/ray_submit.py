@@ -19,8 +19,9 @@ from syncnorm.run.ray_job import Job
 from syncnorm.train.config import REFERENCE
 from syncnorm.train.metrics import last_step
 
-# Least time between a stop and a kill: workers finish their step and save, and a network file system may show the
-# file that asks them only after a minute. A stop is over when the job is, however long it may take.
+# Least time between a stop and a kill: workers finish their step and save, and a network file
+# system may show the file that asks them only after a minute. A stop is over when the job is,
+# however long it may take.
 _STOP_SECONDS = 120
 _POLL_SECONDS = 0.5
 _RUNNING = ("PENDING", "RUNNING")
@@ -32,7 +33,8 @@ _NEVER_PACKED = (
     "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors",
     "**/.ray/auth_token",
 )  # fmt: skip
-# Of the characters of a path those to which patterns of gitignore give a meaning; the spaces at an end are stripped.
+# Of the characters of a path those to which patterns of gitignore give a meaning; the spaces at an
+# end are stripped.
 _ESCAPED = {character: f"\\{character}" for character in "\\*?[]"} | {
     character: f"[{character}]" for character in " \t\n"
 }
@@ -80,7 +82,9 @@ def see(client: JobSubmissionClient, submission_id: str) -> Seen:
     """
     found = _find(client, submission_id)
     if found is None:
-        raise ConfigError(f"no job {submission_id!r} on this cluster. `syncnorm list` has those that there are.")
+        raise ConfigError(
+            f"no job {submission_id!r} on this cluster. `syncnorm list` has those that there are."
+        )
     return _seen(found)
 
 
@@ -93,7 +97,8 @@ def see_all(client: JobSubmissionClient) -> list[Seen]:
 
 
 def start(client: JobSubmissionClient, job: Job) -> int | None:
-    """Submit a job, again if it has run before; None if it is running already, and nothing was done.
+    """Submit a job, again if it has run before; None if it is running already, and nothing was
+    done.
 
     Submitted again, a run goes on from its newest checkpoint.
 
@@ -110,7 +115,9 @@ def start(client: JobSubmissionClient, job: Job) -> int | None:
             client.delete_job(job.submission_id)
         client.submit_job(
             # Not a line for a shell to take apart: two words and one quoted argument.
-            entrypoint=shlex.join(["exec", "python", "-m", "syncnorm.run.ray_train", job.as_text()]),
+            entrypoint=shlex.join(
+                ["exec", "python", "-m", "syncnorm.run.ray_train", job.as_text()]
+            ),
             submission_id=job.submission_id,
             runtime_env=_runtime_env(job),
             metadata={
@@ -122,14 +129,17 @@ def start(client: JobSubmissionClient, job: Job) -> int | None:
     return lines
 
 
-def follow(client: JobSubmissionClient, submission_id: str, skip: int = 0, to_stdout: bool = True) -> Seen:
+def follow(
+    client: JobSubmissionClient, submission_id: str, skip: int = 0, to_stdout: bool = True
+) -> Seen:
     """Pass on what the job says until it is over.
 
     Args:
         client: of the cluster.
         submission_id: of the job.
         skip: how many lines of its log are old.
-        to_stdout: send the result, which is what its driver says, to standard output; the rest goes to standard error.
+        to_stdout: send the result, which is what its driver says, to standard output; the rest goes
+            to standard error.
     """
     see(client, submission_id)
     lines = _Lines(sys.stdout if to_stdout else sys.stderr, skip)
@@ -137,7 +147,10 @@ def follow(client: JobSubmissionClient, submission_id: str, skip: int = 0, to_st
         try:
             asyncio.run(_tail(client, submission_id, lines))
         except (OSError, RuntimeError) as error:
-            print(f"syncnorm: the log broke off ({type(error).__name__}); trying again", file=sys.stderr)
+            print(
+                f"syncnorm: the log broke off ({type(error).__name__}); trying again",
+                file=sys.stderr,
+            )
         seen = see(client, submission_id)
         if seen.is_over:
             lines.end()
@@ -185,7 +198,9 @@ def _seen(job: Any) -> Seen:
 
 
 def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None:
-    """The run's exit status: what its driver ended with, else what it noted, for a stopped job has no other."""
+    """The run's exit status: what its driver ended with, else what it noted, for a stopped job has
+    no other.
+    """
     if status in _RUNNING:
         return None
     if status == "STOPPED":
@@ -208,20 +223,32 @@ def _runtime_env(job: Job) -> dict[str, Any]:
 
 
 def kept_out(here: Path, *others: str | None) -> list[str]:
-    """What lies in the working folder and is no code, as patterns of gitignore: runs, data, the token, and the like."""
+    """What lies in the working folder and is no code, as patterns of gitignore: runs, data, the
+    token, and the like.
+    """
     token, home = read_cluster().token_path, here.resolve()
     found = set[str]()
     for other in (*others, token):
         if other is not None:
             path = here / other
             # As it is called, the link that it may be, and what that leads to.
-            for name in (Path(os.path.normpath(path)), path.parent.resolve() / path.name, path.resolve()):
-                found |= {str(name.relative_to(root)) for root in (here, home) if root in name.parents}
-    return [*_NEVER_PACKED, *sorted("/" + "".join(_ESCAPED.get(c, c) for c in name) for name in found)]
+            for name in (
+                Path(os.path.normpath(path)),
+                path.parent.resolve() / path.name,
+                path.resolve(),
+            ):
+                found |= {
+                    str(name.relative_to(root)) for root in (here, home) if root in name.parents
+                }
+    return [
+        *_NEVER_PACKED,
+        *sorted("/" + "".join(_ESCAPED.get(c, c) for c in name) for name in found),
+    ]
 
 
 class _Lines:
-    """Takes a log in pieces, and passes on each line once, even if the log comes again from its beginning.
+    """Takes a log in pieces, and passes on each line once, even if the log comes again from its
+    beginning.
 
     Args:
         result: where to the driver's lines go.

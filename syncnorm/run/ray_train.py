@@ -1,7 +1,9 @@
-"""The driver of a Ray job: `python -m syncnorm.run.ray_train JOB` has Ray Train place, watch and restart the workers.
+"""The driver of a Ray job: `python -m syncnorm.run.ray_train JOB` has Ray Train place, watch and
+restart the workers.
 
-Ray decides where workers run and when they are started again. Where they go on from is the trainer's own affair: the
-newest good checkpoint in the run's folder, for Ray's record of checkpoints may be older than what is on disk.
+Ray decides where workers run and when they are started again. Where they go on from is the
+trainer's own affair: the newest good checkpoint in the run's folder, for Ray's record of
+checkpoints may be older than what is on disk.
 """
 
 import logging
@@ -54,7 +56,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def _job_of(arguments: Sequence[str]) -> Job:
     if not arguments:
-        raise ConfigError("`CONFIG` must be a YAML file or the name of a packed configuration, got nothing")
+        raise ConfigError(
+            "`CONFIG` must be a YAML file or the name of a packed configuration, got nothing"
+        )
     return make_job(arguments[0], arguments[1:], ())
 
 
@@ -65,7 +69,8 @@ def run_job(job: Job) -> int:
         The exit status: 0 done, 1 failed, 75 stopped and saved.
 
     Raises:
-        ConfigError: the cluster is too small, or the run's folder does not fit; nothing was started.
+        ConfigError: the cluster is too small, or the run's folder does not fit; nothing was
+            started.
     """
     env.set_for_ray_driver()
     folder = enter(job)
@@ -91,13 +96,19 @@ def _until_the_end(job: Job, config: Config, room: Room, folder: Path, stopping:
         except ControllerError as error:
             if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
                 return _fail(f"Ray: {error.controller_failure}", folder)
-            print(f"syncnorm: waiting for room for {config.launch.fewest_workers} worker(s)", file=sys.stderr)
+            print(
+                f"syncnorm: waiting for room for {config.launch.fewest_workers} worker(s)",
+                file=sys.stderr,
+            )
         except TrainingFailedError as error:
             return _fail(_reason(error, config), folder)
         else:
             ended = Ended(**cast(dict[str, Any], result.return_value))
             if ended.exit_code == RESUMABLE and not (folder / STOP).exists():
-                print(f"syncnorm: saved after step {_step(folder)} on Ray's notice; starting again", file=sys.stderr)
+                print(
+                    f"syncnorm: saved after step {_step(folder)} on Ray's notice; starting again",
+                    file=sys.stderr,
+                )
                 continue
             return _tell(ended, folder)
         if stopping.is_asked:
@@ -115,7 +126,8 @@ def _trainer(job: Job, config: Config, room: Room, folder: Path) -> TorchTrainer
         work,
         train_loop_config={"job": job.as_text()},
         torch_config=TorchConfig(
-            backend="nccl" if room.is_gpu else "gloo", timeout_s=round(launch.timeout_seconds) + _GROUP_MARGIN_SECONDS
+            backend="nccl" if room.is_gpu else "gloo",
+            timeout_s=round(launch.timeout_seconds) + _GROUP_MARGIN_SECONDS,
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -170,7 +182,13 @@ def _count_workers() -> int:
     mine = ray.get_runtime_context().get_job_id()
     try:
         return len(
-            list_actors(filters=[("job_id", "=", mine), ("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
+            list_actors(
+                filters=[
+                    ("job_id", "=", mine),
+                    ("class_name", "=", "RayTrainWorker"),
+                    ("state", "=", "ALIVE"),
+                ]
+            )
         )
     except Exception:  # whatever keeps the cluster from answering; it may be at its end
         return 1
@@ -190,7 +208,9 @@ def _tell(ended: Ended, folder: Path) -> int:
     """Say how the run ended, and see that it is on record."""
     traceback = folder / TRACEBACK
     if traceback.exists():
-        return _fail(traceback.read_text(encoding="utf-8").partition("\n")[0], folder, where=traceback)
+        return _fail(
+            traceback.read_text(encoding="utf-8").partition("\n")[0], folder, where=traceback
+        )
     if ended.exit_code in (0, RESUMABLE):
         print("\n".join([*ended.lines, str(folder)]))
         return ended.exit_code
@@ -199,7 +219,10 @@ def _tell(ended: Ended, folder: Path) -> int:
 
 def _reason(error: TrainingFailedError, config: Config) -> str:
     failures = getattr(error, "worker_failures", {})
-    lost = "; ".join(f"worker {rank}: {' '.join(str(each).split())[:200]}" for rank, each in sorted(failures.items()))
+    lost = "; ".join(
+        f"worker {rank}: {' '.join(str(each).split())[:200]}"
+        for rank, each in sorted(failures.items())
+    )
     return f"workers were lost {config.launch.restarts + 1} time(s), the last time {lost or error}"
 
 

@@ -1,7 +1,8 @@
-"""`syncnorm verify` on a Ray cluster: `python -m syncnorm.run.ray_verify WORKERS ARGUMENTS...` is the job's driver.
+"""`syncnorm verify` on a Ray cluster: `python -m syncnorm.run.ray_verify WORKERS ARGUMENTS...` is
+the job's driver.
 
-Ray decides where the workers run. Each runs `syncnorm verify` as a process of its own, told who it is as torchrun would
-tell it: a check that hangs ends these processes, and no process of Ray's.
+Ray decides where the workers run. Each runs `syncnorm verify` as a process of its own, told who it
+is as torchrun would tell it: a check that hangs ends these processes, and no process of Ray's.
 """
 
 import logging
@@ -25,7 +26,9 @@ from syncnorm.run.ray_submit import follow, kept_out
 _PLACE_SECONDS = 60
 
 
-def submit_verify(client: JobSubmissionClient, workers: int, arguments: Sequence[str], packs_code: bool) -> int:
+def submit_verify(
+    client: JobSubmissionClient, workers: int, arguments: Sequence[str], packs_code: bool
+) -> int:
     """Submit a verification, pass on what it says, and return its exit status.
 
     Args:
@@ -41,7 +44,9 @@ def submit_verify(client: JobSubmissionClient, workers: int, arguments: Sequence
         environment = {"working_dir": str(here), "excludes": kept_out(here)}
     command = ["exec", "python", "-m", "syncnorm.run.ray_verify", str(workers), *arguments]
     with told(client.get_address()):
-        client.submit_job(entrypoint=shlex.join(command), submission_id=name, runtime_env=environment)
+        client.submit_job(
+            entrypoint=shlex.join(command), submission_id=name, runtime_env=environment
+        )
     seen = follow(client, name)
     return 1 if seen.exit_code is None else seen.exit_code
 
@@ -54,18 +59,26 @@ def main(arguments: Sequence[str]) -> int:
     bundle = {"CPU": 1.0, **({"GPU": 1.0} if has_gpus else {})}
     group = placement_group([bundle] * workers, strategy="SPREAD")
     if not group.wait(_PLACE_SECONDS):
-        print(f"syncnorm: no room for {workers} workers with {bundle} each within {_PLACE_SECONDS} s", file=sys.stderr)
+        print(
+            f"syncnorm: no room for {workers} workers with {bundle} each within {_PLACE_SECONDS} s",
+            file=sys.stderr,
+        )
         return 1
     places: list[Any] = [
         _Place.options(
             num_cpus=1,
             num_gpus=bundle.get("GPU", 0.0),
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                group, placement_group_bundle_index=rank
+            ),
         ).remote()
         for rank in range(workers)
     ]
     host, port = ray.get(places[0].address.remote())
-    runs = [place.run.remote(rank, workers, host, port, has_gpus, arguments[1:]) for rank, place in enumerate(places)]
+    runs = [
+        place.run.remote(rank, workers, host, port, has_gpus, arguments[1:])
+        for rank, place in enumerate(places)
+    ]
     # The others end when rank 0 has, or are ended with the job.
     status, out, err = ray.get(runs[0])
     print(out, end="", flush=True)
@@ -84,7 +97,13 @@ class _Place:
             return ray.util.get_node_ip_address(), listener.getsockname()[1]
 
     def run(
-        self, rank: int, world_size: int, host: str, port: int, has_gpu: bool, arguments: Sequence[str]
+        self,
+        rank: int,
+        world_size: int,
+        host: str,
+        port: int,
+        has_gpu: bool,
+        arguments: Sequence[str],
     ) -> tuple[int, str, str]:
         """Be the launcher of one worker: its exit status, and what it said."""
         done = subprocess.run(

@@ -17,7 +17,8 @@ from syncnorm.run.ray_job import STOP, Job
 from syncnorm.run.watch import StuckLimit, open_log
 from syncnorm.run.worker import enter_folder, join, summarize, train_in
 
-# Asks the workers to save and end because their number is to change; put into the run's folder by the controller.
+# Asks the workers to save and end because their number is to change; put into the run's folder by
+# the controller.
 RESIZE = "RESIZE"
 TRACEBACK = "traceback.txt"
 
@@ -45,9 +46,11 @@ class Ended:
 
 
 class RayWatch(StuckLimit):
-    """What a run asks and tells (see syncnorm.train.loop.Watch), as a thread of a Ray actor sees it.
+    """What a run asks and tells (see syncnorm.train.loop.Watch), as a thread of a Ray actor sees
+    it.
 
-    There are no signals: a file in the run's folder asks to stop, or Ray says that a node is to be taken away.
+    There are no signals: a file in the run's folder asks to stop, or Ray says that a node is to be
+    taken away.
 
     Args:
         timeout_seconds: at least 1.
@@ -91,7 +94,8 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         WorkerLost: another worker is gone; to be tried again.
-        Exception: code failed on this worker. The traceback is left in the run's folder; the next attempt ends at once.
+        Exception: code failed on this worker. The traceback is left in the run's folder; the next
+            attempt ends at once.
     """
     job = Job.from_text(loop_config["job"])
     folder = Path(job.folder)
@@ -151,8 +155,8 @@ def _leave_screen() -> None:
 def _is_node_leaving() -> bool:
     """Whether a node of these workers is to be taken away.
 
-    Ray's public `ray.train.get_preemption_info` waits for all workers at each call. This reads what that one starts
-    from, on this worker alone: the step's own exchange tells the others.
+    Ray's public `ray.train.get_preemption_info` waits for all workers at each call. This reads what
+    that one starts from, on this worker alone: the step's own exchange tells the others.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 

@@ -11,11 +11,14 @@ from syncnorm.run.worker import join
 from syncnorm.train.recalibrate import read_run, recalibrate_run
 
 
-def run_recalibrate(folder: Path, mix: float, allowed: tuple[str, ...], launched: Launched | None) -> None:
+def run_recalibrate(
+    folder: Path, mix: float, allowed: tuple[str, ...], launched: Launched | None
+) -> None:
     """Recalibrate a run and say what came of it.
 
     Raises:
-        ConfigError: `mix` is out of range, the folder is not that of a finished run, or it names code that may not run.
+        ConfigError: `mix` is out of range, the folder is not that of a finished run, or it names
+            code that may not run.
         LocalRunError: code of the configuration's failed.
     """
     if not 0 < mix <= 1:
@@ -26,7 +29,10 @@ def run_recalibrate(folder: Path, mix: float, allowed: tuple[str, ...], launched
         with told_in_a_line(workers.rank):
             result = recalibrate_run(folder, config, workers, mix, allowed)
         if workers.is_first:
-            print(f"test accuracy {100 * result.before:.2f} % before, {100 * result.after:.2f} % after")
+            print(
+                f"test accuracy {100 * result.before:.2f} % before, {100 * result.after:.2f} % "
+                "after"
+            )
             print(result.path, flush=True)
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,16 @@ from syncnorm.run.env import Launched, read_host, set_for_children
 from syncnorm.run.interrupt import as_keyboard_interrupt
 from syncnorm.run.worker import join
 from syncnorm.testing import leave
-from syncnorm.verify import LaunchedCrew, LocalCrew, Report, Result, Subject, ours, subject_of, verify
+from syncnorm.verify import (
+    LaunchedCrew,
+    LocalCrew,
+    Report,
+    Result,
+    Subject,
+    ours,
+    subject_of,
+    verify,
+)
 from syncnorm.verify.check import Check, Verdict
 from syncnorm.verify.report import print_result
 from syncnorm.verify.team import join as join_team
@@ -18,7 +27,11 @@ _LOCAL_WORKERS = 2
 
 
 def run_verify(
-    workers: int | None, layers: Sequence[str], deadline_seconds: float, json: bool, launched: Launched | None
+    workers: int | None,
+    layers: Sequence[str],
+    deadline_seconds: float,
+    json: bool,
+    launched: Launched | None,
 ) -> int:
     """Verify layers and say what came of it.
 
@@ -39,7 +52,8 @@ def run_verify(
     if launched is not None:
         if workers is not None:
             raise ConfigError(
-                f"`--workers` must be left to the launcher, which started {launched.world_size}, got {workers}."
+                f"`--workers` must be left to the launcher, which started {launched.world_size}, "
+                f"got {workers}."
             )
         leave(verify_launched(subjects, deadline_seconds, json, launched))
     set_for_children()
@@ -49,7 +63,9 @@ def run_verify(
     return report.exit_status
 
 
-def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: bool, launched: Launched) -> int:
+def verify_launched(
+    subjects: Sequence[Subject], deadline_seconds: float, json: bool, launched: Launched
+) -> int:
     """Verify layers as one worker among others; rank 0 speaks.
 
     *Collectives*: those of `verify`; every worker must call.
@@ -58,7 +74,9 @@ def verify_launched(subjects: Sequence[Subject], deadline_seconds: float, json: 
         The exit status.
     """
     workers = join("auto", launched, deadline_seconds)
-    team = join_team(workers.rank, workers.world_size, workers.device, read_host(), deadline_seconds)
+    team = join_team(
+        workers.rank, workers.world_size, workers.device, read_host(), deadline_seconds
+    )
     report = Report(workers.world_size, dist.get_backend(), workers.device.type)
     tell = _teller(json) if workers.is_first else id
 

@@ -1,4 +1,6 @@
-"""A worker's surroundings: signals that ask it to stop, a limit on how long it may be stuck, a log of its own."""
+"""A worker's surroundings: signals that ask it to stop, a limit on how long it may be stuck, a log
+of its own.
+"""
 
 import faulthandler
 import logging
@@ -18,8 +20,8 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 class StuckLimit:
     """A limit on how long a worker may make no progress.
 
-    A worker that makes none for `timeout_seconds` writes the stacks of its threads to `stacks` and is ended by
-    SIGALRM, whatever it is doing: both work without the interpreter.
+    A worker that makes none for `timeout_seconds` writes the stacks of its threads to `stacks` and
+    is ended by SIGALRM, whatever it is doing: both work without the interpreter.
 
     Args:
         timeout_seconds: at least 1.
@@ -68,9 +70,11 @@ class WorkerWatch(StuckLimit):
         super().__init__(timeout_seconds, stacks)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        # No exchange here: a worker that got no signal would not take part. The step's own exchange tells the others.
+        # No exchange here: a worker that got no signal would not take part. The step's own exchange
+        # tells the others.
         now = time.monotonic()
-        # On a terminal Ctrl-C reaches a worker twice, from the terminal and, as SIGTERM, from the launcher.
+        # On a terminal Ctrl-C reaches a worker twice, from the terminal and, as SIGTERM, from the
+        # launcher.
         if self.stop is not None and now - self._asked > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         if self.stop is None:
@@ -78,7 +82,9 @@ class WorkerWatch(StuckLimit):
 
 
 def open_log(path: Path, is_first: bool) -> None:
-    """Send this process's log, warnings included, to a file; the first worker's warnings to standard error too."""
+    """Send this process's log, warnings included, to a file; the first worker's warnings to
+    standard error too.
+    """
     path.parent.mkdir(exist_ok=True)
     root = logging.getLogger()
     handler = logging.FileHandler(path, encoding="utf-8")

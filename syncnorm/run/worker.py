@@ -48,7 +48,9 @@ class Task:
         allowed: packages whose callables the configuration may name.
     """
 
-    def __init__(self, config: Config, name: str, resume: Path | None = None, allowed: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, config: Config, name: str, resume: Path | None = None, allowed: tuple[str, ...] = ()
+    ) -> None:
         self.config = config
         self.name = name
         self.resume = resume
@@ -62,14 +64,15 @@ def run_worker(task: Task, launched: Launched) -> NoReturn:
     except Exception as error:
         if launched.launcher_pid is None and not isinstance(error, ConfigError):
             raise
-        # Our own launcher has the cause from the worker's error file and tells it once, not once per worker.
+        # Our own launcher has the cause from the worker's error file and tells it once, not once
+        # per worker.
         if launched.launcher_pid is None and launched.rank == 0:
             print(f"syncnorm: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ConfigError) else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: DDP keeps the process group alive, and a thread of gloo's that lets go of its last message while the
-    # interpreter is taken down aborts the process. One run in 15 ended so.
+    # Not sys.exit: DDP keeps the process group alive, and a thread of gloo's that lets go of its
+    # last message while the interpreter is taken down aborts the process. One run in 15 ended so.
     os._exit(status)
 
 
@@ -84,7 +87,9 @@ def work(task: Task, launched: Launched) -> int:
     workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
     with enter_folder(task, launched) as folder:
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
-        watch = WorkerWatch(task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt")
+        watch = WorkerWatch(
+            task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
+        )
         # From here on the folder may be removed: nobody is about to make a file in it.
         dist.barrier()
         outcome = train_in(folder, task, workers, watch)
@@ -127,12 +132,16 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     Args:
         wanted_device: the configuration's `launch.device`.
         launched: which worker this is; None: the only one.
-        timeout_seconds: how long a worker waits for the others, and half a minute more, before it says that they are
-            gone; torch's default is half an hour.
+        timeout_seconds: how long a worker waits for the others, and half a minute more, before it
+            says that they are gone; torch's default is half an hour.
     """
     rank, world_size, local = 0, 1, (0, 1)
     if launched is not None:
-        rank, world_size, local = launched.rank, launched.world_size, (launched.local_rank, launched.local_world_size)
+        rank, world_size, local = (
+            launched.rank,
+            launched.world_size,
+            (launched.local_rank, launched.local_world_size),
+        )
     device = choose_device(wanted_device, *local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -150,7 +159,8 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
 
 @contextmanager
 def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
-    """The run's folder, the same on all workers, after a look at whether they have the same task; locked meanwhile.
+    """The run's folder, the same on all workers, after a look at whether they have the same task;
+    locked meanwhile.
 
     A folder that was made here is removed if the run is refused before it begins.
 
@@ -172,7 +182,9 @@ def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
     dist.all_gather_object(answers, (task.config.model_dump_json(), mine))
     different = [rank for rank, (text, _) in enumerate(answers) if text != answers[0][0]]
     if different:
-        raise ConfigError(f"configuration {task.name!r} of workers {different} differs from that of worker 0")
+        raise ConfigError(
+            f"configuration {task.name!r} of workers {different} differs from that of worker 0"
+        )
     folder = answers[0][1]
     if isinstance(folder, ConfigError):
         raise folder
@@ -188,7 +200,9 @@ def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
 
 
 def _folder(task: Task, launched: Launched) -> tuple[Path, bool]:
-    """The folder that our launcher made, that the user names, or that this launch has made before; else a new one."""
+    """The folder that our launcher made, that the user names, or that this launch has made before;
+    else a new one.
+    """
     if launched.run_folder is not None:
         return launched.run_folder, False
     if task.resume is not None:
@@ -211,11 +225,19 @@ def summarize(outcome: Outcome) -> list[str]:
     if not outcome.is_done:
         return ["stopped, saved"]
     digests = outcome.digests
-    lines = [f"running statistics of worker {rank}: sha256 {digest}" for rank, digest in enumerate(digests)]
+    lines = [
+        f"running statistics of worker {rank}: sha256 {digest}"
+        for rank, digest in enumerate(digests)
+    ]
     if len(set(digests)) == 1:
         lines.append(f"running statistics: equal on all {len(digests)} workers")
     else:
-        lines.append(f"running statistics: different on {len(set(digests))} of {len(digests)} workers")
-        lines.append("each worker judged its share of the test set by its own; the checkpoint holds those of worker 0")
+        lines.append(
+            f"running statistics: different on {len(set(digests))} of {len(digests)} workers"
+        )
+        lines.append(
+            "each worker judged its share of the test set by its own; the checkpoint holds those "
+            "of worker 0"
+        )
     assert outcome.test_accuracy is not None
     return [*lines, f"test accuracy {100 * outcome.test_accuracy:.2f} %"]

@@ -1,13 +1,14 @@
 """Random changes to training images, drawn for each sample from (seed, epoch, sample) alone.
 
-The number for sample i of a stream is element i of a splitmix64 sequence (Steele, Lea and Flood 2014, "Fast
-splittable pseudorandom number generators", section 5) whose start is a hash of the stream, seed and epoch:
+The number for sample i of a stream is element i of a splitmix64 sequence (Steele, Lea and Flood
+2014, "Fast splittable pseudorandom number generators", section 5) whose start is a hash of the
+stream, seed and epoch:
 
     z = start + (i + 1) * 0x9e3779b97f4a7c15                                       all modulo 2**64
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9,  z = (z ^ z >> 27) * 0x94d049bb133111eb,  z ^ z >> 31
 
-No state passes from one sample to the next, so a sample is changed the same way in whatever batch, order, shard or
-dtype it comes, and on whatever device.
+No state passes from one sample to the next, so a sample is changed the same way in whatever batch,
+order, shard or dtype it comes, and on whatever device.
 """
 
 import hashlib
@@ -21,7 +22,9 @@ if TYPE_CHECKING:
     from syncnorm.train.config import AugmentSection
 
 
-def augment(images: Tensor, indices: Tensor, options: "AugmentSection", seed: int, epoch: int) -> Tensor:
+def augment(
+    images: Tensor, indices: Tensor, options: "AugmentSection", seed: int, epoch: int
+) -> Tensor:
     """Crop, then mirror, then cut out, as far as asked for.
 
     Args:
@@ -49,7 +52,9 @@ def augment(images: Tensor, indices: Tensor, options: "AugmentSection", seed: in
         images = _take(images, rows, columns)
     if options.cutout:
         rows = _covered(height, draw(indices, height, "cutout row", seed, epoch), options.cutout)
-        columns = _covered(width, draw(indices, width, "cutout column", seed, epoch), options.cutout)
+        columns = _covered(
+            width, draw(indices, width, "cutout column", seed, epoch), options.cutout
+        )
         images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
     return images
 
@@ -59,7 +64,8 @@ def draw(indices: Tensor, below: int, stream: str, seed: int, epoch: int) -> Ten
 
     Args:
         indices: int64, any shape.
-        below: at most 2**31; some values are likelier than others by up to `below` / 2**32 of their share.
+        below: at most 2**31; some values are likelier than others by up to `below` / 2**32 of their
+            share.
         stream: what it is for; streams are independent of each other.
         seed: of the run.
         epoch: of the run.

@@ -1,10 +1,11 @@
 """Buffers of a model's own that training may change: a center, a codebook, a queue.
 
-All workers go on with the first worker's, as under plain DistributedDataParallel. That sends them before each forward;
-here they are sent after each step, so that evaluations, averages and checkpoints see the same ones, too.
+All workers go on with the first worker's, as under plain DistributedDataParallel. That sends them
+before each forward; here they are sent after each step, so that evaluations, averages and
+checkpoints see the same ones, too.
 
-Not among them are the statistics of batch norms, which are pooled or each worker's own, and buffers that the model has
-told DistributedDataParallel to leave, which are each worker's own.
+Not among them are the statistics of batch norms, which are pooled or each worker's own, and buffers
+that the model has told DistributedDataParallel to leave, which are each worker's own.
 """
 
 import zlib
@@ -18,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.base import SyncNorm
 
-# The module that has a buffer and its name there, by its name in the model. A model may put another tensor there.
+# The module that has a buffer and its name there, by its name in the model. A model may put another
+# tensor there.
 Places = dict[str, tuple[nn.Module, str]]
 
 
@@ -26,7 +28,11 @@ def shared_places(model: nn.Module) -> Places:
     """The buffers that are the same on all workers because the first worker's are sent."""
     left = _left_by_ddp(model)
     places = _places(model)
-    return {name: place for name, place in places.items() if not isinstance(place[0], _BatchNorm) and name not in left}
+    return {
+        name: place
+        for name, place in places.items()
+        if not isinstance(place[0], _BatchNorm) and name not in left
+    }
 
 
 def local_places(model: nn.Module) -> Places:
@@ -49,7 +55,11 @@ def unsaved(model: nn.Module) -> dict[str, Tensor]:
     """The shared buffers that the model's state dict leaves out."""
     places = shared_places(model)
     return values(
-        {n: (module, key) for n, (module, key) in places.items() if key in module._non_persistent_buffers_set}
+        {
+            n: (module, key)
+            for n, (module, key) in places.items()
+            if key in module._non_persistent_buffers_set
+        }
     )
 
 
@@ -95,10 +105,12 @@ class SharedBuffers:
     def share(self, *, are_alike: bool) -> None:
         """Take over the first worker's.
 
-        *Collectives*: one broadcast of all bytes, and one of types and shapes before it; every worker must call.
+        *Collectives*: one broadcast of all bytes, and one of types and shapes before it; every
+            worker must call.
 
         Args:
-            are_alike: whether types and shapes are known to be the same on all workers; as all workers say.
+            are_alike: whether types and shapes are known to be the same on all workers; as all
+                workers say.
         """
         if not self.places:
             return
@@ -112,16 +124,23 @@ class SharedBuffers:
         if not any(tensor.numel() for tensor in mine):
             return
         # As bytes: one message for all types, also those that gloo does not know.
-        parts = [tensor.contiguous().reshape(-1).view(torch.uint8).to(self._device) for tensor in mine]
+        parts = [
+            tensor.contiguous().reshape(-1).view(torch.uint8).to(self._device) for tensor in mine
+        ]
         message = torch.cat(parts)
         dist.broadcast(message, src=0)
         if not is_first:
-            for tensor, part in zip(mine, message.split([len(part) for part in parts]), strict=True):
+            for tensor, part in zip(
+                mine, message.split([len(part) for part in parts]), strict=True
+            ):
                 # A copy, as its bytes may begin where a number of this type cannot.
                 tensor.copy_(part.clone().view(tensor.dtype).reshape(tensor.shape))
 
     def _take_form(self, forms: Mapping[str, Any]) -> None:
-        like = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in forms.items()}
+        like = {
+            name: torch.empty(shape, dtype=dtype, device="meta")
+            for name, (dtype, shape) in forms.items()
+        }
         _reshape(self.places, like, self._device)
         for name in values(self.places).keys() - forms.keys():
             module, key = self.places[name]
@@ -134,19 +153,29 @@ class SharedBuffers:
     def after_average(self) -> None:
         """Give the average the model's counts, positions and marks, which have no mean."""
         if self._average is not None:
-            exact = {name: value for name, value in values(self.places).items() if not value.is_floating_point()}
+            exact = {
+                name: value
+                for name, value in values(self.places).items()
+                if not value.is_floating_point()
+            }
             put(self._average, self._averaged, exact)
 
 
 def _places(model: nn.Module) -> Places:
     return {
-        f"{name}.{key}".lstrip("."): (module, key) for name, module in model.named_modules() for key in module._buffers
+        f"{name}.{key}".lstrip("."): (module, key)
+        for name, module in model.named_modules()
+        for key in module._buffers
     }
 
 
 def _left_by_ddp(model: nn.Module) -> set[str]:
-    # The attribute that DistributedDataParallel reads, with the names that torch.compile's wrapper gives.
-    return {name.removeprefix("_orig_mod.") for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ())}
+    # The attribute that DistributedDataParallel reads, with the names that torch.compile's wrapper
+    # gives.
+    return {
+        name.removeprefix("_orig_mod.")
+        for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ())
+    }
 
 
 def _is_pooled(layer: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Callables that a configuration names as `package.module:callable`.
 
-To import a module is to run it, so only packages that the person at the command line has allowed are imported: a
-configuration alone, found in a folder or sent by somebody, runs nothing.
+To import a module is to run it, so only packages that the person at the command line has allowed
+are imported: a configuration alone, found in a folder or sent by somebody, runs nothing.
 """
 
 import importlib
@@ -26,7 +26,8 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
         key: of the configuration, for the message.
 
     Raises:
-        ConfigError: it is not allowed, and nothing was imported; or it cannot be imported, or is not callable.
+        ConfigError: it is not allowed, and nothing was imported; or it cannot be imported, or is
+            not callable.
     """
     module_name, name = check_allowed(reference, allowed, key)
     try:
@@ -38,7 +39,9 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
             "Install its package, put its folder on PYTHONPATH, or work in that folder."
         ) from None
     if not callable(found):
-        raise ConfigError(f"`{key}` must name a callable, got {reference!r}, which is {reprlib.repr(found)}")
+        raise ConfigError(
+            f"`{key}` must name a callable, got {reference!r}, which is {reprlib.repr(found)}"
+        )
     return found
 
 
@@ -50,10 +53,13 @@ def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str
     """
     for package in allowed:
         if not _PACKAGE.fullmatch(package):
-            raise ConfigError(f"`--allow` must be the dotted name of a package, got {reprlib.repr(package)}")
+            raise ConfigError(
+                f"`--allow` must be the dotted name of a package, got {reprlib.repr(package)}"
+            )
     if not REFERENCE.fullmatch(reference):
         raise ConfigError(
-            f"`{key}` must be package.module:callable, with no part that begins with _, got {reprlib.repr(reference)}"
+            f"`{key}` must be package.module:callable, with no part that begins with _, got "
+            f"{reprlib.repr(reference)}"
         )
     module_name, _, name = reference.partition(":")
     if not any(f"{module_name}.".startswith(f"{package}.") for package in allowed):
@@ -65,7 +71,8 @@ def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str
 
 
 def check_callables(config: Config, allowed: Sequence[str]) -> None:
-    """Check that all that a configuration names is allowed, before anything is started; imports nothing.
+    """Check that all that a configuration names is allowed, before anything is started; imports
+    nothing.
 
     Raises:
         ConfigError: see `check_allowed`.

@@ -3,8 +3,9 @@
     CHECKPOINTS/step-00000012/   a snapshot's folder (`syncnorm.train.snapshot`)
     CHECKPOINTS/best.json        which step was marked as the best
 
-A checkpoint is written under a name that starts with `.tmp-`, brought to disk, and renamed: that is the moment from
-which it exists. Whatever else has such a name was left by a writer that died, and the next write removes it.
+A checkpoint is written under a name that starts with `.tmp-`, brought to disk, and renamed: that is
+the moment from which it exists. Whatever else has such a name was left by a writer that died, and
+the next write removes it.
 """
 
 import re
@@ -20,7 +21,8 @@ from syncnorm.train.snapshot import MANIFEST, Snapshot, read_record, read_snapsh
 __all__ = ["CheckpointStore", "Snapshot"]
 
 BEST = "best.json"
-# In front of the name of a checkpoint that is being replaced, while neither it nor its successor is in place.
+# In front of the name of a checkpoint that is being replaced, while neither it nor its successor is
+# in place.
 _ASIDE = ".tmp-old-"
 _FOLDER = re.compile(rf"({re.escape(_ASIDE)})?step-([0-9]{{8,18}})")
 
@@ -42,10 +44,12 @@ class CheckpointStore:
         self._keep = keep
 
     def write(self, snapshot: Snapshot, *, is_best: bool = False) -> Path:
-        """Write a checkpoint, which is on disk on return; then remove those that are no longer to be kept.
+        """Write a checkpoint, which is on disk on return; then remove those that are no longer to
+        be kept.
 
-        One of the same step is replaced as a whole; if it was marked as the best, it stays so. Checkpoints of later
-        steps, which a run that went back to an earlier one has still before it, are left alone.
+        One of the same step is replaced as a whole; if it was marked as the best, it stays so.
+        Checkpoints of later steps, which a run that went back to an earlier one has still before
+        it, are left alone.
 
         Returns:
             The checkpoint's folder.
@@ -63,21 +67,25 @@ class CheckpointStore:
             self._clean()
             try:
                 write_snapshot(temporary, snapshot)
-                # The mark comes first, with the one before to hold until the checkpoint is there: the other way round
-                # a kill in between would leave the best one unmarked.
+                # The mark comes first, with the one before to hold until the checkpoint is there:
+                # the other way round a kill in between would leave the best one unmarked.
                 if is_best:
                     self._mark_best(snapshot.step)
                 self._put_in_place(temporary, path)
             except BaseException:
                 files.remove(temporary)
                 raise
-            # The checkpoint is safe. What cannot be removed now takes space, and is tried again next time.
+            # The checkpoint is safe. What cannot be removed now takes space, and is tried again
+            # next time.
             with suppress(OSError, CheckpointError):
                 self._prune(snapshot.step)
         return path
 
     def clean(self) -> None:
-        """Remove what writers that died have left, unless one is at work. `write` does it too, if there is another."""
+        """Remove what writers that died have left, unless one is at work.
+
+        `write` does it too, if there is another.
+        """
         with suppress(OSError, CheckpointError), files.only_writer(self.folder):
             self._clean()
 
@@ -89,7 +97,9 @@ class CheckpointStore:
         """
         snapshot = read_snapshot(path)
         if _step_of(path) not in (None, snapshot.step):
-            raise CheckpointError(f"`{path / MANIFEST}` must be of step {_step_of(path)}, got step {snapshot.step}")
+            raise CheckpointError(
+                f"`{path / MANIFEST}` must be of step {_step_of(path)}, got step {snapshot.step}"
+            )
         return snapshot
 
     def newest(self) -> tuple[Snapshot | None, Path | None, list[str]]:
@@ -126,13 +136,16 @@ class CheckpointStore:
         return folders[steps[0]] if steps else None
 
     def _folders(self) -> dict[int, Path]:
-        # From steps to what is in place, or was before the kill that came in the middle of replacing it.
+        # From steps to what is in place, or was before the kill that came in the middle of
+        # replacing it.
         try:
             paths = list(self.folder.iterdir())
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise CheckpointError(f"`{self.folder}` must be a folder of checkpoints: {error.strerror}") from None
+            raise CheckpointError(
+                f"`{self.folder}` must be a folder of checkpoints: {error.strerror}"
+            ) from None
         folders: dict[int, Path] = {}
         # Sorted, so that what is in place comes after what was set aside.
         for path in sorted(paths):

@@ -1,10 +1,11 @@
 """The two formats of CIFAR-10's files.
 
-Binary: records of 3,073 bytes, a label and then the 32x32 pixels of red, of green and of blue, row by row.
-Python: a pickled dict of `data`, an array (N, 3072) of unsigned bytes laid out as above, and `labels`, a list.
+Binary: records of 3,073 bytes, a label and then the 32x32 pixels of red, of green and of blue, row
+by row. Python: a pickled dict of `data`, an array (N, 3072) of unsigned bytes laid out as above,
+and `labels`, a list.
 
-A pickle is a program that may call anything it names. Here it may name only what such a file needs, and even those
-names stand for records of what was asked for: nothing that a file names is ever run.
+A pickle is a program that may call anything it names. Here it may name only what such a file needs,
+and even those names stand for records of what was asked for: nothing that a file names is ever run.
 """
 
 import io
@@ -36,7 +37,8 @@ def read_binary(path: Path) -> tuple[Tensor, Tensor]:
     count, rest = divmod(len(content), 1 + _PIXELS)
     if rest or not count:
         raise ConfigError(
-            f"{path}: must hold whole records of {1 + _PIXELS} bytes, got {count} and {rest} bytes. "
+            f"{path}: must hold whole records of {1 + _PIXELS} bytes, got {count} and {rest} "
+            "bytes. "
             "Fetch the file again."
         )
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(count, 1 + _PIXELS)
@@ -50,16 +52,24 @@ def read_python(path: Path) -> tuple[Tensor, Tensor]:
         Images (N, 3, 32, 32), uint8, and labels (N,), int64.
 
     Raises:
-        ConfigError: it cannot be read, names what such a file does not need, or does not hold images and labels.
+        ConfigError: it cannot be read, names what such a file does not need, or does not hold
+            images and labels.
     """
     content = _unpickle(_read(path), path)
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: must hold a dict with data and labels, got {type(content).__name__}")
+        raise ConfigError(
+            f"{path}: must hold a dict with data and labels, got {type(content).__name__}"
+        )
     # Python 2 wrote the keys as bytes.
-    fields = {key if isinstance(key, str) else _bytes(key).decode("latin1"): value for key, value in content.items()}
+    fields = {
+        key if isinstance(key, str) else _bytes(key).decode("latin1"): value
+        for key, value in content.items()
+    }
     images, labels = _images(fields.get("data"), path), _labels(fields.get("labels"), path)
     if len(images) != len(labels):
-        raise ConfigError(f"{path}: must hold as many labels as images, {len(images)}, got {len(labels)}")
+        raise ConfigError(
+            f"{path}: must hold as many labels as images, {len(images)}, got {len(labels)}"
+        )
     return images, labels
 
 
@@ -74,7 +84,9 @@ def _read(path: Path) -> bytes:
 
 
 class _Recorded:
-    """Stands for what a permitted name would have made: the arguments of the call, and the state set afterwards."""
+    """Stands for what a permitted name would have made: the arguments of the call, and the state
+    set afterwards.
+    """
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -116,7 +128,8 @@ class _Unpickler(pickle.Unpickler):
             # Names in a file may be long, and hold anything.
             name = f"{module_name}.{global_name}"[:200]
             raise ConfigError(
-                f"{self.path}: must name nothing but numpy's arrays, got {name!r}. Do not trust this file."
+                f"{self.path}: must name nothing but numpy's arrays, got {name!r}. Do not trust "
+                "this file."
             )
         return _PERMITTED[module_name, global_name]
 
@@ -130,19 +143,32 @@ def _unpickle(content: bytes, path: Path) -> object:
     # A damaged pickle may raise anything.
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:200]
-        raise ConfigError(f"{path}: must be a whole pickle, got {reason}. Fetch the file again.") from None
+        raise ConfigError(
+            f"{path}: must be a whole pickle, got {reason}. Fetch the file again."
+        ) from None
 
 
 def _check_memo(content: bytes) -> None:
-    # The unpickler's memo is an array as long as the highest number in use, so a few bytes could ask for 64 GiB.
+    # The unpickler's memo is an array as long as the highest number in use, so a few bytes could
+    # ask for 64 GiB.
     for position, (opcode, number, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (not isinstance(number, int) or number > position):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (
+            not isinstance(number, int) or number > position
+        ):
             raise ValueError(f"object number {number} where at most {position} have been made")
 
 
 def _images(value: object, path: Path) -> Tensor:
     match value:
-        case _Array(state=(_, (int(count), int(width)), _Dtype(args=("u1" | b"u1", *_)), bool(columns_first), data)):
+        case _Array(
+            state=(
+                _,
+                (int(count), int(width)),
+                _Dtype(args=("u1" | b"u1", *_)),
+                bool(columns_first),
+                data,
+            )
+        ):
             raw = _bytes(data)
             if count > 0 and width == _PIXELS and len(raw) == count * _PIXELS:
                 values = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
@@ -164,6 +190,8 @@ def _bytes(value: object) -> bytes:
 
 
 def _labels(value: object, path: Path) -> Tensor:
-    if not isinstance(value, list) or not all(type(label) is int and label.bit_length() < 64 for label in value):
+    if not isinstance(value, list) or not all(
+        type(label) is int and label.bit_length() < 64 for label in value
+    ):
         raise ConfigError(f"{path}: labels must be a list of integers, got {type(value).__name__}")
     return torch.tensor(value, dtype=torch.int64)

@@ -1,10 +1,11 @@
 """The schema of a training configuration: what every key means and which values it takes.
 
-`syncnorm.train.config_file` reads files and overrides into it. A section is frozen and refuses keys that it
-does not know, so a `Config` that exists is a `Config` that is right, as far as that can be seen without data.
+`syncnorm.train.config_file` reads files and overrides into it. A section is frozen and refuses keys
+that it does not know, so a `Config` that exists is a `Config` that is right, as far as that can be
+seen without data.
 
-`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections say where it is computed and
-what is written down, and may change when a run is resumed.
+`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections say where it is
+computed and what is written down, and may change when a run is resumed.
 """
 
 import re
@@ -12,7 +13,15 @@ import reprlib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from pydantic.config import JsonDict
 
 from syncnorm.train import optim
@@ -95,10 +104,15 @@ class AugmentSection(Section):
     """Changes to training images, drawn for each sample from (seed, epoch, sample) alone."""
 
     crop: int = Field(
-        default=0, ge=0, le=64, description="pixels of zero padding around the image, before a random crop"
+        default=0,
+        ge=0,
+        le=64,
+        description="pixels of zero padding around the image, before a random crop",
     )
     flip: bool = Field(default=False, description="mirror every second image, left to right")
-    cutout: int = Field(default=0, ge=0, le=512, description="side of a square set to 0 at a random place")
+    cutout: int = Field(
+        default=0, ge=0, le=512, description="side of a square set to 0 at a random place"
+    )
 
 
 class DataSection(Section):
@@ -106,11 +120,14 @@ class DataSection(Section):
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
         description="a data set of syncnorm.train.data, or package.module:callable, which is called with root and "
-        "`options` and returns a syncnorm.train.data.Dataset; its package must be allowed on the command line",
+        "`options` and returns a syncnorm.train.data.Dataset; its package must be allowed on the "
+        "command line",
         json_schema_extra=_name_or_reference(DATASETS),
     )
     root: Place | None = Field(default=None, description="folder that holds the data set's files")
-    augment: AugmentSection = Field(default=AugmentSection(), description="random changes to training images")
+    augment: AugmentSection = Field(
+        default=AugmentSection(), description="random changes to training images"
+    )
     options: Options = Field(default={}, description="further arguments of a callable")
 
     @model_validator(mode="after")
@@ -120,7 +137,10 @@ class DataSection(Section):
 
 def _check_taker(section: Any) -> Any:
     if section.options and not REFERENCE.fullmatch(section.name):
-        raise ValueError(f"options must be left out with name {section.name}. They belong to package.module:callable.")
+        raise ValueError(
+            f"options must be left out with name {section.name}. They belong to "
+            "package.module:callable."
+        )
     return section
 
 
@@ -147,18 +167,24 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """How the learning rate changes, step by step; every further key is an argument of a class of torch's."""
+    """How the learning rate changes, step by step; every further key is an argument of a class of
+    torch's.
+    """
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
         default="cosine",
         description="cosine, linear (both down to 0 at the end of the run), constant, or a class of "
-        "torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its arguments",
+        "torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its "
+        "arguments",
         json_schema_extra={"enum": [*optim.FACTORS, *optim.SCHEDULERS]},
     )
     warmup: Finite = Field(
-        default=0.0, ge=0, lt=1, description="share of all steps over which the learning rate first rises in a line"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of all steps over which the learning rate first rises in a line",
     )
 
     @property
@@ -176,39 +202,58 @@ class TrainSection(Section):
     """The optimisation. Nothing here depends on the number of workers."""
 
     epochs: Whole = Field(ge=1, description="passes over the training set")
-    global_batch: Whole = Field(ge=1, description="samples per optimizer step, over all workers together")
+    global_batch: Whole = Field(
+        ge=1, description="samples per optimizer step, over all workers together"
+    )
     norm_batch: Whole | None = Field(
         default=None,
         ge=1,
         description="samples per statistic of our layers, a divisor of global_batch; null: all",
     )
     lr: Finite = Field(gt=0, description="highest learning rate")
-    optimizer: OptimizerSection = Field(default=OptimizerSection(), description="what makes a step of gradients")
+    optimizer: OptimizerSection = Field(
+        default=OptimizerSection(), description="what makes a step of gradients"
+    )
     schedule: ScheduleSection = Field(default=ScheduleSection(), description="of the learning rate")
-    clip: Finite | None = Field(default=None, gt=0, description="largest norm of the whole gradient; null: any")
+    clip: Finite | None = Field(
+        default=None, gt=0, description="largest norm of the whole gradient; null: any"
+    )
     ema: Finite | None = Field(
         default=None,
         gt=0,
         lt=1,
         description="decay of an average of parameters and running statistics, which is what is evaluated; null: none",
     )
-    autocast: Literal["bfloat16"] | None = Field(default=None, description="type of convolutions and products")
+    autocast: Literal["bfloat16"] | None = Field(
+        default=None, description="type of convolutions and products"
+    )
     compile: bool = Field(default=False, description="torch.compile the model")
     not_finite: Literal["stop", "skip"] = Field(
-        default="stop", description="at a loss that is not finite: stop the run, or leave that step out"
+        default="stop",
+        description="at a loss that is not finite: stop the run, or leave that step out",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="fixes the first weights and the order of the samples")
-    dtype: Literal["float32", "float64"] = Field(default="float32", description="of parameters, data and statistics")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="fixes the first weights and the order of the samples",
+    )
+    dtype: Literal["float32", "float64"] = Field(
+        default="float32", description="of parameters, data and statistics"
+    )
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:
         if self.norm_batch is not None and self.global_batch % self.norm_batch:
             raise ValueError(
-                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got {self.norm_batch}. "
+                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got "
+                f"{self.norm_batch}. "
                 "A step consists of whole statistics."
             )
         if self.autocast is not None and self.dtype != "float32":
-            raise ValueError(f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}")
+            raise ValueError(
+                f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}"
+            )
         return self
 
     @model_validator(mode="after")
@@ -221,25 +266,39 @@ class TrainSection(Section):
 class CheckpointSection(Section):
     """What is kept to go on from."""
 
-    every: Whole | None = Field(default=None, ge=1, description="steps between checkpoints; null: one after each epoch")
+    every: Whole | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: one after each epoch"
+    )
     keep: Whole = Field(default=3, ge=1, description="how many of the newest are kept")
-    best: bool = Field(default=True, description="also keep the one with the highest test accuracy after an epoch")
+    best: bool = Field(
+        default=True, description="also keep the one with the highest test accuracy after an epoch"
+    )
 
 
 class FollowSection(Section):
     """What is written down while it trains."""
 
-    every: Whole = Field(default=50, ge=1, description="steps between records of speed and of the normalisation layers")
+    every: Whole = Field(
+        default=50,
+        ge=1,
+        description="steps between records of speed and of the normalisation layers",
+    )
     layers: bool = Field(default=True, description="record each normalisation layer's statistics")
-    tensorboard: bool = Field(default=False, description="write TensorBoard files too; needs the extra tensorboard")
+    tensorboard: bool = Field(
+        default=False, description="write TensorBoard files too; needs the extra tensorboard"
+    )
     profile: Whole | None = Field(
-        default=None, ge=1, description="step of this run from which torch.profiler records 5 steps; null: never"
+        default=None,
+        ge=1,
+        description="step of this run from which torch.profiler records 5 steps; null: never",
     )
 
 
 # The tags keep pydantic from telling what is wrong with a number as a range, too.
 WorkerCount = Annotated[int, Field(ge=1, le=256), Tag("(number)")]
-WorkerRange = Annotated[list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=2, max_length=2), Tag("(range)")]
+WorkerRange = Annotated[
+    list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=2, max_length=2), Tag("(range)")
+]
 
 
 def _number_or_range(value: Any) -> str:
@@ -255,7 +314,8 @@ class LaunchSection(Section):
         "[fewest, most]: on a cluster as many as there is room for, on one machine the most",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: CUDA if there is a device for each local worker, else the CPU"
+        default="auto",
+        description="auto: CUDA if there is a device for each local worker, else the CPU",
     )
     micro_batch: Whole | None = Field(
         default=None,
@@ -263,7 +323,9 @@ class LaunchSection(Section):
         description="most samples in one forward of a worker; its share of a step takes several if need be; null: any",
     )
     memory_gib: Finite | None = Field(
-        default=None, gt=0, description="memory that a worker may use, in GiB; null: its share of what is free"
+        default=None,
+        gt=0,
+        description="memory that a worker may use, in GiB; null: its share of what is free",
     )
     timeout_seconds: Finite = Field(
         default=60.0,
@@ -272,7 +334,10 @@ class LaunchSection(Section):
         description="a worker that makes no progress for so long is stuck, and ends the attempt",
     )
     restarts: int = Field(
-        default=3, ge=0, le=1000, description="how often workers of this machine that were killed are started again"
+        default=3,
+        ge=0,
+        le=1000,
+        description="how often workers of this machine that were killed are started again",
     )
 
     @property
@@ -299,10 +364,16 @@ class Config(Section):
     data: DataSection = Field(description="what it learns from")
     norm: NormSection = Field(default=NormSection(), description="the normalisation layers")
     train: TrainSection = Field(description="the optimisation")
-    checkpoint: CheckpointSection = Field(default=CheckpointSection(), description="what is kept to go on from")
-    follow: FollowSection = Field(default=FollowSection(), description="what is written down while it trains")
+    checkpoint: CheckpointSection = Field(
+        default=CheckpointSection(), description="what is kept to go on from"
+    )
+    follow: FollowSection = Field(
+        default=FollowSection(), description="what is written down while it trains"
+    )
     launch: LaunchSection = Field(default=LaunchSection(), description="where it is computed")
-    run_dir: Place = Field(default="runs", description="folder in which each run gets a folder of its own")
+    run_dir: Place = Field(
+        default="runs", description="folder in which each run gets a folder of its own"
+    )
 
     @property
     def norm_batch(self) -> int:
@@ -316,13 +387,17 @@ class Config(Section):
 
     def mathematics(self) -> dict[str, Any]:
         """The sections that fix a run's result; a run can be resumed with others changed."""
-        return self.model_dump(include={"model", "data", "norm", "train"}, exclude={"data": {"root"}})
+        return self.model_dump(
+            include={"model", "data", "norm", "train"}, exclude={"data": {"root"}}
+        )
 
     @model_validator(mode="after")
     def _statistics_are_pooled(self) -> Self:
         if self.train.norm_batch is not None and self.norm.sync != "batch":
             raise ValueError(
-                f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got {self.train.norm_batch}. "
-                "Only sync batch takes statistics over a number of samples that the configuration fixes."
+                f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got "
+                f"{self.train.norm_batch}. "
+                "Only sync batch takes statistics over a number of samples that the configuration "
+                "fixes."
             )
         return self

@@ -41,8 +41,9 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         source: path of a YAML file, or the name of a packed one with or without `.yaml`.
-        overrides: `section.key=value`, each value a YAML scalar; of two for one key the later one holds. An argument
-            of an optimizer or a schedule that the file gives is taken out by `null`.
+        overrides: `section.key=value`, each value a YAML scalar; of two for one key the later one
+            holds. An argument of an optimizer or a schedule that the file gives is taken out by
+            `null`.
 
     Raises:
         ConfigError: naming the file or the key, and what would be right.
@@ -66,7 +67,9 @@ def check(written: Written) -> Config:
     try:
         return Config.model_validate(written.values)
     except ValidationError as error:
-        raise ConfigError(f"{written.path}: {describe(error, written.values, written.overridden)}") from None
+        raise ConfigError(
+            f"{written.path}: {describe(error, written.values, written.overridden)}"
+        ) from None
 
 
 def find_config(source: str) -> Path:
@@ -83,7 +86,9 @@ def find_config(source: str) -> Path:
         raise ConfigError(f"configuration {source!r} is a directory")
     if path.exists():
         raise ConfigError(f"configuration {source!r} is not a regular file")
-    raise ConfigError(f"no configuration {source!r}. Packed ones, by name: {', '.join(sorted(packed)) or 'none'}.")
+    raise ConfigError(
+        f"no configuration {source!r}. Packed ones, by name: {', '.join(sorted(packed)) or 'none'}."
+    )
 
 
 def _packed() -> Iterator[Path]:
@@ -105,7 +110,10 @@ def _read_text(path: Path) -> str:
 
 
 def _apply(values: dict[str, Any], override: str) -> Key:
-    """Set one key of the nested `values`. Whether the schema knows it is checked later, as for a file's."""
+    """Set one key of the nested `values`.
+
+    Whether the schema knows it is checked later, as for a file's.
+    """
     name, equals, text = override.partition("=")
     shown = f"override {show_value(override)}"
     key = _split(name)
@@ -113,7 +121,9 @@ def _apply(values: dict[str, Any], override: str) -> Key:
         raise ConfigError(f"{shown} must have the form section.key=value")
     value = strict_yaml.parse(text, shown)
     if isinstance(value, dict):
-        raise ConfigError(f"{shown}: the value must be a value or a list of values, got {show_value(value)}")
+        raise ConfigError(
+            f"{shown}: the value must be a value or a list of values, got {show_value(value)}"
+        )
     for depth, part in enumerate(key[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

@@ -1,4 +1,6 @@
-"""What is wrong with a configuration, in words: pydantic's findings as one message for the person who wrote it."""
+"""What is wrong with a configuration, in words: pydantic's findings as one message for the person
+who wrote it.
+"""
 
 import re
 import reprlib
@@ -30,7 +32,10 @@ def describe(error: ValidationError, values: Mapping[str, Any], overridden: Coll
         values: the configuration as it was written.
         overridden: keys whose values are from the command line.
     """
-    problems = [_problem(detail, values, overridden) for detail in error.errors(include_url=False)[:_MAX_PROBLEMS]]
+    problems = [
+        _problem(detail, values, overridden)
+        for detail in error.errors(include_url=False)[:_MAX_PROBLEMS]
+    ]
     if error.error_count() == 1:
         return problems[0]
     if error.error_count() > _MAX_PROBLEMS:
@@ -43,12 +48,18 @@ def show_value(value: Any) -> str:
     return reprlib.repr(value)
 
 
-def _problem(detail: Mapping[str, Any], values: Mapping[str, Any], overridden: Collection[Key]) -> str:
+def _problem(
+    detail: Mapping[str, Any], values: Mapping[str, Any], overridden: Collection[Key]
+) -> str:
     # Without the tags of alternatives, which are in brackets.
     key = tuple(str(part) for part in detail["loc"] if not str(part).startswith("("))
     message = _message(key, detail, values)
     remedy = ""
-    if key[:2] in OPEN_SECTIONS and key[2:] not in (("name",), ("warmup",)) and detail["type"] != "model_type":
+    if (
+        key[:2] in OPEN_SECTIONS
+        and key[2:] not in (("name",), ("warmup",))
+        and detail["type"] != "model_type"
+    ):
         remedy = _open_remedy(key, detail["type"], values, overridden)
     return printable(f"{message}{remedy}{_origin(key, message, overridden)}")
 
@@ -76,11 +87,14 @@ def _message(key: Key, detail: Mapping[str, Any], values: Mapping[str, Any]) -> 
             # A rule between the keys of a section names them.
             return f"{name}{'' if message.startswith('must ') else ':'} {message}"
         case kind:
-            # pydantic begins with "Input should", "String should" and the like, and has Python's names for types
+            # pydantic begins with "Input should", "String should" and the like, and has Python's
+            # names for types
             rule = re.sub("^[A-Z][a-z]+ should", "must", message)
             rule = rule.replace("valid dictionary", "mapping").replace("valid tuple", "list")
             wrong_type = kind.endswith("_type") or kind == "literal_error"
-            return f"{name} {rule}{' or null' if wrong_type and _takes_null(key) else ''}, got {got}"
+            return (
+                f"{name} {rule}{' or null' if wrong_type and _takes_null(key) else ''}, got {got}"
+            )
 
 
 def show_key(key: Key) -> str:
@@ -95,7 +109,9 @@ def _section(section: Key, values: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _named(section: Key, values: Mapping[str, Any]) -> str:
     """The optimizer or schedule that an open section names, if only by default."""
-    return _section(section, values).get("name") or TrainSection.model_fields[section[1]].default.name
+    return (
+        _section(section, values).get("name") or TrainSection.model_fields[section[1]].default.name
+    )
 
 
 def _origin(key: Key, message: str, overridden: Collection[Key]) -> str:
@@ -104,11 +120,15 @@ def _origin(key: Key, message: str, overridden: Collection[Key]) -> str:
         return " (from the command line)"
     # A rule between keys mentions them by their last part.
     inside = [other for other in overridden if other[: len(key)] == key]
-    mentioned = sorted(".".join(other) for other in inside if re.search(rf"\b{re.escape(other[-1])}\b", message))
+    mentioned = sorted(
+        ".".join(other) for other in inside if re.search(rf"\b{re.escape(other[-1])}\b", message)
+    )
     return f" ({', '.join(mentioned)} from the command line)" if mentioned else ""
 
 
-def _open_remedy(key: Key, kind: str, values: Mapping[str, Any], overridden: Collection[Key]) -> str:
+def _open_remedy(
+    key: Key, kind: str, values: Mapping[str, Any], overridden: Collection[Key]
+) -> str:
     """What to do about arguments that do not fit what their section names."""
     section = key[:2]
     target, dotted = _named(section, values), ".".join(section)
@@ -116,19 +136,35 @@ def _open_remedy(key: Key, kind: str, values: Mapping[str, Any], overridden: Col
         if kind == "missing" and len(key) == 3:
             return f". Add `{'.'.join(key)}=...`."
         written = [name for name in _section(section, values) if name not in ("name", "warmup")]
-        unfit = [name for name in written if (*section, name) not in overridden and name in (key[2:] or written)]
+        unfit = [
+            name
+            for name in written
+            if (*section, name) not in overridden and name in (key[2:] or written)
+        ]
         out = ", ".join(f"`{dotted}.{name}=null`" for name in unfit)
-        return f". The command line names {target}: take out what is the file's with {out}." if unfit else ""
+        return (
+            f". The command line names {target}: take out what is the file's with {out}."
+            if unfit
+            else ""
+        )
     if kind != "extra_forbidden":
         return ""
     known = [f"{dotted}.{argument}" for argument in optim.arguments(target).model_fields]
-    return f". The nearest key is `{nearest('.'.join(key), [*known, 'train.lr'])}`." if known else ". It takes none."
+    return (
+        f". The nearest key is `{nearest('.'.join(key), [*known, 'train.lr'])}`."
+        if known
+        else ". It takes none."
+    )
 
 
 def _takes_null(key: Key) -> bool:
     annotation: Any = Config
     for part in key:
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel) and part in annotation.model_fields):
+        if not (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and part in annotation.model_fields
+        ):
             return False
         annotation = annotation.model_fields[part].annotation
     return NoneType in get_args(annotation)

@@ -17,7 +17,9 @@ class RenormSection(Section):
     """Batch renormalisation's bounds and their schedule."""
 
     r_max: Finite = Field(default=3.0, ge=1, description="final bound of the scale's correction")
-    d_max: Finite = Field(default=5.0, ge=0, description="final bound of the mean's correction, in deviations")
+    d_max: Finite = Field(
+        default=5.0, ge=0, description="final bound of the mean's correction, in deviations"
+    )
     warmup_steps: Whole | None = Field(
         default=None,
         ge=0,
@@ -26,14 +28,17 @@ class RenormSection(Section):
     r_steps: Whole | None = Field(default=None, ge=0, description="step at which r_max is reached")
     d_steps: Whole | None = Field(default=None, ge=0, description="step at which d_max is reached")
     running_average: Literal["std", "var"] = Field(
-        default="std", description="std averages the standard deviation, as in the paper; var the unbiased variance"
+        default="std",
+        description="std averages the standard deviation, as in the paper; var the unbiased variance",
     )
 
     @model_validator(mode="after")
     def _makes_a_schedule(self) -> Self:
         given = [step is not None for step in (self.warmup_steps, self.r_steps, self.d_steps)]
         if any(given) and not all(given):
-            raise ValueError("warmup_steps, r_steps and d_steps must be given together, got some of them")
+            raise ValueError(
+                "warmup_steps, r_steps and d_steps must be given together, got some of them"
+            )
         self.schedule(1)
         return self
 
@@ -47,10 +52,14 @@ class RenormSection(Section):
 def _regular_expressions(rules: dict[str, NormName]) -> dict[str, NormName]:
     for pattern in rules:
         try:
-            with warnings.catch_warnings(action="error", category=FutureWarning):  # "[[": of more than one meaning
+            with warnings.catch_warnings(
+                action="error", category=FutureWarning
+            ):  # "[[": of more than one meaning
                 re.compile(pattern)
         except (re.error, FutureWarning, OverflowError, RecursionError) as error:
-            raise ValueError(f"must have regular expressions as keys, got {reprlib.repr(pattern)}: {error}") from None
+            raise ValueError(
+                f"must have regular expressions as keys, got {reprlib.repr(pattern)}: {error}"
+            ) from None
     return rules
 
 
@@ -60,7 +69,8 @@ class NormSection(Section):
     name: NormName = Field(
         default="sync_batch_norm",
         description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, with the statistics "
-        "of each worker's forward; group_norm has up to 32 groups; frozen is a batch norm that only evaluates",
+        "of each worker's forward; group_norm has up to 32 groups; frozen is a batch norm that "
+        "only evaluates",
     )
     rules: Annotated[dict[str, NormName], AfterValidator(_regular_expressions)] = Field(
         default={},
@@ -73,7 +83,10 @@ class NormSection(Section):
         "one step old, or nothing",
     )
     momentum: Finite | None = Field(
-        default=None, ge=0, le=1, description="weight of a new batch in the running statistics; null: the layer's own"
+        default=None,
+        ge=0,
+        le=1,
+        description="weight of a new batch in the running statistics; null: the layer's own",
     )
     eps: Finite = Field(default=1e-5, gt=0, description="added to the variance")
     renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
@@ -88,10 +101,14 @@ class NormSection(Section):
         if not self.names & {"sync_batch_norm", "sync_batch_renorm"}:
             if self.sync != "none" and "sync" in self.model_fields_set:
                 raise ValueError(
-                    f"sync must be none with name {self.name}, got {self.sync!r}. Use name sync_batch_norm to pool."
+                    f"sync must be none with name {self.name}, got {self.sync!r}. Use name "
+                    "sync_batch_norm to pool."
                 )
             # What is written down is what holds, and is accepted when it is read again.
             object.__setattr__(self, "sync", "none")
         if "sync_batch_renorm" not in self.names and self.renorm != RenormSection():
-            raise ValueError(f"renorm must be left out with name {self.name}. It belongs to name sync_batch_renorm.")
+            raise ValueError(
+                f"renorm must be left out with name {self.name}. It belongs to name "
+                "sync_batch_renorm."
+            )
         return self

@@ -62,14 +62,20 @@ def show(source: str, overrides: Sequence[str] = ()) -> str:
     above: Key = ()
     for key, value, origin in _origins(source, overrides):
         common = next(
-            (depth for depth, part in enumerate(key[:-1]) if above[depth : depth + 1] != (part,)), len(key) - 1
+            (depth for depth, part in enumerate(key[:-1]) if above[depth : depth + 1] != (part,)),
+            len(key) - 1,
         )
-        lines += [("  " * depth + strict_yaml.dump_line(key[depth]) + ":", "") for depth in range(common, len(key) - 1)]
+        lines += [
+            ("  " * depth + strict_yaml.dump_line(key[depth]) + ":", "")
+            for depth in range(common, len(key) - 1)
+        ]
         name, written = strict_yaml.dump_line(key[-1]), strict_yaml.dump_line(value)
         lines.append((f"{'  ' * (len(key) - 1)}{name}: {written}", origin))
         above = key[:-1]
     column = max(len(line) for line, origin in lines if origin and len(line) <= _LONGEST)
-    return "".join(f"{line:<{column}}  # {origin}\n" if origin else f"{line}\n" for line, origin in lines)
+    return "".join(
+        f"{line:<{column}}  # {origin}\n" if origin else f"{line}\n" for line, origin in lines
+    )
 
 
 def schema(form: Literal["text", "markdown", "json"] = "text") -> str:
@@ -125,12 +131,16 @@ class _Table:
 
 
 def _tables() -> Iterator[_Table]:
-    """A table for each section, those within sections included, and at the end the keys outside of sections."""
+    """A table for each section, those within sections included, and at the end the keys outside of
+    sections.
+    """
     root = Config.model_json_schema()
     yield from _section_tables("", root, root)
 
 
-def _section_tables(prefix: str, section: Mapping[str, Any], root: Mapping[str, Any]) -> Iterator[_Table]:
+def _section_tables(
+    prefix: str, section: Mapping[str, Any], root: Mapping[str, Any]
+) -> Iterator[_Table]:
     rows, inner = [], []
     for name, field in section["properties"].items():
         if "$ref" in field:
@@ -139,7 +149,15 @@ def _section_tables(prefix: str, section: Mapping[str, Any], root: Mapping[str, 
         else:
             rows.append(_row(prefix + name, field, is_required=name in section.get("required", [])))
     if section["additionalProperties"] is True:
-        rows.append(_Row(f"{prefix}ARGUMENT", "any", "", "torch's", f"an argument of what `{prefix}name` names"))
+        rows.append(
+            _Row(
+                f"{prefix}ARGUMENT",
+                "any",
+                "",
+                "torch's",
+                f"an argument of what `{prefix}name` names",
+            )
+        )
     if prefix:
         yield _Table(prefix.removesuffix("."), section["description"], rows)
     yield from inner
@@ -150,7 +168,8 @@ def _section_tables(prefix: str, section: Mapping[str, Any], root: Mapping[str, 
 def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
     kinds = field.get("anyOf") or field.get("oneOf") or [field]
     nullable = {"type": "null"} in kinds
-    # For a text that is one of some names or has a pattern, the alternatives carry no type of their own.
+    # For a text that is one of some names or has a pattern, the alternatives carry no type of their
+    # own.
     kind = next((each for each in kinds if each.get("type", "null") != "null"), field)
     types = {
         "integer": "integer",
@@ -162,7 +181,9 @@ def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
     default = "required" if is_required else f"`{strict_yaml.dump_line(field['default'])}`"
     return _Row(
         key,
-        types[kind["type"]] + (" or a pair" if "oneOf" in field else "") + (" or null" if nullable else ""),
+        types[kind["type"]]
+        + (" or a pair" if "oneOf" in field else "")
+        + (" or null" if nullable else ""),
         _values(kind),
         default,
         field["description"],
@@ -191,15 +212,25 @@ def _text(table: _Table) -> str:
     lines = [f"{table.name}: {table.description}", ""]
     width = max(len(row.key) for row in table.rows)
     for row in table.rows:
-        facts = [row.type, row.default if row.default == "required" else f"default {row.default}", row.values]
+        facts = [
+            row.type,
+            row.default if row.default == "required" else f"default {row.default}",
+            row.values,
+        ]
         line = f"  {row.key:<{width}}  {'; '.join(filter(None, facts))}".replace("`", "")
         lines += textwrap.wrap(line, _WIDTH, subsequent_indent=" " * (width + 4))
-        lines += textwrap.wrap(row.description, _WIDTH, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(
+            row.description, _WIDTH, initial_indent="      ", subsequent_indent="      "
+        )
     return "\n".join(lines) + "\n"
 
 
 def _markdown(table: _Table) -> str:
     rows = [["key", "type", "values", "default", "meaning"], ["---"] * 5]
-    rows += [[f"`{row.key}`", row.type, row.values, row.default, row.description] for row in table.rows]
-    lines = "".join(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |\n" for row in rows)
+    rows += [
+        [f"`{row.key}`", row.type, row.values, row.default, row.description] for row in table.rows
+    ]
+    lines = "".join(
+        f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |\n" for row in rows
+    )
     return f"## {table.name}\n\n{table.description}\n\n{lines}"

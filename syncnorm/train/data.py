@@ -1,7 +1,7 @@
 """Data sets in memory, the order of their samples, and how a number of samples is cut into shards.
 
-Images stay as they are stored, mostly as bytes, and are standardised batch by batch: every worker holds the whole
-set, and as float64 it would take 8 times the memory.
+Images stay as they are stored, mostly as bytes, and are standardised batch by batch: every worker
+holds the whole set, and as float64 it would take 8 times the memory.
 """
 
 import hashlib
@@ -58,12 +58,18 @@ class Dataset:
     def to(self, device: torch.device | str) -> "Dataset":
         """Move to a device; dtypes stay."""
         return Dataset(
-            self.train.to(device), self.test.to(device), self.num_classes, self.mean.to(device), self.std.to(device)
+            self.train.to(device),
+            self.test.to(device),
+            self.num_classes,
+            self.mean.to(device),
+            self.std.to(device),
         )
 
     def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute (images - mean) / std for each channel, in `dtype`, wherever `images` are."""
-        mean, std = (value.to(images.device, dtype)[:, None, None] for value in (self.mean, self.std))
+        mean, std = (
+            value.to(images.device, dtype)[:, None, None] for value in (self.mean, self.std)
+        )
         return (images.to(dtype) - mean) / std
 
 
@@ -78,7 +84,9 @@ def make_dataset(train: Split, test: Split, num_classes: int) -> Dataset:
     train, test = checked_splits(train, test, num_classes)
     mean, std = _measure(train.images)
     if not std.isfinite().all():
-        raise ConfigError(f"training set: images must be finite, got mean {mean.tolist()} and std {std.tolist()}")
+        raise ConfigError(
+            f"training set: images must be finite, got mean {mean.tolist()} and std {std.tolist()}"
+        )
     return Dataset(train, test, num_classes, mean, std)
 
 
@@ -86,27 +94,38 @@ def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, 
     """Check that two splits are what a classifier of images learns from; their labels become int64.
 
     Raises:
-        ConfigError: a split is empty or of other types or shapes, images differ in shape, or a label is out of range.
+        ConfigError: a split is empty or of other types or shapes, images differ in shape, or a
+            label is out of range.
     """
     for name, split in (("training", train), ("test", test)):
-        if not (isinstance(split, Split) and isinstance(split.images, Tensor) and isinstance(split.labels, Tensor)):
+        if not (
+            isinstance(split, Split)
+            and isinstance(split.images, Tensor)
+            and isinstance(split.labels, Tensor)
+        ):
             raise ConfigError(
-                f"{name} set: must be a Split(images, labels) of two tensors, got {types_of(split)}. "
+                f"{name} set: must be a Split(images, labels) of two tensors, got "
+                f"{types_of(split)}. "
                 "torch.from_numpy makes a tensor of an array."
             )
         images, labels = tuple(split.images.shape), tuple(split.labels.shape)
         if len(images) != 4 or len(labels) != 1 or images[0] != labels[0] or not labels[0]:
             raise ConfigError(
-                f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, got {images} and {labels}. "
+                f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, got "
+                f"{images} and {labels}. "
                 "The loss takes one class for each image."
             )
         if split.labels.is_floating_point() or split.labels.is_complex():
-            raise ConfigError(f"{name} set: labels must be whole numbers, got {split.labels.dtype}. They name a class.")
+            raise ConfigError(
+                f"{name} set: labels must be whole numbers, got {split.labels.dtype}. They name a "
+                "class."
+            )
         check_labels(split.labels, num_classes, f"{name} set")
     shape = tuple(train.images.shape[1:])
     if tuple(test.images.shape[1:]) != shape:
         raise ConfigError(
-            f"test set: images must have the training set's shape {shape}, got {(*test.images.shape[1:],)}"
+            f"test set: images must have the training set's shape {shape}, got "
+            f"{(*test.images.shape[1:],)}"
         )
     return Split(train.images, train.labels.long()), Split(test.images, test.labels.long())
 
@@ -124,7 +143,8 @@ def check_labels(labels: Tensor, num_classes: int, source: str | Path) -> None:
     if len(wrong):
         first = int(wrong[0])
         raise ConfigError(
-            f"{source}: labels must be from 0 to {num_classes - 1}, got {int(labels[first])} for sample {first}"
+            f"{source}: labels must be from 0 to {num_classes - 1}, got {int(labels[first])} for "
+            f"sample {first}"
         )
 
 
@@ -133,7 +153,8 @@ def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
     parts = images.split(1024)
     count = images.numel() / images.shape[1]
     mean = torch.stack([part.double().sum((0, 2, 3)) for part in parts]).sum(0) / count
-    # Whole numbers are added without rounding, so the figures have the same bits on any number of threads.
+    # Whole numbers are added without rounding, so the figures have the same bits on any number of
+    # threads.
     pivot = mean if images.is_floating_point() else mean.round()
     deviations = (part.double() - pivot[:, None, None] for part in parts)
     squares = torch.stack([deviation.square().sum((0, 2, 3)) for deviation in deviations]).sum(0)
@@ -142,7 +163,12 @@ def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(is_constant, 1, std)
 
 
-_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+_IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 _CIFAR = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 _CIFAR_BINARY = tuple(f"{name}.bin" for name in _CIFAR)
 
@@ -167,13 +193,15 @@ _CIFAR10_FILES = DataFiles(
         (".", _CIFAR),
     ],
     ("",),
-    "data_batch_1 to data_batch_5 and test_batch, all with .bin (the binary version) or all without (for Python)",
+    "data_batch_1 to data_batch_5 and test_batch, all with .bin (the binary version) or all "
+    "without (for Python)",
     "They are in the archives of the CIFAR-10 page of the University of Toronto.",
 )
 
 
 def digits(root: Path | None) -> Dataset:
-    """Load scikit-learn's handwritten digits: 1,797 images of 1x8x8, 1,437 to train and 360 to test.
+    """Load scikit-learn's handwritten digits: 1,797 images of 1x8x8, 1,437 to train and 360 to
+    test.
 
     The split is stratified and always the same, so that seeds differ in training alone.
 
@@ -185,14 +213,21 @@ def digits(root: Path | None) -> Dataset:
     from sklearn.model_selection import train_test_split
 
     pixels, labels = map(np.asarray, load_digits(return_X_y=True))
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
-    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8)  # whole numbers, 0 to 16
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+    )
+    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(
+        -1, 1, 8, 8
+    )  # whole numbers, 0 to 16
     everything = Split(images, torch.from_numpy(labels).long())
-    return make_dataset(everything[torch.from_numpy(train)], everything[torch.from_numpy(test)], num_classes=10)
+    return make_dataset(
+        everything[torch.from_numpy(train)], everything[torch.from_numpy(test)], num_classes=10
+    )
 
 
 def mnist(root: Path | None) -> Dataset:
-    """Load MNIST (LeCun et al. 1998): handwritten digits of 1x28x28, 60,000 to train and 10,000 to test.
+    """Load MNIST (LeCun et al. 1998): handwritten digits of 1x28x28, 60,000 to train and 10,000 to
+    test.
 
     Args:
         root: holds the four files, or mnist, MNIST, mnist/raw or MNIST/raw with them.
@@ -207,7 +242,8 @@ def fashion_mnist(root: Path | None) -> Dataset:
     """Load Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): clothes, in the sizes of MNIST.
 
     Args:
-        root: holds the four files, or fashion_mnist, fashion-mnist or FashionMNIST, or raw in one of them.
+        root: holds the four files, or fashion_mnist, fashion-mnist or FashionMNIST, or raw in one
+            of them.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -216,10 +252,12 @@ def fashion_mnist(root: Path | None) -> Dataset:
 
 
 def cifar10(root: Path | None) -> Dataset:
-    """Load CIFAR-10 (Krizhevsky 2009): ten kinds of things, 3x32x32, 50,000 to train and 10,000 to test.
+    """Load CIFAR-10 (Krizhevsky 2009): ten kinds of things, 3x32x32, 50,000 to train and 10,000 to
+    test.
 
     Args:
-        root: holds the six files of the binary or the Python version, or the folder that its archive unpacks to.
+        root: holds the six files of the binary or the Python version, or the folder that its
+            archive unpacks to.
 
     Raises:
         ConfigError: a file is missing or damaged.
@@ -230,14 +268,18 @@ def cifar10(root: Path | None) -> Dataset:
     for path, split in zip(paths, splits, strict=True):
         check_labels(split.labels, 10, path)
     *train, test = splits
-    joined = Split(torch.cat([split.images for split in train]), torch.cat([split.labels for split in train]))
+    joined = Split(
+        torch.cat([split.images for split in train]), torch.cat([split.labels for split in train])
+    )
     return make_dataset(joined, test, num_classes=10)
 
 
 def _load_idx(paths: Sequence[Path]) -> Dataset:
     train_images, train_labels, test_images, test_labels = paths
     return make_dataset(
-        _read_idx_split(train_images, train_labels), _read_idx_split(test_images, test_labels), num_classes=10
+        _read_idx_split(train_images, train_labels),
+        _read_idx_split(test_images, test_labels),
+        num_classes=10,
     )
 
 
@@ -245,7 +287,8 @@ def _read_idx_split(images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1).long()
     if len(images) != len(labels):
         raise ConfigError(
-            f"{labels_path}: must hold {len(images)} labels, one for each image of {images_path}, got {len(labels)}"
+            f"{labels_path}: must hold {len(images)} labels, one for each image of {images_path}, "
+            f"got {len(labels)}"
         )
     check_labels(labels, 10, labels_path)
     return Split(images[:, None], labels)
@@ -261,14 +304,17 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """Permute `range(count)` by (seed, epoch) alone."""
-    # A hash keeps the streams of neighbouring seeds and epochs apart; seed + epoch would make them overlap.
+    # A hash keeps the streams of neighbouring seeds and epochs apart; seed + epoch would make them
+    # overlap.
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(count, generator=generator)
 
 
 def shard(count: int, rank: int, world_size: int) -> slice:
-    """Cut `range(count)` into contiguous shards that differ in size by at most 1; the last may be empty."""
+    """Cut `range(count)` into contiguous shards that differ in size by at most 1; the last may be
+    empty.
+    """
     size, longer = divmod(count, world_size)
     start = rank * size + min(rank, longer)
     return slice(start, start + size + (rank < longer))

@@ -45,9 +45,13 @@ class DataFiles:
 
     def _path(self, folder: Path, name: str) -> Path | None:
         try:
-            return next((path for end in self.endings if (path := folder / (name + end)).is_file()), None)
+            return next(
+                (path for end in self.endings if (path := folder / (name + end)).is_file()), None
+            )
         except OSError as error:
             raise self._refuse(f"{str(folder)!r}: {error.strerror}") from None
 
     def _refuse(self, got: str) -> ConfigError:
-        return ConfigError(f"`data.root` must be a folder that holds {self.wanted}, got {got}. {self.origin}")
+        return ConfigError(
+            f"`data.root` must be a folder that holds {self.wanted}, got {got}. {self.origin}"
+        )

@@ -18,7 +18,9 @@ class NotFiniteError(SyncnormError):
     """A loss or a gradient is infinite or NaN; raised by all workers alike."""
 
 
-def describe_not_finite(learner: Learner, data: Dataset, batch: StepBatch, result: StepResult) -> str:
+def describe_not_finite(
+    learner: Learner, data: Dataset, batch: StepBatch, result: StepResult
+) -> str:
     """Say which workers' losses are not finite, and the first place in the network that is not.
 
     The forwards of the step are made again, with every layer looked at.
@@ -30,7 +32,9 @@ def describe_not_finite(learner: Learner, data: Dataset, batch: StepBatch, resul
     dist.all_gather_object(found, _first_place(learner, data, batch))
     bad = [rank for rank, loss in enumerate(result.losses) if not _is_finite(loss)]
     what = f"the loss of worker(s) {', '.join(map(str, bad))}" if bad else "the gradient"
-    places = [(order, rank, place) for rank, one in enumerate(found) if one for order, place in [one]]
+    places = [
+        (order, rank, place) for rank, one in enumerate(found) if one for order, place in [one]
+    ]
     where = "every layer's output is finite: look at the loss"
     if places:
         _, rank, place = min(places)
@@ -49,8 +53,13 @@ def _first_place(learner: Learner, data: Dataset, batch: StepBatch) -> tuple[int
             # Alike on all workers, which must all make the forwards or none.
             return -1, f"parameter {name!r}"
     found: list[tuple[int, str]] = []
-    # The order of construction stands for that of the forward, which workers may make different numbers of times.
-    modules = [(name, module) for name, module in learner.model.named_modules() if not any(module.children())]
+    # The order of construction stands for that of the forward, which workers may make different
+    # numbers of times.
+    modules = [
+        (name, module)
+        for name, module in learner.model.named_modules()
+        if not any(module.children())
+    ]
     with ExitStack() as stack:
         for order, (name, module) in enumerate(modules, start=1):
             stack.callback(module.register_forward_hook(_look(found, order, name)).remove)
@@ -58,7 +67,9 @@ def _first_place(learner: Learner, data: Dataset, batch: StepBatch) -> tuple[int
     return min(found, default=None)
 
 
-def _look(found: list[tuple[int, str]], order: int, name: str) -> Callable[[nn.Module, Any, Any], None]:
+def _look(
+    found: list[tuple[int, str]], order: int, name: str
+) -> Callable[[nn.Module, Any, Any], None]:
     def look(module: nn.Module, args: Any, output: Any) -> None:
         if not found and isinstance(output, Tensor) and not output.isfinite().all():
             found.append((order, f"the output of layer {name!r} ({type(module).__name__})"))
@@ -67,7 +78,9 @@ def _look(found: list[tuple[int, str]], order: int, name: str) -> Callable[[nn.M
 
 
 @torch.no_grad()
-def _forwards(learner: Learner, data: Dataset, batch: StepBatch, found: list[tuple[int, str]]) -> None:
+def _forwards(
+    learner: Learner, data: Dataset, batch: StepBatch, found: list[tuple[int, str]]
+) -> None:
     placement, before = learner.place(len(batch.indices)), learner.buffers()
     with one_update(learner.model), torch.compiler.set_stance("force_eager"):
         for parts in placement.rounds:

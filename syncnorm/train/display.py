@@ -1,4 +1,6 @@
-"""What a person sees of a run while it goes on: a line per epoch and, on a terminal, a progress bar below."""
+"""What a person sees of a run while it goes on: a line per epoch and, on a terminal, a progress bar
+below.
+"""
 
 from typing import Self
 
@@ -52,12 +54,19 @@ class Display:
             self._progress.tasks[0].fields["loss"] = f"loss {loss:.4f}"
             self._show()
 
-    def show_speed(self, samples_per_second: float, exchange_share: float, test_accuracy: float | None) -> None:
-        """Show how fast the run goes, the share of time spent in exchanges, and how good it was last."""
+    def show_speed(
+        self, samples_per_second: float, exchange_share: float, test_accuracy: float | None
+    ) -> None:
+        """Show how fast the run goes, the share of time spent in exchanges, and how good it was
+        last.
+        """
         if self._is_shown:
-            accuracy = "" if test_accuracy is None else f"  test accuracy {100 * test_accuracy:.2f} %"
+            accuracy = (
+                "" if test_accuracy is None else f"  test accuracy {100 * test_accuracy:.2f} %"
+            )
             self._progress.tasks[0].fields["speed"] = (
-                f"  {samples_per_second:.0f} samples/s  {100 * exchange_share:.0f} % exchanging{accuracy}"
+                f"  {samples_per_second:.0f} samples/s  {100 * exchange_share:.0f} % "
+                f"exchanging{accuracy}"
             )
             self._show()
 

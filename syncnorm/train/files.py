@@ -1,4 +1,6 @@
-"""Files that are either whole or absent, whenever the process dies; and files read without trust in what they are."""
+"""Files that are either whole or absent, whenever the process dies; and files read without trust in
+what they are.
+"""
 
 import contextlib
 import errno
@@ -12,7 +14,10 @@ from typing import BinaryIO
 
 
 def open_to_write(path: Path) -> BinaryIO:
-    """Open a file for writing. All that this module writes passes here, so a drill can count the bytes."""
+    """Open a file for writing.
+
+    All that this module writes passes here, so a drill can count the bytes.
+    """
     return path.open("wb")
 
 
@@ -70,7 +75,9 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it, as far as it lets itself be removed."""
+    """Remove a file, a link or a folder with all that is in it, as far as it lets itself be
+    removed.
+    """
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -80,9 +87,11 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Be the only one inside this block, of all processes and threads on this machine; the dead do not count.
+    """Be the only one inside this block, of all processes and threads on this machine; the dead do
+    not count.
 
-    Where a file system has no locks (some network file systems have none for folders) nobody is kept out.
+    Where a file system has no locks (some network file systems have none for folders) nobody is
+    kept out.
 
     Raises:
         BlockingIOError: somebody else is inside.
@@ -92,7 +101,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
-        # Not by closing alone: a process forked meanwhile has the descriptor too, and with it the lock.
+        # Not by closing alone: a process forked meanwhile has the descriptor too, and with it the
+        # lock.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

@@ -23,7 +23,8 @@ PROFILED_STEPS = 5
 
 
 class Follower:
-    """Follow a run: events to `metrics.jsonl`, figures to the screen, all of it by the first worker.
+    """Follow a run: events to `metrics.jsonl`, figures to the screen, all of it by the first
+    worker.
 
     Every worker has one, as records of the normalisation layers are pooled.
 
@@ -34,7 +35,9 @@ class Follower:
         total_steps: of the whole run.
     """
 
-    def __init__(self, learner: Learner, folder: Path, position: Position, total_steps: int) -> None:
+    def __init__(
+        self, learner: Learner, folder: Path, position: Position, total_steps: int
+    ) -> None:
         self._config = learner.config.follow
         self._is_first = learner.workers.is_first
         self._position = position
@@ -59,7 +62,9 @@ class Follower:
             self._board.close()
 
     def after_step(self, result: StepResult, samples: int, rate: float) -> None:
-        """Record a step. *Collectives*: every `follow.every` steps those of `monitor(model).read()`."""
+        """Record a step. *Collectives*: every `follow.every` steps those of
+        `monitor(model).read()`.
+        """
         step = self._position.step
         self._samples += samples
         extra = {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
@@ -80,7 +85,9 @@ class Follower:
         step = self._position.step
         self.metrics.write_timed("interval", step=step, **speed)
         self._plot(step, loss=result.loss, lr=rate, **speed)
-        self.display.show_speed(speed["samples_per_second"], speed["exchange_share"], self._position.test_accuracy)
+        self.display.show_speed(
+            speed["samples_per_second"], speed["exchange_share"], self._position.test_accuracy
+        )
         if self._monitor is not None:
             self.metrics.write("layers", step=step, **self._monitor.read())
         self._samples, self._since = 0, time.perf_counter()
@@ -115,9 +122,14 @@ class Follower:
         """Record what became of saves."""
         for result in results:
             if result.path is None:
-                self.fault("checkpoint", f"the checkpoint of step {result.step} was not saved: {result.error}")
+                self.fault(
+                    "checkpoint",
+                    f"the checkpoint of step {result.step} was not saved: {result.error}",
+                )
             else:
-                self.metrics.write_timed("checkpoint", step=result.step, path=result.path.name, seconds=result.seconds)
+                self.metrics.write_timed(
+                    "checkpoint", step=result.step, path=result.path.name, seconds=result.seconds
+                )
 
     def _plot(self, step: int, **values: float) -> None:
         if self._board is not None:

@@ -4,8 +4,8 @@
     next 4 * ndim    the sizes, big-endian, first dimension first
     the rest         the values, last dimension fastest
 
-A file is read piece by piece, no further than its header allows, so a header that promises too much and a gzip
-stream that expands without end are both refused before they take memory.
+A file is read piece by piece, no further than its header allows, so a header that promises too much
+and a gzip stream that expands without end are both refused before they take memory.
 """
 
 import gzip
@@ -49,7 +49,8 @@ def read_idx(path: Path, ndim: int) -> Tensor:
     if len(values) != count:
         got = "more" if len(values) > count else f"{len(values)}"
         raise ConfigError(
-            f"{path}: must hold {count} bytes after its header, which says {sizes}, got {got}. Fetch the file again."
+            f"{path}: must hold {count} bytes after its header, which says {sizes}, got {got}. "
+            "Fetch the file again."
         )
     return torch.frombuffer(values, dtype=torch.uint8).reshape(sizes)
 
@@ -65,11 +66,14 @@ def _read_header(file: io.BufferedIOBase, path: Path, ndim: int) -> tuple[int, .
     header = _read(file, 4 * ndim)
     if len(header) < 4 * ndim:
         raise ConfigError(
-            f"{path}: must hold a header of {4 + 4 * ndim} bytes, got {4 + len(header)}. Fetch the file again."
+            f"{path}: must hold a header of {4 + 4 * ndim} bytes, got {4 + len(header)}. Fetch the "
+            "file again."
         )
     sizes = struct.unpack(f">{ndim}I", header)
     if not 0 < math.prod(sizes) <= _MOST_VALUES:
-        raise ConfigError(f"{path}: must hold between 1 and {_MOST_VALUES} values, got a header that says {sizes}")
+        raise ConfigError(
+            f"{path}: must hold between 1 and {_MOST_VALUES} values, got a header that says {sizes}"
+        )
     return sizes
 
 

@@ -68,7 +68,11 @@ class Learner:
 
     def place(self, count: int) -> Placement:
         """Where a step of `count` samples is computed."""
-        rank, world_size, micro_batch = self.workers.rank, self.workers.world_size, self.config.launch.micro_batch
+        rank, world_size, micro_batch = (
+            self.workers.rank,
+            self.workers.world_size,
+            self.config.launch.micro_batch,
+        )
         if self.config.norm.sync != "batch" or not self.layers:
             return place_local(count, rank, world_size, micro_batch)
         return place(count, self.config.norm_batch, rank, world_size, micro_batch)
@@ -77,10 +81,14 @@ class Learner:
         """Say where a whole step is computed."""
         count, workers = self.config.train.global_batch, self.workers
         placement = self.place(count)
-        forwards = [" + ".join(str(part.stop - part.start) for part in parts) for parts in placement.rounds]
+        forwards = [
+            " + ".join(str(part.stop - part.start) for part in parts) for parts in placement.rounds
+        ]
         return (
-            f"{count} samples on {workers.world_size} worker(s); worker {workers.rank} has {len(forwards)} forward(s), "
-            f"of {'; '.join(forwards)} samples; each statistic is shared by {placement.shared_by} worker(s)"
+            f"{count} samples on {workers.world_size} worker(s); worker {workers.rank} has "
+            f"{len(forwards)} forward(s), "
+            f"of {'; '.join(forwards)} samples; each statistic is shared by {placement.shared_by} "
+            "worker(s)"
         )
 
     def announce(self, placement: Placement, parts: tuple[slice, ...]) -> None:
@@ -128,7 +136,8 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
     """Load the whole data set onto this worker's device.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a callable may not be called or returns something else.
+        ConfigError: a file is missing or damaged, or a callable may not be called or returns
+            something else.
     """
     root = None if config.data.root is None else Path(config.data.root)
     if not REFERENCE.fullmatch(config.data.name):
@@ -136,20 +145,28 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
     made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
     if not isinstance(made, Dataset):
         raise ConfigError(
-            f"`data.name` must return a syncnorm.train.data.Dataset, got {types_of(made)} of {config.data.name!r}. "
+            f"`data.name` must return a syncnorm.train.data.Dataset, got {types_of(made)} of "
+            f"{config.data.name!r}. "
             "make_dataset(train, test, num_classes) there makes one of two Split(images, labels)."
         )
     train, test = checked_splits(made.train, made.test, made.num_classes)
     return replace(made, train=train, test=test).to(device)
 
 
-def make_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
+def make_model(
+    config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
     return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
 
 
-def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()) -> nn.Module:
-    """Build the model for data of this shape. No exchange. What is changed in it is said in a line each."""
+def make_bare_model(
+    config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+) -> nn.Module:
+    """Build the model for data of this shape.
+
+    No exchange. What is changed in it is said in a line each.
+    """
     seed_random(config.train.seed)
     build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
     images = data.train.images
@@ -161,7 +178,8 @@ def make_bare_model(config: Config, data: Dataset, total_steps: int, allowed: tu
     )
     if not isinstance(model, nn.Module):
         raise ConfigError(
-            f"`model.name` must return a torch.nn.Module, got {types_of(model)} of {config.model.name!r}."
+            f"`model.name` must return a torch.nn.Module, got {types_of(model)} of "
+            f"{config.model.name!r}."
         )
     fit_layers(model, config.norm, total_steps)
     apply_rules(model, config.norm, total_steps)
@@ -198,15 +216,18 @@ def make_learner(
     statistics = _group_statistics(config, model)
     average = None
     if train.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True)
+        average = AveragedModel(
+            model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True
+        )
     if train.compile:
         model.compile()
     ddp = DistributedDataParallel(
         model,
         **_no_buffers(),
-        # A parameter without a part in the loss is left alone, as in a single process; without this DDP fails. Nor does
-        # it then arrange its buckets anew after the first step: with more than two workers a sum depends on the
-        # arrangement, and a resumed run would differ in the last bit.
+        # A parameter without a part in the loss is left alone, as in a single process; without this
+        # DDP fails. Nor does it then arrange its buckets anew after the first step: with more than
+        # two workers a sum depends on the arrangement, and a resumed run would differ in the last
+        # bit.
         find_unused_parameters=True,
     )
     optimizer = optim.make_optimizer(train.optimizer.name, model, train.lr, train.optimizer.options)
@@ -216,18 +237,24 @@ def make_learner(
     _warn_of_noise(model)
     layers = [module for module in model.modules() if isinstance(module, SyncNorm)]
     shared = SharedBuffers(model, None if average is None else average.module)
-    return Learner(config, workers, model, ddp, optimizer, schedule, average, layers, statistics, shared)
+    return Learner(
+        config, workers, model, ddp, optimizer, schedule, average, layers, statistics, shared
+    )
 
 
 def _no_buffers() -> dict[str, Any]:
-    """Buffers are equal by construction, each worker's own, or sent after each step: DDP need not send them."""
+    """Buffers are equal by construction, each worker's own, or sent after each step: DDP need not
+    send them.
+    """
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return {name: False}
 
 
 def _group_statistics(config: Config, model: nn.Module) -> StatisticGroups | None:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SyncNorm)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, SyncNorm)
+    }
     if not config.is_grouped or not layers:
         return None
     statistics = StatisticGroups(layers)
@@ -236,13 +263,22 @@ def _group_statistics(config: Config, model: nn.Module) -> StatisticGroups | Non
 
 
 def _warn_of_noise(model: nn.Module) -> None:
-    noisy = [name for name, m in model.named_modules() if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0]
+    noisy = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
+    ]
     if noisy:
-        _log.warning("dropout at %s: its noise depends on the number of workers, and so does the run", ", ".join(noisy))
+        _log.warning(
+            "dropout at %s: its noise depends on the number of workers, and so does the run",
+            ", ".join(noisy),
+        )
 
 
 def noise_seed(seed: int, step: int, rank: int) -> int:
-    """What the random numbers of a step's forward on a worker are drawn from: never on what came before."""
+    """What the random numbers of a step's forward on a worker are drawn from: never on what came
+    before.
+    """
     mixed = seed
     for number in (step, rank):
         mixed = (mixed * 6364136223846793005 + 1442695040888963407 + number) % 2**63
@@ -250,7 +286,9 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
 
 
 def seed_random(seed: int) -> None:
-    """Seed torch's random numbers and Python's: a callable of the configuration's may draw from either."""
+    """Seed torch's random numbers and Python's: a callable of the configuration's may draw from
+    either.
+    """
     torch.manual_seed(seed)
     random.seed(seed)
 

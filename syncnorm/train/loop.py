@@ -54,9 +54,11 @@ class Outcome:
     """What a run hands back, the same on all workers.
 
     Args:
-        test_accuracy: share of the test set, 0 to 1; None if the run was stopped before the first evaluation.
+        test_accuracy: share of the test set, 0 to 1; None if the run was stopped before the first
+            evaluation.
         digests: fingerprint of each worker's running statistics, in rank order.
-        is_done: whether all epochs are done; otherwise the run was asked to stop, and has saved its state.
+        is_done: whether all epochs are done; otherwise the run was asked to stop, and has saved its
+            state.
     """
 
     test_accuracy: float | None
@@ -82,9 +84,15 @@ class Run:
 
 
 def train(
-    config: Config, workers: Workers, folder: Path, position: Position, watch: Watch, allowed: tuple[str, ...] = ()
+    config: Config,
+    workers: Workers,
+    folder: Path,
+    position: Position,
+    watch: Watch,
+    allowed: tuple[str, ...] = (),
 ) -> Outcome:
-    """Train on this worker's part of every step; all workers must call it with the same configuration.
+    """Train on this worker's part of every step; all workers must call it with the same
+    configuration.
 
     Goes on from the newest good checkpoint in the run's folder, if there is one.
 
@@ -109,7 +117,9 @@ def train(
     model = make_bare_model(config, data, total_steps, allowed)
     check_memory(config, workers, data, model)
     learner = make_learner(config, workers, data, total_steps, model=model)
-    store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
+    store = (
+        CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
+    )
     resumed = resume(learner, position, store)
     saver = None if store is None else BackgroundSaver(store)
     with Follower(learner, folder, position, total_steps) as follower:
@@ -120,7 +130,10 @@ def train(
         is_done = _epochs(run)
         digests = gather_digests(learner.model)
         follower.metrics.write_timed(
-            "end" if is_done else "stop", step=position.step, test_accuracy=position.test_accuracy, digests=digests
+            "end" if is_done else "stop",
+            step=position.step,
+            test_accuracy=position.test_accuracy,
+            digests=digests,
         )
     return Outcome(position.test_accuracy, digests, is_done)
 
@@ -199,7 +212,9 @@ def _judge(run: Run, rate: float) -> None:
     chunk = min(config.train.global_batch, config.launch.micro_batch or config.train.global_batch)
     dtype = getattr(torch, config.train.dtype)
     with run.learner.precision():
-        position.test_accuracy = evaluate(run.learner.judged, run.data, mine, chunk, dtype, run.watch.alive)
+        position.test_accuracy = evaluate(
+            run.learner.judged, run.data, mine, chunk, dtype, run.watch.alive
+        )
     # The forwards may have changed some, and workers make different ones.
     SharedBuffers(run.learner.judged).share(are_alike=False)
     run.follower.after_epoch(position.loss_sum / run.steps_per_epoch, rate, config.train.epochs)
@@ -211,13 +226,18 @@ def _not_finite(run: Run, batch: StepBatch, result: StepResult) -> None:
     run.follower.fault("not_finite", message)
     run.skipped += 1
     if run.config.train.not_finite == "stop":
-        raise NotFiniteError(f"{message}. Lower train.lr, set train.clip, or leave such steps out: not_finite=skip.")
+        raise NotFiniteError(
+            f"{message}. Lower train.lr, set train.clip, or leave such steps out: not_finite=skip."
+        )
     if run.skipped > _MOST_SKIPPED:
-        raise NotFiniteError(f"{message}; and {_MOST_SKIPPED} steps before it were left out for the same reason")
+        raise NotFiniteError(
+            f"{message}; and {_MOST_SKIPPED} steps before it were left out for the same reason"
+        )
 
 
 def _save_if_due(run: Run, *, is_last: bool, must: bool) -> None:
-    """Save after each epoch, or every so many steps; and what the run ends with, waiting until it is on disk.
+    """Save after each epoch, or every so many steps; and what the run ends with, waiting until it
+    is on disk.
 
     *Collectives*: where it saves, those of `capture`; every worker decides alike.
     """

@@ -4,8 +4,8 @@
          + parameters * (value + gradient + what optimizer and average keep)
          + samples in a forward * bytes per sample
 
-Bytes per sample are those that a forward of a few samples leaves for its backward pass. On a CPU the process counts:
-with small networks it is most of all; on a GPU it lies elsewhere.
+Bytes per sample are those that a forward of a few samples leaves for its backward pass. On a CPU
+the process counts: with small networks it is most of all; on a GPU it lies elsewhere.
 """
 
 import copy
@@ -56,7 +56,8 @@ class Need:
 
     def __str__(self) -> str:
         return (
-            f"{in_words(self.total)}: {in_words(self.process)} for the process with its data, {in_words(self.fixed)} "
+            f"{in_words(self.total)}: {in_words(self.process)} for the process with its data, "
+            f"{in_words(self.fixed)} "
             f"for parameters, gradients and optimizer, and {self.samples} samples in a forward of "
             f"{in_words(self.per_sample)} each"
         )
@@ -65,7 +66,9 @@ class Need:
 def in_words(count: float) -> str:
     """A number of bytes, for people."""
     size, unit = next(
-        each for each in ((GIB, "GiB"), (2**20, "MiB"), (1024, "KiB")) if count >= each[0] or each[0] == 1024
+        each
+        for each in ((GIB, "GiB"), (2**20, "MiB"), (1024, "KiB"))
+        if count >= each[0] or each[0] == 1024
     )
     return f"{count / size:.2f} {unit}"
 
@@ -84,10 +87,16 @@ def check_memory(config: Config, workers: Workers, data: Dataset, model: nn.Modu
     Raises:
         ConfigError: with the figures; on all workers, if one has too little.
     """
-    mine = (estimate(config, workers, data, model), free_for(config, workers, workers.local_world_size))
+    mine = (
+        estimate(config, workers, data, model),
+        free_for(config, workers, workers.local_world_size),
+    )
     all_workers = [mine] * workers.world_size
     dist.all_gather_object(all_workers, mine)
-    poorest = min(range(workers.world_size), key=lambda rank: all_workers[rank][1] - all_workers[rank][0].total)
+    poorest = min(
+        range(workers.world_size),
+        key=lambda rank: all_workers[rank][1] - all_workers[rank][0].total,
+    )
     refuse(*all_workers[poorest], poorest)
 
 
@@ -102,13 +111,15 @@ def refuse(need: Need, free: float, rank: int) -> None:
         else "Take fewer workers, a smaller model or more memory."
     )
     raise ConfigError(
-        f"`launch.micro_batch` must be such that a step fits into memory, got one that needs {need}. "
+        "`launch.micro_batch` must be such that a step fits into memory, got one that needs "
+        f"{need}. "
         f"Worker {rank} has {in_words(free)}. {remedy}"
     )
 
 
 def estimate(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> Need:
-    """What a step of the busiest worker needs. No exchange; the model and random numbers stay as they are.
+    """What a step of the busiest worker needs. No exchange; the model and random numbers stay as
+    they are.
 
     Raises:
         ConfigError: the model does not give logits for each image.
@@ -128,12 +139,17 @@ def estimate(config: Config, workers: Workers, data: Dataset, model: nn.Module) 
 
 
 def _copy(model: nn.Module) -> nn.Module | None:
-    """A copy of the model whose layers exchange nothing, so that a trial leaves no trace; None if it has none."""
+    """A copy of the model whose layers exchange nothing, so that a trial leaves no trace; None if
+    it has none.
+    """
     try:
         trial = copy.deepcopy(model)
     except Exception as error:  # whatever the parts of a user's model do
         cause = " ".join(f"{type(error).__name__}: {error}".split())
-        _log.warning("the model cannot be copied, so what a forward keeps of a sample is not known: %s", cause)
+        _log.warning(
+            "the model cannot be copied, so what a forward keeps of a sample is not known: %s",
+            cause,
+        )
         return None
     for layer in trial.modules():
         if isinstance(layer, SyncNorm):
@@ -171,7 +187,8 @@ def _check_logits(logits: object, count: int, num_classes: int) -> None:
             return
         got = f"shape {tuple(logits.shape)}"
     raise ConfigError(
-        f"`model.name` must give a model from images (N, C, H, W) to a tensor of logits (N, num_classes), got {got} "
+        "`model.name` must give a model from images (N, C, H, W) to a tensor of logits (N, "
+        f"num_classes), got {got} "
         f"for {count} images of {num_classes} classes. Wrap a model that returns something else."
     )
 
@@ -180,10 +197,18 @@ def _copies(config: Config) -> int:
     """How many numbers the optimizer and the average keep for each parameter."""
     probe = torch.zeros(8, 8, requires_grad=True)
     probe.grad = torch.ones(8, 8)
-    options = {name: tuple(v) if isinstance(v, list) else v for name, v in config.train.optimizer.options.items()}
+    options = {
+        name: tuple(v) if isinstance(v, list) else v
+        for name, v in config.train.optimizer.options.items()
+    }
     optimizer = optim.OPTIMIZERS[config.train.optimizer.name]([probe], lr=0.0, **options)  # pyright: ignore[reportCallIssue]
     optimizer.step()
-    kept = sum(v.numel() for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor))
+    kept = sum(
+        v.numel()
+        for state in optimizer.state.values()
+        for v in state.values()
+        if isinstance(v, Tensor)
+    )
     return round(kept / probe.numel()) + (config.train.ema is not None)
 
 
@@ -214,17 +239,24 @@ def free_for(config: Config, workers: Workers, started: int) -> float:
 def resident_memory() -> int:
     """What this process has of the machine's memory, in bytes; 0 where nobody says."""
     try:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+        return (
+            int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+            * resource.getpagesize()
+        )
     except (OSError, ValueError):
         return 0
 
 
 def free_memory() -> float:
-    """Free memory of this machine, or what its control group leaves of it, in bytes; infinite where nobody says."""
+    """Free memory of this machine, or what its control group leaves of it, in bytes; infinite where
+    nobody says.
+    """
     limits = [float("inf")]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        limits += [
+            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
+        ]
         group = Path("/sys/fs/cgroup")
         bound = (group / "memory.max").read_text(encoding="ascii").strip()
         if bound.isdecimal():

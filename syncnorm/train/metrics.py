@@ -39,14 +39,17 @@ class MetricsFile:
         if self._path is None or not events:
             return
         text = "".join(
-            json.dumps({"event": event, **_json_value(values)}, allow_nan=False) + "\n" for event, values in events
+            json.dumps({"event": event, **_json_value(values)}, allow_nan=False) + "\n"
+            for event, values in events
         )
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(text)
         except OSError as error:
             if self._is_complete:
-                _log.error("%s: cannot be written, the run goes on without: %s", self._path, error.strerror)
+                _log.error(
+                    "%s: cannot be written, the run goes on without: %s", self._path, error.strerror
+                )
             self._is_complete = False
 
 
@@ -72,7 +75,9 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def last_step(path: Path) -> int:
     """Return the last optimizer step that a run has on record; 0 if there is none."""
-    return next((e["step"] for e in reversed(read_events(path)[0]) if isinstance(e.get("step"), int)), 0)
+    return next(
+        (e["step"] for e in reversed(read_events(path)[0]) if isinstance(e.get("step"), int)), 0
+    )
 
 
 def _close_torn_line(path: Path) -> None:
@@ -83,7 +88,8 @@ def _close_torn_line(path: Path) -> None:
 
 
 def _json_value(value: Any) -> Any:
-    # JSON has no infinities: a loss that is not finite becomes "nan" or "inf", which float() reads back.
+    # JSON has no infinities: a loss that is not finite becomes "nan" or "inf", which float() reads
+    # back.
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -23,14 +23,18 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
 
-def _shortcut(in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer) -> nn.Module | None:
+def _shortcut(
+    in_channels: int, out_channels: int, stride: int, norm_layer: NormLayer
+) -> nn.Module | None:
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(_conv1x1(in_channels, out_channels, stride), norm_layer(out_channels))
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: x (N, in_channels, H, W) -> (N, width, H/stride, W/stride)."""
+    """Two 3x3 convolutions and a shortcut: x (N, in_channels, H, W) -> (N, width, H/stride,
+    W/stride).
+    """
 
     expansion = 1
 
@@ -50,7 +54,8 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: (N, in_channels, H, W) -> (N, 4 width, H/stride, W/stride).
+    """1x1, 3x3, 1x1 convolutions and a shortcut: (N, in_channels, H, W) -> (N, 4 width, H/stride,
+    W/stride).
 
     The stride sits in the 3x3 convolution, as in torchvision, not in the first 1x1 as in the paper.
     """
@@ -82,8 +87,10 @@ class ResNet(nn.Module):
     Args:
         block: what a stage is made of.
         depths: blocks per stage.
-        widths: channels per stage before the block's expansion; stages after the first halve the resolution.
-        stem: `"cifar"` keeps the resolution, `"imagenet"` divides it by 4 (7x7 stride 2, then a max pool).
+        widths: channels per stage before the block's expansion; stages after the first halve the
+            resolution.
+        stem: `"cifar"` keeps the resolution, `"imagenet"` divides it by 4 (7x7 stride 2, then a max
+            pool).
         in_channels: channels of an image.
         num_classes: number of logits.
         norm_layer: from a number of channels to a layer.
@@ -127,7 +134,8 @@ class ResNet(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        # A mean, not an average pool: some pools refuse an empty batch, which a worker's shard may be.
+        # A mean, not an average pool: some pools refuse an empty batch, which a worker's shard may
+        # be.
         return self.fc(x.mean((2, 3)))
 
 

@@ -9,7 +9,9 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
     Dotted names are compared as a whole and by their last part, so that `lrr` finds `train.lr`.
     """
-    start = name[:100].lower()  # the comparison takes time that grows with the product of the lengths
+    start = name[
+        :100
+    ].lower()  # the comparison takes time that grows with the product of the lengths
     return max(known, key=lambda candidate: _likeness(start, candidate.lower()))
 
 

@@ -20,15 +20,22 @@ _log = logging.getLogger(__name__)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's batch norm for input (N, C, *S), as ours take it: who asks for a layer names channels alone."""
+    """torch's batch norm for input (N, C, *S), as ours take it: who asks for a layer names channels
+    alone.
+    """
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
-            raise InputError(f"`input` must have 2 or more dimensions, (N, C, *S), got shape {tuple(input.shape)}")
+            raise InputError(
+                "`input` must have 2 or more dimensions, (N, C, *S), got shape "
+                f"{tuple(input.shape)}"
+            )
 
 
 class FrozenBatchNorm(BatchNorm):
-    """A batch norm that only ever evaluates: its statistics never change, and weight and bias are not trained."""
+    """A batch norm that only ever evaluates: its statistics never change, and weight and bias are
+    not trained.
+    """
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
@@ -57,7 +64,10 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
         case "sync_batch_norm":
             return partial(SyncBatchNorm, sync=norm.sync, **options)
         case "sync_batch_renorm":
-            renorm = {"schedule": norm.renorm.schedule(total_steps), "running_average": norm.renorm.running_average}
+            renorm = {
+                "schedule": norm.renorm.schedule(total_steps),
+                "running_average": norm.renorm.running_average,
+            }
             return partial(SyncBatchRenorm, sync=norm.sync, **renorm, **options)
         case "group_norm":
             return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels, eps=norm.eps)
@@ -65,7 +75,8 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
             return partial(FrozenBatchNorm, eps=norm.eps)
 
 
-# What a layer that `make_norm_layer` has made is recognised by; with batch_norm there is no difference to torch's own.
+# What a layer that `make_norm_layer` has made is recognised by; with batch_norm there is no
+# difference to torch's own.
 _MADE: dict[NormName, type[nn.Module]] = {
     "batch_norm": nn.Module,
     "sync_batch_norm": SyncNorm,
@@ -76,26 +87,34 @@ _MADE: dict[NormName, type[nn.Module]] = {
 
 
 def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
-    """Give a model that makes no layer with `norm_layer` the layers that the configuration asks for, in place.
+    """Give a model that makes no layer with `norm_layer` the layers that the configuration asks
+    for, in place.
 
-    Its batch norms become ours by `syncnorm.convert`, or are exchanged as by a rule. It is said in a line.
+    Its batch norms become ours by `syncnorm.convert`, or are exchanged as by a rule. It is said in
+    a line.
 
     Raises:
         ConfigError: ours are asked for, and it has no batch norm, or one that cannot become ours.
     """
-    found = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm | _MADE[norm.name])}
+    found = {
+        name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm | _MADE[norm.name])
+    }
     theirs = {name: m for name, m in found.items() if not isinstance(m, _MADE[norm.name])}
     is_ours = _MADE[norm.name] is SyncNorm
     if len(theirs) < len(found):
         local = [name for name, m in theirs.items() if m.training]
         if is_ours and norm.sync != "none" and local:
-            _log.warning("batch norms that are not made with norm_layer are not pooled: %s", _listed(local))
+            _log.warning(
+                "batch norms that are not made with norm_layer are not pooled: %s", _listed(local)
+            )
         return
     if not theirs:
         if is_ours:
             raise ConfigError(
-                f"`model.name` must give a model with batch norms where norm.name is {norm.name}, got one that has "
-                "none. Make its layers with the norm_layer that it is called with, or set norm.name=batch_norm, which "
+                f"`model.name` must give a model with batch norms where norm.name is {norm.name}, "
+                "got one that has "
+                "none. Make its layers with the norm_layer that it is called with, or set "
+                "norm.name=batch_norm, which "
                 "leaves a model as it is."
             )
         return
@@ -104,7 +123,11 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     else:
         for name, layer in theirs.items():
             _exchange(model, name, layer, norm, total_steps, norm.name)
-    _log.warning("the model makes no layer with norm_layer: its %d batch norms are %s now", len(theirs), norm.name)
+    _log.warning(
+        "the model makes no layer with norm_layer: its %d batch norms are %s now",
+        len(theirs),
+        norm.name,
+    )
 
 
 def _convert(model: nn.Module, norm: NormSection, total_steps: int) -> None:
@@ -114,9 +137,13 @@ def _convert(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     if norm.eps == NormSection.model_fields["eps"].default:
         del options["eps"]  # pretrained weights may want another
     try:
-        convert(model, SyncBatchNorm if norm.name == "sync_batch_norm" else SyncBatchRenorm, **options)
+        convert(
+            model, SyncBatchNorm if norm.name == "sync_batch_norm" else SyncBatchRenorm, **options
+        )
     except InputError as error:
-        raise ConfigError(f"`model.name` must give a model that norm.name {norm.name} fits: {error}") from None
+        raise ConfigError(
+            f"`model.name` must give a model that norm.name {norm.name} fits: {error}"
+        ) from None
 
 
 def _listed(names: list[str]) -> str:
@@ -126,12 +153,17 @@ def _listed(names: list[str]) -> str:
 def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     """Exchange layers whose name a rule finds, in place.
 
-    Mode, weight and bias (a zero-initialised one, say) are kept, and so are running statistics: they may be pretrained.
+    Mode, weight and bias (a zero-initialised one, say) are kept, and so are running statistics:
+    they may be pretrained.
 
     Raises:
         ConfigError: a rule finds no normalisation layer, or one that does more than normalise.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm | nn.GroupNorm)}
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm | nn.GroupNorm)
+    }
     for pattern in norm.rules:
         if not any(re.search(pattern, name) for name in layers):
             raise ConfigError(
@@ -145,7 +177,12 @@ def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
 
 
 def _exchange(
-    model: nn.Module, name: str, layer: nn.Module, norm: NormSection, total_steps: int, kind: NormName
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    norm: NormSection,
+    total_steps: int,
+    kind: NormName,
 ) -> None:
     """Put a layer of this kind in the place of one that it can take over from."""
     assert isinstance(layer, _BatchNorm | nn.GroupNorm)
@@ -153,16 +190,22 @@ def _exchange(
     if isinstance(layer, nn.GroupNorm):
         channels, is_plain = layer.num_channels, cls.forward is nn.GroupNorm.forward
     else:
-        channels, is_plain = layer.num_features, cls in (SyncBatchNorm, SyncBatchRenorm) or has_torchs_forward(cls)
+        channels, is_plain = (
+            layer.num_features,
+            cls in (SyncBatchNorm, SyncBatchRenorm) or has_torchs_forward(cls),
+        )
     if not is_plain:
         raise ConfigError(
-            f"`norm` must exchange layers that only normalise, got {name!r}, a {cls.__name__}, whose own forward "
+            f"`norm` must exchange layers that only normalise, got {name!r}, a {cls.__name__}, "
+            "whose own forward "
             "would be lost. Leave it out of the rules."
         )
     other = make_norm_layer(norm, total_steps, kind)(channels)
     kept = dict(layer.named_parameters())
     if isinstance(layer, _BatchNorm) and isinstance(other, _BatchNorm):
-        kept |= {key: b for key, b in layer.named_buffers() if key in ("running_mean", "running_var")}
+        kept |= {
+            key: b for key, b in layer.named_buffers() if key in ("running_mean", "running_var")
+        }
     state = other.state_dict()
     for key, value in kept.items():
         state[key].copy_(value.data)

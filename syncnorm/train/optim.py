@@ -29,11 +29,21 @@ def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
 
 def _schedulers() -> dict[str, type[LRScheduler]]:
     # These want functions, other schedulers or a metric, which a configuration does not hold.
-    unfit = {"LRScheduler", "LambdaLR", "MultiplicativeLR", "SequentialLR", "ChainedScheduler", "ReduceLROnPlateau"}
+    unfit = {
+        "LRScheduler",
+        "LambdaLR",
+        "MultiplicativeLR",
+        "SequentialLR",
+        "ChainedScheduler",
+        "ReduceLROnPlateau",
+    }
     return {
         name: member
         for name, member in vars(lr_scheduler).items()
-        if inspect.isclass(member) and issubclass(member, LRScheduler) and name not in unfit and name[0] != "_"
+        if inspect.isclass(member)
+        and issubclass(member, LRScheduler)
+        and name not in unfit
+        and name[0] != "_"
     }
 
 
@@ -64,21 +74,29 @@ def check_schedule_name(name: str) -> str:
 
 
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError unless the optimizer takes these arguments; pydantic's, which names the argument, if it can be."""
+    """ValueError unless the optimizer takes these arguments; pydantic's, which names the argument,
+    if it can be.
+    """
     arguments(name).model_validate(_tuples(options))
     _attempt(name, options, lambda: _trial_optimizer(name, options))
 
 
 def check_schedule(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError unless the schedule takes these arguments; pydantic's, which names the argument, if it can be."""
+    """ValueError unless the schedule takes these arguments; pydantic's, which names the argument,
+    if it can be.
+    """
     arguments(name).model_validate(_tuples(options))
     if name in SCHEDULERS:
         trial = _trial_optimizer("SGD", {"momentum": 0.9})
         _attempt(name, options, lambda: _step_once(trial, SCHEDULERS[name](trial, **options)))
 
 
-def check_together(optimizer: str, optimizer_options: Mapping[str, Any], name: str, options: Mapping[str, Any]) -> None:
-    """ValueError unless the schedule `name` can be made for this optimizer; both are right by themselves."""
+def check_together(
+    optimizer: str, optimizer_options: Mapping[str, Any], name: str, options: Mapping[str, Any]
+) -> None:
+    """ValueError unless the schedule `name` can be made for this optimizer; both are right by
+    themselves.
+    """
     if name not in SCHEDULERS:
         return
     try:
@@ -133,31 +151,47 @@ def _without_tensors(hint: Any) -> Any:
     return some[0] | None if NoneType in kept else some[0]
 
 
-def make_optimizer(name: str, model: torch.nn.Module, lr: float, options: Mapping[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, model: torch.nn.Module, lr: float, options: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     """Build the optimizer over the parameters of `model` that are trained."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return OPTIMIZERS[name](parameters, lr=lr, **_tuples(options))  # pyright: ignore[reportCallIssue]
 
 
 def make_schedule(
-    name: str, optimizer: torch.optim.Optimizer, warmup: float, total_steps: int, options: Mapping[str, Any]
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    warmup: float,
+    total_steps: int,
+    options: Mapping[str, Any],
 ) -> LRScheduler:
-    """Build the schedule: a rise in a line over the share `warmup` of all steps, then what `name` says.
+    """Build the schedule: a rise in a line over the share `warmup` of all steps, then what `name`
+    says.
 
     Args:
         name: one of FACTORS or SCHEDULERS.
         optimizer: whose learning rate it sets; its `lr` is the highest.
         warmup: share of `total_steps`, in [0, 1).
         total_steps: steps of the whole run.
-        options: arguments of a class of torch's, which counts its steps from the end of the warm-up.
+        options: arguments of a class of torch's, which counts its steps from the end of the
+            warm-up.
     """
     warmup_steps = round(warmup * total_steps)
     if name in FACTORS:
-        return LambdaLR(optimizer, partial(factor, name=name, warmup_steps=warmup_steps, total_steps=total_steps))
-    rise = LambdaLR(optimizer, partial(factor, name="constant", warmup_steps=warmup_steps, total_steps=total_steps))
+        return LambdaLR(
+            optimizer,
+            partial(factor, name=name, warmup_steps=warmup_steps, total_steps=total_steps),
+        )
+    rise = LambdaLR(
+        optimizer,
+        partial(factor, name="constant", warmup_steps=warmup_steps, total_steps=total_steps),
+    )
     if warmup_steps == 0:
         return SCHEDULERS[name](optimizer, **options)
-    return SequentialLR(optimizer, [rise, SCHEDULERS[name](optimizer, **options)], milestones=[warmup_steps])
+    return SequentialLR(
+        optimizer, [rise, SCHEDULERS[name](optimizer, **options)], milestones=[warmup_steps]
+    )
 
 
 def factor(step: int, name: str, warmup_steps: int, total_steps: int) -> float:
@@ -192,7 +226,8 @@ def _attempt(name: str, options: Mapping[str, Any], make: Callable[[], object]) 
 
 def _trial_optimizer(name: str, options: Mapping[str, Any]) -> torch.optim.Optimizer:
     cls = OPTIMIZERS[name]
-    # Without torch's wrapper around this method, which imports torch's compiler: two seconds of every start.
+    # Without torch's wrapper around this method, which imports torch's compiler: two seconds of
+    # every start.
     light = type(name, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})
     # Two-dimensional, as Muon asks for matrices.
     return light([torch.zeros(1, 1, requires_grad=True)], lr=0.1, **_tuples(options))  # pyright: ignore[reportCallIssue]
@@ -206,4 +241,6 @@ def _step_once(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
     """YAML has lists where optimizers take tuples (betas)."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+    }

@@ -39,8 +39,8 @@ def read_run(folder: Path, allowed: tuple[str, ...] = ()) -> Config:
 
     Args:
         folder: of the run.
-        allowed: packages whose callables it may name. What the run itself was allowed counts for nothing: the folder
-            may be somebody else's.
+        allowed: packages whose callables it may name. What the run itself was allowed counts for
+            nothing: the folder may be somebody else's.
 
     Raises:
         ConfigError: it is not a run's folder, or its configuration names code that is not allowed.
@@ -55,7 +55,8 @@ def read_run(folder: Path, allowed: tuple[str, ...] = ()) -> Config:
 def recalibrate_run(
     folder: Path, config: Config, workers: Workers, mix: float, allowed: tuple[str, ...] = ()
 ) -> Recalibrated:
-    """Recalibrate on the training set, each worker taking its share of the batches, and write a new checkpoint.
+    """Recalibrate on the training set, each worker taking its share of the batches, and write a new
+    checkpoint.
 
     Of a run with a moving average it is the average that is recalibrated.
 
@@ -70,7 +71,9 @@ def recalibrate_run(
         put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}") from None
+        raise ConfigError(
+            f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}"
+        ) from None
     before = _accuracy(model, data, workers, config)
     recalibrate(model, _batches(data, workers, config), mix=mix)
     after = _accuracy(model, data, workers, config)
@@ -92,12 +95,20 @@ def judged_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
 def judged_unsaved(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     """The buffers of that model which its state leaves out."""
     unsaved = snapshot.states.get("buffers", {})
-    return _of_module(unsaved.get("ema", {})) if "ema" in snapshot.tensors else unsaved.get("model", {})
+    return (
+        _of_module(unsaved.get("ema", {}))
+        if "ema" in snapshot.tensors
+        else unsaved.get("model", {})
+    )
 
 
 def _of_module(average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix = "module."
-    return {name.removeprefix(prefix): value for name, value in average.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): value
+        for name, value in average.items()
+        if name.startswith(prefix)
+    }
 
 
 def _newest(folder: Path, workers: Workers) -> Snapshot:
@@ -115,7 +126,10 @@ def _newest(folder: Path, workers: Workers) -> Snapshot:
 
 def _read(folder: Path) -> Snapshot | ConfigError:
     if not (folder / CHECKPOINTS).is_dir():
-        return ConfigError(f"run {str(folder)!r} has no {CHECKPOINTS}. Name the folder of a run that has saved one.")
+        return ConfigError(
+            f"run {str(folder)!r} has no {CHECKPOINTS}. Name the folder of a run that has saved "
+            "one."
+        )
     try:
         snapshot, _, faults = CheckpointStore(folder / CHECKPOINTS).newest()
     except (OSError, CheckpointError) as error:
@@ -133,4 +147,6 @@ def _batches(data: Dataset, workers: Workers, config: Config) -> list[torch.Tens
 
 def _accuracy(model: nn.Module, data: Dataset, workers: Workers, config: Config) -> float:
     mine = data.test[shard(len(data.test), workers.rank, workers.world_size)]
-    return evaluate(model, data, mine, config.train.global_batch, getattr(torch, config.train.dtype))
+    return evaluate(
+        model, data, mine, config.train.global_batch, getattr(torch, config.train.dtype)
+    )

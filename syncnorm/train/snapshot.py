@@ -5,8 +5,9 @@
     state.json           facts
     manifest.json        size and SHA-256 of every other file; written last
 
-A digest finds what happened to a file by accident, or through others who left the manifest alone. It does not say who
-wrote the folder, so nothing in it is trusted: names, sizes and types are checked, and only plain values unpickled.
+A digest finds what happened to a file by accident, or through others who left the manifest alone.
+It does not say who wrote the folder, so nothing in it is trusted: names, sizes and types are
+checked, and only plain values unpickled.
 """
 
 import hashlib
@@ -50,8 +51,9 @@ class Snapshot:
         step: optimizer steps done.
         tensors: dictionaries of tensors, each a file NAME.safetensors.
         states: plain values and tensors, in dictionaries, lists and tuples, each a file NAME.pt.
-        facts: what JSON can hold, for people and programs to read in state.json. What JSON has no word for comes back
-            as JSON has it: a tuple as a list, a number that is a key as a string.
+        facts: what JSON can hold, for people and programs to read in state.json. What JSON has no
+            word for comes back as JSON has it: a tuple as a list, a number that is a key as a
+            string.
 
     Raises:
         InputError: a name does not suit a file, or the step is no count.
@@ -67,7 +69,9 @@ class Snapshot:
             raise InputError(f"`step` must be a count of steps below 10^18, got {self.step!r}")
         for name in (*self.tensors, *self.states):
             if not re.fullmatch(_NAME, name):
-                raise InputError(f"`tensors` and `states` must have lower case words as names, got {name!r}")
+                raise InputError(
+                    f"`tensors` and `states` must have lower case words as names, got {name!r}"
+                )
 
     def on_cpu(self) -> "Snapshot":
         """Copy every tensor and container, so that what training does next does not show.
@@ -96,11 +100,15 @@ class _Manifest(_Record):
     format: Literal["syncnorm-checkpoint"]
     version: int = Field(ge=1, le=1)
     step: int = Field(ge=0, lt=10**18)
-    files: dict[Annotated[str, StringConstraints(pattern=rf"^({_NAME}\.(safetensors|pt)|state\.json)$")], _Entry]
+    files: dict[
+        Annotated[str, StringConstraints(pattern=rf"^({_NAME}\.(safetensors|pt)|state\.json)$")],
+        _Entry,
+    ]
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Make `folder` and bring the snapshot to disk in it; the folder's own entry is left to the caller.
+    """Make `folder` and bring the snapshot to disk in it; the folder's own entry is left to the
+    caller.
 
     Raises:
         OSError: it could not be written; a part of it may be there.
@@ -117,7 +125,8 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(folder: Path) -> Snapshot:
-    """Read a snapshot's folder, each file once: the bytes that were verified are those that are parsed.
+    """Read a snapshot's folder, each file once: the bytes that were verified are those that are
+    parsed.
 
     Raises:
         CheckpointError: it is damaged, incomplete, more than complete, or something else.
@@ -130,9 +139,13 @@ def read_snapshot(folder: Path) -> Snapshot:
     states: dict[str, Any] = {}
     for path, entry in ((folder / name, entry) for name, entry in manifest.files.items()):
         if path.suffix == ".safetensors":
-            tensors[path.stem] = _parse(path, _verified(path, entry), "tensors", safetensors.torch.load)
+            tensors[path.stem] = _parse(
+                path, _verified(path, entry), "tensors", safetensors.torch.load
+            )
         elif path.suffix == ".pt":
-            states[path.stem] = _parse(path, _verified(path, entry), "plain values and tensors", _load_plain)
+            states[path.stem] = _parse(
+                path, _verified(path, entry), "plain values and tensors", _load_plain
+            )
     state = folder / STATE
     facts = _parse(state, _verified(state, manifest.files[STATE]), "a JSON object", _load_object)
     return Snapshot(manifest.step, tensors, states, facts)
@@ -151,14 +164,18 @@ def read_record(path: Path, kind: type[RecordT]) -> RecordT:
         first = error.errors()[0]
         key = "".join(f"{_short(part)}: " for part in first["loc"])
         raise CheckpointError(
-            f"`{path}` must be as this version of syncnorm writes it: {key}{first['msg']}, got {_short(first['input'])}"
+            f"`{path}` must be as this version of syncnorm writes it: {key}{first['msg']}, got "
+            f"{_short(first['input'])}"
         ) from None
 
 
 def _copy_tensors(name: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in tensors.items():
         if type(key) is not str or not isinstance(tensor, Tensor):
-            raise InputError(f"`tensors[{name!r}]` must be tensors by name, got {key!r}: {type(tensor).__qualname__}")
+            raise InputError(
+                f"`tensors[{name!r}]` must be tensors by name, got {key!r}: "
+                f"{type(tensor).__qualname__}"
+            )
     return {key: _copy_tensor(tensor) for key, tensor in tensors.items()}
 
 
@@ -171,12 +188,19 @@ def _copy(value: Any, place: str) -> Any:
         return _copy_tensor(value)
     kind = type(value)
     if kind in _CONTAINERS:
-        return kind({_copy(key, f"{place}, key"): _copy(child, f"{place}[{key!r}]") for key, child in value.items()})
+        return kind(
+            {
+                _copy(key, f"{place}, key"): _copy(child, f"{place}[{key!r}]")
+                for key, child in value.items()
+            }
+        )
     if kind in (list, tuple):
         return kind(_copy(child, f"{place}[{index}]") for index, child in enumerate(value))
     if kind in _PLAIN:
         return value
-    raise InputError(f"`{place}` must be a tensor, a plain value or a container of them, got {kind.__qualname__}")
+    raise InputError(
+        f"`{place}` must be a tensor, a plain value or a container of them, got {kind.__qualname__}"
+    )
 
 
 def _json_text(facts: dict[str, Any]) -> str:
@@ -187,8 +211,8 @@ def _json_text(facts: dict[str, Any]) -> str:
 
 
 def _encoded(snapshot: Snapshot) -> Iterator[tuple[str, bytes]]:
-    # One at a time, as each is a copy; and of copies, because safetensors refuses tensors that share a storage, and
-    # torch.save writes the whole of it for each view.
+    # One at a time, as each is a copy; and of copies, because safetensors refuses tensors that
+    # share a storage, and torch.save writes the whole of it for each view.
     for name, tensors in snapshot.tensors.items():
         yield f"{name}.safetensors", _encode_tensors(name, _copy_tensors(name, tensors))
     for name, value in snapshot.states.items():
@@ -202,25 +226,35 @@ def _encode_tensors(name: str, tensors: dict[str, Tensor]) -> bytes:
     try:
         return safetensors.torch.save(tensors)
     except KeyError as error:  # of its table of types
-        raise InputError(f"`tensors[{name!r}]` must be of types that safetensors has, got {error.args[0]}") from None
+        raise InputError(
+            f"`tensors[{name!r}]` must be of types that safetensors has, got {error.args[0]}"
+        ) from None
 
 
 def _check_listing(folder: Path, manifest: _Manifest) -> None:
     try:
         found = {path.name for path in folder.iterdir()}
     except OSError as error:
-        raise CheckpointError(f"`{folder}` must be a folder that can be listed, got: {error.strerror}") from None
+        raise CheckpointError(
+            f"`{folder}` must be a folder that can be listed, got: {error.strerror}"
+        ) from None
     for name in sorted({STATE, *manifest.files} - found):
-        raise CheckpointError(f"`{folder / name}` must be there for the checkpoint to be whole, got no such file")
+        raise CheckpointError(
+            f"`{folder / name}` must be there for the checkpoint to be whole, got no such file"
+        )
     for name in sorted(found - {MANIFEST, *manifest.files}):
-        raise CheckpointError(f"`{folder}` must hold what {MANIFEST} lists and nothing else, got {_short(name)}")
+        raise CheckpointError(
+            f"`{folder}` must hold what {MANIFEST} lists and nothing else, got {_short(name)}"
+        )
 
 
 def _verified(path: Path, entry: _Entry) -> bytes:
     data = _read(path, range(entry.size, entry.size + 1), f"{entry.size} bytes, as {MANIFEST} says")
     digest = hashlib.sha256(data).hexdigest()
     if digest != entry.sha256:
-        raise CheckpointError(f"`{path}` must have the SHA-256 {entry.sha256}, as {MANIFEST} says, got {digest}")
+        raise CheckpointError(
+            f"`{path}` must have the SHA-256 {entry.sha256}, as {MANIFEST} says, got {digest}"
+        )
     return data
 
 
@@ -231,7 +265,9 @@ def _read(path: Path, sizes: range, rule: str) -> bytes:
             if size in sizes:
                 return file.read(size)
     except OSError as error:
-        raise CheckpointError(f"`{path}` must be a file that can be read, got: {error.strerror}") from None
+        raise CheckpointError(
+            f"`{path}` must be a file that can be read, got: {error.strerror}"
+        ) from None
     except MemoryError:
         raise CheckpointError(f"`{path}` must fit into memory, got {sizes[0]} bytes") from None
     raise CheckpointError(f"`{path}` must have {rule}, got {size}")
@@ -240,8 +276,12 @@ def _read(path: Path, sizes: range, rule: str) -> bytes:
 def _parse(path: Path, data: bytes, what: str, parse: Callable[[bytes], T]) -> T:
     try:
         return parse(data)
-    except Exception as error:  # parsers met with whatever bytes: there is no list of what they raise
-        raise CheckpointError(f"`{path}` must hold {what} and nothing else, got {type(error).__name__}") from None
+    except (
+        Exception
+    ) as error:  # parsers met with whatever bytes: there is no list of what they raise
+        raise CheckpointError(
+            f"`{path}` must hold {what} and nothing else, got {type(error).__name__}"
+        ) from None
 
 
 def _load_plain(data: bytes) -> Any:

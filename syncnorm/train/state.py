@@ -1,8 +1,8 @@
 """All that a run's future depends on, as a snapshot, and back.
 
-What follows from a snapshot is what would have followed without it, bit for bit on as many workers: parameters,
-buffers, averages, modes, optimizer, schedule, random numbers and the place in the data are in it. On another number of
-workers it goes on as the same training, to rounding.
+What follows from a snapshot is what would have followed without it, bit for bit on as many workers:
+parameters, buffers, averages, modes, optimizer, schedule, random numbers and the place in the data
+are in it. On another number of workers it goes on as the same training, to rounding.
 """
 
 import platform
@@ -26,7 +26,11 @@ def versions() -> dict[str, str]:
     """What the run is computed with."""
     from syncnorm import __version__
 
-    return {"syncnorm": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "syncnorm": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
 
 
 def capture(learner: Learner, position: Position) -> Snapshot:
@@ -96,16 +100,21 @@ def check_same(config: Config, snapshot: Snapshot) -> None:
     differences = different_keys(config, snapshot.facts.get("config"))
     if differences:
         raise CheckpointError(
-            f"the checkpoint of step {snapshot.step} is of another configuration: {', '.join(differences)} differ"
+            f"the checkpoint of step {snapshot.step} is of another configuration: "
+            f"{', '.join(differences)} differ"
         )
 
 
 def different_keys(config: Config, other: Any) -> list[str]:
-    """The dotted keys that fix the result and differ between a configuration and the plain form of another."""
+    """The dotted keys that fix the result and differ between a configuration and the plain form of
+    another.
+    """
     if not isinstance(other, dict):
         return ["all"]
     mine = _flat(config.mathematics())
-    theirs = _flat({name: value for name, value in other.items() if name in ("model", "data", "norm", "train")})
+    theirs = _flat(
+        {name: value for name, value in other.items() if name in ("model", "data", "norm", "train")}
+    )
     theirs.pop("data.root", None)
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
@@ -123,7 +132,9 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _local(model: nn.Module) -> dict[str, Tensor]:
     """The buffers that are this worker's own."""
-    return {name: value.cpu() for name, value in buffers.values(buffers.local_places(model)).items()}
+    return {
+        name: value.cpu() for name, value in buffers.values(buffers.local_places(model)).items()
+    }
 
 
 def _put_own(learner: Learner, own: dict[str, Any]) -> None:
@@ -148,9 +159,13 @@ def _random_state() -> dict[str, Any]:
 
 
 def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's state without what only its own code can load: a partial function says where it is from."""
+    """A schedule's state without what only its own code can load: a partial function says where it
+    is from.
+    """
     return {name: value for name, value in state.items() if _is_plain(value)} | {
-        name: [_plain(one) for one in value] for name, value in state.items() if name == "_schedulers"
+        name: [_plain(one) for one in value]
+        for name, value in state.items()
+        if name == "_schedulers"
     }
 
 

@@ -9,7 +9,8 @@ from torch import nn
 def running_digest(model: nn.Module) -> str:
     """Return the SHA-256 of all buffers: their names, types, shapes and bits."""
     digest = hashlib.sha256()
-    # Making a state dict brings statistics that are under way up to date. It lacks the buffers that a model leaves out.
+    # Making a state dict brings statistics that are under way up to date. It lacks the buffers that
+    # a model leaves out.
     model.state_dict()
     for name, buffer in sorted(model.named_buffers(), key=lambda named: named[0]):
         digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())

@@ -60,10 +60,12 @@ class StepResult:
 
 
 def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
-    """Take one step, of which this worker computes its part. Nothing changes if a loss is not finite.
+    """Take one step, of which this worker computes its part. Nothing changes if a loss is not
+    finite.
 
-    *Collectives*: the layers' statistics, one sum that tells losses and wishes to stop, DDP's gradients, and the first
-    worker's buffers if the model has some of its own; every worker must call.
+    *Collectives*: the layers' statistics, one sum that tells losses and wishes to stop, DDP's
+    gradients, and the first worker's buffers if the model has some of its own; every worker must
+    call.
 
     Args:
         learner: what is trained.
@@ -109,7 +111,9 @@ def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool)
     return StepResult(losses, norm, stops > 0, was_taken)
 
 
-def images_of(learner: Learner, data: Dataset, batch: StepBatch, parts: tuple[slice, ...]) -> tuple[Tensor, Tensor]:
+def images_of(
+    learner: Learner, data: Dataset, batch: StepBatch, parts: tuple[slice, ...]
+) -> tuple[Tensor, Tensor]:
     """Images, standardised and augmented, and labels of a forward."""
     config, indices = learner.config, indices_of(batch.indices, parts)
     here = indices.to(learner.workers.device)
@@ -118,8 +122,16 @@ def images_of(learner: Learner, data: Dataset, batch: StepBatch, parts: tuple[sl
     return images, data.train.labels[here]
 
 
-def _share(learner: Learner, data: Dataset, batch: StepBatch, placement: Placement, parts: tuple[slice, ...]) -> Tensor:
-    """This forward's share of the mean loss over the step; of no samples a zero that reaches every parameter."""
+def _share(
+    learner: Learner,
+    data: Dataset,
+    batch: StepBatch,
+    placement: Placement,
+    parts: tuple[slice, ...],
+) -> Tensor:
+    """This forward's share of the mean loss over the step; of no samples a zero that reaches every
+    parameter.
+    """
     images, labels = images_of(learner, data, batch, parts)
     learner.announce(placement, parts)
     with learner.precision():
@@ -127,18 +139,26 @@ def _share(learner: Learner, data: Dataset, batch: StepBatch, placement: Placeme
 
 
 def _one_update(learner: Learner, placement: Placement) -> AbstractContextManager[Any]:
-    # One forward makes one update by itself, and sends its message while the backward pass runs. All workers must send
-    # it at the same point, also one that has fewer forwards than others.
+    # One forward makes one update by itself, and sends its message while the backward pass runs.
+    # All workers must send it at the same point, also one that has fewer forwards than others.
     return one_update(learner.model) if placement.has_rounds else nullcontext()
 
 
 def one_update(model: nn.Module) -> AbstractContextManager[Any]:
-    """Have the forwards within it make one update of the running statistics, if the model has layers of ours."""
-    return accumulate(model) if any(isinstance(m, SyncNorm) for m in model.modules()) else nullcontext()
+    """Have the forwards within it make one update of the running statistics, if the model has
+    layers of ours.
+    """
+    return (
+        accumulate(model)
+        if any(isinstance(m, SyncNorm) for m in model.modules())
+        else nullcontext()
+    )
 
 
 def _tell(loss: Tensor, stop: bool, learner: Learner) -> exchange.Pending:
-    """Begin to tell all workers whether one was asked to stop, each one's loss, and the form of its shared buffers."""
+    """Begin to tell all workers whether one was asked to stop, each one's loss, and the form of its
+    shared buffers.
+    """
     rank, world_size = learner.workers.rank, learner.workers.world_size
     size = 1 + world_size * (2 if learner.shared else 1)
     message = torch.zeros(size, dtype=torch.float64, device=loss.device)
@@ -166,10 +186,12 @@ def evaluate(
     dtype: torch.dtype,
     alive: Callable[[], object] = lambda: None,
 ) -> float:
-    """Return the accuracy on all workers' shards together, from exact counts. Each module keeps its mode.
+    """Return the accuracy on all workers' shards together, from exact counts. Each module keeps its
+    mode.
 
     Args:
-        model: the bare model: DDP's forward would exchange messages, and workers have unequally many chunks.
+        model: the bare model: DDP's forward would exchange messages, and workers have unequally
+            many chunks.
         data: for its standardisation.
         shard: this worker's part of the test set, perhaps empty.
         chunk: samples per forward.
@@ -180,7 +202,9 @@ def evaluate(
     with evaluating(model):
         for start in range(0, len(shard), chunk):
             part = shard[slice(start, start + chunk)]
-            counts[0] += (model(data.standardise(part.images, dtype)).argmax(1) == part.labels).sum()
+            counts[0] += (
+                model(data.standardise(part.images, dtype)).argmax(1) == part.labels
+            ).sum()
             counts[1] += len(part)
             alive()
     dist.all_reduce(counts)

@@ -1,8 +1,9 @@
 """YAML for configuration files: the core schema of YAML 1.2, and nothing that surprises.
 
-PyYAML reads YAML 1.1, where `1e-3` is a string, `norm: off` is False, `010` is 8, `1:30` is 90, and of two
-equal keys the last one wins in silence. Here numbers, booleans and nulls are those of YAML 1.2, and equal keys
-are an error. So are tags and aliases: the first can build objects, the second can make a small file enormous.
+PyYAML reads YAML 1.1, where `1e-3` is a string, `norm: off` is False, `010` is 8, `1:30` is 90, and
+of two equal keys the last one wins in silence. Here numbers, booleans and nulls are those of YAML
+1.2, and equal keys are an error. So are tags and aliases: the first can build objects, the second
+can make a small file enormous.
 """
 
 import math
@@ -24,7 +25,8 @@ _FLOAT = re.compile(
 )
 
 
-# A configuration has sections within sections, not more; without a limit the reader itself would run out of stack.
+# A configuration has sections within sections, not more; without a limit the reader itself would
+# run out of stack.
 _MAX_DEPTH = 32
 _MAX_KEY = 500
 
@@ -39,7 +41,9 @@ class _Loader(yaml.SafeLoader):
         """Refuse aliases and explicit tags where they stand, before anything is built from them."""
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"alias *{event.anchor} is not allowed{_position(event.start_mark)}")
+            raise yaml.YAMLError(
+                f"alias *{event.anchor} is not allowed{_position(event.start_mark)}"
+            )
         tag = getattr(event, "tag", None)
         if tag is not None:
             raise yaml.YAMLError(f"tag {tag} is not allowed{_position(event.start_mark)}")
@@ -56,11 +60,17 @@ def _construct_mapping(loader: _Loader, node: MappingNode) -> dict[Hashable, Any
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.YAMLError(f"key {reprlib.repr(key)} must be a string{_position(key_node.start_mark)}")
+            raise yaml.YAMLError(
+                f"key {reprlib.repr(key)} must be a string{_position(key_node.start_mark)}"
+            )
         if len(key) > _MAX_KEY:
-            raise yaml.YAMLError(f"key of {len(key)} characters is too long{_position(key_node.start_mark)}")
+            raise yaml.YAMLError(
+                f"key of {len(key)} characters is too long{_position(key_node.start_mark)}"
+            )
         if key in mapping:
-            raise yaml.YAMLError(f"key {reprlib.repr(key)} is given twice{_position(key_node.start_mark)}")
+            raise yaml.YAMLError(
+                f"key {reprlib.repr(key)} is given twice{_position(key_node.start_mark)}"
+            )
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -71,7 +81,9 @@ def _construct_sequence(loader: _Loader, node: SequenceNode) -> list[Any]:
 
 def _construct_str(_: _Loader, node: ScalarNode) -> str:
     if re.search("[\ud800-\udfff]", node.value):
-        raise yaml.YAMLError(f"half of a surrogate pair is no character{_position(node.start_mark)}")
+        raise yaml.YAMLError(
+            f"half of a surrogate pair is no character{_position(node.start_mark)}"
+        )
     return node.value
 
 
@@ -81,7 +93,9 @@ def _construct_int(_: _Loader, node: ScalarNode) -> int:
     try:
         return int(text, base)
     except ValueError:  # Python's own limit on digits
-        raise yaml.YAMLError(f"integer of {len(text)} digits is too long{_position(node.start_mark)}") from None
+        raise yaml.YAMLError(
+            f"integer of {len(text)} digits is too long{_position(node.start_mark)}"
+        ) from None
 
 
 def _construct_float(_: _Loader, node: ScalarNode) -> float:
@@ -131,7 +145,9 @@ def parse(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: {error.problem}{place}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{source}: not text that YAML allows: {error.reason} (line {line})") from None
+        raise ConfigError(
+            f"{source}: not text that YAML allows: {error.reason} (line {line})"
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: {printable(str(error))}") from None
 
@@ -162,7 +178,8 @@ def _lines(mapping: MappingNode, prefix: tuple[str, ...]) -> Iterator[tuple[tupl
 class _Dumper(yaml.SafeDumper):
     # Quotes a string if either version of YAML would take it for something else.
     yaml_implicit_resolvers = {  # noqa: RUF012
-        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, []) + _Loader.yaml_implicit_resolvers.get(first, [])
+        first: yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])
+        + _Loader.yaml_implicit_resolvers.get(first, [])
         for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
     }
 
@@ -192,6 +209,11 @@ _LineDumper.add_representer(
 def dump_line(value: Any) -> str:
     """Write one value, or one key, on one line, as it may stand in a document."""
     text = yaml.dump(
-        value, Dumper=_LineDumper, default_flow_style=True, width=math.inf, sort_keys=False, allow_unicode=True
+        value,
+        Dumper=_LineDumper,
+        default_flow_style=True,
+        width=math.inf,
+        sort_keys=False,
+        allow_unicode=True,
     )
     return text.removesuffix("\n").removesuffix("\n...")

@@ -1,7 +1,8 @@
 """Proof, on live workers, that a synchronised layer treats a batch in shards as one batch.
 
-Each check holds the layer against the oracle (`syncnorm.reference`, float64, one process, the whole batch) and says by
-how much it is off. `syncnorm verify` runs all of them, on workers of this machine or as one worker of a launcher.
+Each check holds the layer against the oracle (`syncnorm.reference`, float64, one process, the whole
+batch) and says by how much it is off. `syncnorm verify` runs all of them, on workers of this
+machine or as one worker of a launcher.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ from syncnorm.verify.crew import Crew, LaunchedCrew, LocalCrew
 from syncnorm.verify.report import Report, Result
 from syncnorm.verify.subject import DIMENSIONS, Subject, ours, subject_of
 
-__all__ = ["LaunchedCrew", "LocalCrew", "Report", "Result", "Subject", "ours", "subject_of", "verify"]
+__all__ = [
+    "LaunchedCrew",
+    "LocalCrew",
+    "Report",
+    "Result",
+    "Subject",
+    "ours",
+    "subject_of",
+    "verify",
+]
 
 
 def verify(
@@ -37,8 +47,8 @@ def verify(
         report: to be filled, so that it can be seen from outside before the end.
 
     Returns:
-        All results. A check that a layer does not claim, or that needs more workers, is "not offered"; so are all
-        others of a layer that cannot take the first step.
+        All results. A check that a layer does not claim, or that needs more workers, is "not
+        offered"; so are all others of a layer that cannot take the first step.
     """
     report = report or Report(crew.world_size, crew.backend, crew.device)
     wanted = [check for check in all_checks().values() if not only or check.name in only]
@@ -58,7 +68,9 @@ def verify(
 def _unoffered(crew: Crew, check: Check, subject: Subject, refusal: str) -> Verdict | None:
     """Why a check is not attempted; None if it is."""
     if crew.is_lost:
-        return Verdict("not run", "an earlier check hangs, and workers of a launcher cannot be started again")
+        return Verdict(
+            "not run", "an earlier check hangs, and workers of a launcher cannot be started again"
+        )
     if refusal:
         return Verdict("not offered", refusal)
     if (lack := subject.lacks(check.needs)) is not None:

@@ -21,8 +21,8 @@ class Verdict:
     """What a check came to.
 
     Args:
-        status: hangs: workers wait for each other for good; not offered: the layer does not claim to do this, or there
-            are too few workers; not run: an earlier check ended the run.
+        status: hangs: workers wait for each other for good; not offered: the layer does not claim
+            to do this, or there are too few workers; not run: an earlier check ended the run.
         reason: why, unless it passed.
     """
 
@@ -59,12 +59,16 @@ class Check:
 _checks: dict[str, Check] = {}
 
 
-def check(name: str, meaning: str, *, needs: str = "", workers: int = 1) -> Callable[[Callable[[Team], None]], Check]:
+def check(
+    name: str, meaning: str, *, needs: str = "", workers: int = 1
+) -> Callable[[Callable[[Team], None]], Check]:
     """Make a function a check of its module's theme; `needs`: capabilities with commas between."""
 
     def register(function: Callable[[Team], None]) -> Check:
         theme = function.__module__.rpartition(".")[2]
-        made = Check(theme, name, meaning, function, tuple(n.strip() for n in needs.split(",") if n), workers)
+        made = Check(
+            theme, name, meaning, function, tuple(n.strip() for n in needs.split(",") if n), workers
+        )
         assert name not in _checks
         _checks[name] = made
         return made

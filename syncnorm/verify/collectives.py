@@ -29,7 +29,9 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.seen: list[tuple[str, int]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
         name = func.overloadpacket.__name__.strip("_")
         if func.namespace in _NAMESPACES and name not in _NO_MESSAGE:
             # An all-gather's input comes after its output.

@@ -38,7 +38,10 @@ def expect_close(
     """
     expect(got is not None, f"{what} is missing")
     assert got is not None
-    expect(got.shape == expected.shape, f"{what} has shape {tuple(got.shape)}, should be {tuple(expected.shape)}")
+    expect(
+        got.shape == expected.shape,
+        f"{what} has shape {tuple(got.shape)}, should be {tuple(expected.shape)}",
+    )
     if got.numel() == 0:
         return
     got, expected = got.detach().double(), expected.detach().double()
@@ -49,13 +52,19 @@ def expect_close(
     worst = int((error / bound).nan_to_num(float("inf"), float("inf")).argmax())
     g, e, off, allowed = (t.flatten()[worst].item() for t in (got, expected, error, bound))
     expect(bool(got.isfinite().all()), f"{what} is {g:g}, should be {e:.6g}")
-    expect(off <= allowed, f"{what} is {off:.1e} off, allowed {allowed:.1e} (got {g:.6g}, should be {e:.6g})")
+    expect(
+        off <= allowed,
+        f"{what} is {off:.1e} off, allowed {allowed:.1e} (got {g:.6g}, should be {e:.6g})",
+    )
 
 
 def expect_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
     """Raise `Wrong` unless two tensors are equal to the bit."""
     expect(got.dtype == expected.dtype, f"{what} has type {got.dtype}, should be {expected.dtype}")
-    expect(got.shape == expected.shape, f"{what} has shape {tuple(got.shape)}, should be {tuple(expected.shape)}")
+    expect(
+        got.shape == expected.shape,
+        f"{what} has shape {tuple(got.shape)}, should be {tuple(expected.shape)}",
+    )
     if not torch.equal(got, expected):
         off = (got.double() - expected.double()).abs().max().item()
         raise Wrong(f"{what} is {off:.1e} off, allowed 0")
@@ -72,19 +81,34 @@ def expect_step(
 ) -> None:
     """Raise `Wrong` unless the shards' outcomes are those of the whole batch.
 
-    Outputs and input gradients are compared with their slice (a gradient that was not asked for is left out),
-    gradients of parameters with the sum over ranks, buffers on each rank.
+    Outputs and input gradients are compared with their slice (a gradient that was not asked for is
+    left out), gradients of parameters with the sum over ranks, buffers on each rank.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     expect_shards(f"{what}output", [step.y for step in got], expected.y, sizes, dtype, factor)
     assert expected.grad_input is not None
-    expect_shards(f"{what}input gradient", [step.grad_input for step in got], expected.grad_input, sizes, dtype, factor)
+    expect_shards(
+        f"{what}input gradient",
+        [step.grad_input for step in got],
+        expected.grad_input,
+        sizes,
+        dtype,
+        factor,
+    )
     for name, truth in expected.parameters.items():
         if truth is not None:
-            expect_sum(f"{what}gradient of {name}", [step.parameters.get(name) for step in got], truth, wide, factor)
+            expect_sum(
+                f"{what}gradient of {name}",
+                [step.parameters.get(name) for step in got],
+                truth,
+                wide,
+                factor,
+            )
     for rank, step in enumerate(got):
         for name, truth in expected.buffers.items():
-            expect_close(f"{what}{name} of rank {rank}", step.buffers.get(name), truth, wide, factor=factor)
+            expect_close(
+                f"{what}{name} of rank {rank}", step.buffers.get(name), truth, wide, factor=factor
+            )
 
 
 def expect_shards(
@@ -104,7 +128,11 @@ def expect_shards(
 
 
 def expect_sum(
-    what: str, got: Sequence[Tensor | None], expected: Tensor, dtype: torch.dtype, factor: float = 1.0
+    what: str,
+    got: Sequence[Tensor | None],
+    expected: Tensor,
+    dtype: torch.dtype,
+    factor: float = 1.0,
 ) -> None:
     """Raise `Wrong` unless the ranks' parts add up to `expected`."""
     missing = [rank for rank, part in enumerate(got) if part is None]

@@ -78,7 +78,9 @@ class LocalCrew:
     def _living_pool(self) -> RankPool:
         if self._pool is None or not self._pool.is_alive:
             # The deadline is for checks; starting takes what it takes.
-            self._pool = RankPool(self.world_size, timeout_seconds=self.deadline_seconds + _START_SECONDS)
+            self._pool = RankPool(
+                self.world_size, timeout_seconds=self.deadline_seconds + _START_SECONDS
+            )
             self._pool.run(_join, self.deadline_seconds)
             self._pool.timeout_seconds = self.deadline_seconds + _GRACE_SECONDS
         return self._pool
@@ -90,7 +92,9 @@ _team: Team | None = None
 def _join(deadline_seconds: float) -> None:
     """On a worker of a pool."""
     global _team
-    _team = join(dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "127.0.0.1", deadline_seconds)
+    _team = join(
+        dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "127.0.0.1", deadline_seconds
+    )
 
 
 def _attempt(name: str, subject: Subject) -> Verdict:
@@ -107,7 +111,9 @@ def _explain(failure: RankFailure, deadline_seconds: float) -> Verdict:
     said = [verdict for verdict in failure.answers.values() if verdict.is_bad]
     if said:
         return Verdict("hangs", said[0].reason)
-    return Verdict("hangs", f"no answer from {ranks_in_words(failure.silent)} within {deadline_seconds:g} s")
+    return Verdict(
+        "hangs", f"no answer from {ranks_in_words(failure.silent)} within {deadline_seconds:g} s"
+    )
 
 
 class LaunchedCrew:
@@ -116,11 +122,13 @@ class LaunchedCrew:
     Args:
         team: this worker among the others.
         backend: of the default process group.
-        give_up: called in a thread of its own if this worker itself does not come back from a check; to say what was
-            found and to end the process.
+        give_up: called in a thread of its own if this worker itself does not come back from a
+            check; to say what was found and to end the process.
     """
 
-    def __init__(self, team: Team, backend: str, give_up: Callable[[Check, Subject, Verdict], Any]) -> None:
+    def __init__(
+        self, team: Team, backend: str, give_up: Callable[[Check, Subject, Verdict], Any]
+    ) -> None:
         self.world_size, self.backend, self.device = team.world_size, backend, team.device.type
         self.is_lost = False
         self._team = team
@@ -131,7 +139,9 @@ class LaunchedCrew:
         verdict = Verdict("hangs", f"rank {self._team.rank} did not come back within {seconds:g} s")
         # Rank 0 speaks first.
         alarm = threading.Timer(
-            seconds + (1 + (self._team.rank > 0)) * _GRACE_SECONDS, self._give_up, [check, subject, verdict]
+            seconds + (1 + (self._team.rank > 0)) * _GRACE_SECONDS,
+            self._give_up,
+            [check, subject, verdict],
         )
         alarm.daemon = True
         alarm.start()

@@ -11,7 +11,13 @@ import torch
 
 from syncnorm.verify.check import Check, Verdict
 
-_COLOURS = {"passed": "green", "failed": "red", "hangs": "red", "not offered": "dim", "not run": "yellow"}
+_COLOURS = {
+    "passed": "green",
+    "failed": "red",
+    "hangs": "red",
+    "not offered": "dim",
+    "not run": "yellow",
+}
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,11 @@ class Report:
 
     def as_json(self) -> str:
         """One line, for --json."""
-        facts: dict[str, Any] = {"torch": torch.__version__, **asdict(self), "exit_status": self.exit_status}
+        facts: dict[str, Any] = {
+            "torch": torch.__version__,
+            **asdict(self),
+            "exit_status": self.exit_status,
+        }
         return json.dumps(facts)
 
     def summary(self) -> list[str]:
@@ -65,7 +75,10 @@ class Report:
         for layer in dict.fromkeys(result.layer for result in self.results):
             count = Counter(result.status for result in self.results if result.layer == layer)
             parts = [f"{count[status]} {status}" for status in _COLOURS if count[status]]
-            lines.append(f"{layer} on {self.workers} worker(s), {self.backend}, {self.device}: {', '.join(parts)}")
+            lines.append(
+                f"{layer} on {self.workers} worker(s), {self.backend}, {self.device}: "
+                f"{', '.join(parts)}"
+            )
         return lines
 
 
@@ -86,4 +99,6 @@ def _print(status: str, text: str, is_repeated: bool = False) -> None:
         print(f"{word} {text}", flush=True)
         return
     # A line is a line, also where it is longer than the screen is wide.
-    Console(highlight=False).print(Text.assemble((word, _COLOURS[status]), " ", text), soft_wrap=True)
+    Console(highlight=False).print(
+        Text.assemble((word, _COLOURS[status]), " ", text), soft_wrap=True
+    )

@@ -1,7 +1,7 @@
 """Input of any number of dimensions for layers that take some only.
 
-A statistic is over all positions, so it does not matter how these are arranged. Hooks, not a wrapper: the layer's
-parameters and buffers keep their names.
+A statistic is over all positions, so it does not matter how these are arranged. Hooks, not a
+wrapper: the layer's parameters and buffers keep their names.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ _shapes: weakref.WeakKeyDictionary[nn.Module, Size] = weakref.WeakKeyDictionary(
 
 
 def reshape(layer: nn.Module, dimensions: tuple[int, ...]) -> None:
-    """Have `layer`, which takes these, take (N, C, *S) of any, and give its output in the shape of the input."""
+    """Have `layer`, which takes these, take (N, C, *S) of any, and give its output in the shape of
+    the input.
+    """
     layer.register_forward_pre_hook(partial(_before, dimensions))
     layer.register_forward_hook(_after)
 
 
-def _before(dimensions: tuple[int, ...], layer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _before(
+    dimensions: tuple[int, ...], layer: nn.Module, args: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     x, *others = args
     _shapes[layer] = x.shape
     if x.ndim in dimensions:

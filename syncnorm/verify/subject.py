@@ -19,9 +19,12 @@ from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.verify.reshape import reshape
 
 BOUNDS = (1.5, 0.5)
-"""r_max and d_max of a renormalising layer, unless a check says otherwise: some channels are clipped, some are not."""
+"""r_max and d_max of a renormalising layer, unless a check says otherwise: some channels are
+clipped, some are not.
+"""
 
-# What our layers claim beyond what every batch normalisation does. One entry decides about the checks that need it.
+# What our layers claim beyond what every batch normalisation does. One entry decides about the
+# checks that need it.
 _OURS = {
     "mask": True,
     "messages": True,
@@ -43,9 +46,9 @@ class Subject:
     Args:
         reference: `package:Class`, imported on each worker.
         accepted: arguments that its constructor takes, besides the number of channels.
-        claims: what it offers: names of such arguments, and "mask", "messages" (one of at most 2C+2 numbers in
-            each direction), "renorm", "double backward", "compile", "float32 statistics" (also of a half layer), and
-            the numbers of dimensions of its input, such as "4-D input".
+        claims: what it offers: names of such arguments, and "mask", "messages" (one of at most 2C+2
+            numbers in each direction), "renorm", "double backward", "compile", "float32 statistics"
+            (also of a half layer), and the numbers of dimensions of its input, such as "4-D input".
         dimensions: of the input that it takes; others are brought into the most of these.
     """
 
@@ -76,7 +79,9 @@ class Subject:
             bounds = options.pop("bounds", BOUNDS)
             options = {"schedule": RenormSchedule.constant(*bounds), **options}
         given = {"eps": 1e-5, "momentum": 0.1, "affine": True, **options}
-        layer = load(self.reference)(num_features, **{k: v for k, v in given.items() if k in self.accepted})
+        layer = load(self.reference)(
+            num_features, **{k: v for k, v in given.items() if k in self.accepted}
+        )
         if self.dimensions != DIMENSIONS:
             reshape(layer, self.dimensions)
         return layer
@@ -125,7 +130,9 @@ def _takes(cls: type[nn.Module], ndim: int) -> bool:
 
 
 def _accepted(cls: type[nn.Module]) -> set[str]:
-    """Names of the arguments of a constructor; with **kwargs also those of the class that it extends."""
+    """Names of the arguments of a constructor; with **kwargs also those of the class that it
+    extends.
+    """
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
@@ -149,7 +156,8 @@ def load(reference: str) -> type[nn.Module]:
     """
     if not _REFERENCE.fullmatch(reference):
         raise ConfigError(
-            f"`--layer` must be package.module:Class, got {reference!r}. For example torch.nn:SyncBatchNorm."
+            f"`--layer` must be package.module:Class, got {reference!r}. For example "
+            "torch.nn:SyncBatchNorm."
         )
     module, _, name = reference.partition(":")
     try:
@@ -161,7 +169,9 @@ def load(reference: str) -> type[nn.Module]:
             "Put its folder on PYTHONPATH, or work in that folder."
         ) from None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ConfigError(f"`--layer` must name a class of torch.nn.Module, got {reference!r}: {found!r}.")
+        raise ConfigError(
+            f"`--layer` must name a class of torch.nn.Module, got {reference!r}: {found!r}."
+        )
     return found
 
 

@@ -1,7 +1,7 @@
 """The workers of a check: each runs it, and they show each other what they got.
 
-What they show goes through a store, not through the process group under test: a group that is out of step, or has a
-member that waits for good, is what a check must be able to find.
+What they show goes through a store, not through the process group under test: a group that is out
+of step, or has a member that waits for good, is what a check must be able to find.
 """
 
 from __future__ import annotations
@@ -52,7 +52,14 @@ class Team:
 
     subject: Subject
 
-    def __init__(self, store: Store, rank: int, world_size: int, device: torch.device, deadline_seconds: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+        deadline_seconds: float,
+    ) -> None:
         self.rank, self.world_size, self.device = rank, world_size, device
         self.deadline_seconds = deadline_seconds
         self._store = store
@@ -63,11 +70,15 @@ class Team:
         """What each worker gives, by rank. Every worker must call."""
         values = self._show(value)
         if any(isinstance(value, _End) for value in values):
-            raise _Stopped([value if isinstance(value, _End) else _End("passed") for value in values])
+            raise _Stopped(
+                [value if isinstance(value, _End) else _End("passed") for value in values]
+            )
         return values
 
     def attempt(self, check: Check, subject: Subject) -> Verdict:
-        """Run a check; called by all workers at once, and the verdict is the same for all who come back."""
+        """Run a check; called by all workers at once, and the verdict is the same for all who come
+        back.
+        """
         self.subject = subject
         self._deadline = time.monotonic() + self.deadline_seconds
         mine = _End("passed")
@@ -83,8 +94,9 @@ class Team:
     def leave(self, after_hang: bool = False) -> None:
         """Say that nothing more is to come, and wait for those who still need this process.
 
-        Rank 0 has the store, so it waits for all. After a check that hangs some will never come; then the others wait
-        for rank 0, which says what was found: a launcher ends all workers when the first ends.
+        Rank 0 has the store, so it waits for all. After a check that hangs some will never come;
+        then the others wait for rank 0, which says what was found: a launcher ends all workers when
+        the first ends.
         """
         self._deadline = time.monotonic() + self.deadline_seconds
         self._store.set(f"left/{self.rank}", "")
@@ -125,7 +137,9 @@ class Team:
         return True
 
 
-def join(rank: int, world_size: int, device: torch.device, host: str, deadline_seconds: float) -> Team:
+def join(
+    rank: int, world_size: int, device: torch.device, host: str, deadline_seconds: float
+) -> Team:
     """Become one of a team; the workers have a default process group already.
 
     *Collectives*: one broadcast on the default group; every worker must call.

@@ -25,8 +25,11 @@ def ragged(workers: int) -> list[int]:
     return [(3, 1, 4, 2)[rank % 4] for rank in range(workers)]
 
 
-def make_layer(team: Team, channels: int, dtype: torch.dtype = torch.float64, **options: Any) -> nn.Module:
-    """A layer of the subject's on this worker's device, with the oracle's parameters and statistics.
+def make_layer(
+    team: Team, channels: int, dtype: torch.dtype = torch.float64, **options: Any
+) -> nn.Module:
+    """A layer of the subject's on this worker's device, with the oracle's parameters and
+    statistics.
 
     Half types are given to layers in float32, as under autocast.
     """
@@ -81,18 +84,27 @@ def take_step(
     return team.gather(look(layer, y, x.grad))
 
 
-def my_shard(team: Team, batch: Batch, sizes: Sequence[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+def my_shard(
+    team: Team, batch: Batch, sizes: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """This worker's x, cotangent and mask, on its device."""
-    x, cotangent = (t.split(list(sizes))[team.rank].to(team.device) for t in (batch.x, batch.cotangent))
+    x, cotangent = (
+        t.split(list(sizes))[team.rank].to(team.device) for t in (batch.x, batch.cotangent)
+    )
     mask = None if batch.mask is None else batch.mask.split(list(sizes))[team.rank].to(team.device)
     return x.clone(), cotangent.clone(), mask
 
 
 def look(layer: nn.Module, y: Tensor, grad_input: Tensor | None) -> Step:
     """What there is to see after a step, on the CPU."""
-    grads = {name: None if p.grad is None else p.grad.detach().cpu().clone() for name, p in layer.named_parameters()}
+    grads = {
+        name: None if p.grad is None else p.grad.detach().cpu().clone()
+        for name, p in layer.named_parameters()
+    }
     buffers = {name: b.detach().cpu().clone() for name, b in layer.named_buffers()}
-    return Step(y.detach().cpu(), None if grad_input is None else grad_input.detach().cpu(), grads, buffers)
+    return Step(
+        y.detach().cpu(), None if grad_input is None else grad_input.detach().cpu(), grads, buffers
+    )
 
 
 def trial(
@@ -108,7 +120,8 @@ def trial(
     prepare: Callable[[nn.Module], object] = id,
     **options: Any,
 ) -> list[list[Step]]:
-    """Steps on the batches in shards; after each, everything must be as the oracle has it for the whole batch.
+    """Steps on the batches in shards; after each, everything must be as the oracle has it for the
+    whole batch.
 
     Args:
         team: this worker among the others.
@@ -135,7 +148,9 @@ def trial(
     for number, batch in enumerate(batches):
         got = take_step(team, layer, batch, sizes, use, layout=layout, needs_grad=needs_grad)
         expected = oracle.step(batch, truth or use)
-        expected.parameters = {k: v for k, v in expected.parameters.items() if _wants_gradient(layer, k)}
+        expected.parameters = {
+            k: v for k, v in expected.parameters.items() if _wants_gradient(layer, k)
+        }
         what = f"step {number + 1}: " if len(batches) > 1 else ""
         expect_step(got, expected, sizes, x.dtype, factor=factor, what=what)
         steps.append(got)

@@ -18,7 +18,9 @@ Use = Callable[[Layer, Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Batch:
-    """A whole batch x (N, C, *S), the gradient of its output, and weights (N, 1, *S) or None; on the CPU."""
+    """A whole batch x (N, C, *S), the gradient of its output, and weights (N, 1, *S) or None; on
+    the CPU.
+    """
 
     x: Tensor
     cotangent: Tensor
@@ -27,7 +29,9 @@ class Batch:
 
 @dataclass
 class Step:
-    """What came of one training forward and backward pass, of a shard or of the whole batch; on the CPU."""
+    """What came of one training forward and backward pass, of a shard or of the whole batch; on the
+    CPU.
+    """
 
     y: Tensor
     grad_input: Tensor | None
@@ -45,7 +49,9 @@ def random_batch(
     masked: bool = False,
     seed: int = 0,
 ) -> Batch:
-    """A batch whose samples differ in mean, so that shards do, and local statistics cannot pass for pooled ones."""
+    """A batch whose samples differ in mean, so that shards do, and local statistics cannot pass for
+    pooled ones.
+    """
     g = torch.Generator().manual_seed(seed)
     shape = (rows, *tail)
     offset = torch.linspace(-1.0, 1.0, max(rows, 1), dtype=torch.float64)[:rows]
@@ -108,7 +114,10 @@ class Oracle:
                 p.grad = None
         y = use(self, x, batch.mask)
         y.backward(batch.cotangent.double())
-        grads = {name: None if p is None else p.grad for name, p in (("weight", self.weight), ("bias", self.bias))}
+        grads = {
+            name: None if p is None else p.grad
+            for name, p in (("weight", self.weight), ("bias", self.bias))
+        }
         grad_input = torch.zeros_like(x) if x.grad is None else x.grad
         return Step(y.detach(), grad_input, grads, self.buffers())
 
@@ -117,10 +126,16 @@ class Oracle:
         if self.running is None:
             return {}
         count = torch.tensor(self.running.num_batches_tracked)
-        return {"running_mean": self.running.mean, "running_var": self.running.var, "num_batches_tracked": count}
+        return {
+            "running_mean": self.running.mean,
+            "running_var": self.running.var,
+            "num_batches_tracked": count,
+        }
 
     def folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias with which plain batch normalisation gives this oracle's output, before the step."""
+        """Weight and bias with which plain batch normalisation gives this oracle's output, before
+        the step.
+        """
         assert self.weight is not None
         assert self.bias is not None
         weight, bias = self.weight.detach(), self.bias.detach()

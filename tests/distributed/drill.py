@@ -1,7 +1,7 @@
 """A small job whose workers go wrong, each in a fresh process; what the survivors say and when.
 
-The processes come from a fork server that has imported torch already: a killed rank ends a kept pool, and starting
-from nothing takes seconds.
+The processes come from a fork server that has imported torch already: a killed rank ends a kept
+pool, and starting from nothing takes seconds.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def run(job: Job) -> dict[int, Report]:
     for rank in range(WORLD):
         here, there = context.Pipe()
         port = store.port if store is not None else None
-        process = context.Process(target=_worker, args=(there, rank, port, job, first if rank == 0 else None))
+        process = context.Process(
+            target=_worker, args=(there, rank, port, job, first if rank == 0 else None)
+        )
         process.start()
         there.close()
         pipes.append(here)
@@ -120,7 +122,9 @@ def _collect(pipes: list[Connection], job: Job) -> dict[int, Report]:
     return reports
 
 
-def _worker(pipe: Connection, rank: int, port: int | None, job: Job, tell_port: Connection | None) -> None:
+def _worker(
+    pipe: Connection, rank: int, port: int | None, job: Job, tell_port: Connection | None
+) -> None:
     torch.set_num_threads(1)
     os.dup2(os.open(errors_of(job, rank), os.O_WRONLY | os.O_CREAT), 2)
     if tell_port is not None and job.store_on_rank_zero:
@@ -136,7 +140,8 @@ def _worker(pipe: Connection, rank: int, port: int | None, job: Job, tell_port: 
         _step(model, 4)
         dist.barrier()
         pipe.send(_report(model, rank, job))
-    # Stays for the others as long as it takes them to notice by themselves: its end would tell them.
+    # Stays for the others as long as it takes them to notice by themselves: its end would tell
+    # them.
     if not job.store_on_rank_zero:
         pipe.poll(2 * job.timeout_seconds)
     os._exit(0)

@@ -1,4 +1,6 @@
-"""Defects for the fuzz drill: each is in the package for as long as its block lasts, in the process that enters it."""
+"""Defects for the fuzz drill: each is in the package for as long as its block lasts, in the process
+that enters it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def local_count() -> Iterator[None]:
     """The gradient of the input divides the pooled sums by this worker's count."""
     true = ops.pooled_statistic
 
-    def pooled_statistic(local: ops.LocalSums, group: Any, name: str, **options: Any) -> ops.Statistic:
+    def pooled_statistic(
+        local: ops.LocalSums, group: Any, name: str, **options: Any
+    ) -> ops.Statistic:
         means = ops.PooledMeans(moments.of_sums(local.sums), group, name)
         return true(local, group, name, **options)._replace(gradient_means=means)
 
@@ -48,7 +52,10 @@ def unguarded_count() -> Iterator[None]:
     def reciprocal(count: float | Tensor) -> Tensor:
         return 1.0 / torch.as_tensor(count, dtype=torch.float64)
 
-    with patch.object(moments, "reciprocal", reciprocal), patch.object(ops, "reciprocal", reciprocal):
+    with (
+        patch.object(moments, "reciprocal", reciprocal),
+        patch.object(ops, "reciprocal", reciprocal),
+    ):
         yield
 
 

@@ -50,9 +50,12 @@ class Batch:
         seed: int = 0,
     ) -> Batch:
         g = torch.Generator().manual_seed(seed)
-        # Samples differ in mean, so that shards do, and local statistics cannot pass for pooled ones.
+        # Samples differ in mean, so that shards do, and local statistics cannot pass for pooled
+        # ones.
         offset = torch.linspace(-1.0, 1.0, max(shape[0], 1), dtype=torch.float64)[: shape[0]]
-        x = torch.randn(shape, generator=g, dtype=torch.float64) + offset.view(-1, *[1] * (len(shape) - 1))
+        x = torch.randn(shape, generator=g, dtype=torch.float64) + offset.view(
+            -1, *[1] * (len(shape) - 1)
+        )
         x = (x * std + mean).to(dtype)
         if channels_last:
             x = x.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -75,8 +78,12 @@ def parameters(channels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return weight.to(dtype), bias.to(dtype)
 
 
-def make_layer(channels: int, *, bounds: tuple[float, float] | None = None, **options: Any) -> SyncNorm:
-    """A SyncBatchNorm, or with bounds (r_max, d_max) a SyncBatchRenorm whose running statistics are not the initial."""
+def make_layer(
+    channels: int, *, bounds: tuple[float, float] | None = None, **options: Any
+) -> SyncNorm:
+    """A SyncBatchNorm, or with bounds (r_max, d_max) a SyncBatchRenorm whose running statistics are
+    not the initial.
+    """
     if bounds is None:
         return SyncBatchNorm(channels, **options)
     layer = SyncBatchRenorm(channels, schedule=RenormSchedule.constant(*bounds), **options)
@@ -115,9 +122,15 @@ def train_step(
 
 
 def one_step(
-    layer: SyncNorm, x: Tensor, cotangent: Tensor, mask: Tensor | None, run: Callable[..., Tensor] | None = None
+    layer: SyncNorm,
+    x: Tensor,
+    cotangent: Tensor,
+    mask: Tensor | None,
+    run: Callable[..., Tensor] | None = None,
 ) -> Outcome:
-    """A training forward and backward; `run`: what to call instead of the layer itself, such as its compiled form."""
+    """A training forward and backward; `run`: what to call instead of the layer itself, such as its
+    compiled form.
+    """
     layer.zero_grad()
     x = x.detach().requires_grad_()
     with exchange.record() as exchanges:
@@ -142,7 +155,9 @@ def oracle_steps(batches: Sequence[Batch], options: dict[str, Any]) -> list[Outc
     options = dict(options)
     bounds, is_affine = options.pop("bounds", None), options.pop("affine", True)
     is_tracking = options.pop("track_running_stats", True)
-    running = trained_statistics(channels) if bounds else reference.RunningStatistics.initial(channels)
+    running = (
+        trained_statistics(channels) if bounds else reference.RunningStatistics.initial(channels)
+    )
     outcomes = []
     for batch in batches:
         weight = bias = None
@@ -155,7 +170,14 @@ def oracle_steps(batches: Sequence[Batch], options: dict[str, Any]) -> list[Outc
         else:
             r_max, d_max = bounds
             y = reference.batch_renorm(
-                x, weight, bias, mask=batch.mask, running=running, r_max=r_max, d_max=d_max, **options
+                x,
+                weight,
+                bias,
+                mask=batch.mask,
+                running=running,
+                r_max=r_max,
+                d_max=d_max,
+                **options,
             )
         y.backward(batch.cotangent.double())
         buffers = {}
@@ -176,7 +198,10 @@ def oracle_steps(batches: Sequence[Batch], options: dict[str, Any]) -> list[Outc
 
 
 def run_steps(
-    pool: RankPool, batches: Sequence[Batch], sizes: Sequence[int], options: dict[str, Any] | None = None
+    pool: RankPool,
+    batches: Sequence[Batch],
+    sizes: Sequence[int],
+    options: dict[str, Any] | None = None,
 ) -> list[list[Outcome]]:
     """The batches in shards of these sizes through the pool: outcomes by rank, then by step."""
     by_rank = list(zip(*(b.shards(sizes) for b in batches), strict=True))
@@ -191,7 +216,9 @@ def check_against_oracle(
     factor: float = 1.0,
 ) -> None:
     """Every output, input gradient, parameter gradient and buffer of every rank and step."""
-    for step, (expected, batch) in enumerate(zip(oracle_steps(batches, options or {}), batches, strict=True)):
+    for step, (expected, batch) in enumerate(
+        zip(oracle_steps(batches, options or {}), batches, strict=True)
+    ):
         got = [outcomes[step] for outcomes in by_rank]
         compare(got, expected, batch.x.dtype, sizes, f"step {step}", factor)
 

@@ -19,7 +19,9 @@ pytestmark = [
 @pytest.mark.parametrize("options", [{}, {"bounds": (1.25, 0.25)}], ids=["norm", "renorm"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str
+)
 def test_equals_the_oracle(dtype, channels_last, masked, options):
     batch = Batch.random((8, 5, 6, 7), dtype, channels_last=channels_last, masked=masked)
     expected = oracle_steps([batch], options)[0]

@@ -30,24 +30,38 @@ def _cotangents(batch: Batch, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _differentiate(
-    x: Tensor, g: Tensor, mask: Tensor | None, v: Tensor, u: Tensor, t: Tensor, options: dict[str, Any]
+    x: Tensor,
+    g: Tensor,
+    mask: Tensor | None,
+    v: Tensor,
+    u: Tensor,
+    t: Tensor,
+    options: dict[str, Any],
 ) -> tuple[list[Tensor], list[tuple[str, int]]]:
-    """On one rank: the derivative of sum v dx + sum u dweight + sum t dbias by x, g and weight; the exchanges."""
+    """On one rank: the derivative of sum v dx + sum u dweight + sum t dbias by x, g and weight; the
+    exchanges.
+    """
     layer = make_layer(CHANNELS, dtype=torch.promote_types(x.dtype, torch.float32), **options)
     with torch.no_grad():
-        for parameter, value in zip((layer.weight, layer.bias), parameters(CHANNELS, torch.float64), strict=True):
+        for parameter, value in zip(
+            (layer.weight, layer.bias), parameters(CHANNELS, torch.float64), strict=True
+        ):
             parameter.copy_(value)
     x, g = x.detach().requires_grad_(), g.detach().requires_grad_()
     with exchange.record() as exchanges:
         y = layer(x, mask)
-        dx, dweight, dbias = torch.autograd.grad(y, (x, layer.weight, layer.bias), g, create_graph=True)
+        dx, dweight, dbias = torch.autograd.grad(
+            y, (x, layer.weight, layer.bias), g, create_graph=True
+        )
         objective = (v * dx).sum() + (u * dweight).sum() + (t * dbias).sum()
         second = torch.autograd.grad(objective, (x, g, layer.weight))
     return list(second), [(e.kind, e.numel) for e in exchanges]
 
 
 def _oracle(batch: Batch, sizes: list[int], options: dict[str, Any]) -> list[Tensor]:
-    """The same of the whole batch; u dweight + t dbias of a rank is its share of g times the y of weight u, bias t."""
+    """The same of the whole batch; u dweight + t dbias of a rank is its share of g times the y of
+    weight u, bias t.
+    """
     v, u, t = _cotangents(batch, len(sizes))
     weight, bias = (p.requires_grad_() for p in parameters(CHANNELS, torch.float64))
     x, g = (a.double().requires_grad_() for a in (batch.x.detach(), batch.cotangent.detach()))
@@ -57,7 +71,9 @@ def _oracle(batch: Batch, sizes: list[int], options: dict[str, Any]) -> list[Ten
             return reference.batch_norm(x, weight, bias, mask=batch.mask)
         r_max, d_max = options["bounds"]
         running = trained_statistics(CHANNELS)
-        return reference.batch_renorm(x, weight, bias, mask=batch.mask, running=running, r_max=r_max, d_max=d_max)
+        return reference.batch_renorm(
+            x, weight, bias, mask=batch.mask, running=running, r_max=r_max, d_max=d_max
+        )
 
     (dx,) = torch.autograd.grad(forward(weight, bias), x, g, create_graph=True)
     objective = (v.double() * dx).sum()
@@ -71,15 +87,23 @@ def _on_ranks(
 ) -> list[tuple[list[Tensor], list[tuple[str, int]]]]:
     v, u, t = _cotangents(batch, len(sizes))
     shards = zip(batch.shards(sizes), v.split(sizes), u, t, strict=True)
-    return pool(len(sizes)).run_each(_differentiate, [(*s, v, u, t, options) for s, v, u, t in shards])
+    return pool(len(sizes)).run_each(
+        _differentiate, [(*s, v, u, t, options) for s, v, u, t in shards]
+    )
 
 
-def _compare(got: list[list[Tensor]], expected: list[Tensor], dtype: torch.dtype, factor: float = 1.0) -> None:
+def _compare(
+    got: list[list[Tensor]], expected: list[Tensor], dtype: torch.dtype, factor: float = 1.0
+) -> None:
     x, g, weight = zip(*got, strict=True)
     assert_close(torch.cat(x), expected[0], dtype, "by x", factor)
     assert_close(torch.cat(g), expected[1], dtype, "by the gradient of y", factor)
     assert_close(
-        torch.stack(weight).double().sum(0), expected[2], torch.promote_types(dtype, torch.float32), "by weight", factor
+        torch.stack(weight).double().sum(0),
+        expected[2],
+        torch.promote_types(dtype, torch.float32),
+        "by weight",
+        factor,
     )
 
 
@@ -121,7 +145,9 @@ def test_differentiating_twice_costs_one_more_message_on_every_worker(pool, size
         assert exchanges == expected
 
 
-def _twice_where_some_need_gradients(needs_grad: list[bool], weight_is_frozen: bool) -> list[tuple[str, int]]:
+def _twice_where_some_need_gradients(
+    needs_grad: list[bool], weight_is_frozen: bool
+) -> list[tuple[str, int]]:
     """The exchanges of a derivative of dbias, and of dweight unless that is frozen."""
     rank = dist.get_rank()
     layer = SyncBatchNorm(CHANNELS)
@@ -153,19 +179,32 @@ class _Oracle(nn.Module):
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(CHANNELS)), nn.Parameter(torch.zeros(CHANNELS))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(CHANNELS)),
+            nn.Parameter(torch.zeros(CHANNELS)),
+        )
         self.bounds = options.get("bounds")
-        self.running = trained_statistics(CHANNELS) if self.bounds else reference.RunningStatistics.initial(CHANNELS)
+        self.running = (
+            trained_statistics(CHANNELS)
+            if self.bounds
+            else reference.RunningStatistics.initial(CHANNELS)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bounds is None:
             return reference.batch_norm(x, self.weight, self.bias, running=self.running)
         r_max, d_max = self.bounds
-        return reference.batch_renorm(x, self.weight, self.bias, running=self.running, r_max=r_max, d_max=d_max)
+        return reference.batch_renorm(
+            x, self.weight, self.bias, running=self.running, r_max=r_max, d_max=d_max
+        )
 
 
-def _train_with_penalty(model: nn.Module, xs: list[Tensor], samples: int, workers: int) -> list[Tensor]:
-    """Steps on the mean over all samples of y^2 / 2 + |dy/dx|^2, y summed over the batch; the parameters after each."""
+def _train_with_penalty(
+    model: nn.Module, xs: list[Tensor], samples: int, workers: int
+) -> list[Tensor]:
+    """Steps on the mean over all samples of y^2 / 2 + |dy/dx|^2, y summed over the batch; the
+    parameters after each.
+    """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     after = []
     for x in xs:
@@ -182,7 +221,9 @@ def _train_with_penalty(model: nn.Module, xs: list[Tensor], samples: int, worker
 
 def _penalty_on_rank(shards: list[Tensor], samples: int, options: dict[str, Any]) -> list[Tensor]:
     model = _penalised_model(make_layer(CHANNELS, dtype=torch.float64, **options))
-    return _train_with_penalty(DistributedDataParallel(prepare_ddp(model)), shards, samples, dist.get_world_size())
+    return _train_with_penalty(
+        DistributedDataParallel(prepare_ddp(model)), shards, samples, dist.get_world_size()
+    )
 
 
 @pytest.mark.parametrize("options", [{}, RENORM], ids=["norm", "renorm"])
@@ -192,7 +233,9 @@ def test_a_gradient_penalty_under_ddp_trains_as_one_process(pool, sizes, options
     xs = [torch.randn(8, 4, generator=g, dtype=torch.float64) for _ in range(3)]
     expected = _train_with_penalty(_penalised_model(_Oracle(options)), xs, 8, 1)
     by_rank = zip(*(x.split(sizes) for x in xs), strict=True)
-    got = pool(len(sizes)).run_each(_penalty_on_rank, [(list(shards), 8, options) for shards in by_rank])
+    got = pool(len(sizes)).run_each(
+        _penalty_on_rank, [(list(shards), 8, options) for shards in by_rank]
+    )
     for rank, steps in enumerate(got):
         for step, (a, b) in enumerate(zip(steps, expected, strict=True)):
             assert_close(a, b, torch.float64, f"rank {rank} step {step}")
@@ -209,7 +252,10 @@ def test_a_third_derivative_is_torchs_error():
     x = torch.randn(4, CHANNELS, dtype=torch.float64, requires_grad=True)
     (dx,) = torch.autograd.grad(functional.sync_batch_norm(x).pow(3).sum(), x, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice a function that was marked with @once_differentiable"):
+    with pytest.raises(
+        RuntimeError,
+        match="differentiate twice a function that was marked with @once_differentiable",
+    ):
         ddx.sum().backward()
 
 

@@ -23,9 +23,7 @@ TIMEOUT = 3.0
 LATEST = TIMEOUT + 40.0
 FORWARD = re.escape("(training forward, moments, 9 float64)")
 SKIPPED = r"ranks 0, 2 at call 2 of 'last' \(.*\), rank 1 at call 2 of 'first' \(backward, gradients, 8 float64\)\."
-ABSENT = (
-    rf"ranks 0, 2 at call 2 of 'first' {FORWARD}, rank 1 not there within 3 s \(last at call 1 of 'first' \(backward"
-)
+ABSENT = rf"ranks 0, 2 at call 2 of 'first' {FORWARD}, rank 1 not there within 3 s \(last at call 1 of 'first' \(backward"
 GONE = rf"got nothing more from rank 1, in call 2 of 'first' {FORWARD}\."
 OTHER = rf"ranks 0, 2 at call 2 of 'last' {FORWARD}, rank 1 at call 2 of 'last' \(.* 5 float64\)"
 
@@ -47,15 +45,23 @@ def test_in_debug_mode_all_raise_the_same_and_know_who_is_where(fault, tmp_path)
     assert len({r.text for r in raised.values()}) == 1, "the same words on all"
     assert re.search(CASES[fault], raised[0].text), raised[0].text
     is_loss = fault in ("raises", "is killed", "is late")
-    assert is_echo(raised[0].text) == is_loss, "launchers know the loss of a worker from a mistake of all"
+    assert is_echo(raised[0].text) == is_loss, (
+        "launchers know the loss of a worker from a mistake of all"
+    )
     assert {r.again for r in raised.values()} == {raised[0].text}, "and at the next exchange too"
 
 
 @pytest.mark.parametrize("fault", ["skips", "raises", "is killed", "is late"])
 def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
-    """What a skipped layer does to the rest of the job decides whether gloo can say so: here nothing follows it."""
+    """What a skipped layer does to the rest of the job decides whether gloo can say so: here
+    nothing follows it.
+    """
     job = Job(
-        "skips all" if fault == "skips" else fault, faulty=1, in_debug=False, timeout_seconds=TIMEOUT, folder=tmp_path
+        "skips all" if fault == "skips" else fault,
+        faulty=1,
+        in_debug=False,
+        timeout_seconds=TIMEOUT,
+        folder=tmp_path,
     )
     reports = run(job)
     survivors = {rank: r for rank, r in reports.items() if rank != 1 or fault == "is late"}
@@ -65,17 +71,25 @@ def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
         assert r.seconds < LATEST, r
         assert is_echo(r.text)
         assert (
-            f"got an error on rank {rank} at call 2 of 'first' (training forward, moments, 9 float64) after" in r.text
+            f"got an error on rank {rank} at call 2 of 'first' (training forward, moments, 9 "
+            "float64) after" in r.text
         )
     if fault != "is killed":
         # Shortly before the end, what each worker did last: on nccl there would be nothing else.
         for rank in (0, 2):
             said = errors_of(job, rank).read_text()
-            assert re.search(rf"syncnorm, rank {rank}: call 2 of 'first' {FORWARD} has been under way for", said)
-            assert re.search(rf"s ago: call 2 of 'first' {FORWARD}, under way, ranks \[0, 1, 2\]", said)
+            assert re.search(
+                rf"syncnorm, rank {rank}: call 2 of 'first' {FORWARD} has been under way for", said
+            )
+            assert re.search(
+                rf"s ago: call 2 of 'first' {FORWARD}, under way, ranks \[0, 1, 2\]", said
+            )
         said = errors_of(job, 1).read_text()
         assert "syncnorm, rank 1: an exchange of another worker is stuck." in said
-        assert re.search(r"s ago: call 1 of 'first' \(backward, gradients, 8 float64\), ranks \[0, 1, 2\]\n", said)
+        assert re.search(
+            r"s ago: call 1 of 'first' \(backward, gradients, 8 float64\), ranks \[0, 1, 2\]\n",
+            said,
+        )
         assert "call 2 of" not in said
 
 
@@ -83,7 +97,14 @@ def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
 def test_in_debug_mode_where_a_rank_hosts_the_store(fault, tmp_path):
     """Rank 0 hosts it and leaves at once: those in the exchange have heard by then."""
     reports = run(
-        Job(fault, faulty=1, in_debug=True, timeout_seconds=TIMEOUT, folder=tmp_path, store_on_rank_zero=True)
+        Job(
+            fault,
+            faulty=1,
+            in_debug=True,
+            timeout_seconds=TIMEOUT,
+            folder=tmp_path,
+            store_on_rank_zero=True,
+        )
     )
     assert set(reports) == ({0, 2} if fault == "is killed" else {0, 1, 2})
     assert all(r.is_promised and re.search(CASES[fault], r.text) for r in reports.values()), reports
@@ -91,23 +112,37 @@ def test_in_debug_mode_where_a_rank_hosts_the_store(fault, tmp_path):
 
 def test_in_debug_mode_where_the_host_of_the_store_is_killed(tmp_path):
     reports = run(
-        Job("is killed", faulty=0, in_debug=True, timeout_seconds=TIMEOUT, folder=tmp_path, store_on_rank_zero=True)
+        Job(
+            "is killed",
+            faulty=0,
+            in_debug=True,
+            timeout_seconds=TIMEOUT,
+            folder=tmp_path,
+            store_on_rank_zero=True,
+        )
     )
     assert set(reports) == {1, 2}
     for r in reports.values():
         assert r.is_promised
         assert r.seconds < LATEST
-        assert "Store of the process group, which cannot be reached at call 2 of 'first' (training forward" in r.text
+        assert (
+            "Store of the process group, which cannot be reached at call 2 of 'first' (training "
+            "forward" in r.text
+        )
 
 
 def _watched_anew(folder: str) -> list[str]:
-    """What the watch says when another worker is stuck, in one world and in the next; and when it looks again."""
+    """What the watch says when another worker is stuck, in one world and in the next; and when it
+    looks again.
+    """
     watch, rank, said = flight._Watch(), dist.get_rank(), []
     for world in range(2):
         if world:
             dist.destroy_process_group()
             watch._look()  # nobody is there
-            dist.init_process_group("gloo", (Path(folder) / "anew").as_uri(), rank=rank, world_size=2)
+            dist.init_process_group(
+                "gloo", (Path(folder) / "anew").as_uri(), rank=rank, world_size=2
+            )
         watch._look()  # nobody is stuck
         dist.barrier()
         if rank == 0:
@@ -154,7 +189,9 @@ def test_what_agreeing_leaves_behind(pool):
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0])
 def test_a_timeout_is_positive(seconds):
-    with pytest.raises(InputError, match=rf"`timeout_seconds` must be > 0, got {seconds}\. None waits"):
+    with pytest.raises(
+        InputError, match=rf"`timeout_seconds` must be > 0, got {seconds}\. None waits"
+    ):
         debug(timeout_seconds=seconds).__enter__()
 
 

@@ -1,4 +1,6 @@
-"""Bad data on one worker is the same error on all; degenerate counts change nothing that they should not."""
+"""Bad data on one worker is the same error on all; degenerate counts change nothing that they
+should not.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +38,13 @@ def _with_bad_mask(value: float, bad_rank: int, others_have_masks: bool) -> tupl
 
 
 @pytest.mark.parametrize("others_have_masks", [True, False])
-@pytest.mark.parametrize(("value", "shown"), [(-0.5, "-0.5"), (float("nan"), "nan"), (float("inf"), "inf")])
+@pytest.mark.parametrize(
+    ("value", "shown"), [(-0.5, "-0.5"), (float("nan"), "nan"), (float("inf"), "inf")]
+)
 @pytest.mark.parametrize("bad_rank", [0, 2])
-def test_bad_mask_weights_are_one_error_on_all_workers(pool, value, shown, bad_rank, others_have_masks):
+def test_bad_mask_weights_are_one_error_on_all_workers(
+    pool, value, shown, bad_rank, others_have_masks
+):
     answers = pool(3).run(_with_bad_mask, value, bad_rank, others_have_masks)
     assert answers == [answers[0]] * 3
     message, is_still, works_again = answers[0]
@@ -154,7 +160,12 @@ def _statistics_groups() -> tuple[bool, bool, bool, int]:
     first = groups.statistics_group()
     again = groups.statistics_group(dist.group.WORLD)
     same_ranks = groups.statistics_group(dist.new_group([0, 1]))
-    return first is again, first is same_ranks, first is not dist.group.WORLD, len(groups.ranks(first))
+    return (
+        first is again,
+        first is same_ranks,
+        first is not dist.group.WORLD,
+        len(groups.ranks(first)),
+    )
 
 
 def test_statistics_have_one_group_of_their_own_per_set_of_ranks(pool):
@@ -164,7 +175,9 @@ def test_statistics_have_one_group_of_their_own_per_set_of_ranks(pool):
 def _timeouts() -> list[float]:
     """Of the group that the pool was started with, and of the one for statistics."""
     both = (dist.group.WORLD, groups.statistics_group())
-    return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in both]
+    return [
+        group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in both
+    ]
 
 
 def test_the_statistics_group_takes_over_the_timeout():

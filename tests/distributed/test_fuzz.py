@@ -1,4 +1,6 @@
-"""Random sequences of calls of both layers, on three workers that hold each call against the oracle."""
+"""Random sequences of calls of both layers, on three workers that hold each call against the
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,12 @@ def test_sequences_of_calls_equal_the_oracle(crew):
 
 KINDS = [
     "train", "eval", "frozen", "float32", "float64", "bfloat16", "contiguous", "channels_last", "rows", "deepcopy",
-    "no worker has samples", "a worker without samples", "masks on some workers only", "all weights zero",
-    "inputs differ in requires_grad", "checkpoint, reentrant", "checkpoint, non-reentrant", "in an accumulate block",
-    "gradients kept from before", "backward left for later", "backward one by one", "the batch before again",
+    "no worker has "
+    "samples", "a worker without samples", "masks on some workers only", "all weights zero",
+    "inputs differ in "
+    "requires_grad", "checkpoint, reentrant", "checkpoint, non-reentrant", "in an accumulate block",
+    "gradients kept from "
+    "before", "backward left for later", "backward one by one", "the batch before again",
     "layer: norm", "layer: renorm",
 ]  # fmt: skip
 
@@ -50,7 +55,11 @@ def drawn(draw: st.DrawFn) -> Calls:
     max_examples=100,
     database=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example],
+    suppress_health_check=[
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+        HealthCheck.large_base_example,
+    ],
 )
 @given(sequence=drawn())
 def test_drawn_sequences_equal_the_oracle(crew, sequence):

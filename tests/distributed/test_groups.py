@@ -1,4 +1,6 @@
-"""Which workers share a statistic: rules, groups, meshes; copies, pickles, other worlds; workers that disagree."""
+"""Which workers share a statistic: rules, groups, meshes; copies, pickles, other worlds; workers
+that disagree.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,15 @@ from syncnorm.comm import groups as live
 from syncnorm.comm.groups import statistics_group
 from syncnorm.errors import ExchangeError, FaultError, InputError
 from syncnorm.testing import RankPool, assert_close
-from tests.distributed.steps import Batch, Outcome, compare, make_layer, one_step, oracle_steps, parameters
+from tests.distributed.steps import (
+    Batch,
+    Outcome,
+    compare,
+    make_layer,
+    one_step,
+    oracle_steps,
+    parameters,
+)
 
 Shards = list[tuple[Tensor, Tensor, Tensor | None]]
 
@@ -73,7 +83,9 @@ def test_for_samples_takes_as_few_neighbours_as_hold_them(samples, local_batch_s
 
 @contextmanager
 def _on_machines(names: str | None) -> Iterator[None]:
-    """Ranks know nothing of each other yet, and find themselves on machines of these names; None: on this one."""
+    """Ranks know nothing of each other yet, and find themselves on machines of these names; None:
+    on this one.
+    """
     real = live.this_machine
     live._known.clear()
     if names is not None:
@@ -89,9 +101,13 @@ def _spec(what: Any) -> groups.Spec:
     """On one rank: a rule as it is; of lists of ranks a group; of "mesh" a row of a mesh."""
     if isinstance(what, list):
         made = [dist.new_group(ranks) for ranks in what]
-        return next(group for group, ranks in zip(made, what, strict=True) if dist.get_rank() in ranks)
+        return next(
+            group for group, ranks in zip(made, what, strict=True) if dist.get_rank() in ranks
+        )
     if what == "mesh":
-        return init_device_mesh("cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("across", "pair"))["pair"]
+        return init_device_mesh(
+            "cpu", (dist.get_world_size() // 2, 2), mesh_dim_names=("across", "pair")
+        )["pair"]
     return what
 
 
@@ -115,15 +131,24 @@ def _by_rank(batches: list[Batch], sizes: list[int]) -> list[Shards]:
 
 
 def _check_parts(
-    got: list[list[Outcome]], batches: list[Batch], sizes: list[int], parts: list[tuple[int, ...]], **options: Any
+    got: list[list[Outcome]],
+    batches: list[Batch],
+    sizes: list[int],
+    parts: list[tuple[int, ...]],
+    **options: Any,
 ) -> None:
     """Every group against the oracle on the samples of its members."""
     shards = _by_rank(batches, sizes)
     for part in parts:
-        own = [Batch(*(torch.cat([shards[r][i][j] for r in part]) for j in (0, 1))) for i in range(len(batches))]
+        own = [
+            Batch(*(torch.cat([shards[r][i][j] for r in part]) for j in (0, 1)))
+            for i in range(len(batches))
+        ]
         for step, expected in enumerate(oracle_steps(own, options)):
             outcomes = [got[rank][step] for rank in part]
-            compare(outcomes, expected, torch.float64, [sizes[r] for r in part], f"{part} step {step}")
+            compare(
+                outcomes, expected, torch.float64, [sizes[r] for r in part], f"{part} step {step}"
+            )
 
 
 CASES = [
@@ -145,7 +170,9 @@ CASES = [
 @pytest.mark.parametrize("options", [{}, {"bounds": (2.0, 1.0)}], ids=["norm", "renorm"])
 def test_each_group_equals_the_oracle_on_its_samples(pool, what, parts, sizes, options):
     batches = [Batch.random((sum(sizes), 3, 5), torch.float64, seed=seed) for seed in (0, 1)]
-    got = pool(len(sizes)).run_each(_train, [(what, steps, options) for steps in _by_rank(batches, sizes)])
+    got = pool(len(sizes)).run_each(
+        _train, [(what, steps, options) for steps in _by_rank(batches, sizes)]
+    )
     _check_parts(got, batches, sizes, parts, **options)
     everyone = [tuple(range(len(sizes)))]
     if parts != everyone:
@@ -163,7 +190,8 @@ def test_too_few_samples_on_all_workers_are_told(pool):
     assert (
         pool(2).run(_short)
         == [
-            "`process_group=for_samples(64, local_batch_size=4)` asks for more samples than all 2 worker(s) hold "
+            "`process_group=for_samples(64, local_batch_size=4)` asks for more samples than all 2 "
+            "worker(s) hold "
             "together; they pool what they have."
         ]
         * 2
@@ -199,19 +227,26 @@ def _message(call: Callable[[], object]) -> str:
 def test_rules_that_do_not_fit_are_one_error_on_all(pool):
     answers = pool(3).run(_errors, [2, groups.Ranks((0, 7)), groups.Ranks((0, 1, 2))])
     assert answers[0] == answers[1] == answers[2]
-    assert answers[0][0].startswith("InputError: `process_group` must divide the number of workers, got 2 for 3 worker")
+    assert answers[0][0].startswith(
+        "InputError: `process_group` must divide the number of workers, got 2 for 3 worker"
+    )
     assert "must hold ranks of the 3 worker(s) that there are, got (0, 7)" in answers[0][1]
     assert answers[0][2] == "no error"
 
 
 def _mesh_of_two() -> tuple[str, str]:
     named = init_device_mesh("cpu", (2, 2), mesh_dim_names=("across", "pair"))
-    return tuple(_message(lambda m=m: SyncBatchNorm(3, process_group=m)) for m in (named, named["pair"]))
+    return tuple(
+        _message(lambda m=m: SyncBatchNorm(3, process_group=m)) for m in (named, named["pair"])
+    )
 
 
 def test_a_mesh_of_two_dimensions_is_refused_by_name(pool):
     for refused, taken in pool(4).run(_mesh_of_two):
-        assert "must be a mesh of one dimension, got 2 dimensions ('across', 'pair') of sizes (2, 2)" in refused
+        assert (
+            "must be a mesh of one dimension, got 2 dimensions ('across', 'pair') of sizes (2, 2)"
+            in refused
+        )
         assert taken == "no error"
 
 
@@ -221,7 +256,14 @@ def test_a_mesh_of_two_dimensions_is_refused_by_name(pool):
 def _made_in_order() -> list[list[int]]:
     """A model whose layers pool over crossing parts; the groups as each rank has them."""
     with _on_machines("ABAB"):
-        specs: list[groups.Spec] = ["node", 2, _spec([[0, 3], [1], [2]]), 1, "node", groups.for_samples(6, 2)]
+        specs: list[groups.Spec] = [
+            "node",
+            2,
+            _spec([[0, 3], [1], [2]]),
+            1,
+            "node",
+            groups.for_samples(6, 2),
+        ]
         model = nn.Sequential(*(SyncBatchNorm(3, process_group=spec) for spec in specs))
         prepare_ddp(model)
         model(torch.randn(4, 3, 2)).sum().backward()
@@ -239,7 +281,10 @@ def test_crossing_groups_are_made_in_one_order(pool):
 
 
 def _made_by_members() -> tuple[str, str, list[int]]:
-    """Rank 1 has made a group more than the others. The name that torch would give one of 0 and 1, and that it has."""
+    """Rank 1 has made a group more than the others.
+
+    The name that torch would give one of 0 and 1, and that it has.
+    """
     spec = _spec([[0, 1], [2]])
     count = dist.distributed_c10d._world.group_count
     if dist.get_rank() == 1:
@@ -266,7 +311,9 @@ def test_members_that_have_made_different_numbers_of_groups_do_not_wait_for_each
 
 def _prepare(what: Any) -> str:
     """prepare_ddp of a model whose second layer is as this rank says."""
-    options = what if isinstance(what, dict) else {"process_group": dist.GroupMember.NON_GROUP_MEMBER}
+    options = (
+        what if isinstance(what, dict) else {"process_group": dist.GroupMember.NON_GROUP_MEMBER}
+    )
     if not isinstance(what, dict) and what != "outside":
         made = [dist.new_group(list(part)) for part in ((0, 1), (1, 2))]
         options["process_group"] = made[what]
@@ -293,7 +340,8 @@ WORDS = "FaultError: `process_group` must mean the same workers to each of them,
         ([{"process_group": groups.Ranks((0, 9))}, {"process_group": 1}, {"process_group": 1}],
          WORDS + "ranks [0, 9] on rank(s) [0] and 1 on rank(s) [1, 2]"),
         ([{"sync": "none"}, {}, {}],
-         "FaultError: `model` must have the same layers in the same order on every worker, got none on rank(s) [0] and "
+         "FaultError: `model` must have the same layers in the same order on every worker, got "
+         "none on rank(s) [0] and "
          "1 SyncBatchNorm(4, sync='batch') on rank(s) [1, 2] as number 1. Build the model alike"),
         ([{}, {}, {"sync": "running"}], "1 SyncBatchNorm(4, sync='running') on rank(s) [2] as number 1"),
     ],
@@ -311,7 +359,9 @@ def test_workers_that_disagree_are_one_error_on_all(pool, whats, message):
 def _prepare_made(what: Any) -> str:
     made = [dist.new_group(list(part)) for part in ((0, 1), (1, 2))]
     group = dist.GroupMember.NON_GROUP_MEMBER if what == "outside" else made[what]
-    return _message(lambda: prepare_ddp(nn.Sequential(SyncBatchNorm(4), SyncBatchNorm(4, process_group=group))))
+    return _message(
+        lambda: prepare_ddp(nn.Sequential(SyncBatchNorm(4), SyncBatchNorm(4, process_group=group)))
+    )
 
 
 # The group that prepare_ddp is given.
@@ -342,7 +392,9 @@ def test_layers_that_name_no_workers_pool_over_the_group_of_prepare_ddp(pool, sy
             assert members == list(ranks)
             assert copied
             assert_close(mean, 0.1 * pooled.mean(0), torch.float64, "running_mean")
-            assert not torch.allclose(mean, 0.1 * seen.mean(0)), "the replicas must differ for this to say anything"
+            assert not torch.allclose(mean, 0.1 * seen.mean(0)), (
+                "the replicas must differ for this to say anything"
+            )
 
 
 def _prepare_among(spec: groups.Spec, group: list[int] | None) -> groups.Spec:
@@ -365,7 +417,10 @@ def _wait_in_vain() -> str:
 def test_a_group_that_not_all_make_is_named(pool):
     """What torch raises in new_group after the timeout; waiting for that would take as long."""
     for rank, said in enumerate(pool(2).run(_wait_in_vain)):
-        assert f"must be made by all of ranks [0, 1, 2], got an error on rank {rank}: Wait timeout. Ranks" in said
+        assert (
+            f"must be made by all of ranks [0, 1, 2], got an error on rank {rank}: Wait timeout. "
+            "Ranks" in said
+        )
 
 
 # Copies and pickles.
@@ -400,11 +455,18 @@ def _train_on(what: Any, way: str, steps: Shards) -> tuple[list[Outcome], list[b
     first = one_step(layer, *steps[0])
     before = statistics_group(layer.process_group)
     other = WAYS[way](layer)
-    facts = [layer.process_group is spec, other.process_group == spec, statistics_group(other.process_group) is before]
+    facts = [
+        layer.process_group is spec,
+        other.process_group == spec,
+        statistics_group(other.process_group) is before,
+    ]
     outcomes = [first, one_step(other, *steps[1])]
     if way != "copy":  # which shares the buffers
         again = one_step(layer, *steps[1])
-        facts.append(torch.equal(again.y, outcomes[1].y) and torch.equal(again.grad_input, outcomes[1].grad_input))
+        facts.append(
+            torch.equal(again.y, outcomes[1].y)
+            and torch.equal(again.grad_input, outcomes[1].grad_input)
+        )
     return outcomes, facts, repr(other)
 
 
@@ -413,7 +475,9 @@ def _train_on(what: Any, way: str, steps: Shards) -> tuple[list[Outcome], list[b
 def test_training_goes_on_in_a_copy(pool, what, way):
     sizes, parts = [3, 1, 2, 4], [(0, 1), (2, 3)]
     batches = [Batch.random((sum(sizes), 3, 5), torch.float64, seed=seed) for seed in (2, 3)]
-    answers = pool(4).run_each(_train_on, [(what, way, steps) for steps in _by_rank(batches, sizes)])
+    answers = pool(4).run_each(
+        _train_on, [(what, way, steps) for steps in _by_rank(batches, sizes)]
+    )
     _check_parts([outcomes for outcomes, _, _ in answers], batches, sizes, parts)
     is_ranks = way == "pickle" and not isinstance(what, int | groups.ForSamples)
     for rank, (_, facts, text) in enumerate(answers):
@@ -422,7 +486,9 @@ def test_training_goes_on_in_a_copy(pool, what, way):
         assert all(facts[2:]), "the same group, and the same bits"
         members = parts[rank // 2]
         shown = f"Ranks(members={members})" if is_ranks else f"ranks {list(members)}"
-        assert f"process_group={what if isinstance(what, int | groups.ForSamples) else shown})" in text
+        assert (
+            f"process_group={what if isinstance(what, int | groups.ForSamples) else shown})" in text
+        )
 
 
 class Net(nn.Module):
@@ -439,7 +505,9 @@ class Net(nn.Module):
         return self.end(self.last(self.norm(self.first(x))))
 
 
-def _updates(model: nn.Module, x: Tensor, target: Tensor, count: int, group: Any = None) -> dict[str, Tensor]:
+def _updates(
+    model: nn.Module, x: Tensor, target: Tensor, count: int, group: Any = None
+) -> dict[str, Tensor]:
     """So many steps of SGD under DDP over the workers of `group`."""
     ddp = DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -452,7 +520,9 @@ def _updates(model: nn.Module, x: Tensor, target: Tensor, count: int, group: Any
 
 def _data(counts: list[int], rank: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(5)
-    x, target = (torch.randn(sum(counts), width, generator=g, dtype=torch.float64) for width in (3, 2))
+    x, target = (
+        torch.randn(sum(counts), width, generator=g, dtype=torch.float64) for width in (3, 2)
+    )
     x = x + torch.linspace(-3, 3, sum(counts), dtype=torch.float64).unsqueeze(1)
     return x.split(counts)[rank], target.split(counts)[rank]
 
@@ -463,7 +533,9 @@ def _net(spec: groups.Spec, sync: str) -> Net:
 
 
 def _copies_under_ddp(folder: str, sync: str) -> tuple[list[dict[str, Tensor]], bool]:
-    """Six steps; three and three of a deep copy, of what was saved, of an average, of a copy of the DDP module."""
+    """Six steps; three and three of a deep copy, of what was saved, of an average, of a copy of the
+    DDP module.
+    """
     half = [[0, 1], [2, 3]]
     group, rank = _spec(half), dist.get_rank()
     x, target = _data([3, 1, 2, 4], rank)
@@ -492,8 +564,12 @@ def test_copies_and_saved_models_go_on_as_the_model_does(pool, sync, tmp_path):
         for state in states[1:]:
             for name, value in state.items():
                 assert torch.equal(value, states[0][name]), name
-        assert torch.equal(states[0]["first.weight"], answers[rank ^ 1][0][0]["first.weight"]), "one model in a half"
-    assert not torch.equal(answers[0][0][0]["first.weight"], answers[2][0][0]["first.weight"]), "another in the other"
+        assert torch.equal(states[0]["first.weight"], answers[rank ^ 1][0][0]["first.weight"]), (
+            "one model in a half"
+        )
+    assert not torch.equal(answers[0][0][0]["first.weight"], answers[2][0][0]["first.weight"]), (
+        "another in the other"
+    )
 
 
 def test_a_saved_model_with_groups_equals_the_large_batch(pool, tmp_path):
@@ -507,14 +583,20 @@ def test_a_saved_model_with_groups_equals_the_large_batch(pool, tmp_path):
         running = [reference.RunningStatistics.initial(c) for c in (4, 2)]
         for _ in range(6):
             optimizer.zero_grad()
-            h = reference.batch_norm(alone.first(x), alone.norm.weight, alone.norm.bias, running=running[0])
-            y = reference.batch_norm(alone.last(h), alone.end.weight, alone.end.bias, running=running[1])
+            h = reference.batch_norm(
+                alone.first(x), alone.norm.weight, alone.norm.bias, running=running[0]
+            )
+            y = reference.batch_norm(
+                alone.last(h), alone.end.weight, alone.end.bias, running=running[1]
+            )
             (y - target).square().mean().backward()
             optimizer.step()
         for state in answers[ranks[0]][0]:
             for name, p in alone.named_parameters():
                 assert_close(state[name], p, torch.float64, name, factor=10.0)
-            assert_close(state["norm.running_var"], running[0].var, torch.float64, "running_var", factor=10.0)
+            assert_close(
+                state["norm.running_var"], running[0].var, torch.float64, "running_var", factor=10.0
+            )
         assert sum(counts) == len(x)
 
 
@@ -538,8 +620,12 @@ def test_a_saved_group_in_another_process(pool, tmp_path):
     # Where those ranks are, it goes on.
     assert pool(4).run(_load, str(tmp_path), None)[3] == ("no error", "Ranks(members=(2, 3))")
     assert pool(2).run(_load, str(tmp_path), None)[1] == ("no error", "Ranks(members=(0, 1))")
-    # One worker's file is not everyone's, and ranks 2 and 3 are not among two workers: one error on all.
-    for world_size, of_rank, words in ((4, 0, "ranks [0, 1] on rank(s) [0, 1, 2, 3]"), (2, 2, "ranks [2, 3] on")):
+    # One worker's file is not everyone's, and ranks 2 and 3 are not among two workers: one error on
+    # all.
+    for world_size, of_rank, words in (
+        (4, 0, "ranks [0, 1] on rank(s) [0, 1, 2, 3]"),
+        (2, 2, "ranks [2, 3] on"),
+    ):
         answers = pool(world_size).run(_load, str(tmp_path), of_rank)
         assert len(set(answers)) == 1
         assert words in answers[0][0]
@@ -557,13 +643,20 @@ try:
 except ValueError as error:
     print(error)
 """
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=900).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=900
+    ).stdout
     assert "torch.Size([1, 3])" in out
-    assert "must belong to an initialised torch.distributed, got Ranks(members=(2, 3)) without a default group" in out
+    assert (
+        "must belong to an initialised torch.distributed, got Ranks(members=(2, 3)) without a "
+        "default group" in out
+    )
 
 
 def _resized(path: str, world_size: int) -> list[list[int]]:
-    """The same layers before and after torch.distributed is shut down and begun anew by the first ranks."""
+    """The same layers before and after torch.distributed is shut down and begun anew by the first
+    ranks.
+    """
     specs = ["world", groups.for_samples(4, 2), "node", _spec([[0, 1, 2], [3]]), dist.group.WORLD]
     layers = [SyncBatchNorm(3, process_group=spec) for spec in specs]
     found = []

@@ -31,7 +31,9 @@ class Experts(nn.Module):
         return sum((self.norms[i](x[:, : WIDTHS[i]]).mean() for i in used), start=x.new_zeros(()))
 
 
-def _mixed(options: dict[str, object], used: list[int], is_scaled: bool, is_ddp: bool, steps: int) -> str:
+def _mixed(
+    options: dict[str, object], used: list[int], is_scaled: bool, is_ddp: bool, steps: int
+) -> str:
     """The error that a worker gets whose forward uses these layers."""
     model = prepare_ddp(Experts(options))
     whole = DistributedDataParallel(model, find_unused_parameters=True) if is_ddp else model
@@ -50,15 +52,30 @@ def _mixed(options: dict[str, object], used: list[int], is_scaled: bool, is_ddp:
     ("used", "places"),
     [
         # Equally wide.
-        (([0, 1], [0, 2]), ("'norms.1' (training forward, moments", "'norms.2' (training forward, moments")),
+        (
+            ([0, 1], [0, 2]),
+            ("'norms.1' (training forward, moments", "'norms.2' (training forward, moments"),
+        ),
         # A forward meets a backward pass, of layers of other widths.
-        (([0, 1, 3], [0, 1]), ("'norms.3' (training forward, moments", "'norms.1' (backward, gradients")),
+        (
+            ([0, 1, 3], [0, 1]),
+            ("'norms.3' (training forward, moments", "'norms.1' (backward, gradients"),
+        ),
         # Of other widths, forward.
-        (([0, 3], [0, 2]), ("'norms.3' (training forward, moments", "'norms.2' (training forward, moments")),
+        (
+            ([0, 3], [0, 2]),
+            ("'norms.3' (training forward, moments", "'norms.2' (training forward, moments"),
+        ),
         # In another order.
-        (([1, 2], [2, 1]), ("'norms.1' (training forward, moments", "'norms.2' (training forward, moments")),
+        (
+            ([1, 2], [2, 1]),
+            ("'norms.1' (training forward, moments", "'norms.2' (training forward, moments"),
+        ),
         # Once more.
-        (([1, 1, 2], [1, 2]), ("'norms.1' (training forward, moments", "'norms.2' (training forward, moments")),
+        (
+            ([1, 1, 2], [1, 2]),
+            ("'norms.1' (training forward, moments", "'norms.2' (training forward, moments"),
+        ),
     ],
     ids=str,
 )
@@ -71,7 +88,9 @@ def test_workers_in_different_layers_raise_the_same(pool, used, places, is_ddp):
 
 
 def test_a_layer_that_one_worker_skips_before_its_loss_is_scaled(pool):
-    errors = pool(3).run_each(_mixed, [({}, used, True, False, 1) for used in ([0, 3], [0], [0, 3])])
+    errors = pool(3).run_each(
+        _mixed, [({}, used, True, False, 1) for used in ([0, 3], [0], [0, 3])]
+    )
     assert len(set(errors)) == 1
     assert "ranks 0, 2 at call 1 of 'norms.3' (training forward, moments" in errors[0]
     assert "rank 1 at call 1 of 'scale_loss' (count" in errors[0]
@@ -88,14 +107,19 @@ def test_the_mean_of_three_identities_is_not_taken_for_one(pool):
 def test_layers_that_act_together_are_not_mixed_up_by_what_a_forward_uses(pool, sync):
     """Their flat messages hold all layers; a lagged layer that waits has messages of its own."""
     options = {"sync": sync}
-    found = pool(2).run_each(_mixed, [(options, used, False, False, 2) for used in ([0, 1], [0, 2])])
+    found = pool(2).run_each(
+        _mixed, [(options, used, False, False, 2) for used in ([0, 1], [0, 2])]
+    )
     assert found[0] == found[1]
     assert ("no error" in found[0]) == (sync == "running")
 
 
 def _two_models(rank: int) -> str:
     """Equal models under two names; each worker trains another one first."""
-    models = {name: prepare_ddp(nn.ModuleDict({name: SyncBatchNorm(4, sync="running")})) for name in ("a", "b")}
+    models = {
+        name: prepare_ddp(nn.ModuleDict({name: SyncBatchNorm(4, sync="running")}))
+        for name in ("a", "b")
+    }
     for name, model in models.items():
         model.forward = model[name].forward
     try:
@@ -235,12 +259,17 @@ def _shards(sizes: list[int], rank: int, how: str, sync: str) -> list[str]:
     ],
 )
 def test_uneven_shards_without_scale_loss_are_noticed_once(pool, sizes, how, count, sync):
-    found = pool(len(sizes)).run_each(_shards, [(sizes, rank, how, sync) for rank in range(len(sizes))])
+    found = pool(len(sizes)).run_each(
+        _shards, [(sizes, rank, how, sync) for rank in range(len(sizes))]
+    )
     assert [len(each) for each in found] == count
     if count[0]:
         whole = sum(sizes)
         for rank in (0, len(sizes) - 1):
-            assert f"rank {rank} had {sizes[rank]} of {whole} values per channel in '1'" in found[rank][0]
+            assert (
+                f"rank {rank} had {sizes[rank]} of {whole} values per channel in '1'"
+                in found[rank][0]
+            )
             assert "Add `loss = scale_loss(loss, len(x))`" in found[rank][0]
 
 
@@ -262,7 +291,9 @@ def _scaled_under_checkpointing(is_reentrant: bool) -> list[str]:
     rank = dist.get_rank()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        y = checkpoint(model, torch.randn(2 + 2 * rank, 3, requires_grad=True), use_reentrant=is_reentrant)
+        y = checkpoint(
+            model, torch.randn(2 + 2 * rank, 3, requires_grad=True), use_reentrant=is_reentrant
+        )
         scale_loss(y.square().mean(), len(y)).backward()
         # Equal shards, whose fractional weights add up with a rounding error.
         layer = prepare_ddp(SyncBatchNorm(4))
@@ -271,5 +302,7 @@ def _scaled_under_checkpointing(is_reentrant: bool) -> list[str]:
 
 
 @pytest.mark.parametrize("is_reentrant", [False, True])
-def test_scaled_losses_of_checkpointed_forwards_and_equal_fractional_shards_are_right(pool, is_reentrant):
+def test_scaled_losses_of_checkpointed_forwards_and_equal_fractional_shards_are_right(
+    pool, is_reentrant
+):
     assert pool(3).run(_scaled_under_checkpointing, is_reentrant) == [[]] * 3

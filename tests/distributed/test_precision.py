@@ -15,24 +15,31 @@ from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert, reference, revert
 from syncnorm.testing import assert_close
 
 HALF = [torch.bfloat16, torch.float16]
-# One rounding to the type moves a value by up to this share of it; float32's own errors come on top.
+# One rounding to the type moves a value by up to this share of it; float32's own errors come on
+# top.
 ROUNDING = {torch.bfloat16: 2.0**-8 + 1e-5, torch.float16: 2.0**-11 + 1e-5}
 
 
 def _bounds(case: str) -> dict[str, float]:
-    """Largest error allowed, as a share of the largest value: no more than one rounding of what is in a half type."""
+    """Largest error allowed, as a share of the largest value: no more than one rounding of what is
+    in a half type.
+    """
     if case == "float64":
         return dict.fromkeys(QUANTITIES, 1e-14)
     given, layer, _ = CASES[case]
     outputs = ROUNDING.get(given, 5e-7)
     # Two workers' gradients of weight and bias are rounded before they are added up.
     parameters = 2 * ROUNDING[layer] if layer in ROUNDING else 2e-6
-    return dict(zip(QUANTITIES, (outputs, outputs, parameters, parameters, 5e-7, 5e-7), strict=True))
+    return dict(
+        zip(QUANTITIES, (outputs, outputs, parameters, parameters, 5e-7, 5e-7), strict=True)
+    )
 
 
 def _check(found: dict[str, float], bounds: dict[str, float], theirs: dict[str, float]) -> None:
     for name, bound in bounds.items():
-        assert found[name] <= bound, f"{name}: {found[name]:.1e} over {bound:.1e}; torch's own {theirs[name]:.1e}"
+        assert found[name] <= bound, (
+            f"{name}: {found[name]:.1e} over {bound:.1e}; torch's own {theirs[name]:.1e}"
+        )
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -47,7 +54,11 @@ def test_the_bounds_can_tell():
     theirs = torchs(CASES[".half()"])
     with pytest.raises(AssertionError, match=r"running_mean: \d\.\de-04 over 5\.0e-07"):
         _check(theirs, _bounds(".half()"), theirs)
-    for fine, coarse in (("float64", "float32"), ("float32", "autocast float16"), (".half()", ".bfloat16()")):
+    for fine, coarse in (
+        ("float64", "float32"),
+        ("float32", "autocast float16"),
+        (".half()", ".bfloat16()"),
+    ):
         with pytest.raises(AssertionError, match="y: "):
             _check(torchs(CASES[coarse]), _bounds(fine), theirs)
     x, g = batch_of(torch.float32)
@@ -63,7 +74,9 @@ def test_the_bounds_can_tell():
 @pytest.mark.parametrize("is_autocast", [True, False], ids=["autocast", "cast"])
 @pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
 def test_types_are_those_of_torch(make, is_autocast, dtype, is_training):
-    """Outputs and gradients, of a model with a convolution in front; under autocast float32 goes in."""
+    """Outputs and gradients, of a model with a convolution in front; under autocast float32 goes
+    in.
+    """
     found = []
     for norm in (nn.BatchNorm2d, make):
         model = nn.Sequential(nn.Conv2d(2, 4, 3), norm(4)).train(is_training)
@@ -109,7 +122,9 @@ def test_a_layer_on_meta_is_cast_alike():
 
 
 def test_half_statistics_are_had_by_casting_them():
-    """torch's rule, on request: they stay so, are updated with one rounding, and evaluate as torch's do."""
+    """torch's rule, on request: they stay so, are updated with one rounding, and evaluate as
+    torch's do.
+    """
     layer = SyncBatchNorm(4).half()
     layer.running_mean, layer.running_var = layer.running_mean.half(), layer.running_var.half()
     layer = copy.deepcopy(layer.half().to("cpu"))
@@ -145,14 +160,24 @@ def test_evaluation_takes_every_mix_of_types(given, parameters, make):
     layer = make(3).to(parameters).eval()
     layer.running_mean.copy_(torch.tensor([0.3, -1.0, 2.0]))
     layer.running_var.copy_(torch.tensor([0.5, 1.0, 4.0]))
-    x = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(given)
+    x = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(
+        given
+    )
     running = reference.RunningStatistics(layer.running_mean.double(), layer.running_var.double())
-    expected = reference.batch_norm_inference(x, layer.weight.detach(), layer.bias.detach(), running)
+    expected = reference.batch_norm_inference(
+        x, layer.weight.detach(), layer.bias.detach(), running
+    )
     y = layer(x)
     y.backward(torch.randn_like(y))
     assert y.dtype == given
     assert layer.weight.grad.dtype == parameters
-    coarse = given if given in HALF else torch.float64 if given == parameters == torch.float64 else torch.float32
+    coarse = (
+        given
+        if given in HALF
+        else torch.float64
+        if given == parameters == torch.float64
+        else torch.float32
+    )
     assert_close(y, expected, coarse, "y")
 
 

@@ -77,7 +77,9 @@ def test_assert_close_can_fail():
     bad[3] += 1e-6
     assert_close(good, good, torch.float64, "same")
     assert_close(bad, good, torch.float32, "within float32")
-    with pytest.raises(AssertionError, match=r"off: 1 of 5 elements are off; at flat index 3 got 0\.750001"):
+    with pytest.raises(
+        AssertionError, match=r"off: 1 of 5 elements are off; at flat index 3 got 0\.750001"
+    ):
         assert_close(bad, good, torch.float64, "off")
     bad[3] = torch.nan
     with pytest.raises(AssertionError, match=r"flat index 3 got nan"):

@@ -1,4 +1,6 @@
-"""SyncBatchNorm on live process groups equals the whole batch in one process: values, gradients, buffers."""
+"""SyncBatchNorm on live process groups equals the whole batch in one process: values, gradients,
+buffers.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_whole_batch(pool, dtype, sizes, spatial, channels_last):
     batches = [
-        Batch.random((sum(sizes), 5, *spatial), dtype, channels_last=channels_last, seed=seed) for seed in (0, 1)
+        Batch.random((sum(sizes), 5, *spatial), dtype, channels_last=channels_last, seed=seed)
+        for seed in (0, 1)
     ]
     by_rank = run_steps(pool(len(sizes)), batches, sizes)
     check_against_oracle(by_rank, batches, sizes)
@@ -52,7 +55,9 @@ def test_equals_the_whole_batch(pool, dtype, sizes, spatial, channels_last):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spatial", SPATIAL, ids=lambda s: f"{len(s) + 2}d")
 def test_a_mask_weights_elements_by_frequency(pool, spatial, dtype, sizes, channels_last):
-    batch = Batch.random((sum(sizes), 3, *spatial), dtype, masked=True, channels_last=channels_last, seed=2)
+    batch = Batch.random(
+        (sum(sizes), 3, *spatial), dtype, masked=True, channels_last=channels_last, seed=2
+    )
     by_rank = run_steps(pool(len(sizes)), [batch], sizes)
     check_against_oracle(by_rank, [batch], sizes)
 
@@ -94,7 +99,9 @@ def test_every_worker_gets_the_same_bits(pool):
 
 
 def test_pooled_differs_from_local(pool):
-    """The negative control: on shards of different means the local layer is far from the large batch."""
+    """The negative control: on shards of different means the local layer is far from the large
+    batch.
+    """
     batch = Batch.random((6, 4, 3, 3), torch.float64)
     expected = oracle_steps([batch], {})[0]
     local = run_steps(pool(2), [batch], (3, 3), {"sync": "none"})
@@ -142,8 +149,12 @@ def test_float64_at_large_means(pool, sizes, ratio, bound):
     check_against_oracle(by_rank, [batch], sizes, factor=bound / sum(TOLERANCES[torch.float64]))
 
 
-def _pooled_variance(sizes: list[int], tail: tuple[int, ...], channels_last: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's unbiased float32 variance of shards about 1e4, 1e4 + 2, 1e4 - 1, and this rank's shard."""
+def _pooled_variance(
+    sizes: list[int], tail: tuple[int, ...], channels_last: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layer's unbiased float32 variance of shards about 1e4, 1e4 + 2, 1e4 - 1, and this rank's
+    shard.
+    """
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(sizes[rank], *tail, generator=generator) + 1e4 + (0.0, 2.0, -1.0)[rank]

@@ -10,7 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import RenormSchedule, SyncBatchRenorm, prepare_ddp, reference
 from syncnorm.testing import assert_close, shard
-from tests.distributed.steps import Batch, check_against_oracle, parameters, run_steps, trained_statistics
+from tests.distributed.steps import (
+    Batch,
+    check_against_oracle,
+    parameters,
+    run_steps,
+    trained_statistics,
+)
 
 SPLITS = [(6,), (4, 2), (6, 0), (3, 0, 3), (1, 1, 1), (7, 0, 1, 0)]
 BOUNDS = [(1.0, 0.0), (1.2, 0.2), (50.0, 50.0), (float("inf"), float("inf"))]
@@ -21,8 +27,12 @@ BOUNDS = [(1.0, 0.0), (1.2, 0.2), (50.0, 50.0), (float("inf"), float("inf"))]
 @pytest.mark.parametrize("sizes", SPLITS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_equals_the_whole_batch(pool, dtype, sizes, spatial, bounds):
-    batches = [Batch.random((sum(sizes), 5, *spatial), dtype, masked=seed == 1, seed=seed) for seed in (0, 1, 2)]
-    # Renormalised outputs lie off zero by d, so half types round values that are larger than their spread.
+    batches = [
+        Batch.random((sum(sizes), 5, *spatial), dtype, masked=seed == 1, seed=seed)
+        for seed in (0, 1, 2)
+    ]
+    # Renormalised outputs lie off zero by d, so half types round values that are larger than their
+    # spread.
     factor = 2.0 if dtype == torch.bfloat16 else 1.0
     for running_average in ("std", "var"):
         options = {"bounds": bounds, "running_average": running_average, "momentum": 0.3}
@@ -34,7 +44,9 @@ def test_equals_the_whole_batch(pool, dtype, sizes, spatial, bounds):
 def test_options(pool, options):
     batches = [Batch.random((6, 4, 3), torch.float64, seed=seed) for seed in range(3)]
     options = {"bounds": (1.3, 0.5), "running_average": "std", **options}
-    check_against_oracle(run_steps(pool(3), batches, (3, 0, 3), options), batches, (3, 0, 3), options)
+    check_against_oracle(
+        run_steps(pool(3), batches, (3, 0, 3), options), batches, (3, 0, 3), options
+    )
 
 
 @pytest.mark.parametrize("bounds", BOUNDS[1:3], ids=["clipped", "unclipped"])
@@ -57,7 +69,9 @@ def test_finite_differences_with_r_and_d_frozen(pool, sizes, bounds):
         sum(o.grad_bias for o in outcomes),
     ]
     for which, gradient in enumerate(got):
-        expected = _central_differences(lambda t, which=which: objective(*_replaced(values, which, t)), values[which])
+        expected = _central_differences(
+            lambda t, which=which: objective(*_replaced(values, which, t)), values[which]
+        )
         assert (gradient - expected).abs().max() < 1e-8
 
 
@@ -84,7 +98,9 @@ def _central_differences(f, x: torch.Tensor, step: float = 1e-5) -> torch.Tensor
     return gradient
 
 
-@pytest.mark.parametrize("options", [{"bounds": (2.0, 1.0)}, {"bounds": (2.0, 1.0), "affine": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"bounds": (2.0, 1.0)}, {"bounds": (2.0, 1.0), "affine": False}], ids=str
+)
 def test_no_further_message(pool, options):
     batch = Batch.random((6, 5, 4), torch.float32)
     for outcomes in run_steps(pool(3), [batch], (1, 0, 5), options):

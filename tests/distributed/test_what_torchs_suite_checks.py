@@ -1,7 +1,8 @@
 """What torch's own suite checks of its SyncBatchNorm, of both layers, on a CPU.
 
-That suite compares parameters or running statistics. Here outputs, input gradients, parameters and buffers are all held
-against the whole batch in one process, in float64; and a layer with the classic mistakes fails every one of the tests.
+That suite compares parameters or running statistics. Here outputs, input gradients, parameters and
+buffers are all held against the whole batch in one process, in float64; and a layer with the
+classic mistakes fails every one of the tests.
 """
 
 from __future__ import annotations
@@ -42,12 +43,17 @@ both = pytest.mark.parametrize("kind", KINDS)
 class Whole(nn.Module):
     """The oracle as a layer: the whole batch in one process."""
 
-    def __init__(self, kind: str, channels: int, *, momentum: float = 0.1, affine: bool = True) -> None:
+    def __init__(
+        self, kind: str, channels: int, *, momentum: float = 0.1, affine: bool = True
+    ) -> None:
         super().__init__()
         self.is_renorm, self.momentum = kind == "renorm", momentum
         self.running = _initial(kind, channels)
         if affine:
-            self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+            self.weight, self.bias = (
+                nn.Parameter(torch.ones(channels)),
+                nn.Parameter(torch.zeros(channels)),
+            )
         else:
             self.weight = self.bias = None
 
@@ -57,9 +63,17 @@ class Whole(nn.Module):
         if self.is_renorm:
             r_max, d_max = BOUNDS
             return reference.batch_renorm(
-                x, self.weight, self.bias, running=self.running, r_max=r_max, d_max=d_max, momentum=self.momentum
+                x,
+                self.weight,
+                self.bias,
+                running=self.running,
+                r_max=r_max,
+                d_max=d_max,
+                momentum=self.momentum,
             )
-        return reference.batch_norm(x, self.weight, self.bias, running=self.running, momentum=self.momentum)
+        return reference.batch_norm(
+            x, self.weight, self.bias, running=self.running, momentum=self.momentum
+        )
 
 
 def _initial(kind: str, channels: int) -> reference.RunningStatistics:
@@ -72,16 +86,22 @@ def _initial(kind: str, channels: int) -> reference.RunningStatistics:
 def _layer(kind: str, channels: int, **options) -> nn.Module:
     if kind == "naive":
         return Naive(channels, **options)
-    return make_layer(channels, bounds=BOUNDS if kind == "renorm" else None, **{"momentum": 0.1, **options})
+    return make_layer(
+        channels, bounds=BOUNDS if kind == "renorm" else None, **{"momentum": 0.1, **options}
+    )
 
 
-def _model(kind: str, is_whole: bool, spatial: Sequence[int], dtype: torch.dtype, **options) -> nn.Module:
+def _model(
+    kind: str, is_whole: bool, spatial: Sequence[int], dtype: torch.dtype, **options
+) -> nn.Module:
     """Vectors pass through a network, images through the layer alone, called "norm"."""
     torch.manual_seed(0)
     layer = Whole(kind, 4, **options) if is_whole else _layer(kind, 4, **options)
     if layer.weight is not None:
         with torch.no_grad():
-            for own, value in zip((layer.weight, layer.bias), parameters(4, torch.float64), strict=True):
+            for own, value in zip(
+                (layer.weight, layer.bias), parameters(4, torch.float64), strict=True
+            ):
                 own.copy_(value)
     model = nn.Sequential()
     if not spatial:
@@ -139,20 +159,33 @@ def _on_one(kind: str, steps: Steps, options: dict) -> Trained:
     trained = _train(model, [(x.double(), target.double()) for x, target in steps])
     running = model.norm.running
     counted = torch.tensor(running.num_batches_tracked)
-    buffers = {"running_mean": running.mean, "running_var": running.var, "num_batches_tracked": counted}
+    buffers = {
+        "running_mean": running.mean,
+        "running_var": running.var,
+        "num_batches_tracked": counted,
+    }
     trained.state = model.state_dict() | {f"norm.{name}": value for name, value in buffers.items()}
     return trained
 
 
-def _data(sizes: Sequence[int], count: int, spatial: Sequence[int] = (), dtype=torch.float64) -> list[list]:
-    """By rank the shards of `count` batches. The mean drifts along each batch, so that shards differ."""
+def _data(
+    sizes: Sequence[int], count: int, spatial: Sequence[int] = (), dtype=torch.float64
+) -> list[list]:
+    """By rank the shards of `count` batches.
+
+    The mean drifts along each batch, so that shards differ.
+    """
     g = torch.Generator().manual_seed(7)
     drift = torch.linspace(-1, 1, sum(sizes), dtype=torch.float64).view(-1, 1, *[1] * len(spatial))
     by_rank: list[list] = [[] for _ in sizes]
     for _ in range(count):
         x = torch.randn(sum(sizes), 4, *spatial, generator=g, dtype=torch.float64) + drift
-        target = torch.randn(sum(sizes), 4 if spatial else 2, *spatial, generator=g, dtype=torch.float64)
-        for steps, *shard in zip(by_rank, x.to(dtype).split(sizes), target.to(dtype).split(sizes), strict=True):
+        target = torch.randn(
+            sum(sizes), 4 if spatial else 2, *spatial, generator=g, dtype=torch.float64
+        )
+        for steps, *shard in zip(
+            by_rank, x.to(dtype).split(sizes), target.to(dtype).split(sizes), strict=True
+        ):
             steps.append(tuple(shard))
     return by_rank
 
@@ -175,7 +208,9 @@ class Differences:
     def __enter__(self) -> Differences:
         return self
 
-    def close(self, got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 1.0) -> None:
+    def close(
+        self, got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 1.0
+    ) -> None:
         try:
             assert_close(got, expected, dtype, what, factor)
         except AssertionError as error:
@@ -191,10 +226,16 @@ class Differences:
 
 
 def _check(
-    pool: Callable[[int], RankPool], kind: str, by_rank: Sequence[Steps], is_joined: bool = False, **options
+    pool: Callable[[int], RankPool],
+    kind: str,
+    by_rank: Sequence[Steps],
+    is_joined: bool = False,
+    **options,
 ) -> list[Trained]:
     """Train on the shards and on the whole batches, and compare all there is."""
-    got = pool(len(by_rank)).run_each(_on_rank, [(kind, steps, options, is_joined) for steps in by_rank])
+    got = pool(len(by_rank)).run_each(
+        _on_rank, [(kind, steps, options, is_joined) for steps in by_rank]
+    )
     whole = _on_one("norm" if kind == "naive" else kind, _union(by_rank), options)
     dtype = by_rank[0][0][0].dtype
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -205,13 +246,17 @@ def _check(
             have = [each for each in got if step < len(each.outputs)]
             for what in ("outputs", "grad_inputs"):
                 parts = torch.cat([getattr(each, what)[step] for each in have])
-                differences.close(parts, getattr(whole, what)[step], dtype, f"{what} of step {step}", factor)
+                differences.close(
+                    parts, getattr(whole, what)[step], dtype, f"{what} of step {step}", factor
+                )
         for rank, each in enumerate(got):
             differences.same(each.state.keys(), whole.state.keys(), "state")
             for name, expected in whole.state.items():
                 is_statistic = "running" in name or "tracked" in name
                 value = each.state.get(name, torch.zeros(0))
-                differences.close(value, expected, wide if is_statistic else dtype, f"{name} of rank {rank}")
+                differences.close(
+                    value, expected, wide if is_statistic else dtype, f"{name} of rank {rank}"
+                )
     return got
 
 
@@ -303,7 +348,9 @@ def test_different_input_sizes_give_the_running_value_of_all_data(pool, kind):
             differences.close(parts, expected, torch.float64, what)
         for _, _, mean, var in got:
             differences.close(mean, rows.mean(0), torch.float64, "running_mean")
-            differences.close(var, rows.var(0, correction=int(kind != "renorm")), torch.float64, "running_var")
+            differences.close(
+                var, rows.var(0, correction=int(kind != "renorm")), torch.float64, "running_var"
+            )
 
 
 def _nested(kind: str, halves: Sequence[Sequence[int]], x: Tensor, cotangent: Tensor) -> tuple:
@@ -311,10 +358,14 @@ def _nested(kind: str, halves: Sequence[Sequence[int]], x: Tensor, cotangent: Te
     made = [dist.new_group(list(ranks)) for ranks in halves]
     group = made[next(i for i, ranks in enumerate(halves) if dist.get_rank() in ranks)]
     make = Naive if kind == "naive" else nn.BatchNorm1d
-    model = nn.Sequential(nn.ModuleDict({"block": nn.Sequential(nn.Identity(), nn.Sequential(make(4)))})["block"])
+    model = nn.Sequential(
+        nn.ModuleDict({"block": nn.Sequential(nn.Identity(), nn.Sequential(make(4)))})["block"]
+    )
     model.add_module("outer", make(4))
     if kind == "renorm":
-        convert(model, SyncBatchRenorm, process_group=group, schedule=RenormSchedule.constant(1.0, 0.0))
+        convert(
+            model, SyncBatchRenorm, process_group=group, schedule=RenormSchedule.constant(1.0, 0.0)
+        )
     else:
         convert_sync_batchnorm(model, process_group=group)
     layers = [m for m in model.double().modules() if hasattr(m, "running_mean")]
@@ -322,7 +373,12 @@ def _nested(kind: str, halves: Sequence[Sequence[int]], x: Tensor, cotangent: Te
     y = model(x)
     y.backward(cotangent)
     buffers = [layer.running_mean for layer in layers]
-    return y.detach(), x.grad, *buffers, [getattr(layer, "process_group", None) is group for layer in layers]
+    return (
+        y.detach(),
+        x.grad,
+        *buffers,
+        [getattr(layer, "process_group", None) is group for layer in layers],
+    )
 
 
 @both
@@ -330,7 +386,9 @@ def test_nested_modules_get_the_group(pool, kind):
     halves, sizes = ((0, 2), (1, 3)), (3, 1, 2, 2)
     shards = [steps[0][0] for steps in _data(sizes, 1)]
     cotangents = [steps[0][0].flip(1) for steps in _data(sizes, 1)]
-    got = pool(4).run_each(_nested, [(kind, halves, *each) for each in zip(shards, cotangents, strict=True)])
+    got = pool(4).run_each(
+        _nested, [(kind, halves, *each) for each in zip(shards, cotangents, strict=True)]
+    )
     with Differences() as differences:
         for ranks in halves:
             # With these bounds and initial statistics renormalisation is batch normalisation.
@@ -340,14 +398,22 @@ def test_nested_modules_get_the_group(pool, kind):
             y = outer(inner(x))
             y.backward(torch.cat([cotangents[rank] for rank in ranks]))
             for what, place, expected in (("y", 0, y), ("grad_input", 1, x.grad)):
-                differences.close(torch.cat([got[rank][place] for rank in ranks]), expected, torch.float64, what)
+                differences.close(
+                    torch.cat([got[rank][place] for rank in ranks]), expected, torch.float64, what
+                )
             for rank in ranks:
-                differences.close(got[rank][2], inner.running.mean, torch.float64, "inner running_mean")
-                differences.close(got[rank][3], outer.running.mean, torch.float64, "outer running_mean")
+                differences.close(
+                    got[rank][2], inner.running.mean, torch.float64, "inner running_mean"
+                )
+                differences.close(
+                    got[rank][3], outer.running.mean, torch.float64, "outer running_mean"
+                )
                 differences.same(got[rank][4], [True, True], "the group of both layers given")
 
 
-def _evaluated(kind: str, x: Tensor, options: dict, who: Sequence[int]) -> list[tuple[Tensor, Tensor, list]]:
+def _evaluated(
+    kind: str, x: Tensor, options: dict, who: Sequence[int]
+) -> list[tuple[Tensor, Tensor, list]]:
     """Six evaluations on some ranks: outputs, input gradients, and the collectives that they made."""
     layer = _layer(kind, 4, **options).double()
     layer(torch.randn(3, 4, 5, dtype=torch.float64))
@@ -361,7 +427,9 @@ def _evaluated(kind: str, x: Tensor, options: dict, who: Sequence[int]) -> list[
     return found
 
 
-def _check_evaluation(pool, kind: str, who: Sequence[int], options: dict, shape: Sequence[int] = (3, 4, 5)) -> None:
+def _check_evaluation(
+    pool, kind: str, who: Sequence[int], options: dict, shape: Sequence[int] = (3, 4, 5)
+) -> None:
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     with Differences() as differences:
         for rank, found in enumerate(pool(2).run(_evaluated, kind, x, options, who)):
@@ -371,7 +439,9 @@ def _check_evaluation(pool, kind: str, who: Sequence[int], options: dict, shape:
                 if running[0] is None:
                     expected = reference.batch_norm(x)
                 else:
-                    expected = reference.batch_norm_inference(x, None, None, reference.RunningStatistics(*running))
+                    expected = reference.batch_norm_inference(
+                        x, None, None, reference.RunningStatistics(*running)
+                    )
                 expected.backward(x.detach())
                 differences.close(y, expected, torch.float64, "y")
                 differences.close(grad_input, x.grad, torch.float64, "grad_input")
@@ -391,7 +461,8 @@ def test_evaluation_sends_nothing(pool, kind):
     _check_evaluation(pool, kind, [0, 1], {}, (0, 4, 5))
 
 
-# Test -> what it says of a layer with the classic mistakes. Where its workers wait for each other: see below.
+# Test -> what it says of a layer with the classic mistakes. Where its workers wait for each other:
+# see below.
 NAIVE = {
     test_parameters_after_five_steps_are_those_of_one_process: [
         "first.weight",
@@ -409,8 +480,14 @@ NAIVE = {
     test_a_worker_with_empty_input: ["norm.running_var of rank 1"],
     test_half: ["norm.running_mean of rank 0", "grad_inputs of step 0"],
     test_different_input_sizes_give_the_running_value_of_all_data: ["running_var", "grad_input"],
-    test_nested_modules_get_the_group: ["y", "inner running_mean", "the group of both layers given is [False, False]"],
-    test_evaluation_sends_nothing: ["what was sent in evaluation is [('broadcast', 4)], should be []"],
+    test_nested_modules_get_the_group: [
+        "y",
+        "inner running_mean",
+        "the group of both layers given is [False, False]",
+    ],
+    test_evaluation_sends_nothing: [
+        "what was sent in evaluation is [('broadcast', 4)], should be []"
+    ],
 }
 
 
@@ -429,7 +506,9 @@ def test_a_naive_layer_fails_channels_last(pool, spatial):
 
 
 @pytest.mark.parametrize(
-    "check", [test_evaluation_on_rank_0_alone_does_not_wait, test_uneven_inputs_under_join], ids=["evaluation", "join"]
+    "check",
+    [test_evaluation_on_rank_0_alone_does_not_wait, test_uneven_inputs_under_join],
+    ids=["evaluation", "join"],
 )
 def test_workers_with_a_naive_layer_wait_for_each_other(check):
     with (

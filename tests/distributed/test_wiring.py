@@ -28,7 +28,9 @@ def test_no_exchange_with_nobody_to_exchange_with(pool, sizes, options):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 6), (8, 0), (1, 2, 5), (4, 1, 2, 1)], ids=str)
 def test_integers_are_pooled_exactly(pool, sizes, channels_last):
-    """With integers and a power-of-two count every sum and mean is exact: any split gives one process's bits."""
+    """With integers and a power-of-two count every sum and mean is exact: any split gives one
+    process's bits.
+    """
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 9, (8, 3, 4, 4), generator=g).float()
     cotangent = torch.randint(-4, 5, x.shape, generator=g).float()
@@ -54,7 +56,10 @@ def test_integers_are_pooled_exactly(pool, sizes, channels_last):
 )
 def test_any_split_equals_the_whole_batch(pool, data, sizes, channels, spatial):
     """Ragged, empty, one sample, permuted workers, with and without a mask."""
-    options = {"affine": data.draw(st.booleans()), "momentum": data.draw(st.sampled_from([0.1, None, 1.0]))}
+    options = {
+        "affine": data.draw(st.booleans()),
+        "momentum": data.draw(st.sampled_from([0.1, None, 1.0])),
+    }
     batches = [
         Batch.random(
             (sum(sizes), channels, *spatial),

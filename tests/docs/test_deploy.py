@@ -31,7 +31,9 @@ BIN = Path(sys.executable).parent
 
 
 def check(tool: str, *arguments: str) -> None:
-    done = subprocess.run([str(BIN / tool), *arguments], capture_output=True, text=True, timeout=900, check=False)
+    done = subprocess.run(
+        [str(BIN / tool), *arguments], capture_output=True, text=True, timeout=900, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -61,7 +63,9 @@ def test_the_linters_can_find_something(tmp_path):
         ["shellcheck", "job.sh"],
         ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", "compose.yaml"],
     ):
-        done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, check=False)
+        done = subprocess.run(
+            [str(BIN / command[0]), *command[1:]], cwd=tmp_path, capture_output=True, check=False
+        )
         assert done.returncode == 1, command
 
 
@@ -71,7 +75,9 @@ def copied() -> list[tuple[str, str, list[str]]]:
     for stage, name, text in instructions():
         if name == "COPY":
             *words, _ = text.split()
-            origin = "".join(word.removeprefix("--from=") for word in words if word.startswith("--from="))
+            origin = "".join(
+                word.removeprefix("--from=") for word in words if word.startswith("--from=")
+            )
             found.append((stage, origin, [word for word in words if not word.startswith("--")]))
     return found
 
@@ -90,7 +96,10 @@ def test_every_copied_path_exists_and_reaches_the_build():
 def test_dependencies_come_before_the_source_and_nothing_runs_as_root():
     base = [name + " " + text for stage, name, text in instructions() if stage == "base"]
     assert not any("COPY" in line and "syncnorm" in line for line in base)
-    assert any(line.startswith("RUN") and "pip install --constraint constraints.txt" in line for line in base)
+    assert any(
+        line.startswith("RUN") and "pip install --constraint constraints.txt" in line
+        for line in base
+    )
     for stage in ("cpu", "cuda"):
         lines = [(name, text) for each, name, text in instructions() if each == stage]
         assert [text for name, text in lines if name == "USER"] == ["1000"]
@@ -101,20 +110,35 @@ def test_dependencies_come_before_the_source_and_nothing_runs_as_root():
 
 def test_what_the_image_installs_has_pins():
     """Of the extras that the Dockerfile names, `report` among them: runs lie in the image's volume."""
-    (line,) = (text for _, name, text in instructions() if name == "RUN" and "optional-dependencies" in text)
+    (line,) = (
+        text
+        for _, name, text in instructions()
+        if name == "RUN" and "optional-dependencies" in text
+    )
     extras = re.findall(r'extras\["(\w+)"\]', line)
     assert set(extras) == {"train", "report", "ray"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = [line.split("==")[0].lower() for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]]
-    for requirement in (each for extra in extras for each in project["optional-dependencies"][extra]):
+    pins = [
+        line.split("==")[0].lower()
+        for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]
+    ]
+    for requirement in (
+        each for extra in extras for each in project["optional-dependencies"][extra]
+    ):
         assert re.split(r"[\[>=]", requirement)[0] in pins, requirement
 
 
 def test_versions_agree():
     pins = dict(
-        line.split("==") for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines() if "==" in line
+        line.split("==")
+        for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines()
+        if "==" in line
     )
-    ours = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    ours = dict(
+        line.split("==")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    )
     assert {name: pins[name] for name in ours} == ours
     assert cluster()["rayVersion"] == pins["ray"]
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in pins.values())
@@ -165,7 +189,9 @@ WORKERS_FIELDS = {*GROUP_FIELDS, "groupName", "replicas", "minReplicas", "maxRep
 
 def test_the_ray_job_has_the_fields_of_its_definition():
     assert set(ray_job()) == JOB_FIELDS
-    assert yaml.safe_load(ray_job()["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
+    assert yaml.safe_load(ray_job()["runtimeEnvYAML"]) == {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    }
     assert set(cluster()) == CLUSTER_FIELDS
     assert cluster()["authOptions"] == {"mode": "token"}
     assert set(cluster()["headGroupSpec"]) == GROUP_FIELDS
@@ -183,7 +209,10 @@ def test_the_ray_jobs_pods_are_confined_and_share_the_runs():
         assert pod["securityContext"]["runAsNonRoot"] is True
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         (container,) = pod["containers"]
-        assert container["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+        }
         assert set(container["resources"]) == {"requests", "limits"}
         assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
         assert volumes["runs"]["persistentVolumeClaim"] == {"claimName": "syncnorm-runs"}
@@ -202,7 +231,9 @@ def test_the_ray_jobs_entrypoint_is_a_configuration_that_fits_the_cluster():
 
 def documented(command: str) -> list[list[str]]:
     """The commands of docs/operate.md that begin so, as words."""
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "docs" / "operate.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```console\n(.*?)```", (ROOT / "docs" / "operate.md").read_text(), flags=re.DOTALL
+    )
     lines = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines()]
     begin = command.split()
     found = [line[len(begin) :] for line in lines if line[: len(begin)] == begin]
@@ -214,7 +245,10 @@ def test_the_documented_commands_are_understood():
     for arguments in documented("torchrun"):
         taken = get_args_parser().parse_args(arguments)
         assert taken.training_script == "syncnorm"
-        assert load_config(taken.training_script_args[1], taken.training_script_args[2:]).run_dir == "/shared/runs"
+        assert (
+            load_config(taken.training_script_args[1], taken.training_script_args[2:]).run_dir
+            == "/shared/runs"
+        )
     commands_of_ours = get_command(app)
     assert isinstance(commands_of_ours, TyperGroup)
     for name, *arguments in documented("syncnorm"):
@@ -226,14 +260,20 @@ def test_the_ray_nodes_are_understood():
     services = yaml.safe_load(COMPOSE.read_text())["services"].values()
     composed = [[*service["entrypoint"], *service["command"]][2:] for service in services]
     groups = [cluster()["headGroupSpec"], *cluster()["workerGroupSpecs"]]
-    grouped = [[f"--{name}={value}" for name, value in group["rayStartParams"].items()] for group in groups]
+    grouped = [
+        [f"--{name}={value}" for name, value in group["rayStartParams"].items()] for group in groups
+    ]
     nodes = [scripts.start.make_context("start", arguments).params for arguments in composed]
     for arguments in grouped:
         scripts.start.make_context("start", arguments)
-    head, worker = (scripts.start.make_context("start", arguments).params for arguments in documented("ray start"))
+    head, worker = (
+        scripts.start.make_context("start", arguments).params
+        for arguments in documented("ray start")
+    )
     assert worker["address"] == f"{head['node_ip_address']}:{head['port']}"
     assert head["dashboard_host"] == "127.0.0.1"
-    # Jobs go through the agents' ports, which nothing may take before: below where Linux hands out ports.
+    # Jobs go through the agents' ports, which nothing may take before: below where Linux hands out
+    # ports.
     ports = [each["dashboard_agent_listen_port"] for each in (head, worker)]
     ports += [each["dashboard_agent_listen_port"] for each in nodes]
     assert all(port < 32768 for port in ports)
@@ -258,14 +298,27 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
     build.mkdir()
     venv.create(environment, with_pip=True)
     search = f"{environment / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    # An index without packages: the CPU build of torch comes from where this environment's came from.
+    # An index without packages: the CPU build of torch comes from where this environment's came
+    # from.
     (tmp_path / "index").mkdir()
     variables = {**os.environ, "PATH": search, "TORCH_INDEX": (tmp_path / "index").as_uri()}
-    probe = ["pip", "download", "--quiet", "--no-deps", "--dest", str(tmp_path), f"torch=={_installed_torch()}"]
-    offered = subprocess.run(probe, env=variables, capture_output=True, text=True, timeout=900, check=False)
+    probe = [
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--dest",
+        str(tmp_path),
+        f"torch=={_installed_torch()}",
+    ]
+    offered = subprocess.run(
+        probe, env=variables, capture_output=True, text=True, timeout=900, check=False
+    )
     if "+cpu" not in _installed_torch() or offered.returncode != 0:
         pytest.skip("pip knows no CPU build of torch here; the one for CUDA is several GB")
-    lines = [(name, text) for stage, name, text in instructions() if stage in ("base", "wheel", "cpu")]
+    lines = [
+        (name, text) for stage, name, text in instructions() if stage in ("base", "wheel", "cpu")
+    ]
     for name, text in lines:
         if name == "COPY" and "--from" not in text:
             *sources, to = text.split()
@@ -276,12 +329,24 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
         # apt and the user are the image's own.
         elif name == "RUN" and not re.search(r"apt-get|useradd", text):
             done = subprocess.run(
-                ["sh", "-c", text], cwd=build, env=variables, capture_output=True, text=True, timeout=900, check=False
+                ["sh", "-c", text],
+                cwd=build,
+                env=variables,
+                capture_output=True,
+                text=True,
+                timeout=900,
+                check=False,
             )
             assert done.returncode == 0, f"{text}\n{done.stdout}\n{done.stderr}"
     for command in (["syncnorm", "config", "show", "digits"], ["ray", "--version"]):
         done = subprocess.run(
-            command, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=900, check=False
+            command,
+            cwd=tmp_path,
+            env=variables,
+            capture_output=True,
+            text=True,
+            timeout=900,
+            check=False,
         )
         assert done.returncode == 0, done.stderr
     installed = subprocess.run(
@@ -294,7 +359,9 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
     )
     pins = (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]
     # Every version is one that was asked for.
-    assert sorted(line.replace("+cpu", "") for line in installed.stdout.splitlines()) == sorted(pins)
+    assert sorted(line.replace("+cpu", "") for line in installed.stdout.splitlines()) == sorted(
+        pins
+    )
 
 
 # As since Slurm 22.05: not told, it gives a task one CPU.
@@ -311,9 +378,13 @@ exit 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, ["requeue 4711"]), (signal.SIGTERM, [])])
+@pytest.mark.parametrize(
+    ("number", "requeued"), [(signal.SIGUSR1, ["requeue 4711"]), (signal.SIGTERM, [])]
+)
 def test_the_slurm_script_saves_is_queued_again_and_goes_on(tmp_path, number, requeued):
-    """Slurm's two commands are stand-ins that do on this machine what Slurm would do on one machine of a job."""
+    """Slurm's two commands are stand-ins that do on this machine what Slurm would do on one machine
+    of a job.
+    """
     (tmp_path / ".venv").symlink_to(sys.prefix)
     (tmp_path / "slurm").mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):

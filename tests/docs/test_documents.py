@@ -29,7 +29,12 @@ def _blocks(language: str) -> list[str]:
 
 def _run(command: list[str], cwd: Path) -> str:
     done = subprocess.run(
-        [str(BIN / command[0]), *command[1:]], cwd=cwd, capture_output=True, text=True, timeout=900, check=False
+        [str(BIN / command[0]), *command[1:]],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -40,8 +45,13 @@ def test_the_readme_example_runs_as_it_stands(tmp_path):
     assert len([line for line in example.splitlines() if line]) <= 14
     (tmp_path / "example.py").write_text(example)
     # A file for each worker's output, which would mingle on one screen.
-    _run([*TORCHRUN, "--nproc-per-node", "2", "--redirects", "1", "--log-dir", "logs", "example.py"], tmp_path)
-    first, second = (next(tmp_path.glob(f"logs/*/attempt_0/{rank}/stdout.log")).read_text() for rank in (0, 1))
+    _run(
+        [*TORCHRUN, "--nproc-per-node", "2", "--redirects", "1", "--log-dir", "logs", "example.py"],
+        tmp_path,
+    )
+    first, second = (
+        next(tmp_path.glob(f"logs/*/attempt_0/{rank}/stdout.log")).read_text() for rank in (0, 1)
+    )
     assert re.fullmatch(r"0 tensor\(.*\)\s*", first, flags=re.DOTALL)
     assert first.removeprefix("0") == second.removeprefix("1")
 
@@ -64,8 +74,12 @@ def test_the_readme_block_on_a_model_that_exists_runs(pool):
 
 
 def _training_commands() -> list[str]:
-    lines = [line.split("#")[0].strip() for block in _blocks("console") for line in block.splitlines()]
-    commands = [line for line in lines if "digits" in line and not line.startswith("syncnorm submit")]
+    lines = [
+        line.split("#")[0].strip() for block in _blocks("console") for line in block.splitlines()
+    ]
+    commands = [
+        line for line in lines if "digits" in line and not line.startswith("syncnorm submit")
+    ]
     assert len(commands) == 4
     return commands
 
@@ -91,7 +105,9 @@ def test_links_and_files_exist(document):
     text = document.read_text()
     for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
         assert (document.parent / target).exists(), target
-    for path in re.findall(r"`((?:syncnorm|tests|benchmarks|configs|launch|docs|docker)/[\w./-]+\.\w+)", text):
+    for path in re.findall(
+        r"`((?:syncnorm|tests|benchmarks|configs|launch|docs|docker)/[\w./-]+\.\w+)", text
+    ):
         assert (ROOT / path).exists(), path
 
 

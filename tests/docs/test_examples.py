@@ -16,12 +16,19 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
 def _run(name: str, *arguments: str) -> str:
-    """By the first command of its docstring, with this Python, and a free port instead of torchrun's fixed one."""
+    """By the first command of its docstring, with this Python, and a free port instead of
+    torchrun's fixed one.
+    """
     text = (ROOT / "examples" / name).read_text()
     command = shlex.split(re.search(r"^    ((?:torchrun|python) .*)$", text, flags=re.MULTILINE)[1])
     assert command[-1] == f"examples/{name}"
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
-    started = [sys.executable, *(torchrun if command[0] == "torchrun" else []), *command[1:], *arguments]
+    started = [
+        sys.executable,
+        *(torchrun if command[0] == "torchrun" else []),
+        *command[1:],
+        *arguments,
+    ]
     done = subprocess.run(
         started, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -68,7 +75,9 @@ def test_crossq_pendulum():
     pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed")
     output = _run("crossq_pendulum.py", "2500")
     assert "CrossQRenorm(" in output
-    before, after = (float(r) for r in re.findall(r"episode return \w+ 2500 steps: (-?\d+)", output))
+    before, after = (
+        float(r) for r in re.findall(r"episode return \w+ 2500 steps: (-?\d+)", output)
+    )
     assert after > before + 300.0
 
 

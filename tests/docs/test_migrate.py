@@ -1,4 +1,6 @@
-"""What docs/migrate.md tells users to write runs; detectron2, which no registry has, by its documented interface."""
+"""What docs/migrate.md tells users to write runs; detectron2, which no registry has, by its
+documented interface.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,12 @@ def test_importing_syncnorm_imports_none_of_them():
     """An integration is a file that imports its library, so it must not come with the package."""
     code = "import sys, syncnorm; print([m for m in sys.modules if 'integrations' in m or 'lightning' in m])"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=900, check=True
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=True,
     )
     assert done.stdout.strip() == "[]"
 
@@ -96,7 +103,11 @@ def test_every_block_is_found_and_says_what_it_needs():
 
 
 def test_the_tables_new_lines_build_what_they_say():
-    rows = [line.split(" | ") for line in TEXT.splitlines() if line.startswith("| ") and line.count(" | ") >= 3]
+    rows = [
+        line.split(" | ")
+        for line in TEXT.splitlines()
+        if line.startswith("| ") and line.count(" | ") >= 3
+    ]
     assert len(rows) == 19
     lines = {line for row in rows[1:] for line in re.findall(r"`([^`]*\([^`]*\))`", row[2])}
     ours = sorted(line for line in lines if re.match(r"(Sync|nn\.|prepare)", line))
@@ -105,6 +116,8 @@ def test_the_tables_new_lines_build_what_they_say():
     names |= {name: getattr(syncnorm, name) for name in syncnorm.__all__}
     for line in ours:
         exec(f"built = {line}", names)
-        assert any(isinstance(m, SyncBatchNorm | SyncBatchRenorm) for m in names["built"].modules()), line
+        assert any(
+            isinstance(m, SyncBatchNorm | SyncBatchRenorm) for m in names["built"].modules()
+        ), line
     for line in lines.difference(ours):
         compile(line, "docs/migrate.md", "exec")

@@ -15,7 +15,14 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 # For what hangs; the machine may be busy with other things.
 DEADLINE_SECONDS = 900
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCHER_VARIABLES = (
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
 
 
 @contextlib.contextmanager
@@ -23,7 +30,9 @@ def started(
     command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """Start a command in `folder`; on the way out it and its process group are ended."""
-    inherited = {name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES
+    }
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -51,7 +60,9 @@ def run(
         return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def wait_while_alive(condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], seconds: float) -> None:
+def wait_while_alive(
+    condition: Callable[[], bool], processes: Sequence[subprocess.Popen[str]], seconds: float
+) -> None:
     """Wait for a condition; a process that ends before, or too long a time, is a failure."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -61,7 +72,9 @@ def wait_while_alive(condition: Callable[[], bool], processes: Sequence[subproce
                 each.wait(0.1)
             except subprocess.TimeoutExpired:
                 continue
-            raise AssertionError(f"a process ended with status {each.returncode}: {each.communicate()[1]}")
+            raise AssertionError(
+                f"a process ended with status {each.returncode}: {each.communicate()[1]}"
+            )
 
 
 def holder(path: Path) -> int:

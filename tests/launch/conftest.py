@@ -12,6 +12,8 @@ from tests.launch.ray_cluster import Cluster, local_cluster
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Two nodes of two CPUs, whose processes find this syncnorm, as machines of a cluster have it installed."""
+    """Two nodes of two CPUs, whose processes find this syncnorm, as machines of a cluster have it
+    installed.
+    """
     with local_cluster(environment={"PYTHONPATH": str(Path(__file__).parents[2])}) as cluster:
         yield cluster

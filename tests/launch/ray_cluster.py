@@ -51,9 +51,13 @@ class Cluster:
     environment: Mapping[str, str]
     nodes: list[Node] = field(default_factory=list)
 
-    def started(self, *arguments: str, folder: Path) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
+    def started(
+        self, *arguments: str, folder: Path
+    ) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
         """Start a command of syncnorm's that speaks to this cluster."""
-        return commands.started([*commands.SYNCNORM, *arguments, "--address", self.address], folder, self.environment)
+        return commands.started(
+            [*commands.SYNCNORM, *arguments, "--address", self.address], folder, self.environment
+        )
 
     def add_node(self, ip: str, cpus: int = 2) -> Node:
         """Start another node and wait until it belongs to the cluster."""
@@ -67,7 +71,14 @@ class Cluster:
     def start_head(self, ip: str, cpus: int) -> None:
         """Start the first node and wait until it takes jobs."""
         port, dashboard = self.gcs.rpartition(":")[2], self.address.rpartition(":")[2]
-        options = ["--head", "--port", port, "--dashboard-host=127.0.0.1", "--dashboard-port", dashboard]
+        options = [
+            "--head",
+            "--port",
+            port,
+            "--dashboard-host=127.0.0.1",
+            "--dashboard-port",
+            dashboard,
+        ]
         options += ["--ray-client-server-port", str(free_port()), "--temp-dir", str(self.folder)]
         self._start(ip, cpus, *options)
         wait_until(self._answers, self._logs)
@@ -82,12 +93,26 @@ class Cluster:
         kill_processes_of(self.folder)
 
     def _start(self, ip: str, cpus: int, *options: str) -> Node:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={ip}"]
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--block",
+            f"--node-ip-address={ip}",
+        ]
         command += ["--num-cpus", str(cpus), "--num-gpus=0", "--object-store-memory=100000000"]
-        command += ["--disable-usage-stats", "--dashboard-agent-listen-port", str(free_port()), *options]
+        command += [
+            "--disable-usage-stats",
+            "--dashboard-agent-listen-port",
+            str(free_port()),
+            *options,
+        ]
         with (self.folder / f"start-{len(self.nodes)}.log").open("wb") as log:
             process = subprocess.Popen(
-                command, env={**os.environ, **self.environment}, stdout=log, stderr=log, start_new_session=True
+                command,
+                env={**os.environ, **self.environment},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self.nodes.append(Node(process, ip))
         return self.nodes[-1]
@@ -112,17 +137,27 @@ class Cluster:
             return answer.read().decode()
 
     def _logs(self) -> str:
-        return "\n".join(log.read_text(errors="replace")[-2000:] for log in self.folder.glob("start-*.log"))
+        return "\n".join(
+            log.read_text(errors="replace")[-2000:] for log in self.folder.glob("start-*.log")
+        )
 
 
 @contextlib.contextmanager
-def local_cluster(nodes: int = 2, cpus: int = 2, environment: Mapping[str, str] | None = None) -> Iterator[Cluster]:
+def local_cluster(
+    nodes: int = 2, cpus: int = 2, environment: Mapping[str, str] | None = None
+) -> Iterator[Cluster]:
     """Start a cluster on 127.0.0.2 and following, and end it on the way out."""
     # Sockets lie in it, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
-    own = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "RAY_USAGE_STATS_ENABLED": "0"}
+    own = {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
     cluster = Cluster(
-        folder, f"http://127.0.0.1:{free_port()}", f"127.0.0.2:{free_port()}", {**own, **(environment or {})}
+        folder,
+        f"http://127.0.0.1:{free_port()}",
+        f"127.0.0.2:{free_port()}",
+        {**own, **(environment or {})},
     )
     try:
         cluster.start_head("127.0.0.2", cpus)
@@ -161,7 +196,9 @@ def free_port() -> int:
 
 
 def kill_processes_of(folder: Path) -> None:
-    """A worker is in a process group of its own, and goes with its node; if not, it is known by Ray's folder."""
+    """A worker is in a process group of its own, and goes with its node; if not, it is known by
+    Ray's folder.
+    """
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with contextlib.suppress(OSError):

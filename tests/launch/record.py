@@ -17,7 +17,12 @@ class Run:
     def events(self, *kinds: str) -> list[dict[str, Any]]:
         records = list(self._folder.glob(f"runs/{self._name}/metrics.jsonl"))
         assert len(records) <= 1, records
-        return [event for record in records for event in read_events(record)[0] if event["event"] in kinds]
+        return [
+            event
+            for record in records
+            for event in read_events(record)[0]
+            if event["event"] in kinds
+        ]
 
     def groups(self) -> list[int]:
         """The number of workers of all groups so far."""
@@ -28,7 +33,9 @@ class Run:
         return {event["step"]: event["loss"] for event in self.events("step")}
 
     def has_group(self, number: int, steps: int) -> bool:
-        """Whether at least so many groups of workers have been, and the last has made so many steps."""
+        """Whether at least so many groups of workers have been, and the last has made so many
+        steps.
+        """
         kinds = [event["event"] for event in self.events("start", "step")]
         return kinds.count("start") >= number and kinds[::-1].index("start") >= steps
 

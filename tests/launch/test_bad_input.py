@@ -27,14 +27,32 @@ def in_empty_folder(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["missing.yaml"], "no configuration 'missing.yaml'. Packed ones, by name: "),
-        (["digits", "train.epoch=1"], "`train.epoch` is not a key. The nearest key is `train.epochs`."),
+        (
+            ["digits", "train.epoch=1"],
+            "`train.epoch` is not a key. The nearest key is `train.epochs`.",
+        ),
         (["digits", "train.epochs=many"], "`train.epochs` must be a valid integer"),
-        (["digits", "run_dir=taken"], "`run_dir` must be a folder that can be written to, got 'taken'"),
-        (["digits", "launch.device=cuda", "launch.workers=99"], "`launch.device` must be auto or cpu where 99 workers"),
+        (
+            ["digits", "run_dir=taken"],
+            "`run_dir` must be a folder that can be written to, got 'taken'",
+        ),
+        (
+            ["digits", "launch.device=cuda", "launch.workers=99"],
+            "`launch.device` must be auto or cpu where 99 workers",
+        ),
         (["digits", "launch.memory_gib=0.01"], "`launch.memory_gib` must be more than "),
-        (["digits", "run_dir=s3://bucket/runs"], "`run_dir` must be a path on a file system of this machine, got 's3:"),
-        (["digits", "run_dir=memory://runs", "--dry-run"], "`run_dir` must be a path on a file system of this machine"),
-        (["digits", "data.root=file:///tmp"], "`data.root` must be a path on a file system of this machine, got 'file"),
+        (
+            ["digits", "run_dir=s3://bucket/runs"],
+            "`run_dir` must be a path on a file system of this machine, got 's3:",
+        ),
+        (
+            ["digits", "run_dir=memory://runs", "--dry-run"],
+            "`run_dir` must be a path on a file system of this machine",
+        ),
+        (
+            ["digits", "data.root=file:///tmp"],
+            "`data.root` must be a path on a file system of this machine, got 'file",
+        ),
     ],
 )
 def test_bad_input(arguments, message, in_empty_folder, capsys):
@@ -58,7 +76,8 @@ def test_a_path_may_have_colons_and_slashes():
 def test_more_workers_than_fit_are_refused_with_numbers():
     refuse_many(40, 256 * 2**20, 10 * 2**30)
     message = (
-        "`launch.workers` must be at most 40 on this machine, got 41: a worker takes 256.00 MiB and more before it has "
+        "`launch.workers` must be at most 40 on this machine, got 41: a worker takes 256.00 MiB "
+        "and more before it has "
         "data and a model, and 10.00 GiB are free. Take fewer."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -68,7 +87,9 @@ def test_more_workers_than_fit_are_refused_with_numbers():
 def test_more_workers_than_cores_are_told():
     assert crowded(2, 2.0) is None
     assert crowded(3, 2.0) == "3 workers share 2 core(s): a step takes longer than with 2 worker(s)"
-    assert crowded(1, 0.5) == "1 workers share 0.5 core(s): a step takes longer than with 1 worker(s)"
+    assert (
+        crowded(1, 0.5) == "1 workers share 0.5 core(s): a step takes longer than with 1 worker(s)"
+    )
 
 
 @pytest.fixture
@@ -78,7 +99,8 @@ def code_here(in_empty_folder, monkeypatch):
     monkeypatch.setattr(sys, "path", [each for each in sys.path if each not in here])
     Path("lying_here.py").write_text("def load(root):\n    return root.parent\nLIMIT = 3\n")
     Path("mine.yaml").write_text(
-        "model: {name: digits_resnet}\ndata: {name: 'lying_here:load'}\ntrain: {epochs: 1, global_batch: 8, lr: 0.1}\n"
+        "model: {name: digits_resnet}\ndata: {name: 'lying_here:load'}\ntrain: {epochs: 1, "
+        "global_batch: 8, lr: 0.1}\n"
     )
     yield Path.cwd()
     sys.modules.pop("lying_here", None)
@@ -98,7 +120,10 @@ def test_verify_finds_code_here(code_here, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["verify", "--layer", "lying_here:LIMIT"])
     assert caught.value.code == 2
-    assert "`--layer` must name a class of torch.nn.Module, got 'lying_here:LIMIT': 3." in capsys.readouterr().err
+    assert (
+        "`--layer` must name a class of torch.nn.Module, got 'lying_here:LIMIT': 3."
+        in capsys.readouterr().err
+    )
 
 
 def test_a_folder_is_removed_where_the_run_was_refused_before_it_began(pool, in_empty_folder):
@@ -123,7 +148,9 @@ def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
             raise ConfigError("no")
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["tarin", "digits"], ["train", "digits", "--epochs", "3"]])
+@pytest.mark.parametrize(
+    "arguments", [["train"], ["tarin", "digits"], ["train", "digits", "--epochs", "3"]]
+)
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
         main(arguments)
@@ -137,7 +164,10 @@ def test_half_an_environment(monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["train", "digits"])
     assert caught.value.code == 2
-    assert "environment variable WORLD_SIZE must be a number where RANK is set, got ''" in capsys.readouterr().err
+    assert (
+        "environment variable WORLD_SIZE must be a number where RANK is set, got ''"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_real_command(tmp_path):

@@ -32,7 +32,9 @@ GOOD = Facts(
     loopback_error=None,
     extras={"train": "0.8.0", "report": "3.11.2", "tensorboard": "2.21.0", "ray": "2.60.0"},
     has_glibc=True,
-    tuning=Tuning(missing_malloc={"MALLOC_TOP_PAD_": "7"}, is_under_torchrun=False, shares_store=True),
+    tuning=Tuning(
+        missing_malloc={"MALLOC_TOP_PAD_": "7"}, is_under_torchrun=False, shares_store=True
+    ),
 )
 TORCHRUN = replace(GOOD.tuning, is_under_torchrun=True)
 
@@ -59,15 +61,33 @@ def test_a_good_machine_has_no_fault():
     ("change", "name", "status", "detail", "remedy"),
     [
         ({"python": (3, 10, 4)}, "python", "fail", "3.10.4", "Use Python 3.11"),
-        ({"torch_version": "2.9.1+cu128"}, "torch", "fail", "2.9.1+cu128", "pip install 'torch>=2.11'"),
+        (
+            {"torch_version": "2.9.1+cu128"},
+            "torch",
+            "fail",
+            "2.9.1+cu128",
+            "pip install 'torch>=2.11'",
+        ),
         ({"backends": ()}, "backends", "fail", "none", "with gloo"),
         ({"cuda_devices": ("H200",)}, "backends", "fail", "gloo", "with nccl"),
         ({"nvidia_devices": 4}, "cuda", "warn", "none of 4", "CUDA_VISIBLE_DEVICES"),
         ({"threads": 64}, "cores", "warn", "2, and 64 threads", "export OMP_NUM_THREADS=2"),
-        ({"cores": 0.5, "threads": 2}, "cores", "warn", "0.5, and 2 threads", "export OMP_NUM_THREADS=1"),
+        (
+            {"cores": 0.5, "threads": 2},
+            "cores",
+            "warn",
+            "0.5, and 2 threads",
+            "export OMP_NUM_THREADS=1",
+        ),
         ({"free_memory": 1.0 * GIB}, "memory", "warn", "1.0 GiB", "fewer workers"),
         ({"free_memory": 0.3 * GIB}, "memory", "fail", "0.3 GiB", "fewer workers"),
-        ({"cuda_devices": ("H200",), "shared_memory": GIB // 16}, "/dev/shm", "warn", "0.06 GiB", "--shm-size=1g"),
+        (
+            {"cuda_devices": ("H200",), "shared_memory": GIB // 16},
+            "/dev/shm",
+            "warn",
+            "0.06 GiB",
+            "--shm-size=1g",
+        ),
         ({"cuda_devices": ("H200",)}, "/dev/shm", "warn", "none", "--shm-size=1g"),
         ({"folder": None}, "run folder", "fail", "runs", "Set run_dir"),
         ({"is_writable": False}, "run folder", "fail", "runs", "Set run_dir"),
@@ -75,11 +95,41 @@ def test_a_good_machine_has_no_fault():
         ({"free_disk": 0}, "disk", "fail", "0.0 GiB", "checkpoint.keep"),
         ({"fsync_seconds": 0.25}, "fsync", "warn", "250.0 ms", "checkpoint.every"),
         ({"host_error": "not known"}, "host name", "warn", "here: not known", "/etc/hosts"),
-        ({"loopback_error": "RuntimeError: x"}, "gloo pair", "fail", "RuntimeError: x", "GLOO_SOCKET_IFNAME"),
-        ({"extras": {"train": None}}, "extra train", "fail", "is not installed", "pip install 'syncnorm[train]'"),
-        ({"extras": {"ray": None}}, "extra ray", "warn", "is not installed", "pip install 'syncnorm[ray]'"),
-        ({"tuning": TORCHRUN}, "malloc", "warn", "not set: MALLOC_TOP_PAD_", "export MALLOC_TOP_PAD_=7"),
-        ({"tuning": TORCHRUN}, "restarts", "warn", "of before", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"),
+        (
+            {"loopback_error": "RuntimeError: x"},
+            "gloo pair",
+            "fail",
+            "RuntimeError: x",
+            "GLOO_SOCKET_IFNAME",
+        ),
+        (
+            {"extras": {"train": None}},
+            "extra train",
+            "fail",
+            "is not installed",
+            "pip install 'syncnorm[train]'",
+        ),
+        (
+            {"extras": {"ray": None}},
+            "extra ray",
+            "warn",
+            "is not installed",
+            "pip install 'syncnorm[ray]'",
+        ),
+        (
+            {"tuning": TORCHRUN},
+            "malloc",
+            "warn",
+            "not set: MALLOC_TOP_PAD_",
+            "export MALLOC_TOP_PAD_=7",
+        ),
+        (
+            {"tuning": TORCHRUN},
+            "restarts",
+            "warn",
+            "of before",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
+        ),
     ],
 )
 def test_what_is_wrong_is_told_with_its_remedy(change, name, status, detail, remedy):
@@ -98,7 +148,9 @@ def test_what_is_right_under_torchrun():
 
 
 def test_other_systems_have_another_malloc():
-    assert "malloc" not in {check.name for check in judge(replace(GOOD, has_glibc=False, tuning=TORCHRUN))}
+    assert "malloc" not in {
+        check.name for check in judge(replace(GOOD, has_glibc=False, tuning=TORCHRUN))
+    }
 
 
 def test_a_file_in_the_way_of_the_run_folder(tmp_path):
@@ -109,7 +161,11 @@ def test_a_file_in_the_way_of_the_run_folder(tmp_path):
 
 
 def test_render():
-    checks = [Check("one", "ok", "fine"), Check("longer", "warn", "slow", "hurry"), Check("two", "fail", "gone", "buy")]
+    checks = [
+        Check("one", "ok", "fine"),
+        Check("longer", "warn", "slow", "hurry"),
+        Check("two", "fail", "gone", "buy"),
+    ]
     assert render(checks).splitlines() == [
         "ok    one     fine",
         "warn  longer  slow",

@@ -15,13 +15,24 @@ import pytest
 from tests.launch import commands
 from tests.launch.record import Run, undisturbed
 
-# All samples in a step, in float64: steps slow enough that an agent comes back within some dozens of them, and a curve
-# that so many steps leave comparable. The rate is constant, so that a shorter run has the same curve.
-TRAINING = ["digits", "train.dtype=float64", "train.global_batch=1437", "train.schedule.name=constant"]
-TRAINING += ["train.schedule.warmup=0", "train.lr=0.02", "checkpoint.every=1", "launch.timeout_seconds=60"]
+# All samples in a step, in float64: steps slow enough that an agent comes back within some dozens
+# of them, and a curve that so many steps leave comparable. The rate is constant, so that a shorter
+# run has the same curve.
+TRAINING = [
+    "digits",
+    "train.dtype=float64",
+    "train.global_batch=1437",
+    "train.schedule.name=constant",
+]
+TRAINING += [
+    "train.schedule.warmup=0",
+    "train.lr=0.02",
+    "checkpoint.every=1",
+    "launch.timeout_seconds=60",
+]
 ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-# An agent counts as lost after three keep-alives of 5 s, and workers take some seconds to start, more if the machine is
-# busy.
+# An agent counts as lost after three keep-alives of 5 s, and workers take some seconds to start,
+# more if the machine is busy.
 PATIENCE_SECONDS = 600
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -36,11 +47,35 @@ def port() -> int:
 
 @contextlib.contextmanager
 def agent(port: int, nodes: str, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
-    """Start an agent with one worker; the first on its port hosts the store at which the others meet."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", "1"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "elastic"]
+    """Start an agent with one worker; the first on its port hosts the store at which the others
+    meet.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        nodes,
+        "--nproc-per-node",
+        "1",
+    ]
+    command += [
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"127.0.0.1:{port}",
+        "--rdzv-id",
+        "elastic",
+    ]
     # How long those who are there wait for one more.
-    command += ["--rdzv-conf", "last_call_timeout=3", "--monitor-interval", "0.5", "--max-restarts", "20"]
+    command += [
+        "--rdzv-conf",
+        "last_call_timeout=3",
+        "--monitor-interval",
+        "0.5",
+        "--max-restarts",
+        "20",
+    ]
     # Nobody reads the pipes until the end, and the workers' tracebacks would fill them.
     command += ["--redirects", "3", "--log-dir", "worker-output"]
     command += ["-m", "syncnorm", "train", *TRAINING, *options]
@@ -59,7 +94,9 @@ def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> N
     commands.wait_while_alive(condition, agents, PATIENCE_SECONDS)
 
 
-def wait_for_group(run: Run, agents: list[subprocess.Popen[str]], groups: int, steps: int = 2) -> None:
+def wait_for_group(
+    run: Run, agents: list[subprocess.Popen[str]], groups: int, steps: int = 2
+) -> None:
     """Wait until at least so many groups of workers have been, and the last has made some steps."""
     wait_until(lambda: run.has_group(groups, steps), agents)
 

@@ -13,17 +13,25 @@ GLOO = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer
 STORE = "DistNetworkError: Failed to recv, got 0 bytes. Connection was likely closed. Did the remote server shutdown?"
 STORE_TIMEOUT = "DistStoreError: wait timeout after 30000ms, keys: /default_pg/0//cpu//0/1"
 ABORTED = (
-    "DistBackendError: NCCL communicator was aborted on rank 1.  Original reason for failure was: [Rank 1] Watchdog "
-    "caught collective operation timeout: WorkNCCL(SeqNum=10, OpType=ALLREDUCE, Timeout(ms)=90000) ran for 90057 ms"
+    "DistBackendError: NCCL communicator was aborted on rank 1.  Original reason for failure was: "
+    "[Rank 1] Watchdog "
+    "caught collective operation timeout: WorkNCCL(SeqNum=10, OpType=ALLREDUCE, Timeout(ms)=90000) "
+    "ran for 90057 ms"
 )
-WATCHDOG = "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1"
+WATCHDOG = (
+    "DistBackendError: [Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1"
+)
 REMOTE = (
-    "DistBackendError: NCCL error in: NCCLUtils.cpp:93, remote process exited or there was a network error, NCCL "
-    "version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote process exiting."
+    "DistBackendError: NCCL error in: NCCLUtils.cpp:93, remote process exited or there was a "
+    "network error, NCCL "
+    "version 2.27.5\nncclRemoteError: A call failed possibly due to a network error or a remote "
+    "process exiting."
 )
 SETUP = (
-    "DistBackendError: [1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] via c10d key-value "
-    "store by key '0', but store->get('0') got error: wait timeout after 90000ms, keys: /default_pg/0//cuda//0"
+    "DistBackendError: [1] is setting up NCCL communicator and retrieving ncclUniqueId from [0] "
+    "via c10d key-value "
+    "store by key '0', but store->get('0') got error: wait timeout after 90000ms, keys: "
+    "/default_pg/0//cuda//0"
 )
 NCCL = [ABORTED, WATCHDOG, REMOTE, SETUP, "RuntimeError: NCCL communicator was aborted."]
 
@@ -45,7 +53,9 @@ def failure(tmp_path):
 
 
 def test_the_first_failure_is_the_cause(failure):
-    error = ChildFailedError("x", {0: failure(0, 1, "ValueError: b", 101), 1: failure(1, 1, "ValueError: a", 100)})
+    error = ChildFailedError(
+        "x", {0: failure(0, 1, "ValueError: b", 101), 1: failure(1, 1, "ValueError: a", 100)}
+    )
     assert root_cause(error).reason == "worker 1 failed: ValueError: a"
     assert root_cause(error).traceback == "Traceback of 1"
 
@@ -53,7 +63,9 @@ def test_the_first_failure_is_the_cause(failure):
 @pytest.mark.parametrize("echo_timestamp", [99, 100])
 @pytest.mark.parametrize("echo", [GLOO, *NCCL], ids=lambda echo: echo[:60])
 def test_a_lost_peer_is_not_the_cause(failure, echo, echo_timestamp):
-    error = ChildFailedError("x", {0: failure(0, 1, echo, echo_timestamp), 1: failure(1, 1, "KeyError: 'k'", 100)})
+    error = ChildFailedError(
+        "x", {0: failure(0, 1, echo, echo_timestamp), 1: failure(1, 1, "KeyError: 'k'", 100)}
+    )
     assert root_cause(error).reason == "worker 1 failed: KeyError: 'k'"
 
 
@@ -62,7 +74,9 @@ def test_an_abort_without_a_word_is_the_cause_only_of_what_lost_its_peer(failure
     aborted = failure(0, -signal.SIGABRT, None, 99)
     error = ChildFailedError("x", {0: aborted, 1: failure(1, 1, "KeyError: 'k'", 100)})
     assert root_cause(error).reason == "worker 1 failed: KeyError: 'k'"
-    error = ChildFailedError("x", {0: aborted, 1: failure(1, 1, GLOO, 98), 2: failure(2, -signal.SIGTERM, None, 98)})
+    error = ChildFailedError(
+        "x", {0: aborted, 1: failure(1, 1, GLOO, 98), 2: failure(2, -signal.SIGTERM, None, 98)}
+    )
     found = root_cause(error)
     assert found.reason == "worker 0 was killed by SIGABRT"
     assert found.is_loss
@@ -75,7 +89,11 @@ def test_a_fault_of_the_machine_that_nccl_tells_is_no_echo(failure):
 
 
 def test_a_kill_is_the_cause_and_the_launchers_own_signal_is_not(failure):
-    failures = {0: failure(0, -signal.SIGTERM, None, 99), 1: failure(1, 1, GLOO, 99), 2: failure(2, -signal.SIGKILL)}
+    failures = {
+        0: failure(0, -signal.SIGTERM, None, 99),
+        1: failure(1, 1, GLOO, 99),
+        2: failure(2, -signal.SIGKILL),
+    }
     assert root_cause(ChildFailedError("x", failures)).reason == "worker 2 was killed by SIGKILL"
 
 
@@ -96,4 +114,7 @@ def test_a_message_goes_before_how_the_process_ended(failure):
 
 
 def test_a_worker_that_said_nothing(failure):
-    assert root_cause(ChildFailedError("x", {0: failure(0, 3)})).reason == "worker 0 ended with status 3"
+    assert (
+        root_cause(ChildFailedError("x", {0: failure(0, 3)})).reason
+        == "worker 0 ended with status 3"
+    )

@@ -1,4 +1,6 @@
-"""The command before it is up, and Ctrl-C from the first import on: one status, and not a word too many."""
+"""The command before it is up, and Ctrl-C from the first import on: one status, and not a word too
+many.
+"""
 
 import json
 import os
@@ -12,7 +14,8 @@ import pytest
 from syncnorm.__main__ import main
 from tests.launch import commands
 
-# Read by Python at its start: stands still where MODULE is about to be imported, in a process whose command has MARK.
+# Read by Python at its start: stands still where MODULE is about to be imported, in a process whose
+# command has MARK.
 STANDS_STILL = """
 import os, sys, time
 
@@ -30,7 +33,9 @@ sys.meta_path.insert(0, Stop())
 def interrupted(
     command: list[str], folder: Path, module: str, in_worker: bool = False, mark: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Ctrl-C as a terminal sends it, to all processes, when one of them is about to import a module."""
+    """Ctrl-C as a terminal sends it, to all processes, when one of them is about to import a
+    module.
+    """
     hooks = folder / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(STANDS_STILL)
@@ -77,7 +82,10 @@ def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path, modul
     done = interrupted([*commands.SYNCNORM, "train", "digits"], tmp_path, module, in_worker=True)
     assert in_the_shell(done.returncode) == 130
     (run,) = (tmp_path / "runs").iterdir()
-    assert done.stderr.splitlines() == ["syncnorm: stopped by SIGINT, without saving", str(run.relative_to(tmp_path))]
+    assert done.stderr.splitlines() == [
+        "syncnorm: stopped by SIGINT, without saving",
+        str(run.relative_to(tmp_path)),
+    ]
     assert json.loads((run / "exit.json").read_text())["exit_code"] == 130
 
 
@@ -100,5 +108,7 @@ def test_a_bare_install_names_the_extra(monkeypatch, capsys, arguments):
     finally:
         signal.signal(signal.SIGINT, before)
     assert caught.value.code == 2
-    expected = "syncnorm: the command needs typer, which is missing: pip install 'syncnorm[train]'\n"
+    expected = (
+        "syncnorm: the command needs typer, which is missing: pip install 'syncnorm[train]'\n"
+    )
     assert capsys.readouterr() == ("", expected)

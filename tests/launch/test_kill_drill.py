@@ -69,7 +69,9 @@ def test_a_run_that_fails_is_exit_status_1(tmp_path, capfd, monkeypatch):
 
 @pytest.fixture
 def trained(pool, tmp_path) -> Callable[..., Path]:
-    """trained(name, stop_at): the folder of such a run on two workers of the pool, begun or gone on with."""
+    """trained(name, stop_at): the folder of such a run on two workers of the pool, begun or gone on
+    with.
+    """
 
     def train(name: str, stop_at: int | None = None) -> Path:
         folder = tmp_path / name
@@ -108,7 +110,9 @@ CHANGES: dict[str, Callable[[Snapshot], Any]] = {
     "learning rate": lambda s: s.states["optimizer"]["param_groups"][0].update(lr=0.0),
     "schedule": lambda s: s.states["schedule"].update(last_epoch=1),
     "the last worker's random numbers": lambda s: next_up(s.states["workers"][-1]["rng"]["torch"]),
-    "Python's random numbers": lambda s: s.states["workers"][-1]["rng"].update(python=(3, (0,) * 625, None)),
+    "Python's random numbers": lambda s: s.states["workers"][-1]["rng"].update(
+        python=(3, (0,) * 625, None)
+    ),
     "position": lambda s: s.facts["position"].update(loss_sum=1e-300),
 }
 
@@ -182,7 +186,9 @@ def test_what_is_left_behind_is_found(tmp_path):
 def test_a_process_that_stays_is_found(tmp_path):
     environment = {**os.environ, "SYNCNORM_DRILL_TEST": str(tmp_path)}
     command = [sys.executable, "-c", "print(flush=True); input()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout is not None
         process.stdout.readline()
         assert processes("SYNCNORM_DRILL_TEST", str(tmp_path)) == [process.pid]
@@ -192,5 +198,7 @@ def test_a_process_that_stays_is_found(tmp_path):
 
 def test_a_fault_in_a_run_that_ended_otherwise_has_not_been_survived():
     good = Result([Fault("worker killed", 10.0)], kills=1, starts=[1.0, 14.0], evidence=LEFT_ALONE)
-    bad = Result([Fault("worker killed", 20.0)], kills=1, starts=[2.0, 26.0], problems=["another digest"])
+    bad = Result(
+        [Fault("worker killed", 20.0)], kills=1, starts=[2.0, 26.0], problems=["another digest"]
+    )
     assert report(2, [Result(), good, bad])[-1] == "| worker killed | 2 | 1 | 5.0 | 6.0 |"

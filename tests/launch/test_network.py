@@ -1,4 +1,6 @@
-"""Two network namespaces as two machines, with agents of torchrun or nodes of Ray, and a wire that can be cut."""
+"""Two network namespaces as two machines, with agents of torchrun or nodes of Ray, and a wire that
+can be cut.
+"""
 
 import contextlib
 import json
@@ -18,10 +20,19 @@ from tests.launch import commands, ray_cluster
 from tests.launch.record import Run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "wire"}
+ENVIRONMENT = {
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "wire",
+}
 # All samples in a step, and so many steps that the wire is cut before the last.
 EPOCHS = 30
-OPTIONS = [f"train.epochs={EPOCHS}", "train.global_batch=1437", "checkpoint.every=1", "launch.timeout_seconds=8"]
+OPTIONS = [
+    f"train.epochs={EPOCHS}",
+    "train.global_batch=1437",
+    "checkpoint.every=1",
+    "launch.timeout_seconds=8",
+]
 # How long an agent waits for the other before it gives up.
 JOIN_SECONDS = 40
 # More than all limits together, with the starts of workers on a busy machine.
@@ -38,7 +49,15 @@ class Machines:
 
     def enter(self, machine: int) -> list[str]:
         """What to put before a command to run it there."""
-        return ["nsenter", "-t", str(self._keepers[machine]), "--user", "--preserve-credentials", "--net", "--"]
+        return [
+            "nsenter",
+            "-t",
+            str(self._keepers[machine]),
+            "--user",
+            "--preserve-credentials",
+            "--net",
+            "--",
+        ]
 
     def run(self, machine: int, command: list[str]) -> None:
         done = subprocess.run(
@@ -89,12 +108,37 @@ def machines() -> Iterator[Machines]:
 
 
 def agent(machines: Machines, machine: int) -> list[str]:
-    """The command of an agent with one worker; the first machine hosts the store at which they meet."""
+    """The command of an agent with one worker; the first machine hosts the store at which they
+    meet.
+    """
     limits = f"is_host={int(machine == 0)},join_timeout={JOIN_SECONDS},read_timeout=20,last_call_timeout=3"
-    command = [*machines.enter(machine), sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"{ADDRESSES[0]}:29400"]
+    command = [
+        *machines.enter(machine),
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nnodes",
+        "2",
+    ]
+    command += [
+        "--nproc-per-node",
+        "1",
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-endpoint",
+        f"{ADDRESSES[0]}:29400",
+    ]
     command += ["--rdzv-id", "wire", "--rdzv-conf", limits, "--local-addr", ADDRESSES[machine]]
-    command += ["--monitor-interval", "0.5", "--max-restarts", "5", "--redirects", "3", "--log-dir", f"out-{machine}"]
+    command += [
+        "--monitor-interval",
+        "0.5",
+        "--max-restarts",
+        "5",
+        "--redirects",
+        "3",
+        "--log-dir",
+        f"out-{machine}",
+    ]
     return [*command, "-m", "syncnorm", "train", "digits", *OPTIONS]
 
 
@@ -116,7 +160,9 @@ def wait_until(condition: Callable[[], bool], agents: Sequence[Popen[str]]) -> N
 
 def has_workers(agents: tuple[Popen[str], Popen[str]]) -> bool:
     """Whether a worker lives; one that its agent has not looked after yet is none."""
-    lists = (Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split() for agent in agents)
+    lists = (
+        Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split() for agent in agents
+    )
     return any(is_alive(worker) for workers in lists for worker in workers)
 
 
@@ -154,7 +200,12 @@ def test_a_wire_that_stays_cut_ends_in_errors_with_names(machines, agents):
 @contextlib.contextmanager
 def ray_node(machines: Machines, machine: int, folder: Path, *options: str) -> Iterator[Popen[str]]:
     """A node of Ray on a machine, with room for one worker; ended on the way out."""
-    command = [*machines.enter(machine), str(Path(sys.executable).with_name("ray")), "start", "--block"]
+    command = [
+        *machines.enter(machine),
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--block",
+    ]
     command += ["--node-ip-address", ADDRESSES[machine], "--num-cpus=1", "--num-gpus=0"]
     command += ["--object-store-memory=100000000", "--disable-usage-stats", *options]
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -163,7 +214,9 @@ def ray_node(machines: Machines, machine: int, folder: Path, *options: str) -> I
 
 
 def another_node(machines: Machines, folder: Path) -> contextlib.AbstractContextManager[Popen[str]]:
-    return ray_node(machines, 1, folder, "--address", f"{ADDRESSES[0]}:6379", "--include-log-monitor=false")
+    return ray_node(
+        machines, 1, folder, "--address", f"{ADDRESSES[0]}:6379", "--include-log-monitor=false"
+    )
 
 
 @pytest.fixture
@@ -171,7 +224,9 @@ def nodes(machines, tmp_path) -> Iterator[tuple[Popen[str], Popen[str]]]:
     """A cluster with a node on each machine, the head on the first."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
     # Sockets lie in it, and their paths must be short.
-    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(
+        prefix="ray-", dir="/tmp", ignore_cleanup_errors=True
+    ) as folder:
         try:
             options = ["--head", "--port=6379", "--dashboard-host=127.0.0.1", "--temp-dir", folder]
             with ray_node(machines, 0, tmp_path, *options) as head:
@@ -194,7 +249,9 @@ def test_a_node_of_ray_behind_a_cut_wire_is_done_without_and_comes_back(machines
         """How many there are in the last group that has made a step."""
         record = Run(tmp_path).events("start", "step")
         began = [
-            first["world_size"] for first, second in pairwise(record) if first["event"] == "start" != second["event"]
+            first["world_size"]
+            for first, second in pairwise(record)
+            if first["event"] == "start" != second["event"]
         ]
         return began[-1] if began else None
 

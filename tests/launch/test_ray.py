@@ -49,11 +49,19 @@ class Called:
 
 @pytest.fixture
 def call(cluster, tmp_path, monkeypatch, capfd) -> Callable[..., Called]:
-    """call(*arguments): run a command of syncnorm's in an empty folder and in this process, which has Ray already."""
+    """call(*arguments): run a command of syncnorm's in an empty folder and in this process, which
+    has Ray already.
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Called:
-        for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+        for name in (
+            "RAY_ADDRESS",
+            "RAY_API_SERVER_ADDRESS",
+            "RAY_AUTH_TOKEN",
+            "RAY_AUTH_TOKEN_PATH",
+            "RAY_AUTH_MODE",
+        ):
             monkeypatch.setenv(name, "")  # so that it is put back whatever the command does
             monkeypatch.delenv(name)
         with pytest.raises(SystemExit) as caught:
@@ -73,7 +81,11 @@ def curve(run: Path) -> dict[int, float]:
 
 
 def last_step(run: Path) -> int:
-    return max((event["step"] for event in events(run, "step")), default=0) if (run / "metrics.jsonl").exists() else 0
+    return (
+        max((event["step"] for event in events(run, "step")), default=0)
+        if (run / "metrics.jsonl").exists()
+        else 0
+    )
 
 
 def jobs(call) -> dict[str, dict]:
@@ -113,7 +125,10 @@ def test_two_jobs_at_once_each_as_under_torchrun(cluster, call, tmp_path):
     assert "test accuracy" in call("logs", "one").out
     # What is done stays done, and what it said before is not said again.
     again = call("submit", *SHORT, "launch.workers=2", "--id", "one")
-    assert (again.code, again.out) == (0, f"done already, after step 12\n{tmp_path / 'runs' / 'one'}\n")
+    assert (again.code, again.out) == (
+        0,
+        f"done already, after step 12\n{tmp_path / 'runs' / 'one'}\n",
+    )
     assert len(events(tmp_path / "runs" / "one", "start")) == 1
 
 
@@ -125,9 +140,15 @@ def by_id(cluster, *ids):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["digits", "train.epoch=1"], "`train.epoch` is not a key. The nearest key is `train.epochs`."),
+        (
+            ["digits", "train.epoch=1"],
+            "`train.epoch` is not a key. The nearest key is `train.epochs`.",
+        ),
         (["digits", "model.name=mine:net"], "To run its code, add --allow mine."),
-        (["digits", "--id", "a b"], "`--id` must be letters, digits, '.', '_' and '-', at most 121, got 'a b'."),
+        (
+            ["digits", "--id", "a b"],
+            "`--id` must be letters, digits, '.', '_' and '-', at most 121, got 'a b'.",
+        ),
     ],
 )
 def test_a_bad_configuration_starts_nothing(call, tmp_path, arguments, message):
@@ -151,7 +172,8 @@ def test_too_many_workers_are_refused_with_the_numbers(call):
     done = call("submit", *SHORT, "launch.workers=5", "--id", "crowd")
     assert (done.code, done.out) == (2, "")
     message = (
-        "syncnorm: `launch.workers` must be at most 4 on this cluster, which has 4 CPUs and 0 GPUs on 2 node(s), "
+        "syncnorm: `launch.workers` must be at most 4 on this cluster, which has 4 CPUs and 0 GPUs "
+        "on 2 node(s), "
         "got 5: each takes 1 CPU of one node."
     )
     assert message in done.err
@@ -162,7 +184,10 @@ def test_stop_saves_and_the_same_command_goes_on(cluster, call, tmp_path, undist
     submit = ["submit", *LONGER, "launch.workers=2", "--id", "stopped"]
     run = tmp_path / "runs" / "stopped"
     assert call(*submit, "--no-wait").code == 0
-    with cluster.started(*submit, folder=tmp_path) as detached, cluster.started(*submit, folder=tmp_path) as follower:
+    with (
+        cluster.started(*submit, folder=tmp_path) as detached,
+        cluster.started(*submit, folder=tmp_path) as follower,
+    ):
         for process in (detached, follower):
             assert process.stderr.readline().startswith("syncnorm: stopped is running already")
         # Ctrl-C where nobody can be asked leaves the job alone.
@@ -220,7 +245,16 @@ def test_code_of_the_working_folder_runs_and_its_failure_is_told_once(call, tmp_
         "def net(**kwargs):\n"
         "    return Breaks(MODELS['digits_resnet'](**kwargs))\n"
     )
-    done = call("submit", *SHORT, "model.name=mine:net", "launch.workers=2", "--allow", "mine", "--id", "mine")
+    done = call(
+        "submit",
+        *SHORT,
+        "model.name=mine:net",
+        "launch.workers=2",
+        "--allow",
+        "mine",
+        "--id",
+        "mine",
+    )
     assert (done.code, done.out) == (1, "")
     run = tmp_path / "runs" / "mine"
     assert (

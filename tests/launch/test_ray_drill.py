@@ -1,4 +1,7 @@
-"""One disaster after the other on Ray clusters of one's own, and runs that do not mind. Prints how long each took."""
+"""One disaster after the other on Ray clusters of one's own, and runs that do not mind.
+
+Prints how long each took.
+"""
 
 import contextlib
 import json
@@ -23,8 +26,14 @@ from tests.launch.record import Run, undisturbed
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 FIXED = ["digits", "train.epochs=60", "checkpoint.every=10", "launch.workers=2"]
-# As for torchrun: steps that take long, in float64, and a curve that does not depend on how many follow.
-ELASTIC = ["digits", "train.dtype=float64", "train.global_batch=1437", "train.schedule.name=constant"]
+# As for torchrun: steps that take long, in float64, and a curve that does not depend on how many
+# follow.
+ELASTIC = [
+    "digits",
+    "train.dtype=float64",
+    "train.global_batch=1437",
+    "train.schedule.name=constant",
+]
 ELASTIC += ["train.schedule.warmup=0", "train.lr=0.02", "checkpoint.every=1"]
 
 
@@ -112,17 +121,30 @@ def test_a_fixed_number_of_workers_comes_through_with_the_same_bits(tmp_path):
 
 def node_id(cluster: Cluster, ip: str) -> str:
     script = (
-        f"import ray; ray.init(address={cluster.gcs!r}, logging_level='ERROR', log_to_driver=False);"
-        f"print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == {ip!r}])"
+        f"import ray; ray.init(address={cluster.gcs!r}, logging_level='ERROR', "
+        "log_to_driver=False);"
+        "print(*[n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerAddress'] == "
+        f"{ip!r}])"
     )
     done = commands.run([sys.executable, "-c", script], cluster.folder, cluster.environment)
     return done.stdout.split()[-1]
 
 
 def drain(cluster: Cluster, node: str, seconds: int) -> None:
-    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", cluster.gcs, "--node-id", node]
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "drain-node",
+        "--address",
+        cluster.gcs,
+        "--node-id",
+        node,
+    ]
     command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "drill"]
-    done = commands.run([*command, "--deadline-remaining-seconds", str(seconds)], cluster.folder, cluster.environment)
+    done = commands.run(
+        [*command, "--deadline-remaining-seconds", str(seconds)],
+        cluster.folder,
+        cluster.environment,
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -212,11 +234,22 @@ def test_a_cluster_that_wants_a_token(tmp_path):
             assert not list(processes(TOKEN))
             out, err = process.communicate(timeout=PATIENCE_SECONDS)
         assert process.returncode == 0, err
-        said = [out, err, *(path.read_text(errors="replace") for path in files(tmp_path / "runs", cluster.folder))]
+        said = [
+            out,
+            err,
+            *(
+                path.read_text(errors="replace")
+                for path in files(tmp_path / "runs", cluster.folder)
+            ),
+        ]
         assert len(said) > 10
         assert not [text for text in said if TOKEN in text]
 
 
 def files(*folders: Path) -> Iterator[Path]:
     for folder in folders:
-        yield from (path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < 10_000_000)
+        yield from (
+            path
+            for path in folder.rglob("*")
+            if path.is_file() and path.stat().st_size < 10_000_000
+        )

@@ -57,7 +57,8 @@ def test_what_never_fits_is_refused_with_the_numbers():
     config = load_config("digits", ["launch.workers=[3, 9]", "launch.device=cuda"])
     room = room_of([SMALL, {"CPU": 8, "GPU": 2}], "cuda", 3)
     message = (
-        "`launch.workers` must be at most 2 on this cluster, which has 10 CPUs and 2 GPUs on 2 node(s), got 3: "
+        "`launch.workers` must be at most 2 on this cluster, which has 10 CPUs and 2 GPUs on 2 "
+        "node(s), got 3: "
         "each takes 1 CPU and 1 GPU of one node."
     )
     with pytest.raises(ConfigError) as caught:
@@ -67,15 +68,20 @@ def test_what_never_fits_is_refused_with_the_numbers():
 
 
 @pytest.mark.parametrize(
-    "address", ["http://127.0.0.1:8265", "http://127.8.9.1:1", "https://localhost:8265", "http://[::1]:8265"]
+    "address",
+    ["http://127.0.0.1:8265", "http://127.8.9.1:1", "https://localhost:8265", "http://[::1]:8265"],
 )
 def test_this_machine_needs_no_token(address):
     check_address(address, has_token=False, insecure=False)
 
 
-@pytest.mark.parametrize("address", ["http://10.0.0.7:8265", "https://ray.example:443", "http://localhost.example:1"])
+@pytest.mark.parametrize(
+    "address", ["http://10.0.0.7:8265", "https://ray.example:443", "http://localhost.example:1"]
+)
 def test_another_machine_needs_a_token(address):
-    with pytest.raises(ConfigError, match="must be of this machine where there is no token") as caught:
+    with pytest.raises(
+        ConfigError, match="must be of this machine where there is no token"
+    ) as caught:
         check_address(address, has_token=False, insecure=False)
     assert repr(address) in str(caught.value)
     assert "RAY_AUTH_TOKEN_PATH" in str(caught.value)
@@ -84,7 +90,9 @@ def test_another_machine_needs_a_token(address):
     check_address(address, has_token=False, insecure=True)
 
 
-@pytest.mark.parametrize("address", ["auto", "127.0.0.1:6379", "ray://127.0.0.1:10001", "http://", "file:///etc"])
+@pytest.mark.parametrize(
+    "address", ["auto", "127.0.0.1:6379", "ray://127.0.0.1:10001", "http://", "file:///etc"]
+)
 def test_what_is_no_address_of_a_dashboard(address):
     with pytest.raises(ConfigError, match="must be http://HOST:PORT of a Ray dashboard") as caught:
         check_address(address, has_token=True, insecure=True)
@@ -100,7 +108,13 @@ def test_an_address_holds_no_password():
 @pytest.fixture
 def clean(monkeypatch):
     """An environment that says nothing of Ray; put back afterwards."""
-    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+    for name in (
+        "RAY_ADDRESS",
+        "RAY_API_SERVER_ADDRESS",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+        "RAY_AUTH_MODE",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
@@ -155,7 +169,9 @@ def test_the_same_training_is_the_same_job(tmp_path, monkeypatch):
     assert job.submission_id.startswith("digits-")
     assert job.folder == str(tmp_path / "runs" / job.submission_id)
     assert job.config["data"]["root"] == str(tmp_path / "images")
-    same = make_job("digits", ["launch.workers=[2, 8]", "checkpoint.every=7", "run_dir=/elsewhere"], ())
+    same = make_job(
+        "digits", ["launch.workers=[2, 8]", "checkpoint.every=7", "run_dir=/elsewhere"], ()
+    )
     assert same.submission_id == job.submission_id
     assert same.folder == f"/elsewhere/{job.submission_id}"
     assert make_job("digits", ["train.lr=0.2"], ()).submission_id != job.submission_id
@@ -163,12 +179,20 @@ def test_the_same_training_is_the_same_job(tmp_path, monkeypatch):
 
 def test_a_name_that_ray_would_not_take(tmp_path):
     path = tmp_path / "my run (2).yaml"
-    path.write_text("model: {name: digits_resnet}\ndata: {name: digits}\ntrain: {epochs: 1, global_batch: 8, lr: 1}\n")
+    path.write_text(
+        "model: {name: digits_resnet}\ndata: {name: digits}\ntrain: {epochs: 1, global_batch: 8, "
+        "lr: 1}\n"
+    )
     assert make_job(str(path), [], ()).submission_id.startswith("my-run--2--")
 
 
 def test_a_job_is_the_same_after_its_journey():
-    overrides = ["train.optimizer.nesterov=true", "launch.workers=[1, 3]", "train.clip=1", "norm.rules.a.b=group_norm"]
+    overrides = [
+        "train.optimizer.nesterov=true",
+        "launch.workers=[1, 3]",
+        "train.clip=1",
+        "norm.rules.a.b=group_norm",
+    ]
     job = make_job("digits", overrides, ("one", "two.three"))
     arrived = Job.from_text(job.as_text())
     assert arrived == job
@@ -200,7 +224,9 @@ def test_a_run_is_entered_again_and_by_nobody_else(tmp_path):
     with pytest.raises(ConfigError, match=r"where train\.lr differ"):
         enter(make_job("digits", [place, "train.lr=0.3"], (), "mine"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="`run_dir` must be a folder that all machines share") as caught:
+    with pytest.raises(
+        ConfigError, match="`run_dir` must be a folder that all machines share"
+    ) as caught:
         enter(make_job("digits", [f"run_dir={tmp_path / 'file'}"], (), "mine"))
     assert repr(str(tmp_path / "file")) in str(caught.value)
 
@@ -210,9 +236,17 @@ def preemption() -> PreemptionContext:
     """What Ray has told this process, as a worker of its own."""
     context = PreemptionContext()
     parts = dict.fromkeys(
-        ["train_run_context", "distributed_context", "execution_context", "storage_context", "controller_actor"]
+        [
+            "train_run_context",
+            "distributed_context",
+            "execution_context",
+            "storage_context",
+            "controller_actor",
+        ]
     )
-    set_train_context(TrainContext(**parts, preemption_context=context, dataset_shard_provider=None))
+    set_train_context(
+        TrainContext(**parts, preemption_context=context, dataset_shard_provider=None)
+    )
     return context
 
 
@@ -225,7 +259,9 @@ def watch(tmp_path, preemption):
     assert list((tmp_path / "logs").iterdir()) == []
 
 
-@pytest.mark.parametrize(("name", "reason"), [(STOP, "syncnorm stop"), (RESIZE, "Ray, to change the number")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [(STOP, "syncnorm stop"), (RESIZE, "Ray, to change the number")]
+)
 def test_a_file_asks_to_stop(watch, tmp_path, name, reason):
     assert watch.stop is None
     (tmp_path / name).touch()
@@ -262,7 +298,9 @@ def test_workers_save_before_their_number_changes(tmp_path):
             seen.append(name)
             return Path(self).__truediv__(name)
 
-    SaveBeforeResize(Folder(tmp_path), 0.3).after_controller_state_update(RunningState(), ResizingState())
+    SaveBeforeResize(Folder(tmp_path), 0.3).after_controller_state_update(
+        RunningState(), ResizingState()
+    )
     assert RESIZE in seen
     assert not (tmp_path / RESIZE).exists()
     Exit("stopped", "saved", 3, 75).write(tmp_path)
@@ -322,13 +360,23 @@ def test_a_log_of_before_is_not_told_again(capsys):
     assert capsys.readouterr() == ("new\n", "")
 
 
-@pytest.mark.parametrize("token", ["token", "sub/../token", "a [1]*/!#token ", "link", "other/token", "link/token"])
+@pytest.mark.parametrize(
+    "token", ["token", "sub/../token", "a [1]*/!#token ", "link", "other/token", "link/token"]
+)
 def test_what_is_not_packed(tmp_path, clean, token):
     """By Ray's own packer."""
     here = tmp_path / "here"
     secret = here / token if token != "link" else tmp_path / "secret"
     clean.setenv("RAY_AUTH_TOKEN_PATH", token)
-    for path in ("runs/one", "images/one", "sub/one", ".venv/one", "code.py", "other/one", ".ray/auth_token"):
+    for path in (
+        "runs/one",
+        "images/one",
+        "sub/one",
+        ".venv/one",
+        "code.py",
+        "other/one",
+        ".ray/auth_token",
+    ):
         (here / path).parent.mkdir(parents=True, exist_ok=True)
         (here / path).write_text("")
     if token.startswith("link"):
@@ -336,14 +384,20 @@ def test_what_is_not_packed(tmp_path, clean, token):
     secret.parent.mkdir(exist_ok=True)
     secret.write_text("secret")
     (here / "mine.yaml").write_text(
-        "model: {name: 'mine:net'}\ndata: {name: digits, root: images}\ntrain: {epochs: 1, global_batch: 8, lr: 1}\n"
+        "model: {name: 'mine:net'}\ndata: {name: digits, root: images}\ntrain: {epochs: 1, "
+        "global_batch: 8, lr: 1}\n"
     )
     # A working folder may be known by another name, too.
     (tmp_path / "alias").symlink_to(here)
     clean.chdir(tmp_path / "alias")
     environment = ray_submit._runtime_env(make_job("mine.yaml", [], ["mine"]))
     package = tmp_path / "package.zip"
-    create_package(environment["working_dir"], package, include_gitignore=True, excludes=environment["excludes"])
+    create_package(
+        environment["working_dir"],
+        package,
+        include_gitignore=True,
+        excludes=environment["excludes"],
+    )
     with zipfile.ZipFile(package) as packed:
         names = {name for name in packed.namelist() if not name.endswith("/")}
         assert b"secret" not in b"".join(packed.read(name) for name in names)
@@ -354,7 +408,9 @@ def test_what_is_not_packed(tmp_path, clean, token):
     assert "working_dir" not in ray_submit._runtime_env(make_job("digits", [], []))
 
 
-@pytest.mark.parametrize(("answer", "choice"), [("s\n", "s"), ("Detach\n", "d"), ("\n", ""), ("what?\n", "w")])
+@pytest.mark.parametrize(
+    ("answer", "choice"), [("s\n", "s"), ("Detach\n", "d"), ("\n", ""), ("what?\n", "w")]
+)
 def test_what_to_do_after_ctrl_c(monkeypatch, capsys, answer, choice):
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
     assert ray_cli._ask() == choice
@@ -374,8 +430,15 @@ def test_ray_is_told_of_a_token_before_it_looks(token, mode):
     """Ray looks once, when it is imported. The drill with a token goes on from here."""
     script = "import syncnorm.run.ray_client, sys; from ray import _raylet as r; "
     script += f"sys.exit(r.get_authentication_mode() != r.AuthenticationMode.{mode})"
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")}
-    assert subprocess.run([sys.executable, "-c", script], env=inherited | token, check=False).returncode == 0
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")
+    }
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", script], env=inherited | token, check=False
+        ).returncode
+        == 0
+    )
 
 
 def test_what_the_user_has_set_for_ray_stays(monkeypatch):

@@ -33,7 +33,11 @@ def newest(folder: Path) -> Snapshot:
 
 def running(snapshot: Snapshot, prefix: str = "", name: str = "model") -> dict[str, torch.Tensor]:
     tensors = snapshot.tensors[name]
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if "running" in k and k.startswith(prefix)}
+    return {
+        k.removeprefix(prefix): v
+        for k, v in tensors.items()
+        if "running" in k and k.startswith(prefix)
+    }
 
 
 def test_a_new_checkpoint_beside_the_old_one(run, tmp_path):
@@ -45,9 +49,15 @@ def test_a_new_checkpoint_beside_the_old_one(run, tmp_path):
     old, new = newest(run / "checkpoints"), newest(run / "recalibrated")
     assert new.tensors.keys() == {"model"}
     # Of the average, which is what the run evaluates.
-    average = {k.removeprefix("module."): v for k, v in old.tensors["ema"].items() if k.startswith("module.")}
+    average = {
+        k.removeprefix("module."): v
+        for k, v in old.tensors["ema"].items()
+        if k.startswith("module.")
+    }
     assert new.tensors["model"].keys() == average.keys()
-    assert all(torch.equal(new.tensors["model"][k], v) for k, v in average.items() if "running" not in k)
+    assert all(
+        torch.equal(new.tensors["model"][k], v) for k, v in average.items() if "running" not in k
+    )
     assert not torch.equal(new.tensors["model"]["bn1.running_mean"], average["bn1.running_mean"])
 
     alone = running(new)
@@ -80,9 +90,13 @@ def test_code_of_a_package_that_is_allowed(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["recalibrate", str(folder), "--allow", "tests"])
     assert not caught.value.code
-    assert capsys.readouterr().out.splitlines()[-1] == str(folder / "recalibrated" / "step-00000012")
+    assert capsys.readouterr().out.splitlines()[-1] == str(
+        folder / "recalibrated" / "step-00000012"
+    )
 
-    (folder / "config.yaml").write_text(text.replace("name: digits\n", "name: tests.train.nets:fails\n"))
+    (folder / "config.yaml").write_text(
+        text.replace("name: digits\n", "name: tests.train.nets:fails\n")
+    )
     with pytest.raises(SystemExit) as caught:
         main(["recalibrate", str(folder), "--allow", "tests"])
     assert caught.value.code == 1
@@ -118,7 +132,11 @@ def code(folder: Path) -> None:
         (no_checkpoints, "has no checkpoints. Name the folder of a run that has saved one."),
         (damage, "model.safetensors` must have the SHA-256"),
         (another_model, "checkpoints: does not fit the run's configuration: "),
-        (code, "`model.name` must name a callable of a package that is allowed, got 'os:system'. To run its code, add"),
+        (
+            code,
+            "`model.name` must name a callable of a package that is allowed, got 'os:system'. To "
+            "run its code, add",
+        ),
     ],
 )
 def test_a_run_that_is_none(spoil, message, run, tmp_path, capsys):

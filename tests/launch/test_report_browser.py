@@ -1,4 +1,6 @@
-"""The report's page in a real browser, without a network and without its sandbox, which containers do not allow."""
+"""The report's page in a real browser, without a network and without its sandbox, which containers
+do not allow.
+"""
 
 import shutil
 from pathlib import Path
@@ -106,9 +108,13 @@ def test_it_is_dark_where_the_reader_prefers_that(page):
 
 @pytest.mark.parametrize("width", [1200, 1000, 700, 400])
 def test_nothing_hangs_out_at_the_side(page, width):
-    # Only a script can say how wide the page became, so the copy goes without the policy. It is asked within a frame,
-    # because a window of this browser is at least 500 wide.
-    text = page.read_text().replace("Content-Security-Policy", "nothing").replace("<details>", "<details open>")
+    # Only a script can say how wide the page became, so the copy goes without the policy. It is
+    # asked within a frame, because a window of this browser is at least 500 wide.
+    text = (
+        page.read_text()
+        .replace("Content-Security-Policy", "nothing")
+        .replace("<details>", "<details open>")
+    )
     script = "<script>parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
     page.with_name("measured.html").write_text(text.replace("</body>", script))
     frame = page.with_name("frame.html")

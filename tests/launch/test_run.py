@@ -81,7 +81,12 @@ def test_both_workers_have_the_same_running_statistics(local):
 
 
 def test_torchrun_gives_the_same_run(local, tmp_path):
-    command = [*commands.TORCHRUN, str(ROOT / "launch" / "torchrun.py"), str(ROOT / "configs" / "digits.yaml"), *SHORT]
+    command = [
+        *commands.TORCHRUN,
+        str(ROOT / "launch" / "torchrun.py"),
+        str(ROOT / "configs" / "digits.yaml"),
+        *SHORT,
+    ]
     done = commands.run(command, tmp_path)
     ours, theirs = (events(run_folder(*run), "step") for run in (local, (tmp_path, done)))
     assert ours == theirs
@@ -137,7 +142,10 @@ def wait_for_first_epoch(process) -> None:
 
 
 def worker_ids(process) -> list[int]:
-    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    return [
+        int(pid)
+        for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ]
 
 
 def resumed_to_the_end(folder: Path, run: Path, epochs: int, workers: int) -> CompletedProcess[str]:
@@ -161,7 +169,9 @@ def test_a_signal_saves_and_stops(tmp_path, number):
     snapshot, _, _ = CheckpointStore(run / "checkpoints").newest()
     assert snapshot is not None
     assert snapshot.step == note["step"]
-    assert err.splitlines()[-1].endswith(f"saved. To go on: the same command with --resume {run.relative_to(tmp_path)}")
+    assert err.splitlines()[-1].endswith(
+        f"saved. To go on: the same command with --resume {run.relative_to(tmp_path)}"
+    )
 
 
 def test_a_stopped_run_goes_on_on_another_number_of_workers(tmp_path):
@@ -178,7 +188,9 @@ def test_a_stopped_run_goes_on_on_another_number_of_workers(tmp_path):
     assert [event["world_size"] for event in events(run, "start")] == [2, 3]
     assert {event["step"] for event in events(run, "step")} == set(range(1, 70))
 
-    other = commands.run([*commands.SYNCNORM, "train", "digits", "train.lr=0.2", "--resume", str(run)], tmp_path)
+    other = commands.run(
+        [*commands.SYNCNORM, "train", "digits", "train.lr=0.2", "--resume", str(run)], tmp_path
+    )
     assert other.returncode == 2
     assert "where train.epochs, train.lr differ" in other.stderr
 
@@ -212,9 +224,11 @@ def test_a_stuck_worker_leaves_all_stacks(tmp_path):
         "    import torch\n"
         "    take = torch.optim.SGD.step\n"
         "    def step(self, closure=None):\n"
-        "        if len(self.param_groups[0]['params']) == 1: return take(self, closure)  # a trial\n"
+        "        if len(self.param_groups[0]['params']) == 1: return take(self, closure)  # a "
+        "trial\n"
         # Only now: before the first step a worker of a busy machine may be importing for any time.
-        "        (watch,) = (each for each in gc.get_objects() if type(each).__name__ == 'WorkerWatch')\n"
+        "        (watch,) = (each for each in gc.get_objects() if type(each).__name__ == "
+        "'WorkerWatch')\n"
         "        if watch._timeout > 5: watch._timeout, watch._armed = 5, 0.0; watch.alive()\n"
         "        while os.environ['RANK'] == '1': time.sleep(0.1)\n"
         "        return take(self, closure)\n"
@@ -224,7 +238,9 @@ def test_a_stuck_worker_leaves_all_stacks(tmp_path):
     done = commands.run(command, tmp_path, {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     message, folder = done.stderr.splitlines()
-    assert re.fullmatch(r"syncnorm: worker [01] was stuck; where each worker was is in logs/stacks-\*.txt", message)
+    assert re.fullmatch(
+        r"syncnorm: worker [01] was stuck; where each worker was is in logs/stacks-\*.txt", message
+    )
     stacks = [(tmp_path / folder / "logs" / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
     assert "sitecustomize.py" in stacks[1]
     assert "in training_step" in stacks[0]
@@ -264,7 +280,9 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path, laun
     assert process.returncode == 0, err
     interrupted = tmp_path / out.splitlines()[-1]
     expected = run_folder(tmp_path, whole)
-    curves = [{e["step"]: e["loss"] for e in events(run, "step")} for run in (expected, interrupted)]
+    curves = [
+        {e["step"]: e["loss"] for e in events(run, "step")} for run in (expected, interrupted)
+    ]
     assert curves[0] == curves[1]
     starts = events(interrupted, "start")
     assert len(starts) == 2
@@ -300,8 +318,17 @@ def test_torchrun_stops_and_the_same_launch_goes_on(tmp_path):
 def test_on_a_terminal_there_is_a_bar_with_figures(tmp_path):
     terminal, end = pty.openpty()
     environment = {"TERM": "xterm", "COLUMNS": "160"}
-    command = [*commands.SYNCNORM, "train", "digits", "train.epochs=3", "follow.every=5", "launch.workers=1"]
-    process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **environment}, stdout=end, stderr=end)
+    command = [
+        *commands.SYNCNORM,
+        "train",
+        "digits",
+        "train.epochs=3",
+        "follow.every=5",
+        "launch.workers=1",
+    ]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, **environment}, stdout=end, stderr=end
+    )
     os.close(end)
     shown = b""
     with contextlib.suppress(OSError):  # the other end is closed
@@ -310,18 +337,28 @@ def test_on_a_terminal_there_is_a_bar_with_figures(tmp_path):
     assert process.wait(commands.DEADLINE_SECONDS) == 0
     os.close(terminal)
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-    assert re.search(r"training .*\d+/69 steps loss \d\.\d{4}  \d+ samples/s  \d+ % exchanging  test accuracy", text)
+    assert re.search(
+        r"training .*\d+/69 steps loss \d\.\d{4}  \d+ samples/s  \d+ % exchanging  test accuracy",
+        text,
+    )
     assert "epoch 3/3  step 69  loss" in text
 
 
 def test_a_full_disk_ends_the_save_and_not_the_run(tmp_path):
     runs = tmp_path / "runs"
     runs.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(runs)], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(runs)], capture_output=True
+    )
     if mounted.returncode != 0:
         pytest.skip("a small file system cannot be mounted here")
     try:
-        options = ["train.epochs=6", "train.global_batch=500", "launch.workers=1", "checkpoint.best=false"]
+        options = [
+            "train.epochs=6",
+            "train.global_batch=500",
+            "launch.workers=1",
+            "checkpoint.best=false",
+        ]
         done = commands.run([*commands.SYNCNORM, "train", "digits", *options], tmp_path)
         (run,) = runs.iterdir()
         saved = [event["step"] for event in events(run, "checkpoint")]
@@ -331,7 +368,8 @@ def test_a_full_disk_ends_the_save_and_not_the_run(tmp_path):
         losses = events(run, "step")
     finally:
         subprocess.run(["umount", str(runs)], check=True)
-    # Two checkpoints fit, a third beside them does not; only that the last state is not saved fails the run.
+    # Two checkpoints fit, a third beside them does not; only that the last state is not saved fails
+    # the run.
     assert saved == [3, 6]
     assert names
     assert set(names) <= {"step-00000003", "step-00000006"}
@@ -350,7 +388,10 @@ def test_two_launches_do_not_share_a_folder(tmp_path):
         done = commands.run([*ENDLESS, "--resume", str(run)], tmp_path)
         assert process.poll() is None
     assert done.returncode == 2
-    assert done.stderr == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first.\n"
+    assert (
+        done.stderr
+        == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first.\n"
+    )
 
 
 def test_a_callable_needs_permission(tmp_path):
@@ -394,8 +435,10 @@ def test_a_step_that_does_not_fit_is_refused_with_its_figures(tmp_path):
     done = commands.run([*commands.SYNCNORM, "train", "digits", *options], tmp_path)
     assert done.returncode == 2
     message = (
-        r"syncnorm: `launch.micro_batch` must be such that a step fits into memory, got one that needs \d+.\d\d MiB: "
-        r"\d\d\d.\d\d MiB for the process with its data, 127.86 MiB for parameters, gradients and optimizer, and "
+        r"syncnorm: `launch.micro_batch` must be such that a step fits into memory, got one that "
+        r"needs \d+.\d\d MiB: "
+        r"\d\d\d.\d\d MiB for the process with its data, 127.86 MiB for parameters, gradients and "
+        r"optimizer, and "
         r"64 samples in a forward of \d+.\d\d KiB each. Worker 0 has 409.60 MiB. "
         r"Take fewer workers, a smaller model or more memory.\n"
     )

@@ -20,7 +20,9 @@ def resnet18(norm_layer: Callable[[int], nn.Module]) -> nn.Module:
 
 
 def batches(steps: int, size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Four batches of 12x12 images, over and over; the mean drifts along the batch, so that shards differ."""
+    """Four batches of 12x12 images, over and over; the mean drifts along the batch, so that shards
+    differ.
+    """
     g = torch.Generator().manual_seed(5)
     drift = torch.linspace(-1, 1, size, dtype=torch.float64).view(-1, 1, 1, 1)
     distinct = [
@@ -33,7 +35,9 @@ def batches(steps: int, size: int, dtype: torch.dtype) -> list[tuple[Tensor, Ten
     return [distinct[step % 4] for step in range(steps)]
 
 
-def train(data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], sync: str, ulps: int = 0) -> list[float]:
+def train(
+    data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], sync: str, ulps: int = 0
+) -> list[float]:
     """The curve of the large batch's loss. On several ranks each trains on its shard, under DDP."""
     rank = dist.get_rank() if dist.is_initialized() else 0
     torch.manual_seed(0)
@@ -60,7 +64,9 @@ def train(data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], sync: str
     return curve.tolist()
 
 
-def sharded(pool: RankPool, data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], sync: str) -> list[float]:
+def sharded(
+    pool: RankPool, data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], sync: str
+) -> list[float]:
     curves = pool.run(train, data, sizes, sync)
     assert curves == [curves[0]] * len(sizes)
     return curves[0]

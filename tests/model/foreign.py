@@ -1,4 +1,6 @@
-"""Models and layers of others, for the tests of conversion; importable, so that they can be pickled."""
+"""Models and layers of others, for the tests of conversion; importable, so that they can be
+pickled.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ def _small(norm: nn.Module) -> nn.Sequential:
 
 
 def lazy() -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(momentum=0.2), nn.Flatten(), nn.LazyLinear(5))
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.LazyBatchNorm2d(momentum=0.2), nn.Flatten(), nn.LazyLinear(5)
+    )
 
 
 def scale(layer: nn.Module, args: Any, y: Tensor) -> Tensor:
@@ -117,17 +121,27 @@ class Unknown(nn.BatchNorm2d):
 
 
 def points() -> nn.Module:
-    """Batch norms of two numbers of dimensions, without parameters, without a bias, and averaging all batches."""
+    """Batch norms of two numbers of dimensions, without parameters, without a bias, and averaging
+    all batches.
+    """
     last = nn.BatchNorm1d(4, momentum=None)
     last.bias = None  # an argument in newer torch
     return nn.Sequential(
-        nn.Flatten(2), nn.Conv1d(3, 6, 1), nn.BatchNorm1d(6, affine=False), nn.Flatten(), nn.LazyLinear(4), last
+        nn.Flatten(2),
+        nn.Conv1d(3, 6, 1),
+        nn.BatchNorm1d(6, affine=False),
+        nn.Flatten(),
+        nn.LazyLinear(4),
+        last,
     )
 
 
 def volumes() -> nn.Module:
     return nn.Sequential(
-        nn.Unflatten(1, (3, 1)), nn.Conv3d(3, 4, (1, 3, 3)), nn.BatchNorm3d(4, momentum=0.3), nn.InstanceNorm3d(4)
+        nn.Unflatten(1, (3, 1)),
+        nn.Conv3d(3, 4, (1, 3, 3)),
+        nn.BatchNorm3d(4, momentum=0.3),
+        nn.InstanceNorm3d(4),
     )
 
 
@@ -137,7 +151,15 @@ def basic() -> nn.Module:
 
 def bottleneck() -> nn.Module:
     """ResNet-50 with fewer blocks and channels."""
-    return ResNet(Bottleneck, (2, 1), (4, 8), "imagenet", in_channels=3, num_classes=5, norm_layer=nn.BatchNorm2d)
+    return ResNet(
+        Bottleneck,
+        (2, 1),
+        (4, 8),
+        "imagenet",
+        in_channels=3,
+        num_classes=5,
+        norm_layer=nn.BatchNorm2d,
+    )
 
 
 def transformers_model(name: str) -> Callable[[], nn.Module]:
@@ -146,9 +168,24 @@ def transformers_model(name: str) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         library = pytest.importorskip("transformers", reason="transformers is not installed")
         sizes: dict[str, Any] = {
-            "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "bottleneck"},
-            "MobileNetV2": {"image_size": 16, "depth_multiplier": 0.25, "depth_divisible_by": 4, "min_depth": 4},
-            "RegNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+            "ResNet": {
+                "embedding_size": 8,
+                "hidden_sizes": [8, 16],
+                "depths": [1, 1],
+                "layer_type": "bottleneck",
+            },
+            "MobileNetV2": {
+                "image_size": 16,
+                "depth_multiplier": 0.25,
+                "depth_divisible_by": 4,
+                "min_depth": 4,
+            },
+            "RegNet": {
+                "embedding_size": 8,
+                "hidden_sizes": [8, 16],
+                "depths": [1, 1],
+                "groups_width": 4,
+            },
         }
         config = getattr(library, f"{name}Config")(**sizes[name], num_labels=5)
         return Logits(getattr(library, f"{name}ForImageClassification")(config))

@@ -48,7 +48,9 @@ class RaisesOnce(nn.Module):
 class HomeMade(nn.Module):
     """A batch norm that is no subclass of torch's; `names` of its buffers for mean and variance."""
 
-    def __init__(self, channels: int, names: tuple[str, str] = ("running_mean", "running_var")) -> None:
+    def __init__(
+        self, channels: int, names: tuple[str, str] = ("running_mean", "running_var")
+    ) -> None:
         super().__init__()
         self.register_buffer(names[0], torch.zeros(channels))
         self.register_buffer(names[1], torch.ones(channels))

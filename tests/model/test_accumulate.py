@@ -31,7 +31,9 @@ from tests.model.parts import HomeMade, state_of, uneven_batch
 def _accumulated(sync: str, rounds: int) -> tuple[dict, list[str]]:
     """Micro-batches of one global batch, cut by rank and round."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(2.0, 1.0), sync=sync, dtype=torch.float64)
+    layer = SyncBatchRenorm(
+        4, schedule=RenormSchedule.constant(2.0, 1.0), sync=sync, dtype=torch.float64
+    )
     model = prepare_ddp(nn.Sequential(layer))
     pieces = uneven_batch(12, 3).tensor_split(rounds * world)
     with exchange.record() as record:

@@ -26,7 +26,9 @@ def _vectors(*names: str, seed: int = 0) -> dict[str, Tensor]:
 
 X = torch.randn(7, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3 + 1
 
-TORCH = _vectors("weight", "bias", "running_mean", "running_var") | {"num_batches_tracked": torch.tensor(5)}
+TORCH = _vectors("weight", "bias", "running_mean", "running_var") | {
+    "num_batches_tracked": torch.tensor(5)
+}
 KERAS = _vectors("gamma", "beta", "moving_mean", "moving_variance")
 STDDEV = _vectors("moving_stddev", seed=2)
 RENORM = _vectors("renorm_mean", "renorm_stddev", seed=3)
@@ -79,7 +81,9 @@ CASES: dict[str, tuple[dict[str, Tensor], str | None, Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layer_of", [nn.BatchNorm1d, SyncBatchNorm, SyncBatchRenorm], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "layer_of", [nn.BatchNorm1d, SyncBatchNorm, SyncBatchRenorm], ids=lambda c: c.__name__
+)
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_is_what_it_was_there(name, layer_of):
     state, source, expected = CASES[name]
@@ -115,7 +119,9 @@ NOTES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("layer", "state", "source", "note"), NOTES, ids=[note for *_, note in NOTES])
+@pytest.mark.parametrize(
+    ("layer", "state", "source", "note"), NOTES, ids=[note for *_, note in NOTES]
+)
 def test_it_says_what_it_changed_and_what_no_state_dict_says(layer, state, source, note):
     assert note in str(adopt_state_dict(layer, state, source=source))
 
@@ -127,7 +133,9 @@ def test_a_plain_state_dict_needs_no_note():
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
 @pytest.mark.parametrize("name", ["digits_resnet", "tied", "torch's SyncBatchNorm"])
 def test_whole_models(name, prefix):
-    """torch's, its SyncBatchNorm's, apex's and mmcv's entries have the same names; wrappers put some before them."""
+    """torch's, its SyncBatchNorm's, apex's and mmcv's entries have the same names; wrappers put
+    some before them.
+    """
     torch.manual_seed(1)
     theirs = ARCHITECTURES[name]()
     theirs(torch.randn(4, 3, 16, 16))
@@ -135,7 +143,9 @@ def test_whole_models(name, prefix):
     model = ARCHITECTURES[name]()
     model(torch.randn(4, 3, 16, 16))
     convert(model, SyncBatchNorm, sync="lagged")
-    adopted = adopt_state_dict(model, {prefix + key: value for key, value in theirs.state_dict().items()})
+    adopted = adopt_state_dict(
+        model, {prefix + key: value for key, value in theirs.state_dict().items()}
+    )
     assert set(adopted.layers.values()) == {"torch"}
     x = torch.randn(4, 3, 16, 16)
     assert torch.equal(model.eval()(x), theirs.eval()(x))
@@ -150,10 +160,15 @@ def test_a_tied_layer_is_read_under_both_names():
 
 
 def test_timms_layer_with_an_activation():
-    """Its entries are torch's: into one that was converted, or into a batch norm that an activation follows."""
+    """Its entries are torch's: into one that was converted, or into a batch norm that an activation
+    follows.
+    """
     theirs = NormAct(C)
     theirs(torch.randn(3, C, 2, 2))
-    converted, apart = nn.Sequential(convert(NormAct(C))), nn.Sequential(SyncBatchNorm(C), nn.SiLU())
+    converted, apart = (
+        nn.Sequential(convert(NormAct(C))),
+        nn.Sequential(SyncBatchNorm(C), nn.SiLU()),
+    )
     x = torch.randn(3, C, 2, 2)
     for model in (converted, apart):
         adopt_state_dict(model, {f"0.{key}": value for key, value in theirs.state_dict().items()})
@@ -163,7 +178,9 @@ def test_timms_layer_with_an_activation():
 def test_arrays_under_keras_own_names():
     model = nn.Sequential(nn.Linear(C, C), SyncBatchNorm(C, eps=EPS))
     entries = {f"1/{key}:0": value.numpy() for key, value in KERAS.items()}
-    adopted = adopt_state_dict(model, {**entries, "0/weight": torch.eye(C).numpy(), "0/bias": torch.zeros(C).numpy()})
+    adopted = adopt_state_dict(
+        model, {**entries, "0/weight": torch.eye(C).numpy(), "0/bias": torch.zeros(C).numpy()}
+    )
     assert adopted.layers == {"1": "keras"}
     expected = CASES["keras"][2]
     assert_close(model.double().eval()(X), expected, torch.float32, "y")
@@ -176,13 +193,39 @@ def _without(state: dict[str, Tensor], *names: str) -> dict[str, Tensor]:
 REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     (_without(TORCH, "running_var"), None, "got nothing for '1.running_var'. Rename"),
     (TORCH | {"gain": torch.ones(C)}, None, "got '1.gain', which the model does not have."),
-    (TORCH | {"weight": torch.ones(C + 1)}, None, "got '1.weight' of shape (5,), which is (4,) in the model"),
-    (KERAS | {"running_mean": torch.ones(C), "moving_mean": torch.ones(3)}, None, "'1.running_mean' of shape (3,)"),
+    (
+        TORCH | {"weight": torch.ones(C + 1)},
+        None,
+        "got '1.weight' of shape (5,), which is (4,) in the model",
+    ),
+    (
+        KERAS | {"running_mean": torch.ones(C), "moving_mean": torch.ones(3)},
+        None,
+        "'1.running_mean' of shape (3,)",
+    ),
     (_without(CROSSQ, "ra_var"), None, "nothing for '1.running_var'"),
-    (CROSSQ, "torch", "`source` must be what the state is of, got 'torch' for '1' with ['bias', 'ra_mean', 'ra_var'"),
-    (TORCH, "keras", "`source` must be what the state is of, got 'keras' for '1' with ['bias', 'num_batches_tracked'"),
-    (TORCH, "tensorflow", '`source` must be "torch" or "inplace_abn" or "keras" or "crossq", got \'tensorflow\''),
-    (RENORM | {k: 0 * v for k, v in WEIGHTS.items()}, None, "got renorm_mean_weight = 0. Train first."),
+    (
+        CROSSQ,
+        "torch",
+        "`source` must be what the state is of, got 'torch' for '1' with ['bias', 'ra_mean', "
+        "'ra_var'",
+    ),
+    (
+        TORCH,
+        "keras",
+        "`source` must be what the state is of, got 'keras' for '1' with ['bias', "
+        "'num_batches_tracked'",
+    ),
+    (
+        TORCH,
+        "tensorflow",
+        '`source` must be "torch" or "inplace_abn" or "keras" or "crossq", got \'tensorflow\'',
+    ),
+    (
+        RENORM | {k: 0 * v for k, v in WEIGHTS.items()},
+        None,
+        "got renorm_mean_weight = 0. Train first.",
+    ),
 ]
 
 
@@ -207,17 +250,35 @@ def _module(prefix: str = "", **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("state", "message"),
     [
-        ({"epoch": 3, "state_dict": _module()}, "got dict with dict under 'state_dict'. Pass state['state_dict']."),
+        (
+            {"epoch": 3, "state_dict": _module()},
+            "got dict with dict under 'state_dict'. Pass state['state_dict'].",
+        ),
         ({"model_state_dict": _module("module."), "best": 0.5}, "Pass state['model_state_dict']."),
         # Random states and those of an optimizer are tensors by name, too.
-        ({"rng": {"cpu": torch.zeros(9)}, "ema": {"shadow": _module()}}, "Pass state['ema']['shadow']. Nothing"),
-        ({"net": _module(), "all": _module() | _module("b.")}, "Pass state['all'] or state['net']. Nothing"),
-        ({"model": nn.BatchNorm1d(C)}, "got dict with BatchNorm1d under 'model'. Pass state['model'].state_dict()."),
+        (
+            {"rng": {"cpu": torch.zeros(9)}, "ema": {"shadow": _module()}},
+            "Pass state['ema']['shadow']. Nothing",
+        ),
+        (
+            {"net": _module(), "all": _module() | _module("b.")},
+            "Pass state['all'] or state['net']. Nothing",
+        ),
+        (
+            {"model": nn.BatchNorm1d(C)},
+            "got dict with BatchNorm1d under 'model'. Pass state['model'].state_dict().",
+        ),
         (nn.BatchNorm1d(C), "got BatchNorm1d. Pass state.state_dict(). Nothing was changed."),
         ("runs/last.pt", "got str. Load the file, and pass what state_dict() gave."),
-        ({"optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": []}}, "pass what state_dict() gave."),
+        (
+            {"optimizer": {"state": {0: {"step": torch.ones(())}}, "param_groups": []}},
+            "pass what state_dict() gave.",
+        ),
         (_module(hparams={"lr": 0.1}), "got dict with dict under 'hparams'. Load the file"),
-        ({0: torch.zeros(C)}, "`state` must be a state dict, tensors or arrays by name, got dict. Load"),
+        (
+            {0: torch.zeros(C)},
+            "`state` must be a state dict, tensors or arrays by name, got dict. Load",
+        ),
     ],
     ids=str,
 )

@@ -26,7 +26,9 @@ SIZES = (5, 3)
 
 def _network(norm: type[nn.Module] = SyncBatchNorm) -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv1d(4, 6, 1), norm(6), nn.ReLU(), nn.Conv1d(6, 2, 5), nn.Flatten()).double()
+    return nn.Sequential(
+        nn.Conv1d(4, 6, 1), norm(6), nn.ReLU(), nn.Conv1d(6, 2, 5), nn.Flatten()
+    ).double()
 
 
 def _shard(step: int, size: int, rank: int) -> Tensor:
@@ -41,7 +43,9 @@ def _loss(y: Tensor) -> Tensor:
     return (y - torch.tensor([1.0, -1.0], dtype=y.dtype)).square().mean()
 
 
-def _trained_alone(optimizer: type[torch.optim.Optimizer], steps: int, **options) -> dict[str, Tensor]:
+def _trained_alone(
+    optimizer: type[torch.optim.Optimizer], steps: int, **options
+) -> dict[str, Tensor]:
     """torch's own layer on the whole batches."""
     model = _network(nn.BatchNorm1d)
     optim = optimizer(model.parameters(), **options)
@@ -75,7 +79,9 @@ OPTIMIZERS = {
 def _foreach(name: str) -> dict[str, Tensor]:
     model = prepare_ddp(_network())
     optimizer, options = OPTIMIZERS[name]
-    _train(DistributedDataParallel(model), optimizer(model.parameters(), foreach=True, **options), 5)
+    _train(
+        DistributedDataParallel(model), optimizer(model.parameters(), foreach=True, **options), 5
+    )
     return model.state_dict()
 
 
@@ -97,9 +103,17 @@ def _functional() -> tuple[Tensor, list[Tensor], dict[str, Tensor], bool, list[s
     with exchange.record() as record:
         y = functional_call(model, given, (_shard(0, SIZES[rank], rank),))
         parameters = [v for v in given.values() if v.requires_grad]
-        grads = torch.autograd.grad(y, parameters, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y))
+        grads = torch.autograd.grad(
+            y, parameters, torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+        )
     is_same = all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    return y.detach(), list(grads), {k: v.detach() for k, v in given.items()}, is_same, [e.kind for e in record]
+    return (
+        y.detach(),
+        list(grads),
+        {k: v.detach() for k, v in given.items()},
+        is_same,
+        [e.kind for e in record],
+    )
 
 
 def test_functional_call(pool):
@@ -108,7 +122,9 @@ def test_functional_call(pool):
     given |= {k: v.clone() for k, v in whole.named_buffers()}
     y = functional_call(whole, given, (_whole(0),))
     answers = pool(2).run(_functional)
-    cotangent = torch.cat([torch.linspace(-1, 1, a[0].numel(), dtype=y.dtype).view_as(a[0]) for a in answers])
+    cotangent = torch.cat(
+        [torch.linspace(-1, 1, a[0].numel(), dtype=y.dtype).view_as(a[0]) for a in answers]
+    )
     expected = torch.autograd.grad(y, [v for v in given.values() if v.requires_grad], cotangent)
     assert_close(torch.cat([a[0] for a in answers]), y, torch.float64, "y")
     for got, value in zip(zip(*(a[1] for a in answers)), expected, strict=True):
@@ -149,7 +165,9 @@ def test_averaged_model(pool, use_buffers):
 
 def _copied(sync: str) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """A copy of a wrapped, trained model goes its own way; with it goes what is under way."""
-    model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync=sync), nn.Conv1d(4, 2, 5), nn.Flatten()).double())
+    model = prepare_ddp(
+        nn.Sequential(SyncBatchNorm(4, sync=sync), nn.Conv1d(4, 2, 5), nn.Flatten()).double()
+    )
     wrapped = DistributedDataParallel(model)
     _train(wrapped, torch.optim.SGD(model.parameters(), lr=0.05), 2)
     other = copy.deepcopy(wrapped.module)
@@ -172,7 +190,9 @@ def _full(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
-def _fully_sharded(policy: MixedPrecisionPolicy | None, each: bool, steps: int) -> dict[str, Tensor]:
+def _fully_sharded(
+    policy: MixedPrecisionPolicy | None, each: bool, steps: int
+) -> dict[str, Tensor]:
     model = _network() if policy is None else _network().float()
     prepare_ddp(model)
     mesh = init_device_mesh("cpu", (2,))
@@ -197,14 +217,18 @@ def test_fsdp2_equals_unsharded(pool, each):
 
 
 def test_fsdp2_in_mixed_precision_has_statistics_of_full_width(pool):
-    """Of the bfloat16 activations that the layer is given, the statistics are exact: not rounded once more."""
+    """Of the bfloat16 activations that the layer is given, the statistics are exact: not rounded
+    once more.
+    """
     answers = pool(2).run(_low_precision)
     x = torch.cat([a[0] for a in answers]).double()
     running = reference.RunningStatistics.initial(6)
     y = reference.batch_norm(x, running=running)
     for i, (_, _, state) in enumerate(answers):
         assert state["1.running_mean"].dtype == torch.float32
-        assert_close(state["1.running_mean"], running.mean, torch.float32, f"running_mean of rank {i}")
+        assert_close(
+            state["1.running_mean"], running.mean, torch.float32, f"running_mean of rank {i}"
+        )
         assert_close(state["1.running_var"], running.var, torch.float32, f"running_var of rank {i}")
     assert all(a[1].dtype == torch.bfloat16 for a in answers)
     assert_close(torch.cat([a[1] for a in answers]), y, torch.bfloat16, "y")

@@ -30,12 +30,16 @@ def _checkpointed(reentrant: bool | None, make: str) -> list[Tensor]:
     """Gradients and buffers of a pooled layer, with and without activation checkpointing."""
     layer = {
         "norm": lambda: SyncBatchNorm(4, dtype=torch.float64),
-        "renorm": lambda: SyncBatchRenorm(4, schedule=RenormSchedule.constant(1.5, 0.5), dtype=torch.float64),
+        "renorm": lambda: SyncBatchRenorm(
+            4, schedule=RenormSchedule.constant(1.5, 0.5), dtype=torch.float64
+        ),
     }[make]()
     for step in range(3):
         x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
         y = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
-        cotangent = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        cotangent = torch.randn(
+            4, 4, 5, generator=torch.Generator().manual_seed(step), dtype=torch.float64
+        )
         y.backward(cotangent)
     return [x.grad, layer.weight.grad, layer.bias.grad, *layer.buffers()]
 
@@ -43,14 +47,18 @@ def _checkpointed(reentrant: bool | None, make: str) -> list[Tensor]:
 @pytest.mark.parametrize("make", ["norm", "renorm"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_updates_once_and_changes_no_bit(pool, reentrant, make):
-    """Also the test of the undocumented torch function that says whether a forward is being repeated."""
+    """Also the test of the undocumented torch function that says whether a forward is being
+    repeated.
+    """
     plain = pool(2).run(_checkpointed, None, make)
     for got, expected in zip(pool(2).run(_checkpointed, reentrant, make), plain, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def _with_another_forward(other: str, reentrant: bool | None) -> Tensor:
-    """The gradient where the same batch passes once more, not checkpointed, before the backward pass."""
+    """The gradient where the same batch passes once more, not checkpointed, before the backward
+    pass.
+    """
     layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(10.0, 10.0), dtype=torch.float64)
     for step in range(2):
         x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
@@ -58,7 +66,9 @@ def _with_another_forward(other: str, reentrant: bool | None) -> Tensor:
         with contextlib.ExitStack() as stack:
             if other != "plain":
                 stack.enter_context(frozen_statistics(layer))
-                stack.enter_context(torch.inference_mode() if "inference" in other else torch.no_grad())
+                stack.enter_context(
+                    torch.inference_mode() if "inference" in other else torch.no_grad()
+                )
             if "hooks" in other:
                 stack.enter_context(torch.autograd.graph.save_on_cpu())
             target = layer(x.detach()).detach()
@@ -67,12 +77,20 @@ def _with_another_forward(other: str, reentrant: bool | None) -> Tensor:
     return x.grad
 
 
-@pytest.mark.parametrize("other", ["plain", "teacher", "teacher in inference mode", "teacher with hooks"])
+@pytest.mark.parametrize(
+    "other", ["plain", "teacher", "teacher in inference mode", "teacher with hooks"]
+)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_plain_forward_of_the_same_batch_is_not_taken_for_the_one_to_be_repeated(pool, reentrant, other):
-    """Also the test of the undocumented torch functions that tell whether a forward may be repeated."""
+def test_a_plain_forward_of_the_same_batch_is_not_taken_for_the_one_to_be_repeated(
+    pool, reentrant, other
+):
+    """Also the test of the undocumented torch functions that tell whether a forward may be
+    repeated.
+    """
     plain = pool(2).run(_with_another_forward, other, None)
-    for got, expected in zip(pool(2).run(_with_another_forward, other, reentrant), plain, strict=True):
+    for got, expected in zip(
+        pool(2).run(_with_another_forward, other, reentrant), plain, strict=True
+    ):
         assert torch.equal(got, expected)
 
 
@@ -83,12 +101,18 @@ def _forwards_before_backwards(make: str, is_checkpointed: bool) -> list[Tensor]
     layer = {
         "renorm": lambda: SyncBatchRenorm(4, schedule=bounds, dtype=torch.float64),
         "lagged": lambda: SyncBatchNorm(4, sync="lagged", dtype=torch.float64),
-        "lagged renorm": lambda: SyncBatchRenorm(4, schedule=bounds, sync="lagged", dtype=torch.float64),
+        "lagged renorm": lambda: SyncBatchRenorm(
+            4, schedule=bounds, sync="lagged", dtype=torch.float64
+        ),
     }[make]()
     model = prepare_ddp(nn.Sequential(layer))
     for step in range(2):
-        xs = [uneven_batch(4, 10 * step + 3 * dist.get_rank() + i).requires_grad_() for i in range(3)]
-        ys = [checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x) for x in xs]
+        xs = [
+            uneven_batch(4, 10 * step + 3 * dist.get_rank() + i).requires_grad_() for i in range(3)
+        ]
+        ys = [
+            checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x) for x in xs
+        ]
         if dist.get_rank() == 0:
             model.state_dict()
         sum((y * torch.linspace(-1, 2, y.numel()).view_as(y).sin()).mean() for y in ys).backward()
@@ -98,7 +122,9 @@ def _forwards_before_backwards(make: str, is_checkpointed: bool) -> list[Tensor]
 @pytest.mark.parametrize("make", ["renorm", "lagged", "lagged renorm"])
 def test_checkpointing_with_several_forwards_before_the_backward_pass(pool, make):
     plain = pool(2).run(_forwards_before_backwards, make, False)
-    for got, expected in zip(pool(2).run(_forwards_before_backwards, make, True), plain, strict=True):
+    for got, expected in zip(
+        pool(2).run(_forwards_before_backwards, make, True), plain, strict=True
+    ):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
 
@@ -123,19 +149,30 @@ def _checkpointed_steps(make: str, is_checkpointed: bool, batches: list[list[int
 
 @pytest.mark.parametrize("make", ["renorm", "lagged"])
 @pytest.mark.parametrize(
-    "batches", [[[0, 1, 2, 3], [-1, -1, -1, -1]], [[0, 1, 2, 3], [9, 9, 9, 9]], [[5, 6, 5, 6], [7, 7, 7, 7]]], ids=str
+    "batches",
+    [[[0, 1, 2, 3], [-1, -1, -1, -1]], [[0, 1, 2, 3], [9, 9, 9, 9]], [[5, 6, 5, 6], [7, 7, 7, 7]]],
+    ids=str,
 )
 def test_checkpointing_with_batches_that_come_again(pool, make, batches):
-    """Of the calls with the same sums the newest is repeated; an older one would ask for messages of its own."""
+    """Of the calls with the same sums the newest is repeated; an older one would ask for messages
+    of its own.
+    """
     plain = pool(2).run(_checkpointed_steps, make, False, batches)
-    for got, expected in zip(pool(2).run(_checkpointed_steps, make, True, batches), plain, strict=True):
+    for got, expected in zip(
+        pool(2).run(_checkpointed_steps, make, True, batches), plain, strict=True
+    ):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_checkpointing_more_calls_than_are_remembered_is_an_error():
     layer = SyncBatchRenorm(4, dtype=torch.float64)
-    ys = [checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=False) for i in range(70)]
-    with pytest.raises(InputError, match="must repeat one of the last 64 training forwards of a layer"):
+    ys = [
+        checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=False)
+        for i in range(70)
+    ]
+    with pytest.raises(
+        InputError, match="must repeat one of the last 64 training forwards of a layer"
+    ):
         torch.stack(ys).square().mean().backward()
 
 
@@ -163,7 +200,10 @@ def test_checkpointing_what_is_no_number_is_an_error_on_no_worker(pool):
 def _lagged_with_an_empty_worker(is_checkpointed: bool) -> list[Tensor]:
     layer = SyncBatchNorm(4, sync="lagged", dtype=torch.float64)
     model = prepare_ddp(nn.Sequential(layer))
-    xs = [(uneven_batch(4, i) if dist.get_rank() else torch.empty(0, 4, 5).double()).requires_grad_() for i in range(2)]
+    xs = [
+        (uneven_batch(4, i) if dist.get_rank() else torch.empty(0, 4, 5).double()).requires_grad_()
+        for i in range(2)
+    ]
     ys = [checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x) for x in xs]
     for y in reversed(ys):
         y.square().sum().backward()
@@ -194,7 +234,9 @@ def _patch_like_fairscale(layer: nn.Module) -> None:
     layer.register_forward_hook(put_back)
 
 
-@pytest.mark.parametrize("order", ["converted, then wrapped", "wrapped, then converted", "and back"])
+@pytest.mark.parametrize(
+    "order", ["converted, then wrapped", "wrapped, then converted", "and back"]
+)
 @pytest.mark.parametrize("to", [SyncBatchNorm, SyncBatchRenorm], ids=lambda c: c.__name__)
 def test_a_wrapper_that_leaves_the_update_to_the_repetition(to, order):
     layer, plain = nn.BatchNorm1d(4), convert(nn.BatchNorm1d(4), to)

@@ -1,6 +1,8 @@
-"""Compiled layers: one graph, the exchanges in it, and the numbers of the uncompiled layer and of the oracle.
+"""Compiled layers: one graph, the exchanges in it, and the numbers of the uncompiled layer and of
+the oracle.
 
-aot_eager traces and partitions as the default backend does and needs no C++ compiler; one slow test has that, too.
+aot_eager traces and partitions as the default backend does and needs no C++ compiler; one slow test
+has that, too.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def _compiled(module: nn.Module, backend: Any = "aot_eager", fullgraph: bool = T
 
 
 def _sample(size: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(size, CHANNELS, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    return torch.randn(
+        size, CHANNELS, 4, generator=torch.Generator().manual_seed(seed), dtype=dtype
+    )
 
 
 def _compiled_steps(steps: list[Any], options: dict[str, Any], in_group: bool) -> list[Outcome]:
@@ -54,20 +58,32 @@ def _compiled_steps(steps: list[Any], options: dict[str, Any], in_group: bool) -
     group = dist.new_group([0, 1]) if in_group else None
     layer = make_layer(CHANNELS, dtype=torch.float64, process_group=group, **options)
     with torch.no_grad():
-        for parameter, value in zip((layer.weight, layer.bias), parameters(CHANNELS, torch.float64), strict=True):
+        for parameter, value in zip(
+            (layer.weight, layer.bias), parameters(CHANNELS, torch.float64), strict=True
+        ):
             parameter.copy_(value)
     compiled = _compiled(layer)
     return [one_step(layer, *step, run=compiled) for step in steps]
 
 
-def _check_compiled(pool: Any, options: dict[str, Any], sizes: list[int], masked: bool, in_group: bool) -> None:
-    batches = [Batch.random((sum(sizes), CHANNELS, 4), torch.float64, masked=masked, seed=seed) for seed in range(2)]
+def _check_compiled(
+    pool: Any, options: dict[str, Any], sizes: list[int], masked: bool, in_group: bool
+) -> None:
+    batches = [
+        Batch.random((sum(sizes), CHANNELS, 4), torch.float64, masked=masked, seed=seed)
+        for seed in range(2)
+    ]
     by_rank = list(zip(*(b.shards(sizes) for b in batches), strict=True))
-    got = pool(len(sizes)).run_each(_compiled_steps, [(list(steps), options, in_group) for steps in by_rank])
+    got = pool(len(sizes)).run_each(
+        _compiled_steps, [(list(steps), options, in_group) for steps in by_rank]
+    )
     check_against_oracle(got, batches, sizes, options)
     for outcomes in got:
         for outcome in outcomes:
-            assert outcome.exchanges == [("moments", 2 * CHANNELS + 2), ("gradients", 2 * CHANNELS + 2)]
+            assert outcome.exchanges == [
+                ("moments", 2 * CHANNELS + 2),
+                ("gradients", 2 * CHANNELS + 2),
+            ]
 
 
 @pytest.mark.parametrize(("options", "sizes"), [({}, [0, 5]), (RENORM, [3, 4])], ids=str)
@@ -89,7 +105,9 @@ def _exchanges_where_some_need_gradients(needs_grad: list[bool]) -> list[tuple[s
 
 
 def test_compiled_workers_may_differ_in_whether_the_input_needs_a_gradient(pool):
-    """A compiler leaves out what it finds no use for: without its mark the exchange would be missing on rank 1."""
+    """A compiler leaves out what it finds no use for: without its mark the exchange would be
+    missing on rank 1.
+    """
     first, second = pool(2).run(_exchanges_where_some_need_gradients, [True, False])
     assert first == second == [("moments", 2 * CHANNELS + 2), ("gradients", 2 * CHANNELS + 2)]
 
@@ -111,14 +129,19 @@ def _ddp_steps(is_compiled: bool, options: dict[str, Any]) -> list[Tensor]:
     """Steps of a model under DDP; the shards are uneven and other ones in each step."""
     torch.manual_seed(0)
     model: nn.Module = nn.Sequential(
-        nn.Linear(4, 4), make_layer(CHANNELS, dtype=torch.float64, **options), nn.Tanh(), nn.Linear(4, 2)
+        nn.Linear(4, 4),
+        make_layer(CHANNELS, dtype=torch.float64, **options),
+        nn.Tanh(),
+        nn.Linear(4, 2),
     ).double()
     prepare_ddp(model)
     ddp = DistributedDataParallel(_compiled(model) if is_compiled else model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(3):
         optimizer.zero_grad()
-        ddp(_sample(2 + step * dist.get_rank(), 10 * step + dist.get_rank())).square().mean().backward()
+        ddp(
+            _sample(2 + step * dist.get_rank(), 10 * step + dist.get_rank())
+        ).square().mean().backward()
         optimizer.step()
     return [t.detach().clone() for t in model.state_dict().values()]
 
@@ -137,7 +160,9 @@ def _own_buffers(is_compiled: bool) -> Tensor:
     model = prepare_ddp(nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(CHANNELS, sync="none")))
     ddp = DistributedDataParallel(torch.compile(model, backend="eager") if is_compiled else model)
     for step in range(3):
-        ddp(_sample(6, 10 * step + dist.get_rank(), dtype=torch.float32) + dist.get_rank()).sum().backward()
+        ddp(
+            _sample(6, 10 * step + dist.get_rank(), dtype=torch.float32) + dist.get_rank()
+        ).sum().backward()
     return model[1].running_mean.clone()
 
 
@@ -156,11 +181,15 @@ def _over_a_mesh(is_compiled: bool) -> Tensor:
 
 
 def test_compiled_over_a_mesh(pool):
-    for plain, compiled in zip(pool(2).run(_over_a_mesh, False), pool(2).run(_over_a_mesh, True), strict=True):
+    for plain, compiled in zip(
+        pool(2).run(_over_a_mesh, False), pool(2).run(_over_a_mesh, True), strict=True
+    ):
         assert_close(plain, compiled, torch.float64, "y")
 
 
-def _against_eager(module: nn.Module, steps: int = 3, fullgraph: bool = True, run: Any = None) -> None:
+def _against_eager(
+    module: nn.Module, steps: int = 3, fullgraph: bool = True, run: Any = None
+) -> None:
     """Outputs, gradients and state of a module and of its compiled copy, over several steps."""
     plain = copy.deepcopy(module)
     compiled = _compiled(module, fullgraph=fullgraph)
@@ -171,13 +200,17 @@ def _against_eager(module: nn.Module, steps: int = 3, fullgraph: bool = True, ru
             x = _sample(4, step).requires_grad_()
             y = run(forward, x)
             y.backward(_sample(4, step + 50))
-            both.append([y, x.grad, *(p.grad for p in owner.parameters()), *owner.state_dict().values()])
+            both.append(
+                [y, x.grad, *(p.grad for p in owner.parameters()), *owner.state_dict().values()]
+            )
         for a, b in zip(*both, strict=True):
             assert_close(a, b, torch.float64, f"step {step}")
 
 
 def test_renormalisation_called_twice_in_a_graph_keeps_its_r_and_d_for_the_backward_pass():
-    """A compiler may compute r and d anew in the backward pass, by then from other running statistics."""
+    """A compiler may compute r and d anew in the backward pass, by then from other running
+    statistics.
+    """
     layer = SyncBatchRenorm(CHANNELS, schedule=SCHEDULE, dtype=torch.float64)
     _against_eager(nn.Sequential(layer, nn.Tanh(), layer))
 
@@ -196,7 +229,10 @@ class _Functional(nn.Module):
 
 @pytest.mark.parametrize(
     ("function", "options"),
-    [(functional.sync_batch_norm, {}), (functional.sync_batch_renorm, {"r_max": 1.5, "d_max": 0.5})],
+    [
+        (functional.sync_batch_norm, {}),
+        (functional.sync_batch_renorm, {"r_max": 1.5, "d_max": 0.5}),
+    ],
     ids=["norm", "renorm"],
 )
 def test_the_functional_forms_compile(function, options):
@@ -204,7 +240,9 @@ def test_the_functional_forms_compile(function, options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"momentum": None, "bias": False}, {"track_running_stats": False}, {"sync": "none"}], ids=str
+    "options",
+    [{"momentum": None, "bias": False}, {"track_running_stats": False}, {"sync": "none"}],
+    ids=str,
 )
 def test_other_options_compile(options):
     _against_eager(SyncBatchNorm(CHANNELS, dtype=torch.float64, **options))
@@ -224,7 +262,9 @@ def _sample_normalised() -> Tensor:
 
 def test_a_ramp_of_the_schedule_compiles():
     schedule = RenormSchedule(warmup_steps=1, r_steps=4, d_steps=4)
-    _against_eager(SyncBatchRenorm(CHANNELS, schedule=schedule, momentum=0.3, dtype=torch.float64), steps=5)
+    _against_eager(
+        SyncBatchRenorm(CHANNELS, schedule=schedule, momentum=0.3, dtype=torch.float64), steps=5
+    )
 
 
 @pytest.mark.parametrize("sync", ["batch", "running", "lagged", "none"])
@@ -235,17 +275,23 @@ def test_evaluation_compiles_to_plain_operators(sync):
         graphs.append(graph)
         return graph.forward
 
-    model = prepare_ddp(nn.Sequential(SyncBatchNorm(CHANNELS, sync=sync, dtype=torch.float64))).eval()
+    model = prepare_ddp(
+        nn.Sequential(SyncBatchNorm(CHANNELS, sync=sync, dtype=torch.float64))
+    ).eval()
     x = _sample(4)
     assert torch.equal(_compiled(model, backend)(x), model(x))
-    calls = [node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"]
+    calls = [
+        node.target for graph in graphs for node in graph.graph.nodes if node.op == "call_function"
+    ]
     assert calls == [torch.nn.functional.batch_norm]
 
 
 def _modes_that_break(sync: str, is_compiled: bool, kind: str) -> list[Tensor]:
     layer = {
         "norm": lambda: SyncBatchNorm(CHANNELS, sync=sync, dtype=torch.float64),
-        "renorm": lambda: SyncBatchRenorm(CHANNELS, schedule=SCHEDULE, sync=sync, dtype=torch.float64),
+        "renorm": lambda: SyncBatchRenorm(
+            CHANNELS, schedule=SCHEDULE, sync=sync, dtype=torch.float64
+        ),
     }[kind]()
     model = prepare_ddp(nn.Sequential(nn.Tanh(), layer, nn.Tanh()))
     forward = _compiled(model, fullgraph=False) if is_compiled else model
@@ -287,7 +333,9 @@ def test_checkpointing_a_compiled_renormalisation_is_an_error(is_inside):
     compiled = _compiled(_Checkpointed(layer) if is_inside else layer)
     x = _sample(4).requires_grad_()
     y = compiled(x) if is_inside else checkpoint(compiled, x, use_reentrant=False)
-    with pytest.raises(InputError, match="`checkpoint` must not repeat a renormalisation that is compiled"):
+    with pytest.raises(
+        InputError, match="`checkpoint` must not repeat a renormalisation that is compiled"
+    ):
         y.backward(_sample(4, 1))
 
 
@@ -337,7 +385,9 @@ def test_inductor_fuses_and_is_right_at_a_large_mean(options):
     batch = Batch.random((8, CHANNELS, 5, 5), torch.float32, mean=1e4, std=1.0)
     layer = make_layer(CHANNELS, momentum=1.0, **options)
     with torch.no_grad():
-        for parameter, value in zip((layer.weight, layer.bias), parameters(CHANNELS, torch.float32), strict=True):
+        for parameter, value in zip(
+            (layer.weight, layer.bias), parameters(CHANNELS, torch.float32), strict=True
+        ):
             parameter.copy_(value)
     got = one_step(layer, batch.x, batch.cotangent, None, run=_compiled(layer, "inductor"))
     (expected,) = oracle_steps([batch], {"momentum": 1.0, **options})
@@ -353,7 +403,9 @@ def test_compiled_code_says_that_it_is_not_differentiated_twice():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         (dx,) = torch.autograd.grad(
-            _compiled(SyncBatchNorm(CHANNELS, dtype=torch.float64))(x).pow(3).sum(), x, create_graph=True
+            _compiled(SyncBatchNorm(CHANNELS, dtype=torch.float64))(x).pow(3).sum(),
+            x,
+            create_graph=True,
         )
         with pytest.raises(RuntimeError, match="does not currently support double backward"):
             dx.sum().backward()

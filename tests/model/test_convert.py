@@ -55,10 +55,15 @@ HOOKS = [name for name in vars(nn.BatchNorm1d(1)) if "hooks" in name]
 
 
 def _identity(model: nn.Module) -> dict[str, Any]:
-    """What must be the same objects: modules and parameters under all their names, hooks, and what keys there are."""
+    """What must be the same objects: modules and parameters under all their names, hooks, and what
+    keys there are.
+    """
     return {
         "modules": [(name, id(m)) for name, m in model.named_modules(remove_duplicate=False)],
-        "parameters": [(name, id(p), p.requires_grad) for name, p in model.named_parameters(remove_duplicate=False)],
+        "parameters": [
+            (name, id(p), p.requires_grad)
+            for name, p in model.named_parameters(remove_duplicate=False)
+        ],
         "buffers": [(name, id(b)) for name, b in model.named_buffers(remove_duplicate=False)],
         "state": list(model.state_dict()),
         "hooks": [(name, [*getattr(m, name).items()]) for m in model.modules() for name in HOOKS],
@@ -67,7 +72,11 @@ def _identity(model: nn.Module) -> dict[str, Any]:
 
 def _attributes(model: nn.Module) -> list[Any]:
     return [
-        (type(m).__name__, type(m).__mro__[1:], {k: v for k, v in vars(m).items() if not isinstance(v, dict)})
+        (
+            type(m).__name__,
+            type(m).__mro__[1:],
+            {k: v for k, v in vars(m).items() if not isinstance(v, dict)},
+        )
         for m in model.modules()
     ]
 
@@ -160,7 +169,9 @@ def _pickled(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, _pickled], ids=["deepcopy", "torch.save"])
-@pytest.mark.parametrize("name", ["digits_resnet", "tied", "with hooks", "a subclass", "torch's SyncBatchNorm"])
+@pytest.mark.parametrize(
+    "name", ["digits_resnet", "tied", "with hooks", "a subclass", "torch's SyncBatchNorm"]
+)
 def test_copies_of_converted_models_train_and_go_back(name, copied):
     model = _make(name)
     attributes = _attributes(model)
@@ -182,12 +193,16 @@ def test_training_on_equals_training_what_was_built_so():
     """What conversion sets up is what the constructor does."""
     for to in TARGETS:
         built = nn.Sequential(nn.Conv2d(3, 4, 3), to(4), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
-        converted = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14 * 14, 5))
+        converted = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 14 * 14, 5)
+        )
         converted.load_state_dict(built.state_dict())
         convert(converted, to)
         assert vars(converted[1]).keys() - {"_origin"} == vars(built[1]).keys()
         assert repr(converted) == repr(built)
         for model in (built, converted):
             _train(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))
-        for (key, a), b in zip(built.state_dict().items(), converted.state_dict().values(), strict=True):
+        for (key, a), b in zip(
+            built.state_dict().items(), converted.state_dict().values(), strict=True
+        ):
             assert torch.equal(a, b), key

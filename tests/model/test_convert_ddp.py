@@ -1,4 +1,6 @@
-"""A model that was converted and is sharded under DistributedDataParallel trains as torch's does on the whole batch."""
+"""A model that was converted and is sharded under DistributedDataParallel trains as torch's does on
+the whole batch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def _batches() -> list[tuple[Tensor, Tensor]]:
     return list(zip(images, torch.randint(0, 5, (STEPS, SIZE), generator=g), strict=True))
 
 
-def _train(name: str, sizes: Sequence[int], is_converted: bool) -> tuple[list[float], dict[str, Tensor]]:
+def _train(
+    name: str, sizes: Sequence[int], is_converted: bool
+) -> tuple[list[float], dict[str, Tensor]]:
     """The curve of the large batch's loss, and the state at the end, reverted if it was converted."""
     torch.manual_seed(0)
     model = ARCHITECTURES[name]().double()

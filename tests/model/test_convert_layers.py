@@ -84,7 +84,10 @@ def test_the_schedule_starts_when_a_trained_layer_becomes_renormalisation():
     assert layer.schedule is schedule
     assert [float(bound) for bound in layer.bounds()] == [1.0, 0.0]
     layer(torch.randn(3, 4, 5, 5))
-    assert conversion_table(layer).splitlines()[1].split("  ")[-1] == "3 before, 1 since: the schedule's clock"
+    assert (
+        conversion_table(layer).splitlines()[1].split("  ")[-1]
+        == "3 before, 1 since: the schedule's clock"
+    )
     # There and back between our own layers, nothing is lost and nothing counted twice.
     convert(layer)
     assert int(layer.num_batches_tracked) == 4
@@ -109,7 +112,9 @@ def test_running_average_std_goes_on_from_the_same_sigma():
 
 
 def test_the_table():
-    model = nn.Sequential(nn.BatchNorm1d(4), SyncBatchNorm(4), Kept(4), nn.BatchNorm1d(4, track_running_stats=False))
+    model = nn.Sequential(
+        nn.BatchNorm1d(4), SyncBatchNorm(4), Kept(4), nn.BatchNorm1d(4, track_running_stats=False)
+    )
     assert conversion_table(model).splitlines() == ["layer  was  is  momentum  batches counted"]
     convert(model, select="[023]", momentum=0.5)
     assert conversion_table(model).splitlines() == [
@@ -148,7 +153,9 @@ def test_others_are_left_alone():
             for name in ("weight", "bias", "running_mean", "running_var"):
                 self.register_buffer(name, torch.ones(4))
 
-    model = nn.Sequential(nn.InstanceNorm2d(4, affine=True), FrozenBatchNorm2d(), nn.LayerNorm(4), SyncBatchNorm(4))
+    model = nn.Sequential(
+        nn.InstanceNorm2d(4, affine=True), FrozenBatchNorm2d(), nn.LayerNorm(4), SyncBatchNorm(4)
+    )
     before = [(type(m), vars(m).copy()) for m in model.modules()]
     assert convert(model) is model
     assert [(type(m), vars(m)) for m in model.modules()] == before
@@ -203,7 +210,10 @@ def test_layers_that_were_built_as_ours_become_what_is_said():
     model = nn.Sequential(SyncBatchNorm(4), SyncBatchRenorm(4, sync="lagged"), nn.BatchNorm2d(4))
     convert(model[2])
     with pytest.raises(
-        InputError, match=re.escape("got '0' (and 1 more) was built as ours, so it cannot be known what it should")
+        InputError,
+        match=re.escape(
+            "got '0' (and 1 more) was built as ours, so it cannot be known what it should"
+        ),
     ):
         revert(model)
     assert type(model[2]) is SyncBatchNorm, "nothing was changed"
@@ -216,7 +226,9 @@ def test_layers_that_were_built_as_ours_become_what_is_said():
     assert [vars(m).keys() for m in model] == [vars(nn.BatchNorm2d(4)).keys()] * 3
     assert torch.equal(model(x), expected)
     assert list(model[1].state_dict()) == list(nn.BatchNorm2d(4).state_dict())
-    with pytest.raises(InputError, match=r"`to` must be torch.nn.BatchNorm1d, .* got <class '.*GroupNorm'>"):
+    with pytest.raises(
+        InputError, match=r"`to` must be torch.nn.BatchNorm1d, .* got <class '.*GroupNorm'>"
+    ):
         revert(model, to=nn.GroupNorm)
 
 
@@ -270,16 +282,26 @@ class ClampedMore(Clamped):
 
 def test_adapters():
     x = torch.randn(6, 4, dtype=torch.float64)
-    with pytest.raises(InputError, match=re.escape("'0' is a ClampedMore, whose own forward would be lost; say what")):
+    with pytest.raises(
+        InputError,
+        match=re.escape("'0' is a ClampedMore, whose own forward would be lost; say what"),
+    ):
         convert(nn.Sequential(ClampedMore(4)))
     with pytest.raises(
-        InputError, match=r"`cls` must have a forward of its own, got ClampedMore, .* that of Clamped\."
+        InputError,
+        match=r"`cls` must have a forward of its own, got ClampedMore, .* that of Clamped\.",
     ):
         register_adapter(ClampedMore, lambda layer, x, normalize: x)
-    with pytest.raises(InputError, match=r"`cls` must be a subclass of torch's BatchNorm, got <class '.*GroupNorm'>"):
+    with pytest.raises(
+        InputError,
+        match=r"`cls` must be a subclass of torch's BatchNorm, got <class '.*GroupNorm'>",
+    ):
         register_adapter(nn.GroupNorm, lambda layer, x, normalize: x)  # pyright: ignore
     register_adapter(
-        Clamped, lambda layer, x, normalize: normalize(x.float()).clamp(-layer.limit, layer.limit).to(x.dtype)
+        Clamped,
+        lambda layer, x, normalize: (
+            normalize(x.float()).clamp(-layer.limit, layer.limit).to(x.dtype)
+        ),
     )
     theirs, layer = ClampedMore(4), ClampedMore(4)
     convert(layer, SyncBatchRenorm)
@@ -349,7 +371,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("make", "to", "options", "message"), REFUSED, ids=[m for *_, m in REFUSED])
+@pytest.mark.parametrize(
+    ("make", "to", "options", "message"), REFUSED, ids=[m for *_, m in REFUSED]
+)
 def test_what_cannot_be_converted_is_refused_before_anything_is_changed(make, to, options, message):
     model = nn.Sequential(nn.BatchNorm2d(4), make())
     before = [(type(m), vars(m).copy()) for m in model.modules()]
@@ -361,13 +385,21 @@ def test_what_cannot_be_converted_is_refused_before_anything_is_changed(make, to
 def test_what_is_refused_can_be_left_out():
     model = nn.Sequential(nn.BatchNorm2d(4), Unknown(4), torch.jit.script(nn.BatchNorm2d(4)))
     convert(model, select="^0$")
-    assert [type(m).__name__ for m in model] == ["SyncBatchNorm", "Unknown", "RecursiveScriptModule"]
+    assert [type(m).__name__ for m in model] == [
+        "SyncBatchNorm",
+        "Unknown",
+        "RecursiveScriptModule",
+    ]
 
 
 def test_the_layer_itself_and_several_at_once():
-    with pytest.raises(InputError, match="got itself, which is a Unknown, whose own forward would be lost"):
+    with pytest.raises(
+        InputError, match="got itself, which is a Unknown, whose own forward would be lost"
+    ):
         convert(Unknown(4))
-    with pytest.raises(InputError, match=r"got 'a' is a Unknown.*; 'b' has a forward that was set on the instance"):
+    with pytest.raises(
+        InputError, match=r"got 'a' is a Unknown.*; 'b' has a forward that was set on the instance"
+    ):
         convert(nn.ModuleDict({"a": Unknown(4), "b": _with_own_forward()}))
 
 
@@ -379,7 +411,10 @@ def test_not_within_accumulate(sync):
             model(torch.randn(6, 4))
             with pytest.raises(InputError, match="'0' is used by accumulate or recalibrate"):
                 change(model)
-        with frozen_statistics(model), pytest.raises(InputError, match="'0' is used by frozen_statistics"):
+        with (
+            frozen_statistics(model),
+            pytest.raises(InputError, match="'0' is used by frozen_statistics"),
+        ):
             change(model)
         change(model)
         convert(model)
@@ -387,7 +422,10 @@ def test_not_within_accumulate(sync):
 
 def test_a_process_group_that_is_none_is_refused_before_anything_is_changed():
     model = nn.Sequential(nn.BatchNorm1d(4), nn.SyncBatchNorm(4, process_group=object()))
-    with pytest.raises(InputError, match="'1' has a process group that cannot be used: `process_group` must be None,"):
+    with pytest.raises(
+        InputError,
+        match="'1' has a process group that cannot be used: `process_group` must be None,",
+    ):
         convert(model)
     assert [type(layer) for layer in model] == [nn.BatchNorm1d, nn.SyncBatchNorm]
     assert type(model[1].process_group) is object
@@ -395,7 +433,9 @@ def test_a_process_group_that_is_none_is_refused_before_anything_is_changed():
 
 def _wrapped(kind: str) -> str:
     """What convert and revert say of a model that is wrapped already."""
-    model = nn.Sequential(nn.Linear(4, 4), *(nn.BatchNorm1d(4) for _ in range(2 if kind == "DDP" else 1)))
+    model = nn.Sequential(
+        nn.Linear(4, 4), *(nn.BatchNorm1d(4) for _ in range(2 if kind == "DDP" else 1))
+    )
     if kind == "DDP":
         wrapped = DistributedDataParallel(model)
     elif kind == "FSDP2":
@@ -422,9 +462,13 @@ def _wrapped(kind: str) -> str:
     [
         (
             "DDP",
-            "got '1.module.1' (and 1 more) is in DistributedDataParallel; pass model.module, before wrapping. Nothing",
+            "got '1.module.1' (and 1 more) is in DistributedDataParallel; pass model.module, "
+            "before wrapping. Nothing",
         ),
-        ("FSDP2", "'1.1' is sharded by FSDP; convert before fully_shard or FullyShardedDataParallel."),
+        (
+            "FSDP2",
+            "'1.1' is sharded by FSDP; convert before fully_shard or FullyShardedDataParallel.",
+        ),
         ("FSDP1", "is sharded by FSDP; convert before fully_shard or FullyShardedDataParallel."),
     ],
 )
@@ -433,7 +477,9 @@ def test_wrapped_models_are_refused(pool, kind, message):
 
 
 def _prepared_and_back(sync: str) -> bool:
-    """Attached by prepare_ddp and trained; reverted, nothing of it is left, and the last update is not lost."""
+    """Attached by prepare_ddp and trained; reverted, nothing of it is left, and the last update is
+    not lost.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     convert(model, sync=sync)
@@ -457,7 +503,9 @@ def _prepared_and_back(sync: str) -> bool:
     assert [*model._forward_hooks.values()] == [scale]
     assert not model._forward_hooks_always_called
     assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
-    assert list(model.state_dict()) == list(nn.Sequential(nn.Linear(3, 4), *map(nn.BatchNorm1d, (4, 4))).state_dict())
+    assert list(model.state_dict()) == list(
+        nn.Sequential(nn.Linear(3, 4), *map(nn.BatchNorm1d, (4, 4))).state_dict()
+    )
     model(torch.randn(5, 3))
     # And once more, from another mode.
     convert(model, SyncBatchRenorm, sync=sync)

@@ -71,7 +71,10 @@ def test_layers_without_parameters_are_refused_before_anything_is_changed():
     from syncnorm.integrations.crossq import convert_policy
 
     model = nn.Sequential(BatchRenorm1d(3), BatchRenorm1d(3, affine=False))
-    with pytest.raises(InputError, match=r"`policy` must have layers with affine=True, got BatchRenorm1d\(.* at '1'"):
+    with pytest.raises(
+        InputError,
+        match=r"`policy` must have layers with affine=True, got BatchRenorm1d\(.* at '1'",
+    ):
         convert_policy(model)
     assert type(model[0]) is BatchRenorm1d
 
@@ -82,7 +85,9 @@ def test_a_policy_trains_and_is_saved_and_loaded(tmp_path):
     from syncnorm.integrations.crossq import CrossQRenorm, convert_policy
 
     small = {"net_arch": {"pi": [16], "qf": [16]}, "renorm_warmup_steps": 10}
-    model = CrossQ("MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, policy_kwargs=small, seed=0)
+    model = CrossQ(
+        "MlpPolicy", "Pendulum-v1", learning_starts=20, batch_size=16, policy_kwargs=small, seed=0
+    )
     model.learn(30)
     observations = model.replay_buffer.sample(16).observations
 
@@ -94,7 +99,11 @@ def test_a_policy_trains_and_is_saved_and_loaded(tmp_path):
     convert_policy(model.policy)
     assert_close(acts(model), before, torch.float32, "actions")
     held = [p for group in model.critic.optimizer.param_groups for p in group["params"]]
-    assert [id(p) for p in held] == [id(p) for p in parameters] == [id(p) for p in model.critic.parameters()]
+    assert (
+        [id(p) for p in held]
+        == [id(p) for p in parameters]
+        == [id(p) for p in model.critic.parameters()]
+    )
     layers = [m for m in model.policy.modules() if isinstance(m, CrossQRenorm)]
     counts = [int(m.num_batches_tracked) for m in layers]
     model.learn(30, reset_num_timesteps=False)

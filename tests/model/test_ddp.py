@@ -36,7 +36,9 @@ def test_scale_loss_alone_is_the_loss():
 
 
 def _buffers_under_ddp(prepare: bool, sync: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Running means after preparing and after two training steps, with start values that differ by rank."""
+    """Running means after preparing and after two training steps, with start values that differ by
+    rank.
+    """
     rank = dist.get_rank()
     model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync=sync), nn.Linear(4, 1))
     model[1].running_mean.fill_(rank + 1.0)
@@ -54,7 +56,8 @@ def test_prepare_ddp_gives_all_workers_the_buffers_of_rank_zero_once(pool):
     (start0, end0), (start1, end1) = pool(2).run(_buffers_under_ddp, True, "none")
     assert all(torch.equal(a, b) for a, b in zip(start0, start1, strict=True))
     assert not torch.equal(end0[0], end1[0]), "local statistics stay each worker's own"
-    # What DDP does to buffers by itself, and prepare_ddp keeps it from doing: rank 0's replace everyone's.
+    # What DDP does to buffers by itself, and prepare_ddp keeps it from doing: rank 0's replace
+    # everyone's.
     (_, end0), (_, end1) = pool(2).run(_buffers_under_ddp, False, "none")
     drift = (end0[0] - end1[0]).abs().max()
     (_, kept0), (_, kept1) = pool(2).run(_buffers_under_ddp, True, "none")
@@ -80,7 +83,9 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
     """A state from somewhere else, past a schedule's beginning, that does not wait."""
     return {
-        key: torch.zeros_like(value) if key.endswith("waits") else value + (9000 if value.dtype == torch.int64 else 2)
+        key: torch.zeros_like(value)
+        if key.endswith("waits")
+        else value + (9000 if value.dtype == torch.int64 else 2)
         for key, value in model.state_dict().items()
     }
 
@@ -101,7 +106,9 @@ ARRIVALS: dict[str, Callable[[nn.Module], object]] = {
 
 
 def _state_of_rank_zero(layer: str) -> dict[str, list[dict[str, torch.Tensor]]]:
-    """Rank 0's state comes in before DDP wraps a trained model; then as wrapped, and after training and evaluation."""
+    """Rank 0's state comes in before DDP wraps a trained model; then as wrapped, and after training
+    and evaluation.
+    """
     torch.manual_seed(0)
     trained = prepare_ddp(nn.Sequential(nn.Linear(3, 4), LAYERS[layer](), nn.Linear(4, 2)))
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -118,7 +125,9 @@ def _state_of_rank_zero(layer: str) -> dict[str, list[dict[str, torch.Tensor]]]:
         for _ in range(2):
             wrapped(x).square().mean().backward()
         # Running statistics of each worker's own differ from here on.
-        found[way].append({"evaluated": evaluated, **({} if layer in ("none", "torch") else model.state_dict())})
+        found[way].append(
+            {"evaluated": evaluated, **({} if layer in ("none", "torch") else model.state_dict())}
+        )
     return found
 
 
@@ -131,11 +140,19 @@ def test_ddp_gives_all_workers_the_state_that_rank_zero_has_when_it_wraps(pool, 
                 assert torch.equal(value, other[key]), f"{way} {key}"
     assert (first["written"][0]["1.running_mean"] == 3.0).all()
     counted = {way: int(states[0]["1.num_batches_tracked"]) for way, states in first.items()}
-    assert counted == {"load_state_dict": 9001, "assign": 9001, "adopt_state_dict": 9001, "written": 3, "reset": 0}
+    assert counted == {
+        "load_state_dict": 9001,
+        "assign": 9001,
+        "adopt_state_dict": 9001,
+        "written": 3,
+        "reset": 0,
+    }
 
 
 def _others_buffers(how: str) -> tuple[list[float], set[str]]:
-    """Buffers of each worker's own, before DDP and under it; and what travelled in a training forward."""
+    """Buffers of each worker's own, before DDP and under it; and what travelled in a training
+    forward.
+    """
     model = nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4))
     for name in ("left", "other"):
         model.register_buffer(name, torch.full((), float(dist.get_rank())))
@@ -158,7 +175,11 @@ def test_buffers_of_others_are_left_to_ddp(pool, how):
 
 def _prepare_wrapped() -> str:
     with pytest.warns(UserWarning, match="syncnorm") as caught:
-        prepare_ddp(DistributedDataParallel(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4), SyncBatchNorm(4))))
+        prepare_ddp(
+            DistributedDataParallel(
+                nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4), SyncBatchNorm(4))
+            )
+        )
     return " ".join(str(each.message) for each in caught)
 
 
@@ -192,7 +213,9 @@ def test_prepare_ddp_needs_no_group():
 def _gradients(counts: list[int]) -> list[torch.Tensor]:
     """DDP's averaged gradients of a model with a layer in the middle, on shards that may be empty."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 4, 3), SyncBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)).double()
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), SyncBatchNorm(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+    ).double()
     x = torch.randn(sum(counts), 2, 4, 4, dtype=torch.float64)
     y = torch.randn(sum(counts), 3, dtype=torch.float64)
     if len(counts) > 1:
@@ -200,7 +223,13 @@ def _gradients(counts: list[int]) -> list[torch.Tensor]:
         x, y = x.split(counts)[rank], y.split(counts)[rank]
         model = DistributedDataParallel(prepare_ddp(model))
     out = model(x)
-    loss = (out - y).square().mean() if len(x) else (out * 0.0).mean() if out.numel() else out.sum() * 0.0
+    loss = (
+        (out - y).square().mean()
+        if len(x)
+        else (out * 0.0).mean()
+        if out.numel()
+        else out.sum() * 0.0
+    )
     scale_loss(loss, len(x)).backward()
     return [p.grad for p in model.parameters()]
 

@@ -71,8 +71,12 @@ class Twice(nn.Module):
         return self.other(torch.cat([y, y[:, :2]], 1))
 
 
-def _said_and_done(sync: str, process_group: groups.Spec) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """Messages and bytes of a training step, and values of the statistics, as they are said and as they are."""
+def _said_and_done(
+    sync: str, process_group: groups.Spec
+) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Messages and bytes of a training step, and values of the statistics, as they are said and as
+    they are.
+    """
     model = nn.Sequential(Twice(sync=sync, process_group=process_group), nn.BatchNorm1d(5).eval())
     prepare_ddp(model)
     x = torch.randn(4, 3, 5)
@@ -114,15 +118,23 @@ def test_messages_bytes_and_counts_are_those_of_training(pool, sync, process_gro
 
 def test_other_numbers_of_workers():
     x = torch.zeros(4, 2, 3)
-    for spec, world_size, workers in ((None, 1, 1), (None, 8, 8), (2, 8, 2), (groups.for_samples(9, 4), 7, 3)):
+    for spec, world_size, workers in (
+        (None, 1, 1),
+        (None, 8, 8),
+        (2, 8, 2),
+        (groups.for_samples(9, 4), 7, 3),
+    ):
         (row,) = explain(SyncBatchNorm(2, process_group=spec), x, world_size).rows
         assert (row.workers, row.samples, row.values) == (workers, 4 * workers, 12 * workers)
         assert (row.messages, row.bytes) == ((0, 0) if workers == 1 else (2, 8 * 12))
     (row,) = explain(SyncBatchNorm(2, process_group="node"), x, 8).rows
-    assert (row.workers, row.values, row.messages) == (None, None, None), "nobody has said where the workers are"
+    assert (row.workers, row.values, row.messages) == (None, None, None), (
+        "nobody has said where the workers are"
+    )
     found = explain(SyncBatchNorm(2, process_group=3), x, 8)
     assert found.lints == [
-        "the layer: `process_group` must divide the number of workers, got 3 for 8 worker(s). Take a divisor, or "
+        "the layer: `process_group` must divide the number of workers, got 3 for 8 worker(s). Take "
+        "a divisor, or "
         "groups.for_samples, which takes any number of workers."
     ]
 
@@ -158,7 +170,9 @@ class Restless(nn.Module):
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """Everything that explaining could change; buffers as they are, without bringing them up to date."""
+    """Everything that explaining could change; buffers as they are, without bringing them up to
+    date.
+    """
     return [
         [b.clone() for b in model.buffers()],
         [p.detach().clone() for p in model.parameters()],
@@ -188,8 +202,13 @@ def _model(sync: str, raises: bool = False) -> nn.Sequential:
 
 
 def _explained(sync: str, raises: bool) -> list[bool]:
-    """Whether the state is the same: after explaining on rank 0 alone; after evaluating there; after going on."""
-    rank, x = dist.get_rank(), torch.randn(6, 3, generator=torch.Generator().manual_seed(dist.get_rank()))
+    """Whether the state is the same: after explaining on rank 0 alone; after evaluating there;
+    after going on.
+    """
+    rank, x = (
+        dist.get_rank(),
+        torch.randn(6, 3, generator=torch.Generator().manual_seed(dist.get_rank())),
+    )
     model, other = (prepare_ddp(_model(sync, raises)) for _ in range(2))
     for each in (model, other):
         torch.manual_seed(11)
@@ -261,11 +280,18 @@ def test_dropout_before_batch_statistics_by_the_order_of_execution():
     assert explain(Backwards(dropout, norm), x).lints == []
     assert explain(nn.Sequential(nn.Dropout(0.0), norm), x).lints == []
     assert explain(nn.Sequential(dropout, nn.LayerNorm(4)), x).lints == []
-    assert explain(nn.Sequential(dropout, norm)).lints == [], "without a sample the order is not known"
+    assert explain(nn.Sequential(dropout, norm)).lints == [], (
+        "without a sample the order is not known"
+    )
     reverse = Backwards(norm, nn.ReLU(), dropout)
-    for model, names in ((nn.Sequential(dropout, norm), ("0", "1")), (reverse, ("parts.2", "parts.0"))):
+    for model, names in (
+        (nn.Sequential(dropout, norm), ("0", "1")),
+        (reverse, ("parts.2", "parts.0")),
+    ):
         (lint,) = explain(model, x).lints
-        assert lint.startswith(f"dropout at {names[0]!r} runs before {names[1]!r}: training statistics hold a variance")
+        assert lint.startswith(
+            f"dropout at {names[0]!r} runs before {names[1]!r}: training statistics hold a variance"
+        )
 
 
 def test_a_switch_that_replaced_our_layers_is_told():
@@ -277,7 +303,12 @@ def test_a_switch_that_replaced_our_layers_is_told():
 @pytest.mark.parametrize("values", [2, 4, 8, 32])
 def test_how_much_too_small_sigma_is(values):
     g = torch.Generator().manual_seed(0)
-    sampled = torch.randn(40000, values, generator=g, dtype=torch.float64).std(1, correction=0).mean().item()
+    sampled = (
+        torch.randn(40000, values, generator=g, dtype=torch.float64)
+        .std(1, correction=0)
+        .mean()
+        .item()
+    )
     assert mean_ratio(values) == pytest.approx(sampled, rel=0.01)
 
 
@@ -288,7 +319,8 @@ def test_how_much_too_small_sigma_is(values):
         (SyncBatchNorm(2), (2, 2), 4, ""),
         (SyncBatchNorm(2), (2, 2), 1, "2 value(s) per statistic, sigma_B is 0.56 sigma on average: SyncBatchRenorm"),
         (SyncBatchNorm(2, process_group=2), (2, 2), 4,
-         "4 value(s) per statistic, sigma_B is 0.80 sigma on average: pool over more workers or SyncBatchRenorm"),
+         "4 value(s) per statistic, sigma_B is 0.80 sigma on average: pool over more workers or "
+         "SyncBatchRenorm"),
         (SyncBatchNorm(2, sync="none"), (4, 2, 9), 4,
          "4 sample(s) per statistic: pool over more workers or SyncBatchRenorm"),
         (SyncBatchRenorm(2), (4, 2, 9), 1, "4 sample(s) per statistic: larger batches"),
@@ -306,11 +338,16 @@ def test_a_frozen_layer_is_told_and_sends_nothing():
     model = nn.Sequential(SyncBatchNorm(2), SyncBatchNorm(2).eval())
     free, frozen = explain(model, torch.zeros(8, 2), 4).rows
     assert free.messages == 2
-    assert (frozen.messages, frozen.advice) == (None, "frozen: in evaluation mode while the model trains")
+    assert (frozen.messages, frozen.advice) == (
+        None,
+        "frozen: in evaluation mode while the model trains",
+    )
 
 
 def test_the_schedule_and_the_readings():
-    layer = SyncBatchRenorm(2, schedule=RenormSchedule(3.0, 5.0, warmup_steps=0, r_steps=4, d_steps=5))
+    layer = SyncBatchRenorm(
+        2, schedule=RenormSchedule(3.0, 5.0, warmup_steps=0, r_steps=4, d_steps=5)
+    )
     model = nn.Sequential(layer)
     layer.num_batches_tracked.fill_(2)
     (row,) = explain(model, readings={"0": {"between_share": 0.25}}).rows
@@ -349,7 +386,8 @@ def test_models_with_several_inputs():
     recalibrate(model, [(IMAGES, rois, "targets")])
     torch.testing.assert_close(model.head.running_mean, rois.mean(0))
     message = (
-        "must hold the arguments of Detector.forward, images, rois, targets, got Tensor (missing a required argument: "
+        "must hold the arguments of Detector.forward, images, rois, targets, got Tensor (missing a "
+        "required argument: "
         "'rois'). Give a tensor, a tuple with an element for each, or a mapping by name."
     )
     with pytest.raises(InputError, match=re.escape(f"`sample` {message}")):
@@ -380,7 +418,10 @@ class Several(nn.Module):
 def test_one_worker_is_said_and_no_reason_for_renormalisation_alone():
     model, x = nn.Sequential(SyncBatchNorm(2)), torch.zeros(4, 2, 9)
     found = explain(model, x)
-    assert found.rows[0].advice == "4 sample(s) per statistic: pool over more workers or SyncBatchRenorm"
+    assert (
+        found.rows[0].advice
+        == "4 sample(s) per statistic: pool over more workers or SyncBatchRenorm"
+    )
     hint = "a training step: 0 message(s), 0 bytes from each worker, for 1 worker; world_size=8 reckons with more"
     assert str(found).splitlines()[2] == hint
     assert "reckons with more" not in str(explain(model, x, 1)) + str(explain(model, x, 2))
@@ -388,26 +429,46 @@ def test_one_worker_is_said_and_no_reason_for_renormalisation_alone():
 
 
 def _wrapped() -> list[str]:
-    return [row.layer for row in explain(DistributedDataParallel(prepare_ddp(nn.Sequential(SyncBatchNorm(2))))).rows]
+    return [
+        row.layer
+        for row in explain(
+            DistributedDataParallel(prepare_ddp(nn.Sequential(SyncBatchNorm(2))))
+        ).rows
+    ]
 
 
 def test_bad_arguments():
-    with pytest.raises(InputError, match=re.escape("`world_size` must be at least 1, got 0. It counts workers.")):
+    with pytest.raises(
+        InputError, match=re.escape("`world_size` must be at least 1, got 0. It counts workers.")
+    ):
         explain(SyncBatchNorm(2), world_size=0)
     lazy = nn.Sequential(nn.LazyBatchNorm1d())
     with pytest.raises(
-        InputError, match=re.escape("`model` must have its parameters for a sample, got lazy ones: ['0.w")
+        InputError,
+        match=re.escape("`model` must have its parameters for a sample, got lazy ones: ['0.w"),
     ):
         explain(lazy, torch.zeros(4, 2))
     assert isinstance(lazy[0], nn.LazyBatchNorm1d)
 
 
 def test_the_table():
-    model = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(0.5), SyncBatchRenorm(3), nn.GroupNorm(1, 3))
+    model = nn.Sequential(
+        nn.BatchNorm1d(3), nn.Dropout(0.5), SyncBatchRenorm(3), nn.GroupNorm(1, 3)
+    )
     text = str(explain(model, torch.zeros(2, 3), world_size=2)).splitlines()
     names = "layer now convert sync workers samples values messages bytes clock r_max d_max advice"
     assert " ".join(text[0].split()) == names
-    assert text[1].split()[:9] == ["0", "BatchNorm1d", "SyncBatchNorm", "batch", "2", "4", "4", "2", "128"]
+    assert text[1].split()[:9] == [
+        "0",
+        "BatchNorm1d",
+        "SyncBatchNorm",
+        "batch",
+        "2",
+        "4",
+        "4",
+        "2",
+        "128",
+    ]
     assert text[2].split()[9:12] == ["0", "1", "0"]
     assert text[3].split() == ["3", "GroupNorm", "unchanged"]
     assert text[4] == "a training step: 4 message(s), 256 bytes from each worker"
@@ -426,5 +487,9 @@ def test_a_sampler_that_nobody_tells_the_epoch():
     assert "set_epoch(epoch)" in lint
     in_order = DistributedSampler(data, num_replicas=2, rank=0, shuffle=False)
     sampler.set_epoch(1)
-    for loader in (DataLoader(data, sampler=sampler), DataLoader(data, sampler=in_order), DataLoader(data)):
+    for loader in (
+        DataLoader(data, sampler=sampler),
+        DataLoader(data, sampler=in_order),
+        DataLoader(data),
+    ):
         assert explain(nn.BatchNorm1d(3), loader=loader).lints == []

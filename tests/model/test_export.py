@@ -30,15 +30,26 @@ def _operators(program: torch.export.ExportedProgram) -> list[str]:
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
-@pytest.mark.parametrize(("kind", "sync"), [("norm", "batch"), ("renorm", "running"), ("norm", "lagged")])
+@pytest.mark.parametrize(
+    ("kind", "sync"), [("norm", "batch"), ("renorm", "running"), ("norm", "lagged")]
+)
 def test_torch_export_gives_a_plain_batch_norm_for_any_batch_size(kind, sync, strict):
     model = _model(kind, sync)
     program = torch.export.export(
-        model, (torch.randn(4, 2, 5, 5),), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=strict
+        model,
+        (torch.randn(4, 2, 5, 5),),
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        strict=strict,
     )
-    assert _operators(program) == ["aten.conv2d.default", "aten.batch_norm.default", "aten.relu.default"]
+    assert _operators(program) == [
+        "aten.conv2d.default",
+        "aten.batch_norm.default",
+        "aten.relu.default",
+    ]
     decomposed = _operators(program.run_decompositions())
-    assert [name for name in decomposed if "norm" in name] == ["aten._native_batch_norm_legit_no_training.default"]
+    assert [name for name in decomposed if "norm" in name] == [
+        "aten._native_batch_norm_legit_no_training.default"
+    ]
     x = torch.randn(7, 2, 5, 5)
     torch.testing.assert_close(program.module()(x), model(x))
 
@@ -50,11 +61,13 @@ def test_onnx_export_gives_a_batch_normalization_node(kind, tmp_path: Path):
     from onnx.reference import ReferenceEvaluator
 
     model, path = _model(kind, "batch"), tmp_path / "model.onnx"
-    torch.onnx.export(model, (torch.randn(4, 2, 5, 5),), path, dynamo=True, optimize=False, verbose=False)
+    torch.onnx.export(
+        model, (torch.randn(4, 2, 5, 5),), path, dynamo=True, optimize=False, verbose=False
+    )
     exported = onnx.load(path)
-    assert [node.op_type for node in exported.graph.node if node.op_type not in ("Conv", "Relu")] == [
-        "BatchNormalization"
-    ]
+    assert [
+        node.op_type for node in exported.graph.node if node.op_type not in ("Conv", "Relu")
+    ] == ["BatchNormalization"]
     x = torch.randn(4, 2, 5, 5)
     name = exported.graph.input[0].name
     got: Tensor = torch.from_numpy(ReferenceEvaluator(exported).run(None, {name: x.numpy()})[0])

@@ -49,7 +49,9 @@ def _step(model: nn.Module, x: Tensor) -> list[Tensor]:
 def _with_and_without(
     sync: str, renorm: bool, wrapped: bool
 ) -> tuple[list[Tensor], list[Tensor], bool, bool, list[str]]:
-    """A step of sharpness-aware minimisation: the second forward of a batch, frozen, against that of a copy."""
+    """A step of sharpness-aware minimisation: the second forward of a batch, frozen, against that
+    of a copy.
+    """
     rank = dist.get_rank()
     bare = prepare_ddp(_make(sync, renorm))
     model = DistributedDataParallel(bare) if wrapped else bare
@@ -70,7 +72,9 @@ def _with_and_without(
     after = _step(model, x)
     assert all(torch.equal(a, b) for a, b in zip(after, expected, strict=True))
     assert all(torch.equal(v, state_of(twin)[k]) for k, v in state_of(bare).items())
-    assert not torch.equal(bare[0].running_mean, before["0.running_mean"]), "the unfrozen step does update"
+    assert not torch.equal(bare[0].running_mean, before["0.running_mean"]), (
+        "the unfrozen step does update"
+    )
     return frozen, expected, is_still, is_unseen, [e.kind for e in record]
 
 
@@ -78,7 +82,9 @@ def _with_and_without(
 @pytest.mark.parametrize("renorm", [False, True])
 @pytest.mark.parametrize("sync", MODES)
 def test_same_outputs_and_gradients_and_nothing_changes(pool, sync, renorm, wrapped):
-    for frozen, expected, is_still, is_unseen, kinds in pool(2).run(_with_and_without, sync, renorm, wrapped):
+    for frozen, expected, is_still, is_unseen, kinds in pool(2).run(
+        _with_and_without, sync, renorm, wrapped
+    ):
         assert all(torch.equal(a, b) for a, b in zip(frozen, expected, strict=True))
         assert is_still
         assert is_unseen
@@ -128,7 +134,9 @@ def test_nested_blocks_and_exceptions(sync):
 
 @pytest.mark.parametrize("sync", MODES)
 def test_with_accumulate(sync):
-    """Frozen forwards are no part of an accumulated update, and an accumulated update no way around the block."""
+    """Frozen forwards are no part of an accumulated update, and an accumulated update no way around
+    the block.
+    """
     model = prepare_ddp(_make(sync))
     running = reference.RunningStatistics.initial(4)
     reference.batch_norm(uneven_batch(6, 1), running=running)

@@ -10,7 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, reference
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    prepare_ddp,
+    reference,
+)
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.model.grouped import StatisticGroups
@@ -32,8 +39,12 @@ def _model() -> tuple[nn.Module, StatisticGroups]:
     return model, grouped
 
 
-def _step(micro_batch: int | None, norm_batch: int) -> tuple[dict[str, Tensor], Tensor, list[Tensor], list[str]]:
-    """One step on all ranks: state, gradient of the weight, outputs of this rank's samples, kinds of exchanges."""
+def _step(
+    micro_batch: int | None, norm_batch: int
+) -> tuple[dict[str, Tensor], Tensor, list[Tensor], list[str]]:
+    """One step on all ranks: state, gradient of the weight, outputs of this rank's samples, kinds
+    of exchanges.
+    """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     model, grouped = _model()
     x = uneven_batch(COUNT, 3)
@@ -46,7 +57,9 @@ def _step(micro_batch: int | None, norm_batch: int) -> tuple[dict[str, Tensor], 
             grouped.place(over, [part.stop - part.start for part in parts])
             y = model(torch.cat([x[part] for part in parts]))
             (y * torch.cat([cotangent[part] for part in parts])).sum().backward()
-            for part, piece in zip(parts, y.detach().split([part.stop - part.start for part in parts]), strict=True):
+            for part, piece in zip(
+                parts, y.detach().split([part.stop - part.start for part in parts]), strict=True
+            ):
                 outputs[part] = piece
     gradient = model.get_parameter("0.weight").grad
     assert gradient is not None
@@ -85,7 +98,11 @@ def test_equals_each_group_by_itself(pool, world_size, norm_batch, micro_batch):
 @pytest.mark.parametrize(
     ("world_size", "norm_batch", "kinds"),
     [
-        (2, 4, ["all moments"]),  # whole groups inside each worker: no message but the running statistics'
+        (
+            2,
+            4,
+            ["all moments"],
+        ),  # whole groups inside each worker: no message but the running statistics'
         (2, 2, ["all moments"]),
         (4, 6, ["moments", "gradients", "all moments"]),  # two groups over two workers each
         (3, 6, ["moments"] * 2 + ["gradients"] * 2 + ["all moments"]),  # in turn over all three
@@ -110,7 +127,10 @@ def _with_rows_in_dimension_0() -> str:
 
 def test_rows_must_divide_among_the_samples(pool):
     (message,) = pool(1).run(_with_rows_in_dimension_0)
-    assert "a whole number of rows for each of 3 samples where a forward has several statistics, got 7 rows" in message
+    assert (
+        "a whole number of rows for each of 3 samples where a forward has several statistics, got "
+        "7 rows" in message
+    )
 
 
 def _copies() -> list[bool]:

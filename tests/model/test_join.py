@@ -1,4 +1,6 @@
-"""join: workers with unequally many batches train as one process does on what they hold together in each step."""
+"""join: workers with unequally many batches train as one process does on what they hold together in
+each step.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ class Trained:
 
 def _network(norm: type[nn.Module], **options) -> nn.Sequential:
     torch.manual_seed(0)
-    parts = [nn.Conv1d(4, 5, 1), norm(5, **options), nn.ReLU(), nn.Conv1d(5, 3, 3), norm(3, **options)]
+    parts = [
+        nn.Conv1d(4, 5, 1),
+        norm(5, **options),
+        nn.ReLU(),
+        nn.Conv1d(5, 3, 3),
+        norm(3, **options),
+    ]
     return nn.Sequential(*parts, nn.Flatten(), nn.Linear(9, 2)).double()
 
 
@@ -76,16 +84,28 @@ def _on_worker(
     rank = dist.get_rank()
     model = prepare_ddp(_network(SyncBatchNorm))
     wrapped = DistributedDataParallel(model, **(ddp or {}))
-    with exchange.record() as record, debug(is_debugging, timeout_seconds=20.0 if is_debugging else None):
+    with (
+        exchange.record() as record,
+        debug(is_debugging, timeout_seconds=20.0 if is_debugging else None),
+    ):
         with join(wrapped):
-            outputs, gradients = _train(wrapped, _momentum(model), _batches(rank, counts[rank]), is_scaled)
-    return Trained(outputs, gradients, {k: v.clone() for k, v in model.state_dict().items()}, [e.kind for e in record])
+            outputs, gradients = _train(
+                wrapped, _momentum(model), _batches(rank, counts[rank]), is_scaled
+            )
+    return Trained(
+        outputs,
+        gradients,
+        {k: v.clone() for k, v in model.state_dict().items()},
+        [e.kind for e in record],
+    )
 
 
 def _on_one(counts: list[int]) -> Trained:
     """torch's own layer, on the union of what the workers have in each step."""
     model = _network(nn.BatchNorm1d)
-    return Trained(*_train(model, _momentum(model), _union(counts), False), dict(model.state_dict()), [])
+    return Trained(
+        *_train(model, _momentum(model), _union(counts), False), dict(model.state_dict()), []
+    )
 
 
 def _union(counts: list[int]) -> list[Tensor]:
@@ -98,11 +118,17 @@ def _compare(got: list[Trained], whole: Trained, counts: list[int]) -> None:
         for step in range(counts[rank]):
             before = sum(len(_batches(r, counts[r])[step]) for r in range(rank) if step < counts[r])
             mine = whole.outputs[step][before : before + len(each.outputs[step])]
-            assert_close(each.outputs[step], mine, torch.float64, f"output, rank {rank}, step {step}")
+            assert_close(
+                each.outputs[step], mine, torch.float64, f"output, rank {rank}, step {step}"
+            )
             for ours, expected in zip(each.gradients[step], whole.gradients[step], strict=True):
-                assert_close(ours, expected, torch.float64, f"gradient, rank {rank}, step {step}", factor=10)
+                assert_close(
+                    ours, expected, torch.float64, f"gradient, rank {rank}, step {step}", factor=10
+                )
         for name, expected in whole.state.items():
-            assert_close(each.state[name], expected, torch.float64, f"{name}, rank {rank}", factor=10)
+            assert_close(
+                each.state[name], expected, torch.float64, f"{name}, rank {rank}", factor=10
+            )
 
 
 COUNTS = [[3, 5], [5, 3, 4], [0, 3], [2, 0, 4], [0, 0, 3], [2, 2], [0, 0]]
@@ -117,7 +143,9 @@ def test_equals_one_process_on_what_the_workers_hold_together(pool, counts):
         assert all(torch.equal(v, got[0].state[k]) for k, v in each.state.items()), "the same bits"
 
 
-@pytest.mark.parametrize("ddp", [{"broadcast_buffers": False}, {"find_unused_parameters": True}], ids=str)
+@pytest.mark.parametrize(
+    "ddp", [{"broadcast_buffers": False}, {"find_unused_parameters": True}], ids=str
+)
 def test_with_other_settings_of_ddp(pool, ddp):
     counts = [1, 4, 2]
     _compare(pool(3).run(_on_worker, counts, ddp), _on_one(counts), counts)
@@ -159,7 +187,9 @@ def test_several_epochs_with_an_optimizer_that_remembers(pool, counts, make):
 
 
 def test_without_the_optimizer_the_workers_drift_apart(pool):
-    """The negative control: in the second pass the worker that had left lacks the momentum of what it missed."""
+    """The negative control: in the second pass the worker that had left lacks the momentum of what
+    it missed.
+    """
     first, second = pool(2).run(_epochs, [4, 2], "_momentum", False)
     expected = pool(2).run(_epochs, [4, 2], "_momentum", True)[0]
     assert torch.equal(first["0.weight"], second["0.weight"]), "handed over at the end of the block"
@@ -169,7 +199,9 @@ def test_without_the_optimizer_the_workers_drift_apart(pool):
 def test_headers_are_sent_only_once_somebody_has_left(pool):
     kinds = pool(2).run(_on_worker, [2, 2])[0].kinds
     step = ["join", "moments", "moments", "count", "gradients", "gradients"]
-    assert kinds == [*step, *step, "join", "join", "join"], "a roll call for each step and one at the end; the handover"
+    assert kinds == [*step, *step, "join", "join", "join"], (
+        "a roll call for each step and one at the end; the handover"
+    )
     alone = pool(2).run(_on_worker, [2, 1])[0].kinds
     headed = ["join", *(kind for each in step[1:] for kind in ("join", each))]
     assert alone == [*step, *headed, "join", "join", "join", "join"]
@@ -177,7 +209,9 @@ def test_headers_are_sent_only_once_somebody_has_left(pool):
 
 def _running(counts: list[int]) -> dict[str, Tensor]:
     """sync="running", in which outputs are local and running statistics pooled."""
-    model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync="running"), nn.Conv1d(4, 2, 1)).double())
+    model = prepare_ddp(
+        nn.Sequential(SyncBatchNorm(4, sync="running"), nn.Conv1d(4, 2, 1)).double()
+    )
     wrapped = DistributedDataParallel(model)
     rank = dist.get_rank()
     with join(wrapped):
@@ -223,7 +257,9 @@ def test_other_exchanges_are_answered_and_training_goes_on(pool):
 def _refused(kind: str) -> str:
     group = dist.new_group([0, 1]) if kind == "group" else None
     lone = dist.new_subgroups(1)[0] if kind == "lone" else None
-    layer = SyncBatchNorm(4, sync="lagged" if kind == "lagged" else "batch", process_group=lone or group)
+    layer = SyncBatchNorm(
+        4, sync="lagged" if kind == "lagged" else "batch", process_group=lone or group
+    )
     model = prepare_ddp(nn.Sequential(layer))
     try:
         with join(model):
@@ -238,11 +274,13 @@ def _refused(kind: str) -> str:
         ("group", "accepted"),
         (
             "lagged",
-            '`sync` must be "batch", "running" or "none" where workers may run out of data, got "lagged" in \'0\'',
+            '`sync` must be "batch", "running" or "none" where workers may run out of data, got '
+            "\"lagged\" in '0'",
         ),
         (
             "lone",
-            "`process_group` must be that of the model in all layers where workers may run out of data, got ranks",
+            "`process_group` must be that of the model in all layers where workers may run out of "
+            "data, got ranks",
         ),
     ],
 )

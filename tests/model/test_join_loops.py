@@ -1,4 +1,6 @@
-"""join in loops other than one forward, one backward: as one process on what the workers hold together."""
+"""join in loops other than one forward, one backward: as one process on what the workers hold
+together.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class _Net(nn.Module):
     def __init__(self, norm: type[nn.Module]) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv1d(4, 5, 1), norm(5), nn.ReLU(), nn.Conv1d(5, 4, 3), norm(4))
+        self.body = nn.Sequential(
+            nn.Conv1d(4, 5, 1), norm(5), nn.ReLU(), nn.Conv1d(5, 4, 3), norm(4)
+        )
         self.head, self.extra = nn.Conv1d(4, 4, 3, padding=2), nn.Conv1d(4, 4, 1)
         self.register_buffer("seen", torch.zeros(()))
 
@@ -77,7 +81,9 @@ def _wasted(model: nn.Module, x: Tensor, step: int, quiet: Quiet) -> Tensor:
 
 
 def _penalty(model: nn.Module, x: Tensor, step: int, quiet: Quiet) -> Tensor:
-    """Gradients by the input are taken, which reduces none of the parameters', before another forward."""
+    """Gradients by the input are taken, which reduces none of the parameters', before another
+    forward.
+    """
     x = x.requires_grad_()
     (slope,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     return _loss(model(x)) + slope.square().mean((1, 2)).mean()
@@ -122,12 +128,22 @@ def _union(counts: list[int]) -> list[Tensor]:
     return [torch.cat([s[step] for s in shards if step < len(s)]) for step in range(max(counts))]
 
 
-def _on_worker(counts: list[int], kind: str, ddp: dict, every: int = 1, is_quiet: bool = False) -> dict[str, Tensor]:
+def _on_worker(
+    counts: list[int], kind: str, ddp: dict, every: int = 1, is_quiet: bool = False
+) -> dict[str, Tensor]:
     rank = dist.get_rank()
     model = prepare_ddp(_Net(SyncBatchNorm).double())
     wrapped = DistributedDataParallel(model, **ddp)
     with join(wrapped):
-        _steps(wrapped, _batches(rank, counts[rank]), kind, scale_loss, wrapped.no_sync, every, is_quiet)
+        _steps(
+            wrapped,
+            _batches(rank, counts[rank]),
+            kind,
+            scale_loss,
+            wrapped.no_sync,
+            every,
+            is_quiet,
+        )
         with torch.no_grad():
             # Everybody validates when its data has ended.
             model.eval()(torch.ones(1, 4, 3, dtype=torch.float64))
@@ -140,7 +156,9 @@ def _hold(got: list[dict[str, Tensor]], counts: list[int], kind: str, every: int
         _steps(whole, _union(counts), kind, lambda loss, count: loss, contextlib.nullcontext, every)
     for rank, state in enumerate(got):
         for name, expected in whole.state_dict().items():
-            assert_close(state[name], expected, torch.float64, f"{kind}, {name}, rank {rank}", factor=100)
+            assert_close(
+                state[name], expected, torch.float64, f"{kind}, {name}, rank {rank}", factor=100
+            )
 
 
 KINDS = ["_views", "_views_half_quiet", "_teacher", "_steady_teacher", "_wasted", "_penalty"]
@@ -171,7 +189,9 @@ def test_with_other_settings_of_ddp(pool, kind, ddp):
 
 
 @pytest.mark.parametrize(
-    ("is_quiet", "ddp"), [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})], ids=str
+    ("is_quiet", "ddp"),
+    [(False, {}), (True, {}), (False, {"gradient_as_bucket_view": True})],
+    ids=str,
 )
 @pytest.mark.parametrize("counts", [[6, 2], [4, 3]], ids=str)
 def test_accumulated_gradients(pool, counts, is_quiet, ddp):
@@ -207,7 +227,12 @@ def _handed(counts: list[int]) -> tuple[list, dict[str, Tensor]]:
             schedule.step()
             average.update_parameters(wrapped.module)
             counter.count += 1
-    numbers = [optimizer.param_groups[0]["lr"], schedule.last_epoch, scaler.get_scale(), scaler._get_growth_tracker()]
+    numbers = [
+        optimizer.param_groups[0]["lr"],
+        schedule.last_epoch,
+        scaler.get_scale(),
+        scaler._get_growth_tracker(),
+    ]
     return [*numbers, counter.count], {k: v.clone() for k, v in average.state_dict().items()}
 
 
@@ -244,17 +269,21 @@ def _failed(kind: str, counts: list[int]) -> str:
 def test_what_is_refused(pool):
     for said in pool(3).run(_failed, "opaque", [1, 2, 0]):
         assert said.startswith(
-            "InputError: `stateful` must have a state that torch.load(weights_only=True) takes, got another of _Opaque."
+            "InputError: `stateful` must have a state that torch.load(weights_only=True) takes, "
+            "got another of _Opaque."
         )
     for said in pool(3).run(_failed, "stateless", [1, 1, 1]):
         assert said.startswith(
-            "InputError: `stateful` must have the methods state_dict and load_state_dict, got object."
+            "InputError: `stateful` must have the methods state_dict and load_state_dict, got "
+            "object."
         )
 
 
 def test_workers_that_begin_different_forwards(pool):
     for said in pool(3).run(_failed, "evaluation", [1, 2, 2]):
-        assert said.startswith("FaultError: Forwards within `join` must be alike on all workers that still have data")
+        assert said.startswith(
+            "FaultError: Forwards within `join` must be alike on all workers that still have data"
+        )
 
 
 def test_an_error_is_told_to_those_who_have_left(pool):
@@ -278,7 +307,10 @@ def _critic(norm: type[nn.Module]) -> nn.Module:
 
 
 def _play(
-    models: list[nn.Module], optimizers: list[torch.optim.Optimizer], batches: list[Tensor], scale: Scale
+    models: list[nn.Module],
+    optimizers: list[torch.optim.Optimizer],
+    batches: list[Tensor],
+    scale: Scale,
 ) -> None:
     """The critic is frozen in the generator's turn, also after the last one."""
     generator, critic = models
@@ -303,7 +335,10 @@ def _optimizers(models: list[nn.Module]) -> list[torch.optim.Optimizer]:
 
 def _adversaries(counts: list[int]) -> list[dict[str, Tensor]]:
     rank = dist.get_rank()
-    models = [DistributedDataParallel(prepare_ddp(m)) for m in (_Net(SyncBatchNorm).double(), _critic(SyncBatchNorm))]
+    models = [
+        DistributedDataParallel(prepare_ddp(m))
+        for m in (_Net(SyncBatchNorm).double(), _critic(SyncBatchNorm))
+    ]
     optimizers = _optimizers(models)
     for _ in range(2):
         with join(models[0], optimizers[0]), join(models[1], optimizers[1]):

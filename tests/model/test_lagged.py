@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import Lagged, RenormSchedule, SyncBatchNorm, SyncBatchRenorm, accumulate, prepare_ddp, scale_loss
+from syncnorm import (
+    Lagged,
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    prepare_ddp,
+    scale_loss,
+)
 from syncnorm.averages import AVERAGES
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
@@ -31,7 +39,9 @@ class ReferenceNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels, dtype=torch.float64))
         self.bias = nn.Parameter(torch.zeros(channels, dtype=torch.float64))
-        self.rule = LaggedBatchNorm(channels, OPTIONS.forward_rate, OPTIONS.backward_rate, OPTIONS.max_drift, eps=1e-5)
+        self.rule = LaggedBatchNorm(
+            channels, OPTIONS.forward_rate, OPTIONS.backward_rate, OPTIONS.max_drift, eps=1e-5
+        )
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.rule(x, self.weight, self.bias, mask)
@@ -53,18 +63,24 @@ class Net(nn.Module):
 
 
 def _data(steps: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Batches of 9 whose mean and scale jump now and then, so that the guard fires, and masks of weights."""
+    """Batches of 9 whose mean and scale jump now and then, so that the guard fires, and masks of
+    weights.
+    """
     g = torch.Generator().manual_seed(1)
     data = []
     for step in range(steps):
         jump = 1.0 + 0.8 * (step // 6 % 2)
-        x = torch.randn(9, 3, 8, generator=g, dtype=torch.float64) * jump + 0.3 * torch.arange(9.0).view(-1, 1, 1)
+        x = torch.randn(9, 3, 8, generator=g, dtype=torch.float64) * jump + 0.3 * torch.arange(
+            9.0
+        ).view(-1, 1, 1)
         y = torch.randn(9, 2, generator=g, dtype=torch.float64)
         data.append((x, y, torch.randint(0, 3, (9, 1, 6), generator=g).double()))
     return data
 
 
-def _oracle(data: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[float], list[list[bool]], dict[str, Tensor]]:
+def _oracle(
+    data: list[tuple[Tensor, Tensor, Tensor]],
+) -> tuple[list[float], list[list[bool]], dict[str, Tensor]]:
     model = Net(ReferenceNorm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     losses, waits = [], []
@@ -80,7 +96,10 @@ def _oracle(data: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[list[float], lis
     state = {k: v.detach() for k, v in model.named_parameters()}
     for name in ("norm1", "norm2"):
         rule = getattr(model, name).rule
-        state[f"{name}.running_mean"], state[f"{name}.running_var"] = rule.running.mean, rule.running.var
+        state[f"{name}.running_mean"], state[f"{name}.running_var"] = (
+            rule.running.mean,
+            rule.running.var,
+        )
         state[f"{name}.lagged_mean"], state[f"{name}.lagged_var"] = rule.average
         state[f"{name}.lagged_gradient"] = torch.stack(rule.gradient)
         state[f"{name}.lagged_waits"] = torch.tensor(rule.waits)
@@ -119,14 +138,18 @@ def _live(
         losses.append(scaled.detach())
     curve = torch.stack(losses)
     dist.all_reduce(curve)
-    return (curve / len(sizes)).tolist(), exchanges, {k: v.clone() for k, v in model.state_dict().items()}
+    return (
+        (curve / len(sizes)).tolist(),
+        exchanges,
+        {k: v.clone() for k, v in model.state_dict().items()},
+    )
 
 
 def _build() -> tuple[nn.Module, torch.optim.Optimizer, nn.Module]:
     model = prepare_ddp(Net(_norm))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    # DDP rearranges its buckets after the first backward pass unless it looks for unused parameters, and a resumed
-    # run would add up the gradients of three workers in another order.
+    # DDP rearranges its buckets after the first backward pass unless it looks for unused
+    # parameters, and a resumed run would add up the gradients of three workers in another order.
     return model, optimizer, DistributedDataParallel(model, find_unused_parameters=True)
 
 
@@ -141,9 +164,12 @@ def test_equals_the_rule_in_one_process(pool, oracle, sizes):
     for curve, _, got in pool(len(sizes)).run(_live, _data(20), sizes):
         assert curve == pytest.approx(losses, rel=1e-10)
         for name, value in state.items():
-            # Every worker's loss carries DDP's factor, the number of workers, and so do gradient means.
+            # Every worker's loss carries DDP's factor, the number of workers, and so do gradient
+            # means.
             value = value * len(sizes) if name.endswith("gradient") else value
-            torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                got[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+            )
         assert {name for name in got if "lagged" in name and "updates" not in name} <= state.keys()
     fired = [any(w) for w in waits[1:]]
     assert any(fired), "the guard must fire"
@@ -255,9 +281,13 @@ def test_a_copy_is_independent():
 
 
 def _renorm_lagged() -> tuple[Tensor, Tensor]:
-    """Unclipped, lagged renormalisation is normalisation by the running statistics, whatever the averages."""
+    """Unclipped, lagged renormalisation is normalisation by the running statistics, whatever the
+    averages.
+    """
     torch.manual_seed(0)
-    layer = SyncBatchRenorm(3, schedule=RenormSchedule.constant(1e6, 1e6), sync="lagged", dtype=torch.float64)
+    layer = SyncBatchRenorm(
+        3, schedule=RenormSchedule.constant(1e6, 1e6), sync="lagged", dtype=torch.float64
+    )
     model = prepare_ddp(nn.Sequential(layer))
     for seed in range(4):
         g = torch.Generator().manual_seed(10 * dist.get_rank() + seed)
@@ -275,7 +305,9 @@ def test_renorm_takes_lagged_statistics_too(pool):
 
 
 def _overflow(where: str) -> list[bool]:
-    """One step whose input or gradient overflows on one worker, then ordinary ones: what is finite in each."""
+    """One step whose input or gradient overflows on one worker, then ordinary ones: what is finite
+    in each.
+    """
     torch.manual_seed(0)
     model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged", affine=False)))
     finite = []
@@ -287,7 +319,9 @@ def _overflow(where: str) -> list[bool]:
             x[0, 0] = torch.inf
         x.requires_grad_()
         y = model(x)
-        (y * torch.randn(5, 3, generator=g)).mean().mul(torch.inf if is_bad and where == "gradient" else 1.0).backward()
+        (y * torch.randn(5, 3, generator=g)).mean().mul(
+            torch.inf if is_bad and where == "gradient" else 1.0
+        ).backward()
         finite.append(bool(y.isfinite().all() and x.grad.isfinite().all()))
     return finite
 
@@ -301,9 +335,13 @@ def test_an_overflow_passes(pool, where):
 
 
 def _several_backward_passes() -> list[int]:
-    """Gradients of one layer's output taken twice before the whole backward pass (GradNorm, PCGrad)."""
+    """Gradients of one layer's output taken twice before the whole backward pass (GradNorm,
+    PCGrad).
+    """
     torch.manual_seed(dist.get_rank())
-    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged"), SyncBatchNorm(3, sync="lagged")))
+    model = prepare_ddp(
+        nn.Sequential(SyncBatchNorm(3, sync="lagged"), SyncBatchNorm(3, sync="lagged"))
+    )
     y = model(torch.randn(5, 3))
     for _ in range(2):
         torch.autograd.grad(y.square().mean(), model[1].weight, retain_graph=True)
@@ -359,7 +397,9 @@ def _spoilt_and_set(strict: bool) -> Callable[[dict[str, Tensor]], nn.Module]:
     def load(state: dict[str, Tensor]) -> nn.Module:
         model = _materialised(state)
         _spoil(model)
-        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True, strict=strict))
+        set_model_state_dict(
+            model, dict(state), options=StateDictOptions(full_state_dict=True, strict=strict)
+        )
         return model
 
     return load
@@ -378,12 +418,18 @@ def _from_pretrained(state: dict[str, Tensor]) -> nn.Module:
     class Model(transformers.PreTrainedModel):
         config_class = transformers.PretrainedConfig
 
-        def __init__(self, config, norm=lambda channels: SyncBatchNorm(channels, sync="lagged")) -> None:
+        def __init__(
+            self, config, norm=lambda channels: SyncBatchNorm(channels, sync="lagged")
+        ) -> None:
             super().__init__(config)
             self.net = nn.Sequential(nn.Linear(3, 4), norm(4))
             self.post_init()
 
-    norm = nn.BatchNorm1d if len(state) == 7 else lambda channels: SyncBatchNorm(channels, sync="lagged")
+    norm = (
+        nn.BatchNorm1d
+        if len(state) == 7
+        else lambda channels: SyncBatchNorm(channels, sync="lagged")
+    )
     saved = Model(transformers.PretrainedConfig(), norm)
     saved.net.load_state_dict(state)
     with TemporaryDirectory() as folder:
@@ -402,7 +448,9 @@ LOADERS: dict[str, Callable[[dict[str, Tensor]], nn.Module]] = {
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_averages_begin_where_a_loader_fills_the_layer_from_a_batch_norm(loader):
-    state = {k: v + 1 for k, v in nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict().items()}
+    state = {
+        k: v + 1 for k, v in nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict().items()
+    }
     layer, new = LOADERS[loader](state)[1], SyncBatchNorm(4, sync="lagged")
     for name in AVERAGES:
         assert torch.equal(layer.get_buffer(name), new.get_buffer(name)), name
@@ -419,7 +467,9 @@ def test_averages_that_a_loader_brings_are_taken(loader):
 
 
 def _accumulated_rounds() -> list[str]:
-    """Micro-batches whose graphs are freed one after the other, and their memory perhaps used again."""
+    """Micro-batches whose graphs are freed one after the other, and their memory perhaps used
+    again.
+    """
     torch.manual_seed(dist.get_rank())
     model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged")))
     kinds = []
@@ -437,7 +487,9 @@ def test_the_backward_message_leaves_with_the_block(pool):
 
 
 def _two_forwards_one_backward() -> list[Tensor]:
-    """The gradient average after a backward pass over two forwards, and after one over their concatenation."""
+    """The gradient average after a backward pass over two forwards, and after one over their
+    concatenation.
+    """
     torch.manual_seed(dist.get_rank())
     options = Lagged(backward_rate=1.0, max_drift=float("inf"))
     a, b = torch.randn(5, 3), torch.randn(5, 3)

@@ -1,4 +1,6 @@
-"""The plugin in the real Lightning: two workers on ragged shards train as torch does on the whole batch."""
+"""The plugin in the real Lightning: two workers on ragged shards train as torch does on the whole
+batch.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def fit(
     options: dict[str, Any] | None, to: type | None = None, epochs: int = 1, resumed_after: int | None = None,
     folder: str = "", package: str = "lightning.pytorch",
 ) -> tuple[dict[str, Tensor], list[str], list[str], Any]:  # fmt: skip
-    """Train this worker's shards; the state, the batch norms' classes in training and afterwards, what is left."""
+    """Train this worker's shards; the state, the batch norms' classes in training and afterwards,
+    what is left.
+    """
     from syncnorm.integrations.lightning import LayerSync
 
     library = importlib.import_module(package)
@@ -78,7 +82,12 @@ def fit(
         train(resumed_after)[1].save_checkpoint(checkpoint)
     module, _ = train(epochs, checkpoint)
     ignored = getattr(module, "_ddp_params_and_buffers_to_ignore", None)
-    return module.net.state_dict(), module.seen, norms(module.net), (ignored, len(module._forward_pre_hooks))
+    return (
+        module.net.state_dict(),
+        module.seen,
+        norms(module.net),
+        (ignored, len(module._forward_pre_hooks)),
+    )
 
 
 def norms(model: nn.Module) -> list[str]:
@@ -101,7 +110,9 @@ def test_two_workers_train_as_one_on_the_whole_batch_and_torchs_layers_are_back(
 
 
 def test_options_reach_the_layers_and_hidden_exchanges_work(pool):
-    """sync="running" pools the statistics that evaluation uses: equal on all workers, other than those of "batch"."""
+    """sync="running" pools the statistics that evaluation uses: equal on all workers, other than
+    those of "batch".
+    """
     first, second = pool(len(SIZES)).run(fit, {"sync": "running"})
     batch, _ = pool(len(SIZES)).run(fit, {})
     key = "1.running_mean"
@@ -117,7 +128,9 @@ def test_layers_that_were_ours_before_stay_ours(pool, to):
 
 
 def test_a_resumed_run_is_the_undisturbed_one(pool, tmp_path):
-    """The clock is in the checkpoint, and goes into layers that are there before Lightning restores it."""
+    """The clock is in the checkpoint, and goes into layers that are there before Lightning restores
+    it.
+    """
     expected = pool(len(SIZES)).run(fit, {}, SyncBatchRenorm, 2)[0][0]
     for state, *_ in pool(len(SIZES)).run(fit, {}, SyncBatchRenorm, 2, 1, str(tmp_path)):
         assert int(state["1.num_batches_tracked"]) == 2 * len(shards(0))

@@ -1,4 +1,6 @@
-"""Names in mmengine's registries, in the real mmengine; `build_norm_layer` is mmcv's, by its documented rules."""
+"""Names in mmengine's registries, in the real mmengine; `build_norm_layer` is mmcv's, by its
+documented rules.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ pytest.importorskip("mmengine.model", reason="mmengine is not installed")
 
 
 def build_norm_layer(cfg: dict[str, Any], num_features: int) -> nn.Module:
-    """mmcv's way: the class by its type in the registry, eps unless given, the rest as keyword arguments."""
+    """mmcv's way: the class by its type in the registry, eps unless given, the rest as keyword
+    arguments.
+    """
     from mmengine.registry import MODELS
 
     options = {"eps": 1e-5, **cfg}

@@ -1,4 +1,6 @@
-"""Faults in a model of several layers: raised by all workers at one point, and leaving nothing behind."""
+"""Faults in a model of several layers: raised by all workers at one point, and leaving nothing
+behind.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def _bad_mask(bad_rank: int) -> list[str]:
         try:
             y = model(uneven_batch(3, step), mask)
             y.square().mean().backward()
-            messages.append(f"fine {bool(y.isfinite().all() and layer.weight.grad.isfinite().all())}")
+            messages.append(
+                f"fine {bool(y.isfinite().all() and layer.weight.grad.isfinite().all())}"
+            )
         except FaultError as error:
             messages.append(str(error))
     model(uneven_batch(3, 5), None)
@@ -55,7 +59,10 @@ def test_a_bad_mask_is_raised_by_all_when_the_message_has_arrived(pool):
     assert answers == [answers[0]] * 3
     first, second, updates = answers[0]
     assert first == "fine True"
-    assert "got others on rank 1 in layer 'layer', in the last training forward. They counted as 0." in second
+    assert (
+        "got others on rank 1 in layer 'layer', in the last training forward. They counted as 0."
+        in second
+    )
     assert updates == "1", "the faulty forward leaves no trace, and work goes on"
 
 
@@ -71,8 +78,12 @@ def test_a_forward_that_raises_leaves_no_trace():
 
 
 def _raise_then_evaluate(sync: str) -> tuple[list[str], Tensor]:
-    """A forward that raises everywhere, an evaluation on one worker, then training as if nothing had been."""
-    model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync=sync, dtype=torch.float64), RaisesOnce()))
+    """A forward that raises everywhere, an evaluation on one worker, then training as if nothing
+    had been.
+    """
+    model = prepare_ddp(
+        nn.Sequential(SyncBatchNorm(4, sync=sync, dtype=torch.float64), RaisesOnce())
+    )
     rank = dist.get_rank()
     with exchange.record() as record:
         with contextlib.suppress(RuntimeError):
@@ -89,7 +100,9 @@ def _raise_then_evaluate(sync: str) -> tuple[list[str], Tensor]:
 def test_a_forward_that_raised_sends_nothing_later(pool, sync):
     running = reference.RunningStatistics.initial(4)
     for step in range(2):
-        reference.batch_norm(torch.cat([uneven_batch(6, 10 * step), uneven_batch(6, 10 * step + 1)]), running=running)
+        reference.batch_norm(
+            torch.cat([uneven_batch(6, 10 * step), uneven_batch(6, 10 * step + 1)]), running=running
+        )
     answers = pool(2).run(_raise_then_evaluate, sync)
     assert answers[0][0] == answers[1][0]
     for _, mean in answers:
@@ -97,7 +110,9 @@ def test_a_forward_that_raised_sends_nothing_later(pool, sync):
 
 
 def _looked_at_by_one_worker(action: str) -> list[str]:
-    """A bad mask on rank 1, then rank 0 alone saves, or loads a state; what the next two forwards of each say."""
+    """A bad mask on rank 1, then rank 0 alone saves, or loads a state; what the next two forwards
+    of each say.
+    """
     layer = KINDS["norm"](4)
     model = prepare_ddp(Masked(layer))
     mask = torch.ones(3, 1, 5)
@@ -130,7 +145,9 @@ def _nan_in_debug_mode(sync: str) -> str:
     x = uneven_batch(3, 0)
     if dist.get_rank() == 1:
         x[1, 2] = torch.nan
-    model = prepare_ddp(nn.Sequential(nn.Identity(), SyncBatchNorm(4, sync=sync, dtype=torch.float64)))
+    model = prepare_ddp(
+        nn.Sequential(nn.Identity(), SyncBatchNorm(4, sync=sync, dtype=torch.float64))
+    )
     try:
         with debug():
             model(x)

@@ -1,4 +1,6 @@
-"""monitor: what the layers saw, by hand from what went into them; and that nobody pays for what is not read."""
+"""monitor: what the layers saw, by hand from what went into them; and that nobody pays for what is
+not read.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ EPS = 1e-5
 def _model(sync: str | Lagged, schedule: RenormSchedule = BOUNDS) -> nn.Sequential:
     """A batch norm "0" of 4 channels and a renorm "2" of 3, made alike on all workers.
 
-    The running statistics of the latter are such that in the second batch r and d are at their bounds in some channels.
+    The running statistics of the latter are such that in the second batch r and d are at their
+    bounds in some channels.
     """
     torch.manual_seed(0)
     renorm = SyncBatchRenorm(3, momentum=0.9, schedule=schedule, sync=sync)
@@ -66,7 +69,9 @@ def _watched(model: nn.Module, batches: Sequence[Tensor]) -> Watched:
     watch = monitor(model)
     inputs: dict[str, Tensor] = {}
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0].detach().clone()))
+        module.register_forward_pre_hook(
+            lambda _, args, name=name: inputs.__setitem__(name, args[0].detach().clone())
+        )
     before = state_of(model)
     for batch in batches:
         before = state_of(model)
@@ -103,7 +108,9 @@ def _figures(gaps: Tensor, is_renorm: bool) -> dict[str, float | None]:
 
 
 def _between_share(parts: Sequence[Tensor]) -> float:
-    """1 - (sum of squares within workers) / (total sum of squares), each with n * eps as the layer has it."""
+    """1 - (sum of squares within workers) / (total sum of squares), each with n * eps as the layer
+    has it.
+    """
     values = [p.transpose(0, 1).flatten(1) for p in parts]
     whole = torch.cat(values, 1)
     within = sum((v - v.mean(1, keepdim=True)).square().sum(1) for v in values if v.numel())
@@ -115,7 +122,9 @@ def _between_share(parts: Sequence[Tensor]) -> float:
 def _check_close(got: dict[str, float | None], expected: dict[str, float | None]) -> None:
     assert got.keys() == set(NAMES)
     for name, value in expected.items():
-        assert got[name] == (None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)), name
+        assert got[name] == (
+            None if value is None else pytest.approx(value, rel=1e-9, abs=1e-12)
+        ), name
 
 
 BATCHES = [uneven_batch(8, seed) * scale for seed, scale in ((0, 1.0), (1, 1.5))]
@@ -133,20 +142,29 @@ def test_figures_of_pooled_statistics(pool, sizes):
         # Renormalisation knows the running statistics before the batch.
         state = ranks[0].before if is_renorm else ranks[0].after
         gaps = _gaps(torch.cat(parts), state[f"{name}.running_mean"], state[f"{name}.running_var"])
-        expected = {"count": 8.0 * 5, "between_share": _between_share(parts), **_figures(gaps, is_renorm)}
+        expected = {
+            "count": 8.0 * 5,
+            "between_share": _between_share(parts),
+            **_figures(gaps, is_renorm),
+        }
         for rank in ranks:
             _check_close(rank.report["layers"][name], expected)
             assert rank.report["layers"] == ranks[0].report["layers"]
         assert expected["between_share"] > 0.1 if 0 not in sizes and len(sizes) > 1 else True
         assert expected["mean_gap"] > 0.01
         assert expected["var_gap"] > 0.01
-    assert [ranks[0].report["layers"]["2"][name] for name in ("r_clipped", "d_clipped")] == [2 / 3, 1 / 3]
+    assert [ranks[0].report["layers"]["2"][name] for name in ("r_clipped", "d_clipped")] == [
+        2 / 3,
+        1 / 3,
+    ]
 
 
 @pytest.mark.parametrize("sizes", [(6, 2), (5, 1, 2), (8, 0)], ids=str)
 @pytest.mark.parametrize("sync", ["running", "none"])
 def test_figures_of_local_statistics_are_those_of_all_workers(pool, sizes, sync):
-    """Root mean squares and shares over the workers that have data; the share between workers is of all of it."""
+    """Root mean squares and shares over the workers that have data; the share between workers is of
+    all of it.
+    """
     ranks = pool(len(sizes)).run(_train, sync, _shards(sizes))
     for name, is_renorm in (("0", False), ("2", True)):
         gaps = []
@@ -206,10 +224,23 @@ def test_a_layer_over_a_sub_group_is_its_groups(pool):
     assert [each["layers"]["1"]["count"] for each in (zero, one, two)] == [35.0, 35.0, 10.0]
     parts = list(uneven_batch(9, 0).split([4, 3, 2]))
     # The first layer's output is the whole batch's, so the second sees its parts on the same scale.
-    scale = torch.cat(parts).transpose(0, 1).flatten(1).var(1, correction=0).add(EPS).sqrt().view(1, -1, 1)
-    assert zero["layers"]["1"]["between_share"] == pytest.approx(_between_share([p / scale for p in parts[:2]]))
+    scale = (
+        torch.cat(parts)
+        .transpose(0, 1)
+        .flatten(1)
+        .var(1, correction=0)
+        .add(EPS)
+        .sqrt()
+        .view(1, -1, 1)
+    )
+    assert zero["layers"]["1"]["between_share"] == pytest.approx(
+        _between_share([p / scale for p in parts[:2]])
+    )
     assert two["layers"]["1"]["between_share"] == 0.0
-    assert [each["sent"] for each in (zero, two)] == [[exchange.size_of(3 * 4 + 8)] * 2, [exchange.size_of(3 * 4 + 8)]]
+    assert [each["sent"] for each in (zero, two)] == [
+        [exchange.size_of(3 * 4 + 8)] * 2,
+        [exchange.size_of(3 * 4 + 8)],
+    ]
 
 
 def _share_of(shards: Sequence[Tensor]) -> tuple[float, list[int]]:
@@ -228,7 +259,9 @@ def test_nothing_lies_between_workers_with_the_same_data(pool, workers):
     assert share == pytest.approx(0.0, abs=1e-13)
     assert sent == ([exchange.size_of(3 * (4 + 3) + 8 * 2)] if workers > 1 else [])
     if workers > 1:
-        ((share, _), *_) = pool(workers).run(_share_of, [batch + 5.0 * rank for rank in range(workers)])
+        ((share, _), *_) = pool(workers).run(
+            _share_of, [batch + 5.0 * rank for rank in range(workers)]
+        )
         assert share > 0.5
 
 
@@ -256,7 +289,10 @@ def test_batch_normalisation_by_schedule_is_at_its_bounds():
 
 
 def test_before_the_first_forward_and_without_layers():
-    assert monitor(_model("batch")).read()["layers"] == {"0": dict.fromkeys(NAMES), "2": dict.fromkeys(NAMES)}
+    assert monitor(_model("batch")).read()["layers"] == {
+        "0": dict.fromkeys(NAMES),
+        "2": dict.fromkeys(NAMES),
+    }
     nothing = {"count": 0, "numbers": 0, "seconds": 0.0, "by_kind": {}}
     assert monitor(nn.BatchNorm1d(3)).read() == {"layers": {}, "exchanges": nothing}
 
@@ -306,7 +342,10 @@ def test_a_repeated_forward_is_not_seen(is_reentrant):
     for is_checkpointed in (False, True):
         model = _model("none")
         xs = [batch.clone().requires_grad_() for batch in (BATCHES[0], BATCHES[1][:5])]
-        ys = [checkpoint(model, x, use_reentrant=is_reentrant) if is_checkpointed else model(x) for x in xs]
+        ys = [
+            checkpoint(model, x, use_reentrant=is_reentrant) if is_checkpointed else model(x)
+            for x in xs
+        ]
         torch.cat([y.sin().flatten() for y in ys]).sum().backward()
         reports.append(monitor(model).read()["layers"])
     assert reports[0] == reports[1]
@@ -316,7 +355,9 @@ def test_a_repeated_forward_is_not_seen(is_reentrant):
 SYNCS = ["batch", "running", "lagged", "none"]
 
 
-def _exchanges(sync: str, workers_share: list[int]) -> tuple[dict, dict, dict, list[tuple[str, int]], dict]:
+def _exchanges(
+    sync: str, workers_share: list[int]
+) -> tuple[dict, dict, dict, list[tuple[str, int]], dict]:
     model = prepare_ddp(_model(sync))
     wrapped = DistributedDataParallel(model)
     watch, other = monitor(wrapped), monitor(model)
@@ -325,7 +366,13 @@ def _exchanges(sync: str, workers_share: list[int]) -> tuple[dict, dict, dict, l
             wrapped(batch.split(workers_share)[dist.get_rank()]).sin().sum().backward()
     sent = [(e.kind, e.numel) for e in record]
     first = watch.read()
-    return first["exchanges"], watch.read()["exchanges"], other.read()["exchanges"], sent, first["layers"]
+    return (
+        first["exchanges"],
+        watch.read()["exchanges"],
+        other.read()["exchanges"],
+        sent,
+        first["layers"],
+    )
 
 
 @pytest.mark.parametrize("sync", SYNCS)
@@ -339,7 +386,9 @@ def test_exchanges_are_those_recorded_since_the_last_reading(pool, sync):
             numels = [numel for k, numel in sent if k == kind]
             assert (total["count"], total["numbers"]) == (len(numels), sum(numels))
             assert 0 < total["seconds"] < 60
-        assert first["seconds"] == pytest.approx(sum(t["seconds"] for t in first["by_kind"].values()))
+        assert first["seconds"] == pytest.approx(
+            sum(t["seconds"] for t in first["by_kind"].values())
+        )
         assert second == {"count": 0, "numbers": 0, "seconds": 0.0, "by_kind": {}}
         assert other["count"] == len(sent), "reading is not counted, by whatever monitor"
         assert (len(sent) > 0) == (sync != "none")
@@ -380,7 +429,9 @@ def _trained(sync: str, is_read: bool) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("sync", SYNCS)
 def test_reading_changes_no_bit_of_the_training(pool, sync):
-    for read, unread in zip(pool(2).run(_trained, sync, True), pool(2).run(_trained, sync, False), strict=True):
+    for read, unread in zip(
+        pool(2).run(_trained, sync, True), pool(2).run(_trained, sync, False), strict=True
+    ):
         assert all(torch.equal(read[name], value) for name, value in unread.items())
 
 
@@ -417,12 +468,18 @@ class CountOperators(TorchDispatchMode):
 
 def _operators(norm: str, is_watched: bool) -> tuple[int, int]:
     """Of a training step, and of one reading."""
-    make = {"norm": SyncBatchNorm, "renorm": lambda channels: SyncBatchRenorm(channels, schedule=BOUNDS)}[norm]
+    make = {
+        "norm": SyncBatchNorm,
+        "renorm": lambda channels: SyncBatchRenorm(channels, schedule=BOUNDS),
+    }[norm]
     model = MODELS["resnet18_cifar"](in_channels=3, num_classes=10, norm_layer=make)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     watch = monitor(model) if is_watched else None
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
-    for step in (CountOperators(), CountOperators()):  # the first one makes what the optimizer keeps
+    for step in (
+        CountOperators(),
+        CountOperators(),
+    ):  # the first one makes what the optimizer keeps
         with step:
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), labels).backward()
@@ -436,8 +493,12 @@ def _operators(norm: str, is_watched: bool) -> tuple[int, int]:
 
 @pytest.mark.parametrize("norm", ["norm", "renorm"])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_step_costs_nothing_more_and_a_reading_every_50_steps_under_a_hundredth(pool, norm, workers):
-    watched, unwatched = (pool(workers).run(_operators, norm, is_watched) for is_watched in (True, False))
+def test_a_step_costs_nothing_more_and_a_reading_every_50_steps_under_a_hundredth(
+    pool, norm, workers
+):
+    watched, unwatched = (
+        pool(workers).run(_operators, norm, is_watched) for is_watched in (True, False)
+    )
     for (step, reading), (plain, nothing) in zip(watched, unwatched, strict=True):
         assert step == plain > 1000
         assert nothing == 0

@@ -1,4 +1,6 @@
-"""Layers that keep running statistics and are no batch norms of torch's: they stay local, and that is said."""
+"""Layers that keep running statistics and are no batch norms of torch's: they stay local, and that
+is said.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ class FrozenBatchNorm2d(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        for name, fill in (("weight", 1.0), ("bias", 0.0), ("running_mean", 0.0), ("running_var", 1.0)):
+        for name, fill in (
+            ("weight", 1.0),
+            ("bias", 0.0),
+            ("running_mean", 0.0),
+            ("running_var", 1.0),
+        ):
             self.register_buffer(name, torch.full((channels,), fill))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,10 +75,14 @@ def _said(call: Callable[[], object]) -> list[str]:
     ids=str,
 )
 def test_home_made_layers_are_named_once_by_each_who_leaves_them_alone(names):
-    model = nn.Sequential(nn.Linear(3, 4), HomeMade(4, names), nn.BatchNorm1d(4), nn.Sequential(HomeMade(4, names)))
+    model = nn.Sequential(
+        nn.Linear(3, 4), HomeMade(4, names), nn.BatchNorm1d(4), nn.Sequential(HomeMade(4, names))
+    )
     sentence = (
-        "`model` keeps running statistics in layers of its own, '1' (HomeMade), '3.0' (HomeMade): convert leaves them "
-        "alone, each worker has statistics of its own batches, and DistributedDataParallel overwrites them with rank "
+        "`model` keeps running statistics in layers of its own, '1' (HomeMade), '3.0' (HomeMade): "
+        "convert leaves them "
+        "alone, each worker has statistics of its own batches, and DistributedDataParallel "
+        "overwrites them with rank "
         "0's unless it is told not to. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on "
         "syncnorm.functional.sync_batch_norm."
     )
@@ -127,7 +138,9 @@ class _Plain(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, training=self.training)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, training=self.training
+        )
 
 
 def _home_made_under_ddp() -> tuple[Tensor, Tensor]:

@@ -24,13 +24,23 @@ KINDS = {
 
 def _model(kind: str) -> nn.Sequential:
     torch.manual_seed(0)
-    layers = [nn.Linear(3, 4), KINDS[kind](4), nn.Dropout(0.5), nn.ReLU(), nn.Linear(4, 5), KINDS[kind](5)]
+    layers = [
+        nn.Linear(3, 4),
+        KINDS[kind](4),
+        nn.Dropout(0.5),
+        nn.ReLU(),
+        nn.Linear(4, 5),
+        KINDS[kind](5),
+    ]
     return prepare_ddp(nn.Sequential(*layers).double())
 
 
 def _batches() -> list[Tensor]:
     g = torch.Generator().manual_seed(3)
-    return [torch.randn(n, 3, generator=g, dtype=torch.float64) * (i + 1) + i for i, n in enumerate((5, 2, 9, 4, 3))]
+    return [
+        torch.randn(n, 3, generator=g, dtype=torch.float64) * (i + 1) + i
+        for i, n in enumerate((5, 2, 9, 4, 3))
+    ]
 
 
 def _expected() -> list[tuple[Tensor, Tensor]]:
@@ -51,7 +61,9 @@ def _expected() -> list[tuple[Tensor, Tensor]]:
     return answers
 
 
-def _recalibrated(kind: str, shares: list[list[int]], mix: float, training: bool) -> tuple[dict, list, list[bool]]:
+def _recalibrated(
+    kind: str, shares: list[list[int]], mix: float, training: bool
+) -> tuple[dict, list, list[bool]]:
     model = _model(kind).train(training)
     model[1].running_var.fill_(float("nan") if mix == 1 else 1.0)
     mine = [_batches()[i] for i in shares[dist.get_rank()]]
@@ -61,26 +73,34 @@ def _recalibrated(kind: str, shares: list[list[int]], mix: float, training: bool
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("shares", [[[0, 1, 2, 3, 4]], [[4, 0], [3, 1, 2]], [[2], [], [0, 1, 3, 4]]], ids=str)
+@pytest.mark.parametrize(
+    "shares", [[[0, 1, 2, 3, 4]], [[4, 0], [3, 1, 2]], [[2], [], [0, 1, 3, 4]]], ids=str
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_population_statistics_whoever_has_which_batch(pool, kind, shares, training):
     expected = _expected()
     answers = pool(len(shares)).run(_recalibrated, kind, shares, 1.0, training)
     fresh = _model("torch").state_dict()
     for state, kinds, modes in answers:
-        assert all(torch.equal(v, answers[0][0][k]) for k, v in state.items()), "the same bits everywhere"
+        assert all(torch.equal(v, answers[0][0][k]) for k, v in state.items()), (
+            "the same bits everywhere"
+        )
         for name, (mean, var) in zip(("1", "5"), expected, strict=True):
             assert_close(state[f"{name}.running_mean"], mean, torch.float64, "mean")
             assert_close(state[f"{name}.running_var"], var, torch.float64, "var")
             assert int(state[f"{name}.num_batches_tracked"]) == 0
-        assert all(torch.equal(state[k], v) for k, v in fresh.items() if "running" not in k), "parameters stay"
+        assert all(torch.equal(state[k], v) for k, v in fresh.items() if "running" not in k), (
+            "parameters stay"
+        )
         assert kinds == (["population"] if len(shares) > 1 else [])
         assert modes == [training] * len(modes)
 
 
 @pytest.mark.parametrize("kind", ["torch", "batch"])
 def test_mix_blends_old_and_new(pool, kind):
-    (state, _, _), (other, _, _) = pool(2).run(_recalibrated, kind, [[4, 0], [3, 1, 2]], 0.25, False)
+    (state, _, _), (other, _, _) = pool(2).run(
+        _recalibrated, kind, [[4, 0], [3, 1, 2]], 0.25, False
+    )
     mean, var = _expected()[0]
     assert_close(state["1.running_mean"], 0.25 * mean, torch.float64, "mean")
     assert_close(state["1.running_var"], 0.75 + 0.25 * var, torch.float64, "var")
@@ -113,7 +133,9 @@ def _failing(bad_rank: int) -> tuple[str, bool]:
         message = "no error"
     except (FaultError, RuntimeError) as error:
         message = str(error)
-    return message, all(torch.equal(v, before[k]) for k, v in model.state_dict().items()) and model.training
+    return message, all(
+        torch.equal(v, before[k]) for k, v in model.state_dict().items()
+    ) and model.training
 
 
 def test_a_failing_worker_stops_all_and_nothing_is_changed(pool):
@@ -134,16 +156,28 @@ def _without_data() -> str:
 
 def test_no_data_anywhere(pool):
     answers = pool(2).run(_without_data)
-    assert answers == ["`batches` must hold data on at least one worker, got none. Nothing was changed."] * 2
+    assert (
+        answers
+        == ["`batches` must hold data on at least one worker, got none. Nothing was changed."] * 2
+    )
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: recalibrate(nn.BatchNorm1d(3), [], mix=0.0), r"`mix` must be in \(0, 1\], got 0.0"),
-        (lambda: recalibrate(nn.BatchNorm1d(3), [], mix=float("nan")), r"`mix` must be in \(0, 1\], got nan"),
+        (
+            lambda: recalibrate(nn.BatchNorm1d(3), [], mix=0.0),
+            r"`mix` must be in \(0, 1\], got 0.0",
+        ),
+        (
+            lambda: recalibrate(nn.BatchNorm1d(3), [], mix=float("nan")),
+            r"`mix` must be in \(0, 1\], got nan",
+        ),
         (lambda: recalibrate(nn.Linear(3, 3), []), "got none in Linear"),
-        (lambda: recalibrate(nn.BatchNorm1d(3, track_running_stats=False), []), "got none in BatchNorm1d"),
+        (
+            lambda: recalibrate(nn.BatchNorm1d(3, track_running_stats=False), []),
+            "got none in BatchNorm1d",
+        ),
     ],
 )
 def test_bad_input(call, message):
@@ -181,11 +215,17 @@ class _Merging(nn.Module):
 
 
 def test_modes_are_left_and_put_back_by_each_modules_own_train():
-    model = nn.Sequential(_Merging(), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).eval())
+    model = nn.Sequential(
+        _Merging(), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).eval()
+    )
     model[2][1].train()
     before = [module.training for module in model.modules()]
     recalibrate(model, [torch.randn(8, 3)])
-    assert [module.training for module in model.modules()] == before == [True, True, True, False, False, True]
+    assert (
+        [module.training for module in model.modules()]
+        == before
+        == [True, True, True, False, False, True]
+    )
     assert not model[0].is_merged
     assert not torch.equal(model[1].running_mean, torch.zeros(3))
     assert torch.equal(model[2][0].running_mean, torch.zeros(3))

@@ -31,7 +31,9 @@ def test_local_statistics_are_another_training(pool, whole):
 
 @pytest.fixture(scope="module")
 def float32_whole() -> tuple[list[float], list[float]]:
-    """The unsharded curve, and how far a change of one weight by one ulp has led it astray by each step."""
+    """The unsharded curve, and how far a change of one weight by one ulp has led it astray by each
+    step.
+    """
     data = batches(STEPS, SIZE, torch.float32)
     curve = train(data, (SIZE,), "batch")
     control = [0.0] * STEPS
@@ -46,6 +48,9 @@ def test_float32_differs_no_more_than_four_times_one_ulp(pool, float32_whole, si
     whole, control = float32_whole
     curve = sharded(pool(len(sizes)), batches(STEPS, SIZE, torch.float32), sizes, "batch")
     for step in (0, 9, 19):
-        # At step 1 a nudge of one weight may leave the loss as it is: there, two ulps of the loss are allowed.
+        # At step 1 a nudge of one weight may leave the loss as it is: there, two ulps of the loss
+        # are allowed.
         bound = max(4 * control[step], 2.4e-7 * abs(whole[step]))
-        assert abs(curve[step] - whole[step]) <= bound, f"step {step + 1}, control {control[step]:.3g}"
+        assert abs(curve[step] - whole[step]) <= bound, (
+            f"step {step + 1}, control {control[step]:.3g}"
+        )

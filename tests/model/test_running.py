@@ -21,7 +21,9 @@ from syncnorm.testing import assert_close, shard
 from tests.model.parts import KINDS, state_of, uneven_batch
 
 
-def _train(kind: str, batches: list[Tensor], sizes: tuple[int, ...], layers: int) -> tuple[dict, list]:
+def _train(
+    kind: str, batches: list[Tensor], sizes: tuple[int, ...], layers: int
+) -> tuple[dict, list]:
     rank = dist.get_rank()
     model = nn.Sequential(*(KINDS[kind](4) for _ in range(layers)))
     wrapped = DistributedDataParallel(prepare_ddp(model))
@@ -42,7 +44,10 @@ def test_one_exchange_per_training_forward_however_many_layers(pool, sizes, laye
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("sizes", [(6, 2), (5, 1, 2), (0, 8)], ids=str)
 def test_buffers_are_the_total_variance_and_equal_to_the_bit(pool, sizes, kind):
-    """Total variance: within plus between workers. The mean of local variances would be far off here."""
+    """Total variance: within plus between workers.
+
+    The mean of local variances would be far off here.
+    """
     batches = [uneven_batch(8, seed) for seed in range(3)]
     running = reference.RunningStatistics.initial(4)
     for batch in batches:
@@ -56,9 +61,15 @@ def test_buffers_are_the_total_variance_and_equal_to_the_bit(pool, sizes, kind):
         assert_close(state["0.running_mean"], running.mean, torch.float64, "running_mean")
         assert_close(state["0.running_var"], running.var, torch.float64, "running_var")
         assert int(state["0.num_batches_tracked"]) == 3
-    local = torch.stack([b.split(list(sizes))[0].var((0, 2)) for b in batches if sizes[0]]) if sizes[0] else None
+    local = (
+        torch.stack([b.split(list(sizes))[0].var((0, 2)) for b in batches if sizes[0]])
+        if sizes[0]
+        else None
+    )
     if local is not None and kind == "norm":
-        assert (local.mean(0) < 0.9 * batches[0].var((0, 2))).all(), "the shards must differ for this to say anything"
+        assert (local.mean(0) < 0.9 * batches[0].var((0, 2))).all(), (
+            "the shards must differ for this to say anything"
+        )
 
 
 def test_the_forward_is_that_of_the_local_layer(pool):
@@ -73,7 +84,9 @@ def _forward(shards: list[Tensor]) -> Tensor:
 
 
 def _seen() -> tuple[list[float], list[float], list[str]]:
-    """The running mean after each of three forwards: as the layer's, and as a tensor held since the first."""
+    """The running mean after each of three forwards: as the layer's, and as a tensor held since the
+    first.
+    """
     layer = KINDS["norm"](1)
     model = prepare_ddp(nn.Sequential(layer))
     held = layer.running_mean
@@ -95,7 +108,9 @@ def test_who_reaches_for_a_buffer_finds_the_last_forward_in_it(pool):
         expected.append(running.mean.item())
     for as_layers, as_held, kinds in pool(2).run(_seen):
         assert as_layers == pytest.approx(expected[1:], rel=1e-12)
-        assert as_held == pytest.approx(expected[:3], rel=1e-12), "the update is late for those who go around the layer"
+        assert as_held == pytest.approx(expected[:3], rel=1e-12), (
+            "the update is late for those who go around the layer"
+        )
         assert kinds == ["all moments"] * 3
 
 
@@ -108,7 +123,9 @@ def _average(model: nn.Module) -> None:
 
 def _swap(model: nn.Module) -> None:
     for name in ("running_mean", "running_var"):
-        torch.utils.swap_tensors(model[0].get_buffer(name), torch.full((4,), 3.0, dtype=torch.float64))
+        torch.utils.swap_tensors(
+            model[0].get_buffer(name), torch.full((4,), 3.0, dtype=torch.float64)
+        )
 
 
 def _copy_from_a_teacher(model: nn.Module) -> None:
@@ -130,16 +147,25 @@ def _parametrize(model: nn.Module) -> None:
 WRITES: dict[str, Callable[[nn.Module], object]] = {
     "zero_": lambda model: model[0].running_mean.zero_(),
     "the clock": lambda model: model[0].num_batches_tracked.fill_(7),
-    ".data": lambda model: setattr(model[0].running_mean, "data", torch.ones(4, dtype=torch.float64)),
+    ".data": lambda model: setattr(
+        model[0].running_mean, "data", torch.ones(4, dtype=torch.float64)
+    ),
     "_buffers": lambda model: model[0]._buffers["running_var"].fill_(5),
     "reassign": _reassign,
-    "delete": lambda model: (delattr(model[0], "running_mean"), model[0].register_buffer("running_mean", None)),
+    "delete": lambda model: (
+        delattr(model[0], "running_mean"),
+        model[0].register_buffer("running_mean", None),
+    ),
     "average": _average,
-    "AveragedModel": lambda model: model.load_state_dict(AveragedModel(model, use_buffers=True).module.state_dict()),
+    "AveragedModel": lambda model: model.load_state_dict(
+        AveragedModel(model, use_buffers=True).module.state_dict()
+    ),
     "swap_tensors": _swap,
     "copy_ from a teacher": _copy_from_a_teacher,
     "update_bn": lambda model: torch.optim.swa_utils.update_bn([uneven_batch(4, 7)], model),
-    "assign": lambda model: model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=True),
+    "assign": lambda model: model.load_state_dict(
+        {k: v + 1 for k, v in model.state_dict().items()}, assign=True
+    ),
     "parametrize": _parametrize,
     "functional_call": lambda model: torch.func.functional_call(
         model, {k: v * 2 for k, v in model.named_buffers()}, uneven_batch(4, 9)
@@ -159,7 +185,9 @@ def test_what_others_write_counts_as_with_a_layer_that_updates_at_once(write, sy
         WRITES[write](model)
     for _ in range(2):
         for name, value in at_once.named_buffers():
-            torch.testing.assert_close(dict(late.named_buffers())[name], value, rtol=1e-12, atol=1e-12, msg=name)
+            torch.testing.assert_close(
+                dict(late.named_buffers())[name], value, rtol=1e-12, atol=1e-12, msg=name
+            )
         for model in (at_once, late):
             model(uneven_batch(6, 1))
     assert write == "delete" or not torch.equal(at_once[0].running_mean, torch.zeros(4))
@@ -237,7 +265,9 @@ def test_every_pattern_gives_the_plain_ones_buffers(pool, name):
         assert exchanges == 3
         for key, value in expected.items():
             if key != "grad" or name != "without backward":
-                torch.testing.assert_close(state[key], value, rtol=1e-13, atol=1e-14, msg=lambda m, k=key: f"{k} {m}")
+                torch.testing.assert_close(
+                    state[key], value, rtol=1e-13, atol=1e-14, msg=lambda m, k=key: f"{k} {m}"
+                )
 
 
 def _used_twice() -> Tensor:
@@ -263,7 +293,12 @@ def test_a_layer_used_twice_gets_one_merged_update(pool):
     running = reference.RunningStatistics.initial(4)
     reference.batch_norm(torch.cat([uneven_batch(3, s) for s in (0, 1, 10, 11)]), running=running)
     for got in pool(2).run(_used_twice):
-        assert_close(got, torch.cat([running.mean, running.var, torch.ones(1).double()]), torch.float64, "buffers")
+        assert_close(
+            got,
+            torch.cat([running.mean, running.var, torch.ones(1).double()]),
+            torch.float64,
+            "buffers",
+        )
 
 
 def test_a_copy_has_the_update_that_was_under_way():
@@ -287,7 +322,9 @@ def test_loading_drops_what_was_under_way():
 
 
 def test_the_momentum_is_that_of_the_forward():
-    """swa_utils.update_bn changes it for its forwards and puts it back before the last update is applied."""
+    """swa_utils.update_bn changes it for its forwards and puts it back before the last update is
+    applied.
+    """
     model = prepare_ddp(nn.Sequential(SyncBatchNorm(1, sync="running", momentum=0.9)))
     batches = [torch.full((4, 1), v) for v in (3.0, 6.0)]
     torch.optim.swa_utils.update_bn(batches, model)

@@ -1,4 +1,6 @@
-"""Tools that look at a model rather than run it: they see what they would of torch's layer, or an error that helps."""
+"""Tools that look at a model rather than run it: they see what they would of torch's layer, or an
+error that helps.
+"""
 
 from __future__ import annotations
 
@@ -57,11 +59,15 @@ def _with_weight(layer: nn.Module) -> Any:
 
 
 def pair(**options: Any) -> tuple[nn.BatchNorm1d, SyncBatchNorm]:
-    return _with_weight(nn.BatchNorm1d(CHANNELS, **options)), _with_weight(SyncBatchNorm(CHANNELS, **options))
+    return _with_weight(nn.BatchNorm1d(CHANNELS, **options)), _with_weight(
+        SyncBatchNorm(CHANNELS, **options)
+    )
 
 
 def _net() -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8))
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)
+    )
 
 
 IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
@@ -75,7 +81,13 @@ IMAGES = torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1))
 def test_fx_takes_a_layer_as_one_call_of_a_module(kind, training):
     model = convert(_net(), kind).train(training)
     graph = torch.fx.symbolic_trace(model)
-    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0", "1", "2", "3", "4"]
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == [
+        "0",
+        "1",
+        "2",
+        "3",
+        "4",
+    ]
     assert type(graph.get_submodule("1")) is kind
     assert torch.equal(graph(IMAGES), model(IMAGES))
 
@@ -100,7 +112,9 @@ def test_fx_takes_masks_and_the_functional_form():
 
 
 def test_fx_of_a_layer_alone_says_what_to_do():
-    with pytest.raises(InputError, match="must be given a module that contains the layer, got SyncBatchNorm itself"):
+    with pytest.raises(
+        InputError, match="must be given a module that contains the layer, got SyncBatchNorm itself"
+    ):
         torch.fx.symbolic_trace(SyncBatchNorm(3))
 
 
@@ -135,7 +149,9 @@ def test_revert_lets_fusion_fuse():
 def test_a_trace_is_that_of_torchs_layer_for_any_batch_size(training, track):
     results = []
     for layer in pair(track_running_stats=track):
-        traced = torch.jit.trace(layer.train(training), sample())  # which compares a second run, too
+        traced = torch.jit.trace(
+            layer.train(training), sample()
+        )  # which compares a second run, too
         file = io.BytesIO()
         torch.jit.save(traced, file)
         file.seek(0)
@@ -178,7 +194,9 @@ def _looked_at(kind: type[nn.Module], sync: str) -> dict[str, Any]:
 
 @KINDS
 @SYNCS
-@pytest.mark.parametrize("how", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+@pytest.mark.parametrize(
+    "how", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"]
+)
 def test_a_model_without_numbers_trains_and_is_explained(how, sync, kind):
     with how(), exchange.record() as exchanges:
         figures = _looked_at(kind, sync)
@@ -187,17 +205,24 @@ def test_a_model_without_numbers_trains_and_is_explained(how, sync, kind):
 
 
 def test_a_fake_forward_in_half_precision_keeps_what_is_saved_small():
-    """The Function saves its input as it is: a memory estimate under FakeTensorMode is that of a real step."""
+    """The Function saves its input as it is: a memory estimate under FakeTensorMode is that of a
+    real step.
+    """
     saved: list[Tensor] = []
     with FakeTensorMode():
-        layer, x = SyncBatchNorm(8), torch.randn(4, 8, 16, 16, dtype=torch.bfloat16, requires_grad=True)
+        layer, x = (
+            SyncBatchNorm(8),
+            torch.randn(4, 8, 16, 16, dtype=torch.bfloat16, requires_grad=True),
+        )
         with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
             y = layer(x)
     assert y.dtype == torch.bfloat16
     assert sum(t.nbytes for t in saved if t.numel() > 100) == x.nbytes
 
 
-def _functional_step(layer: nn.Module, parameters: Any, buffers: Any, x: Tensor) -> tuple[Tensor, Any]:
+def _functional_step(
+    layer: nn.Module, parameters: Any, buffers: Any, x: Tensor
+) -> tuple[Tensor, Any]:
     return functional_call(layer, (parameters, buffers), (x,)), buffers
 
 
@@ -210,15 +235,21 @@ def test_make_fx_traces_what_torchs_layer_computes(training, mode):
             dict(layer.train(training).named_parameters()),
             {k: b.clone() for k, b in layer.named_buffers()},
         )
-        graph = make_fx(partial(_functional_step, layer), tracing_mode=mode)(parameters, buffers, sample())
-        y, buffers = graph(parameters, {k: b.clone() for k, b in layer.named_buffers()}, 3 * sample(1))
+        graph = make_fx(partial(_functional_step, layer), tracing_mode=mode)(
+            parameters, buffers, sample()
+        )
+        y, buffers = graph(
+            parameters, {k: b.clone() for k, b in layer.named_buffers()}, 3 * sample(1)
+        )
         results.append([y, *buffers.values()])
     for expected, got in zip(*results, strict=True):
         assert_close(got, expected, torch.float64, mode, factor=10)
 
 
 def _alone_on_one_rank() -> tuple[list[str], list[str]]:
-    """One rank's summary writer traces the model in evaluation mode, or has an error; the others do not take part."""
+    """One rank's summary writer traces the model in evaluation mode, or has an error; the others do
+    not take part.
+    """
     model = convert(_net())
     heard = []
     with exchange.record() as exchanges, warnings.catch_warnings():
@@ -267,5 +298,10 @@ def test_what_looks_is_known_by_name():
         look(x)
     look(nn.Parameter(x))
     fake = observed.FAKE
-    expected = [None, "a transform of torch.func", "torch.jit.trace", "forward-mode differentiation"]
+    expected = [
+        None,
+        "a transform of torch.func",
+        "torch.jit.trace",
+        "forward-mode differentiation",
+    ]
     assert seen == [*expected, "a batch of gradients", "make_fx", fake, fake, fake, None, None]

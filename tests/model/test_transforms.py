@@ -1,6 +1,8 @@
-"""Batched gradients, function transforms and forward-mode gradients: as of torch's layer without running statistics.
+"""Batched gradients, function transforms and forward-mode gradients: as of torch's layer without
+running statistics.
 
-With several workers they are exact where nothing is pooled, else refused before an exchange that they would not see.
+With several workers they are exact where nothing is pooled, else refused before an exchange that
+they would not see.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ def _batched(m: nn.Module, create_graph: bool = False) -> Tensor:
 def _vmapped_backward(m: nn.Module) -> Tensor:
     x = sample().requires_grad_()
     y = m(x).flatten()
-    return vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(torch.eye(NUMBER).double())
+    return vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(
+        torch.eye(NUMBER).double()
+    )
 
 
 def _dual(m: nn.Module) -> Tensor:
@@ -60,7 +64,9 @@ def _dual_backward(m: nn.Module) -> Tensor:
 
 def _of_ensemble(m: nn.Module) -> Tensor:
     parameters, buffers = stack_module_state([m, m])
-    return vmap(lambda p, b, x: functional_call(m, (p, b), (x,)), (0, 0, None))(parameters, buffers, sample())
+    return vmap(lambda p, b, x: functional_call(m, (p, b), (x,)), (0, 0, None))(
+        parameters, buffers, sample()
+    )
 
 
 def _of_parameters(m: nn.Module) -> Tensor:
@@ -87,7 +93,9 @@ USES: dict[str, Callable[[nn.Module], Tensor]] = {
     "is_grads_batched, create_graph": lambda m: _batched(m, create_graph=True),
     "vmap over autograd.grad": _vmapped_backward,
     "jacobian(vectorize)": lambda m: jacobian(m, sample(), vectorize=True),
-    "jacobian(forward-mode)": lambda m: jacobian(m, sample(), vectorize=True, strategy="forward-mode"),
+    "jacobian(forward-mode)": lambda m: jacobian(
+        m, sample(), vectorize=True, strategy="forward-mode"
+    ),
     "hessian(vectorize)": lambda m: hessian(_loss(m), sample(), vectorize=True),
     "dual": _dual,
     "dual gradient": _dual_backward,
@@ -102,7 +110,11 @@ USES: dict[str, Callable[[nn.Module], Tensor]] = {
     "vmap of grad": lambda m: vmap(grad(_loss(m)))(torch.stack([sample(), 2 * sample(1)])),
     "ensemble": _of_ensemble,
 }
-WITH_STATISTICS = [name for name in USES if "batched" in name or "(" in name or "dual" in name or "autograd" in name]
+WITH_STATISTICS = [
+    name
+    for name in USES
+    if "batched" in name or "(" in name or "dual" in name or "autograd" in name
+]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -121,7 +133,9 @@ def test_transforms_of_a_layer_with_running_statistics_update_them(use):
     assert_close(got, expected, torch.float64, use, factor=100)
     for a, b in zip(*(layer.buffers() for layer in layers), strict=True):
         assert_close(b.detach(), a.detach(), torch.float64, use)
-        assert not fw.unpack_dual(b).tangent.any() if fw.unpack_dual(b).tangent is not None else True
+        assert (
+            not fw.unpack_dual(b).tangent.any() if fw.unpack_dual(b).tangent is not None else True
+        )
 
 
 def test_buffers_that_are_arguments_are_updated_within_a_transform():
@@ -134,14 +148,20 @@ def test_running_statistics_that_a_transform_cannot_update_are_an_error(kind):
     layer = kind(CHANNELS).double()
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     for use in ("grad", "vmap"):
-        with pytest.raises(InputError, match=r"`track_running_stats` must be False under a transform of torch\.func"):
+        with pytest.raises(
+            InputError,
+            match=r"`track_running_stats` must be False under a transform of torch\.func",
+        ):
             USES[use](layer)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
 def test_forward_mode_holds_what_renormalisation_holds_constant():
     """r and d are constants of the tangent as of the gradient: v . (J u) = u . (J' v)."""
-    layers = [SyncBatchRenorm(CHANNELS, schedule=RenormSchedule.constant(1.1, 0.1)).double() for _ in range(2)]
+    layers = [
+        SyncBatchRenorm(CHANNELS, schedule=RenormSchedule.constant(1.1, 0.1)).double()
+        for _ in range(2)
+    ]
     x = sample().requires_grad_()
     (pulled,) = torch.autograd.grad(layers[0](x), x, sample(2))
     pushed = _dual(layers[1])
@@ -156,12 +176,20 @@ def test_torchs_own_checks_of_gradients_pass():
     assert gradgradcheck(layer, x, check_batched_grad=True, fast_mode=True)
 
 
-@pytest.mark.parametrize("mask", [torch.rand(4, 1, 3), torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1).expand(4, 1, 3)])
+@pytest.mark.parametrize(
+    "mask", [torch.rand(4, 1, 3), torch.tensor([1.0, 0, 0, 0]).view(4, 1, 1).expand(4, 1, 3)]
+)
 def test_a_mask_counts_under_a_transform_as_without(mask):
     layer = SyncBatchNorm(CHANNELS, track_running_stats=False).double()
     x = sample().requires_grad_()
     (expected,) = torch.autograd.grad(layer(x, mask), x, sample(1))
-    assert_close(vjp(lambda x: layer(x, mask), sample())[1](sample(1))[0], expected, torch.float64, "dx", factor=10)
+    assert_close(
+        vjp(lambda x: layer(x, mask), sample())[1](sample(1))[0],
+        expected,
+        torch.float64,
+        "dx",
+        factor=10,
+    )
     assert layer(sample(), mask).isfinite().all()
     assert vjp(lambda x: layer(x, -mask), sample())[0].isnan().all(), "weights that are none"
 
@@ -200,10 +228,21 @@ def _refused(use: str, sync: str) -> tuple[str, list[str], list[float]]:
 )
 def test_what_would_lose_an_exchange_is_refused_before_one_on_all_workers(pool, use, who):
     # The forward of what is only then differentiated is an ordinary one.
-    allowed = ["moments"] if use in ("vmap over autograd.grad", "is_grads_batched", "dual gradient") else []
+    allowed = (
+        ["moments"]
+        if use in ("vmap over autograd.grad", "is_grads_batched", "dual gradient")
+        else []
+    )
     for said, kinds, _ in pool(2).run(_refused, use, "batch"):
-        assert f"`sync` must leave the statistics to this worker alone under {who}, got an exchange in" in said
+        assert (
+            f"`sync` must leave the statistics to this worker alone under {who}, got an exchange in"
+            in said
+        )
         assert kinds == allowed
-    alone = [result for said, kinds, result in pool(2).run(_refused, use, "none") if not said and not kinds]
+    alone = [
+        result
+        for said, kinds, result in pool(2).run(_refused, use, "none")
+        if not said and not kinds
+    ]
     assert len(alone) == 2
     assert alone[0] == alone[1] != []

@@ -1,4 +1,6 @@
-"""A short training, once on whole batches in one process, and what frameworks make of it on ragged shards."""
+"""A short training, once on whole batches in one process, and what frameworks make of it on ragged
+shards.
+"""
 
 from __future__ import annotations
 
@@ -45,5 +47,6 @@ def largest_difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> f
     """Relative to each tensor's largest value; the names must be the same."""
     assert got.keys() == expected.keys()
     return max(
-        float((got[key] - value).abs().max() / value.abs().max().clamp(min=1e-3)) for key, value in expected.items()
+        float((got[key] - value).abs().max() / value.abs().max().clamp(min=1e-3))
+        for key, value in expected.items()
     )

@@ -34,7 +34,11 @@ class Break(nn.Module):
         self.limit = limit
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        is_bad = (x.amax((1, 2, 3), keepdim=True) > self.limit) if x.numel() else x.new_zeros(x.shape[0], 1, 1, 1) > 0
+        is_bad = (
+            (x.amax((1, 2, 3), keepdim=True) > self.limit)
+            if x.numel()
+            else x.new_zeros(x.shape[0], 1, 1, 1) > 0
+        )
         return torch.where(is_bad, torch.nan, y)
 
 
@@ -57,7 +61,9 @@ def one_bad_image(root: Path | None, bad: int) -> Dataset:
     data = digits(root)
     images = data.train.images.double().clone()
     images[bad] = 1e6
-    made = make_dataset(Split(images, data.train.labels), Split(data.test.images.double(), data.test.labels), 10)
+    made = make_dataset(
+        Split(images, data.train.labels), Split(data.test.images.double(), data.test.labels), 10
+    )
     return Dataset(made.train, made.test, 10, data.mean, data.std)
 
 
@@ -71,9 +77,13 @@ class Net(nn.Module):
         arrives: `evaluating` as a whole; `frozen` in its first part; or `training`.
     """
 
-    def __init__(self, in_channels: int, num_classes: int, norm_layer, arrives: str = "training") -> None:
+    def __init__(
+        self, in_channels: int, num_classes: int, norm_layer, arrives: str = "training"
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, 4, 3, bias=False), norm_layer(4), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_channels, 4, 3, bias=False), norm_layer(4), nn.ReLU()
+        )
         self.body = nn.Sequential(nn.Conv2d(4, 8, 3, bias=False), norm_layer(8), nn.ReLU())
         self.fc = nn.Linear(8, num_classes)
         if arrives == "evaluating":
@@ -89,7 +99,9 @@ class Net(nn.Module):
 
 
 class Freezing(Net):
-    """Its stem is frozen from the start, its body from the fifth step on: then, and only then, it says so."""
+    """Its stem is frozen from the start, its body from the fifth step on: then, and only then, it
+    says so.
+    """
 
     def __init__(self, in_channels: int, num_classes: int, norm_layer) -> None:
         super().__init__(in_channels, num_classes, norm_layer, "frozen")
@@ -120,7 +132,9 @@ class Routed(Net):
 
 
 class Remembering(Net):
-    """Buffers of every kind that training changes: in place and put anew, saved and not, of any type, that grow."""
+    """Buffers of every kind that training changes: in place and put anew, saved and not, of any
+    type, that grow.
+    """
 
     center: Tensor
     shift: Tensor
@@ -169,7 +183,9 @@ def own_norms(in_channels: int, num_classes: int, norm_layer=None) -> nn.Sequent
         layer.running_mean.add_(0.1)  # pyright: ignore[reportOptionalMemberAccess]
         layer.running_var.mul_(3)  # pyright: ignore[reportOptionalMemberAccess]
     hidden, head = nn.Linear(144, 16), nn.Linear(16, num_classes)
-    return nn.Sequential(nn.Conv2d(in_channels, 4, 3), two, nn.ReLU(), nn.Flatten(), hidden, one, head)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 4, 3), two, nn.ReLU(), nn.Flatten(), hidden, one, head
+    )
 
 
 def no_norms(in_channels: int, num_classes: int, norm_layer=None) -> nn.Module:
@@ -179,7 +195,9 @@ def no_norms(in_channels: int, num_classes: int, norm_layer=None) -> nn.Module:
 
 def rows(in_channels: int, num_classes: int, norm_layer) -> nn.Module:
     """A network whose layers see (N, C)."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(64 * in_channels, 32), norm_layer(32), nn.Linear(32, num_classes))
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64 * in_channels, 32), norm_layer(32), nn.Linear(32, num_classes)
+    )
 
 
 class Volumes(nn.Module):
@@ -218,7 +236,9 @@ class Maps(nn.Module):
 
     def forward(self, x: Tensor):
         y = self.bn(self.conv(x))
-        return {"map": y, "few": y.mean((2, 3))[:, 1:], "dict": {"logits": y}, "flat": y.flatten()}[self.kind]
+        return {"map": y, "few": y.mean((2, 3))[:, 1:], "dict": {"logits": y}, "flat": y.flatten()}[
+            self.kind
+        ]
 
 
 def same_net(**options) -> nn.Module:

@@ -10,7 +10,9 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Page(HTMLParser):
-    """A page taken apart: elements with their attributes, cells by the heading of their column, and all text."""
+    """A page taken apart: elements with their attributes, cells by the heading of their column, and
+    all text.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -21,13 +21,24 @@ CONFIG: dict[str, Any] = {
     "model": {"name": "digits_resnet"},
     "data": {"name": "digits"},
     "norm": {"name": "sync_batch_norm", "sync": "batch", "rules": {}, "eps": 1e-05},
-    "train": {"epochs": 24, "global_batch": 64, "lr": 0.1, "seed": 0, "optimizer": {"name": "SGD", "momentum": 0.9}},
+    "train": {
+        "epochs": 24,
+        "global_batch": 64,
+        "lr": 0.1,
+        "seed": 0,
+        "optimizer": {"name": "SGD", "momentum": 0.9},
+    },
     "launch": {"workers": 2, "device": "cpu"},
     "run_dir": "runs",
 }
 LAYERS = [
     "stem.1",
-    *(f"stage{stage}.{block}.norm{norm}" for stage in (1, 2, 3) for block in (0, 1) for norm in (1, 2)),
+    *(
+        f"stage{stage}.{block}.norm{norm}"
+        for stage in (1, 2, 3)
+        for block in (0, 1)
+        for norm in (1, 2)
+    ),
     "head.0",
 ]
 
@@ -52,7 +63,9 @@ def write_run(
         tail: what follows the last line.
     """
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(strict_yaml.dump(CONFIG if config is None else config), encoding="utf-8")
+    (folder / "config.yaml").write_text(
+        strict_yaml.dump(CONFIG if config is None else config), encoding="utf-8"
+    )
     lines = [json.dumps(event) + "\n" for event in events]
     (folder / "metrics.jsonl").write_text("".join(lines) + tail, encoding="utf-8")
     if status is not None:
@@ -76,10 +89,18 @@ def interval(number: int, speed: float, share: float) -> dict:
 
 
 def epoch(number: int, accuracy: float) -> dict:
-    return {"event": "epoch", "time": BEGIN + number, "epoch": number, "step": number, "test_accuracy": accuracy}
+    return {
+        "event": "epoch",
+        "time": BEGIN + number,
+        "epoch": number,
+        "step": number,
+        "test_accuracy": accuracy,
+    }
 
 
-def start(time: float = 0.0, number: int = 0, workers: int = 2, resumed_from: str | None = None) -> dict:
+def start(
+    time: float = 0.0, number: int = 0, workers: int = 2, resumed_from: str | None = None
+) -> dict:
     return {
         "event": "start",
         "time": BEGIN + time,
@@ -135,7 +156,9 @@ class Example:
             "resumed_from": resumed_from,
             "versions": {"syncnorm": "0.1.0", "torch": "2.13.0", "python": "3.11.9"},
             "parameters": 77754,
-            "placement": "\n".join(f"rank {rank}  host-{rank // 2}  cpu  32 samples" for rank in range(self.workers)),
+            "placement": "\n".join(
+                f"rank {rank}  host-{rank // 2}  cpu  32 samples" for rank in range(self.workers)
+            ),
         }
 
     def course(self, first: int, last: int) -> Iterator[dict[str, Any]]:
@@ -167,19 +190,31 @@ class Example:
         """Warm-up, then a cosine."""
         warmup = 0.15 * self.total
         progress = (step - warmup) / (self.total - warmup)
-        return 0.1 * step / warmup if step < warmup else 0.05 * (1 + math.cos(math.pi * min(progress, 1)))
+        return (
+            0.1 * step / warmup
+            if step < warmup
+            else 0.05 * (1 + math.cos(math.pi * min(progress, 1)))
+        )
 
     def _step(self, step: int) -> dict[str, Any]:
         decayed = 2.3 * math.exp(-9 * step / self.total) + self.floor
         loss = decayed * math.exp(self.noise.gauss(0, 0.28))
-        return {"event": "step", "step": step, "loss": loss, "lr": self.rate(step), "grad_norm": 2.4 * math.sqrt(loss)}
+        return {
+            "event": "step",
+            "step": step,
+            "loss": loss,
+            "lr": self.rate(step),
+            "grad_norm": 2.4 * math.sqrt(loss),
+        }
 
     def _interval(self, step: int, seconds: float) -> Iterator[dict[str, Any]]:
         yield {
             "event": "interval",
             "time": self.time,
             "step": step,
-            "samples_per_second": self.speed * self.noise.gauss(1, 0.05) * (0.6 if step <= self.every else 1),
+            "samples_per_second": self.speed
+            * self.noise.gauss(1, 0.05)
+            * (0.6 if step <= self.every else 1),
             "exchange_share": self.share * self.noise.uniform(0.8, 1.3),
             "seconds": self.every * seconds,
         }
@@ -194,15 +229,21 @@ class Example:
         return {
             "count": 4096 >> (place // 5),
             "between_share": self.between * (0.3 + 1.4 * depth) * self.noise.uniform(0.7, 1.3),
-            "r_clipped": max(0.0, self.noise.gauss(0.3 * early * depth, 0.02)) if self.renorm else None,
-            "d_clipped": max(0.0, self.noise.gauss(0.2 * early * (1 - depth), 0.02)) if self.renorm else None,
+            "r_clipped": max(0.0, self.noise.gauss(0.3 * early * depth, 0.02))
+            if self.renorm
+            else None,
+            "d_clipped": max(0.0, self.noise.gauss(0.2 * early * (1 - depth), 0.02))
+            if self.renorm
+            else None,
             "mean_gap": 0.08 + 1.5 * early * self.noise.uniform(0.5, 1.5) * (1 - 0.6 * depth),
             "var_gap": 0.05 + 0.9 * early * self.noise.uniform(0.4, 1.6) * (0.4 + depth),
         }
 
     def _epoch(self, step: int) -> Iterator[dict[str, Any]]:
         epoch = step // self.steps_per_epoch
-        accuracy = self.best - 0.88 * math.exp(-9 * step / self.total) - abs(self.noise.gauss(0, 0.004))
+        accuracy = (
+            self.best - 0.88 * math.exp(-9 * step / self.total) - abs(self.noise.gauss(0, 0.004))
+        )
         yield {
             "event": "epoch",
             "time": self.time,
@@ -213,7 +254,13 @@ class Example:
             "lr": self.rate(step),
             "seconds": self.steps_per_epoch * 64 / self.speed,
         }
-        yield {"event": "checkpoint", "time": self.time, "step": step, "path": f"step-{step:08}", "seconds": 0.08}
+        yield {
+            "event": "checkpoint",
+            "time": self.time,
+            "step": step,
+            "path": f"step-{step:08}",
+            "seconds": 0.08,
+        }
 
 
 def changed(**changes: Any) -> dict[str, Any]:
@@ -242,7 +289,9 @@ def write_examples(folder: Path) -> list[Path]:
             [
                 lost.start(),
                 *lost.course(0, at),
-                lost.fault(at, "restart", "worker 3 was killed by SIGKILL; the 4 workers start again"),
+                lost.fault(
+                    at, "restart", "worker 3 was killed by SIGKILL; the 4 workers start again"
+                ),
                 lost.start(again, f"step-{again:08}"),
                 *lost.course(again, lost.total),
                 lost.end(),
@@ -254,8 +303,18 @@ def write_examples(folder: Path) -> list[Path]:
             [
                 broken.start(),
                 *broken.course(0, stop),
-                {"event": "step", "step": stop + 1, "loss": "nan", "lr": broken.rate(stop), "grad_norm": "nan"},
-                broken.fault(stop + 1, "not_finite", f"the loss of step {stop + 1} is nan; train.not_finite is stop"),
+                {
+                    "event": "step",
+                    "step": stop + 1,
+                    "loss": "nan",
+                    "lr": broken.rate(stop),
+                    "grad_norm": "nan",
+                },
+                broken.fault(
+                    stop + 1,
+                    "not_finite",
+                    f"the loss of step {stop + 1} is nan; train.not_finite is stop",
+                ),
             ],
             config=changed(norm__sync="none", train__lr=0.4),
             status="failed",

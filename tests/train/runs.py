@@ -46,7 +46,11 @@ class Free:
 
     @property
     def stop(self) -> str | None:
-        is_time = self._stop_at is not None and self._position is not None and self._position.step + 1 >= self._stop_at
+        is_time = (
+            self._stop_at is not None
+            and self._position is not None
+            and self._position.step + 1 >= self._stop_at
+        )
         return "SIGTERM" if is_time else None
 
 
@@ -57,10 +61,14 @@ def workers() -> Workers:
 def train_digits(
     folder: str, overrides: list[str], stop_at: int | None = None, stopped_rank: int = 0
 ) -> tuple[Outcome, Position]:
-    """Train as configs/digits.yaml says, but for `overrides`, on the ranks of the pool; one of them may ask to stop."""
+    """Train as configs/digits.yaml says, but for `overrides`, on the ranks of the pool; one of them
+    may ask to stop.
+    """
     position = Position()
     watch = Free(stop_at if dist.get_rank() == stopped_rank else None, position)
-    return train(load_config("digits", overrides), workers(), Path(folder), position, watch, ("tests",)), position
+    return train(
+        load_config("digits", overrides), workers(), Path(folder), position, watch, ("tests",)
+    ), position
 
 
 def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Outcome, Position]:
@@ -72,13 +80,17 @@ def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Ou
         "norm": changes.get("norm", {}),
     }
     position = Position()
-    return train(Config(**sections), workers(), Path(folder), position, Free(), ("tests",)), position
+    return train(
+        Config(**sections), workers(), Path(folder), position, Free(), ("tests",)
+    ), position
 
 
 def train_code(folder: str, model: str, changes: list[str]) -> tuple[Outcome, int]:
     """Train a network of `tests.train.nets` on digits; also how often `own_norms` was called."""
     built = nets.BUILT
-    config = load_config("digits", ["train.epochs=1", f"model.name=tests.train.nets:{model}", *changes])
+    config = load_config(
+        "digits", ["train.epochs=1", f"model.name=tests.train.nets:{model}", *changes]
+    )
     outcome = train(config, workers(), Path(folder), Position(), Free(), ("tests",))
     return outcome, nets.BUILT - built
 
@@ -87,7 +99,14 @@ def refused(overrides: list[str]) -> str:
     """What `train` says of a configuration, in place of taking a step."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train(load_config("digits", overrides), workers(), Path(folder), Position(), Free(), ("tests",))
+            train(
+                load_config("digits", overrides),
+                workers(),
+                Path(folder),
+                Position(),
+                Free(),
+                ("tests",),
+            )
         except ConfigError as error:
             assert not list(Path(folder).iterdir())
             return str(error)
@@ -128,11 +147,16 @@ class Sign(nn.Module):
 def dataset_of(train: Split, test: Split, num_classes: int) -> Dataset:
     """A data set whose pixels are as they should be."""
     channels = train.images.shape[1]
-    zeros, ones = torch.zeros(channels, dtype=torch.float64), torch.ones(channels, dtype=torch.float64)
+    zeros, ones = (
+        torch.zeros(channels, dtype=torch.float64),
+        torch.ones(channels, dtype=torch.float64),
+    )
     return Dataset(train, test, num_classes, zeros, ones)
 
 
-def evaluate_sign(numbers: list[float], labels: list[int], chunk: int) -> tuple[float, list[str], bool]:
+def evaluate_sign(
+    numbers: list[float], labels: list[int], chunk: int
+) -> tuple[float, list[str], bool]:
     """Evaluate `Sign` on this rank's shard of `numbers`."""
     mine = shard(len(numbers), dist.get_rank(), dist.get_world_size())
     split = Split(torch.tensor(numbers).reshape(-1, 1, 1, 1), torch.tensor(labels))
@@ -151,8 +175,12 @@ def images_and_labels(count: int) -> Dataset:
     return dataset_of(split, split, 4)
 
 
-def one_step(count: int, overrides: list[str], steps: int = 1) -> tuple[StepResult, list[Tensor], dict[str, Tensor]]:
-    """Take steps on the same `count` samples over all ranks; the last result, the parameters and the buffers."""
+def one_step(
+    count: int, overrides: list[str], steps: int = 1
+) -> tuple[StepResult, list[Tensor], dict[str, Tensor]]:
+    """Take steps on the same `count` samples over all ranks; the last result, the parameters and
+    the buffers.
+    """
     config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", *overrides])
     data = images_and_labels(count)
     learner = make_learner(config, workers(), data, 10, ("tests",))
@@ -160,21 +188,35 @@ def one_step(count: int, overrides: list[str], steps: int = 1) -> tuple[StepResu
         result = training_step(learner, data, StepBatch(torch.arange(count), 1, step), stop=False)
     learner.settle()
     parameters = [parameter.detach().clone() for parameter in learner.judged.parameters()]
-    return result, parameters, {name: buffer.clone() for name, buffer in learner.judged.named_buffers()}
+    return (
+        result,
+        parameters,
+        {name: buffer.clone() for name, buffer in learner.judged.named_buffers()},
+    )
 
 
 def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """`one_step` as a loop of the user's own under plain DistributedDataParallel; parameters and buffers."""
-    config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", f"model.name={model}"])
+    """`one_step` as a loop of the user's own under plain DistributedDataParallel; parameters and
+    buffers.
+    """
+    config = load_config(
+        "digits", ["train.dtype=float64", "norm.momentum=0.1", f"model.name={model}"]
+    )
     data = images_and_labels(count)
     net = make_model(config, data, 10, ("tests",))
     ddp = DistributedDataParallel(net)
-    optimizer = optim.make_optimizer(config.train.optimizer.name, net, config.train.lr, config.train.optimizer.options)
-    schedule = optim.make_schedule(config.train.schedule.name, optimizer, config.train.schedule.warmup, 10, {})
+    optimizer = optim.make_optimizer(
+        config.train.optimizer.name, net, config.train.lr, config.train.optimizer.options
+    )
+    schedule = optim.make_schedule(
+        config.train.schedule.name, optimizer, config.train.schedule.warmup, 10, {}
+    )
     mine = data.train[shard(count, dist.get_rank(), dist.get_world_size())]
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(ddp(data.standardise(mine.images, torch.float64)), mine.labels)
+        loss = nn.functional.cross_entropy(
+            ddp(data.standardise(mine.images, torch.float64)), mine.labels
+        )
         scale_loss(loss, len(mine)).backward()
         optimizer.step()
         schedule.step()

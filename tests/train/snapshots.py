@@ -26,7 +26,11 @@ def assert_equal(left: object, right: object) -> None:
     """Equal to the bit, in types and layout too."""
     assert type(left) is type(right)
     if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
-        assert (left.dtype, left.shape, left.is_contiguous()) == (right.dtype, right.shape, right.is_contiguous())
+        assert (left.dtype, left.shape, left.is_contiguous()) == (
+            right.dtype,
+            right.shape,
+            right.is_contiguous(),
+        )
         assert torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8))
     elif isinstance(left, Snapshot) and isinstance(right, Snapshot):
         assert_equal(vars(left), vars(right))

@@ -72,7 +72,10 @@ def naive(image: Tensor, index: int, options: AugmentSection, seed: int, epoch: 
 def test_equals_a_loop_over_samples(options):
     images = some_images(60)
     indices = torch.cat([torch.arange(57), torch.tensor([59_999, 2**31, 2**53 + 1])])
-    expected = [naive(image, int(index), options, 3, 8) for image, index in zip(images, indices, strict=True)]
+    expected = [
+        naive(image, int(index), options, 3, 8)
+        for image, index in zip(images, indices, strict=True)
+    ]
     changed = augment(images, indices, options, 3, 8)
     assert torch.equal(changed, torch.stack(expected))
     assert not torch.equal(changed, images)
@@ -90,7 +93,10 @@ def test_a_sample_changes_the_same_way_in_whatever_batch_and_order(order, cuts):
     images, indices = some_images(12), torch.arange(100, 112)
     whole = augment(images, indices, EVERYTHING, 0, 1)
     edges = [0, *sorted(cuts), 12]
-    parts = [torch.tensor(order[start:stop], dtype=torch.int64) for start, stop in itertools.pairwise(edges)]
+    parts = [
+        torch.tensor(order[start:stop], dtype=torch.int64)
+        for start, stop in itertools.pairwise(edges)
+    ]
     pieces = [augment(images[part], indices[part], EVERYTHING, 0, 1) for part in parts]
     assert torch.equal(torch.cat(pieces), whole[torch.tensor(order)])
 
@@ -102,7 +108,9 @@ def test_a_sample_changes_the_same_way_in_whatever_dtype_and_layout(options, dty
     changed = augment(images, indices, options, 0, 1)
     assert changed.dtype == dtype
     assert torch.equal(changed.double(), augment(images.double(), indices, options, 0, 1))
-    assert torch.equal(changed, augment(images.to(memory_format=torch.channels_last), indices, options, 0, 1))
+    assert torch.equal(
+        changed, augment(images.to(memory_format=torch.channels_last), indices, options, 0, 1)
+    )
 
 
 @pytest.mark.cuda
@@ -121,7 +129,12 @@ def test_other_seeds_epochs_and_samples_bring_other_changes(options):
     indices = torch.arange(40)
     changed = [
         augment(image, numbers, options, seed, epoch)
-        for numbers, seed, epoch in [(indices, 0, 1), (indices, 1, 0), (indices, 0, 2), (indices + 40, 0, 1)]
+        for numbers, seed, epoch in [
+            (indices, 0, 1),
+            (indices, 1, 0),
+            (indices, 0, 2),
+            (indices + 40, 0, 1),
+        ]
     ]
     if options.cutout == 50:  # covers the whole image wherever it is centred
         assert not any(images.any() for images in changed)
@@ -171,7 +184,9 @@ MANY = torch.arange(60_000)
 
 
 @pytest.mark.parametrize("below", [2, 9, 32, 129])
-@pytest.mark.parametrize("stream", ["crop row", "crop column", "flip", "cutout row", "cutout column"])
+@pytest.mark.parametrize(
+    "stream", ["crop row", "crop column", "flip", "cutout row", "cutout column"]
+)
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (0, 2), (2**62, 300)])
 def test_draws_are_uniform(below, stream, seed, epoch):
     assert is_uniform(draw(MANY, below, stream, seed, epoch), below)

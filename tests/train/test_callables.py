@@ -30,7 +30,9 @@ def package(tmp_path, monkeypatch) -> Iterator[Path]:
         folder = tmp_path / name
         folder.mkdir()
         (folder / "__init__.py").write_text(SOURCE)
-    (tmp_path / "mine" / "broken.py").write_text("import mine.nets\nraise OSError('no such disk\\n\\x1b[31m')")
+    (tmp_path / "mine" / "broken.py").write_text(
+        "import mine.nets\nraise OSError('no such disk\\n\\x1b[31m')"
+    )
     (tmp_path / "mine" / "leaving.py").write_text("import sys\nsys.exit(0)")
     (tmp_path / "mine" / "wrong.py").write_text("def (")
     yield tmp_path
@@ -100,7 +102,9 @@ def test_what_is_not_allowed_is_not_imported(reference, allowed, remedy, package
     ],
 )
 def test_what_is_no_reference_is_not_imported(reference, package):
-    with pytest.raises(ConfigError, match=r"`model.name` must be package.module:callable, with no part") as caught:
+    with pytest.raises(
+        ConfigError, match=r"`model.name` must be package.module:callable, with no part"
+    ) as caught:
         resolve(reference, ["mine", "__main__"], "model.name")
     assert repr(reference) in str(caught.value)
     assert imported(package) == []
@@ -109,7 +113,8 @@ def test_what_is_no_reference_is_not_imported(reference, package):
 @pytest.mark.parametrize("allowed", ["", "mine.", "mine*", "mine:build", "a b", ".mine"])
 def test_what_is_no_package_allows_nothing(allowed, package):
     with pytest.raises(
-        ConfigError, match=rf"`--allow` must be the dotted name of a package, got '{re.escape(allowed)}'"
+        ConfigError,
+        match=rf"`--allow` must be the dotted name of a package, got '{re.escape(allowed)}'",
     ):
         resolve("mine:build", ["mine", allowed], "model.name")
     assert imported(package) == []
@@ -129,12 +134,16 @@ def test_what_cannot_be_imported_says_why_in_one_line(reference, cause, package)
     with pytest.raises(ConfigError) as caught:
         resolve(reference, ["mine"], "data.name")
     message = str(caught.value)
-    assert message.startswith(f"`data.name` must name what can be imported, got '{reference}': {cause}")
+    assert message.startswith(
+        f"`data.name` must name what can be imported, got '{reference}': {cause}"
+    )
     assert message.isprintable()
 
 
 def test_what_is_not_callable(package):
-    with pytest.raises(ConfigError, match=r"`model.name` must name a callable, got 'mine:LIMIT', which is 3"):
+    with pytest.raises(
+        ConfigError, match=r"`model.name` must name a callable, got 'mine:LIMIT', which is 3"
+    ):
         resolve("mine:LIMIT", ["mine"], "model.name")
 
 
@@ -142,8 +151,12 @@ def test_what_is_not_callable(package):
 def test_a_configuration_is_checked_without_an_import(key, package):
     names = {"model": "digits_resnet", "data": "digits"} | {key: "mine:build"}
     train = {"epochs": 1, "global_batch": 8, "lr": 0.1}
-    config = Config.model_validate({k: {"name": name} for k, name in names.items()} | {"train": train})
+    config = Config.model_validate(
+        {k: {"name": name} for k, name in names.items()} | {"train": train}
+    )
     check_callables(config, ["mine"])
-    with pytest.raises(ConfigError, match=rf"`{key}.name` must name a callable of a package that is allowed"):
+    with pytest.raises(
+        ConfigError, match=rf"`{key}.name` must name a callable of a package that is allowed"
+    ):
         check_callables(config, ["mineevil"])
     assert imported(package) == []

@@ -1,4 +1,6 @@
-"""The checkpoints of a run: which are kept, which is the newest and which the best, and how they get their names."""
+"""The checkpoints of a run: which are kept, which is the newest and which the best, and how they
+get their names.
+"""
 
 import os
 import shutil
@@ -79,7 +81,10 @@ def test_a_damaged_mark_is_an_error_and_nothing_is_pruned_for_want_of_it(tmp_pat
     store = CheckpointStore(tmp_path, keep=1)
     store.write(make_snapshot(1), is_best=True)
     (tmp_path / "best.json").write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=f"`{tmp_path}/best.json` must be as this version of syncnorm writes it"):
+    with pytest.raises(
+        CheckpointError,
+        match=f"`{tmp_path}/best.json` must be as this version of syncnorm writes it",
+    ):
         store.best()
     store.write(make_snapshot(2))
     store.write(make_snapshot(3))
@@ -102,7 +107,9 @@ def test_what_else_lies_there_is_left_alone(store):
 def test_a_folder_that_is_none(tmp_path):
     (tmp_path / "file").write_text("")
     store = CheckpointStore(tmp_path / "file")
-    with pytest.raises(CheckpointError, match=f"`{tmp_path}/file` must be a folder of checkpoints: Not a directory"):
+    with pytest.raises(
+        CheckpointError, match=f"`{tmp_path}/file` must be a folder of checkpoints: Not a directory"
+    ):
         store.newest()
     with pytest.raises(FileExistsError):
         store.write(make_snapshot())
@@ -113,7 +120,9 @@ def test_a_checkpoint_may_lie_elsewhere_under_another_name(store, tmp_path):
     shutil.copytree(path, tmp_path / "final")
     assert_equal(store.read(tmp_path / "final"), make_snapshot())
     shutil.copytree(path, tmp_path / "step-00000013")
-    with pytest.raises(CheckpointError, match=r"step-00000013/manifest.json` must be of step 13, got step 12"):
+    with pytest.raises(
+        CheckpointError, match=r"step-00000013/manifest.json` must be of step 13, got step 12"
+    ):
         store.read(tmp_path / "step-00000013")
 
 
@@ -178,7 +187,14 @@ def test_everything_is_brought_to_disk_before_it_gets_its_name(store, monkeypatc
     store.write(make_snapshot())
     assert done == [
         store.folder.parent.name,
-        *["model.safetensors", "ema.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"],
+        *[
+            "model.safetensors",
+            "ema.safetensors",
+            "optimizer.pt",
+            "rng.pt",
+            "state.json",
+            "manifest.json",
+        ],
         ".tmp-step-00000012",
         ".tmp-step-00000012 -> step-00000012",
         store.folder.name,

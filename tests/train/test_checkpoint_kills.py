@@ -70,7 +70,9 @@ def save(folder: Path, scenario: str) -> None:
 
 
 def drill(root: Path) -> None:
-    """Kill a save in the making at every place; runs in a process of its own and prints what became of each."""
+    """Kill a save in the making at every place; runs in a process of its own and prints what became
+    of each.
+    """
     torch.set_num_threads(1)
     os.fsync = forget
     report = []
@@ -100,19 +102,26 @@ def try_save(template: Path, place: str, arm, argument: int) -> dict[str, object
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0
-    return {"folder": folder.name, "scenario": template.name, "place": place, "signal": os.WTERMSIG(status)}
+    return {
+        "folder": folder.name,
+        "scenario": template.name,
+        "place": place,
+        "signal": os.WTERMSIG(status),
+    }
 
 
 def forget(descriptor: int) -> None:
-    """In place of `os.fsync`: what the kernel has outlives a killed process, and the disk takes most of the time."""
+    """In place of `os.fsync`: what the kernel has outlives a killed process, and the disk takes
+    most of the time.
+    """
 
 
 def test_a_kill_at_any_place_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", forget)
-    code = (
-        f"import pathlib; from tests.train import {Path(__file__).stem} as t; t.drill(pathlib.Path({str(tmp_path)!r}))"
+    code = f"import pathlib; from tests.train import {Path(__file__).stem} as t; t.drill(pathlib.Path({str(tmp_path)!r}))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=900
     )
-    output = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=900)
     seen = Counter()
     for row in json.loads(output.stdout):
         scenario = row["scenario"]

@@ -22,7 +22,9 @@ def some_pixels(count: int, seed: int = 0) -> np.ndarray:
 
 
 def binary(pixels: np.ndarray, labels: list[int]) -> bytes:
-    return b"".join(bytes([label]) + row.tobytes() for row, label in zip(pixels, labels, strict=True))
+    return b"".join(
+        bytes([label]) + row.tobytes() for row, label in zip(pixels, labels, strict=True)
+    )
 
 
 def pickled(pixels: object, labels: object, protocol: int = 2) -> bytes:
@@ -59,12 +61,18 @@ def test_binary_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "got"),
-    [(b"", "0 and 0 bytes"), (bytes(3072), "0 and 3072 bytes"), (bytes(2 * 3073 + 1), "2 and 1 bytes")],
+    [
+        (b"", "0 and 0 bytes"),
+        (bytes(3072), "0 and 3072 bytes"),
+        (bytes(2 * 3073 + 1), "2 and 1 bytes"),
+    ],
     ids=["empty", "cut short", "one byte more"],
 )
 def test_binary_files_of_another_length(tmp_path, content, got):
     path = write(tmp_path / "a.bin", content)
-    with pytest.raises(ConfigError, match=rf"^{path}: must hold whole records of 3073 bytes, got {got}\."):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: must hold whole records of 3073 bytes, got {got}\."
+    ):
         read_binary(path)
 
 
@@ -77,7 +85,9 @@ def test_files_that_cannot_be_read(tmp_path, read):
     path = tmp_path / "large"
     with path.open("wb") as file:
         file.truncate(2**28 + 1)  # takes no room on the disk
-    with pytest.raises(ConfigError, match=f"^{path}: must hold at most 268435456 bytes, got 268435457$"):
+    with pytest.raises(
+        ConfigError, match=f"^{path}: must hold at most 268435456 bytes, got 268435457$"
+    ):
         read(path)
 
 
@@ -99,7 +109,9 @@ def test_python_files_with_columns_first(tmp_path):
 
 def test_python_files_with_text_as_keys(tmp_path):
     pixels = some_pixels(1)
-    images, labels = read_python(write(tmp_path / "a", pickle.dumps({"data": pixels, "labels": [7]}, 2)))
+    images, labels = read_python(
+        write(tmp_path / "a", pickle.dumps({"data": pixels, "labels": [7]}, 2))
+    )
     assert torch.equal(images.flatten(), torch.from_numpy(pixels).flatten())
     assert labels.tolist() == [7]
 
@@ -109,10 +121,16 @@ def python_2(pixels: np.ndarray, label: int) -> bytes:
     raw = pixels.tobytes()
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\nq\x01(cnumpy\nndarray\nq\x02K\x00\x85U\x01btq\x03Rq\x04"
-        b"(K\x01K" + bytes([len(pixels)]) + b"M\x00\x0c\x86cnumpy\ndtype\nq\x05U\x02u1K\x00K\x01\x87q\x06Rq\x07"
-        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tq\x08b\x89T" + struct.pack("<I", len(raw)) + raw
+        b"(K\x01K"
+        + bytes([len(pixels)])
+        + b"M\x00\x0c\x86cnumpy\ndtype\nq\x05U\x02u1K\x00K\x01\x87q\x06Rq\x07"
+        b"(K\x03U\x01|NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tq\x08b\x89T"
+        + struct.pack("<I", len(raw))
+        + raw
     )
-    return b"\x80\x02}q\x00(U\x04data" + array + b"tq\x09bU\x06labels]q\x0aK" + bytes([label]) + b"au."
+    return (
+        b"\x80\x02}q\x00(U\x04data" + array + b"tq\x09bU\x06labels]q\x0aK" + bytes([label]) + b"au."
+    )
 
 
 def test_python_files_of_python_2(tmp_path):
@@ -151,7 +169,9 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, place, protocol):
     }[place]
     path = write(tmp_path / "a", content)
     name = f"{os.mkdir.__module__}.mkdir"
-    with pytest.raises(ConfigError, match=rf"^{path}: must name nothing but numpy's arrays, got '{name}'\."):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: must name nothing but numpy's arrays, got '{name}'\."
+    ):
         read_python(path)
     assert not sign.exists()
     # The same bytes do harm to a reader that believes them.
@@ -175,7 +195,9 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, place, protocol):
 def test_any_other_name_is_refused(tmp_path, module_name, global_name):
     name = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module_name, global_name)]
     path = write(tmp_path / "a", b"\x80\x04" + b"".join(name) + b"\x93.")
-    with pytest.raises(ConfigError, match=rf"^{path}: must name nothing .*, got '{module_name}\.{global_name}'\."):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: must name nothing .*, got '{module_name}\.{global_name}'\."
+    ):
         read_python(path)
 
 
@@ -194,9 +216,18 @@ ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n"
         (ENCODE + b"(Vspam\nVzip\ntR.", "must hold a dict with data and labels, got _Encoded"),
         (DTYPE + b"}U\x0b__setstate__Nsb.", "must be a whole pickle, got .*Error: "),
         (DTYPE + b"N}U\x04argsU\x01xs\x86b.", "must be a whole pickle, got .*Error: "),
-        (b"Nr\xff\xff\xff\xff.", "must be a whole pickle, got ValueError: object number 4294967295 where at most 1"),
-        (b"Np99999999999\n.", "must be a whole pickle, got ValueError: object number 99999999999 where at most 1"),
-        (b"T\xff\xff\xff\x7fabc.", "must be a whole pickle, got ValueError: expected 2147483647 bytes"),
+        (
+            b"Nr\xff\xff\xff\xff.",
+            "must be a whole pickle, got ValueError: object number 4294967295 where at most 1",
+        ),
+        (
+            b"Np99999999999\n.",
+            "must be a whole pickle, got ValueError: object number 99999999999 where at most 1",
+        ),
+        (
+            b"T\xff\xff\xff\x7fabc.",
+            "must be a whole pickle, got ValueError: expected 2147483647 bytes",
+        ),
         (b"P1\n.", "must be a whole pickle, got UnpicklingError: "),
         (b"(" * 1000 + b".", "must be a whole pickle, got UnpicklingError: "),
         (b"K\x01K\x020.", "must hold a dict with data and labels, got int"),
@@ -219,7 +250,8 @@ WHOLE = pickled(some_pixels(2), [1, 2])
 def test_a_pickle_cut_short(tmp_path, length):
     path = write(tmp_path / "a", WHOLE[:length])
     with pytest.raises(
-        ConfigError, match=rf"^{path}: must be a whole pickle, got .*Error: .*\. Fetch the file again\."
+        ConfigError,
+        match=rf"^{path}: must be a whole pickle, got .*Error: .*\. Fetch the file again\.",
     ):
         read_python(path)
 
@@ -239,7 +271,11 @@ def test_a_pickle_with_a_wrong_byte_reads_or_is_refused(tmp_path, position):
 @pytest.mark.parametrize(
     ("pixels", "labels", "message"),
     [
-        (some_pixels(2).astype(np.int16), [1, 2], r"data must be an array \(N, 3072\) of unsigned bytes, got another"),
+        (
+            some_pixels(2).astype(np.int16),
+            [1, 2],
+            r"data must be an array \(N, 3072\) of unsigned bytes, got another",
+        ),
         (some_pixels(2).view(np.int8), [1, 2], "data must be .*, got another array"),
         (some_pixels(2)[:, :-1], [1, 2], "data must be .*, got another array"),
         (some_pixels(2).reshape(-1), [1, 2], "data must be .*, got another array"),
@@ -269,7 +305,9 @@ def test_a_pickle_of_something_else(tmp_path, pixels, labels, message):
         read_python(path)
 
 
-@pytest.mark.parametrize("shape", [b"J\xff\xff\xff\x7fM\x00\x0c\x86", b"K\x02M\x00\x0d\x86", b"K\x00M\x00\x0c\x86"])
+@pytest.mark.parametrize(
+    "shape", [b"J\xff\xff\xff\x7fM\x00\x0c\x86", b"K\x02M\x00\x0d\x86", b"K\x00M\x00\x0c\x86"]
+)
 def test_an_array_of_another_shape_than_its_bytes(tmp_path, shape):
     content = WHOLE.replace(b"K\x02M\x00\x0c\x86", shape)
     assert content != WHOLE
@@ -279,7 +317,8 @@ def test_an_array_of_another_shape_than_its_bytes(tmp_path, shape):
 
 
 @pytest.mark.parametrize(
-    ("folder", "version"), [(".", "bin"), ("cifar-10-batches-bin", "bin"), (".", "py"), ("cifar-10-batches-py", "py")]
+    ("folder", "version"),
+    [(".", "bin"), ("cifar-10-batches-bin", "bin"), (".", "py"), ("cifar-10-batches-py", "py")],
 )
 def test_the_data_set_is_found_and_read(tmp_path, folder, version):
     write_set(tmp_path / folder, version)
@@ -305,12 +344,15 @@ ORIGIN = r"They are in the archives of the CIFAR-10 page of the University of To
 def test_a_root_without_the_files(tmp_path):
     with pytest.raises(ConfigError, match=rf"^{WANTED}null\. {ORIGIN}$"):
         cifar10(None)
-    with pytest.raises(ConfigError, match=rf"^{WANTED}'{tmp_path}', which holds none of them\. {ORIGIN}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{WANTED}'{tmp_path}', which holds none of them\. {ORIGIN}$"
+    ):
         cifar10(tmp_path)
     write_set(tmp_path / "cifar-10-batches-py", "py")
     (tmp_path / "cifar-10-batches-py" / "test_batch").unlink()
     with pytest.raises(
-        ConfigError, match=rf"^{WANTED}'{tmp_path}', which lacks cifar-10-batches-py/test_batch\. {ORIGIN}$"
+        ConfigError,
+        match=rf"^{WANTED}'{tmp_path}', which lacks cifar-10-batches-py/test_batch\. {ORIGIN}$",
     ):
         cifar10(tmp_path)
 
@@ -328,7 +370,9 @@ def test_labels_out_of_range(tmp_path, name, content):
     write_set(tmp_path, "bin" if name.endswith(".bin") else "py")
     path = write(tmp_path / name, content)
     got = "-1" if content == pickled(some_pixels(2), [9, -1]) else "10"
-    with pytest.raises(ConfigError, match=rf"^{path}: labels must be from 0 to 9, got {got} for sample 1$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: labels must be from 0 to 9, got {got} for sample 1$"
+    ):
         cifar10(tmp_path)
 
 

@@ -41,7 +41,8 @@ def test_a_config_is_frozen(config_path):
 
 def test_overrides(config_path):
     config = load_config(
-        str(config_path), ["train.lr=1e-3", "norm.sync=none", "run_dir=a=b", "train.seed=1", "train.seed=2"]
+        str(config_path),
+        ["train.lr=1e-3", "norm.sync=none", "run_dir=a=b", "train.seed=1", "train.seed=2"],
     )
     assert config.train.lr == 0.001
     assert config.norm.sync == "none"
@@ -50,25 +51,42 @@ def test_overrides(config_path):
 
 
 def test_overrides_of_nested_keys(config_path):
-    overrides = ["train.optimizer.momentum=0.95", "data.augment.flip=true", "norm.rules.^layer1.0..*=frozen"]
+    overrides = [
+        "train.optimizer.momentum=0.95",
+        "data.augment.flip=true",
+        "norm.rules.^layer1.0..*=frozen",
+    ]
     config = load_config(str(config_path), [*overrides, "norm.rules.x=batch_norm"])
     assert config.train.optimizer.options == {"momentum": 0.95}
     assert config.data.augment.flip is True
     assert config.norm.rules == {"^layer1.0..*": "frozen", "x": "batch_norm"}
 
 
-@pytest.mark.parametrize("key", ["train.norm_batch", "train.clip", "norm.momentum", "data.root", "launch.micro_batch"])
+@pytest.mark.parametrize(
+    "key", ["train.norm_batch", "train.clip", "norm.momentum", "data.root", "launch.micro_batch"]
+)
 def test_null(key, config_path):
     section, _, name = key.partition(".")
     value = "x" if key == "data.root" else 1
-    assert getattr(getattr(load_config(str(config_path), [f"{key}={value}"]), section), name) == value
-    assert getattr(getattr(load_config(str(config_path), [f"{key}={value}", f"{key}=null"]), section), name) is None
+    assert (
+        getattr(getattr(load_config(str(config_path), [f"{key}={value}"]), section), name) == value
+    )
+    assert (
+        getattr(
+            getattr(load_config(str(config_path), [f"{key}={value}", f"{key}=null"]), section), name
+        )
+        is None
+    )
 
 
 def test_null_takes_an_argument_of_the_file_out(config_path):
-    config_path.write_text(GOOD.replace("lr: 1e-1", "lr: 1e-1, optimizer: {momentum: 0.9, nesterov: true}"))
+    config_path.write_text(
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, optimizer: {momentum: 0.9, nesterov: true}")
+    )
     overrides = ["train.optimizer.name=AdamW", "train.optimizer.momentum=null"]
-    with pytest.raises(ConfigError, match=r"take out what is the file's with `train.optimizer.nesterov=null`\.$"):
+    with pytest.raises(
+        ConfigError, match=r"take out what is the file's with `train.optimizer.nesterov=null`\.$"
+    ):
         load_config(str(config_path), overrides)
     config = load_config(str(config_path), [*overrides, "train.optimizer.nesterov=null"])
     assert (config.train.optimizer.name, config.train.optimizer.options) == ("AdamW", {})
@@ -80,12 +98,19 @@ def test_what_cannot_be_pooled_is_not(name, config_path, tmp_path):
     assert config.norm.sync == "none"
     (tmp_path / "resolved.yaml").write_text(dump(config.model_dump()))
     assert load_config(str(tmp_path / "resolved.yaml")) == config
-    assert load_config(str(config_path), [f"norm.name={name}", "norm.rules.x=sync_batch_norm"]).norm.sync == "batch"
+    assert (
+        load_config(
+            str(config_path), [f"norm.name={name}", "norm.rules.x=sync_batch_norm"]
+        ).norm.sync
+        == "batch"
+    )
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_is_taken(name, config_path):
-    assert load_config(str(config_path), [f"train.optimizer.name={name}"]).train.optimizer.name == name
+    assert (
+        load_config(str(config_path), [f"train.optimizer.name={name}"]).train.optimizer.name == name
+    )
 
 
 SCHEDULE_OPTIONS = {
@@ -112,12 +137,16 @@ def test_every_schedule_is_taken(name, config_path):
 
 
 def test_lists_are_the_tuples_of_an_optimizer(config_path):
-    config_path.write_text(GOOD.replace("lr: 1e-1", "lr: 1e-1, optimizer: {name: AdamW, betas: [0.9, 0.98]}"))
+    config_path.write_text(
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, optimizer: {name: AdamW, betas: [0.9, 0.98]}")
+    )
     assert load_config(str(config_path)).train.optimizer.options == {"betas": [0.9, 0.98]}
 
 
 def test_a_resolved_config_is_a_config(config_path, tmp_path):
-    config = load_config(str(config_path), ["train.optimizer.weight_decay=1e-7", "norm.rules.layer1.*=frozen"])
+    config = load_config(
+        str(config_path), ["train.optimizer.weight_decay=1e-7", "norm.rules.layer1.*=frozen"]
+    )
     (tmp_path / "resolved.yaml").write_text(dump(config.model_dump()))
     assert load_config(str(tmp_path / "resolved.yaml")) == config
 
@@ -153,43 +182,89 @@ BAD_TEXTS = [
     (GOOD.replace("1e-1", ".inf"), r"`train.lr` must be a finite number, got inf"),
     (GOOD.replace("1e-1", ""), r"`train.lr` must be a valid number, got None"),
     (GOOD.replace("epochs: 2", "epochs: 2.5"), r"`train.epochs` must be a valid integer, got 2.5"),
-    (GOOD.replace("epochs: 2", "epochs: true"), r"`train.epochs` must be a valid integer, got True"),
-    (GOOD.replace("epochs: 2", "epoch: 2"), r"`train.epochs` is missing\n.*`train.epoch` is not a key.*`train.epochs`"),
-    (GOOD.replace("name: digits}", "name: [digits]}"), r"`data.name` must be a valid string, got \['digits'\]"),
-    (GOOD.replace("name: digits}", "name: digit}"), r"`data.name` must be one of .*digits.*, got 'digit'"),
+    (
+        GOOD.replace("epochs: 2", "epochs: true"),
+        r"`train.epochs` must be a valid integer, got True",
+    ),
+    (
+        GOOD.replace("epochs: 2", "epoch: 2"),
+        r"`train.epochs` is missing\n.*`train.epoch` is not a key.*`train.epochs`",
+    ),
+    (
+        GOOD.replace("name: digits}", "name: [digits]}"),
+        r"`data.name` must be a valid string, got \['digits'\]",
+    ),
+    (
+        GOOD.replace("name: digits}", "name: digit}"),
+        r"`data.name` must be one of .*digits.*, got 'digit'",
+    ),
     (
         GOOD.replace("digits_resnet", "resnet18"),
         r"`model.name` must be one of .*got 'resnet18'.*is 'resnet18_c",
     ),
-    (GOOD.replace("data: {name: digits}", "data: digits"), r"`data` must be a section of .* lines, got 'digits'"),
+    (
+        GOOD.replace("data: {name: digits}", "data: digits"),
+        r"`data` must be a section of .* lines, got 'digits'",
+    ),
     (GOOD + "norm: off", r"`norm` must be a section of .* lines, got 'off'"),
-    (GOOD + "norm: {sync: all}", r"`norm.sync` must be 'batch', 'running', 'lagged' or 'none', got 'all'"),
-    (GOOD + "norm: {name: batch_norm, sync: lagged}", r"`norm`: sync must be none with name batch_norm, got 'lagged'"),
-    (GOOD + "norm: {renorm: {r_max: 2}}", r"`norm`: renorm must be left out with name sync_batch_norm\."),
-    (GOOD + RENORM + "r_max: 0.5}}", r"`norm.renorm.r_max` must be greater than or equal to 1, got 0.5"),
-    (GOOD + RENORM + "r_steps: 9}}", r"`norm.renorm`: warmup_steps, r_steps and d_steps must be given together"),
+    (
+        GOOD + "norm: {sync: all}",
+        r"`norm.sync` must be 'batch', 'running', 'lagged' or 'none', got 'all'",
+    ),
+    (
+        GOOD + "norm: {name: batch_norm, sync: lagged}",
+        r"`norm`: sync must be none with name batch_norm, got 'lagged'",
+    ),
+    (
+        GOOD + "norm: {renorm: {r_max: 2}}",
+        r"`norm`: renorm must be left out with name sync_batch_norm\.",
+    ),
+    (
+        GOOD + RENORM + "r_max: 0.5}}",
+        r"`norm.renorm.r_max` must be greater than or equal to 1, got 0.5",
+    ),
+    (
+        GOOD + RENORM + "r_steps: 9}}",
+        r"`norm.renorm`: warmup_steps, r_steps and d_steps must be given together",
+    ),
     (
         GOOD + RENORM + "warmup_steps: 9, r_steps: 5, d_steps: 9}}",
         r"`norm.renorm`: `r_steps` must be >= warmup_steps = 9, got 5\.",
     ),
-    (GOOD + "norm: {name: batch_norm, sync: batch}", r"`norm`: sync must be none with name batch_norm, got 'batch'"),
+    (
+        GOOD + "norm: {name: batch_norm, sync: batch}",
+        r"`norm`: sync must be none with name batch_norm, got 'batch'",
+    ),
     (GOOD + "norm: {momentum: 1.5}", r"`norm.momentum` must be less than or equal to 1, got 1.5"),
     (GOOD + "launch: {workers: 0}", r"`launch.workers` must be greater than or equal to 1, got 0"),
     (GOOD + "lr: 1", r"`lr` is not a key. The nearest key is `train.lr`"),
     (GOOD + "run_dir: ''", r"`run_dir` must have at least 1 character, got ''"),
     (
         GOOD.replace("lr: 1e-1", "lr: 1e-1, norm_batch: 32") + "norm: {sync: running}",
-        r"mine.yaml: `train.norm_batch` must be null with norm.sync running, got 32\. Only sync batch ",
+        r"mine.yaml: `train.norm_batch` must be null with norm.sync running, got 32\. Only sync "
+        r"batch ",
     ),
-    (GOOD + "norm: {rules: {'a(': frozen}}", r"`norm.rules` must have regular expressions as keys, got 'a\(': missing"),
-    (GOOD + "norm: {rules: {'a.b': frosen}}", r"`norm.rules.a.b` must be 'batch_norm', .* or 'frozen', got 'frosen'"),
+    (
+        GOOD + "norm: {rules: {'a(': frozen}}",
+        r"`norm.rules` must have regular expressions as keys, got 'a\(': missing",
+    ),
+    (
+        GOOD + "norm: {rules: {'a.b': frosen}}",
+        r"`norm.rules.a.b` must be 'batch_norm', .* or 'frozen', got 'frosen'",
+    ),
     (GOOD + "norm: {rules: frozen}", r"`norm.rules` must be a mapping, got 'frozen'"),
-    (GOOD + "norm: {momentum: high}", r"`norm.momentum` must be a valid number or null, got 'high'"),
+    (
+        GOOD + "norm: {momentum: high}",
+        r"`norm.momentum` must be a valid number or null, got 'high'",
+    ),
     (
         GOOD.replace("lr: 1e-1", "lr: 1e-1, autocast: float16"),
         r"`train.autocast` must be 'bfloat16' or null, got 'float16'",
     ),
-    (GOOD + "model.options: 3", r"`model.options` must be written as sections in a file: `model: {options: \.\.\.`"),
+    (
+        GOOD + "model.options: 3",
+        r"`model.options` must be written as sections in a file: `model: {options: \.\.\.`",
+    ),
     (GOOD + "norm: {renorm: {bounds: {upper: {r: 1}}}}", r"`norm.renorm.bounds` is not a key"),
     (GOOD + "data: {name: digits}", r"key 'data' is given twice \(line 5, column 1\)"),
     (GOOD + "a: !!python/name:os.system", r"tag .*os.system is not allowed"),
@@ -208,7 +283,10 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.lrr=1", r"`train.lrr` is not a key. The nearest key is `train.lr`. \(from the command line\)"),
+        (
+            "train.lrr=1",
+            r"`train.lrr` is not a key. The nearest key is `train.lr`. \(from the command line\)",
+        ),
         ("lr=1", r"`lr` is not a key. The nearest key is `train.lr`"),
         ("trian.lr=1", r"`trian` is not a key. The nearest key is `train`"),
         ("train.lr=-1", r"`train.lr` must be greater than 0, got -1 \(from the command line\)"),
@@ -226,28 +304,55 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
         ),
         (
             "train.schedule.name=StepLR",
-            r"`train.schedule.step_size` is missing, which StepLR needs\. Add `train.schedule.step_size=\.\.\.`\.$",
+            r"`train.schedule.step_size` is missing, which StepLR needs\. Add "
+            r"`train.schedule.step_size=\.\.\.`\.$",
         ),
-        ("train.schedule.name=stepLR", r"`train.schedule.name` must be one of .*, got 'stepLR'\. .* is 'StepLR'"),
+        (
+            "train.schedule.name=stepLR",
+            r"`train.schedule.name` must be one of .*, got 'stepLR'\. .* is 'StepLR'",
+        ),
         (
             "train.optimizer=AdamW",
-            r"`train.optimizer` must be a section of .* lines, got 'AdamW' \(from the command line\)",
+            r"`train.optimizer` must be a section of .* lines, got 'AdamW' \(from the command "
+            r"line\)",
         ),
-        ("train.optimizer.momentum.x=1", r"`train.optimizer.momentum` must be a valid number, got \{'x': 1\}"),
-        ("data.augment.flip=yes", r"`data.augment.flip` must be a valid boolean, got 'yes' \(from the command line\)"),
-        ("data.augment=null", r"`data.augment` must be a section of .* lines, got None \(from the command line\)"),
-        ("norm.rules.a(.b=frozen", r"`norm.rules` must have regular expressions as keys, got 'a\(.b'"),
-        ("norm.rules.=frozen", r"override 'norm.rules.=frozen' must have the form section.key=value"),
+        (
+            "train.optimizer.momentum.x=1",
+            r"`train.optimizer.momentum` must be a valid number, got \{'x': 1\}",
+        ),
+        (
+            "data.augment.flip=yes",
+            r"`data.augment.flip` must be a valid boolean, got 'yes' \(from the command line\)",
+        ),
+        (
+            "data.augment=null",
+            r"`data.augment` must be a section of .* lines, got None \(from the command line\)",
+        ),
+        (
+            "norm.rules.a(.b=frozen",
+            r"`norm.rules` must have regular expressions as keys, got 'a\(.b'",
+        ),
+        (
+            "norm.rules.=frozen",
+            r"override 'norm.rules.=frozen' must have the form section.key=value",
+        ),
         (
             "train.norm_batch=3",
-            r"`train`: norm_batch must be a divisor of .* \(train.norm_batch from the command line\)",
+            r"`train`: norm_batch must be a divisor of .* \(train.norm_batch from the command "
+            r"line\)",
         ),
-        ("train.seed=null", r"`train.seed` must be a valid integer, got None \(from the command line\)"),
+        (
+            "train.seed=null",
+            r"`train.seed` must be a valid integer, got None \(from the command line\)",
+        ),
         ("train.lr", r"override 'train.lr' must have the form section.key=value"),
         ("=1", r"override '=1' must have the form section.key=value"),
         ("train..lr=1", r"override 'train..lr=1' must have the form section.key=value"),
         ("train.lr=[1]", r"`train.lr` must be a valid number, got \[1\] \(from the command line\)"),
-        ("train.lr=a: b", r"override 'train.lr=a: b': the value must be a value or a list of values"),
+        (
+            "train.lr=a: b",
+            r"override 'train.lr=a: b': the value must be a value or a list of values",
+        ),
         ("launch.workers=[4, 2]", r"`launch`: workers must be \[fewest, most\], got \[4, 2\]"),
         ("launch.workers=[1, 2, 3]", r"`launch.workers`"),
         ("launch.workers=0", r"`launch.workers` must be greater than or equal to 1, got 0"),
@@ -262,7 +367,9 @@ def test_a_bad_override_is_one_message_that_names_the_key(override, message, con
 
 def test_a_missing_file_names_itself_and_what_is_packed(tmp_path):
     missing = str(tmp_path / "digits.yaml")
-    with pytest.raises(ConfigError, match=rf"no configuration '{missing}'. Packed ones, by name: .*digits"):
+    with pytest.raises(
+        ConfigError, match=rf"no configuration '{missing}'. Packed ones, by name: .*digits"
+    ):
         load_config(missing)
 
 

@@ -43,7 +43,10 @@ def config_path(tmp_path) -> str:
 
 
 def test_origins(config_path):
-    found = {key: (value, origin) for key, value, origin in origins(config_path, ["train.lr=3", "train.clip=null"])}
+    found = {
+        key: (value, origin)
+        for key, value, origin in origins(config_path, ["train.lr=3", "train.clip=null"])
+    }
     assert found["model.name"] == ("digits_resnet", f"{config_path}:2")
     assert found["data.augment.flip"] == (True, f"{config_path}:7")
     assert found["data.augment.crop"] == (0, "default")
@@ -56,8 +59,16 @@ def test_origins(config_path):
 
 
 def test_an_argument_that_is_taken_out_is_not_shown(config_path):
-    overrides = ["train.optimizer.name=AdamW", "train.optimizer.momentum=null", "train.optimizer.eps=1e-6"]
-    found = {key: origin for key, _, origin in origins(config_path, overrides) if key.startswith("train.optimizer")}
+    overrides = [
+        "train.optimizer.name=AdamW",
+        "train.optimizer.momentum=null",
+        "train.optimizer.eps=1e-6",
+    ]
+    found = {
+        key: origin
+        for key, _, origin in origins(config_path, overrides)
+        if key.startswith("train.optimizer")
+    }
     assert found == {"train.optimizer.name": "command line", "train.optimizer.eps": "command line"}
 
 
@@ -66,17 +77,27 @@ def test_every_value_has_an_origin_in_one_column(config_path):
     values = [line for line in lines if not line.endswith(":")]
     assert len(values) == len(origins(config_path))
     assert len({line.index("  # ") + len(line.partition("  # ")[1]) for line in values}) == 1
-    assert next(line for line in lines if line.startswith("  lr:")).split() == ["lr:", "3.0", "#", "command", "line"]
+    assert next(line for line in lines if line.startswith("  lr:")).split() == [
+        "lr:",
+        "3.0",
+        "#",
+        "command",
+        "line",
+    ]
     assert next(line for line in lines if "layer1" in line).split()[:2] == ["layer1.*:", "frozen"]
 
 
-@pytest.mark.parametrize("overrides", [[], ["train.lr=3", "train.optimizer.momentum=null", "norm.rules.x.y=frozen"]])
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.lr=3", "train.optimizer.momentum=null", "norm.rules.x.y=frozen"]]
+)
 def test_what_is_shown_is_the_same_configuration(overrides, config_path, tmp_path):
     (tmp_path / "shown.yaml").write_text(show(config_path, overrides))
     assert load_config(str(tmp_path / "shown.yaml")) == load_config(config_path, overrides)
 
 
-@pytest.mark.parametrize("path", sorted(find_config("digits").parent.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(find_config("digits").parent.glob("*.yaml")), ids=lambda path: path.stem
+)
 @pytest.mark.parametrize("name", [*NormSection.model_json_schema()["properties"]["name"]["enum"]])
 def test_packed_configurations_can_be_fed_back(name, path, tmp_path):
     overrides = [f"norm.name={name}"] + ([] if name.startswith("sync") else ["norm.sync=none"])
@@ -85,9 +106,14 @@ def test_packed_configurations_can_be_fed_back(name, path, tmp_path):
 
 
 _VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8")),
     lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(st.characters(codec="utf-8")), inner, max_size=3)
     ),
     max_leaves=6,
 )
@@ -107,7 +133,11 @@ def test_whatever_a_configuration_holds_is_shown_as_yaml(options, patterns, run_
     (tmp_path / "shown.yaml").write_text(show(str(tmp_path / "mine.yaml")))
     shown = load_config(str(tmp_path / "shown.yaml"))
     assert shown == load_config(str(tmp_path / "mine.yaml"))
-    assert (shown.model.options, list(shown.norm.rules), shown.run_dir) == (options, patterns, run_dir)
+    assert (shown.model.options, list(shown.norm.rules), shown.run_dir) == (
+        options,
+        patterns,
+        run_dir,
+    )
 
 
 def test_a_path_cannot_end_a_comment(tmp_path):
@@ -143,10 +173,16 @@ def test_json_schema_says_what_the_model_does(prefix):
     model, described = _sections(Config)[prefix], _json_section(prefix)
     assert list(described["properties"]) == list(model.model_fields)
     assert described["additionalProperties"] is (model in (OptimizerSection, ScheduleSection))
-    assert described.get("required", []) == [n for n, field in model.model_fields.items() if field.is_required()]
+    assert described.get("required", []) == [
+        n for n, field in model.model_fields.items() if field.is_required()
+    ]
     for name, field in model.model_fields.items():
         if not field.is_required():
-            default = field.default.model_dump() if isinstance(field.default, BaseModel) else field.default
+            default = (
+                field.default.model_dump()
+                if isinstance(field.default, BaseModel)
+                else field.default
+            )
             assert described["properties"][name]["default"] == default
 
 
@@ -176,10 +212,14 @@ def test_every_key_is_described(form):
 
 def test_a_line_of_each_table():
     text, table = schema("text"), schema("markdown")
-    assert "  train.epochs        integer; required; 1 to 1000000000\n      passes over the training set\n" in text
+    assert (
+        "  train.epochs        integer; required; 1 to 1000000000\n      passes over the training "
+        "set\n" in text
+    )
     assert "| `train.ema` | number or null | > 0, < 1 | `null` | decay of an average of " in table
     assert (
-        "| `train.optimizer.ARGUMENT` | any |  | torch's | an argument of what `train.optimizer.name` names |" in table
+        "| `train.optimizer.ARGUMENT` | any |  | torch's | an argument of what "
+        "`train.optimizer.name` names |" in table
     )
     assert max(map(len, text.splitlines())) <= 120
 

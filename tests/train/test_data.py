@@ -36,7 +36,11 @@ def test_the_order_follows_from_seed_and_epoch_alone():
     first = epoch_order(50, seed=0, epoch=1)
     torch.manual_seed(2)
     assert torch.equal(first, epoch_order(50, seed=0, epoch=1))
-    others = [epoch_order(50, seed=1, epoch=1), epoch_order(50, seed=0, epoch=2), epoch_order(50, seed=1, epoch=0)]
+    others = [
+        epoch_order(50, seed=1, epoch=1),
+        epoch_order(50, seed=0, epoch=2),
+        epoch_order(50, seed=1, epoch=0),
+    ]
     assert not any(torch.equal(first, other) for other in others)
     assert not torch.equal(others[0], others[1])
 
@@ -60,8 +64,12 @@ def test_images_stay_as_stored_and_are_standardised_on_demand(dtype):
     assert torch.allclose(images.mean((0, 2, 3)), torch.zeros(2, dtype=torch.float64), atol=1e-12)
     assert torch.allclose(images.std((0, 2, 3), correction=0), torch.ones(2, dtype=torch.float64))
     # The test set is standardised by the training set's figures, not by its own.
-    one = (test.images[7, 1, 2, 3].double() - reference[:, 1].mean()) / reference[:, 1].std(correction=0)
-    assert data.standardise(test.images, torch.float64)[7, 1, 2, 3].item() == pytest.approx(one.item())
+    one = (test.images[7, 1, 2, 3].double() - reference[:, 1].mean()) / reference[:, 1].std(
+        correction=0
+    )
+    assert data.standardise(test.images, torch.float64)[7, 1, 2, 3].item() == pytest.approx(
+        one.item()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -112,10 +120,22 @@ def labelled(labels: Any) -> Split:
 @pytest.mark.parametrize(
     ("train", "test", "message"),
     [
-        (some_split(0), some_split(4), r"^training set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)\. "),
+        (
+            some_split(0),
+            some_split(4),
+            r"^training set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)\. ",
+        ),
         (some_split(4), some_split(0), r"^test set: .* N >= 1, got \(0, 2, 3, 4\) and \(0,\)\. "),
-        (some_split(4), Split(torch.ones(4, 3), torch.arange(4)), r"^test set: .*, got \(4, 3\) and \(4,\)\. "),
-        (Split(torch.ones(4, 1, 2, 2), torch.arange(3)), some_split(4), r"^training set: .* and \(3,\)\. "),
+        (
+            some_split(4),
+            Split(torch.ones(4, 3), torch.arange(4)),
+            r"^test set: .*, got \(4, 3\) and \(4,\)\. ",
+        ),
+        (
+            Split(torch.ones(4, 1, 2, 2), torch.arange(3)),
+            some_split(4),
+            r"^training set: .* and \(3,\)\. ",
+        ),
         # A loss takes a class for each pixel, or a probability for each class, without a word.
         (
             labelled(torch.zeros(4, 3, 4, dtype=torch.int64)),
@@ -127,7 +147,11 @@ def labelled(labels: Any) -> Split:
             labelled(torch.rand(4, 5)),
             r"^test set: .* got \(4, 2, 3, 4\) and \(4, 5\)\. The loss takes one",
         ),
-        (labelled(torch.rand(4)), some_split(4), r"^training set: labels must be whole numbers, got torch.float32\. "),
+        (
+            labelled(torch.rand(4)),
+            some_split(4),
+            r"^training set: labels must be whole numbers, got torch.float32\. ",
+        ),
         (
             labelled(np.zeros(4)),
             some_split(4),
@@ -138,10 +162,26 @@ def labelled(labels: Any) -> Split:
             (torch.zeros(4), 3),
             r"^test set: must be a Split\(.*\) of two tensors, got tuple\(Tensor, int\)\. ",
         ),
-        (None, some_split(4), r"^training set: must be a Split\(images, labels\) of two tensors, got NoneType\. "),
-        (some_split(4), some_split(4, channels=1), r"^test set: .* shape \(2, 3, 4\), got \(1, 3, 4\)$"),
-        (wrong_labels(5), some_split(4), r"^training set: labels must be from 0 to 4, got 5 for sample 2$"),
-        (some_split(4), wrong_labels(-1), r"^test set: labels must be from 0 to 4, got -1 for sample 2$"),
+        (
+            None,
+            some_split(4),
+            r"^training set: must be a Split\(images, labels\) of two tensors, got NoneType\. ",
+        ),
+        (
+            some_split(4),
+            some_split(4, channels=1),
+            r"^test set: .* shape \(2, 3, 4\), got \(1, 3, 4\)$",
+        ),
+        (
+            wrong_labels(5),
+            some_split(4),
+            r"^training set: labels must be from 0 to 4, got 5 for sample 2$",
+        ),
+        (
+            some_split(4),
+            wrong_labels(-1),
+            r"^test set: labels must be from 0 to 4, got -1 for sample 2$",
+        ),
         (
             Split(torch.tensor([1.0, float("nan")]).reshape(2, 1, 1, 1), torch.arange(2)),
             Split(torch.ones(1, 1, 1, 1), torch.arange(1)),
@@ -165,9 +205,18 @@ def test_labels_are_classes_whatever_their_type(dtype):
 def test_moving_keeps_dtypes():
     data = make_dataset(some_split(4, torch.uint8), some_split(3, torch.uint8), num_classes=5)
     moved = data.to("meta")
-    tensors = [moved.train.images, moved.train.labels, moved.test.images, moved.test.labels, moved.mean, moved.std]
+    tensors = [
+        moved.train.images,
+        moved.train.labels,
+        moved.test.images,
+        moved.test.labels,
+        moved.mean,
+        moved.std,
+    ]
     assert all(tensor.is_meta for tensor in tensors)
-    assert [tensor.dtype for tensor in tensors] == [torch.uint8, torch.int64] * 2 + [torch.float64] * 2
+    assert [tensor.dtype for tensor in tensors] == [torch.uint8, torch.int64] * 2 + [
+        torch.float64
+    ] * 2
     assert moved.num_classes == 5
 
 

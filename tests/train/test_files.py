@@ -35,7 +35,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
 
 
 def test_only_a_regular_file_is_opened(tmp_path):
-    regular, link, folder, pipe = (tmp_path / name for name in ("regular", "link", "folder", "pipe"))
+    regular, link, folder, pipe = (
+        tmp_path / name for name in ("regular", "link", "folder", "pipe")
+    )
     regular.write_bytes(b"content")
     link.symlink_to(regular)
     folder.mkdir()

@@ -13,7 +13,12 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.data import DATASETS, fashion_mnist, mnist
 from syncnorm.train.idx import read_idx
 
-NAMES = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+NAMES = [
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+]
 
 
 def idx(values: torch.Tensor) -> bytes:
@@ -28,7 +33,9 @@ def write(path: Path, content: bytes) -> Path:
 
 
 def some_images(count: int) -> torch.Tensor:
-    return torch.randint(0, 256, (count, 4, 5), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    return torch.randint(0, 256, (count, 4, 5), generator=torch.Generator().manual_seed(count)).to(
+        torch.uint8
+    )
 
 
 def write_set(folder: Path, ending: str = "", count: int = 6) -> None:
@@ -57,7 +64,11 @@ WHOLE = idx(some_images(2))
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"must begin with 00 00 08 03 \(idx, unsigned bytes, dimensions: 3\), got an empty file"),
+        (
+            b"",
+            r"must begin with 00 00 08 03 \(idx, unsigned bytes, dimensions: 3\), got an empty "
+            r"file",
+        ),
         (WHOLE[:3], r"must begin with 00 00 08 03 .*, got 00 00 08$"),
         (b"\0\1" + WHOLE[2:], r"must begin with 00 00 08 03 .*, got 00 01 08 03"),
         (b"\0\0\x0d" + WHOLE[3:], r"must begin with 00 00 08 03 .*, got 00 00 0d 03"),
@@ -66,10 +77,14 @@ WHOLE = idx(some_images(2))
         (WHOLE[:16], r"must hold 40 bytes after its header, which says \(2, 4, 5\), got 0\."),
         (WHOLE[:-1], r"must hold 40 bytes after its header, which says \(2, 4, 5\), got 39\."),
         (WHOLE + b"\0", r"must hold 40 bytes after its header, which says \(2, 4, 5\), got more\."),
-        (idx(torch.zeros(0, 4, 5)), r"must hold between 1 and 1073741824 values, got a header that says \(0, 4, 5\)"),
+        (
+            idx(torch.zeros(0, 4, 5)),
+            r"must hold between 1 and 1073741824 values, got a header that says \(0, 4, 5\)",
+        ),
         (
             struct.pack(">HBB3I", 0, 8, 3, 2**32 - 1, 2**32 - 1, 2**32 - 1) + bytes(40),
-            r"must hold between 1 and 1073741824 values, got a header that says \(4294967295, 4294967295, 4294967295\)",
+            r"must hold between 1 and 1073741824 values, got a header that says \(4294967295, "
+            r"4294967295, 4294967295\)",
         ),
     ],
     ids=str,
@@ -83,7 +98,9 @@ def test_a_damaged_file_is_named_with_what_is_wrong(tmp_path, content, message, 
 def test_a_compressed_file_cut_short(tmp_path):
     path = write(tmp_path / "a.gz", WHOLE)
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ConfigError, match=rf"^{path}: cannot be read: Compressed file ended before"):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: cannot be read: Compressed file ended before"
+    ):
         read_idx(path, 3)
 
 
@@ -92,7 +109,9 @@ def test_a_compressed_file_that_cannot_be_expanded(tmp_path):
     content = bytearray(path.read_bytes())
     content[10] |= 6  # the first block's type: 3, which does not exist
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"^{path}: cannot be read: Error -3 .* invalid block type"):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: cannot be read: Error -3 .* invalid block type"
+    ):
         read_idx(path, 3)
 
 
@@ -114,10 +133,14 @@ def test_bytes_after_the_compressed_stream(tmp_path):
 
 def test_names_that_lie_about_compression(tmp_path):
     (tmp_path / "plain.gz").write_bytes(WHOLE)
-    with pytest.raises(ConfigError, match=r"plain.gz: cannot be read: Not a gzipped file \(b'\\x00\\x00'\)"):
+    with pytest.raises(
+        ConfigError, match=r"plain.gz: cannot be read: Not a gzipped file \(b'\\x00\\x00'\)"
+    ):
         read_idx(tmp_path / "plain.gz", 3)
     (tmp_path / "compressed").write_bytes(gzip.compress(WHOLE))
-    with pytest.raises(ConfigError, match=r"compressed: must begin with 00 00 08 03 .*, got 1f 8b 08 00"):
+    with pytest.raises(
+        ConfigError, match=r"compressed: must begin with 00 00 08 03 .*, got 1f 8b 08 00"
+    ):
         read_idx(tmp_path / "compressed", 3)
 
 
@@ -172,7 +195,9 @@ def test_a_data_set_is_found_and_read(tmp_path, name, folder, ending):
     assert torch.equal(data.test.labels, torch.arange(3))
     assert data.num_classes == 10
     assert data.mean.item() == pytest.approx(some_images(6).double().mean().item(), rel=1e-14)
-    assert data.std.item() == pytest.approx(some_images(6).double().std(correction=0).item(), rel=1e-12)
+    assert data.std.item() == pytest.approx(
+        some_images(6).double().std(correction=0).item(), rel=1e-12
+    )
 
 
 def test_each_set_is_taken_from_its_own_folder(tmp_path):
@@ -200,32 +225,44 @@ ORIGINS = {
 def test_a_root_without_the_files(tmp_path, name):
     with pytest.raises(ConfigError, match=rf"^{WANTED}null\. {ORIGINS[name]}$"):
         DATASETS[name](None)
-    with pytest.raises(ConfigError, match=rf"^{WANTED}'{tmp_path}', which holds none of them\. {ORIGINS[name]}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{WANTED}'{tmp_path}', which holds none of them\. {ORIGINS[name]}$"
+    ):
         DATASETS[name](tmp_path)
     absent = tmp_path / "absent"
-    with pytest.raises(ConfigError, match=rf"^{WANTED}'{absent}', which is not a folder\. {ORIGINS[name]}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{WANTED}'{absent}', which is not a folder\. {ORIGINS[name]}$"
+    ):
         DATASETS[name](absent)
     long = tmp_path / ("x" * 300)
-    with pytest.raises(ConfigError, match=rf"^{WANTED}'{long}.*': File name too long\. {ORIGINS[name]}$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{WANTED}'{long}.*': File name too long\. {ORIGINS[name]}$"
+    ):
         DATASETS[name](long)
     write_set(tmp_path / name)
     for missing in NAMES[1:3]:
         (tmp_path / name / missing).unlink()
-    with pytest.raises(ConfigError, match=rf"got '{tmp_path}', which lacks {name}/{NAMES[1]}, {name}/{NAMES[2]}\. "):
+    with pytest.raises(
+        ConfigError, match=rf"got '{tmp_path}', which lacks {name}/{NAMES[1]}, {name}/{NAMES[2]}\. "
+    ):
         DATASETS[name](tmp_path)
 
 
 def test_too_few_labels(tmp_path):
     write_set(tmp_path)
     path = write(tmp_path / NAMES[1], idx(torch.arange(5)))
-    with pytest.raises(ConfigError, match=rf"^{path}: must hold 6 labels, one for each image .*{NAMES[0]}, got 5$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: must hold 6 labels, one for each image .*{NAMES[0]}, got 5$"
+    ):
         mnist(tmp_path)
 
 
 def test_labels_out_of_range(tmp_path):
     write_set(tmp_path)
     path = write(tmp_path / NAMES[3], idx(torch.tensor([9, 10, 255])))
-    with pytest.raises(ConfigError, match=rf"^{path}: labels must be from 0 to 9, got 10 for sample 1$"):
+    with pytest.raises(
+        ConfigError, match=rf"^{path}: labels must be from 0 to 9, got 10 for sample 1$"
+    ):
         mnist(tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""benchmarks/invariance.py, in small: one curve on any number of workers, and bounds that can be missed."""
+"""benchmarks/invariance.py, in small: one curve on any number of workers, and bounds that can be
+missed.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,13 @@ import pytest
 from benchmarks import invariance
 from benchmarks.invariance import LAYERS, Job
 
-# 301 = 7 * 40 + 21, so the eighth step is short: shards of it differ in size on 2 and 4 workers, of the others on 3.
-SHORT = Job(["train.epochs=2", "train.lr=0.05", "train.global_batch=40", "train.dtype=float64"], samples=301, steps=12)
+# 301 = 7 * 40 + 21, so the eighth step is short: shards of it differ in size on 2 and 4 workers, of
+# the others on 3.
+SHORT = Job(
+    ["train.epochs=2", "train.lr=0.05", "train.global_batch=40", "train.dtype=float64"],
+    samples=301,
+    steps=12,
+)
 SMOOTH = SHORT.but("train.dtype=float32")._replace(is_smooth=True)
 SIZES = [40, 20, 5]
 
@@ -25,7 +32,10 @@ def test_the_curve_is_that_of_one_worker(pool, layer, size):
     job = SHORT.but(*LAYERS[layer], f"train.norm_batch={size}")
     expected = losses(pool, 1, job)
     for world_size in (2, 3, 4):
-        assert max(invariance.gaps(losses(pool, world_size, job), expected)) <= invariance.FLOAT64_BOUND
+        assert (
+            max(invariance.gaps(losses(pool, world_size, job), expected))
+            <= invariance.FLOAT64_BOUND
+        )
     assert expected[-1] < 0.8 * expected[0], "the run must go somewhere"
 
 
@@ -55,7 +65,9 @@ def test_in_float32_the_curves_stay_together_where_no_relu_parts_them(pool):
     ],
     ids=str,
 )
-@pytest.mark.parametrize(("job", "bound"), [(SHORT, invariance.FLOAT64_BOUND), (SMOOTH, invariance.SMOOTH_BOUND)])
+@pytest.mark.parametrize(
+    ("job", "bound"), [(SHORT, invariance.FLOAT64_BOUND), (SMOOTH, invariance.SMOOTH_BOUND)]
+)
 def test_another_training_misses_the_bounds(pool, job, bound, world_size, options):
     """The negative control."""
     expected = losses(pool, 1, job)
@@ -65,10 +77,15 @@ def test_another_training_misses_the_bounds(pool, job, bound, world_size, option
 def test_the_control_is_the_most_that_any_nudge_did_so_far():
     half_ulp = 2**-24
     assert invariance.control([[0.0, 3e-6, 0.0], [0.0, 1e-6, 2e-6]]) == [half_ulp, 3e-6, 3e-6]
-    assert invariance.worst_ratio([half_ulp, 9e-6, 6e-6], [half_ulp, 3e-6, 3e-6], (1, 3)) == (2.0, 3)
+    assert invariance.worst_ratio([half_ulp, 9e-6, 6e-6], [half_ulp, 3e-6, 3e-6], (1, 3)) == (
+        2.0,
+        3,
+    )
 
 
-GOOD = invariance.Row("batch renorm", "104", [0.1, 0.2], [1e-15, 9e-13], [[4e-6] * 100] * 2, [1e-6, 9e-6], [0.9] * 3)
+GOOD = invariance.Row(
+    "batch renorm", "104", [0.1, 0.2], [1e-15, 9e-13], [[4e-6] * 100] * 2, [1e-6, 9e-6], [0.9] * 3
+)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from syncnorm.train.checkpoint import CheckpointStore
 from syncnorm.train.snapshot import Snapshot
 from tests.train import runs
 
-# 1437 = 4 * 359 + 1: the fifth step of an epoch has one sample, so all shards of it but the first are empty.
+# 1437 = 4 * 359 + 1: the fifth step of an epoch has one sample, so all shards of it but the first
+# are empty.
 RAGGED = ["train.dtype=float64", "train.global_batch=359", "train.epochs=2", "train.lr=0.02"]
 
 
@@ -73,7 +74,9 @@ def test_local_statistics_make_it_another_run(pool, tmp_path):
 
 def test_the_first_loss_is_that_of_ten_equally_likely_digits(pool, tmp_path):
     run(pool, 1, tmp_path, ["train.epochs=1", "train.global_batch=1437"])
-    assert runs.events(tmp_path, "step")[0]["loss"] == pytest.approx(torch.tensor(10.0).log().item(), abs=0.5)
+    assert runs.events(tmp_path, "step")[0]["loss"] == pytest.approx(
+        torch.tensor(10.0).log().item(), abs=0.5
+    )
 
 
 @pytest.mark.parametrize(("norm", "different"), [("norm.sync=batch", 1), ("norm.sync=none", 2)])
@@ -106,7 +109,13 @@ def test_what_a_run_leaves(pool, tmp_path, norm, different):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "metrics.jsonl"}
 
 
-SHORT = ["train.epochs=2", "train.global_batch=200", "train.ema=0.9", "follow.every=3", "checkpoint.every=2"]
+SHORT = [
+    "train.epochs=2",
+    "train.global_batch=200",
+    "train.ema=0.9",
+    "follow.every=3",
+    "checkpoint.every=2",
+]
 KINDS = {
     "pooled": [],
     "hidden renorm": ["norm.name=sync_batch_renorm", "norm.sync=running", "norm.renorm.d_max=1"],
@@ -116,23 +125,39 @@ KINDS = {
     "noise": ["model.name=tests.train.nets:Noisy"],
     "modes": ["model.name=tests.train.nets:Freezing"],
     "own buffers": ["model.name=tests.train.nets:Remembering"],
-    "own and local": ["model.name=tests.train.nets:Remembering", "norm.name=batch_norm", "norm.sync=none"],
-    "augmented": ["data.augment.crop=1", "data.augment.flip=true", "data.augment.cutout=2", "train.clip=1"],
+    "own and local": [
+        "model.name=tests.train.nets:Remembering",
+        "norm.name=batch_norm",
+        "norm.sync=none",
+    ],
+    "augmented": [
+        "data.augment.crop=1",
+        "data.augment.flip=true",
+        "data.augment.cutout=2",
+        "train.clip=1",
+    ],
 }
 
 
 # With three workers the order of a sum can differ, with two it cannot.
 @pytest.mark.parametrize(
     ("kind", "world_size"),
-    [*((kind, 2) for kind in KINDS), *((kind, 3) for kind in ("pooled", "hidden renorm", "groups"))],
+    [
+        *((kind, 2) for kind in KINDS),
+        *((kind, 3) for kind in ("pooled", "hidden renorm", "groups")),
+    ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size):
-    """Stopped in the first epoch because the last worker was asked to, and in the second, at an epoch's end."""
+    """Stopped in the first epoch because the last worker was asked to, and in the second, at an
+    epoch's end.
+    """
     options = [*SHORT, *KINDS[kind]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(pool, world_size, whole, options)
     for stop_at, done in ((3, False), (8, False), (None, True)):
-        outcome, position = run(pool, world_size, parts, options, stop_at=stop_at, rank=world_size - 1)
+        outcome, position = run(
+            pool, world_size, parts, options, stop_at=stop_at, rank=world_size - 1
+        )
         assert outcome.is_done == done
         assert position.step == (stop_at or 16)
     assert curve(parts) == curve(whole)
@@ -147,19 +172,31 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size
 
 def test_a_model_that_comes_in_evaluation_mode_is_trained(pool, tmp_path):
     for arrives in ("training", "evaluating", "frozen"):
-        options = ["model.name=tests.train.nets:Net", f"model.options.arrives={arrives}", "train.global_batch=500"]
+        options = [
+            "model.name=tests.train.nets:Net",
+            f"model.options.arrives={arrives}",
+            "train.global_batch=500",
+        ]
         run(pool, 2, tmp_path / arrives, [*options, "train.epochs=2"])
     assert curve(tmp_path / "evaluating") == curve(tmp_path / "training")
     assert curve(tmp_path / "frozen") != curve(tmp_path / "training")
     counts = {
-        arrives: [int(last(tmp_path / arrives).tensors["model"][f"{part}.1.num_batches_tracked"]) for part in parts]
+        arrives: [
+            int(last(tmp_path / arrives).tensors["model"][f"{part}.1.num_batches_tracked"])
+            for part in parts
+        ]
         for arrives, parts in {"evaluating": ["stem", "body"], "frozen": ["stem", "body"]}.items()
     }
     assert counts == {"evaluating": [6, 6], "frozen": [0, 6]}
 
 
 def test_a_run_stopped_on_four_workers_goes_on_with_two_and_three(pool, tmp_path):
-    options = ["train.dtype=float64", "train.epochs=2", "train.global_batch=100", "train.norm_batch=25"]
+    options = [
+        "train.dtype=float64",
+        "train.epochs=2",
+        "train.global_batch=100",
+        "train.norm_batch=25",
+    ]
     run(pool, 1, tmp_path / "whole", options)
     for workers, stop_at in ((4, 10), (2, 17), (3, None)):
         run(pool, workers, tmp_path / "parts", options, stop_at=stop_at, rank=0)
@@ -185,12 +222,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, tmp_path
     assert curve(tmp_path / "hurt") == curve(tmp_path / "whole")
     (fault,) = runs.events(tmp_path / "hurt", "fault")
     assert "optimizer.pt" in fault["message"]
-    assert [e["resumed_from"] for e in runs.events(tmp_path / "hurt", "start")] == [None, "step-00000003"]
+    assert [e["resumed_from"] for e in runs.events(tmp_path / "hurt", "start")] == [
+        None,
+        "step-00000003",
+    ]
 
 
 def test_another_configuration_does_not_go_on(pool, tmp_path):
     run(pool, 1, tmp_path, ["train.epochs=1", "train.global_batch=500"])
-    with pytest.raises(RankFailure, match=r"is of another configuration: train.global_batch, train.lr differ"):
+    with pytest.raises(
+        RankFailure, match=r"is of another configuration: train.global_batch, train.lr differ"
+    ):
         run(pool, 1, tmp_path, ["train.epochs=1", "train.global_batch=400", "train.lr=1"])
 
 
@@ -211,7 +253,9 @@ def test_a_step_that_is_not_finite_is_left_out(pool, tmp_path):
         folder = tmp_path / sync
         folder.mkdir()
         outcome, _ = pool(2).run(
-            runs.train_bad_image, str(folder), {"train": {"not_finite": "skip"}, "norm": {"sync": sync}}
+            runs.train_bad_image,
+            str(folder),
+            {"train": {"not_finite": "skip"}, "norm": {"sync": sync}},
         )[0]
         assert outcome.is_done
         losses = [event["loss"] for event in runs.events(folder, "step")]

@@ -24,7 +24,10 @@ def count(model: nn.Module) -> int:
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, num_classes, parameters):
-    assert count(MODELS[name](in_channels=3, num_classes=num_classes, norm_layer=nn.BatchNorm2d)) == parameters
+    assert (
+        count(MODELS[name](in_channels=3, num_classes=num_classes, norm_layer=nn.BatchNorm2d))
+        == parameters
+    )
 
 
 @pytest.mark.parametrize("batch", [2, 0])
@@ -53,7 +56,9 @@ def test_logits_also_of_an_empty_shard(name, channels, side, batch):
 def test_resolution_of_the_last_stage(name, feature_side):
     model = MODELS[name](in_channels=3, num_classes=2, norm_layer=nn.BatchNorm2d).eval()
     sides = []
-    model.get_submodule(model.stages[-1]).register_forward_hook(lambda module, args, out: sides.append(out.shape[-1]))
+    model.get_submodule(model.stages[-1]).register_forward_hook(
+        lambda module, args, out: sides.append(out.shape[-1])
+    )
     model(torch.randn(1, 3, 32, 32))
     assert sides == [feature_side]
 
@@ -94,7 +99,9 @@ def test_renorm_layers_are_those_of_the_config():
     layer = make_norm_layer(section, 13_000)(4)
     assert isinstance(layer, SyncBatchRenorm)
     assert (layer.sync, layer.momentum, layer.running_average) == ("running", 0.01, "std")
-    assert layer.schedule == RenormSchedule(2.0, 5.0, 500, 4000, 2500), "the paper's, scaled to the run"
+    assert layer.schedule == RenormSchedule(2.0, 5.0, 500, 4000, 2500), (
+        "the paper's, scaled to the run"
+    )
     given = RenormSection(warmup_steps=1, r_steps=2, d_steps=3, running_average="var")
     layer = make_norm_layer(NormSection(name="sync_batch_renorm", renorm=given), 13_000)(4)
     assert isinstance(layer, SyncBatchRenorm)
@@ -103,9 +110,18 @@ def test_renorm_layers_are_those_of_the_config():
 
 
 def test_a_rule_keeps_the_mode_of_the_layer_that_it_exchanges():
-    section = NormSection(name="batch_norm", sync="none", rules={"0": "group_norm", "2": "sync_batch_norm"})
-    model = nn.Sequential(nn.BatchNorm2d(4).eval(), nn.ReLU(), nn.BatchNorm2d(4), FrozenBatchNorm(4)).eval()
+    section = NormSection(
+        name="batch_norm", sync="none", rules={"0": "group_norm", "2": "sync_batch_norm"}
+    )
+    model = nn.Sequential(
+        nn.BatchNorm2d(4).eval(), nn.ReLU(), nn.BatchNorm2d(4), FrozenBatchNorm(4)
+    ).eval()
     model[2].train()
     apply_rules(model, section, 10)
-    assert [type(module) for module in model] == [nn.GroupNorm, nn.ReLU, SyncBatchNorm, FrozenBatchNorm]
+    assert [type(module) for module in model] == [
+        nn.GroupNorm,
+        nn.ReLU,
+        SyncBatchNorm,
+        FrozenBatchNorm,
+    ]
     assert [module.training for module in model] == [False, False, True, False]

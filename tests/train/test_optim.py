@@ -26,13 +26,17 @@ def test_cosine_rises_then_falls():
 
 
 def test_linear_and_constant():
-    assert rates("linear", warmup=1 / 6, steps=12) == pytest.approx([0.5, 1.0, *(1 - i / 10 for i in range(11))])
+    assert rates("linear", warmup=1 / 6, steps=12) == pytest.approx(
+        [0.5, 1.0, *(1 - i / 10 for i in range(11))]
+    )
     assert rates("constant", warmup=1 / 6) == [0.5] + [1.0] * 12
 
 
 def test_a_class_of_torch_counts_from_the_end_of_the_warm_up():
     assert rates("StepLR", step_size=2, gamma=0.1)[:5] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
-    assert rates("StepLR", warmup=1 / 6, step_size=2, gamma=0.1)[:6] == pytest.approx([0.5, 1.0, 1, 1, 0.1, 0.1])
+    assert rates("StepLR", warmup=1 / 6, step_size=2, gamma=0.1)[:6] == pytest.approx(
+        [0.5, 1.0, 1, 1, 0.1, 0.1]
+    )
 
 
 def test_without_warm_up_and_of_a_single_step():
@@ -61,7 +65,12 @@ def test_lists_become_tuples_and_frozen_parameters_are_left_out():
 @pytest.mark.parametrize(
     ("check", "name", "options", "message"),
     [
-        (optim.check_optimizer, "SGD", {"momentumm": 0.9}, "momentumm\n *Extra inputs are not permitted"),
+        (
+            optim.check_optimizer,
+            "SGD",
+            {"momentumm": 0.9},
+            "momentumm\n *Extra inputs are not permitted",
+        ),
         (optim.check_optimizer, "SGD", {"lr": 0.9}, "lr\n *Extra inputs are not permitted"),
         (
             optim.check_optimizer,
@@ -69,7 +78,12 @@ def test_lists_become_tuples_and_frozen_parameters_are_left_out():
             {"betas": [0.9, 1.5]},
             r"Adam refuses .* Invalid beta parameter at index 1: 1.5",
         ),
-        (optim.check_optimizer, "SGD", {"momentum": "much"}, "momentum\n *Input should be a valid number"),
+        (
+            optim.check_optimizer,
+            "SGD",
+            {"momentum": "much"},
+            "momentum\n *Input should be a valid number",
+        ),
         (optim.check_schedule, "cosine", {"T_max": 3}, "T_max\n *Extra inputs are not permitted"),
         (optim.check_schedule, "StepLR", {}, "step_size\n *Field required"),
         (optim.check_schedule, "StepLR", {"step_size": 0}, "StepLR refuses {'step_size': 0}"),
@@ -82,7 +96,11 @@ def test_arguments_are_checked(check, name, options, message):
 
 @pytest.mark.parametrize(
     ("check", "name"),
-    [(optim.check_optimizer_name, "Adan"), (optim.check_optimizer_name, "LBFGS"), (optim.check_schedule_name, "cosin")],
+    [
+        (optim.check_optimizer_name, "Adan"),
+        (optim.check_optimizer_name, "LBFGS"),
+        (optim.check_schedule_name, "cosin"),
+    ],
 )
 def test_names_are_checked(check, name):
     with pytest.raises(ValueError, match=f"must be one of .* got {name!r}. The nearest is "):

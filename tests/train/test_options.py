@@ -25,13 +25,19 @@ SHORT = ["train.epochs=1", "train.global_batch=128"]
 
 
 def network(norm: NormSection) -> nn.Module:
-    model = MODELS["digits_resnet"](in_channels=1, num_classes=10, norm_layer=make_norm_layer(norm, 100))
+    model = MODELS["digits_resnet"](
+        in_channels=1, num_classes=10, norm_layer=make_norm_layer(norm, 100)
+    )
     apply_rules(model, norm, 100)
     return model
 
 
 def test_rules_choose_layers_by_name_and_the_first_holds():
-    rules = {"layer1.0.bn1": "sync_batch_renorm", "layer1": "group_norm", r"downsample\.1$": "frozen"}
+    rules = {
+        "layer1.0.bn1": "sync_batch_renorm",
+        "layer1": "group_norm",
+        r"downsample\.1$": "frozen",
+    }
     model = network(NormSection(rules=rules))
     kinds = {name: type(m) for name, m in model.named_modules() if hasattr(m, "eps")}
     assert kinds["bn1"] is SyncBatchNorm
@@ -105,10 +111,20 @@ def test_autocast_computes_in_bfloat16(pool, tmp_path):
 def test_compiled_it_is_the_same_training(tmp_path):
     losses = []
     for name in ("false", "true"):
-        options = [*SHORT, "train.dtype=float64", f"train.compile={name}", "launch.timeout_seconds=90"]
+        options = [
+            *SHORT,
+            "train.dtype=float64",
+            f"train.compile={name}",
+            "launch.timeout_seconds=90",
+        ]
         done = commands.run([*commands.SYNCNORM, "train", "digits", *options], tmp_path)
         assert done.returncode == 0, done.stderr
-        losses.append([event["loss"] for event in runs.events(tmp_path / done.stdout.splitlines()[-1], "step")])
+        losses.append(
+            [
+                event["loss"]
+                for event in runs.events(tmp_path / done.stdout.splitlines()[-1], "step")
+            ]
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
@@ -158,7 +174,9 @@ def test_memory_is_estimated_with_our_layers_for_any_number_of_dimensions(name, 
     need, model = needed(code, f"norm.sync={sync}")
     state = model.state_dict()
     assert next(layer.sync for layer in model.modules() if isinstance(layer, SyncBatchNorm)) == sync
-    assert all(int(value) == 0 for key, value in state.items() if "num_batches" in key), "the trial leaves no trace"
+    assert all(int(value) == 0 for key, value in state.items() if "num_batches" in key), (
+        "the trial leaves no trace"
+    )
     torch.set_rng_state(random)
     theirs, _ = needed(code, "norm.name=batch_norm", "norm.sync=none")
     assert need.per_sample == pytest.approx(theirs.per_sample, rel=0.1)
@@ -168,7 +186,8 @@ def test_a_network_that_cannot_be_copied_is_not_tried(caplog):
     need, _ = needed("model.name=tests.train.nets:Locked")
     assert need.per_sample == 0
     assert (
-        "what a forward keeps of a sample is not known: TypeError: cannot pickle '_thread.lock' object" in caplog.text
+        "what a forward keeps of a sample is not known: TypeError: cannot pickle '_thread.lock' "
+        "object" in caplog.text
     )
 
 
@@ -176,14 +195,17 @@ def test_what_does_not_fit_is_refused_with_its_figures():
     need = Need(400 * 2**20, 100 * 2**20, 2**20 // 2, 64)
     refuse(need, need.total, 0)
     message = re.escape(
-        "must be such that a step fits into memory, got one that needs 532.00 MiB: 400.00 MiB for the process with its "
-        "data, 100.00 MiB for parameters, gradients and optimizer, and 64 samples in a forward of 512.00 KiB each. "
+        "must be such that a step fits into memory, got one that needs 532.00 MiB: 400.00 MiB for "
+        "the process with its "
+        "data, 100.00 MiB for parameters, gradients and optimizer, and 64 samples in a forward of "
+        "512.00 KiB each. "
         "Worker 3 has 531.00 MiB. Set launch.micro_batch to at most 62, or take more workers."
     )
     with pytest.raises(ConfigError, match=message):
         refuse(need, 531 * 2**20, 3)
     with pytest.raises(
-        ConfigError, match=r"Worker 0 has 500.00 MiB. Take fewer workers, a smaller model or more memory."
+        ConfigError,
+        match=r"Worker 0 has 500.00 MiB. Take fewer workers, a smaller model or more memory.",
     ):
         refuse(need, 500 * 2**20, 0)
 
@@ -194,15 +216,42 @@ NETS = "tests.train.nets"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["launch.memory_gib=0.05"], "`launch.micro_batch` must be such that a step fits into memory"),
-        ([f"model.name={NETS}:no_norms"], "got one that has none. Make its layers with the norm_layer"),
-        ([f"model.name={NETS}:no_module"], f"must return a torch.nn.Module, got function of '{NETS}:no_module'"),
-        ([f"model.name={NETS}:Maps", "model.options.kind=map"], "got shape (4, 10, 6, 6) for 4 images of 10 classes"),
-        ([f"model.name={NETS}:Maps", "model.options.kind=few"], "got shape (4, 9) for 4 images of 10 classes"),
-        ([f"model.name={NETS}:Maps", "model.options.kind=flat"], "got shape (1440,) for 4 images of 10 classes"),
-        ([f"model.name={NETS}:Maps", "model.options.kind=dict"], "got dict for 4 images of 10 classes"),
-        ([f"data.name={NETS}:two_folders"], "must return a syncnorm.train.data.Dataset, got tuple(PosixPath, "),
-        ([f"data.name={NETS}:masks"], "got (1437, 1, 8, 8) and (1437, 8, 8). The loss takes one class"),
+        (
+            ["launch.memory_gib=0.05"],
+            "`launch.micro_batch` must be such that a step fits into memory",
+        ),
+        (
+            [f"model.name={NETS}:no_norms"],
+            "got one that has none. Make its layers with the norm_layer",
+        ),
+        (
+            [f"model.name={NETS}:no_module"],
+            f"must return a torch.nn.Module, got function of '{NETS}:no_module'",
+        ),
+        (
+            [f"model.name={NETS}:Maps", "model.options.kind=map"],
+            "got shape (4, 10, 6, 6) for 4 images of 10 classes",
+        ),
+        (
+            [f"model.name={NETS}:Maps", "model.options.kind=few"],
+            "got shape (4, 9) for 4 images of 10 classes",
+        ),
+        (
+            [f"model.name={NETS}:Maps", "model.options.kind=flat"],
+            "got shape (1440,) for 4 images of 10 classes",
+        ),
+        (
+            [f"model.name={NETS}:Maps", "model.options.kind=dict"],
+            "got dict for 4 images of 10 classes",
+        ),
+        (
+            [f"data.name={NETS}:two_folders"],
+            "must return a syncnorm.train.data.Dataset, got tuple(PosixPath, ",
+        ),
+        (
+            [f"data.name={NETS}:masks"],
+            "got (1437, 1, 8, 8) and (1437, 8, 8). The loss takes one class",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_alike_before_the_first_step(pool, options, message):
@@ -226,7 +275,9 @@ def test_a_network_that_makes_no_layer_with_norm_layer_is_converted(name, sync, 
     assert (model[1].sync, model[1].eps, model[5].eps) == (sync, 1e-3, 1e-5)
     assert model[1].momentum == (0.1 if kind is SyncBatchNorm else 0.01)
     check_kept(model)
-    assert caplog.messages == [f"the model makes no layer with norm_layer: its 2 batch norms are {name} now"]
+    assert caplog.messages == [
+        f"the model makes no layer with norm_layer: its 2 batch norms are {name} now"
+    ]
 
 
 def check_kept(model: nn.Sequential) -> None:
@@ -247,11 +298,16 @@ def test_a_network_that_makes_no_layer_with_norm_layer_is_frozen_with_its_statis
     assert isinstance(model[5], FrozenBatchNorm)
     check_kept(model)
     assert model(torch.randn(3, 1, 8, 8)).shape == (3, 10)
-    assert caplog.messages == ["the model makes no layer with norm_layer: its 2 batch norms are frozen now"]
+    assert caplog.messages == [
+        "the model makes no layer with norm_layer: its 2 batch norms are frozen now"
+    ]
 
 
 def test_torchs_own_layers_stay_where_they_are_asked_for(caplog):
-    assert [type(converted(name="batch_norm")[place]) for place in (1, 5)] == [nn.BatchNorm2d, nn.BatchNorm1d]
+    assert [type(converted(name="batch_norm")[place]) for place in (1, 5)] == [
+        nn.BatchNorm2d,
+        nn.BatchNorm1d,
+    ]
     for name in ("batch_norm", "group_norm", "frozen"):
         fit_layers(nets.no_norms(1, 10), NormSection(name=name), 100)
     assert caplog.messages == []
@@ -285,7 +341,9 @@ def test_a_rule_keeps_running_statistics():
 
 
 def test_a_converted_network_trains_pooled_and_is_built_once(pool, tmp_path):
-    for outcome, built in pool(2).run(runs.train_code, str(tmp_path), "own_norms", ["train.global_batch=128"]):
+    for outcome, built in pool(2).run(
+        runs.train_code, str(tmp_path), "own_norms", ["train.global_batch=128"]
+    ):
         assert built == 1
         assert len(set(outcome.digests)) == 1
     folder = tmp_path / "own"

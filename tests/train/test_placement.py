@@ -28,7 +28,10 @@ def test_every_statistic_is_whole_and_every_sample_is_computed_once(count, norm_
 
     seen: list[int] = []
     for start in range(0, world_size, shared_by):
-        run = [list(itertools.chain(*placement.rounds)) for placement in placements[start : start + shared_by]]
+        run = [
+            list(itertools.chain(*placement.rounds))
+            for placement in placements[start : start + shared_by]
+        ]
         # The workers of a run have parts of the same statistics, in the same order.
         for parts in zip(*run, strict=True):
             together = sorted(set().union(*map(samples, parts)))
@@ -52,7 +55,8 @@ def test_every_statistic_is_whole_and_every_sample_is_computed_once(count, norm_
 def test_where_statistics_are(statistics, world_size, shared_by, rounds):
     placements = [place(8 * statistics, 8, rank, world_size, 8) for rank in range(world_size)]
     assert {placement.shared_by for placement in placements} == {shared_by}
-    # With micro-batches of one statistic there are as many rounds as statistics, unless shares of several fit into one.
+    # With micro-batches of one statistic there are as many rounds as statistics, unless shares of
+    # several fit into one.
     parts = [sum(map(len, placement.rounds)) for placement in placements]
     assert parts == rounds
 
@@ -61,13 +65,18 @@ def test_side_by_side_or_one_after_the_other():
     assert [len(parts) for parts in place(64, 8, 0, 1, None).rounds] == [8]
     assert [len(parts) for parts in place(64, 8, 0, 1, 8).rounds] == [1] * 8
     assert [len(parts) for parts in place(64, 8, 0, 1, 23).rounds] == [2] * 4
-    # Shared by three workers, 2 or 3 samples each: 3 fit together with 3 others, on all workers alike.
+    # Shared by three workers, 2 or 3 samples each: 3 fit together with 3 others, on all workers
+    # alike.
     for rank in range(3):
         assert [len(parts) for parts in place(16, 8, rank, 3, 6).rounds] == [2]
         assert [len(parts) for parts in place(16, 8, rank, 3, 5).rounds] == [1, 1]
 
 
-@given(count=st.integers(0, 60), world_size=st.integers(1, 7), micro_batch=st.none() | st.integers(1, 20))
+@given(
+    count=st.integers(0, 60),
+    world_size=st.integers(1, 7),
+    micro_batch=st.none() | st.integers(1, 20),
+)
 def test_local_rounds_are_as_many_on_each_worker_and_small_enough(count, world_size, micro_batch):
     placements = [place_local(count, rank, world_size, micro_batch) for rank in range(world_size)]
     assert len({len(placement.rounds) for placement in placements}) == 1
@@ -78,9 +87,7 @@ def test_local_rounds_are_as_many_on_each_worker_and_small_enough(count, world_s
 
 
 def test_a_statistic_that_needs_more_samples_at_once_than_allowed_is_refused():
-    message = (
-        r"`launch.micro_batch` must be at least 32 where a statistic of 64 samples is shared by 2 worker\(s\), got 31"
-    )
+    message = r"`launch.micro_batch` must be at least 32 where a statistic of 64 samples is shared by 2 worker\(s\), got 31"
     with pytest.raises(ConfigError, match=message):
         place(64, 64, 0, 2, 31)
     place(64, 64, 0, 2, 32)

@@ -13,7 +13,17 @@ from syncnorm.train.report.events import Mark, read_events
 from syncnorm.train.report.run import read_runs
 from syncnorm.train.report.summary import config_differences
 from tests.train.report_page import report
-from tests.train.report_runs import BEGIN, CONFIG, Example, changed, epoch, interval, start, step, write_run
+from tests.train.report_runs import (
+    BEGIN,
+    CONFIG,
+    Example,
+    changed,
+    epoch,
+    interval,
+    start,
+    step,
+    write_run,
+)
 
 
 def test_the_summary_says_what_the_events_say(tmp_path):
@@ -27,7 +37,13 @@ def test_the_summary_says_what_the_events_say(tmp_path):
                 for number, speed, share in [(1, 700, 0.1), (2, 1300, 0.3), (3, 900, 0.25)]
             ),
             epoch(2, 0.75),
-            {"event": "fault", "time": BEGIN + 3, "step": 3, "kind": "not_finite", "message": "so it is"},
+            {
+                "event": "fault",
+                "time": BEGIN + 3,
+                "step": 3,
+                "kind": "not_finite",
+                "message": "so it is",
+            },
             epoch(4, 0.5),
             {"event": "end", "time": BEGIN + 95.0, "step": 4, "test_accuracy": 0.625},
         ],
@@ -53,11 +69,16 @@ def test_the_summary_of_a_whole_example(tmp_path):
     example = Example(seed=5, epochs=3)
     events = [example.start(), *example.course(0, example.total), example.end()]
     row = report(tmp_path, write_run(tmp_path / "a", events)).summary[0]
-    by_step = {event["step"]: event["test_accuracy"] for event in events if "test_accuracy" in event}
+    by_step = {
+        event["step"]: event["test_accuracy"] for event in events if "test_accuracy" in event
+    }
     speeds = [event["samples_per_second"] for event in events if event["event"] == "interval"]
     best = max(by_step.values())
     assert row["Steps"] == "69"
-    assert row["Best test accuracy"] == f"{100 * best:.2f} %step {min(s for s in by_step if by_step[s] == best)}"
+    assert (
+        row["Best test accuracy"]
+        == f"{100 * best:.2f} %step {min(s for s in by_step if by_step[s] == best)}"
+    )
     assert row["Last test accuracy"] == f"{100 * example.best:.2f} %"
     assert row["Samples/s"] == f"{statistics.median(speeds):,.0f}"
     assert row["Duration"] == f"{events[-1]['time'] - events[0]['time']:.1f} s"
@@ -89,7 +110,9 @@ def test_of_several_records_of_a_step_the_last_holds(tmp_path):
 
 def test_a_first_start_is_a_restart_only_after_step_0(tmp_path):
     assert report(tmp_path, write_run(tmp_path / "a", [start()])).summary[0]["Restarts"] == "0"
-    assert report(tmp_path, write_run(tmp_path / "b", [start(number=7)])).summary[0]["Restarts"] == "1"
+    assert (
+        report(tmp_path, write_run(tmp_path / "b", [start(number=7)])).summary[0]["Restarts"] == "1"
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,22 +180,31 @@ def test_losses_that_are_not_finite(tmp_path):
     run = write_run(tmp_path / "a", [step(number, loss) for number, loss in enumerate(losses, 1)])
     page = report(tmp_path, run)
     assert "loss not finite at 3 steps, first at step 2" in page.text
-    assert page.figure("Training loss") == "Training loss over optimizer steps: a from 2 to 0.5 at step 6."
+    assert (
+        page.figure("Training loss")
+        == "Training loss over optimizer steps: a from 2 to 0.5 at step 6."
+    )
     whole = report(tmp_path, write_run(tmp_path / "b", [step(1)]))
     assert "not finite" not in whole.text
 
 
 @pytest.mark.parametrize(
-    "losses", [[0.0], [1.0], [3.0] * 5, [-1.0, 2.0], [1e300, 1e-300], [1e308] * 200, [5e-324, 1e308]]
+    "losses",
+    [[0.0], [1.0], [3.0] * 5, [-1.0, 2.0], [1e300, 1e-300], [1e308] * 200, [5e-324, 1e308]],
 )
 def test_losses_at_the_edges(tmp_path, losses):
     run = write_run(tmp_path / "a", [step(number, loss) for number, loss in enumerate(losses, 1)])
     assert report(tmp_path, run).figure("Training loss")
 
 
-@pytest.mark.parametrize(("losses", "is_log"), [([10.0, 0.001], True), ([10.0, 0.0], False), ([10.0, -1.0], False)])
+@pytest.mark.parametrize(
+    ("losses", "is_log"), [([10.0, 0.001], True), ([10.0, 0.0], False), ([10.0, -1.0], False)]
+)
 def test_the_loss_has_a_logarithmic_axis_if_it_is_positive(tmp_path, losses, is_log):
-    page = report(tmp_path, write_run(tmp_path / "a", [step(number, loss) for number, loss in enumerate(losses, 1)]))
+    page = report(
+        tmp_path,
+        write_run(tmp_path / "a", [step(number, loss) for number, loss in enumerate(losses, 1)]),
+    )
     assert ("0.01" in page.texts) == is_log
 
 
@@ -223,16 +255,34 @@ def test_names_tell_runs_apart_and_nothing_about_the_machine(tmp_path):
 
 
 def test_checkpoints_in_a_row_are_gathered(tmp_path):
-    checkpoints = [{"event": "checkpoint", "time": BEGIN, "step": n, "path": f"step-{n}"} for n in range(2, 12, 2)]
-    fault = {"event": "fault", "time": BEGIN + 3725, "step": 7, "kind": "not_finite", "message": "left out"}
-    page = report(tmp_path, write_run(tmp_path / "a", [start(), *checkpoints[:3], fault, *checkpoints[3:]]))
-    assert page.marks == [("2 to 6", "| 3 checkpoints"), ("7", "× fault: not finite"), ("8 to 10", "| 2 checkpoints")]
+    checkpoints = [
+        {"event": "checkpoint", "time": BEGIN, "step": n, "path": f"step-{n}"}
+        for n in range(2, 12, 2)
+    ]
+    fault = {
+        "event": "fault",
+        "time": BEGIN + 3725,
+        "step": 7,
+        "kind": "not_finite",
+        "message": "left out",
+    }
+    page = report(
+        tmp_path, write_run(tmp_path / "a", [start(), *checkpoints[:3], fault, *checkpoints[3:]])
+    )
+    assert page.marks == [
+        ("2 to 6", "| 3 checkpoints"),
+        ("7", "× fault: not finite"),
+        ("8 to 10", "| 2 checkpoints"),
+    ]
     times = [(row["Time"], row["Message"]) for row in page.rows if "What" in row]
     assert times[:2] == [("0:00:00", "newest: step-6"), ("1:02:05", "left out")]
 
 
 def test_a_thousand_faults_are_not_a_thousand_rows(tmp_path):
-    faults = [{"event": "fault", "step": n, "kind": "not_finite", "message": f"number {n} " * 500} for n in range(1000)]
+    faults = [
+        {"event": "fault", "step": n, "kind": "not_finite", "message": f"number {n} " * 500}
+        for n in range(1000)
+    ]
     run = write_run(tmp_path / "a", faults)
     page = report(tmp_path, run)
     assert page.summary[0]["Faults"] == "1,0001,000 not finite"
@@ -253,7 +303,8 @@ def test_a_long_run_gives_a_small_page(tmp_path):
 
 def test_more_runs_than_colours(tmp_path):
     runs = [
-        write_run(tmp_path / f"run-{index:02}", [start(), step(1, 1.0 + index), step(2, 0.5)]) for index in range(14)
+        write_run(tmp_path / f"run-{index:02}", [start(), step(1, 1.0 + index), step(2, 0.5)])
+        for index in range(14)
     ]
     page = report(tmp_path, *runs)
     assert len(page.summary) == 14
@@ -264,13 +315,19 @@ def test_more_runs_than_colours(tmp_path):
     ("folders", "message"),
     [
         ([], "`runs` must be at least one folder of a run, got none"),
-        (["missing"], r"`runs` must be folders of runs, got '.*missing', which holds no config.yaml"),
+        (
+            ["missing"],
+            r"`runs` must be folders of runs, got '.*missing', which holds no config.yaml",
+        ),
         (["empty"], r"`runs` must be folders of runs, got '.*empty', which holds no config.yaml"),
         (["a\0b"], "`runs` must be folders of runs, got "),
         (["good", "good"], r"`runs` must be different folders, got '.*good' 2 times"),
         (["good", "link"], r"`runs` must be different folders, got '.*good' 2 times"),
         (["no-mapping"], r"no-mapping/config.yaml: must be a mapping, got list"),
-        (["bad-yaml"], r"bad-yaml/config.yaml: tag tag:yaml.org,2002:python/name:os.system is not allowed"),
+        (
+            ["bad-yaml"],
+            r"bad-yaml/config.yaml: tag tag:yaml.org,2002:python/name:os.system is not allowed",
+        ),
         (["bad-exit"], r"bad-exit/exit.json: must be JSON: "),
         (["odd-exit"], r"odd-exit/exit.json: must be an object with a `status`, got \[1\]"),
         (["no-text"], r"no-text/config.yaml: must be UTF-8: invalid start byte at byte 0"),
@@ -282,7 +339,9 @@ def test_bad_runs(tmp_path, folders, message):
     good = write_run(tmp_path / "good", [])
     (tmp_path / "link").symlink_to(good)
     (write_run(tmp_path / "no-mapping", []) / "config.yaml").write_text("[1]")
-    (write_run(tmp_path / "bad-yaml", []) / "config.yaml").write_text("a: !!python/name:os.system x")
+    (write_run(tmp_path / "bad-yaml", []) / "config.yaml").write_text(
+        "a: !!python/name:os.system x"
+    )
     (write_run(tmp_path / "bad-exit", []) / "exit.json").write_text('{"status": "do')
     (write_run(tmp_path / "odd-exit", []) / "exit.json").write_text("[1]")
     (write_run(tmp_path / "no-text", []) / "config.yaml").write_bytes(b"\xff")
@@ -295,11 +354,15 @@ def test_bad_runs(tmp_path, folders, message):
     assert not output.exists()
 
 
-@pytest.mark.parametrize("output", ["missing/report.html", "folder", "good/config.yaml/report.html", "a\0b"])
+@pytest.mark.parametrize(
+    "output", ["missing/report.html", "folder", "good/config.yaml/report.html", "a\0b"]
+)
 def test_an_output_that_cannot_be_written(tmp_path, output):
     (tmp_path / "folder").mkdir()
     run = write_run(tmp_path / "good", [])
-    with pytest.raises(ConfigError, match="`output` must be a file that can be written, got ") as caught:
+    with pytest.raises(
+        ConfigError, match="`output` must be a file that can be written, got "
+    ) as caught:
         write_report([run], tmp_path / output)
     assert repr(str(tmp_path / output)) in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "good"]
@@ -312,9 +375,13 @@ def test_without_matplotlib(tmp_path):
         "from pathlib import Path; from syncnorm.train.report import write_report\n"
         "write_report([Path(sys.argv[1])], Path(sys.argv[1]) / 'report.html')"
     )
-    done = subprocess.run([sys.executable, "-c", code, run], capture_output=True, text=True, timeout=900)
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], capture_output=True, text=True, timeout=900
+    )
     assert done.returncode == 1
-    message = "ConfigError: a report needs matplotlib. Install it with: pip install 'syncnorm[report]'"
+    message = (
+        "ConfigError: a report needs matplotlib. Install it with: pip install 'syncnorm[report]'"
+    )
     assert done.stderr.rstrip().endswith(message)
 
 

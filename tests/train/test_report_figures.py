@@ -25,7 +25,11 @@ def test_layers_are_shown_as_far_as_they_are_recorded(tmp_path):
 
 def test_a_layers_statistics_stand_where_they_belong(tmp_path):
     records = [
-        {"event": "layers", "step": 20, "layers": {"x": {"mean_gap": 3.0}, "y": {"mean_gap": "inf", "var_gap": 1.0}}},
+        {
+            "event": "layers",
+            "step": 20,
+            "layers": {"x": {"mean_gap": 3.0}, "y": {"mean_gap": "inf", "var_gap": 1.0}},
+        },
         {"event": "layers", "step": 10, "layers": {"x": {"mean_gap": 2.0, "r_clipped": None}}},
     ]
     run = read_runs([write_run(tmp_path / "a", records)])[0]
@@ -38,7 +42,10 @@ def test_a_layers_statistics_stand_where_they_belong(tmp_path):
 
 def test_all_runs_have_one_scale_of_colours(tmp_path):
     runs = [
-        write_run(tmp_path / f"{high}", [{"event": "layers", "step": 1, "layers": {"x": {"mean_gap": high}}}])
+        write_run(
+            tmp_path / f"{high}",
+            [{"event": "layers", "step": 1, "layers": {"x": {"mean_gap": high}}}],
+        )
         for high in (1.0, 6.0)
     ]
     alone = [text for tag, text in report(tmp_path, runs[0]).tagged if tag == "text"]
@@ -50,13 +57,17 @@ def test_all_runs_have_one_scale_of_colours(tmp_path):
 @pytest.mark.parametrize("value", [-1.0, 0.0, 5e-324, 1e308, -1e308])
 def test_statistics_at_the_edges(tmp_path, value):
     layers = {"x": {"mean_gap": value, "between_share": value}}
-    run = write_run(tmp_path / "a", [{"event": "layers", "step": step, "layers": layers} for step in (1, 2)])
+    run = write_run(
+        tmp_path / "a", [{"event": "layers", "step": step, "layers": layers} for step in (1, 2)]
+    )
     assert report(tmp_path, run).figure("Gap of the mean")
 
 
 def test_a_deep_network_names_some_of_its_layers(tmp_path):
     layers = {f"layer.{index}": {"mean_gap": float(index)} for index in range(150)}
-    page = report(tmp_path, write_run(tmp_path / "a", [{"event": "layers", "step": 1, "layers": layers}]))
+    page = report(
+        tmp_path, write_run(tmp_path / "a", [{"event": "layers", "step": 1, "layers": layers}])
+    )
     assert page.figure("Gap of the mean of 150 layers")
     labels = [text for tag, text in page.tagged if tag == "text" and text.startswith("layer.")]
     assert labels == [f"layer.{index}" for index in range(0, 150, 3)]
@@ -70,7 +81,9 @@ def test_columns_of_a_heat_map():
     assert cells.shape == (1, 240)
     np.testing.assert_allclose(cells[0, :2], [9.5, 29.5], atol=0.5)
     late = Grid(["x"], np.array([0.0, 1.0, 9.0]), np.array([[1.0, 2.0, 5.0]]))
-    assert resample(late)[2].tolist() == [[1.5, 2.0, 5.0]]  # nothing from 3 to 6: the record before goes on
+    assert resample(late)[2].tolist() == [
+        [1.5, 2.0, 5.0]
+    ]  # nothing from 3 to 6: the record before goes on
 
 
 def test_thinned_curves_keep_peaks_dips_and_gaps():

@@ -1,4 +1,6 @@
-"""What a report can never do: run what stands in a run's folder, load anything, or differ from time to time."""
+"""What a report can never do: run what stands in a run's folder, load anything, or differ from time
+to time.
+"""
 
 import os
 import re
@@ -30,7 +32,11 @@ EVIL = "<script>alert('a')</script><img src=x onerror=alert(1)>\"'&amp;</svg></s
 def test_text_from_a_run_stays_text(tmp_path):
     name = EVIL.replace("/", "")
     config = changed(model__name=EVIL)
-    layers = {"event": "layers", "step": 1, "layers": {EVIL: {"mean_gap": 1.0}, "$\\frac{$": {"mean_gap": 2.0}}}
+    layers = {
+        "event": "layers",
+        "step": 1,
+        "layers": {EVIL: {"mean_gap": 1.0}, "$\\frac{$": {"mean_gap": 2.0}},
+    }
     events = [
         {**start(), "device": EVIL, "versions": {EVIL: EVIL}, "placement": EVIL},
         step(1),
@@ -52,7 +58,9 @@ def test_text_from_a_run_stays_text(tmp_path):
         assert "…" + EVIL[-21:] in page.texts  # a layer in a figure
 
 
-@pytest.mark.parametrize("text", ["\x00\x1b[31m", "\ud800", "\u202e\u2028", "日本語", "x" * 100_000, "\n\n", ""])
+@pytest.mark.parametrize(
+    "text", ["\x00\x1b[31m", "\ud800", "\u202e\u2028", "日本語", "x" * 100_000, "\n\n", ""]
+)
 def test_any_text_makes_a_page(tmp_path, text):
     layers = {"event": "layers", "step": 1, "layers": {text: {"mean_gap": 1.0}}}
     fault = {"event": "fault", "step": 1, "kind": text, "message": text}
@@ -66,7 +74,16 @@ def assert_nothing_is_loaded(page: Page) -> None:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form")
         for name, value in attributes.items():
             assert not name.startswith("on"), (tag, name)
-            if name in ("src", "href", "xlink:href", "action", "srcset", "poster", "data", "background"):
+            if name in (
+                "src",
+                "href",
+                "xlink:href",
+                "action",
+                "srcset",
+                "poster",
+                "data",
+                "background",
+            ):
                 assert value.startswith(("#", "data:image/png;base64,")), (tag, name, value)
             if name in ("style", "clip-path", "fill", "stroke", "mask", "filter"):
                 assert re.sub(r"url\(#[\w-]+\)", "", value).find("url(") == -1, (tag, name, value)
@@ -108,7 +125,9 @@ def test_names_within_the_page_are_unique_and_found(examples):
 def test_figures_follow_the_page_from_light_to_dark(examples):
     page = Page(examples[0].read_text(encoding="utf-8"))
     styles = "\n".join(page.values("style"))
-    assert {"--muted", "--grid", "--run-0", "--run-1", "--run-2"} <= set(re.findall(r"var\(([\w-]+)\)", styles))
+    assert {"--muted", "--grid", "--run-0", "--run-1", "--run-2"} <= set(
+        re.findall(r"var\(([\w-]+)\)", styles)
+    )
     assert "#000" not in styles
     assert "font-family" not in styles
 
@@ -135,6 +154,11 @@ def test_the_same_folders_give_the_same_bytes(examples, tmp_path):
         "output, *runs = map(Path, sys.argv[1:]); write_report(runs, output)"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
-    subprocess.run([sys.executable, "-c", code, tmp_path / "c.html", *runs], check=True, timeout=900, env=environment)
+    subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "c.html", *runs],
+        check=True,
+        timeout=900,
+        env=environment,
+    )
     assert (tmp_path / "c.html").read_bytes() == first
     assert write_report(runs[:1], tmp_path / "d.html").read_bytes() != first

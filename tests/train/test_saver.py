@@ -93,7 +93,9 @@ def test_a_save_that_fails_is_a_result_and_the_next_one_may_not(store, monkeypat
     (result,) = saver.take_results()
     assert (result.step, result.path) == (2, None)
     assert result.error is not None
-    assert result.error.startswith(f"step 2 could not be saved in {store.folder}: [Errno 30] Read-only file system")
+    assert result.error.startswith(
+        f"step 2 could not be saved in {store.folder}: [Errno 30] Read-only file system"
+    )
     assert names(store.folder) == ["step-00000001"]
     assert saver.start(make_snapshot(3))
     saver.wait()
@@ -112,11 +114,17 @@ def test_a_store_that_is_taken_is_a_result(store):
 
 def test_a_snapshot_that_cannot_be_written_is_an_error_of_the_program(store):
     saver = BackgroundSaver(store)
-    with pytest.raises(InputError, match=r"`states\['rng'\]` must be a tensor, a plain value or a container"):
+    with pytest.raises(
+        InputError, match=r"`states\['rng'\]` must be a tensor, a plain value or a container"
+    ):
         saver.start(Snapshot(1, {}, {"rng": object()}, {}))
-    assert saver.start(Snapshot(1, {"model": {"a": torch.zeros(1, dtype=torch.complex128)}}, {}, {}))
+    assert saver.start(
+        Snapshot(1, {"model": {"a": torch.zeros(1, dtype=torch.complex128)}}, {}, {})
+    )
     saver.wait()
-    with pytest.raises(InputError, match=r"must be of types that safetensors has, got torch\.complex128"):
+    with pytest.raises(
+        InputError, match=r"must be of types that safetensors has, got torch\.complex128"
+    ):
         saver.take_results()
     assert saver.start(make_snapshot(2))
     saver.wait()
@@ -130,7 +138,9 @@ def run(code: str, *, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProce
 
 def test_a_save_under_way_is_finished_when_the_program_ends(tmp_path):
     store = CheckpointStore(tmp_path)
-    done = run(f"t.BackgroundSaver(t.CheckpointStore(t.Path({str(tmp_path)!r}))).start(t.make_snapshot(5))")
+    done = run(
+        f"t.BackgroundSaver(t.CheckpointStore(t.Path({str(tmp_path)!r}))).start(t.make_snapshot(5))"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert store.newest()[1:] == (tmp_path / "step-00000005", [])
 
@@ -163,8 +173,12 @@ def fill_by_limit(folder: Path) -> None:
 
 
 def fill_tmpfs(mount: Path) -> None:
-    """A small file system with too little room left, page by page; runs in a process and mounts of its own."""
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mount)], capture_output=True).returncode:
+    """A small file system with too little room left, page by page; runs in a process and mounts of
+    its own.
+    """
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mount)], capture_output=True
+    ).returncode:
         print("may not mount")
         return
     folder, filler = mount / "checkpoints", mount / "filler"
@@ -182,7 +196,13 @@ def fill_tmpfs(mount: Path) -> None:
             break
         last[opened[-1].name] += 1
     # it ended in each of the files
-    assert list(last) == ["model.safetensors", "optimizer.pt", "state.json", "manifest.json", ".tmp-best.json"], last
+    assert list(last) == [
+        "model.safetensors",
+        "optimizer.pt",
+        "state.json",
+        "manifest.json",
+        ".tmp-best.json",
+    ], last
     assert names(folder) == ["best.json", "step-00000002"]
 
 

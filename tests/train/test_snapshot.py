@@ -15,7 +15,15 @@ from syncnorm.train.checkpoint import CheckpointStore
 from syncnorm.train.snapshot import Snapshot
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
-DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.uint8,
+    torch.bool,
+]
 
 
 @pytest.fixture
@@ -31,14 +39,20 @@ def test_what_lies_on_disk(store):
     assert names(path) == sorted([*listed, "manifest.json"])
 
     manifest = json.loads((path / "manifest.json").read_text())
-    assert (manifest["format"], manifest["version"], manifest["step"]) == ("syncnorm-checkpoint", 1, 12)
+    assert (manifest["format"], manifest["version"], manifest["step"]) == (
+        "syncnorm-checkpoint",
+        1,
+        12,
+    )
     assert sorted(manifest["files"]) == listed
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
         assert entry == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
     # with nothing of ours
-    assert_equal(safetensors.torch.load_file(path / "ema.safetensors"), make_snapshot().tensors["ema"])
+    assert_equal(
+        safetensors.torch.load_file(path / "ema.safetensors"), make_snapshot().tensors["ema"]
+    )
     assert torch.load(path / "optimizer.pt", weights_only=True)["lr"] == 0.1
     assert json.loads((path / "state.json").read_text())["cursor"] == [1, 2]
 
@@ -79,7 +93,18 @@ def test_a_view_is_saved_without_the_rest_of_its_storage(store):
 
 def test_plain_values_of_every_kind(store):
     states = {
-        "plain": [None, True, 1 << 80, 0.1, float("-inf"), 1j, "a\n\0", b"\xff", torch.float16, torch.device("cpu")],
+        "plain": [
+            None,
+            True,
+            1 << 80,
+            0.1,
+            float("-inf"),
+            1j,
+            "a\n\0",
+            b"\xff",
+            torch.float16,
+            torch.device("cpu"),
+        ],
         "deep": {"a": (1, [{"b": ()}]), 3: torch.Size([2, 3]), None: {}, (1, "x"): 0},
         "ordered": OrderedDict([("b", 1), ("a", 2)]),
         "counter": Counter({30: 1, 80: 2}),  # MultiStepLR's milestones
@@ -104,13 +129,19 @@ def test_an_optimizer_goes_on_exactly(store):
     undisturbed = make()
     train(*undisturbed, 3)
     model, optimizer, schedule = undisturbed
-    states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict(), "rng": torch.get_rng_state()}
+    states = {
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "rng": torch.get_rng_state(),
+    }
     path = store.write(Snapshot(3, {"model": model.state_dict()}, states, {}))
     train(*undisturbed, 3)
 
     resumed = make()
     back = store.read(path)
-    for part, state in zip(resumed, (back.tensors["model"], *map(back.states.get, ("optimizer", "schedule")))):
+    for part, state in zip(
+        resumed, (back.tensors["model"], *map(back.states.get, ("optimizer", "schedule")))
+    ):
         part.load_state_dict(state)
     torch.set_rng_state(back.states["rng"])
     train(*resumed, 3)
@@ -133,7 +164,9 @@ def test_a_copy_does_not_show_what_training_does_next():
 
 def test_copies_share_no_storage_though_the_tensors_do():
     tensor = torch.zeros(4)
-    copy = Snapshot(1, {"model": {"a": tensor, "b": tensor}}, {"rng": [tensor[1:], tensor]}, {}).on_cpu()
+    copy = Snapshot(
+        1, {"model": {"a": tensor, "b": tensor}}, {"rng": [tensor[1:], tensor]}, {}
+    ).on_cpu()
     copies = [*copy.tensors["model"].values(), *copy.states["rng"], tensor]
     assert len({each.untyped_storage().data_ptr() for each in copies}) == 5
     assert copies[2].untyped_storage().nbytes() == 12
@@ -150,12 +183,24 @@ class Mine:
         ({"step": True}, "`step` must be a count of steps below 10^18, got True"),
         ({"tensors": {"../model": {}}}, "must have lower case words as names, got '../model'"),
         ({"states": {"Rng": 1}}, "must have lower case words as names, got 'Rng'"),
-        ({"tensors": {"model": {"a": 1}}}, "`tensors['model']` must be tensors by name, got 'a': int"),
-        ({"states": {"rng": {"a": [0, Mine()]}}}, "`states['rng']['a'][1]` must be a tensor, a plain value or a"),
+        (
+            {"tensors": {"model": {"a": 1}}},
+            "`tensors['model']` must be tensors by name, got 'a': int",
+        ),
+        (
+            {"states": {"rng": {"a": [0, Mine()]}}},
+            "`states['rng']['a'][1]` must be a tensor, a plain value or a",
+        ),
         ({"states": {"rng": {"a": [0, Mine()]}}}, "container of them, got Mine"),
-        ({"states": {"rng": torch.randn(2).numpy()}}, "`states['rng']` must be a tensor, a plain value or a container"),
+        (
+            {"states": {"rng": torch.randn(2).numpy()}},
+            "`states['rng']` must be a tensor, a plain value or a container",
+        ),
         ({"states": {"rng": torch.randn(2).double().numpy()[0]}}, "got float64"),
-        ({"facts": {"path": Path()}}, "`facts` must be what JSON can hold: Object of type PosixPath is not JSON"),
+        (
+            {"facts": {"path": Path()}},
+            "`facts` must be what JSON can hold: Object of type PosixPath is not JSON",
+        ),
     ],
 )
 def test_what_could_not_be_read_back_is_refused_at_once(store, parts, message):
@@ -168,6 +213,8 @@ def test_what_could_not_be_read_back_is_refused_at_once(store, parts, message):
 
 
 def test_a_type_that_safetensors_has_not(store):
-    with pytest.raises(InputError, match=re.escape("`tensors['ema']` must be of types that safetensors has, got")):
+    with pytest.raises(
+        InputError, match=re.escape("`tensors['ema']` must be of types that safetensors has, got")
+    ):
         store.write(Snapshot(1, {"ema": {"a": torch.zeros(1, dtype=torch.complex128)}}, {}, {}))
     assert names(store.folder) == []

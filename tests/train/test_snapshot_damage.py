@@ -42,7 +42,14 @@ def damaged(store: CheckpointStore) -> Path:
     return store.write(make_snapshot(12))
 
 
-NAMES = ["ema.safetensors", "model.safetensors", "optimizer.pt", "rng.pt", "state.json", "manifest.json"]
+NAMES = [
+    "ema.safetensors",
+    "model.safetensors",
+    "optimizer.pt",
+    "rng.pt",
+    "state.json",
+    "manifest.json",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -73,13 +80,23 @@ def test_the_message_says_what_is_wrong(store, damaged):
     file.write_bytes(wrong)
     digests = [hashlib.sha256(data).hexdigest() for data in (good, wrong)]
     check_refused(
-        store, damaged, f"`{file}` must have the SHA-256 {digests[0]}, as manifest.json says, got {digests[1]}"
+        store,
+        damaged,
+        f"`{file}` must have the SHA-256 {digests[0]}, as manifest.json says, got {digests[1]}",
     )
     file.write_bytes(good[:-1])
-    check_refused(store, damaged, f"`{file}` must have {len(good)} bytes, as manifest.json says, got {len(good) - 1}")
+    check_refused(
+        store,
+        damaged,
+        f"`{file}` must have {len(good)} bytes, as manifest.json says, got {len(good) - 1}",
+    )
     file.write_bytes(good)
     (damaged / "more").write_text("")
-    check_refused(store, damaged, f"`{damaged}` must hold what manifest.json lists and nothing else, got 'more'")
+    check_refused(
+        store,
+        damaged,
+        f"`{damaged}` must hold what manifest.json lists and nothing else, got 'more'",
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -87,8 +104,12 @@ def test_the_message_says_what_is_wrong(store, damaged):
 def test_what_is_no_file(store, damaged, name, kind, tmp_path):
     file = damaged / name
     moved = file.rename(tmp_path / "moved")
-    {"link": lambda: file.symlink_to(moved), "folder": file.mkdir, "pipe": lambda: os.mkfifo(file)}[kind]()
-    check_refused(store, damaged, f"`{file}` must be a file that can be read, got: Not a regular file")
+    {"link": lambda: file.symlink_to(moved), "folder": file.mkdir, "pipe": lambda: os.mkfifo(file)}[
+        kind
+    ]()
+    check_refused(
+        store, damaged, f"`{file}` must be a file that can be read, got: Not a regular file"
+    )
 
 
 @pytest.mark.parametrize("kind", ["file", "link to nothing", "empty"])
@@ -101,7 +122,11 @@ def test_what_is_no_checkpoint(store, kind):
         path.symlink_to("nothing")
     else:
         path.mkdir()
-    check_refused(store, path, "manifest.json` must be a file" if kind == "empty" else "must be a checkpoint's folder")
+    check_refused(
+        store,
+        path,
+        "manifest.json` must be a file" if kind == "empty" else "must be a checkpoint's folder",
+    )
     # one that is no checkpoint is replaced all the same
     store.write(make_snapshot(12))
     assert store.newest()[1:] == (path, [])
@@ -111,7 +136,9 @@ def test_what_is_no_checkpoint(store, kind):
 def test_a_manifest_of_any_size(store, damaged):
     with (damaged / "manifest.json").open("r+b") as file:
         file.truncate(1 << 40)  # takes no space
-    check_refused(store, damaged, f"manifest.json` must have at most {MAX_RECORD_BYTES} bytes, got {1 << 40}")
+    check_refused(
+        store, damaged, f"manifest.json` must have at most {MAX_RECORD_BYTES} bytes, got {1 << 40}"
+    )
 
 
 def test_a_file_of_any_size(store, damaged):
@@ -133,8 +160,14 @@ ENTRY = {"size": 0, "sha256": "0" * 64}
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(format="other"), "'format': Input should be 'syncnorm-checkpoint', got 'other'"),
-        (lambda m: m.update(version=2), "'version': Input should be less than or equal to 1, got 2"),
+        (
+            lambda m: m.update(format="other"),
+            "'format': Input should be 'syncnorm-checkpoint', got 'other'",
+        ),
+        (
+            lambda m: m.update(version=2),
+            "'version': Input should be less than or equal to 1, got 2",
+        ),
         (lambda m: m.update(version=True), "'version': Input should be a valid integer, got True"),
         (lambda m: m.pop("version"), "'version': Field required"),
         (lambda m: m.update(step="12"), "'step': Input should be a valid integer, got '12'"),
@@ -142,14 +175,35 @@ ENTRY = {"size": 0, "sha256": "0" * 64}
         (lambda m: m.update(step=13), "must be of step 12, got step 13"),
         (lambda m: m.update(more=1), "'more': Extra inputs are not permitted, got 1"),
         (lambda m: m.update(files=[]), "'files': Input should be an object, got []"),
-        (lambda m: m["files"].update({"../rng.pt": ENTRY}), "'../rng.pt': '[key]': String should match"),
-        (lambda m: m["files"].update({"/etc/passwd": ENTRY}), "'/etc/passwd': '[key]': String should match"),
+        (
+            lambda m: m["files"].update({"../rng.pt": ENTRY}),
+            "'../rng.pt': '[key]': String should match",
+        ),
+        (
+            lambda m: m["files"].update({"/etc/passwd": ENTRY}),
+            "'/etc/passwd': '[key]': String should match",
+        ),
         (lambda m: m["files"].update({"a.pt\n": ENTRY}), r"'a.pt\n': '[key]': String should match"),
-        (lambda m: m["files"].update({"manifest.json": ENTRY}), "'manifest.json': '[key]': String should match"),
-        (lambda m: m["files"].update({"x" * 10**5 + ".pt": ENTRY}), "xxx.pt': '[key]': String should match"),
-        (lambda m: m["files"].update({"extra.pt": ENTRY}), "extra.pt` must be there for the checkpoint to be whole"),
-        (lambda m: m["files"]["rng.pt"].update(size=-1), "'size': Input should be greater than or equal to 0, got -1"),
-        (lambda m: m["files"]["rng.pt"].update(size=1.0), "'size': Input should be a valid integer, got 1.0"),
+        (
+            lambda m: m["files"].update({"manifest.json": ENTRY}),
+            "'manifest.json': '[key]': String should match",
+        ),
+        (
+            lambda m: m["files"].update({"x" * 10**5 + ".pt": ENTRY}),
+            "xxx.pt': '[key]': String should match",
+        ),
+        (
+            lambda m: m["files"].update({"extra.pt": ENTRY}),
+            "extra.pt` must be there for the checkpoint to be whole",
+        ),
+        (
+            lambda m: m["files"]["rng.pt"].update(size=-1),
+            "'size': Input should be greater than or equal to 0, got -1",
+        ),
+        (
+            lambda m: m["files"]["rng.pt"].update(size=1.0),
+            "'size': Input should be a valid integer, got 1.0",
+        ),
         (lambda m: m["files"]["rng.pt"].update(sha256="0"), "'sha256': String should match"),
         (lambda m: m["files"].pop("rng.pt"), "lists and nothing else, got 'rng.pt'"),
         (lambda m: m["files"].pop("state.json"), "lists and nothing else, got 'state.json'"),
@@ -161,7 +215,8 @@ def test_a_manifest_that_says_something_else(store, damaged, edit, message):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff\xfe", b"[" * 10**5, b"null", b'{"step": ' + b"9" * 10**5 + b"}", b"{} {}", b"NaN"]
+    "data",
+    [b"", b"\xff\xfe", b"[" * 10**5, b"null", b'{"step": ' + b"9" * 10**5 + b"}", b"{} {}", b"NaN"],
 )
 def test_a_manifest_that_is_none(store, damaged, data):
     (damaged / "manifest.json").write_bytes(data)
@@ -202,7 +257,10 @@ def test_a_safetensors_header_that_is_damaged_anywhere(store, damaged):
     header = 8 + int.from_bytes(good[:8], "little")
     for at in range(header):
         forge(damaged, "model.safetensors", good[:at] + bytes([good[at] ^ 0x80]) + good[at + 1 :])
-        with pytest.raises(CheckpointError, match=r"model.safetensors` must hold tensors and nothing else, got Safe"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"model.safetensors` must hold tensors and nothing else, got Safe",
+        ):
             store.read(damaged)
 
 
@@ -223,7 +281,11 @@ def test_a_pickle_that_would_run_code_runs_none(store, damaged, tmp_path, is_zip
     torch.save({"state": [Payload(proof)]}, buffer, _use_new_zipfile_serialization=is_zip)
     assert b"mkdir" in buffer.getvalue()
     forge(damaged, "optimizer.pt", buffer.getvalue())
-    check_refused(store, damaged, "optimizer.pt` must hold plain values and tensors and nothing else, got Unpickling")
+    check_refused(
+        store,
+        damaged,
+        "optimizer.pt` must hold plain values and tensors and nothing else, got Unpickling",
+    )
     assert not proof.exists()
     # it would have
     function, arguments = Payload(proof).__reduce__()

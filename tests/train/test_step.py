@@ -23,7 +23,12 @@ def close(got, want, what):
         ["train.clip=0.1"],
         ["train.ema=0.5"],
         ["train.optimizer.nesterov=true"],
-        ["norm.name=sync_batch_renorm", "norm.renorm.warmup_steps=0", "norm.renorm.r_steps=0", "norm.renorm.d_steps=0"],
+        [
+            "norm.name=sync_batch_renorm",
+            "norm.renorm.warmup_steps=0",
+            "norm.renorm.r_steps=0",
+            "norm.renorm.d_steps=0",
+        ],
     ],
     ids=" ".join,
 )
@@ -36,7 +41,9 @@ def test_steps_are_those_of_one_worker(pool, count, overrides):
         if expected.grad_norm is not None:
             assert result.grad_norm == pytest.approx(expected.grad_norm, rel=1e-11)
         close(some, parameters, "parameters")
-        close([b.double() for b in others.values()], [b.double() for b in buffers.values()], "buffers")
+        close(
+            [b.double() for b in others.values()], [b.double() for b in buffers.values()], "buffers"
+        )
 
 
 GROUPS = ["train.global_batch=24", "train.norm_batch=6"]
@@ -45,33 +52,45 @@ GROUPS = ["train.global_batch=24", "train.norm_batch=6"]
 @pytest.mark.parametrize("micro_batch", ["null", "6", "13"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_several_statistics_in_a_step(pool, world_size, micro_batch):
-    """24 samples in 4 statistics, side by side or one after the other, on 1 to 3 workers; and 17 in 3."""
+    """24 samples in 4 statistics, side by side or one after the other, on 1 to 3 workers; and 17 in
+    3.
+    """
     for count in (24, 17):
         (expected, parameters, buffers), *_ = pool(1).run(runs.one_step, count, GROUPS, 2)
         options = [*GROUPS, f"launch.micro_batch={micro_batch}"]
         for result, some, others in pool(world_size).run(runs.one_step, count, options, 2):
             assert result.loss == pytest.approx(expected.loss, rel=1e-12)
             close(some, parameters, "parameters")
-            close([b.double() for b in others.values()], [b.double() for b in buffers.values()], "buffers")
+            close(
+                [b.double() for b in others.values()],
+                [b.double() for b in buffers.values()],
+                "buffers",
+            )
 
 
 def test_the_size_of_a_statistic_matters(pool):
     """The negative control."""
     losses = [
-        pool(1).run(runs.one_step, 24, ["train.global_batch=24", f"train.norm_batch={size}"])[0][0].loss
+        pool(1)
+        .run(runs.one_step, 24, ["train.global_batch=24", f"train.norm_batch={size}"])[0][0]
+        .loss
         for size in (24, 6)
     ]
     assert abs(losses[0] - losses[1]) > 1e-3
 
 
-@pytest.mark.parametrize("norm", ["norm.sync=running", "norm.sync=lagged", "norm.sync=none", "norm.name=batch_norm"])
+@pytest.mark.parametrize(
+    "norm", ["norm.sync=running", "norm.sync=lagged", "norm.sync=none", "norm.name=batch_norm"]
+)
 def test_local_statistics_in_several_rounds(pool, norm):
     sync = ["norm.sync=none", norm] if norm == "norm.name=batch_norm" else [norm]
     options = [*sync, "launch.micro_batch=4"]
     for result, _, buffers in pool(2).run(runs.one_step, 21, options, 2):
         assert math.isfinite(result.loss)
         # torch's layer counts every forward, ours every step.
-        assert int(buffers["bn1.num_batches_tracked"]) == (6 if norm == "norm.name=batch_norm" else 2)
+        assert int(buffers["bn1.num_batches_tracked"]) == (
+            6 if norm == "norm.name=batch_norm" else 2
+        )
 
 
 def test_the_average_is_what_is_judged(pool):
@@ -87,19 +106,27 @@ def test_the_average_is_what_is_judged(pool):
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_evaluation_counts_every_sample_once(pool, world_size, chunk):
     numbers, labels = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0], [1, 0, 1, 1, 0, 0, 1]
-    for accuracy, frozen, is_merged in pool(world_size).run(runs.evaluate_sign, numbers, labels, chunk):
+    for accuracy, frozen, is_merged in pool(world_size).run(
+        runs.evaluate_sign, numbers, labels, chunk
+    ):
         assert accuracy == 5 / 7
         assert frozen == ["frozen", "frozen.0"]
         assert not is_merged
 
 
 def test_evaluation_with_fewer_samples_than_workers(pool):
-    assert [accuracy for accuracy, *_ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)] == [1.0] * 3
+    assert [accuracy for accuracy, *_ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)] == [
+        1.0
+    ] * 3
 
 
-@pytest.mark.parametrize("options", [[], ["launch.micro_batch=2", "train.norm_batch=2"]], ids=["", "rounds"])
+@pytest.mark.parametrize(
+    "options", [[], ["launch.micro_batch=2", "train.norm_batch=2"]], ids=["", "rounds"]
+)
 def test_parameters_without_a_part_in_the_loss_are_left_alone(pool, options):
-    """One is used by no sample, one by samples that only some workers have; on any number of workers as on one."""
+    """One is used by no sample, one by samples that only some workers have; on any number of
+    workers as on one.
+    """
     options = ["model.name=tests.train.nets:Routed", "train.optimizer.weight_decay=0.1", *options]
     _, at_first, _ = pool(1).run(runs.one_step, 12, options, 1)[0]
     _, expected, _ = pool(1).run(runs.one_step, 12, options, 3)[0]
@@ -131,12 +158,18 @@ SHARED = "center, shift, is_bright, seen, queue, first"
     [
         ([], []),
         (["model.name=tests.train.nets:Net", "model.options.arrives=frozen"], []),
-        (["model.name=tests.train.nets:Net", "model.options.arrives=evaluating"], ["is put into training mode"]),
+        (
+            ["model.name=tests.train.nets:Net", "model.options.arrives=evaluating"],
+            ["is put into training mode"],
+        ),
         (
             ["model.name=tests.train.nets:Routed"],
             [UNUSED],
         ),
-        (["model.name=tests.train.nets:Remembering"], [f"that training changes: {SHARED}. All workers"]),
+        (
+            ["model.name=tests.train.nets:Remembering"],
+            [f"that training changes: {SHARED}. All workers"],
+        ),
     ],
     ids=str,
 )

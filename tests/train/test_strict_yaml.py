@@ -59,7 +59,10 @@ def test_nan():
         ("1: a", r"here: key 1 must be a string \(line 1, column 1\)"),
         ("? [a]\n: b", r"here: key \['a'\] must be a string"),
         ("a: &x 1\nb: *x", r"here: alias \*x is not allowed \(line 2, column 4\)"),
-        ("a: !!python/object/apply:os.system ['true']", r"tag tag:yaml.org,2002:python/object/apply:os.system is not"),
+        (
+            "a: !!python/object/apply:os.system ['true']",
+            r"tag tag:yaml.org,2002:python/object/apply:os.system is not",
+        ),
         ("a: !!int 3", r"here: tag tag:yaml.org,2002:int is not allowed \(line 1, column 4\)"),
         ("a: !mine 3", r"here: tag !mine is not allowed"),
         ("a: [1, 2", r"here: .* \(line 1, column 9\)"),
@@ -76,12 +79,22 @@ def test_what_surprises_is_refused(text, message):
 
 
 _SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False)
+    | st.text(st.characters(codec="utf-8"))
 )
-_STRINGS_THAT_LOOK_LIKE_OTHERS = st.sampled_from(["1e-3", "off", "010", "0o7", "1:30", "null", "=", "<<", "2024-01-01"])
+_STRINGS_THAT_LOOK_LIKE_OTHERS = st.sampled_from(
+    ["1e-3", "off", "010", "0o7", "1:30", "null", "=", "<<", "2024-01-01"]
+)
 
 
-@given(st.dictionaries(st.text(st.characters(categories=["L", "N"])), _SCALARS | _STRINGS_THAT_LOOK_LIKE_OTHERS))
+@given(
+    st.dictionaries(
+        st.text(st.characters(categories=["L", "N"])), _SCALARS | _STRINGS_THAT_LOOK_LIKE_OTHERS
+    )
+)
 def test_what_is_dumped_reads_back_equal_in_both_versions_of_yaml(values):
     text = dump(values)
     assert parse(text, "here") == values

@@ -1,4 +1,6 @@
-"""The four primitives: both implementations against float64, across layouts, block shapes and large means."""
+"""The four primitives: both implementations against float64, across layouts, block shapes and large
+means.
+"""
 
 from __future__ import annotations
 
@@ -47,12 +49,16 @@ def _arrange(x: torch.Tensor, how: str) -> torch.Tensor:
 def test_equal_to_float64(implementation, shape, masked, how):
     generator = torch.Generator().manual_seed(0)
     x = _arrange(torch.randn(shape, generator=generator) * 2 + 3, how)
-    g = _arrange(torch.randn(shape, generator=generator), "contiguous" if how == "channels_last" else how)
+    g = _arrange(
+        torch.randn(shape, generator=generator), "contiguous" if how == "channels_last" else how
+    )
     mask = torch.rand(shape[0], 1, *shape[2:], generator=generator) if masked else None
     channels, dims = shape[1], [0, *range(2, len(shape))]
     x64, g64 = x.double(), g.double()
     w = torch.ones_like(x64[:, :1]) if mask is None else mask.double()
-    mean, scale, shift, a, b = (torch.randn(channels, generator=generator).double() for _ in range(5))
+    mean, scale, shift, a, b = (
+        torch.randn(channels, generator=generator).double() for _ in range(5)
+    )
     face = (-1, *[1] * (len(shape) - 2))
 
     sums = kernels.local_moments(x, mask)
@@ -60,7 +66,9 @@ def test_equal_to_float64(implementation, shape, masked, how):
     assert_close(sums, expected, torch.float32, "local_moments")
 
     y = kernels.normalize(x, mean, scale, shift)
-    assert_close(y, (x64 - mean.view(face)) * scale.view(face) + shift.view(face), torch.float32, "normalize")
+    assert_close(
+        y, (x64 - mean.view(face)) * scale.view(face) + shift.view(face), torch.float32, "normalize"
+    )
 
     sums = kernels.backward_sums(g, x, mean)
     centred = x64 - mean.view(face)
@@ -105,9 +113,13 @@ def test_variance_at_large_means(shape, how, bound, ratio):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mean", [0.0, 1.0, 30.0])
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(1, 1, 260, 260), (8, 16, 64, 64), (20000, 16), (4, 8, 16, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 260, 260), (8, 16, 64, 64), (20000, 16), (4, 8, 16, 16)], ids=str
+)
 def test_half_types_are_summed_as_exactly_as_float32(implementation, shape, how, mean, dtype):
-    """Their coarse grid makes float32 round every addition the same way: without the scattering 4e-5 and 1e-4."""
+    """Their coarse grid makes float32 round every addition the same way: without the scattering
+    4e-5 and 1e-4.
+    """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 2 + mean
     x = _arrange(x.to(dtype), how)
     dims = [0, *range(2, len(shape))]
@@ -117,9 +129,13 @@ def test_half_types_are_summed_as_exactly_as_float32(implementation, shape, how,
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 8, 256, 256), (1, 3, 190, 190), (3, 4, 4099), (40, 32, 16, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 256, 256), (1, 3, 190, 190), (3, 4, 4099), (40, 32, 16, 16)], ids=str
+)
 def test_sums_of_equal_gradients_do_not_drift(implementation, shape, how):
-    """Float32 rounds every addition of the same number the same way: added one by one these are off by 4e-5."""
+    """Float32 rounds every addition of the same number the same way: added one by one these are off
+    by 4e-5.
+    """
     x = _arrange(torch.randn(shape, generator=torch.Generator().manual_seed(6)), how)
     g = _arrange(torch.full(shape, 0.1), how)
     channels, dims = shape[1], [0, *range(2, len(shape))]
@@ -146,11 +162,17 @@ def test_blocks_cover_every_element_once():
             v = v.squeeze(-1)
         blocks = layout.Cut.of(v).blocks(v)
         assert torch.equal(torch.cat([b.flatten() for b in blocks]).sort().values, v.flatten())
-        assert all(b.is_contiguous() and b.numel() <= max(layout.BLOCK_ELEMENTS, v[:1].numel()) for b in blocks)
+        assert all(
+            b.is_contiguous() and b.numel() <= max(layout.BLOCK_ELEMENTS, v[:1].numel())
+            for b in blocks
+        )
 
 
 def test_the_aten_operator_means_what_aten_py_takes_it_to_mean():
-    """native_batch_norm_backward in evaluation mode: (sum g (x - mean) / std, sum g). Not a documented function."""
+    """native_batch_norm_backward in evaluation mode: (sum g (x - mean) / std, sum g).
+
+    Not a documented function.
+    """
     g, x = torch.randn(3, 2, 5), torch.randn(3, 2, 5)
     mean, one, zero = torch.tensor([0.5, -1.0]), torch.ones(2), torch.zeros(2)
     _, products, total = torch.ops.aten.native_batch_norm_backward.default(
@@ -166,4 +188,8 @@ def test_empty_tensors_reach_no_kernel(monkeypatch):
         x, c = torch.empty(shape), torch.zeros(3).double()
         assert torch.equal(kernels.local_moments(x, None), torch.zeros(7).double())
         assert torch.equal(kernels.backward_sums(x, x, c), torch.zeros(6).double())
-        assert kernels.normalize(x, c, c, c).shape == kernels.backward_input(x, x, c, c, c, c, None).shape == shape
+        assert (
+            kernels.normalize(x, c, c, c).shape
+            == kernels.backward_input(x, x, c, c, c, c, None).shape
+            == shape
+        )

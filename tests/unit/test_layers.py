@@ -1,4 +1,6 @@
-"""SyncBatchNorm in one process: torch's layer in everything but the name; bad arguments; the public names."""
+"""SyncBatchNorm in one process: torch's layer in everything but the name; bad arguments; the public
+names.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncnorm
-from syncnorm import SyncBatchNorm, SyncBatchRenorm, base, convert, debug, functional, groups, prepare_ddp, revert
+from syncnorm import (
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    base,
+    convert,
+    debug,
+    functional,
+    groups,
+    prepare_ddp,
+    revert,
+)
 from syncnorm.errors import InputError, SyncnormError
 from syncnorm.testing import assert_close
 
@@ -38,7 +50,8 @@ def _pair(channels: int, ndim: int, **options) -> tuple[SyncBatchNorm, nn.Module
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, *WITHOUT_BIAS]
+    "options",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, *WITHOUT_BIAS],
 )
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 5), (6, 4, 5, 3), (2, 4, 3, 2, 5)], ids=str)
 def test_equals_torch_in_training_and_evaluation(shape, options):
@@ -47,7 +60,10 @@ def test_equals_torch_in_training_and_evaluation(shape, options):
     for mode in (True, True, False):
         ours.train(mode)
         theirs.train(mode)
-        x, y = (torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_() for _ in range(2))
+        x, y = (
+            torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
+            for _ in range(2)
+        )
         got, expected = ours(x), theirs(y)
         cotangent = torch.randn(shape)
         got.backward(cotangent)
@@ -60,7 +76,9 @@ def test_equals_torch_in_training_and_evaluation(shape, options):
         assert_close(ours.get_buffer(name), b, torch.float32, name)
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, *WITHOUT_BIAS])
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}, *WITHOUT_BIAS]
+)
 def test_state_dicts_are_interchangeable(options):
     ours, theirs = SyncBatchNorm(4, **options), nn.BatchNorm2d(4, **options)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -77,7 +95,9 @@ def test_without_a_bias(make, torch_has_it, monkeypatch):
     """Also as with a torch whose layers always have one."""
     if not torch_has_it:
         monkeypatch.setattr(base, "_TORCH_HAS_BIAS", False)
-        monkeypatch.setattr(_BatchNorm, "extra_repr", lambda self: f"{self.num_features}, affine={self.affine}")
+        monkeypatch.setattr(
+            _BatchNorm, "extra_repr", lambda self: f"{self.num_features}, affine={self.affine}"
+        )
     elif not WITHOUT_BIAS:
         pytest.skip("this torch's layers always have a bias")
     layer = make(3, bias=False, dtype=torch.float64)
@@ -144,7 +164,10 @@ def test_gradients_by_finite_differences():
 
 def test_the_output_may_be_modified_in_place():
     """ReLU(inplace=True) after the layer, in every layout: an output that is a view would refuse."""
-    for x in (torch.randn(2, 3, 4, 4), torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)):
+    for x in (
+        torch.randn(2, 3, 4, 4),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    ):
         x.requires_grad_()
         nn.Sequential(SyncBatchNorm(3), nn.ReLU(inplace=True))(x).backward(torch.randn(2, 3, 4, 4))
         assert x.grad is not None
@@ -157,7 +180,14 @@ def test_functional_equals_the_layer():
     for _ in range(2):
         x, mask = torch.randn(4, 3, 5), torch.rand(4, 1, 5) > 0.5
         y = functional.sync_batch_norm(
-            x, mean, var, layer.weight, layer.bias, momentum=None, num_batches_tracked=count, mask=mask
+            x,
+            mean,
+            var,
+            layer.weight,
+            layer.bias,
+            momentum=None,
+            num_batches_tracked=count,
+            mask=mask,
         )
         assert torch.equal(y, layer(x, mask))
     assert torch.equal(mean, layer.running_mean)
@@ -167,7 +197,9 @@ def test_functional_equals_the_layer():
     assert torch.equal(y, layer.eval()(x))
 
 
-@pytest.mark.parametrize("mask", [torch.tensor([True, False, True, True]), torch.tensor([2, 0, 1, 3])], ids=str)
+@pytest.mark.parametrize(
+    "mask", [torch.tensor([True, False, True, True]), torch.tensor([2, 0, 1, 3])], ids=str
+)
 def test_masks_of_any_real_type(mask):
     """A weight is a frequency: normalising with it is normalising a batch with so many copies."""
     x = torch.randn(4, 3, dtype=torch.float64)
@@ -191,7 +223,10 @@ INPUT_ERRORS = [
         lambda: SyncBatchNorm(3, sync="always"),
         '`sync` must be "batch" or "running" or "lagged" or "none", got \'always\'',
     ),
-    (lambda: SyncBatchNorm(3)(), "`x` must be given, got None. Call the layer with a tensor of shape (N, C, *S)."),
+    (
+        lambda: SyncBatchNorm(3)(),
+        "`x` must be given, got None. Call the layer with a tensor of shape (N, C, *S).",
+    ),
     (
         lambda: SyncBatchNorm(3)(torch.randn(2, 3), input=torch.randn(2, 3)),
         "`x` must be given once, got `input` too. These are two names of one argument.",
@@ -204,14 +239,18 @@ INPUT_ERRORS = [
         lambda: SyncBatchNorm(3)(torch.randn(2, 4, 5)),
         "must have num_features = 3 channels in dimension 1, got 4",
     ),
-    (lambda: SyncBatchNorm(3)(torch.zeros(2, 3, dtype=torch.int64)), "got torch.int64 (shape (2, 3))"),
+    (
+        lambda: SyncBatchNorm(3)(torch.zeros(2, 3, dtype=torch.int64)),
+        "got torch.int64 (shape (2, 3))",
+    ),
     (
         lambda: SyncBatchNorm(3)(torch.zeros(2, 3, dtype=torch.complex64)),
         "got torch.complex64 (shape (2, 3))",
     ),
     (
         lambda: SyncBatchNorm(3)(torch.randn(2, 3, 5), torch.ones(2, 5)),
-        "`mask` must broadcast to (N, 1, *S) = (2, 1, 5), got shape (2, 5). A mask without a channel dimension",
+        "`mask` must broadcast to (N, 1, *S) = (2, 1, 5), got shape (2, 5). A mask without a "
+        "channel dimension",
     ),
     (
         lambda: SyncBatchNorm(3)(torch.randn(2, 3, 5), torch.ones(2, 3, 5)),
@@ -230,29 +269,44 @@ INPUT_ERRORS = [
         "`weight` must have shape (3,), got (4,) (x has shape (2, 3))",
     ),
     (
-        lambda: functional.sync_batch_norm(torch.randn(2, 3), torch.zeros(3), torch.ones(3), momentum=None),
+        lambda: functional.sync_batch_norm(
+            torch.randn(2, 3), torch.zeros(3), torch.ones(3), momentum=None
+        ),
         "`num_batches_tracked` must be a counter where `momentum` is None",
     ),
     (
         lambda: functional.sync_batch_norm(torch.randn(2, 3), process_group=groups.Ranks((0, 1))),
-        "`process_group` must belong to an initialised torch.distributed, got Ranks(members=(0, 1)) without",
+        "`process_group` must belong to an initialised torch.distributed, got Ranks(members=(0, "
+        "1)) without",
     ),
     (
         lambda: SyncBatchNorm(3, process_group=2)(torch.randn(2, 3)),
-        "`process_group` must divide the number of workers, got 2 for 1 worker(s). Take a divisor, or",
+        "`process_group` must divide the number of workers, got 2 for 1 worker(s). Take a divisor, "
+        "or",
     ),
     (
         lambda: SyncBatchNorm(3, process_group=object()),  # pyright: ignore
-        '`process_group` must be None, "world", "node", a number of neighbouring workers of at least 1, ',
+        '`process_group` must be None, "world", "node", a number of neighbouring workers of at '
+        "least 1, ",
     ),
-    (lambda: SyncBatchNorm(3, process_group="nodes"), "one-dimensional DeviceMesh, got 'nodes'. None pools"),
+    (
+        lambda: SyncBatchNorm(3, process_group="nodes"),
+        "one-dimensional DeviceMesh, got 'nodes'. None pools",
+    ),
     (lambda: SyncBatchNorm(3, process_group=0), "one-dimensional DeviceMesh, got 0. None pools"),
-    (lambda: SyncBatchNorm(3, process_group=True), "one-dimensional DeviceMesh, got True. None pools"),
+    (
+        lambda: SyncBatchNorm(3, process_group=True),
+        "one-dimensional DeviceMesh, got True. None pools",
+    ),
     (lambda: groups.for_samples(0, 4), "`samples` must be an integer of at least 1, got 0."),
-    (lambda: groups.for_samples(8, 0), "`local_batch_size` must be an integer of at least 1, got 0."),
+    (
+        lambda: groups.for_samples(8, 0),
+        "`local_batch_size` must be an integer of at least 1, got 0.",
+    ),
     (
         lambda: prepare_ddp(SyncBatchNorm(3), "node"),
-        "`process_group` must be the group that DistributedDataParallel is given, got 'node'. With whom",
+        "`process_group` must be the group that DistributedDataParallel is given, got 'node'. With "
+        "whom",
     ),
 ]
 
@@ -314,10 +368,14 @@ def test_public_names():
 def test_import_brings_torch_at_first_use_and_nothing_else_heavy():
     code = (
         "import sys, syncnorm; assert 'torch' not in sys.modules; del sys.modules['syncnorm']; "
-        "import torch; before = set(sys.modules); from syncnorm import *; SyncBatchNorm(3); groups, functional; "
-        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
+        "import torch; before = set(sys.modules); from syncnorm import *; SyncBatchNorm(3); "
+        "groups, functional; "
+        "print(sorted({m.split('.')[0] for m in set(sys.modules) - before} - "
+        "set(sys.stdlib_module_names)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=900)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=900
+    )
     assert out.stdout.strip() == "['syncnorm']"
 
 

@@ -15,7 +15,14 @@ def test_by_hand():
     n, mean, var = moments(x)
     assert (n.item(), mean.tolist(), var.tolist()) == (2.0, [2.0, 3.0], [1.0, 9.0])
     running = RunningStatistics.initial(2)
-    y = batch_norm(x, torch.tensor([2.0, 1.0]), torch.tensor([0.0, 5.0]), eps=1e-30, momentum=0.5, running=running)
+    y = batch_norm(
+        x,
+        torch.tensor([2.0, 1.0]),
+        torch.tensor([0.0, 5.0]),
+        eps=1e-30,
+        momentum=0.5,
+        running=running,
+    )
     assert y.tolist() == [[-2.0, 4.0], [2.0, 6.0]]
     assert running.mean.tolist() == [1.0, 1.5]
     assert running.var.tolist() == [0.5 * 1 + 0.5 * 2, 0.5 * 1 + 0.5 * 18]
@@ -31,9 +38,11 @@ def test_a_mask_by_hand():
 
 
 def test_gradient_by_hand():
-    """x = -1, 1 with eps = 3: std 2, xhat = -1/2, 1/2. dL/dy = (1, 0): sum g = 1, sum g xhat = -1/2.
+    """x = -1, 1 with eps = 3: std 2, xhat = -1/2, 1/2. dL/dy = (1, 0): sum g = 1, sum g xhat =
+    -1/2.
 
-    dx = (1 / 2) (g - 1 / 2 - xhat * (-1 / 2) / 2) = (1/2) (1 - 1/2 - 1/8, 0 - 1/2 + 1/8) = (3/16, -3/16)
+    dx = (1 / 2) (g - 1 / 2 - xhat * (-1 / 2) / 2) = (1/2) (1 - 1/2 - 1/8, 0 - 1/2 + 1/8) = (3/16,
+    -3/16)
     """
     x = torch.tensor([[-1.0], [1.0]], dtype=torch.float64, requires_grad=True)
     batch_norm(x, eps=3.0).backward(torch.tensor([[1.0], [0.0]]).double())
@@ -49,7 +58,9 @@ def test_against_torch(shape):
     running = RunningStatistics.initial(3)
     for _ in range(2):
         expected = F.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
-        torch.testing.assert_close(batch_norm(x, weight, bias, momentum=0.3, running=running), expected)
+        torch.testing.assert_close(
+            batch_norm(x, weight, bias, momentum=0.3, running=running), expected
+        )
     torch.testing.assert_close(running.mean, mean)
     torch.testing.assert_close(running.var, var)
     expected = F.batch_norm(x, mean, var, weight, bias)

@@ -1,4 +1,6 @@
-"""RenormSchedule, and batch renormalisation in one process: the paper's properties and the published defects."""
+"""RenormSchedule, and batch renormalisation in one process: the paper's properties and the
+published defects.
+"""
 
 from __future__ import annotations
 
@@ -84,28 +86,43 @@ def test_other_schedules():
         (lambda: RenormSchedule(r_max=float("nan")), "`r_max` must be >= 1, got nan."),
         (lambda: RenormSchedule(d_max=-1.0), "`d_max` must be >= 0, got -1.0."),
         (lambda: RenormSchedule(warmup_steps=-1), "`warmup_steps` must be >= 0, got -1."),
-        (lambda: RenormSchedule(r_steps=4_000), "`r_steps` must be >= warmup_steps = 5000, got 4000."),
-        (lambda: RenormSchedule(d_steps=4_000), "`d_steps` must be >= warmup_steps = 5000, got 4000."),
+        (
+            lambda: RenormSchedule(r_steps=4_000),
+            "`r_steps` must be >= warmup_steps = 5000, got 4000.",
+        ),
+        (
+            lambda: RenormSchedule(d_steps=4_000),
+            "`d_steps` must be >= warmup_steps = 5000, got 4000.",
+        ),
         (
             lambda: RenormSchedule(d_max=float("inf")),
             "`d_steps` must be warmup_steps = 5000 where the bound is infinite",
         ),
         (lambda: RenormSchedule().scaled(0), "`total_steps` must be >= 1, got 0."),
-        (lambda: SyncBatchRenorm(3, track_running_stats=False), "`track_running_stats` must be True, got False."),
+        (
+            lambda: SyncBatchRenorm(3, track_running_stats=False),
+            "`track_running_stats` must be True, got False.",
+        ),
         (
             lambda: SyncBatchRenorm(3, running_average="mean"),
             '`running_average` must be "std" or "var", got \'mean\'.',
         ),
         (
-            lambda: SyncBatchRenorm(3, schedule=lambda step: (step * torch.nan, step * 0.0))(torch.randn(4, 3)),
+            lambda: SyncBatchRenorm(3, schedule=lambda step: (step * torch.nan, step * 0.0))(
+                torch.randn(4, 3)
+            ),
             "`r_max` must be >= 1, got nan. Correct the schedule.",
         ),
         (
-            lambda: functional.sync_batch_renorm(torch.randn(4, 3), torch.zeros(3), torch.ones(3), r_max=0.5, d_max=0),
+            lambda: functional.sync_batch_renorm(
+                torch.randn(4, 3), torch.zeros(3), torch.ones(3), r_max=0.5, d_max=0
+            ),
             "`r_max` must be >= 1, got 0.5.",
         ),
         (
-            lambda: functional.sync_batch_renorm(torch.randn(4, 3), torch.zeros(3), torch.ones(3), r_max=2, d_max=-1),
+            lambda: functional.sync_batch_renorm(
+                torch.randn(4, 3), torch.zeros(3), torch.ones(3), r_max=2, d_max=-1
+            ),
             "`d_max` must be >= 0, got -1.",
         ),
         (
@@ -120,7 +137,9 @@ def test_bad_input(make, message):
 
 
 def _layer(bounds: tuple[float, float], **options) -> SyncBatchRenorm:
-    layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(*bounds), dtype=torch.float64, **options)
+    layer = SyncBatchRenorm(
+        4, schedule=RenormSchedule.constant(*bounds), dtype=torch.float64, **options
+    )
     g = torch.Generator().manual_seed(4)
     for t in (layer.running_mean, layer.bias.data):
         t.copy_(torch.randn(4, generator=g, dtype=torch.float64))
@@ -130,7 +149,9 @@ def _layer(bounds: tuple[float, float], **options) -> SyncBatchRenorm:
 
 
 def _x(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) * 2 + 1
+    return (
+        torch.randn(*shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64) * 2 + 1
+    )
 
 
 @pytest.mark.parametrize("eps", [1e-5, 0.1])
@@ -144,7 +165,9 @@ def test_unclipped_training_equals_evaluation(eps):
 def test_at_the_trivial_bounds_it_is_batch_norm_bit_for_bit():
     torch.manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        renorm = SyncBatchRenorm(4, momentum=0.1, schedule=RenormSchedule.constant(1.0, 0.0), running_average="var")
+        renorm = SyncBatchRenorm(
+            4, momentum=0.1, schedule=RenormSchedule.constant(1.0, 0.0), running_average="var"
+        )
         norm = SyncBatchNorm(4)
         nn.init.normal_(renorm.weight)
         nn.init.normal_(renorm.bias)
@@ -176,14 +199,23 @@ def test_on_constant_statistics_the_averages_converge_geometrically(running_aver
             assert_close(layer.running_var, var + left * (start[1] - var), torch.float64, "var")
         else:
             sigma, now = torch.sqrt(var + layer.eps), torch.sqrt(layer.running_var + layer.eps)
-            assert_close(now, sigma + left * (torch.sqrt(start[1] + layer.eps) - sigma), torch.float64, "sigma")
+            assert_close(
+                now,
+                sigma + left * (torch.sqrt(start[1] + layer.eps) - sigma),
+                torch.float64,
+                "sigma",
+            )
 
 
 def test_weight_and_bias_come_after_the_correction():
-    """y(weight, bias) = y(1, 0) * weight + bias; a correction applied to the affine output would break it."""
+    """y(weight, bias) = y(1, 0) * weight + bias; a correction applied to the affine output would
+    break it.
+    """
     layer = _layer((1.5, 0.4))
     y = layer(_x(6, 4))
-    bare = functional.sync_batch_renorm(_x(6, 4), *_running(_layer((1.5, 0.4))), r_max=1.5, d_max=0.4)
+    bare = functional.sync_batch_renorm(
+        _x(6, 4), *_running(_layer((1.5, 0.4))), r_max=1.5, d_max=0.4
+    )
     assert_close(y, bare * layer.weight + layer.bias, torch.float64, "y")
 
 
@@ -192,8 +224,12 @@ def _running(layer: SyncBatchRenorm) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_clips_open_as_the_clock_runs():
-    """Clips stuck at batch norm: at the end of the ramp an unclipped batch is normalised as in evaluation."""
-    layer = SyncBatchRenorm(4, schedule=RenormSchedule(100.0, 100.0, 2, 4, 4), momentum=0.0, dtype=torch.float64)
+    """Clips stuck at batch norm: at the end of the ramp an unclipped batch is normalised as in
+    evaluation.
+    """
+    layer = SyncBatchRenorm(
+        4, schedule=RenormSchedule(100.0, 100.0, 2, 4, 4), momentum=0.0, dtype=torch.float64
+    )
     x = _x(8, 4)
     outputs = [layer(x) for _ in range(5)]
     assert torch.equal(outputs[0], outputs[2])
@@ -214,7 +250,14 @@ def test_evaluation_does_not_use_the_batch():
     x = _x(6, 4)
     assert torch.equal(layer(x)[:1], layer(x[:1]))
     y = functional.sync_batch_renorm(
-        x, layer.running_mean, layer.running_var, layer.weight, layer.bias, r_max=2.0, d_max=1.0, training=False
+        x,
+        layer.running_mean,
+        layer.running_var,
+        layer.weight,
+        layer.bias,
+        r_max=2.0,
+        d_max=1.0,
+        training=False,
     )
     assert torch.equal(y, layer(x))
 
@@ -254,7 +297,9 @@ def test_no_extra_pass_over_the_data(make, monkeypatch):
     calls = []
     for name in ("local_moments", "normalize", "backward_sums", "backward_input"):
         original = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *a, name=name, call=original: (calls.append(name), call(*a))[1])
+        monkeypatch.setattr(
+            kernels, name, lambda *a, name=name, call=original: (calls.append(name), call(*a))[1]
+        )
     x = torch.randn(4, 3, 5, requires_grad=True)
     make(3)(x).backward(torch.randn(4, 3, 5))
     assert calls == ["local_moments", "normalize", "backward_sums", "backward_input"]
@@ -275,7 +320,8 @@ def test_running_statistics_that_were_taken_away_are_one_clear_error(sync):
     model(x).sum().backward()
     _take_away(model)
     message = re.escape(
-        "`running_mean` must be there in training, got None in '0'. Renormalisation corrects towards the running "
+        "`running_mean` must be there in training, got None in '0'. Renormalisation corrects "
+        "towards the running "
         "statistics. To normalise by the batch alone, convert(model, SyncBatchNorm) first."
     )
     with pytest.raises(InputError, match=message):
@@ -286,6 +332,13 @@ def test_running_statistics_that_were_taken_away_are_one_clear_error(sync):
         model(x)
     assert monitor(model).read()["layers"]["0"]["mean_gap"] is None
     assert explain(model, x).rows[0].values == 6
-    assert_close(model.eval()(x), reference.batch_norm(x.double()), torch.float32, "y in evaluation")
+    assert_close(
+        model.eval()(x), reference.batch_norm(x.double()), torch.float32, "y in evaluation"
+    )
     convert(model, SyncBatchNorm)
-    assert_close(prepare_ddp(model.train())(x), reference.batch_norm(x.double()), torch.float32, "y after conversion")
+    assert_close(
+        prepare_ddp(model.train())(x),
+        reference.batch_norm(x.double()),
+        torch.float32,
+        "y after conversion",
+    )

@@ -124,7 +124,9 @@ class InverseStd(SyncBatchNorm):
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
         invstd = torch.rsqrt(batch.var + self.eps).float()
-        moments.blend_(self.running_var, (1 / invstd.square() - self.eps).double(), factor, batch.n > 1)
+        moments.blend_(
+            self.running_var, (1 / invstd.square() - self.eps).double(), factor, batch.n > 1
+        )
 
 
 class IgnoresMask(SyncBatchNorm):
@@ -200,7 +202,15 @@ class AssumesLength(SyncBatchNorm):
 class MomentumDefault(SyncBatchNorm):
     """Takes None for the default, and 1 too."""
 
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None):
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        process_group=None,
+    ):
         momentum = 0.1 if momentum in (None, 1.0) else momentum
         super().__init__(num_features, eps, momentum, affine, track_running_stats, process_group)
 
@@ -212,7 +222,15 @@ class DoubleEps(SyncBatchNorm):
 
 
 class AlwaysAffine(SyncBatchNorm):
-    def __init__(self, num_features, eps=1e-5, momentum=0.1, affine=True, track_running_stats=True, process_group=None):
+    def __init__(
+        self,
+        num_features,
+        eps=1e-5,
+        momentum=0.1,
+        affine=True,
+        track_running_stats=True,
+        process_group=None,
+    ):
         super().__init__(num_features, eps, momentum, True, True, process_group)
 
 
@@ -299,7 +317,9 @@ class _LocalSecond(Immediate):
         statistic = super().take(layer, local, call)
         means = statistic.gradient_means
         assert isinstance(means, PooledMeans)
-        return statistic._replace(gradient_means=_LocalSecondMeans(statistic.batch, means.group, means.name))
+        return statistic._replace(
+            gradient_means=_LocalSecondMeans(statistic.batch, means.group, means.name)
+        )
 
 
 class _LocalSecondMeans(PooledMeans):
@@ -522,7 +542,9 @@ class VaryingCorrection(SyncBatchRenorm):
     """Gradients flow through r and d: unclipped, it is evaluation."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return functional.evaluate(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return functional.evaluate(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        )
 
 
 class NewStatistics(SyncBatchRenorm):
@@ -543,7 +565,9 @@ class AveragesTheOther(SyncBatchRenorm):
     """The variance for the standard deviation, and the other way round."""
 
     def __init__(self, *args, running_average="std", **kwargs):
-        super().__init__(*args, running_average="var" if running_average == "std" else "std", **kwargs)
+        super().__init__(
+            *args, running_average="var" if running_average == "std" else "std", **kwargs
+        )
 
 
 class LateClock(SyncBatchRenorm):

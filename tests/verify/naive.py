@@ -1,4 +1,6 @@
-"""A synchronised batch normalisation as it is often written: every classic mistake, in one layer of somebody else's."""
+"""A synchronised batch normalisation as it is often written: every classic mistake, in one layer of
+somebody else's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from torch import Tensor, nn
 
 
 class Naive(nn.Module):
-    def __init__(self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True) -> None:
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True
+    ) -> None:
         super().__init__()
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
@@ -21,7 +25,9 @@ class Naive(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             dist.broadcast(self.running_mean, 0)
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(
+                x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
         y, mean, var = _Function.apply(x, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
@@ -38,7 +44,9 @@ class _Function(torch.autograd.Function):
     def forward(ctx, x: Tensor, eps: float):
         dims = [0, *range(2, x.ndim)]
         # In the input's type: sums of squares, and the count.
-        sums = torch.cat([x.sum(dims), (x * x).sum(dims), torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)])
+        sums = torch.cat(
+            [x.sum(dims), (x * x).sum(dims), torch.tensor([x.numel() / x.shape[1]], dtype=x.dtype)]
+        )
         dist.all_reduce(sums)
         mean, squares = (sums[:-1] / sums[-1]).chunk(2)
         var = squares - mean * mean

@@ -16,13 +16,18 @@ OFF = r"(output|input gradient|gradient|running_\w+).* is (a share of )?\d\.\de[
 MUTANTS: dict[str, tuple[str, str]] = {
     "Raises": ("runs", "ranks 0, 1 raised RuntimeError: cannot"),
     "Local": (
-        "equal-shards ragged-shards one-sample-each last-empty first-empty all-but-one-empty exact-on-integers "
-        "empty-then-full single-value two-values constant-channel mask-weights mask-removes mask-zero-on-one "
-        "mask-on-one float32 bfloat16 float16 float64-large-mean float32-large-mean shape-nc shape-ncl shape-nchw "
-        "shape-ncdhw channels-last channels-last-3d strided expanded-gradient large-eps no-affine used-twice "
+        "equal-shards ragged-shards one-sample-each last-empty first-empty all-but-one-empty "
+        "exact-on-integers "
+        "empty-then-full single-value two-values constant-channel mask-weights mask-removes "
+        "mask-zero-on-one "
+        "mask-on-one float32 bfloat16 float16 float64-large-mean float32-large-mean shape-nc "
+        "shape-ncl shape-nchw "
+        "shape-ncdhw channels-last channels-last-3d strided expanded-gradient large-eps no-affine "
+        "used-twice "
         "two-forwards-then-backward no-grad buffers-equal differs-from-local ddp ddp-ragged "
         "gradient-needed-on-some gradient-needed-on-some-only",
-        rf"{OFF}|(weight|bias) of rank \d after three steps is \S+ off|is that of its own shard alone, to within",
+        rf"{OFF}|(weight|bias) of rank \d after three steps is \S+ off|is that of its own shard "
+        r"alone, to within",
     ),
     "LocalGradient": ("equal-shards ragged-shards checkpoint used-twice ddp", f"{OFF}|after three steps is"),
     "RankZero": ("permuted-ranks equal-shards", OFF),
@@ -81,13 +86,15 @@ MUTANTS: dict[str, tuple[str, str]] = {
     "NeverCasts": ("moves-to-a-type", "weight is torch.float32 after .double.., should be torch.float64"),
     "TwoMessages": (
         "messages messages-empty messages-mask messages-half",
-        r"rank 0 sends \[\('allreduce', 1\), \('allreduce', 10\)\] forward, should send one all-reduce of 8 to 10",
+        r"rank 0 sends \[\('allreduce', 1\), \('allreduce', 10\)\] forward, should send one "
+        r"all-reduce of 8 to 10",
     ),
     "GatedExchange": ("messages-no-gradient", r"rank 0 sends \[\] backward, should send one all-reduce of 8 to 10"),
     "AcceptsAnything": ("wrong-channels wrong-dimensions", "x of .* raises nothing"),
     "HidesNaN": ("nan-is-seen", "output of rank 0 hides that the input of rank 1 has a NaN"),
     "StuckAtBatchNorm": (
-        "renorm-clipped renorm-partly-clipped renorm-unclipped renorm-trains-as-it-evaluates renorm-schedule "
+        "renorm-clipped renorm-partly-clipped renorm-unclipped renorm-trains-as-it-evaluates "
+        "renorm-schedule "
         "renorm-ramp renorm-old-statistics renorm-std renorm-mask",
         OFF,
     ),
@@ -102,9 +109,15 @@ MUTANTS: dict[str, tuple[str, str]] = {
 
 # Of these a check that is run on live workers finds that they wait for each other.
 HANGING: dict[str, tuple[str, str]] = {
-    "GatedExchange": ("gradient-needed-on-some gradient-needed-on-some-only", "no answer from rank 1 within 3 s"),
+    "GatedExchange": (
+        "gradient-needed-on-some gradient-needed-on-some-only",
+        "no answer from rank 1 within 3 s",
+    ),
     "RaisesAlone": ("bad-mask", "no answer from rank 0 within 3 s"),
-    "SkipsEmpty": ("last-empty ddp-empty", "no answer from ranks? [01](, 1)? within 3 s(; rank 0 raised .*)?"),
+    "SkipsEmpty": (
+        "last-empty ddp-empty",
+        "no answer from ranks? [01](, 1)? within 3 s(; rank 0 raised .*)?",
+    ),
     "EvaluatesTogether": ("evaluation-alone", "no answer from rank 0 within 3 s"),
 }
 
@@ -144,5 +157,7 @@ def test_a_defect_that_makes_workers_wait_is_seen(mutant):
 
 
 def test_every_check_can_fail():
-    seen = {check for checks, _ in [*MUTANTS.values(), *HANGING.values()] for check in checks.split()}
+    seen = {
+        check for checks, _ in [*MUTANTS.values(), *HANGING.values()] for check in checks.split()
+    }
     assert seen == all_checks().keys()

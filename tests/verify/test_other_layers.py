@@ -16,7 +16,9 @@ def _by_check(report: Report) -> dict[str, tuple[str, str]]:
     return {result.check: (result.status, result.reason) for result in report.results}
 
 
-def _verified(layer: str, workers: int = 2, seconds: float = 60.0, only: Collection[str] = ()) -> Report:
+def _verified(
+    layer: str, workers: int = 2, seconds: float = 60.0, only: Collection[str] = ()
+) -> Report:
     with LocalCrew(workers, seconds) as crew:
         return verify(crew, [subject_of(layer)], only=only)
 
@@ -89,14 +91,18 @@ def test_torch_sync_batch_norm_refuses_the_cpu_and_nothing_hangs():
     found = _by_check(_verified("torch.nn:SyncBatchNorm"))
     status, reason = found.pop("runs")
     assert status == "failed"
-    assert re.search("ranks 0, 1 raised ValueError: SyncBatchNorm expected input tensor to be on GPU", reason)
+    assert re.search(
+        "ranks 0, 1 raised ValueError: SyncBatchNorm expected input tensor to be on GPU", reason
+    )
     assert set(found.values()) == {("not offered", "it does not pass runs")}
 
 
 def test_torch_batch_norm_in_one_process_fails_where_it_is_known_to():
     """The checks judge somebody else's layer fairly: all else that it offers passes."""
     report = _verified("tests.verify.layers:OneProcess", workers=1)
-    failed = {check: reason for check, (status, reason) in _by_check(report).items() if status == "failed"}
+    failed = {
+        check: reason for check, (status, reason) in _by_check(report).items() if status == "failed"
+    }
     assert failed.keys() == {"all-empty", "single-value", "checkpoint", "checkpoint-reentrant"}
     assert re.search("Expected more than 1 value per channel", failed["single-value"])
     assert sum(status == "passed" for status, _ in _by_check(report).values()) >= 45
@@ -110,12 +116,18 @@ def test_torch_batch_norm_in_one_process_fails_where_it_is_known_to():
         ("BatchNorm3d", "5-D", "5-D", {"shape-nc", "shape-ncl", "shape-nchw"}),
     ],
 )
-def test_a_layer_that_takes_some_dimensions_only_is_checked_in_those_and_that_is_said_once(layer, taken, most, lacking):
+def test_a_layer_that_takes_some_dimensions_only_is_checked_in_those_and_that_is_said_once(
+    layer, taken, most, lacking
+):
     """Where it was at fault in nothing else, a hundred checks were not offered."""
-    report = _verified(f"torch.nn:{layer}", workers=1, only=all_checks().keys() - {"ddp", "subgroups"})
+    report = _verified(
+        f"torch.nn:{layer}", workers=1, only=all_checks().keys() - {"ddp", "subgroups"}
+    )
     found = _by_check(report)
     failed = {check: reason for check, (status, reason) in found.items() if status == "failed"}
-    assert failed.keys() == {"all-empty", "single-value", "checkpoint", "checkpoint-reentrant"}, failed
+    assert failed.keys() == {"all-empty", "single-value", "checkpoint", "checkpoint-reentrant"}, (
+        failed
+    )
     said = f"{layer} takes {taken} inputs only; the checks give it others as {most}"
     assert [reason for status, reason in found.values() if status == "passed" and reason] == [said]
     shapes = {name: found[name] for name in ("shape-nc", "shape-ncl", "shape-nchw", "shape-ncdhw")}

@@ -5,12 +5,12 @@
     backward_sums   g, x, mean           -> [sum g, sum g (x - mean)]                      one pass over g and x
     backward_input  g, x, mean, scale, a, b, w -> scale * (g - w * (a + b * (x - mean)))   one pass over g and x
 
-Shapes: x and g (N, C, *S), any floating type, any strides; mean, scale, shift, a, b (C,) float64; w (N, 1, *S)
-or None. Sums come back in float64. An output has the type and memory layout of x. Empty tensors never reach a
-kernel: their sums are zeros.
+Shapes: x and g (N, C, *S), any floating type, any strides; mean, scale, shift, a, b (C,) float64; w
+(N, 1, *S) or None. Sums come back in float64. An output has the type and memory layout of x. Empty
+tensors never reach a kernel: their sums are zeros.
 
-Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n and
-b = sum g (x - mean) / (n std^2), the sums being those of all workers.
+Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n
+and b = sum g (x - mean) / (n std^2), the sums being those of all workers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    return torch.empty_like(x) if x.numel() == 0 else _implementation(x).normalize(x, mean, scale, shift)
+    return (
+        torch.empty_like(x)
+        if x.numel() == 0
+        else _implementation(x).normalize(x, mean, scale, shift)
+    )
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
@@ -58,7 +62,13 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def backward_input(
-    grad_output: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
     if x.numel() == 0:

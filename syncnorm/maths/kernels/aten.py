@@ -1,12 +1,13 @@
 """The four primitives on a CPU, from ATen's vectorised batch-norm operators.
 
-`native_batch_norm_backward` in evaluation mode returns sum g and sum g (x - running_mean) / std in one
-vectorised pass, which a general reduction does not (var_mean takes 20 times as long). It sums in float32, so
-it is given blocks that fit in the cache, with both factors centred, and the blocks are added in float64.
-With g = w (x - p) and running_mean = p it yields the centred raw sums; with the gradient, the backward sums.
+`native_batch_norm_backward` in evaluation mode returns sum g and sum g (x - running_mean) / std in
+one vectorised pass, which a general reduction does not (var_mean takes 20 times as long). It sums
+in float32, so it is given blocks that fit in the cache, with both factors centred, and the blocks
+are added in float64. With g = w (x - p) and running_mean = p it yields the centred raw sums; with
+the gradient, the backward sums.
 
-The running variance is always passed as 1 and eps as 0: standard deviations are folded into the (C,)-sized
-coefficients, in float64.
+The running variance is always passed as 1 and eps as 0: standard deviations are folded into the
+(C,)-sized coefficients, in float64.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in _HALF else dtype
 
 
-def centred_sums(x: Tensor, mask: Tensor | None, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def centred_sums(
+    x: Tensor, mask: Tensor | None, count: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,), float64."""
     v = _summable(x)
     if mask is None:
         p = _pivot(v)
         return p.double(), *_sums_about(v, None, p)
-    # Elements of weight 0 may lie anywhere, so under a mask the pivot is the (rounded) weighted mean itself.
+    # Elements of weight 0 may lie anywhere, so under a mask the pivot is the (rounded) weighted
+    # mean itself.
     w = layout.view(mask.to(_wide(x.dtype)), rows=v.ndim == 2)
     total, _ = _sums_about(v, w, w.new_zeros(x.shape[1]))
     p = (total / count).nan_to_num(0.0, 0.0, 0.0).to(w.dtype)
@@ -48,14 +52,22 @@ def centred_sums(x: Tensor, mask: Tensor | None, count: int | Tensor) -> tuple[T
 
 
 def _summable(x: Tensor) -> Tensor:
-    """The view to take sums over. Planes of a few elements are copied into rows: the operator is slow on them."""
+    """The view to take sums over.
+
+    Planes of a few elements are copied into rows: the operator is slow on them.
+    """
     rows = layout.is_rows(x)
     v = layout.view(layout.dense(x), rows=rows)
-    return v.transpose(1, 2).reshape(-1, v.shape[1]) if not rows and v.shape[2] <= _SHORT_PLANE < v.shape[1] else v
+    return (
+        v.transpose(1, 2).reshape(-1, v.shape[1])
+        if not rows and v.shape[2] <= _SHORT_PLANE < v.shape[1]
+        else v
+    )
 
 
 def _pivot(v: Tensor) -> Tensor:
-    """The mean of up to 8 elements of each channel, spread over the batch. One alone may be an outlier.
+    """The mean of up to 8 elements of each channel, spread over the batch. One alone may be an
+    outlier.
 
     Their number is a power of two, so that the pivot of integers is exact.
     """
@@ -77,8 +89,9 @@ def _spread(v: Tensor, dim: int, most: int) -> Tensor:
 def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of w (x - p) and w (x - p)^2, each (C,), float64.
 
-    Values of a half type lie on so coarse a grid that float32 rounds each addition the same way, and a long sum drifts.
-    Times an odd factor their last bits are scattered, and the roundings cancel.
+    Values of a half type lie on so coarse a grid that float32 rounds each addition the same way,
+    and a long sum drifts. Times an odd factor their last bits are scattered, and the roundings
+    cancel.
     """
     is_half = v.dtype in _HALF
     cut = layout.Cut.of(v)
@@ -112,7 +125,9 @@ class _Products:
 
     def add(self, g: Tensor, x: Tensor) -> None:
         one, mean, zero = next(self._coefficients)
-        _, products, total = _backward_operator(g, x, one, mean, one, zero, one, False, 0.0, _SUMS_ONLY)
+        _, products, total = _backward_operator(
+            g, x, one, mean, one, zero, one, False, 0.0, _SUMS_ONLY
+        )
         self._sums.append(total)
         self._products.append(products)
 
@@ -126,26 +141,44 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     rows = layout.is_rows(x)
     y = torch.empty_like(x)
     mean, scale, shift = (c.to(_wide(x.dtype)) for c in (mean, scale, shift))
-    _affine_into_(layout.view(y, rows=rows), layout.view(x, rows=rows), mean, scale, shift, torch.ones_like(mean))
+    _affine_into_(
+        layout.view(y, rows=rows),
+        layout.view(x, rows=rows),
+        mean,
+        scale,
+        shift,
+        torch.ones_like(mean),
+    )
     return y
 
 
-def _affine_into_(out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor) -> None:
+def _affine_into_(
+    out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor
+) -> None:
     nothing = one.new_empty(0)
-    _forward_operator(x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing)
+    _forward_operator(
+        x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
+    )
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
     x = layout.dense(x)
     g, v = _summable(layout.like(grad_output, x)), _summable(x)
-    # The operator adds the values of a channel one by one, in float32: equal ones, all rounded alike, would drift.
+    # The operator adds the values of a channel one by one, in float32: equal ones, all rounded
+    # alike, would drift.
     parts = zip(layout.short_runs(g), layout.short_runs(v), strict=True)
-    sums = [_run_sums(g.part, x.part, x.repeat(mean.to(_wide(x.part.dtype))), x.total) for g, x in parts]
-    return torch.cat(sums[0] if len(sums) == 1 else [first + rest for first, rest in zip(*sums, strict=True)])
+    sums = [
+        _run_sums(g.part, x.part, x.repeat(mean.to(_wide(x.part.dtype))), x.total) for g, x in parts
+    ]
+    return torch.cat(
+        sums[0] if len(sums) == 1 else [first + rest for first, rest in zip(*sums, strict=True)]
+    )
 
 
-def _run_sums(g: Tensor, x: Tensor, mean: Tensor, total: Callable[[Tensor], Tensor]) -> list[Tensor]:
+def _run_sums(
+    g: Tensor, x: Tensor, mean: Tensor, total: Callable[[Tensor], Tensor]
+) -> list[Tensor]:
     cut = layout.Cut.of(x)
     gs, xs = cut.blocks(g), cut.blocks(x)
     products = _Products(cut, mean, len(xs))
@@ -155,7 +188,13 @@ def _run_sums(g: Tensor, x: Tensor, mean: Tensor, total: Callable[[Tensor], Tens
 
 
 def backward_input(
-    grad_output: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
     x = layout.dense(x)
@@ -169,7 +208,9 @@ def backward_input(
     columns = [c.to(wide) for c in (mean, -scale * b, -scale * a, torch.ones_like(mean))]
     columns.append(_facing(scale.to(wide), v))
     coefficients = cut.columns(columns, len(xs))
-    for o, g_block, x_block, w, (*affine, factor) in zip(outs, gs, xs, ws, coefficients, strict=True):
+    for o, g_block, x_block, w, (*affine, factor) in zip(
+        outs, gs, xs, ws, coefficients, strict=True
+    ):
         # Half types are worked on in float32 and rounded once.
         t = o if o.dtype == wide else torch.empty_like(o, dtype=wide)
         _affine_into_(t, x_block.to(wide), *affine)

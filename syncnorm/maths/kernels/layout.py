@@ -1,8 +1,8 @@
 """Two dense views of an (N, C, *S) tensor, and its cache-sized blocks.
 
-`rows`: (N * prod(S), C) where channels vary fastest (channels last, plain (N, C), a transposed (N, L, C)).
-`planes`: (N, C, prod(S)) where the tensor is contiguous.
-Anything else is copied into `planes` first.
+`rows`: (N * prod(S), C) where channels vary fastest (channels last, plain (N, C), a transposed (N,
+L, C)). `planes`: (N, C, prod(S)) where the tensor is contiguous. Anything else is copied into
+`planes` first.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A block's operands should stay in the second-level cache, and long float32 sums lose digits; smaller blocks
-# cost more calls. Chosen by benchmarks/layer_cpu.py.
+# A block's operands should stay in the second-level cache, and long float32 sums lose digits;
+# smaller blocks cost more calls. Chosen by benchmarks/layer_cpu.py.
 BLOCK_ELEMENTS = 131_072
 BLOCK_ROWS = 4_096
 # Longer runs of one channel are summed in pieces of this length.
 PLANE = 4_096
-# How many values of one channel an operator should add one after the other: in a plane (of which it adds some side by
-# side), and in rows. Rows of more channels than _ROW would not stay in the first-level cache.
+# How many values of one channel an operator should add one after the other: in a plane (of which it
+# adds some side by side), and in rows. Rows of more channels than _ROW would not stay in the
+# first-level cache.
 _RUN, _RUN_ROWS = 256, 256
 _ROW = 512
 
@@ -51,7 +52,9 @@ def view(t: Tensor, *, rows: bool) -> Tensor:
 
 
 class Runs(NamedTuple):
-    """Dense values viewed so that each of C channels is `times` channels, whose sums are taken apart."""
+    """Dense values viewed so that each of C channels is `times` channels, whose sums are taken
+    apart.
+    """
 
     part: Tensor
     times: int
@@ -60,17 +63,27 @@ class Runs(NamedTuple):
         """(C,) coefficients for the channels of `part`."""
         if self.times == 1:
             return c
-        return c.repeat(self.times) if self.part.ndim == 2 else c.view(-1, 1).expand(-1, self.times).reshape(-1)
+        return (
+            c.repeat(self.times)
+            if self.part.ndim == 2
+            else c.view(-1, 1).expand(-1, self.times).reshape(-1)
+        )
 
     def total(self, sums: Tensor) -> Tensor:
         """Sums by the channels of `part`, added up by channel: shape (C,)."""
         if self.times == 1:
             return sums
-        return sums.view(self.times, -1).sum(0) if self.part.ndim == 2 else sums.view(-1, self.times).sum(1)
+        return (
+            sums.view(self.times, -1).sum(0)
+            if self.part.ndim == 2
+            else sums.view(-1, self.times).sum(1)
+        )
 
 
 def short_runs(v: Tensor) -> list[Runs]:
-    """A (rows, C) or (N, C, L) view as parts with short runs of each channel; copied only if L has no divisor."""
+    """A (rows, C) or (N, C, L) view as parts with short runs of each channel; copied only if L has
+    no divisor.
+    """
     if v.ndim == 2:
         rows, channels = v.shape
         times = min(_ROW // channels, rows // _RUN_ROWS)
@@ -88,15 +101,18 @@ def short_runs(v: Tensor) -> list[Runs]:
 
 @functools.cache
 def _run_of(length: int) -> int | None:
-    """How long the runs of a plane of this length are: the length itself, or a divisor; None: there is none."""
+    """How long the runs of a plane of this length are: the length itself, or a divisor; None: there
+    is none.
+    """
     if length <= 4 * _RUN:
         return length
     return next((run for run in range(_RUN, 31, -1) if length % run == 0), None)
 
 
 class Cut(NamedTuple):
-    """How to cut dense views of one shape into contiguous blocks: every block is a whole number of rows or
-    samples, or some channels of one sample, or (k, 1, PLANE) pieces of one channel of one sample."""
+    """How to cut dense views of one shape into contiguous blocks: every block is a whole number of
+    rows or samples, or some channels of one sample, or (k, 1, PLANE) pieces of one channel of one
+    sample."""
 
     step: int
     """Rows or samples in a block."""
@@ -111,7 +127,9 @@ class Cut(NamedTuple):
         """The cut of a (rows, C) or (N, C, L) view."""
         channels = v.shape[1]
         if v.ndim == 2:
-            return cls(max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // channels)), channels, channels, None)
+            return cls(
+                max(1, min(BLOCK_ROWS, BLOCK_ELEMENTS // channels)), channels, channels, None
+            )
         length = v.shape[2]
         if channels * length <= BLOCK_ELEMENTS:
             return cls(BLOCK_ELEMENTS // (channels * length), channels, channels, None)
@@ -130,7 +148,9 @@ class Cut(NamedTuple):
         if self.group < self.channels:
             groups = -(-self.channels // self.group)
             is_mask = v.shape[1] == 1
-            parts = [p for s in parts for p in ([s] * groups if is_mask else s.split(self.group, dim=1))]
+            parts = [
+                p for s in parts for p in ([s] * groups if is_mask else s.split(self.group, dim=1))
+            ]
         if self.lengths is not None:
             parts = [_fold(p) for c in parts for p in c.split(self.lengths, dim=2)]
         return parts

@@ -23,26 +23,38 @@ def _channels(t: Tensor, x: Tensor) -> Tensor:
     return t.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
 
 
-def centred_sums(x: Tensor, mask: Tensor | None, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def centred_sums(
+    x: Tensor, mask: Tensor | None, count: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,), float64."""
     wide = _wide(x)
     if mask is None:
         some = wide.flatten(2) if wide.ndim > 2 else wide.unsqueeze(-1)
-        # Of two samples in compiled code, so that what is compiled for any number from 2 on needs no second version.
+        # Of two samples in compiled code, so that what is compiled for any number from 2 on needs
+        # no second version.
         samples = 2 if torch.compiler.is_compiling() else _PIVOT_ELEMENTS
         p = some[:samples, :, :_PIVOT_ELEMENTS].mean((0, 2))
     else:
-        p = ((wide * mask).sum(_over(x), dtype=torch.float64) / count).nan_to_num(0.0, 0.0, 0.0).to(wide.dtype)
+        p = (
+            ((wide * mask).sum(_over(x), dtype=torch.float64) / count)
+            .nan_to_num(0.0, 0.0, 0.0)
+            .to(wide.dtype)
+        )
     b = wide - _channels(p, wide)
     wb = b if mask is None else b * mask.to(wide.dtype)
-    return p.double(), wb.sum(_over(x), dtype=torch.float64), (wb * b).sum(_over(x), dtype=torch.float64)
+    return (
+        p.double(),
+        wb.sum(_over(x), dtype=torch.float64),
+        (wb * b).sum(_over(x), dtype=torch.float64),
+    )
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
     wide = _wide(x)
     y = (wide - _channels(mean, wide)) * _channels(scale, wide) + _channels(shift, wide)
-    # Not `to` without need, which returns y itself: for an output of that kind torch 2.11 compiles a gradient of zeros.
+    # Not `to` without need, which returns y itself: for an output of that kind torch 2.11 compiles
+    # a gradient of zeros.
     return y if y.dtype == x.dtype else y.to(x.dtype)
 
 
@@ -54,7 +66,13 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
 
 
 def backward_input(
-    grad_output: Tensor, x: Tensor, mean: Tensor, scale: Tensor, a: Tensor, b: Tensor, mask: Tensor | None
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
     g, wide = _wide(grad_output), _wide(x)

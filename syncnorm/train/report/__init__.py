@@ -2,8 +2,8 @@
 
     run folders -> events (what is on record) -> summary, differences, curves, layers -> page
 
-The page is a tree of elements until it is written, so text from a run's folder stays text. It needs no script, and
-nothing in it is loaded from elsewhere.
+The page is a tree of elements until it is written, so text from a run's folder stays text. It needs
+no script, and nothing in it is loaded from elsewhere.
 """
 
 from collections.abc import Sequence
@@ -25,20 +25,25 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
         `output`.
 
     Raises:
-        ConfigError: no runs, a folder that is no run or that cannot be read, an output that cannot be written, or
-            matplotlib is missing.
+        ConfigError: no runs, a folder that is no run or that cannot be read, an output that cannot
+            be written, or matplotlib is missing.
     """
     read = read_runs(runs)
     try:
-        # Here, not above: figures are the only part that needs matplotlib, and importing it takes a second.
+        # Here, not above: figures are the only part that needs matplotlib, and importing it takes a
+        # second.
         from syncnorm.train.report.page import render_page
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "matplotlib":
             raise
-        raise ConfigError("a report needs matplotlib. Install it with: pip install 'syncnorm[report]'") from None
+        raise ConfigError(
+            "a report needs matplotlib. Install it with: pip install 'syncnorm[report]'"
+        ) from None
     page = render_page(read)
     try:
         write_text_whole(output, page)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise ConfigError(f"`output` must be a file that can be written, got {str(output)!r}: {error}") from None
+        raise ConfigError(
+            f"`output` must be a file that can be written, got {str(output)!r}: {error}"
+        ) from None
     return output

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
 
 from syncnorm.train.report.marks import draw_marks
 from syncnorm.train.report.run import Run
@@ -39,10 +46,20 @@ class Curve:
 
 
 CURVES = (
-    Curve("loss", "Training loss", "of each global batch; pale as recorded, strong its moving mean", log=True),
+    Curve(
+        "loss",
+        "Training loss",
+        "of each global batch; pale as recorded, strong its moving mean",
+        log=True,
+    ),
     Curve("test_accuracy", "Test accuracy", "share of the test set, after each epoch", share=True),
     Curve("lr", "Learning rate", "of the optimizer, at each step", noisy=False),
-    Curve("samples_per_second", "Throughput", "samples per second, all workers together", from_zero=True),
+    Curve(
+        "samples_per_second",
+        "Throughput",
+        "samples per second, all workers together",
+        from_zero=True,
+    ),
     Curve(
         "exchange_share",
         "Time in exchanges",
@@ -77,12 +94,17 @@ def _axes(lanes: int) -> tuple[Figure, Axes, Axes]:
     figure = Figure(figsize=(WIDTH, total))
     axes = figure.add_axes((left / WIDTH, bottom / total, width / WIDTH, height / total))
     start = (bottom + height + 0.08) / total
-    above = figure.add_axes((left / WIDTH, start, width / WIDTH, (lane + 0.01) / total), sharex=axes)
+    above = figure.add_axes(
+        (left / WIDTH, start, width / WIDTH, (lane + 0.01) / total), sharex=axes
+    )
     return figure, above, axes
 
 
 def step_range(runs: Sequence[Run]) -> tuple[int, int]:
-    """The steps of all runs. Every figure shows them, so that what happened at a step stands in one line."""
+    """The steps of all runs.
+
+    Every figure shows them, so that what happened at a step stands in one line.
+    """
     return 0, max(1, *(run.events.highest_step for run in runs))
 
 
@@ -94,7 +116,11 @@ def _draw_curve(axes: Axes, x: Array, y: Array, index: int, noisy: bool) -> None
         x, y = smoothed
     # a single point has no line
     axes.plot(
-        *thin(x, y), color=colour, linestyle=run_dashes(index), marker="o" if len(x) <= 30 else "", markersize=2.6
+        *thin(x, y),
+        color=colour,
+        linestyle=run_dashes(index),
+        marker="o" if len(x) <= 30 else "",
+        markersize=2.6,
     )
 
 
@@ -125,5 +151,8 @@ def _describe(curve: Curve, runs: Sequence[Run], series: Sequence[tuple[Array, A
     for run, (x, y) in zip(runs, series, strict=True):
         known = np.flatnonzero(np.isfinite(y))
         if len(known):
-            ends.append(f"{run.name} from {y[known[0]]:.4g} to {y[known[-1]]:.4g} at step {x[known[-1]]:.0f}")
+            ends.append(
+                f"{run.name} from {y[known[0]]:.4g} to {y[known[-1]]:.4g} at step "
+                f"{x[known[-1]]:.0f}"
+            )
     return f"{curve.title} over optimizer steps: {'; '.join(ends)}."

@@ -1,8 +1,8 @@
 """What `metrics.jsonl` says, whatever has happened to it.
 
-A run that was killed may have torn its last line, and a run that went on from a checkpoint records steps again. So
-lines that are no JSON object are counted and left out, and of several records of a step the last one holds. Events
-and fields that are missing or unknown are no fault.
+A run that was killed may have torn its last line, and a run that went on from a checkpoint records
+steps again. So lines that are no JSON object are counted and left out, and of several records of a
+step the last one holds. Events and fields that are missing or unknown are no fault.
 """
 
 import json
@@ -119,11 +119,19 @@ class Events:
         seconds = None if time is None else time - self.attempts[0][0]
         if kind == "start":
             if self.starts or step > 0:
-                self.marks.append(Mark("restart", step, seconds, _text(event.get("resumed_from")), _origin(event)))
+                self.marks.append(
+                    Mark("restart", step, seconds, _text(event.get("resumed_from")), _origin(event))
+                )
             self.starts.append(event)
         elif kind == "fault":
             self.marks.append(
-                Mark("fault", step, seconds, _text(event.get("kind")) or "unknown", _text(event.get("message")))
+                Mark(
+                    "fault",
+                    step,
+                    seconds,
+                    _text(event.get("kind")) or "unknown",
+                    _text(event.get("message")),
+                )
             )
         else:
             self.marks.append(Mark("checkpoint", step, seconds, _text(event.get("path")), ""))

@@ -1,4 +1,6 @@
-"""The statistics of normalisation layers: a heat map of layer by step for each run, on one scale for all runs."""
+"""The statistics of normalisation layers: a heat map of layer by step for each run, on one scale
+for all runs.
+"""
 
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
@@ -44,13 +46,15 @@ STATISTICS = (
     Statistic(
         "between_share",
         "Variance between workers",
-        "Share of the batch's variance that lies between the workers' means: what local statistics would miss.",
+        "Share of the batch's variance that lies between the workers' means: what local statistics "
+        "would miss.",
         share=True,
     ),
     Statistic(
         "mean_gap",
         "Gap of the mean",
-        "From the running mean to the batch's, in running standard deviations: root mean square over channels.",
+        "From the running mean to the batch's, in running standard deviations: root mean square "
+        "over channels.",
     ),
     Statistic(
         "var_gap",
@@ -61,13 +65,15 @@ STATISTICS = (
     Statistic(
         "r_clipped",
         "Clipped scales",
-        "Share of channels whose correction r is at its bound; all of them while the schedule is at batch norm.",
+        "Share of channels whose correction r is at its bound; all of them while the schedule is "
+        "at batch norm.",
         share=True,
     ),
     Statistic(
         "d_clipped",
         "Clipped shifts",
-        "Share of channels whose correction d is at its bound; all of them while the schedule is at batch norm.",
+        "Share of channels whose correction d is at its bound; all of them while the schedule is "
+        "at batch norm.",
         share=True,
     ),
 )
@@ -92,7 +98,9 @@ def grid(run: Run, statistic: Statistic) -> Grid:
     """Collect a statistic of the layers that have it."""
     records = sorted(run.events.layers.items())
     layers = list(
-        dict.fromkeys(name for _, layers in records for name, each in layers.items() if statistic.name in each)
+        dict.fromkeys(
+            name for _, layers in records for name, each in layers.items() if statistic.name in each
+        )
     )
     row = {name: index for index, name in enumerate(layers)}
     values = np.full((len(layers), len(records)), np.nan)
@@ -112,20 +120,31 @@ def heat_figures(statistic: Statistic, runs: Sequence[Run]) -> list[tuple[int, E
         return []
     colours = _colours(finite)
     return [
-        (index, _heat_figure(statistic, each, colours, f"{statistic.name}-{index}".replace("_", "-"), runs, index))
+        (
+            index,
+            _heat_figure(
+                statistic, each, colours, f"{statistic.name}-{index}".replace("_", "-"), runs, index
+            ),
+        )
         for index, each in enumerate(grids)
         if np.isfinite(each.values).any()
     ]
 
 
 def _colours(finite: Array) -> ScalarMappable:
-    # Not the highest: the first steps, with running statistics far off, would leave all others in one colour.
+    # Not the highest: the first steps, with running statistics far off, would leave all others in
+    # one colour.
     high = float(np.quantile(finite, 0.99))
     return ScalarMappable(Normalize(0, high if high > 1e-12 else 1), "viridis")
 
 
 def _heat_figure(
-    statistic: Statistic, each: Grid, colours: ScalarMappable, key: str, runs: Sequence[Run], index: int
+    statistic: Statistic,
+    each: Grid,
+    colours: ScalarMappable,
+    key: str,
+    runs: Sequence[Run],
+    index: int,
 ) -> ET.Element:
     rows = min(len(each.layers), _MOST_ROWS)
     figure = Figure(figsize=(WIDTH, 0.55 + 0.16 * max(rows, 4)), layout="constrained")
@@ -144,7 +163,11 @@ def _heat_figure(
     )
     _label(axes, each, runs)
     bar = figure.colorbar(
-        colours, ax=axes, pad=0.02, aspect=12 + rows / 2, extend="max" if np.nanmax(cells) > high else "neither"
+        colours,
+        ax=axes,
+        pad=0.02,
+        aspect=12 + rows / 2,
+        extend="max" if np.nanmax(cells) > high else "neither",
     )
     bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]
     bar.ax.grid(False)

@@ -27,9 +27,19 @@ def draw_marks(above: Axes, axes: Axes, runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         colour = run_colour(index)
         for kind, (marker, _) in SIGNS.items():
-            steps = _apart([mark.step for mark in run.events.marks if mark.kind == kind], axes.get_xlim()[1])
+            steps = _apart(
+                [mark.step for mark in run.events.marks if mark.kind == kind], axes.get_xlim()[1]
+            )
             lane = [index] * len(steps)
-            above.plot(steps, lane, color=colour, linestyle="", marker=marker, markersize=size, clip_on=False)
+            above.plot(
+                steps,
+                lane,
+                color=colour,
+                linestyle="",
+                marker=marker,
+                markersize=size,
+                clip_on=False,
+            )
             if kind != "checkpoint":
                 for step in steps:
                     axes.axvline(step, color=colour, linewidth=0.8, linestyle="dashed", alpha=0.6)

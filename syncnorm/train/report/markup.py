@@ -20,7 +20,9 @@ def element(tag: str, *children: ET.Element | str | None, **attributes: str) -> 
         children: elements, texts, or None for nothing.
         attributes: `class_` stands for class, `aria_label` for aria-label, and so on.
     """
-    made = ET.Element(tag, {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()})
+    made = ET.Element(
+        tag, {name.rstrip("_").replace("_", "-"): value for name, value in attributes.items()}
+    )
     last = None
     for child in children:
         if isinstance(child, ET.Element):

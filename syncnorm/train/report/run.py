@@ -45,14 +45,20 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for path, count in Counter(resolved).items():
         if count > 1:
             raise ConfigError(f"`runs` must be different folders, got {str(path)!r} {count} times.")
-    return [_read_run(path, name) for path, name in zip(resolved, _short_names(resolved), strict=True)]
+    return [
+        _read_run(path, name) for path, name in zip(resolved, _short_names(resolved), strict=True)
+    ]
 
 
 def _resolve(folder: Path) -> Path:
     try:
         path = folder.resolve()
         is_run = (path / "config.yaml").is_file()
-    except (OSError, ValueError, RuntimeError):  # a NUL in the path; links that go round in a circle
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ):  # a NUL in the path; links that go round in a circle
         path, is_run = folder, False
     if not is_run:
         raise ConfigError(
@@ -75,7 +81,9 @@ def _read_run(folder: Path, name: str) -> Run:
     config_text = _read_text(folder / "config.yaml")
     config = strict_yaml.parse(config_text, str(folder / "config.yaml"))
     if not isinstance(config, dict):
-        raise ConfigError(f"{folder / 'config.yaml'}: must be a mapping, got {type(config).__name__}")
+        raise ConfigError(
+            f"{folder / 'config.yaml'}: must be a mapping, got {type(config).__name__}"
+        )
     status, reason = _read_exit(folder / "exit.json")
     return Run(name, config_text, config, status, reason, read_events(folder / "metrics.jsonl"))
 

@@ -15,10 +15,14 @@ _SMOOTH_WIDTH = 9
 
 
 def points(curve: Mapping[int, float]) -> tuple[Array, Array]:
-    """Steps in order and their values: NaN for all that are not finite, and none so large that an axis overflows."""
+    """Steps in order and their values: NaN for all that are not finite, and none so large that an
+    axis overflows.
+    """
     steps = sorted(curve)
     values = np.array([curve[step] for step in steps], dtype=float)
-    return np.array(steps, dtype=float), np.where(np.isfinite(values), values.clip(-LARGEST, LARGEST), np.nan)
+    return np.array(steps, dtype=float), np.where(
+        np.isfinite(values), values.clip(-LARGEST, LARGEST), np.nan
+    )
 
 
 def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
@@ -42,8 +46,11 @@ def smooth(x: Array, y: Array) -> tuple[Array, Array] | None:
     buckets = _buckets(len(x), min(len(x), _SMOOTH_POINTS))
     means = np.array([_mean(y[start:stop]) for start, stop in buckets])
     reach = _SMOOTH_WIDTH // 2
-    # A window per bucket instead of a running sum: after a peak of 1e30 that would have lost all smaller digits.
-    smoothed = [_mean(means[max(0, index - reach) : index + reach + 1]) for index in range(len(means))]
+    # A window per bucket instead of a running sum: after a peak of 1e30 that would have lost all
+    # smaller digits.
+    smoothed = [
+        _mean(means[max(0, index - reach) : index + reach + 1]) for index in range(len(means))
+    ]
     return np.array([x[start:stop].mean() for start, stop in buckets]), np.array(smoothed)
 
 

@@ -47,7 +47,13 @@ def summarize(run: Run) -> Summary:
     best_step = max(sorted(accuracy), key=lambda step: accuracy[step], default=None)
     return Summary(
         steps=events.last_step,
-        workers=_changes([start["world_size"] for start in events.starts if isinstance(start.get("world_size"), int)]),
+        workers=_changes(
+            [
+                start["world_size"]
+                for start in events.starts
+                if isinstance(start.get("world_size"), int)
+            ]
+        ),
         best_accuracy=None if best_step is None else accuracy[best_step],
         best_step=best_step,
         last_accuracy=accuracy[max(accuracy)] if accuracy else None,
@@ -61,11 +67,15 @@ def summarize(run: Run) -> Summary:
 
 def not_finite_steps(run: Run) -> list[int]:
     """The steps whose loss is not a finite number."""
-    return sorted(step for step, loss in run.events.curve("loss").items() if not math.isfinite(loss))
+    return sorted(
+        step for step, loss in run.events.curve("loss").items() if not math.isfinite(loss)
+    )
 
 
 def config_differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
-    """The keys, dotted, that do not have the same value in all runs; None where a run does not have the key."""
+    """The keys, dotted, that do not have the same value in all runs; None where a run does not have
+    the key.
+    """
     flat = [_flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each)
     rows = {key: [each.get(key) for each in flat] for key in keys}
@@ -78,7 +88,9 @@ def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, dict) and value:
             flat |= _flatten(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            flat[prefix + key] = (
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            )
     return flat
 
 

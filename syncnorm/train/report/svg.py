@@ -1,7 +1,8 @@
 """A figure of matplotlib as an element of the page.
 
-matplotlib writes a document of its own. As a part of the page it must not bring metadata (which name an address),
-style rules or names that meet those of other figures; and its colours must follow the page from light to dark.
+matplotlib writes a document of its own. As a part of the page it must not bring metadata (which
+name an address), style rules or names that meet those of other figures; and its colours must follow
+the page from light to dark.
 """
 
 import io
@@ -23,7 +24,8 @@ _VARIABLES = {MUTED: "var(--muted)", GRID: "var(--grid)"} | {
     f"#0001{index:02x}": f"var(--run-{index})" for index in range(RUN_COLOURS)
 }
 
-# In inches of 72 points. With letters of 8.5 points they can be read on a phone, where a figure is as wide as the page.
+# In inches of 72 points. With letters of 8.5 points they can be read on a phone, where a figure is
+# as wide as the page.
 WIDTH = 4.6
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -105,7 +107,12 @@ def to_element(figure: Figure, key: str, label: str) -> ET.Element:
     for each in root.iter():
         _rename(each, key, referred)
         _restyle(each)
-    root.attrib = {"viewBox": root.attrib["viewBox"], "role": "img", "aria-label": label, "class": "figure"}
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "aria-label": label,
+        "class": "figure",
+    }
     root.tail = None
     return root
 
@@ -118,7 +125,9 @@ def _remove(parent: ET.Element, names: tuple[str, ...]) -> None:
 
 def _references(each: ET.Element) -> list[str]:
     texts = (each.attrib.get(name, "") for name in ("href", "clip-path"))
-    return [name for text in texts if not text.startswith("data:") for name in _REFERENCE.findall(text)]
+    return [
+        name for text in texts if not text.startswith("data:") for name in _REFERENCE.findall(text)
+    ]
 
 
 def _rename(each: ET.Element, key: str, referred: set[str]) -> None:
@@ -140,5 +149,7 @@ def _restyle(each: ET.Element) -> None:
         each.attrib["style"] = _FONT.sub("", _SHORT_FONT.sub(r"font-size: \1", style))
     if "d" in each.attrib:
         # A hundredth of a point is finer than any screen, and a third of the size.
-        path = _NUMBER.sub(lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), each.attrib["d"])
+        path = _NUMBER.sub(
+            lambda match: f"{float(match[0]):.2f}".rstrip("0").rstrip("."), each.attrib["d"]
+        )
         each.attrib["d"] = " ".join(path.split())

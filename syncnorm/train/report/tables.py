@@ -22,10 +22,18 @@ Cell = ET.Element | str
 def run_name(run: Run, index: int) -> ET.Element:
     """A run's name with a piece of its line."""
     line = element(
-        "line", x1="0", x2="20", y1="5", y2="5", stroke_width="3", stroke_dasharray=_DASHES[run_dashes(index)]
+        "line",
+        x1="0",
+        x2="20",
+        y1="5",
+        y2="5",
+        stroke_width="3",
+        stroke_dasharray=_DASHES[run_dashes(index)],
     )
     colour = f"stroke: var(--run-{index % RUN_COLOURS})"
-    swatch = element("svg", line, viewBox="0 0 20 10", class_="swatch", aria_hidden="true", style=colour)
+    swatch = element(
+        "svg", line, viewBox="0 0 20 10", class_="swatch", aria_hidden="true", style=colour
+    )
     return element("span", swatch, element("span", run.name), class_="run")
 
 
@@ -35,7 +43,9 @@ def summary_table(runs: Sequence[Run], summaries: Sequence[Summary]) -> ET.Eleme
         "Run", "Status", "Steps", "Workers", "Best test accuracy", "Last test accuracy", "Samples/s",
         "In exchanges", "Faults", "Restarts", "Duration",
     )  # fmt: skip
-    best = max((each.best_accuracy for each in summaries if each.best_accuracy is not None), default=None)
+    best = max(
+        (each.best_accuracy for each in summaries if each.best_accuracy is not None), default=None
+    )
     rows = []
     for index, (run, each) in enumerate(zip(runs, summaries, strict=True)):
         is_best = len(runs) > 1 and best is not None and each.best_accuracy == best
@@ -55,7 +65,9 @@ def summary_table(runs: Sequence[Run], summaries: Sequence[Summary]) -> ET.Eleme
     return table(headings, rows, "summary", numbers=range(2, 11))
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], class_: str, numbers: Sequence[int]) -> ET.Element:
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[Cell]], class_: str, numbers: Sequence[int]
+) -> ET.Element:
     """A table whose rows become cards on a narrow screen.
 
     Args:
@@ -67,7 +79,9 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[Cell]], class_: str, 
     # The roles are said again because a style that displays cells as blocks takes them away.
     kinds = ["number" if index in numbers else "words" for index in range(len(headings))]
     head = element(
-        "tr", *(element("th", each, scope="col", class_=kind) for each, kind in zip(headings, kinds)), role="row"
+        "tr",
+        *(element("th", each, scope="col", class_=kind) for each, kind in zip(headings, kinds)),
+        role="row",
     )
     body = [
         element("tr", *(
@@ -90,14 +104,23 @@ def differences_table(runs: Sequence[Run], differences: dict[str, list[str | Non
     names = (element("th", run_name(run, index), scope="col") for index, run in enumerate(runs))
     head = element("tr", element("th", "Key", scope="col"), *names)
     body = (
-        element("tr", element("th", element("code", key), scope="row"), *(_value(value) for value in values))
+        element(
+            "tr",
+            element("th", element("code", key), scope="row"),
+            *(_value(value) for value in values),
+        )
         for key, values in differences.items()
     )
-    return _scrolling(element("table", element("thead", head), element("tbody", *body)), "Differences")
+    return _scrolling(
+        element("table", element("thead", head), element("tbody", *body)), "Differences"
+    )
 
 
 def _value(value: str | None) -> ET.Element:
-    return element("td", element("span", "not there", class_="quiet") if value is None else element("code", value))
+    return element(
+        "td",
+        element("span", "not there", class_="quiet") if value is None else element("code", value),
+    )
 
 
 def _scrolling(inner: ET.Element, label: str) -> ET.Element:
@@ -117,7 +140,9 @@ def _with_note(main: Cell, note: str, is_best: bool = False) -> ET.Element:
 
 
 def _kinds(each: Summary) -> str:
-    return ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in each.faults.most_common(5))
+    return ", ".join(
+        f"{count:,} {kind.replace('_', ' ')}" for kind, count in each.faults.most_common(5)
+    )
 
 
 def marks_table(runs: Sequence[Run]) -> ET.Element | None:
@@ -127,7 +152,11 @@ def marks_table(runs: Sequence[Run]) -> ET.Element | None:
         for index, run in enumerate(runs)
         for cells in _shortened(_mark_rows(run.events.marks))
     ]
-    return table(("Run", "Time", "Step", "What", "Message"), rows, "marks", numbers=(1, 2)) if rows else None
+    return (
+        table(("Run", "Time", "Step", "What", "Message"), rows, "marks", numbers=(1, 2))
+        if rows
+        else None
+    )
 
 
 def _mark_rows(marks: Sequence[Mark]) -> list[list[Cell]]:
@@ -138,7 +167,14 @@ def _mark_rows(marks: Sequence[Mark]) -> list[list[Cell]]:
             first, last = members[0], members[-1]
             steps = f"{first.step:,}" if len(members) == 1 else f"{first.step:,} to {last.step:,}"
             word = "checkpoint" if len(members) == 1 else f"{len(members):,} checkpoints"
-            rows.append([clock(last.seconds), steps, _what("checkpoint", word), f"newest: {last.detail or ABSENT}"])
+            rows.append(
+                [
+                    clock(last.seconds),
+                    steps,
+                    _what("checkpoint", word),
+                    f"newest: {last.detail or ABSENT}",
+                ]
+            )
         else:
             rows += [[clock(mark.seconds), f"{mark.step:,}", *_said(mark)] for mark in members]
     return rows
@@ -152,7 +188,13 @@ def _said(mark: Mark) -> tuple[Cell, Cell]:
 
 
 def _what(kind: str, word: str) -> ET.Element:
-    return element("span", element("span", SIGNS[kind][1], aria_hidden="true", class_="sign"), " ", word, class_=kind)
+    return element(
+        "span",
+        element("span", SIGNS[kind][1], aria_hidden="true", class_="sign"),
+        " ",
+        word,
+        class_=kind,
+    )
 
 
 def _shortened(rows: list[list[Cell]]) -> list[list[Cell]]:
@@ -174,7 +216,9 @@ def layers_table(run: Run) -> ET.Element | None:
         for name, values in list(record.items())[:_MOST_ROWS]
     ]
     headings = ["Layer", *(each.title for each in known)]
-    return _scrolling(table(headings, rows, "plain", numbers=range(1, len(headings))), f"Layers of {run.name}")
+    return _scrolling(
+        table(headings, rows, "plain", numbers=range(1, len(headings))), f"Layers of {run.name}"
+    )
 
 
 def _number(value: float | None, share: bool) -> str:

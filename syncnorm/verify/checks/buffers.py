@@ -22,11 +22,15 @@ def buffers_equal(team: Team) -> None:
         got = take_step(team, layer, batch, sizes)
         for name, value in got[0].buffers.items():
             for rank, step in enumerate(got):
-                expect_same_bits(f"{name} of rank {rank}, against rank 0,", step.buffers[name], value)
+                expect_same_bits(
+                    f"{name} of rank {rank}, against rank 0,", step.buffers[name], value
+                )
 
 
 @check(
-    "global-count", "running_var takes the unbiased variance, by the count over all workers", needs="momentum,no renorm"
+    "global-count",
+    "running_var takes the unbiased variance, by the count over all workers",
+    needs="momentum,no renorm",
 )
 def global_count(team: Team) -> None:
     sizes = [1] * team.world_size
@@ -44,16 +48,26 @@ def counted_once(team: Team) -> None:
         for rank, step in enumerate(take_step(team, layer, random_batch(sum(sizes)), sizes)):
             count = step.buffers.get("num_batches_tracked")
             got = None if count is None else count.item()
-            expect(got == number, f"num_batches_tracked of rank {rank} is {got} after {number} batches")
+            expect(
+                got == number, f"num_batches_tracked of rank {rank} is {got} after {number} batches"
+            )
 
 
 @check("buffers-keep-type", "running statistics stay float32 where the input is half")
 def buffers_keep_type(team: Team) -> None:
     sizes = ragged(team.world_size)
-    got = take_step(team, make_layer(team, 4, torch.bfloat16), random_batch(sum(sizes), dtype=torch.bfloat16), sizes)
+    got = take_step(
+        team,
+        make_layer(team, 4, torch.bfloat16),
+        random_batch(sum(sizes), dtype=torch.bfloat16),
+        sizes,
+    )
     for name in ("running_mean", "running_var"):
         value = got[0].buffers.get(name)
-        expect(value is not None and value.dtype == torch.float32, f"{name} is {getattr(value, 'dtype', 'missing')}")
+        expect(
+            value is not None and value.dtype == torch.float32,
+            f"{name} is {getattr(value, 'dtype', 'missing')}",
+        )
 
 
 @check("parameters-stay", "a training step changes no weight and no bias by itself")
@@ -77,7 +91,9 @@ def input_stays(team: Team) -> None:
         return layer(x)
 
     take_step(team, make_layer(team, 4), batch, sizes, use)
-    expect_same_bits(f"input of rank {team.rank}", seen[0].detach().cpu(), batch.x.split(sizes)[team.rank])
+    expect_same_bits(
+        f"input of rank {team.rank}", seen[0].detach().cpu(), batch.x.split(sizes)[team.rank]
+    )
 
 
 @check("reset", "reset_running_stats() starts again")

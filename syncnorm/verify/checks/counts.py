@@ -11,14 +11,21 @@ from syncnorm.verify.trial import make_layer, ragged, take_step, trial
 from syncnorm.verify.truth import Batch, Oracle, random_batch
 
 
-@check("all-empty", "a batch without a sample on any worker changes no buffer, not the counter either")
+@check(
+    "all-empty", "a batch without a sample on any worker changes no buffer, not the counter either"
+)
 def all_empty(team: Team) -> None:
     layer = make_layer(team, 4)
     before = {name: b.cpu().clone() for name, b in layer.named_buffers()}
     for rank, step in enumerate(take_step(team, layer, random_batch(0), [0] * team.world_size)):
-        expect(step.y.shape == (0, 4, 5), f"output of rank {rank} has shape {tuple(step.y.shape)}, should be (0, 4, 5)")
+        expect(
+            step.y.shape == (0, 4, 5),
+            f"output of rank {rank} has shape {tuple(step.y.shape)}, should be (0, 4, 5)",
+        )
         for name, value in before.items():
-            expect_same_bits(f"{name} of rank {rank}, after an empty batch,", step.buffers[name], value)
+            expect_same_bits(
+                f"{name} of rank {rank}, after an empty batch,", step.buffers[name], value
+            )
 
 
 @check("empty-then-full", "the batch after an empty one is treated like a first one")
@@ -31,12 +38,16 @@ def empty_then_full(team: Team) -> None:
     expected = Oracle(team.subject, 4, {})(batch.x).split(sizes)
     for rank, step in enumerate(got):
         off = (step.y - expected[rank]).abs().max().item()
-        expect(off < 1e-10, f"output of rank {rank}, after an empty batch, is {off:.1e} off, allowed 1e-10")
+        expect(
+            off < 1e-10,
+            f"output of rank {rank}, after an empty batch, is {off:.1e} off, allowed 1e-10",
+        )
 
 
 @check(
     "single-value",
-    "a statistic of one value gives the bias, has no gradient, and leaves running_var finite and as it was",
+    "a statistic of one value gives the bias, has no gradient, and leaves running_var finite and "
+    "as it was",
 )
 def single_value(team: Team) -> None:
     sizes = [0] * (team.world_size - 1) + [1]
@@ -50,7 +61,10 @@ def two_values(team: Team) -> None:
     trial(team, [random_batch(2, (4,), seed=seed) for seed in range(2)], sizes)
 
 
-@check("constant-channel", "a channel of equal values is normalised to the bias, not to rounding errors")
+@check(
+    "constant-channel",
+    "a channel of equal values is normalised to the bias, not to rounding errors",
+)
 def constant_channel(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes))

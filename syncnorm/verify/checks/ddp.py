@@ -47,7 +47,9 @@ def _train(team: Team, sizes: Sequence[int]) -> None:
     share = sizes[team.rank] * team.world_size / sum(sizes)
     for step in range(3):
         batch = random_batch(sum(sizes), (3,), seed=step)
-        x, target = (t.split(list(sizes))[team.rank].to(team.device) for t in (batch.x, batch.cotangent))
+        x, target = (
+            t.split(list(sizes))[team.rank].to(team.device) for t in (batch.x, batch.cotangent)
+        )
         optimizer.zero_grad()
         y = wrapped(x)
         loss = (y - target[:, :2]).square().mean() if len(x) else y.sum()
@@ -57,7 +59,13 @@ def _train(team: Team, sizes: Sequence[int]) -> None:
         optimizer.step()
     for name, expected in _truth(team, sizes).items():
         got = dict(model.named_parameters())[name].detach().cpu()
-        expect_close(f"{name} of rank {team.rank} after three steps", got, expected, torch.float64, factor=10.0)
+        expect_close(
+            f"{name} of rank {team.rank} after three steps",
+            got,
+            expected,
+            torch.float64,
+            factor=10.0,
+        )
 
 
 def _linears(team: Team) -> tuple[nn.Module, nn.Module]:
@@ -77,7 +85,10 @@ def _truth(team: Team, sizes: Sequence[int]) -> dict[str, Tensor]:
     oracle = Oracle(team.subject, 4, {})
     assert oracle.weight is not None
     assert oracle.bias is not None
-    named = {f"0.{k}": p for k, p in one.named_parameters()} | {"1.weight": oracle.weight, "1.bias": oracle.bias}
+    named = {f"0.{k}": p for k, p in one.named_parameters()} | {
+        "1.weight": oracle.weight,
+        "1.bias": oracle.bias,
+    }
     named |= {f"2.{k}": p for k, p in other.named_parameters()}
     optimizer = torch.optim.SGD(named.values(), lr=_RATE)
     for step in range(3):

@@ -17,13 +17,17 @@ from syncnorm.verify.truth import random_batch
 @check("evaluation", "evaluation is F.batch_norm with the running statistics, to the bit")
 def evaluation(team: Team) -> None:
     layer, x = _trained(team)
-    expect_same_bits(f"output of rank {team.rank} in evaluation", layer(x).detach(), _by_torch(layer, x).detach())
+    expect_same_bits(
+        f"output of rank {team.rank} in evaluation", layer(x).detach(), _by_torch(layer, x).detach()
+    )
 
 
 @check("evaluation-float32", "also in float32 and for images")
 def evaluation_float32(team: Team) -> None:
     layer, x = _trained(team, (4, 5, 3), torch.float32)
-    expect_same_bits(f"output of rank {team.rank} in evaluation", layer(x).detach(), _by_torch(layer, x).detach())
+    expect_same_bits(
+        f"output of rank {team.rank} in evaluation", layer(x).detach(), _by_torch(layer, x).detach()
+    )
 
 
 @check("evaluation-gradient", "so is its gradient")
@@ -43,7 +47,9 @@ def evaluation_silent(team: Team) -> None:
     layer, x = _trained(team)
     with counted() as seen:
         layer(x.requires_grad_()).sum().backward()
-    expect(not seen, f"rank {team.rank} made {len(seen)} exchange(s) in evaluation ({seen}), allowed 0")
+    expect(
+        not seen, f"rank {team.rank} made {len(seen)} exchange(s) in evaluation ({seen}), allowed 0"
+    )
 
 
 @check("evaluation-alone", "one worker may evaluate while the others do not", workers=2)
@@ -74,7 +80,9 @@ def evaluation_empty(team: Team) -> None:
 def evaluation_one_sample(team: Team) -> None:
     layer, x = _trained(team)
     off = (layer(x)[:1] - layer(x[:1])).abs().max().item()
-    expect(off <= 1e-12, f"output of a sample alone is {off:.1e} off that in a batch, allowed 1e-12")
+    expect(
+        off <= 1e-12, f"output of a sample alone is {off:.1e} off that in a batch, allowed 1e-12"
+    )
 
 
 def _trained(
@@ -84,10 +92,14 @@ def _trained(
     sizes = ragged(team.world_size)
     layer = make_layer(team, 4, dtype)
     take_step(team, layer, random_batch(sum(sizes), tail, dtype), sizes)
-    x, _, _ = my_shard(team, random_batch(3 * team.world_size, tail, dtype, seed=1), [3] * team.world_size)
+    x, _, _ = my_shard(
+        team, random_batch(3 * team.world_size, tail, dtype, seed=1), [3] * team.world_size
+    )
     return layer.eval(), x
 
 
 def _by_torch(layer: nn.Module, x: Tensor) -> Tensor:
-    mean, var, weight, bias = (getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, weight, bias = (
+        getattr(layer, name) for name in ("running_mean", "running_var", "weight", "bias")
+    )
     return F.batch_norm(x, mean, var, weight, bias, training=False, eps=1e-5)

@@ -12,7 +12,11 @@ from syncnorm.verify.trial import make_layer, my_shard, ragged, take_step
 from syncnorm.verify.truth import random_batch
 
 
-@check("bad-mask", "a negative weight on one worker is the same error on all, and nothing was updated", needs="mask")
+@check(
+    "bad-mask",
+    "a negative weight on one worker is the same error on all, and nothing was updated",
+    needs="mask",
+)
 def bad_mask(team: Team) -> None:
     sizes = [2] * team.world_size
     layer = make_layer(team, 4)
@@ -35,12 +39,18 @@ def wrong_channels(team: Team) -> None:
     _expect_refused(team, (3, 5), "x of 3 channels, to a layer of 4,")
 
 
-@check("wrong-dimensions", "input without a channel dimension is an error, and the layer works afterwards")
+@check(
+    "wrong-dimensions",
+    "input without a channel dimension is an error, and the layer works afterwards",
+)
 def wrong_dimensions(team: Team) -> None:
     _expect_refused(team, (), "x of one dimension")
 
 
-@check("nan-is-seen", "NaN in one worker's input reaches every worker's output, in its channel and in no other")
+@check(
+    "nan-is-seen",
+    "NaN in one worker's input reaches every worker's output, in its channel and in no other",
+)
 def nan_is_seen(team: Team) -> None:
     sizes = [2] * team.world_size
     batch = random_batch(sum(sizes))
@@ -48,13 +58,21 @@ def nan_is_seen(team: Team) -> None:
     for rank, step in enumerate(take_step(team, make_layer(team, 4), batch, sizes)):
         is_nan = step.y.isnan().all(2).all(0).tolist()
         others = step.y[:, [0, 1, 3]]
-        expect(is_nan[2], f"output of rank {rank} hides that the input of rank {team.world_size - 1} has a NaN")
-        expect(bool(others.isfinite().all()), f"output of rank {rank} is not finite in channels without NaN")
+        expect(
+            is_nan[2],
+            f"output of rank {rank} hides that the input of rank {team.world_size - 1} has a NaN",
+        )
+        expect(
+            bool(others.isfinite().all()),
+            f"output of rank {rank} is not finite in channels without NaN",
+        )
 
 
 def _expect_refused(team: Team, tail: tuple[int, ...], what: str) -> None:
     layer = make_layer(team, 4)
-    raised = _expect_one_error(team, layer, torch.ones(2, *tail, dtype=torch.float64, device=team.device), None)
+    raised = _expect_one_error(
+        team, layer, torch.ones(2, *tail, dtype=torch.float64, device=team.device), None
+    )
     expect(raised is not None, f"{what} raises nothing")
     sizes = ragged(team.world_size)
     take_step(team, layer, random_batch(sum(sizes)), sizes)

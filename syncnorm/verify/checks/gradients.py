@@ -22,10 +22,19 @@ def input_without_gradient(team: Team) -> None:
     trial(team, [random_batch(sum(sizes))], sizes, needs_grad=False)
 
 
-@check("gradient-needed-on-some", "inputs of some workers may need a gradient, of others not", workers=2)
+@check(
+    "gradient-needed-on-some",
+    "inputs of some workers may need a gradient, of others not",
+    workers=2,
+)
 def gradient_needed_on_some(team: Team) -> None:
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, needs_grad=team.rank > 0)
+    trial(
+        team,
+        [random_batch(sum(sizes), seed=seed) for seed in range(2)],
+        sizes,
+        needs_grad=team.rank > 0,
+    )
 
 
 @check(
@@ -42,24 +51,37 @@ def gradient_needed_on_some_only(team: Team) -> None:
 @check("frozen-parameters", "the input has its gradient where weight and bias need none")
 def frozen_parameters(team: Team) -> None:
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes))], sizes, prepare=lambda layer: layer.requires_grad_(False))
+    trial(
+        team, [random_batch(sum(sizes))], sizes, prepare=lambda layer: layer.requires_grad_(False)
+    )
 
 
 @check("frozen-bias", "weight may have a gradient where bias has none")
 def frozen_bias(team: Team) -> None:
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes))], sizes, prepare=lambda layer: layer.bias.requires_grad_(False))
+    trial(
+        team,
+        [random_batch(sum(sizes))],
+        sizes,
+        prepare=lambda layer: layer.bias.requires_grad_(False),
+    )
 
 
 @check(
-    "local-parameter-sums", "gradients of weight and bias are sums over the worker's own shard, for others to average"
+    "local-parameter-sums",
+    "gradients of weight and bias are sums over the worker's own shard, for others to average",
 )
 def local_parameter_sums(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes))
     got = take_step(team, make_layer(team, 4), batch, sizes)
     for rank, (step, c) in enumerate(zip(got, batch.cotangent.split(sizes), strict=True)):
-        expect_close(f"gradient of bias on rank {rank}", step.parameters.get("bias"), c.sum([0, 2]), torch.float64)
+        expect_close(
+            f"gradient of bias on rank {rank}",
+            step.parameters.get("bias"),
+            c.sum([0, 2]),
+            torch.float64,
+        )
 
 
 @check("gradients-accumulate", "a second backward pass adds to the gradients of the first")
@@ -76,10 +98,21 @@ def gradients_accumulate(team: Team) -> None:
     got = team.gather(look(layer, y, x.grad))
     truth = Oracle(team.subject, 4, {}).step(batch, plainly)
     assert truth.grad_input is not None
-    expect_shards("input gradient, twice,", [s.grad_input for s in got], 2 * truth.grad_input, sizes, torch.float64)
+    expect_shards(
+        "input gradient, twice,",
+        [s.grad_input for s in got],
+        2 * truth.grad_input,
+        sizes,
+        torch.float64,
+    )
     for name, grad in truth.parameters.items():
         assert grad is not None
-        expect_sum(f"gradient of {name}, twice", [s.parameters.get(name) for s in got], 2 * grad, torch.float64)
+        expect_sum(
+            f"gradient of {name}, twice",
+            [s.parameters.get(name) for s in got],
+            2 * grad,
+            torch.float64,
+        )
 
 
 @check("two-forwards-then-backward", "several forwards may come before their backward passes")
@@ -110,7 +143,10 @@ def checkpointed_reentrant(team: Team) -> None:
     _checkpointed(team, use_reentrant=True)
 
 
-@check("no-grad", "a training forward under torch.no_grad() normalises by the whole batch and follows it")
+@check(
+    "no-grad",
+    "a training forward under torch.no_grad() normalises by the whole batch and follows it",
+)
 def no_grad(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes))
@@ -127,7 +163,8 @@ def no_grad(team: Team) -> None:
 
 @check(
     "double-backward",
-    "gradients of input, weight and bias can be differentiated once more: by input, weight and the output's gradient",
+    "gradients of input, weight and bias can be differentiated once more: by input, weight and the "
+    "output's gradient",
     needs="double backward",
 )
 def double_backward(team: Team) -> None:
@@ -144,7 +181,9 @@ def compiled(team: Team) -> None:
     def use(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         return torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
 
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly)
+    trial(
+        team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly
+    )
 
 
 def _twice(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -162,7 +201,9 @@ def _in_parts(sizes: list[int]):
     """The first halves of all shards are one batch, the second halves another."""
     starts = torch.tensor([0, *sizes]).cumsum(0)[:-1] * 2
     first = torch.cat([torch.arange(n) + start for n, start in zip(sizes, starts, strict=True)])
-    second = torch.cat([torch.arange(n) + start + n for n, start in zip(sizes, starts, strict=True)])
+    second = torch.cat(
+        [torch.arange(n) + start + n for n, start in zip(sizes, starts, strict=True)]
+    )
 
     def use(layer: Layer, x: Tensor, mask: Tensor | None) -> Tensor:
         back = torch.cat([first, second]).argsort()
@@ -178,7 +219,9 @@ def _checkpointed(team: Team, use_reentrant: bool) -> None:
         return y
 
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly)
+    trial(
+        team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly
+    )
 
 
 def _differentiate_twice(team: Team, sizes: list[int]) -> None:
@@ -188,22 +231,32 @@ def _differentiate_twice(team: Team, sizes: list[int]) -> None:
     x, cotangent, _ = my_shard(team, batch, sizes)
     mine = [each.to(team.device) for each in (v.split(sizes)[team.rank], u, t)]
     got = team.gather(_second_derivatives(make_layer(team, 4), x, cotangent, mine))
-    truth = _second_derivatives(Oracle(team.subject, 4, {}), batch.x.clone(), batch.cotangent.clone(), [v, u, t])
+    truth = _second_derivatives(
+        Oracle(team.subject, 4, {}), batch.x.clone(), batch.cotangent.clone(), [v, u, t]
+    )
     by_x, by_weight, by_cotangent = zip(*got, strict=True)
     # Derivatives of derivatives: what rounding left in the first is magnified.
     how: dict[str, Any] = {"dtype": torch.float64, "factor": 10.0}
     expect_shards("second derivative by the input", by_x, truth[0], sizes, **how)
     expect_sum("second derivative by weight", by_weight, truth[1], **how)
-    expect_shards("second derivative by the output's gradient", by_cotangent, truth[2], sizes, **how)
+    expect_shards(
+        "second derivative by the output's gradient", by_cotangent, truth[2], sizes, **how
+    )
 
 
-def _second_derivatives(layer: Any, x: Tensor, cotangent: Tensor, directions: list[Tensor]) -> list[Tensor]:
-    """Of sum v dx + sum u dweight + sum t dbias, by x, weight and the cotangent; directions: v, u, t."""
+def _second_derivatives(
+    layer: Any, x: Tensor, cotangent: Tensor, directions: list[Tensor]
+) -> list[Tensor]:
+    """Of sum v dx + sum u dweight + sum t dbias, by x, weight and the cotangent; directions: v, u,
+    t.
+    """
     x.requires_grad_()
     cotangent.requires_grad_()
     # What a layer leaves out counts as zeros, as that of an empty shard may be.
     unused: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    first = torch.autograd.grad(layer(x), (x, layer.weight, layer.bias), cotangent, create_graph=True, **unused)
+    first = torch.autograd.grad(
+        layer(x), (x, layer.weight, layer.bias), cotangent, create_graph=True, **unused
+    )
     total = torch.stack([(d * grad).sum() for d, grad in zip(directions, first, strict=True)]).sum()
     second = torch.autograd.grad(total, (x, layer.weight, cotangent), **unused)
     return [grad.detach().cpu() for grad in second]

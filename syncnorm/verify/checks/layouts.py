@@ -52,18 +52,26 @@ def expanded_gradient(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes), (4, 3, 5))
     batch.cotangent.copy_(batch.cotangent[:, :, :1, :1].clone().expand_as(batch.cotangent))
-    # Of a mean over H and W torch makes such a gradient; what it is multiplied by varies, or it would have none.
+    # Of a mean over H and W torch makes such a gradient; what it is multiplied by varies, or it
+    # would have none.
     trial(team, [batch], sizes, _mean_over_space)
 
 
-@check("layout-kept", "the output has the input's layout, contiguous or channels last", needs="4-D input")
+@check(
+    "layout-kept",
+    "the output has the input's layout, contiguous or channels last",
+    needs="4-D input",
+)
 def layout_kept(team: Team) -> None:
     sizes = [2] * team.world_size
     layer = make_layer(team, 4, torch.float32)
     x, _, _ = my_shard(team, random_batch(sum(sizes), (4, 3, 5), torch.float32), sizes)
     for name, shard in (("contiguous", x), ("channels-last", channels_last_(x))):
         strides = layer(shard).stride()
-        expect(strides == shard.stride(), f"output of {name} input has strides {strides}, should be {shard.stride()}")
+        expect(
+            strides == shard.stride(),
+            f"output of {name} input has strides {strides}, should be {shard.stride()}",
+        )
 
 
 def channels_last_(t: Tensor) -> Tensor:
@@ -78,4 +86,6 @@ def _mean_over_space(layer, x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _trial(team: Team, tail: tuple[int, ...], layout: Layout = torch.clone) -> None:
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), tail, seed=seed) for seed in range(2)], sizes, layout=layout)
+    trial(
+        team, [random_batch(sum(sizes), tail, seed=seed) for seed in range(2)], sizes, layout=layout
+    )

@@ -11,13 +11,19 @@ from syncnorm.verify.trial import make_layer, my_shard, plainly, ragged, take_st
 from syncnorm.verify.truth import Batch, Oracle, random_batch
 
 
-@check("mask-weights", "an element of weight 2 counts as two, one of weight 0 not at all", needs="mask")
+@check(
+    "mask-weights", "an element of weight 2 counts as two, one of weight 0 not at all", needs="mask"
+)
 def mask_weights(team: Team) -> None:
     sizes = ragged(team.world_size)
     trial(team, [random_batch(sum(sizes), masked=True, seed=seed) for seed in range(2)], sizes)
 
 
-@check("mask-removes", "samples of weight 0 leave the others as they would be without them", needs="mask")
+@check(
+    "mask-removes",
+    "samples of weight 0 leave the others as they would be without them",
+    needs="mask",
+)
 def mask_removes(team: Team) -> None:
     sizes = [3] * team.world_size
     batch = random_batch(sum(sizes))
@@ -41,7 +47,11 @@ def mask_zero_on_one(team: Team) -> None:
     trial(team, [batch], sizes)
 
 
-@check("mask-zero-everywhere", "where nothing counts on any worker no buffer changes, and nothing is NaN", needs="mask")
+@check(
+    "mask-zero-everywhere",
+    "where nothing counts on any worker no buffer changes, and nothing is NaN",
+    needs="mask",
+)
 def mask_zero_everywhere(team: Team) -> None:
     sizes = [2] * team.world_size
     batch = random_batch(sum(sizes), masked=True)
@@ -50,18 +60,31 @@ def mask_zero_everywhere(team: Team) -> None:
     layer = make_layer(team, 4)
     before = {name: b.cpu().clone() for name, b in layer.named_buffers()}
     for rank, step in enumerate(take_step(team, layer, batch, sizes)):
-        expect(bool(step.y.isfinite().all()), f"output of rank {rank} is not finite where nothing counts")
+        expect(
+            bool(step.y.isfinite().all()),
+            f"output of rank {rank} is not finite where nothing counts",
+        )
         for name, value in before.items():
-            expect_same_bits(f"{name} of rank {rank}, where nothing counts,", step.buffers[name], value)
+            expect_same_bits(
+                f"{name} of rank {rank}, where nothing counts,", step.buffers[name], value
+            )
 
 
-@check("mask-on-one", "a worker without a mask is one whose mask is all ones", needs="mask", workers=2)
+@check(
+    "mask-on-one", "a worker without a mask is one whose mask is all ones", needs="mask", workers=2
+)
 def mask_on_one(team: Team) -> None:
     sizes = [2] * team.world_size
     batch = random_batch(sum(sizes), masked=True)
     assert batch.mask is not None
     batch.mask[2:] = 1
-    trial(team, [batch], sizes, lambda layer, x, mask: layer(x, mask if team.rank == 0 else None), truth=plainly)
+    trial(
+        team,
+        [batch],
+        sizes,
+        lambda layer, x, mask: layer(x, mask if team.rank == 0 else None),
+        truth=plainly,
+    )
 
 
 @check("mask-in-evaluation", "evaluation does not look at it", needs="mask")
@@ -69,4 +92,6 @@ def mask_in_evaluation(team: Team) -> None:
     sizes = [2] * team.world_size
     layer = make_layer(team, 4).eval()
     x, _, mask = my_shard(team, random_batch(sum(sizes), masked=True), sizes)
-    expect_same_bits("output in evaluation, with a mask,", layer(x, mask).detach(), layer(x).detach())
+    expect_same_bits(
+        "output in evaluation, with a mask,", layer(x, mask).detach(), layer(x).detach()
+    )

@@ -55,7 +55,13 @@ def _expect_messages(team: Team, batch: Batch, sizes: list[int], needs_grad: boo
         y = layer(x) if mask is None else layer(x, mask)
     with counted() as backward:
         y.backward(cotangent)
-    names, due = (["allreduce"], "one all-reduce of 8 to 10 numbers") if team.world_size > 1 else ([], "nothing")
+    names, due = (
+        (["allreduce"], "one all-reduce of 8 to 10 numbers")
+        if team.world_size > 1
+        else ([], "nothing")
+    )
     for when, got in (("forward", forward), ("backward", backward)):
-        is_right = [name for name, _ in got] == names and all(8 <= numbers <= 10 for _, numbers in got)
+        is_right = [name for name, _ in got] == names and all(
+            8 <= numbers <= 10 for _, numbers in got
+        )
         expect(is_right, f"rank {team.rank} sends {got} {when}, should send {due}")

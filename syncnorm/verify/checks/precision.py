@@ -14,29 +14,48 @@ from syncnorm.verify.trial import make_layer, plainly, ragged, take_step, trial
 from syncnorm.verify.truth import Batch, Oracle, random_batch
 
 
-@check("float32", "in float32 a batch in shards is the whole batch, within 2e-5 of the largest value")
+@check(
+    "float32", "in float32 a batch in shards is the whole batch, within 2e-5 of the largest value"
+)
 def float32(team: Team) -> None:
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), (4, 6, 6), torch.float32, seed=seed) for seed in range(2)], sizes)
+    trial(
+        team,
+        [random_batch(sum(sizes), (4, 6, 6), torch.float32, seed=seed) for seed in range(2)],
+        sizes,
+    )
 
 
-@check("bfloat16", "in bfloat16 output and input gradient err at most twice as much as torch's own operator")
+@check(
+    "bfloat16",
+    "in bfloat16 output and input gradient err at most twice as much as torch's own operator",
+)
 def bfloat16(team: Team) -> None:
-    _err_no_more_than_twice_torch(team, random_batch(3 * team.world_size, (8, 16, 16), torch.bfloat16))
+    _err_no_more_than_twice_torch(
+        team, random_batch(3 * team.world_size, (8, 16, 16), torch.bfloat16)
+    )
 
 
 @check("float16", "so they do in float16")
 def float16(team: Team) -> None:
-    _err_no_more_than_twice_torch(team, random_batch(3 * team.world_size, (8, 16, 16), torch.float16))
+    _err_no_more_than_twice_torch(
+        team, random_batch(3 * team.world_size, (8, 16, 16), torch.float16)
+    )
 
 
-@check("float16-large", "also where values are about 300, and the sum of their squares has no room in float16")
+@check(
+    "float16-large",
+    "also where values are about 300, and the sum of their squares has no room in float16",
+)
 def float16_large(team: Team) -> None:
     batch = random_batch(3 * team.world_size, (8, 16, 16), torch.float16, mean=100.0, std=300.0)
     _err_no_more_than_twice_torch(team, batch)
 
 
-@check("float16-many", "also of more than 65504 values per channel, a number that has no room in float16")
+@check(
+    "float16-many",
+    "also of more than 65504 values per channel, a number that has no room in float16",
+)
 def float16_many(team: Team) -> None:
     sizes = [1] * team.world_size
     batch = random_batch(sum(sizes), (1, 260, 260), torch.float16)
@@ -49,23 +68,35 @@ def float16_many(team: Team) -> None:
             expect_close(f"{name} of rank {rank}", step.buffers.get(name), value, torch.float32)
 
 
-@check("float64-large-mean", "in float64 mean/std = 1e4 costs no more than 1e-7 of the largest value")
+@check(
+    "float64-large-mean", "in float64 mean/std = 1e4 costs no more than 1e-7 of the largest value"
+)
 def float64_large_mean(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes), (3, 6, 6), mean=1e4, std=1.0)
     trial(team, [batch], sizes, factor=1e-7 / sum(TOLERANCES[torch.float64]))
 
 
-@check("float32-large-mean", "in float32 the variance at mean/std = 1e4 is right within 5e-5", needs="momentum")
+@check(
+    "float32-large-mean",
+    "in float32 the variance at mean/std = 1e4 is right within 5e-5",
+    needs="momentum",
+)
 def float32_large_mean(team: Team) -> None:
     batch = random_batch(3 * team.world_size, (4, 24, 24), torch.float32, mean=1e4, std=1.0)
     _expect_running_var(team, batch, 5e-5)
 
 
-@check("float32-small-variance", "in float32 a variance far below eps is not lost", needs="momentum, eps")
+@check(
+    "float32-small-variance",
+    "in float32 a variance far below eps is not lost",
+    needs="momentum, eps",
+)
 def float32_small_variance(team: Team) -> None:
     batch = random_batch(3 * team.world_size, (4, 8, 8), torch.float32, mean=0.0, std=3e-5)
-    if team.subject.is_renorm:  # of which running_var + eps is kept: there is nothing below eps to be seen
+    if (
+        team.subject.is_renorm
+    ):  # of which running_var + eps is kept: there is nothing below eps to be seen
         trial(team, [batch], [3] * team.world_size, eps=1e-3)
     else:
         _expect_running_var(team, batch, 1e-4, eps=1e-3)
@@ -81,7 +112,10 @@ def _expect_running_var(team: Team, batch: Batch, allowed: float, **options: flo
     expected = truth.buffers()["running_var"]
     for rank, step in enumerate(got):
         off = ((step.buffers["running_var"].double() - expected).abs() / expected).max().item()
-        expect(off <= allowed, f"running_var of rank {rank} is a share of {off:.1e} off, allowed {allowed:.1e}")
+        expect(
+            off <= allowed,
+            f"running_var of rank {rank} is a share of {off:.1e} off, allowed {allowed:.1e}",
+        )
 
 
 def _err_no_more_than_twice_torch(team: Team, batch: Batch) -> None:
@@ -106,5 +140,11 @@ def _compare_errors(what: str, ours: list[Tensor | None], truth: Tensor, theirs:
         expect(part is not None, f"{what} of rank {rank} is missing")
         assert part is not None
         off = (part.double() - expected).abs().max().nan_to_num(float("inf")).item()
-        expect(off <= allowed, f"{what} of rank {rank} is {off:.1e} off, allowed {allowed:.1e}, twice torch's own")
-        expect(part.dtype == theirs.dtype, f"{what} of rank {rank} has type {part.dtype}, should be {theirs.dtype}")
+        expect(
+            off <= allowed,
+            f"{what} of rank {rank} is {off:.1e} off, allowed {allowed:.1e}, twice torch's own",
+        )
+        expect(
+            part.dtype == theirs.dtype,
+            f"{what} of rank {rank} has type {part.dtype}, should be {theirs.dtype}",
+        )

@@ -42,31 +42,48 @@ def is_batch_norm(team: Team) -> None:
     expect_shards("output", [step.y for step in got], expected, sizes, torch.float64)
 
 
-@check("renorm-trains-as-it-evaluates", "unclipped, training normalises as evaluation does", needs="renorm")
+@check(
+    "renorm-trains-as-it-evaluates",
+    "unclipped, training normalises as evaluation does",
+    needs="renorm",
+)
 def trains_as_it_evaluates(team: Team) -> None:
     sizes = ragged(team.world_size)
     layer = make_layer(team, 4, bounds=(math.inf, math.inf))
     x, _, _ = my_shard(team, random_batch(sum(sizes)), sizes)
     evaluated = layer.eval()(x)
     trained = layer.train()(x)
-    expect_close(f"output of rank {team.rank} in training", trained.cpu(), evaluated.cpu(), torch.float64)
+    expect_close(
+        f"output of rank {team.rank} in training", trained.cpu(), evaluated.cpu(), torch.float64
+    )
 
 
 @check("renorm-constant-r-and-d", "no gradient flows through r and d", needs="renorm, affine")
 def constant_r_and_d(team: Team) -> None:
-    """Unclipped, y = (x - running_mean) / sigma: if one flowed, the input gradient would be cotangent / sigma."""
+    """Unclipped, y = (x - running_mean) / sigma: if one flowed, the input gradient would be
+    cotangent / sigma.
+    """
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes))
-    got = take_step(team, make_layer(team, 4, bounds=(math.inf, math.inf), affine=False), batch, sizes)
+    got = take_step(
+        team, make_layer(team, 4, bounds=(math.inf, math.inf), affine=False), batch, sizes
+    )
     running = initial_statistics(team.subject, 4)
     flowing = batch.cotangent / (running.var + 1e-5).sqrt().view(-1, 1)
-    truth = Oracle(team.subject, 4, {"bounds": (math.inf, math.inf), "affine": False}).step(batch, plainly)
+    truth = Oracle(team.subject, 4, {"bounds": (math.inf, math.inf), "affine": False}).step(
+        batch, plainly
+    )
     assert truth.grad_input is not None
-    expect_shards("input gradient", [s.grad_input for s in got], truth.grad_input, sizes, torch.float64)
+    expect_shards(
+        "input gradient", [s.grad_input for s in got], truth.grad_input, sizes, torch.float64
+    )
     for rank, (step, other) in enumerate(zip(got, flowing.split(sizes), strict=True)):
         assert step.grad_input is not None
         off = (step.grad_input - other).abs().max().item()
-        expect(off > 1e-3, f"input gradient of rank {rank} is, to within {off:.1e}, that of varying r and d")
+        expect(
+            off > 1e-3,
+            f"input gradient of rank {rank} is, to within {off:.1e}, that of varying r and d",
+        )
 
 
 @check(
@@ -88,14 +105,24 @@ def averages_std(team: Team) -> None:
     _trial(team, momentum=0.5, eps=0.2)
 
 
-@check("renorm-var", 'running_average="var" averages the unbiased variance', needs="renorm, momentum")
+@check(
+    "renorm-var", 'running_average="var" averages the unbiased variance', needs="renorm, momentum"
+)
 def averages_var(team: Team) -> None:
     _trial(team, momentum=0.5, running_average="var")
 
 
-@check("renorm-schedule", "a schedule counts batches: a switch at step 2 acts in the third", needs="renorm")
+@check(
+    "renorm-schedule",
+    "a schedule counts batches: a switch at step 2 acts in the third",
+    needs="renorm",
+)
 def schedule(team: Team) -> None:
-    _follow(team, RenormSchedule.switch(2, 1.5, 0.5), lambda step: (1.5, 0.5) if step >= 2 else (1.0, 0.0))
+    _follow(
+        team,
+        RenormSchedule.switch(2, 1.5, 0.5),
+        lambda step: (1.5, 0.5) if step >= 2 else (1.0, 0.0),
+    )
 
 
 @check("renorm-ramp", "a ramp from step 1 to 3 is halfway in the third batch", needs="renorm")
@@ -105,7 +132,11 @@ def ramp(team: Team) -> None:
     _follow(team, ramp, lambda step: bounds[min(step, 3)])
 
 
-@check("renorm-clock-stops", "a batch without samples does not move the schedule's clock", needs="renorm")
+@check(
+    "renorm-clock-stops",
+    "a batch without samples does not move the schedule's clock",
+    needs="renorm",
+)
 def clock_stops(team: Team) -> None:
     layer = make_layer(team, 4, schedule=RenormSchedule.switch(1, 1.5, 0.5))
     sizes = ragged(team.world_size)
@@ -113,16 +144,25 @@ def clock_stops(team: Team) -> None:
     batch = random_batch(sum(sizes))
     got = take_step(team, layer, batch, sizes)
     expected = reference.batch_norm(batch.x, *parameters(4))
-    expect_shards("output of the first batch with samples", [s.y for s in got], expected, sizes, torch.float64)
+    expect_shards(
+        "output of the first batch with samples", [s.y for s in got], expected, sizes, torch.float64
+    )
 
 
 @check("renorm-mask", "r and d are of what counts", needs="renorm, mask")
 def masked(team: Team) -> None:
     sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), masked=True, seed=seed) for seed in range(2)], sizes, bounds=(2.0, 1.0))
+    trial(
+        team,
+        [random_batch(sum(sizes), masked=True, seed=seed) for seed in range(2)],
+        sizes,
+        bounds=(2.0, 1.0),
+    )
 
 
-def _follow(team: Team, schedule: Callable[[Tensor], Any], bounds: Callable[[int], tuple[float, float]]) -> None:
+def _follow(
+    team: Team, schedule: Callable[[Tensor], Any], bounds: Callable[[int], tuple[float, float]]
+) -> None:
     """Five steps, each with the bounds of its number."""
     sizes = ragged(team.world_size)
     layer = make_layer(team, 4, schedule=schedule)
@@ -131,7 +171,9 @@ def _follow(team: Team, schedule: Callable[[Tensor], Any], bounds: Callable[[int
         batch = random_batch(sum(sizes), seed=number)
         oracle.bounds = bounds(number)
         got = take_step(team, layer, batch, sizes)
-        expect_step(got, oracle.step(batch, plainly), sizes, torch.float64, what=f"step {number + 1}: ")
+        expect_step(
+            got, oracle.step(batch, plainly), sizes, torch.float64, what=f"step {number + 1}: "
+        )
 
 
 def _trial(team: Team, **options: Any) -> None:

@@ -20,7 +20,10 @@ def runs(team: Team) -> None:
     take_step(team, make_layer(team, 4), random_batch(2 * team.world_size), [2] * team.world_size)
 
 
-@check("equal-shards", "outputs, gradients and buffers of three steps on equal shards are those of the whole batch")
+@check(
+    "equal-shards",
+    "outputs, gradients and buffers of three steps on equal shards are those of the whole batch",
+)
 def equal_shards(team: Team) -> None:
     sizes = [3] * team.world_size
     trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes)
@@ -70,10 +73,19 @@ def permuted_ranks(team: Team) -> None:
     other = take_step(team, make_layer(team, 4), turned, sizes[::-1])
     for rank in parts:
         off = (one[rank].y - other[-1 - rank].y).abs().max().item()
-        expect(off < 1e-12, f"output of a shard is {off:.1e} off when rank {parts[-1 - rank]} has it, allowed 1e-12")
+        expect(
+            off < 1e-12,
+            f"output of a shard is {off:.1e} off when rank {parts[-1 - rank]} has it, allowed "
+            "1e-12",
+        )
 
 
-@check("subgroups", "workers of a process group pool among themselves", needs="process_group", workers=2)
+@check(
+    "subgroups",
+    "workers of a process group pool among themselves",
+    needs="process_group",
+    workers=2,
+)
 def subgroups(team: Team) -> None:
     ranks = list(range(team.world_size))
     halves = [ranks[::2], ranks[1::2]]
@@ -85,13 +97,20 @@ def subgroups(team: Team) -> None:
     got = take_step(team, layer, whole, sizes)
     for half in halves:
         rows = torch.cat([torch.arange(sum(sizes)).split(sizes)[rank] for rank in half])
-        expected = Oracle(team.subject, 4, {}).step(Batch(whole.x[rows], whole.cotangent[rows]), plainly)
+        expected = Oracle(team.subject, 4, {}).step(
+            Batch(whole.x[rows], whole.cotangent[rows]), plainly
+        )
         for rank, truth in zip(half, expected.y.split([sizes[r] for r in half]), strict=True):
             off = (got[rank].y - truth).abs().max().item()
-            expect(off < 1e-10, f"output of rank {rank} is {off:.1e} off that of group {half}, allowed 1e-10")
+            expect(
+                off < 1e-10,
+                f"output of rank {rank} is {off:.1e} off that of group {half}, allowed 1e-10",
+            )
 
 
-@check("differs-from-local", "the pooled output is far from that of each shard by itself", workers=2)
+@check(
+    "differs-from-local", "the pooled output is far from that of each shard by itself", workers=2
+)
 def differs_from_local(team: Team) -> None:
     sizes = [3] * team.world_size
     batch = random_batch(sum(sizes))
@@ -100,11 +119,17 @@ def differs_from_local(team: Team) -> None:
         alone = Oracle(team.subject, 4, {})(x)
         off = (step.y - alone).abs().max().item()
         expect(
-            off > 1e-3, f"output of rank {rank} is that of its own shard alone, to within {off:.1e}: nothing is pooled"
+            off > 1e-3,
+            f"output of rank {rank} is that of its own shard alone, to within {off:.1e}: nothing "
+            "is pooled",
         )
 
 
-@check("exact-on-integers", "the mean of integers, of a power of two in number, is exact", needs="momentum")
+@check(
+    "exact-on-integers",
+    "the mean of integers, of a power of two in number, is exact",
+    needs="momentum",
+)
 def exact_on_integers(team: Team) -> None:
     sizes = _powers_of_two(team.world_size)
     x = torch.randint(-64, 64, (sum(sizes), 3, 4), generator=torch.Generator().manual_seed(1))
@@ -114,18 +139,24 @@ def exact_on_integers(team: Team) -> None:
         got = take_step(team, layer, Batch(x.to(dtype), torch.ones_like(x, dtype=dtype)), sizes)
         truth = x.double().mean([0, 2]).to(dtype)
         for rank, step in enumerate(got):
-            expect_same_bits(f"running_mean of rank {rank} ({dtype})", _buffer(step, "running_mean"), truth)
+            expect_same_bits(
+                f"running_mean of rank {rank} ({dtype})", _buffer(step, "running_mean"), truth
+            )
 
 
 @check("same-bits-again", "the same step on the same shards gives the same bits")
 def same_bits_again(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes), dtype=torch.float32)
-    one, other = (take_step(team, make_layer(team, 4, torch.float32), batch, sizes) for _ in range(2))
+    one, other = (
+        take_step(team, make_layer(team, 4, torch.float32), batch, sizes) for _ in range(2)
+    )
     for rank in range(team.world_size):
         expect_same_bits(f"output of rank {rank}, a second time,", other[rank].y, one[rank].y)
         for name, value in one[rank].buffers.items():
-            expect_same_bits(f"{name} of rank {rank}, a second time,", other[rank].buffers[name], value)
+            expect_same_bits(
+                f"{name} of rank {rank}, a second time,", other[rank].buffers[name], value
+            )
 
 
 def _powers_of_two(workers: int) -> list[int]:

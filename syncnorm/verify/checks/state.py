@@ -23,7 +23,9 @@ def state_dict_keys(team: Team) -> None:
     expect(got == expected, f"state dict has {got}, should have {expected}")
 
 
-@check("loads-batch-norm", "it loads that of a trained torch.nn.BatchNorm, and evaluates as that does")
+@check(
+    "loads-batch-norm", "it loads that of a trained torch.nn.BatchNorm, and evaluates as that does"
+)
 def loads_batch_norm(team: Team) -> None:
     theirs = nn.BatchNorm1d(4).double()
     theirs(random_batch(6).x)
@@ -33,7 +35,10 @@ def loads_batch_norm(team: Team) -> None:
     expect_same_bits("output in evaluation", ours.eval()(x.to(team.device)).cpu(), theirs.eval()(x))
 
 
-@check("state-dict-round-trip", "a layer that loads the state dict of a trained one goes on with the same bits")
+@check(
+    "state-dict-round-trip",
+    "a layer that loads the state dict of a trained one goes on with the same bits",
+)
 def state_dict_round_trip(team: Team) -> None:
     def copied(layer: nn.Module) -> nn.Module:
         fresh = make_layer(team, 4)
@@ -66,7 +71,11 @@ def cast(team: Team) -> None:
     expect(got[0].y.dtype == torch.float64, f"output is {got[0].y.dtype} after .double()")
 
 
-@check("half-layer", "after .half() weights are float16, statistics are not, and it trains", needs="float32 statistics")
+@check(
+    "half-layer",
+    "after .half() weights are float16, statistics are not, and it trains",
+    needs="float32 statistics",
+)
 def half_layer(team: Team) -> None:
     sizes = ragged(team.world_size)
     batch = random_batch(sum(sizes), dtype=torch.float16)
@@ -74,7 +83,11 @@ def half_layer(team: Team) -> None:
     oracle.weight, oracle.bias = (p.half().double().requires_grad_() for p in parameters(4))
     got = take_step(team, layer.to(torch.float16), batch, sizes)
     for name, t in layer.state_dict().items():
-        wanted = {"weight": torch.float16, "bias": torch.float16, "num_batches_tracked": torch.int64}
+        wanted = {
+            "weight": torch.float16,
+            "bias": torch.float16,
+            "num_batches_tracked": torch.int64,
+        }
         wanted = wanted.get(name, torch.float32)
         expect(t.dtype == wanted, f"{name} is {t.dtype} after .half(), should be {wanted}")
     truth = oracle.step(batch, plainly)
@@ -102,4 +115,8 @@ def _second(team: Team, layer: nn.Module, sizes: list[int]) -> dict[str, Tensor]
     y = layer(x)
     y.backward(cotangent)
     assert x.grad is not None
-    return {"output": y.detach(), "input gradient": x.grad, **{k: b.clone() for k, b in layer.named_buffers()}}
+    return {
+        "output": y.detach(),
+        "input gradient": x.grad,
+        **{k: b.clone() for k, b in layer.named_buffers()},
+    }
