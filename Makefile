@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := syncnorm launch tests benchmarks examples
+SOURCES := syncnorm launch tests benchmarks drills examples
 
 .PHONY: help train test test-slow drill lint types imports format check clean
 .DEFAULT_GOAL := help
@@ -28,7 +28,7 @@ test-slow: $(INSTALLED)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 drill: $(INSTALLED)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
-	$(BIN)/python -m benchmarks.kill_drill
+	$(BIN)/python -m drills.kill_drill
 	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
 
 lint: $(INSTALLED)

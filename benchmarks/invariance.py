@@ -47,11 +47,11 @@ from syncnorm import monitor
 from syncnorm.model.monitor import Monitor
 from syncnorm.testing import RankPool
 from syncnorm.train import loop
-from syncnorm.train.config_file import load_config
-from syncnorm.train.data import DATASETS, Dataset, epoch_order, shard
-from syncnorm.train.learner import make_learner
+from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.config.file import load_config
+from syncnorm.train.data.datasets import DATASETS, Dataset, epoch_order, shard
 from syncnorm.train.metrics import read_events
-from syncnorm.train.position import Position
+from syncnorm.train.setup import make_learner
 from syncnorm.train.step import StepBatch, evaluate, training_step
 from syncnorm.train.workers import Workers
 

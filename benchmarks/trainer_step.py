@@ -24,14 +24,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import paired
 from syncnorm import SyncBatchNorm, prepare_ddp
-from syncnorm.train.config import Config
-from syncnorm.train.config_file import load_config
-from syncnorm.train.data import Dataset, Split, digits, make_dataset
-from syncnorm.train.follow import Follower
-from syncnorm.train.learner import make_learner
+from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
 from syncnorm.train.loop import Run, take_step
 from syncnorm.train.models import MODELS
-from syncnorm.train.position import Position
+from syncnorm.train.recorder import Follower
+from syncnorm.train.setup import make_learner
 from syncnorm.train.workers import Workers
 
 WORKERS = 2

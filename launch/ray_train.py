@@ -9,7 +9,7 @@ stops, and nothing is saved.
 
 import sys
 
-from syncnorm.run.ray_train import main
+from syncnorm.run.ray.driver import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

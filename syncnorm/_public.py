@@ -2,18 +2,18 @@
 
 import syncnorm.functional as functional
 import syncnorm.groups as groups
-from syncnorm.comm.guard import debug
+from syncnorm.comm.debug import debug
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.accumulate import accumulate
-from syncnorm.model.adapters import register_adapter
 from syncnorm.model.adopt import adopt_state_dict
-from syncnorm.model.convert import conversion_table, convert, convert_sync_batchnorm, revert
+from syncnorm.model.convert.adapters import register_adapter
+from syncnorm.model.convert.convert import conversion_table, convert, convert_sync_batchnorm, revert
 from syncnorm.model.ddp import prepare_ddp, scale_loss
 from syncnorm.model.explain import explain
 from syncnorm.model.frozen import frozen_statistics
-from syncnorm.model.join import join
+from syncnorm.model.join.join import join
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
 

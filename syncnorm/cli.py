@@ -8,17 +8,18 @@ from typing import Annotated
 import typer
 
 from syncnorm.errors import ConfigError
-from syncnorm.run import ray_cli
 from syncnorm.run.doctor import diagnose, exit_status, render
 from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
 from syncnorm.run.here import find_modules_here
 from syncnorm.run.local import LocalRunError, run_local
+from syncnorm.run.ray import cli
 from syncnorm.run.recalibrate import run_recalibrate
 from syncnorm.run.worker import Task, run_worker
-from syncnorm.train import config_show
-from syncnorm.train.callables import check_callables
-from syncnorm.train.config_file import load_config
+from syncnorm.train.config.callables import check_callables
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.show import schema as schema_text
+from syncnorm.train.config.show import show as show_config
 
 app = typer.Typer(
     name="syncnorm",
@@ -32,7 +33,7 @@ config_app = typer.Typer(
     no_args_is_help=True, help="What a configuration comes to, and what its keys mean."
 )
 app.add_typer(config_app, name="config")
-ray_cli.add_to(app)
+cli.add_to(app)
 
 
 @app.callback()
@@ -129,7 +130,7 @@ def show(
     overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
 ) -> None:
     """Print the resolved configuration, with the origin of each value."""
-    print(config_show.show(config, overrides or []), end="")
+    print(show_config(config, overrides or []), end="")
 
 
 @config_app.command()
@@ -138,7 +139,7 @@ def schema(
     json: Annotated[bool, typer.Option(help="As JSON Schema, for editors.")] = False,
 ) -> None:
     """Print every key with its type, range, default and meaning."""
-    print(config_show.schema("json" if json else "markdown" if markdown else "text"), end="")
+    print(schema_text("json" if json else "markdown" if markdown else "text"), end="")
 
 
 @app.command()
@@ -192,7 +193,7 @@ def verify(
         options = [word for name in layer or [] for word in ("--layer", name)]
         options += ["--deadline", f"{deadline:g}", *(["--json"] if json else [])]
         raise typer.Exit(
-            ray_cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer))
+            cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer))
         )
     from syncnorm.run.verify import run_verify
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm import observed, ops, traced
-from syncnorm.comm import groups, guard
+from syncnorm import compiled, observed, ops
+from syncnorm.comm import debug, groups
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
 from syncnorm.maths import moments, renorm
 from syncnorm.maths.moments import Unread
@@ -95,7 +95,7 @@ def sync_batch_norm(
     if running_mean is not None and running_var is not None and not ops.is_recomputing():
         with torch.no_grad():
             batch = (
-                traced.unless_repeated(statistic.batch)
+                compiled.unless_repeated(statistic.batch)
                 if torch.compiler.is_compiling()
                 else statistic.batch
             )
@@ -181,7 +181,7 @@ def sync_batch_renorm(
     if not ops.is_recomputing():
         with torch.no_grad():
             batch = (
-                traced.unless_repeated(statistic.batch)
+                compiled.unless_repeated(statistic.batch)
                 if torch.compiler.is_compiling()
                 else statistic.batch
             )
@@ -209,7 +209,7 @@ def fold_correction(
         correction = renorm.correction(
             statistic.batch, running_mean, running_var, eps, r_max, d_max
         )
-        r, d = (traced.constant(each) for each in correction)
+        r, d = (compiled.constant(each) for each in correction)
     weight = torch.ones_like(r) if weight is None else weight.double()
     bias = torch.zeros_like(d) if bias is None else bias.double()
     return weight * r, bias + weight * d
@@ -312,7 +312,7 @@ def check_bounds(
             torch.compiler.is_compiling() or observed.observer(value) is not None
         ):
             continue
-        is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or guard.is_debug()
+        is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or debug.is_debug()
         if is_free and not value >= least:
             raise InputError(
                 f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule."
@@ -397,11 +397,11 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
         return
     # A weight of 1 may also be that of several values.
     if (
-        (count.device.type == "cpu" or guard.is_debug())
+        (count.device.type == "cpu" or debug.is_debug())
         and count == 1
         and not statistic.batch.m2.any()
     ):
-        if guard.is_debug() and (statistic.is_pooled or not groups.is_shared()):
+        if debug.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
                 "`x` must give a statistic more than one value per channel, got a total weight of "
                 "1 over all workers. "

@@ -16,6 +16,6 @@ pickles and checkpoints, and resolved anew for another number of workers. See `d
 """
 
 from syncnorm.comm.groups import Spec
-from syncnorm.comm.which import ForSamples, Ranks, for_samples
+from syncnorm.comm.rules import ForSamples, Ranks, for_samples
 
 __all__ = ["ForSamples", "Ranks", "Spec", "for_samples"]

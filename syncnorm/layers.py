@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from syncnorm import functional
-from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import moments, renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.module import Call, SyncNorm
 from syncnorm.ops import Statistic
 
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -2,7 +2,7 @@
 fake tensors.
 
 Code that torch.compile and torch.export trace is not meant: they know themselves (see
-`syncnorm.traced`).
+`syncnorm.compiled`).
 """
 
 from __future__ import annotations

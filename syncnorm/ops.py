@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from syncnorm import observed
-from syncnorm.comm import exchange, groups, guard
-from syncnorm.derivatives import ANCHOR, GradientMeans, Normalize
+from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
+from syncnorm.comm import debug, exchange, groups
 from syncnorm.errors import FaultError, UnevenShardsWarning
 from syncnorm.maths import formula, kernels
 from syncnorm.maths.moments import Moments, Unread, of_sums, reciprocal
@@ -84,8 +84,8 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
         sums = exchange.sum_(sums, group, "moments", name)
         if torch.compiler.is_compiling():
             return sums
-        is_looked_at = sums.device.type == "cpu" or guard.is_debug()
-        if is_looked_at and (sums[-1].isnan() or (guard.is_debug() and not sums.isfinite().all())):
+        is_looked_at = sums.device.type == "cpu" or debug.is_debug()
+        if is_looked_at and (sums[-1].isnan() or (debug.is_debug() and not sums.isfinite().all())):
             _raise_fault(local, group, name)
         return sums
 

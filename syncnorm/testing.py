@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm import flight
+from syncnorm.comm import inflight
 from syncnorm.errors import SyncnormError
 
 
@@ -289,7 +289,7 @@ def leave(status: int) -> NoReturn:
 
 def _call(message: bytes) -> Any:
     function, args = pickle.loads(message)  # noqa: S301 from our own parent
-    flight.forget_rooms()  # so that what travels does not depend on what was called before
+    inflight.forget_rooms()  # so that what travels does not depend on what was called before
     return function(*args)
 
 

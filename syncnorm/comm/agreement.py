@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from syncnorm.comm import exchange, groups
 from syncnorm.comm.groups import Group, Kept
-from syncnorm.comm.which import Ranks
+from syncnorm.comm.rules import Ranks
 from syncnorm.errors import FaultError
 
 

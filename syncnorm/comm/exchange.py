@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._library.effects import EffectType
 
-from syncnorm.comm import flight as flights
-from syncnorm.comm import groups, guard
-from syncnorm.comm.flight import Flight
-from syncnorm.comm.signing import NO_DATA, Signing, at_different_places
+from syncnorm.comm import debug, groups
+from syncnorm.comm import inflight as flights
+from syncnorm.comm.consensus import NO_DATA, Signing, at_different_places
+from syncnorm.comm.inflight import Flight
 from syncnorm.errors import ExchangeError
 
 __all__ = [
@@ -124,7 +124,7 @@ _tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
 Announce = Callable[[str, Tensor, dist.ProcessGroup], None]
 announcers: list[Announce] = []
 """Called before each exchange with "sum" or "gather", the message and the group (see
-`syncnorm.model.join`).
+`syncnorm.model.join.join`).
 """
 
 
@@ -189,7 +189,7 @@ def sum_(
     start = time.perf_counter()
     flight, wire = _begin_sum(message, group, kind, name)
     with flight:
-        _wait(dist.all_reduce(wire, group=group, async_op=guard.is_debug()))
+        _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
     flight.land(wire)
     _note(kind, wire, start)
     total, is_one = _open(wire, message, kind, name)
@@ -232,7 +232,7 @@ def _open(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, 
         return wire, True
     count = message.numel()
     total, identity = wire[:count].view(message.shape), _identity(kind, name, count)
-    if wire.device.type == "cpu" or guard.is_debug():
+    if wire.device.type == "cpu" or debug.is_debug():
         return total, math.fmod(wire[-1].item(), identity) == 0
     is_one = torch.remainder(wire[-1], identity) == 0
     return torch.where(is_one, total, torch.nan), True
@@ -332,7 +332,7 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
     flight = _begin("gather", message, group, kind, name, message.numel())
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     with flight:
-        _wait(dist.all_gather(parts, message, group=group, async_op=guard.is_debug()))
+        _wait(dist.all_gather(parts, message, group=group, async_op=debug.is_debug()))
     flight.land(message)
     _note(kind, message, start)
     return torch.stack(parts)
@@ -361,7 +361,7 @@ def _begin(
     for announce in announcers:
         announce(op, message, group)
     flight = Flight(message.numel(), group, kind, name, count)
-    if guard.is_debug():
+    if debug.is_debug():
         flight.signing = Signing(flight, group)
         with flight:
             flight.signing.reach()
@@ -372,10 +372,10 @@ def _wait(work: dist.Work | None) -> None:
     """For what has been enqueued (in debug mode, and what was begun); what blocks has been waited
     for.
     """
-    seconds = guard.debug_timeout_seconds()
+    seconds = debug.debug_timeout_seconds()
     if work is None:
         return
-    if guard.is_debug() and seconds is not None:
+    if debug.is_debug() and seconds is not None:
         work.wait(timedelta(seconds=seconds))
     else:
         work.wait()

@@ -21,8 +21,8 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _resolve_process_group
 from torch.distributed.device_mesh import DeviceMesh
 
-from syncnorm.comm import exchange, naming, which
-from syncnorm.comm.which import ForSamples, Ranks, Rule
+from syncnorm.comm import exchange, naming, rules
+from syncnorm.comm.rules import ForSamples, Ranks, Rule
 from syncnorm.errors import InputError
 
 Group = dist.ProcessGroup
@@ -88,7 +88,7 @@ def keep(spec: Spec | Kept) -> Kept:
         return Given(spec, _check_live(spec))
     if isinstance(spec, DeviceMesh):
         return _keep_mesh(spec)
-    return Outside() if spec == dist.GroupMember.NON_GROUP_MEMBER else which.check(spec)
+    return Outside() if spec == dist.GroupMember.NON_GROUP_MEMBER else rules.check(spec)
 
 
 def _keep_mesh(mesh: DeviceMesh) -> Given | Outside:
@@ -241,7 +241,7 @@ def _name(spec: Spec | Kept) -> str:
         return f"samples {spec.samples} {spec.local_batch_size}"
     if isinstance(spec, Outside) or spec == dist.GroupMember.NON_GROUP_MEMBER:
         return "outside"
-    return f"rule {which.check(spec)}"
+    return f"rule {rules.check(spec)}"
 
 
 def look_up(name: str) -> Group | None:
@@ -279,7 +279,7 @@ def least_size(kept: Kept, world_size: int) -> int | None:
     if isinstance(kept, Outside) or (kept == "node" and len(machines) != world_size > 1):
         return None
     return min(
-        len(part) for part in which.parts(kept or "world", world_size, lambda: machines or [""])
+        len(part) for part in rules.parts(kept or "world", world_size, lambda: machines or [""])
     )
 
 
@@ -291,7 +291,7 @@ def _check_alone(kept: Kept) -> None:
             "without a default group. Call torch.distributed.init_process_group first, or pass "
             "None."
         )
-    which.parts(kept or "world", 1, lambda: [""])
+    rules.parts(kept or "world", 1, lambda: [""])
 
 
 def origin(kept: Kept) -> tuple[Group, Rule]:
@@ -322,8 +322,8 @@ def _is_live(group: Group) -> bool:
 def _resolve(rule: Rule, parent: Group) -> tuple[int, ...]:
     """The part of this rank, after all ranks have made the groups of all parts."""
     world_size, backend = dist.get_world_size(), dist.get_backend_config(parent)
-    cut = which.parts(rule, world_size, _machines)
-    if which.is_short(rule, world_size):
+    cut = rules.parts(rule, world_size, _machines)
+    if rules.is_short(rule, world_size):
         warnings.warn(
             f"`process_group={rule}` asks for more samples than all {world_size} worker(s) hold "
             "together; they pool "
@@ -355,7 +355,7 @@ def make_all(parts: Sequence[Part], parent: Group) -> None:
 
 def _make_among(rule: Ranks, kept: Kept, parent: Group) -> None:
     """Make the group of some ranks, which alone call; nothing for a single one."""
-    which.parts(rule, dist.get_world_size())
+    rules.parts(rule, dist.get_world_size())
     if dist.get_rank() not in rule.members:
         raise InputError(
             f"`process_group` must contain this rank, got ranks {list(rule.members)} (rank "

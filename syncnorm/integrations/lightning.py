@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.base import SyncNorm
 from syncnorm.layers import SyncBatchNorm
-from syncnorm.model.convert import convert, revert
+from syncnorm.model.convert.convert import convert, revert
 from syncnorm.model.ddp import prepare_ddp
+from syncnorm.module import SyncNorm
 
 
 class LayerSync:

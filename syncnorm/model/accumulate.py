@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from syncnorm.base import Call, StatisticsSource, SyncNorm
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments, merge
-from syncnorm.model.others import check_covers
-from syncnorm.model.running import PooledRunning
+from syncnorm.model.convert.others import check_covers
+from syncnorm.module import Call, StatisticsSource, SyncNorm
 from syncnorm.ops import LocalSums, Statistic
+from syncnorm.statistics.running import PooledRunning
 
 
 class Accumulating:

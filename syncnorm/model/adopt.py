@@ -24,9 +24,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from syncnorm import functional
-from syncnorm.averages import AVERAGES
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchRenorm
+from syncnorm.statistics.averages import AVERAGES
 
 Entries = dict[str, Tensor]
 

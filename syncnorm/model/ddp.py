@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm.base import SyncNorm, Unattached
 from syncnorm.comm import agreement, exchange, groups
-from syncnorm.model.lagged import PooledLagged
-from syncnorm.model.others import home_made, stays_local
-from syncnorm.model.running import PooledRunning
+from syncnorm.model.convert.others import home_made, stays_local
+from syncnorm.module import SyncNorm, Unattached
 from syncnorm.ops import Shard
+from syncnorm.statistics.lagged import PooledLagged
+from syncnorm.statistics.running import PooledRunning
 
 
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:

@@ -22,15 +22,15 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from syncnorm import observed
-from syncnorm.base import Immediate, SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.model.convert_refuse import reason
+from syncnorm.model.convert.class_swap import Request
+from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
+from syncnorm.model.convert.refuse import reason
 from syncnorm.model.ddp import replaced
-from syncnorm.model.origin import Request
-from syncnorm.model.others import is_home_made, kind_of, stays_local
 from syncnorm.model.recalibrate import forward
+from syncnorm.module import Immediate, SyncNorm
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 # Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from syncnorm.base import Freeze, SyncNorm
-from syncnorm.model.others import check_covers
+from syncnorm.model.convert.others import check_covers
+from syncnorm.module import Freeze, SyncNorm
 
 
 @contextmanager

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import observed
-from syncnorm.base import Call, SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
-from syncnorm.model.running import device_of, zeros
+from syncnorm.module import Call, SyncNorm
+from syncnorm.statistics.running import device_of, zeros
 
 Figures = dict[str, float | None]
 _NAMES = ("count", "between_share", "mean_gap", "var_gap", "r_clipped", "d_clipped")

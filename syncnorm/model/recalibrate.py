@@ -13,13 +13,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import ops
-from syncnorm.base import Call, Immediate, SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.modes import evaluating
+from syncnorm.module import Call, Immediate, SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 
 

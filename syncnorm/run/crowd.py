@@ -4,7 +4,7 @@ import torch
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.machine import cores
-from syncnorm.train.config import LaunchSection
+from syncnorm.train.config.schema import LaunchSection
 from syncnorm.train.memory import GIB, free_memory, in_words, resident_memory
 
 

@@ -14,10 +14,10 @@ from syncnorm.run.crowd import check_crowd
 from syncnorm.run.device import choose_device
 from syncnorm.run.here import told_in_a_line
 from syncnorm.run.worker import Task
-from syncnorm.train.config import Config
-from syncnorm.train.data import epoch_order
-from syncnorm.train.learner import Learner, load_data, make_bare_model, make_learner
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import epoch_order
 from syncnorm.train.memory import Need, estimate, free_for, in_words, refuse
+from syncnorm.train.setup import Learner, load_data, make_bare_model, make_learner
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.train.workers import Workers
 

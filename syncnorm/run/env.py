@@ -23,7 +23,7 @@ _MALLOC = {
 }
 
 # DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see
-# train/learner.py).
+# train/setup.py).
 _WORKER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from syncnorm.errors import ConfigError
-from syncnorm.train import strict_yaml
-from syncnorm.train.config import Config
+from syncnorm.train.checkpoint.capture import different_keys
+from syncnorm.train.config import strict_yaml
+from syncnorm.train.config.schema import Config
 from syncnorm.train.files import remove, write_text_whole
-from syncnorm.train.state import different_keys
 
 # Of sysexits.h: a temporary failure, to be tried again. Schedulers know it.
 RESUMABLE = 75

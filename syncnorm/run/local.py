@@ -17,7 +17,7 @@ from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run import env, interrupt
 from syncnorm.run.crowd import check_crowd
 from syncnorm.run.device import choose_device
-from syncnorm.run.failure import Failure, root_cause
+from syncnorm.run.failures import Failure, root_cause
 from syncnorm.run.folder import (
     RESUMABLE,
     Exit,
@@ -27,7 +27,7 @@ from syncnorm.run.folder import (
     read_exit,
 )
 from syncnorm.run.worker import Task
-from syncnorm.train.config import LaunchSection
+from syncnorm.train.config.schema import LaunchSection
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers that were told to stop to finish their step and save.

@@ -26,10 +26,10 @@ from syncnorm.run.folder import (
     make_run_folder,
 )
 from syncnorm.run.parent import die_with_parent
-from syncnorm.run.watch import WorkerWatch, open_log
-from syncnorm.train.config import Config
+from syncnorm.run.watchdog import WorkerWatch, open_log
+from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.config.schema import Config
 from syncnorm.train.loop import Outcome, Watch, train
-from syncnorm.train.position import Position
 from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)

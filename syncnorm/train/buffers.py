@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.base import SyncNorm
+from syncnorm.module import SyncNorm
 
 # The module that has a buffer and its name there, by its name in the model. A model may put another
 # tensor there.

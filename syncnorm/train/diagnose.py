@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import SyncnormError
-from syncnorm.train.data import Dataset
-from syncnorm.train.learner import Learner
+from syncnorm.train.data.datasets import Dataset
+from syncnorm.train.setup import Learner
 from syncnorm.train.step import StepBatch, StepResult, images_of, one_update
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from syncnorm.train import buffers
-from syncnorm.train.data import Dataset
-from syncnorm.train.learner import Learner
+from syncnorm.train.data.datasets import Dataset
+from syncnorm.train.setup import Learner
 from syncnorm.train.step import StepBatch, StepResult, training_step
 
 _log = logging.getLogger(__name__)

@@ -11,19 +11,19 @@ from torch import Tensor
 
 from syncnorm.errors import SyncnormError
 from syncnorm.train.buffers import SharedBuffers
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.config import Config
-from syncnorm.train.data import Dataset, epoch_order, shard
+from syncnorm.train.checkpoint.capture import capture, versions
+from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.checkpoint.resume import resume
+from syncnorm.train.checkpoint.saver import BackgroundSaver
+from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import Dataset, epoch_order, shard
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite
+from syncnorm.train.digest import gather_digests
 from syncnorm.train.first_step import first_step
-from syncnorm.train.follow import Follower
-from syncnorm.train.learner import Learner, load_data, make_bare_model, make_learner
 from syncnorm.train.memory import check_memory
-from syncnorm.train.position import Position
-from syncnorm.train.resume import resume
-from syncnorm.train.saver import BackgroundSaver
-from syncnorm.train.state import capture, versions
-from syncnorm.train.statistics import gather_digests
+from syncnorm.train.recorder import Follower
+from syncnorm.train.setup import Learner, load_data, make_bare_model, make_learner
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.workers import Workers
 

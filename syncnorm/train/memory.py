@@ -19,11 +19,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from syncnorm.base import Immediate, SyncNorm
 from syncnorm.errors import ConfigError
+from syncnorm.module import Immediate, SyncNorm
 from syncnorm.train import optim
-from syncnorm.train.config import Config
-from syncnorm.train.data import Dataset, types_of
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import Dataset, types_of
 from syncnorm.train.placement import place, place_local
 from syncnorm.train.workers import Workers
 

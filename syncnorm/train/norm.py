@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert
-from syncnorm.base import SyncNorm
 from syncnorm.errors import ConfigError, InputError
-from syncnorm.model.adapters import has_torchs_forward, own_class
-from syncnorm.train.config_norm import NormName, NormSection
+from syncnorm.model.convert.adapters import has_torchs_forward, own_class
+from syncnorm.module import SyncNorm
+from syncnorm.train.config.norm import NormName, NormSection
 from syncnorm.train.models import NormLayer
 
 _log = logging.getLogger(__name__)

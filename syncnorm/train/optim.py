@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, SequentialLR
 
-from syncnorm.train.nearest import nearest
+from syncnorm.train.config.nearest import nearest
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:

@@ -15,7 +15,7 @@ arguments.
 from dataclasses import dataclass
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data import shard
+from syncnorm.train.data.datasets import shard
 
 
 @dataclass(frozen=True)

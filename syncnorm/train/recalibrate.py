@@ -11,14 +11,14 @@ from syncnorm import recalibrate
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
 from syncnorm.train import buffers
-from syncnorm.train.callables import check_callables
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.config import Config
-from syncnorm.train.config_file import load_config
-from syncnorm.train.data import Dataset, shard
-from syncnorm.train.learner import load_data, make_model
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config.callables import check_callables
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import Dataset, shard
 from syncnorm.train.loop import CHECKPOINTS
-from syncnorm.train.snapshot import Snapshot
+from syncnorm.train.setup import load_data, make_model
 from syncnorm.train.step import evaluate
 from syncnorm.train.workers import Workers
 

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import accumulate
-from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.model.modes import evaluating
+from syncnorm.module import SyncNorm
 from syncnorm.ops import Shard
-from syncnorm.train.augment import augment
-from syncnorm.train.data import Dataset, Split
-from syncnorm.train.learner import Learner, indices_of, noise_seed, seed_random
+from syncnorm.train.data.augment import augment
+from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.placement import Placement
+from syncnorm.train.setup import Learner, indices_of, noise_seed, seed_random
 
 
 @dataclass(frozen=True)

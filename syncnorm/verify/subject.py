@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm.base import SyncNorm
 from syncnorm.errors import ConfigError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.module import SyncNorm
 from syncnorm.verify.reshape import reshape
 
 BOUNDS = (1.5, 0.5)

@@ -12,9 +12,9 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from syncnorm import derivatives, ops
-from syncnorm.base import SyncNorm
+from syncnorm import autograd, ops
 from syncnorm.maths import moments
+from syncnorm.module import SyncNorm
 
 
 @contextmanager
@@ -76,12 +76,12 @@ def counted_twice() -> Iterator[None]:
 @contextmanager
 def gated_exchange() -> Iterator[None]:
     """The exchange of the backward pass is left out where the input needs no gradient."""
-    true = derivatives._gradient
+    true = autograd._gradient
 
     def _gradient(*args: Any) -> Any:
         *others, gradient_means, bias_dtype, needs_input = args
         means = gradient_means if needs_input else lambda local: local
         return true(*others, means, bias_dtype, needs_input)
 
-    with patch.object(derivatives, "_gradient", _gradient):
+    with patch.object(autograd, "_gradient", _gradient):
         yield

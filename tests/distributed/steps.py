@@ -11,8 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, reference
-from syncnorm.base import SyncNorm
 from syncnorm.comm import exchange
+from syncnorm.module import SyncNorm
 from syncnorm.testing import RankPool, assert_close, shard
 
 

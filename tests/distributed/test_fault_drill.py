@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from syncnorm import SyncBatchNorm, debug
-from syncnorm.comm import exchange, flight
+from syncnorm.comm import exchange, inflight
 from syncnorm.errors import ExchangeError, InputError
-from syncnorm.run.failure import is_echo
+from syncnorm.run.failures import is_echo
 from syncnorm.testing import RankPool
 from tests.distributed.drill import Job, errors_of, run
 
@@ -135,7 +135,7 @@ def _watched_anew(folder: str) -> list[str]:
     """What the watch says when another worker is stuck, in one world and in the next; and when it
     looks again.
     """
-    watch, rank, said = flight._Watch(), dist.get_rank(), []
+    watch, rank, said = inflight._Watch(), dist.get_rank(), []
     for world in range(2):
         if world:
             dist.destroy_process_group()
@@ -146,7 +146,7 @@ def _watched_anew(folder: str) -> list[str]:
         watch._look()  # nobody is stuck
         dist.barrier()
         if rank == 0:
-            flight.world_store().set(flight._STUCK_KEY, "0")
+            inflight.world_store().set(inflight._STUCK_KEY, "0")
         dist.barrier()
         for _ in range(2):
             screen = io.StringIO()
@@ -169,10 +169,10 @@ def _agreed(steps: int) -> tuple[int, list[str], int]:
     torch.manual_seed(dist.get_rank())
     layer, x = SyncBatchNorm(4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     with exchange.record() as record, debug(timeout_seconds=30.0):
-        before = flight.world_store().num_keys()
+        before = inflight.world_store().num_keys()
         for _ in range(steps):
             layer(x).square().sum().backward()
-        after = flight.world_store().num_keys()
+        after = inflight.world_store().num_keys()
     state = layer.running_mean.clone()
     layer.reset_running_stats()
     for _ in range(steps):

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.fuzz import Crew, drill, first_failure, sequences, shorten
-from benchmarks.fuzz_calls import CALLS, Calls, draw_calls
+from drills.fuzz import Crew, drill, first_failure, sequences, shorten
+from drills.fuzz_calls import CALLS, Calls, draw_calls
 from tests.distributed import planted
 
 

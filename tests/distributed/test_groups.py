@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import SyncBatchNorm, groups, prepare_ddp, reference, scale_loss
-from syncnorm.comm import exchange, naming, which
+from syncnorm.comm import exchange, naming, rules
 from syncnorm.comm import groups as live
 from syncnorm.comm.groups import statistics_group
 from syncnorm.errors import ExchangeError, FaultError, InputError
@@ -61,12 +61,12 @@ Shards = list[tuple[Tensor, Tensor, Tensor | None]]
     ids=str,
 )
 def test_parts(rule, world_size, expected):
-    assert which.parts(rule, world_size) == expected
+    assert rules.parts(rule, world_size) == expected
 
 
 @given(st.integers(1, 100), st.integers(1, 20), st.integers(1, 40))
 def test_for_samples_takes_as_few_neighbours_as_hold_them(samples, local_batch_size, world_size):
-    parts = which.parts(groups.for_samples(samples, local_batch_size), world_size)
+    parts = rules.parts(groups.for_samples(samples, local_batch_size), world_size)
     assert [rank for part in parts for rank in part] == list(range(world_size))
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from syncnorm.cli import app
-from syncnorm.train.config_file import load_config
+from syncnorm.train.config.file import load_config
 from tests.launch import commands
 
 ROOT = Path(__file__).parents[2]
@@ -220,7 +220,7 @@ def test_the_ray_jobs_pods_are_confined_and_share_the_runs():
 
 def test_the_ray_jobs_entrypoint_is_a_configuration_that_fits_the_cluster():
     python, option, module, *arguments = shlex.split(ray_job()["entrypoint"])
-    assert (python, option, module) == ("python", "-m", "syncnorm.run.ray_train")
+    assert (python, option, module) == ("python", "-m", "syncnorm.run.ray.driver")
     assert (ROOT / "syncnorm" / "run" / "ray_train.py").exists()
     config = load_config(arguments[0], arguments[1:])
     (workers,) = cluster()["workerGroupSpecs"]

@@ -17,7 +17,7 @@ from torch import nn
 
 import syncnorm
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.model import adapters
+from syncnorm.model.convert import adapters
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "migrate.md").read_text()

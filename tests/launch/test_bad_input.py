@@ -13,7 +13,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.crowd import crowded, refuse_many
 from syncnorm.run.env import Launched
 from syncnorm.run.worker import Task, enter_folder
-from syncnorm.train.config_file import load_config
+from syncnorm.train.config.file import load_config
 from tests.launch import commands
 
 

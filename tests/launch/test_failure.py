@@ -6,7 +6,7 @@ import signal
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from syncnorm.run.failure import root_cause
+from syncnorm.run.failures import root_cause
 
 GLOO = "RuntimeError: [gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:29106."
 # Both where a peer is killed before the group has come to be.

@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import kill_worker
-from benchmarks.kill_drill import differences, drill, main, report
-from benchmarks.kill_evidence import Evidence, digest, gather, left_behind, processes
-from benchmarks.kill_run import OPTIONS, STEPS, Fault, Result
-from syncnorm.train.checkpoint import CheckpointStore
+from drills import kill_worker
+from drills.kill_drill import differences, drill, main, report
+from drills.kill_evidence import Evidence, digest, gather, left_behind, processes
+from drills.kill_run import OPTIONS, STEPS, Fault, Result
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.files import only_writer
-from syncnorm.train.snapshot import Snapshot
 from tests.train import runs
 
 SEED = 5

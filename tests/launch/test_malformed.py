@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from syncnorm.cli import main
-from syncnorm.train.config import Config
-from syncnorm.train.strict_yaml import dump
+from syncnorm.train.config.schema import Config
+from syncnorm.train.config.strict_yaml import dump
 from tests.launch import commands
 
 GOOD: dict[str, Any] = {

@@ -91,7 +91,7 @@ def test_a_fixed_number_of_workers_comes_through_with_the_same_bits(tmp_path):
         clock.tell("worker killed to training again")
 
         clock.begin()
-        for driver in list(processes("syncnorm.run.ray_train", str(folder))):
+        for driver in list(processes("syncnorm.run.ray.driver", str(folder))):
             os.kill(driver, signal.SIGKILL)
         wait_for_end(cluster, "drill")
         assert call(cluster, tmp_path, *submit, "--no-wait").returncode == 0

@@ -19,14 +19,15 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError
-from syncnorm.run import env, ray_cli, ray_submit
+from syncnorm.run import env
 from syncnorm.run.folder import Exit
-from syncnorm.run.ray_client import ClusterError, check_address, told
-from syncnorm.run.ray_cluster import check_room, room_of
-from syncnorm.run.ray_job import STOP, Job, enter, make_job
-from syncnorm.run.ray_resize import SaveBeforeResize
-from syncnorm.run.ray_worker import RESIZE, RayWatch
-from syncnorm.train.config_file import load_config
+from syncnorm.run.ray import cli, submit
+from syncnorm.run.ray.client import ClusterError, check_address, told
+from syncnorm.run.ray.cluster import check_room, room_of
+from syncnorm.run.ray.job import STOP, Job, enter, make_job
+from syncnorm.run.ray.resize import SaveBeforeResize
+from syncnorm.run.ray.worker import RESIZE, RayWatch
+from syncnorm.train.config.file import load_config
 from tests.launch.ray_cluster import free_port, wait_until
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
@@ -324,12 +325,12 @@ def test_workers_save_before_their_number_changes(tmp_path):
     ],
 )
 def test_exit_status(status, driver, noted, expected):
-    assert ray_submit._exit_code(status, driver, noted) == expected
+    assert submit._exit_code(status, driver, noted) == expected
 
 
 LOG = """\
 2026-11-20 10:30:03,569\tINFO job_manager.py:581 -- Runtime env is setting up.
-Running entrypoint for job a: exec python -m syncnorm.run.ray_train '{}'
+Running entrypoint for job a: exec python -m syncnorm.run.ray.driver '{}'
 \x1b[36m(TrainController pid=1)\x1b[0m [2026-11-20 10:30:39,520 E 3528 3559] core_worker.cc:2465: Actor with class name
 \x1b[36m(RayTrainWorker pid=3, ip=127.0.0.3)\x1b[0m epoch 1/2  step 23
 (RayTrainWorker pid=3) resumed
@@ -340,7 +341,7 @@ test accuracy 96.67 %
 
 
 def test_a_log_is_told_without_rays_own_words(capsys):
-    lines = ray_submit._Lines(sys.stdout, 0)
+    lines = submit._Lines(sys.stdout, 0)
     lines.take(LOG[:400])
     lines.take(LOG[400:-3])
     # The connection broke: all comes again.
@@ -354,7 +355,7 @@ def test_a_log_is_told_without_rays_own_words(capsys):
 
 
 def test_a_log_of_before_is_not_told_again(capsys):
-    lines = ray_submit._Lines(sys.stdout, LOG.count("\n"))
+    lines = submit._Lines(sys.stdout, LOG.count("\n"))
     lines.again()
     lines.take(LOG + "new\n")
     assert capsys.readouterr() == ("new\n", "")
@@ -390,7 +391,7 @@ def test_what_is_not_packed(tmp_path, clean, token):
     # A working folder may be known by another name, too.
     (tmp_path / "alias").symlink_to(here)
     clean.chdir(tmp_path / "alias")
-    environment = ray_submit._runtime_env(make_job("mine.yaml", [], ["mine"]))
+    environment = submit._runtime_env(make_job("mine.yaml", [], ["mine"]))
     package = tmp_path / "package.zip"
     create_package(
         environment["working_dir"],
@@ -405,7 +406,7 @@ def test_what_is_not_packed(tmp_path, clean, token):
     assert not [name for name in names if name.startswith(("runs/", "images/", ".venv/", ".ray/"))]
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
     # Without code of the user's nothing is sent but the configuration.
-    assert "working_dir" not in ray_submit._runtime_env(make_job("digits", [], []))
+    assert "working_dir" not in submit._runtime_env(make_job("digits", [], []))
 
 
 @pytest.mark.parametrize(
@@ -413,14 +414,14 @@ def test_what_is_not_packed(tmp_path, clean, token):
 )
 def test_what_to_do_after_ctrl_c(monkeypatch, capsys, answer, choice):
     monkeypatch.setattr("sys.stdin", io.StringIO(answer))
-    assert ray_cli._ask() == choice
+    assert cli._ask() == choice
     out, err = capsys.readouterr()
     assert out == ""
     assert "detach or stop? [d/s]" in err
 
 
 def test_train_does_not_wait_for_imports_of_ray_or_of_torchs_compiler():
-    script = "import sys, syncnorm.cli, syncnorm.run.ray_cli; from syncnorm.train.config_file import load_config;"
+    script = "import sys, syncnorm.cli, syncnorm.run.ray.cli; from syncnorm.train.config.file import load_config;"
     script += "load_config('digits'); sys.exit(bool({'ray', 'torch._dynamo'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
@@ -428,7 +429,7 @@ def test_train_does_not_wait_for_imports_of_ray_or_of_torchs_compiler():
 @pytest.mark.parametrize(("token", "mode"), [({"RAY_AUTH_TOKEN": "x"}, "TOKEN"), ({}, "DISABLED")])
 def test_ray_is_told_of_a_token_before_it_looks(token, mode):
     """Ray looks once, when it is imported. The drill with a token goes on from here."""
-    script = "import syncnorm.run.ray_client, sys; from ray import _raylet as r; "
+    script = "import syncnorm.run.ray.client, sys; from ray import _raylet as r; "
     script += f"sys.exit(r.get_authentication_mode() != r.AuthenticationMode.{mode})"
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH_")

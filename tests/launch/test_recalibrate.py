@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from syncnorm.cli import main
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.snapshot import Snapshot
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.launch import commands
 
 

@@ -13,8 +13,8 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.config_file import load_config
+from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config.file import load_config
 from tests.launch import commands
 from tests.train.runs import events
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, conversion_table, convert, revert
-from syncnorm.base import SyncNorm
+from syncnorm.module import SyncNorm
 from tests.model.foreign import ARCHITECTURES
 
 TARGETS = [SyncBatchNorm, SyncBatchRenorm]

@@ -29,7 +29,7 @@ from syncnorm import (
     revert,
 )
 from syncnorm.errors import InputError
-from syncnorm.model.running import PooledRunning
+from syncnorm.statistics.running import PooledRunning
 from syncnorm.testing import assert_close
 from tests.model.foreign import Kept, NormAct, Softplus, Unknown, scale
 

@@ -20,7 +20,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
-from syncnorm.model.grouped import StatisticGroups
+from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.testing import assert_close
 from syncnorm.train.placement import place
 from tests.model.parts import state_of, uneven_batch

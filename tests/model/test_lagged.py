@@ -23,10 +23,10 @@ from syncnorm import (
     prepare_ddp,
     scale_loss,
 )
-from syncnorm.averages import AVERAGES
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.reference import LaggedBatchNorm
+from syncnorm.statistics.averages import AVERAGES
 
 CHANNELS = (6, 5)
 OPTIONS = Lagged(forward_rate=0.3, backward_rate=0.1, max_drift=0.25)

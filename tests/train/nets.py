@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from syncnorm.train.data import Dataset, Split, digits, make_dataset
+from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
 from syncnorm.train.models import MODELS
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from syncnorm.train import strict_yaml
+from syncnorm.train.config import strict_yaml
 from syncnorm.train.report import write_report
 
 BEGIN = 1_760_000_000.0

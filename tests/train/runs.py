@@ -15,15 +15,15 @@ from syncnorm import scale_loss
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import in_evaluation
 from syncnorm.train import optim
-from syncnorm.train.config import Config
-from syncnorm.train.config_file import load_config
-from syncnorm.train.data import Dataset, Split, shard
+from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import Dataset, Split, shard
+from syncnorm.train.digest import gather_digests
 from syncnorm.train.first_step import first_step
-from syncnorm.train.learner import make_learner, make_model
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
-from syncnorm.train.position import Position
-from syncnorm.train.statistics import gather_digests
+from syncnorm.train.setup import make_learner, make_model
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.workers import Workers
 from tests.train import nets

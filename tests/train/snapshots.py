@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from syncnorm.train.snapshot import Snapshot
+from syncnorm.train.checkpoint.snapshot import Snapshot
 
 OLD, NEW = 0.0, 1.0
 

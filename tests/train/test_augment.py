@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from syncnorm.train.augment import augment, draw, splitmix64
-from syncnorm.train.config import AugmentSection
+from syncnorm.train.config.schema import AugmentSection
+from syncnorm.train.data.augment import augment, draw, splitmix64
 
 EVERYTHING = AugmentSection(crop=2, flip=True, cutout=3)
 OPTIONS = [

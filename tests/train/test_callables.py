@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.callables import check_callables, resolve
-from syncnorm.train.config import Config
+from syncnorm.train.config.callables import check_callables, resolve
+from syncnorm.train.config.schema import Config
 
 # What it does as it is imported leaves a trace.
 SOURCE = """

@@ -10,7 +10,7 @@ import pytest
 
 from syncnorm.errors import CheckpointError, InputError
 from syncnorm.train import files
-from syncnorm.train.checkpoint import CheckpointStore
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import NEW, OLD, assert_equal, make_snapshot, names
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from syncnorm.train import files
-from syncnorm.train.checkpoint import CheckpointStore
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import NEW, OLD, assert_equal, make_snapshot, names
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.cifar import read_binary, read_python
-from syncnorm.train.data import cifar10
+from syncnorm.train.data.cifar import read_binary, read_python
+from syncnorm.train.data.datasets import cifar10
 
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 
@@ -189,7 +189,7 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, place, protocol):
         ("numpy.core.multiarray", "scalar"),
         ("_codecs", "decode"),
         ("copyreg", "_reconstructor"),
-        ("syncnorm.train.cifar", "_Unpickler"),
+        ("syncnorm.train.data.cifar", "_Unpickler"),
     ],
 )
 def test_any_other_name_is_refused(tmp_path, module_name, global_name):

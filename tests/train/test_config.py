@@ -6,9 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config_file import find_config, load_config
+from syncnorm.train.config.file import find_config, load_config
+from syncnorm.train.config.strict_yaml import dump, parse
 from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS
-from syncnorm.train.strict_yaml import dump, parse
 
 GOOD = """
 model: {name: digits_resnet}

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config import Config, OptimizerSection, ScheduleSection
-from syncnorm.train.config_file import find_config, load_config
-from syncnorm.train.config_norm import NormSection
-from syncnorm.train.config_show import origins, schema, show
+from syncnorm.train.config.file import find_config, load_config
+from syncnorm.train.config.norm import NormSection
+from syncnorm.train.config.schema import Config, OptimizerSection, ScheduleSection
+from syncnorm.train.config.show import origins, schema, show
+from syncnorm.train.config.strict_yaml import dump, parse
 from syncnorm.train.optim import OPTIMIZERS
-from syncnorm.train.strict_yaml import dump, parse
 
 ROOT = Path(__file__).parents[2]
 TEXT = """\

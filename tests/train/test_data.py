@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data import DATASETS, Split, digits, epoch_order, make_dataset, shard
+from syncnorm.train.data.datasets import DATASETS, Split, digits, epoch_order, make_dataset, shard
 
 
 @given(count=st.integers(0, 200), world_size=st.integers(1, 9))

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data import DATASETS, fashion_mnist, mnist
-from syncnorm.train.idx import read_idx
+from syncnorm.train.data.datasets import DATASETS, fashion_mnist, mnist
+from syncnorm.train.data.idx import read_idx
 
 NAMES = [
     "train-images-idx3-ubyte",

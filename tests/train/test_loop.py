@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from syncnorm.testing import RankFailure
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.snapshot import Snapshot
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train import runs
 
 # 1437 = 4 * 359 + 1: the fifth step of an epoch has one sample, so all shards of it but the first

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
-from syncnorm.train.config_norm import NormSection, RenormSection
+from syncnorm.train.config.norm import NormSection, RenormSection
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import BatchNorm, FrozenBatchNorm, apply_rules, make_norm_layer
 

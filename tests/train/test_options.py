@@ -10,13 +10,13 @@ from torch import nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.errors import ConfigError
-from syncnorm.train.config_file import load_config
-from syncnorm.train.config_norm import NormSection
-from syncnorm.train.data import digits
-from syncnorm.train.learner import make_bare_model
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.norm import NormSection
+from syncnorm.train.data.datasets import digits
 from syncnorm.train.memory import Need, estimate, refuse, resident_memory
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
+from syncnorm.train.setup import make_bare_model
 from syncnorm.train.workers import Workers
 from tests.launch import commands
 from tests.train import nets, runs
@@ -246,7 +246,7 @@ NETS = "tests.train.nets"
         ),
         (
             [f"data.name={NETS}:two_folders"],
-            "must return a syncnorm.train.data.Dataset, got tuple(PosixPath, ",
+            "must return a syncnorm.train.data.datasets.Dataset, got tuple(PosixPath, ",
         ),
         (
             [f"data.name={NETS}:masks"],

@@ -13,9 +13,9 @@ import torch
 
 from syncnorm.errors import InputError
 from syncnorm.train import files
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.saver import BackgroundSaver, SaveResult
-from syncnorm.train.snapshot import Snapshot
+from syncnorm.train.checkpoint.saver import BackgroundSaver, SaveResult
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
 ROOT = Path(__file__).parents[2]

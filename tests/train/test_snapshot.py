@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from syncnorm.errors import InputError
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.snapshot import Snapshot
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
 DTYPES = [

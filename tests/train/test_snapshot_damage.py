@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from syncnorm.errors import CheckpointError
-from syncnorm.train.checkpoint import CheckpointStore
-from syncnorm.train.snapshot import MAX_RECORD_BYTES
+from syncnorm.train.checkpoint.snapshot import MAX_RECORD_BYTES
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
 SEED = 20

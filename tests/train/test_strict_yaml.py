@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.strict_yaml import dump, parse
+from syncnorm.train.config.strict_yaml import dump, parse
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from syncnorm.maths import kernels
-from syncnorm.maths.kernels import aten, layout, plain
+from syncnorm.maths.kernels import cpu, layout, portable
 from syncnorm.maths.moments import of_sums
 from syncnorm.testing import assert_close
 
@@ -29,7 +29,7 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[aten, plain], ids=["aten", "plain"])
+@pytest.fixture(params=[cpu, portable], ids=["cpu", "portable"])
 def implementation(request, monkeypatch) -> ModuleType:
     monkeypatch.setattr(kernels, "_implementation", lambda x: request.param)
     return request.param

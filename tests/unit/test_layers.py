@@ -22,11 +22,11 @@ import syncnorm
 from syncnorm import (
     SyncBatchNorm,
     SyncBatchRenorm,
-    base,
     convert,
     debug,
     functional,
     groups,
+    module,
     prepare_ddp,
     revert,
 )
@@ -94,7 +94,7 @@ def test_state_dicts_are_interchangeable(options):
 def test_without_a_bias(make, torch_has_it, monkeypatch):
     """Also as with a torch whose layers always have one."""
     if not torch_has_it:
-        monkeypatch.setattr(base, "_TORCH_HAS_BIAS", False)
+        monkeypatch.setattr(module, "_TORCH_HAS_BIAS", False)
         monkeypatch.setattr(
             _BatchNorm, "extra_repr", lambda self: f"{self.num_features}, affine={self.affine}"
         )

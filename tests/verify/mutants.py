@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional, ops
-from syncnorm.base import Call, Immediate, SyncNorm
 from syncnorm.maths import moments
 from syncnorm.maths.moments import Moments
+from syncnorm.module import Call, Immediate, SyncNorm
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 
 

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from syncnorm.maths.kernels import aten, plain
+from syncnorm.maths.kernels import cpu, portable
 
 
 def _implementation(x: Tensor) -> ModuleType:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
-        return plain
-    return aten if type(x) is Tensor or not isinstance(x, FakeTensor) else plain
+        return portable
+    return cpu if type(x) is Tensor or not isinstance(x, FakeTensor) else portable
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

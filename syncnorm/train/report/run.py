@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from syncnorm.errors import ConfigError
-from syncnorm.train import strict_yaml
+from syncnorm.train.config import strict_yaml
 from syncnorm.train.report.events import Events, read_events
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm.base import SyncNorm
 from syncnorm.errors import UnevenShardsWarning
 from syncnorm.model.ddp import prepare_ddp
+from syncnorm.module import SyncNorm
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect_close
 from syncnorm.verify.team import Team

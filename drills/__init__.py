@@ -1,0 +1,1 @@
+"""Drills: random sequences of calls, and runs that are killed, against what should come of them."""

@@ -1,0 +1,203 @@
+"""Normalisation as autograd knows it: one Function for y and its gradient, one for that gradient
+and its own.
+
+With g = dL/dy, xhat = (x - mean) * s, s = invstd, and means over the whole statistic:
+
+    dx = weight * s * (g - w * (A + xhat * B))        A = mean g        B = mean g xhat
+    dweight = local sum g xhat                        dbias = local sum g
+
+Ioffe and Szegedy 2015, section 3. The moments are functions of x, known to autograd through these
+Functions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from syncnorm import observed
+from syncnorm.maths import formula, kernels
+from syncnorm.maths.double_backward import SecondDerivative
+
+ANCHOR = torch.zeros((), requires_grad=True)
+"""What keeps a Function in the backward pass where nothing else needs a gradient.
+
+It is given none.
+"""
+
+
+class GradientMeans(Protocol):
+    """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the
+    statistic.
+
+    They enter the gradient of the input. Called once in each backward pass of a layer's call, on
+    every worker.
+    """
+
+    @property
+    def is_local(self) -> bool:
+        """Whether they are the means over this worker's batch, so that nothing is exchanged."""
+        ...
+
+    def __call__(self, local: Tensor) -> Tensor: ...
+
+    def of_second(self, local: Tensor) -> Tensor:
+        """The same of the five sums of `syncnorm.maths.double_backward`, shape (5, C), where the gradient is
+        differentiated.
+        """
+        ...
+
+
+class Normalize(torch.autograd.Function):
+    """y = (x - mean) * invstd * weight + bias, and its gradient."""
+
+    # With ctx as an argument: a separate setup_context costs more per call than the C-sized
+    # arithmetic.
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, mean, invstd, mask, gradient_means):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(x, weight, mean, invstd, mask)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.gradient_means = gradient_means
+        scale = invstd if weight is None else weight.detach().double() * invstd
+        shift = torch.zeros_like(mean) if bias is None else bias.detach().double()
+        return kernels.normalize(x, mean, scale, shift)
+
+    @staticmethod
+    def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, mean, invstd, mask = ctx.saved_tensors
+        who = observed.observer(grad_output)
+        if who is not None and who != observed.FAKE:
+            grads = _by_formula(who, ctx.gradient_means, grad_output, x, weight, mask, invstd)
+            return *_typed(*grads, weight, ctx.bias_dtype), None, None, None, None, None
+        saved = (grad_output, x, weight, mean, invstd, mask)
+        how = (ctx.gradient_means, ctx.bias_dtype, ctx.needs_input_grad[0])
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Whether g, x or weight needs a gradient may differ between workers; the exchange must
+            # not.
+            grads = _Gradient.apply(*saved, ANCHOR, *how)
+        else:
+            grads, _ = _gradient(*saved, *how)
+        return *grads, None, None, None, None, None
+
+
+def _by_formula(
+    who: str, gradient_means: GradientMeans, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dweight and dbias in operators that torch batches and differentiates itself."""
+    if not gradient_means.is_local:
+        raise observed.refuse(who, "the backward pass")
+    return formula.gradient(*args)
+
+
+def _typed(
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    weight: Tensor | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What there is a weight and a bias for, in their types."""
+    return (
+        dx,
+        None if weight is None else dweight.to(weight.dtype),
+        None if bias_dtype is None else dbias.to(bias_dtype),
+    )
+
+
+def _gradient(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    gradient_means: GradientMeans,
+    bias_dtype: torch.dtype | None,
+    needs_input: bool,
+) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], tuple[Tensor, Tensor]]:
+    """dx, dweight, dbias; A and B. The exchange is made whatever is needed."""
+    local = kernels.backward_sums(g, x, mean).view(2, -1)
+    local[1] *= invstd
+    grad_weight = grad_bias = grad_input = None
+    if weight is not None:
+        grad_weight = local[1].to(weight.dtype, copy=True)
+    if bias_dtype is not None:
+        grad_bias = local[0].to(bias_dtype, copy=True)
+    mean_dy, mean_dy_xhat = gradient_means(local)
+    if needs_input:
+        scale = invstd if weight is None else weight.double() * invstd
+        grad_input = kernels.backward_input(g, x, mean, scale, mean_dy, mean_dy_xhat * invstd, mask)
+    return (grad_input, grad_weight, grad_bias), (mean_dy, mean_dy_xhat)
+
+
+class _Gradient(torch.autograd.Function):
+    """The gradient as a function of g, x and weight, differentiable once; see
+    `syncnorm.maths.double_backward`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, g, x, weight, mean, invstd, mask, anchor, gradient_means, bias_dtype, needs_input
+    ):  # pyright: ignore[reportIncompatibleMethodOverride]
+        grads, means = _gradient(
+            g, x, weight, mean, invstd, mask, gradient_means, bias_dtype, needs_input
+        )
+        ctx.save_for_backward(g, x, weight, mean, invstd, mask, *means)
+        ctx.gradient_means, ctx.bias_dtype = gradient_means, bias_dtype
+        return grads
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, v, u, t):  # pyright: ignore[reportIncompatibleMethodOverride]
+        g, x, weight, mean, invstd, mask, *means = ctx.saved_tensors
+        who = next(
+            filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None
+        )
+        if who is not None and who != observed.FAKE:
+            with torch.enable_grad():
+                # Views, so that what g is made from is not gone through.
+                g, x, weight = (
+                    None if each is None else each.view_as(each) for each in (g, x, weight)
+                )
+                grads = _by_formula(who, ctx.gradient_means, g, x, weight, mask, invstd)
+            return *_pull_back(
+                _typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight)
+            ), *[None] * 7
+        wide = torch.promote_types(x.dtype, torch.float32)
+        v = torch.zeros_like(x) if v is None else v
+        u, t = (torch.zeros_like(mean) if each is None else each.double() for each in (u, t))
+        scale = torch.ones_like(mean) if weight is None else weight.double()
+        second = SecondDerivative(
+            v.to(wide), u, t, g.to(wide), x.to(wide), mask, scale, mean, invstd, *means
+        )
+        sums = second.sums()
+        grad_g = grad_x = grad_weight = None
+        if weight is not None:
+            grad_weight = second.wrt_weight(sums).to(weight.dtype)
+        sums[:3] *= scale
+        pooled = ctx.gradient_means.of_second(sums)
+        if ctx.needs_input_grad[0]:
+            grad_g = second.wrt_gradient(pooled).to(g.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_x = second.wrt_input(pooled).to(x.dtype)
+        return grad_g, grad_x, grad_weight, None, None, None, None, None, None, None
+
+
+def _pull_back(
+    outputs: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor | None],
+    inputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the outputs that have a cotangent, by each input that needs one."""
+    pairs = [
+        (o, c) for o, c in zip(outputs, cotangents, strict=True) if o is not None and c is not None
+    ]
+    needed = [t for t in inputs if t is not None and t.requires_grad]
+    grads = iter(
+        torch.autograd.grad([o for o, _ in pairs], needed, [c for _, c in pairs], allow_unused=True)
+    )
+    return [next(grads) if t is not None and t.requires_grad else None for t in inputs]

@@ -1,0 +1,1 @@
+"""Conversion of a model's batch norms to ours, and back."""

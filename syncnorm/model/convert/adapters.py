@@ -1,0 +1,176 @@
+"""Layers that are subclasses of torch's batch norms: which class they get, and what their forward
+adds to ours.
+
+A layer of exactly torch's class becomes `SyncBatchNorm` itself. For a subclass a class is made that
+has both as bases, so that the subclass's other methods stay (a `train` that keeps the layer frozen,
+say). If the subclass has a forward of its own, an adapter must say what it does besides
+normalising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from syncnorm import functional
+from syncnorm.errors import InputError
+from syncnorm.module import SyncNorm
+
+Adapter = Callable[[Any, Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""From the layer, its input and the function that normalises, to the layer's output."""
+
+TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, _BatchNorm)
+
+
+def _drop_and_act(layer: nn.Module, x: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
+    """timm's layers of normalisation, dropout and activation."""
+    y = normalize(x)
+    for name in ("drop", "act"):
+        part = getattr(layer, name, None)
+        y = y if part is None else part(y)
+    return y
+
+
+_registered: dict[type, Adapter] = {}
+# By name, since importing timm to look at its classes would cost everybody seconds.
+_shipped: dict[str, Adapter] = {
+    "timm.layers.norm_act.BatchNormAct2d": _drop_and_act,
+    "timm.layers.norm_act.SyncBatchNormAct": _drop_and_act,
+}
+
+
+def register_adapter(cls: type[_BatchNorm], forward: Adapter) -> None:
+    """Have `convert` accept a subclass of torch's batch norms that has a forward of its own.
+
+        y = forward(layer, x, normalize)
+
+    with `normalize(x)` = what our layer does to x, in training and in evaluation. Once it is
+    converted, the layer still is a `cls`, with its attributes, submodules and other methods; only
+    its forward is this one. `revert` gives it its own back. The adapter holds for subclasses of
+    `cls` that do not override forward again. timm's `BatchNormAct2d` and `SyncBatchNormAct` need
+    none: theirs is built in.
+
+    *Collectives*: those of `normalize`. `forward` must call it as often on every worker.
+
+    Args:
+        cls: the subclass. Register it in every process that converts, copies or unpickles such
+            layers.
+        forward: what the layer does, see above.
+
+    Raises:
+        InputError: `cls` is no subclass of torch's batch norms, or has no forward of its own.
+
+    Example:
+        >>> class NormAndReLU(nn.BatchNorm2d):
+        ...     def forward(self, x):
+        ...         return super().forward(x).relu()
+        >>> register_adapter(NormAndReLU, lambda layer, x, normalize: normalize(x).relu())
+    """
+    if not (isinstance(cls, type) and issubclass(cls, _BatchNorm)) or issubclass(cls, SyncNorm):
+        raise InputError(
+            f"`cls` must be a subclass of torch's BatchNorm, got {cls!r}. Others are not converted."
+        )
+    if _owner_of_forward(cls) is not cls:
+        raise InputError(
+            f"`cls` must have a forward of its own, got {cls.__qualname__}, which has that of "
+            f"{_owner_of_forward(cls).__qualname__}. Register that class, or none: torch's forward "
+            "needs no adapter."
+        )
+    _registered[cls] = forward
+
+
+def _owner_of_forward(cls: type) -> type:
+    return next(c for c in cls.__mro__ if "forward" in vars(c))
+
+
+def has_torchs_forward(cls: type) -> bool:
+    """Whether a batch norm of this class only normalises."""
+    return _owner_of_forward(cls) in TORCHS
+
+
+def adapter_of(cls: type) -> Adapter | None:
+    """What was registered for a class whose forward is not torch's."""
+    owner = _owner_of_forward(cls)
+    return _registered.get(owner) or _shipped.get(f"{owner.__module__}.{owner.__qualname__}")
+
+
+class Over:
+    """Mixed into the class of a layer of ours that stands for a subclass of torch's; copies and
+    pickles.
+    """
+
+    made_of: tuple[type[SyncNorm], type[_BatchNorm]]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class was made at run time, and so has no name to be found by.
+        _, _, *state = super().__reduce_ex__(protocol)
+        return (_new, self.made_of, *state)
+
+
+class _Adapted(Over):
+    """For a subclass with a forward of its own."""
+
+    def forward(
+        self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
+    ) -> Tensor:
+        if x is None or input is not None:
+            x = functional.one_input(x, input)
+        ours, theirs = self.made_of
+        adapter = adapter_of(theirs)
+        if adapter is None:
+            raise InputError(
+                f"`{theirs.__qualname__}` must have an adapter in this process, got a converted "
+                "layer without one. "
+                "Call register_adapter before using it."
+            )
+        return adapter(self, x, lambda x: ours.forward(self, x, mask))  # pyright: ignore[reportArgumentType]
+
+
+@cache
+def over(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> type[SyncNorm]:
+    """The class of a layer of class `theirs` once it is converted to `ours`.
+
+    TypeError if there cannot be one.
+    """
+    if theirs in TORCHS:
+        return ours
+    mixed = Over if has_torchs_forward(theirs) else _Adapted
+    return type(
+        f"{ours.__name__}_{theirs.__name__}", (mixed, ours, theirs), {"made_of": (ours, theirs)}
+    )
+
+
+def _new(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> SyncNorm:
+    return object.__new__(over(ours, theirs))
+
+
+def own_class(layer: nn.Module) -> type:
+    """The class of a layer, leaving aside what torch.nn.utils.parametrize has made of it."""
+    return parametrize.type_before_parametrizations(layer)
+
+
+def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
+    """Make it a `cls`, under its parametrizations if it has any."""
+    if parametrize.is_parametrized(layer):
+        # Their properties are in a class of the layer's own, whose base torch gives it back in the
+        # end.
+        names = {
+            k: v
+            for k, v in vars(type(layer)).items()
+            if k not in ("__dict__", "__weakref__", "__doc__")
+        }
+        cls = type(f"Parametrized{cls.__name__}", (cls,), names)
+    layer.__class__ = cls
+
+
+def their_class(layer: nn.Module) -> type[_BatchNorm]:
+    """The class of torch's, or over torch's, that a layer has besides ours."""
+    cls = own_class(layer)
+    if issubclass(cls, Over):
+        return cls.made_of[1]
+    return _BatchNorm if issubclass(cls, SyncNorm) else cls

@@ -1,0 +1,332 @@
+"""Whole models: their batch norms become ours, in place, and go back to what they were."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable
+from difflib import get_close_matches
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import observed
+from syncnorm.comm import groups
+from syncnorm.errors import InputError
+from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.model.convert.class_swap import LazySyncNorm, Request, become, go_back, origin_of
+from syncnorm.model.convert.others import home_made, is_home_made, stays_local
+from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
+from syncnorm.model.ddp import let_broadcast
+from syncnorm.module import SyncNorm
+from syncnorm.statistics.running import PooledRunning
+
+Select = str | Callable[[str, nn.Module], bool]
+
+# Facts of the layer that is converted, not options.
+_KEPT = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
+
+
+def convert(
+    module: nn.Module,
+    to: type[SyncNorm] = SyncBatchNorm,
+    *,
+    process_group: groups.Spec = None,
+    select: Select | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Make the batch norms of `module` layers of ours, in place; all of them, or none and an error.
+
+    The layers stay the objects that they are, under all their names, with their parameters,
+    buffers, hooks, modes and attributes: only their class changes (and `isinstance(layer,
+    nn.BatchNorm2d)` with it; `_BatchNorm` remains). So optimizers, ties and references hold, and
+    evaluation gives the same bits as before (without running statistics the same to rounding).
+    `revert` undoes it.
+
+    Converted are torch's BatchNorm1d/2d/3d, its SyncBatchNorm (whose process group stays unless
+    another is given), lazy ones (with their first forward), parametrized ones, subclasses (which
+    keep their other methods; with a forward of their own they need `register_adapter`), and our
+    layers into one another. Ours take input of 2 or more dimensions, so a check of the number of
+    dimensions falls away. InstanceNorm and frozen batch norms that are no subclass of torch's are
+    left alone.
+
+    What fine-tuning has to know is decided by these rules; `print(conversion_table(module))` says
+    what they gave:
+
+    - momentum: the option; else that of the target's default where batch normalisation becomes
+      renormalisation (0.01, as its paper has it) or the reverse (0.1); else what the layer had.
+    - the schedule's clock: `num_batches_tracked` begins at 0 where batch normalisation becomes
+      renormalisation. What was counted before is kept aside, and added when the layer goes back; it
+      is not in state dicts.
+    - running statistics, weight, bias, eps: as they are. `running_average="std"` reads
+      `running_var` as sigma^2 - eps.
+    - layers of ours keep what no option says, but lose what ties them to others: `prepare_ddp`
+      comes after `convert`.
+
+    *Collectives*: none. Every worker must convert alike.
+
+    Args:
+        module: a model, or a batch norm; not (part of) what DistributedDataParallel or FSDP has
+            wrapped.
+        to: SyncBatchNorm or SyncBatchRenorm.
+        process_group: the workers to pool over.
+        select: which layers; (qualified name, layer) -> bool, or a regular expression to be found
+            in the name. A layer with several names is chosen if one of them is. None: all.
+        options: of the target: momentum, eps, sync, and for SyncBatchRenorm schedule,
+            running_average.
+
+    Returns:
+        `module`. (The table is a function of its own, so that `model = convert(model)` goes on
+        working, and so that it can be had later, from a copy or from an unpickled model too.)
+
+    Raises:
+        InputError: an option is unknown or breaks its rule, `select` chooses nothing, or a layer
+            cannot be converted: it names each, and why. Nothing was changed.
+
+    Warns: UserWarning: layers that are no subclass of torch's batch norms keep running statistics,
+        too, and stay local.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> convert(model)[1]
+        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, sync='batch')
+        >>> revert(model)[1]
+        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+    """
+    _check_target(to, options)
+    request = Request(to, groups.keep(process_group), options)
+    layers = {
+        layer: names
+        for layer, names in _select(_named(module), select).items()
+        if isinstance(layer, _BatchNorm) and not request.is_met_by(layer)
+    }
+    faults = scripted(module, lambda name, m: bool(_select({m: [name]}, select, may_be_none=True)))
+    faults |= {names[0]: why for layer, names in layers.items() if (why := reason(layer, request))}
+    faults |= {names[0]: why for layer, names in layers.items() if (why := wrapped(module, layer))}
+    _refuse(faults, "converted")
+    for layer, names in layers.items():
+        become(layer, names[0], request)
+    _forget_pools(module)
+    if not callable(select):  # which is asked about batch norms of torch's only
+        chosen = _select(_named(module), select, may_be_none=True)
+        said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
+        if said is not None:
+            warnings.warn(said, stacklevel=2)
+    return module
+
+
+def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None) -> nn.Module:
+    """Under torch's name: make the batch norms of `module` SyncBatchNorm, ours, in place.
+
+    As `convert(module, process_group=process_group)`, except that layers of ours are left alone: a
+    switch for synchronised batch norms does not take away renormalisation. Other than torch's, it
+    changes a layer that is the module itself, keeps ties, hooks and attributes, and works on CPUs.
+
+    Returns:
+        `module`.
+
+    Raises:
+        InputError: see `convert`.
+
+    Example:
+        >>> type(convert_sync_batchnorm(nn.BatchNorm1d(3))).__name__
+        'SyncBatchNorm'
+    """
+    said = stays_local(home_made(module))
+    if said is not None:
+        warnings.warn(said, stacklevel=2)
+    if not any(isinstance(m, _BatchNorm) and not isinstance(m, SyncNorm) for m in module.modules()):
+        return module
+    return convert(
+        module,
+        process_group=process_group,
+        select=lambda name, layer: not isinstance(layer, SyncNorm),
+    )
+
+
+def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Module:
+    """Undo `convert`, in place: every layer is again what it was, with what it has learnt since.
+
+    Running statistics are brought up to date first. Weights, running statistics and hooks stay,
+    `num_batches_tracked` has all that was ever counted, momentum and eps are what they were before,
+    and nothing of ours is left: state dicts have the keys that they had. It works on copies and on
+    unpickled models, too.
+
+    A layer that was built as one of ours was nothing else before, and does not know how many
+    dimensions its input has, as torch's classes do: it becomes a `to`. (Where a model needs
+    several, revert its parts.)
+
+    *Collectives*: none. Every worker must revert alike. To train on under DistributedDataParallel,
+    wrap anew.
+
+    Args:
+        module: a model or a layer; not (part of) what DistributedDataParallel or FSDP has wrapped.
+        to: torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d, for layers that were built as ours.
+
+    Returns:
+        `module`.
+
+    Raises:
+        InputError: a layer was built as ours and `to` is not given, or it is wrapped. Nothing was
+            changed.
+
+    Example:
+        >>> import torch
+        >>> layer = convert(nn.BatchNorm1d(1), SyncBatchRenorm)
+        >>> _ = layer(torch.tensor([[1.0], [3.0]]))
+        >>> revert(layer).running_mean, int(layer.num_batches_tracked)
+        (tensor([0.0200]), 1)
+    """
+    classes = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    if to is not None and to not in classes:
+        raise InputError(
+            f"`to` must be torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d, got {to!r}. Pass the "
+            "class."
+        )
+    layers = {
+        m: names for m, names in _named(module).items() if isinstance(m, SyncNorm | LazySyncNorm)
+    }
+    faults = {
+        names[0]: why
+        for layer, names in layers.items()
+        if (why := born_reason(layer, to) or wrapped(module, layer))
+    }
+    _refuse(faults, "reverted")
+    ignored = {
+        f"{name}.{key}".lstrip(".")
+        for m, names in layers.items()
+        for name in names
+        for key in m._buffers
+    }
+    for layer in layers:
+        go_back(layer, to)
+    _forget_pools(module)
+    let_broadcast(module, ignored)
+    return module
+
+
+def conversion_table(module: nn.Module) -> str:
+    """Say what each converted layer of `module` was, is, and what the rules of `convert` gave it;
+    for printing.
+
+    Example:
+        >>> print(conversion_table(convert(nn.Sequential(nn.BatchNorm1d(3)), SyncBatchRenorm)))
+        layer  was          is               momentum     batches counted
+        0      BatchNorm1d  SyncBatchRenorm  0.1 -> 0.01  0 before, 0 since: the schedule's clock
+    """
+    rows = [("layer", "was", "is", "momentum", "batches counted")]
+    for layer, names in _named(module).items():
+        if isinstance(layer, LazySyncNorm):
+            request = layer.pending.request
+            rows.append((names[0], layer.pending.cls.__name__, f"{request.to.__name__} from its first forward on",
+                         _change(layer.momentum, request.momentum(layer)), "0"))  # fmt: skip
+        elif (origin := origin_of(layer)) is not None and isinstance(layer, SyncNorm):
+            counter = layer.num_batches_tracked
+            count = (
+                "none" if counter is None else "?" if observed.is_fake(layer) else str(int(counter))
+            )
+            if isinstance(layer, SyncBatchRenorm) and not issubclass(origin.cls, SyncBatchRenorm):
+                count = f"{origin.counted} before, {count} since: the schedule's clock"
+            momentum = _change(origin.changed.get("momentum", layer.momentum), layer.momentum)
+            rows.append(
+                (" = ".join(names), origin.cls.__name__, type(layer).__name__, momentum, count)
+            )
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = [
+        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    said = stays_local(home_made(module))
+    return "\n".join(lines if said is None else [*lines, f"! {said}"])
+
+
+def _change(before: float | None, after: float | None) -> str:
+    return f"{after} as it was" if before == after else f"{before} -> {after}"
+
+
+def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
+    """InputError unless `to` can be built with these options."""
+    if to not in (SyncBatchNorm, SyncBatchRenorm):
+        raise InputError(
+            f"`to` must be SyncBatchNorm or SyncBatchRenorm, got {to!r}. Pass the class."
+        )
+    names = inspect.signature(to).parameters.keys() - {"process_group", *_KEPT}
+    for name in options.keys() - names:
+        if name in _KEPT:
+            raise InputError(
+                f"`{name}` must not be given to convert, got {options[name]!r}. It stays the "
+                "layer's own."
+            )
+        near = get_close_matches(name, names, 1, 0)
+        raise InputError(
+            f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got "
+            f"{options[name]!r}. "
+            f"Did you mean `{near[0]}`?"
+        )
+    to(1, **options)
+
+
+def _named(module: nn.Module) -> dict[nn.Module, list[str]]:
+    """Every module with all of its names."""
+    named: dict[nn.Module, list[str]] = {}
+    for name, m in module.named_modules(remove_duplicate=False):
+        named.setdefault(m, []).append(name)
+    return named
+
+
+def _select(
+    named: dict[nn.Module, list[str]], select: Select | None, may_be_none: bool = False
+) -> dict[nn.Module, list[str]]:
+    """Those of which a name is chosen, without layers that are no batch norm."""
+    layers = {m: names for m, names in named.items() if may_be_none or isinstance(m, _BatchNorm)}
+    if select is None:
+        return layers
+    if isinstance(select, str):
+        try:
+            found = re.compile(select).search
+        except re.error as error:
+            raise InputError(
+                f"`select` must be a regular expression, got {select!r}: {error}. Escape special "
+                "characters."
+            ) from None
+        chosen = {m: names for m, names in layers.items() if any(found(name) for name in names)}
+    else:
+        chosen = {m: names for m, names in layers.items() if any(select(name, m) for name in names)}
+    if layers and not chosen and not may_be_none:
+        raise InputError(
+            f"`select` must choose at least one batch norm, got none of {len(layers)} with "
+            f"{select!r}. "
+            f"The first is called {next(iter(layers.values()))[0]!r}."
+        )
+    return chosen
+
+
+def _refuse(faults: dict[str, str], what: str) -> None:
+    if faults:
+        alike: dict[str, list[str]] = {}
+        for name, why in faults.items():
+            alike.setdefault(why, []).append(name)
+        listed = "; ".join(f"{_first(names)}{why}" for why, names in alike.items())
+        raise InputError(
+            f"`module` must hold layers that can be {what}, got {listed}. Nothing was changed."
+        )
+
+
+def _first(names: list[str]) -> str:
+    """The first of them and the number of the others, as the subject of a clause."""
+    if len(names) > 1:
+        return f"{names[0]!r} (and {len(names) - 1} more) "
+    return f"{names[0]!r} " if names[0] else "itself, which "
+
+
+def _forget_pools(module: nn.Module) -> None:
+    """Remove the hooks of pools that every layer has left."""
+    for m in module.modules():
+        for hooks in (m._forward_pre_hooks, m._forward_hooks):
+            for key, hook in list(hooks.items()):
+                pool = getattr(hook, "__self__", None)
+                if isinstance(pool, PooledRunning) and not pool.layers:
+                    del hooks[key]
+                    m._forward_hooks_always_called.pop(key, None)

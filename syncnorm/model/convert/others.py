@@ -1,0 +1,111 @@
+"""Batch norms of a model that are not ours: what would be silent about them is said."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+
+from syncnorm.errors import InputError
+from syncnorm.model.convert.class_swap import LazySyncNorm
+from syncnorm.module import SyncNorm
+
+# What home-made layers call a running mean, and what beside it they call a variance or deviation.
+_MEANS = {"running_mean", "moving_mean", "ra_mean"}
+_SCALES = {
+    f"{prefix}_{name}"
+    for prefix in ("running", "moving")
+    for name in ("var", "variance", "std", "stddev")
+}
+_SCALES |= {"ra_var"}
+
+
+def is_home_made(layer: nn.Module) -> bool:
+    """Whether a layer keeps running statistics of batches in a way of its own, as a batch norm
+    does.
+
+    torch's layers do not, nor do those that only apply statistics: with weight and bias that are
+    buffers, or by name.
+    """
+    if isinstance(layer, _NormBase) or type(layer).__module__.startswith(
+        ("torch.nn.", "torch.ao.")
+    ):
+        return False
+    buffers = {name for name, _ in layer.named_buffers(recurse=False)}
+    is_frozen = "weight" in buffers or "frozen" in kind_of(layer).lower()
+    return not is_frozen and not buffers.isdisjoint(_MEANS) and not buffers.isdisjoint(_SCALES)
+
+
+def kind_of(layer: nn.Module) -> str:
+    """The name of its class, also where torch.jit has compiled it."""
+    return getattr(layer, "original_name", type(layer).__name__)
+
+
+def home_made(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of `model` that keep running statistics in a way of their own, by name."""
+    return {name: m for name, m in model.named_modules() if is_home_made(m)}
+
+
+def stays_local(layers: dict[str, nn.Module]) -> str | None:
+    """What to say of home-made layers; None if there are none."""
+    if not layers:
+        return None
+    return (
+        f"`model` keeps running statistics in layers of its own, {_listed(layers)}: convert leaves "
+        "them alone, each "
+        "worker has statistics of its own batches, and DistributedDataParallel overwrites them "
+        "with rank 0's unless it "
+        "is told not to. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on "
+        "syncnorm.functional.sync_batch_norm."
+    )
+
+
+def check_covers(model: nn.Module, what: str) -> None:
+    """See that what is to be done to the training statistics of `model` does not silently leave out
+    some of them.
+
+    Raises:
+        InputError: there is no layer of ours, and there are others that training forwards would
+            update.
+
+    Warns:
+        UserWarning: there are both.
+    """
+    others = {
+        name: m
+        for name, m in model.named_modules()
+        if m.training and (_updates(m) or is_home_made(m)) and not isinstance(m, SyncNorm)
+    }
+    if not others:
+        return
+    remedy = "convert(model) makes torch's batch norms layers of ours."
+    if not any(isinstance(m, SyncNorm) for m in model.modules()):
+        raise InputError(
+            f"`model` must have layers of ours for {what}, got only {_listed(others)}. {remedy}"
+        )
+    warnings.warn(
+        f"{what} leaves out layers of `model` that are not ours: {_listed(others)}. Their running "
+        "statistics follow "
+        f"every training forward. {remedy}",
+        stacklevel=4,
+    )
+
+
+def _updates(layer: nn.Module) -> bool:
+    """Whether a batch norm of torch's, or a lazy one, moves running statistics in training."""
+    if isinstance(layer, LazySyncNorm):
+        return True
+    return (
+        isinstance(layer, _BatchNorm)
+        and layer.track_running_stats
+        and layer.running_mean is not None
+    )
+
+
+def _listed(layers: dict[str, nn.Module]) -> str:
+    named = [
+        f"{name!r} ({kind_of(m)})" if name else f"a {kind_of(m)} itself"
+        for name, m in [*layers.items()][:6]
+    ]
+    return ", ".join(named) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")

@@ -1,0 +1,1 @@
+"""Training on workers that run out of data at different times."""

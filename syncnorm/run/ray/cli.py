@@ -1,0 +1,233 @@
+"""The commands submit, status, logs, stop and list.
+
+Ray is imported only when one of them is called.
+"""
+
+import contextlib
+import json as json_format
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from syncnorm.run.interrupt import as_keyboard_interrupt
+from syncnorm.run.ray.job import make_job
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+    from syncnorm.run.ray.submit import Seen
+
+_Address = Annotated[
+    str | None,
+    typer.Option(
+        help="http(s)://HOST:PORT of the dashboard. RAY_ADDRESS if that is set, else this machine's."
+    ),
+]
+_Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Reach another machine without a token.")
+]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")
+]
+_Id = Annotated[str, typer.Argument(metavar="ID", help="The job's submission id.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to an application."""
+    for command in (submit, status, logs, stop):
+        app.command()(command)
+    app.command("list")(list_jobs)
+
+
+def submit(
+    config: Annotated[
+        str,
+        typer.Argument(help="A YAML file, or the name of a packed configuration such as digits."),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
+    ] = None,
+    address: _Address = None,
+    submission_id: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            help="Name of the job and of its folder in run_dir; otherwise the same for the same run.",
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the job until it is over.")] = True,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PACKAGE", help="A package whose callables the configuration may name."
+        ),
+    ] = None,
+    insecure: _Insecure = False,
+    json: _Json = False,
+) -> None:
+    """Train on a Ray cluster; a job that was stopped, failed or was lost goes on where its last
+    checkpoint is.
+
+    The run's folder is run_dir/ID, which all machines of the cluster must share. Exit status: that
+    of the run.
+    """
+    job = make_job(config, overrides or [], allow or [], submission_id)
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray import submit
+
+        old = submit.start(client, job)
+        if old is not None:
+            _say(f"submitted {job.submission_id}; the run's folder is {job.folder}")
+        else:
+            _say(
+                f"{job.submission_id} is running already, with the settings that it was submitted "
+                "with"
+            )
+        if not wait:
+            _print(submit.see(client, job.submission_id), json)
+            return
+        seen = _follow(client, job.submission_id, json, old or 0)
+        if json:
+            _print(seen, json)
+        elif seen.exit_code == 75:
+            _say(f"stopped after step {seen.step}. To go on: the same command")
+        raise typer.Exit(1 if seen.exit_code is None else seen.exit_code)
+
+
+def status(
+    submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
+) -> None:
+    """Say how a job is doing."""
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray import submit
+
+        _print(submit.see(client, submission_id), json)
+
+
+def logs(
+    submission_id: _Id,
+    address: _Address = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
+    insecure: _Insecure = False,
+    json: _Json = False,
+) -> None:
+    """Print what a job has said."""
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray import submit
+
+        if follow:
+            _follow(client, submission_id, json, 0)
+            return
+        text = submit.logs(client, submission_id)
+        if json:
+            print(json_format.dumps({"submission_id": submission_id, "logs": text}))
+            return
+        for line in text.splitlines():
+            submit.tell(line, sys.stdout)
+
+
+def verify_there(
+    address: str | None, insecure: bool, workers: int, arguments: Sequence[str], packs_code: bool
+) -> int:
+    """Run `syncnorm verify ARGUMENTS` on workers of a cluster; its exit status."""
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray.verify import submit_verify
+
+        return submit_verify(client, workers, arguments, packs_code)
+
+
+def stop(
+    submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
+) -> None:
+    """Have a job finish its step, save and end; it can go on later."""
+    with _client(address, insecure) as client:
+        _stop(client, submission_id, json)
+
+
+def list_jobs(address: _Address = None, insecure: _Insecure = False, json: _Json = False) -> None:
+    """List the jobs that were submitted to a cluster by this command, the oldest first."""
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray import submit
+
+        jobs = submit.see_all(client)
+        if json:
+            print(json_format.dumps([job.as_facts() for job in jobs]))
+        for job in [] if json else jobs:
+            print(_in_words(job))
+
+
+@contextlib.contextmanager
+def _client(address: str | None, insecure: bool) -> "Iterator[JobSubmissionClient]":
+    from syncnorm.run.ray.client import ClusterError, connect
+
+    try:
+        with as_keyboard_interrupt():
+            yield connect(address, insecure)
+    except ClusterError as error:
+        _say(str(error))
+        raise typer.Exit(1) from None
+
+
+def _follow(client: "JobSubmissionClient", submission_id: str, json: bool, skip: int) -> "Seen":
+    from syncnorm.run.ray import submit
+
+    while True:
+        try:
+            return submit.follow(client, submission_id, skip, to_stdout=not json)
+        except KeyboardInterrupt:
+            choice = _ask() if sys.stdin.isatty() and sys.stderr.isatty() else "d"
+        if choice == "s":
+            _stop(client, submission_id, json)
+            raise typer.Exit(75)
+        if choice == "d":
+            _say(f"{submission_id} goes on. To look again: syncnorm logs -f {submission_id}")
+            _say(f"To stop it: syncnorm stop {submission_id}")
+            raise typer.Exit(0)
+
+
+def _ask() -> str:
+    """What to do with a job that is being followed; empty: go on."""
+    # Not typer.prompt: it writes to standard output, which belongs to the result.
+    print("\ndetach or stop? [d/s], or Enter to go on: ", end="", file=sys.stderr, flush=True)
+    try:
+        return input().strip().lower()[:1]
+    except (EOFError, KeyboardInterrupt):
+        return "d"
+
+
+def _stop(client: "JobSubmissionClient", submission_id: str, json: bool) -> None:
+    from syncnorm.run.ray import submit
+
+    seen = submit.see(client, submission_id)
+    if seen.is_over:
+        _say(f"{submission_id} is over already: {_in_words(seen)}")
+    else:
+        _say(f"stopping {submission_id}: its workers finish their step and save")
+        seen = submit.stop(client, submission_id)
+        if seen.reason is None:
+            _say(f"stopped; {seen.folder} cannot be seen from here, or says nothing of its end")
+        elif seen.exit_code == 75:
+            _say(f"stopped after step {seen.step}, saved. To go on: submit it again")
+        else:
+            _say(f"it ended by itself before: {seen.reason}")
+    if json:
+        _print(seen, json)
+
+
+def _print(seen: "Seen", json: bool) -> None:
+    print(json_format.dumps(seen.as_facts()) if json else _in_words(seen), flush=True)
+
+
+def _in_words(seen: "Seen") -> str:
+    parts = [f"{seen.submission_id}  {seen.status:<9}"]
+    if seen.exit_code is not None:
+        parts.append(f"exit {seen.exit_code:<2}")
+    if seen.step is not None:
+        parts.append(f"step {seen.step}")
+    return "  ".join([*parts, *([seen.reason] if seen.reason else []), seen.folder])
+
+
+def _say(text: str) -> None:
+    print(f"syncnorm: {text}", file=sys.stderr, flush=True)

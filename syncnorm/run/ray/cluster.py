@@ -1,0 +1,78 @@
+"""What a Ray cluster has, against what a run needs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import ray
+from ray._private.state import state as _state  # Ray Train asks it the same
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many workers a cluster has room for when nothing else runs on it.
+
+    Args:
+        workers: of this run.
+        is_gpu: whether each has a GPU.
+        per_worker: what Ray reserves for each.
+        totals: of the cluster, in words.
+    """
+
+    workers: int
+    is_gpu: bool
+    per_worker: dict[str, float]
+    totals: str
+
+
+def read_room(config: Config) -> Room:
+    """Look at the nodes of the cluster that this process is connected to, busy or not."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if limits := _state.get_max_resources_from_cluster_config():
+        # An autoscaler may add nodes; of what sizes is its affair.
+        nodes = [limits]
+    return room_of(nodes, config.launch.device, config.launch.fewest_workers)
+
+
+def room_of(nodes: Sequence[Mapping[str, float]], device: str, fewest: int) -> Room:
+    """Count the workers that fit on nodes with these resources.
+
+    Args:
+        nodes: resources of each, as Ray names them.
+        device: cuda: a GPU for each worker; cpu: none; auto: if there is one for each of the
+            fewest.
+        fewest: workers that there must be.
+    """
+    with_gpu = {"CPU": 1.0, "GPU": 1.0}
+    is_gpu = device == "cuda" or (device == "auto" and _fit(nodes, with_gpu) >= fewest)
+    per_worker = with_gpu if is_gpu else {"CPU": 1.0}
+    totals = " and ".join(
+        f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU")
+    )
+    return Room(_fit(nodes, per_worker), is_gpu, per_worker, f"{totals} on {len(nodes)} node(s)")
+
+
+def check_room(config: Config, room: Room) -> None:
+    """Refuse what the cluster can never place: Ray would wait for it without a word.
+
+    Raises:
+        ConfigError: with the numbers.
+    """
+    fewest = config.launch.fewest_workers
+    if room.workers < fewest:
+        each = " and ".join(f"{number:g} {name}" for name, number in room.per_worker.items())
+        raise ConfigError(
+            f"`launch.workers` must be at most {room.workers} on this cluster, which has "
+            f"{room.totals}, got {fewest}: "
+            f"each takes {each} of one node. Take fewer, or add nodes first."
+        )
+
+
+def _fit(nodes: Sequence[Mapping[str, float]], per_worker: Mapping[str, float]) -> int:
+    return sum(
+        min(math.floor(node.get(name, 0) / number) for name, number in per_worker.items())
+        for node in nodes
+    )

@@ -1,0 +1,244 @@
+"""The driver of a Ray job: `python -m syncnorm.run.ray.driver JOB` has Ray Train place, watch and
+restart the workers.
+
+Ray decides where workers run and when they are started again. Where they go on from is the
+trainer's own affair: the newest good checkpoint in the run's folder, for Ray's record of
+checkpoints may be older than what is on disk.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.config import LoggingConfig
+from ray.train.v2.api.exceptions import ControllerError
+from ray.util.state import list_actors
+
+from syncnorm.errors import ConfigError
+from syncnorm.run import env
+from syncnorm.run.folder import RESUMABLE, Exit, read_exit
+from syncnorm.run.ray.cluster import Room, check_room, read_room
+from syncnorm.run.ray.job import STOP, Job, enter, make_job
+from syncnorm.run.ray.resize import SaveBeforeResize
+from syncnorm.run.ray.worker import RESIZE, TRACEBACK, Ended, work
+from syncnorm.train.config.schema import Config
+from syncnorm.train.metrics import last_step
+
+# Workers that are stuck end by themselves before their exchanges do.
+_GROUP_MARGIN_SECONDS = 30
+# Looks, a second apart, that must find no worker before a stopped job is taken to have none.
+_LOOKS = 3
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a job and return its exit status.
+
+    Args:
+        arguments: a job as JSON; or a configuration and overrides, for `launch/ray_train.py`.
+    """
+    try:
+        is_job = len(arguments) == 1 and arguments[0].startswith("{")
+        return run_job(Job.from_text(arguments[0]) if is_job else _job_of(arguments))
+    except ConfigError as error:
+        print(f"syncnorm: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _job_of(arguments: Sequence[str]) -> Job:
+    if not arguments:
+        raise ConfigError(
+            "`CONFIG` must be a YAML file or the name of a packed configuration, got nothing"
+        )
+    return make_job(arguments[0], arguments[1:], ())
+
+
+def run_job(job: Job) -> int:
+    """Train on the cluster that this process is in.
+
+    Returns:
+        The exit status: 0 done, 1 failed, 75 stopped and saved.
+
+    Raises:
+        ConfigError: the cluster is too small, or the run's folder does not fit; nothing was
+            started.
+    """
+    env.set_for_ray_driver()
+    folder = enter(job)
+    if (end := read_exit(folder)) is not None and end.status == "done":
+        print(f"done already, after step {end.step}\n{folder}")
+        return 0
+    for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
+        (folder / name).unlink(missing_ok=True)
+    ray.init(address="auto", logging_level=logging.WARNING)
+    config = job.task().config
+    room = read_room(config)
+    check_room(config, room)
+    stopping = Stopping(folder)
+    code = _until_the_end(job, config, room, folder, stopping)
+    stopping.is_over = True
+    return code
+
+
+def _until_the_end(job: Job, config: Config, room: Room, folder: Path, stopping: "Stopping") -> int:
+    while True:
+        try:
+            result = _trainer(job, config, room, folder).fit()
+        except ControllerError as error:
+            if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
+                return _fail(f"Ray: {error.controller_failure}", folder)
+            print(
+                f"syncnorm: waiting for room for {config.launch.fewest_workers} worker(s)",
+                file=sys.stderr,
+            )
+        except TrainingFailedError as error:
+            return _fail(_reason(error, config), folder)
+        else:
+            ended = Ended(**cast(dict[str, Any], result.return_value))
+            if ended.exit_code == RESUMABLE and not (folder / STOP).exists():
+                print(
+                    f"syncnorm: saved after step {_step(folder)} on Ray's notice; starting again",
+                    file=sys.stderr,
+                )
+                continue
+            return _tell(ended, folder)
+        if stopping.is_asked:
+            return _stopped(folder)
+
+
+def _trainer(job: Job, config: Config, room: Room, folder: Path) -> TorchTrainer:
+    launch = config.launch
+    workers = (
+        launch.fewest_workers
+        if launch.fewest_workers == launch.most_workers
+        else (launch.fewest_workers, launch.most_workers)
+    )
+    return TorchTrainer(
+        work,
+        train_loop_config={"job": job.as_text()},
+        torch_config=TorchConfig(
+            backend="nccl" if room.is_gpu else "gloo",
+            timeout_s=round(launch.timeout_seconds) + _GROUP_MARGIN_SECONDS,
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=room.is_gpu,
+            resources_per_worker=room.per_worker,
+            placement_strategy="SPREAD",
+        ),
+        run_config=RunConfig(
+            # Ray notices there whether all machines have the folder in common.
+            name="ray",
+            storage_path=str(folder),
+            failure_config=FailureConfig(max_failures=launch.restarts, controller_failure_limit=3),
+            callbacks=[cast(UserCallback, SaveBeforeResize(folder, launch.timeout_seconds))],
+            worker_runtime_env={"env_vars": env.for_ray_workers()},
+            logging_config=LoggingConfig(log_level="CRITICAL"),
+        ),
+    )
+
+
+class Stopping:
+    """Turns SIGTERM, which `ray job stop` sends to this process alone, into a stop of the workers.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.is_asked = False
+        self.is_over = False
+        self._folder = folder
+        # After ray.init, which has a handler of its own.
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if not self.is_asked:
+            self.is_asked = True
+            (self._folder / STOP).touch()
+            threading.Thread(target=self._end_without_workers, daemon=True).start()
+
+    def _end_without_workers(self) -> None:
+        """End this process if there are no workers that could: they wait for their place."""
+        looks = 0
+        while looks < _LOOKS:
+            time.sleep(1)
+            looks = looks + 1 if _count_workers() == 0 else 0
+        if not self.is_over:
+            os._exit(_stopped(self._folder))
+
+
+def _count_workers() -> int:
+    """How many workers of this job Ray has started."""
+    mine = ray.get_runtime_context().get_job_id()
+    try:
+        return len(
+            list_actors(
+                filters=[
+                    ("job_id", "=", mine),
+                    ("class_name", "=", "RayTrainWorker"),
+                    ("state", "=", "ALIVE"),
+                ]
+            )
+        )
+    except Exception:  # whatever keeps the cluster from answering; it may be at its end
+        return 1
+
+
+def _stopped(folder: Path) -> int:
+    """The status of a run that was asked to stop, by its workers if there were any."""
+    end = read_exit(folder)
+    if end is None:
+        reason = "asked to stop by syncnorm stop; no worker was running"
+        end = Exit("stopped", reason, _step(folder), RESUMABLE)
+        end.write(folder)
+    return end.exit_code
+
+
+def _tell(ended: Ended, folder: Path) -> int:
+    """Say how the run ended, and see that it is on record."""
+    traceback = folder / TRACEBACK
+    if traceback.exists():
+        return _fail(
+            traceback.read_text(encoding="utf-8").partition("\n")[0], folder, where=traceback
+        )
+    if ended.exit_code in (0, RESUMABLE):
+        print("\n".join([*ended.lines, str(folder)]))
+        return ended.exit_code
+    return _fail("; ".join(ended.lines), folder, ended.exit_code)
+
+
+def _reason(error: TrainingFailedError, config: Config) -> str:
+    failures = getattr(error, "worker_failures", {})
+    lost = "; ".join(
+        f"worker {rank}: {' '.join(str(each).split())[:200]}"
+        for rank, each in sorted(failures.items())
+    )
+    return f"workers were lost {config.launch.restarts + 1} time(s), the last time {lost or error}"
+
+
+def _fail(reason: str, folder: Path, code: int = 1, where: Path | None = None) -> int:
+    Exit("failed", reason, _step(folder), code).write(folder)
+    # In a line: who follows the log knows by its beginning that it is no result.
+    print(f"syncnorm: {' '.join(reason.split())}; {where or folder}", file=sys.stderr)
+    return code
+
+
+def _step(folder: Path) -> int:
+    return last_step(folder / "metrics.jsonl")
+
+
+if __name__ == "__main__":
+    # Under its own name: Ray sends a function of `__main__` by value, with all that it refers to.
+    from syncnorm.run.ray import driver
+
+    sys.exit(driver.main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""What a Ray job is told: all of it plain data, and nothing that is secret."""
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.folder import check_resumable, write_config
+from syncnorm.run.worker import Task
+from syncnorm.train.config.callables import check_callables
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config
+
+# The job stops when somebody puts this into the run's folder.
+STOP = "STOP"
+
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run as a Ray job.
+
+    Args:
+        submission_id: Ray's name of the job, and the name of the run's folder.
+        name: of the configuration.
+        folder: of the run, absolute, the same on all machines.
+        config: the resolved configuration.
+        allowed: packages whose callables the configuration may name.
+    """
+
+    submission_id: str
+    name: str
+    folder: str
+    config: dict[str, Any]
+    allowed: tuple[str, ...] = ()
+
+    def as_text(self) -> str:
+        """As JSON."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @staticmethod
+    def from_text(text: str) -> "Job":
+        """Read what `as_text` wrote.
+
+        Raises:
+            ConfigError: it is something else.
+        """
+        try:
+            values = json.loads(text)
+            job = Job(**{**values, "allowed": tuple(values["allowed"])})
+            job.task()
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(
+                f"a job must be JSON as `syncnorm submit` makes it: {error}"
+            ) from None
+        return job
+
+    def task(self) -> Task:
+        """What a worker is asked to do."""
+        return Task(Config.model_validate(self.config), self.name, allowed=self.allowed)
+
+
+def make_job(
+    source: str, overrides: Sequence[str], allowed: Sequence[str], submission_id: str | None = None
+) -> Job:
+    """Make a job of a configuration; starts nothing.
+
+    The run's folder is `run_dir`/SUBMISSION_ID. Paths that are relative mean the current folder.
+
+    Args:
+        source: a YAML file, or the name of a packed configuration.
+        overrides: `section.key=value`.
+        allowed: packages whose callables the configuration may name.
+        submission_id: null: NAME-HASH, of the keys that fix the result, so that the same training
+            is the same job.
+
+    Raises:
+        ConfigError: something in the configuration, or the submission id, is not as it must be.
+    """
+    config = _absolute(load_config(source, overrides))
+    check_callables(config, allowed)
+    name = Path(source).stem
+    submission_id = (
+        submission_id
+        or f"{re.sub(r'[^A-Za-z0-9_-]', '-', name).lstrip('-_') or 'run'}-{_hash(config)}"
+    )
+    if not _ID.fullmatch(submission_id):
+        raise ConfigError(
+            "`--id` must be letters, digits, '.', '_' and '-', at most 121, got "
+            f"{submission_id!r}. "
+            "It names the run's folder too."
+        )
+    folder = Path(config.run_dir) / submission_id
+    return Job(
+        submission_id, name, str(folder), json.loads(config.model_dump_json()), tuple(allowed)
+    )
+
+
+def enter(job: Job) -> Path:
+    """Make the run's folder, or go on in it.
+
+    Raises:
+        ConfigError: it cannot be made, or is that of another run.
+    """
+    folder = Path(job.folder)
+    config = job.task().config
+    if (folder / "config.yaml").exists():
+        return check_resumable(config, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, folder)
+    except OSError as error:
+        raise ConfigError(
+            "`run_dir` must be a folder that all machines share and can write to, got "
+            f"{config.run_dir!r}: {error}"
+        ) from None
+    return folder
+
+
+def _hash(config: Config) -> str:
+    return hashlib.sha256(json.dumps(config.mathematics(), sort_keys=True).encode()).hexdigest()[:8]
+
+
+def _absolute(config: Config) -> Config:
+    root = config.data.root
+    data = config.data.model_copy(
+        update={"root": None if root is None else str(Path(root).absolute())}
+    )
+    return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "data": data})

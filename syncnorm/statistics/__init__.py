@@ -1,0 +1,1 @@
+"""Where a layer's training statistics come from: one file for each mode."""

@@ -1,0 +1,95 @@
+"""Buffers that are up to date for whoever reaches for them while an update of the running
+statistics is under way.
+
+What others write (an average that is swapped in, a teacher's copy, a reset in a notebook) then
+counts as it does with a layer that updates at once: it finds the update of the last forward made,
+and is not overwritten by it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import ItemsView, Iterable, ValuesView
+from typing import Any
+
+from torch import Tensor
+
+from syncnorm.module import StatisticsSource, SyncNorm
+
+
+class CurrentBuffers(dict[str, "Tensor | None"]):
+    """In place of the dict in which nn.Module keeps a layer's buffers: applies what is under way
+    before it is used.
+
+    Attributes, `buffers()`, `named_buffers()` and state dicts all go through it; a test notices if
+    that changes. Waits, but never starts an exchange. Which names there are can be asked without
+    waiting.
+    """
+
+    source: StatisticsSource | None = None
+
+    @classmethod
+    def put_into(cls, layer: SyncNorm, source: StatisticsSource) -> None:
+        buffers = cls(layer._buffers)
+        buffers.source = source
+        layer.__dict__["_buffers"] = buffers
+
+    def settle(self) -> None:
+        if self.source is not None:
+            self.source.settle()
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        self.settle()
+        return super().__getitem__(name)
+
+    def __setitem__(self, name: str, value: Tensor | None) -> None:
+        self.settle()
+        super().__setitem__(name, value)
+
+    def __delitem__(self, name: str) -> None:
+        self.settle()
+        super().__delitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.settle()
+        return super().get(name, default)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.settle()
+        return super().pop(name, *default)
+
+    def items(self) -> ItemsView[str, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.settle()
+        return super().items()
+
+    def values(self) -> ValuesView[Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.settle()
+        return super().values()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy or a pickle must not settle while it is put together: of what it is made is up to
+        # date.
+        self.settle()
+        return CurrentBuffers, (), {"source": self.source, "buffers": dict(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state["buffers"])
+        self.source = state["source"]
+
+
+Marks = list[tuple[Tensor, int]]
+
+
+def mark(layer: SyncNorm, names: Iterable[str]) -> Marks:
+    """Note how often the layer's buffers of these names have been written, as a message that will
+    change them leaves.
+
+    Waits for nothing. For those who hold a buffer since before that and write it in place: they do
+    not pass by `CurrentBuffers`.
+    """
+    found = (dict.get(layer._buffers, name) for name in names)
+    return [(buffer, buffer._version) for buffer in found if buffer is not None]
+
+
+def written(marks: Marks) -> list[Tensor]:
+    """The buffers that somebody has written since."""
+    return [buffer for buffer, version in marks if buffer._version != version]

@@ -1,0 +1,81 @@
+"""Checkpoints written in the background, while training goes on."""
+
+import time
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+
+from syncnorm.errors import CheckpointError
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """How a save ended.
+
+    Args:
+        step: of the snapshot.
+        path: the checkpoint's folder, or None.
+        seconds: that writing took.
+        error: why there is none, or None.
+    """
+
+    step: int
+    path: Path | None
+    seconds: float
+    error: str | None
+
+
+class BackgroundSaver:
+    """Writes one checkpoint at a time in a thread of its own. To be called from one thread.
+
+    At the interpreter's exit, a save that is under way is finished first.
+
+    Args:
+        store: where to.
+    """
+
+    def __init__(self, store: CheckpointStore) -> None:
+        self._store = store
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="syncnorm-save")
+        self._saves: list[futures.Future[SaveResult]] = []
+
+    def start(self, snapshot: Snapshot, *, is_best: bool = False) -> bool:
+        """Copy the snapshot to the CPU, and write the copy in the background.
+
+        Returns:
+            False, and nothing is done, if the last one is still being written.
+
+        Raises:
+            InputError: the snapshot holds something that could not be read back.
+        """
+        if self._saves and not self._saves[-1].done():
+            return False
+        self._saves.append(self._thread.submit(self._save, snapshot.on_cpu(), is_best))
+        return True
+
+    def wait(self) -> None:
+        """Wait until nothing is under way."""
+        futures.wait(self._saves)
+
+    def take_results(self) -> list[SaveResult]:
+        """Return how the saves ended that have ended since this was last asked, in their order.
+
+        A disk that is full or gone is such a result, with the checkpoints from before as they were.
+
+        Raises:
+            InputError: a snapshot held something that cannot be written.
+        """
+        ended = [save for save in self._saves if save.done()]
+        self._saves = [save for save in self._saves if save not in ended]
+        return [save.result() for save in ended]
+
+    def _save(self, snapshot: Snapshot, is_best: bool) -> SaveResult:
+        started = time.perf_counter()
+        path, error = None, None
+        try:
+            path = self._store.write(snapshot, is_best=is_best)
+        except (OSError, MemoryError, CheckpointError) as fault:
+            error = f"step {snapshot.step} could not be saved in {self._store.folder}: {str(fault) or 'out of memory'}"
+        return SaveResult(snapshot.step, path, time.perf_counter() - started, error)

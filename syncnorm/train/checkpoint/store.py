@@ -1,0 +1,225 @@
+"""Checkpoints of a run: each is whole or absent, whenever the process dies.
+
+    CHECKPOINTS/step-00000012/   a snapshot's folder (`syncnorm.train.checkpoint.snapshot`)
+    CHECKPOINTS/best.json        which step was marked as the best
+
+A checkpoint is written under a name that starts with `.tmp-`, brought to disk, and renamed: that is
+the moment from which it exists. Whatever else has such a name was left by a writer that died, and
+the next write removes it.
+"""
+
+import re
+from contextlib import suppress
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from syncnorm.errors import CheckpointError, InputError
+from syncnorm.train import files
+from syncnorm.train.checkpoint.snapshot import (
+    MANIFEST,
+    Snapshot,
+    read_record,
+    read_snapshot,
+    write_snapshot,
+)
+
+__all__ = ["CheckpointStore", "Snapshot"]
+
+BEST = "best.json"
+# In front of the name of a checkpoint that is being replaced, while neither it nor its successor is
+# in place.
+_ASIDE = ".tmp-old-"
+_FOLDER = re.compile(rf"({re.escape(_ASIDE)})?step-([0-9]{{8,18}})")
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Only one process writes; others may read meanwhile.
+
+    Args:
+        folder: is made when the first checkpoint is written.
+        keep: how many of the newest to keep, besides the best one.
+    """
+
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        if keep < 1:
+            raise InputError(f"`keep` must be at least 1, got {keep}")
+        self.folder = folder
+        self._keep = keep
+
+    def write(self, snapshot: Snapshot, *, is_best: bool = False) -> Path:
+        """Write a checkpoint, which is on disk on return; then remove those that are no longer to
+        be kept.
+
+        One of the same step is replaced as a whole; if it was marked as the best, it stays so.
+        Checkpoints of later steps, which a run that went back to an earlier one has still before
+        it, are left alone.
+
+        Returns:
+            The checkpoint's folder.
+
+        Raises:
+            OSError: it could not be written; the checkpoints from before are as they were.
+            InputError: the snapshot holds something that could not be read back.
+        """
+        if not self.folder.is_dir():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            files.sync_folder(self.folder.parent)
+        path = self.folder / _folder_name(snapshot.step)
+        temporary = self.folder / f".tmp-{path.name}"
+        with files.only_writer(self.folder):
+            self._clean()
+            try:
+                write_snapshot(temporary, snapshot)
+                # The mark comes first, with the one before to hold until the checkpoint is there:
+                # the other way round a kill in between would leave the best one unmarked.
+                if is_best:
+                    self._mark_best(snapshot.step)
+                self._put_in_place(temporary, path)
+            except BaseException:
+                files.remove(temporary)
+                raise
+            # The checkpoint is safe. What cannot be removed now takes space, and is tried again
+            # next time.
+            with suppress(OSError, CheckpointError):
+                self._prune(snapshot.step)
+        return path
+
+    def clean(self) -> None:
+        """Remove what writers that died have left, unless one is at work.
+
+        `write` does it too, if there is another.
+        """
+        with suppress(OSError, CheckpointError), files.only_writer(self.folder):
+            self._clean()
+
+    def read(self, path: Path) -> Snapshot:
+        """Read a checkpoint, each file once: what was verified is what is parsed.
+
+        Raises:
+            CheckpointError: it is damaged, incomplete, more than complete, or no checkpoint.
+        """
+        snapshot = read_snapshot(path)
+        if _step_of(path) not in (None, snapshot.step):
+            raise CheckpointError(
+                f"`{path / MANIFEST}` must be of step {_step_of(path)}, got step {snapshot.step}"
+            )
+        return snapshot
+
+    def newest(self) -> tuple[Snapshot | None, Path | None, list[str]]:
+        """Read the newest checkpoint that is good.
+
+        Returns:
+            The snapshot and its folder, or None and None; and what is wrong with each newer one.
+
+        Raises:
+            CheckpointError: the folder of all checkpoints is there and cannot be listed.
+        """
+        faults: list[str] = []
+        for _, path in sorted(self._folders().items(), reverse=True):
+            try:
+                return self.read(path), path, faults
+            except CheckpointError as error:
+                # Gone is what a writer has pruned meanwhile.
+                if _is_there(path):
+                    faults.append(str(error))
+        return None, None, faults
+
+    def best(self) -> Path | None:
+        """Return the folder of the one marked as the best, if there is one.
+
+        Raises:
+            CheckpointError: the mark cannot be read.
+        """
+        path = self.folder / BEST
+        if not _is_there(path):
+            return None
+        mark = read_record(path, _Mark)
+        folders = self._folders()
+        steps = [step for step in (mark.step, mark.before) if step in folders]
+        return folders[steps[0]] if steps else None
+
+    def _folders(self) -> dict[int, Path]:
+        # From steps to what is in place, or was before the kill that came in the middle of
+        # replacing it.
+        try:
+            paths = list(self.folder.iterdir())
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise CheckpointError(
+                f"`{self.folder}` must be a folder of checkpoints: {error.strerror}"
+            ) from None
+        folders: dict[int, Path] = {}
+        # Sorted, so that what is in place comes after what was set aside.
+        for path in sorted(paths):
+            step = _step_of(path)
+            if step is not None:
+                folders[step] = path
+        return folders
+
+    def _clean(self) -> None:
+        for path in self._folders().values():
+            if path.name.startswith(_ASIDE):
+                path.rename(path.with_name(path.name.removeprefix(_ASIDE)))
+        for path in self.folder.glob(".tmp-*"):
+            files.remove(path)
+
+    def _mark_best(self, step: int) -> None:
+        try:
+            best = self.best()
+        except CheckpointError:
+            best = None
+        mark = _Mark(step=step, before=None if best is None else _step_of(best))
+        files.write_text_whole(self.folder / BEST, mark.model_dump_json() + "\n")
+
+    def _put_in_place(self, temporary: Path, path: Path) -> None:
+        aside = path.with_name(_ASIDE + path.name)
+        is_replaced = _is_there(path)
+        if is_replaced:
+            path.rename(aside)
+        try:
+            temporary.rename(path)
+        except BaseException:
+            if is_replaced:
+                aside.rename(path)
+            raise
+        files.sync_folder(self.folder)
+        if is_replaced:
+            files.remove(aside)
+
+    def _prune(self, step: int) -> None:
+        # If the mark cannot be read this raises: any of them may be the best, and all stay.
+        best = self.best()
+        folders = self._folders()
+        for old in sorted((each for each in folders if each <= step), reverse=True)[self._keep :]:
+            if folders[old] != best:
+                # Renamed first: a checkpoint that a kill left half removed would look damaged.
+                gone = folders[old].rename(self.folder / f".tmp-gone-{folders[old].name}")
+                files.remove(gone)
+
+
+class _Mark(BaseModel):
+    """The best step; the one `before` holds until the checkpoint of `step` is in place."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    step: int
+    before: int | None
+
+
+def _folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step_of(path: Path) -> int | None:
+    match = _FOLDER.fullmatch(path.name)
+    if match is None or match[2] != f"{int(match[2]):08d}":
+        return None
+    return int(match[2])
+
+
+def _is_there(path: Path) -> bool:
+    return path.is_symlink() or path.exists()

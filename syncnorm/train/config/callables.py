@@ -1,0 +1,82 @@
+"""Callables that a configuration names as `package.module:callable`.
+
+To import a module is to run it, so only packages that the person at the command line has allowed
+are imported: a configuration alone, found in a folder or sent by somebody, runs nothing.
+"""
+
+import importlib
+import re
+import reprlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.schema import REFERENCE, Config
+from syncnorm.train.config.strict_yaml import printable
+
+_PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., Any]:
+    """Import what a configuration names.
+
+    Args:
+        reference: `package.module:callable`.
+        allowed: dotted names of packages; each allows itself and what is below it.
+        key: of the configuration, for the message.
+
+    Raises:
+        ConfigError: it is not allowed, and nothing was imported; or it cannot be imported, or is
+            not callable.
+    """
+    module_name, name = check_allowed(reference, allowed, key)
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (Exception, SystemExit) as error:  # whatever the module does as it is run
+        cause = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        raise ConfigError(
+            f"`{key}` must name what can be imported, got {reference!r}: {cause}. "
+            "Install its package, put its folder on PYTHONPATH, or work in that folder."
+        ) from None
+    if not callable(found):
+        raise ConfigError(
+            f"`{key}` must name a callable, got {reference!r}, which is {reprlib.repr(found)}"
+        )
+    return found
+
+
+def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str, str]:
+    """Split a reference that may be imported into module and name; imports nothing.
+
+    Raises:
+        ConfigError: it is no reference, or not allowed.
+    """
+    for package in allowed:
+        if not _PACKAGE.fullmatch(package):
+            raise ConfigError(
+                f"`--allow` must be the dotted name of a package, got {reprlib.repr(package)}"
+            )
+    if not REFERENCE.fullmatch(reference):
+        raise ConfigError(
+            f"`{key}` must be package.module:callable, with no part that begins with _, got "
+            f"{reprlib.repr(reference)}"
+        )
+    module_name, _, name = reference.partition(":")
+    if not any(f"{module_name}.".startswith(f"{package}.") for package in allowed):
+        raise ConfigError(
+            f"`{key}` must name a callable of a package that is allowed, got {reference!r}. "
+            f"To run its code, add --allow {module_name.partition('.')[0]}."
+        )
+    return module_name, name
+
+
+def check_callables(config: Config, allowed: Sequence[str]) -> None:
+    """Check that all that a configuration names is allowed, before anything is started; imports
+    nothing.
+
+    Raises:
+        ConfigError: see `check_allowed`.
+    """
+    for key, name in (("model.name", config.model.name), ("data.name", config.data.name)):
+        if REFERENCE.fullmatch(name):
+            check_allowed(name, allowed, key)

@@ -1,0 +1,142 @@
+"""From a file and overrides to a `Config`: find, read, override, check.
+
+Whatever is wrong ends in one `ConfigError` that names the file or the key.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config import strict_yaml
+from syncnorm.train.config.messages import OPEN_SECTIONS, Key, describe, show_value
+from syncnorm.train.config.schema import Config
+
+# A configuration is a page; anything near this size is another kind of file.
+_MAX_BYTES = 100_000
+
+
+@dataclass(frozen=True)
+class Written:
+    """A configuration as it was written, not yet checked.
+
+    Args:
+        path: of the file.
+        text: of the file.
+        values: of the file, with the overrides in their places.
+        overridden: the keys of the overrides.
+    """
+
+    path: Path
+    text: str
+    values: dict[str, Any]
+    overridden: frozenset[Key]
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration.
+
+    Args:
+        source: path of a YAML file, or the name of a packed one with or without `.yaml`.
+        overrides: `section.key=value`, each value a YAML scalar; of two for one key the later one
+            holds. An argument of an optimizer or a schedule that the file gives is taken out by
+            `null`.
+
+    Raises:
+        ConfigError: naming the file or the key, and what would be right.
+    """
+    return check(read(source, overrides))
+
+
+def read(source: str, overrides: Sequence[str] = ()) -> Written:
+    """`load_config` up to the check of the keys and values."""
+    path = find_config(source)
+    text = _read_text(path)
+    values = strict_yaml.parse(text, str(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be a mapping of sections, got {show_value(values)}")
+    keys = [_apply(values, override) for override in overrides]
+    return Written(path, text, values, frozenset(keys))
+
+
+def check(written: Written) -> Config:
+    """`load_config` from where `read` ends."""
+    try:
+        return Config.model_validate(written.values)
+    except ValidationError as error:
+        raise ConfigError(
+            f"{written.path}: {describe(error, written.values, written.overridden)}"
+        ) from None
+
+
+def find_config(source: str) -> Path:
+    """Find a configuration by path, else by name among the packed ones."""
+    path = Path(source)
+    if "\0" in source:
+        raise ConfigError(f"configuration {source!r} is not a path")
+    if path.is_file():
+        return path
+    packed = {candidate.stem: candidate for candidate in _packed()}
+    if path.parent == Path() and path.name.removesuffix(".yaml") in packed:
+        return packed[path.name.removesuffix(".yaml")]
+    if path.is_dir():
+        raise ConfigError(f"configuration {source!r} is a directory")
+    if path.exists():
+        raise ConfigError(f"configuration {source!r} is not a regular file")
+    raise ConfigError(
+        f"no configuration {source!r}. Packed ones, by name: {', '.join(sorted(packed)) or 'none'}."
+    )
+
+
+def _packed() -> Iterator[Path]:
+    package = Path(__file__).resolve().parents[1]
+    # In a wheel they lie inside the package, in a source tree beside it.
+    for folder in (package / "configs", package.parent / "configs"):
+        yield from folder.glob("*.yaml")
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path}: larger than {_MAX_BYTES} bytes, so hardly a configuration")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _apply(values: dict[str, Any], override: str) -> Key:
+    """Set one key of the nested `values`.
+
+    Whether the schema knows it is checked later, as for a file's.
+    """
+    name, equals, text = override.partition("=")
+    shown = f"override {show_value(override)}"
+    key = _split(name)
+    if not equals or not all(key):
+        raise ConfigError(f"{shown} must have the form section.key=value")
+    value = strict_yaml.parse(text, shown)
+    if isinstance(value, dict):
+        raise ConfigError(
+            f"{shown}: the value must be a value or a list of values, got {show_value(value)}"
+        )
+    for depth, part in enumerate(key[:-1], start=1):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is not a section")
+    if value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
+        del values[key[-1]]
+    else:
+        values[key[-1]] = value
+    return key
+
+
+def _split(name: str) -> Key:
+    section = "norm.rules."
+    if name.startswith(section):  # the rest is a regular expression, whose dots are its own
+        return ("norm", "rules", name.removeprefix(section))
+    return tuple(name.split("."))

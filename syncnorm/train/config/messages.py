@@ -1,0 +1,177 @@
+"""What is wrong with a configuration, in words: pydantic's findings as one message for the person
+who wrote it.
+"""
+
+import re
+import reprlib
+from collections.abc import Collection, Iterator, Mapping
+from types import NoneType
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from syncnorm.train import optim
+from syncnorm.train.config.nearest import nearest
+from syncnorm.train.config.schema import Config, TrainSection
+from syncnorm.train.config.strict_yaml import printable
+
+# The path of a key, such as ("train", "lr").
+Key = tuple[str, ...]
+
+# Sections that take, beside their keys, the arguments of what they name.
+OPEN_SECTIONS: Collection[Key] = (("train", "optimizer"), ("train", "schedule"))
+
+_MAX_PROBLEMS = 20
+
+
+def describe(error: ValidationError, values: Mapping[str, Any], overridden: Collection[Key]) -> str:
+    """Put everything that is wrong into one message, a line for each problem.
+
+    Args:
+        error: from the check of `values`.
+        values: the configuration as it was written.
+        overridden: keys whose values are from the command line.
+    """
+    problems = [
+        _problem(detail, values, overridden)
+        for detail in error.errors(include_url=False)[:_MAX_PROBLEMS]
+    ]
+    if error.error_count() == 1:
+        return problems[0]
+    if error.error_count() > _MAX_PROBLEMS:
+        problems.append(f"and {error.error_count() - _MAX_PROBLEMS} more")
+    return "\n  ".join([f"{error.error_count()} problems", *problems])
+
+
+def show_value(value: Any) -> str:
+    """A value on one line, and not all of a long one."""
+    return reprlib.repr(value)
+
+
+def _problem(
+    detail: Mapping[str, Any], values: Mapping[str, Any], overridden: Collection[Key]
+) -> str:
+    # Without the tags of alternatives, which are in brackets.
+    key = tuple(str(part) for part in detail["loc"] if not str(part).startswith("("))
+    message = _message(key, detail, values)
+    remedy = ""
+    if (
+        key[:2] in OPEN_SECTIONS
+        and key[2:] not in (("name",), ("warmup",))
+        and detail["type"] != "model_type"
+    ):
+        remedy = _open_remedy(key, detail["type"], values, overridden)
+    return printable(f"{message}{remedy}{_origin(key, message, overridden)}")
+
+
+def _message(key: Key, detail: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    message = " ".join(detail["msg"].removeprefix("Value error, ").split())
+    got = show_value(detail["input"])
+    name = show_key(key)
+    match detail["type"]:
+        case "extra_forbidden" if key[:-1] in OPEN_SECTIONS:
+            return f"{name} is not an argument of {_named(key[:-1], values)} here"
+        case "extra_forbidden" if "." in key[-1] and ".".join(key) in _all_keys(Config):
+            return f"{name} must be written as sections in a file: `{key[-1].replace('.', ': {')}: ...`"
+        case "extra_forbidden":
+            return f"{name} is not a key. The nearest key is `{nearest('.'.join(key), list(_all_keys(Config)))}`."
+        case "missing" if key[:-1] in OPEN_SECTIONS:
+            return f"{name} is missing, which {_named(key[:-1], values)} needs"
+        case "missing":
+            return f"{name} is missing"
+        case "model_type":
+            return f"{name} must be a section of `key: value` lines, got {got}"
+        case "value_error" if not key:  # a rule between sections names its keys
+            return message
+        case "value_error":
+            # A rule between the keys of a section names them.
+            return f"{name}{'' if message.startswith('must ') else ':'} {message}"
+        case kind:
+            # pydantic begins with "Input should", "String should" and the like, and has Python's
+            # names for types
+            rule = re.sub("^[A-Z][a-z]+ should", "must", message)
+            rule = rule.replace("valid dictionary", "mapping").replace("valid tuple", "list")
+            wrong_type = kind.endswith("_type") or kind == "literal_error"
+            return (
+                f"{name} {rule}{' or null' if wrong_type and _takes_null(key) else ''}, got {got}"
+            )
+
+
+def show_key(key: Key) -> str:
+    """A key as a message shows it, and not all of a long one."""
+    dotted = printable(".".join(key))
+    return f"`{dotted}`" if len(dotted) <= 100 else f"`{dotted[:97]}...`"
+
+
+def _section(section: Key, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    return values[section[0]][section[1]]
+
+
+def _named(section: Key, values: Mapping[str, Any]) -> str:
+    """The optimizer or schedule that an open section names, if only by default."""
+    return (
+        _section(section, values).get("name") or TrainSection.model_fields[section[1]].default.name
+    )
+
+
+def _origin(key: Key, message: str, overridden: Collection[Key]) -> str:
+    """Say which of the keys that the message is about are from the command line."""
+    if key in overridden:
+        return " (from the command line)"
+    # A rule between keys mentions them by their last part.
+    inside = [other for other in overridden if other[: len(key)] == key]
+    mentioned = sorted(
+        ".".join(other) for other in inside if re.search(rf"\b{re.escape(other[-1])}\b", message)
+    )
+    return f" ({', '.join(mentioned)} from the command line)" if mentioned else ""
+
+
+def _open_remedy(
+    key: Key, kind: str, values: Mapping[str, Any], overridden: Collection[Key]
+) -> str:
+    """What to do about arguments that do not fit what their section names."""
+    section = key[:2]
+    target, dotted = _named(section, values), ".".join(section)
+    if (*section, "name") in overridden and key not in overridden:
+        if kind == "missing" and len(key) == 3:
+            return f". Add `{'.'.join(key)}=...`."
+        written = [name for name in _section(section, values) if name not in ("name", "warmup")]
+        unfit = [
+            name
+            for name in written
+            if (*section, name) not in overridden and name in (key[2:] or written)
+        ]
+        out = ", ".join(f"`{dotted}.{name}=null`" for name in unfit)
+        return (
+            f". The command line names {target}: take out what is the file's with {out}."
+            if unfit
+            else ""
+        )
+    if kind != "extra_forbidden":
+        return ""
+    known = [f"{dotted}.{argument}" for argument in optim.arguments(target).model_fields]
+    return (
+        f". The nearest key is `{nearest('.'.join(key), [*known, 'train.lr'])}`."
+        if known
+        else ". It takes none."
+    )
+
+
+def _takes_null(key: Key) -> bool:
+    annotation: Any = Config
+    for part in key:
+        if not (
+            isinstance(annotation, type)
+            and issubclass(annotation, BaseModel)
+            and part in annotation.model_fields
+        ):
+            return False
+        annotation = annotation.model_fields[part].annotation
+    return NoneType in get_args(annotation)
+
+
+def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _all_keys(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,114 @@
+"""The section `norm` of a configuration: which normalisation layers, where, and what they pool."""
+
+import re
+import reprlib
+import warnings
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from syncnorm import RenormSchedule
+from syncnorm.train.config.section import Finite, Section, Whole
+
+NormName = Literal["batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen"]
+
+
+class RenormSection(Section):
+    """Batch renormalisation's bounds and their schedule."""
+
+    r_max: Finite = Field(default=3.0, ge=1, description="final bound of the scale's correction")
+    d_max: Finite = Field(
+        default=5.0, ge=0, description="final bound of the mean's correction, in deviations"
+    )
+    warmup_steps: Whole | None = Field(
+        default=None,
+        ge=0,
+        description="steps of plain batch normalisation; null, all three: the paper's, scaled to the run",
+    )
+    r_steps: Whole | None = Field(default=None, ge=0, description="step at which r_max is reached")
+    d_steps: Whole | None = Field(default=None, ge=0, description="step at which d_max is reached")
+    running_average: Literal["std", "var"] = Field(
+        default="std",
+        description="std averages the standard deviation, as in the paper; var the unbiased variance",
+    )
+
+    @model_validator(mode="after")
+    def _makes_a_schedule(self) -> Self:
+        given = [step is not None for step in (self.warmup_steps, self.r_steps, self.d_steps)]
+        if any(given) and not all(given):
+            raise ValueError(
+                "warmup_steps, r_steps and d_steps must be given together, got some of them"
+            )
+        self.schedule(1)
+        return self
+
+    def schedule(self, total_steps: int) -> RenormSchedule:
+        """The schedule for a run of so many steps."""
+        if self.warmup_steps is None or self.r_steps is None or self.d_steps is None:
+            return RenormSchedule(self.r_max, self.d_max).scaled(total_steps)
+        return RenormSchedule(self.r_max, self.d_max, self.warmup_steps, self.r_steps, self.d_steps)
+
+
+def _regular_expressions(rules: dict[str, NormName]) -> dict[str, NormName]:
+    for pattern in rules:
+        try:
+            with warnings.catch_warnings(
+                action="error", category=FutureWarning
+            ):  # "[[": of more than one meaning
+                re.compile(pattern)
+        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+            raise ValueError(
+                f"must have regular expressions as keys, got {reprlib.repr(pattern)}: {error}"
+            ) from None
+    return rules
+
+
+class NormSection(Section):
+    """The normalisation layers: which, and over which samples they take their statistics."""
+
+    name: NormName = Field(
+        default="sync_batch_norm",
+        description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, with the statistics "
+        "of each worker's forward; group_norm has up to 32 groups; frozen is a batch norm that "
+        "only evaluates",
+    )
+    rules: Annotated[dict[str, NormName], AfterValidator(_regular_expressions)] = Field(
+        default={},
+        description="other layers for some places: from a regular expression, searched for in the layer's name within "
+        "the model, to a name as above; the first that is found holds",
+    )
+    sync: Literal["batch", "running", "lagged", "none"] = Field(
+        default="batch",
+        description="what our layers pool over all workers: each batch, the running statistics, averages that are "
+        "one step old, or nothing",
+    )
+    momentum: Finite | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="weight of a new batch in the running statistics; null: the layer's own",
+    )
+    eps: Finite = Field(default=1e-5, gt=0, description="added to the variance")
+    renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
+
+    @property
+    def names(self) -> set[str]:
+        """Every kind of layer that may be made."""
+        return {self.name, *self.rules.values()}
+
+    @model_validator(mode="after")
+    def _keys_have_a_use(self) -> Self:
+        if not self.names & {"sync_batch_norm", "sync_batch_renorm"}:
+            if self.sync != "none" and "sync" in self.model_fields_set:
+                raise ValueError(
+                    f"sync must be none with name {self.name}, got {self.sync!r}. Use name "
+                    "sync_batch_norm to pool."
+                )
+            # What is written down is what holds, and is accepted when it is read again.
+            object.__setattr__(self, "sync", "none")
+        if "sync_batch_renorm" not in self.names and self.renorm != RenormSection():
+            raise ValueError(
+                f"renorm must be left out with name {self.name}. It belongs to name "
+                "sync_batch_renorm."
+            )
+        return self

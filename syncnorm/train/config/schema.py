@@ -1,0 +1,403 @@
+"""The schema of a training configuration: what every key means and which values it takes.
+
+`syncnorm.train.config.file` reads files and overrides into it. A section is frozen and refuses keys
+that it does not know, so a `Config` that exists is a `Config` that is right, as far as that can be
+seen without data.
+
+`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections say where it is
+computed and what is written down, and may change when a run is resumed.
+"""
+
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic.config import JsonDict
+
+from syncnorm.train import optim
+from syncnorm.train.config.nearest import nearest
+from syncnorm.train.config.norm import NormSection
+from syncnorm.train.config.section import Finite, Section, Whole
+from syncnorm.train.data.datasets import DATASETS
+from syncnorm.train.models import MODELS
+
+# `package.module:callable`, nothing of it private: not `__main__`, not `__builtins__`
+REFERENCE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
+
+
+# A path would make a local folder of it: s3://bucket becomes s3:/bucket.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+def _known_model(name: str) -> str:
+    return _one_of(name, list(MODELS))
+
+
+def _known_dataset(name: str) -> str:
+    return _one_of(name, list(DATASETS))
+
+
+def _one_of(name: str, known: list[str]) -> str:
+    if name in known or REFERENCE.fullmatch(name):
+        return name
+    raise ValueError(
+        f"must be one of {', '.join(known)}, or package.module:callable, got {reprlib.repr(name)}. "
+        f"The nearest is {nearest(name, known)!r}."
+    )
+
+
+def _string_keys(options: Any) -> Any:
+    if isinstance(options, dict):
+        for name in options:
+            if not name.isidentifier():
+                raise ValueError(f"must have names of arguments as keys, got {reprlib.repr(name)}")
+    return options
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_string_keys)]
+
+
+def _place(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"must be a path, got {reprlib.repr(text)}")
+    if _ADDRESS.match(text):
+        raise ValueError(
+            f"must be a path on a file system of this machine, got {reprlib.repr(text)}. "
+            "Mount what is elsewhere, and give the path of a mounted folder, without file://."
+        )
+    return text
+
+
+Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
+
+
+def _name_or_reference(known: Iterable[str]) -> JsonDict:
+    return {"anyOf": [{"enum": list(known)}, {"pattern": f"^{REFERENCE.pattern}$"}]}
+
+
+class ModelSection(Section):
+    """The network."""
+
+    name: Annotated[str, AfterValidator(_known_model)] = Field(
+        description="a network of syncnorm.train.models, or package.module:callable, which is called with in_channels, "
+        "num_classes, norm_layer and `options`; its package must be allowed on the command line",
+        json_schema_extra=_name_or_reference(MODELS),
+    )
+    options: Options = Field(default={}, description="further arguments of a callable")
+
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> Self:
+        return _check_taker(self)
+
+
+class AugmentSection(Section):
+    """Changes to training images, drawn for each sample from (seed, epoch, sample) alone."""
+
+    crop: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="pixels of zero padding around the image, before a random crop",
+    )
+    flip: bool = Field(default=False, description="mirror every second image, left to right")
+    cutout: int = Field(
+        default=0, ge=0, le=512, description="side of a square set to 0 at a random place"
+    )
+
+
+class DataSection(Section):
+    """What it learns from."""
+
+    name: Annotated[str, AfterValidator(_known_dataset)] = Field(
+        description="a data set of syncnorm.train.data.datasets, or package.module:callable, which is called with root and "
+        "`options` and returns a syncnorm.train.data.datasets.Dataset; its package must be allowed on the "
+        "command line",
+        json_schema_extra=_name_or_reference(DATASETS),
+    )
+    root: Place | None = Field(default=None, description="folder that holds the data set's files")
+    augment: AugmentSection = Field(
+        default=AugmentSection(), description="random changes to training images"
+    )
+    options: Options = Field(default={}, description="further arguments of a callable")
+
+    @model_validator(mode="after")
+    def _options_have_a_taker(self) -> Self:
+        return _check_taker(self)
+
+
+def _check_taker(section: Any) -> Any:
+    if section.options and not REFERENCE.fullmatch(section.name):
+        raise ValueError(
+            f"options must be left out with name {section.name}. They belong to "
+            "package.module:callable."
+        )
+    return section
+
+
+class OptimizerSection(Section):
+    """An optimizer of torch.optim; every further key is an argument of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(optim.check_optimizer_name)] = Field(
+        default="SGD",
+        description="a class of torch.optim; further keys of this section are its arguments",
+        json_schema_extra={"enum": list(optim.OPTIMIZERS)},
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments, but for the learning rate."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        optim.check_optimizer(self.name, self.options)
+        return self
+
+
+class ScheduleSection(Section):
+    """How the learning rate changes, step by step; every further key is an argument of a class of
+    torch's.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
+        default="cosine",
+        description="cosine, linear (both down to 0 at the end of the run), constant, or a class of "
+        "torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its "
+        "arguments",
+        json_schema_extra={"enum": [*optim.FACTORS, *optim.SCHEDULERS]},
+    )
+    warmup: Finite = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of all steps over which the learning rate first rises in a line",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        optim.check_schedule(self.name, self.options)
+        return self
+
+
+class TrainSection(Section):
+    """The optimisation. Nothing here depends on the number of workers."""
+
+    epochs: Whole = Field(ge=1, description="passes over the training set")
+    global_batch: Whole = Field(
+        ge=1, description="samples per optimizer step, over all workers together"
+    )
+    norm_batch: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="samples per statistic of our layers, a divisor of global_batch; null: all",
+    )
+    lr: Finite = Field(gt=0, description="highest learning rate")
+    optimizer: OptimizerSection = Field(
+        default=OptimizerSection(), description="what makes a step of gradients"
+    )
+    schedule: ScheduleSection = Field(default=ScheduleSection(), description="of the learning rate")
+    clip: Finite | None = Field(
+        default=None, gt=0, description="largest norm of the whole gradient; null: any"
+    )
+    ema: Finite | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an average of parameters and running statistics, which is what is evaluated; null: none",
+    )
+    autocast: Literal["bfloat16"] | None = Field(
+        default=None, description="type of convolutions and products"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model")
+    not_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="at a loss that is not finite: stop the run, or leave that step out",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="fixes the first weights and the order of the samples",
+    )
+    dtype: Literal["float32", "float64"] = Field(
+        default="float32", description="of parameters, data and statistics"
+    )
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.norm_batch is not None and self.global_batch % self.norm_batch:
+            raise ValueError(
+                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got "
+                f"{self.norm_batch}. "
+                "A step consists of whole statistics."
+            )
+        if self.autocast is not None and self.dtype != "float32":
+            raise ValueError(
+                f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits_optimizer(self) -> Self:
+        optimizer, schedule = self.optimizer, self.schedule
+        optim.check_together(optimizer.name, optimizer.options, schedule.name, schedule.options)
+        return self
+
+
+class CheckpointSection(Section):
+    """What is kept to go on from."""
+
+    every: Whole | None = Field(
+        default=None, ge=1, description="steps between checkpoints; null: one after each epoch"
+    )
+    keep: Whole = Field(default=3, ge=1, description="how many of the newest are kept")
+    best: bool = Field(
+        default=True, description="also keep the one with the highest test accuracy after an epoch"
+    )
+
+
+class FollowSection(Section):
+    """What is written down while it trains."""
+
+    every: Whole = Field(
+        default=50,
+        ge=1,
+        description="steps between records of speed and of the normalisation layers",
+    )
+    layers: bool = Field(default=True, description="record each normalisation layer's statistics")
+    tensorboard: bool = Field(
+        default=False, description="write TensorBoard files too; needs the extra tensorboard"
+    )
+    profile: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="step of this run from which torch.profiler records 5 steps; null: never",
+    )
+
+
+# The tags keep pydantic from telling what is wrong with a number as a range, too.
+WorkerCount = Annotated[int, Field(ge=1, le=256), Tag("(number)")]
+WorkerRange = Annotated[
+    list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=2, max_length=2), Tag("(range)")
+]
+
+
+def _number_or_range(value: Any) -> str:
+    return "(range)" if isinstance(value, list) else "(number)"
+
+
+class LaunchSection(Section):
+    """Where it is computed. Under torchrun its own flags decide the number of workers."""
+
+    workers: Annotated[WorkerCount | WorkerRange, Discriminator(_number_or_range)] = Field(
+        default=1,
+        description="processes that `syncnorm train` starts on this machine, or a Ray job on its cluster; a pair "
+        "[fewest, most]: on a cluster as many as there is room for, on one machine the most",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="auto: CUDA if there is a device for each local worker, else the CPU",
+    )
+    micro_batch: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="most samples in one forward of a worker; its share of a step takes several if need be; null: any",
+    )
+    memory_gib: Finite | None = Field(
+        default=None,
+        gt=0,
+        description="memory that a worker may use, in GiB; null: its share of what is free",
+    )
+    timeout_seconds: Finite = Field(
+        default=60.0,
+        ge=1,
+        le=604_800,
+        description="a worker that makes no progress for so long is stuck, and ends the attempt",
+    )
+    restarts: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="how often workers of this machine that were killed are started again",
+    )
+
+    @property
+    def fewest_workers(self) -> int:
+        """How many workers there must be."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """How many workers there are where there is room."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @model_validator(mode="after")
+    def _range_is_ordered(self) -> Self:
+        if self.fewest_workers > self.most_workers:
+            raise ValueError(f"workers must be [fewest, most], got {self.workers}")
+        return self
+
+
+class Config(Section):
+    """A training run."""
+
+    model: ModelSection = Field(description="the network")
+    data: DataSection = Field(description="what it learns from")
+    norm: NormSection = Field(default=NormSection(), description="the normalisation layers")
+    train: TrainSection = Field(description="the optimisation")
+    checkpoint: CheckpointSection = Field(
+        default=CheckpointSection(), description="what is kept to go on from"
+    )
+    follow: FollowSection = Field(
+        default=FollowSection(), description="what is written down while it trains"
+    )
+    launch: LaunchSection = Field(default=LaunchSection(), description="where it is computed")
+    run_dir: Place = Field(
+        default="runs", description="folder in which each run gets a folder of its own"
+    )
+
+    @property
+    def norm_batch(self) -> int:
+        """Samples per statistic."""
+        return self.train.norm_batch or self.train.global_batch
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether a step has several statistics."""
+        return self.norm_batch < self.train.global_batch
+
+    def mathematics(self) -> dict[str, Any]:
+        """The sections that fix a run's result; a run can be resumed with others changed."""
+        return self.model_dump(
+            include={"model", "data", "norm", "train"}, exclude={"data": {"root"}}
+        )
+
+    @model_validator(mode="after")
+    def _statistics_are_pooled(self) -> Self:
+        if self.train.norm_batch is not None and self.norm.sync != "batch":
+            raise ValueError(
+                f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got "
+                f"{self.train.norm_batch}. "
+                "Only sync batch takes statistics over a number of samples that the configuration "
+                "fixes."
+            )
+        return self

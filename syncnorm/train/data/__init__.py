@@ -1,0 +1,1 @@
+"""Data sets, their files, the order of samples, and augmentation."""

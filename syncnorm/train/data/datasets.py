@@ -1,0 +1,320 @@
+"""Data sets in memory, the order of their samples, and how a number of samples is cut into shards.
+
+Images stay as they are stored, mostly as bytes, and are standardised batch by batch: every worker
+holds the whole set, and as float64 it would take 8 times the memory.
+"""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.cifar import read_binary, read_python
+from syncnorm.train.data.idx import read_idx
+from syncnorm.train.data.paths import DataFiles
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images (N, C, H, W), of the dtype they are stored in, and their labels (N,), int64."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> "Split":
+        return Split(self.images[index], self.labels[index])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """Move to a device; dtypes stay."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training set and a test set; `make_dataset` makes one.
+
+    Args:
+        train: what is learned from.
+        test: what accuracy is measured on.
+        num_classes: labels are smaller.
+        mean: (C,), float64, of the training set's pixels, as they are stored.
+        std: (C,), float64, as above.
+    """
+
+    train: Split
+    test: Split
+    num_classes: int
+    mean: Tensor
+    std: Tensor
+
+    def to(self, device: torch.device | str) -> "Dataset":
+        """Move to a device; dtypes stay."""
+        return Dataset(
+            self.train.to(device),
+            self.test.to(device),
+            self.num_classes,
+            self.mean.to(device),
+            self.std.to(device),
+        )
+
+    def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Compute (images - mean) / std for each channel, in `dtype`, wherever `images` are."""
+        mean, std = (
+            value.to(images.device, dtype)[:, None, None] for value in (self.mean, self.std)
+        )
+        return (images.to(dtype) - mean) / std
+
+
+def make_dataset(train: Split, test: Split, num_classes: int) -> Dataset:
+    """Check two splits and measure the training set's mean and standard deviation (biased).
+
+    The deviation of a channel whose pixels are all equal counts as 1, so that it becomes 0.
+
+    Raises:
+        ConfigError: see `checked_splits`; or images are not finite.
+    """
+    train, test = checked_splits(train, test, num_classes)
+    mean, std = _measure(train.images)
+    if not std.isfinite().all():
+        raise ConfigError(
+            f"training set: images must be finite, got mean {mean.tolist()} and std {std.tolist()}"
+        )
+    return Dataset(train, test, num_classes, mean, std)
+
+
+def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, Split]:
+    """Check that two splits are what a classifier of images learns from; their labels become int64.
+
+    Raises:
+        ConfigError: a split is empty or of other types or shapes, images differ in shape, or a
+            label is out of range.
+    """
+    for name, split in (("training", train), ("test", test)):
+        if not (
+            isinstance(split, Split)
+            and isinstance(split.images, Tensor)
+            and isinstance(split.labels, Tensor)
+        ):
+            raise ConfigError(
+                f"{name} set: must be a Split(images, labels) of two tensors, got "
+                f"{types_of(split)}. "
+                "torch.from_numpy makes a tensor of an array."
+            )
+        images, labels = tuple(split.images.shape), tuple(split.labels.shape)
+        if len(images) != 4 or len(labels) != 1 or images[0] != labels[0] or not labels[0]:
+            raise ConfigError(
+                f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, got "
+                f"{images} and {labels}. "
+                "The loss takes one class for each image."
+            )
+        if split.labels.is_floating_point() or split.labels.is_complex():
+            raise ConfigError(
+                f"{name} set: labels must be whole numbers, got {split.labels.dtype}. They name a "
+                "class."
+            )
+        check_labels(split.labels, num_classes, f"{name} set")
+    shape = tuple(train.images.shape[1:])
+    if tuple(test.images.shape[1:]) != shape:
+        raise ConfigError(
+            f"test set: images must have the training set's shape {shape}, got "
+            f"{(*test.images.shape[1:],)}"
+        )
+    return Split(train.images, train.labels.long()), Split(test.images, test.labels.long())
+
+
+def types_of(value: object) -> str:
+    """Name the type of a value and of what it holds, for a message."""
+    parts = (value.images, value.labels) if isinstance(value, Split) else value
+    held = [type(part).__name__ for part in parts[:3]] if isinstance(parts, tuple | list) else []
+    return f"{type(value).__name__}({', '.join(held)})" if held else type(value).__name__
+
+
+def check_labels(labels: Tensor, num_classes: int, source: str | Path) -> None:
+    """Refuse labels outside 0..num_classes-1; `source` begins the message."""
+    wrong = ((labels < 0) | (labels >= num_classes)).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise ConfigError(
+            f"{source}: labels must be from 0 to {num_classes - 1}, got {int(labels[first])} for "
+            f"sample {first}"
+        )
+
+
+def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
+    # Some images at a time: all of them as float64 may not fit.
+    parts = images.split(1024)
+    count = images.numel() / images.shape[1]
+    mean = torch.stack([part.double().sum((0, 2, 3)) for part in parts]).sum(0) / count
+    # Whole numbers are added without rounding, so the figures have the same bits on any number of
+    # threads.
+    pivot = mean if images.is_floating_point() else mean.round()
+    deviations = (part.double() - pivot[:, None, None] for part in parts)
+    squares = torch.stack([deviation.square().sum((0, 2, 3)) for deviation in deviations]).sum(0)
+    std = (squares / count - (mean - pivot).square()).sqrt()
+    is_constant = images.amin((0, 2, 3)) == images.amax((0, 2, 3))
+    return mean, torch.where(is_constant, 1, std)
+
+
+_IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+_CIFAR = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
+_CIFAR_BINARY = tuple(f"{name}.bin" for name in _CIFAR)
+
+
+def _idx_files(names: Sequence[str], origin: str) -> DataFiles:
+    # The most particular folder first: several sets of equally named files may lie under one root.
+    folders = [*(f"{name}{end}" for end, name in product(("/raw", ""), names)), "."]
+    wanted = f"{', '.join(_IDX)}, plain or with .gz"
+    return DataFiles([(folder, _IDX) for folder in folders], ("", ".gz"), wanted, origin)
+
+
+_MNIST_FILES = _idx_files(("mnist", "MNIST"), "They are the files of Yann LeCun's MNIST database.")
+_FASHION_MNIST_FILES = _idx_files(
+    ("fashion_mnist", "fashion-mnist", "FashionMNIST"),
+    "Debian's package dataset-fashion-mnist installs them under /usr/share/datasets/fashion-mnist.",
+)
+_CIFAR10_FILES = DataFiles(
+    [
+        ("cifar-10-batches-bin", _CIFAR_BINARY),
+        (".", _CIFAR_BINARY),
+        ("cifar-10-batches-py", _CIFAR),
+        (".", _CIFAR),
+    ],
+    ("",),
+    "data_batch_1 to data_batch_5 and test_batch, all with .bin (the binary version) or all "
+    "without (for Python)",
+    "They are in the archives of the CIFAR-10 page of the University of Toronto.",
+)
+
+
+def digits(root: Path | None) -> Dataset:
+    """Load scikit-learn's handwritten digits: 1,797 images of 1x8x8, 1,437 to train and 360 to
+    test.
+
+    The split is stratified and always the same, so that seeds differ in training alone.
+
+    Args:
+        root: not used; the images are a part of scikit-learn.
+    """
+    import numpy as np
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+    )
+    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(
+        -1, 1, 8, 8
+    )  # whole numbers, 0 to 16
+    everything = Split(images, torch.from_numpy(labels).long())
+    return make_dataset(
+        everything[torch.from_numpy(train)], everything[torch.from_numpy(test)], num_classes=10
+    )
+
+
+def mnist(root: Path | None) -> Dataset:
+    """Load MNIST (LeCun et al. 1998): handwritten digits of 1x28x28, 60,000 to train and 10,000 to
+    test.
+
+    Args:
+        root: holds the four files, or mnist, MNIST, mnist/raw or MNIST/raw with them.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    return _load_idx(_MNIST_FILES.find(root))
+
+
+def fashion_mnist(root: Path | None) -> Dataset:
+    """Load Fashion-MNIST (Xiao et al. 2017, arXiv:1708.07747): clothes, in the sizes of MNIST.
+
+    Args:
+        root: holds the four files, or fashion_mnist, fashion-mnist or FashionMNIST, or raw in one
+            of them.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    return _load_idx(_FASHION_MNIST_FILES.find(root))
+
+
+def cifar10(root: Path | None) -> Dataset:
+    """Load CIFAR-10 (Krizhevsky 2009): ten kinds of things, 3x32x32, 50,000 to train and 10,000 to
+    test.
+
+    Args:
+        root: holds the six files of the binary or the Python version, or the folder that its
+            archive unpacks to.
+
+    Raises:
+        ConfigError: a file is missing or damaged.
+    """
+    paths = _CIFAR10_FILES.find(root)
+    read = read_binary if paths[0].suffix == ".bin" else read_python
+    splits = [Split(*read(path)) for path in paths]
+    for path, split in zip(paths, splits, strict=True):
+        check_labels(split.labels, 10, path)
+    *train, test = splits
+    joined = Split(
+        torch.cat([split.images for split in train]), torch.cat([split.labels for split in train])
+    )
+    return make_dataset(joined, test, num_classes=10)
+
+
+def _load_idx(paths: Sequence[Path]) -> Dataset:
+    train_images, train_labels, test_images, test_labels = paths
+    return make_dataset(
+        _read_idx_split(train_images, train_labels),
+        _read_idx_split(test_images, test_labels),
+        num_classes=10,
+    )
+
+
+def _read_idx_split(images_path: Path, labels_path: Path) -> Split:
+    images, labels = read_idx(images_path, ndim=3), read_idx(labels_path, ndim=1).long()
+    if len(images) != len(labels):
+        raise ConfigError(
+            f"{labels_path}: must hold {len(images)} labels, one for each image of {images_path}, "
+            f"got {len(labels)}"
+        )
+    check_labels(labels, 10, labels_path)
+    return Split(images[:, None], labels)
+
+
+DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "fashion_mnist": fashion_mnist,
+    "cifar10": cifar10,
+}
+
+
+def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
+    """Permute `range(count)` by (seed, epoch) alone."""
+    # A hash keeps the streams of neighbouring seeds and epochs apart; seed + epoch would make them
+    # overlap.
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(count, generator=generator)
+
+
+def shard(count: int, rank: int, world_size: int) -> slice:
+    """Cut `range(count)` into contiguous shards that differ in size by at most 1; the last may be
+    empty.
+    """
+    size, longer = divmod(count, world_size)
+    start = rank * size + min(rank, longer)
+    return slice(start, start + size + (rank < longer))
