@@ -121,9 +121,9 @@ def test_links_and_files_exist(document):
         "model.accumulate",
         "model.monitor",
         "model.recalibrate",
-        "model.convert",
+        "model.convert.convert",
         "model.adopt",
-        "model.adapters",
+        "model.convert.adapters",
     ],
 )
 def test_docstring_examples(name):

@@ -92,7 +92,7 @@ def find_config(source: str) -> Path:
 
 
 def _packed() -> Iterator[Path]:
-    package = Path(__file__).resolve().parents[1]
+    package = Path(__file__).resolve().parents[2]
     # In a wheel they lie inside the package, in a source tree beside it.
     for folder in (package / "configs", package.parent / "configs"):
         yield from folder.glob("*.yaml")
