@@ -46,9 +46,14 @@ class GradientMeans(Protocol):
     def __call__(self, local: Tensor) -> Tensor: ...
 
     def of_second(self, local: Tensor) -> Tensor:
-        """The same of the five sums of `syncnorm.maths.double_backward`, shape (5, C), where the gradient is
-        differentiated.
+        """The same of five sums, shape (5, C), where the gradient is differentiated.
+
+        See `syncnorm.maths.double_backward`.
         """
+        ...
+
+    def again(self) -> GradientMeans:
+        """The same for a repetition of the call, which belongs to no step."""
         ...
 
 

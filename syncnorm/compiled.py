@@ -1,7 +1,6 @@
-"""What code that is being compiled needs besides plain operators: things that are known, or done,
-when it runs.
+"""torch.compile support: operators for what is known, or done, only when compiled code runs.
 
-Its exchanges are in `syncnorm.comm.exchange`.
+Its exchanges are in `syncnorm.comm`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,16 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from syncnorm import ops
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def backward_pass() -> int:
+    """The number of the backward pass that is running; -1 outside of one."""
+    # Not a documented function; FSDP2 relies on it too, and a test notices if it changes.
+    return torch._C._current_graph_task_id()
 
 
 def untraced(function: F) -> F:
@@ -35,7 +39,7 @@ def untraced(function: F) -> F:
 
 
 def unless_repeated(batch: Moments) -> Moments:
-    """In code that is being compiled: the batch, but empty where the code runs to repeat a forward.
+    """The batch, but an empty one where the compiled code runs to repeat a forward.
 
     An empty batch leaves the running statistics as they are.
     """
@@ -43,21 +47,21 @@ def unless_repeated(batch: Moments) -> Moments:
 
 
 def constant(t: Tensor) -> Tensor:
-    """t; in code that is being compiled a value that the backward pass keeps.
+    """t as a value that the backward pass keeps.
 
-    It would otherwise compute the value anew, from running statistics that have moved since.
+    Compiled code would otherwise compute it anew, from running statistics that have moved since.
     """
-    return _constant(t) if torch.compiler.is_compiling() else t
+    return _constant(t)
 
 
 @torch.library.custom_op("syncnorm::unless_repeated", mutates_args=())
 def _unless_repeated(count: Tensor) -> Tensor:
-    return count.clone() if ops.backward_pass() == -1 else torch.zeros_like(count)
+    return count.clone() if backward_pass() == -1 else torch.zeros_like(count)
 
 
 @torch.library.custom_op("syncnorm::constant", mutates_args=())
 def _constant(t: Tensor) -> Tensor:
-    if ops.backward_pass() != -1:
+    if backward_pass() != -1:
         raise InputError(
             "`checkpoint` must not repeat a renormalisation that is compiled, got both. The "
             "repetition would see "

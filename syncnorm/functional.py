@@ -15,8 +15,8 @@ from syncnorm import compiled, observed, ops
 from syncnorm.comm import debug, groups
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
 from syncnorm.maths import moments, renorm
-from syncnorm.maths.moments import Unread
-from syncnorm.ops import Statistic
+from syncnorm.maths.moments import Moments, Unread
+from syncnorm.ops import LocalSums, Statistic
 
 __all__ = ["sync_batch_norm", "sync_batch_renorm"]
 
@@ -88,21 +88,14 @@ def sync_batch_norm(
     mask = expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
-    local = ops.local_sums(x, mask)
-    statistic = ops.statistic_over(local, process_group, "sync_batch_norm")
-    check_count(statistic, warn_single_value)
-    y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
-    if running_mean is not None and running_var is not None and not ops.is_recomputing():
-        with torch.no_grad():
-            batch = (
-                compiled.unless_repeated(statistic.batch)
-                if torch.compiler.is_compiling()
-                else statistic.batch
-            )
+
+    def update(batch: Moments) -> None:
+        if running_mean is not None and running_var is not None:
             factor = moments.average_factor(num_batches_tracked, batch, momentum)
             moments.update_running_mean_(running_mean, batch, factor)
             moments.update_running_var_(running_var, batch, factor)
-    return y
+
+    return _train(x, mask, weight, bias, eps, process_group, "sync_batch_norm", None, update)
 
 
 @observed.function_call
@@ -173,46 +166,56 @@ def sync_batch_renorm(
     mask = expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
-    local = ops.local_sums(x, mask)
-    statistic = ops.statistic_over(local, process_group, "sync_batch_renorm")
-    check_count(statistic, warn_single_value)
-    folded = fold_correction(weight, bias, statistic, running_mean, running_var, eps, *bounds)
-    y = ops.normalize(x, *folded, statistic, eps, local.mask)
-    if not ops.is_recomputing():
-        with torch.no_grad():
-            batch = (
-                compiled.unless_repeated(statistic.batch)
-                if torch.compiler.is_compiling()
-                else statistic.batch
-            )
-            factor = moments.average_factor(num_batches_tracked, batch, momentum)
-            moments.update_running_mean_(running_mean, batch, factor)
-            if running_average == "std":
-                renorm.update_running_std_(running_var, batch, eps, factor)
-            else:
-                moments.update_running_var_(running_var, batch, factor)
+
+    def update(batch: Moments) -> None:
+        factor = moments.average_factor(num_batches_tracked, batch, momentum)
+        moments.update_running_mean_(running_mean, batch, factor)
+        if running_average == "std":
+            renorm.update_running_std_(running_var, batch, eps, factor)
+        else:
+            moments.update_running_var_(running_var, batch, factor)
+
+    before = (running_mean, running_var, *bounds)
+    return _train(x, mask, weight, bias, eps, process_group, "sync_batch_renorm", before, update)
+
+
+Before = tuple[Tensor, Tensor, Tensor, Tensor]
+"""What renormalisation refers to: running mean and variance before the batch, r_max and d_max."""
+
+
+def _train(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    process_group: groups.Spec,
+    name: str,
+    before: Before | None,
+    update: Callable[[Moments], None],
+) -> Tensor:
+    """The training forward of a function."""
+
+    def statistic_of(x: Tensor, local: LocalSums) -> Statistic:
+        statistic = ops.statistic_over(local, process_group, name)
+        check_count(statistic, warn_single_value)
+        return statistic if before is None else correct(statistic, local, eps, before)
+
+    def follow(local: LocalSums, statistic: Statistic) -> None:
+        update(statistic.batch)
+
+    y, _, _ = ops.train_forward(x, mask, weight, bias, eps, statistic_of, follow)
     return y
 
 
-def fold_correction(
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistic: Statistic,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    r_max: Tensor,
-    d_max: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """weight * r and bias + weight * d, each (C,), float64; differentiable in weight and bias."""
-    with torch.no_grad():
-        correction = renorm.correction(
-            statistic.batch, running_mean, running_var, eps, r_max, d_max
-        )
-        r, d = (compiled.constant(each) for each in correction)
-    weight = torch.ones_like(r) if weight is None else weight.double()
-    bias = torch.zeros_like(d) if bias is None else bias.double()
-    return weight * r, bias + weight * d
+@torch.no_grad()
+def correct(statistic: Statistic, local: LocalSums, eps: float, before: Before) -> Statistic:
+    """The statistic with the correction of renormalisation against the running statistics."""
+    mean, var, r_max, d_max = before
+    r, d = renorm.correction(statistic.batch, mean, var, eps, r_max, d_max)
+    if local.is_repeated is None:
+        r, d = compiled.constant(r), compiled.constant(d)
+    return statistic._replace(correction=renorm.Correction(r, d, *before))
 
 
 def evaluate(

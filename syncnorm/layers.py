@@ -14,8 +14,8 @@ from syncnorm.maths import moments, renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.renorm import RenormSchedule
-from syncnorm.module import Call, SyncNorm
-from syncnorm.ops import Statistic
+from syncnorm.module import SyncNorm
+from syncnorm.ops import LocalSums, Statistic
 
 Schedule = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a step, an integer tensor of shape (), to (r_max, d_max)."""
@@ -98,8 +98,8 @@ class SyncBatchNorm(SyncNorm):
             sync=sync,
         )
 
-    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        return self.weight, self.bias
+    def new_statistic(self, local: LocalSums) -> Statistic:
+        return self._ask_source(local)
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
         assert self.running_var is not None
@@ -210,7 +210,15 @@ class SyncBatchRenorm(SyncNorm):
         r_max, d_max = self.schedule(self.num_batches_tracked)
         return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
-    def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def new_statistic(self, local: LocalSums) -> Statistic:
+        before = self._before(local)
+        return functional.correct(self._ask_source(local), local, self.eps, before)
+
+    def _before(self, local: LocalSums) -> functional.Before:
+        """What r and d refer to. Looked at before any exchange."""
+        if local.is_repeated and self.seen is not None and self.seen.correction is not None:
+            # Of a forward that was not kept: the last one's.
+            return self.seen.correction[2:]
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             raise self._without("running_mean" if mean is None else "running_var")
@@ -219,16 +227,8 @@ class SyncBatchRenorm(SyncNorm):
     def _without(self, name: str) -> InputError:
         return InputError(
             f"`{name}` must be there in training, got None in '{self.label}'. Renormalisation "
-            "corrects towards the "
-            "running statistics. To normalise by the batch alone, convert(model, SyncBatchNorm) "
-            "first."
-        )
-
-    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        assert call.before is not None, "a repeated forward has a first one"
-        mean, var, r_max, d_max = call.before
-        return functional.fold_correction(
-            self.weight, self.bias, statistic, mean, var, self.eps, r_max, d_max
+            "corrects towards the running statistics. To normalise by the batch alone, "
+            "convert(model, SyncBatchNorm) first."
         )
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:

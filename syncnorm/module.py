@@ -1,35 +1,31 @@
-"""What the layers share, and where their training statistics come from.
+"""The base class of the layers: arguments, state, and the training forward.
 
-A layer asks its `statistics` what to normalise a batch by, and hands it what its running statistics
-should follow: `Immediate` pools each batch at once; `syncnorm.model` has sources that act for all
-layers of a model together.
+What a layer normalises a batch by comes from its `statistics`, see `syncnorm.statistics`.
 """
 
 from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import compiled, functional, observed, ops
+from syncnorm import functional, observed, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
-from syncnorm.maths import moments
+from syncnorm.maths import moments, renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics import averages
-from syncnorm.statistics.averages import AVERAGES
+from syncnorm.statistics import MODES, mode_of
+from syncnorm.statistics.buffers import LoadedMark
+from syncnorm.statistics.repeated import Repetitions
+from syncnorm.statistics.source import Mode, Source
 
-# So many calls of a layer that is checkpointed may come before the backward pass that repeats them.
-_REMEMBERED_CALLS = 64
 # fairscale's checkpoint wrapper sets track_running_stats to False in the forward that is made
 # without gradients, to leave the update to the repetition, and keeps its value here. Our layers
 # update in that forward.
@@ -38,130 +34,25 @@ _FAIRSCALES_BACKUP = "_track_running_stats_backup"
 _TORCH_HAS_BIAS = "bias" in inspect.signature(_BatchNorm.__init__).parameters
 
 
-@dataclass
-class Call:
-    """What a training forward of a layer saw, for the case that it is repeated (activation
-    checkpointing).
-    """
+class Seen(NamedTuple):
+    """The last training forward of a layer, for those who watch."""
 
     sums: Tensor
-    """The local sums, by which a repetition finds the call that it repeats."""
-    before: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-    """Renormalisation: running mean and variance before the batch, r_max and d_max."""
-    averages: Any = None
-    """sync="lagged": the averages."""
-    repeated_in: int | None = None
-    """The backward pass that has repeated this call last."""
-    is_frozen: bool = False
-    """Whether it must leave no trace (see syncnorm.model.frozen)."""
+    """The local sums, shape (2C+1,)."""
+    batch: Moments
+    """What the batch was normalised by."""
+    correction: renorm.Correction | None
 
 
 class Freeze:
-    """Marks a layer whose statistics are frozen.
-
-    Whoever copies the layer gets it without the mark.
-    """
+    """Frozen-statistics flag of a layer; not copied or pickled."""
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
 
-class StatisticsSource(Protocol):
-    """Where a layer's training statistics come from, and where its batch's sums go."""
-
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        """What to normalise this batch by. Nothing must be kept of a call that `is_frozen`."""
-        ...
-
-    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
-        """Have the running statistics follow the batch; called after the forward, never when it is
-        repeated.
-        """
-        ...
-
-    def parts(self, count: int) -> Sequence[int] | None:
-        """Sizes of the parts of a batch of `count` that have a statistic each, in its order; None:
-        it has one.
-        """
-        ...
-
-    def settle(self) -> None:
-        """Bring the running statistics up to date before they are read.
-
-        Never starts an exchange, never raises.
-        """
-        ...
-
-    def forget(self, layer: SyncNorm) -> None:
-        """Drop what is under way for this layer: its running statistics are about to be replaced."""
-        ...
-
-
-class Immediate:
-    """The statistics of the batch itself, over a process group or local; running statistics follow
-    at once.
-    """
-
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        if layer.sync != "batch":
-            return ops.local_statistic(local, layer.label)
-        return ops.statistic_over(local, layer.workers, layer.label, is_averaged=layer.is_prepared)
-
-    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
-        layer.update_running(statistic.batch, layer.momentum)
-
-    def parts(self, count: int) -> None:
-        return None
-
-    def settle(self) -> None:
-        pass
-
-    def forget(self, layer: SyncNorm) -> None:
-        pass
-
-
-class Unattached(Immediate):
-    """For modes in which layers act together: an error until `prepare_ddp` has introduced them to
-    each other.
-    """
-
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        if local.observer is not None:
-            return ops.statistic_over(local, layer.workers, layer.label)
-        if groups.statistics_group(layer.workers) is None:
-            return ops.pooled_statistic(local, None, layer.label)
-        raise InputError(
-            f'`sync` must be "batch" or "none" in a layer that is not attached, got {layer.sync!r} '
-            f"in {layer}. "
-            "Call prepare_ddp(model) on every worker before training (and before "
-            "DistributedDataParallel)."
-        )
-
-
-def _forget_and_fill(layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str) -> None:
-    """Before a state dict is loaded: what is under way belongs to the old state.
-
-    One of a batch norm has no averages, so a lagged layer starts by pooling; and other layers have
-    no use for them.
-    """
-    layer.statistics.forget(layer)
-    names = [f"{prefix}{name}" for name in AVERAGES]
-    if layer.sync != "lagged":
-        for name in names:
-            state_dict.pop(name, None)
-        return
-    brought = [
-        name
-        for name in AVERAGES
-        if averages.is_brought(layer, name, state_dict.get(f"{prefix}{name}"))
-    ]
-    mean = state_dict.get(f"{prefix}running_mean")
-    if mean is not None and not brought and averages.is_brought(layer, "running_mean", mean):
-        state_dict |= {
-            f"{prefix}{name}": value for name, value in averages.initial(layer, mean.device).items()
-        }
-
-
+# The buffers of all modes.
+MODE_BUFFERS = {name for mode in MODES.values() for name in mode().buffers(1, "meta")}
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -177,15 +68,13 @@ def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
 class SyncNorm(_BatchNorm):
     """What SyncBatchNorm and SyncBatchRenorm share; abstract."""
 
-    statistics: StatisticsSource
+    statistics: Source
+    """Where training statistics come from."""
+    sync_mode: Mode
+    """What `sync` means."""
     workers: groups.Kept
     """`process_group` as it is kept: what can be copied and pickled."""
-    lagged_mean: Tensor
-    lagged_var: Tensor
-    lagged_gradient: Tensor
-    lagged_updates: Tensor
-    lagged_waits: Tensor
-    _is_hf_initialized = averages.Loaded()
+    _is_hf_initialized = LoadedMark()
 
     def __init__(
         self,
@@ -216,44 +105,37 @@ class SyncNorm(_BatchNorm):
         *,
         sync: str | Lagged = "batch",
     ) -> None:
-        """Add to torch's layer what makes it one of ours: while it is built, and when it is
-        converted.
-        """
-        options = sync if isinstance(sync, Lagged) else Lagged()
-        sync = "lagged" if isinstance(sync, Lagged) else sync
-        functional.check_choice("sync", sync, ("batch", "running", "lagged", "none"))
+        """Add to torch's layer what makes it one of ours: while it is built, or converted."""
+        if not isinstance(sync, Lagged):
+            functional.check_choice("sync", sync, tuple(MODES))
         self.process_group = process_group
-        self.sync = sync
-        self.lagged = options
+        self.use_mode(mode_of(sync))
         self.label = f"{type(self).__name__}({self.num_features})"
         """What errors call this layer; `prepare_ddp` makes it the name within the model."""
         self.is_prepared = False
         """Set by `prepare_ddp`: gradients are averaged over the workers."""
-        if (
-            self.running_mean is not None
-            and self.running_var is not None
-            and self.running_mean.dtype in HALF_TYPES
-        ):
-            self.running_mean, self.running_var = (
-                self.running_mean.float(),
-                self.running_var.float(),
-            )
-        self.statistics = Immediate() if sync in ("batch", "none") else Unattached()
-        if sync == "lagged":
-            tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
-            for name, value in averages.initial(
-                self, next((t.device for t in tensors), device)
-            ).items():
-                self.register_buffer(name, value)
-        self.seen: tuple[Call, Moments] | None = None
-        """The last training statistic, for those who watch: what went into it, and what the batch
-        was normalised by.
-        """
+        mean, var = self.running_mean, self.running_var
+        if mean is not None and var is not None and mean.dtype in HALF_TYPES:
+            self.running_mean, self.running_var = mean.float(), var.float()
+        tensors = (*self.parameters(recurse=False), *self.buffers(recurse=False))
+        where = next((t.device for t in tensors), device)
+        for name, value in self.sync_mode.buffers(self.num_features, where).items():
+            self.register_buffer(name, value)
+        self.seen: Seen | None = None
         self.freeze: Freeze | None = None
         """Set while forwards must leave no trace."""
         self._has_warned = False
-        self._calls: deque[Call] = deque(maxlen=_REMEMBERED_CALLS)
-        """Those that checkpoints may repeat."""
+        self._repetitions = Repetitions()
+
+    def use_mode(self, mode: Mode) -> None:
+        """Set the mode, and the source of a layer that is alone. Adds no buffers."""
+        self.sync_mode = mode
+        self.statistics = mode.new_source()
+
+    @property
+    def sync(self) -> str:
+        """The name of the mode: "batch", "running", "lagged" or "none"."""
+        return self.sync_mode.name
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
@@ -269,66 +151,53 @@ class SyncNorm(_BatchNorm):
             x = functional.one_input(x, input)
         functional.check_input(x, self.num_features)
         weights = functional.expand_mask(mask, x)
-        if not self.training:
-            self.statistics.settle()
-            return functional.evaluate(
-                x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
-            )
-        if torch.compiler.is_compiling() and type(self.statistics) is not Immediate:
-            return self._train_untraced(x, weights)
-        return self._train(x, weights)
-
-    def _train(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """Normalise a batch by its statistic, or each of its parts by its own."""
-        parts = self.statistics.parts(x.shape[0])
-        if parts is None:
-            return self._train_part(x, weights)
-        masks = [None] * len(parts) if weights is None else weights.split(parts)
-        return torch.cat(
-            [self._train_part(part, mask) for part, mask in zip(x.split(parts), masks, strict=True)]
+        if self.training:
+            return self.statistics.forward(self, x, weights)
+        self.statistics.settle()
+        return functional.evaluate(
+            x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
 
-    _train_untraced = compiled.untraced(_train)
+    def train_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Normalise x by one statistic, and have the running statistics follow it.
 
-    def _train_part(self, x: Tensor, weights: Tensor | None) -> Tensor:
-        """Normalise by one statistic, and have the running statistics follow it."""
-        local = ops.local_sums(x, weights)
-        if local.observer is not None:
-            return self._train_observed(x, local)
-        call = self._find_call(local) if ops.is_recomputing() else self._new_call(local)
-        statistic = self.statistics.take(self, local, call)
-        functional.check_count(statistic, self._warn_once)
-        y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
-        if call.is_frozen or ops.is_recomputing():
-            return y
-        if torch.compiler.is_compiling():
-            statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
-        else:
-            self.seen = (call, statistic.batch)
-        with torch.no_grad():
-            self.statistics.record(self, statistic)
-        return y
-
-    def _train_observed(self, x: Tensor, local: LocalSums) -> Tensor:
-        """The same where something looks at operators (see `syncnorm.observed`): nothing is
-        remembered or exchanged.
+        Called by the source, for a batch or for each of its parts.
         """
-        call = Call(local.sums, self._before())
-        if isinstance(self.statistics, Immediate):
-            statistic = self.statistics.take(self, local, call)
-        elif local.observer == observed.FAKE:
-            statistic = ops.local_statistic(local, self.label)
-        else:
-            raise observed.refuse(local.observer or "", self.label)
-        y = ops.normalize(x, *self._affine(statistic, call), statistic, self.eps, local.mask)
-        if (
-            isinstance(self.statistics, Immediate)
-            and self.freeze is None
-            and not ops.is_recomputing()
-        ):
-            with torch.no_grad(), observed.updating(local.observer or "", self.label):
-                self.statistics.record(self, statistic)
+        y, local, statistic = ops.train_forward(
+            x, mask, self.weight, self.bias, self.eps, self._statistic_of, self._follow
+        )
+        if local.is_repeated is False and local.observer is None and ops.may_be_repeated():
+            self._repetitions.keep(x, y, local, statistic)
         return y
+
+    def _statistic_of(self, x: Tensor, local: LocalSums) -> Statistic:
+        """That of the batch, or of the forward that is repeated."""
+        if local.is_repeated:
+            kept = self._repetitions.find(x, local, self.label)
+            if kept is not None:
+                return kept
+        return self.new_statistic(local)
+
+    @abstractmethod
+    def new_statistic(self, local: LocalSums) -> Statistic:
+        """What to normalise a batch by. Here workers exchange."""
+
+    def _ask_source(self, local: LocalSums) -> Statistic:
+        statistic = self.statistics.statistic(self, local)
+        functional.check_count(statistic, self._warn_once)
+        return statistic
+
+    def _follow(self, local: LocalSums, statistic: Statistic) -> None:
+        """Have the running statistics follow, now or when their source says so."""
+        if self.freeze is not None:
+            return
+        if local.observer is not None:
+            with observed.updating(local.observer, self.label):
+                self.statistics.record(self, local, statistic.batch)
+            return
+        if local.is_repeated is False:
+            self.seen = Seen(local.sums, statistic.batch, statistic.correction)
+        self.statistics.record(self, local, statistic.batch)
 
     def update_running(self, batch: Moments, momentum: float | None) -> None:
         """Move the running statistics towards those of `batch`, once.
@@ -358,7 +227,9 @@ class SyncNorm(_BatchNorm):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        _forget_and_fill(self, state_dict, prefix)
+        self.statistics.discard(self)
+        own = self.sync_mode.buffers(1, "meta").keys()
+        self.sync_mode.complete(self, state_dict, prefix, sorted(MODE_BUFFERS - own))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def reset_parameters(self) -> None:
@@ -370,11 +241,10 @@ class SyncNorm(_BatchNorm):
             super().reset_parameters()
 
     def reset_running_stats(self) -> None:
-        """Set the running statistics (and the averages of `sync="lagged"`) to their initial values."""
+        """Set the running statistics, and the buffers of the mode, to their initial values."""
         if "statistics" in self.__dict__:
-            self.statistics.forget(self)
-            if self.sync == "lagged":
-                averages.begin(self)
+            self.statistics.discard(self)
+            self.sync_mode.begin(self)
         super().reset_running_stats()
 
     def extra_repr(self) -> str:
@@ -382,7 +252,7 @@ class SyncNorm(_BatchNorm):
         theirs = super().extra_repr()
         if self.affine and self.bias is None and not _TORCH_HAS_BIAS:
             theirs += ", bias=False"
-        return f"{theirs}, sync={self.lagged if self.sync == 'lagged' else self.sync!r}{workers}"
+        return f"{theirs}, sync={self.sync_mode.argument!r}{workers}"
 
     @property
     def process_group(self) -> groups.Spec:
@@ -403,60 +273,18 @@ class SyncNorm(_BatchNorm):
         self.statistics.settle()
         buffers = {name: b for name, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
+        own, is_filled = self.sync_mode.buffers(1, "meta"), False
         for name, before in buffers.items():
             now = self.get_buffer(name)
-            kept = before.dtype if name in AVERAGES else _kept_type(before.dtype, now.dtype)
+            kept = before.dtype if name in own else _kept_type(before.dtype, now.dtype)
             if now.dtype != kept:
                 self._buffers[name] = (now if before.is_meta else before).to(now.device, kept)
-        if (
-            self.sync == "lagged"
-            and buffers["lagged_mean"].is_meta
-            and not self.lagged_mean.is_meta
-        ):
+            is_filled |= name in own and before.is_meta and not now.is_meta
+        if is_filled:
             # Materialised, as uninitialised memory. A checkpoint that fills the layer may be a
             # batch norm's.
-            averages.begin(self)
+            self.sync_mode.begin(self)
         return self
-
-    def _new_call(self, local: LocalSums) -> Call:
-        """Remember what this forward sees, if that is more than the batch; no exchange has been
-        made.
-        """
-        call = Call(local.sums, self._before(), is_frozen=self.freeze is not None)
-        depends_on_more = call.before is not None or self.sync == "lagged"
-        if depends_on_more and not torch.compiler.is_compiling() and ops.may_be_repeated():
-            self._calls.append(call)
-        return call
-
-    def _find_call(self, local: LocalSums) -> Call:
-        """The call that the present one repeats: the newest with the same local sums that was not
-        repeated yet.
-        """
-        if not self._calls:
-            # Repeated in a way that is not known: the last one.
-            return self.seen[0] if self.seen is not None else Call(local.sums)
-        if len(self._calls) == 1:
-            return self._calls[0]
-        task, calls = ops.backward_pass(), list(reversed(self._calls))
-        # Bit by bit: what is not a number equals itself.
-        bits = torch.stack([call.sums for call in calls]).view(torch.int64) == local.sums.view(
-            torch.int64
-        )
-        alike = [
-            call for call, is_alike in zip(calls, bits.all(1).tolist(), strict=True) if is_alike
-        ]
-        if not alike and len(calls) == _REMEMBERED_CALLS:
-            raise InputError(
-                f"`checkpoint` must repeat one of the last {_REMEMBERED_CALLS} training forwards "
-                "of a layer, got none "
-                f"of them in {self.label}. Make the backward pass sooner, or checkpoint fewer "
-                "calls of this layer."
-            )
-        alike = alike or calls
-        others = [call for call in alike if call.repeated_in != task]
-        found = next((call for call in others if call.repeated_in is None), (others or alike)[0])
-        found.repeated_in = task
-        return found
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise InputError(
@@ -464,18 +292,6 @@ class SyncNorm(_BatchNorm):
             "revert(model), or "
             "trace the model in evaluation mode."
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        # What awaits a backward pass awaits it of this object, not of a copy.
-        return {**self.__dict__, "_calls": deque(maxlen=_REMEMBERED_CALLS)}
-
-    def _before(self) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """What `Call.before` holds."""
-        return None
-
-    @abstractmethod
-    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias to normalise with."""
 
     @abstractmethod
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The three operations that every normalisation layer is made of.
+"""The three operations that every normalisation layer is made of, and the forward made of them.
 
     local = local_sums(x, mask)                                   one pass over x
     statistic = pooled_statistic(local, group)                    one exchange of 2C+1 numbers
@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from syncnorm import observed
+from syncnorm import compiled, observed
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.errors import FaultError, UnevenShardsWarning
-from syncnorm.maths import formula, kernels
+from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import Moments, Unread, of_sums, reciprocal
 
 _MAX_DIMS = 8
@@ -39,23 +40,29 @@ class LocalSums(NamedTuple):
     """Whether something was no weight, shape (); None without a mask."""
     given: Tensor | None
     """The mask as it was given, for the error."""
+    is_repeated: bool | None
+    """Whether activation checkpointing repeats a forward by this one; None in code that is being
+    compiled, which does not know.
+    """
     observer: str | None = None
     """What looks at operators rather than numbers, if anything does: see `syncnorm.observed`."""
 
 
 def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
     """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient."""
-    who = observed.observer(x)
+    who, is_repeated = observed.observer(x), is_recomputing()
     with torch.no_grad():
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(_is_valid(mask), mask, torch.nan)
-            return LocalSums(formula.raw_sums(x.detach(), clean), clean, None, mask, who)
+            sums = formula.raw_sums(x.detach(), clean)
+            return LocalSums(sums, clean, None, mask, is_repeated, who)
         if mask is None:
-            return LocalSums(kernels.local_moments(x.detach(), None), None, None, None)
+            return LocalSums(kernels.local_moments(x.detach(), None), None, None, None, is_repeated)
         valid = _is_valid(mask)
         clean = torch.where(valid, mask, 0.0)
-        return LocalSums(kernels.local_moments(x.detach(), clean), clean, ~valid.all(), mask)
+        sums = kernels.local_moments(x.detach(), clean)
+        return LocalSums(sums, clean, ~valid.all(), mask, is_repeated)
 
 
 def _is_valid(mask: Tensor) -> Tensor:
@@ -82,7 +89,7 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             # alone.
             sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
         sums = exchange.sum_(sums, group, "moments", name)
-        if torch.compiler.is_compiling():
+        if local.is_repeated is None:
             return sums
         is_looked_at = sums.device.type == "cpu" or debug.is_debug()
         if is_looked_at and (sums[-1].isnan() or (debug.is_debug() and not sums.isfinite().all())):
@@ -133,6 +140,7 @@ class PooledMeans:
     def __init__(
         self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None
     ) -> None:
+        self._batch = batch
         self.n = batch.n
         self.group = group
         self.name = name
@@ -150,6 +158,9 @@ class PooledMeans:
 
     def of_second(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
+
+    def again(self) -> PooledMeans:
+        return PooledMeans(self._batch, self.group, self.name)
 
 
 class Shard:
@@ -228,6 +239,15 @@ class Statistic(NamedTuple):
     gradient_means: GradientMeans
     is_pooled: bool
     """Whether other workers take part, in the backward pass too."""
+    is_average: bool = False
+    """Whether it is of earlier batches."""
+    correction: renorm.Correction | None = None
+    """What renormalisation folds into weight and bias."""
+
+    @property
+    def is_of_batch_alone(self) -> bool:
+        """Whether the same batches give the same statistic at any time."""
+        return self.correction is None and not self.is_average
 
 
 def pooled_statistic(
@@ -240,12 +260,7 @@ def pooled_statistic(
     """
     batch = of_sums(pooled_sums(local, group, name))
     # A forward that is repeated comes after the loss was scaled.
-    is_noticed = (
-        is_averaged
-        and group is not None
-        and not torch.compiler.is_compiling()
-        and not is_recomputing()
-    )
+    is_noticed = is_averaged and group is not None and local.is_repeated is False
     shard = Shard(local.sums[-1]) if is_noticed else None
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
@@ -287,6 +302,17 @@ def local_statistic(local: LocalSums, name: str) -> Statistic:
     return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
 
 
+def unexchanged_statistic(local: LocalSums, name: str) -> Statistic:
+    """The moments of this worker's batch, in place of what an exchange gives, for fake tensors.
+
+    Raises:
+        InputError: something else looks at operators, which would not see the exchange.
+    """
+    if local.observer != observed.FAKE:
+        raise observed.refuse(local.observer or "", name)
+    return local_statistic(local, name)
+
+
 def normalize(
     x: Tensor,
     weight: Tensor | None,
@@ -324,12 +350,6 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return any(t is not None and t.requires_grad for t in tensors)
 
 
-def backward_pass() -> int:
-    """The number of the backward pass that is running; -1 outside of one."""
-    # Not a documented function; FSDP2 relies on it too, and a test notices if it changes.
-    return torch._C._current_graph_task_id()
-
-
 def may_be_repeated() -> bool:
     """Whether activation checkpointing may repeat the forward that runs.
 
@@ -344,11 +364,57 @@ def may_be_repeated() -> bool:
     return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
 
 
-def is_recomputing() -> bool:
-    """Whether this forward repeats an earlier one inside a backward pass, as activation
-    checkpointing does.
+def is_recomputing() -> bool | None:
+    """Whether this forward repeats an earlier one inside a backward pass, as checkpointing does.
 
-    Exchanges are made again, since every worker repeats them; statistics must not be updated again.
-    Code that is being compiled does not know: see `traced.unless_repeated`.
+    None in code that is being compiled, which does not know: see `compiled.unless_repeated`.
     """
-    return not torch.compiler.is_compiling() and backward_pass() != -1
+    return None if torch.compiler.is_compiling() else compiled.backward_pass() != -1
+
+
+def train_forward(
+    x: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    statistic_of: Callable[[Tensor, LocalSums], Statistic],
+    follow: Callable[[LocalSums, Statistic], None],
+) -> tuple[Tensor, LocalSums, Statistic]:
+    """The training forward of every layer and function: local sums, a statistic, y.
+
+    Args:
+        x: shape (N, C, *S).
+        mask: weights (N, 1, *S) or None.
+        weight, bias: (C,) or None.
+        eps: added to the variance.
+        statistic_of: gives what to normalise x by; here workers exchange.
+        follow: has the running statistics follow; not called for a forward that is repeated.
+
+    Returns:
+        y, and what it was made of.
+    """
+    local = local_sums(x, mask)
+    statistic = statistic_of(x, local)
+    y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
+    if local.is_repeated is None:
+        statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
+    if not local.is_repeated:
+        with torch.no_grad():
+            follow(local, statistic)
+    return y, local, statistic
+
+
+def fold(
+    weight: Tensor | None, bias: Tensor | None, statistic: Statistic
+) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias as they are; weight * r and bias + weight * d where there is a correction.
+
+    The latter are (C,), float64; differentiable in weight and bias.
+    """
+    if statistic.correction is None:
+        return weight, bias
+    r, d, *_ = statistic.correction
+    weight = torch.ones_like(r) if weight is None else weight.double()
+    bias = torch.zeros_like(d) if bias is None else bias.double()
+    return weight * r, bias + weight * d

@@ -12,6 +12,7 @@ weight * d.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -133,6 +134,19 @@ class RenormSchedule:
         progress = (step.to(torch.float64) - self.warmup_steps) / length
         ramp = start + (end - start) * progress.clamp(0.0, 1.0)
         return torch.where(step >= end_step, final, ramp.clamp(max=end))
+
+
+class Correction(NamedTuple):
+    """r and d of a batch, and what they refer to."""
+
+    r: Tensor
+    """Shape (C,), float64; constant to the gradient, as is d."""
+    d: Tensor
+    running_mean: Tensor
+    """Before the batch, as is the variance."""
+    running_var: Tensor
+    r_max: Tensor
+    d_max: Tensor
 
 
 def correction(

@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
 
 from syncnorm.errors import InputError
-from syncnorm.maths.moments import Moments, merge
 from syncnorm.model.convert.others import check_covers
-from syncnorm.module import Call, StatisticsSource, SyncNorm
-from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.running import PooledRunning
-
-
-class Accumulating:
-    """Takes a layer's statistics from where they came from before, and merges what it should
-    record.
-    """
-
-    def __init__(self, source: StatisticsSource) -> None:
-        self.source = source
-        self.total: Moments | None = None
-
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        return self.source.take(layer, local, call)
-
-    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
-        self.total = statistic.batch if self.total is None else merge(self.total, statistic.batch)
-
-    def parts(self, count: int) -> Sequence[int] | None:
-        return self.source.parts(count)
-
-    def settle(self) -> None:
-        self.source.settle()
-
-    def forget(self, layer: SyncNorm) -> None:
-        self.total = None
-        self.source.forget(layer)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StatisticsSource:
-        # A copy made within the block is not part of it.
-        return copy.deepcopy(self.source, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Nor is what is loaded from a pickle.
-        return _itself, (self.source,)
-
-
-def _itself(source: StatisticsSource) -> StatisticsSource:
-    return source
+from syncnorm.module import SyncNorm
+from syncnorm.statistics.accumulated import Accumulating
 
 
 @contextmanager
@@ -93,36 +51,33 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     """
     check_covers(model, "accumulate")
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
-    together = {
-        id(m.statistics): m.statistics for m in layers if isinstance(m.statistics, PooledRunning)
-    }
-    if any(isinstance(m.statistics, Accumulating) for m in layers) or any(
-        p.is_held for p in together.values()
-    ):
+    sources = {id(m.statistics): m.statistics for m in layers}.values()
+    if any(source.is_accumulating for source in sources):
         raise InputError(
             "`model` must not be accumulating already, got one within its own block. Use one block."
         )
-    alone = {m: Accumulating(m.statistics) for m in layers if id(m.statistics) not in together}
-    for pool in together.values():
-        pool.start()
+    # Layers that act together go on doing so, in one long step; any other keeps what it sees.
+    steps = [source.steps for source in sources if source.steps is not None]
+    alone = {m: Accumulating(m.statistics) for m in layers if m.statistics.steps is None}
+    for each in steps:
+        each.source.begin()
     for layer, accumulating in alone.items():
         layer.statistics = accumulating
-    for pool in together.values():
-        pool.is_held = True
+    for each in steps:
+        each.is_held = True
     try:
         yield
         with torch.no_grad():
             for layer, accumulating in alone.items():
-                if accumulating.total is not None:
-                    layer.update_running(accumulating.total, layer.momentum)
-        for pool in together.values():
-            pool.launch()
+                accumulating.apply(layer)
+        for each in steps:
+            each.source.send()
     except BaseException:
-        for pool in together.values():
-            pool.drop()
+        for each in steps:
+            each.source.drop()
         raise
     finally:
         for layer, accumulating in alone.items():
             layer.statistics = accumulating.source
-        for pool in together.values():
-            pool.is_held = False
+        for each in steps:
+            each.is_held = False

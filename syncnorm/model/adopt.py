@@ -26,7 +26,7 @@ from torch.nn.parameter import is_lazy
 from syncnorm import functional
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchRenorm
-from syncnorm.statistics.averages import AVERAGES
+from syncnorm.module import MODE_BUFFERS
 
 Entries = dict[str, Tensor]
 
@@ -176,7 +176,7 @@ def _tidy(state: Mapping[str, Any], target: Mapping[str, Any]) -> Entries:
 
 
 _NAMES = {
-    "running_mean", "running_var", "num_batches_tracked", "weight", "bias", *AVERAGES,
+    "running_mean", "running_var", "num_batches_tracked", "weight", "bias", *MODE_BUFFERS,
     "moving_mean", "moving_variance", "moving_stddev", "gamma", "beta",
     "renorm_mean", "renorm_stddev", "renorm_mean_weight", "renorm_stddev_weight",
     "ra_mean", "ra_var", "steps", "scale",
@@ -310,7 +310,7 @@ def _check(entries: Entries, target: Mapping[str, Any]) -> None:
     faults = [
         f"nothing for {name!r}"
         for name in target
-        if name not in entries and not name.endswith(AVERAGES)
+        if name not in entries and not name.endswith(tuple(MODE_BUFFERS))
     ]
     faults += [f"{name!r}, which the model does not have" for name in entries if name not in target]
     faults += [

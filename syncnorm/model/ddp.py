@@ -15,10 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.comm import agreement, exchange, groups
 from syncnorm.model.convert.others import home_made, stays_local
-from syncnorm.module import SyncNorm, Unattached
+from syncnorm.module import SyncNorm
 from syncnorm.ops import Shard
-from syncnorm.statistics.lagged import PooledLagged
-from syncnorm.statistics.running import PooledRunning
 
 
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
@@ -65,12 +63,12 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
             warnings.warn(said, stacklevel=2)
     _share_group(ours.values(), process_group)
     if among is not None and len(groups.ranks(among)) > 1:
-        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync != "none"]
+        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync_mode.is_pooled]
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
         layer.label, layer.is_prepared = name or layer.label, True
         layer.statistics.settle()
-        if layer.sync != "none":
+        if layer.sync_mode.is_pooled:
             exchange.make_room(groups.statistics_group(layer.workers), 2 * layer.num_features + 1)
     _attach(model, ours)
     if among is not None:
@@ -86,7 +84,7 @@ def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None
     kept = groups.keep(process_group)
     if isinstance(kept, groups.Given) and len(kept.members.members) < dist.get_world_size():
         for layer in layers:
-            if layer.workers is None and layer.sync != "none":
+            if layer.workers is None and layer.sync_mode.is_pooled:
                 layer.workers = kept
 
 
@@ -204,11 +202,11 @@ def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     """
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
     for name, layer in layers.items():
-        if isinstance(layer.statistics, Unattached):
+        if not layer.statistics.is_attached:
             members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer
-    for (sync, _), some in together.items():
-        (PooledRunning if sync == "running" else PooledLagged)(some).attach(model)
+    for some in together.values():
+        next(iter(some.values())).sync_mode.attach(some, model)
 
 
 def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None) -> Tensor:

@@ -30,7 +30,9 @@ from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
 from syncnorm.model.convert.refuse import reason
 from syncnorm.model.ddp import replaced
 from syncnorm.model.recalibrate import forward
-from syncnorm.module import Immediate, SyncNorm
+from syncnorm.module import SyncNorm
+from syncnorm.statistics.batch import Batch, Local
+from syncnorm.statistics.source import Mode
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
 # Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet
@@ -182,7 +184,7 @@ def explain(
         lints += faults
     rooms = _rooms(parts.values())
     for number, part in parts.items():
-        messages, numbers = _sent(part, rooms[part.rule])
+        messages, numbers = _sent(part, rooms.get(part.rule, 0))
         rows[number] = replace(rows[number], messages=messages, bytes=8 * numbers)
     return Explanation(rows, lints, *_totals(list(parts.values()), rooms), is_alone and bool(parts))
 
@@ -202,7 +204,7 @@ def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
 class _Part(NamedTuple):
     """What a layer that pools has to do with the messages of a step."""
 
-    sync: str
+    mode: Mode
     rule: groups.Rule | groups.Outside
     workers: int
     """How many take part."""
@@ -228,13 +230,15 @@ def _explain(
         return None, row, []
     if is_frozen:
         return None, replace(row, advice="frozen: in evaluation mode while the model trains"), []
-    sync, kept = (layer.sync, layer.workers) if isinstance(layer, SyncNorm) else ("batch", None)
+    is_ours = isinstance(layer, SyncNorm)
+    mode, kept = (layer.sync_mode, layer.workers) if is_ours else (Batch(), None)
+    row = replace(row, sync=mode.name)
     try:
-        group = 1 if sync == "none" else groups.least_size(kept, world)
+        group = groups.least_size(kept, world) if mode.is_pooled else 1
     except InputError as error:
-        return None, replace(row, sync=sync), [f"{name or 'the layer'}: {error}"]
-    workers = 1 if sync == "running" else group
-    row = replace(row, sync=sync, workers=workers, **_schedule(layer))
+        return None, row, [f"{name or 'the layer'}: {error}"]
+    workers = group if mode.normalizes_pooled else 1
+    row = replace(row, workers=workers, **_schedule(layer))
     if shapes and workers is not None:
         # A call with nothing in it is one of this sample alone: those with something come first.
         least = min(
@@ -248,7 +252,7 @@ def _explain(
     if group is None or not layer.num_features:
         return None, row, []
     calls = 1 if shapes is None else len(shapes)
-    return _Part(sync, groups.rule_of(kept), group, layer.num_features, calls), row, []
+    return _Part(mode, groups.rule_of(kept), group, layer.num_features, calls), row, []
 
 
 def _class_name(layer: nn.Module) -> str:
@@ -275,10 +279,12 @@ def _schedule(layer: nn.Module) -> dict[str, Any]:
 
 
 def _rooms(parts: Iterable[_Part]) -> dict[Any, int]:
-    """Of each group the least size of a message, as `prepare_ddp` has it: that of the widest layer."""
+    """The least size of a message over each group, as `prepare_ddp` has it: by the widest layer."""
     rooms: dict[Any, int] = {}
     for part in parts:
-        rooms[part.rule] = max(rooms.get(part.rule, 0), exchange.size_of(2 * part.channels + 1))
+        if part.mode.is_pooled:
+            size = exchange.size_of(2 * part.channels + 1)
+            rooms[part.rule] = max(rooms.get(part.rule, 0), size)
     return rooms
 
 
@@ -286,25 +292,23 @@ def _sent(part: _Part, room: int) -> tuple[int, int]:
     """A layer's own exchanges in a step, and its numbers in these and in those that it shares."""
     if part.workers == 1:
         return 0, 0
-    if part.sync == "batch":
-        return 2 * part.calls, 2 * part.calls * room
-    return 0, (2 * part.channels + 1) * (2 if part.sync == "lagged" else 1)
+    own = [exchange.size_of(size, room) for size in part.mode.own_sizes(part.channels, part.calls)]
+    return len(own), sum(own) + sum(part.mode.flat_sizes([part.channels], 0))
 
 
 def _totals(parts: list[_Part], rooms: Mapping[Any, int]) -> tuple[int, int]:
-    """Of the model: what the layers send, and the flat messages of those that act together, with a
-    number a worker.
-    """
-    own = [_sent(part, rooms[part.rule]) for part in parts if part.sync == "batch"]
-    flat: dict[tuple[str, Any, int], int] = {}
-    for sync, rule, workers, channels, _ in parts:
-        if workers > 1 and sync in ("running", "lagged"):
-            flat[sync, rule, workers] = flat.get((sync, rule, workers), 0) + 2 * channels + 1
-    sizes = [exchange.size_of(n + workers, rooms[rule]) for (_, rule, workers), n in flat.items()]
-    sizes += [
-        exchange.size_of(n, rooms[rule]) for (sync, rule, _), n in flat.items() if sync == "lagged"
-    ]
-    return sum(m for m, _ in own) + len(sizes), 8 * (sum(n for _, n in own) + sum(sizes))
+    """Messages and bytes of the model in a step: those of single layers, and the flat ones."""
+    sizes: list[int] = []
+    together: dict[tuple[str, Any, int], list[_Part]] = {}
+    for part in parts:
+        if part.workers > 1:
+            own = part.mode.own_sizes(part.channels, part.calls)
+            sizes += [exchange.size_of(size, rooms[part.rule]) for size in own]
+            together.setdefault((part.mode.name, part.rule, part.workers), []).append(part)
+    for (_, rule, workers), some in together.items():
+        flat = some[0].mode.flat_sizes([part.channels for part in some], workers)
+        sizes += [exchange.size_of(size, rooms[rule]) for size in flat]
+    return len(sizes), 8 * sum(sizes)
 
 
 def _advice(row: Row, is_renorm: bool, may_pool: bool) -> str:
@@ -390,7 +394,7 @@ def _put_back(model: nn.Module) -> Iterator[None]:
             for module in modes:
                 module.training = False
             for layer in sources:
-                layer.statistics = Immediate()
+                layer.statistics = Local()
             yield
         finally:
             for layer, source in sources.items():

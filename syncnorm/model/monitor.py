@@ -20,8 +20,8 @@ from syncnorm import observed
 from syncnorm.comm import exchange, groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
-from syncnorm.module import Call, SyncNorm
-from syncnorm.statistics.running import device_of, zeros
+from syncnorm.module import Seen, SyncNorm
+from syncnorm.statistics.flat import device_of, zeros
 
 Figures = dict[str, float | None]
 _NAMES = ("count", "between_share", "mean_gap", "var_gap", "r_clipped", "d_clipped")
@@ -137,19 +137,18 @@ class _Seen(NamedTuple):
     @classmethod
     def by(cls, layer: SyncNorm) -> _Seen:
         # A layer that has seen nothing counts as one that has seen an empty batch.
-        call, batch = layer.seen or _nothing(layer)
-        if call.before is not None:
-            return cls(call.sums, batch, *call.before)
-        if layer.running_mean is not None and layer.running_var is not None:
-            return cls(
-                call.sums, batch, layer.running_mean, layer.running_var, _UNBOUNDED, _UNBOUNDED
-            )
-        return cls(call.sums, batch, batch.mean, batch.var, _UNBOUNDED, _UNBOUNDED)
+        sums, batch, correction = layer.seen or _nothing(layer)
+        if correction is not None:
+            return cls(sums, batch, *correction[2:])
+        mean, var = layer.running_mean, layer.running_var
+        if mean is None or var is None:
+            mean, var = batch.mean, batch.var
+        return cls(sums, batch, mean, var, _UNBOUNDED, _UNBOUNDED)
 
 
-def _nothing(layer: SyncNorm) -> tuple[Call, Moments]:
+def _nothing(layer: SyncNorm) -> Seen:
     sums = zeros(2 * layer.num_features + 1, device_of(layer))
-    return Call(sums), of_sums(sums)
+    return Seen(sums, of_sums(sums), None)
 
 
 class _Places(NamedTuple):
@@ -186,7 +185,10 @@ def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures
         return [dict.fromkeys(_NAMES) for _ in layers]
     device = device_of(layers[0])
     places = _Places.of(layers, device)
-    facts = [(layer.eps, layer.sync == "lagged", layer.seen is not None) for layer in layers]
+    facts = [
+        (layer.eps, not layer.sync_mode.normalizes_by_batch, layer.seen is not None)
+        for layer in layers
+    ]
     eps, is_lagged, has_seen = torch.tensor(facts, dtype=torch.float64, device=device).unbind(1)
     by_channel, by_layer = _local([_Seen.by(layer) for layer in layers], has_seen, eps, places)
     message = torch.cat([by_channel.flatten(), by_layer.flatten()])

@@ -19,8 +19,9 @@ from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.modes import evaluating
-from syncnorm.module import Call, Immediate, SyncNorm
+from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
+from syncnorm.statistics.source import Source
 
 
 @torch.no_grad()
@@ -167,18 +168,20 @@ def _modes(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
         yield
 
 
-class _Recording(Immediate):
-    """Local statistics, whose sums are kept."""
+class _Recording(Source):
+    """Local statistics, whose sums are kept; running statistics follow nothing."""
+
+    is_lent = True
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
         self.keep = keep
 
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         statistic = ops.pooled_statistic(local, None, layer.label)
         self.keep(local.sums)
         return statistic
 
-    def record(self, layer: SyncNorm, statistic: Statistic) -> None:
+    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         pass
 
 

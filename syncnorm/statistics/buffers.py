@@ -9,11 +9,13 @@ and is not overwritten by it later.
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, ValuesView
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from syncnorm.module import StatisticsSource, SyncNorm
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
+    from syncnorm.statistics.source import Source
 
 
 class CurrentBuffers(dict[str, "Tensor | None"]):
@@ -25,10 +27,10 @@ class CurrentBuffers(dict[str, "Tensor | None"]):
     waiting.
     """
 
-    source: StatisticsSource | None = None
+    source: Source | None = None
 
     @classmethod
-    def put_into(cls, layer: SyncNorm, source: StatisticsSource) -> None:
+    def put_into(cls, layer: SyncNorm, source: Source) -> None:
         buffers = cls(layer._buffers)
         buffers.source = source
         layer.__dict__["_buffers"] = buffers
@@ -93,3 +95,30 @@ def mark(layer: SyncNorm, names: Iterable[str]) -> Marks:
 def written(marks: Marks) -> list[Tensor]:
     """The buffers that somebody has written since."""
     return [buffer for buffer, version in marks if buffer._version != version]
+
+
+class LoadedMark:
+    """Told by transformers' from_pretrained, at its end, that a layer is complete.
+
+    Its marks say what was loaded. What the checkpoint lacks is uninitialised memory. torch's own
+    buffers are its concern; those of a layer's mode are not known to it and begin as in a new
+    layer.
+    """
+
+    NAME = "_is_hf_initialized"
+
+    def __get__(self, layer: SyncNorm | None, owner: type | None = None) -> Any:
+        if layer is None or self.NAME not in layer.__dict__:
+            raise AttributeError(self.NAME)
+        return layer.__dict__[self.NAME]
+
+    def __delete__(self, layer: SyncNorm) -> None:
+        layer.__dict__.pop(self.NAME, None)
+
+    def __set__(self, layer: SyncNorm, value: bool) -> None:
+        layer.__dict__[self.NAME] = value
+        tensors = dict(layer.named_buffers(recurse=False))
+        own = layer.sync_mode.buffers(1, "meta")
+        are_marked = any(hasattr(tensor, self.NAME) for tensor in tensors.values())
+        if are_marked and own and not any(hasattr(tensors[name], self.NAME) for name in own):
+            layer.sync_mode.begin(layer)

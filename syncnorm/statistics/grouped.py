@@ -2,34 +2,49 @@
 
 The layers pool each statistic over a group of workers, or take it alone, perhaps several of one
 forward side by side ("ghost batches"). The running statistics are those of all samples of all
-workers: the layers leave the raw sums of their batches as `sync="running"` does, and they go out in
-one flat asynchronous message.
+workers: the layers leave the raw sums of their batches as with `sync="running"`, and they go out
+in one flat asynchronous message.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
 
 from syncnorm import ops
 from syncnorm.comm import groups
+from syncnorm.compiled import untraced
 from syncnorm.errors import InputError
-from syncnorm.module import Call, SyncNorm
+from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.running import PooledRunning
+from syncnorm.statistics.pool import Pool
+from syncnorm.statistics.source import Source
+from syncnorm.statistics.steps import Steps
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
 
 
-class StatisticGroups(PooledRunning):
-    """The layers of one model, told before each forward what their statistics are taken over; their
-    `statistics`.
+class StatisticGroups(Source):
+    """The layers of one model, told before each forward what their statistics are taken over.
 
     Args:
-        layers: the layers by name, in the same order on all workers, over the same process group.
+        layers: by name, in the same order on all workers, over the same process group.
     """
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
-        super().__init__(layers)
+        sync = next(iter(layers.values())).sync
+        self.pool = Pool(self, layers, sync)
+        self._steps = Steps(self.pool)
         self._over: groups.Group | None = None
         self._parts: list[int] = []
+
+    def attach(self, model: nn.Module) -> None:
+        """Have the forwards of `model` delimit the steps."""
+        self._steps.attach(model)
 
     def place(self, over: groups.Group | None, parts: Sequence[int]) -> None:
         """Say what the statistics of the next forwards are taken over.
@@ -42,22 +57,49 @@ class StatisticGroups(PooledRunning):
         self._over = over
         self._parts = list(parts)
 
-    def parts(self, count: int) -> list[int] | None:
+    @untraced
+    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        parts = self._rows(x.shape[0])
+        if parts is None:
+            return layer.train_forward(x, mask)
+        masks = [None] * len(parts) if mask is None else mask.split(parts)
+        ys = [layer.train_forward(x, mask) for x, mask in zip(x.split(parts), masks, strict=True)]
+        return torch.cat(ys)
+
+    def _rows(self, count: int) -> list[int] | None:
+        """Rows of each statistic in an input of `count`; None: there is one."""
         if len(self._parts) <= 1:
             return None
         times, rest = divmod(count, sum(self._parts)) if sum(self._parts) else (0, count)
         if rest:
             raise InputError(
                 f"`x` must hold a whole number of rows for each of {sum(self._parts)} samples "
-                "where a forward has "
-                f"several statistics, got {count} rows. Keep the samples in dimension 0."
+                f"where a forward has several statistics, got {count} rows. Keep the samples in "
+                "dimension 0."
             )
         return [times * part for part in self._parts]
 
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        self._leave(layer, local, call)
+    @property
+    def steps(self) -> Steps:
+        return self._steps
+
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        if local.observer is not None:
+            return ops.unexchanged_statistic(local, layer.label)
         return ops.pooled_statistic(local, self._over, layer.label)
 
-    def __getstate__(self) -> dict[str, object]:
+    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+        self.pool.gather(self._steps, layer, local)
+
+    def settle(self) -> None:
+        self.pool.settle()
+
+    def discard(self, layer: SyncNorm) -> None:
+        self.pool.discard(layer)
+
+    def release(self, layer: SyncNorm) -> None:
+        self.pool.release(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
         # A process group can be neither copied nor pickled, and a copy is placed anew.
-        return {**super().__getstate__(), "_over": None, "_parts": []}
+        return {**self.__dict__, "_over": None, "_parts": []}

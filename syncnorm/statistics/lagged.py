@@ -13,33 +13,79 @@ begins. Both are points of the program, the same on all workers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncnorm import ops
 from syncnorm.comm import exchange
 from syncnorm.compiled import untraced
 from syncnorm.errors import InputError
 from syncnorm.maths import lagged
+from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
-from syncnorm.module import Call, SyncNorm
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
-from syncnorm.statistics.buffers import Marks, mark, written
-from syncnorm.statistics.running import PooledRunning, device_of, zeros
+from syncnorm.statistics.buffers import written
+from syncnorm.statistics.flat import FlatMessage
+from syncnorm.statistics.pool import Pool
+from syncnorm.statistics.source import Mode, Source, Unattached
+from syncnorm.statistics.steps import Steps
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
 
 
-class Averages(NamedTuple):
-    """What a call of a layer saw of its averages; they move on before its backward pass if somebody
-    settles.
-    """
+class LaggedAverages(Mode):
+    """The mode; its options are those of `Lagged`."""
 
-    waits: bool
+    name: ClassVar[str] = "lagged"
+    normalizes_by_batch: ClassVar[bool] = False
+    allows_join: ClassVar[bool] = False
+
+    def __init__(self, options: Lagged | None = None) -> None:
+        self.options = options or Lagged()
+
+    @property
+    def argument(self) -> Lagged:
+        return self.options
+
+    def new_source(self) -> Source:
+        return Unattached()
+
+    def attach(self, layers: dict[str, SyncNorm], model: nn.Module) -> None:
+        PooledLagged(layers).steps.attach(model)
+
+    def buffers(self, num_features: int, device: torch.device | str | None) -> dict[str, Tensor]:
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        return {
+            "lagged_mean": torch.zeros(num_features, **wide),
+            "lagged_var": torch.ones(num_features, **wide),
+            "lagged_gradient": torch.zeros(2, num_features, **wide),
+            # How many values entered the averages: of moments, of gradient means.
+            "lagged_updates": torch.zeros(2, dtype=torch.int64, device=device),
+            "lagged_waits": torch.ones((), dtype=torch.bool, device=device),
+        }
+
+    def flat_sizes(self, channels: Sequence[int], workers: int) -> list[int]:
+        numbers = sum(2 * each + 1 for each in channels)
+        return [numbers + workers, numbers]
+
+
+class _Buffers(NamedTuple):
+    """The layer's own buffers, see `LaggedAverages.buffers`."""
+
     mean: Tensor
     var: Tensor
     gradient: Tensor
+    updates: Tensor
+    waits: Tensor
+
+    @classmethod
+    def of(cls, layer: SyncNorm) -> _Buffers:
+        return cls(*(layer.get_buffer(f"lagged_{name}") for name in cls._fields))
 
 
 @dataclass
@@ -58,38 +104,52 @@ class Backward:
 
 
 class LaggedMeans:
-    """The gradient means of one call: averages of earlier steps, or pooled now if the layer waits."""
+    """The gradient means of one call: averages of earlier steps, or pooled now if the layer waits.
+
+    Args:
+        source: the layers' source.
+        layer: the layer.
+        estimate: its average gradient means, shape (2, C).
+        pooled: what pools them now; None: nothing, the average is used.
+        count: values per channel on this worker, shape ().
+        backward: the backward pass that the call belongs to, and is counted in; None: none.
+    """
 
     def __init__(
         self,
-        owner: PooledLagged,
+        source: PooledLagged,
         layer: SyncNorm,
         estimate: Tensor,
         pooled: PooledMeans | None,
         count: Tensor,
+        backward: Backward | None,
     ) -> None:
-        self.owner = owner
+        self.source = source
         self.layer = layer
         self.estimate = estimate
         self.pooled = pooled
         self.count = count
-        self.backward = owner.expect()
+        self.backward = backward
         # Not id(self): a later call of the same step may be given the memory, and the id, of this
         # one.
-        self.number = self.backward.expected if self.backward is not None else 0
+        self.number = 0 if backward is None else backward.expected
 
     @property
     def is_local(self) -> bool:
         return False
 
     def __call__(self, local: Tensor) -> Tensor:
-        self.owner.leave_gradients(self.layer, local, self.count, self.backward)
+        self.source.add_gradients(self.layer, local, self.count, self.backward)
         means = self.estimate if self.pooled is None else self.pooled(local)
-        self.owner.note_arrival(self.backward, self.number)
+        self.source.note_arrival(self.backward, self.number)
         return means
 
     def of_second(self, local: Tensor) -> Tensor:
         raise _no_second(self.layer)
+
+    def again(self) -> LaggedMeans:
+        pooled = None if self.pooled is None else self.pooled.again()
+        return LaggedMeans(self.source, self.layer, self.estimate, pooled, self.count, None)
 
 
 class FixedMeans(NamedTuple):
@@ -108,205 +168,222 @@ class FixedMeans(NamedTuple):
     def of_second(self, local: Tensor) -> Tensor:
         raise _no_second(self.layer)
 
+    def again(self) -> FixedMeans:
+        return self
+
 
 def _no_second(layer: SyncNorm) -> InputError:
     return InputError(
         '`sync` must be "batch", "running" or "none" where a gradient is differentiated, got '
-        '"lagged" in layer '
-        f"{layer.label!r}. Its gradient is corrected by an average and is no derivative of its "
-        "output."
+        f'"lagged" in layer {layer.label!r}. Its gradient is corrected by an average and is no '
+        "derivative of its output."
     )
 
 
-class PooledLagged(PooledRunning):
-    """The layers of one model that share two messages a step; their `statistics`.
+class PooledLagged(Source):
+    """The layers of one model that share two messages a step.
 
-    The layers hold the averages in buffers, so that a resumed run is exact: `lagged_mean`,
-    `lagged_var` (C,), `lagged_gradient` (2, C), `lagged_waits` (), and how many values entered the
-    averages, `lagged_updates` (2,).
+    The layers hold the averages in buffers, so that a resumed run is exact.
+
+    Args:
+        layers: by name, in the same order on all workers, over the same process group.
     """
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
-        super().__init__(layers)
+        buffers = ("lagged_mean", "lagged_var", "lagged_waits")
+        self.pool = Pool(self, layers, LaggedAverages.name, buffers, self._follow_moments)
+        self._steps = Steps(self)
         self._backward = Backward()
         self._gradients: dict[str, Tensor] = {}
         self._late: dict[str, Tensor] = {}
-        """Of steps whose message has left: two forwards before a backward pass, or two passes over
-        one forward.
+        """Gradient sums of steps whose message has left: there were two forwards before a backward
+        pass, or two passes over one forward.
         """
-        self._sent_gradients: tuple[exchange.Pending, list[Marks]] | None = None
+        self._sent: FlatMessage | None = None
+        """The message of the backward pass, under way."""
         self._waits: dict[str, bool] | None = None
 
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        self._leave(layer, local, call)
-        if call.averages is None:
-            call.averages = self._averages(layer)
-        averages: Averages = call.averages
-        group, count, pooled = self.group, local.sums[-1], None
-        if averages.waits:
+    @property
+    def layers(self) -> Mapping[str, SyncNorm]:
+        return self.pool.layers
+
+    @property
+    def steps(self) -> Steps:
+        return self._steps
+
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        if local.observer is not None:
+            return ops.unexchanged_statistic(local, layer.label)
+        group, count, pooled = self.pool.group, local.sums[-1], None
+        buffers = _Buffers.of(layer)
+        # Copies: the averages move on before the backward pass if somebody settles.
+        estimate = buffers.gradient.to(torch.float64, copy=True)
+        if self._is_waiting(layer):
             batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(batch, group, layer.label)
         else:
             # An average has no count of its own; any above 1 says that its variance is one.
             several = torch.full_like(count, 2.0)
-            batch = Moments(several, averages.mean, averages.var * several)
-        if call.is_frozen:
-            means = pooled or FixedMeans(layer, averages.gradient)
+            mean, var = (t.to(torch.float64, copy=True) for t in (buffers.mean, buffers.var))
+            batch = Moments(several, mean, var * several)
+        if layer.freeze is not None:
+            means = pooled or FixedMeans(layer, estimate)
         else:
-            means = LaggedMeans(self, layer, averages.gradient, pooled, count)
-        return Statistic(batch, means, is_pooled=group is not None)
+            backward = None if local.is_repeated else self._expect()
+            means = LaggedMeans(self, layer, estimate, pooled, count, backward)
+        return Statistic(batch, means, is_pooled=group is not None, is_average=True)
 
-    def settle(self) -> None:
-        """Wait for what is under way and apply it. Starts no exchange."""
-        super().settle()
-        if self._sent_gradients is not None:
-            self._apply_sent_gradients()
+    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+        self.pool.gather(self._steps, layer, local)
 
     @untraced
-    def _apply_sent_gradients(self) -> None:
-        assert self._sent_gradients is not None
-        (pending, marks), self._sent_gradients = self._sent_gradients, None
-        message = pending.wait()
-        if pending.mixed is not None:
-            self._mixed = pending.mixed
-            return
-        with torch.no_grad():
-            parts = message.split(self._sizes())
-            for layer, part, marked in zip(self.layers.values(), parts, marks, strict=True):
-                part = part.to(device_of(layer))
-                if not written(marked):
-                    _follow_gradients(layer, part[:-1].view(2, -1), part[-1])
+    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        return layer.train_forward(x, mask)
 
-    def forget(self, layer: SyncNorm) -> None:
-        super().forget(layer)
-        for kept in (self._gradients, self._late):
-            kept.pop(self._name(layer), None)
+    def trains(self) -> bool:
+        """Whether a forward that begins now trains any layer."""
+        return self.pool.trains()
+
+    def begin(self) -> None:
+        """Start a step; drop what an unfinished one has left. Every worker must call."""
+        if self._backward.is_due:
+            self._send_gradients()
+        self.settle()
+        self.drop()
+        self.pool.begin()
+        # Somebody may have written them since.
         self._waits = None
 
+    def send(self) -> None:
+        """Send the moments, and the gradient means if they are complete. Every worker must call."""
+        self.settle()
+        self.pool.send()
+        self._backward.is_due = True
+        if self._backward.is_complete:
+            self._send_gradients()
+
     def drop(self) -> None:
-        super().drop()
+        """Forget what the step has gathered and not sent."""
+        self.pool.drop()
         # Of a step whose forward's message has left, the backward's follows in any case.
         if not self._backward.is_due:
             self._backward = Backward()
             self._gradients = {}
 
-    def start(self) -> None:
-        if self._backward.is_due:
-            self._launch_gradients()
-        super().start()
-        # Somebody may have written them since.
+    def settle(self) -> None:
+        self.pool.settle()
+        if self._sent is not None:
+            self._apply_gradients()
+
+    def discard(self, layer: SyncNorm) -> None:
+        self.settle()
+        self.pool.discard(layer)
+        for kept in (self._gradients, self._late):
+            kept.pop(self.pool.names[layer], None)
         self._waits = None
 
-    def launch(self) -> None:
-        super().launch()
-        self._backward.is_due = True
-        if self._backward.is_complete:
-            self._launch_gradients()
+    def release(self, layer: SyncNorm) -> None:
+        self.discard(layer)
+        self.pool.release(layer)
 
-    def expect(self) -> Backward | None:
-        """The step whose backward pass the present call belongs to; None if it is repeated or has
-        no gradient.
-        """
-        if ops.is_recomputing():
-            return None
+    def add_gradients(
+        self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None
+    ) -> None:
+        """Keep a backward pass's [sum g, sum g xhat], shape (2, C), and count for the message."""
+        is_late = backward is not None and backward is not self._backward
+        kept = self._late if is_late else self._gradients
+        name, new = self.pool.names[layer], torch.cat([local.flatten(), count.view(1)])
+        kept[name] = kept[name] + new if name in kept else new
+
+    def note_arrival(self, backward: Backward | None, number: int) -> None:
+        """Count a call that has been through its backward pass, perhaps not for the first time."""
+        if backward is not None:
+            backward.arrived.add(number)
+            if backward is self._backward and backward.is_complete:
+                self._send_gradients()
+
+    def _expect(self) -> Backward | None:
+        """The backward pass that the present call belongs to; None if it has no gradient."""
         if not torch.is_grad_enabled():
             self._backward.is_countable = False
             return None
         self._backward.expected += 1
         return self._backward
 
-    def leave_gradients(
-        self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None
-    ) -> None:
-        """Keep a backward pass's [sum g, sum g xhat] and count for the next message."""
-        is_late = backward is not None and backward is not self._backward
-        kept = self._late if is_late else self._gradients
-        name, new = self._name(layer), torch.cat([local.flatten(), count.view(1)])
-        kept[name] = kept[name] + new if name in kept else new
-
-    def note_arrival(self, backward: Backward | None, number: int) -> None:
-        """A call made in that step has been through its backward pass, perhaps not for the first
-        time.
-        """
-        if backward is not None:
-            backward.arrived.add(number)
-            if backward is self._backward and backward.is_complete:
-                self._launch_gradients()
-
-    def _launch_gradients(self) -> None:
-        device = device_of(next(iter(self.layers.values())))
-        parts = {
-            name: zeros(size, device) for name, size in zip(self.layers, self._sizes(), strict=True)
-        }
-        for kept in (self._late, self._gradients):
-            for name, sums in kept.items():
-                parts[name] += sums.to(device)
+    def _send_gradients(self) -> None:
+        parts = dict(self._late)
+        for name, sums in self._gradients.items():
+            parts[name] = parts[name].to(sums.device) + sums if name in parts else sums
         # Settled before another leaves: it is of an earlier step.
-        if self._sent_gradients is not None:
-            self._apply_sent_gradients()
-        message = torch.cat(list(parts.values()))
-        pending = exchange.start_sum(message, self.group, "all gradients", self._title)
-        self._sent_gradients = (
-            pending,
-            [mark(layer, ("lagged_gradient",)) for layer in self.layers.values()],
+        if self._sent is not None:
+            self._apply_gradients()
+        self._sent = FlatMessage(
+            self.layers, parts, None, self.pool.group, "all gradients", ["lagged_gradient"]
         )
         self._gradients, self._late = {}, {}
         self._backward = Backward()
 
-    def _apply(self, sums: list[Tensor], momenta: list[float | None]) -> None:
-        super()._apply(sums, momenta)
-        self._waits = None
-        for layer, each in zip(self.layers.values(), sums, strict=True):
-            _follow_moments(layer, of_sums(each))
-
-    def _averages(self, layer: SyncNorm) -> Averages:
-        wide = (
-            t.to(torch.float64, copy=True)
-            for t in (layer.lagged_mean, layer.lagged_var, layer.lagged_gradient)
-        )
-        return Averages(self._is_waiting(layer), *wide)
+    @untraced
+    def _apply_gradients(self) -> None:
+        assert self._sent is not None
+        message, self._sent = self._sent, None
+        with torch.no_grad():
+            parts, _ = message.wait()
+            if message.mixed is not None:
+                self.pool.mixed = message.mixed
+                return
+            for layer, sums, marks in zip(message.layers, parts, message.marks, strict=True):
+                if not written(marks):
+                    self._follow_gradients(layer, sums[:-1].view(2, -1), sums[-1])
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
-        """Read once a step for all layers: the one look at values that this mode needs, on CUDA
-        too.
+        """Whether the layer waits for pooling in this step.
+
+        Read once a step for all layers: the one look at values that this mode needs, on CUDA too.
         """
         if self._waits is None:
-            flags = torch.stack([each.lagged_waits for each in self.layers.values()]).tolist()
-            self._waits = dict(zip(self.layers, flags, strict=True))
-        return self._waits[self._name(layer)]
+            waits = [_Buffers.of(each).waits for each in self.layers.values()]
+            self._waits = dict(zip(self.layers, torch.stack(waits).tolist(), strict=True))
+        return self._waits[self.pool.names[layer]]
+
+    def _follow_moments(self, layer: SyncNorm, batch: Moments) -> None:
+        """Decide by the average that the last step used whether the next one waits.
+
+        Then the average follows. Moments that are not finite (an overflow somewhere) enter nothing;
+        the layer waits until there are others.
+        """
+        self._waits = None
+        own = _Buffers.of(layer)
+        is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
+        is_new, is_first = (batch.count > 0) & is_finite, own.updates[0] == 0
+        mean, var = own.mean.double(), own.var.double()
+        drift = lagged.drift(batch, mean, var, layer.eps)
+        has_drifted = (drift > _options(layer).max_drift) & ~is_first
+        own.waits.copy_(torch.where(is_new, has_drifted, own.waits | ~is_finite))
+        rate = _rate(own.updates[0], _options(layer).forward_rate)
+        own.mean.copy_(torch.where(is_new, mean + rate * (batch.mean - mean), mean))
+        own.var.copy_(torch.where(is_new, var + rate * (batch.var - var), var))
+        own.updates[0] += is_new
+
+    def _follow_gradients(self, layer: SyncNorm, sums: Tensor, count: Tensor) -> None:
+        """Move the average gradient means towards the pooled ones.
+
+        What is not finite (an overflow) enters nothing.
+        """
+        own = _Buffers.of(layer)
+        is_new = (count > 0) & sums.isfinite().all()
+        rate = _rate(own.updates[1], _options(layer).backward_rate)
+        gradient = own.gradient.double()
+        moved = gradient + rate * (sums * reciprocal(count) - gradient)
+        own.gradient.copy_(torch.where(is_new, moved, gradient))
+        own.updates[1] += is_new
 
 
-def _follow_moments(layer: SyncNorm, batch: Moments) -> None:
-    """Decide by the average that the last step used whether the next one waits, then let the
-    average follow.
-
-    Moments that are not finite (an overflow somewhere) enter nothing; the layer waits until there
-    are others.
-    """
-    is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
-    is_new, is_first = (batch.count > 0) & is_finite, layer.lagged_updates[0] == 0
-    mean, var = layer.lagged_mean.double(), layer.lagged_var.double()
-    has_drifted = (lagged.drift(batch, mean, var, layer.eps) > layer.lagged.max_drift) & ~is_first
-    layer.lagged_waits.copy_(torch.where(is_new, has_drifted, layer.lagged_waits | ~is_finite))
-    rate = _rate(layer, 0, layer.lagged.forward_rate)
-    layer.lagged_mean.copy_(torch.where(is_new, mean + rate * (batch.mean - mean), mean))
-    layer.lagged_var.copy_(torch.where(is_new, var + rate * (batch.var - var), var))
-    layer.lagged_updates[0] += is_new
+def _options(layer: SyncNorm) -> Lagged:
+    assert isinstance(layer.sync_mode, LaggedAverages)
+    return layer.sync_mode.options
 
 
-def _follow_gradients(layer: SyncNorm, sums: Tensor, count: Tensor) -> None:
-    """Move the average gradient means towards the pooled ones; what is not finite (an overflow)
-    enters nothing.
-    """
-    is_new = (count > 0) & sums.isfinite().all()
-    rate = _rate(layer, 1, layer.lagged.backward_rate)
-    gradient = layer.lagged_gradient.double()
-    moved = gradient + rate * (sums * reciprocal(count) - gradient)
-    layer.lagged_gradient.copy_(torch.where(is_new, moved, gradient))
-    layer.lagged_updates[1] += is_new
-
-
-def _rate(layer: SyncNorm, which: int, rate: float) -> Tensor:
-    """The first value is taken whole: there is nothing to average it with."""
-    updates = layer.lagged_updates[which]
+def _rate(updates: Tensor, rate: float) -> Tensor:
+    """The weight of the newest value; the first is taken whole, with nothing to average it with."""
     return torch.where(updates == 0, 1.0, torch.full_like(updates, rate, dtype=torch.float64))

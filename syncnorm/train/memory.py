@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError
-from syncnorm.module import Immediate, SyncNorm
+from syncnorm.module import SyncNorm
+from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, types_of
@@ -153,7 +154,7 @@ def _copy(model: nn.Module) -> nn.Module | None:
         return None
     for layer in trial.modules():
         if isinstance(layer, SyncNorm):
-            layer.sync, layer.statistics = "none", Immediate()
+            layer.use_mode(mode_of("none"))
     return trial
 
 

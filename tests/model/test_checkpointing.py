@@ -22,6 +22,7 @@ from syncnorm import (
     prepare_ddp,
     revert,
 )
+from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from tests.model.parts import uneven_batch
 
@@ -164,16 +165,104 @@ def test_checkpointing_with_batches_that_come_again(pool, make, batches):
         assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_checkpointing_more_calls_than_are_remembered_is_an_error():
+def _messages(reentrant: bool, make: str) -> list[str]:
+    """The kinds of exchanges of a checkpointed step."""
+    layer = {"norm": SyncBatchNorm, "renorm": SyncBatchRenorm}[make](4)
+    with exchange.record() as exchanges:
+        x = torch.randn(3, 4).requires_grad_()
+        y = checkpoint(layer, x, use_reentrant=reentrant)
+        assert isinstance(y, Tensor)
+        y.square().sum().backward()
+    return [each.kind for each in exchanges]
+
+
+@pytest.mark.parametrize("make", ["norm", "renorm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_repetition_exchanges_nothing(pool, reentrant, make):
+    assert pool(2).run(_messages, reentrant, make) == [["moments", "gradients"]] * 2
+
+
+def _many_pending(calls: int, reentrant: bool | None, make: str) -> list[Tensor]:
+    """Gradients where many forwards await one backward pass; rank 1 has no samples in any."""
+    torch.manual_seed(0)
+    layer = {"norm": SyncBatchNorm, "renorm": SyncBatchRenorm}[make](4, dtype=torch.float64)
+    empty = torch.empty(0, 4, 5).double()
+    ys = []
+    for i in range(calls):
+        x = (empty if dist.get_rank() else uneven_batch(3, i)).requires_grad_()
+        ys.append(layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant))
+    loss = torch.cat(ys).sin().sum()
+    loss.backward()
+    return [layer.weight.grad, layer.bias.grad, *layer.buffers()]
+
+
+@pytest.mark.parametrize(
+    ("reentrant", "make"), [(False, "norm"), (False, "renorm"), (True, "norm")]
+)
+def test_more_calls_than_are_kept_await_the_backward_pass(pool, reentrant, make):
+    plain = pool(2).run(_many_pending, 70, None, make)
+    for got, expected in zip(pool(2).run(_many_pending, 70, reentrant, make), plain, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_more_calls_than_are_kept_are_an_error_where_more_than_the_batch_counts():
     layer = SyncBatchRenorm(4, dtype=torch.float64)
     ys = [
-        checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=False)
+        checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=True)
         for i in range(70)
     ]
     with pytest.raises(
         InputError, match="must repeat one of the last 64 training forwards of a layer"
     ):
         torch.stack(ys).square().mean().backward()
+
+
+def test_what_is_kept_goes_with_the_graph():
+    """A layer that is used under hooks for saved tensors, and never repeated, keeps nothing."""
+    layer = SyncBatchNorm(4)
+    with torch.autograd.graph.save_on_cpu():
+        y = layer(torch.randn(3, 4).requires_grad_())
+    assert len(layer._repetitions) == 1
+    del y
+    assert len(layer._repetitions) == 0
+
+
+def _only_on(ranks: list[int], reentrant: bool) -> list[Tensor]:
+    """Gradients where some workers checkpoint, and the others do not."""
+    layer = SyncBatchRenorm(4, schedule=RenormSchedule.constant(1.5, 0.5), dtype=torch.float64)
+    for step in range(2):
+        x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
+        is_repeated = dist.get_rank() in ranks
+        y = checkpoint(layer, x, use_reentrant=reentrant) if is_repeated else layer(x)
+        assert isinstance(y, Tensor)
+        y.sin().sum().backward()
+    assert x.grad is not None
+    return [x.grad, layer.weight.grad, *layer.buffers()]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_workers_may_differ_in_what_they_checkpoint(pool, reentrant):
+    plain = pool(2).run(_only_on, [], reentrant)
+    for got, expected in zip(pool(2).run(_only_on, [1], reentrant), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _without_a_graph(is_checkpointed: bool) -> Tensor:
+    """The gradient of what follows a layer whose own output needs none."""
+    torch.manual_seed(0)
+    layer = SyncBatchRenorm(4, affine=False, schedule=RenormSchedule.constant(1.5, 0.5))
+    model = nn.Sequential(layer.double(), nn.Linear(5, 2).double())
+    for step in range(2):
+        x = uneven_batch(4, step)
+        y = checkpoint(model, x, use_reentrant=False) if is_checkpointed else model(x)
+        model.zero_grad()
+        y.sin().sum().backward()
+    return model[1].weight.grad
+
+
+def test_checkpointing_a_layer_whose_output_needs_no_gradient():
+    assert torch.equal(_without_a_graph(True), _without_a_graph(False))
 
 
 def _one_that_is_no_number(steps: int) -> list[float]:

@@ -10,8 +10,10 @@ from torch import Tensor
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional, ops
 from syncnorm.maths import moments
 from syncnorm.maths.moments import Moments
-from syncnorm.module import Call, Immediate, SyncNorm
+from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.statistics import batch
+from syncnorm.statistics.batch import Pooled
 
 
 class Raises(SyncBatchNorm):
@@ -34,9 +36,9 @@ class LocalGradient(SyncBatchNorm):
         self.statistics = _LocalGradient()
 
 
-class _LocalGradient(Immediate):
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        statistic = super().take(layer, local, call)
+class _LocalGradient(Pooled):
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        statistic = super().statistic(layer, local)
         return statistic._replace(gradient_means=PooledMeans(moments.of_sums(local.sums), None))
 
 
@@ -48,8 +50,8 @@ class RankZero(SyncBatchNorm):
         self.statistics = _RankZero()
 
 
-class _RankZero(Immediate):
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
+class _RankZero(Pooled):
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         dist.broadcast(local.sums, 0)
         return ops.pooled_statistic(local, None, layer.label)
 
@@ -74,12 +76,12 @@ class FloatWire(SyncBatchNorm):
         self.statistics = _NarrowWire(torch.float32)
 
 
-class _NarrowWire(Immediate):
+class _NarrowWire(Pooled):
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
 
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        return super().take(layer, local._replace(sums=local.sums.to(self.dtype).double()), call)
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        return super().statistic(layer, local._replace(sums=local.sums.to(self.dtype).double()))
 
 
 class Noisy(SyncBatchNorm):
@@ -238,7 +240,7 @@ class GatedExchange(SyncBatchNorm):
     """Exchanges in the backward pass only where its own input needs a gradient."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.statistics = Immediate() if x.requires_grad else _LocalGradient()
+        self.statistics = Pooled() if x.requires_grad else _LocalGradient()
         return super().forward(x, mask)
 
 
@@ -291,16 +293,16 @@ class RemembersOneForward(SyncBatchNorm):
 class CountsRepetitions(SyncBatchNorm):
     """Updates its statistics again where activation checkpointing repeats a forward."""
 
-    def _train(self, x: Tensor, weights: Tensor | None) -> Tensor:
+    def train_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         if ops.is_recomputing():
             with torch.no_grad():
-                self.update_running(self.seen[1], self.momentum)
-        return super()._train(x, weights)
+                self.update_running(self.seen.batch, self.momentum)
+        return super().train_forward(x, mask)
 
 
 class LocalWithoutGrad(SyncBatchNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.sync = "batch" if torch.is_grad_enabled() else "none"
+        self.statistics = Pooled() if torch.is_grad_enabled() else batch.Local()
         return super().forward(x, mask)
 
 
@@ -312,9 +314,9 @@ class LocalSecond(SyncBatchNorm):
         self.statistics = _LocalSecond()
 
 
-class _LocalSecond(Immediate):
-    def take(self, layer: SyncNorm, local: LocalSums, call: Call) -> Statistic:
-        statistic = super().take(layer, local, call)
+class _LocalSecond(Pooled):
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        statistic = super().statistic(layer, local)
         means = statistic.gradient_means
         assert isinstance(means, PooledMeans)
         return statistic._replace(
@@ -335,8 +337,8 @@ class SevenfoldByInput(SyncBatchNorm):
 
 
 class SevenfoldByWeight(SyncBatchNorm):
-    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
-        return _sevenfold_second(self.weight), self.bias
+    def train_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        return _train_with(self, x, mask, _sevenfold_second(self.weight), self.bias)
 
 
 class SevenfoldByGradient(SyncBatchNorm):
@@ -349,10 +351,19 @@ class SevenfoldByGradient(SyncBatchNorm):
 class DetachesBiasGradient(SyncBatchNorm):
     """As if the gradient of bias did not depend on that of the output."""
 
-    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    def train_forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         bias = self.bias.view_as(self.bias)
         bias.register_hook(torch.detach)
-        return self.weight, bias
+        return _train_with(self, x, mask, self.weight, bias)
+
+
+def _train_with(
+    layer: SyncNorm, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """The layer's training forward with another weight and bias."""
+    follow = layer._follow
+    y, _, _ = ops.train_forward(x, mask, weight, bias, layer.eps, layer._statistic_of, follow)
+    return y
 
 
 def _sevenfold_second(t: Tensor) -> Tensor:
@@ -384,7 +395,7 @@ class LocalCompiled(SyncBatchNorm):
     """Pools nothing where it is compiled."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.sync = "none" if torch.compiler.is_compiling() else "batch"
+        self.statistics = batch.Local() if torch.compiler.is_compiling() else Pooled()
         return super().forward(x, mask)
 
 
@@ -550,15 +561,16 @@ class VaryingCorrection(SyncBatchRenorm):
 class NewStatistics(SyncBatchRenorm):
     """r and d refer to the running statistics that contain the batch."""
 
-    def _affine(self, statistic: Statistic, call: Call) -> tuple[Tensor | None, Tensor | None]:
+    @torch.no_grad()
+    def new_statistic(self, local: LocalSums) -> Statistic:
+        statistic = self._ask_source(local)
         mean, var = self.running_mean.clone(), self.running_var.clone()
-        with torch.no_grad():
-            self._update_running_var(statistic.batch, self.momentum)
-            moments.update_running_mean_(self.running_mean, statistic.batch, self.momentum)
-        call.before = (self.running_mean.clone(), self.running_var.clone(), *self.bounds())
+        self._update_running_var(statistic.batch, self.momentum)
+        moments.update_running_mean_(self.running_mean, statistic.batch, self.momentum)
+        after = (self.running_mean.clone(), self.running_var.clone(), *self.bounds())
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
-        return super()._affine(statistic, call)
+        return functional.correct(statistic, local, self.eps, after)
 
 
 class AveragesTheOther(SyncBatchRenorm):

@@ -20,11 +20,9 @@ from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.model.convert.adapters import over, own_class, set_class, their_class
 from syncnorm.module import HALF_TYPES, SyncNorm
-from syncnorm.statistics.averages import AVERAGES
-from syncnorm.statistics.running import PooledRunning
 
 # Of torch's attributes those that we may set to something else.
-_SHARED = ("momentum", "eps", "workers", "sync", "lagged")
+_SHARED = ("momentum", "eps", "workers", "sync_mode")
 
 
 @dataclass(frozen=True)
@@ -196,16 +194,15 @@ def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
 
 def _settings_of(layer: SyncNorm, names: list[str]) -> dict[str, Any]:
     settings = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
-    return settings | ({"sync": layer.lagged} if layer.sync == "lagged" else {})
+    return settings | {"sync": layer.sync_mode.argument}
 
 
 def _let_go(layer: SyncNorm) -> None:
     """The running statistics are up to date, nobody else acts for the layer, and nothing of ours is
     in its state.
     """
-    if isinstance(layer.statistics, PooledRunning):
-        layer.statistics.release(layer)
-    for name in AVERAGES:
+    layer.statistics.release(layer)
+    for name in layer.sync_mode.buffers(1, "meta"):
         layer._buffers.pop(name, None)
 
 

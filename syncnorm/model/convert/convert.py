@@ -21,7 +21,7 @@ from syncnorm.model.convert.others import home_made, is_home_made, stays_local
 from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
 from syncnorm.model.ddp import let_broadcast
 from syncnorm.module import SyncNorm
-from syncnorm.statistics.running import PooledRunning
+from syncnorm.statistics.steps import remove_deserted
 
 Select = str | Callable[[str, nn.Module], bool]
 
@@ -108,7 +108,7 @@ def convert(
     _refuse(faults, "converted")
     for layer, names in layers.items():
         become(layer, names[0], request)
-    _forget_pools(module)
+    remove_deserted(module)
     if not callable(select):  # which is asked about batch norms of torch's only
         chosen = _select(_named(module), select, may_be_none=True)
         said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
@@ -202,7 +202,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     }
     for layer in layers:
         go_back(layer, to)
-    _forget_pools(module)
+    remove_deserted(module)
     let_broadcast(module, ignored)
     return module
 
@@ -319,14 +319,3 @@ def _first(names: list[str]) -> str:
     if len(names) > 1:
         return f"{names[0]!r} (and {len(names) - 1} more) "
     return f"{names[0]!r} " if names[0] else "itself, which "
-
-
-def _forget_pools(module: nn.Module) -> None:
-    """Remove the hooks of pools that every layer has left."""
-    for m in module.modules():
-        for hooks in (m._forward_pre_hooks, m._forward_hooks):
-            for key, hook in list(hooks.items()):
-                pool = getattr(hook, "__self__", None)
-                if isinstance(pool, PooledRunning) and not pool.layers:
-                    del hooks[key]
-                    m._forward_hooks_always_called.pop(key, None)

@@ -16,10 +16,8 @@ from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.adapters import Over, adapter_of, has_torchs_forward, over, own_class
 from syncnorm.model.convert.class_swap import LazySyncNorm, Request, origin_of
-from syncnorm.module import Immediate, SyncNorm
-from syncnorm.statistics import averages
-from syncnorm.statistics.averages import AVERAGES
-from syncnorm.statistics.running import PooledRunning
+from syncnorm.module import MODE_BUFFERS, SyncNorm
+from syncnorm.statistics.buffers import LoadedMark
 
 _SHARDED = "is sharded by FSDP; convert before fully_shard or FullyShardedDataParallel"
 _FSDP = ("torch.distributed.fsdp", "torch.distributed._composable")
@@ -57,9 +55,7 @@ def _class_to_be(layer: _BatchNorm) -> type[Any]:
 
 
 def _busy(layer: SyncNorm) -> str | None:
-    source = layer.statistics
-    is_held = isinstance(source, PooledRunning) and source.is_held
-    if is_held or not isinstance(source, Immediate | PooledRunning):
+    if layer.statistics.is_busy:
         return "is used by accumulate or recalibrate; wait for the end of its block"
     return (
         None
@@ -105,9 +101,9 @@ def _unfit(layer: _BatchNorm, request: Request) -> str | None:
 def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
     """Attributes and methods of ours that the layer has already, as something else."""
     built: nn.Module = request.to(1)  # pyright: ignore[reportCallIssue]
-    ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | {*AVERAGES}
+    ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | MODE_BUFFERS
     # The last is a mark that transformers leaves in every module.
-    ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1)), averages.Loaded.NAME}
+    ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1)), LoadedMark.NAME}
     theirs = (
         vars(layer).keys()
         | layer._parameters.keys()

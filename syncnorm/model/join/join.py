@@ -24,7 +24,7 @@ from syncnorm.errors import ExchangeError, FaultError, InputError
 from syncnorm.model.join.ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.join.handover import Handover, Stateful, check
 from syncnorm.module import SyncNorm
-from syncnorm.statistics.running import device_of
+from syncnorm.statistics.flat import device_of
 
 _NEXT, _SUM, _GATHER, _REDUCE = 1, 2, 3, 4
 _CODES = {"sum": _SUM, "gather": _GATHER}
@@ -94,7 +94,7 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
         ...     y = layer(torch.randn(8, 3))
     """
     is_ddp = isinstance(model, DistributedDataParallel)
-    layers = [m for m in model.modules() if isinstance(m, SyncNorm) and m.sync != "none"]
+    layers = [m for m in model.modules() if isinstance(m, SyncNorm) and m.sync_mode.is_pooled]
     group = groups.statistics_group(model.process_group if is_ddp else None)
     _check(layers, group)
     check(stateful)
@@ -112,10 +112,10 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
 
 def _check(layers: list[SyncNorm], group: groups.Group | None) -> None:
     for layer in layers:
-        if layer.sync == "lagged":
+        if not layer.sync_mode.allows_join:
             raise InputError(
                 '`sync` must be "batch", "running" or "none" where workers may run out of data, '
-                'got "lagged" in '
+                f'got "{layer.sync}" in '
                 f"{layer.label!r}. Give the workers equally many batches, empty ones if need be."
             )
         if groups.statistics_group(layer.workers) is not group:

@@ -1,0 +1,69 @@
+"""Several forwards, one update of the running statistics: the source that layers have meanwhile."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from syncnorm.compiled import untraced
+from syncnorm.maths.moments import Moments, merge
+from syncnorm.ops import LocalSums, Statistic
+from syncnorm.statistics.source import Source
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
+
+
+class Accumulating(Source):
+    """A layer's own source, except that what it records is merged and kept.
+
+    Args:
+        source: the layer's own.
+    """
+
+    is_lent = True
+
+    @property
+    def is_accumulating(self) -> bool:
+        return True
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.total: Moments | None = None
+
+    @untraced
+    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.source.forward(layer, x, mask)
+
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        return self.source.statistic(layer, local)
+
+    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+        if local.observer is None:
+            self.total = batch if self.total is None else merge(self.total, batch)
+
+    def settle(self) -> None:
+        self.source.settle()
+
+    def discard(self, layer: SyncNorm) -> None:
+        self.total = None
+        self.source.discard(layer)
+
+    def apply(self, layer: SyncNorm) -> None:
+        """Have the running statistics follow all that was recorded."""
+        if self.total is not None:
+            layer.update_running(self.total, layer.momentum)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        # A copy made within the block is not part of it.
+        return copy.deepcopy(self.source, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Nor is what is loaded from a pickle.
+        return _itself, (self.source,)
+
+
+def _itself(source: Source) -> Source:
+    return source

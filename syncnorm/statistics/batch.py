@@ -1,0 +1,51 @@
+"""`sync="batch"`: the statistics of the batch over all workers. `sync="none"`: this worker's alone.
+
+A batch is normalised by its own moments, and the running statistics follow at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from syncnorm import ops
+from syncnorm.ops import LocalSums, Statistic
+from syncnorm.statistics.source import Mode, Source
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
+
+
+class Pooled(Source):
+    """The moments of the batch over the layer's process group, by one exchange.
+
+    *Collectives*: one all-reduce of 2C+1 float64 numbers, and one of 2C in the backward pass.
+    """
+
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        return ops.statistic_over(local, layer.workers, layer.label, is_averaged=layer.is_prepared)
+
+
+class Local(Source):
+    """The moments of this worker's batch. *Collectives*: none."""
+
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        return ops.local_statistic(local, layer.label)
+
+
+class Batch(Mode):
+    name: ClassVar[str] = "batch"
+
+    def new_source(self) -> Source:
+        return Pooled()
+
+    def own_sizes(self, channels: int, calls: int) -> list[int]:
+        return [2 * channels + 1, 2 * channels] * calls
+
+
+class Alone(Mode):
+    name: ClassVar[str] = "none"
+    is_pooled: ClassVar[bool] = False
+    normalizes_pooled: ClassVar[bool] = False
+
+    def new_source(self) -> Source:
+        return Local()

@@ -1,0 +1,95 @@
+"""One asynchronous message for all layers of a model: packed, sent, waited for, split."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncnorm.comm import exchange, groups
+from syncnorm.comm.inflight import Flight
+from syncnorm.statistics.buffers import Marks, mark
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
+
+
+class Arrived(NamedTuple):
+    """The sums over all workers."""
+
+    parts: list[Tensor]
+    """One for each layer, where its sums are."""
+    rest: Tensor
+    """What was sent besides."""
+
+
+class FlatMessage:
+    """A sum over the workers of one part for each layer, on its way.
+
+    *Collectives*: one all-reduce, which nobody waits for until `wait`. Every worker must start it.
+
+    Args:
+        layers: by name, in the same order on all workers.
+        parts: float64 by name, of 2C+1 numbers each; zeros stand for those that are missing.
+        rest: float64, what travels besides; None: nothing.
+        group: the workers.
+        kind: what it carries, for errors and the tally.
+        written: buffers that the arrival will write. `marks` tells whether somebody else wrote
+            them meanwhile.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, SyncNorm],
+        parts: Mapping[str, Tensor],
+        rest: Tensor | None,
+        group: groups.Group | None,
+        kind: str,
+        written: Iterable[str],
+    ) -> None:
+        self.layers = list(layers.values())
+        self.marks: list[Marks] = [mark(layer, written) for layer in self.layers]
+        device = device_of(self.layers[0])
+        packed = [
+            parts[name].to(device) if name in parts else zeros(size, device)
+            for name, size in zip(layers, sizes(self.layers), strict=True)
+        ]
+        packed += [] if rest is None else [rest]
+        self._pending = exchange.start_sum(torch.cat(packed), group, kind, title(list(layers)))
+
+    @property
+    def mixed(self) -> Flight | None:
+        """Set by `wait` where some workers sent something else: raised when all are there again."""
+        return self._pending.mixed
+
+    def wait(self) -> Arrived:
+        """Wait for the sums. Starts no exchange."""
+        message = self._pending.wait()
+        count = sizes(self.layers)
+        *parts, rest = message.split([*count, message.numel() - sum(count)])
+        return Arrived(
+            [p.to(device_of(layer)) for layer, p in zip(self.layers, parts, strict=True)], rest
+        )
+
+
+def sizes(layers: Iterable[SyncNorm]) -> list[int]:
+    """2C+1 for each layer."""
+    return [2 * layer.num_features + 1 for layer in layers]
+
+
+def title(names: Sequence[str]) -> str:
+    """The name of all layers together, in errors."""
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def device_of(layer: SyncNorm) -> torch.device:
+    """Where the layer's sums are. Waits for nothing."""
+    tensors = (*dict.values(layer._buffers), *layer._parameters.values())
+    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+
+
+def zeros(size: int, device: torch.device) -> Tensor:
+    """`size` zeros in float64."""
+    return torch.zeros(size, dtype=torch.float64, device=device)

@@ -1,0 +1,261 @@
+"""The running statistics of all layers of a model, pooled in one message a step.
+
+During a training forward the layers leave the raw sums of their batches here. When it ends, the
+sums of all layers go out in one flat asynchronous message, which travels while the backward pass
+runs. It is waited for and applied at one point: before the next training forward begins, or earlier
+if somebody needs the running statistics (evaluation, `state_dict`, a copy, whoever reads or writes
+a buffer). Applying never starts an exchange, so one worker may evaluate or save alone.
+
+Hence nobody who reaches for a buffer through its layer sees that the update is made late. A buffer
+that somebody holds since before the forward lacks it; if it is written before the update is
+applied, what was written stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncnorm import observed
+from syncnorm.comm import debug, exchange, groups
+from syncnorm.comm.inflight import Flight
+from syncnorm.compiled import untraced
+from syncnorm.errors import FaultError, InputError
+from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.ops import LateShard, LocalSums, Shard
+from syncnorm.statistics.buffers import CurrentBuffers, written
+from syncnorm.statistics.flat import FlatMessage, device_of, zeros
+from syncnorm.statistics.source import Source, Unattached
+from syncnorm.statistics.steps import Steps
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
+
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+@dataclass
+class Gathered:
+    """What the layers have left since a step began, by name."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    faults: dict[str, Tensor] = field(default_factory=dict)
+    """Whether a mask held something that is no weight."""
+    shard: LateShard | None = None
+    """Of the first layer that was called."""
+
+    def add(self, name: str, local: LocalSums) -> None:
+        """Add a call's sums to its layer's: one that is used twice makes one merged update."""
+        self.sums[name] = self.sums[name] + local.sums if name in self.sums else local.sums
+        if local.has_fault is not None:
+            self.faults[name] = self.faults.get(name, local.has_fault) | local.has_fault
+
+
+class Sent(NamedTuple):
+    """A message on its way, with what it takes to apply it: that may have changed by then."""
+
+    message: FlatMessage
+    momenta: list[float | None]
+    members: list[int]
+    shard: LateShard | None
+
+
+class Pool:
+    """The layers of one model that pool their running statistics together; made by their source.
+
+    Its steps are delimited by `syncnorm.statistics.steps`.
+
+    Args:
+        source: the source that the layers are given.
+        layers: by name, in the same order on all workers, over the same process group.
+        sync: the mode, for errors.
+        buffers: written by `follow` besides the running statistics.
+        follow: told each layer's moments over all workers after its running statistics have
+            followed them.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        layers: dict[str, SyncNorm],
+        sync: str,
+        buffers: tuple[str, ...] = (),
+        follow: Callable[[SyncNorm, Moments], None] | None = None,
+    ) -> None:
+        self.layers = layers
+        self.source = source
+        self.names = {layer: name for name, layer in layers.items()}
+        self._sync = sync
+        self._buffers = (*_BUFFERS, *buffers)
+        self._follow = follow
+        self._gathered = Gathered()
+        self._sent: Sent | None = None
+        self._fault: str | None = None
+        self.mixed: Flight | None = None
+        """An exchange in which some workers sent something else, raised when all are there again."""
+        for layer in layers.values():
+            layer.statistics = source
+            CurrentBuffers.put_into(layer, source)
+
+    @property
+    def group(self) -> groups.Group | None:
+        """Looked up anew, so that a copy or a pickle holds no process group."""
+        return groups.statistics_group(next(iter(self.layers.values())).workers)
+
+    def trains(self) -> bool:
+        """Whether a forward of the model trains some layer that has the source.
+
+        The layers are asked, not the model: a wrapper's own flag says nothing. A layer that has
+        been lent another source does not count, nor does a frozen one, nor one without numbers.
+        """
+        layers = self.layers.values()
+        return any(
+            each.training and each.statistics is self.source and each.freeze is None
+            for each in layers
+        ) and not observed.is_fake(next(iter(layers)))
+
+    def gather(self, steps: Steps, layer: SyncNorm, local: LocalSums) -> None:
+        """Keep the sums of a call for the step's message."""
+        if local.observer is not None:
+            return
+        if not steps.is_open:
+            raise InputError(
+                f"`sync={self._sync!r}` must be used through the model that was given to "
+                f"prepare_ddp, got a direct call of layer {self.names[layer]!r}. Call the model "
+                "itself, or prepare the part that is called."
+            )
+        self._gathered.add(self.names[layer], local)
+
+    def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
+        """What notices uneven shards, at one layer of a step; None at the others."""
+        is_looked_at = not Shard.has_warned and local.sums.device.type == "cpu"
+        if self._gathered.shard is None and is_looked_at and local.is_repeated is False:
+            self._gathered.shard = LateShard(local.sums[-1], self.names[layer])
+            return self._gathered.shard
+        return None
+
+    def begin(self) -> None:
+        """Start a step; drop what an unfinished one has left. Every worker must call.
+
+        Raises:
+            FaultError: some worker's data was at fault, known to all since its message arrived.
+            ExchangeError: some worker sent something else than the others, likewise.
+        """
+        self.settle()
+        self.drop()
+        if self.mixed is not None and self.group is not None:
+            mixed, self.mixed = self.mixed, None
+            exchange.raise_mixed(mixed, self.group)
+        if self._fault is not None:
+            fault, self._fault = self._fault, None
+            raise FaultError(fault)
+
+    def drop(self) -> None:
+        """Forget what a step has gathered and not sent."""
+        self._gathered = Gathered()
+
+    def send(self) -> None:
+        """Send what was gathered, for all layers, on its way. Every worker must call."""
+        self.settle()
+        gathered, self._gathered = self._gathered, Gathered()
+        group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
+        members = groups.ranks(group)
+        faults = self._faults(gathered, members)
+        message = FlatMessage(
+            self.layers, gathered.sums, faults, group, "all moments", self._buffers
+        )
+        self._sent = Sent(message, momenta, members, gathered.shard)
+
+    def settle(self) -> None:
+        """Wait for what is under way and apply it. Starts no exchange, and raises nothing."""
+        if self._sent is not None:
+            self._apply()
+
+    @untraced
+    def _apply(self) -> None:
+        assert self._sent is not None
+        (message, momenta, members, shard), self._sent = self._sent, None
+        with torch.no_grad():
+            parts, faults = message.wait()
+            if message.mixed is not None:
+                self.mixed = message.mixed
+                return
+            kept = [(b, b.clone()) for marks in message.marks for b in written(marks)]
+            if faults.device.type == "cpu" or debug.is_debug():
+                self._fault = self._describe(faults, members)
+            else:
+                # Nobody looks: a count of NaN keeps the statistics still.
+                parts = [torch.where(faults.any(), torch.nan, part) for part in parts]
+            if self._fault is not None:
+                return
+            for layer, sums, momentum in zip(message.layers, parts, momenta, strict=True):
+                batch = of_sums(sums)
+                layer.update_running(batch, momentum)
+                if self._follow is not None:
+                    self._follow(layer, batch)
+            for buffer, value in kept:
+                buffer.copy_(value)
+            if shard is not None and shard.is_due and not Shard.has_warned:
+                counts = dict(zip(self.layers, parts, strict=True))
+                shard.compare(counts[shard.name][-1].item(), members, shard.name)
+
+    def discard(self, layer: SyncNorm) -> None:
+        """Drop what is gathered for a layer whose state is about to be replaced.
+
+        The others get what is under way. A fault stays: this worker may be alone in replacing its
+        state, and all are to raise.
+        """
+        self.settle()
+        self._gathered.sums.pop(self.names[layer], None)
+
+    def release(self, layer: SyncNorm) -> None:
+        """Let a layer go, up to date. On every worker alike."""
+        self.discard(layer)
+        layer.statistics = Unattached()
+        del self.layers[self.names.pop(layer)]
+        layer.__dict__["_buffers"] = dict(layer._buffers)
+
+    def _faults(self, gathered: Gathered, members: list[int]) -> Tensor:
+        """One number for each worker: at which layer its data was at fault, 0 for none.
+
+        Layers count from 1; below 0 it is the input (debug mode), above 0 the mask.
+        """
+        device = device_of(next(iter(self.layers.values())))
+        faults = zeros(len(members), device)
+        numbers = {name: number for number, name in enumerate(self.layers, start=1)}
+        for name, sums in gathered.sums.items():  # in the order of the calls: the first is named
+            number, mine = numbers[name], faults[members.index(groups.rank())]
+            if name in gathered.faults:
+                is_faulty = gathered.faults[name].to(device)
+                mine.copy_(torch.where((mine == 0) & is_faulty, float(number), mine))
+            if debug.is_debug():
+                is_finite = sums.to(device).isfinite().all()
+                mine.copy_(torch.where((mine == 0) & ~is_finite, -number, mine))
+        return faults
+
+    def _describe(self, faults: Tensor, members: list[int]) -> str | None:
+        """The error of the last forward, if any."""
+        if not faults.any():
+            return None
+        names = list(self.layers)
+        found = zip(members, faults.tolist(), strict=True)
+        where = [f"rank {rank} in layer {names[int(abs(n)) - 1]!r}" for rank, n in found if n]
+        if (faults > 0).any():
+            what = "`mask` must hold finite weights >= 0, got others on"
+            remedy = "They counted as 0. Give weight 0 to elements that should not count."
+        else:
+            what = "`x` must be finite (debug mode), got NaN or infinity on"
+            remedy = "Look at what comes before that layer, on those ranks."
+        return (
+            f"{what} {', '.join(where)}, in the last training forward. {remedy} No running "
+            "statistics were updated."
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nothing is under way in a copy.
+        self.settle()
+        return {**self.__dict__, "mixed": None}

@@ -1,0 +1,188 @@
+"""The two protocols of this folder: a mode, what a layer's `sync` means, and a source, which acts
+for layers while they train.
+
+A layer's training forward asks its source for the statistic that normalises a batch, and hands it
+what the running statistics should follow:
+
+    local = ops.local_sums(x, mask)
+    statistic = source.statistic(layer, local)         # here workers exchange, or do not
+    y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
+    source.record(layer, local, statistic.batch)       # here running statistics follow, or will
+
+A mode is a fact about a layer; it is one of `syncnorm.statistics.MODES` and alone knows its name,
+its buffers and what it sends. A source is what a layer of that mode is given, and may be lent
+another one for a while (within `accumulate`, by `recalibrate`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm import ops
+from syncnorm.comm import groups
+from syncnorm.compiled import untraced
+from syncnorm.errors import InputError
+from syncnorm.maths.moments import Moments
+from syncnorm.ops import LocalSums, Statistic
+from syncnorm.statistics.steps import Steps
+
+if TYPE_CHECKING:
+    from syncnorm.module import SyncNorm
+
+
+class Source(ABC):
+    """Where a layer's training statistics come from, and where its batches' sums go."""
+
+    is_attached: ClassVar[bool] = True
+    """False until `prepare_ddp` has introduced layers that act together to each other."""
+    is_lent: ClassVar[bool] = False
+    """Whether a layer has this source for the length of a block."""
+
+    @property
+    def steps(self) -> Steps | None:
+        """The steps of the model, where layers act together; None where each acts alone."""
+        return None
+
+    @property
+    def is_accumulating(self) -> bool:
+        """Whether several forwards are to make one update now."""
+        return self.steps is not None and self.steps.is_held
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a block is under way, at whose end the layer must be as it is."""
+        return self.is_lent or self.is_accumulating
+
+    @abstractmethod
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        """What this batch is normalised by. Nothing may be kept of it if the layer is frozen."""
+
+    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+        """Have the running statistics follow the batch.
+
+        Called after each forward that is not frozen and no repetition.
+        """
+        layer.update_running(batch, layer.momentum)
+
+    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The training forward, as a whole or in parts that have a statistic each."""
+        return layer.train_forward(x, mask)
+
+    def settle(self) -> None:  # noqa: B027 nothing to do for most
+        """Bring the running statistics up to date, before they are read or written.
+
+        Never starts an exchange and never raises: one worker may be alone.
+        """
+
+    def discard(self, layer: SyncNorm) -> None:  # noqa: B027 nothing to do for most
+        """Drop what is under way for this layer: its running statistics are about to be replaced."""
+
+    def release(self, layer: SyncNorm) -> None:  # noqa: B027 nothing to do for most
+        """Let the layer go, up to date: it is about to become another one. On every worker alike."""
+
+
+class Unattached(Source):
+    """For modes in which layers act together: an error until `prepare_ddp` has introduced them."""
+
+    is_attached = False
+
+    @untraced
+    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        return layer.train_forward(x, mask)
+
+    def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        if local.observer is not None:
+            return ops.statistic_over(local, layer.workers, layer.label)
+        if groups.statistics_group(layer.workers) is None:
+            return ops.local_statistic(local, layer.label)
+        raise InputError(
+            '`sync` must be "batch" or "none" in a layer that is not attached, got '
+            f"{layer.sync!r} in {layer}. Call prepare_ddp(model) on every worker before training "
+            "(and before DistributedDataParallel)."
+        )
+
+
+class Mode(ABC):
+    """What a layer's `sync` means; abstract. An object holds the options that the user gave."""
+
+    name: ClassVar[str]
+    is_pooled: ClassVar[bool] = True
+    """Whether workers exchange statistics at all."""
+    normalizes_pooled: ClassVar[bool] = True
+    """Whether a batch is normalised by statistics of all workers, not by its own."""
+    normalizes_by_batch: ClassVar[bool] = True
+    """Whether it is normalised by moments of a batch, which have a count, not by an average."""
+    allows_join: ClassVar[bool] = True
+    """Whether workers may run out of data at different times."""
+
+    @property
+    def argument(self) -> Any:
+        """What a layer is given as `sync` to be in this mode, with these options."""
+        return self.name
+
+    @abstractmethod
+    def new_source(self) -> Source:
+        """The source of a layer that is alone."""
+
+    def attach(self, layers: dict[str, SyncNorm], model: nn.Module) -> None:  # noqa: B027 nothing to do for most
+        """Introduce layers to each other that are to act together, in the forwards of `model`.
+
+        Args:
+            layers: by name, over one process group, in the same order on all workers.
+        """
+
+    def buffers(self, num_features: int, device: torch.device | str | None) -> dict[str, Tensor]:
+        """What a layer carries from step to step besides running statistics, before the first one.
+
+        These buffers keep their type when the layer is cast.
+        """
+        return {}
+
+    def own_sizes(self, channels: int, calls: int) -> list[int]:
+        """Numbers in each exchange that a layer makes alone and waits for, in a training step."""
+        return []
+
+    def flat_sizes(self, channels: Sequence[int], workers: int) -> list[int]:
+        """Numbers in each exchange of all these layers together, in a training step."""
+        return []
+
+    def begin(self, layer: SyncNorm) -> None:
+        """Give the layer's own buffers the values that they have in a new layer."""
+        with torch.no_grad():
+            for name in self.buffers(1, "meta"):
+                buffer = layer.get_buffer(name)
+                buffer.copy_(self.buffers(layer.num_features, buffer.device)[name])
+
+    def complete(
+        self, layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, foreign: Sequence[str]
+    ) -> None:
+        """Make a state dict fit the layer's own buffers before it is loaded.
+
+        One of a batch norm has none of them: they begin as in a new layer. Those of other modes
+        (`foreign`) are of no use here and are left out.
+        """
+        for name in foreign:
+            state_dict.pop(f"{prefix}{name}", None)
+        own = self.buffers(1, "meta")
+        if not own or any(_is_brought(layer, name, state_dict, prefix) for name in own):
+            return
+        if _is_brought(layer, "running_mean", state_dict, prefix):
+            device = state_dict[f"{prefix}running_mean"].device
+            new = self.buffers(layer.num_features, device)
+            state_dict |= {f"{prefix}{name}": value for name, value in new.items()}
+
+
+def _is_brought(layer: nn.Module, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
+    """Whether an entry of a state dict comes from outside of the layer.
+
+    torch's distributed checkpointing completes a state dict by the model's own entries.
+    """
+    value, own = state_dict.get(f"{prefix}{name}"), layer._buffers.get(name)
+    if not isinstance(value, Tensor) or own is None or value.is_meta or own.is_meta:
+        return isinstance(value, Tensor) and not value.is_meta
+    return value.device != own.device or not value.is_set_to(own)

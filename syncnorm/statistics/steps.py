@@ -1,0 +1,103 @@
+"""The steps of a model whose layers act together: delimited by its training forwards.
+
+    forward begins    the last step's messages are waited for, and a new step is begun
+    layers run        each leaves the sums of its batch
+    forward ends      what was left is sent, for all layers in one message
+
+What one step has gathered is dropped whole if the forward raises. Within `accumulate`, several
+forwards are one step, which the block delimits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import nn
+
+from syncnorm import ops
+from syncnorm.compiled import untraced
+
+
+class Together(Protocol):
+    """A source of layers that act together."""
+
+    @property
+    def layers(self) -> Mapping[str, nn.Module]:
+        """The layers that have it, by name."""
+        ...
+
+    def trains(self) -> bool:
+        """Whether a forward of the model that begins now trains any of them."""
+        ...
+
+    def begin(self) -> None:
+        """Start a step; drop what an unfinished one has left. Every worker must call."""
+        ...
+
+    def send(self) -> None:
+        """Send what the step has gathered. Every worker must call."""
+        ...
+
+    def drop(self) -> None:
+        """Forget what the step has gathered and not sent."""
+        ...
+
+
+class Steps:
+    """Tells a source where the steps of its model begin and end."""
+
+    def __init__(self, source: Together) -> None:
+        self.source = source
+        self.is_held = False
+        """Whether forwards are being accumulated into one step."""
+        self.is_open = False
+        """Whether a training forward of the model is running."""
+        self._handled: BaseException | None = None
+
+    def attach(self, model: nn.Module) -> None:
+        """Have the forwards of `model` delimit the steps."""
+        model.register_forward_pre_hook(self._before, prepend=True)
+        model.register_forward_hook(self._after, always_call=True)
+
+    def _before(self, model: nn.Module, args: object) -> None:
+        trains = self.source.trains()
+        if trains or self.is_open:
+            self._delimit(begins=trains)
+
+    def _after(self, model: nn.Module, args: object, output: object) -> None:
+        if self.is_open:
+            self._delimit(begins=None)
+
+    @untraced
+    def _delimit(self, begins: bool | None) -> None:
+        """A forward begins, of training or not, or it ends (None). One that is repeated is no step."""
+        if ops.is_recomputing():
+            return
+        self.is_open = False
+        if begins:
+            if not self.is_held:
+                self.source.begin()
+            self.is_open, self._handled = True, sys.exc_info()[1]
+        elif begins is None:
+            # Called for a forward that raised, too, while its exception is being handled.
+            has_raised = sys.exc_info()[1] is not self._handled
+            self._handled = None
+            if not has_raised and not self.is_held:
+                self.source.send()
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy made within `accumulate`, or within a forward, is not part of it.
+        return {**self.__dict__, "is_held": False, "is_open": False, "_handled": None}
+
+
+def remove_deserted(module: nn.Module) -> None:
+    """Remove the hooks of steps whose source every layer has left."""
+    for m in module.modules():
+        for hooks in (m._forward_pre_hooks, m._forward_hooks):
+            for key, hook in list(hooks.items()):
+                steps = getattr(hook, "__self__", None)
+                if isinstance(steps, Steps) and not steps.source.layers:
+                    del hooks[key]
+                    m._forward_hooks_always_called.pop(key, None)
