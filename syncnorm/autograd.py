@@ -24,7 +24,7 @@ from syncnorm.maths import formula, kernels
 from syncnorm.maths.double_backward import SecondDerivative
 
 ANCHOR = torch.zeros((), requires_grad=True)
-"""What keeps a Function in the backward pass where nothing else needs a gradient.
+"""Keeps a Function in the backward pass where nothing else needs a gradient.
 
 It is given none.
 """
@@ -40,7 +40,7 @@ class GradientMeans(Protocol):
 
     @property
     def is_local(self) -> bool:
-        """Whether they are the means over this worker's batch, so that nothing is exchanged."""
+        """True if they are the means over this worker's batch, so that nothing is exchanged."""
         ...
 
     def __call__(self, local: Tensor) -> Tensor: ...
@@ -105,7 +105,7 @@ def _typed(
     weight: Tensor | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What there is a weight and a bias for, in their types."""
+    """The gradients that there is a weight and a bias for, in their types."""
     return (
         dx,
         None if weight is None else dweight.to(weight.dtype),

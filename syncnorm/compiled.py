@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from syncnorm.errors import InputError
-from syncnorm.maths.moments import Moments
+from syncnorm.maths.moments import Moments, Unread
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +43,7 @@ def unless_repeated(batch: Moments) -> Moments:
 
     An empty batch leaves the running statistics as they are.
     """
-    return Moments(_unless_repeated(batch.count), batch.mean, batch.m2)
+    return Unread(_unless_repeated(batch.count), batch.mean, batch.m2)
 
 
 def constant(t: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def sync_batch_renorm(
 
 
 Before = tuple[Tensor, Tensor, Tensor, Tensor]
-"""What renormalisation refers to: running mean and variance before the batch, r_max and d_max."""
+"""The reference of renormalisation: running mean and variance before the batch, r_max and d_max."""
 
 
 def _train(
@@ -239,7 +239,7 @@ def evaluate(
 
 
 def one_input(x: Tensor | None, input: Tensor | None) -> Tensor:
-    """What a layer is given, by our name or by torch's."""
+    """The input of a layer, given by our name or by torch's."""
     if x is not None and input is not None:
         raise InputError(
             "`x` must be given once, got `input` too. These are two names of one argument."
@@ -396,7 +396,7 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     A pooled count is known to all. On CUDA it is looked at in debug mode only.
     """
     count = statistic.batch.count
-    if torch.compiler.is_compiling() or isinstance(statistic.batch, Unread):
+    if isinstance(statistic.batch, Unread):
         return
     # A weight of 1 may also be that of several values.
     if (

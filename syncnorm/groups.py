@@ -1,4 +1,4 @@
-"""Which workers share a statistic: what `process_group` may be.
+"""The workers that share a statistic: values that `process_group` may be.
 
 | `process_group=` | the workers that pool together |
 |---|---|

@@ -215,7 +215,7 @@ class SyncBatchRenorm(SyncNorm):
         return functional.correct(self._ask_source(local), local, self.eps, before)
 
     def _before(self, local: LocalSums) -> functional.Before:
-        """What r and d refer to. Looked at before any exchange."""
+        """The reference of r and d. Looked at before any exchange."""
         if local.is_repeated and self.seen is not None and self.seen.correction is not None:
             # Of a forward that was not kept: the last one's.
             return self.seen.correction[2:]

@@ -40,7 +40,7 @@ class Seen(NamedTuple):
     sums: Tensor
     """The local sums, shape (2C+1,)."""
     batch: Moments
-    """What the batch was normalised by."""
+    """The moments that the batch was normalised by."""
     correction: renorm.Correction | None
 
 
@@ -66,12 +66,12 @@ def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
 
 
 class SyncNorm(_BatchNorm):
-    """What SyncBatchNorm and SyncBatchRenorm share; abstract."""
+    """Base class of SyncBatchNorm and SyncBatchRenorm; abstract."""
 
     statistics: Source
-    """Where training statistics come from."""
+    """The source of training statistics."""
     sync_mode: Mode
-    """What `sync` means."""
+    """The meaning of `sync`."""
     workers: groups.Kept
     """`process_group` as it is kept: what can be copied and pickled."""
     _is_hf_initialized = LoadedMark()
@@ -111,7 +111,7 @@ class SyncNorm(_BatchNorm):
         self.process_group = process_group
         self.use_mode(mode_of(sync))
         self.label = f"{type(self).__name__}({self.num_features})"
-        """What errors call this layer; `prepare_ddp` makes it the name within the model."""
+        """Its name in errors; `prepare_ddp` makes it the name within the model."""
         self.is_prepared = False
         """Set by `prepare_ddp`: gradients are averaged over the workers."""
         mean, var = self.running_mean, self.running_var
@@ -180,7 +180,7 @@ class SyncNorm(_BatchNorm):
 
     @abstractmethod
     def new_statistic(self, local: LocalSums) -> Statistic:
-        """What to normalise a batch by. Here workers exchange."""
+        """The statistic to normalise a batch by. Here workers exchange."""
 
     def _ask_source(self, local: LocalSums) -> Statistic:
         statistic = self.statistics.statistic(self, local)

@@ -24,7 +24,7 @@ from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.errors import FaultError, UnevenShardsWarning
 from syncnorm.maths import formula, kernels, renorm
-from syncnorm.maths.moments import Moments, Unread, of_sums, reciprocal
+from syncnorm.maths.moments import Moments, Observed, Unread, of_sums, reciprocal
 
 _MAX_DIMS = 8
 
@@ -37,15 +37,17 @@ class LocalSums(NamedTuple):
     mask: Tensor | None
     """The weights, with 0 in place of what is no weight."""
     has_fault: Tensor | None
-    """Whether something was no weight, shape (); None without a mask."""
+    """True if something was no weight, shape (); None without a mask."""
     given: Tensor | None
     """The mask as it was given, for the error."""
     is_repeated: bool | None
-    """Whether activation checkpointing repeats a forward by this one; None in code that is being
+    """True if activation checkpointing repeats a forward by this one; None in code that is being
     compiled, which does not know.
     """
     observer: str | None = None
-    """What looks at operators rather than numbers, if anything does: see `syncnorm.observed`."""
+    """The name of what looks at operators rather than numbers, if anything does: see
+    `syncnorm.observed`.
+    """
 
 
 def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
@@ -66,7 +68,7 @@ def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
 
 
 def _is_valid(mask: Tensor) -> Tensor:
-    """Which weights are weights: finite and >= 0."""
+    """A mask of the valid weights: finite and >= 0."""
     return (mask >= 0) & mask.isfinite()
 
 
@@ -170,9 +172,9 @@ class Shard:
     """
 
     scaled_losses = 0
-    """How many losses this process has scaled, by `scale_loss` or in its way."""
+    """Number of losses that this process has scaled, by `scale_loss` or in its way."""
     has_warned = False
-    """Whether this process has warned. Once is enough."""
+    """True if this process has warned. Once is enough."""
 
     def __init__(self, count: Tensor) -> None:
         self._count = count
@@ -225,7 +227,7 @@ class LateShard(Shard):
         super().__init__(count)
         self.name = name
         self.is_due = False
-        """Whether there was a backward pass of a loss that was not scaled."""
+        """True if there was a backward pass of a loss that was not scaled."""
 
     def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
         """Note how the backward pass finds it; `n` is this worker's own count here."""
@@ -233,20 +235,20 @@ class LateShard(Shard):
 
 
 class Statistic(NamedTuple):
-    """What a batch is normalised by."""
+    """The moments that normalise a batch, and how its gradient is pooled."""
 
     batch: Moments
     gradient_means: GradientMeans
     is_pooled: bool
-    """Whether other workers take part, in the backward pass too."""
+    """True if other workers take part, in the backward pass too."""
     is_average: bool = False
-    """Whether it is of earlier batches."""
+    """True if it is of earlier batches."""
     correction: renorm.Correction | None = None
-    """What renormalisation folds into weight and bias."""
+    """The r and d that renormalisation folds into weight and bias."""
 
     @property
     def is_of_batch_alone(self) -> bool:
-        """Whether the same batches give the same statistic at any time."""
+        """True if the same batches give the same statistic at any time."""
         return self.correction is None and not self.is_average
 
 
@@ -258,7 +260,8 @@ def pooled_statistic(
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
     shards are noticed.
     """
-    batch = of_sums(pooled_sums(local, group, name))
+    kind = Unread if local.is_repeated is None else Moments
+    batch = of_sums(pooled_sums(local, group, name), kind)
     # A forward that is repeated comes after the loss was scaled.
     is_noticed = is_averaged and group is not None and local.is_repeated is False
     shard = Shard(local.sums[-1]) if is_noticed else None
@@ -288,7 +291,7 @@ def statistic_over(
 
 
 def _is_alone(process_group: groups.Spec | groups.Kept) -> bool:
-    """Whether there is nobody to pool with. No group is made, since one worker may ask alone."""
+    """True if there is nobody to pool with. No group is made, since one worker may ask alone."""
     if not groups.is_shared():
         return True
     return groups.least_size(groups.keep(process_group), len(groups.ranks(groups.live(None)))) == 1
@@ -298,7 +301,7 @@ def local_statistic(local: LocalSums, name: str) -> Statistic:
     """The moments of this worker's batch. *Collectives*: none."""
     if local.observer is None:
         return pooled_statistic(local, None, name)
-    batch = of_sums(local.sums, Unread)
+    batch = of_sums(local.sums, Observed)
     return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
 
 
@@ -334,7 +337,7 @@ def normalize(
         eps: added to the variance.
         mask: weights (N, 1, *S) or None.
     """
-    if isinstance(statistic.batch, Unread) and observed.observer(x) != observed.FAKE:
+    if isinstance(statistic.batch, Observed) and observed.observer(x) != observed.FAKE:
         return formula.normalize(x, weight, bias, mask, eps)
     anchor = None
     if statistic.is_pooled and torch.is_grad_enabled() and not _needs_grad(weight, bias):
@@ -351,7 +354,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def may_be_repeated() -> bool:
-    """Whether activation checkpointing may repeat the forward that runs.
+    """True if activation checkpointing may repeat the forward that runs.
 
     Its re-entrant kind makes the first forward within that of a Function, where forward-mode
     gradients are off, which they are not under `no_grad`; the other kind has hooks on what autograd
@@ -365,7 +368,7 @@ def may_be_repeated() -> bool:
 
 
 def is_recomputing() -> bool | None:
-    """Whether this forward repeats an earlier one inside a backward pass, as checkpointing does.
+    """True if this forward repeats an earlier one inside a backward pass, as checkpointing does.
 
     None in code that is being compiled, which does not know: see `compiled.unless_repeated`.
     """

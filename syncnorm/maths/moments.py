@@ -33,11 +33,7 @@ class Moments:
         """The count: on a CPU the number itself, which saves operators; elsewhere the tensor,
         unread.
         """
-        return (
-            self.count
-            if self.count.device.type != "cpu" or torch.compiler.is_compiling()
-            else self.count.item()
-        )
+        return self.count if self.count.device.type != "cpu" else self.count.item()
 
     @property
     def var(self) -> Tensor:
@@ -58,11 +54,15 @@ class Moments:
 
 
 class Unread(Moments):
-    """Moments whose numbers are not there to be read: see `syncnorm.observed`."""
+    """Moments whose numbers are not there to be read: in code that is being compiled."""
 
     @property
     def n(self) -> Tensor:
         return self.count
+
+
+class Observed(Unread):
+    """Moments in front of something that looks at operators: see `syncnorm.observed`."""
 
 
 def reciprocal(count: float | Tensor) -> float | Tensor:

@@ -33,12 +33,12 @@ Entries = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Adopted:
-    """What `adopt_state_dict` did; printing it tells."""
+    """A report of `adopt_state_dict`; printing it gives the text."""
 
     layers: dict[str, str]
     """By qualified name, what each batch norm's entries were recognised as."""
     notes: tuple[str, ...]
-    """What was changed or made up, and what a state dict does not say."""
+    """Values that were changed or made up, and facts that a state dict does not hold."""
 
     def __str__(self) -> str:
         kinds = sorted(set(self.layers.values()))
@@ -142,7 +142,7 @@ def _tensors(state: object) -> dict[str, Any]:
 
 
 def _state_dicts(value: object, depth: int = 4) -> list[tuple[str, int]]:
-    """Where in a checkpoint state dicts lie, as Python would write it, and how many entries they
+    """Places of state dicts in a checkpoint, as Python would write it, and how many entries they
     have.
     """
     if isinstance(value, nn.Module):

@@ -168,8 +168,9 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def replaced(model: nn.Module) -> str | None:
-    """What to say of layers that a sync-bn switch may have put in the place of ours; None if there
-    are none.
+    """The warning about layers that a sync-bn switch may have put in the place of ours.
+
+    None if there are none.
 
     torch's converter also matches our layers, and several frameworks' switches call it.
     """
@@ -185,7 +186,7 @@ def replaced(model: nn.Module) -> str | None:
 
 
 def _wrapped(model: nn.Module) -> str | None:
-    """What to say of a model that DistributedDataParallel has wrapped already; None if it has not."""
+    """The warning about a model that DistributedDataParallel has wrapped already; None if not."""
     if not any(isinstance(m, DistributedDataParallel) for m in model.modules()):
         return None
     return (

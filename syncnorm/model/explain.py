@@ -1,5 +1,4 @@
-"""What the normalisation layers of a model do, and what converting it would make of them: a table,
-before training.
+"""A table of a model's normalisation layers and of what converting makes of them, before training.
 
 Nothing is changed and nothing exchanged: one worker may ask alone.
 """
@@ -48,10 +47,10 @@ class Row:
     now: str
     """Its class."""
     convert: str
-    """What `convert(model)` makes of it. The columns that follow are of that layer."""
+    """The class that `convert(model)` makes of it. The columns that follow are of that layer."""
     sync: str | None = None
     workers: int | None = None
-    """How many share a statistic of what it normalises by; the fewest, where groups differ."""
+    """Number that share a statistic; the fewest, where groups differ."""
     samples: int | None = None
     """Per statistic, over these workers, each having a batch like the sample."""
     values: int | None = None
@@ -63,7 +62,7 @@ class Row:
     """Exchanges of this layer alone in a training step, forward and backward; each is waited for.
     """
     bytes: int | None = None
-    """What one worker hands to these, and to the messages that the layer shares with others."""
+    """Sent by one worker in these, and in the messages that the layer shares with others."""
     clock: int | None = None
     """Of the renormalisation schedule: updates of the statistics so far."""
     r_max: float | None = None
@@ -75,7 +74,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `rows`, one for each normalisation layer, and `lints`; its text is a
+    """The result of `explain`: `rows`, one for each normalisation layer, and `lints`; its text is a
     table.
     """
 
@@ -85,7 +84,7 @@ class Explanation:
     """Exchanges of the whole model in a training step, those that nobody waits for included."""
     bytes: int
     is_alone: bool = False
-    """Whether it is reckoned with one worker because there is no other."""
+    """True if it is reckoned with one worker because there is no other."""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -202,12 +201,12 @@ def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
 
 
 class _Part(NamedTuple):
-    """What a layer that pools has to do with the messages of a step."""
+    """The part of a layer in the messages of a step."""
 
     mode: Mode
     rule: groups.Rule | groups.Outside
     workers: int
-    """How many take part."""
+    """Number that take part."""
     channels: int
     calls: int
     """In a forward."""
@@ -356,7 +355,7 @@ def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, _Shape]]) -> li
 
 
 def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
-    """Which layers and dropouts the sample passes, in order, with the shapes of their inputs."""
+    """The layers and dropouts that the sample passes, in order, with the shapes of their inputs."""
     lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
     if lazy:
         raise InputError(

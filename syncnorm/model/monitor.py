@@ -1,4 +1,4 @@
-"""What the layers of a model saw in their last training forward, read when somebody asks.
+"""Figures of the layers' last training forward, read on request.
 
 A layer keeps references to its batch's sums and to the moments that it normalised by; everything
 here is computed from them when it is read, for all channels of all layers at once. A step that
@@ -53,7 +53,7 @@ def monitor(model: nn.Module) -> Monitor:
 
 
 class Monitor:
-    """What `monitor` returns."""
+    """The reader that `monitor` returns."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model.module if isinstance(model, DistributedDataParallel) else model
@@ -61,8 +61,7 @@ class Monitor:
 
     @torch.no_grad()
     def read(self) -> dict[str, Any]:
-        """What each layer saw in its last training forward, and what was exchanged since the last
-        reading.
+        """Read each layer's last training forward, and the exchanges since the last reading.
 
             between_share = mean over channels of (m2 - sum over workers of local m2) / (m2 + n *
             eps) mean_gap = RMS over channels of (mean - running_mean) / sqrt(running_var + eps)
@@ -123,9 +122,7 @@ def _by_group(layers: dict[str, SyncNorm]) -> list[tuple[groups.Group | None, di
 
 
 class _Seen(NamedTuple):
-    """What one layer saw: sums of the local batch, the moments it normalised by, and what
-    renormalisation used.
-    """
+    """One layer's last forward: local sums, the moments it normalised by, and the reference of r, d."""
 
     sums: Tensor
     batch: Moments
@@ -152,12 +149,12 @@ def _nothing(layer: SyncNorm) -> Seen:
 
 
 class _Places(NamedTuple):
-    """Where the channels of each of L layers are among the T of all."""
+    """The places of each layer's channels among the T channels of all L layers."""
 
     channels: Tensor
-    """How many each layer has, (L,)."""
+    """Number of each layer's channels, (L,)."""
     owner: Tensor
-    """Whose each is, (T,)."""
+    """The layer of each channel, (T,)."""
 
     @classmethod
     def of(cls, layers: list[SyncNorm], device: torch.device) -> _Places:
@@ -202,7 +199,7 @@ def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures
 def _local(
     seen: list[_Seen], has_seen: Tensor, eps: Tensor, places: _Places
 ) -> tuple[Tensor, Tensor]:
-    """What this worker adds to the message: by channel (3, T), and by layer (8, L)."""
+    """This worker's part of the message: by channel (3, T), and by layer (8, L)."""
     device = eps.device
     sums, squares, n = (
         _flat(parts, device) for parts in zip(*(_cut(s.sums) for s in seen), strict=True)

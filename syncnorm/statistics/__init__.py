@@ -1,4 +1,4 @@
-"""Where a layer's training statistics come from: one file for each mode.
+"""Sources of a layer's training statistics: one file for each mode.
 
     source.py       the protocols: `Mode`, what a layer's `sync` means, and `Source`, which acts
     batch.py        "batch": pooled at once; "none": this worker's alone

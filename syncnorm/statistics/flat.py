@@ -22,7 +22,7 @@ class Arrived(NamedTuple):
     parts: list[Tensor]
     """One for each layer, where its sums are."""
     rest: Tensor
-    """What was sent besides."""
+    """The sum of what was sent besides."""
 
 
 class FlatMessage:
@@ -85,7 +85,7 @@ def title(names: Sequence[str]) -> str:
 
 
 def device_of(layer: SyncNorm) -> torch.device:
-    """Where the layer's sums are. Waits for nothing."""
+    """The device of the layer's sums. Waits for nothing."""
     tensors = (*dict.values(layer._buffers), *layer._parameters.values())
     return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 

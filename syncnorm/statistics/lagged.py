@@ -96,7 +96,7 @@ class Backward:
     arrived: set[int] = field(default_factory=set)
     is_countable: bool = True
     is_due: bool = False
-    """Whether the forward's message has left."""
+    """True if the forward's message has left."""
 
     @property
     def is_complete(self) -> bool:
@@ -241,7 +241,7 @@ class PooledLagged(Source):
         return layer.train_forward(x, mask)
 
     def trains(self) -> bool:
-        """Whether a forward that begins now trains any layer."""
+        """True if a forward that begins now trains any layer."""
         return self.pool.trains()
 
     def begin(self) -> None:
@@ -337,7 +337,7 @@ class PooledLagged(Source):
                     self._follow_gradients(layer, sums[:-1].view(2, -1), sums[-1])
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
-        """Whether the layer waits for pooling in this step.
+        """True if the layer waits for pooling in this step.
 
         Read once a step for all layers: the one look at values that this mode needs, on CUDA too.
         """

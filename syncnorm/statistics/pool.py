@@ -40,11 +40,11 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclass
 class Gathered:
-    """What the layers have left since a step began, by name."""
+    """Sums and faults of the layers since a step began, by name."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     faults: dict[str, Tensor] = field(default_factory=dict)
-    """Whether a mask held something that is no weight."""
+    """True if a mask held something that is no weight."""
     shard: LateShard | None = None
     """Of the first layer that was called."""
 
@@ -107,7 +107,7 @@ class Pool:
         return groups.statistics_group(next(iter(self.layers.values())).workers)
 
     def trains(self) -> bool:
-        """Whether a forward of the model trains some layer that has the source.
+        """True if a forward of the model trains some layer that has the source.
 
         The layers are asked, not the model: a wrapper's own flag says nothing. A layer that has
         been lent another source does not count, nor does a frozen one, nor one without numbers.
@@ -131,7 +131,7 @@ class Pool:
         self._gathered.add(self.names[layer], local)
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
-        """What notices uneven shards, at one layer of a step; None at the others."""
+        """The check for uneven shards, at one layer of a step; None at the others."""
         is_looked_at = not Shard.has_warned and local.sums.device.type == "cpu"
         if self._gathered.shard is None and is_looked_at and local.is_repeated is False:
             self._gathered.shard = LateShard(local.sums[-1], self.names[layer])

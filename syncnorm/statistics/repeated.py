@@ -107,5 +107,5 @@ def _key(x: Tensor, local: LocalSums) -> Tensor:
 
 
 def _bits(key: Tensor) -> Tensor:
-    """What is not a number equals itself."""
+    """The key as integers: as such, NaN equals itself."""
     return key.view(torch.int64)

@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
 
 class Source(ABC):
-    """Where a layer's training statistics come from, and where its batches' sums go."""
+    """Gives a layer its training statistics, and takes its batches' sums; abstract."""
 
     is_attached: ClassVar[bool] = True
     """False until `prepare_ddp` has introduced layers that act together to each other."""
     is_lent: ClassVar[bool] = False
-    """Whether a layer has this source for the length of a block."""
+    """True if a layer has this source for the length of a block."""
 
     @property
     def steps(self) -> Steps | None:
@@ -50,17 +50,17 @@ class Source(ABC):
 
     @property
     def is_accumulating(self) -> bool:
-        """Whether several forwards are to make one update now."""
+        """True if several forwards are to make one update now."""
         return self.steps is not None and self.steps.is_held
 
     @property
     def is_busy(self) -> bool:
-        """Whether a block is under way, at whose end the layer must be as it is."""
+        """True if a block is under way, at whose end the layer must be as it is."""
         return self.is_lent or self.is_accumulating
 
     @abstractmethod
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        """What this batch is normalised by. Nothing may be kept of it if the layer is frozen."""
+        """The statistic that normalises this batch. Nothing is kept of it if the layer is frozen."""
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         """Have the running statistics follow the batch.
@@ -108,21 +108,21 @@ class Unattached(Source):
 
 
 class Mode(ABC):
-    """What a layer's `sync` means; abstract. An object holds the options that the user gave."""
+    """The meaning of a layer's `sync`; abstract. An object holds the options that the user gave."""
 
     name: ClassVar[str]
     is_pooled: ClassVar[bool] = True
-    """Whether workers exchange statistics at all."""
+    """True if workers exchange statistics at all."""
     normalizes_pooled: ClassVar[bool] = True
-    """Whether a batch is normalised by statistics of all workers, not by its own."""
+    """True if a batch is normalised by statistics of all workers, not by its own."""
     normalizes_by_batch: ClassVar[bool] = True
-    """Whether it is normalised by moments of a batch, which have a count, not by an average."""
+    """True if it is normalised by moments of a batch, which have a count, not by an average."""
     allows_join: ClassVar[bool] = True
-    """Whether workers may run out of data at different times."""
+    """True if workers may run out of data at different times."""
 
     @property
     def argument(self) -> Any:
-        """What a layer is given as `sync` to be in this mode, with these options."""
+        """The value of `sync` that gives a layer this mode, with these options."""
         return self.name
 
     @abstractmethod
@@ -137,7 +137,7 @@ class Mode(ABC):
         """
 
     def buffers(self, num_features: int, device: torch.device | str | None) -> dict[str, Tensor]:
-        """What a layer carries from step to step besides running statistics, before the first one.
+        """Initial values of the buffers that a layer has besides its running statistics.
 
         These buffers keep their type when the layer is cast.
         """
@@ -178,7 +178,7 @@ class Mode(ABC):
 
 
 def _is_brought(layer: nn.Module, name: str, state_dict: Mapping[str, Tensor], prefix: str) -> bool:
-    """Whether an entry of a state dict comes from outside of the layer.
+    """True if an entry of a state dict comes from outside of the layer.
 
     torch's distributed checkpointing completes a state dict by the model's own entries.
     """

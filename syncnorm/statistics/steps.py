@@ -29,7 +29,7 @@ class Together(Protocol):
         ...
 
     def trains(self) -> bool:
-        """Whether a forward of the model that begins now trains any of them."""
+        """True if a forward of the model that begins now trains any of them."""
         ...
 
     def begin(self) -> None:
@@ -51,9 +51,9 @@ class Steps:
     def __init__(self, source: Together) -> None:
         self.source = source
         self.is_held = False
-        """Whether forwards are being accumulated into one step."""
+        """True if forwards are being accumulated into one step."""
         self.is_open = False
-        """Whether a training forward of the model is running."""
+        """True if a training forward of the model is running."""
         self._handled: BaseException | None = None
 
     def attach(self, model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
+from syncnorm.statistics.averages import AVERAGES
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -26,7 +27,6 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.reference import LaggedBatchNorm
-from syncnorm.statistics.averages import AVERAGES
 
 CHANNELS = (6, 5)
 OPTIONS = Lagged(forward_rate=0.3, backward_rate=0.1, max_drift=0.25)

@@ -15,7 +15,8 @@ and b = sum g (x - mean) / (n std^2), the sums being those of all workers.
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -23,11 +24,22 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from syncnorm.maths.kernels import cpu, portable
 
+# What `syncnorm.maths.kernels.portable` computes in code that is being compiled: with a pivot of two
+# samples, so that what is compiled for any number from 2 on needs no second version.
+_traced = SimpleNamespace(
+    centred_sums=functools.partial(portable.centred_sums, samples=2),
+    normalize=portable.normalize,
+    backward_sums=portable.backward_sums,
+    backward_input=portable.backward_input,
+)
 
-def _implementation(x: Tensor) -> ModuleType:
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+
+def _implementation(x: Tensor) -> ModuleType | SimpleNamespace:
+    if torch.compiler.is_compiling():
+        return _traced
+    if x.device.type != "cpu" or (type(x) is not Tensor and isinstance(x, FakeTensor)):
         return portable
-    return cpu if type(x) is Tensor or not isinstance(x, FakeTensor) else portable
+    return cpu
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -24,15 +24,12 @@ def _channels(t: Tensor, x: Tensor) -> Tensor:
 
 
 def centred_sums(
-    x: Tensor, mask: Tensor | None, count: int | Tensor
+    x: Tensor, mask: Tensor | None, count: int | Tensor, samples: int = _PIVOT_ELEMENTS
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,), float64."""
     wide = _wide(x)
     if mask is None:
         some = wide.flatten(2) if wide.ndim > 2 else wide.unsqueeze(-1)
-        # Of two samples in compiled code, so that what is compiled for any number from 2 on needs
-        # no second version.
-        samples = 2 if torch.compiler.is_compiling() else _PIVOT_ELEMENTS
         p = some[:samples, :, :_PIVOT_ELEMENTS].mean((0, 2))
     else:
         p = (

@@ -89,12 +89,12 @@ def _owner_of_forward(cls: type) -> type:
 
 
 def has_torchs_forward(cls: type) -> bool:
-    """Whether a batch norm of this class only normalises."""
+    """True if a batch norm of this class only normalises."""
     return _owner_of_forward(cls) in TORCHS
 
 
 def adapter_of(cls: type) -> Adapter | None:
-    """What was registered for a class whose forward is not torch's."""
+    """The adapter that was registered for a class whose forward is not torch's."""
     owner = _owner_of_forward(cls)
     return _registered.get(owner) or _shipped.get(f"{owner.__module__}.{owner.__qualname__}")
 

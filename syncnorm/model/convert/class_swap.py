@@ -27,7 +27,7 @@ _SHARED = ("momentum", "eps", "workers", "sync_mode")
 
 @dataclass(frozen=True)
 class Request:
-    """What a layer is to become: the arguments of `convert`."""
+    """The arguments of `convert`, for one layer."""
 
     to: type[SyncNorm]
     workers: groups.Kept = None
@@ -64,7 +64,7 @@ class Request:
         return had | {name: value for name, value in self.options.items() if name in names}
 
     def is_met_by(self, layer: _BatchNorm) -> bool:
-        """Whether the layer is all that already."""
+        """True if the layer is all that already."""
         if not isinstance(layer, self.to):
             return False
         settings = self.settings(layer)
@@ -83,7 +83,7 @@ class Request:
 
 @dataclass
 class Origin:
-    """What a converted layer was."""
+    """The record of a converted layer's former state."""
 
     cls: type[_BatchNorm]
     changed: dict[str, Any] = field(default_factory=dict)
@@ -97,7 +97,7 @@ class Origin:
 
 
 def origin_of(layer: nn.Module) -> Origin | None:
-    """What the layer was; None if it was not converted."""
+    """The layer's record; None if it was not converted."""
     return vars(layer).get("_origin")
 
 
@@ -240,7 +240,7 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
 
 @dataclass
 class Pending:
-    """What a lazy layer is, and what becomes of it."""
+    """A conversion that a lazy layer awaits."""
 
     cls: type[_LazyNormBase]
     name: str

@@ -22,7 +22,7 @@ _SCALES |= {"ra_var"}
 
 
 def is_home_made(layer: nn.Module) -> bool:
-    """Whether a layer keeps running statistics of batches in a way of its own, as a batch norm
+    """True if a layer keeps running statistics of batches in a way of its own, as a batch norm
     does.
 
     torch's layers do not, nor do those that only apply statistics: with weight and bias that are
@@ -48,7 +48,7 @@ def home_made(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stays_local(layers: dict[str, nn.Module]) -> str | None:
-    """What to say of home-made layers; None if there are none."""
+    """The warning about home-made layers; None if there are none."""
     if not layers:
         return None
     return (
@@ -93,7 +93,7 @@ def check_covers(model: nn.Module, what: str) -> None:
 
 
 def _updates(layer: nn.Module) -> bool:
-    """Whether a batch norm of torch's, or a lazy one, moves running statistics in training."""
+    """True if a batch norm of torch's, or a lazy one, moves running statistics in training."""
     if isinstance(layer, LazySyncNorm):
         return True
     return (

@@ -1,4 +1,4 @@
-"""Why a layer cannot be converted or reverted: looked at for all layers before any is changed."""
+"""Reasons against a conversion, looked for in all layers before any is changed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FSDP = ("torch.distributed.fsdp", "torch.distributed._composable")
 
 
 def reason(layer: _BatchNorm, request: Request) -> str | None:
-    """Why this layer cannot become that; None if it can."""
+    """The reason why this layer cannot become that; None if it can."""
     cls = _class_to_be(layer)
     if "forward" in vars(layer):
         return "has a forward that was set on the instance, which would be lost; remove it and set it again afterwards"
@@ -117,7 +117,7 @@ def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
 
 
 def _mismatch(cls: type[_BatchNorm], request: Request) -> str | None:
-    """Whether Python lets an object of that class become another one."""
+    """The reason why Python refuses to change the class of such an object; None if it does not."""
     try:
         object.__new__(cls).__class__ = over(request.to, cls)
     except TypeError as error:
@@ -128,7 +128,7 @@ def _mismatch(cls: type[_BatchNorm], request: Request) -> str | None:
 
 
 def born_reason(layer: nn.Module, to: type[_BatchNorm] | None) -> str | None:
-    """Why this layer cannot be reverted; None if it can."""
+    """The reason why this layer cannot be reverted; None if it can."""
     if isinstance(layer, LazySyncNorm):
         return None
     assert isinstance(layer, SyncNorm)
@@ -140,7 +140,7 @@ def born_reason(layer: nn.Module, to: type[_BatchNorm] | None) -> str | None:
 
 
 def wrapped(module: nn.Module, layer: nn.Module) -> str | None:
-    """Whether somebody has wrapped the layer who must come later."""
+    """The reason why a wrapper around the layer is too early; None if there is none."""
     for m in module.modules():
         if isinstance(m, DistributedDataParallel) and any(layer is each for each in m.modules()):
             return "is in DistributedDataParallel; pass model.module, before wrapping"

@@ -1,4 +1,4 @@
-"""What DistributedDataParallel exchanges within `join`: noticed by the workers that have data,
+"""Exchanges of DistributedDataParallel within `join`: noticed by the workers that have data,
 matched by the others.
 
 DDP's own join takes every forward for one reduction of the gradients. Here a reduction is announced
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 GRADIENTS, SYNC, BUFFERS = 2, 4, 8
-"""What a forward is like: with gradients, outside of no_sync, DDP broadcasts buffers before it."""
+"""Properties of a forward: with gradients, outside of no_sync, DDP broadcasts buffers before it."""
 
 
 class Reductions:
@@ -35,11 +35,11 @@ class Reductions:
         self._begin = begin
         self._share = share
         self._is_armed = False
-        """Whether DDP reduces the gradients in the next backward pass."""
+        """True if DDP reduces the gradients in the next backward pass."""
         self._is_quiet = False
-        """Whether there was a forward within no_sync since the last reduction."""
+        """True if there was a forward within no_sync since the last reduction."""
         self._has_own = False
-        """Whether the gradients hold a part that the other workers do not have yet."""
+        """True if the gradients hold a part that the other workers do not have yet."""
         self._task = -1
         self._factor = 0.0
         self._left: set[int] = set()
@@ -50,7 +50,7 @@ class Reductions:
 
     @property
     def is_known_late(self) -> bool:
-        """Whether workers may come to the first gradient of a reduction at different places: some
+        """True if workers may come to the first gradient of a reduction at different places: some
         leave parts out.
         """
         return self._ddp.find_unused_parameters and not self._ddp.static_graph
@@ -61,7 +61,7 @@ class Reductions:
         self.say_absent(False)
 
     def look(self) -> int:
-        """What the forward that now begins is like."""
+        """The properties of the forward that now begins."""
         gradients = GRADIENTS if torch.is_grad_enabled() else 0
         sync = SYNC if self._ddp.require_backward_grad_sync else 0
         return gradients + sync + (BUFFERS if self._ddp._check_sync_bufs_pre_fwd() else 0)

@@ -17,7 +17,7 @@ from syncnorm.module import SyncNorm
 
 
 class Stateful(Protocol):
-    """What can be handed over: an optimizer, a scheduler, a GradScaler, an AveragedModel, a user's
+    """Anything that can be handed over: an optimizer, a scheduler, a GradScaler, an AveragedModel, a user's
     own counter.
     """
 

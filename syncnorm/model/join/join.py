@@ -164,7 +164,7 @@ class Part:
     reductions: Reductions | None
 
     def look(self, module: nn.Module) -> int:
-        """What the forward that now begins is like; 0: it exchanges nothing."""
+        """The properties of the forward that now begins; 0: it exchanges nothing."""
         is_training = module.training or any(layer.training for layer in self.layers)
         if self.reductions is None:
             gradients = GRADIENTS if torch.is_grad_enabled() else 0
@@ -189,15 +189,15 @@ class RollCall:
         self._stateful: list[Stateful] = []
         self._is_talking = False
         self._present = len(self._members)
-        """How many have data."""
+        """Number of workers that have data."""
         self._due: list[Part] = []
-        """Whose reductions those who have left must hear of with the next header."""
+        """Models whose reductions the next header must announce to workers that have left."""
         self._due_late: list[Part] = []
-        """Whose they must hear of at the end of the backward pass."""
+        """Models whose reductions must be announced at the end of the backward pass."""
         self._steps = 0
-        """How many steps this worker had data for, counting all forwards."""
+        """Number of steps that this worker had data for, counting all forwards."""
         self._is_over = False
-        """Whether all workers know of an error."""
+        """True if all workers know of an error."""
 
     @contextmanager
     def includes(
