@@ -1,5 +1,4 @@
-"""Normalisation as autograd knows it: one Function for y and its gradient, one for that gradient
-and its own.
+"""The autograd Functions: one for y and its gradient, one for that gradient and its own.
 
 With g = dL/dy, xhat = (x - mean) * s, s = invstd, and means over the whole statistic:
 
@@ -31,8 +30,7 @@ It is given none.
 
 
 class GradientMeans(Protocol):
-    """From a worker's [sum g, sum g xhat], shape (2, C), to the means of g and g xhat over the
-    statistic.
+    """Pools a worker's [sum g, sum g xhat], shape (2, C), to means over the whole statistic.
 
     They enter the gradient of the input. Called once in each backward pass of a layer's call, on
     every worker.
@@ -53,7 +51,7 @@ class GradientMeans(Protocol):
         ...
 
     def again(self) -> GradientMeans:
-        """The same for a repetition of the call, which belongs to no step."""
+        """Another object of the same, for a repetition of the call, which belongs to no step."""
         ...
 
 
@@ -140,8 +138,9 @@ def _gradient(
 
 
 class _Gradient(torch.autograd.Function):
-    """The gradient as a function of g, x and weight, differentiable once; see
-    `syncnorm.maths.double_backward`.
+    """The gradient as a function of g, x and weight, differentiable once.
+
+    See `syncnorm.maths.double_backward`.
     """
 
     @staticmethod

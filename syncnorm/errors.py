@@ -28,11 +28,10 @@ class FaultError(SyncnormError, ValueError):
 
 
 class ExchangeError(SyncnormError, RuntimeError):
-    """Workers disagree about an exchange, one did not come to it, or it broke; the message names
-    layer and ranks.
+    """Workers disagree about an exchange, one did not come to it, or it broke.
 
-    A RuntimeError, as are the errors of torch.distributed. In debug mode it is the same on every
-    live worker.
+    The message names layer and ranks. A RuntimeError, as are the errors of torch.distributed. In
+    debug mode it is the same on every live worker.
     """
 
 
@@ -49,6 +48,4 @@ class SingleValueWarning(UserWarning):
 
 
 class UnevenShardsWarning(UserWarning):
-    """Workers held unequally much of a batch, and `scale_loss` was not called before the backward
-    pass.
-    """
+    """Workers held unequally much of a batch, and `scale_loss` was not called."""

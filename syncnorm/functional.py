@@ -1,5 +1,6 @@
-"""Normalisation over the shards of a batch, as functions: the one place where arguments are
-checked.
+"""Normalisation over the shards of a batch, as functions.
+
+Arguments are checked here, for functions and layers.
 """
 
 from __future__ import annotations
@@ -116,10 +117,12 @@ def sync_batch_renorm(
     mask: Tensor | None = None,
     process_group: groups.Spec = None,
 ) -> Tensor:
-    """Batch renormalisation over the shards of all workers: batch norm, corrected towards the
-    running statistics.
+    """Batch renormalisation over the shards of all workers.
 
-        r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
+    It is batch normalisation, corrected towards the running statistics:
+
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)
+        d = clip((mean - running_mean) / sigma, -d_max, d_max)
         y = ((x - mean) / sigma_B * r + d) * weight + bias        sigma = sqrt(running_var + eps)
 
     with mean and sigma_B = sqrt(var + eps) of the batch over all workers, and the running
@@ -149,7 +152,8 @@ def sync_batch_renorm(
 
     Example:
         >>> x = torch.tensor([[1.0], [3.0]])
-        >>> sync_batch_renorm(x, torch.zeros(1), torch.ones(1), r_max=3.0, d_max=5.0, eps=1e-12).tolist()
+        >>> mean, var = torch.zeros(1), torch.ones(1)
+        >>> sync_batch_renorm(x, mean, var, r_max=3.0, d_max=5.0, eps=1e-12).tolist()
         [[1.0], [3.0]]
 
     References:
@@ -369,9 +373,7 @@ def _check_arguments(
 
 
 def expand_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask as floating weights of shape (N, 1, *S), or InputError if it does not broadcast to
-    that.
-    """
+    """The mask as floating weights, expanded to (N, 1, *S); InputError if it does not broadcast."""
     if mask is None:
         return None
     shape = (x.shape[0], 1, *x.shape[2:])

@@ -1,4 +1,23 @@
-"""Normalisation layers whose statistics are those of the whole batch, however it is sharded."""
+"""The layers: their statistics are those of the whole batch, however it is sharded.
+
+A training forward is three steps, in `syncnorm.ops`:
+
+    local = local_sums(x, mask)            this worker's sum wx, sum wx^2, sum w: one pass over x
+    statistic = ...                        all workers' sums, by one all-reduce: mean and variance
+    y = normalize(x, weight, bias, ...)    one pass over x; backward: one all-reduce
+
+Where to look on:
+
+    module.py      the base class: arguments, state dicts, `train_forward`, which calls the three
+    statistics/    the middle step: one file for each `sync`, and forwards that are repeated
+    ops.py         the three operations, for layers and functions
+    autograd.py    the gradient, and its gradient
+    maths/         formulas, and the kernels that touch x
+    comm/          process groups, and the exchange with its errors
+
+Renormalisation is the same with r and d folded into weight and bias: `ops.fold`. In evaluation
+neither exchanges anything; `functional.evaluate` is torch's own batch norm.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +128,8 @@ class SyncBatchNorm(SyncNorm):
 class SyncBatchRenorm(SyncNorm):
     """Batch renormalisation with statistics pooled over the workers.
 
-        r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)
+        d = clip((mean - running_mean) / sigma, -d_max, d_max)
         y = ((x - mean) / sigma_B * r + d) * weight + bias
 
     with sigma = sqrt(running_var + eps) before this batch and sigma_B = sqrt(var + eps) of the
@@ -199,11 +219,14 @@ class SyncBatchRenorm(SyncNorm):
         self.running_average = running_average
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, schedule={self.schedule}, running_average={self.running_average!r}"
+        ours = f"schedule={self.schedule}, running_average={self.running_average!r}"
+        return f"{super().extra_repr()}, {ours}"
 
     def bounds(self) -> tuple[Tensor, Tensor]:
-        """(r_max, d_max) of the next training step, float64, shape (); InputError if they are out
-        of range.
+        """(r_max, d_max) of the next training step, float64, shape ().
+
+        Raises:
+            InputError: they are out of range.
         """
         if self.num_batches_tracked is None:
             raise self._without("num_batches_tracked")

@@ -140,10 +140,10 @@ class SyncNorm(_BatchNorm):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
     ) -> Tensor:
-        """Normalise x, shape (N, C, *S); mask: weights >= 0 broadcastable to (N, 1, *S), for
-        training only.
+        """Normalise x, shape (N, C, *S), by batch or running statistics.
 
-        `input` is torch's name for x.
+        The mask holds weights >= 0, broadcastable to (N, 1, *S), for training only. `input` is
+        torch's name for x.
         """
         if type(x) is not Tensor and isinstance(x, observed.Proxy):
             return observed.module_call(self, x, mask)
@@ -211,9 +211,7 @@ class SyncNorm(_BatchNorm):
             self._update_running_var(batch, factor)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; the running statistics are up to date when training
-        ends.
-        """
+        """Set training or evaluation mode; running statistics are up to date when training ends."""
         if not mode:
             self.statistics.settle()
         return super().train(mode)

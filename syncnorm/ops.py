@@ -41,13 +41,12 @@ class LocalSums(NamedTuple):
     given: Tensor | None
     """The mask as it was given, for the error."""
     is_repeated: bool | None
-    """True if activation checkpointing repeats a forward by this one; None in code that is being
-    compiled, which does not know.
+    """True if activation checkpointing repeats a forward by this one.
+
+    None in code that is being compiled, which does not know.
     """
     observer: str | None = None
-    """The name of what looks at operators rather than numbers, if anything does: see
-    `syncnorm.observed`.
-    """
+    """The name of what looks at operators rather than numbers; see `syncnorm.observed`."""
 
 
 def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
@@ -219,8 +218,9 @@ class Shard:
 
 
 class LateShard(Shard):
-    """A shard whose pooled count arrives after the backward pass, which notes whether a loss was
-    scaled before it.
+    """A shard whose pooled count arrives after the backward pass.
+
+    The backward pass notes whether a loss was scaled before it.
     """
 
     def __init__(self, count: Tensor, name: str) -> None:

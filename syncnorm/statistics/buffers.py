@@ -1,5 +1,4 @@
-"""Buffers that are up to date for whoever reaches for them while an update of the running
-statistics is under way.
+"""Buffers that are up to date whoever reads them, while an update is under way.
 
 What others write (an average that is swapped in, a teacher's copy, a reset in a notebook) then
 counts as it does with a layer that updates at once: it finds the update of the last forward made,
@@ -19,8 +18,7 @@ if TYPE_CHECKING:
 
 
 class CurrentBuffers(dict[str, "Tensor | None"]):
-    """In place of the dict in which nn.Module keeps a layer's buffers: applies what is under way
-    before it is used.
+    """The dict of a layer's buffers, which applies what is under way before it is used.
 
     Attributes, `buffers()`, `named_buffers()` and state dicts all go through it; a test notices if
     that changes. Waits, but never starts an exchange. Which names there are can be asked without
@@ -82,11 +80,10 @@ Marks = list[tuple[Tensor, int]]
 
 
 def mark(layer: SyncNorm, names: Iterable[str]) -> Marks:
-    """Note how often the layer's buffers of these names have been written, as a message that will
-    change them leaves.
+    """Note how often the layer's buffers of these names have been written so far.
 
-    Waits for nothing. For those who hold a buffer since before that and write it in place: they do
-    not pass by `CurrentBuffers`.
+    Called when a message leaves that will change them. Waits for nothing. For those who hold a
+    buffer since before that and write it in place: they do not pass by `CurrentBuffers`.
     """
     found = (dict.get(layer._buffers, name) for name in names)
     return [(buffer, buffer._version) for buffer in found if buffer is not None]

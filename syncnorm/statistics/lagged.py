@@ -152,7 +152,8 @@ class LaggedMeans:
         return LaggedMeans(self.source, self.layer, self.estimate, pooled, self.count, None)
 
 
-class FixedMeans(NamedTuple):
+@dataclass(eq=False)
+class FixedMeans:
     """The averages of earlier steps as the gradient means of a call that leaves no trace."""
 
     layer: SyncNorm
@@ -169,7 +170,7 @@ class FixedMeans(NamedTuple):
         raise _no_second(self.layer)
 
     def again(self) -> FixedMeans:
-        return self
+        return FixedMeans(self.layer, self.estimate)
 
 
 def _no_second(layer: SyncNorm) -> InputError:
@@ -196,8 +197,9 @@ class PooledLagged(Source):
         self._backward = Backward()
         self._gradients: dict[str, Tensor] = {}
         self._late: dict[str, Tensor] = {}
-        """Gradient sums of steps whose message has left: there were two forwards before a backward
-        pass, or two passes over one forward.
+        """Gradient sums of steps whose message has left.
+
+        There were two forwards before a backward pass, or two passes over one forward.
         """
         self._sent: FlatMessage | None = None
         """The message of the backward pass, under way."""

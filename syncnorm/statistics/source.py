@@ -1,5 +1,4 @@
-"""The two protocols of this folder: a mode, what a layer's `sync` means, and a source, which acts
-for layers while they train.
+"""A mode, the meaning of a layer's `sync`, and a source, which acts for layers while they train.
 
 A layer's training forward asks its source for the statistic that normalises a batch, and hands it
 what the running statistics should follow:

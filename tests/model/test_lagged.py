@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
-from syncnorm.statistics.averages import AVERAGES
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +26,7 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.reference import LaggedBatchNorm
+from syncnorm.statistics.lagged import LaggedAverages
 
 CHANNELS = (6, 5)
 OPTIONS = Lagged(forward_rate=0.3, backward_rate=0.1, max_drift=0.25)
@@ -452,7 +452,7 @@ def test_averages_begin_where_a_loader_fills_the_layer_from_a_batch_norm(loader)
         k: v + 1 for k, v in nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict().items()
     }
     layer, new = LOADERS[loader](state)[1], SyncBatchNorm(4, sync="lagged")
-    for name in AVERAGES:
+    for name in LaggedAverages().buffers(4, "meta"):
         assert torch.equal(layer.get_buffer(name), new.get_buffer(name)), name
     assert loader == "to_empty" or torch.equal(layer.running_mean, state["1.running_mean"])
     layer(torch.randn(5, 4))
