@@ -20,10 +20,9 @@ from syncnorm.maths.moments import Moments, Unread
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def backward_pass() -> int:
-    """The number of the backward pass that is running; -1 outside of one."""
-    # Not a documented function; FSDP2 relies on it too, and a test notices if it changes.
-    return torch._C._current_graph_task_id()
+# The number of the backward pass that is running; -1 outside of one. Not a documented function; FSDP2
+# relies on it too, and a test notices if it changes. Bound once, since every call asks it.
+backward_pass = torch._C._current_graph_task_id
 
 
 def untraced(function: F) -> F:

@@ -86,7 +86,7 @@ def sync_batch_norm(
         pooled count makes the running variance unbiased; a statistic of one value leaves it alone.
     """
     _check_arguments(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps)
-    mask = expand_mask(mask, x)
+    mask = None if mask is None else expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
 
@@ -167,7 +167,7 @@ def sync_batch_renorm(
     _check_arguments(x, running_mean, running_var, weight, bias, num_batches_tracked, momentum, eps)
     check_running_average(running_average)
     bounds = check_bounds(r_max, d_max, x.device)
-    mask = expand_mask(mask, x)
+    mask = None if mask is None else expand_mask(mask, x)
     if not training:
         return evaluate(x, running_mean, running_var, weight, bias, eps)
 
@@ -372,10 +372,8 @@ def _check_arguments(
         )
 
 
-def expand_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as floating weights, expanded to (N, 1, *S); InputError if it does not broadcast."""
-    if mask is None:
-        return None
     shape = (x.shape[0], 1, *x.shape[2:])
     if mask.is_complex():
         raise InputError(

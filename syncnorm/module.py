@@ -150,7 +150,7 @@ class SyncNorm(_BatchNorm):
         if x is None or input is not None:
             x = functional.one_input(x, input)
         functional.check_input(x, self.num_features)
-        weights = functional.expand_mask(mask, x)
+        weights = None if mask is None else functional.expand_mask(mask, x)
         if self.training:
             return self.statistics.forward(self, x, weights)
         self.statistics.settle()

@@ -340,17 +340,16 @@ def normalize(
     if isinstance(statistic.batch, Observed) and observed.observer(x) != observed.FAKE:
         return formula.normalize(x, weight, bias, mask, eps)
     anchor = None
-    if statistic.is_pooled and torch.is_grad_enabled() and not _needs_grad(weight, bias):
+    has_grad = (weight is not None and weight.requires_grad) or (
+        bias is not None and bias.requires_grad
+    )
+    if statistic.is_pooled and not has_grad and torch.is_grad_enabled():
         # Whether x needs a gradient may differ between workers; the exchange in backward must not.
         anchor = ANCHOR
     batch = statistic.batch
     return Normalize.apply(
         x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means
     )
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
 
 
 def may_be_repeated() -> bool:

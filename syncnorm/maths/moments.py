@@ -8,7 +8,8 @@ total.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,16 +25,17 @@ class Moments:
         m2: weighted sum of squared deviations from the mean, shape (C,), float64, >= 0.
     """
 
+    _is_read: ClassVar[bool] = True
     count: Tensor
     mean: Tensor
     m2: Tensor
 
-    @property
-    def n(self) -> float | Tensor:
-        """The count: on a CPU the number itself, which saves operators; elsewhere the tensor,
-        unread.
-        """
-        return self.count if self.count.device.type != "cpu" else self.count.item()
+    n: float | Tensor = field(init=False)
+    """The count: on a CPU the number itself, which saves operators; elsewhere the tensor, unread."""
+
+    def __post_init__(self) -> None:
+        n = self.count.item() if self._is_read and self.count.device.type == "cpu" else self.count
+        object.__setattr__(self, "n", n)
 
     @property
     def var(self) -> Tensor:
@@ -56,9 +58,7 @@ class Moments:
 class Unread(Moments):
     """Moments whose numbers are not there to be read: in code that is being compiled."""
 
-    @property
-    def n(self) -> Tensor:
-        return self.count
+    _is_read: ClassVar[bool] = False
 
 
 class Observed(Unread):
@@ -79,9 +79,10 @@ def of_sums(sums: Tensor, kind: type[Moments] = Moments) -> Moments:
     """
     channels = (sums.numel() - 1) // 2
     total, squares, count = sums.split((channels, channels, 1))
-    raw = kind(count.squeeze(0), total, squares)
-    mean = total * reciprocal(raw.n)
-    return kind(raw.count, mean, (squares - total * mean).clamp(min=0.0))
+    count = count.squeeze(0)
+    is_read = kind._is_read and count.device.type == "cpu"
+    mean = total * reciprocal(count.item() if is_read else count)
+    return kind(count, mean, (squares - total * mean).clamp(min=0.0))
 
 
 def merge(a: Moments, b: Moments) -> Moments:

@@ -20,6 +20,8 @@ from torch import Tensor
 from syncnorm.maths.kernels import layout
 
 _HALF = (torch.bfloat16, torch.float16)
+# The type that the arithmetic is done in: at least float32.
+_WIDE = dict.fromkeys((*_HALF, torch.float32), torch.float32) | {torch.float64: torch.float64}
 # sqrt(1/2), exact in float32.
 _SCATTER = 11_863_283 / 2**24
 _PIVOT_ELEMENTS = 8
@@ -28,11 +30,6 @@ _SHORT_PLANE = 8
 _forward_operator = torch.ops.aten.native_batch_norm.out
 _backward_operator = torch.ops.aten.native_batch_norm_backward.default
 _SUMS_ONLY = [False, True, True]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The type that the arithmetic is done in: at least float32."""
-    return torch.float32 if dtype in _HALF else dtype
 
 
 def centred_sums(
@@ -45,7 +42,7 @@ def centred_sums(
         return p.double(), *_sums_about(v, None, p)
     # Elements of weight 0 may lie anywhere, so under a mask the pivot is the (rounded) weighted
     # mean itself.
-    w = layout.view(mask.to(_wide(x.dtype)), rows=v.ndim == 2)
+    w = layout.view(mask.to(_WIDE[x.dtype]), rows=v.ndim == 2)
     total, _ = _sums_about(v, w, w.new_zeros(x.shape[1]))
     p = (total / count).nan_to_num(0.0, 0.0, 0.0).to(w.dtype)
     return p.double(), *_sums_about(v, w, p)
@@ -56,13 +53,10 @@ def _summable(x: Tensor) -> Tensor:
 
     Planes of a few elements are copied into rows: the operator is slow on them.
     """
-    rows = layout.is_rows(x)
-    v = layout.view(layout.dense(x), rows=rows)
-    return (
-        v.transpose(1, 2).reshape(-1, v.shape[1])
-        if not rows and v.shape[2] <= _SHORT_PLANE < v.shape[1]
-        else v
-    )
+    v = layout.flat(x)
+    if v.ndim == 3 and v.shape[2] <= _SHORT_PLANE < v.shape[1]:
+        return v.transpose(1, 2).reshape(-1, v.shape[1])
+    return v
 
 
 def _pivot(v: Tensor) -> Tensor:
@@ -73,8 +67,8 @@ def _pivot(v: Tensor) -> Tensor:
     """
     some = _spread(v, 0, _PIVOT_ELEMENTS)
     if v.ndim == 2:
-        return some.to(_wide(v.dtype)).mean(0)
-    return _spread(some, 2, _PIVOT_ELEMENTS // some.shape[0]).to(_wide(v.dtype)).mean((0, 2))
+        return some.to(_WIDE[v.dtype]).mean(0)
+    return _spread(some, 2, _PIVOT_ELEMENTS // some.shape[0]).to(_WIDE[v.dtype]).mean((0, 2))
 
 
 def _spread(v: Tensor, dim: int, most: int) -> Tensor:
@@ -137,18 +131,10 @@ class _Products:
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    x = layout.dense(x)
-    rows = layout.is_rows(x)
+    x, wide = layout.dense(x), _WIDE[x.dtype]
     y = torch.empty_like(x)
-    mean, scale, shift = (c.to(_wide(x.dtype)) for c in (mean, scale, shift))
-    _affine_into_(
-        layout.view(y, rows=rows),
-        layout.view(x, rows=rows),
-        mean,
-        scale,
-        shift,
-        torch.ones_like(mean),
-    )
+    mean, scale, shift = mean.to(wide), scale.to(wide), shift.to(wide)
+    _affine_into_(layout.flat(y), layout.flat(x), mean, scale, shift, torch.ones_like(mean))
     return y
 
 
@@ -169,7 +155,7 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     # alike, would drift.
     parts = zip(layout.short_runs(g), layout.short_runs(v), strict=True)
     sums = [
-        _run_sums(g.part, x.part, x.repeat(mean.to(_wide(x.part.dtype))), x.total) for g, x in parts
+        _run_sums(g.part, x.part, x.repeat(mean.to(_WIDE[x.part.dtype])), x.total) for g, x in parts
     ]
     return torch.cat(
         sums[0] if len(sums) == 1 else [first + rest for first, rest in zip(*sums, strict=True)]
@@ -197,16 +183,16 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
-    x = layout.dense(x)
-    rows = layout.is_rows(x)
+    x, wide = layout.dense(x), _WIDE[x.dtype]
     grad_input = torch.empty_like(x)
-    out, g, v = (layout.view(t, rows=rows) for t in (grad_input, layout.like(grad_output, x), x))
-    wide = _wide(x.dtype)
+    v, g = layout.flat(x), layout.flat(layout.like(grad_output, x))
     cut = layout.Cut.of(v)
-    outs, gs, xs = (cut.blocks(t) for t in (out, g, v))
-    ws = [None] * len(xs) if mask is None else cut.blocks(layout.view(mask.to(wide), rows=rows))
-    columns = [c.to(wide) for c in (mean, -scale * b, -scale * a, torch.ones_like(mean))]
-    columns.append(_facing(scale.to(wide), v))
+    outs, gs, xs = cut.blocks(layout.flat(grad_input)), cut.blocks(g), cut.blocks(v)
+    ws: list[Tensor | None] = [None] * len(xs)
+    if mask is not None:
+        ws = [*cut.blocks(layout.view(mask.to(wide), rows=v.ndim == 2))]
+    affine = torch.stack([mean, -scale * b, -scale * a, torch.ones_like(mean)]).to(wide)
+    columns = [*affine.unbind(), _facing(scale.to(wide), v)]
     coefficients = cut.columns(columns, len(xs))
     for o, g_block, x_block, w, (*affine, factor) in zip(
         outs, gs, xs, ws, coefficients, strict=True

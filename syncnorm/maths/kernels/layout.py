@@ -37,6 +37,13 @@ def dense(x: Tensor) -> Tensor:
     return x if x.is_contiguous() or is_rows(x) else x.contiguous()
 
 
+def flat(x: Tensor) -> Tensor:
+    """The (rows, C) or (N, C, L) view of x, of a contiguous copy where x is not dense."""
+    if is_rows(x):
+        return x.movedim(1, -1).reshape(-1, x.shape[1])
+    return x.contiguous().reshape(x.shape[0], x.shape[1], -1)
+
+
 def like(t: Tensor, x: Tensor) -> Tensor:
     """t (the shape of x) in the memory layout of the dense tensor x; copied only if it differs."""
     if is_rows(x):
