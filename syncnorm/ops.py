@@ -252,7 +252,7 @@ def pooled_statistic(
 
 def statistic_over(
     local: LocalSums,
-    process_group: groups.Spec | groups.Kept,
+    process_group: groups.Spec | groups.GroupHandle,
     name: str,
     *,
     is_averaged: bool = False,
@@ -272,11 +272,16 @@ def statistic_over(
     return local_statistic(local, name)
 
 
-def _is_alone(process_group: groups.Spec | groups.Kept) -> bool:
+def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
     """Whether there is nobody to pool with. No group is made, since one worker may ask alone."""
     if not groups.is_shared():
         return True
-    return groups.least_size(groups.keep(process_group), len(groups.ranks(groups.live(None)))) == 1
+    return (
+        groups.least_size(
+            groups.to_handle(process_group), len(groups.ranks(groups.existing_group(None)))
+        )
+        == 1
+    )
 
 
 def local_statistic(local: LocalSums, name: str) -> Statistic:

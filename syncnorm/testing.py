@@ -289,7 +289,7 @@ def leave(status: int) -> NoReturn:
 
 def _call(message: bytes) -> Any:
     function, args = pickle.loads(message)  # noqa: S301 from our own parent
-    inflight.forget_rooms()  # so that what travels does not depend on what was called before
+    inflight.reset_rooms()  # so that what travels does not depend on what was called before
     return function(*args)
 
 

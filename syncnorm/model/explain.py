@@ -169,7 +169,7 @@ def explain(
     )
     lints += [] if local is None else [local]
     lints += [] if loader is None else _sampler_lints(loader)
-    world = world_size or len(groups.ranks(groups.live(None)))
+    world = world_size or len(groups.ranks(groups.existing_group(None)))
     is_alone = world_size is None and world == 1
     rows, parts = [], {}
     for number, (name, layer) in enumerate(layers.items()):
@@ -203,7 +203,7 @@ class _Part(NamedTuple):
     """What a layer that pools has to do with the messages of a step."""
 
     sync: str
-    rule: groups.Rule | groups.Outside
+    rule: groups.Rule | groups.NotMember
     workers: int
     """How many take part."""
     channels: int

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from syncnorm import observed, ops
 from syncnorm.comm import debug, exchange, groups
-from syncnorm.comm.inflight import Flight
+from syncnorm.comm.inflight import InFlight
 from syncnorm.compiled import untraced
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
@@ -91,7 +91,7 @@ class PooledRunning:
         self._handled: BaseException | None = None
         self._sent: Sent | None = None
         self._fault: str | None = None
-        self._mixed: Flight | None = None
+        self._mixed: InFlight | None = None
         """An exchange in which some workers sent something else, to be raised when all are there
         again.
         """

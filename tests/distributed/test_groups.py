@@ -86,14 +86,14 @@ def _on_machines(names: str | None) -> Iterator[None]:
     """Ranks know nothing of each other yet, and find themselves on machines of these names; None:
     on this one.
     """
-    real = live.this_machine
+    real = live.machine_id
     live._known.clear()
     if names is not None:
-        live.this_machine = lambda: names[dist.get_rank()]
+        live.machine_id = lambda: names[dist.get_rank()]
     try:
         yield
     finally:
-        live.this_machine = real
+        live.machine_id = real
         live._known.clear()
 
 
@@ -409,7 +409,7 @@ def test_a_group_of_all_workers_or_a_layer_with_its_own_changes_nothing(pool):
 
 
 def _wait_in_vain() -> str:
-    with pytest.raises(ExchangeError) as caught, naming.made_by(range(3)):
+    with pytest.raises(ExchangeError) as caught, naming.explain_absence(range(3)):
         raise dist.DistStoreError("Wait timeout")
     return str(caught.value)
 

@@ -19,9 +19,9 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from syncnorm.maths.kernels import cpu, portable
+from syncnorm.undocumented import FakeTensor
 
 
 def _implementation(x: Tensor) -> ModuleType:

@@ -314,7 +314,7 @@ class RollCall:
         self._present = len(self._members)
         with self._unannounced():
             self._hand_over()
-        inflight.count_anew(self.group)
+        inflight.reset_calls(self.group)
 
     def _reductions(self, number: int) -> Reductions:
         reductions = self._parts[number].reductions
