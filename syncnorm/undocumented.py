@@ -35,7 +35,7 @@ backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 """The number of the backward pass that is running; -1 outside of one. FSDP2 relies on it, too."""
 
 is_forward_mode_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
-"""False where forward-mode gradients are off, as in an autograd Function; `no_grad` leaves them on."""
+"""False where forward-mode gradients are off: in an autograd Function, not under `no_grad`."""
 
 forward_mode_level: Callable[[], int] = partial(attrgetter("_current_level"), forward_ad)
 """The number of nested `torch.autograd.forward_ad.dual_level`, less one."""

@@ -13,7 +13,7 @@ from syncnorm.comm.handles import of_name
 
 @torch.library.custom_op("syncnorm::sum", mutates_args=())
 def _sum(message: Tensor, group: str, kind: str, name: str) -> Tensor:
-    """Sum as `exchange.sum_`, over the group of this name; counted and timed when the graph runs."""
+    """Sum as `exchange.sum_` over the group of this name, counted and timed as the graph runs."""
     total = sum_(message, statistics_group(of_name(group)), kind, name)
     return total.clone() if total is message else total  # an operator's output is no input of it
 

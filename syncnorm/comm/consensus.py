@@ -25,7 +25,7 @@ from syncnorm.comm.world import rank as own_rank
 from syncnorm.errors import ExchangeError
 
 NO_DATA = "no data"
-"""The kind of the zeros that a rank sends once its data has run out, whatever the others exchange."""
+"""The kind of the zeros that a rank without data sends, whatever the others exchange."""
 _VERDICT, _HEARD = "syncnorm/verdict", "syncnorm/heard"
 _GO = "go"
 # A rank that raises waits so long for the others to read the error: the Store may end with it.
@@ -141,14 +141,14 @@ class Consensus:
         return _parse(self._store.get(_key(number, "is", rank)))
 
     def _delete_earlier(self) -> None:
-        """Delete the keys of the last exchange but one, which all have left: they are in the last."""
+        """Delete the keys of the last exchange but one: all ranks have come to the last one."""
         if self._number >= 2:
             self._store.delete_key(_key(self._number - 2, "is", own_rank()))
             if own_rank() == self._members[0]:
                 self._store.delete_key(_key(self._number - 2, "decision"))
 
     def _publish(self, verdict: str, present: int) -> str:
-        """Write the error for all ranks, unless there is one; returns it once `present` have read it."""
+        """Write the error, unless there is one; returns it once `present` ranks have read it."""
         first = self._world.compare_set(_VERDICT, "", verdict).decode()
         # The one that hosts the store may have heard enough, and left.
         with contextlib.suppress(dist.DistError):

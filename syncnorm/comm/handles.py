@@ -1,4 +1,4 @@
-"""The forms of `process_group`: as a user gives it, as a module keeps it, as compiled code names it.
+"""The forms of `process_group`: a user's value, a module's handle, a name in compiled code.
 
 A process group can be neither copied nor pickled. A module keeps a handle, which can: copies in
 this process share the group, a pickle holds the rule or the ranks.
@@ -25,7 +25,7 @@ Spec = Group | DeviceMesh | str | int | ForSamples | Ranks | None
 class NotMember:
     """The handle of a group that this rank is not in.
 
-    Using it is an error; keeping it is none, since other ranks keep a group there and raise nothing.
+    Using it raises, keeping it does not: no rank may raise alone, and the members keep a group.
     """
 
     def __repr__(self) -> str:

@@ -136,7 +136,7 @@ class InFlight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Name the layer and the call in an error of torch.distributed; in debug mode, who is gone."""
+        """Name the layer and call in torch.distributed's error; in debug mode, the ranks gone."""
         if error is None:
             return
         self._is_over, self.work = True, None
