@@ -53,8 +53,9 @@ def test_in_debug_mode_all_raise_the_same_and_know_who_is_where(fault, tmp_path)
 
 @pytest.mark.parametrize("fault", ["skips", "raises", "is killed", "is late"])
 def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
-    """What a skipped layer does to the rest of the job decides whether gloo can say so: here
-    nothing follows it.
+    """A skipped layer with nothing after it.
+
+    Whether gloo can name the cause depends on the rest of the job.
     """
     job = Job(
         "skips all" if fault == "skips" else fault,
@@ -132,8 +133,9 @@ def test_in_debug_mode_where_the_host_of_the_store_is_killed(tmp_path):
 
 
 def _watched_anew(folder: str) -> list[str]:
-    """What the watch says when another worker is stuck, in one world and in the next; and when it
-    looks again.
+    """The watchdog's output when another rank is stuck, in one world and in the next.
+
+    The second output of each is that of a second look.
     """
     watch, rank, said = inflight.Watchdog(), dist.get_rank(), []
     for world in range(2):

@@ -1,6 +1,4 @@
-"""Bad data on one worker is the same error on all; degenerate counts change nothing that they
-should not.
-"""
+"""Bad data on one worker is the same error on all; degenerate counts change nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from syncnorm.testing import RankPool
 
 
 def _with_bad_mask(value: float, bad_rank: int, others_have_masks: bool) -> tuple[str, bool, bool]:
-    """The error of this rank, whether its buffers kept still, and whether the layer still works."""
+    """The error of this rank; True if its buffers are unchanged; True if the layer still works."""
     torch.manual_seed(dist.get_rank())
     layer = SyncBatchNorm(3)
     x = torch.randn(4, 3, 5)

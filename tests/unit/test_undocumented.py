@@ -247,7 +247,7 @@ def test_groups():
 
 
 def _name_by_count() -> tuple[bool, bool]:
-    """Whether names follow the count of groups, asked of torch and seen in two groups of one rank."""
+    """Names that follow the count of groups: said of torch, and seen in two groups of one rank."""
     names = []
     for number in (1000, 2000):
         with undocumented.numbering_groups_from(number):
