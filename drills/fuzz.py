@@ -1,5 +1,4 @@
-"""Random sequences of calls of both layers on live workers, each call held against the float64
-oracle.
+"""Random sequences of calls of both layers on live workers, compared with the float64 oracle.
 
     python -m drills.fuzz [--calls 20000] [--seed 0]
 
@@ -28,17 +27,18 @@ TOGETHER = 10
 
 
 class Verdict(NamedTuple):
-    """What became of a sequence; nothing, if all was well."""
+    """The outcome of a sequence; empty if nothing was wrong."""
 
     sequence: Calls
     problems: list[str]
     is_hang: bool = False
-    """Whether workers waited for each other until the deadline, or broke off a message; the pool is
-    gone then.
+    """True if workers waited for each other until the deadline, or broke off a message.
+
+    The pool is started anew then.
     """
 
 
-class Crew:
+class Runner:
     """Workers that play sequences, started anew when a failure has ended them."""
 
     def __init__(
@@ -78,7 +78,7 @@ class Crew:
         if self._pool is not None:
             self._pool.close()
 
-    def __enter__(self) -> Crew:
+    def __enter__(self) -> Runner:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -86,7 +86,7 @@ class Crew:
 
 
 def _has_raised(failure: RankFailure) -> bool:
-    """Whether a worker raised something of its own, rather than for want of the others."""
+    """True if a worker raised an error of its own, rather than one that follows from another's."""
     texts = failure.failures.values()
     lost = ("Timed out", "Connection closed", "process died", "ExchangeError", "Connection reset")
     return any(not any(word in text for word in lost) for text in texts)
@@ -101,17 +101,17 @@ def sequences(seed: int, count: int, calls: int = CALLS) -> Iterator[Calls]:
 
 
 def first_failure(
-    crew: Crew, candidates: Sequence[Calls], together: int = TOGETHER
+    runner: Runner, candidates: Sequence[Calls], together: int = TOGETHER
 ) -> Verdict | None:
     """The first of the sequences that fails."""
     for start in range(0, len(candidates), together):
-        for verdict in crew.judge(candidates[start : start + together]):
+        for verdict in runner.judge(candidates[start : start + together]):
             if verdict.problems:
                 return verdict
     return None
 
 
-def shorten(crew: Crew, failing: Verdict) -> Verdict:
+def shorten(runner: Runner, failing: Verdict) -> Verdict:
     """Leave out calls for as long as the sequence still fails."""
     size = len(failing.sequence.calls) // 2
     while size:
@@ -120,7 +120,7 @@ def shorten(crew: Crew, failing: Verdict) -> Verdict:
             dataclasses.replace(failing.sequence, calls=calls[:start] + calls[start + size :])
             for start in range(0, len(calls), size)
         ]
-        found = first_failure(crew, [s for s in shorter if s.calls])
+        found = first_failure(runner, [s for s in shorter if s.calls])
         if found is None:
             size //= 2
         else:
@@ -129,7 +129,7 @@ def shorten(crew: Crew, failing: Verdict) -> Verdict:
 
 
 class Tally:
-    """What came up."""
+    """The counts of calls played, by kind, and the first failure."""
 
     def __init__(self) -> None:
         self.kinds = Counter[str]()
@@ -158,12 +158,12 @@ class Tally:
         )
 
 
-def drill(crew: Crew, seed: int, count: int) -> Tally:
+def drill(runner: Runner, seed: int, count: int) -> Tally:
     """Play `count` sequences; ends with the first batch in which one fails."""
     tally = Tally()
     drawn = list(sequences(seed, count))
     for start in range(0, count, TOGETHER):
-        for verdict in crew.judge(drawn[start : start + TOGETHER]):
+        for verdict in runner.judge(drawn[start : start + TOGETHER]):
             tally.add(verdict)
         if tally.first is not None:
             break
@@ -176,11 +176,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     start = time.perf_counter()
-    with Crew() as crew:
-        tally = drill(crew, options.seed, -(-options.calls // CALLS))
+    with Runner() as runner:
+        tally = drill(runner, options.seed, -(-options.calls // CALLS))
         print(tally.table(time.perf_counter() - start), flush=True)
         if tally.first is not None:
-            shortest = shorten(crew, tally.first)
+            shortest = shorten(runner, tally.first)
             print(
                 "\nThe shortest failing sequence:", shortest.sequence, *shortest.problems, sep="\n"
             )

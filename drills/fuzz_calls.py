@@ -1,6 +1,4 @@
-"""What a fuzzed sequence of calls is: values that are printed, drawn from any source of choices,
-and shrunk.
-"""
+"""Fuzzed sequences of calls: values that can be printed, drawn from any source, and shrunk."""
 
 from __future__ import annotations
 
@@ -36,15 +34,14 @@ class Call:
     in_block: bool = False
     """Neighbouring calls of which this is true are in one `accumulate` block."""
     zero_grad: bool = True
-    """Whether gradients are forgotten before the call."""
+    """True if gradients are zeroed before the call."""
     backward: str = "together"
-    """How all forwards that await a backward pass get it: "together", "one by one", the last first,
-    or "later".
+    """The order of the pending backward passes: "together", "one by one" (last first) or "later".
     """
     is_again: bool = False
-    """Whether the batch is that of the call before."""
+    """True if the batch is that of the call before."""
     copied: bool = False
-    """Whether the sequence goes on with a deepcopy of the layer."""
+    """True if the sequence goes on with a deepcopy of the layer."""
 
     def __str__(self) -> str:
         changed = [f for f in fields(self) if getattr(self, f.name) != f.default]

@@ -1,5 +1,4 @@
-"""A worker's part in the fuzz drill: it makes the calls, and holds each against the oracle on the
-whole batch.
+"""One worker of the fuzz drill: makes the calls, and compares each with the oracle.
 
 Every worker knows everybody's data from the seed, so it computes the oracle itself, and nothing is
 sent for the sake of the comparison but one gather at the end of a sequence. What is wrong is
@@ -43,7 +42,10 @@ Plant = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def play(sequences: Sequence[Calls], plant: Plant = contextlib.nullcontext) -> list[list[str]]:
-    """On one worker: what was wrong in each sequence; `plant` puts a defect into the package."""
+    """Play the sequences on one worker; returns the problems of each.
+
+    `plant` puts a defect into the package.
+    """
     with plant(), warnings.catch_warnings():
         warnings.simplefilter("ignore", SingleValueWarning)
         return [Player(sequence).run() for sequence in sequences]
@@ -120,7 +122,7 @@ class Oracle:
         return self._train(x, mask, self.weight, self.bias, self.running)
 
     def end_block(self) -> None:
-        """One update by all that the block has seen, as one batch."""
+        """Update once by all that the block has seen, as one batch."""
         if self.block:
             rows, weights = (torch.cat(each) for each in zip(*self.block, strict=True))
             self._train(rows, weights, None, None, self.running)
@@ -152,8 +154,7 @@ class Oracle:
     def scale_of_errors(
         self, call: Call, x: Tensor, mask: Tensor, cotangent: Tensor
     ) -> tuple[float, float]:
-        """How rounding errors grow: |x| / std, and the largest of the terms that the gradient of
-        the input adds up.
+        """The growth of rounding errors: |x| / std, and the largest term of the input's gradient.
 
         These may cancel: of two values per channel the gradient is next to nothing.
         """
@@ -198,13 +199,13 @@ class Pending(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What is compared over the workers when the sequence ends."""
+    """Values of one call that are compared over the workers when the sequence ends."""
 
     what: str
     values: Tensor
     """The buffers, then this worker's gradients of weight and bias."""
     gradients: Tensor
-    """What the latter should add up to."""
+    """The oracle's, which the sum over workers should equal."""
     terms: float
     dtype: torch.dtype
 
@@ -223,10 +224,10 @@ class Player:
         self.problems: list[str] = []
         self.what = ""
         self.state_dtype = torch.float64 if sequence.dtype == "float64" else torch.float32
-        """What the buffers, and all that depends on them, can be held to."""
+        """The precision of the buffers, and of all that depends on them."""
         self.terms = 0.0
         self.is_coarse = False
-        """Whether gradients of weight and bias come from `F.batch_norm` in bfloat16, which sums
+        """True once gradients of weight and bias come from `F.batch_norm` in bfloat16, which sums
         them in that type.
         """
 
@@ -328,7 +329,7 @@ class Player:
         return result
 
     def _backward(self, pending: list[Pending]) -> None:
-        """One backward pass of all that await one."""
+        """Make one backward pass of all pending forwards."""
         todo, pending[:] = list(pending), []
         expected = Counter[tuple[str, int]]()
         for each in todo:
@@ -419,8 +420,10 @@ class Player:
     def _check(
         self, name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float = 0.0
     ) -> None:
-        """Compare; `terms`: the size of what the values are sums of, or of the whole tensor that
-        they are cut from.
+        """Compare with a tolerance that is relative to `terms`, if larger than the expected values.
+
+        These are the size of what the values are sums of, or of the whole tensor that they are cut
+        from.
         """
         size = max(0.01, float(expected.detach().abs().max())) if expected.numel() else 1.0
         try:
@@ -431,7 +434,7 @@ class Player:
     def _check_rounded(
         self, name: str, got: Tensor, expected: Tensor, dtype: torch.dtype, terms: float
     ) -> None:
-        """The same; what is of bfloat16 was computed in float32 and then rounded once."""
+        """Compare as `_check`; bfloat16 was computed in float32 and then rounded once."""
         if dtype == torch.bfloat16 and got.shape == expected.shape:
             expected = expected.detach()
             error = got.detach().double() - expected

@@ -1,5 +1,4 @@
-"""Nothing is lost by a fault: runs that are killed again and again end with the bits of one that is
-not.
+"""Runs that are killed again and again, which must end with the bits of one that is not.
 
     python -m drills.kill_drill [--workers 2 3] [--kills 30] [--torn 30] [--seed 0]
 
@@ -51,8 +50,9 @@ def draw_kills(draw: random.Random, workers: int, count: int) -> list[Kill]:
 
 
 def draw_torn(draw: random.Random, save_bytes: int, count: int) -> list[Torn]:
-    """Half of them at a byte, half at an operation; a fifth in the last save, which no other one
-    cleans up after.
+    """Half of them at a byte, half at an operation.
+
+    A fifth is in the last save, which no later one cleans up after.
     """
     operations = draw.sample(range(_OPERATIONS), _OPERATIONS)
     return [
@@ -107,7 +107,7 @@ def drill(root: Path, workers: int, kills: int, torn: int, seed: int) -> Iterato
 
 
 def differences(expected: Evidence, got: Evidence | None) -> list[str]:
-    """Say where a run has come to something else."""
+    """Compare a run with the one left alone."""
     if got is None:
         return ["it has not begun"]
     found = []
@@ -125,8 +125,11 @@ def differences(expected: Evidence, got: Evidence | None) -> list[str]:
 
 
 def report(workers: int, results: Sequence[Result]) -> list[str]:
-    """What the run left alone came to, and a row for each kind of fault: how many came, how many of
-    them in runs that ended as they must, and how long training stood still."""
+    """The outcome of the run left alone, and a row for each kind of fault.
+
+    A row has the number of faults, of those in runs that ended as they must, and the time that
+    training stood still.
+    """
     alone, *others = results
     again = sum(len(result.starts) - 1 for result in others if result.starts)
     launches, seconds = (

@@ -1,4 +1,4 @@
-"""What a run has come to, and what it has left behind, for `drills.kill_drill`."""
+"""The results of a run and the files it leaves behind, for `drills.kill_drill`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from syncnorm.train.metrics import read_events
 
 
 class Evidence(NamedTuple):
-    """What a run has come to.
+    """The results of a run.
 
     Args:
         digest: of the last checkpoint.
@@ -56,8 +56,10 @@ def gather(run: Path) -> tuple[Evidence | None, list[str]]:
 
 
 def digest(snapshot: Snapshot) -> str:
-    """SHA-256 over weights, buffers, averages, optimizer, schedule, each worker's random numbers,
-    and the position.
+    """SHA-256 over all state of a checkpoint.
+
+    That is weights, buffers, averages, optimizer, schedule, each worker's random numbers and the
+    position.
     """
     sha256 = hashlib.sha256()
     _feed(sha256, [snapshot.tensors, snapshot.states, snapshot.facts["position"]])
@@ -84,8 +86,7 @@ def _feed(sha256: Any, value: object) -> None:
 
 
 def read_curve(run: Path) -> tuple[dict[str, list[Any]], list[str]]:
-    """Read what is on record of each step and epoch; a step that was taken again must show the same
-    again.
+    """Read the records of each step and epoch; a repeated step must have the same record.
 
     Returns:
         The records, and the steps of which there are two.
@@ -103,9 +104,7 @@ def read_curve(run: Path) -> tuple[dict[str, list[Any]], list[str]]:
 
 
 def left_behind(run: Path) -> list[str]:
-    """Say which names of writers that died are still in a run's folder, and who still holds a lock
-    on it.
-    """
+    """Name the temporary files that dead writers left in a run's folder, and any lock still held."""
     found = [f"left behind: {path.relative_to(run)}" for path in sorted(run.rglob(".tmp-*"))]
     return found + [
         f"still locked: {name}" for name in ("run.lock", "checkpoints") if _is_locked(run / name)
@@ -124,9 +123,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def processes(name: str, value: str) -> list[int]:
-    """The living processes that were started with this in their environment; those of other users
-    are not seen.
-    """
+    """The living processes that have this in their environment, those of other users left out."""
     entry = f"{name}={value}".encode()
     return [
         int(path.name)
@@ -136,7 +133,7 @@ def processes(name: str, value: str) -> list[int]:
 
 
 def environment(pid: int) -> list[bytes]:
-    """What a process was started with; empty if it is gone."""
+    """The environment of a process; empty if it is gone."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return []

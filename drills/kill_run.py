@@ -56,7 +56,7 @@ class Kill(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How long a start and a step take, in seconds."""
+    """The durations of a start and of a step, in seconds."""
 
     start: float
     step: float
@@ -71,7 +71,7 @@ class Fault(NamedTuple):
 
 @dataclass
 class Result:
-    """What became of a run.
+    """The outcome of a run.
 
     Args:
         faults: those that have come.
@@ -147,9 +147,7 @@ class Run:
         return self._process.poll()
 
     def pid(self, victim: int | None) -> int | None:
-        """The launcher, or the worker of that number that it has now; None if there is none just
-        now.
-        """
+        """The launcher, or its present worker of that number; None if there is none just now."""
         assert self._process is not None
         if victim is None:
             return self._process.pid
@@ -168,9 +166,7 @@ class Run:
         self.launch()
 
     def events(self, since: int = 0) -> tuple[list[dict[str, Any]], int]:
-        """What is on record from this byte on, as far as its lines are whole; and how many bytes
-        there are in all.
-        """
+        """The complete lines on record from this byte on, and the size of the record in bytes."""
         with contextlib.suppress(StopIteration, OSError):
             with next(self.folder.glob("runs/*/metrics.jsonl")).open("rb") as file:
                 file.seek(since)
@@ -191,7 +187,7 @@ class Run:
         return True
 
     def _signs(self) -> list[int]:
-        """What grows while it is alive."""
+        """The sizes that grow while the run is alive."""
         files = [
             self.folder / "stderr.txt",
             *self.folder.glob("*.deaths"),
@@ -204,7 +200,7 @@ class Run:
         return processes(_MARK, str(self.folder))
 
     def problems(self) -> list[str]:
-        """What there must not be after the end."""
+        """The problems after the end: processes, files and locks left."""
         found = [f"left behind: process {pid}" for pid in self.left()]
         if self.status != 0:
             said = (self.folder / "stderr.txt").read_text(encoding="utf-8", errors="replace")
@@ -276,7 +272,7 @@ def _strike(run: Run, each: Kill, pace: Pace) -> str | None:
 
 
 def _has_come(events: list[dict[str, Any]], step: int) -> bool:
-    """Whether so late a step is on record of workers that have started meanwhile."""
+    """True if so late a step is on record of workers that have started meanwhile."""
     kinds = [event["event"] for event in events]
     if "start" not in kinds:
         return False

@@ -1,4 +1,4 @@
-"""How the first worker of a run dies inside a save, for `drills.kill_drill`.
+"""Deaths of a run's first worker inside a save, for `drills.kill_drill`.
 
 The drill puts a `sitecustomize.py` that calls `arm` on the path of the processes that it starts,
 and the plan of their deaths into their environment. The package knows nothing of either.
@@ -48,9 +48,7 @@ def write_plan(path: Path, torn: list[Torn]) -> None:
 
 
 def read_deaths(path: Path) -> list[dict[str, Any]]:
-    """Return the deaths of a plan that have come: the `time` of each, in seconds since 1970, and
-    its `place`.
-    """
+    """Return the deaths of a plan that have come: `place`, and `time` in seconds since 1970."""
     return [json.loads(line) for line in _record_of(path).read_text(encoding="utf-8").splitlines()]
 
 

@@ -5,36 +5,12 @@ Its exchanges are in `syncnorm.comm`.
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
-
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments, Unread
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-# The number of the backward pass that is running; -1 outside of one. Not a documented function; FSDP2
-# relies on it too, and a test notices if it changes. Bound once, since every call asks it.
-backward_pass = torch._C._current_graph_task_id
-
-
-def untraced(function: F) -> F:
-    """`function`, which compiled code calls rather than contains."""
-    # torch.compiler.disable, with its import of seconds put off until something is compiled.
-    apart = _disable_dynamo(function)
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (apart if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
-
-    return cast(F, call)
+from syncnorm.undocumented import backward_pass
 
 
 def unless_repeated(batch: Moments) -> Moments:

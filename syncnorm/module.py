@@ -72,7 +72,7 @@ class SyncNorm(_BatchNorm):
     """The source of training statistics."""
     sync_mode: Mode
     """The meaning of `sync`."""
-    workers: groups.Kept
+    workers: groups.GroupHandle
     """`process_group` as it is kept: what can be copied and pickled."""
     _is_hf_initialized = LoadedMark()
 
@@ -259,11 +259,11 @@ class SyncNorm(_BatchNorm):
         A copy shares a group that was given; a pickle holds the ranks of its members, and what is
         loaded from it gives these as `groups.Ranks`.
         """
-        return groups.given(self.workers)
+        return groups.to_user(self.workers)
 
     @process_group.setter
     def process_group(self, value: groups.Spec) -> None:
-        self.workers = groups.keep(value)
+        self.workers = groups.to_handle(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or cast: what is under way belongs to the old tensors, and no statistic loses

@@ -1,7 +1,6 @@
-"""Who looks at the operators of a call rather than at its numbers: function transforms, tracers,
-fake tensors.
+"""Observers of a call's operators rather than of its numbers: transforms, tracers, fake tensors.
 
-Code that torch.compile and torch.export trace is not meant: they know themselves (see
+torch.compile and torch.export are not among them: code can ask whether it is being compiled (see
 `syncnorm.compiled`).
 """
 
@@ -14,35 +13,35 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.fx import Proxy, Tracer
 
 from syncnorm.errors import InputError
+from syncnorm.undocumented import (
+    FakeTensor,
+    count_dispatch_modes,
+    forward_mode_level,
+    has_fake_mode,
+    has_legacy_batch,
+    has_proxy_mode,
+    has_transform,
+    is_tracing,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 FAKE = "fake tensors"
 """An observer that has shapes and types and no numbers: meta tensors, too."""
 
-# Not documented functions; a test notices if they change. Bound once, since every call asks them.
-_has_transform = torch._C._are_functorch_transforms_active
-_has_trace = torch._C._is_tracing
-_has_batch = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
-_count_modes = torch._C._len_torch_dispatch_stack
-_find_mode = torch._C._get_dispatch_mode
-_Modes = torch._C._TorchDispatchModeKey
-
 
 def observer(t: Tensor) -> str | None:
-    """What looks at the operators on `t`, as errors call it; None in an ordinary call."""
+    """Name the observer of the operators on `t`, as errors do; None in an ordinary call."""
     if torch.compiler.is_compiling() or not (
-        _has_transform()
-        or _has_trace()
-        or _count_modes()
-        or forward_ad._current_level >= 0
+        has_transform()
+        or is_tracing()
+        or count_dispatch_modes()
+        or forward_mode_level() >= 0
         or t.is_meta
-        or _has_batch(t)
+        or has_legacy_batch(t)
         or type(t) is not Tensor
     ):
         return None
@@ -50,59 +49,54 @@ def observer(t: Tensor) -> str | None:
 
 
 def _name(t: Tensor) -> str | None:
-    if _has_transform():
+    if has_transform():
         return "a transform of torch.func"
-    if _has_trace():
+    if is_tracing():
         return "torch.jit.trace"
-    if forward_ad._current_level >= 0:
+    if forward_mode_level() >= 0:
         return "forward-mode differentiation"
-    if _has_batch(t):
+    if has_legacy_batch(t):
         return "a batch of gradients"
-    if _find_mode(_Modes.PROXY) is not None:
+    if has_proxy_mode():
         return "make_fx"
-    if t.is_meta or isinstance(t, FakeTensor) or _find_mode(_Modes.FAKE) is not None:
+    if t.is_meta or isinstance(t, FakeTensor) or has_fake_mode():
         return FAKE
     return None
 
 
 def is_fake(module: nn.Module) -> bool:
-    """Whether the module's own tensors have no numbers."""
+    """True if the module's own tensors have no numbers."""
     tensors = (*module.buffers(recurse=False), *module.parameters(recurse=False))
     return any(observer(t) == FAKE for t in tensors[:1])
 
 
 def refuse(who: str, name: str) -> InputError:
-    """The error where what looks would not see an exchange.
+    """Return the error for an exchange that the observer `who` would not see.
 
-    It comes before any, on all workers that do the same.
+    Raised before any exchange, so on all ranks that run the same code.
     """
     return InputError(
         f"`sync` must leave the statistics to this worker alone under {who}, got an exchange in "
-        f"{name or 'a call'} "
-        'that would be no part of it. Use evaluation mode, or sync="none", or torch\'s layers by '
-        "revert(model)."
+        f'{name or "a call"} that would be no part of it. Use evaluation mode, or sync="none", or '
+        "torch's layers by revert(model)."
     )
 
 
 @contextmanager
 def updating(who: str, name: str) -> Iterator[None]:
-    """Say what to do where running statistics cannot be updated within a transform."""
+    """Name the remedy where running statistics cannot be updated within a transform."""
     try:
         yield
     except RuntimeError as error:
         raise InputError(
             f"`track_running_stats` must be False under {who}, or the buffers an argument of what "
-            "is transformed (see "
-            "torch.func.functional_call), got running statistics that cannot be updated there in "
-            f"{name}. "
-            "Build the layer without them, or use evaluation mode."
+            "is transformed (see torch.func.functional_call), got running statistics that cannot "
+            f"be updated there in {name}. Build the layer without them, or use evaluation mode."
         ) from error
 
 
 def module_call(module: nn.Module, x: Proxy, mask: Any) -> Any:
-    """The call of `module` as one node of the graph that torch.fx makes, as of a layer of torch's
-    own.
-    """
+    """Make the call of `module` one node of torch.fx's graph, like that of a layer of torch's."""
     target = cast(Tracer, x.tracer).path_of_module(module)
     if not target:
         raise InputError(
@@ -116,7 +110,7 @@ def module_call(module: nn.Module, x: Proxy, mask: Any) -> Any:
 
 
 def function_call(function: F) -> F:
-    """`function`, whose calls are one node of a graph that torch.fx makes."""
+    """Make each call of `function` one node of torch.fx's graph."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm import compiled, observed
+from syncnorm import compiled, observed, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.errors import FaultError, UnevenShardsWarning
@@ -270,7 +270,7 @@ def pooled_statistic(
 
 def statistic_over(
     local: LocalSums,
-    process_group: groups.Spec | groups.Kept,
+    process_group: groups.Spec | groups.GroupHandle,
     name: str,
     *,
     is_averaged: bool = False,
@@ -290,11 +290,16 @@ def statistic_over(
     return local_statistic(local, name)
 
 
-def _is_alone(process_group: groups.Spec | groups.Kept) -> bool:
+def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
     """True if there is nobody to pool with. No group is made, since one worker may ask alone."""
     if not groups.is_shared():
         return True
-    return groups.least_size(groups.keep(process_group), len(groups.ranks(groups.live(None)))) == 1
+    return (
+        groups.least_size(
+            groups.to_handle(process_group), len(groups.ranks(groups.existing_group(None)))
+        )
+        == 1
+    )
 
 
 def local_statistic(local: LocalSums, name: str) -> Statistic:
@@ -355,15 +360,13 @@ def normalize(
 def may_be_repeated() -> bool:
     """True if activation checkpointing may repeat the forward that runs.
 
-    Its re-entrant kind makes the first forward within that of a Function, where forward-mode
-    gradients are off, which they are not under `no_grad`; the other kind has hooks on what autograd
-    saves, as some that do not repeat do too.
+    Re-entrant checkpointing runs the first forward inside an autograd Function, where forward-mode
+    gradients are off, which they are not under `no_grad`. The non-reentrant kind sets hooks on what
+    autograd saves, as some that repeat nothing do, too; hence "may".
     """
-    # Not documented functions; a test notices if they change.
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
     if torch.is_grad_enabled():
-        return hooks is not None
-    return not (torch._C._is_fwd_grad_enabled() or torch.is_inference_mode_enabled())
+        return undocumented.has_saved_tensor_hooks()
+    return not (undocumented.is_forward_mode_enabled() or torch.is_inference_mode_enabled())
 
 
 def is_recomputing() -> bool | None:
@@ -371,7 +374,7 @@ def is_recomputing() -> bool | None:
 
     None in code that is being compiled, which does not know: see `compiled.unless_repeated`.
     """
-    return None if torch.compiler.is_compiling() else compiled.backward_pass() != -1
+    return None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
 
 
 def train_forward(

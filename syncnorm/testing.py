@@ -1,5 +1,4 @@
-"""For tests of code that spans processes: a kept pool of ranks, a table of tolerances, and batches
-in shards.
+"""Tools for tests that span processes: a kept pool of ranks, tolerances, batches in shards.
 
     with RankPool(2) as pool:
         results = pool.run(function, *arguments)      # function(*arguments) on every rank; results by rank
@@ -54,8 +53,7 @@ TOLERANCES: dict[torch.dtype, Tolerance] = {
 def assert_close(
     got: Tensor, expected: Tensor, dtype: torch.dtype, what: str, factor: float = 1.0
 ) -> None:
-    """Compare with the float64 truth, at the tolerance of `dtype` times `factor`; names the worst
-    element.
+    """Compare with the float64 truth, at the tolerance of `dtype` times `factor`.
 
     The absolute part is relative to the largest expected value (at least 0.01), so that gradients
     of any scale are judged alike. Shapes must agree, and NaN equals NaN only.
@@ -168,7 +166,7 @@ class RankPool:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the pool can take calls."""
+        """True while the pool can take calls."""
         return bool(self._pipes)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -275,11 +273,10 @@ def _serve(
 
 
 def leave(status: int) -> NoReturn:
-    """End this process as a rank should: at an ordinary exit gloo's threads may outlive the
-    interpreter and abort.
+    """End this process at once: at an ordinary exit gloo's threads may outlive the interpreter.
 
-    What multiprocessing has to release is released before: torch's compiler, for one, leaves a
-    semaphore.
+    That would abort. Resources of multiprocessing are released before: torch's compiler, for one,
+    leaves a semaphore.
     """
     util._run_finalizers(0)  # pyright: ignore[reportAttributeAccessIssue] undocumented, and tested
     sys.stdout.flush()
@@ -289,7 +286,7 @@ def leave(status: int) -> NoReturn:
 
 def _call(message: bytes) -> Any:
     function, args = pickle.loads(message)  # noqa: S301 from our own parent
-    inflight.forget_rooms()  # so that what travels does not depend on what was called before
+    inflight.reset_rooms()  # so that what travels does not depend on what was called before
     return function(*args)
 
 

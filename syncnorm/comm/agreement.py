@@ -1,7 +1,6 @@
-"""Before anything is pooled, every worker says which layers it has and with whom each pools; all go
-on, or none.
+"""Agreement of all ranks on the layers of a model and their groups, before anything is pooled.
 
-A worker that means other workers than these mean would wait for somebody who never comes.
+A rank that pools over other ranks than these expect would wait for one that never comes.
 """
 
 from __future__ import annotations
@@ -14,26 +13,27 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.comm import exchange, groups
-from syncnorm.comm.groups import Group, Kept
+from syncnorm.comm.groups import Group, GroupHandle
 from syncnorm.comm.rules import Ranks
 from syncnorm.errors import FaultError
 
 
 class Statement(NamedTuple):
-    """What one worker says of a layer."""
+    """One rank's description of a layer."""
 
     name: str
     kind: str
     workers: str
-    """With whom it pools, in words."""
+    """The ranks that it pools over, in words."""
     members: list[int] | None
-    """Their ranks, where these were given; None for a rule, which is the same in the same words."""
+    """These ranks, if given as such; None for a rule, which the words identify."""
     backend: str
 
 
-def agree(layers: Sequence[tuple[str, str, Kept]], among: Group, device: torch.device) -> None:
-    """Compare what the members of `among` say of their layers; where these are all workers, make
-    their groups.
+def agree(
+    layers: Sequence[tuple[str, str, GroupHandle]], among: Group, device: torch.device
+) -> None:
+    """Compare the layers of all members of `among`; make the layers' groups if these are all ranks.
 
     *Collectives*: two all-gathers over `among`, and the creation of groups. Every member must call.
 
@@ -43,8 +43,8 @@ def agree(layers: Sequence[tuple[str, str, Kept]], among: Group, device: torch.d
     Raises:
         FaultError: they do not agree; the same on all members.
     """
-    mine = [_state(*layer) for layer in layers]
-    text = json.dumps([groups.this_machine(), mine])
+    mine = [_describe(*layer) for layer in layers]
+    text = json.dumps([groups.machine_id(), mine])
     texts = exchange.gather_text(text, among, "agreement", groups.device_for(among, device))
     machines, rows = zip(*(json.loads(each) for each in texts))
     said = dict(zip(groups.ranks(among), ([Statement(*each) for each in row] for row in rows)))
@@ -52,16 +52,16 @@ def agree(layers: Sequence[tuple[str, str, Kept]], among: Group, device: torch.d
     for statements in zip(*said.values()):
         _check_workers(dict(zip(said, statements)))
     if list(said) == list(range(dist.get_world_size())):
-        groups.know_machines(list(machines))
-        for (_, _, kept), *statements in zip(layers, *said.values()):
+        groups.set_machines(list(machines))
+        for (_, _, handle), *statements in zip(layers, *said.values()):
             parts = {(s.backend, tuple(s.members)) for s in statements if s.members is not None}
-            groups.make_all(sorted(parts), groups.origin(kept)[0])
+            groups.make_all(sorted(parts), groups.parent_and_rule(handle)[0])
 
 
-def _state(name: str, kind: str, kept: Kept) -> Statement:
-    if isinstance(kept, groups.Outside):
-        return Statement(name, kind, repr(kept), [], "")
-    parent, rule = groups.origin(kept)
+def _describe(name: str, kind: str, handle: GroupHandle) -> Statement:
+    if isinstance(handle, groups.NotMember):
+        return Statement(name, kind, repr(handle), [], "")
+    parent, rule = groups.parent_and_rule(handle)
     backend = dist.get_backend_config(parent)
     if isinstance(rule, Ranks):
         members = list(rule.members)
@@ -70,7 +70,7 @@ def _state(name: str, kind: str, kept: Kept) -> Statement:
 
 
 def _check_layers(said: dict[int, list[Statement]]) -> None:
-    """The same layers in the same order."""
+    """Raise unless all ranks have the same layers in the same order."""
     for number in range(max(len(each) for each in said.values())):
         found = {
             r: each[number][:2] if number < len(each) else ("none", "") for r, each in said.items()
@@ -78,24 +78,23 @@ def _check_layers(said: dict[int, list[Statement]]) -> None:
         if len(set(found.values())) > 1:
             raise FaultError(
                 "`model` must have the same layers in the same order on every worker, got "
-                f"{_by_worker({r: ' '.join(each).strip() for r, each in found.items()})} as number "
-                f"{number}. "
-                "Build the model alike on all workers."
+                f"{_by_rank({r: ' '.join(each).strip() for r, each in found.items()})} as number "
+                f"{number}. Build the model alike on all workers."
             )
 
 
 def _check_workers(said: dict[int, Statement]) -> None:
-    """The same rule; or each worker the ranks that those ranks give, too."""
-    if not all(_is_answered(rank, said) for rank in said):
+    """Raise unless all have the same rule, or each gives the ranks that those ranks give, too."""
+    if not all(_is_shared_by_members(rank, said) for rank in said):
         layer = next(iter(said.values())).name
         raise FaultError(
             "`process_group` must mean the same workers to each of them, got "
-            f"{_by_worker({r: s.workers for r, s in said.items()})} in layer {layer!r}. "
+            f"{_by_rank({r: s.workers for r, s in said.items()})} in layer {layer!r}. "
             'Give each worker the group that it is in, or all the same rule, such as 2 or "node".'
         )
 
 
-def _is_answered(rank: int, said: dict[int, Statement]) -> bool:
+def _is_shared_by_members(rank: int, said: dict[int, Statement]) -> bool:
     members = said[rank].members
     if members is None:
         return all(other[2:] == said[rank][2:] for other in said.values())
@@ -107,6 +106,6 @@ def _is_answered(rank: int, said: dict[int, Statement]) -> bool:
     )
 
 
-def _by_worker(words: dict[int, str]) -> str:
-    alike = {text: [r for r, each in words.items() if each == text] for text in words.values()}
-    return " and ".join(f"{text} on rank(s) {ranks}" for text, ranks in alike.items())
+def _by_rank(words: dict[int, str]) -> str:
+    same = {text: [r for r, each in words.items() if each == text] for text in words.values()}
+    return " and ".join(f"{text} on rank(s) {ranks}" for text, ranks in same.items())

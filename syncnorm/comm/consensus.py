@@ -1,11 +1,11 @@
-"""Debug mode: workers agree on an exchange before they make it.
+"""Debug mode: ranks agree on an exchange, through the group's Store, before they make it.
 
-Each worker leaves its signature of the exchange in the Store of the process group and looks for
-those of the others. Whoever first sees them all, or runs out of patience, writes the decision (a
-compare-and-set, so there is one): to go, or what is wrong. All obey the decision, also one who
-comes late and then finds every signature there; so nobody goes into an exchange that another has
-given up. What is wrong is also written for the whole world, and is the answer to everybody who
-comes to an exchange later, over whatever group.
+Each rank writes the identity of its exchange into the Store and reads those of the others. The
+first that sees them all, or that has waited too long, writes the decision (a compare-and-set, so
+there is one): to go, or the error. All obey the decision, also a late rank that then finds every
+identity there; so no rank enters an exchange that another has given up. An error is also written
+into the Store of the default group, and every rank that comes to an exchange later, over whatever
+group, raises it.
 """
 
 from __future__ import annotations
@@ -18,97 +18,94 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-from syncnorm.comm import debug, groups
-from syncnorm.comm.inflight import Flight, describe, world_store
+from syncnorm import undocumented
+from syncnorm.comm import debug
+from syncnorm.comm.inflight import InFlight, describe
+from syncnorm.comm.world import rank as own_rank
 from syncnorm.errors import ExchangeError
 
 NO_DATA = "no data"
-"""The kind of a worker's answers when its data has run out: zeros, to whatever the others exchange.
-"""
+"""The kind of the zeros that a rank without data sends, whatever the others exchange."""
 _VERDICT, _HEARD = "syncnorm/verdict", "syncnorm/heard"
 _GO = "go"
-# How long one who raises stays for the others to hear of it: the store may end with this process.
+# A rank that raises waits so long for the others to read the error: the Store may end with it.
 _GRACE_SECONDS = 1.0
 _SHORTEST_NAP_SECONDS, _LONGEST_NAP_SECONDS = 0.0002, 0.02
 
 
-class Signature(NamedTuple):
-    """What a worker is about to exchange."""
+class CollectiveId(NamedTuple):
+    """The identity of the exchange that a rank is about to make."""
 
     kind: str
     name: str
     call: int
     numel: int
-    """How many numbers it carries."""
+    """Numbers of the payload."""
     size: int
-    """How many travel."""
+    """Numbers sent."""
 
     def __str__(self) -> str:
         return describe(*self[:4])
 
 
-class Signing:
-    """The words between the members of a group about one exchange.
+class Consensus:
+    """Agreement of the members of a group on one exchange.
 
     Args:
         flight: the exchange.
-        group: over which group.
+        group: the ranks.
     """
 
-    def __init__(self, flight: Flight, group: dist.ProcessGroup) -> None:
+    def __init__(self, flight: InFlight, group: dist.ProcessGroup) -> None:
         self._flight = flight
-        # Not documented; a test notices if it changes.
-        self._store = dist.distributed_c10d._get_process_group_store(group)
-        self._world = world_store()
-        self._number = flight.line.signed
-        flight.line.signed += 1
+        self._store = undocumented.store_of(group)
+        self._world = undocumented.world_store()
+        self._number = flight.log.agreed
+        flight.log.agreed += 1
 
     @property
-    def patience_seconds(self) -> float:
-        return debug.debug_timeout_seconds() or self._flight.line.timeout_seconds
+    def timeout_seconds(self) -> float:
+        return debug.debug_timeout_seconds() or self._flight.log.timeout_seconds
 
-    def reach(self) -> None:
-        """Return when all members are about to make this exchange, or raise what all others raise."""
+    def agree(self) -> None:
+        """Return once all members are about to make this exchange; else raise the same on all."""
         try:
             if self._world.check([_VERDICT]):
                 raise ExchangeError(self._world.get(_VERDICT).decode())
-            self._forget_earlier()
+            self._delete_earlier()
             flight = self._flight
-            mine = Signature(flight.kind, flight.name, flight.call, flight.count, flight.size)
-            self._store.set(self._key("is", groups.rank()), json.dumps(mine))
-            decision = self._store.compare_set(self._key("decision"), "", self._judge()).decode()
+            mine = CollectiveId(flight.kind, flight.name, flight.call, flight.count, flight.size)
+            self._store.set(self._key("is", own_rank()), json.dumps(mine))
+            decision = self._store.compare_set(self._key("decision"), "", self._decide()).decode()
             if decision != _GO:
-                raise ExchangeError(self._publish(decision, len(self._who("is"))))
+                raise ExchangeError(self._publish(decision, len(self._ranks_with("is"))))
         except dist.DistError as error:
-            raise ExchangeError(self._lost(error)) from error
+            raise ExchangeError(self._store_lost(error)) from error
 
-    def broken(self, error: BaseException) -> str:
-        """After the exchange broke: find out who is still there; the same words everywhere."""
+    def diagnose(self, error: BaseException) -> str:
+        """Find out which ranks are gone after an error; returns the same message on all others."""
         try:
-            self._store.set(self._key("broke", groups.rank()), "")
-            self._wait(lambda: len(self._who("broke")) == len(self._members), _GRACE_SECONDS)
-            here = self._who("broke")
+            self._store.set(self._key("broke", own_rank()), "")
+            self._wait(lambda: len(self._ranks_with("broke")) == len(self._members), _GRACE_SECONDS)
+            here = self._ranks_with("broke")
             gone = [rank for rank in self._members if rank not in here]
             what = (
-                f"nothing more from {_ranks(gone)}"
-                if gone
-                else f"from rank {groups.rank()}: {error}"
+                f"nothing more from {_ranks(gone)}" if gone else f"from rank {own_rank()}: {error}"
             )
             return self._publish(
                 f"exchange must be made by all of ranks {self._members}, got {what}, in "
-                f"{self._flight}. "
-                "Look for the cause in the log of that worker.",
+                f"{self._flight}. Look for the cause in the log of that worker.",
                 len(here),
             )
         except dist.DistError as lost:
-            return self._lost(lost)
+            return self._store_lost(lost)
 
     @property
     def _members(self) -> list[int]:
-        return self._flight.line.members
+        return self._flight.log.members
 
-    def _judge(self) -> str:
-        """The decision, as far as this worker can tell."""
+    def _decide(self) -> str:
+        """Wait for the other ranks; returns the decision that this rank would write."""
         everyone = [self._key("is", rank) for rank in self._members]
         self._wait(
             lambda: (
@@ -116,42 +113,42 @@ class Signing:
                 or self._store.check([self._key("decision")])
                 or self._world.check([_VERDICT])
             ),
-            self.patience_seconds,
+            self.timeout_seconds,
         )
         if self._store.check(everyone):
-            at = dict(zip(self._members, map(_read, self._store.multi_get(everyone)), strict=True))
-            return _GO if _are_alike(at) else self._complain(at, [])
+            at = dict(zip(self._members, map(_parse, self._store.multi_get(everyone)), strict=True))
+            return _GO if _are_alike(at) else self._describe_mismatch(at, [])
         if self._world.check([_VERDICT]):
             return self._world.get(_VERDICT).decode()
-        at = {rank: self._signature(rank, self._number) for rank in self._who("is")}
-        return self._complain(at, [rank for rank in self._members if rank not in at])
+        at = {rank: self._read(rank, self._number) for rank in self._ranks_with("is")}
+        return self._describe_mismatch(at, [rank for rank in self._members if rank not in at])
 
-    def _complain(self, at: dict[int, Signature], missing: list[int]) -> str:
+    def _describe_mismatch(self, at: dict[int, CollectiveId], missing: list[int]) -> str:
         late = []
         for rank in missing:
             last = (
-                f"last at {self._signature(rank, self._number - 1)}"
+                f"last at {self._read(rank, self._number - 1)}"
                 if self._number
                 else "at none before"
             )
-            late.append(f"rank {rank} not there within {self.patience_seconds:g} s ({last})")
+            late.append(f"rank {rank} not there within {self.timeout_seconds:g} s ({last})")
         return at_different_places({rank: str(place) for rank, place in at.items()}, late)
 
-    def _who(self, what: str) -> list[int]:
+    def _ranks_with(self, what: str) -> list[int]:
         return [rank for rank in self._members if self._store.check([self._key(what, rank)])]
 
-    def _signature(self, rank: int, number: int) -> Signature:
-        return _read(self._store.get(_key(number, "is", rank)))
+    def _read(self, rank: int, number: int) -> CollectiveId:
+        return _parse(self._store.get(_key(number, "is", rank)))
 
-    def _forget_earlier(self) -> None:
-        """All have left the last exchange but one: each has come to the last one."""
+    def _delete_earlier(self) -> None:
+        """Delete the keys of the last exchange but one: all ranks have come to the last one."""
         if self._number >= 2:
-            self._store.delete_key(_key(self._number - 2, "is", groups.rank()))
-            if groups.rank() == self._members[0]:
+            self._store.delete_key(_key(self._number - 2, "is", own_rank()))
+            if own_rank() == self._members[0]:
                 self._store.delete_key(_key(self._number - 2, "decision"))
 
     def _publish(self, verdict: str, present: int) -> str:
-        """Tell the world, and stay until so many have heard. Returns the verdict that was first."""
+        """Write the error, unless there is one; returns it once `present` ranks have read it."""
         first = self._world.compare_set(_VERDICT, "", verdict).decode()
         # The one that hosts the store may have heard enough, and left.
         with contextlib.suppress(dist.DistError):
@@ -159,16 +156,15 @@ class Signing:
             self._wait(lambda: self._world.add(_HEARD, 0) >= present, _GRACE_SECONDS)
         return first
 
-    def _lost(self, error: BaseException) -> str:
+    def _store_lost(self, error: BaseException) -> str:
         return (
             "exchange must be agreed upon through the Store of the process group, which cannot be "
-            "reached at "
-            f"{self._flight}: {error}. The worker that hosts it (rank 0, unless a launcher does) "
-            "has ended."
+            f"reached at {self._flight}: {error}. The worker that hosts it (rank 0, unless a "
+            "launcher does) has ended."
         )
 
-    def _wait(self, is_done: Callable[[], bool], patience_seconds: float) -> None:
-        deadline, nap = time.monotonic() + patience_seconds, _SHORTEST_NAP_SECONDS
+    def _wait(self, is_done: Callable[[], bool], timeout_seconds: float) -> None:
+        deadline, nap = time.monotonic() + timeout_seconds, _SHORTEST_NAP_SECONDS
         while not is_done() and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(nap, left))
             nap = min(nap * 1.5, _LONGEST_NAP_SECONDS)
@@ -178,11 +174,11 @@ class Signing:
 
 
 def at_different_places(at: dict[int, str], late: Sequence[str] = ()) -> str:
-    """Words for workers that are in different exchanges.
+    """Return the error message for ranks that are in different exchanges.
 
     Args:
-        at: of each rank, the exchange that it is in.
-        late: what to say of those who are in none.
+        at: the exchange of each rank that is in one.
+        late: words for those that are in none.
     """
     places = [
         f"{_ranks([r for r in at if at[r] == place])} at {place}"
@@ -190,10 +186,9 @@ def at_different_places(at: dict[int, str], late: Sequence[str] = ()) -> str:
     ]
     return (
         "workers must make the same exchanges in the same order, got "
-        f"{', '.join([*places, *late])}. Look at what "
-        "differs there: a layer skipped or called once more, evaluation mode, another number of "
-        "channels or batches, "
-        "an error, a worker that ended or is slow."
+        f"{', '.join([*places, *late])}. Look at what differs there: a layer skipped or called "
+        "once more, evaluation mode, another number of channels or batches, an error, a worker "
+        "that ended or is slow."
     )
 
 
@@ -201,14 +196,14 @@ def _key(number: int, what: str, rank: int | None = None) -> str:
     return f"syncnorm/{number}/{what}" if rank is None else f"syncnorm/{number}/{what}/{rank}"
 
 
-def _are_alike(at: dict[int, Signature]) -> bool:
-    """Whether it is one exchange. One who has no more data knows no more of it than its size."""
+def _are_alike(at: dict[int, CollectiveId]) -> bool:
+    """True if all ranks are about to make one exchange. A rank without data knows only its size."""
     sizes = {place.size for place in at.values()}
     return len(sizes) == 1 and len({place for place in at.values() if place.kind != NO_DATA}) <= 1
 
 
-def _read(signature: bytes) -> Signature:
-    return Signature(*json.loads(signature))
+def _parse(text: bytes) -> CollectiveId:
+    return CollectiveId(*json.loads(text))
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -13,34 +13,33 @@ _timeout_seconds: float | None = None
 
 
 def is_debug() -> bool:
-    """Whether debug mode is on. It must be the same on all workers."""
+    """True in debug mode, which must be on or off on all ranks alike."""
     return _enabled
 
 
 def debug_timeout_seconds() -> float | None:
-    """How long debug mode waits for a worker; None: as long as the process group does."""
+    """The time that debug mode waits for a rank; None for the process group's timeout."""
     return _timeout_seconds
 
 
 @contextmanager
 def debug(enabled: bool = True, *, timeout_seconds: float | None = None) -> Iterator[None]:
-    """Turn debug mode on (or off) within the block; `SYNCNORM_DEBUG=1` turns it on for a whole
-    process.
+    """Turn debug mode on, or off, within the block; `SYNCNORM_DEBUG=1` does for the whole process.
 
     In debug mode
 
-    - workers agree on each exchange before they make it. If they disagree about it, or one has not
-      come within `timeout_seconds`, every worker that is in an exchange, or comes to one later,
-      raises the same `ExchangeError`, which says which rank is where;
-    - a statistic over a single value per channel is an error on all workers rather than a warning;
+    - ranks agree on each exchange before they make it. If they disagree about it, or one has not
+      come within `timeout_seconds`, every rank that is in an exchange, or comes to one later,
+      raises the same `ExchangeError`, which names the exchange of each rank;
+    - a statistic over a single value per channel is an error on all ranks rather than a warning;
     - faults in the data are looked for on CUDA too, at the price of a host synchronisation.
 
-    *Collectives*: none, but some words with the others through the Store of the process group,
-    about a millisecond for each exchange. Every worker must be in debug mode alike.
+    *Collectives*: none; ranks agree through the Store of the process group, which takes about a
+    millisecond for each exchange. All ranks must be in debug mode, or none.
 
     Args:
-        enabled: whether debug mode is on within the block.
-        timeout_seconds: > 0, how long to wait for a worker; None: the timeout of the process group.
+        enabled: turn it on or off.
+        timeout_seconds: > 0, the time to wait for a rank; None: the timeout of the process group.
 
     Raises:
         InputError: `timeout_seconds` is not positive.

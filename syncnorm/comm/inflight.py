@@ -1,8 +1,8 @@
-"""Exchanges under way: who sent what, what became of it, and words for when it went wrong.
+"""In-flight exchanges: a ring buffer of recent ones, error messages, and a watchdog thread.
 
-The last exchanges of this process are kept. If one of them is stuck until shortly before its
-process group gives up (on nccl that ends the process, and no exception says why), a thread writes
-them to standard error, and has the other workers write theirs: together they show who is where.
+If an exchange is stuck until shortly before its process group gives up (on nccl that ends the
+process, and no exception says why), the thread writes the recent exchanges to standard error, and
+has the other ranks write theirs: together they show who is where.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable
+from typing import Self
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm import groups
+from syncnorm import undocumented
+from syncnorm.comm.world import rank
 from syncnorm.errors import ExchangeError
-
-if TYPE_CHECKING:
-    from syncnorm.comm.consensus import Signing
 
 _KEPT = 64
 # This share of a group's timeout before its end, and no more than so many seconds.
@@ -33,21 +32,22 @@ _DEFAULT_TIMEOUT_SECONDS = 600.0
 _STUCK_KEY = "syncnorm/stuck"
 
 
-class Line:
-    """What this process knows of the exchanges over one group.
+class GroupLog:
+    """This process's counts of the exchanges over one group.
 
-    Holds no group: torch must be able to end them.
+    Does not hold the group: torch must be able to end it.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
-        timeout = groups._timeout(group)
+        timeout = undocumented.timeout_of(group)
         self.members = dist.get_process_group_ranks(group)
         self.timeout_seconds = (
             _DEFAULT_TIMEOUT_SECONDS if timeout is None else timeout.total_seconds()
         )
         self.calls: Counter[tuple[str, str]] = Counter()
-        self.signed = 0
-        """How many exchanges were agreed upon (debug mode)."""
+        """The exchanges so far, by kind and name."""
+        self.agreed = 0
+        """The number of exchanges that were agreed upon (debug mode)."""
         self.room = 0
         """The least size of a sum over the group (see `syncnorm.comm.exchange.make_room`)."""
 
@@ -56,73 +56,69 @@ class Line:
         return min(_MARGIN_SECONDS, self.timeout_seconds * _MARGIN_SHARE)
 
 
-_lines: weakref.WeakKeyDictionary[dist.ProcessGroup, Line] = weakref.WeakKeyDictionary()
+_logs: weakref.WeakKeyDictionary[dist.ProcessGroup, GroupLog] = weakref.WeakKeyDictionary()
 
 
-def line_of(group: dist.ProcessGroup) -> Line:
-    """What is known of the exchanges over `group`."""
-    line = _lines.get(group)
-    if line is None:
-        line = _lines[group] = Line(group)
-    return line
+def log_of(group: dist.ProcessGroup) -> GroupLog:
+    """Return the log of `group`, made at the first call."""
+    log = _logs.get(group)
+    if log is None:
+        log = _logs[group] = GroupLog(group)
+    return log
 
 
-def forget_rooms() -> None:
-    """Have sums over all groups travel in their own sizes again: the models that asked for room are
-    gone.
-    """
-    for line in _lines.values():
-        line.room = 0
+def reset_rooms() -> None:
+    """Have sums travel in their own sizes again, once the models that asked for room are gone."""
+    for log in _logs.values():
+        log.room = 0
 
 
-def count_anew(group: dist.ProcessGroup) -> None:
-    """Begin to count calls anew, on all workers: one that was away does not know what the others
-    have called.
-    """
-    if group in _lines:
-        _lines[group].calls.clear()
+def reset_calls(group: dist.ProcessGroup) -> None:
+    """Count the calls over `group` from 0 again, so that ranks that were apart agree."""
+    if group in _logs:
+        _logs[group].calls.clear()
 
 
-class Flight:
-    """One exchange of this process.
+class InFlight:
+    """One exchange of this process. As a context, it turns errors into `ExchangeError`.
 
     Args:
-        size: how many numbers are sent.
-        group: over which group.
-        kind: what they carry.
+        size: numbers sent, identity and padding included.
+        group: the ranks.
+        kind: the payload, see `Exchange`.
         name: the layer, or whatever else is exchanged for.
-        count: how many of them that takes.
+        count: numbers of the payload.
     """
 
     def __init__(
         self, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
     ) -> None:
-        line = line_of(group)
-        line.calls[kind, name] += 1
-        self.line = line
+        log = log_of(group)
+        log.calls[kind, name] += 1
+        self.log = log
         self.kind = kind
         self.name = name
-        self.call = line.calls[kind, name]
+        self.call = log.calls[kind, name]
         self.size = size
         self.count = count
         self.began = time.monotonic()
-        self.is_told = False
+        self.is_reported = False
         self.work: dist.Work | None = None
-        """What somebody has yet to wait for."""
-        self.signing: Signing | None = None
-        """In debug mode, the words with the other workers."""
+        """Set while the caller has yet to wait for it."""
+        self.diagnose: Callable[[BaseException], str] | None = None
+        """In debug mode: gives all ranks the same message after an error."""
         self._is_over = False
         self._done: torch.cuda.Event | None = None
-        _flights.append(self)
-        if _watch.thread is None:
-            _watch.start()
+        _recent.append(self)
+        if _watchdog.thread is None:
+            _watchdog.start()
 
-    def land(self, message: Tensor) -> None:
-        """It is over; on CUDA when the device has come to this point of the stream."""
+    def finish(self, message: Tensor) -> None:
+        """Mark it as over; on CUDA, once the device has come to this point of the stream."""
         if message.is_cuda:
             self._done = torch.cuda.Event()
             self._done.record()
-        self._is_over, self.work, self.signing = True, None, None
+        self._is_over, self.work, self.diagnose = True, None, None
 
     @property
     def is_over(self) -> bool:
@@ -131,8 +127,8 @@ class Flight:
         return self._is_over or (self.work is not None and self.work.is_completed())
 
     def is_old(self) -> bool:
-        """Whether its group will give up soon, if it is still under way."""
-        return time.monotonic() - self.began > self.line.timeout_seconds - self.line.margin_seconds
+        """True if its group will give up soon, should it still be under way."""
+        return time.monotonic() - self.began > self.log.timeout_seconds - self.log.margin_seconds
 
     def __enter__(self) -> Self:
         return self
@@ -140,21 +136,20 @@ class Flight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Name the error of torch.distributed: the layer and the call, in debug mode who is gone."""
+        """Name the layer and call in torch.distributed's error; in debug mode, the ranks gone."""
         if error is None:
             return
         self._is_over, self.work = True, None
-        signing, self.signing = self.signing, None
+        diagnose, self.diagnose = self.diagnose, None
         if not isinstance(error, RuntimeError) or isinstance(error, ExchangeError):
             return
-        if signing is not None:
-            raise ExchangeError(signing.broken(error)) from error
+        if diagnose is not None:
+            raise ExchangeError(diagnose(error)) from error
         raise ExchangeError(
-            f"exchange must be made by all of ranks {self.line.members}, got an error on rank "
-            f"{groups.rank()} at "
-            f"{self} after {time.monotonic() - self.began:.1f} s: {error}. A worker has ended, "
-            "raised, skipped this "
-            "exchange or is late; SYNCNORM_DEBUG=1 on all workers says which."
+            f"exchange must be made by all of ranks {self.log.members}, got an error on rank "
+            f"{rank()} at {self} after {time.monotonic() - self.began:.1f} s: {error}. A worker "
+            "has ended, raised, skipped this exchange or is late; SYNCNORM_DEBUG=1 on all workers "
+            "says which."
         ) from error
 
     def __str__(self) -> str:
@@ -162,41 +157,41 @@ class Flight:
 
 
 def describe(kind: str, name: str, call: int, count: int) -> str:
-    """Where a worker is, in words."""
+    """Describe the exchange that a rank is in, for errors."""
     phase = {"moments": "training forward, ", "gradients": "backward, "}.get(kind, "")
     where = f"call {call} of {name!r}" if name else f"call {call}"
     return f"{where} ({phase}{kind}, {count} float64)"
 
 
-_flights: deque[Flight] = deque(maxlen=_KEPT)
+_recent: deque[InFlight] = deque(maxlen=_KEPT)
 
 
 def last_exchanges() -> str:
-    """The last exchanges of this process, oldest first, a line each."""
+    """Return the last exchanges of this process, oldest first, a line each."""
     now = time.monotonic()
     lines = (
         f"  {now - f.began:8.1f} s ago: {f}{', under way' if _is_under_way(f) else ''}, ranks "
-        f"{f.line.members}"
-        for f in list(_flights)
+        f"{f.log.members}"
+        for f in list(_recent)
     )
     return "\n".join(lines)
 
 
-def _is_under_way(flight: Flight) -> bool:
+def _is_under_way(flight: InFlight) -> bool:
     # The event of a captured graph cannot be asked.
     with contextlib.suppress(RuntimeError):
         return not flight.is_over
     return False
 
 
-class _Watch:
-    """The thread that looks after exchanges that are stuck."""
+class Watchdog:
+    """The thread that reports exchanges that are stuck."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
         self._ends = threading.Event()
-        self._told: weakref.ref[dist.ProcessGroup] | None = None
-        """The default group whose workers know already, or cannot be told."""
+        self._reported: weakref.ref[dist.ProcessGroup] | None = None
+        """The default group whose ranks have reported, or cannot be reached."""
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._run, name="syncnorm-watch", daemon=True)
@@ -211,48 +206,42 @@ class _Watch:
 
     def _run(self) -> None:
         while not self._ends.wait(
-            min((f.line.margin_seconds for f in list(_flights)), default=1.0) / 3
+            min((f.log.margin_seconds for f in list(_recent)), default=1) / 3
         ):
-            self._look()
+            self._check()
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         stuck = next(
-            (f for f in list(_flights) if f.is_old() and not f.is_told and _is_under_way(f)), None
+            (f for f in list(_recent) if f.is_old() and not f.is_reported and _is_under_way(f)),
+            None,
         )
         world = dist.group.WORLD
         if stuck is not None:
-            stuck.is_told = True
-            _tell(
+            stuck.is_reported = True
+            _report(
                 f"{stuck} has been under way for {time.monotonic() - stuck.began:.1f} s, and its "
-                "process group "
-                f"gives up after {stuck.line.timeout_seconds:g} s."
+                f"process group gives up after {stuck.log.timeout_seconds:g} s."
             )
-        elif self._told is not None and self._told() is world:
+        elif self._reported is not None and self._reported() is world:
             return
         if world is None:
             return
         try:
             if stuck is not None:
-                world_store().set(_STUCK_KEY, str(groups.rank()))
-            elif not world_store().check([_STUCK_KEY]):
+                undocumented.world_store().set(_STUCK_KEY, str(rank()))
+            elif not undocumented.world_store().check([_STUCK_KEY]):
                 return
             else:
-                _tell("an exchange of another worker is stuck.")
+                _report("an exchange of another worker is stuck.")
         except (RuntimeError, ValueError):
             pass  # The store has ended with its host.
-        self._told = weakref.ref(world)
+        self._reported = weakref.ref(world)
 
 
-_watch = _Watch()
+_watchdog = Watchdog()
 
 
-def _tell(what: str) -> None:
-    header = f"syncnorm, rank {groups.rank()}: {what} The last exchanges of this rank:"
+def _report(what: str) -> None:
+    header = f"syncnorm, rank {rank()}: {what} The last exchanges of this rank:"
     sys.stderr.write(f"{header}\n{last_exchanges()}\n")
     sys.stderr.flush()
-
-
-def world_store() -> dist.distributed_c10d.Store:
-    """Where all workers can leave words for each other."""
-    # Not documented; a test notices if it changes.
-    return dist.distributed_c10d._get_default_store()

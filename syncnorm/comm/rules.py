@@ -1,8 +1,6 @@
-"""Which workers pool together, stated as a rule: before there are any, in a copy, in a pickle, for
-any number of them.
+"""Rules by which workers pool: valid for any number of them, before there are any, in a pickle.
 
-Pure: a rule and the workers that there are give the parts. `syncnorm.comm.groups` makes groups of
-them.
+Pure functions: a rule and the world size give the parts. `syncnorm.comm.groups` makes their groups.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ from syncnorm.errors import InputError
 
 @dataclass(frozen=True)
 class ForSamples:
-    """What `for_samples` returns."""
+    """The rule of `for_samples`."""
 
     samples: int
     local_batch_size: int
@@ -27,7 +25,7 @@ class ForSamples:
 
 @dataclass(frozen=True)
 class Ranks:
-    """These workers, by global rank: what a process group becomes in a pickle.
+    """The rule of these global ranks: the form of a process group in a pickle.
 
     >>> Ranks((2, 0))
     Ranks(members=(0, 2))
@@ -40,12 +38,11 @@ class Ranks:
 
 
 Rule = str | int | ForSamples | Ranks
-"""How the workers are cut into parts; each pools by itself."""
+"""A cut of the workers into parts, each of which pools by itself."""
 
 
 def for_samples(samples: int, local_batch_size: int) -> ForSamples:
-    """As few neighbouring workers as hold `samples` samples together: the rule "pool until a
-    statistic has enough".
+    """Pool over as few neighbouring workers as hold `samples` samples together.
 
         workers in a group >= ceil(samples / local_batch_size)
 
@@ -75,7 +72,7 @@ def for_samples(samples: int, local_batch_size: int) -> ForSamples:
 
 
 def check(rule: object) -> Rule:
-    """The rule, or InputError if it is none whatever the workers."""
+    """Return the rule; InputError if it is none, whatever the workers."""
     if isinstance(rule, ForSamples | Ranks) or (
         isinstance(rule, str) and rule in ("world", "node")
     ):
@@ -84,21 +81,20 @@ def check(rule: object) -> Rule:
         return rule
     raise InputError(
         '`process_group` must be None, "world", "node", a number of neighbouring workers of at '
-        "least 1, "
-        f"groups.for_samples(...), a ProcessGroup or a one-dimensional DeviceMesh, got {rule!r}. "
-        "None pools over all workers."
+        "least 1, groups.for_samples(...), a ProcessGroup or a one-dimensional DeviceMesh, got "
+        f"{rule!r}. None pools over all workers."
     )
 
 
 def parts(
     rule: Rule, world_size: int, machines: Callable[[], Sequence[str]] = list
 ) -> list[tuple[int, ...]]:
-    """The groups that workers 0 to world_size - 1 fall into, in the order in which they are made.
+    """Cut ranks 0 to world_size - 1 into parts, in the order in which their groups are made.
 
-    `Ranks` says nothing about the others: its members are the one part.
+    `Ranks` has one part, its members.
 
     Args:
-        machines: asked by "node" only; the name of each worker's machine, by rank.
+        machines: called for "node" only; the machine of each rank.
 
     Raises:
         InputError: the rule does not fit these workers.
@@ -116,15 +112,15 @@ def parts(
         if world_size % rule:
             raise InputError(
                 f"`process_group` must divide the number of workers, got {rule} for {world_size} "
-                "worker(s). "
-                "Take a divisor, or groups.for_samples, which takes any number of workers."
+                "worker(s). Take a divisor, or groups.for_samples, which takes any number of "
+                "workers."
             )
         return _runs(world_size, world_size // rule)
-    return _alike(machines()) if rule == "node" else [tuple(range(world_size))]
+    return _by_name(machines()) if rule == "node" else [tuple(range(world_size))]
 
 
 def is_short(rule: Rule, world_size: int) -> bool:
-    """Whether all workers together hold fewer samples than the rule asks for."""
+    """True if all workers together hold fewer samples than the rule asks for."""
     return isinstance(rule, ForSamples) and world_size < _workers_for(rule)
 
 
@@ -133,13 +129,13 @@ def _workers_for(rule: ForSamples) -> int:
 
 
 def _runs(world_size: int, number: int) -> list[tuple[int, ...]]:
-    """Neighbours in `number` runs of nearly equal length."""
+    """Cut the ranks into `number` runs of neighbours, of nearly equal length."""
     cuts = [world_size * i // number for i in range(number + 1)]
     return [tuple(range(start, stop)) for start, stop in pairwise(cuts)]
 
 
-def _alike(names: Sequence[str]) -> list[tuple[int, ...]]:
-    """Ranks of the same name, in the order of the first of each."""
+def _by_name(names: Sequence[str]) -> list[tuple[int, ...]]:
+    """The ranks of each name, in the order of the first of each."""
     together: dict[str, list[int]] = {}
     for rank, name in enumerate(names):
         together.setdefault(name, []).append(rank)
@@ -151,7 +147,6 @@ def _check_members(rule: Ranks, world_size: int) -> None:
     if missing or not rule.members:
         raise InputError(
             f"`process_group` must hold ranks of the {world_size} worker(s) that there are, got "
-            f"{rule.members}. "
-            'Set layer.process_group to a group of theirs, or to a rule such as "node" or 2, which '
-            "fits any number."
+            f"{rule.members}. Set layer.process_group to a group of theirs, or to a rule such as "
+            '"node" or 2, which fits any number.'
         )

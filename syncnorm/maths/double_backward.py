@@ -1,5 +1,4 @@
-"""The derivative of a normaliser's gradient: what a gradient penalty or a Hessian-vector product
-needs.
+"""The derivative of a normaliser's gradient, for gradient penalties and Hessian-vector products.
 
 The gradient, of g = dL/dy, x and weight, with xhat = (x - mean) * s, s = invstd, A = mean g, B =
 mean g xhat:
@@ -31,9 +30,9 @@ from syncnorm.maths import kernels
 
 @dataclass(frozen=True)
 class SecondDerivative:
-    """One worker's part: x, g and v (N, C, *S), at least float32; mask (N, 1, *S) or None; all else
-    (C,), float64.
+    """One rank's part of the derivative.
 
+    x, g and v are (N, C, *S), at least float32; mask (N, 1, *S) or None; all else (C,), float64.
     `pooled` are the sums of all workers over n, those of v times their worker's weight: [P, V1, V2,
     U1, U2] / n.
     """
@@ -51,8 +50,9 @@ class SecondDerivative:
     mean_dy_xhat: Tensor
 
     def sums(self) -> Tensor:
-        """This worker's [sum v g, sum w v, sum w v xhat, sum u g, sum u g xhat], shape (5, C):
-        without the weight.
+        """This rank's [sum v g, sum w v, sum w v xhat, sum u g, sum u g xhat], shape (5, C).
+
+        The layer's weight is left out.
         """
         wv = self.v if self.mask is None else self.v * self.mask.to(self.v.dtype)
         vg = kernels.backward_sums(self.v, self.g, torch.zeros_like(self.mean)).view(2, -1)[1]

@@ -1,5 +1,4 @@
-"""Batch normalisation by one worker as a formula, which torch differentiates, batches and traces by
-itself.
+"""Batch normalisation of one rank in operators that torch differentiates, batches and traces.
 
     n = sum w        mean = sum w x / n        var = sum w (x - mean)^2 / n        s = 1 / sqrt(var + eps)
 

@@ -1,14 +1,13 @@
-"""Statistics that nobody waits for: averages of pooled moments and gradient means, one step old,
-and their guard.
+"""Lagged statistics: averages of the pooled moments and gradient means of earlier steps.
 
     forward   mean, var        <- mean, var        + forward_rate  * (pooled of the last step - mean, var)
     backward  mean g, g xhat   <- mean g, g xhat   + backward_rate * (pooled of the last step - mean g, g xhat)
     drift     = max over channels of |pooled mean - mean| / sqrt(var + eps)
                 and of |log((pooled var + eps) / (var + eps))| / 2
 
-The drift is that of a step's pooled moments from the average which that step used. A layer whose
-drift exceeds `max_drift` waits for pooling in the next step. All of it is computed from pooled
-numbers, so all workers decide alike.
+No step waits for its own exchange. The drift is that of a step's pooled moments from the average
+which that step used. A layer whose drift exceeds `max_drift` waits for pooling in the next step.
+All of it is computed from pooled numbers, so all ranks decide the same.
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ class Lagged:
 
 
 def drift(batch: Moments, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """How far the pooled moments lie from their average, shape ()."""
+    """The distance of the pooled moments from their average, shape ()."""
     distance = (batch.mean - mean).abs() / torch.sqrt(var + eps)
     ratio = torch.log((batch.var + eps) / (var + eps)).abs() / 2
     return torch.maximum(distance, ratio).amax()

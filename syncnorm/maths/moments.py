@@ -96,10 +96,10 @@ def merge(a: Moments, b: Moments) -> Moments:
 def average_factor(
     num_batches_tracked: Tensor | None, batch: Moments, momentum: float | None
 ) -> float | Tensor:
-    """Count the batch (in place, unless it is empty), and give the weight of its statistics in the
-    running ones.
+    """Count the batch, in place; returns the weight of its statistics in the running ones.
 
-    That is `momentum`, or 1 / num_batches_tracked where `momentum` is None (cumulative average).
+    An empty batch is not counted. The weight is `momentum`, or 1 / num_batches_tracked where
+    `momentum` is None (cumulative average).
     """
     if num_batches_tracked is not None:
         is_new = batch.n > 0
@@ -113,8 +113,9 @@ def average_factor(
 
 
 def update_running_mean_(running_mean: Tensor, batch: Moments, factor: float | Tensor) -> None:
-    """running_mean += factor * (mean - running_mean), in place; n = 0 (or NaN, a fault) leaves it
-    as it is.
+    """running_mean += factor * (mean - running_mean), in place.
+
+    Not changed where n = 0, or NaN, which is a fault.
     """
     blend_(running_mean, batch.mean, factor, batch.n > 0)
 
@@ -122,14 +123,15 @@ def update_running_mean_(running_mean: Tensor, batch: Moments, factor: float | T
 def update_running_var_(running_var: Tensor, batch: Moments, factor: float | Tensor) -> None:
     """running_var += factor * (m2 / (n - 1) - running_var), in place.
 
-    Weights are frequencies: n <= 1 leaves it.
+    Weights are frequencies. Not changed where n <= 1.
     """
     blend_(running_var, batch.m2 * reciprocal(batch.n - 1.0), factor, batch.n > 1)
 
 
 def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool | Tensor) -> None:
-    """running += factor * (value - running) where `where`, in float64; on CUDA without reading a
-    value on the host.
+    """running += factor * (value - running) where `where`, computed in float64.
+
+    On CUDA no value is read on the host.
     """
     wide = running.to(torch.float64)
     blended = torch.lerp(wide, value, factor)

@@ -1,5 +1,4 @@
-"""Batch renormalisation (Ioffe 2017, arXiv:1702.03275): the correction r, d and the schedule of its
-bounds.
+"""Batch renormalisation (Ioffe 2017, arXiv:1702.03275): r, d and the schedule of their bounds.
 
     sigma = sqrt(running_var + eps)        sigma_B = sqrt(var + eps)
     r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
@@ -115,9 +114,7 @@ class RenormSchedule:
         return RenormSchedule(self.r_max, self.d_max, *steps)
 
     def at(self, step: Tensor) -> tuple[Tensor, Tensor]:
-        """(r_max, d_max) at `step`, a tensor of any integer type; float64, without reading a value
-        on the host.
-        """
+        """(r_max, d_max) at `step`, an integer tensor; float64, with no value read on the host."""
         return self._ramp(step, 1.0, self.r_max, self.r_steps), self._ramp(
             step, 0.0, self.d_max, self.d_steps
         )

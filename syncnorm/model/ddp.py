@@ -57,7 +57,7 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
             wrapped it already.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
-    among = groups.live(process_group)
+    among = groups.existing_group(process_group)
     for said in (replaced(model), stays_local(home_made(model)), _wrapped(model)):
         if said is not None:
             warnings.warn(said, stacklevel=2)
@@ -81,8 +81,8 @@ def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None
     """Have layers that name no workers pool over those of `process_group`, where that is not all
     there are.
     """
-    kept = groups.keep(process_group)
-    if isinstance(kept, groups.Given) and len(kept.members.members) < dist.get_world_size():
+    kept = groups.to_handle(process_group)
+    if isinstance(kept, groups.GivenGroup) and len(kept.members.members) < dist.get_world_size():
         for layer in layers:
             if layer.workers is None and layer.sync_mode.is_pooled:
                 layer.workers = kept

@@ -170,7 +170,7 @@ def explain(
     )
     lints += [] if local is None else [local]
     lints += [] if loader is None else _sampler_lints(loader)
-    world = world_size or len(groups.ranks(groups.live(None)))
+    world = world_size or len(groups.ranks(groups.existing_group(None)))
     is_alone = world_size is None and world == 1
     rows, parts = [], {}
     for number, (name, layer) in enumerate(layers.items()):
@@ -204,7 +204,7 @@ class _Part(NamedTuple):
     """The part of a layer in the messages of a step."""
 
     mode: Mode
-    rule: groups.Rule | groups.Outside
+    rule: groups.Rule | groups.NotMember
     workers: int
     """Number that take part."""
     channels: int

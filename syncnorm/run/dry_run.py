@@ -7,7 +7,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from syncnorm.comm import exchange
 from syncnorm.run.crowd import check_crowd
@@ -20,6 +19,7 @@ from syncnorm.train.memory import Need, estimate, free_for, in_words, refuse
 from syncnorm.train.setup import Learner, load_data, make_bare_model, make_learner
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.train.workers import Workers
+from syncnorm.undocumented import fake_store
 
 
 def dry_run(task: Task) -> str:
@@ -39,10 +39,10 @@ def dry_run(task: Task) -> str:
         print(f"syncnorm: {note}", file=sys.stderr)
     number = config.launch.most_workers
     workers = Workers(0, number, device, number)
-    # A backend of torch's own tests, which sends nothing; a test notices if it changes.
+    # A backend of torch's own tests, which sends nothing.
     dist.init_process_group(
         "fake",
-        store=FakeStore(),
+        store=fake_store(),
         rank=0,
         world_size=workers.world_size,
         timeout=timedelta(seconds=60),

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from syncnorm.compiled import untraced
 from syncnorm.maths.moments import Moments, merge
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source
+from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -33,7 +33,7 @@ class Accumulating(Source):
         self.source = source
         self.total: Moments | None = None
 
-    @untraced
+    @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.source.forward(layer, x, mask)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.comm import exchange, groups
-from syncnorm.comm.inflight import Flight
+from syncnorm.comm.inflight import InFlight
 from syncnorm.statistics.buffers import Marks, mark
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class FlatMessage:
         self._pending = exchange.start_sum(torch.cat(packed), group, kind, title(list(layers)))
 
     @property
-    def mixed(self) -> Flight | None:
+    def mixed(self) -> InFlight | None:
         """Set by `wait` where some workers sent something else: raised when all are there again."""
         return self._pending.mixed
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from syncnorm import ops
 from syncnorm.comm import groups
-from syncnorm.compiled import untraced
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.pool import Pool
 from syncnorm.statistics.source import Source
 from syncnorm.statistics.steps import Steps
+from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -57,7 +57,7 @@ class StatisticGroups(Source):
         self._over = over
         self._parts = list(parts)
 
-    @untraced
+    @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         parts = self._rows(x.shape[0])
         if parts is None:

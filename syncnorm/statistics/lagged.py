@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from syncnorm import ops
 from syncnorm.comm import exchange
-from syncnorm.compiled import untraced
 from syncnorm.errors import InputError
 from syncnorm.maths import lagged
 from syncnorm.maths.lagged import Lagged
@@ -33,6 +32,7 @@ from syncnorm.statistics.flat import FlatMessage
 from syncnorm.statistics.pool import Pool
 from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
+from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -238,7 +238,7 @@ class PooledLagged(Source):
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         self.pool.gather(self._steps, layer, local)
 
-    @untraced
+    @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         return layer.train_forward(x, mask)
 
@@ -325,7 +325,7 @@ class PooledLagged(Source):
         self._gradients, self._late = {}, {}
         self._backward = Backward()
 
-    @untraced
+    @disable_dynamo
     def _apply_gradients(self) -> None:
         assert self._sent is not None
         message, self._sent = self._sent, None

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from syncnorm import observed
 from syncnorm.comm import debug, exchange, groups
-from syncnorm.comm.inflight import Flight
-from syncnorm.compiled import untraced
+from syncnorm.comm.inflight import InFlight
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.ops import LateShard, LocalSums, Shard
@@ -31,6 +30,7 @@ from syncnorm.statistics.buffers import CurrentBuffers, written
 from syncnorm.statistics.flat import FlatMessage, device_of, zeros
 from syncnorm.statistics.source import Source, Unattached
 from syncnorm.statistics.steps import Steps
+from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -95,7 +95,7 @@ class Pool:
         self._gathered = Gathered()
         self._sent: Sent | None = None
         self._fault: str | None = None
-        self.mixed: Flight | None = None
+        self.mixed: InFlight | None = None
         """An exchange in which some workers sent something else, raised when all are there again."""
         for layer in layers.values():
             layer.statistics = source
@@ -175,7 +175,7 @@ class Pool:
         if self._sent is not None:
             self._apply()
 
-    @untraced
+    @disable_dynamo
     def _apply(self) -> None:
         assert self._sent is not None
         (message, momenta, members, shard), self._sent = self._sent, None

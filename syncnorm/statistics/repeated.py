@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm import compiled
+from syncnorm import undocumented
 from syncnorm.autograd import GradientMeans
 from syncnorm.errors import InputError
 from syncnorm.ops import LocalSums, Statistic
@@ -77,7 +77,7 @@ class Repetitions:
         if not calls or (self._has_overflowed and calls[0].statistic.is_of_batch_alone):
             return None
         call = calls[0] if len(calls) == 1 else self._newest(calls, _key(x, local), name)
-        call.repeated_in = compiled.backward_pass()
+        call.repeated_in = undocumented.backward_pass()
         return call.statistic
 
     def _newest(self, calls: list[Call], key: Tensor, name: str) -> Call:
@@ -90,7 +90,7 @@ class Repetitions:
                 "fewer calls of this layer."
             )
         # A forward that is not repeated to the bit has another key.
-        equal, now = equal or calls, compiled.backward_pass()
+        equal, now = equal or calls, undocumented.backward_pass()
         others = [call for call in equal if call.repeated_in != now]
         return next((call for call in others if call.repeated_in is None), (others or equal)[0])
 

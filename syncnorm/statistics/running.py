@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor, nn
 
-from syncnorm.compiled import untraced
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic, unexchanged_statistic
 from syncnorm.statistics.pool import Pool
 from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
+from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -48,7 +48,7 @@ class PooledRunning(Source):
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         self.pool.gather(self._steps, layer, local)
 
-    @untraced
+    @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         return layer.train_forward(x, mask)
 

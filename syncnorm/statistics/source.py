@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 from syncnorm import ops
 from syncnorm.comm import groups
-from syncnorm.compiled import untraced
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.steps import Steps
+from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -90,7 +90,7 @@ class Unattached(Source):
 
     is_attached = False
 
-    @untraced
+    @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         return layer.train_forward(x, mask)
 

@@ -17,7 +17,7 @@ from typing import Protocol
 from torch import nn
 
 from syncnorm import ops
-from syncnorm.compiled import untraced
+from syncnorm.undocumented import disable_dynamo
 
 
 class Together(Protocol):
@@ -70,7 +70,7 @@ class Steps:
         if self.is_open:
             self._delimit(begins=None)
 
-    @untraced
+    @disable_dynamo
     def _delimit(self, begins: bool | None) -> None:
         """A forward begins, of training or not, or it ends (None). One that is repeated is no step."""
         if ops.is_recomputing():

@@ -1,4 +1,4 @@
-"""A small job whose workers go wrong, each in a fresh process; what the survivors say and when.
+"""A small job whose workers go wrong, each in a fresh process; the survivors' errors and times.
 
 The processes come from a fork server that has imported torch already: a killed rank ends a kept
 pool, and starting from nothing takes seconds.
@@ -29,27 +29,27 @@ _START_SECONDS = 600.0
 
 @dataclass
 class Job:
-    """What goes wrong, where, and who notices how."""
+    """A fault: its kind, its place, and the ranks that notice it."""
 
     fault: str
     faulty: int
     in_debug: bool
     timeout_seconds: float
     folder: Path
-    """Where each rank's standard error goes."""
+    """The files of each rank's standard error."""
     store_on_rank_zero: bool = False
 
 
 @dataclass
 class Report:
-    """How a worker ended."""
+    """The end of a worker."""
 
     text: str
     is_promised: bool
     seconds: float
     """Since the faulty step began."""
     again: str = ""
-    """What the next exchange of this worker raised."""
+    """The error of this worker's next exchange."""
 
 
 class Skipping(nn.Module):

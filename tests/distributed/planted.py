@@ -1,6 +1,4 @@
-"""Defects for the fuzz drill: each is in the package for as long as its block lasts, in the process
-that enters it.
-"""
+"""Defects for the fuzz drill, each in the package of this process for as long as its block lasts."""
 
 from __future__ import annotations
 

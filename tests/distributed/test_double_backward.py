@@ -38,8 +38,9 @@ def _differentiate(
     t: Tensor,
     options: dict[str, Any],
 ) -> tuple[list[Tensor], list[tuple[str, int]]]:
-    """On one rank: the derivative of sum v dx + sum u dweight + sum t dbias by x, g and weight; the
-    exchanges.
+    """The derivative of sum v dx + sum u dweight + sum t dbias by x, g and weight, on one rank.
+
+    Returned with the exchanges.
     """
     layer = make_layer(CHANNELS, dtype=torch.promote_types(x.dtype, torch.float32), **options)
     with torch.no_grad():
@@ -59,8 +60,9 @@ def _differentiate(
 
 
 def _oracle(batch: Batch, sizes: list[int], options: dict[str, Any]) -> list[Tensor]:
-    """The same of the whole batch; u dweight + t dbias of a rank is its share of g times the y of
-    weight u, bias t.
+    """The same derivative of the whole batch.
+
+    u dweight + t dbias of a rank is its share of g times the y of weight u, bias t.
     """
     v, u, t = _cotangents(batch, len(sizes))
     weight, bias = (p.requires_grad_() for p in parameters(CHANNELS, torch.float64))
@@ -202,8 +204,9 @@ class _Oracle(nn.Module):
 def _train_with_penalty(
     model: nn.Module, xs: list[Tensor], samples: int, workers: int
 ) -> list[Tensor]:
-    """Steps on the mean over all samples of y^2 / 2 + |dy/dx|^2, y summed over the batch; the
-    parameters after each.
+    """Steps on the mean over all samples of y^2 / 2 + |dy/dx|^2, y summed over the batch.
+
+    Returns the parameters after each.
     """
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     after = []

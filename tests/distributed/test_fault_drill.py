@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncnorm import SyncBatchNorm, debug
+from syncnorm import SyncBatchNorm, debug, undocumented
 from syncnorm.comm import exchange, inflight
 from syncnorm.errors import ExchangeError, InputError
 from syncnorm.run.failures import is_echo
@@ -53,8 +53,9 @@ def test_in_debug_mode_all_raise_the_same_and_know_who_is_where(fault, tmp_path)
 
 @pytest.mark.parametrize("fault", ["skips", "raises", "is killed", "is late"])
 def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
-    """What a skipped layer does to the rest of the job decides whether gloo can say so: here
-    nothing follows it.
+    """A skipped layer with nothing after it.
+
+    Whether gloo can name the cause depends on the rest of the job.
     """
     job = Job(
         "skips all" if fault == "skips" else fault,
@@ -132,26 +133,27 @@ def test_in_debug_mode_where_the_host_of_the_store_is_killed(tmp_path):
 
 
 def _watched_anew(folder: str) -> list[str]:
-    """What the watch says when another worker is stuck, in one world and in the next; and when it
-    looks again.
+    """The watchdog's output when another rank is stuck, in one world and in the next.
+
+    The second output of each is that of a second look.
     """
-    watch, rank, said = inflight._Watch(), dist.get_rank(), []
+    watch, rank, said = inflight.Watchdog(), dist.get_rank(), []
     for world in range(2):
         if world:
             dist.destroy_process_group()
-            watch._look()  # nobody is there
+            watch._check()  # nobody is there
             dist.init_process_group(
                 "gloo", (Path(folder) / "anew").as_uri(), rank=rank, world_size=2
             )
-        watch._look()  # nobody is stuck
+        watch._check()  # nobody is stuck
         dist.barrier()
         if rank == 0:
-            inflight.world_store().set(inflight._STUCK_KEY, "0")
+            undocumented.world_store().set(inflight._STUCK_KEY, "0")
         dist.barrier()
         for _ in range(2):
             screen = io.StringIO()
             with contextlib.redirect_stderr(screen):
-                watch._look()
+                watch._check()
             said.append(screen.getvalue())
     return said
 
@@ -169,10 +171,10 @@ def _agreed(steps: int) -> tuple[int, list[str], int]:
     torch.manual_seed(dist.get_rank())
     layer, x = SyncBatchNorm(4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
     with exchange.record() as record, debug(timeout_seconds=30.0):
-        before = inflight.world_store().num_keys()
+        before = undocumented.world_store().num_keys()
         for _ in range(steps):
             layer(x).square().sum().backward()
-        after = inflight.world_store().num_keys()
+        after = undocumented.world_store().num_keys()
     state = layer.running_mean.clone()
     layer.reset_running_stats()
     for _ in range(steps):

@@ -1,6 +1,4 @@
-"""Random sequences of calls of both layers, on three workers that hold each call against the
-oracle.
-"""
+"""Random sequences of calls of both layers on three workers, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -11,19 +9,19 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from drills.fuzz import Crew, drill, first_failure, sequences, shorten
+from drills.fuzz import Runner, drill, first_failure, sequences, shorten
 from drills.fuzz_calls import CALLS, Calls, draw_calls
 from tests.distributed import planted
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[Crew]:
-    with Crew() as crew:
-        yield crew
+def runner() -> Iterator[Runner]:
+    with Runner() as runner:
+        yield runner
 
 
-def test_sequences_of_calls_equal_the_oracle(crew):
-    tally = drill(crew, seed=0, count=300)
+def test_sequences_of_calls_equal_the_oracle(runner):
+    tally = drill(runner, seed=0, count=300)
     assert tally.first is None, f"{tally.first.sequence}\n" + "\n".join(tally.first.problems)
     assert tally.calls == 300 * CALLS
     # A kind of call that never came would be a claim that nothing backs.
@@ -62,9 +60,9 @@ def drawn(draw: st.DrawFn) -> Calls:
     ],
 )
 @given(sequence=drawn())
-def test_drawn_sequences_equal_the_oracle(crew, sequence):
+def test_drawn_sequences_equal_the_oracle(runner, sequence):
     """The same, with a library that looks for the smallest example."""
-    (verdict,) = crew.judge([sequence])
+    (verdict,) = runner.judge([sequence])
     assert not verdict.problems, "\n".join([str(sequence), *verdict.problems])
 
 
@@ -77,19 +75,19 @@ def test_drawn_sequences_equal_the_oracle(crew, sequence):
         (planted.counted_twice, "counter"),
     ],
 )
-def test_a_planted_defect_is_found_and_its_sequence_shortened(crew, monkeypatch, plant, trace):
-    monkeypatch.setattr(crew, "plant", plant)
-    found = first_failure(crew, list(sequences(seed=1, count=20)))
+def test_a_planted_defect_is_found_and_its_sequence_shortened(runner, monkeypatch, plant, trace):
+    monkeypatch.setattr(runner, "plant", plant)
+    found = first_failure(runner, list(sequences(seed=1, count=20)))
     assert found is not None
-    shortest = shorten(crew, found)
+    shortest = shorten(runner, found)
     assert not shortest.is_hang
     assert len(shortest.sequence.calls) <= 2
     assert any(trace in problem for problem in shortest.problems)
 
 
 def test_an_exchange_that_one_worker_leaves_out_is_found_and_ends_by_the_deadline():
-    with Crew(planted.gated_exchange, timeout_seconds=10.0) as crew:
-        found = first_failure(crew, list(sequences(seed=1, count=5)), together=1)
+    with Runner(planted.gated_exchange, timeout_seconds=10.0) as runner:
+        found = first_failure(runner, list(sequences(seed=1, count=5)), together=1)
     assert found is not None
     assert found.is_hang
 

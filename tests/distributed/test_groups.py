@@ -1,6 +1,4 @@
-"""Which workers share a statistic: rules, groups, meshes; copies, pickles, other worlds; workers
-that disagree.
-"""
+"""Groups of workers: rules, groups, meshes; copies, pickles, other worlds; disagreement."""
 
 from __future__ import annotations
 
@@ -83,17 +81,15 @@ def test_for_samples_takes_as_few_neighbours_as_hold_them(samples, local_batch_s
 
 @contextmanager
 def _on_machines(names: str | None) -> Iterator[None]:
-    """Ranks know nothing of each other yet, and find themselves on machines of these names; None:
-    on this one.
-    """
-    real = live.this_machine
+    """Have ranks find themselves on machines of these names, or on this one if None."""
+    real = live.machine_id
     live._known.clear()
     if names is not None:
-        live.this_machine = lambda: names[dist.get_rank()]
+        live.machine_id = lambda: names[dist.get_rank()]
     try:
         yield
     finally:
-        live.this_machine = real
+        live.machine_id = real
         live._known.clear()
 
 
@@ -409,13 +405,13 @@ def test_a_group_of_all_workers_or_a_layer_with_its_own_changes_nothing(pool):
 
 
 def _wait_in_vain() -> str:
-    with pytest.raises(ExchangeError) as caught, naming.made_by(range(3)):
+    with pytest.raises(ExchangeError) as caught, naming.explain_absence(range(3)):
         raise dist.DistStoreError("Wait timeout")
     return str(caught.value)
 
 
 def test_a_group_that_not_all_make_is_named(pool):
-    """What torch raises in new_group after the timeout; waiting for that would take as long."""
+    """The error of torch's new_group after the timeout; waiting for it would take as long."""
     for rank, said in enumerate(pool(2).run(_wait_in_vain)):
         assert (
             f"must be made by all of ranks [0, 1, 2], got an error on rank {rank}: Wait timeout. "
@@ -436,7 +432,7 @@ def _torchs_layer_fails() -> str:
 
 
 def test_a_group_in_torchs_layer_cannot_be_copied(pool):
-    """What ours are kept from; if torch mends it, ours may keep groups plainly."""
+    """Copies of torch's own groups fail; if torch mends that, ours may keep groups plainly."""
     assert all("pickle" in answer for answer in pool(2).run(_torchs_layer_fails))
 
 
@@ -533,8 +529,9 @@ def _net(spec: groups.Spec, sync: str) -> Net:
 
 
 def _copies_under_ddp(folder: str, sync: str) -> tuple[list[dict[str, Tensor]], bool]:
-    """Six steps; three and three of a deep copy, of what was saved, of an average, of a copy of the
-    DDP module.
+    """Six steps; three, and three of a copy.
+
+    A deep copy, a loaded one, an average, a copy of the DDP module.
     """
     half = [[0, 1], [2, 3]]
     group, rank = _spec(half), dist.get_rank()
@@ -654,9 +651,7 @@ except ValueError as error:
 
 
 def _resized(path: str, world_size: int) -> list[list[int]]:
-    """The same layers before and after torch.distributed is shut down and begun anew by the first
-    ranks.
-    """
+    """The same layers before and after torch.distributed is begun anew by the first ranks."""
     specs = ["world", groups.for_samples(4, 2), "node", _spec([[0, 1, 2], [3]]), dist.group.WORLD]
     layers = [SyncBatchNorm(3, process_group=spec) for spec in specs]
     found = []

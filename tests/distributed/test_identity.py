@@ -1,4 +1,4 @@
-"""Workers that are in different exchanges: one error on all of them, which says who is where."""
+"""Workers that are in different exchanges: one error on all, which names the place of each rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Types: absolute errors against float64, what follows a cast of the layer and what does not."""
+"""Types: absolute errors against float64, and casts of the layer."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ ROUNDING = {torch.bfloat16: 2.0**-8 + 1e-5, torch.float16: 2.0**-11 + 1e-5}
 
 
 def _bounds(case: str) -> dict[str, float]:
-    """Largest error allowed, as a share of the largest value: no more than one rounding of what is
-    in a half type.
-    """
+    """Largest error allowed, as a share of the largest value: one rounding of the half type."""
     if case == "float64":
         return dict.fromkeys(QUANTITIES, 1e-14)
     given, layer, _ = CASES[case]
@@ -74,9 +72,7 @@ def test_the_bounds_can_tell():
 @pytest.mark.parametrize("is_autocast", [True, False], ids=["autocast", "cast"])
 @pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
 def test_types_are_those_of_torch(make, is_autocast, dtype, is_training):
-    """Outputs and gradients, of a model with a convolution in front; under autocast float32 goes
-    in.
-    """
+    """Outputs and gradients behind a convolution; under autocast the model gets float32."""
     found = []
     for norm in (nn.BatchNorm2d, make):
         model = nn.Sequential(nn.Conv2d(2, 4, 3), norm(4)).train(is_training)
@@ -122,8 +118,9 @@ def test_a_layer_on_meta_is_cast_alike():
 
 
 def test_half_statistics_are_had_by_casting_them():
-    """torch's rule, on request: they stay so, are updated with one rounding, and evaluate as
-    torch's do.
+    """torch's rule, on request: half statistics stay half, and evaluate as torch's do.
+
+    They are updated with one rounding.
     """
     layer = SyncBatchNorm(4).half()
     layer.running_mean, layer.running_var = layer.running_mean.half(), layer.running_var.half()

@@ -1,6 +1,4 @@
-"""SyncBatchNorm on live process groups equals the whole batch in one process: values, gradients,
-buffers.
-"""
+"""SyncBatchNorm on live process groups equals the whole batch: values, gradients, buffers."""
 
 from __future__ import annotations
 
@@ -99,9 +97,7 @@ def test_every_worker_gets_the_same_bits(pool):
 
 
 def test_pooled_differs_from_local(pool):
-    """The negative control: on shards of different means the local layer is far from the large
-    batch.
-    """
+    """The negative control: on shards of different means the local layer is far from the batch."""
     batch = Batch.random((6, 4, 3, 3), torch.float64)
     expected = oracle_steps([batch], {})[0]
     local = run_steps(pool(2), [batch], (3, 3), {"sync": "none"})
@@ -152,9 +148,7 @@ def test_float64_at_large_means(pool, sizes, ratio, bound):
 def _pooled_variance(
     sizes: list[int], tail: tuple[int, ...], channels_last: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layer's unbiased float32 variance of shards about 1e4, 1e4 + 2, 1e4 - 1, and this rank's
-    shard.
-    """
+    """The layer's unbiased float32 variance of shards about 1e4, 1e4 + 2, 1e4 - 1; and this shard."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
     x = torch.randn(sizes[rank], *tail, generator=generator) + 1e4 + (0.0, 2.0, -1.0)[rank]

@@ -1,4 +1,4 @@
-"""What torch's own suite checks of its SyncBatchNorm, of both layers, on a CPU.
+"""The checks of torch's own suite for its SyncBatchNorm, made of both layers on a CPU.
 
 That suite compares parameters or running statistics. Here outputs, input gradients, parameters and
 buffers are all held against the whole batch in one process, in float64; and a layer with the
@@ -114,7 +114,7 @@ def _model(
 
 @dataclass
 class Trained:
-    """What a training gave, on one rank or on the whole batches."""
+    """The results of a training, on one rank or on the whole batches."""
 
     outputs: list[Tensor] = field(default_factory=list)
     grad_inputs: list[Tensor] = field(default_factory=list)
@@ -191,7 +191,7 @@ def _data(
 
 
 def _union(by_rank: Sequence[Steps]) -> Steps:
-    """What the workers hold together in each step."""
+    """The values of all workers together, in each step."""
     together = []
     for step in range(max(len(steps) for steps in by_rank)):
         parts = [steps[step] for steps in by_rank if step < len(steps)]

@@ -1,4 +1,4 @@
-"""What travels, how often, and bit-exact results where arithmetic is exact."""
+"""Messages and their number, and bit-exact results where arithmetic is exact."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ def test_no_exchange_with_nobody_to_exchange_with(pool, sizes, options):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("sizes", [(2, 6), (8, 0), (1, 2, 5), (4, 1, 2, 1)], ids=str)
 def test_integers_are_pooled_exactly(pool, sizes, channels_last):
-    """With integers and a power-of-two count every sum and mean is exact: any split gives one
-    process's bits.
-    """
+    """Integers and a power-of-two count: sums are exact, so any split gives the same bits."""
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-8, 9, (8, 3, 4, 4), generator=g).float()
     cotangent = torch.randint(-4, 5, x.shape, generator=g).float()

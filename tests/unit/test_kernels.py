@@ -1,6 +1,4 @@
-"""The four primitives: both implementations against float64, across layouts, block shapes and large
-means.
-"""
+"""The four primitives, both implementations against float64: layouts, block shapes, large means."""
 
 from __future__ import annotations
 
@@ -117,8 +115,9 @@ def test_variance_at_large_means(shape, how, bound, ratio):
     "shape", [(1, 1, 260, 260), (8, 16, 64, 64), (20000, 16), (4, 8, 16, 16)], ids=str
 )
 def test_half_types_are_summed_as_exactly_as_float32(implementation, shape, how, mean, dtype):
-    """Their coarse grid makes float32 round every addition the same way: without the scattering
-    4e-5 and 1e-4.
+    """Their coarse grid makes float32 round each addition the same way.
+
+    Without the scattering the errors are 4e-5 and 1e-4.
     """
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 2 + mean
     x = _arrange(x.to(dtype), how)
@@ -133,9 +132,7 @@ def test_half_types_are_summed_as_exactly_as_float32(implementation, shape, how,
     "shape", [(2, 8, 256, 256), (1, 3, 190, 190), (3, 4, 4099), (40, 32, 16, 16)], ids=str
 )
 def test_sums_of_equal_gradients_do_not_drift(implementation, shape, how):
-    """Float32 rounds every addition of the same number the same way: added one by one these are off
-    by 4e-5.
-    """
+    """Float32 rounds each addition of one number the same way: one by one these are off by 4e-5."""
     x = _arrange(torch.randn(shape, generator=torch.Generator().manual_seed(6)), how)
     g = _arrange(torch.full(shape, 0.1), how)
     channels, dims = shape[1], [0, *range(2, len(shape))]

@@ -1,6 +1,4 @@
-"""SyncBatchNorm in one process: torch's layer in everything but the name; bad arguments; the public
-names.
-"""
+"""SyncBatchNorm in one process: torch's layer but for the name; bad arguments; public names."""
 
 from __future__ import annotations
 

@@ -38,8 +38,9 @@ def test_a_mask_by_hand():
 
 
 def test_gradient_by_hand():
-    """x = -1, 1 with eps = 3: std 2, xhat = -1/2, 1/2. dL/dy = (1, 0): sum g = 1, sum g xhat =
-    -1/2.
+    """x = -1, 1 with eps = 3: std 2, xhat = -1/2, 1/2.
+
+    dL/dy = (1, 0): sum g = 1, sum g xhat = -1/2.
 
     dx = (1 / 2) (g - 1 / 2 - xhat * (-1 / 2) / 2) = (1/2) (1 - 1/2 - 1/8, 0 - 1/2 + 1/8) = (3/16,
     -3/16)

@@ -1,6 +1,4 @@
-"""RenormSchedule, and batch renormalisation in one process: the paper's properties and the
-published defects.
-"""
+"""RenormSchedule, and renormalisation in one process: the paper's properties, published defects."""
 
 from __future__ import annotations
 
@@ -208,9 +206,7 @@ def test_on_constant_statistics_the_averages_converge_geometrically(running_aver
 
 
 def test_weight_and_bias_come_after_the_correction():
-    """y(weight, bias) = y(1, 0) * weight + bias; a correction applied to the affine output would
-    break it.
-    """
+    """y(weight, bias) = y(1, 0) * weight + bias; a correction of the affine output would break it."""
     layer = _layer((1.5, 0.4))
     y = layer(_x(6, 4))
     bare = functional.sync_batch_renorm(
@@ -224,9 +220,7 @@ def _running(layer: SyncBatchRenorm) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_the_clips_open_as_the_clock_runs():
-    """Clips stuck at batch norm: at the end of the ramp an unclipped batch is normalised as in
-    evaluation.
-    """
+    """Clips stuck at batch norm: after the ramp an unclipped batch is normalised as in evaluation."""
     layer = SyncBatchRenorm(
         4, schedule=RenormSchedule(100.0, 100.0, 2, 4, 4), momentum=0.0, dtype=torch.float64
     )
@@ -314,7 +308,7 @@ def _take_away(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("sync", ["batch", "running", "lagged", "none"])
 def test_running_statistics_that_were_taken_away_are_one_clear_error(sync):
-    """Where torch's layer goes on by the batch alone, and so does renormalisation in evaluation."""
+    """The batch alone is used where torch's layer goes on by it, also in evaluation."""
     x = torch.randn(6, 3)
     model = prepare_ddp(nn.Sequential(SyncBatchRenorm(3, sync=sync)))
     model(x).sum().backward()

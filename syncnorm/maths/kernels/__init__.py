@@ -20,9 +20,9 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from syncnorm.maths.kernels import cpu, portable
+from syncnorm.undocumented import FakeTensor
 
 # What `syncnorm.maths.kernels.portable` computes in code that is being compiled: with a pivot of two
 # samples, so that what is compiled for any number from 2 on needs no second version.

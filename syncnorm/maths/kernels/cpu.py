@@ -60,10 +60,10 @@ def _summable(x: Tensor) -> Tensor:
 
 
 def _pivot(v: Tensor) -> Tensor:
-    """The mean of up to 8 elements of each channel, spread over the batch. One alone may be an
-    outlier.
+    """The mean of up to 8 elements of each channel, shape (C,), spread over the batch.
 
-    Their number is a power of two, so that the pivot of integers is exact.
+    A single element may be an outlier. Their number is a power of two, so that the pivot of
+    integers is exact.
     """
     some = _spread(v, 0, _PIVOT_ELEMENTS)
     if v.ndim == 2:

@@ -20,15 +20,14 @@ BLOCK_ELEMENTS = 131_072
 BLOCK_ROWS = 4_096
 # Longer runs of one channel are summed in pieces of this length.
 PLANE = 4_096
-# How many values of one channel an operator should add one after the other: in a plane (of which it
-# adds some side by side), and in rows. Rows of more channels than _ROW would not stay in the
-# first-level cache.
+# An operator should add so many values of one channel one after the other: in a plane (of which it
+# adds some side by side), and in rows. Rows of more channels than _ROW leave the first-level cache.
 _RUN, _RUN_ROWS = 256, 256
 _ROW = 512
 
 
 def is_rows(x: Tensor) -> bool:
-    """Whether channels vary fastest, so that a (rows, C) view exists."""
+    """True if channels vary fastest, so that a (rows, C) view exists."""
     return x.shape[1] > 1 and x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
 
 
@@ -52,18 +51,17 @@ def like(t: Tensor, x: Tensor) -> Tensor:
 
 
 def view(t: Tensor, *, rows: bool) -> Tensor:
-    """The (rows, C) or (N, C, L) view of a dense tensor with C channels (or of a mask, with one)."""
+    """The (rows, C) or (N, C, L) view of a dense tensor; a mask has one channel."""
     if rows:
         return t.movedim(1, -1).reshape(-1, t.shape[1])
     return t.reshape(t.shape[0], t.shape[1], -1)
 
 
 class Runs(NamedTuple):
-    """Dense values viewed so that each of C channels is `times` channels, whose sums are taken
-    apart.
-    """
+    """A view in which each of C channels is `times` channels, whose sums are taken apart."""
 
     part: Tensor
+    """(rows, times * C), each run of all channels; or (N, C * times, L), all runs of each channel."""
     times: int
 
     def repeat(self, c: Tensor) -> Tensor:
@@ -88,10 +86,12 @@ class Runs(NamedTuple):
 
 
 def short_runs(v: Tensor) -> list[Runs]:
-    """A (rows, C) or (N, C, L) view as parts with short runs of each channel; copied only if L has
-    no divisor.
+    """Cut a (rows, C) or (N, C, L) view into parts with short runs of each channel.
+
+    Copied only if L has no divisor that is a good length.
     """
     if v.ndim == 2:
+        # (rows, C) -> (rows // times, times * C), and what remains as one row.
         rows, channels = v.shape
         times = min(_ROW // channels, rows // _RUN_ROWS)
         if times < 4:
@@ -103,23 +103,24 @@ def short_runs(v: Tensor) -> list[Runs]:
     run = _run_of(length)
     if run is None:
         return short_runs(v.transpose(1, 2).reshape(-1, channels))
+    # (N, C, L) -> (N, C * L / run, run)
     return [Runs(v if run == length else v.view(samples, -1, run), length // run)]
 
 
 @functools.cache
 def _run_of(length: int) -> int | None:
-    """How long the runs of a plane of this length are: the length itself, or a divisor; None: there
-    is none.
-    """
+    """The length of the runs of a plane: its own, or a divisor; None if no divisor will do."""
     if length <= 4 * _RUN:
         return length
     return next((run for run in range(_RUN, 31, -1) if length % run == 0), None)
 
 
 class Cut(NamedTuple):
-    """How to cut dense views of one shape into contiguous blocks: every block is a whole number of
-    rows or samples, or some channels of one sample, or (k, 1, PLANE) pieces of one channel of one
-    sample."""
+    """A cut of dense views of one shape into contiguous blocks.
+
+    A block is a whole number of rows or samples, or some channels of one sample, or (k, 1, PLANE)
+    pieces of one channel of one sample.
+    """
 
     step: int
     """Rows or samples in a block."""
@@ -170,7 +171,7 @@ class Cut(NamedTuple):
         return parts * (blocks // len(parts))
 
     def columns(self, cs: list[Tensor], blocks: int) -> Iterable[Sequence[Tensor]]:
-        """For each of so many blocks its coefficients out of several (C,) ones."""
+        """The coefficients of each of so many blocks, out of several (C,) ones."""
         if blocks == 1:
             return [cs]
         return zip(*(self.coefficients(c, blocks) for c in cs), strict=True)
@@ -180,6 +181,7 @@ class Cut(NamedTuple):
         if len(sums) == 1:
             return sums[0].double()
         pieces = len(self.lengths) if self.lengths is not None else 1
+        # (blocks of rows or samples, C, pieces of a channel)
         return torch.cat(sums).view(-1, self.channels, pieces).sum((0, 2), dtype=torch.float64)
 
 

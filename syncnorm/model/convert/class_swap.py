@@ -30,7 +30,7 @@ class Request:
     """The arguments of `convert`, for one layer."""
 
     to: type[SyncNorm]
-    workers: groups.Kept = None
+    workers: groups.GroupHandle = None
     options: dict[str, Any] = field(default_factory=dict)
 
     def momentum(self, layer: _BatchNorm) -> float | None:
@@ -48,7 +48,7 @@ class Request:
     def group(self, layer: _BatchNorm) -> groups.Spec:
         """As asked for; else that of the layer, if it has one."""
         return (
-            groups.given(self.workers)
+            groups.to_user(self.workers)
             if self.workers is not None
             else getattr(layer, "process_group", None)
         )
@@ -90,7 +90,7 @@ class Origin:
     """Attributes that have another value now."""
     added: set[str] = field(default_factory=set)
     """Attributes that it did not have."""
-    workers: groups.Kept | Literal[False] = False
+    workers: groups.GroupHandle | Literal[False] = False
     """The process group, if it was torch's SyncBatchNorm."""
     counted: int = 0
     """Batches that it had counted when the clock of a schedule began again at 0."""
@@ -121,7 +121,7 @@ def become(layer: _BatchNorm, name: str, request: Request) -> None:
     before = dict(vars(layer))
     if "process_group" in before:
         # torch's SyncBatchNorm: a group can be neither copied nor pickled.
-        origin.workers = groups.keep(before["process_group"])
+        origin.workers = groups.to_handle(before["process_group"])
         del layer.__dict__["process_group"]
     set_class(layer, over(request.to, theirs))
     assert isinstance(layer, SyncNorm)
@@ -174,7 +174,7 @@ def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
         del attributes[name]
     attributes |= origin.changed
     if origin.workers is not False:
-        attributes["process_group"] = groups.given(origin.workers)
+        attributes["process_group"] = groups.to_user(origin.workers)
     if isinstance(layer, SyncNorm):
         label, names = layer.label, ("sync", "schedule", "running_average")
         layer.set_up(

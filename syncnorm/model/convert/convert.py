@@ -96,7 +96,7 @@ def convert(
         BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
     """
     _check_target(to, options)
-    request = Request(to, groups.keep(process_group), options)
+    request = Request(to, groups.to_handle(process_group), options)
     layers = {
         layer: names
         for layer, names in _select(_named(module), select).items()

@@ -66,7 +66,7 @@ def _busy(layer: SyncNorm) -> str | None:
 
 def _stale(layer: _BatchNorm, request: Request) -> str | None:
     try:
-        groups.keep(request.group(layer))
+        groups.to_handle(request.group(layer))
     except InputError as error:
         return f"has a process group that cannot be used: {error}"
     return None

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.comm import exchange, groups, inflight
-from syncnorm.compiled import untraced
 from syncnorm.errors import ExchangeError, FaultError, InputError
 from syncnorm.model.join.ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.join.handover import Handover, Stateful, check
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.flat import device_of
+from syncnorm.undocumented import disable_dynamo
 
 _NEXT, _SUM, _GATHER, _REDUCE = 1, 2, 3, 4
 _CODES = {"sum": _SUM, "gather": _GATHER}
@@ -232,7 +232,9 @@ class RollCall:
         if isinstance(module, DistributedDataParallel):
             part.reductions = Reductions(module, partial(self._reduce, part), self._share)
         self._parts.append(part)
-        return module.register_forward_pre_hook(untraced(partial(self._begin, part)), prepend=True)
+        return module.register_forward_pre_hook(
+            disable_dynamo(partial(self._begin, part)), prepend=True
+        )
 
     def _share(self) -> float:
         return len(self._members) / self._present
@@ -314,7 +316,7 @@ class RollCall:
         self._present = len(self._members)
         with self._unannounced():
             self._hand_over()
-        inflight.count_anew(self.group)
+        inflight.reset_calls(self.group)
 
     def _reductions(self, number: int) -> Reductions:
         reductions = self._parts[number].reductions

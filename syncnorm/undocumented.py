@@ -1,0 +1,191 @@
+"""The names of torch that are not documented and that this package uses, each behind one function.
+
+A new release of torch is a look at this file: `tests/unit/test_undocumented.py` tries every name
+of it. The base classes `_BatchNorm`, `_NormBase`, `_LazyNormBase` and `_DropoutNd`, for which torch
+has no other names, are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import partial
+from operator import attrgetter
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _resolve_process_group
+from torch._compile import _disable_dynamo
+from torch._library.effects import EffectType
+from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+from torch.autograd import forward_ad
+from torch.distributed import distributed_c10d as c10d
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+# Autograd.
+
+backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+"""The number of the backward pass that is running; -1 outside of one. FSDP2 relies on it, too."""
+
+is_forward_mode_enabled: Callable[[], bool] = torch._C._is_fwd_grad_enabled
+"""False where forward-mode gradients are off: in an autograd Function, not under `no_grad`."""
+
+forward_mode_level: Callable[[], int] = partial(attrgetter("_current_level"), forward_ad)
+"""The number of nested `torch.autograd.forward_ad.dual_level`, less one."""
+
+
+def has_saved_tensor_hooks() -> bool:
+    """True where hooks are set on what autograd saves, as by non-reentrant checkpointing."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    return hooks is not None
+
+
+def after_backward(callback: Callable[[], None]) -> None:
+    """Call back at the end of the running backward pass, before DDP waits for its reductions."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+# Observers of operators. Every call of a layer asks these: they are torch's own functions.
+
+has_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
+"""True within a transform of torch.func."""
+
+is_tracing: Callable[[], bool] = torch._C._is_tracing
+"""True within torch.jit.trace."""
+
+has_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+"""True for a batch of gradients: `torch.autograd.grad(..., is_grads_batched=True)`."""
+
+count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+"""The number of dispatch modes that are active, infrastructure of torch's own left out."""
+
+
+def has_proxy_mode() -> bool:
+    """True within `make_fx`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+
+
+def has_fake_mode() -> bool:
+    """True within `FakeTensorMode`."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+# Compilation.
+
+
+def disable_dynamo(function: F) -> F:
+    """Have compiled code call `function` instead of containing it.
+
+    As `torch.compiler.disable`, with its import of seconds put off until something is compiled.
+    """
+    apart = _disable_dynamo(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (apart if "torch._dynamo" in sys.modules else function)(*args, **kwargs)
+
+    return cast(F, call)
+
+
+def keep_order(operator: torch.library.CustomOpDef) -> None:  # pyright: ignore[reportPrivateImportUsage]
+    """Have compiled code call `operator` in program order, also where its result is not used."""
+    operator.register_effect(EffectType.ORDERED)
+
+
+# Process groups.
+
+
+def device_types(group: dist.ProcessGroup) -> list[str]:
+    """The types of devices whose tensors `group` can send."""
+    return [device.type for device in group._device_types]
+
+
+def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """The timeout of `group`; None for a backend that keeps no such option."""
+    options = group._get_backend(group._device_types[0]).options  # pyright: ignore[reportAttributeAccessIssue]
+    return None if options is None else options._timeout
+
+
+def group_of_name(name: str) -> dist.ProcessGroup:
+    """The group whose `group_name` this is, as torch's collectives in compiled code find it."""
+    return _resolve_process_group(name)  # pyright: ignore[reportArgumentType, reportReturnType]
+
+
+def world_store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """The Store of the default group, which all ranks reach."""
+    return c10d._get_default_store()
+
+
+def store_of(group: dist.ProcessGroup) -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """The Store of `group`, which its members reach."""
+    return c10d._get_process_group_store(group)
+
+
+def fake_store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
+    """The Store of the backend "fake", by which one rank runs without the others: sends nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend
+
+    return FakeStore()
+
+
+# The names of groups that only their members make (see syncnorm.comm.naming).
+
+
+@contextmanager
+def numbering_groups_from(number: int) -> Iterator[None]:
+    """Have torch number the groups made within from here on, and go on as before afterwards."""
+    before, c10d._world.group_count = c10d._world.group_count, number
+    try:
+        yield
+    finally:
+        c10d._world.group_count = before
+
+
+def is_named_by_count() -> bool:
+    """True if the number in a group's name is that of the groups made so far: torch >= 2.15.
+
+    Before, it is the number of the groups that this rank is in.
+    """
+    name = c10d._hash_ranks_to_str([0])
+    with numbering_groups_from(0):
+        return name != c10d._hash_ranks_to_str([0])
+
+
+def members_of_groups() -> list[tuple[int, ...]]:
+    """The global ranks, in order, of each group that this rank knows of."""
+    return [tuple(sorted(ranks)) for ranks in c10d._world.pg_group_ranks.values()]
+
+
+def count_own_groups() -> int:
+    """The number of groups that this rank is a member of."""
+    return len(c10d._world.pg_names)
+
+
+# Wrappers of models.
+
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def ignored_by_ddp(model: nn.Module) -> Collection[str]:
+    """The names of parameters and buffers that DistributedDataParallel is told to ignore."""
+    return getattr(model, _IGNORED, ())
+
+
+def set_ignored_by_ddp(model: nn.Module, names: Collection[str]) -> None:
+    """Tell a DistributedDataParallel that is made later of `model` what to ignore."""
+    if names:
+        setattr(model, _IGNORED, names)
+    else:
+        model.__dict__.pop(_IGNORED, None)
+
+
+def is_managed_by_fsdp(module: nn.Module) -> bool:
+    """True for a module whose parameters FSDP has sharded or will shard."""
+    return getattr(module, "_is_fsdp_managed_module", False)

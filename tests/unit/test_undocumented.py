@@ -1,0 +1,311 @@
+"""Every undocumented name of torch that the package uses does what it is used for.
+
+A release of torch that changes one of them fails here, whatever else it breaks.
+"""
+
+import copy
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.graph import save_on_cpu
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from syncnorm import undocumented
+from syncnorm.testing import RankPool
+
+
+class Probe(nn.Module):
+    """Notes the value of a function in its forward."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.seen = function, []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.function())
+        return x.sin()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_backward_pass_is_known_where_a_checkpointed_forward_is_repeated(reentrant):
+    probe = Probe(undocumented.backward_pass)
+    for _ in range(2):
+        x = torch.ones(3, requires_grad=True)
+        checkpoint(probe, x, use_reentrant=reentrant).sum().backward()
+    first, repeated, second, repeated_later = probe.seen
+    assert first == second == -1
+    assert -1 < repeated < repeated_later
+
+
+def test_forward_mode_is_off_in_a_function_and_on_under_no_grad():
+    probe = Probe(undocumented.is_forward_mode_enabled)
+    checkpoint(probe, torch.ones(3, requires_grad=True), use_reentrant=True)
+    with torch.no_grad():
+        probe(torch.ones(3))
+    assert probe.seen == [False, True]
+
+
+def test_forward_mode_level():
+    assert undocumented.forward_mode_level() < 0
+    with forward_ad.dual_level():
+        assert undocumented.forward_mode_level() == 0
+
+
+def test_saved_tensor_hooks():
+    probe = Probe(undocumented.has_saved_tensor_hooks)
+    probe(torch.ones(3))
+    with save_on_cpu():
+        probe(torch.ones(3))
+    checkpoint(probe, torch.ones(3, requires_grad=True), use_reentrant=False)
+    assert probe.seen == [False, True, True]
+
+
+def test_a_call_after_the_backward_pass():
+    events = []
+    x = torch.ones(3, requires_grad=True)
+    y = x * 1.0
+    x.register_hook(lambda grad: events.append("last gradient"))
+
+    def first(grad: Tensor) -> None:
+        undocumented.after_backward(lambda: events.append("end"))
+        events.append("first gradient")
+
+    y.register_hook(first)
+    y.sum().backward()
+    assert events == ["first gradient", "last gradient", "end"]
+
+
+OBSERVERS = {
+    "has_transform": undocumented.has_transform,
+    "is_tracing": undocumented.is_tracing,
+    "has_proxy_mode": undocumented.has_proxy_mode,
+    "has_fake_mode": undocumented.has_fake_mode,
+}
+
+
+def _in_transform(probe: Probe) -> None:
+    torch.func.grad(lambda x: probe(x).sum())(torch.ones(3))
+
+
+def _in_trace(probe: Probe) -> None:
+    torch.jit.trace(probe, torch.ones(3), check_trace=False)
+
+
+def _in_make_fx(probe: Probe) -> None:
+    make_fx(probe)(torch.ones(3))
+
+
+def _in_fake_mode(probe: Probe) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        probe(torch.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda probe: probe(torch.ones(3)), set()),
+        (_in_transform, {"has_transform"}),
+        (_in_trace, {"is_tracing"}),
+        (_in_make_fx, {"has_proxy_mode"}),
+        (_in_fake_mode, {"has_fake_mode"}),
+    ],
+)
+def test_observers(call, expected):
+    probe = Probe(lambda: {name for name, is_active in OBSERVERS.items() if is_active()})
+    call(probe)
+    assert probe.seen == [expected]
+
+
+def test_dispatch_modes():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    assert undocumented.count_dispatch_modes() == 0
+    with FakeTensorMode():
+        assert undocumented.count_dispatch_modes() == 1
+        assert isinstance(torch.ones(3), undocumented.FakeTensor)
+
+
+def test_own_dispatch_modes():
+    class Names(undocumented.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    seen: list[str] = []
+    with Names():
+        torch.ones(3).sin()
+    assert seen == ["ones", "sin"]
+
+
+def test_a_batch_of_gradients():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(undocumented.has_legacy_batch(grad))
+            return 2 * grad
+
+    seen: list[bool] = []
+    x = torch.ones(3, requires_grad=True)
+    for grads, is_batched in ((torch.ones(3), False), (torch.eye(3), True)):
+        torch.autograd.grad(Double.apply(x), x, grads, is_grads_batched=is_batched)
+    assert seen == [False, True]
+
+
+def test_compiled_code_calls_what_dynamo_is_kept_from():
+    seen: list[bool] = []
+
+    @undocumented.disable_dynamo
+    def apart(x: Tensor) -> Tensor:
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    compiled = torch.compile(lambda x: apart(x.sin()) * 2, backend="eager")
+    assert apart(torch.zeros(2)).tolist() == [1, 1]
+    assert compiled(torch.zeros(2)).tolist() == [2, 2]
+    assert seen == [False, False]
+
+
+def test_compiled_code_keeps_the_order_of_calls_that_nobody_needs():
+    calls: list[int] = []
+
+    @torch.library.custom_op("syncnorm_test::note", mutates_args=())
+    def note(x: Tensor, number: int) -> Tensor:
+        calls.append(number)
+        return x.clone()
+
+    @note.register_fake
+    def _(x: Tensor, number: int) -> Tensor:
+        return torch.empty_like(x)
+
+    undocumented.keep_order(note)
+
+    def function(x: Tensor) -> Tensor:
+        for number in range(3):
+            note(x, number)
+        return x * 2
+
+    torch.compile(function, backend="aot_eager")(torch.ones(2))
+    assert calls == [0, 1, 2]
+
+
+def _about_groups() -> dict[str, object]:
+    world = dist.group.WORLD
+    assert world is not None
+    rank = dist.get_rank()
+    pair = dist.new_group([0, 1], timeout=timedelta(seconds=7))
+    assert isinstance(pair, dist.ProcessGroup)
+    undocumented.world_store().set(f"world {rank}", "said")
+    undocumented.store_of(pair).set(f"pair {rank}", "said")
+    dist.barrier()
+    found = {
+        "timeouts": [undocumented.timeout_of(world), undocumented.timeout_of(pair)],
+        "devices": undocumented.device_types(world),
+        "by name": undocumented.group_of_name(pair.group_name) is pair,
+        "stores": [
+            undocumented.world_store().check([f"world {1 - rank}"]),
+            undocumented.store_of(pair).check([f"pair {1 - rank}"]),
+            undocumented.store_of(pair).check([f"world {rank}"]),
+        ],
+        "members": undocumented.members_of_groups(),
+        "own groups": undocumented.count_own_groups(),
+    }
+    # Only on rank 1: torch's count of groups made goes on as before.
+    if rank == 1:
+        with undocumented.numbering_groups_from(1000):
+            dist.new_group([1], use_local_synchronization=True)
+    found["own groups"] = (found["own groups"], undocumented.count_own_groups())
+    again = dist.new_group([0, 1])
+    assert isinstance(again, dist.ProcessGroup)
+    found["name"] = again.group_name
+    return found
+
+
+def test_groups():
+    with RankPool(2, timeout_seconds=60.0) as ranks:
+        zero, one = ranks.run(_about_groups)
+    for found in (zero, one):
+        assert found["timeouts"] == [timedelta(seconds=60), timedelta(seconds=7)]
+        assert "cpu" in found["devices"]
+        assert found["by name"]
+        assert found["stores"] == [True, True, False]
+        assert found["members"] == [(0, 1), (0, 1)]
+    assert zero["own groups"] == (2, 2)
+    assert one["own groups"] == (2, 3)
+    assert zero["name"] == one["name"]
+
+
+def _name_by_count() -> tuple[bool, bool]:
+    """Names that follow the count of groups: said of torch, and seen in two groups of one rank."""
+    names = []
+    for number in (1000, 2000):
+        with undocumented.numbering_groups_from(number):
+            made = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        assert isinstance(made, dist.ProcessGroup)
+        names.append(made.group_name)
+        dist.destroy_process_group(made)
+    return undocumented.is_named_by_count(), names[0] != names[1]
+
+
+def test_the_number_in_a_groups_name():
+    with RankPool(1) as ranks:
+        ((said, seen),) = ranks.run(_name_by_count)
+    assert said == seen
+
+
+def test_the_fake_backend_sends_nothing():
+    dist.init_process_group("fake", store=undocumented.fake_store(), rank=0, world_size=3)
+    try:
+        x = torch.ones(2)
+        dist.all_reduce(x)
+        assert x.tolist() == [1, 1]
+        assert dist.get_world_size() == 3
+    finally:
+        dist.destroy_process_group()
+
+
+def _after_ddp(ignored: list[str]) -> float:
+    """A buffer of this rank after DDP has broadcast those of rank 0, unless it was told not to."""
+    model = nn.BatchNorm1d(1)
+    model.running_mean.fill_(dist.get_rank())
+    undocumented.set_ignored_by_ddp(model, ignored)
+    assert list(undocumented.ignored_by_ddp(model)) == ignored
+    DistributedDataParallel(model)
+    return model.running_mean.item()
+
+
+def test_ddp_reads_what_it_is_to_ignore(pool):
+    assert pool(2).run(_after_ddp, []) == [0, 0]
+    assert pool(2).run(_after_ddp, ["running_mean"]) == [0, 1]
+
+
+def test_nothing_is_left_of_an_empty_list_for_ddp():
+    model = nn.Linear(1, 1)
+    before = copy.copy(vars(model))
+    undocumented.set_ignored_by_ddp(model, ["weight"])
+    undocumented.set_ignored_by_ddp(model, [])
+    assert vars(model) == before
+
+
+def _sharded() -> list[bool]:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    before = undocumented.is_managed_by_fsdp(model[0])
+    FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    return [before, undocumented.is_managed_by_fsdp(model[0])]
+
+
+def test_modules_of_fsdp(pool):
+    assert pool(2).run(_sharded) == [[False, True]] * 2
