@@ -71,8 +71,8 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
             return partial(FrozenBatchNorm, eps=norm.eps)
 
 
-# The class of which layers by `make_norm_layer` are instances; with batch_norm they do not differ
-# from torch's own.
+# By name, a class that recognises the layers of `make_norm_layer`; those of batch_norm cannot be
+# told from torch's own.
 _CLASS: dict[NormName, type[nn.Module]] = {
     "batch_norm": nn.Module,
     "sync_batch_norm": SyncNorm,

@@ -39,7 +39,6 @@ class Recorder:
         self._config = setup.config.follow
         self._is_first = setup.workers.is_first
         self._progress = progress
-        self._total_steps = total_steps
         self._metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
         self._display = Display(total_steps, done=progress.step, quiet=not self._is_first)
         self._tensorboard = None
@@ -192,7 +191,7 @@ class _Profile:
         self._last = 0
 
     def step(self, done: int) -> None:
-        """Begin before step `first`, end PROFILED_STEPS later."""
+        """Start before step `first`, and stop PROFILED_STEPS later."""
         if self._first is None:
             return
         if self._profiler is None and done + 1 == max(self._first, 2):
