@@ -47,13 +47,13 @@ from syncnorm import monitor
 from syncnorm.model.monitor import Monitor
 from syncnorm.testing import RankPool
 from syncnorm.train import loop
-from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.datasets import DATASETS, Dataset, epoch_order, shard
 from syncnorm.train.metrics import read_events
-from syncnorm.train.setup import make_learner
+from syncnorm.train.placement import Workers
+from syncnorm.train.setup import make_setup
 from syncnorm.train.step import StepBatch, evaluate, training_step
-from syncnorm.train.workers import Workers
 
 STEPS, SEEN_AT, WORLD_SIZES = 100, (1, 10, 50, 100), (1, 2, 3, 4)
 FLOAT64_BOUND, FLOAT32_BOUND, SMOOTH_BOUND = 1e-12, 4.0, 1e-4
@@ -125,23 +125,23 @@ def train(job: Job) -> Trained:
     workers = Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     data = _load(config.data.name, config.data.root, job.samples)
     per_epoch = math.ceil(len(data.train) / config.train.global_batch)
-    learner = make_learner(config, workers, data, config.train.epochs * per_epoch)
+    setup = make_setup(config, workers, data, config.train.epochs * per_epoch)
     if job.nudged is not None:
-        _nudge(learner.model, job.nudged)
-    watch, losses, clipped = monitor(learner.model), [], []
+        _nudge(setup.model, job.nudged)
+    watch, losses, clipped = monitor(setup.model), [], []
     for step in range(1, job.steps + 1):
         epoch, number = 1 + (step - 1) // per_epoch, (step - 1) % per_epoch
         indices = epoch_order(len(data.train), config.train.seed, epoch).split(
             config.train.global_batch
         )[number]
         with mock.patch.object(F, "relu", F.gelu if job.is_smooth else F.relu):
-            result = training_step(learner, data, StepBatch(indices, epoch, step), stop=False)
+            result = training_step(setup, data, StepBatch(indices, epoch, step), stop=False)
         assert result.was_taken, f"step {step}: the loss is {result.loss}"
         losses.append(result.loss)
         if step % 20 == 0:
             clipped.append(_clipped(watch))
     mine = data.test[shard(len(data.test), workers.rank, workers.world_size)]
-    accuracy = evaluate(learner.judged, data, mine, 256, getattr(torch, config.train.dtype))
+    accuracy = evaluate(setup.evaluated_model, data, mine, 256, getattr(torch, config.train.dtype))
     return Trained(losses, accuracy, [mean(shares) for shares in zip(*clipped)])
 
 
@@ -173,9 +173,9 @@ def _clipped(watch: Monitor) -> tuple[float, float]:
 class Stop:
     """A watch that asks for a stop after a step of the run."""
 
-    def __init__(self, after: int, position: Position) -> None:
+    def __init__(self, after: int, progress: Progress) -> None:
         self._after = after
-        self._position = position
+        self._progress = progress
 
     def alive(self) -> None:
         """Nobody listens."""
@@ -183,17 +183,17 @@ class Stop:
     @property
     def stop(self) -> str | None:
         """Why, if it is time."""
-        return "enough" if self._position.step + 1 >= self._after else None
+        return "enough" if self._progress.step + 1 >= self._after else None
 
 
 def train_until(folder: str, job: Job, after: int) -> None:
     """Train from wherever the folder's run stands until after a step, and save."""
-    workers, position = (
+    workers, progress = (
         Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu")),
-        Position(),
+        Progress(),
     )
     loop.train(
-        load_config("digits", job.options), workers, Path(folder), position, Stop(after, position)
+        load_config("digits", job.options), workers, Path(folder), progress, Stop(after, progress)
     )
 
 

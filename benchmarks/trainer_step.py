@@ -24,15 +24,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import paired
 from syncnorm import SyncBatchNorm, prepare_ddp
-from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
 from syncnorm.train.loop import Run, take_step
 from syncnorm.train.models import MODELS
-from syncnorm.train.recorder import Follower
-from syncnorm.train.setup import make_learner
-from syncnorm.train.workers import Workers
+from syncnorm.train.placement import Workers
+from syncnorm.train.recorder import Recorder
+from syncnorm.train.setup import make_setup
 
 WORKERS = 2
 CASES = {
@@ -64,16 +64,16 @@ def random_images() -> Dataset:
 def trainer_step(
     config: Config, data: Dataset, workers: Workers, folder: Path
 ) -> Callable[[], None]:
-    learner = make_learner(config, workers, data, total_steps=10**6)
-    position = Position(epoch=1)
-    follower = Follower(learner, folder, position, total_steps=10**6)
+    setup = make_setup(config, workers, data, total_steps=10**6)
+    progress = Progress(epoch=1)
+    recorder = Recorder(setup, folder, progress, total_steps=10**6)
     run = Run(
-        config, workers, data, learner, position, Quiet(), follower, None, steps_per_epoch=10**6
+        config, workers, data, setup, progress, Quiet(), recorder, None, steps_per_epoch=10**6
     )
     batches = torch.arange(len(data.train)).split(config.train.global_batch)
 
     def step() -> None:
-        take_step(run, batches[position.step % (len(batches) - 1)])
+        take_step(run, batches[progress.step % (len(batches) - 1)])
 
     return step
 

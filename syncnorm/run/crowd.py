@@ -5,7 +5,7 @@ import torch
 from syncnorm.errors import ConfigError
 from syncnorm.run.machine import cores
 from syncnorm.train.config.schema import LaunchSection
-from syncnorm.train.memory import GIB, free_memory, in_words, resident_memory
+from syncnorm.train.memory import GIB, format_bytes, free_memory, resident_memory
 
 
 def check_crowd(launch: LaunchSection, device: torch.device) -> str | None:
@@ -40,7 +40,7 @@ def refuse_many(count: int, each: float, free: float) -> None:
         raise ConfigError(
             f"`launch.workers` must be at most {int(free // each)} on this machine, got {count}: a "
             "worker takes "
-            f"{in_words(each)} and more before it has data and a model, and {in_words(free)} are "
+            f"{format_bytes(each)} and more before it has data and a model, and {format_bytes(free)} are "
             "free. Take fewer."
         )
 

@@ -15,10 +15,10 @@ from syncnorm.run.here import told_in_a_line
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import epoch_order
-from syncnorm.train.memory import Need, estimate, free_for, in_words, refuse
-from syncnorm.train.setup import Learner, load_data, make_bare_model, make_learner
+from syncnorm.train.memory import Need, available_bytes, check_fits, estimate, format_bytes
+from syncnorm.train.placement import Workers
+from syncnorm.train.setup import Setup, load_data, make_bare_model, make_setup
 from syncnorm.train.step import StepBatch, training_step
-from syncnorm.train.workers import Workers
 from syncnorm.undocumented import fake_store
 
 
@@ -60,25 +60,25 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     total_steps = config.train.epochs * steps_per_epoch
     model = make_bare_model(config, data, total_steps, task.allowed)
     need = estimate(config, workers, data, model)
-    free = free_for(config, workers, 1)
-    refuse(need, free, 0)
-    learner = make_learner(config, workers, data, total_steps, model=model)
-    learner.ddp.register_comm_hook(None, _keep)
+    free = available_bytes(config, workers, 1)
+    check_fits(need, free, 0)
+    setup = make_setup(config, workers, data, total_steps, model=model)
+    setup.ddp.register_comm_hook(None, _keep)
     indices = epoch_order(len(data.train), config.train.seed, 1)[: config.train.global_batch]
     tally = exchange.Tally()
     before = _peak(workers)
     started = time.perf_counter()
-    training_step(learner, data, StepBatch(indices, 1, 1), stop=False)
+    training_step(setup, data, StepBatch(indices, 1, 1), stop=False)
     seconds = time.perf_counter() - started
     totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
     lines = [
-        *_described_model(learner),
+        *_described_model(setup),
         f"data: {len(data.train)} training and {len(data.test)} test images of "
         f"{'x'.join(map(str, data.train.images.shape[1:]))}, {steps_per_epoch} steps per epoch",
-        f"step: {learner.describe_step()}",
+        f"step: {setup.describe_step()}",
         *_described_memory(need, free, _peak(workers) - before),
         f"one step, the first, without waiting for others: {seconds:.2f} s",
-        *_described_messages(learner, totals),
+        *_described_messages(setup, totals),
     ]
     return "\n".join(lines)
 
@@ -92,28 +92,28 @@ def _keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.
     return done
 
 
-def _described_model(learner: Learner) -> list[str]:
-    parameters = [p for p in learner.model.parameters() if p.requires_grad]
+def _described_model(setup: Setup) -> list[str]:
+    parameters = [p for p in setup.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     return [
-        f"model: {learner.config.model.name}, {count} parameters trained, {len(learner.layers)} "
+        f"model: {setup.config.model.name}, {count} parameters trained, {len(setup.layers)} "
         "layers of syncnorm's"
     ]
 
 
 def _described_memory(need: Need, free: float, grown: int) -> list[str]:
-    has = "unknown" if free == float("inf") else in_words(free)
+    has = "unknown" if free == float("inf") else format_bytes(free)
     return [
-        f"memory: a worker needs about {need}; it has {has}; the step took {in_words(grown)} more "
+        f"memory: a worker needs about {need}; it has {has}; the step took {format_bytes(grown)} more "
         "than before"
     ]
 
 
-def _described_messages(learner: Learner, totals: dict[str, tuple[int, int]]) -> list[str]:
+def _described_messages(setup: Setup, totals: dict[str, tuple[int, int]]) -> list[str]:
     gradients = sum(
-        p.numel() * p.element_size() for p in learner.model.parameters() if p.requires_grad
+        p.numel() * p.element_size() for p in setup.model.parameters() if p.requires_grad
     )
-    lines = [f"gradients of parameters: {in_words(gradients)} per worker and step"]
+    lines = [f"gradients of parameters: {format_bytes(gradients)} per worker and step"]
     for kind, (count, numbers) in sorted(totals.items()):
         lines.append(
             f"messages of {kind}: {count}, of {8 * numbers / 1024:.2f} KiB in all, per worker and "

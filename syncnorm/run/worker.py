@@ -27,10 +27,10 @@ from syncnorm.run.folder import (
 )
 from syncnorm.run.parent import die_with_parent
 from syncnorm.run.watchdog import WorkerWatch, open_log
-from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.loop import Outcome, Watch, train
-from syncnorm.train.workers import Workers
+from syncnorm.train.placement import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -112,17 +112,17 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
         watch: told of progress, asked whether to stop.
     """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
-    position = Position()
+    progress = Progress()
     try:
-        outcome = train(task.config, workers, folder, position, watch, task.allowed)
+        outcome = train(task.config, workers, folder, progress, watch, task.allowed)
     except Exception as error:
-        _log.info("failed after step %d", position.step, exc_info=True)
+        _log.info("failed after step %d", progress.step, exc_info=True)
         if workers.is_first:
             code = 2 if isinstance(error, ConfigError) else 1
-            Exit("failed", f"{type(error).__name__}: {error}", position.step, code).write(folder)
+            Exit("failed", f"{type(error).__name__}: {error}", progress.step, code).write(folder)
         raise
     if workers.is_first:
-        _end(outcome, position, watch).write(folder)
+        _end(outcome, progress, watch).write(folder)
     return outcome
 
 
@@ -213,11 +213,11 @@ def _folder(task: Task, launched: Launched) -> tuple[Path, bool]:
     return make_run_folder(task.config, task.name, launched.launch_id), True
 
 
-def _end(outcome: Outcome, position: Position, watch: Watch) -> Exit:
+def _end(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
     if outcome.is_done:
-        return Exit("done", "all epochs done", position.step, 0)
+        return Exit("done", "all epochs done", progress.step, 0)
     asked = f"asked to stop by {watch.stop}" if watch.stop else "another worker was asked to stop"
-    return Exit("stopped", f"{asked}; saved", position.step, RESUMABLE)
+    return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE)
 
 
 def summarize(outcome: Outcome) -> list[str]:

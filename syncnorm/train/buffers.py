@@ -5,9 +5,12 @@ before each forward; here they are sent after each step, so that evaluations, av
 checkpoints see the same ones, too.
 
 Not among them are the statistics of batch norms, which are pooled or each worker's own, and buffers
-that the model has told DistributedDataParallel to leave, which are each worker's own.
+that the model has told DistributedDataParallel to ignore, which are each worker's own.
+
+`gather_digests` shows at the end of a run on which workers all buffers are the same.
 """
 
+import hashlib
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -19,64 +22,62 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.module import SyncNorm
 
-# The module that has a buffer and its name there, by its name in the model. A model may put another
-# tensor there.
-Places = dict[str, tuple[nn.Module, str]]
+# By a buffer's name in the model, the module that has it and its name there. The slot stays when
+# the model puts another tensor into it.
+Slots = dict[str, tuple[nn.Module, str]]
 
 
-def shared_places(model: nn.Module) -> Places:
+def shared_slots(model: nn.Module) -> Slots:
     """The buffers that are the same on all workers because the first worker's are sent."""
-    left = _left_by_ddp(model)
-    places = _places(model)
+    ignored = _ignored_by_ddp(model)
     return {
-        name: place
-        for name, place in places.items()
-        if not isinstance(place[0], _BatchNorm) and name not in left
+        name: slot
+        for name, slot in _all_slots(model).items()
+        if not isinstance(slot[0], _BatchNorm) and name not in ignored
     }
 
 
-def local_places(model: nn.Module) -> Places:
+def local_slots(model: nn.Module) -> Slots:
     """The buffers that are each worker's own."""
-    left = _left_by_ddp(model)
+    ignored = _ignored_by_ddp(model)
     return {
         name: (module, key)
-        for name, (module, key) in _places(model).items()
-        if (not _is_pooled(module) if isinstance(module, _BatchNorm) else name in left)
+        for name, (module, key) in _all_slots(model).items()
+        if (not _is_pooled(module) if isinstance(module, _BatchNorm) else name in ignored)
     }
 
 
-def values(places: Places) -> dict[str, Tensor]:
-    """The buffers that are there now."""
-    found = {name: getattr(module, key) for name, (module, key) in places.items()}
+def values(slots: Slots) -> dict[str, Tensor]:
+    """The tensors that are in the slots now."""
+    found = {name: getattr(module, key) for name, (module, key) in slots.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
 def unsaved(model: nn.Module) -> dict[str, Tensor]:
     """The shared buffers that the model's state dict leaves out."""
-    places = shared_places(model)
     return values(
         {
-            n: (module, key)
-            for n, (module, key) in places.items()
+            name: (module, key)
+            for name, (module, key) in shared_slots(model).items()
             if key in module._non_persistent_buffers_set
         }
     )
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
-    """Load a state dict, in which buffers may have grown, and what `unsaved` gave with it."""
-    places = shared_places(model)
-    _reshape(places, {name: state[name] for name in places if name in state}, _device(model))
+    """Load a state dict, in which buffers may have grown, and the `unsaved` buffers with it."""
+    slots = shared_slots(model)
+    _reshape(slots, {name: state[name] for name in slots if name in state}, _device(model))
     model.load_state_dict(state)
-    put(model, places, others)
+    copy_into(model, slots, others)
 
 
 @torch.no_grad()
-def put(model: nn.Module, places: Places, new: Mapping[str, Tensor]) -> None:
-    """Copy values into buffers of the model; KeyError for one that is not among the places."""
-    _reshape(places, new, _device(model))
+def copy_into(model: nn.Module, slots: Slots, new: Mapping[str, Tensor]) -> None:
+    """Copy values into buffers of the model; KeyError for one that is not among the slots."""
+    _reshape(slots, new, _device(model))
     for name, value in new.items():
-        module, key = places[name]
+        module, key = slots[name]
         getattr(module, key).copy_(value)
 
 
@@ -84,84 +85,103 @@ class SharedBuffers:
     """The buffers that the workers share.
 
     Args:
-        model: whose buffers they are; alike on all workers.
+        model: the model that has them; alike on all workers.
         average: its moving average, if there is one.
     """
 
     def __init__(self, model: nn.Module, average: nn.Module | None = None) -> None:
-        self.places = shared_places(model)
+        self.slots = shared_slots(model)
         self._device = _device(model)
         self._average = average
-        self._averaged = {} if average is None else shared_places(average)
+        self._average_slots = {} if average is None else shared_slots(average)
 
     def __bool__(self) -> bool:
-        return bool(self.places)
+        return bool(self.slots)
 
-    def form(self) -> int:
-        """A number that differs where types or shapes do."""
-        return zlib.crc32(repr(_forms(values(self.places))).encode())
+    def layout_checksum(self) -> int:
+        """A number below 2**32 that differs where types or shapes differ."""
+        return zlib.crc32(repr(_layouts(values(self.slots))).encode())
 
     @torch.no_grad()
-    def share(self, *, are_alike: bool) -> None:
-        """Take over the first worker's.
+    def broadcast(self, *, are_alike: bool) -> None:
+        """Replace this worker's buffers by the first worker's.
 
-        *Collectives*: one broadcast of all bytes, and one of types and shapes before it; every
-            worker must call.
+        *Collectives*: one broadcast of all bytes, and one of types and shapes before it unless
+            `are_alike`; every worker must call.
 
         Args:
-            are_alike: whether types and shapes are known to be the same on all workers; as all
-                workers say.
+            are_alike: True if types and shapes are known to be the same on all workers; the same
+                value on all workers.
         """
-        if not self.places:
+        if not self.slots:
             return
         is_first = dist.get_rank() == 0
         if not are_alike:
-            forms = [_forms(values(self.places))]
-            dist.broadcast_object_list(forms, src=0)
+            layouts = [_layouts(values(self.slots))]
+            dist.broadcast_object_list(layouts, src=0)
             if not is_first:
-                self._take_form(forms[0])
-        mine = list(values(self.places).values())
+                self._set_layouts(layouts[0])
+        mine = list(values(self.slots).values())
         if not any(tensor.numel() for tensor in mine):
             return
         # As bytes: one message for all types, also those that gloo does not know.
-        parts = [
+        pieces = [
             tensor.contiguous().reshape(-1).view(torch.uint8).to(self._device) for tensor in mine
         ]
-        message = torch.cat(parts)
-        dist.broadcast(message, src=0)
+        payload = torch.cat(pieces)
+        dist.broadcast(payload, src=0)
         if not is_first:
-            for tensor, part in zip(
-                mine, message.split([len(part) for part in parts]), strict=True
+            for tensor, piece in zip(
+                mine, payload.split([len(piece) for piece in pieces]), strict=True
             ):
                 # A copy, as its bytes may begin where a number of this type cannot.
-                tensor.copy_(part.clone().view(tensor.dtype).reshape(tensor.shape))
+                tensor.copy_(piece.clone().view(tensor.dtype).reshape(tensor.shape))
 
-    def _take_form(self, forms: Mapping[str, Any]) -> None:
+    def _set_layouts(self, layouts: Mapping[str, Any]) -> None:
         like = {
             name: torch.empty(shape, dtype=dtype, device="meta")
-            for name, (dtype, shape) in forms.items()
+            for name, (dtype, shape) in layouts.items()
         }
-        _reshape(self.places, like, self._device)
-        for name in values(self.places).keys() - forms.keys():
-            module, key = self.places[name]
+        _reshape(self.slots, like, self._device)
+        for name in values(self.slots).keys() - layouts.keys():
+            module, key = self.slots[name]
             setattr(module, key, None)
 
-    def before_average(self) -> None:
-        """Let the average's buffers have the shapes that the model's have now."""
-        _reshape(self._averaged, values(self.places), self._device)
+    def resize_average(self) -> None:
+        """Give the average's buffers the shapes that the model's have now."""
+        _reshape(self._average_slots, values(self.slots), self._device)
 
-    def after_average(self) -> None:
-        """Give the average the model's counts, positions and marks, which have no mean."""
+    def copy_exact_to_average(self) -> None:
+        """Copy the model's counts, positions and marks, which have no mean, to the average."""
         if self._average is not None:
             exact = {
                 name: value
-                for name, value in values(self.places).items()
+                for name, value in values(self.slots).items()
                 if not value.is_floating_point()
             }
-            put(self._average, self._averaged, exact)
+            copy_into(self._average, self._average_slots, exact)
 
 
-def _places(model: nn.Module) -> Places:
+def running_digest(model: nn.Module) -> str:
+    """Compute the SHA-256 of all buffers: their names, types, shapes and bits."""
+    digest = hashlib.sha256()
+    # Making a state dict brings statistics that are under way up to date. It lacks the buffers that
+    # a model leaves out.
+    model.state_dict()
+    for name, buffer in sorted(model.named_buffers(), key=lambda named: named[0]):
+        digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
+        digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def gather_digests(model: nn.Module) -> list[str]:
+    """Gather every worker's `running_digest`, in rank order. All workers must call it."""
+    digests: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(digests, running_digest(model))
+    return digests
+
+
+def _all_slots(model: nn.Module) -> Slots:
     return {
         f"{name}.{key}".lstrip("."): (module, key)
         for name, module in model.named_modules()
@@ -169,7 +189,7 @@ def _places(model: nn.Module) -> Places:
     }
 
 
-def _left_by_ddp(model: nn.Module) -> set[str]:
+def _ignored_by_ddp(model: nn.Module) -> set[str]:
     # The attribute that DistributedDataParallel reads, with the names that torch.compile's wrapper
     # gives.
     return {
@@ -182,7 +202,7 @@ def _is_pooled(layer: nn.Module) -> bool:
     return isinstance(layer, SyncNorm) and layer.sync != "none"
 
 
-def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
@@ -190,10 +210,10 @@ def _device(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
-def _reshape(places: Places, like: Mapping[str, Tensor], device: torch.device) -> None:
-    """Make room for tensors of other shapes, where there are any."""
+def _reshape(slots: Slots, like: Mapping[str, Tensor], device: torch.device) -> None:
+    """Put an empty tensor into each slot whose tensor has another type or shape than wanted."""
     for name, wanted in like.items():
-        module, key = places[name]
-        there: Tensor | None = getattr(module, key)
-        if there is None or there.shape != wanted.shape or there.dtype != wanted.dtype:
+        module, key = slots[name]
+        present: Tensor | None = getattr(module, key)
+        if present is None or present.shape != wanted.shape or present.dtype != wanted.dtype:
             setattr(module, key, torch.empty_like(wanted, device=device))

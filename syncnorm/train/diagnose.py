@@ -1,5 +1,7 @@
-"""Where a loss stopped being finite: which worker, and which layer."""
+"""Diagnoses beside the path of a step: warnings of the first one; values that are not finite."""
 
+import logging
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -9,46 +11,78 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import SyncnormError
+from syncnorm.train import buffers
 from syncnorm.train.data.datasets import Dataset
-from syncnorm.train.setup import Learner
-from syncnorm.train.step import StepBatch, StepResult, images_of, one_update
+from syncnorm.train.setup import Setup
+from syncnorm.train.step import StepBatch, StepResult, load_images, one_update, training_step
+
+_log = logging.getLogger(__name__)
+_MOST_NAMES = 8
 
 
 class NotFiniteError(SyncnormError):
     """A loss or a gradient is infinite or NaN; raised by all workers alike."""
 
 
-def describe_not_finite(
-    learner: Learner, data: Dataset, batch: StepBatch, result: StepResult
-) -> str:
-    """Say which workers' losses are not finite, and the first place in the network that is not.
+def first_step(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
+    """Take the first `training_step` of a process, and warn of what it alone can show.
 
-    The forwards of the step are made again, with every layer looked at.
+    That is parameters without a part in the loss, and buffers of the model's own that change.
+    """
+    slots = setup.shared_buffers.slots
+    before = {name: value.clone() for name, value in buffers.values(slots).items()}
+    result = training_step(setup, data, batch, stop)
+    unused = [
+        name for name, p in setup.model.named_parameters() if p.requires_grad and p.grad is None
+    ]
+    if unused:
+        _log.warning(
+            "parameters without a part in the loss of step %d, which are left as they are in such "
+            "steps: %s",
+            batch.step,
+            _join(unused),
+        )
+    changed = [
+        name
+        for name, value in buffers.values(slots).items()
+        if name not in before or not torch.equal(before[name], value)
+    ]
+    if changed:
+        _log.warning(
+            "buffers of the model's own that training changes: %s. All workers go on with worker "
+            "0's: where they come from samples, the run depends on the number of workers",
+            _join(changed),
+        )
+    return result
+
+
+def _join(names: list[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def describe_not_finite(setup: Setup, data: Dataset, batch: StepBatch, result: StepResult) -> str:
+    """Name the workers whose losses are not finite, and the first layer whose output is not.
+
+    The forwards of the step are made again, with a hook on every layer.
 
     *Collectives*: those of the forwards, and one gathering of findings; every worker must call.
     """
-    rank = learner.workers.rank
-    found: list[tuple[int, str] | None] = [None] * learner.workers.world_size
-    dist.all_gather_object(found, _first_place(learner, data, batch))
-    bad = [rank for rank, loss in enumerate(result.losses) if not _is_finite(loss)]
+    found: list[tuple[int, str] | None] = [None] * setup.workers.world_size
+    dist.all_gather_object(found, _first_not_finite(setup, data, batch))
+    bad = [rank for rank, loss in enumerate(result.losses) if not math.isfinite(loss)]
     what = f"the loss of worker(s) {', '.join(map(str, bad))}" if bad else "the gradient"
-    places = [
-        (order, rank, place) for rank, one in enumerate(found) if one for order, place in [one]
-    ]
+    findings = [(*finding, rank) for rank, finding in enumerate(found) if finding]
     where = "every layer's output is finite: look at the loss"
-    if places:
-        _, rank, place = min(places)
-        where = f"first at {place} on worker {rank}"
+    if findings:
+        _, name, rank = min(findings, key=lambda finding: (finding[0], finding[2]))
+        where = f"first at {name} on worker {rank}"
     return f"step {batch.step}: {what} is not finite, {where}"
 
 
-def _is_finite(value: float) -> bool:
-    return value - value == 0
-
-
-def _first_place(learner: Learner, data: Dataset, batch: StepBatch) -> tuple[int, str] | None:
-    """The first place on this worker, with its number in the order of a forward."""
-    for name, parameter in learner.model.named_parameters():
+def _first_not_finite(setup: Setup, data: Dataset, batch: StepBatch) -> tuple[int, str] | None:
+    """Find the first value on this worker that is not finite: its number in a forward, its name."""
+    for name, parameter in setup.model.named_parameters():
         if not parameter.isfinite().all():
             # Alike on all workers, which must all make the forwards or none.
             return -1, f"parameter {name!r}"
@@ -56,38 +90,36 @@ def _first_place(learner: Learner, data: Dataset, batch: StepBatch) -> tuple[int
     # The order of construction stands for that of the forward, which workers may make different
     # numbers of times.
     modules = [
-        (name, module)
-        for name, module in learner.model.named_modules()
-        if not any(module.children())
+        (name, module) for name, module in setup.model.named_modules() if not any(module.children())
     ]
     with ExitStack() as stack:
         for order, (name, module) in enumerate(modules, start=1):
-            stack.callback(module.register_forward_hook(_look(found, order, name)).remove)
-        _forwards(learner, data, batch, found)
+            stack.callback(module.register_forward_hook(_finder(found, order, name)).remove)
+        _repeat_forwards(setup, data, batch, found)
     return min(found, default=None)
 
 
-def _look(
+def _finder(
     found: list[tuple[int, str]], order: int, name: str
 ) -> Callable[[nn.Module, Any, Any], None]:
-    def look(module: nn.Module, args: Any, output: Any) -> None:
+    def find(module: nn.Module, args: Any, output: Any) -> None:
         if not found and isinstance(output, Tensor) and not output.isfinite().all():
             found.append((order, f"the output of layer {name!r} ({type(module).__name__})"))
 
-    return look
+    return find
 
 
 @torch.no_grad()
-def _forwards(
-    learner: Learner, data: Dataset, batch: StepBatch, found: list[tuple[int, str]]
+def _repeat_forwards(
+    setup: Setup, data: Dataset, batch: StepBatch, found: list[tuple[int, str]]
 ) -> None:
-    placement, before = learner.place(len(batch.indices)), learner.buffers()
-    with one_update(learner.model), torch.compiler.set_stance("force_eager"):
+    placement, before = setup.placement(len(batch.indices)), setup.copy_buffers()
+    with one_update(setup.model), torch.compiler.set_stance("force_eager"):
         for parts in placement.rounds:
-            images, _ = images_of(learner, data, batch, parts)
+            images, _ = load_images(setup, data, batch, parts)
             if not images.isfinite().all():
                 found.append((0, "the images"))
-            learner.announce(placement, parts)
-            with learner.precision():
-                learner.model(images)
-    learner.put_back(before)
+            setup.set_norm_batches(placement, parts)
+            with setup.autocast():
+                setup.model(images)
+    setup.restore_buffers(before)

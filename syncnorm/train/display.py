@@ -1,6 +1,4 @@
-"""What a person sees of a run while it goes on: a line per epoch and, on a terminal, a progress bar
-below.
-"""
+"""The screen of a run: a line per epoch and, on a terminal, a progress bar below."""
 
 from typing import Self
 
@@ -9,12 +7,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class Display:
-    """Follow a run on standard error, so that standard output holds nothing but its result.
+    """Shows a run on standard error, so that standard output holds nothing but its result.
 
     Args:
         total_steps: optimizer steps of the run.
-        done: of them already, when a run is resumed.
-        quiet: show nothing, as on all workers but the first.
+        done: steps done before, when a run is resumed.
+        quiet: True to show nothing, as on all workers but the first.
     """
 
     def __init__(self, total_steps: int, *, done: int = 0, quiet: bool) -> None:
@@ -42,13 +40,13 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
-    def say(self, line: str) -> None:
+    def print_line(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
         # soft_wrap: a log file has no width at which to break lines
         self._console.print(line, soft_wrap=True, markup=False)
 
     def advance(self, step: int, loss: float) -> None:
-        """Show that a step is done."""
+        """Show that a step is done, and its loss."""
         if self._is_shown:
             self._progress.update(self._task, completed=step)
             self._progress.tasks[0].fields["loss"] = f"loss {loss:.4f}"
@@ -57,9 +55,7 @@ class Display:
     def show_speed(
         self, samples_per_second: float, exchange_share: float, test_accuracy: float | None
     ) -> None:
-        """Show how fast the run goes, the share of time spent in exchanges, and how good it was
-        last.
-        """
+        """Show the speed, the share of time spent in exchanges, and the last test accuracy."""
         if self._is_shown:
             accuracy = (
                 "" if test_accuracy is None else f"  test accuracy {100 * test_accuracy:.2f} %"

@@ -1,6 +1,4 @@
-"""Files that are either whole or absent, whenever the process dies; and files read without trust in
-what they are.
-"""
+"""Files that are whole or absent, whenever the process dies; careful reading of others' files."""
 
 import contextlib
 import errno
@@ -14,10 +12,7 @@ from typing import BinaryIO
 
 
 def open_to_write(path: Path) -> BinaryIO:
-    """Open a file for writing.
-
-    All that this module writes passes here, so a drill can count the bytes.
-    """
+    """Open a file for writing; all writes of this module pass here, so a drill can count bytes."""
     return path.open("wb")
 
 
@@ -26,7 +21,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
     Args:
         path: the file; one that exists is replaced.
-        write: is handed the open file.
+        write: called with the open file.
     """
     partial = path.with_name(f".tmp-{path.name}")
     try:
@@ -58,13 +53,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading that somebody else may have put there.
+    """Open a file for reading that somebody else may have written.
 
     Raises:
         OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
     """
     try:
-        # A pipe would be waited for until somebody writes into it, but for the flag.
+        # Non-blocking: opening a pipe would wait until somebody writes into it.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise _not_regular(path) if error.errno == errno.ELOOP else error from None
@@ -75,9 +70,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it, as far as it lets itself be
-    removed.
-    """
+    """Remove a file, a link or a whole folder, as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -87,22 +80,21 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """Be the only one inside this block, of all processes and threads on this machine; the dead do
-    not count.
+    """Hold the folder's lock, against all processes and threads on this machine.
 
-    Where a file system has no locks (some network file systems have none for folders) nobody is
-    kept out.
+    The lock ends with its process. Where a file system has no locks (some network file systems have
+    none for folders) nobody is kept out.
 
     Raises:
-        BlockingIOError: somebody else is inside.
+        BlockingIOError: somebody else holds it.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor, folder)
         yield
     finally:
-        # Not by closing alone: a process forked meanwhile has the descriptor too, and with it the
-        # lock.
+        # Closing alone does not do: a process forked meanwhile has the descriptor too, and with it
+        # the lock.
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)

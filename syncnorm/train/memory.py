@@ -1,11 +1,11 @@
-"""Whether a worker's part of a step fits in its memory, before it is tried.
+"""An estimate of the memory that a worker's part of a step needs, before the first is tried.
 
     need = the process with its data
          + parameters * (value + gradient + what optimizer and average keep)
          + samples in a forward * bytes per sample
 
-Bytes per sample are those that a forward of a few samples leaves for its backward pass. On a CPU
-the process counts: with small networks it is most of all; on a GPU it lies elsewhere.
+Bytes per sample are those that a forward of a few samples saves for its backward pass. On a CPU the
+process counts, and is the greatest part with small networks; on a GPU it lies elsewhere.
 """
 
 import copy
@@ -25,24 +25,23 @@ from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, types_of
-from syncnorm.train.placement import place, place_local
-from syncnorm.train.workers import Workers
+from syncnorm.train.placement import Workers, place, place_local
 
 _log = logging.getLogger(__name__)
 
 GIB = 2**30
-_TRIED = 4
+_TRIAL_SAMPLES = 4
 
 
 @dataclass(frozen=True)
 class Need:
-    """What a step of a worker needs, in bytes.
+    """The memory that a step of a worker needs, in bytes.
 
     Args:
         process: interpreter, libraries and data set, before there is a model.
-        fixed: parameters, gradients, and what optimizer and moving average keep.
-        per_sample: what a forward leaves for its backward pass, for each sample.
-        samples: in the largest forward of any worker.
+        fixed: parameters, gradients, states of the optimizer, moving average.
+        per_sample: saved by a forward for its backward pass, for each sample.
+        samples: number in the largest forward of any worker.
     """
 
     process: int
@@ -52,45 +51,41 @@ class Need:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum."""
         return self.process + self.fixed + self.per_sample * self.samples
 
     def __str__(self) -> str:
         return (
-            f"{in_words(self.total)}: {in_words(self.process)} for the process with its data, "
-            f"{in_words(self.fixed)} "
-            f"for parameters, gradients and optimizer, and {self.samples} samples in a forward of "
-            f"{in_words(self.per_sample)} each"
+            f"{format_bytes(self.total)}: {format_bytes(self.process)} for the process with its "
+            f"data, {format_bytes(self.fixed)} for parameters, gradients and optimizer, and "
+            f"{self.samples} samples in a forward of {format_bytes(self.per_sample)} each"
         )
 
 
-def in_words(count: float) -> str:
-    """A number of bytes, for people."""
-    size, unit = next(
-        each
-        for each in ((GIB, "GiB"), (2**20, "MiB"), (1024, "KiB"))
-        if count >= each[0] or each[0] == 1024
-    )
+def format_bytes(count: float) -> str:
+    """Write a number of bytes for people, such as 1.50 GiB."""
+    units = ((GIB, "GiB"), (2**20, "MiB"), (1024, "KiB"))
+    size, unit = next((each for each in units if count >= each[0]), units[-1])
     return f"{count / size:.2f} {unit}"
 
 
 def check_memory(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> None:
     """Refuse a step that does not fit, and a model that is no classifier of the data.
 
-    *Collectives*: one gathering of what each worker needs and has; every worker must call.
+    *Collectives*: one gathering of each worker's need and free memory; every worker must call.
 
     Args:
-        config: what is to be trained.
-        workers: this worker's place.
+        config: of the run.
+        workers: this worker's rank and device.
         data: the training set.
-        model: of `make_bare_model`; stays as it is.
+        model: of `make_bare_model`; is not changed.
 
     Raises:
         ConfigError: with the figures; on all workers, if one has too little.
     """
     mine = (
         estimate(config, workers, data, model),
-        free_for(config, workers, workers.local_world_size),
+        available_bytes(config, workers, workers.local_world_size),
     )
     all_workers = [mine] * workers.world_size
     dist.all_gather_object(all_workers, mine)
@@ -98,11 +93,11 @@ def check_memory(config: Config, workers: Workers, data: Dataset, model: nn.Modu
         range(workers.world_size),
         key=lambda rank: all_workers[rank][1] - all_workers[rank][0].total,
     )
-    refuse(*all_workers[poorest], poorest)
+    check_fits(*all_workers[poorest], poorest)
 
 
-def refuse(need: Need, free: float, rank: int) -> None:
-    """ConfigError unless a step fits into `free` bytes of worker `rank`."""
+def check_fits(need: Need, free: float, rank: int) -> None:
+    """Raise ConfigError unless a step fits into `free` bytes of worker `rank`."""
     if need.total <= free:
         return
     fitting = int((free - need.process - need.fixed) // max(need.per_sample, 1))
@@ -113,39 +108,40 @@ def refuse(need: Need, free: float, rank: int) -> None:
     )
     raise ConfigError(
         "`launch.micro_batch` must be such that a step fits into memory, got one that needs "
-        f"{need}. "
-        f"Worker {rank} has {in_words(free)}. {remedy}"
+        f"{need}. Worker {rank} has {format_bytes(free)}. {remedy}"
     )
 
 
 def estimate(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> Need:
-    """What a step of the busiest worker needs. No exchange; the model and random numbers stay as
-    they are.
+    """Estimate the need of the busiest worker. No exchange.
+
+    The model and the random numbers stay as they are.
 
     Raises:
         ConfigError: the model does not give logits for each image.
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     # Before the process is measured: the first optimizer imports much.
-    fixed = parameters * (2 + _copies(config))
-    # The parameters, which are there, are counted already.
+    fixed = parameters * (2 + _states_per_parameter(config))
+    # The process has the parameters already, which `fixed` counts.
     process = 0 if workers.device.type == "cuda" else max(resident_memory() - parameters, 0)
-    images = data.standardise(data.train.images[:_TRIED], getattr(torch, config.train.dtype))
-    kept = 0
-    trial = _copy(model)
+    images = data.standardise(
+        data.train.images[:_TRIAL_SAMPLES], getattr(torch, config.train.dtype)
+    )
+    saved = 0
+    trial = _trial_copy(model)
     if trial is not None:
         with torch.random.fork_rng(devices=[]):
-            kept = _kept(trial, images, data.train.labels[:_TRIED], data.num_classes)
-    return Need(process, fixed, kept // len(images), _most_samples(config, workers.world_size))
+            labels = data.train.labels[:_TRIAL_SAMPLES]
+            saved = _saved_bytes(trial, images, labels, data.num_classes)
+    return Need(process, fixed, saved // len(images), _most_samples(config, workers.world_size))
 
 
-def _copy(model: nn.Module) -> nn.Module | None:
-    """A copy of the model whose layers exchange nothing, so that a trial leaves no trace; None if
-    it has none.
-    """
+def _trial_copy(model: nn.Module) -> nn.Module | None:
+    """Copy the model, its layers set to exchange nothing; None if it cannot be copied."""
     try:
         trial = copy.deepcopy(model)
-    except Exception as error:  # whatever the parts of a user's model do
+    except Exception as error:  # modules of a user's may raise anything
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         _log.warning(
             "the model cannot be copied, so what a forward keeps of a sample is not known: %s",
@@ -158,7 +154,8 @@ def _copy(model: nn.Module) -> nn.Module | None:
     return trial
 
 
-def _kept(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> int:
+def _saved_bytes(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> int:
+    """Measure the storages that a forward saves for its backward pass, without the parameters'."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
 
@@ -180,7 +177,7 @@ def _kept(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) ->
 
 
 def _check_logits(logits: object, count: int, num_classes: int) -> None:
-    """Refuse what the loss would take for something else, or would stumble over."""
+    """Refuse logits that the loss would misread or fail on."""
     got = types_of(logits)
     if isinstance(logits, Tensor):
         # A pretrained head may have more classes.
@@ -189,28 +186,25 @@ def _check_logits(logits: object, count: int, num_classes: int) -> None:
         got = f"shape {tuple(logits.shape)}"
     raise ConfigError(
         "`model.name` must give a model from images (N, C, H, W) to a tensor of logits (N, "
-        f"num_classes), got {got} "
-        f"for {count} images of {num_classes} classes. Wrap a model that returns something else."
+        f"num_classes), got {got} for {count} images of {num_classes} classes. Wrap a model that "
+        "returns something else."
     )
 
 
-def _copies(config: Config) -> int:
-    """How many numbers the optimizer and the average keep for each parameter."""
+def _states_per_parameter(config: Config) -> int:
+    """Count the numbers that the optimizer and the average keep for each parameter."""
     probe = torch.zeros(8, 8, requires_grad=True)
     probe.grad = torch.ones(8, 8)
-    options = {
-        name: tuple(v) if isinstance(v, list) else v
-        for name, v in config.train.optimizer.options.items()
-    }
-    optimizer = optim.OPTIMIZERS[config.train.optimizer.name]([probe], lr=0.0, **options)  # pyright: ignore[reportCallIssue]
+    section = config.train.optimizer
+    optimizer = optim.make_optimizer(section.name, [probe], 0.0, section.options)
     optimizer.step()
-    kept = sum(
+    states = sum(
         v.numel()
         for state in optimizer.state.values()
         for v in state.values()
         if isinstance(v, Tensor)
     )
-    return round(kept / probe.numel()) + (config.train.ema is not None)
+    return round(states / probe.numel()) + (config.train.ema is not None)
 
 
 def _most_samples(config: Config, world_size: int) -> int:
@@ -222,13 +216,13 @@ def _most_samples(config: Config, world_size: int) -> int:
     return max(sum(part.stop - part.start for part in parts) for parts in first.rounds)
 
 
-def free_for(config: Config, workers: Workers, started: int) -> float:
-    """What this worker may use, in bytes; on a CPU with what it has already.
+def available_bytes(config: Config, workers: Workers, started: int) -> float:
+    """The memory that this worker may use, in bytes; on a CPU including its own by now.
 
     Args:
-        config: which may say.
-        workers: this worker's place.
-        started: how many workers of this machine have their memory, as this one has.
+        config: may fix it.
+        workers: this worker's rank and device.
+        started: number of workers of this machine that have started, with this one.
     """
     if config.launch.memory_gib is not None:
         return config.launch.memory_gib * GIB
@@ -238,7 +232,7 @@ def free_for(config: Config, workers: Workers, started: int) -> float:
 
 
 def resident_memory() -> int:
-    """What this process has of the machine's memory, in bytes; 0 where nobody says."""
+    """The resident memory of this process, in bytes; 0 where it is not known."""
     try:
         return (
             int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
@@ -249,9 +243,7 @@ def resident_memory() -> int:
 
 
 def free_memory() -> float:
-    """Free memory of this machine, or what its control group leaves of it, in bytes; infinite where
-    nobody says.
-    """
+    """Free memory of this machine or of its control group, in bytes; infinite if not known."""
     limits = [float("inf")]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

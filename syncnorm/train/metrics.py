@@ -1,4 +1,4 @@
-"""What happened in a run, one JSON object per line."""
+"""The events of a run, one JSON object per line."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ _log = logging.getLogger(__name__)
 
 
 class MetricsFile:
-    """Append events to a JSONL file; each line is with the system when `write` returns.
+    """A JSONL file of events; each line is with the operating system when `write` returns.
 
-    A disk that is full costs the lines that do not fit, not the run.
+    On a full disk the lines that do not fit are lost, and the run goes on.
 
     Args:
         path: the file, or None for workers that do not write.
@@ -57,7 +57,8 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Read a run's events.
 
     Returns:
-        The events in their order, and how many lines are none, as the last one after a kill may be.
+        The events in their order, and the number of lines that are none, as the last one after a
+        kill may be.
     """
     events, torn = [], 0
     with contextlib.suppress(FileNotFoundError):
@@ -74,14 +75,14 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def last_step(path: Path) -> int:
-    """Return the last optimizer step that a run has on record; 0 if there is none."""
+    """Find the last optimizer step in a run's events; 0 if there is none."""
     return next(
         (e["step"] for e in reversed(read_events(path)[0]) if isinstance(e.get("step"), int)), 0
     )
 
 
 def _close_torn_line(path: Path) -> None:
-    """After a kill the last line may lack its end; the next one must not be added to it."""
+    """End the last line, which after a kill may lack its end: the next must not be added to it."""
     with contextlib.suppress(OSError), path.open("rb+") as file:
         if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
             file.write(b"\n")

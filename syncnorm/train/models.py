@@ -32,8 +32,9 @@ def _shortcut(
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut: x (N, in_channels, H, W) -> (N, width, H/stride,
-    W/stride).
+    """Two 3x3 convolutions and a shortcut.
+
+    (N, in_channels, H, W) -> (N, width, H/stride, W/stride).
     """
 
     expansion = 1
@@ -54,8 +55,9 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions and a shortcut: (N, in_channels, H, W) -> (N, 4 width, H/stride,
-    W/stride).
+    """1x1, 3x3, 1x1 convolutions and a shortcut.
+
+    (N, in_channels, H, W) -> (N, 4 width, H/stride, W/stride).
 
     The stride sits in the 3x3 convolution, as in torchvision, not in the first 1x1 as in the paper.
     """
@@ -85,7 +87,7 @@ class ResNet(nn.Module):
     """A residual network: images (N, in_channels, H, W) -> logits (N, num_classes).
 
     Args:
-        block: what a stage is made of.
+        block: class of a stage's blocks.
         depths: blocks per stage.
         widths: channels per stage before the block's expansion; stages after the first halve the
             resolution.
@@ -119,8 +121,8 @@ class ResNet(nn.Module):
         self.stages: list[str] = []
         for index, (depth, width) in enumerate(zip(depths, widths, strict=True), start=1):
             blocks = nn.Sequential()
-            for position in range(depth):
-                stride = 2 if index > 1 and position == 0 else 1
+            for number in range(depth):
+                stride = 2 if index > 1 and number == 0 else 1
                 blocks.append(block(channels, width, stride, norm_layer))
                 channels = width * block.expansion
             self.stages.append(f"layer{index}")
@@ -134,9 +136,8 @@ class ResNet(nn.Module):
         x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
         for stage in self.stages:
             x = self.get_submodule(stage)(x)
-        # A mean, not an average pool: some pools refuse an empty batch, which a worker's shard may
-        # be.
-        return self.fc(x.mean((2, 3)))
+        # A mean, not an average pool: some pools refuse an empty batch, which a shard may be.
+        return self.fc(x.mean((2, 3)))  # (N, C, H, W) -> (N, C) -> (N, num_classes)
 
 
 _WIDTHS = (64, 128, 256, 512)

@@ -1,4 +1,4 @@
-"""From the configuration to normalisation layers."""
+"""Normalisation layers of a model, as the configuration asks for them."""
 
 import logging
 import math
@@ -20,9 +20,7 @@ _log = logging.getLogger(__name__)
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """torch's batch norm for input (N, C, *S), as ours take it: who asks for a layer names channels
-    alone.
-    """
+    """torch's batch norm for input (N, C, *S) of any dimension, as our layers take it."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.ndim < 2:
@@ -33,9 +31,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 class FrozenBatchNorm(BatchNorm):
-    """A batch norm that only ever evaluates: its statistics never change, and weight and bias are
-    not trained.
-    """
+    """A batch norm that only evaluates: statistics, weight and bias never change."""
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__(num_features, eps)
@@ -43,17 +39,17 @@ class FrozenBatchNorm(BatchNorm):
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
-        """Stay in evaluation mode, whatever is asked for."""
+        """Stay in evaluation mode, whatever `mode` is."""
         return super().train(False)
 
 
 def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None = None) -> NormLayer:
-    """Return what makes a layer from a number of channels.
+    """Make a function from a number of channels to a layer.
 
     Args:
-        norm: which layer, and its options.
+        norm: the layer's name and options.
         total_steps: length of the run, to which renormalisation's default schedule is scaled.
-        name: which layer instead of `norm.name`.
+        name: the layer's name, in place of `norm.name`.
     """
     options: dict[str, Any] = {"eps": norm.eps}
     if norm.momentum is not None:
@@ -75,9 +71,9 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
             return partial(FrozenBatchNorm, eps=norm.eps)
 
 
-# What a layer that `make_norm_layer` has made is recognised by; with batch_norm there is no
-# difference to torch's own.
-_MADE: dict[NormName, type[nn.Module]] = {
+# By name, a class that recognises the layers of `make_norm_layer`; those of batch_norm cannot be
+# told from torch's own.
+_CLASS: dict[NormName, type[nn.Module]] = {
     "batch_norm": nn.Module,
     "sync_batch_norm": SyncNorm,
     "sync_batch_renorm": SyncNorm,
@@ -87,42 +83,40 @@ _MADE: dict[NormName, type[nn.Module]] = {
 
 
 def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
-    """Give a model that makes no layer with `norm_layer` the layers that the configuration asks
-    for, in place.
+    """Replace, in place, the batch norms of a model that makes no layer with `norm_layer`.
 
-    Its batch norms become ours by `syncnorm.convert`, or are exchanged as by a rule. It is said in
-    a line.
+    They become ours by `syncnorm.convert`, or are replaced as by a rule. It is logged in a line.
 
     Raises:
         ConfigError: ours are asked for, and it has no batch norm, or one that cannot become ours.
     """
     found = {
-        name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm | _MADE[norm.name])
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm | _CLASS[norm.name])
     }
-    theirs = {name: m for name, m in found.items() if not isinstance(m, _MADE[norm.name])}
-    is_ours = _MADE[norm.name] is SyncNorm
+    theirs = {name: m for name, m in found.items() if not isinstance(m, _CLASS[norm.name])}
+    is_ours = _CLASS[norm.name] is SyncNorm
     if len(theirs) < len(found):
         local = [name for name, m in theirs.items() if m.training]
         if is_ours and norm.sync != "none" and local:
             _log.warning(
-                "batch norms that are not made with norm_layer are not pooled: %s", _listed(local)
+                "batch norms that are not made with norm_layer are not pooled: %s", _join(local)
             )
         return
     if not theirs:
         if is_ours:
             raise ConfigError(
                 f"`model.name` must give a model with batch norms where norm.name is {norm.name}, "
-                "got one that has "
-                "none. Make its layers with the norm_layer that it is called with, or set "
-                "norm.name=batch_norm, which "
-                "leaves a model as it is."
+                "got one that has none. Make its layers with the norm_layer that it is called "
+                "with, or set norm.name=batch_norm, which leaves a model as it is."
             )
         return
     if is_ours:
         _convert(model, norm, total_steps)
     else:
         for name, layer in theirs.items():
-            _exchange(model, name, layer, norm, total_steps, norm.name)
+            _replace(model, name, layer, norm, total_steps, norm.name)
     _log.warning(
         "the model makes no layer with norm_layer: its %d batch norms are %s now",
         len(theirs),
@@ -146,15 +140,15 @@ def _convert(model: nn.Module, norm: NormSection, total_steps: int) -> None:
         ) from None
 
 
-def _listed(names: list[str]) -> str:
+def _join(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
-    """Exchange layers whose name a rule finds, in place.
+    """Replace, in place, the layers whose name a rule finds.
 
-    Mode, weight and bias (a zero-initialised one, say) are kept, and so are running statistics:
-    they may be pretrained.
+    Mode, weight and bias (a zero-initialised one, say) are kept, and so are running statistics,
+    which may be pretrained.
 
     Raises:
         ConfigError: a rule finds no normalisation layer, or one that does more than normalise.
@@ -173,10 +167,10 @@ def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     for name, layer in layers.items():
         kind = _kind(name, norm)
         if kind != norm.name:
-            _exchange(model, name, layer, norm, total_steps, kind)
+            _replace(model, name, layer, norm, total_steps, kind)
 
 
-def _exchange(
+def _replace(
     model: nn.Module,
     name: str,
     layer: nn.Module,
@@ -184,21 +178,18 @@ def _exchange(
     total_steps: int,
     kind: NormName,
 ) -> None:
-    """Put a layer of this kind in the place of one that it can take over from."""
+    """Replace a layer by one of this kind, with its parameters and running statistics."""
     assert isinstance(layer, _BatchNorm | nn.GroupNorm)
     cls = own_class(layer)
     if isinstance(layer, nn.GroupNorm):
         channels, is_plain = layer.num_channels, cls.forward is nn.GroupNorm.forward
     else:
-        channels, is_plain = (
-            layer.num_features,
-            cls in (SyncBatchNorm, SyncBatchRenorm) or has_torchs_forward(cls),
-        )
+        is_ours = cls in (SyncBatchNorm, SyncBatchRenorm)
+        channels, is_plain = layer.num_features, is_ours or has_torchs_forward(cls)
     if not is_plain:
         raise ConfigError(
             f"`norm` must exchange layers that only normalise, got {name!r}, a {cls.__name__}, "
-            "whose own forward "
-            "would be lost. Leave it out of the rules."
+            "whose own forward would be lost. Leave it out of the rules."
         )
     other = make_norm_layer(norm, total_steps, kind)(channels)
     kept = dict(layer.named_parameters())
@@ -215,7 +206,7 @@ def _exchange(
 
 
 def _kind(name: str, norm: NormSection) -> NormName:
-    """What the layer of this name is to be."""
+    """Find the kind that the first matching rule, or else `norm.name`, gives a layer."""
     for pattern, kind in norm.rules.items():
         if re.search(pattern, name):
             return kind

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, SequentialLR
 
-from syncnorm.train.config.nearest import nearest
+from syncnorm.train.config.section import nearest
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
-    # LBFGS wants the loss anew several times a step, SparseAdam sparse gradients.
+    # LBFGS evaluates the loss several times a step, SparseAdam needs sparse gradients.
     return {
         name: member
         for name, member in vars(torch.optim).items()
@@ -28,7 +28,7 @@ def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
 
 
 def _schedulers() -> dict[str, type[LRScheduler]]:
-    # These want functions, other schedulers or a metric, which a configuration does not hold.
+    # These need functions, other schedulers or a metric, which a configuration does not hold.
     unfit = {
         "LRScheduler",
         "LambdaLR",
@@ -55,7 +55,7 @@ def _cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-# From the share of the steps after the warm-up that are done to the factor of the learning rate.
+# Factor of the learning rate, as a function of the share of steps done after the warm-up.
 FACTORS: dict[str, Callable[[float], float]] = {
     "cosine": _cosine,
     "linear": lambda progress: 1 - progress,
@@ -74,17 +74,16 @@ def check_schedule_name(name: str) -> str:
 
 
 def check_optimizer(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError unless the optimizer takes these arguments; pydantic's, which names the argument,
-    if it can be.
+    """Raise ValueError unless the optimizer accepts these arguments.
+
+    It is pydantic's ValidationError, which names the argument, where the type is wrong.
     """
     arguments(name).model_validate(_tuples(options))
     _attempt(name, options, lambda: _trial_optimizer(name, options))
 
 
 def check_schedule(name: str, options: Mapping[str, Any]) -> None:
-    """ValueError unless the schedule takes these arguments; pydantic's, which names the argument,
-    if it can be.
-    """
+    """Raise ValueError unless the schedule accepts these arguments, as `check_optimizer` does."""
     arguments(name).model_validate(_tuples(options))
     if name in SCHEDULERS:
         trial = _trial_optimizer("SGD", {"momentum": 0.9})
@@ -94,20 +93,18 @@ def check_schedule(name: str, options: Mapping[str, Any]) -> None:
 def check_together(
     optimizer: str, optimizer_options: Mapping[str, Any], name: str, options: Mapping[str, Any]
 ) -> None:
-    """ValueError unless the schedule `name` can be made for this optimizer; both are right by
-    themselves.
-    """
+    """Raise ValueError unless the schedule `name` fits the optimizer; each is right by itself."""
     if name not in SCHEDULERS:
         return
     try:
         SCHEDULERS[name](_trial_optimizer(optimizer, optimizer_options), **options)
-    except Exception as error:  # such as momentum to be changed where there is none
+    except Exception as error:  # such as a schedule of momentum where there is none
         raise ValueError(f"schedule {name} must fit optimizer {optimizer}: {error}") from None
 
 
 @cache
 def arguments(name: str) -> type[BaseModel]:
-    """The arguments of an optimizer or a schedule, but for those that the trainer gives.
+    """Model the arguments of an optimizer or a schedule, without those that the trainer gives.
 
     Args:
         name: one of OPTIMIZERS, FACTORS or SCHEDULERS.
@@ -127,36 +124,36 @@ def arguments(name: str) -> type[BaseModel]:
 
 def _hints(target: type) -> dict[str, Any]:
     try:
-        # Names that torch imports for type checkers alone.
+        # Given here: names that torch imports for type checkers alone.
         return get_type_hints(target.__init__, localns={"Callable": Callable, "Iterable": Iterable})
     except NameError:  # a name that came with another release: any value will do
         return {}
 
 
 def _without_tensors(hint: Any) -> Any:
-    """What a configuration can hold of the type `hint`."""
-    origin, parts = get_origin(hint), get_args(hint)
-    if not parts or origin is Literal:
+    """Reduce a type hint to what a configuration can hold: float | Tensor becomes float."""
+    generic, arguments = get_origin(hint), get_args(hint)
+    if not arguments or generic is Literal:
         return hint
-    kept = [_without_tensors(part) for part in parts if part is not torch.Tensor]
-    if origin is tuple:
+    kept = [_without_tensors(argument) for argument in arguments if argument is not torch.Tensor]
+    if generic is tuple:
         return tuple[*kept]
-    if origin in (list, Iterable):
+    if generic in (list, Iterable):
         return tuple[kept[0], ...]
-    if origin is Callable:
+    if generic is Callable:
         return hint
-    some = [part for part in kept if part is not NoneType]
-    if len(some) > 1:  # the class itself finds out
+    some = [argument for argument in kept if argument is not NoneType]
+    if len(some) > 1:  # left to the class itself
         return Any
     return some[0] | None if NoneType in kept else some[0]
 
 
 def make_optimizer(
-    name: str, model: torch.nn.Module, lr: float, options: Mapping[str, Any]
+    name: str, parameters: Iterable[torch.Tensor], lr: float, options: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """Build the optimizer over the parameters of `model` that are trained."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return OPTIMIZERS[name](parameters, lr=lr, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    """Build the optimizer over those of the parameters that are trained."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return OPTIMIZERS[name](trained, lr=lr, **_tuples(options))  # pyright: ignore[reportCallIssue]
 
 
 def make_schedule(
@@ -166,16 +163,14 @@ def make_schedule(
     total_steps: int,
     options: Mapping[str, Any],
 ) -> LRScheduler:
-    """Build the schedule: a rise in a line over the share `warmup` of all steps, then what `name`
-    says.
+    """Build the schedule: a linear warm-up, then the schedule `name`.
 
     Args:
         name: one of FACTORS or SCHEDULERS.
-        optimizer: whose learning rate it sets; its `lr` is the highest.
+        optimizer: the schedule sets its learning rate; its `lr` is the highest.
         warmup: share of `total_steps`, in [0, 1).
         total_steps: steps of the whole run.
-        options: arguments of a class of torch's, which counts its steps from the end of the
-            warm-up.
+        options: arguments of a class of torch's, whose steps count from the end of the warm-up.
     """
     warmup_steps = round(warmup * total_steps)
     if name in FACTORS:
@@ -183,14 +178,14 @@ def make_schedule(
             optimizer,
             partial(factor, name=name, warmup_steps=warmup_steps, total_steps=total_steps),
         )
-    rise = LambdaLR(
+    warm_up = LambdaLR(
         optimizer,
         partial(factor, name="constant", warmup_steps=warmup_steps, total_steps=total_steps),
     )
     if warmup_steps == 0:
         return SCHEDULERS[name](optimizer, **options)
     return SequentialLR(
-        optimizer, [rise, SCHEDULERS[name](optimizer, **options)], milestones=[warmup_steps]
+        optimizer, [warm_up, SCHEDULERS[name](optimizer, **options)], milestones=[warmup_steps]
     )
 
 
@@ -200,7 +195,7 @@ def factor(step: int, name: str, warmup_steps: int, total_steps: int) -> float:
     Args:
         step: 0 for the first step.
         name: one of FACTORS.
-        warmup_steps: steps of the rise; the first of them already has factor 1/warmup_steps.
+        warmup_steps: steps of the warm-up; the first of them already has factor 1/warmup_steps.
         total_steps: steps of the whole run.
     """
     if step < warmup_steps:
@@ -220,13 +215,13 @@ def _check_name(name: str, known: Mapping[str, Any]) -> str:
 def _attempt(name: str, options: Mapping[str, Any], make: Callable[[], object]) -> None:
     try:
         make()
-    except Exception as error:  # whatever the class finds wrong with its arguments
+    except Exception as error:  # a class may raise anything over its arguments
         raise ValueError(f"{name} refuses {reprlib.repr(dict(options))}: {error}") from None
 
 
 def _trial_optimizer(name: str, options: Mapping[str, Any]) -> torch.optim.Optimizer:
     cls = OPTIMIZERS[name]
-    # Without torch's wrapper around this method, which imports torch's compiler: two seconds of
+    # Without torch's wrapper around this method, which imports torch's compiler: two seconds at
     # every start.
     light = type(name, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})
     # Two-dimensional, as Muon asks for matrices.
@@ -234,13 +229,13 @@ def _trial_optimizer(name: str, options: Mapping[str, Any]) -> torch.optim.Optim
 
 
 def _step_once(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-    # A length of 0 divides by it only now. torch warns if the schedule steps before its optimizer.
+    # A length of 0 is divided by only now. torch warns if a schedule steps before its optimizer.
     optimizer.step()
     schedule.step()
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML has lists where optimizers take tuples (betas)."""
+    """Convert lists, which YAML has, to tuples, which optimizers take (betas)."""
     return {
         name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
     }

@@ -1,21 +1,50 @@
-"""Where a step is computed: which worker has which samples, and who shares a statistic.
+"""The placement of a step: which worker has which samples, and who shares a statistic.
 
-The configuration fixes the samples of a step and cuts them into statistics; the workers only share
-them out:
+The configuration fixes the samples of a step and cuts them into norm batches, each the samples of
+one statistic; the workers only share these out:
 
-    as many statistics as workers, or more    each worker has whole ones, alone
-    fewer, and a divisor of the workers       each is pooled over a run of neighbouring workers
-    fewer otherwise                           all workers pool each of them
+    as many norm batches as workers, or more    each worker has whole ones, alone
+    fewer, and a divisor of the workers         each is pooled over a run of neighbouring workers
+    fewer otherwise                             all workers pool each of them
 
-A worker has its samples of several statistics in one forward, side by side, or in several forwards
-of at most `micro_batch` samples, one after the other. Nothing here depends on anything but its
-arguments.
+A worker has its parts of several norm batches in one forward, side by side, or in several forwards
+of at most `micro_batch` samples, one after the other. So 12 samples in norm batches of 6 are placed
+
+    on 1 worker                     on 2 workers           on 4 workers
+    worker 0: [0:6 + 6:12]          worker 0: [0:6]        workers 0, 1: [0:3] [3:6]
+    (micro_batch 6: [0:6] [6:12])   worker 1: [6:12]       workers 2, 3: [6:9] [9:12]
+
+Nothing here depends on anything but its arguments, so all workers compute the same placement.
 """
 
 from dataclasses import dataclass
 
+import torch
+
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.datasets import shard
+
+
+@dataclass(frozen=True)
+class Workers:
+    """The group of workers as one of them sees it, however it was launched.
+
+    Args:
+        rank: number of this worker.
+        world_size: number of workers.
+        device: the device that this worker computes on.
+        local_world_size: number of workers on its machine.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    local_world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """True on the worker that writes files and prints."""
+        return self.rank == 0
 
 
 @dataclass(frozen=True)
@@ -23,10 +52,10 @@ class Placement:
     """One worker's part of a step.
 
     Args:
-        shared_by: how many neighbouring workers share each statistic of this worker's.
-        rounds: this worker's forwards; of each the parts of the step's samples, one for each
+        shared_by: number of neighbouring workers that share each statistic of this worker's.
+        rounds: this worker's forwards; each has parts of the step's samples, one for each
             statistic.
-        has_rounds: whether some worker has more than one forward.
+        has_rounds: True if some worker has more than one forward.
     """
 
     shared_by: int
@@ -34,11 +63,11 @@ class Placement:
     has_rounds: bool
 
 
-def statistics_of(count: int, norm_batch: int) -> list[slice]:
-    """Cut a step's samples into statistics of nearly equal size, at most `norm_batch` samples each.
+def norm_batches(count: int, norm_batch: int) -> list[slice]:
+    """Cut a step's samples into norm batches of nearly equal size, each at most `norm_batch`.
 
     Only the last step of an epoch has fewer than `global_batch` samples. Cut evenly, none of its
-    statistics is left with a sample or two.
+    norm batches is left with a sample or two.
     """
     number = max(1, -(-count // norm_batch))
     return [shard(count, index, number) for index in range(number)]
@@ -50,32 +79,31 @@ def place(
     """Place a step of `count` samples whose statistics are over `norm_batch` each.
 
     Raises:
-        ConfigError: a worker's part of a statistic is more than `micro_batch`; the same on all
+        ConfigError: a worker's part of a norm batch is more than `micro_batch`; the same on all
             workers.
     """
-    statistics = statistics_of(count, norm_batch)
-    number = len(statistics)
+    batches = norm_batches(count, norm_batch)
+    number = len(batches)
     if number >= world_size:
-        shared_by, mine = 1, statistics[shard(number, rank, world_size)]
+        shared_by, mine = 1, batches[shard(number, rank, world_size)]
     elif world_size % number == 0:
         shared_by = world_size // number
-        mine = [_part(statistics[rank // shared_by], rank % shared_by, shared_by)]
+        mine = [_part(batches[rank // shared_by], rank % shared_by, shared_by)]
     else:
-        shared_by, mine = (
-            world_size,
-            [_part(statistic, rank, world_size) for statistic in statistics],
-        )
+        shared_by, mine = world_size, [_part(batch, rank, world_size) for batch in batches]
     _check(norm_batch, shared_by, micro_batch)
-    together = _together([_size(statistic) for statistic in statistics], shared_by, micro_batch)
-    rounds = tuple(tuple(mine[start : start + together]) for start in range(0, len(mine), together))
+    # Parts in a forward: the same number on all workers, which must cut alike where they share.
+    width = _parts_per_forward([_size(batch) for batch in batches], shared_by, micro_batch)
+    rounds = tuple(tuple(mine[start : start + width]) for start in range(0, len(mine), width))
     # The first worker has most.
     most = _size(shard(number, 0, world_size)) if shared_by == 1 else len(mine)
-    return Placement(shared_by, rounds, most > together)
+    return Placement(shared_by, rounds, most > width)
 
 
 def place_local(count: int, rank: int, world_size: int, micro_batch: int | None) -> Placement:
-    """Place a step whose statistics are of whatever a worker has in a forward: a shard, cut into
-    equal rounds.
+    """Place a step whose statistics are over whatever a worker has in a forward.
+
+    That is the worker's shard, cut into rounds of equal size.
     """
     mine, longest = shard(count, rank, world_size), shard(count, 0, world_size)
     # As many rounds on each worker: layers may exchange in each.
@@ -83,10 +111,7 @@ def place_local(count: int, rank: int, world_size: int, micro_batch: int | None)
     return Placement(1, tuple((_part(mine, index, number),) for index in range(number)), number > 1)
 
 
-def _together(sizes: list[int], shared_by: int, micro_batch: int | None) -> int:
-    """How many statistics a forward has at most; the same on all workers, which must cut alike
-    where they share.
-    """
+def _parts_per_forward(sizes: list[int], shared_by: int, micro_batch: int | None) -> int:
     if micro_batch is None:
         return len(sizes)
     return max(1, micro_batch // -(-max(sizes) // shared_by))
@@ -97,9 +122,8 @@ def _check(norm_batch: int, shared_by: int, micro_batch: int | None) -> None:
     if micro_batch is not None and share > micro_batch:
         raise ConfigError(
             f"`launch.micro_batch` must be at least {share} where a statistic of {norm_batch} "
-            "samples is shared by "
-            f"{shared_by} worker(s), got {micro_batch}. A statistic needs all its samples at once: "
-            "take more workers or a smaller train.norm_batch."
+            f"samples is shared by {shared_by} worker(s), got {micro_batch}. A statistic needs all "
+            "its samples at once: take more workers or a smaller train.norm_batch."
         )
 
 

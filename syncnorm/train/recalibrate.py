@@ -1,4 +1,4 @@
-"""Give a run's model population statistics of its training set."""
+"""Recalibration of a run: population statistics of its training set in place of running ones."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +18,9 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, shard
 from syncnorm.train.loop import CHECKPOINTS
+from syncnorm.train.placement import Workers
 from syncnorm.train.setup import load_data, make_model
 from syncnorm.train.step import evaluate
-from syncnorm.train.workers import Workers
 
 RECALIBRATED = "recalibrated"
 
@@ -35,12 +35,12 @@ class Recalibrated:
 
 
 def read_run(folder: Path, allowed: tuple[str, ...] = ()) -> Config:
-    """The configuration of a run.
+    """Read the configuration of a run.
 
     Args:
         folder: of the run.
-        allowed: packages whose callables it may name. What the run itself was allowed counts for
-            nothing: the folder may be somebody else's.
+        allowed: packages whose callables it may name. Those that the run itself was allowed do not
+            count: the folder may be somebody else's.
 
     Raises:
         ConfigError: it is not a run's folder, or its configuration names code that is not allowed.
@@ -55,10 +55,10 @@ def read_run(folder: Path, allowed: tuple[str, ...] = ()) -> Config:
 def recalibrate_run(
     folder: Path, config: Config, workers: Workers, mix: float, allowed: tuple[str, ...] = ()
 ) -> Recalibrated:
-    """Recalibrate on the training set, each worker taking its share of the batches, and write a new
-    checkpoint.
+    """Recalibrate the evaluated model on the training set, and write a new checkpoint.
 
-    Of a run with a moving average it is the average that is recalibrated.
+    Each worker has its share of the batches. Of a run with a moving average it is the average that
+    is recalibrated.
 
     *Collectives*: those of `syncnorm.recalibrate` and of two evaluations; every worker must call.
     """
@@ -66,8 +66,8 @@ def recalibrate_run(
     data = load_data(config, workers.device, allowed)
     model = make_model(config, data, 1, allowed)
     try:
-        unsaved = judged_unsaved(snapshot)
-        buffers.load(model, judged_state(snapshot), unsaved)
+        unsaved = evaluated_unsaved(snapshot)
+        buffers.load(model, evaluated_state(snapshot), unsaved)
         put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
     except (RuntimeError, TypeError, AttributeError, KeyError) as error:
         reason = str(error).splitlines()[0]
@@ -85,15 +85,15 @@ def recalibrate_run(
     return Recalibrated(before, after, path)
 
 
-def judged_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """The state of the model that is evaluated: the moving average if there is one."""
+def evaluated_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """The state of the evaluated model: of the moving average if there is one."""
     if "ema" not in snapshot.tensors:
         return snapshot.tensors["model"]
     return _of_module(snapshot.tensors["ema"])
 
 
-def judged_unsaved(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """The buffers of that model which its state leaves out."""
+def evaluated_unsaved(snapshot: Snapshot) -> dict[str, torch.Tensor]:
+    """The buffers of the evaluated model that its state leaves out."""
     unsaved = snapshot.states.get("buffers", {})
     return (
         _of_module(unsaved.get("ema", {}))
@@ -112,7 +112,7 @@ def _of_module(average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _newest(folder: Path, workers: Workers) -> Snapshot:
-    """The newest good checkpoint, read by the first worker."""
+    """Read the newest good checkpoint on the first worker, and send it to all."""
     found: list[Snapshot | ConfigError | None] = [None]
     if workers.is_first:
         found = [_read(folder)]
@@ -127,8 +127,8 @@ def _newest(folder: Path, workers: Workers) -> Snapshot:
 def _read(folder: Path) -> Snapshot | ConfigError:
     if not (folder / CHECKPOINTS).is_dir():
         return ConfigError(
-            f"run {str(folder)!r} has no {CHECKPOINTS}. Name the folder of a run that has saved "
-            "one."
+            f"run {str(folder)!r} has no {CHECKPOINTS}. "
+            "Name the folder of a run that has saved one."
         )
     try:
         snapshot, _, faults = CheckpointStore(folder / CHECKPOINTS).newest()
@@ -140,7 +140,7 @@ def _read(folder: Path) -> Snapshot | ConfigError:
 
 
 def _batches(data: Dataset, workers: Workers, config: Config) -> list[torch.Tensor]:
-    """Every worker's share of the batches: which batch is whose changes nothing but rounding."""
+    """This worker's share of the batches; sharing them out otherwise changes rounding alone."""
     batches = data.train.images.split(config.train.global_batch)[workers.rank :: workers.world_size]
     return [data.standardise(batch, getattr(torch, config.train.dtype)) for batch in batches]
 

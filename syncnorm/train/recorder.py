@@ -1,4 +1,4 @@
-"""What is written down and shown of a run while it goes on."""
+"""The record of a run while it goes on: metrics, figures on the screen, TensorBoard, a profile."""
 
 import logging
 import time
@@ -10,11 +10,11 @@ import torch
 from syncnorm import monitor
 from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError
-from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
 from syncnorm.train.display import Display
 from syncnorm.train.metrics import MetricsFile
-from syncnorm.train.setup import Learner
+from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
 
 _log = logging.getLogger(__name__)
@@ -22,59 +22,88 @@ _log = logging.getLogger(__name__)
 PROFILED_STEPS = 5
 
 
-class Follower:
-    """Follow a run: events to `metrics.jsonl`, figures to the screen, all of it by the first
-    worker.
+class Recorder:
+    """Writes events of a run to `metrics.jsonl` and figures to the screen, on the first worker.
 
-    Every worker has one, as records of the normalisation layers are pooled.
+    Every worker has one, as figures of the normalisation layers are pooled.
 
     Args:
-        learner: what is trained.
+        setup: the model and its optimizer.
         folder: the run's.
-        position: of the run.
+        progress: of the run.
         total_steps: of the whole run.
     """
 
-    def __init__(
-        self, learner: Learner, folder: Path, position: Position, total_steps: int
-    ) -> None:
-        self._config = learner.config.follow
-        self._is_first = learner.workers.is_first
-        self._position = position
-        self._total_steps = total_steps
-        self.metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
-        self.display = Display(total_steps, done=position.step, quiet=not self._is_first)
-        self._board = _open_board(folder) if self._config.tensorboard and self._is_first else None
-        self._monitor = monitor(learner.model) if self._config.layers else None
-        self._profile = _Profile(self._config.profile, folder, learner.workers.rank)
+    def __init__(self, setup: Setup, folder: Path, progress: Progress, total_steps: int) -> None:
+        self._setup = setup
+        self._config = setup.config.follow
+        self._is_first = setup.workers.is_first
+        self._progress = progress
+        self._metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
+        self._display = Display(total_steps, done=progress.step, quiet=not self._is_first)
+        self._tensorboard = None
+        if self._config.tensorboard and self._is_first:
+            self._tensorboard = _open_tensorboard(folder)
+        self._monitor = monitor(setup.model) if self._config.layers else None
+        self._profile = _Profile(self._config.profile, folder, setup.workers.rank)
         self._tally = exchange.Tally()
         self._samples = 0
         self._since = self._epoch_since = time.perf_counter()
 
     def __enter__(self) -> Self:
-        self.display.__enter__()
+        self._display.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._profile.stop()
-        self.display.__exit__()
-        if self._board is not None:
-            self._board.close()
+        self._display.__exit__()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
-    def after_step(self, result: StepResult, samples: int, rate: float) -> None:
-        """Record a step. *Collectives*: every `follow.every` steps those of
-        `monitor(model).read()`.
+    def record_start(self, resumed: Resumed) -> None:
+        """Record the start of this process, and where it resumes from."""
+        workers = self._setup.workers
+        self._metrics.write_timed(
+            "start",
+            step=self._progress.step,
+            world_size=workers.world_size,
+            device=str(workers.device.type),
+            resumed_from=resumed.source,
+            versions=versions(),
+            parameters=sum(parameter.numel() for parameter in self._setup.model.parameters()),
+            placement=self._setup.describe_step(),
+        )
+        if resumed.source is not None:
+            self._display.print_line(
+                f"resumed from {resumed.source} on {workers.world_size} worker(s)"
+            )
+        for fault in resumed.faults:
+            self.record_fault("checkpoint", fault)
+
+    def record_end(self, digests: list[str], *, is_done: bool) -> None:
+        """Record that the run is done, or was stopped."""
+        self._metrics.write_timed(
+            "end" if is_done else "stop",
+            step=self._progress.step,
+            test_accuracy=self._progress.test_accuracy,
+            digests=digests,
+        )
+
+    def record_step(self, result: StepResult, samples: int, lr: float) -> None:
+        """Record a step.
+
+        *Collectives*: every `follow.every` steps those of `monitor(model).read()`.
         """
-        step = self._position.step
+        step = self._progress.step
         self._samples += samples
         extra = {} if result.grad_norm is None else {"grad_norm": result.grad_norm}
-        self.metrics.write("step", step=step, loss=result.loss, lr=rate, **extra)
-        self.display.advance(step, result.loss)
+        self._metrics.write("step", step=step, loss=result.loss, lr=lr, **extra)
+        self._display.advance(step, result.loss)
         self._profile.step(step)
         if step % self._config.every == 0:
-            self._interval(result, rate)
+            self._record_interval(result, lr)
 
-    def _interval(self, result: StepResult, rate: float) -> None:
+    def _record_interval(self, result: StepResult, lr: float) -> None:
         seconds = time.perf_counter() - self._since
         waited = sum(total.seconds for total in self._tally.take().values())
         speed = {
@@ -82,62 +111,66 @@ class Follower:
             "exchange_share": min(1.0, waited / seconds),
             "seconds": seconds,
         }
-        step = self._position.step
-        self.metrics.write_timed("interval", step=step, **speed)
-        self._plot(step, loss=result.loss, lr=rate, **speed)
-        self.display.show_speed(
-            speed["samples_per_second"], speed["exchange_share"], self._position.test_accuracy
+        step = self._progress.step
+        self._metrics.write_timed("interval", step=step, **speed)
+        self._plot(step, loss=result.loss, lr=lr, **speed)
+        self._display.show_speed(
+            speed["samples_per_second"], speed["exchange_share"], self._progress.test_accuracy
         )
         if self._monitor is not None:
-            self.metrics.write("layers", step=step, **self._monitor.read())
+            self._metrics.write("layers", step=step, **self._monitor.read())
         self._samples, self._since = 0, time.perf_counter()
 
-    def after_epoch(self, mean_loss: float, rate: float, epochs: int) -> None:
+    def record_epoch(self, mean_loss: float, lr: float, epochs: int) -> None:
         """Record an epoch and its evaluation."""
-        position, seconds = self._position, time.perf_counter() - self._epoch_since
+        progress, seconds = self._progress, time.perf_counter() - self._epoch_since
         self._epoch_since = time.perf_counter()
-        assert position.test_accuracy is not None
-        self.metrics.write_timed(
+        assert progress.test_accuracy is not None
+        self._metrics.write_timed(
             "epoch",
-            epoch=position.epoch,
-            step=position.step,
+            epoch=progress.epoch,
+            step=progress.step,
             loss=mean_loss,
-            test_accuracy=position.test_accuracy,
-            lr=rate,
+            test_accuracy=progress.test_accuracy,
+            lr=lr,
             seconds=seconds,
         )
-        self._plot(position.step, test_accuracy=position.test_accuracy)
-        self.display.say(
-            f"epoch {position.epoch}/{epochs}  step {position.step}  loss {mean_loss:.4f}"
-            f"  test accuracy {100 * position.test_accuracy:.2f} %  lr {rate:.3g}  {seconds:.2f} s"
+        self._plot(progress.step, test_accuracy=progress.test_accuracy)
+        self._display.print_line(
+            f"epoch {progress.epoch}/{epochs}  step {progress.step}  loss {mean_loss:.4f}"
+            f"  test accuracy {100 * progress.test_accuracy:.2f} %  lr {lr:.3g}  {seconds:.2f} s"
         )
 
-    def fault(self, kind: str, message: str) -> None:
-        """Record that something went wrong, and say it."""
+    def record_fault(self, kind: str, message: str) -> None:
+        """Record and print that something went wrong."""
         _log.info("%s", message)
-        self.metrics.write_timed("fault", step=self._position.step, kind=kind, message=message)
-        self.display.say(message)
+        self._metrics.write_timed("fault", step=self._progress.step, kind=kind, message=message)
+        self._display.print_line(message)
 
-    def saved(self, results: list[SaveResult]) -> None:
-        """Record what became of saves."""
+    def record_unsaved(self) -> None:
+        """Record that a checkpoint was left out, as the last one was still being written."""
+        self._metrics.write_timed("unsaved", step=self._progress.step)
+
+    def record_saves(self, results: list[SaveResult]) -> None:
+        """Record saves that have ended, a failed one as a fault."""
         for result in results:
             if result.path is None:
-                self.fault(
+                self.record_fault(
                     "checkpoint",
                     f"the checkpoint of step {result.step} was not saved: {result.error}",
                 )
             else:
-                self.metrics.write_timed(
+                self._metrics.write_timed(
                     "checkpoint", step=result.step, path=result.path.name, seconds=result.seconds
                 )
 
     def _plot(self, step: int, **values: float) -> None:
-        if self._board is not None:
+        if self._tensorboard is not None:
             for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+                self._tensorboard.add_scalar(name, value, step)
 
 
-def _open_board(folder: Path) -> Any:
+def _open_tensorboard(folder: Path) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -149,7 +182,7 @@ def _open_board(folder: Path) -> Any:
 
 
 class _Profile:
-    """torch.profiler over a few steps of one worker."""
+    """A trace of a few steps of one worker, by torch.profiler."""
 
     def __init__(self, first: int | None, folder: Path, rank: int) -> None:
         self._first = first
@@ -158,7 +191,7 @@ class _Profile:
         self._last = 0
 
     def step(self, done: int) -> None:
-        """Begin before step `first`, end PROFILED_STEPS later."""
+        """Start before step `first`, and stop PROFILED_STEPS later."""
         if self._first is None:
             return
         if self._profiler is None and done + 1 == max(self._first, 2):

@@ -1,4 +1,7 @@
-"""What a configuration describes, built: the data, the model and what changes it."""
+"""The training setup, built from a configuration: data, model, optimizer, schedule.
+
+A `Setup` is all that a step works on; `make_setup` builds it, alike on all workers.
+"""
 
 import inspect
 import logging
@@ -23,31 +26,31 @@ from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
-from syncnorm.train.config.schema import REFERENCE, Config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, types_of
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
-from syncnorm.train.placement import Placement, place, place_local
-from syncnorm.train.workers import Workers
+from syncnorm.train.placement import Placement, Workers, place, place_local
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Learner:
-    """The model and what changes it.
+class Setup:
+    """The model under training, and all that changes it.
 
     Args:
-        config: what it was built from.
-        workers: where this worker stands.
-        model: the bare network, whose state is saved and which is evaluated.
-        ddp: the network in training: perhaps compiled, and under DistributedDataParallel.
-        optimizer: over its parameters.
+        config: the configuration it was built from.
+        workers: this worker's rank and device.
+        model: the bare network, whose state is saved.
+        ddp: the same network in training: under DistributedDataParallel, perhaps compiled.
+        optimizer: over the network's parameters.
         schedule: of the learning rate.
-        average: the moving average of the network, if the configuration asks for one.
-        layers: ours.
-        statistics: of our layers, where a step has several.
-        shared: buffers that are neither batch norms' nor each worker's own.
+        average: moving average of the network, if the configuration asks for one.
+        layers: the network's layers that are syncnorm's.
+        statistic_groups: the source of their statistics, where a step has several of each layer.
+        shared_buffers: buffers that are neither a batch norm's nor each worker's own.
     """
 
     config: Config
@@ -58,78 +61,74 @@ class Learner:
     schedule: LRScheduler
     average: AveragedModel | None
     layers: list[SyncNorm]
-    statistics: StatisticGroups | None
-    shared: SharedBuffers
+    statistic_groups: StatisticGroups | None
+    shared_buffers: SharedBuffers
 
     @property
-    def judged(self) -> nn.Module:
-        """What is evaluated."""
+    def evaluated_model(self) -> nn.Module:
+        """The network that is evaluated: the moving average, if there is one."""
         return self.model if self.average is None else self.average.module
 
-    def place(self, count: int) -> Placement:
-        """Where a step of `count` samples is computed."""
-        rank, world_size, micro_batch = (
-            self.workers.rank,
-            self.workers.world_size,
-            self.config.launch.micro_batch,
-        )
+    def placement(self, count: int) -> Placement:
+        """Place a step of `count` samples: this worker's forwards, and who shares a statistic."""
+        rank, world_size = self.workers.rank, self.workers.world_size
+        micro_batch = self.config.launch.micro_batch
         if self.config.norm.sync != "batch" or not self.layers:
             return place_local(count, rank, world_size, micro_batch)
         return place(count, self.config.norm_batch, rank, world_size, micro_batch)
 
-    def describe_step(self) -> str:
-        """Say where a whole step is computed."""
-        count, workers = self.config.train.global_batch, self.workers
-        placement = self.place(count)
-        forwards = [
-            " + ".join(str(part.stop - part.start) for part in parts) for parts in placement.rounds
-        ]
-        return (
-            f"{count} samples on {workers.world_size} worker(s); worker {workers.rank} has "
-            f"{len(forwards)} forward(s), "
-            f"of {'; '.join(forwards)} samples; each statistic is shared by {placement.shared_by} "
-            "worker(s)"
-        )
-
-    def announce(self, placement: Placement, parts: tuple[slice, ...]) -> None:
-        """Tell the layers what the statistics of the next forward are taken over."""
-        if self.statistics is not None:
+    def set_norm_batches(self, placement: Placement, parts: tuple[slice, ...]) -> None:
+        """Tell the layers over which samples the next forward's statistics are taken."""
+        if self.statistic_groups is not None:
             over = groups.statistics_group(placement.shared_by)
-            self.statistics.place(over, [p.stop - p.start for p in parts])
+            self.statistic_groups.place(over, [p.stop - p.start for p in parts])
 
-    def settle(self) -> None:
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Make the context of a forward, with automatic mixed precision if it is asked for."""
+        if self.config.train.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.workers.device.type, getattr(torch, self.config.train.autocast))
+
+    def update_average(self) -> None:
+        """Move the moving average, if there is one, towards the model."""
+        if self.average is not None:
+            self.flush_statistics()
+            self.shared_buffers.resize_average()
+            self.average.update_parameters(self.model)
+            self.shared_buffers.copy_exact_to_average()
+
+    def flush_statistics(self) -> None:
         """Bring all running statistics up to date. Starts no exchange."""
         for layer in self.layers:
             layer.statistics.settle()
 
-    def buffers(self) -> list[Tensor]:
-        """Copies of the model's buffers, to be put back."""
-        self.settle()
+    def copy_buffers(self) -> list[Tensor]:
+        """Copy the model's buffers, for `restore_buffers`."""
+        self.flush_statistics()
         return [buffer.clone() for buffer in self.model.buffers()]
 
     @torch.no_grad()
-    def put_back(self, buffers: list[Tensor]) -> None:
-        """Undo what has changed the buffers since."""
-        self.settle()
-        for buffer, value in zip(self.model.buffers(), buffers, strict=True):
+    def restore_buffers(self, copies: list[Tensor]) -> None:
+        """Undo what has changed the buffers since `copy_buffers`."""
+        self.flush_statistics()
+        for buffer, value in zip(self.model.buffers(), copies, strict=True):
             if buffer.shape == value.shape:
                 buffer.copy_(value)
             else:
                 buffer.data = value
 
-    def follow(self) -> None:
-        """Move the moving average, if there is one, towards the model."""
-        if self.average is not None:
-            self.settle()
-            self.shared.before_average()
-            self.average.update_parameters(self.model)
-            self.shared.after_average()
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """The context of a forward."""
-        if self.config.train.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.workers.device.type, getattr(torch, self.config.train.autocast))
+    def describe_step(self) -> str:
+        """Describe the placement of a whole step, in a line."""
+        count, workers = self.config.train.global_batch, self.workers
+        placement = self.placement(count)
+        forwards = [
+            " + ".join(str(part.stop - part.start) for part in parts) for parts in placement.rounds
+        ]
+        return (
+            f"{count} samples on {workers.world_size} worker(s); worker {workers.rank} has "
+            f"{len(forwards)} forward(s), of {'; '.join(forwards)} samples; each statistic is "
+            f"shared by {placement.shared_by} worker(s)"
+        )
 
 
 def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = ()) -> Dataset:
@@ -145,8 +144,8 @@ def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = (
     made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
     if not isinstance(made, Dataset):
         raise ConfigError(
-            f"`data.name` must return a syncnorm.train.data.datasets.Dataset, got {types_of(made)} of "
-            f"{config.data.name!r}. "
+            "`data.name` must return a syncnorm.train.data.datasets.Dataset, got "
+            f"{types_of(made)} of {config.data.name!r}. "
             "make_dataset(train, test, num_classes) there makes one of two Split(images, labels)."
         )
     train, test = checked_splits(made.train, made.test, made.num_classes)
@@ -163,9 +162,9 @@ def make_model(
 def make_bare_model(
     config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
 ) -> nn.Module:
-    """Build the model for data of this shape.
+    """Build the model for data of this shape. No exchange.
 
-    No exchange. What is changed in it is said in a line each.
+    Each change to a model of the user's is logged in a line.
     """
     seed_random(config.train.seed)
     build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
@@ -189,21 +188,21 @@ def make_bare_model(
     return model.to(images.device, getattr(torch, config.train.dtype))
 
 
-def make_learner(
+def make_setup(
     config: Config,
     workers: Workers,
     data: Dataset,
     total_steps: int,
     allowed: tuple[str, ...] = (),
     model: nn.Module | None = None,
-) -> Learner:
+) -> Setup:
     """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed.
 
     *Collectives*: those of prepare_ddp and DistributedDataParallel; every worker must call.
 
     Args:
         config: what to build.
-        workers: this worker's place.
+        workers: this worker's rank and device.
         data: for its shape.
         total_steps: length of the run.
         allowed: packages whose callables a configuration may name.
@@ -213,7 +212,7 @@ def make_learner(
     if model is None:
         model = make_bare_model(config, data, total_steps, allowed)
     model = prepare_ddp(model)
-    statistics = _group_statistics(config, model)
+    statistic_groups = _attach_statistic_groups(config, model)
     average = None
     if train.ema is not None:
         average = AveragedModel(
@@ -223,62 +222,67 @@ def make_learner(
         model.compile()
     ddp = DistributedDataParallel(
         model,
-        **_no_buffers(),
+        **_no_buffer_broadcast(),
         # A parameter without a part in the loss is left alone, as in a single process; without this
         # DDP fails. Nor does it then arrange its buckets anew after the first step: with more than
         # two workers a sum depends on the arrangement, and a resumed run would differ in the last
         # bit.
         find_unused_parameters=True,
     )
-    optimizer = optim.make_optimizer(train.optimizer.name, model, train.lr, train.optimizer.options)
+    optimizer = optim.make_optimizer(
+        train.optimizer.name, model.parameters(), train.lr, train.optimizer.options
+    )
     schedule = optim.make_schedule(
         train.schedule.name, optimizer, train.schedule.warmup, total_steps, train.schedule.options
     )
-    _warn_of_noise(model)
-    layers = [module for module in model.modules() if isinstance(module, SyncNorm)]
-    shared = SharedBuffers(model, None if average is None else average.module)
-    return Learner(
-        config, workers, model, ddp, optimizer, schedule, average, layers, statistics, shared
+    _warn_of_dropout(model)
+    return Setup(
+        config,
+        workers,
+        model,
+        ddp,
+        optimizer,
+        schedule,
+        average,
+        layers=[module for module in model.modules() if isinstance(module, SyncNorm)],
+        statistic_groups=statistic_groups,
+        shared_buffers=SharedBuffers(model, None if average is None else average.module),
     )
 
 
-def _no_buffers() -> dict[str, Any]:
-    """Buffers are equal by construction, each worker's own, or sent after each step: DDP need not
-    send them.
-    """
+def _no_buffer_broadcast() -> dict[str, Any]:
+    # Buffers are equal by construction, each worker's own, or sent after each step.
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return {name: False}
 
 
-def _group_statistics(config: Config, model: nn.Module) -> StatisticGroups | None:
+def _attach_statistic_groups(config: Config, model: nn.Module) -> StatisticGroups | None:
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, SyncNorm)
     }
     if not config.is_grouped or not layers:
         return None
-    statistics = StatisticGroups(layers)
-    statistics.attach(model)
-    return statistics
+    statistic_groups = StatisticGroups(layers)
+    statistic_groups.attach(model)
+    return statistic_groups
 
 
-def _warn_of_noise(model: nn.Module) -> None:
-    noisy = [
+def _warn_of_dropout(model: nn.Module) -> None:
+    active = [
         name
         for name, m in model.named_modules()
         if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
     ]
-    if noisy:
+    if active:
         _log.warning(
             "dropout at %s: its noise depends on the number of workers, and so does the run",
-            ", ".join(noisy),
+            ", ".join(active),
         )
 
 
-def noise_seed(seed: int, step: int, rank: int) -> int:
-    """What the random numbers of a step's forward on a worker are drawn from: never on what came
-    before.
-    """
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix the seed of a step's random numbers on a worker; earlier draws have no part in it."""
     mixed = seed
     for number in (step, rank):
         mixed = (mixed * 6364136223846793005 + 1442695040888963407 + number) % 2**63
@@ -286,13 +290,6 @@ def noise_seed(seed: int, step: int, rank: int) -> int:
 
 
 def seed_random(seed: int) -> None:
-    """Seed torch's random numbers and Python's: a callable of the configuration's may draw from
-    either.
-    """
+    """Seed torch's random numbers and Python's: a callable of the user's may draw from either."""
     torch.manual_seed(seed)
     random.seed(seed)
-
-
-def indices_of(batch: Tensor, parts: tuple[slice, ...]) -> Tensor:
-    """The samples of a forward."""
-    return batch[parts[0]] if len(parts) == 1 else torch.cat([batch[part] for part in parts])

@@ -1,4 +1,9 @@
-"""One optimizer step and one evaluation, each over all workers together."""
+"""One optimizer step and one evaluation, each over all workers together.
+
+`training_step` is the whole of a step; the functions below it are in the order in which it calls
+them. The rare cases stand elsewhere: the first step of a process and values that are not finite in
+`syncnorm.train.diagnose`, a model's own buffers in `syncnorm.train.buffers`.
+"""
 
 import math
 from collections.abc import Callable
@@ -19,7 +24,7 @@ from syncnorm.ops import Shard
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.placement import Placement
-from syncnorm.train.setup import Learner, indices_of, noise_seed, seed_random
+from syncnorm.train.setup import Setup, seed_random, step_seed
 
 
 @dataclass(frozen=True)
@@ -39,13 +44,13 @@ class StepBatch:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step showed, the same on all workers.
+    """The outcome of a step, the same on all workers.
 
     Args:
         losses: each worker's share of the mean loss, in rank order.
         grad_norm: of the whole gradient before clipping; None where it is not clipped.
-        stop: whether some worker was asked to stop.
-        was_taken: whether the optimizer has stepped; not if something was not finite.
+        stop: True if some worker was asked to stop.
+        was_taken: True if the optimizer has stepped; False if something was not finite.
     """
 
     losses: list[float]
@@ -59,122 +64,137 @@ class StepResult:
         return math.fsum(self.losses)
 
 
-def training_step(learner: Learner, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
-    """Take one step, of which this worker computes its part. Nothing changes if a loss is not
-    finite.
-
-    *Collectives*: the layers' statistics, one sum that tells losses and wishes to stop, DDP's
-    gradients, and the first worker's buffers if the model has some of its own; every worker must
-    call.
+@dataclass(frozen=True)
+class _Notes:
+    """The workers' notes of a step, gathered: the losses and the stop flag, as in `StepResult`.
 
     Args:
-        learner: what is trained.
+        are_alike: True if the shared buffers have the same types and shapes on all workers.
+    """
+
+    losses: list[float]
+    stop: bool
+    are_alike: bool
+
+
+def training_step(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
+    """Take one optimizer step, computing this worker's part of it.
+
+    If a loss or the gradient's norm is not finite, parameters stay as they are; and with
+    `train.not_finite: skip` the buffers do, too.
+
+    *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, and a
+    broadcast of the model's own buffers if it has some; every worker must call.
+
+    Args:
+        setup: the model and its optimizer.
         data: the training set.
         batch: the samples of the step, the same on all workers.
-        stop: whether this worker was asked to stop.
+        stop: True if this worker was asked to stop.
     """
-    skips = learner.config.train.not_finite == "skip"
-    before = learner.buffers() if skips else []
-    seed_random(noise_seed(learner.config.train.seed, batch.step, learner.workers.rank))
-    learner.optimizer.zero_grad(set_to_none=True)
-    placement = learner.place(len(batch.indices))
-    loss = torch.zeros((), dtype=torch.float64, device=learner.workers.device)
-    note = None
-    with _one_update(learner, placement):
+    skips = setup.config.train.not_finite == "skip"
+    before = setup.copy_buffers() if skips else []
+    seed_random(step_seed(setup.config.train.seed, batch.step, setup.workers.rank))
+    setup.optimizer.zero_grad(set_to_none=True)
+    notes = _compute_gradient(setup, data, batch, stop)
+    grad_norm = _clip(setup)
+    was_taken = all(map(math.isfinite, [*notes.losses, grad_norm or 0.0]))
+    if was_taken:
+        setup.optimizer.step()
+        setup.shared_buffers.broadcast(are_alike=notes.are_alike)
+        setup.update_average()
+    elif skips:
+        setup.restore_buffers(before)
+    if was_taken or skips:
+        setup.schedule.step()
+    return StepResult(notes.losses, grad_norm, notes.stop, was_taken)
+
+
+def _compute_gradient(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> _Notes:
+    """Run this worker's forwards and backwards; DDP sums the gradients during the last backward."""
+    placement = setup.placement(len(batch.indices))
+    loss = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
+    pending = None
+    with _one_update(setup, placement):
         for number, parts in enumerate(placement.rounds, start=1):
             is_last = number == len(placement.rounds)
-            with nullcontext() if is_last else learner.ddp.no_sync():
-                share = _share(learner, data, batch, placement, parts)
+            with nullcontext() if is_last else setup.ddp.no_sync():
+                share = _loss_share(setup, data, batch, placement, parts)
                 loss += share.detach()
-                if is_last:
-                    note = _tell(loss, stop, learner)
+                if is_last:  # the notes travel while the backward pass runs
+                    pending = _start_notes(loss, stop, setup)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
                 Shard.scaled_losses += 1
-                (share * learner.workers.world_size).backward()
-    assert note is not None
-    stops, *told = note.wait().tolist()
-    if note.mixed is not None:
-        group = groups.statistics_group()
-        assert group is not None, "an exchange was made"
-        exchange.raise_mixed(note.mixed, group)
-    losses, forms = told[: learner.workers.world_size], told[learner.workers.world_size :]
-    norm = _clip(learner)
-    was_taken = all(map(math.isfinite, [*losses, norm or 0.0]))
-    if was_taken:
-        learner.optimizer.step()
-        learner.shared.share(are_alike=len(set(forms)) == 1)
-        learner.follow()
-    elif skips:
-        learner.put_back(before)
-    if was_taken or skips:
-        learner.schedule.step()
-    return StepResult(losses, norm, stops > 0, was_taken)
+                (share * setup.workers.world_size).backward()
+    assert pending is not None
+    return _finish_notes(pending, setup.workers.world_size)
 
 
-def images_of(
-    learner: Learner, data: Dataset, batch: StepBatch, parts: tuple[slice, ...]
-) -> tuple[Tensor, Tensor]:
-    """Images, standardised and augmented, and labels of a forward."""
-    config, indices = learner.config, indices_of(batch.indices, parts)
-    here = indices.to(learner.workers.device)
-    images = data.standardise(data.train.images[here], getattr(torch, config.train.dtype))
-    images = augment(images, here, config.data.augment, config.train.seed, batch.epoch)
-    return images, data.train.labels[here]
-
-
-def _share(
-    learner: Learner,
-    data: Dataset,
-    batch: StepBatch,
-    placement: Placement,
-    parts: tuple[slice, ...],
-) -> Tensor:
-    """This forward's share of the mean loss over the step; of no samples a zero that reaches every
-    parameter.
-    """
-    images, labels = images_of(learner, data, batch, parts)
-    learner.announce(placement, parts)
-    with learner.precision():
-        return F.cross_entropy(learner.ddp(images), labels, reduction="sum") / len(batch.indices)
-
-
-def _one_update(learner: Learner, placement: Placement) -> AbstractContextManager[Any]:
+def _one_update(setup: Setup, placement: Placement) -> AbstractContextManager[Any]:
     # One forward makes one update by itself, and sends its message while the backward pass runs.
     # All workers must send it at the same point, also one that has fewer forwards than others.
-    return one_update(learner.model) if placement.has_rounds else nullcontext()
+    return one_update(setup.model) if placement.has_rounds else nullcontext()
 
 
 def one_update(model: nn.Module) -> AbstractContextManager[Any]:
-    """Have the forwards within it make one update of the running statistics, if the model has
-    layers of ours.
+    """Make the context in which all forwards together update the running statistics once."""
+    has_layers = any(isinstance(module, SyncNorm) for module in model.modules())
+    return accumulate(model) if has_layers else nullcontext()
+
+
+def _loss_share(
+    setup: Setup, data: Dataset, batch: StepBatch, placement: Placement, parts: tuple[slice, ...]
+) -> Tensor:
+    """Compute a forward's share of the step's mean loss; for no samples a zero with a gradient."""
+    images, labels = load_images(setup, data, batch, parts)
+    setup.set_norm_batches(placement, parts)
+    with setup.autocast():
+        return F.cross_entropy(setup.ddp(images), labels, reduction="sum") / len(batch.indices)
+
+
+def load_images(
+    setup: Setup, data: Dataset, batch: StepBatch, parts: tuple[slice, ...]
+) -> tuple[Tensor, Tensor]:
+    """Gather a forward's images (n, C, H, W), standardised and augmented, and its labels (n,)."""
+    config, indices = setup.config, torch.cat([batch.indices[part] for part in parts])
+    indices = indices.to(setup.workers.device)
+    images = data.standardise(data.train.images[indices], getattr(torch, config.train.dtype))
+    images = augment(images, indices, config.data.augment, config.train.seed, batch.epoch)
+    return images, data.train.labels[indices]
+
+
+def _start_notes(loss: Tensor, stop: bool, setup: Setup) -> exchange.Pending:
+    """Start the sum of the workers' notes.
+
+    The payload is float64: the stop flag, a loss for each rank and, if the model has buffers of its
+    own, a checksum of their layout for each rank. Each worker fills in its own numbers.
     """
-    return (
-        accumulate(model)
-        if any(isinstance(m, SyncNorm) for m in model.modules())
-        else nullcontext()
-    )
+    rank, world_size = setup.workers.rank, setup.workers.world_size
+    size = 1 + world_size * (2 if setup.shared_buffers else 1)
+    payload = torch.zeros(size, dtype=torch.float64, device=loss.device)
+    payload[0] = stop
+    payload[1 + rank] = loss
+    if setup.shared_buffers:
+        payload[1 + world_size + rank] = setup.shared_buffers.layout_checksum()
+    return exchange.start_sum(payload, groups.statistics_group(), "notes")
 
 
-def _tell(loss: Tensor, stop: bool, learner: Learner) -> exchange.Pending:
-    """Begin to tell all workers whether one was asked to stop, each one's loss, and the form of its
-    shared buffers.
-    """
-    rank, world_size = learner.workers.rank, learner.workers.world_size
-    size = 1 + world_size * (2 if learner.shared else 1)
-    message = torch.zeros(size, dtype=torch.float64, device=loss.device)
-    message[0] = stop
-    message[1 + rank] = loss
-    if learner.shared:
-        message[1 + world_size + rank] = learner.shared.form()
-    return exchange.start_sum(message, groups.statistics_group(), "notes")
+def _finish_notes(pending: exchange.Pending, world_size: int) -> _Notes:
+    stops, *numbers = pending.wait().tolist()
+    if pending.mixed is not None:
+        group = groups.statistics_group()
+        assert group is not None, "an exchange was made"
+        exchange.raise_mixed(pending.mixed, group)
+    losses, checksums = numbers[:world_size], numbers[world_size:]
+    return _Notes(losses, stops > 0, len(set(checksums)) == 1)
 
 
-def _clip(learner: Learner) -> float | None:
-    """Bound the gradient's norm; it is the same on all workers."""
-    bound = learner.config.train.clip
+def _clip(setup: Setup) -> float | None:
+    """Clip the gradient's norm, which is the same on all workers."""
+    bound = setup.config.train.clip
     if bound is None:
         return None
-    return nn.utils.clip_grad_norm_(learner.model.parameters(), bound).item()
+    return nn.utils.clip_grad_norm_(setup.model.parameters(), bound).item()
 
 
 @torch.no_grad()
@@ -186,8 +206,11 @@ def evaluate(
     dtype: torch.dtype,
     alive: Callable[[], object] = lambda: None,
 ) -> float:
-    """Return the accuracy on all workers' shards together, from exact counts. Each module keeps its
-    mode.
+    """Compute the accuracy on all workers' shards together, from exact counts.
+
+    Each module keeps its mode.
+
+    *Collectives*: one sum of two counts; every worker must call.
 
     Args:
         model: the bare model: DDP's forward would exchange messages, and workers have unequally
@@ -202,9 +225,8 @@ def evaluate(
     with evaluating(model):
         for start in range(0, len(shard), chunk):
             part = shard[slice(start, start + chunk)]
-            counts[0] += (
-                model(data.standardise(part.images, dtype)).argmax(1) == part.labels
-            ).sum()
+            logits = model(data.standardise(part.images, dtype))  # (n, num_classes)
+            counts[0] += (logits.argmax(1) == part.labels).sum()
             counts[1] += len(part)
             alive()
     dist.all_reduce(counts)

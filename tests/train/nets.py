@@ -99,9 +99,7 @@ class Net(nn.Module):
 
 
 class Freezing(Net):
-    """Its stem is frozen from the start, its body from the fifth step on: then, and only then, it
-    says so.
-    """
+    """A network with a stem frozen from the start; it freezes its body at the fifth step."""
 
     def __init__(self, in_channels: int, num_classes: int, norm_layer) -> None:
         super().__init__(in_channels, num_classes, norm_layer, "frozen")
@@ -132,8 +130,9 @@ class Routed(Net):
 
 
 class Remembering(Net):
-    """Buffers of every kind that training changes: in place and put anew, saved and not, of any
-    type, that grow.
+    """A network with buffers of every kind that training changes.
+
+    They are changed in place or replaced, saved or not, of any type, and some grow.
     """
 
     center: Tensor
@@ -174,7 +173,7 @@ BUILT = 0
 
 
 def own_norms(in_channels: int, num_classes: int, norm_layer=None) -> nn.Sequential:
-    """A network for 8x8 images with batch norms of torch's own, which look trained, of two kinds."""
+    """A network for 8x8 images with two kinds of torch's own batch norms, which look trained."""
     global BUILT
     BUILT += 1
     two, one = nn.BatchNorm2d(4, eps=1e-3), nn.BatchNorm1d(16)

@@ -15,17 +15,17 @@ from syncnorm import scale_loss
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import in_evaluation
 from syncnorm.train import optim
-from syncnorm.train.checkpoint.progress import Position
+from syncnorm.train.buffers import gather_digests
+from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, Split, shard
-from syncnorm.train.digest import gather_digests
-from syncnorm.train.first_step import first_step
+from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
-from syncnorm.train.setup import make_learner, make_model
+from syncnorm.train.placement import Workers
+from syncnorm.train.setup import make_model, make_setup
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
-from syncnorm.train.workers import Workers
 from tests.train import nets
 
 
@@ -34,12 +34,12 @@ class Free:
 
     Args:
         stop_at: the step of the run before which this worker is asked.
-        position: of the run.
+        progress: of the run.
     """
 
-    def __init__(self, stop_at: int | None = None, position: Position | None = None) -> None:
+    def __init__(self, stop_at: int | None = None, progress: Progress | None = None) -> None:
         self._stop_at = stop_at
-        self._position = position
+        self._progress = progress
 
     def alive(self) -> None:
         pass
@@ -48,8 +48,8 @@ class Free:
     def stop(self) -> str | None:
         is_time = (
             self._stop_at is not None
-            and self._position is not None
-            and self._position.step + 1 >= self._stop_at
+            and self._progress is not None
+            and self._progress.step + 1 >= self._stop_at
         )
         return "SIGTERM" if is_time else None
 
@@ -60,18 +60,16 @@ def workers() -> Workers:
 
 def train_digits(
     folder: str, overrides: list[str], stop_at: int | None = None, stopped_rank: int = 0
-) -> tuple[Outcome, Position]:
-    """Train as configs/digits.yaml says, but for `overrides`, on the ranks of the pool; one of them
-    may ask to stop.
-    """
-    position = Position()
-    watch = Free(stop_at if dist.get_rank() == stopped_rank else None, position)
+) -> tuple[Outcome, Progress]:
+    """Train as configs/digits.yaml says, but for `overrides`; one rank may be asked to stop."""
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == stopped_rank else None, progress)
     return train(
-        load_config("digits", overrides), workers(), Path(folder), position, watch, ("tests",)
-    ), position
+        load_config("digits", overrides), workers(), Path(folder), progress, watch, ("tests",)
+    ), progress
 
 
-def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Outcome, Position]:
+def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Outcome, Progress]:
     """Train on digits of which one image makes the network's output NaN."""
     sections: dict[str, Any] = {
         "model": {"name": "tests.train.nets:Breaks", "options": {"limit": 100.0}},
@@ -79,10 +77,10 @@ def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Ou
         "train": {"epochs": 1, "global_batch": 128, "lr": 0.1, **changes.get("train", {})},
         "norm": changes.get("norm", {}),
     }
-    position = Position()
+    progress = Progress()
     return train(
-        Config(**sections), workers(), Path(folder), position, Free(), ("tests",)
-    ), position
+        Config(**sections), workers(), Path(folder), progress, Free(), ("tests",)
+    ), progress
 
 
 def train_code(folder: str, model: str, changes: list[str]) -> tuple[Outcome, int]:
@@ -91,19 +89,19 @@ def train_code(folder: str, model: str, changes: list[str]) -> tuple[Outcome, in
     config = load_config(
         "digits", ["train.epochs=1", f"model.name=tests.train.nets:{model}", *changes]
     )
-    outcome = train(config, workers(), Path(folder), Position(), Free(), ("tests",))
+    outcome = train(config, workers(), Path(folder), Progress(), Free(), ("tests",))
     return outcome, nets.BUILT - built
 
 
 def refused(overrides: list[str]) -> str:
-    """What `train` says of a configuration, in place of taking a step."""
+    """Return the error of `train`, which must refuse a configuration before the first step."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             train(
                 load_config("digits", overrides),
                 workers(),
                 Path(folder),
-                Position(),
+                Progress(),
                 Free(),
                 ("tests",),
             )
@@ -119,7 +117,7 @@ def events(folder: Path, kind: str) -> list[dict[str, Any]]:
 
 
 class Merging(nn.Module):
-    """Has two states, as adapters that are merged into the weights for evaluation; `train` chooses."""
+    """Has two states, as adapters merged into the weights for evaluation; `train` chooses."""
 
     is_merged = False
 
@@ -129,7 +127,7 @@ class Merging(nn.Module):
 
 
 class Sign(nn.Module):
-    """Says class 1 for positive numbers, class 0 for others; fails if it is asked in training mode."""
+    """Predicts class 1 for positive numbers, class 0 for others; fails in training mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +165,7 @@ def evaluate_sign(
 
 
 def images_and_labels(count: int) -> Dataset:
-    """Random images of 1x8x8 whose mean drifts along the set, so that shards differ; four classes."""
+    """Random 1x8x8 images of four classes; their mean drifts along the set, so shards differ."""
     generator = torch.Generator().manual_seed(1)
     drift = torch.linspace(-1, 1, count, dtype=torch.float64).view(-1, 1, 1, 1)
     images = torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64) + drift
@@ -178,26 +176,30 @@ def images_and_labels(count: int) -> Dataset:
 def one_step(
     count: int, overrides: list[str], steps: int = 1
 ) -> tuple[StepResult, list[Tensor], dict[str, Tensor]]:
-    """Take steps on the same `count` samples over all ranks; the last result, the parameters and
-    the buffers.
+    """Take steps on the same `count` samples over all ranks.
+
+    Returns:
+        The last result, the parameters and the buffers.
     """
     config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", *overrides])
     data = images_and_labels(count)
-    learner = make_learner(config, workers(), data, 10, ("tests",))
+    setup = make_setup(config, workers(), data, 10, ("tests",))
     for step in range(1, steps + 1):
-        result = training_step(learner, data, StepBatch(torch.arange(count), 1, step), stop=False)
-    learner.settle()
-    parameters = [parameter.detach().clone() for parameter in learner.judged.parameters()]
+        result = training_step(setup, data, StepBatch(torch.arange(count), 1, step), stop=False)
+    setup.flush_statistics()
+    parameters = [parameter.detach().clone() for parameter in setup.evaluated_model.parameters()]
     return (
         result,
         parameters,
-        {name: buffer.clone() for name, buffer in learner.judged.named_buffers()},
+        {name: buffer.clone() for name, buffer in setup.evaluated_model.named_buffers()},
     )
 
 
 def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """`one_step` as a loop of the user's own under plain DistributedDataParallel; parameters and
-    buffers.
+    """Take the steps of `one_step` in a loop under plain DistributedDataParallel.
+
+    Returns:
+        The parameters and the buffers.
     """
     config = load_config(
         "digits", ["train.dtype=float64", "norm.momentum=0.1", f"model.name={model}"]
@@ -206,7 +208,10 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
     net = make_model(config, data, 10, ("tests",))
     ddp = DistributedDataParallel(net)
     optimizer = optim.make_optimizer(
-        config.train.optimizer.name, net, config.train.lr, config.train.optimizer.options
+        config.train.optimizer.name,
+        net.parameters(),
+        config.train.lr,
+        config.train.optimizer.options,
     )
     schedule = optim.make_schedule(
         config.train.schedule.name, optimizer, config.train.schedule.warmup, 10, {}
@@ -224,7 +229,7 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
 
 
 def first_warnings(options: list[str]) -> list[str]:
-    """What the making of a learner and its first step say."""
+    """Collect the warnings of building a setup and of its first step."""
     config = load_config("digits", ["train.dtype=float64", *options])
     data = images_and_labels(12)
     said = Said()
@@ -232,8 +237,8 @@ def first_warnings(options: list[str]) -> list[str]:
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            learner = make_learner(config, workers(), data, 10, ("tests",))
-            first_step(learner, data, StepBatch(torch.arange(12), 1, 1), stop=False)
+            setup = make_setup(config, workers(), data, 10, ("tests",))
+            first_step(setup, data, StepBatch(torch.arange(12), 1, 1), stop=False)
     finally:
         logging.getLogger().removeHandler(said)
     return said.lines + [str(warning.message) for warning in warned]

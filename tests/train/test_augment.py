@@ -172,7 +172,7 @@ def test_an_empty_batch(options):
 
 
 def is_uniform(values: Tensor, below: int) -> bool:
-    """Whether a chi-square test lets these values pass: within 5 standard deviations of its mean."""
+    """Test uniformity by chi-square: within 5 standard deviations of its mean."""
     counts = values.bincount(minlength=below).double()
     assert len(counts) == below
     expected = len(values) / below

@@ -1,6 +1,4 @@
-"""The checkpoints of a run: which are kept, which is the newest and which the best, and how they
-get their names.
-"""
+"""The checkpoints of a run: those that are kept, the newest, the best, and their names."""
 
 import os
 import shutil

@@ -70,8 +70,9 @@ def save(folder: Path, scenario: str) -> None:
 
 
 def drill(root: Path) -> None:
-    """Kill a save in the making at every place; runs in a process of its own and prints what became
-    of each.
+    """Kill a save at every point of its way, and print the outcome of each.
+
+    Runs in a process of its own.
     """
     torch.set_num_threads(1)
     os.fsync = forget
@@ -111,14 +112,15 @@ def try_save(template: Path, place: str, arm, argument: int) -> dict[str, object
 
 
 def forget(descriptor: int) -> None:
-    """In place of `os.fsync`: what the kernel has outlives a killed process, and the disk takes
-    most of the time.
-    """
+    """Replace `os.fsync`: the kernel's copy outlives a killed process, and the disk is slow."""
 
 
 def test_a_kill_at_any_place_leaves_the_last_whole_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", forget)
-    code = f"import pathlib; from tests.train import {Path(__file__).stem} as t; t.drill(pathlib.Path({str(tmp_path)!r}))"
+    code = (
+        f"import pathlib; from tests.train import {Path(__file__).stem} as t; "
+        f"t.drill(pathlib.Path({str(tmp_path)!r}))"
+    )
     output = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=900
     )

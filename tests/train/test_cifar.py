@@ -117,7 +117,7 @@ def test_python_files_with_text_as_keys(tmp_path):
 
 
 def python_2(pixels: np.ndarray, label: int) -> bytes:
-    """What Python 2 and its numpy wrote: byte strings for keys, type names and pixels."""
+    """A file as Python 2 and its numpy wrote it: keys, type names and pixels as byte strings."""
     raw = pixels.tobytes()
     array = (
         b"cnumpy.core.multiarray\n_reconstruct\nq\x01(cnumpy\nndarray\nq\x02K\x00\x85U\x01btq\x03Rq\x04"

@@ -1,4 +1,4 @@
-"""What a configuration comes to, with origins, and the list of keys."""
+"""A resolved configuration with the origins of its values, and the table of keys."""
 
 import json
 from pathlib import Path

@@ -217,7 +217,8 @@ def test_files_may_be_compressed_one_by_one(tmp_path):
 WANTED = "`data.root` must be a folder that holds " + ", ".join(NAMES) + ", plain or with .gz, got "
 ORIGINS = {
     "mnist": r"They are the files of Yann LeCun's MNIST database\.",
-    "fashion_mnist": r"Debian's package dataset-fashion-mnist installs them under /usr/share/datasets/fashion-mnist\.",
+    "fashion_mnist": "Debian's package dataset-fashion-mnist installs them under "
+    r"/usr/share/datasets/fashion-mnist\.",
 }
 
 

@@ -1,6 +1,4 @@
-"""benchmarks/invariance.py, in small: one curve on any number of workers, and bounds that can be
-missed.
-"""
+"""benchmarks/invariance.py, in small: one curve on any number of workers, within tight bounds."""
 
 from __future__ import annotations
 

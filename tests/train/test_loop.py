@@ -148,9 +148,7 @@ KINDS = {
     ],
 )
 def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size):
-    """Stopped in the first epoch because the last worker was asked to, and in the second, at an
-    epoch's end.
-    """
+    """Stopped in the first epoch by the last worker, and in the second at an epoch's end."""
     options = [*SHORT, *KINDS[kind]]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(pool, world_size, whole, options)
@@ -240,7 +238,10 @@ def test_a_loss_that_is_not_finite_stops_all_workers_and_is_found(pool, tmp_path
     with pytest.raises(RankFailure) as caught:
         pool(2).run(runs.train_bad_image, str(tmp_path), {"train": {"not_finite": "stop"}})
     text = str(caught.value)
-    message = "the loss of worker(s) 0, 1 is not finite, first at the output of layer 'breaking' (Break) on worker"
+    message = (
+        "the loss of worker(s) 0, 1 is not finite, "
+        "first at the output of layer 'breaking' (Break) on worker"
+    )
     assert text.count("NotFiniteError: step ") == 2
     assert text.count(message) == 2
     (fault,) = runs.events(tmp_path, "fault")

@@ -7,7 +7,9 @@ from syncnorm.train import optim
 
 
 def rates(name, warmup=0.0, steps=12, **options):
-    optimizer = optim.make_optimizer("SGD", torch.nn.Linear(1, 1), 1.0, {"momentum": 0.9})
+    optimizer = optim.make_optimizer(
+        "SGD", torch.nn.Linear(1, 1).parameters(), 1.0, {"momentum": 0.9}
+    )
     schedule = optim.make_schedule(name, optimizer, warmup, steps, options)
     found = []
     for _ in range(steps + 1):
@@ -46,7 +48,7 @@ def test_without_warm_up_and_of_a_single_step():
 @pytest.mark.parametrize("name", sorted(optim.OPTIMIZERS))
 def test_every_optimizer_takes_a_step(name):
     model = torch.nn.Linear(3, 2, bias=False)
-    optimizer = optim.make_optimizer(name, model, 0.1, {})
+    optimizer = optim.make_optimizer(name, model.parameters(), 0.1, {})
     before = model.weight.clone()
     model(torch.ones(1, 3)).square().sum().backward()
     optimizer.step()
@@ -56,7 +58,7 @@ def test_every_optimizer_takes_a_step(name):
 def test_lists_become_tuples_and_frozen_parameters_are_left_out():
     model = torch.nn.Linear(3, 2)
     model.bias.requires_grad_(False)
-    optimizer = optim.make_optimizer("Adam", model, 0.1, {"betas": [0.8, 0.9]})
+    optimizer = optim.make_optimizer("Adam", model.parameters(), 0.1, {"betas": [0.8, 0.9]})
     (group,) = optimizer.param_groups
     assert group["betas"] == (0.8, 0.9)
     assert group["params"] == [model.weight]

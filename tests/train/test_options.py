@@ -1,4 +1,4 @@
-"""What a configuration can ask for, each in a short run."""
+"""Options of a configuration, each in a short run."""
 
 import json
 import math
@@ -13,11 +13,11 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.data.datasets import digits
-from syncnorm.train.memory import Need, estimate, refuse, resident_memory
+from syncnorm.train.memory import Need, check_fits, estimate, resident_memory
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
+from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_bare_model
-from syncnorm.train.workers import Workers
 from tests.launch import commands
 from tests.train import nets, runs
 
@@ -61,7 +61,10 @@ def test_weights_are_kept_when_a_rule_exchanges_a_layer():
 
 
 def test_a_rule_that_finds_nothing_is_refused():
-    message = r"`norm.rules` must each find a normalisation layer, got 'layr1'. The layers are bn1, layer1.0.bn1, "
+    message = (
+        r"`norm.rules` must each find a normalisation layer, got 'layr1'. "
+        "The layers are bn1, layer1.0.bn1, "
+    )
     with pytest.raises(ConfigError, match=message):
         network(NormSection(rules={"bn1": "frozen", "layr1": "group_norm"}))
 
@@ -144,7 +147,7 @@ def test_profile_and_tensorboard(pool, tmp_path):
 
 
 def needed(*options: str) -> tuple[Need, nn.Module]:
-    """What a step needs, and the network that this was found with."""
+    """Estimate the memory of a step; also the network that it was estimated with."""
     config, data = load_config("digits", ["launch.workers=1", *options]), digits(None)
     model = make_bare_model(config, data, 100, ("tests",))
     return estimate(config, Workers(0, 1, torch.device("cpu")), data, model), model
@@ -193,7 +196,7 @@ def test_a_network_that_cannot_be_copied_is_not_tried(caplog):
 
 def test_what_does_not_fit_is_refused_with_its_figures():
     need = Need(400 * 2**20, 100 * 2**20, 2**20 // 2, 64)
-    refuse(need, need.total, 0)
+    check_fits(need, need.total, 0)
     message = re.escape(
         "must be such that a step fits into memory, got one that needs 532.00 MiB: 400.00 MiB for "
         "the process with its "
@@ -202,12 +205,12 @@ def test_what_does_not_fit_is_refused_with_its_figures():
         "Worker 3 has 531.00 MiB. Set launch.micro_batch to at most 62, or take more workers."
     )
     with pytest.raises(ConfigError, match=message):
-        refuse(need, 531 * 2**20, 3)
+        check_fits(need, 531 * 2**20, 3)
     with pytest.raises(
         ConfigError,
         match=r"Worker 0 has 500.00 MiB. Take fewer workers, a smaller model or more memory.",
     ):
-        refuse(need, 500 * 2**20, 0)
+        check_fits(need, 500 * 2**20, 0)
 
 
 NETS = "tests.train.nets"

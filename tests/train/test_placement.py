@@ -1,4 +1,4 @@
-"""Which worker computes what, and who shares a statistic."""
+"""The placement of a step: the samples of each worker, and who shares a statistic."""
 
 import itertools
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.placement import place, place_local, statistics_of
+from syncnorm.train.placement import norm_batches, place, place_local
 
 
 def size(part: slice) -> int:
@@ -20,7 +20,7 @@ def samples(part: slice) -> set[int]:
 
 @given(count=st.integers(1, 60), norm_batch=st.integers(1, 60), world_size=st.integers(1, 7))
 def test_every_statistic_is_whole_and_every_sample_is_computed_once(count, norm_batch, world_size):
-    statistics = statistics_of(count, norm_batch)
+    statistics = norm_batches(count, norm_batch)
     assert all(1 <= size(one) <= norm_batch for one in statistics)
     assert max(map(size, statistics)) - min(map(size, statistics)) <= 1
     placements = [place(count, norm_batch, rank, world_size, None) for rank in range(world_size)]
@@ -87,7 +87,10 @@ def test_local_rounds_are_as_many_on_each_worker_and_small_enough(count, world_s
 
 
 def test_a_statistic_that_needs_more_samples_at_once_than_allowed_is_refused():
-    message = r"`launch.micro_batch` must be at least 32 where a statistic of 64 samples is shared by 2 worker\(s\), got 31"
+    message = (
+        "`launch.micro_batch` must be at least 32 where a statistic of 64 samples is shared by "
+        r"2 worker\(s\), got 31"
+    )
     with pytest.raises(ConfigError, match=message):
         place(64, 64, 0, 2, 31)
     place(64, 64, 0, 2, 32)

@@ -55,18 +55,18 @@ def test_it_writes_what_was_while_training_goes_on(store, gate):
     snapshot.tensors["model"]["weight"].fill_(-1)
     snapshot.states["optimizer"]["lr"] = 0
     assert saver.start(make_snapshot(13)) is False
-    assert saver.take_results() == []
+    assert saver.pop_results() == []
     gate.is_open.set()
     saver.wait()
 
     path = store.folder / "step-00000012"
-    (result,) = saver.take_results()
+    (result,) = saver.pop_results()
     assert (result.step, result.path, result.error) == (12, path, None)
     assert result.seconds > 0
     assert_equal(store.read(path), make_snapshot())
     assert store.best() == path
     assert names(store.folder) == ["best.json", "step-00000012"]
-    assert saver.take_results() == []
+    assert saver.pop_results() == []
 
 
 def test_one_after_the_other(store):
@@ -75,7 +75,7 @@ def test_one_after_the_other(store):
     for step in (1, 2, 3):
         assert saver.start(make_snapshot(step))
         saver.wait()
-    assert [result.step for result in saver.take_results()] == [1, 2, 3]
+    assert [result.step for result in saver.pop_results()] == [1, 2, 3]
     assert names(store.folder) == ["step-00000001", "step-00000002", "step-00000003"]
 
 
@@ -90,7 +90,7 @@ def test_a_save_that_fails_is_a_result_and_the_next_one_may_not(store, monkeypat
         patch.setattr(files, "open_to_write", fail)
         saver.start(make_snapshot(2))
         saver.wait()
-    (result,) = saver.take_results()
+    (result,) = saver.pop_results()
     assert (result.step, result.path) == (2, None)
     assert result.error is not None
     assert result.error.startswith(
@@ -108,7 +108,7 @@ def test_a_store_that_is_taken_is_a_result(store):
     with files.only_writer(store.folder):
         saver.start(make_snapshot(2))
         saver.wait()
-    (result,) = saver.take_results()
+    (result,) = saver.pop_results()
     assert "Somebody else is writing there" in str(result.error)
 
 
@@ -125,10 +125,10 @@ def test_a_snapshot_that_cannot_be_written_is_an_error_of_the_program(store):
     with pytest.raises(
         InputError, match=r"must be of types that safetensors has, got torch\.complex128"
     ):
-        saver.take_results()
+        saver.pop_results()
     assert saver.start(make_snapshot(2))
     saver.wait()
-    assert [result.error for result in saver.take_results()] == [None]
+    assert [result.error for result in saver.pop_results()] == [None]
 
 
 def run(code: str, *, prefix: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -156,7 +156,7 @@ def make_large(step: int) -> Snapshot:
 def save_in(saver: BackgroundSaver, snapshot: Snapshot) -> SaveResult:
     assert saver.start(snapshot, is_best=True)
     saver.wait()
-    (result,) = saver.take_results()
+    (result,) = saver.pop_results()
     return result
 
 
@@ -173,8 +173,9 @@ def fill_by_limit(folder: Path) -> None:
 
 
 def fill_tmpfs(mount: Path) -> None:
-    """A small file system with too little room left, page by page; runs in a process and mounts of
-    its own.
+    """Save to a small file system with too little room left, page by page.
+
+    Runs in a process and mounts of its own.
     """
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(mount)], capture_output=True

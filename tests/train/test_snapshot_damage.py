@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from syncnorm.errors import CheckpointError
-from syncnorm.train.checkpoint.snapshot import MAX_RECORD_BYTES
+from syncnorm.train.checkpoint.snapshot import MAX_JSON_BYTES
 from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
@@ -137,7 +137,7 @@ def test_a_manifest_of_any_size(store, damaged):
     with (damaged / "manifest.json").open("r+b") as file:
         file.truncate(1 << 40)  # takes no space
     check_refused(
-        store, damaged, f"manifest.json` must have at most {MAX_RECORD_BYTES} bytes, got {1 << 40}"
+        store, damaged, f"manifest.json` must have at most {MAX_JSON_BYTES} bytes, got {1 << 40}"
     )
 
 

@@ -52,9 +52,7 @@ GROUPS = ["train.global_batch=24", "train.norm_batch=6"]
 @pytest.mark.parametrize("micro_batch", ["null", "6", "13"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_several_statistics_in_a_step(pool, world_size, micro_batch):
-    """24 samples in 4 statistics, side by side or one after the other, on 1 to 3 workers; and 17 in
-    3.
-    """
+    """24 samples in 4 statistics, side by side or one after the other; and 17 samples in 3."""
     for count in (24, 17):
         (expected, parameters, buffers), *_ = pool(1).run(runs.one_step, count, GROUPS, 2)
         options = [*GROUPS, f"launch.micro_batch={micro_batch}"]
@@ -124,9 +122,7 @@ def test_evaluation_with_fewer_samples_than_workers(pool):
     "options", [[], ["launch.micro_batch=2", "train.norm_batch=2"]], ids=["", "rounds"]
 )
 def test_parameters_without_a_part_in_the_loss_are_left_alone(pool, options):
-    """One is used by no sample, one by samples that only some workers have; on any number of
-    workers as on one.
-    """
+    """One is used by no sample, one by those of some workers; alike on any number of workers."""
     options = ["model.name=tests.train.nets:Routed", "train.optimizer.weight_decay=0.1", *options]
     _, at_first, _ = pool(1).run(runs.one_step, 12, options, 1)[0]
     _, expected, _ = pool(1).run(runs.one_step, 12, options, 3)[0]

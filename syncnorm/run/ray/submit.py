@@ -16,7 +16,7 @@ from syncnorm.run.env import read_cluster
 from syncnorm.run.folder import RESUMABLE, read_exit
 from syncnorm.run.ray.client import JobSubmissionClient, told
 from syncnorm.run.ray.job import Job
-from syncnorm.train.config.schema import REFERENCE
+from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.metrics import last_step
 
 # Least time between a stop and a kill: workers finish their step and save, and a network file

@@ -1,12 +1,13 @@
-"""All that a run's future depends on, as a snapshot, and back.
+"""The state of a run: captured as a snapshot, and restored from one.
 
-What follows from a snapshot is what would have followed without it, bit for bit on as many workers:
-parameters, buffers, averages, modes, optimizer, schedule, random numbers and the place in the data
-are in it. On another number of workers it goes on as the same training, to rounding.
+A snapshot holds all that the run's future depends on: parameters, buffers, averages, modes,
+optimizer, schedule, random numbers and progress. From it a run goes on bit for bit as it would have
+without it, on as many workers; on another number of workers as the same training, to rounding.
 """
 
 import platform
 import random
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +17,57 @@ from torch import Tensor, nn
 from syncnorm.errors import CheckpointError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
 from syncnorm.train import buffers
-from syncnorm.train.checkpoint.progress import Position
 from syncnorm.train.checkpoint.snapshot import Snapshot
-from syncnorm.train.config.schema import Config
-from syncnorm.train.setup import Learner
+from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config.schema import MATHEMATICS, Config
+from syncnorm.train.config.section import leaves
+from syncnorm.train.setup import Setup
+
+
+@dataclass
+class Progress:
+    """The steps and epochs that a run has done; readable from outside when it ends early.
+
+    Args:
+        epoch: the one under way or last done, from 1; 0 before the first.
+        step_in_epoch: steps of it that are done.
+        step: steps of the whole run that are done.
+        loss_sum: sum of the losses of this epoch's steps so far.
+        test_accuracy: after the last whole epoch, 0 to 1; None before.
+        best_accuracy: the highest so far.
+    """
+
+    epoch: int = 0
+    step_in_epoch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    test_accuracy: float | None = None
+    best_accuracy: float | None = None
+
+    def as_facts(self) -> dict[str, Any]:
+        """Convert to a dict for JSON, which keeps every bit of a float."""
+        return asdict(self)
+
+    def load_facts(self, facts: dict[str, Any]) -> None:
+        """Load a dict of `as_facts`; TypeError or KeyError if it is something else."""
+        for name, value in asdict(Progress(**{name: facts[name] for name in asdict(self)})).items():
+            setattr(self, name, value)
+
+    def begin_epoch(self) -> None:
+        """Go on to the next epoch, with none of its steps done."""
+        self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
+
+    def update_best(self) -> bool:
+        """Note the last test accuracy if it is the highest so far; True if it is."""
+        accuracy, best = self.test_accuracy, self.best_accuracy
+        if accuracy is None or (best is not None and accuracy <= best):
+            return False
+        self.best_accuracy = accuracy
+        return True
 
 
 def versions() -> dict[str, str]:
-    """What the run is computed with."""
+    """The versions of the libraries that compute the run."""
     from syncnorm import __version__
 
     return {
@@ -33,61 +77,61 @@ def versions() -> dict[str, str]:
     }
 
 
-def capture(learner: Learner, position: Position) -> Snapshot:
-    """Gather the state of all workers; the tensors are those in use, not copies.
+def capture(setup: Setup, progress: Progress) -> Snapshot:
+    """Capture the state of all workers; the tensors are those in use, not copies.
 
-    *Collectives*: one gathering of what is each worker's own; every worker must call.
+    *Collectives*: one gathering of each worker's own state; every worker must call.
     """
-    learner.settle()
-    own: list[Any] = [None] * learner.workers.world_size
-    mine = {"rng": _random_state(), "buffers": _local(learner.model)}
-    if learner.average is not None:
-        mine["ema"] = _local(learner.average.module)
+    setup.flush_statistics()
+    own: list[Any] = [None] * setup.workers.world_size
+    mine = {"rng": _random_state(), "buffers": _own_buffers(setup.model)}
+    if setup.average is not None:
+        mine["ema"] = _own_buffers(setup.average.module)
     dist.all_gather_object(own, mine)
-    tensors = {"model": learner.model.state_dict()}
-    unsaved = {"model": buffers.unsaved(learner.model)}
-    if learner.average is not None:
-        tensors["ema"] = learner.average.state_dict()
-        unsaved["ema"] = buffers.unsaved(learner.average)
+    tensors = {"model": setup.model.state_dict()}
+    unsaved = {"model": buffers.unsaved(setup.model)}
+    if setup.average is not None:
+        tensors["ema"] = setup.average.state_dict()
+        unsaved["ema"] = buffers.unsaved(setup.average)
     return Snapshot(
-        step=position.step,
+        step=progress.step,
         tensors=tensors,
         states={
-            "optimizer": learner.optimizer.state_dict(),
-            "schedule": _plain(learner.schedule.state_dict()),
+            "optimizer": setup.optimizer.state_dict(),
+            "schedule": _plain_items(setup.schedule.state_dict()),
             "workers": own,
-            # What a model leaves out of its state dict it may change all the same.
+            # The model leaves these out of its state dict, and may change them all the same.
             **({"buffers": unsaved} if unsaved["model"] else {}),
         },
         facts={
-            "position": position.as_facts(),
-            "in_evaluation": in_evaluation(learner.model),
-            "world_size": learner.workers.world_size,
-            "config": learner.config.model_dump(),
+            "position": progress.as_facts(),
+            "in_evaluation": in_evaluation(setup.model),
+            "world_size": setup.workers.world_size,
+            "config": setup.config.model_dump(),
             "versions": versions(),
         },
     )
 
 
-def restore(learner: Learner, position: Position, snapshot: Snapshot) -> None:
-    """Put a snapshot's state in place, on every worker.
+def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
+    """Restore a snapshot's state, on every worker.
 
     Raises:
-        CheckpointError: it is not of this model, or lacks a part.
+        CheckpointError: it is of another model, or incomplete.
     """
     try:
         unsaved = snapshot.states.get("buffers", {})
-        buffers.load(learner.model, snapshot.tensors["model"], unsaved.get("model", {}))
-        if learner.average is not None:
-            buffers.load(learner.average, snapshot.tensors["ema"], unsaved.get("ema", {}))
+        buffers.load(setup.model, snapshot.tensors["model"], unsaved.get("model", {}))
+        if setup.average is not None:
+            buffers.load(setup.average, snapshot.tensors["ema"], unsaved.get("ema", {}))
         if "in_evaluation" in snapshot.facts:  # checkpoints of older versions lack it
-            put_in_evaluation(learner.model, snapshot.facts["in_evaluation"])
-        learner.optimizer.load_state_dict(snapshot.states["optimizer"])
-        learner.schedule.load_state_dict(snapshot.states["schedule"])
+            put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
+        setup.optimizer.load_state_dict(snapshot.states["optimizer"])
+        setup.schedule.load_state_dict(snapshot.states["schedule"])
         own = snapshot.states["workers"]
-        if len(own) == learner.workers.world_size:
-            _put_own(learner, own[learner.workers.rank])
-        position.become(snapshot.facts["position"])
+        if len(own) == setup.workers.world_size:
+            _restore_own(setup, own[setup.workers.rank])
+        progress.load_facts(snapshot.facts["position"])
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
@@ -95,8 +139,54 @@ def restore(learner: Learner, position: Position, snapshot: Snapshot) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The checkpoint that a run goes on from.
+
+    Args:
+        source: its name; None if there is none, and the run begins.
+        faults: messages about newer ones that are damaged.
+    """
+
+    source: str | None
+    faults: list[str] = field(default_factory=list)
+
+
+def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> Resumed:
+    """Restore the newest good checkpoint, if there is one, on every worker.
+
+    *Collectives*: one broadcast; every worker must call.
+
+    Args:
+        setup: newly built; left as it is if there is no checkpoint.
+        progress: is set to the checkpoint's.
+        store: on the first worker, which alone reads; None on the others.
+
+    Raises:
+        CheckpointError: the checkpoint is of another configuration; on all workers.
+    """
+    found: list[Any] = [None]
+    if store is not None:
+        # After a kill in the last save of all, nobody else removes its remains.
+        store.clean()
+        try:
+            snapshot, path, faults = store.newest()
+            if snapshot is not None:
+                check_same(setup.config, snapshot)
+            found = [(snapshot, None if path is None else path.name, faults)]
+        except CheckpointError as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], CheckpointError):
+        raise found[0]
+    snapshot, source, faults = found[0]
+    if snapshot is not None:
+        restore(setup, progress, snapshot)
+    return Resumed(source, faults)
+
+
 def check_same(config: Config, snapshot: Snapshot) -> None:
-    """CheckpointError unless the snapshot is of a run with the same mathematics."""
+    """Raise CheckpointError unless the snapshot is of a run with the same mathematics."""
     differences = different_keys(config, snapshot.facts.get("config"))
     if differences:
         raise CheckpointError(
@@ -106,42 +196,35 @@ def check_same(config: Config, snapshot: Snapshot) -> None:
 
 
 def different_keys(config: Config, other: Any) -> list[str]:
-    """The dotted keys that fix the result and differ between a configuration and the plain form of
-    another.
+    """List the dotted keys that fix the result and differ from another configuration's.
+
+    Args:
+        config: one configuration.
+        other: the other one as a dict; anything else differs in "all".
     """
     if not isinstance(other, dict):
         return ["all"]
-    mine = _flat(config.mathematics())
-    theirs = _flat(
-        {name: value for name, value in other.items() if name in ("model", "data", "norm", "train")}
-    )
+    mine = _flatten(config.mathematics())
+    theirs = _flatten({name: other[name] for name in MATHEMATICS if name in other})
     theirs.pop("data.root", None)
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(values, dict):
-        return {prefix: values}
-    if not values:
-        return {}
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        flat |= _flat(value, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    # An empty mapping says as much as a missing one.
+    return {".".join(map(str, key)): value for key, value in leaves(values) if value != {}}
 
 
-def _local(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers that are this worker's own."""
-    return {
-        name: value.cpu() for name, value in buffers.values(buffers.local_places(model)).items()
-    }
+def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Copy the buffers that are this worker's own."""
+    return {name: value.cpu() for name, value in buffers.values(buffers.local_slots(model)).items()}
 
 
-def _put_own(learner: Learner, own: dict[str, Any]) -> None:
-    buffers.put(learner.model, buffers.local_places(learner.model), own["buffers"])
-    if learner.average is not None and "ema" in own:  # checkpoints of older versions lack it
-        average = learner.average.module
-        buffers.put(average, buffers.local_places(average), own["ema"])
+def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
+    buffers.copy_into(setup.model, buffers.local_slots(setup.model), own["buffers"])
+    if setup.average is not None and "ema" in own:  # checkpoints of older versions lack it
+        average = setup.average.module
+        buffers.copy_into(average, buffers.local_slots(average), own["ema"])
     torch.set_rng_state(own["rng"]["torch"])
     if own["rng"]["cuda"] is not None:
         torch.cuda.set_rng_state(own["rng"]["cuda"])
@@ -158,12 +241,10 @@ def _random_state() -> dict[str, Any]:
     }
 
 
-def _plain(state: dict[str, Any]) -> dict[str, Any]:
-    """A schedule's state without what only its own code can load: a partial function says where it
-    is from.
-    """
+def _plain_items(state: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a schedule's state the objects of its own code, such as partial functions."""
     return {name: value for name, value in state.items() if _is_plain(value)} | {
-        name: [_plain(one) for one in value]
+        name: [_plain_items(one) for one in value]
         for name, value in state.items()
         if name == "_schedulers"
     }

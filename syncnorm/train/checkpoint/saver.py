@@ -12,13 +12,13 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 
 @dataclass(frozen=True)
 class SaveResult:
-    """How a save ended.
+    """The result of a save.
 
     Args:
         step: of the snapshot.
-        path: the checkpoint's folder, or None.
-        seconds: that writing took.
-        error: why there is none, or None.
+        path: the checkpoint's folder; None if the save failed.
+        seconds: time that writing took.
+        error: the reason of a failure; None if there was none.
     """
 
     step: int
@@ -33,7 +33,7 @@ class BackgroundSaver:
     At the interpreter's exit, a save that is under way is finished first.
 
     Args:
-        store: where to.
+        store: the run's checkpoints.
     """
 
     def __init__(self, store: CheckpointStore) -> None:
@@ -45,7 +45,7 @@ class BackgroundSaver:
         """Copy the snapshot to the CPU, and write the copy in the background.
 
         Returns:
-            False, and nothing is done, if the last one is still being written.
+            False, and nothing is done, if the last checkpoint is still being written.
 
         Raises:
             InputError: the snapshot holds something that could not be read back.
@@ -56,13 +56,13 @@ class BackgroundSaver:
         return True
 
     def wait(self) -> None:
-        """Wait until nothing is under way."""
+        """Wait until no save is under way."""
         futures.wait(self._saves)
 
-    def take_results(self) -> list[SaveResult]:
-        """Return how the saves ended that have ended since this was last asked, in their order.
+    def pop_results(self) -> list[SaveResult]:
+        """Pop the results of finished saves, in their order.
 
-        A disk that is full or gone is such a result, with the checkpoints from before as they were.
+        A full disk is such a result; the checkpoints from before are as they were.
 
         Raises:
             InputError: a snapshot held something that cannot be written.
@@ -77,5 +77,6 @@ class BackgroundSaver:
         try:
             path = self._store.write(snapshot, is_best=is_best)
         except (OSError, MemoryError, CheckpointError) as fault:
-            error = f"step {snapshot.step} could not be saved in {self._store.folder}: {str(fault) or 'out of memory'}"
+            reason = str(fault) or "out of memory"
+            error = f"step {snapshot.step} could not be saved in {self._store.folder}: {reason}"
         return SaveResult(snapshot.step, path, time.perf_counter() - started, error)

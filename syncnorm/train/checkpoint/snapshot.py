@@ -1,13 +1,14 @@
 """A training run at one moment, and the folder that holds it.
 
-    model.safetensors    tensors by name, one such file for each dictionary of tensors
-    optimizer.pt         plain values and tensors, for `torch.load(weights_only=True)`, one such file for each state
+    model.safetensors    tensors by name; one such file for each dictionary of tensors
+    optimizer.pt         plain values and tensors, for `torch.load(weights_only=True)`; one such
+                         file for each state
     state.json           facts
     manifest.json        size and SHA-256 of every other file; written last
 
-A digest finds what happened to a file by accident, or through others who left the manifest alone.
-It does not say who wrote the folder, so nothing in it is trusted: names, sizes and types are
-checked, and only plain values unpickled.
+A digest reveals damage to a file, by accident or by others who left the manifest alone. It does not
+say who wrote the folder, so nothing in it is trusted: names, sizes and types are checked, and only
+plain values unpickled.
 """
 
 import hashlib
@@ -32,15 +33,15 @@ from syncnorm.train import files
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-# Far above what a record of ours needs, and far below what does harm.
-MAX_RECORD_BYTES = 1 << 20
+# Far above the size of a manifest, and far below one that does harm.
+MAX_JSON_BYTES = 1 << 20
 
 _NAME = "[a-z][a-z0-9_]{0,63}"
 _CONTAINERS = (dict, OrderedDict, Counter)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 T = TypeVar("T")
-RecordT = TypeVar("RecordT", bound=BaseModel)
+ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,8 @@ class Snapshot:
         step: optimizer steps done.
         tensors: dictionaries of tensors, each a file NAME.safetensors.
         states: plain values and tensors, in dictionaries, lists and tuples, each a file NAME.pt.
-        facts: what JSON can hold, for people and programs to read in state.json. What JSON has no
-            word for comes back as JSON has it: a tuple as a list, a number that is a key as a
-            string.
+        facts: values for JSON, for people and programs to read in state.json. They come back as
+            JSON has them: a tuple as a list, a number that is a key as a string.
 
     Raises:
         InputError: a name does not suit a file, or the step is no count.
@@ -74,7 +74,7 @@ class Snapshot:
                 )
 
     def on_cpu(self) -> "Snapshot":
-        """Copy every tensor and container, so that what training does next does not show.
+        """Copy every tensor and container, so that further training does not change the snapshot.
 
         Raises:
             InputError: something could not be read back: an object, an array, a function.
@@ -87,16 +87,16 @@ class Snapshot:
         )
 
 
-class _Record(BaseModel):
+class _JsonModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class _Entry(_Record):
+class _Entry(_JsonModel):
     size: int = Field(ge=0)
     sha256: Annotated[str, StringConstraints(pattern="^[0-9a-f]{64}$")]
 
 
-class _Manifest(_Record):
+class _Manifest(_JsonModel):
     format: Literal["syncnorm-checkpoint"]
     version: int = Field(ge=1, le=1)
     step: int = Field(ge=0, lt=10**18)
@@ -107,8 +107,9 @@ class _Manifest(_Record):
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
-    """Make `folder` and bring the snapshot to disk in it; the folder's own entry is left to the
-    caller.
+    """Make `folder` and write the snapshot into it, on disk on return.
+
+    The folder's own entry in its parent is left to the caller.
 
     Raises:
         OSError: it could not be written; a part of it may be there.
@@ -125,15 +126,14 @@ def write_snapshot(folder: Path, snapshot: Snapshot) -> None:
 
 
 def read_snapshot(folder: Path) -> Snapshot:
-    """Read a snapshot's folder, each file once: the bytes that were verified are those that are
-    parsed.
+    """Read a snapshot's folder, each file once: the verified bytes are the parsed bytes.
 
     Raises:
-        CheckpointError: it is damaged, incomplete, more than complete, or something else.
+        CheckpointError: it is damaged, incomplete, has further files, or is something else.
     """
     if not folder.is_dir():
         raise CheckpointError(f"`{folder}` must be a checkpoint's folder, got no folder")
-    manifest = read_record(folder / MANIFEST, _Manifest)
+    manifest = read_json(folder / MANIFEST, _Manifest)
     _check_listing(folder, manifest)
     tensors: dict[str, dict[str, Tensor]] = {}
     states: dict[str, Any] = {}
@@ -151,21 +151,21 @@ def read_snapshot(folder: Path) -> Snapshot:
     return Snapshot(manifest.step, tensors, states, facts)
 
 
-def read_record(path: Path, kind: type[RecordT]) -> RecordT:
+def read_json(path: Path, kind: type[ModelT]) -> ModelT:
     """Read a small JSON file.
 
     Raises:
-        CheckpointError: it is not what `kind` describes.
+        CheckpointError: it does not fit the model `kind`.
     """
-    data = _read(path, range(MAX_RECORD_BYTES + 1), f"at most {MAX_RECORD_BYTES} bytes")
+    data = _read(path, range(MAX_JSON_BYTES + 1), f"at most {MAX_JSON_BYTES} bytes")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
-        key = "".join(f"{_short(part)}: " for part in first["loc"])
+        key = "".join(f"{reprlib.repr(part)}: " for part in first["loc"])
         raise CheckpointError(
             f"`{path}` must be as this version of syncnorm writes it: {key}{first['msg']}, got "
-            f"{_short(first['input'])}"
+            f"{reprlib.repr(first['input'])}"
         ) from None
 
 
@@ -183,23 +183,23 @@ def _copy_tensor(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
-def _copy(value: Any, place: str) -> Any:
+def _copy(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         return _copy_tensor(value)
     kind = type(value)
     if kind in _CONTAINERS:
         return kind(
             {
-                _copy(key, f"{place}, key"): _copy(child, f"{place}[{key!r}]")
+                _copy(key, f"{name}, key"): _copy(child, f"{name}[{key!r}]")
                 for key, child in value.items()
             }
         )
     if kind in (list, tuple):
-        return kind(_copy(child, f"{place}[{index}]") for index, child in enumerate(value))
+        return kind(_copy(child, f"{name}[{index}]") for index, child in enumerate(value))
     if kind in _PLAIN:
         return value
     raise InputError(
-        f"`{place}` must be a tensor, a plain value or a container of them, got {kind.__qualname__}"
+        f"`{name}` must be a tensor, a plain value or a container of them, got {kind.__qualname__}"
     )
 
 
@@ -244,7 +244,7 @@ def _check_listing(folder: Path, manifest: _Manifest) -> None:
         )
     for name in sorted(found - {MANIFEST, *manifest.files}):
         raise CheckpointError(
-            f"`{folder}` must hold what {MANIFEST} lists and nothing else, got {_short(name)}"
+            f"`{folder}` must hold what {MANIFEST} lists and nothing else, got {reprlib.repr(name)}"
         )
 
 
@@ -276,9 +276,7 @@ def _read(path: Path, sizes: range, rule: str) -> bytes:
 def _parse(path: Path, data: bytes, what: str, parse: Callable[[bytes], T]) -> T:
     try:
         return parse(data)
-    except (
-        Exception
-    ) as error:  # parsers met with whatever bytes: there is no list of what they raise
+    except Exception as error:  # parsers of any bytes: there is no list of what they raise
         raise CheckpointError(
             f"`{path}` must hold {what} and nothing else, got {type(error).__name__}"
         ) from None
@@ -293,8 +291,3 @@ def _load_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise TypeError
     return value
-
-
-def _short(value: object) -> str:
-    # What others wrote may be long, and repr writes out line ends and their like.
-    return reprlib.repr(value)

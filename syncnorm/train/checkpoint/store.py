@@ -1,11 +1,11 @@
-"""Checkpoints of a run: each is whole or absent, whenever the process dies.
+"""The checkpoints of a run on disk: each is whole or absent, whenever the process dies.
 
     CHECKPOINTS/step-00000012/   a snapshot's folder (`syncnorm.train.checkpoint.snapshot`)
     CHECKPOINTS/best.json        which step was marked as the best
 
 A checkpoint is written under a name that starts with `.tmp-`, brought to disk, and renamed: that is
-the moment from which it exists. Whatever else has such a name was left by a writer that died, and
-the next write removes it.
+the moment from which it exists. Anything else with such a name is the remains of a writer that
+died, and the next write removes it.
 """
 
 import re
@@ -19,7 +19,7 @@ from syncnorm.train import files
 from syncnorm.train.checkpoint.snapshot import (
     MANIFEST,
     Snapshot,
-    read_record,
+    read_json,
     read_snapshot,
     write_snapshot,
 )
@@ -27,8 +27,7 @@ from syncnorm.train.checkpoint.snapshot import (
 __all__ = ["CheckpointStore", "Snapshot"]
 
 BEST = "best.json"
-# In front of the name of a checkpoint that is being replaced, while neither it nor its successor is
-# in place.
+# Prefix of a checkpoint that is being replaced, while neither it nor its successor is in place.
 _ASIDE = ".tmp-old-"
 _FOLDER = re.compile(rf"({re.escape(_ASIDE)})?step-([0-9]{{8,18}})")
 
@@ -39,8 +38,8 @@ class CheckpointStore:
     Only one process writes; others may read meanwhile.
 
     Args:
-        folder: is made when the first checkpoint is written.
-        keep: how many of the newest to keep, besides the best one.
+        folder: made when the first checkpoint is written.
+        keep: number of the newest to keep, besides the best one.
     """
 
     def __init__(self, folder: Path, keep: int = 3) -> None:
@@ -50,12 +49,11 @@ class CheckpointStore:
         self._keep = keep
 
     def write(self, snapshot: Snapshot, *, is_best: bool = False) -> Path:
-        """Write a checkpoint, which is on disk on return; then remove those that are no longer to
-        be kept.
+        """Write a checkpoint, which is on disk on return; then remove old ones.
 
         One of the same step is replaced as a whole; if it was marked as the best, it stays so.
-        Checkpoints of later steps, which a run that went back to an earlier one has still before
-        it, are left alone.
+        Checkpoints of later steps are left alone: a run that went back to an earlier one has yet to
+        write them again.
 
         Returns:
             The checkpoint's folder.
@@ -73,8 +71,9 @@ class CheckpointStore:
             self._clean()
             try:
                 write_snapshot(temporary, snapshot)
-                # The mark comes first, with the one before to hold until the checkpoint is there:
-                # the other way round a kill in between would leave the best one unmarked.
+                # The mark comes first, and names the best one before as well, which holds until the
+                # checkpoint is there: the other way round a kill in between would leave the best
+                # one unmarked.
                 if is_best:
                     self._mark_best(snapshot.step)
                 self._put_in_place(temporary, path)
@@ -88,18 +87,15 @@ class CheckpointStore:
         return path
 
     def clean(self) -> None:
-        """Remove what writers that died have left, unless one is at work.
-
-        `write` does it too, if there is another.
-        """
+        """Remove the remains of writers that died, unless a writer is at work; so does `write`."""
         with suppress(OSError, CheckpointError), files.only_writer(self.folder):
             self._clean()
 
     def read(self, path: Path) -> Snapshot:
-        """Read a checkpoint, each file once: what was verified is what is parsed.
+        """Read a checkpoint, each file once: the verified bytes are the parsed bytes.
 
         Raises:
-            CheckpointError: it is damaged, incomplete, more than complete, or no checkpoint.
+            CheckpointError: it is damaged, incomplete, has further files, or is no checkpoint.
         """
         snapshot = read_snapshot(path)
         if _step_of(path) not in (None, snapshot.step):
@@ -112,7 +108,7 @@ class CheckpointStore:
         """Read the newest checkpoint that is good.
 
         Returns:
-            The snapshot and its folder, or None and None; and what is wrong with each newer one.
+            The snapshot and its folder, or None and None; and a message about each newer one.
 
         Raises:
             CheckpointError: the folder of all checkpoints is there and cannot be listed.
@@ -122,28 +118,27 @@ class CheckpointStore:
             try:
                 return self.read(path), path, faults
             except CheckpointError as error:
-                # Gone is what a writer has pruned meanwhile.
-                if _is_there(path):
+                # One that is gone was pruned by a writer meanwhile.
+                if _exists(path):
                     faults.append(str(error))
         return None, None, faults
 
     def best(self) -> Path | None:
-        """Return the folder of the one marked as the best, if there is one.
+        """Find the folder of the checkpoint marked as the best, if there is one.
 
         Raises:
             CheckpointError: the mark cannot be read.
         """
         path = self.folder / BEST
-        if not _is_there(path):
+        if not _exists(path):
             return None
-        mark = read_record(path, _Mark)
+        mark = read_json(path, _Mark)
         folders = self._folders()
         steps = [step for step in (mark.step, mark.before) if step in folders]
         return folders[steps[0]] if steps else None
 
     def _folders(self) -> dict[int, Path]:
-        # From steps to what is in place, or was before the kill that came in the middle of
-        # replacing it.
+        # By step, the folder in place; or the one set aside, if a kill came while it was replaced.
         try:
             paths = list(self.folder.iterdir())
         except FileNotFoundError:
@@ -153,7 +148,7 @@ class CheckpointStore:
                 f"`{self.folder}` must be a folder of checkpoints: {error.strerror}"
             ) from None
         folders: dict[int, Path] = {}
-        # Sorted, so that what is in place comes after what was set aside.
+        # Sorted, so that a folder in place comes after the one set aside, and holds.
         for path in sorted(paths):
             step = _step_of(path)
             if step is not None:
@@ -177,7 +172,7 @@ class CheckpointStore:
 
     def _put_in_place(self, temporary: Path, path: Path) -> None:
         aside = path.with_name(_ASIDE + path.name)
-        is_replaced = _is_there(path)
+        is_replaced = _exists(path)
         if is_replaced:
             path.rename(aside)
         try:
@@ -202,7 +197,7 @@ class CheckpointStore:
 
 
 class _Mark(BaseModel):
-    """The best step; the one `before` holds until the checkpoint of `step` is in place."""
+    """The mark of the best step; `before` holds until the checkpoint of `step` is in place."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -221,5 +216,5 @@ def _step_of(path: Path) -> int | None:
     return int(match[2])
 
 
-def _is_there(path: Path) -> bool:
+def _exists(path: Path) -> bool:
     return path.is_symlink() or path.exists()

@@ -11,14 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.schema import REFERENCE, Config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.config.strict_yaml import printable
 
 _PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., Any]:
-    """Import what a configuration names.
+    """Import the callable that a configuration names.
 
     Args:
         reference: `package.module:callable`.
@@ -32,7 +33,7 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
     module_name, name = check_allowed(reference, allowed, key)
     try:
         found = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # whatever the module does as it is run
+    except (Exception, SystemExit) as error:  # a module may raise anything as it is run
         cause = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         raise ConfigError(
             f"`{key}` must name what can be imported, got {reference!r}: {cause}. "
@@ -46,7 +47,7 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
 
 
 def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str, str]:
-    """Split a reference that may be imported into module and name; imports nothing.
+    """Check that a reference may be imported, and split it into module and name; import nothing.
 
     Raises:
         ConfigError: it is no reference, or not allowed.
@@ -71,8 +72,9 @@ def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str
 
 
 def check_callables(config: Config, allowed: Sequence[str]) -> None:
-    """Check that all that a configuration names is allowed, before anything is started; imports
-    nothing.
+    """Check that every callable of a configuration is allowed, before anything is started.
+
+    Imports nothing.
 
     Raises:
         ConfigError: see `check_allowed`.

@@ -1,8 +1,9 @@
 """From a file and overrides to a `Config`: find, read, override, check.
 
-Whatever is wrong ends in one `ConfigError` that names the file or the key.
+Every problem ends in one `ConfigError` that names the file or the key.
 """
 
+import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ from pydantic import ValidationError
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config import strict_yaml
-from syncnorm.train.config.messages import OPEN_SECTIONS, Key, describe, show_value
+from syncnorm.train.config.messages import OPEN_SECTIONS, describe
 from syncnorm.train.config.schema import Config
+from syncnorm.train.config.section import Key
 
 # A configuration is a page; anything near this size is another kind of file.
 _MAX_BYTES = 100_000
@@ -26,8 +28,8 @@ class Written:
     Args:
         path: of the file.
         text: of the file.
-        values: of the file, with the overrides in their places.
-        overridden: the keys of the overrides.
+        values: of the file, with the overrides applied.
+        overridden: keys that the overrides set.
     """
 
     path: Path
@@ -46,24 +48,24 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
             `null`.
 
     Raises:
-        ConfigError: naming the file or the key, and what would be right.
+        ConfigError: names the file or the key, and the values that would be right.
     """
     return check(read(source, overrides))
 
 
 def read(source: str, overrides: Sequence[str] = ()) -> Written:
-    """`load_config` up to the check of the keys and values."""
+    """Read a configuration without checking its keys and values; arguments as in `load_config`."""
     path = find_config(source)
     text = _read_text(path)
     values = strict_yaml.parse(text, str(path))
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: must be a mapping of sections, got {show_value(values)}")
+        raise ConfigError(f"{path}: must be a mapping of sections, got {reprlib.repr(values)}")
     keys = [_apply(values, override) for override in overrides]
     return Written(path, text, values, frozenset(keys))
 
 
 def check(written: Written) -> Config:
-    """`load_config` from where `read` ends."""
+    """Check the keys and values of a configuration that `read` has read."""
     try:
         return Config.model_validate(written.values)
     except ValidationError as error:
@@ -110,19 +112,16 @@ def _read_text(path: Path) -> str:
 
 
 def _apply(values: dict[str, Any], override: str) -> Key:
-    """Set one key of the nested `values`.
-
-    Whether the schema knows it is checked later, as for a file's.
-    """
+    """Set one key of the nested `values`; the schema is checked later, as for a file's keys."""
     name, equals, text = override.partition("=")
-    shown = f"override {show_value(override)}"
+    shown = f"override {reprlib.repr(override)}"
     key = _split(name)
     if not equals or not all(key):
         raise ConfigError(f"{shown} must have the form section.key=value")
     value = strict_yaml.parse(text, shown)
     if isinstance(value, dict):
         raise ConfigError(
-            f"{shown}: the value must be a value or a list of values, got {show_value(value)}"
+            f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}"
         )
     for depth, part in enumerate(key[:-1], start=1):
         values = values.setdefault(part, {})

@@ -1,6 +1,4 @@
-"""What is wrong with a configuration, in words: pydantic's findings as one message for the person
-who wrote it.
-"""
+"""Error messages about a configuration: pydantic's findings, in words for its author."""
 
 import re
 import reprlib
@@ -11,26 +9,23 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from syncnorm.train import optim
-from syncnorm.train.config.nearest import nearest
 from syncnorm.train.config.schema import Config, TrainSection
+from syncnorm.train.config.section import Key, nearest
 from syncnorm.train.config.strict_yaml import printable
 
-# The path of a key, such as ("train", "lr").
-Key = tuple[str, ...]
-
-# Sections that take, beside their keys, the arguments of what they name.
+# Sections that take, beside their keys, the arguments of the class that they name.
 OPEN_SECTIONS: Collection[Key] = (("train", "optimizer"), ("train", "schedule"))
 
 _MAX_PROBLEMS = 20
 
 
 def describe(error: ValidationError, values: Mapping[str, Any], overridden: Collection[Key]) -> str:
-    """Put everything that is wrong into one message, a line for each problem.
+    """Write one message about all problems, a line for each.
 
     Args:
         error: from the check of `values`.
         values: the configuration as it was written.
-        overridden: keys whose values are from the command line.
+        overridden: keys that the command line sets.
     """
     problems = [
         _problem(detail, values, overridden)
@@ -43,15 +38,10 @@ def describe(error: ValidationError, values: Mapping[str, Any], overridden: Coll
     return "\n  ".join([f"{error.error_count()} problems", *problems])
 
 
-def show_value(value: Any) -> str:
-    """A value on one line, and not all of a long one."""
-    return reprlib.repr(value)
-
-
 def _problem(
     detail: Mapping[str, Any], values: Mapping[str, Any], overridden: Collection[Key]
 ) -> str:
-    # Without the tags of alternatives, which are in brackets.
+    # Without pydantic's tags of alternatives, which are in brackets.
     key = tuple(str(part) for part in detail["loc"] if not str(part).startswith("("))
     message = _message(key, detail, values)
     remedy = ""
@@ -61,20 +51,22 @@ def _problem(
         and detail["type"] != "model_type"
     ):
         remedy = _open_remedy(key, detail["type"], values, overridden)
-    return printable(f"{message}{remedy}{_origin(key, message, overridden)}")
+    return printable(f"{message}{remedy}{_command_line_note(key, message, overridden)}")
 
 
 def _message(key: Key, detail: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     message = " ".join(detail["msg"].removeprefix("Value error, ").split())
-    got = show_value(detail["input"])
+    got = reprlib.repr(detail["input"])
     name = show_key(key)
     match detail["type"]:
         case "extra_forbidden" if key[:-1] in OPEN_SECTIONS:
             return f"{name} is not an argument of {_named(key[:-1], values)} here"
         case "extra_forbidden" if "." in key[-1] and ".".join(key) in _all_keys(Config):
-            return f"{name} must be written as sections in a file: `{key[-1].replace('.', ': {')}: ...`"
+            nested = key[-1].replace(".", ": {")
+            return f"{name} must be written as sections in a file: `{nested}: ...`"
         case "extra_forbidden":
-            return f"{name} is not a key. The nearest key is `{nearest('.'.join(key), list(_all_keys(Config)))}`."
+            known = nearest(".".join(key), list(_all_keys(Config)))
+            return f"{name} is not a key. The nearest key is `{known}`."
         case "missing" if key[:-1] in OPEN_SECTIONS:
             return f"{name} is missing, which {_named(key[:-1], values)} needs"
         case "missing":
@@ -91,14 +83,12 @@ def _message(key: Key, detail: Mapping[str, Any], values: Mapping[str, Any]) -> 
             # names for types
             rule = re.sub("^[A-Z][a-z]+ should", "must", message)
             rule = rule.replace("valid dictionary", "mapping").replace("valid tuple", "list")
-            wrong_type = kind.endswith("_type") or kind == "literal_error"
-            return (
-                f"{name} {rule}{' or null' if wrong_type and _takes_null(key) else ''}, got {got}"
-            )
+            is_type = kind.endswith("_type") or kind == "literal_error"
+            return f"{name} {rule}{' or null' if is_type and _is_nullable(key) else ''}, got {got}"
 
 
 def show_key(key: Key) -> str:
-    """A key as a message shows it, and not all of a long one."""
+    """Quote a key for a message, cut off if it is long."""
     dotted = printable(".".join(key))
     return f"`{dotted}`" if len(dotted) <= 100 else f"`{dotted[:97]}...`"
 
@@ -114,8 +104,8 @@ def _named(section: Key, values: Mapping[str, Any]) -> str:
     )
 
 
-def _origin(key: Key, message: str, overridden: Collection[Key]) -> str:
-    """Say which of the keys that the message is about are from the command line."""
+def _command_line_note(key: Key, message: str, overridden: Collection[Key]) -> str:
+    """List the keys that the message is about and the command line sets."""
     if key in overridden:
         return " (from the command line)"
     # A rule between keys mentions them by their last part.
@@ -129,7 +119,7 @@ def _origin(key: Key, message: str, overridden: Collection[Key]) -> str:
 def _open_remedy(
     key: Key, kind: str, values: Mapping[str, Any], overridden: Collection[Key]
 ) -> str:
-    """What to do about arguments that do not fit what their section names."""
+    """Write a remedy for arguments that do not fit the class that their section names."""
     section = key[:2]
     target, dotted = _named(section, values), ".".join(section)
     if (*section, "name") in overridden and key not in overridden:
@@ -141,23 +131,19 @@ def _open_remedy(
             for name in written
             if (*section, name) not in overridden and name in (key[2:] or written)
         ]
+        if not unfit:
+            return ""
         out = ", ".join(f"`{dotted}.{name}=null`" for name in unfit)
-        return (
-            f". The command line names {target}: take out what is the file's with {out}."
-            if unfit
-            else ""
-        )
+        return f". The command line names {target}: take out what is the file's with {out}."
     if kind != "extra_forbidden":
         return ""
     known = [f"{dotted}.{argument}" for argument in optim.arguments(target).model_fields]
-    return (
-        f". The nearest key is `{nearest('.'.join(key), [*known, 'train.lr'])}`."
-        if known
-        else ". It takes none."
-    )
+    if not known:
+        return ". It takes none."
+    return f". The nearest key is `{nearest('.'.join(key), [*known, 'train.lr'])}`."
 
 
-def _takes_null(key: Key) -> bool:
+def _is_nullable(key: Key) -> bool:
     annotation: Any = Config
     for part in key:
         if not (

@@ -1,4 +1,4 @@
-"""The section `norm` of a configuration: which normalisation layers, where, and what they pool."""
+"""The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
 import re
 import reprlib
@@ -23,13 +23,15 @@ class RenormSection(Section):
     warmup_steps: Whole | None = Field(
         default=None,
         ge=0,
-        description="steps of plain batch normalisation; null, all three: the paper's, scaled to the run",
+        description="steps of plain batch normalisation; null, all three: the paper's, scaled to "
+        "the run",
     )
     r_steps: Whole | None = Field(default=None, ge=0, description="step at which r_max is reached")
     d_steps: Whole | None = Field(default=None, ge=0, description="step at which d_max is reached")
     running_average: Literal["std", "var"] = Field(
         default="std",
-        description="std averages the standard deviation, as in the paper; var the unbiased variance",
+        description="std averages the standard deviation, as in the paper; var the unbiased "
+        "variance",
     )
 
     @model_validator(mode="after")
@@ -43,7 +45,7 @@ class RenormSection(Section):
         return self
 
     def schedule(self, total_steps: int) -> RenormSchedule:
-        """The schedule for a run of so many steps."""
+        """Make the schedule for a run of `total_steps` steps."""
         if self.warmup_steps is None or self.r_steps is None or self.d_steps is None:
             return RenormSchedule(self.r_max, self.d_max).scaled(total_steps)
         return RenormSchedule(self.r_max, self.d_max, self.warmup_steps, self.r_steps, self.d_steps)
@@ -52,9 +54,8 @@ class RenormSection(Section):
 def _regular_expressions(rules: dict[str, NormName]) -> dict[str, NormName]:
     for pattern in rules:
         try:
-            with warnings.catch_warnings(
-                action="error", category=FutureWarning
-            ):  # "[[": of more than one meaning
+            # "[[" is a FutureWarning: it may mean something else one day.
+            with warnings.catch_warnings(action="error", category=FutureWarning):
                 re.compile(pattern)
         except (re.error, FutureWarning, OverflowError, RecursionError) as error:
             raise ValueError(
@@ -68,19 +69,19 @@ class NormSection(Section):
 
     name: NormName = Field(
         default="sync_batch_norm",
-        description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, with the statistics "
-        "of each worker's forward; group_norm has up to 32 groups; frozen is a batch norm that "
-        "only evaluates",
+        description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, "
+        "with the statistics of each worker's forward; group_norm has up to 32 groups; frozen is a "
+        "batch norm that only evaluates",
     )
     rules: Annotated[dict[str, NormName], AfterValidator(_regular_expressions)] = Field(
         default={},
-        description="other layers for some places: from a regular expression, searched for in the layer's name within "
-        "the model, to a name as above; the first that is found holds",
+        description="other layers for some places: from a regular expression, searched for in the "
+        "layer's name within the model, to a name as above; the first that is found holds",
     )
     sync: Literal["batch", "running", "lagged", "none"] = Field(
         default="batch",
-        description="what our layers pool over all workers: each batch, the running statistics, averages that are "
-        "one step old, or nothing",
+        description="what our layers pool over all workers: each batch, the running statistics, "
+        "averages that are one step old, or nothing",
     )
     momentum: Finite | None = Field(
         default=None,
@@ -104,7 +105,7 @@ class NormSection(Section):
                     f"sync must be none with name {self.name}, got {self.sync!r}. Use name "
                     "sync_batch_norm to pool."
                 )
-            # What is written down is what holds, and is accepted when it is read again.
+            # So that the run's config.yaml has the value that holds, and can be read again.
             object.__setattr__(self, "sync", "none")
         if "sync_batch_renorm" not in self.names and self.renorm != RenormSection():
             raise ValueError(

@@ -1,97 +1,51 @@
-"""The schema of a training configuration: what every key means and which values it takes.
+"""The schema of a training configuration: the meaning and the values of every key.
 
-`syncnorm.train.config.file` reads files and overrides into it. A section is frozen and refuses keys
-that it does not know, so a `Config` that exists is a `Config` that is right, as far as that can be
-seen without data.
+`syncnorm.train.config.file` reads files and overrides into it. A section is frozen and refuses
+unknown keys, so every `Config` is right, as far as that can be seen without data.
 
-`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections say where it is
-computed and what is written down, and may change when a run is resumed.
+`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections fix where it is
+computed and what is recorded, and may change when a run is resumed.
 """
 
-import re
-import reprlib
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
-from pydantic.config import JsonDict
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from syncnorm.train import optim
-from syncnorm.train.config.nearest import nearest
 from syncnorm.train.config.norm import NormSection
-from syncnorm.train.config.section import Finite, Section, Whole
+from syncnorm.train.config.section import (
+    REFERENCE,
+    Finite,
+    LocalPath,
+    Options,
+    Section,
+    Whole,
+    check_name_or_reference,
+    name_or_reference_schema,
+)
 from syncnorm.train.data.datasets import DATASETS
 from syncnorm.train.models import MODELS
 
-# `package.module:callable`, nothing of it private: not `__main__`, not `__builtins__`
-REFERENCE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
-
-
-# A path would make a local folder of it: s3://bucket becomes s3:/bucket.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# The sections that fix a run's result.
+MATHEMATICS = ("model", "data", "norm", "train")
 
 
 def _known_model(name: str) -> str:
-    return _one_of(name, list(MODELS))
+    return check_name_or_reference(name, list(MODELS))
 
 
 def _known_dataset(name: str) -> str:
-    return _one_of(name, list(DATASETS))
-
-
-def _one_of(name: str, known: list[str]) -> str:
-    if name in known or REFERENCE.fullmatch(name):
-        return name
-    raise ValueError(
-        f"must be one of {', '.join(known)}, or package.module:callable, got {reprlib.repr(name)}. "
-        f"The nearest is {nearest(name, known)!r}."
-    )
-
-
-def _string_keys(options: Any) -> Any:
-    if isinstance(options, dict):
-        for name in options:
-            if not name.isidentifier():
-                raise ValueError(f"must have names of arguments as keys, got {reprlib.repr(name)}")
-    return options
-
-
-Options = Annotated[dict[str, Any], BeforeValidator(_string_keys)]
-
-
-def _place(text: str) -> str:
-    if "\0" in text:
-        raise ValueError(f"must be a path, got {reprlib.repr(text)}")
-    if _ADDRESS.match(text):
-        raise ValueError(
-            f"must be a path on a file system of this machine, got {reprlib.repr(text)}. "
-            "Mount what is elsewhere, and give the path of a mounted folder, without file://."
-        )
-    return text
-
-
-Place = Annotated[str, Field(min_length=1), AfterValidator(_place)]
-
-
-def _name_or_reference(known: Iterable[str]) -> JsonDict:
-    return {"anyOf": [{"enum": list(known)}, {"pattern": f"^{REFERENCE.pattern}$"}]}
+    return check_name_or_reference(name, list(DATASETS))
 
 
 class ModelSection(Section):
     """The network."""
 
     name: Annotated[str, AfterValidator(_known_model)] = Field(
-        description="a network of syncnorm.train.models, or package.module:callable, which is called with in_channels, "
-        "num_classes, norm_layer and `options`; its package must be allowed on the command line",
-        json_schema_extra=_name_or_reference(MODELS),
+        description="a network of syncnorm.train.models, or package.module:callable, which is "
+        "called with in_channels, num_classes, norm_layer and `options`; its package must be "
+        "allowed on the command line",
+        json_schema_extra=name_or_reference_schema(MODELS),
     )
     options: Options = Field(default={}, description="further arguments of a callable")
 
@@ -116,15 +70,17 @@ class AugmentSection(Section):
 
 
 class DataSection(Section):
-    """What it learns from."""
+    """The data set."""
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
-        description="a data set of syncnorm.train.data.datasets, or package.module:callable, which is called with root and "
-        "`options` and returns a syncnorm.train.data.datasets.Dataset; its package must be allowed on the "
-        "command line",
-        json_schema_extra=_name_or_reference(DATASETS),
+        description="a data set of syncnorm.train.data.datasets, or package.module:callable, which "
+        "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset; its "
+        "package must be allowed on the command line",
+        json_schema_extra=name_or_reference_schema(DATASETS),
     )
-    root: Place | None = Field(default=None, description="folder that holds the data set's files")
+    root: LocalPath | None = Field(
+        default=None, description="folder that holds the data set's files"
+    )
     augment: AugmentSection = Field(
         default=AugmentSection(), description="random changes to training images"
     )
@@ -167,16 +123,14 @@ class OptimizerSection(Section):
 
 
 class ScheduleSection(Section):
-    """How the learning rate changes, step by step; every further key is an argument of a class of
-    torch's.
-    """
+    """The schedule of the learning rate; every further key is an argument of a class of torch's."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
 
     name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
         default="cosine",
-        description="cosine, linear (both down to 0 at the end of the run), constant, or a class of "
-        "torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its "
+        description="cosine, linear (both down to 0 at the end of the run), constant, or a class "
+        "of torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its "
         "arguments",
         json_schema_extra={"enum": [*optim.FACTORS, *optim.SCHEDULERS]},
     )
@@ -222,7 +176,8 @@ class TrainSection(Section):
         default=None,
         gt=0,
         lt=1,
-        description="decay of an average of parameters and running statistics, which is what is evaluated; null: none",
+        description="decay of an average of parameters and running statistics, which is what is "
+        "evaluated; null: none",
     )
     autocast: Literal["bfloat16"] | None = Field(
         default=None, description="type of convolutions and products"
@@ -247,8 +202,7 @@ class TrainSection(Section):
         if self.norm_batch is not None and self.global_batch % self.norm_batch:
             raise ValueError(
                 f"norm_batch must be a divisor of global_batch = {self.global_batch}, got "
-                f"{self.norm_batch}. "
-                "A step consists of whole statistics."
+                f"{self.norm_batch}. A step consists of whole statistics."
             )
         if self.autocast is not None and self.dtype != "float32":
             raise ValueError(
@@ -264,7 +218,7 @@ class TrainSection(Section):
 
 
 class CheckpointSection(Section):
-    """What is kept to go on from."""
+    """The checkpoints that a run can go on from."""
 
     every: Whole | None = Field(
         default=None, ge=1, description="steps between checkpoints; null: one after each epoch"
@@ -276,7 +230,7 @@ class CheckpointSection(Section):
 
 
 class FollowSection(Section):
-    """What is written down while it trains."""
+    """The record of a run while it trains."""
 
     every: Whole = Field(
         default=50,
@@ -294,7 +248,7 @@ class FollowSection(Section):
     )
 
 
-# The tags keep pydantic from telling what is wrong with a number as a range, too.
+# With the tags pydantic does not report a wrong number as a wrong range, too.
 WorkerCount = Annotated[int, Field(ge=1, le=256), Tag("(number)")]
 WorkerRange = Annotated[
     list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=2, max_length=2), Tag("(range)")
@@ -306,12 +260,13 @@ def _number_or_range(value: Any) -> str:
 
 
 class LaunchSection(Section):
-    """Where it is computed. Under torchrun its own flags decide the number of workers."""
+    """The processes of a run. Under torchrun its own flags decide the number of workers."""
 
     workers: Annotated[WorkerCount | WorkerRange, Discriminator(_number_or_range)] = Field(
         default=1,
-        description="processes that `syncnorm train` starts on this machine, or a Ray job on its cluster; a pair "
-        "[fewest, most]: on a cluster as many as there is room for, on one machine the most",
+        description="processes that `syncnorm train` starts on this machine, or a Ray job on its "
+        "cluster; a pair [fewest, most]: on a cluster as many as there is room for, on one machine "
+        "the most",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
@@ -320,7 +275,8 @@ class LaunchSection(Section):
     micro_batch: Whole | None = Field(
         default=None,
         ge=1,
-        description="most samples in one forward of a worker; its share of a step takes several if need be; null: any",
+        description="most samples in one forward of a worker; its share of a step takes several if "
+        "need be; null: any",
     )
     memory_gib: Finite | None = Field(
         default=None,
@@ -342,12 +298,12 @@ class LaunchSection(Section):
 
     @property
     def fewest_workers(self) -> int:
-        """How many workers there must be."""
+        """The least number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
     def most_workers(self) -> int:
-        """How many workers there are where there is room."""
+        """The number of workers where there is room."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @model_validator(mode="after")
@@ -371,7 +327,7 @@ class Config(Section):
         default=FollowSection(), description="what is written down while it trains"
     )
     launch: LaunchSection = Field(default=LaunchSection(), description="where it is computed")
-    run_dir: Place = Field(
+    run_dir: LocalPath = Field(
         default="runs", description="folder in which each run gets a folder of its own"
     )
 
@@ -382,22 +338,19 @@ class Config(Section):
 
     @property
     def is_grouped(self) -> bool:
-        """Whether a step has several statistics."""
+        """True if a step has several statistics of each layer."""
         return self.norm_batch < self.train.global_batch
 
     def mathematics(self) -> dict[str, Any]:
         """The sections that fix a run's result; a run can be resumed with others changed."""
-        return self.model_dump(
-            include={"model", "data", "norm", "train"}, exclude={"data": {"root"}}
-        )
+        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root"}})
 
     @model_validator(mode="after")
     def _statistics_are_pooled(self) -> Self:
         if self.train.norm_batch is not None and self.norm.sync != "batch":
             raise ValueError(
                 f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got "
-                f"{self.train.norm_batch}. "
-                "Only sync batch takes statistics over a number of samples that the configuration "
-                "fixes."
+                f"{self.train.norm_batch}. Only sync batch takes statistics over a number of "
+                "samples that the configuration fixes."
             )
         return self

@@ -1,15 +1,97 @@
-"""What the sections of a configuration are made of."""
+"""Building blocks of the schema: the base model of a section, and the types of values.
 
-from typing import Annotated
+Also the nearest known name to one that is not known, for messages.
+"""
 
-from pydantic import BaseModel, ConfigDict, Field
+import re
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.config import JsonDict
+
+# The path of a key, such as ("train", "lr").
+Key = tuple[str, ...]
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 # More of anything is a slip of the pen; Python would take it, torch and float would not.
 Whole = Annotated[int, Field(le=1_000_000_000)]
+
+# `package.module:callable`, nothing of it private: not `__main__`, not `__builtins__`
+REFERENCE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
+
+# As a path it would make a local folder: s3://bucket becomes s3:/bucket.
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Section(BaseModel):
     """A group of keys. Strict: "3" is no integer, and neither is true."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _keyword_arguments(options: Any) -> Any:
+    if isinstance(options, dict):
+        for name in options:
+            if not name.isidentifier():
+                raise ValueError(f"must have names of arguments as keys, got {reprlib.repr(name)}")
+    return options
+
+
+Options = Annotated[dict[str, Any], BeforeValidator(_keyword_arguments)]
+
+
+def _local_path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError(f"must be a path, got {reprlib.repr(text)}")
+    if _URL.match(text):
+        raise ValueError(
+            f"must be a path on a file system of this machine, got {reprlib.repr(text)}. "
+            "Mount what is elsewhere, and give the path of a mounted folder, without file://."
+        )
+    return text
+
+
+LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
+
+
+def check_name_or_reference(name: str, known: Sequence[str]) -> str:
+    """Return `name`; ValueError if it is neither a known name nor a reference to a callable."""
+    if name in known or REFERENCE.fullmatch(name):
+        return name
+    raise ValueError(
+        f"must be one of {', '.join(known)}, or package.module:callable, got {reprlib.repr(name)}. "
+        f"The nearest is {nearest(name, known)!r}."
+    )
+
+
+def name_or_reference_schema(known: Iterable[str]) -> JsonDict:
+    """Describe in JSON Schema the values that `check_name_or_reference` accepts."""
+    return {"anyOf": [{"enum": list(known)}, {"pattern": f"^{REFERENCE.pattern}$"}]}
+
+
+def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, Any]]:
+    """Yield the path and the value of each key of nested mappings; an empty one is a value."""
+    for name, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, (*prefix, name))
+        else:
+            yield (*prefix, name), value
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Name the entry of `known` that `name` most likely stands for.
+
+    Dotted names are compared as a whole and by their last part, so that `lrr` finds `train.lr`.
+    """
+    # Cut off: the comparison takes time that grows with the product of the lengths.
+    start = name[:100].lower()
+    return max(known, key=lambda candidate: _likeness(start, candidate.lower()))
+
+
+def _likeness(name: str, candidate: str) -> float:
+    whole = SequenceMatcher(None, name, candidate).ratio()
+    last = SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+    return whole + last

@@ -1,6 +1,6 @@
-"""What a configuration comes to, where each value is from, and which keys there are.
+"""Views of a configuration: resolved, with the origin of each value; and the table of all keys.
 
-All of it is made from the schema in `syncnorm.train.config.schema`; no list of keys is kept by hand.
+All of it is made from `syncnorm.train.config.schema`; no list of keys is kept by hand.
 """
 
 import json
@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.file import check, read
-from syncnorm.train.config.messages import Key
 from syncnorm.train.config.schema import Config
+from syncnorm.train.config.section import Key, leaves
 
 # Comments start at the same column, but for lines longer than this.
 _LONGEST = 60
@@ -23,14 +23,15 @@ _INTRODUCTION = """\
 
 <!-- Written by `syncnorm config schema --markdown > docs/config.md`. -->
 
-A configuration is a YAML file. On the command line `train.lr=0.05` replaces a value and `train.clip=null` sets none; an
-argument that the file has in `train.optimizer` or `train.schedule` is taken out by `null`.
-`syncnorm config show CONFIG` prints what a file comes to, with the origin of each value.
+A configuration is a YAML file. On the command line `train.lr=0.05` replaces a value and
+`train.clip=null` sets none; an argument that the file has in `train.optimizer` or `train.schedule`
+is taken out by `null`. `syncnorm config show CONFIG` prints what a file comes to, with the origin
+of each value.
 """
 
 
 def origins(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, Any, str]]:
-    """List every key of a resolved configuration with its value and where that is from.
+    """List every key of a resolved configuration with its value and the origin of that.
 
     Args:
         source: as in `load_config`.
@@ -97,21 +98,13 @@ def _origins(source: str, overrides: Sequence[str]) -> Iterator[tuple[Key, Any, 
     config = check(written)
     lines = strict_yaml.lines(written.text)
     file = strict_yaml.printable(str(written.path))
-    for key, value in _leaves(config.model_dump(), ()):
+    for key, value in leaves(config.model_dump()):
         if key in written.overridden:
             yield key, value, "command line"
         elif key in lines:
             yield key, value, f"{file}:{lines[key]}"
         else:
             yield key, value, "default"
-
-
-def _leaves(values: Mapping[str, Any], prefix: Key) -> Iterator[tuple[Key, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, (*prefix, name))
-        else:
-            yield (*prefix, name), value
 
 
 @dataclass(frozen=True)
@@ -131,9 +124,7 @@ class _Table:
 
 
 def _tables() -> Iterator[_Table]:
-    """A table for each section, those within sections included, and at the end the keys outside of
-    sections.
-    """
+    """A table for each section and each section within, and one of the keys outside of sections."""
     root = Config.model_json_schema()
     yield from _section_tables("", root, root)
 
@@ -168,8 +159,7 @@ def _section_tables(
 def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
     kinds = field.get("anyOf") or field.get("oneOf") or [field]
     nullable = {"type": "null"} in kinds
-    # For a text that is one of some names or has a pattern, the alternatives carry no type of their
-    # own.
+    # The alternatives of a text (names, or a pattern) have no type of their own.
     kind = next((each for each in kinds if each.get("type", "null") != "null"), field)
     types = {
         "integer": "integer",
@@ -191,7 +181,7 @@ def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
 
 
 def _values(kind: Mapping[str, Any]) -> str:
-    """What JSON Schema says about the values of a type, in words."""
+    """Describe the values that JSON Schema allows for a type."""
     if "anyOf" in kind:
         return " or ".join(_values(each) for each in kind["anyOf"])
     if "enum" in kind:

@@ -21,7 +21,8 @@ _NULL = re.compile(r"(?:null|Null|NULL|~|)$")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$")
 _FLOAT = re.compile(
-    r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    r"(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
 )
 
 
@@ -42,13 +43,13 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
             raise yaml.YAMLError(
-                f"alias *{event.anchor} is not allowed{_position(event.start_mark)}"
+                f"alias *{event.anchor} is not allowed{_location(event.start_mark)}"
             )
         tag = getattr(event, "tag", None)
         if tag is not None:
-            raise yaml.YAMLError(f"tag {tag} is not allowed{_position(event.start_mark)}")
+            raise yaml.YAMLError(f"tag {tag} is not allowed{_location(event.start_mark)}")
         if self.depth == _MAX_DEPTH:
-            raise yaml.YAMLError(f"nested too deeply{_position(event.start_mark)}")
+            raise yaml.YAMLError(f"nested too deeply{_location(event.start_mark)}")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -61,15 +62,15 @@ def _construct_mapping(loader: _Loader, node: MappingNode) -> dict[Hashable, Any
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.YAMLError(
-                f"key {reprlib.repr(key)} must be a string{_position(key_node.start_mark)}"
+                f"key {reprlib.repr(key)} must be a string{_location(key_node.start_mark)}"
             )
         if len(key) > _MAX_KEY:
             raise yaml.YAMLError(
-                f"key of {len(key)} characters is too long{_position(key_node.start_mark)}"
+                f"key of {len(key)} characters is too long{_location(key_node.start_mark)}"
             )
         if key in mapping:
             raise yaml.YAMLError(
-                f"key {reprlib.repr(key)} is given twice{_position(key_node.start_mark)}"
+                f"key {reprlib.repr(key)} is given twice{_location(key_node.start_mark)}"
             )
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
@@ -82,7 +83,7 @@ def _construct_sequence(loader: _Loader, node: SequenceNode) -> list[Any]:
 def _construct_str(_: _Loader, node: ScalarNode) -> str:
     if re.search("[\ud800-\udfff]", node.value):
         raise yaml.YAMLError(
-            f"half of a surrogate pair is no character{_position(node.start_mark)}"
+            f"half of a surrogate pair is no character{_location(node.start_mark)}"
         )
     return node.value
 
@@ -94,7 +95,7 @@ def _construct_int(_: _Loader, node: ScalarNode) -> int:
         return int(text, base)
     except ValueError:  # Python's own limit on digits
         raise yaml.YAMLError(
-            f"integer of {len(text)} digits is too long{_position(node.start_mark)}"
+            f"integer of {len(text)} digits is too long{_location(node.start_mark)}"
         ) from None
 
 
@@ -104,7 +105,7 @@ def _construct_float(_: _Loader, node: ScalarNode) -> float:
     return float(text.replace(".inf", "inf").replace(".nan", "nan"))
 
 
-def _position(mark: Any) -> str:
+def _location(mark: Any) -> str:
     return f" (line {mark.line + 1}, column {mark.column + 1})"
 
 
@@ -130,19 +131,19 @@ def parse(text: str, source: str) -> Any:
 
     Args:
         text: the document.
-        source: where it is from, for the message.
+        source: the file or option, for the message.
 
     Returns:
         None, bool, int, float, str, list or dict with string keys.
 
     Raises:
-        ConfigError: not one well-formed document, or one that uses what this module refuses.
+        ConfigError: it is not one well-formed document, or uses what this module refuses.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader with fewer types)
     except yaml.MarkedYAMLError as error:
-        place = _position(error.problem_mark) if error.problem_mark else ""
-        raise ConfigError(f"{source}: {error.problem}{place}") from None
+        location = _location(error.problem_mark) if error.problem_mark else ""
+        raise ConfigError(f"{source}: {error.problem}{location}") from None
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise ConfigError(
@@ -153,15 +154,15 @@ def parse(text: str, source: str) -> Any:
 
 
 def printable(text: str) -> str:
-    """Escape what would break the line or steer the terminal that `text` is shown on."""
+    """Escape characters that would break the line or control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def lines(text: str) -> dict[tuple[str, ...], int]:
-    """Say in which line each key of a document stands that `parse` has read without an error.
+    """Find the line of each key of a document that `parse` has read without an error.
 
     Returns:
-        from the path of a key, such as ("train", "lr"), to its line, from 1.
+        A dict from the path of a key, such as ("train", "lr"), to its line, from 1.
     """
     node = _Loader(text).get_single_node()
     return dict(_lines(node, ())) if isinstance(node, MappingNode) else {}

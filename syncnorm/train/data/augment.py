@@ -7,8 +7,8 @@ stream, seed and epoch:
     z = start + (i + 1) * 0x9e3779b97f4a7c15                                       all modulo 2**64
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9,  z = (z ^ z >> 27) * 0x94d049bb133111eb,  z ^ z >> 31
 
-No state passes from one sample to the next, so a sample is changed the same way in whatever batch,
-order, shard or dtype it comes, and on whatever device.
+No state passes from one sample to the next, so the change of a sample does not depend on its batch,
+order, shard, dtype or device.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 def augment(
     images: Tensor, indices: Tensor, options: "AugmentSection", seed: int, epoch: int
 ) -> Tensor:
-    """Crop, then mirror, then cut out, as far as asked for.
+    """Crop, mirror and cut out, in this order, as far as the options say.
 
     Args:
         images: (N, C, H, W), standardised, so that 0 is the mean.
         indices: (N,), int64, the samples' numbers in the training set.
         options: `crop`, `flip` and `cutout`.
         seed: the run's.
-        epoch: the epoch, so that each brings other changes.
+        epoch: the epoch; each has other changes.
 
     Returns:
         The changed images, or `images` itself if nothing is asked for.
@@ -40,21 +40,23 @@ def augment(
     indices = indices.to(images.device)
     height, width = images.shape[2:]
     if options.crop or options.flip:
-        rows, columns = _positions(height, indices), _positions(width, indices)
+        # Of each output pixel, the row (N, H) and the column (N, W) of the input that it shows.
+        rows, columns = _coordinates(height, indices), _coordinates(width, indices)
         if options.flip:
-            is_mirrored = draw(indices, 2, "flip", seed, epoch).bool()
+            is_mirrored = draw(indices, 2, "flip", seed, epoch).bool()  # (N,)
             columns = torch.where(is_mirrored[:, None], columns.flip(1), columns)
         if options.crop:
             offsets = 2 * options.crop + 1
             rows = rows + draw(indices, offsets, "crop row", seed, epoch)[:, None]
             columns = columns + draw(indices, offsets, "crop column", seed, epoch)[:, None]
             images = F.pad(images, [options.crop] * 4)
-        images = _take(images, rows, columns)
+        images = _gather(images, rows, columns)
     if options.cutout:
-        rows = _covered(height, draw(indices, height, "cutout row", seed, epoch), options.cutout)
-        columns = _covered(
-            width, draw(indices, width, "cutout column", seed, epoch), options.cutout
-        )
+        row_centres = draw(indices, height, "cutout row", seed, epoch)
+        column_centres = draw(indices, width, "cutout column", seed, epoch)
+        rows = _covered(height, row_centres, options.cutout)  # (N, H), bool
+        columns = _covered(width, column_centres, options.cutout)  # (N, W), bool
+        # Their product (N, 1, H, W) is the square, in all channels.
         images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
     return images
 
@@ -64,9 +66,8 @@ def draw(indices: Tensor, below: int, stream: str, seed: int, epoch: int) -> Ten
 
     Args:
         indices: int64, any shape.
-        below: at most 2**31; some values are likelier than others by up to `below` / 2**32 of their
-            share.
-        stream: what it is for; streams are independent of each other.
+        below: at most 2**31; probabilities differ by up to `below` / 2**32 of their value.
+        stream: name of the purpose; streams are independent of each other.
         seed: of the run.
         epoch: of the run.
     """
@@ -93,11 +94,12 @@ def _shift_right(z: Tensor, count: int) -> Tensor:
     return (z >> count) & (2 ** (64 - count) - 1)
 
 
-def _positions(size: int, indices: Tensor) -> Tensor:
+def _coordinates(size: int, indices: Tensor) -> Tensor:
+    # (N, size): 0, 1, ... for each sample
     return torch.arange(size, device=indices.device).expand(len(indices), size)
 
 
-def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _gather(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Compute out[n, c, y, x] = images[n, c, rows[n, y], columns[n, x]]."""
     samples = torch.arange(images.shape[0], device=images.device)[:, None, None, None]
     channels = torch.arange(images.shape[1], device=images.device)[:, None, None]
@@ -105,7 +107,7 @@ def _take(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _covered(size: int, centres: Tensor, side: int) -> Tensor:
-    """Say which positions (N, size) lie within `side` pixels round each centre."""
+    """Mark the coordinates within `side` pixels round each centre: (N,) -> (N, size), bool."""
     first = (centres - side // 2)[:, None]
-    positions = _positions(size, centres)
-    return (positions >= first) & (positions < first + side)
+    coordinates = _coordinates(size, centres)
+    return (coordinates >= first) & (coordinates < first + side)

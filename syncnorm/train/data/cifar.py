@@ -5,7 +5,7 @@ by row. Python: a pickled dict of `data`, an array (N, 3072) of unsigned bytes l
 and `labels`, a list.
 
 A pickle is a program that may call anything it names. Here it may name only what such a file needs,
-and even those names stand for records of what was asked for: nothing that a file names is ever run.
+and even those names stand for placeholders: nothing that a file names is ever run.
 """
 
 import io
@@ -38,8 +38,7 @@ def read_binary(path: Path) -> tuple[Tensor, Tensor]:
     if rest or not count:
         raise ConfigError(
             f"{path}: must hold whole records of {1 + _PIXELS} bytes, got {count} and {rest} "
-            "bytes. "
-            "Fetch the file again."
+            "bytes. Fetch the file again."
         )
     records = torch.frombuffer(bytearray(content), dtype=torch.uint8).reshape(count, 1 + _PIXELS)
     return records[:, 1:].reshape(count, *SHAPE), records[:, 0].long()
@@ -83,10 +82,8 @@ def _read(path: Path) -> bytes:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-class _Recorded:
-    """Stands for what a permitted name would have made: the arguments of the call, and the state
-    set afterwards.
-    """
+class _Placeholder:
+    """Placeholder for an object: the arguments of its call, and the state set afterwards."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -96,22 +93,22 @@ class _Recorded:
         self.state = state
 
 
-class _Array(_Recorded):
+class _Array(_Placeholder):
     """State: version, shape, dtype, whether columns come first, data."""
 
 
-class _Dtype(_Recorded):
+class _Dtype(_Placeholder):
     """Arguments: name, ..."""
 
 
-class _Encoded(_Recorded):
-    """Arguments: text, encoding. So Python 3 writes bytes for Python 2."""
+class _Encoded(_Placeholder):
+    """Arguments: text, encoding. Python 3 writes bytes for Python 2 in this way."""
 
 
-_PERMITTED: dict[tuple[str, str], type[_Recorded]] = {
+_PERMITTED: dict[tuple[str, str], type[_Placeholder]] = {
     ("numpy.core.multiarray", "_reconstruct"): _Array,
     ("numpy._core.multiarray", "_reconstruct"): _Array,
-    ("numpy", "ndarray"): _Recorded,
+    ("numpy", "ndarray"): _Placeholder,
     ("numpy", "dtype"): _Dtype,
     ("_codecs", "encode"): _Encoded,
 }
@@ -122,8 +119,8 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(io.BytesIO(content), encoding="bytes")
         self.path = path
 
-    def find_class(self, module_name: str, global_name: str, /) -> type[_Recorded]:
-        """Give the stand-in of a permitted name, and refuse every other."""
+    def find_class(self, module_name: str, global_name: str, /) -> type[_Placeholder]:
+        """Find the placeholder of a permitted name, and refuse every other."""
         if (module_name, global_name) not in _PERMITTED:
             # Names in a file may be long, and hold anything.
             name = f"{module_name}.{global_name}"[:200]
@@ -150,7 +147,7 @@ def _unpickle(content: bytes, path: Path) -> object:
 
 def _check_memo(content: bytes) -> None:
     # The unpickler's memo is an array as long as the highest number in use, so a few bytes could
-    # ask for 64 GiB.
+    # demand 64 GiB.
     for position, (opcode, number, _) in enumerate(pickletools.genops(content)):
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (
             not isinstance(number, int) or number > position
@@ -179,7 +176,7 @@ def _images(value: object, path: Path) -> Tensor:
 
 
 def _bytes(value: object) -> bytes:
-    """Give the bytes that were meant, none for anything else."""
+    """Decode bytes as either Python wrote them; none for anything else."""
     match value:
         case bytes():
             return value

@@ -1,4 +1,4 @@
-"""Data sets in memory, the order of their samples, and how a number of samples is cut into shards.
+"""Data sets in memory, the order of their samples in an epoch, and the cut into shards.
 
 Images stay as they are stored, mostly as bytes, and are standardised batch by batch: every worker
 holds the whole set, and as float64 it would take 8 times the memory.
@@ -42,9 +42,9 @@ class Dataset:
     """A training set and a test set; `make_dataset` makes one.
 
     Args:
-        train: what is learned from.
-        test: what accuracy is measured on.
-        num_classes: labels are smaller.
+        train: the training set.
+        test: the test set.
+        num_classes: number of classes; labels are smaller.
         mean: (C,), float64, of the training set's pixels, as they are stored.
         std: (C,), float64, as above.
     """
@@ -66,7 +66,8 @@ class Dataset:
         )
 
     def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute (images - mean) / std for each channel, in `dtype`, wherever `images` are."""
+        """Compute (images - mean) / std for each channel, in `dtype`, on the device of `images`."""
+        # (C, 1, 1), against images (N, C, H, W)
         mean, std = (
             value.to(images.device, dtype)[:, None, None] for value in (self.mean, self.std)
         )
@@ -91,7 +92,7 @@ def make_dataset(train: Split, test: Split, num_classes: int) -> Dataset:
 
 
 def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, Split]:
-    """Check that two splits are what a classifier of images learns from; their labels become int64.
+    """Check that a classifier of images can learn from two splits; their labels become int64.
 
     Raises:
         ConfigError: a split is empty or of other types or shapes, images differ in shape, or a
@@ -105,15 +106,13 @@ def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, 
         ):
             raise ConfigError(
                 f"{name} set: must be a Split(images, labels) of two tensors, got "
-                f"{types_of(split)}. "
-                "torch.from_numpy makes a tensor of an array."
+                f"{types_of(split)}. torch.from_numpy makes a tensor of an array."
             )
         images, labels = tuple(split.images.shape), tuple(split.labels.shape)
         if len(images) != 4 or len(labels) != 1 or images[0] != labels[0] or not labels[0]:
             raise ConfigError(
                 f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, got "
-                f"{images} and {labels}. "
-                "The loss takes one class for each image."
+                f"{images} and {labels}. The loss takes one class for each image."
             )
         if split.labels.is_floating_point() or split.labels.is_complex():
             raise ConfigError(
@@ -131,10 +130,12 @@ def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, 
 
 
 def types_of(value: object) -> str:
-    """Name the type of a value and of what it holds, for a message."""
-    parts = (value.images, value.labels) if isinstance(value, Split) else value
-    held = [type(part).__name__ for part in parts[:3]] if isinstance(parts, tuple | list) else []
-    return f"{type(value).__name__}({', '.join(held)})" if held else type(value).__name__
+    """Name the type of a value and of its first members, for a message."""
+    members = (value.images, value.labels) if isinstance(value, Split) else value
+    names = []
+    if isinstance(members, tuple | list):
+        names = [type(member).__name__ for member in members[:3]]
+    return f"{type(value).__name__}({', '.join(names)})" if names else type(value).__name__
 
 
 def check_labels(labels: Tensor, num_classes: int, source: str | Path) -> None:
@@ -149,14 +150,15 @@ def check_labels(labels: Tensor, num_classes: int, source: str | Path) -> None:
 
 
 def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure mean and standard deviation of each channel: (N, C, H, W) -> (C,), (C,), float64."""
     # Some images at a time: all of them as float64 may not fit.
-    parts = images.split(1024)
+    chunks = images.split(1024)
     count = images.numel() / images.shape[1]
-    mean = torch.stack([part.double().sum((0, 2, 3)) for part in parts]).sum(0) / count
+    mean = torch.stack([chunk.double().sum((0, 2, 3)) for chunk in chunks]).sum(0) / count
     # Whole numbers are added without rounding, so the figures have the same bits on any number of
     # threads.
     pivot = mean if images.is_floating_point() else mean.round()
-    deviations = (part.double() - pivot[:, None, None] for part in parts)
+    deviations = (chunk.double() - pivot[:, None, None] for chunk in chunks)
     squares = torch.stack([deviation.square().sum((0, 2, 3)) for deviation in deviations]).sum(0)
     std = (squares / count - (mean - pivot).square()).sqrt()
     is_constant = images.amin((0, 2, 3)) == images.amax((0, 2, 3))
@@ -173,11 +175,11 @@ _CIFAR = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 _CIFAR_BINARY = tuple(f"{name}.bin" for name in _CIFAR)
 
 
-def _idx_files(names: Sequence[str], origin: str) -> DataFiles:
-    # The most particular folder first: several sets of equally named files may lie under one root.
-    folders = [*(f"{name}{end}" for end, name in product(("/raw", ""), names)), "."]
+def _idx_files(names: Sequence[str], source: str) -> DataFiles:
+    # The most specific folder first: several sets of equally named files may lie under one root.
+    folders = [*(f"{name}{sub}" for sub, name in product(("/raw", ""), names)), "."]
     wanted = f"{', '.join(_IDX)}, plain or with .gz"
-    return DataFiles([(folder, _IDX) for folder in folders], ("", ".gz"), wanted, origin)
+    return DataFiles([(folder, _IDX) for folder in folders], ("", ".gz"), wanted, source)
 
 
 _MNIST_FILES = _idx_files(("mnist", "MNIST"), "They are the files of Yann LeCun's MNIST database.")
@@ -200,8 +202,7 @@ _CIFAR10_FILES = DataFiles(
 
 
 def digits(root: Path | None) -> Dataset:
-    """Load scikit-learn's handwritten digits: 1,797 images of 1x8x8, 1,437 to train and 360 to
-    test.
+    """Load scikit-learn's handwritten digits, 1x8x8: 1,437 to train and 360 to test.
 
     The split is stratified and always the same, so that seeds differ in training alone.
 
@@ -216,9 +217,8 @@ def digits(root: Path | None) -> Dataset:
     train, test = train_test_split(
         np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
     )
-    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(
-        -1, 1, 8, 8
-    )  # whole numbers, 0 to 16
+    # whole numbers, 0 to 16
+    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(-1, 1, 8, 8)
     everything = Split(images, torch.from_numpy(labels).long())
     return make_dataset(
         everything[torch.from_numpy(train)], everything[torch.from_numpy(test)], num_classes=10
@@ -226,8 +226,9 @@ def digits(root: Path | None) -> Dataset:
 
 
 def mnist(root: Path | None) -> Dataset:
-    """Load MNIST (LeCun et al. 1998): handwritten digits of 1x28x28, 60,000 to train and 10,000 to
-    test.
+    """Load MNIST: handwritten digits, 1x28x28, 60,000 to train and 10,000 to test.
+
+    LeCun et al. 1998, Gradient-based learning applied to document recognition.
 
     Args:
         root: holds the four files, or mnist, MNIST, mnist/raw or MNIST/raw with them.
@@ -252,8 +253,9 @@ def fashion_mnist(root: Path | None) -> Dataset:
 
 
 def cifar10(root: Path | None) -> Dataset:
-    """Load CIFAR-10 (Krizhevsky 2009): ten kinds of things, 3x32x32, 50,000 to train and 10,000 to
-    test.
+    """Load CIFAR-10: ten kinds of things, 3x32x32, 50,000 to train and 10,000 to test.
+
+    Krizhevsky 2009, Learning multiple layers of features from tiny images.
 
     Args:
         root: holds the six files of the binary or the Python version, or the folder that its
@@ -304,16 +306,16 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
 
 def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
     """Permute `range(count)` by (seed, epoch) alone."""
-    # A hash keeps the streams of neighbouring seeds and epochs apart; seed + epoch would make them
-    # overlap.
+    # A hash keeps the streams of neighbouring seeds and epochs apart, which seed + epoch would not.
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(count, generator=generator)
 
 
 def shard(count: int, rank: int, world_size: int) -> slice:
-    """Cut `range(count)` into contiguous shards that differ in size by at most 1; the last may be
-    empty.
+    """Cut `range(count)` into contiguous shards and return that of `rank`.
+
+    Sizes differ by at most 1, and the last shards may be empty.
     """
     size, longer = divmod(count, world_size)
     start = rank * size + min(rank, longer)

@@ -4,7 +4,7 @@
     next 4 * ndim    the sizes, big-endian, first dimension first
     the rest         the values, last dimension fastest
 
-A file is read piece by piece, no further than its header allows, so a header that promises too much
+A file is read piece by piece, no further than its header allows, so a header with sizes too large
 and a gzip stream that expands without end are both refused before they take memory.
 """
 
@@ -78,7 +78,7 @@ def _read_header(file: io.BufferedIOBase, path: Path, ndim: int) -> tuple[int, .
 
 
 def _read(file: io.BufferedIOBase, count: int) -> bytearray:
-    """Read `count` bytes, or what there is; takes memory only for bytes that have come."""
+    """Read `count` bytes, or fewer at the end; takes memory only for bytes that have been read."""
     data = bytearray()
     while len(data) < count and (piece := file.read(min(_PIECE, count - len(data)))):
         data += piece

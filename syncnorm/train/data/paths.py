@@ -1,4 +1,4 @@
-"""Finding a data set's files under the folder that a configuration names."""
+"""The search for a data set's files under the folder that a configuration names."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,22 +9,22 @@ from syncnorm.errors import ConfigError
 
 @dataclass(frozen=True)
 class DataFiles:
-    """Where a data set's files may lie under the root folder.
+    """The folders and names under which a data set's files may lie.
 
     Args:
         layouts: folders to look into, each with the files wanted there.
-        endings: what may follow a file's name.
+        suffixes: possible suffixes of a file's name.
         wanted: the files, in words.
-        origin: where they come from, in words.
+        source: where to get them, in words.
     """
 
     layouts: Sequence[tuple[str, Sequence[str]]]
-    endings: Sequence[str]
+    suffixes: Sequence[str]
     wanted: str
-    origin: str
+    source: str
 
     def find(self, root: Path | None) -> list[Path]:
-        """Give the paths of the first layout that is complete, in its order.
+        """Find the files of the first complete layout, in its order.
 
         Raises:
             ConfigError: no layout is complete.
@@ -45,13 +45,12 @@ class DataFiles:
 
     def _path(self, folder: Path, name: str) -> Path | None:
         try:
-            return next(
-                (path for end in self.endings if (path := folder / (name + end)).is_file()), None
-            )
+            paths = (folder / f"{name}{suffix}" for suffix in self.suffixes)
+            return next((path for path in paths if path.is_file()), None)
         except OSError as error:
             raise self._refuse(f"{str(folder)!r}: {error.strerror}") from None
 
     def _refuse(self, got: str) -> ConfigError:
         return ConfigError(
-            f"`data.root` must be a folder that holds {self.wanted}, got {got}. {self.origin}"
+            f"`data.root` must be a folder that holds {self.wanted}, got {got}. {self.source}"
         )
