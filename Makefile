@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+TRAINING := $(VENV)/.training
+ALL := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := syncnorm launch tests benchmarks drills examples
 
 .PHONY: help train test test-slow drill lint types imports format check clean
@@ -12,36 +14,43 @@ SOURCES := syncnorm launch tests benchmarks drills examples
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,report,tensorboard,ray,integrations,dev]'
+# What training needs. The stamps come last, so that an install that was interrupted is done again; bin/pip is the
+# last file of a new environment.
+$(TRAINING): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable '.[train]'
 	touch $@
 
-train: $(INSTALLED)  ## Train on real data, statistics pooled over two workers
+# The rest, on top: other frameworks, which tests are run with, and tools.
+$(ALL): $(TRAINING) pyproject.toml constraints.txt
+	$(PIP_INSTALL) --editable '.[train,report,tensorboard,ray,integrations,dev]'
+	touch $@
+
+train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
 	$(BIN)/syncnorm train configs/digits.yaml
 
-test: $(INSTALLED)  ## Run the tests
+test: $(ALL)  ## Run the tests
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
 
-test-slow: $(INSTALLED)  ## Run the tests that take minutes
+test-slow: $(ALL)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-drill: $(INSTALLED)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
+drill: $(ALL)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
 	$(BIN)/python -m drills.kill_drill
 	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
 
-lint: $(INSTALLED)
+lint: $(ALL)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 
-types: $(INSTALLED)
+types: $(ALL)
 	$(BIN)/basedpyright
 
-imports: $(INSTALLED)
+imports: $(ALL)
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)  ## Format the code
+format: $(ALL)  ## Format the code
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 
