@@ -10,9 +10,8 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from syncnorm.comm import exchange
-from syncnorm.run.crowd import check_crowd
-from syncnorm.run.device import choose_device
 from syncnorm.run.here import told_in_a_line
+from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import epoch_order
@@ -34,7 +33,7 @@ def dry_run(task: Task) -> str:
     """
     config = task.config
     device = choose_device(config.launch.device, 0, config.launch.most_workers)
-    note = check_crowd(config.launch, device)
+    note = check_capacity(config.launch, device)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     number = config.launch.most_workers

@@ -15,8 +15,6 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run import env, interrupt
-from syncnorm.run.crowd import check_crowd
-from syncnorm.run.device import choose_device
 from syncnorm.run.failures import Failure, root_cause
 from syncnorm.run.folder import (
     RESUMABLE,
@@ -26,6 +24,7 @@ from syncnorm.run.folder import (
     make_run_folder,
     read_exit,
 )
+from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import LaunchSection
 from syncnorm.train.metrics import MetricsFile, last_step
@@ -62,7 +61,7 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
         LocalRunError: the run failed, or was stopped.
     """
     launch = task.config.launch
-    note = check_crowd(launch, choose_device(launch.device, 0, launch.most_workers))
+    note = check_capacity(launch, choose_device(launch.device, 0, launch.most_workers))
     if task.resume is None:
         folder = make_run_folder(task.config, task.name)
     else:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.device import choose_device
 from syncnorm.run.env import Launched
 from syncnorm.run.folder import (
     RESUMABLE,
@@ -25,6 +24,7 @@ from syncnorm.run.folder import (
     lock,
     make_run_folder,
 )
+from syncnorm.run.machine import choose_device
 from syncnorm.run.parent import die_with_parent
 from syncnorm.run.watchdog import WorkerWatch, open_log
 from syncnorm.train.checkpoint.progress import Position
