@@ -14,8 +14,8 @@ SOURCES := syncnorm launch tests benchmarks drills examples
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-# What training needs. The stamps come last, so that an install that was interrupted is done again; bin/pip is the
-# last file of a new environment.
+# Packages for training. A stamp is made last, so that an interrupted install is done again; bin/pip is there once pip
+# itself is whole.
 $(TRAINING): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch

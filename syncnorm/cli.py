@@ -11,7 +11,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.doctor import diagnose, exit_status, render
 from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
-from syncnorm.run.here import find_modules_here
+from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.local import LocalRunError, run_local
 from syncnorm.run.ray import cli
 from syncnorm.run.recalibrate import run_recalibrate
@@ -33,7 +33,7 @@ config_app = typer.Typer(
     no_args_is_help=True, help="What a configuration comes to, and what its keys mean."
 )
 app.add_typer(config_app, name="config")
-cli.add_to(app)
+cli.add_commands(app)
 
 
 @app.callback()
@@ -75,7 +75,7 @@ def train(
     check_callables(task.config, task.allowed)
     launched = read_launched()
     if dry or launched is not None:
-        find_modules_here()
+        add_working_folder_to_path()
     if dry:
         print(dry_run(task))
     elif launched is None:
@@ -103,7 +103,7 @@ def recalibrate(
     checkpoint.
     """
     if allow:
-        find_modules_here()
+        add_working_folder_to_path()
     run_recalibrate(run, mix, tuple(allow or ()), read_launched())
 
 
@@ -193,12 +193,12 @@ def verify(
         options = [word for name in layer or [] for word in ("--layer", name)]
         options += ["--deadline", f"{deadline:g}", *(["--json"] if json else [])]
         raise typer.Exit(
-            cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer))
+            cli.verify_on_cluster(address, insecure, workers or 2, options, packs_code=bool(layer))
         )
     from syncnorm.run.verify import run_verify
 
     if layer:
-        find_modules_here()
+        add_working_folder_to_path()
     raise typer.Exit(run_verify(workers, layer or [], deadline, json, read_launched()))
 
 

@@ -1,6 +1,4 @@
-"""Two processes on this machine that pool a sum over gloo: `python -m syncnorm.run.loopback RANK
-FILE`.
-"""
+"""A trial all-reduce by two processes: `python -m syncnorm.run.loopback RANK FILE` is one of them."""
 
 import subprocess
 import sys
@@ -17,13 +15,13 @@ _SUM = "3"
 
 
 def try_loopback(deadline_seconds: float = 30.0) -> str | None:
-    """Let a pair of processes meet and pool 1 + 2.
+    """Start two processes that all-reduce 1 + 2 over gloo.
 
     Args:
         deadline_seconds: for all of it.
 
     Returns:
-        None if both have the sum, else what went wrong.
+        None if both have the sum, else the error.
     """
     with tempfile.TemporaryDirectory(prefix="syncnorm-") as folder:
         command = [sys.executable, "-m", "syncnorm.run.loopback"]

@@ -12,7 +12,7 @@ from syncnorm.cli import main
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
 from syncnorm.run.machine import check_free_memory, core_warning
-from syncnorm.run.worker import Task, enter_folder
+from syncnorm.run.worker import Task, open_run_folder
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
 
@@ -143,7 +143,7 @@ def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
     rank = dist.get_rank()
     task = Task(load_config("digits", [f"run_dir={run_dir}"]), "digits")
     with contextlib.suppress(ConfigError):
-        with enter_folder(task, Launched(rank, 2, rank, 2)) as folder:
+        with open_run_folder(task, Launched(rank, 2, rank, 2)) as folder:
             assert (folder / "config.yaml").exists()
             # Nobody looks for what the first worker has removed.
             dist.barrier()
