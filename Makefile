@@ -14,17 +14,20 @@ SOURCES := syncnorm launch tests benchmarks drills examples
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-# Packages for training. A stamp is made last, so that an interrupted install is done again; bin/pip is there once pip
+# Packages for training. Compiled when they are imported, since torch and scipy bring thousands of files that no
+# training imports. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
 # itself is whole.
 $(TRAINING): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) --editable '.[train]'
+	$(PIP_INSTALL) --no-compile torch
+	$(PIP_INSTALL) --no-compile --editable '.[train]'
 	touch $@
 
-# The rest, on top: other frameworks, which tests are run with, and tools.
+# The rest, on top: other frameworks that the tests run with, and tools. The tests start many processes: here all files
+# are compiled, but for templates of packages that are no Python.
 $(ALL): $(TRAINING) pyproject.toml constraints.txt
-	$(PIP_INSTALL) --editable '.[train,report,tensorboard,ray,integrations,dev]'
+	$(PIP_INSTALL) --no-compile --editable '.[train,report,tensorboard,ray,integrations,dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
