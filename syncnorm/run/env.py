@@ -22,7 +22,7 @@ _MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-# ERROR hides DDP's warning of `find_unused_parameters`, which the trainer needs (see train/setup.py).
+# ERROR hides DDP's warning of `find_unused_parameters`, which the trainer needs (train/setup.py).
 _WORKER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
@@ -122,8 +122,8 @@ _RAY_DRIVER = {
     # instead of five.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # Time for the placement of a group of workers before the cluster is counted anew: after the loss
-    # of a node Ray still counts on it.
+    # Time to place a group of workers before the cluster is counted anew: after the loss of a node
+    # Ray still counts on it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_USAGE_STATS_ENABLED": "0",
     # Otherwise a worker's print appears twice.

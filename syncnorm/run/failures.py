@@ -8,9 +8,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# Messages of gloo, the store and NCCL on a worker whose peer is gone or does not come, then those of
-# debug mode. Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError, out
-# of memory).
+# Messages of gloo, the store and NCCL on a worker whose peer is gone or does not come, then those
+# of debug mode. Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError,
+# out of memory).
 _PEER_LOSS_MESSAGES = (
     "DistNetworkError: ",
     "DistStoreError: ",

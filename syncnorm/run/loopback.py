@@ -1,4 +1,4 @@
-"""A trial all-reduce by two processes: `python -m syncnorm.run.loopback RANK FILE` is one of them."""
+"""Trial all-reduce of two processes, each `python -m syncnorm.run.loopback RANK FILE`."""
 
 import subprocess
 import sys

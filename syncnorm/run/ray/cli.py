@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 _Address = Annotated[
     str | None,
     typer.Option(
-        help="http(s)://HOST:PORT of the dashboard. RAY_ADDRESS if that is set, else this machine's."
+        help="http(s)://HOST:PORT of the dashboard; RAY_ADDRESS if it is set, else this machine's."
     ),
 ]
 _Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Reach another machine without a token.")
+    bool, typer.Option("--insecure", help="Connect to another machine without a token.")
 ]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")
@@ -51,7 +51,7 @@ def submit(
         str | None,
         typer.Option(
             "--id",
-            help="Name of the job and of its folder in run_dir; otherwise the same for the same run.",
+            help="Name of the job and of its folder in run_dir; made from the settings if not given.",
         ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job until it is over.")] = True,

@@ -68,9 +68,8 @@ def check_address(address: str, has_token: bool, insecure: bool) -> None:
     if not (has_token or insecure or _is_loopback(parts.hostname)):
         raise ConfigError(
             f"`--address` must be of this machine where there is no token, got {address!r}: "
-            "whoever reaches a job "
-            f"server runs code on its cluster. {_GIVE_TOKEN}; or add --insecure on a network that "
-            "you trust."
+            "whoever reaches a job server runs code on its cluster. "
+            f"{_GIVE_TOKEN}; or add --insecure on a network that you trust."
         )
 
 
@@ -96,12 +95,9 @@ def translated_errors(address: str) -> Iterator[None]:
         if "No available agent" in str(error):
             raise ClusterError(
                 f"the Ray cluster at {address} has no agent that takes jobs: it has just been "
-                "started, or the head's "
-                "agent did not come up, mostly because its port is taken. Try again in a minute; "
-                "if it stays so, "
-                "dashboard_agent.log in the head's logs says why: start the head with "
-                "--dashboard-agent-listen-port "
-                "below 32768."
+                "started, or the head's agent did not come up, mostly because its port is taken. "
+                "Try again in a minute; if it stays so, dashboard_agent.log in the head's logs "
+                "says why: start the head with --dashboard-agent-listen-port below 32768."
             ) from None
         raise ClusterError(
             f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}"

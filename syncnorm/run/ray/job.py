@@ -92,8 +92,7 @@ def make_job(
     if not _ID.fullmatch(submission_id):
         raise ConfigError(
             "`--id` must be letters, digits, '.', '_' and '-', at most 121, got "
-            f"{submission_id!r}. "
-            "It names the run's folder too."
+            f"{submission_id!r}. It names the run's folder too."
         )
     folder = Path(config.run_dir) / submission_id
     return Job(

@@ -30,8 +30,8 @@ _FROM_WORKER = re.compile(r"^(?:\x1b\[\d+m)?\((\w+) pid=\d+(?:, ip=[^)]*)?\)(?:\
 # Log lines of Ray itself.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
 _NEVER_PACKED = (
-    "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors",
-    "**/.ray/auth_token",
+    "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env",
+    "**/*.safetensors", "**/.ray/auth_token",
 )  # fmt: skip
 # Characters of a path that have a meaning in gitignore patterns, or are stripped at their end.
 _ESCAPED = {character: f"\\{character}" for character in "\\*?[]"} | {
