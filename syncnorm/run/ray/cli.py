@@ -51,7 +51,7 @@ def submit(
         str | None,
         typer.Option(
             "--id",
-            help="Name of the job and of its folder in run_dir; made from the settings if not given.",
+            help="Name of the job and of its folder in run_dir; by default made from the settings.",
         ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job until it is over.")] = True,

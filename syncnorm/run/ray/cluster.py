@@ -68,7 +68,8 @@ def check_capacity(config: Config, capacity: Capacity) -> None:
         each = " and ".join(f"{number:g} {name}" for name, number in capacity.per_worker.items())
         raise ConfigError(
             f"`launch.workers` must be at most {capacity.workers} on this cluster, which has "
-            f"{capacity.totals}, got {fewest}: each takes {each} of one node. Take fewer, or add nodes first."
+            f"{capacity.totals}, got {fewest}: each takes {each} of one node. Take fewer, or add "
+            "nodes first."
         )
 
 
