@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# On a busy machine a process may take a minute to import torch.
+_DEADLINE_SECONDS = 120.0
 _WORLD_SIZE = 2
 _SUM = "3"
 
 
-def try_loopback(deadline_seconds: float = 30.0) -> str | None:
+def try_loopback(deadline_seconds: float = _DEADLINE_SECONDS) -> str | None:
     """Start two processes that all-reduce 1 + 2 over gloo.
 
     Args:
@@ -65,7 +67,7 @@ def _pool(rank: int, store: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=_WORLD_SIZE,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=_DEADLINE_SECONDS),
     )
     value = torch.tensor(rank + 1.0)
     dist.all_reduce(value)
