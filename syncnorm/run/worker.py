@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -40,6 +41,7 @@ _GROUP_MARGIN_SECONDS = 30.0
 _PR_SET_PDEATHSIG = 1
 
 
+@dataclass(frozen=True)
 class Task:
     """A run as the command line asks for it.
 
@@ -50,13 +52,10 @@ class Task:
         allowed: packages whose callables the configuration may name.
     """
 
-    def __init__(
-        self, config: Config, name: str, resume: Path | None = None, allowed: tuple[str, ...] = ()
-    ) -> None:
-        self.config = config
-        self.name = name
-        self.resume = resume
-        self.allowed = allowed
+    config: Config
+    name: str
+    resume: Path | None = None
+    allowed: tuple[str, ...] = ()
 
 
 def run_worker(task: Task, launched: Launched) -> NoReturn:
