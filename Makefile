@@ -3,7 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+TRAINING := $(VENV)/.training
+ALL := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := syncnorm launch tests benchmarks drills examples
 
 .PHONY: help train test test-slow drill lint types imports format check clean
@@ -12,36 +14,46 @@ SOURCES := syncnorm launch tests benchmarks drills examples
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[train,report,tensorboard,ray,integrations,dev]'
+# Packages for training. Compiled when they are imported, since torch and scipy bring thousands of files that no
+# training imports. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
+# itself is whole.
+$(TRAINING): pyproject.toml constraints.txt
+	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) --no-compile torch
+	$(PIP_INSTALL) --no-compile --editable '.[train]'
 	touch $@
 
-train: $(INSTALLED)  ## Train on real data, statistics pooled over two workers
+# The rest, on top: other frameworks that the tests run with, and tools. The tests start many processes: here all files
+# are compiled, but for templates of packages that are no Python.
+$(ALL): $(TRAINING) pyproject.toml constraints.txt
+	$(PIP_INSTALL) --no-compile --editable '.[train,report,tensorboard,ray,integrations,dev]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
+	touch $@
+
+train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
 	$(BIN)/syncnorm train configs/digits.yaml
 
-test: $(INSTALLED)  ## Run the tests
+test: $(ALL)  ## Run the tests
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
 
-test-slow: $(INSTALLED)  ## Run the tests that take minutes
+test-slow: $(ALL)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
-drill: $(INSTALLED)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
+drill: $(ALL)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
 	$(BIN)/python -m drills.kill_drill
 	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
 
-lint: $(INSTALLED)
+lint: $(ALL)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/ruff check $(SOURCES)
 
-types: $(INSTALLED)
+types: $(ALL)
 	$(BIN)/basedpyright
 
-imports: $(INSTALLED)
+imports: $(ALL)
 	$(BIN)/lint-imports
 
-format: $(INSTALLED)  ## Format the code
+format: $(ALL)  ## Format the code
 	$(BIN)/ruff format $(SOURCES)
 	$(BIN)/ruff check --fix $(SOURCES)
 

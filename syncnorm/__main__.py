@@ -1,6 +1,6 @@
-"""The command `syncnorm`, and `python -m syncnorm`.
+"""Entry of the command `syncnorm` and of `python -m syncnorm`.
 
-Imports nothing until Ctrl-C is quiet; torch takes seconds.
+It makes Ctrl-C quiet before it imports torch, which takes seconds.
 """
 
 import signal
@@ -15,8 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; those of the process if None.
     """
-    # Python's own handler would print where it was. One that a launcher has set to be ignored stays
-    # so.
+    # Python's own handler would print a traceback. A signal that a launcher ignores stays ignored.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.doctor import diagnose, exit_status, render
 from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
-from syncnorm.run.here import find_modules_here
+from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.local import LocalRunError, run_local
 from syncnorm.run.ray import cli
 from syncnorm.run.recalibrate import run_recalibrate
@@ -30,10 +30,10 @@ app = typer.Typer(
 )
 
 config_app = typer.Typer(
-    no_args_is_help=True, help="What a configuration comes to, and what its keys mean."
+    no_args_is_help=True, help="Print a resolved configuration, or the keys and their meaning."
 )
 app.add_typer(config_app, name="config")
-cli.add_to(app)
+cli.add_commands(app)
 
 
 @app.callback()
@@ -55,10 +55,10 @@ def train(
         bool,
         typer.Option(
             "--dry-run",
-            help="Take one step without the other workers, say what it needs, and stop.",
+            help="Take one step without the other workers, print its costs, and stop.",
         ),
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +75,7 @@ def train(
     check_callables(task.config, task.allowed)
     launched = read_launched()
     if dry or launched is not None:
-        find_modules_here()
+        add_working_folder_to_path()
     if dry:
         print(dry_run(task))
     elif launched is None:
@@ -96,26 +96,26 @@ def recalibrate(
         ),
     ] = None,
 ) -> None:
-    """Replace a run's running statistics by those of its training set, in a new checkpoint beside
-    the old one.
+    """Recompute the running statistics of a run on its training set, into a new checkpoint.
 
-    In this process, or as one worker of torchrun. The last line of standard output is the new
-    checkpoint.
+    Runs in this process, or as one worker of torchrun. The last line of standard output is the new
+    checkpoint; the old one stays.
     """
     if allow:
-        find_modules_here()
+        add_working_folder_to_path()
     run_recalibrate(run, mix, tuple(allow or ()), read_launched())
 
 
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, to be compared.")
+        list[Path], typer.Argument(metavar="RUN...", help="Folders of the runs to compare.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
 ) -> None:
-    """Write one self-contained HTML page about runs: curves, layers, faults, and how their
-    configurations differ.
+    """Write an HTML page about runs: curves, layers, faults, differences of their configurations.
+
+    The page is one file that loads nothing. The last line of standard output is its path.
     """
     from syncnorm.train.report import write_report
 
@@ -144,13 +144,11 @@ def schema(
 
 @app.command()
 def doctor(
-    run_dir: Annotated[
-        Path, typer.Option(help="The folder in which runs are to be written.")
-    ] = Path(),
+    run_dir: Annotated[Path, typer.Option(help="The folder for runs.")] = Path(),
 ) -> None:
-    """Look at this machine: versions, devices, memory, network, disk.
+    """Check this machine: versions, devices, memory, network, disk.
 
-    Exit status 1 if something would fail.
+    Exit status 1 if a run would fail.
     """
     checks = diagnose(run_dir)
     print(render(checks))
@@ -166,39 +164,39 @@ def verify(
         list[str] | None,
         typer.Option(
             metavar="PACKAGE:CLASS",
-            help="A layer class to verify, which is imported; ours if not given.",
+            help="A layer class to import and verify; syncnorm's own if not given.",
         ),
     ] = None,
     deadline: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="For one check.")
+        float, typer.Option(min=1, metavar="SECONDS", help="Limit of the time for one check.")
     ] = 20.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[
         str | None,
         typer.Option(
-            help="http(s)://HOST:PORT of a Ray dashboard, on whose cluster to start the workers."
+            help="http(s)://HOST:PORT of a Ray dashboard; starts the workers on its cluster."
         ),
     ] = None,
     insecure: Annotated[
-        bool, typer.Option("--insecure", help="Reach another machine without a token.")
+        bool, typer.Option("--insecure", help="Connect to another machine without a token.")
     ] = False,
 ) -> None:
-    """Hold layers against the large batch in float64, on live workers: of this machine, of torchrun
-    or of Ray.
+    """Compare layers on live workers with the whole batch in float64.
 
-    Any synchronised layer can be verified; what it does not claim to do is "not offered". Exit
-    status 1 if a check fails.
+    Starts workers on this machine or on a Ray cluster, or is one worker of torchrun. Any
+    synchronised layer can be verified; checks of features that it does not claim are "not offered".
+    Exit status 1 if a check fails.
     """
     if address is not None:
         options = [word for name in layer or [] for word in ("--layer", name)]
         options += ["--deadline", f"{deadline:g}", *(["--json"] if json else [])]
         raise typer.Exit(
-            cli.verify_there(address, insecure, workers or 2, options, packs_code=bool(layer))
+            cli.verify_on_cluster(address, insecure, workers or 2, options, packs_code=bool(layer))
         )
     from syncnorm.run.verify import run_verify
 
     if layer:
-        find_modules_here()
+        add_working_folder_to_path()
     raise typer.Exit(run_verify(workers, layer or [], deadline, json, read_launched()))
 
 

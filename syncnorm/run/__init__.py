@@ -1,1 +1,25 @@
-"""Getting the trainer started: on this machine, or as one worker of a launcher."""
+"""Commands and launchers: processes that train, and everything that starts and watches them.
+
+A launcher starts one process per rank, with RANK, WORLD_SIZE and so on in its environment (`env`).
+Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.train.loop.train`:
+
+    launcher   command                       a rank runs           restarted by
+    torchrun   torchrun -m syncnorm train    worker.run_worker     torchrun's agent
+    local      syncnorm train                worker.run_worker     local
+    Ray        syncnorm submit               ray.worker.work       Ray Train, ray.driver
+
+    process                     files
+    the command                 in_process, interrupt, dry_run, recalibrate, verify, doctor
+    launcher, this machine      local, machine (devices, memory), failures (cause of a failure)
+    worker                      worker, watchdog (stop signals, stuck limit, log)
+    any of them                 env (environment variables), folder (a run's folder, `exit.json`)
+    doctor's two processes      loopback
+
+    the command, for Ray        ray.cli, ray.client (job server), ray.submit (jobs)
+    driver of a Ray job         ray.driver, ray.cluster (capacity), ray.verify (`syncnorm verify`)
+    Ray Train's controller      ray.resize (save before the number of workers changes)
+    worker, thread of an actor  ray.worker
+    all of Ray's                ray.job (the job's description)
+
+Exit status: 0 done, 1 failed, 2 bad input, 75 saved and resumable, 128 + n ended by signal n.
+"""

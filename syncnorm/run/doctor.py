@@ -1,29 +1,50 @@
-"""What on this machine would keep a run from starting, slow it down or end it.
+"""`syncnorm doctor`: checks for whatever would keep a run from starting, slow it down or end it.
 
-`gather` looks, `judge` decides: facts are a value, so that each judgement can be tried without a
-machine that has it.
+A check judges the values that it is given, so that it can be tried without a machine that has
+them. `diagnose` reads the values of this machine.
 """
 
+import importlib.metadata
+import os
+import platform
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from syncnorm.run.machine import EXTRAS, Facts, gather
+import torch
+import torch.distributed as dist
 
-_GIB = 2**30
+from syncnorm.run.env import Tuning, read_tuning
+from syncnorm.run.loopback import try_loopback
+from syncnorm.run.machine import count_cores
+from syncnorm.train.memory import GIB, free_memory
+
+# The package whose version stands for each extra.
+_EXTRAS = {
+    "train": "safetensors",
+    "report": "matplotlib",
+    "tensorboard": "tensorboard",
+    "ray": "ray",
+}
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Args:
-        name: what was looked at.
+        name: of the check.
         status: fail: a run will not start or not end well; warn: it will be slow, or a part of
             syncnorm is missing.
-        detail: what was found.
+        detail: the value that was found.
         remedy: what to do about it; empty with ok.
     """
 
@@ -34,29 +55,36 @@ class Check:
 
 
 def diagnose(run_dir: Path = Path("runs")) -> list[Check]:
-    """Look at this machine; takes some seconds, and leaves nothing behind.
+    """Check this machine; takes some seconds, and leaves nothing behind.
 
     Args:
         run_dir: where runs are to be kept.
     """
-    return judge(gather(run_dir))
-
-
-def judge(facts: Facts) -> list[Check]:
-    """Decide what of the facts is good and what is not."""
+    backends = _backends()
+    cuda = [torch.cuda.get_device_name(device) for device in range(torch.cuda.device_count())]
+    folder = existing_folder(run_dir)
+    is_writable = folder is not None and os.access(folder, os.W_OK | os.X_OK)
+    shm = Path("/dev/shm")
     return [
-        *_software(facts),
-        *_devices(facts),
-        *_memory(facts),
-        *_run_folder(facts),
-        *_network(facts),
-        *_environment(facts),
-        *_extras(facts),
+        check_python(sys.version_info[:3]),
+        check_torch(torch.__version__),
+        check_backends(backends, cuda),
+        check_cuda(cuda, nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*")))),
+        check_cores(count_cores(), torch.get_num_threads()),
+        check_memory(free_memory()),
+        check_shared_memory(shutil.disk_usage(shm).total if shm.is_dir() else None, cuda),
+        check_run_folder(run_dir, folder, is_writable),
+        check_disk(shutil.disk_usage(folder or Path()).free),
+        *check_fsync(_fsync_seconds(folder) if folder is not None and is_writable else None),
+        check_host_name(socket.gethostname(), _host_error()),
+        check_gloo_pair(try_loopback()),
+        *check_environment(read_tuning(), has_glibc=platform.libc_ver()[0] == "glibc"),
+        *(check_extra(extra, _version(package)) for extra, package in _EXTRAS.items()),
     ]
 
 
 def render(checks: Sequence[Check]) -> str:
-    """Write a line for each check, with the remedy below."""
+    """Format a line for each check, with the remedy below it, and a line of counts."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:
@@ -71,7 +99,7 @@ def render(checks: Sequence[Check]) -> str:
 
 
 def exit_status(checks: Sequence[Check]) -> int:
-    """1 if a check failed, else 0."""
+    """Return 1 if a check failed, else 0."""
     return int(any(check.status == "fail" for check in checks))
 
 
@@ -83,108 +111,138 @@ def _check(
     )
 
 
-def _software(facts: Facts) -> Iterator[Check]:
-    python = ".".join(map(str, facts.python))
-    yield _check("python", python, "Use Python 3.11 or later.", fail=facts.python < (3, 11))
-    numbers = tuple(map(int, re.findall(r"\d+", facts.torch_version)[:2]))
-    yield _check("torch", facts.torch_version, "pip install 'torch>=2.11'", fail=numbers < (2, 11))
+def check_python(version: tuple[int, ...]) -> Check:
+    """Fail on a version of Python that is too old."""
+    text = ".".join(map(str, version))
+    return _check("python", text, "Use Python 3.11 or later.", fail=version < (3, 11))
 
 
-def _devices(facts: Facts) -> Iterator[Check]:
-    there = ", ".join(facts.backends) or "none"
-    lacking = [] if "gloo" in facts.backends else ["gloo"]
-    if facts.cuda_devices and "nccl" not in facts.backends:
+def check_torch(version: str) -> Check:
+    """Fail on a version of torch that is too old."""
+    numbers = tuple(map(int, re.findall(r"\d+", version)[:2]))
+    return _check("torch", version, "pip install 'torch>=2.11'", fail=numbers < (2, 11))
+
+
+def check_backends(backends: Collection[str], cuda: Sequence[str]) -> Check:
+    """Fail where torch.distributed lacks gloo, or nccl for the CUDA devices that there are."""
+    lacking = [] if "gloo" in backends else ["gloo"]
+    if cuda and "nccl" not in backends:
         lacking.append("nccl")
-    yield _check(
-        "backends",
-        there,
-        f"Install a build of torch with {' and '.join(lacking)}.",
-        fail=bool(lacking),
-    )
-    yield _check(
+    remedy = f"Install a build of torch with {' and '.join(lacking)}."
+    return _check("backends", ", ".join(backends) or "none", remedy, fail=bool(lacking))
+
+
+def check_cuda(cuda: Sequence[str], nvidia_devices: int) -> Check:
+    """Warn if torch sees none of the system's NVIDIA devices."""
+    return _check(
         "cuda",
-        ", ".join(facts.cuda_devices)
-        or f"torch sees none of {facts.nvidia_devices} devices: workers use the CPU",
+        ", ".join(cuda) or f"torch sees none of {nvidia_devices} devices: workers use the CPU",
         "Install a build of torch for CUDA that this driver can run, and look at "
         "CUDA_VISIBLE_DEVICES.",
-        warn=facts.nvidia_devices > 0 and not facts.cuda_devices,
+        warn=nvidia_devices > 0 and not cuda,
     )
-    yield _check(
+
+
+def check_cores(cores: float, threads: int) -> Check:
+    """Warn if a process of torch would use more threads than there are cores."""
+    return _check(
         "cores",
-        f"{facts.cores:g}, and {facts.threads} threads in a process",
-        f"export OMP_NUM_THREADS={max(int(facts.cores), 1)}, or 1 where several workers share the "
+        f"{cores:g}, and {threads} threads in a process",
+        f"export OMP_NUM_THREADS={max(int(cores), 1)}, or 1 where several workers share the "
         "machine",
-        warn=facts.threads > max(facts.cores, 1),
+        warn=threads > max(cores, 1),
     )
 
 
-def _memory(facts: Facts) -> Iterator[Check]:
-    yield _check(
+def check_memory(free: float) -> Check:
+    """Judge the free memory, in bytes."""
+    return _check(
         "memory",
-        f"{facts.free_memory / _GIB:.1f} GiB free",
+        f"{free / GIB:.1f} GiB free",
         "Free some, or take fewer workers.",
-        warn=facts.free_memory < 2 * _GIB,
-        fail=facts.free_memory < 0.5 * _GIB,
+        warn=free < 2 * GIB,
+        fail=free < 0.5 * GIB,
     )
-    size = facts.shared_memory
-    yield _check(
+
+
+def check_shared_memory(size: int | None, cuda: Sequence[str]) -> Check:
+    """Warn if /dev/shm, of `size` bytes or missing, is too small for nccl."""
+    return _check(
         "/dev/shm",
-        "none" if size is None else f"{size / _GIB:.2f} GiB",
+        "none" if size is None else f"{size / GIB:.2f} GiB",
         "nccl exchanges through it within a machine: start the container with --shm-size=1g or "
         "--ipc=host.",
-        warn=bool(facts.cuda_devices) and (size is None or size < 0.5 * _GIB),
+        warn=bool(cuda) and (size is None or size < 0.5 * GIB),
     )
 
 
-def _run_folder(facts: Facts) -> Iterator[Check]:
-    yield _check(
+def check_run_folder(run_dir: Path, folder: Path | None, is_writable: bool) -> Check:
+    """Fail if runs cannot be written.
+
+    Args:
+        run_dir: where runs are to be kept.
+        folder: see `existing_folder`.
+        is_writable: this user may write to `folder`.
+    """
+    made_in = f", to be made in {folder}" if folder not in (None, run_dir) else ""
+    return _check(
         "run folder",
-        str(facts.run_dir)
-        + (f", to be made in {facts.folder}" if facts.folder not in (None, facts.run_dir) else ""),
+        f"{run_dir}{made_in}",
         "Set run_dir to a folder that can be written to.",
-        fail=facts.folder is None or not facts.is_writable,
+        fail=folder is None or not is_writable,
     )
-    yield _check(
+
+
+def check_disk(free: int) -> Check:
+    """Judge the free disk space for runs, in bytes."""
+    return _check(
         "disk",
-        f"{facts.free_disk / _GIB:.1f} GiB free",
+        f"{free / GIB:.1f} GiB free",
         "Free some, set run_dir to another disk, or keep fewer checkpoints (checkpoint.keep).",
-        warn=facts.free_disk < 2 * _GIB,
-        fail=facts.free_disk < 0.1 * _GIB,
+        warn=free < 2 * GIB,
+        fail=free < 0.1 * GIB,
     )
-    if facts.fsync_seconds is not None:
+
+
+def check_fsync(seconds: float | None) -> Iterator[Check]:
+    """Warn of a slow disk; no check where nothing can be written (None)."""
+    if seconds is not None:
         yield _check(
             "fsync",
-            f"{1000 * facts.fsync_seconds:.1f} ms for a small file",
+            f"{1000 * seconds:.1f} ms for a small file",
             "Checkpoints wait for it: set run_dir to a local disk, or checkpoint.every to more "
             "steps.",
-            warn=facts.fsync_seconds > 0.1,
+            warn=seconds > 0.1,
         )
 
 
-def _network(facts: Facts) -> Iterator[Check]:
-    yield _check(
+def check_host_name(name: str, error: str) -> Check:
+    """Warn if the host's name has no address; `error` says why, and is empty if it has one."""
+    return _check(
         "host name",
-        facts.host_name + (f": {facts.host_error}" if facts.host_error else ""),
+        name + (f": {error}" if error else ""),
         "gloo asks for its address: add it to /etc/hosts, or export GLOO_SOCKET_IFNAME=lo for one "
         "machine.",
-        warn=bool(facts.host_error),
+        warn=bool(error),
     )
-    yield _check(
+
+
+def check_gloo_pair(error: str | None) -> Check:
+    """Fail if two processes of this machine could not pool a sum over gloo."""
+    return _check(
         "gloo pair",
-        facts.loopback_error or "two processes have pooled a sum",
+        error or "two processes have pooled a sum",
         "export GLOO_SOCKET_IFNAME with the name of an interface of this machine, such as lo.",
-        fail=facts.loopback_error is not None,
+        fail=error is not None,
     )
 
 
-def _environment(facts: Facts) -> Iterator[Check]:
-    """What torchrun leaves to the person who calls it; `syncnorm train` sets it for the workers
-    that it starts.
-    """
-    if not facts.tuning.is_under_torchrun:
+def check_environment(tuning: Tuning, has_glibc: bool) -> Iterator[Check]:
+    """Check the variables that torchrun leaves to its caller; `syncnorm train` sets them itself."""
+    if not tuning.is_under_torchrun:
         return
-    if facts.has_glibc:
-        missing = facts.tuning.missing_malloc
+    if has_glibc:
+        missing = tuning.missing_malloc
         yield _check(
             "malloc",
             f"not set: {', '.join(missing)}" if missing else "set for CPU workers",
@@ -194,18 +252,62 @@ def _environment(facts: Facts) -> Iterator[Check]:
     yield _check(
         "restarts",
         "workers that are started again meet "
-        + ("at addresses of before" if facts.tuning.shares_store else "anew"),
+        + ("at addresses of before" if tuning.shares_store else "anew"),
         "With gloo they do not find each other so: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-        warn=facts.tuning.shares_store,
+        warn=tuning.shares_store,
     )
 
 
-def _extras(facts: Facts) -> Iterator[Check]:
-    for extra, version in facts.extras.items():
-        yield _check(
-            f"extra {extra}",
-            f"{EXTRAS[extra]} {version or 'is not installed'}",
-            f"pip install 'syncnorm[{extra}]'",
-            warn=version is None,
-            fail=version is None and extra == "train",
-        )
+def check_extra(extra: str, version: str | None) -> Check:
+    """Check that an extra of syncnorm's is installed; without `train` no run starts."""
+    return _check(
+        f"extra {extra}",
+        f"{_EXTRAS[extra]} {version or 'is not installed'}",
+        f"pip install 'syncnorm[{extra}]'",
+        warn=version is None,
+        fail=version is None and extra == "train",
+    )
+
+
+def existing_folder(path: Path) -> Path | None:
+    """Return the folder, or the nearest above it that exists; None if a file is in the way."""
+    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
+    return nearest if nearest.is_dir() else None
+
+
+def _backends() -> list[str]:
+    if not dist.is_available():
+        return []
+    is_there = {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()}
+    return [name for name, there in is_there.items() if there]
+
+
+def _fsync_seconds(folder: Path) -> float | None:
+    """Measure the median time to bring a small file to disk; None if that fails."""
+    times = []
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(9):
+                file.write(b"\0" * 4096)
+                file.flush()
+                start = time.perf_counter()
+                os.fsync(file.fileno())
+                times.append(time.perf_counter() - start)
+    except OSError:
+        return None
+    return statistics.median(times)
+
+
+def _host_error() -> str:
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,4 +1,4 @@
-"""`syncnorm train --dry-run`: one step as one of the workers, without the others, and what it took."""
+"""`syncnorm train --dry-run`: one step as one of the workers, without the others."""
 
 import resource
 import sys
@@ -9,9 +9,8 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.comm import exchange
-from syncnorm.run.crowd import check_crowd
-from syncnorm.run.device import choose_device
-from syncnorm.run.here import told_in_a_line
+from syncnorm.run.in_process import errors_in_one_line
+from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import epoch_order
@@ -23,23 +22,23 @@ from syncnorm.undocumented import fake_store
 
 
 def dry_run(task: Task) -> str:
-    """Resolve, build, take one step as the first of `launch.workers`, and describe it.
+    """Build the model, take one step as the first of `launch.workers`, and describe its costs.
 
-    The other workers are not there: their part of every sum is missing, so the loss means nothing,
-    but memory, numbers sent and this worker's own computation are those of a step.
+    There are no other workers, and so the loss means nothing: their part of every sum is missing.
+    Memory, payloads and this worker's own computation are those of a step.
 
     Raises:
-        ConfigError: something in the configuration does not fit.
-        LocalRunError: code of the configuration's failed.
+        ConfigError: the configuration does not fit the machine or the data.
+        LocalRunError: code that the configuration names failed.
     """
     config = task.config
     device = choose_device(config.launch.device, 0, config.launch.most_workers)
-    note = check_crowd(config.launch, device)
+    note = check_capacity(config.launch, device)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     number = config.launch.most_workers
     workers = Workers(0, number, device, number)
-    # A backend of torch's own tests, which sends nothing.
+    # A backend of torch's own tests, which sends nothing. A test notices if torch changes it.
     dist.init_process_group(
         "fake",
         store=fake_store(),
@@ -48,7 +47,7 @@ def dry_run(task: Task) -> str:
         timeout=timedelta(seconds=60),
     )
     try:
-        with told_in_a_line():
+        with errors_in_one_line():
             return _describe(task, config, workers)
     finally:
         dist.destroy_process_group()
@@ -63,7 +62,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     free = available_bytes(config, workers, 1)
     check_fits(need, free, 0)
     setup = make_setup(config, workers, data, total_steps, model=model)
-    setup.ddp.register_comm_hook(None, _keep)
+    setup.ddp.register_comm_hook(None, _return_bucket)
     indices = epoch_order(len(data.train), config.train.seed, 1)[: config.train.global_batch]
     tally = exchange.Tally()
     before = _peak(workers)
@@ -72,27 +71,25 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     seconds = time.perf_counter() - started
     totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
     lines = [
-        *_described_model(setup),
+        *_describe_model(setup),
         f"data: {len(data.train)} training and {len(data.test)} test images of "
         f"{'x'.join(map(str, data.train.images.shape[1:]))}, {steps_per_epoch} steps per epoch",
         f"step: {setup.describe_step()}",
-        *_described_memory(need, free, _peak(workers) - before),
+        *_describe_memory(need, free, _peak(workers) - before),
         f"one step, the first, without waiting for others: {seconds:.2f} s",
-        *_described_messages(setup, totals),
+        *_describe_messages(setup, totals),
     ]
     return "\n".join(lines)
 
 
-def _keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
-    """This worker's gradient in place of the average, which the backend that sends nothing does not
-    hand back.
-    """
+def _return_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]
+    """Return this worker's gradient as the average: the fake backend does not compute one."""
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
 
 
-def _described_model(setup: Setup) -> list[str]:
+def _describe_model(setup: Setup) -> list[str]:
     parameters = [p for p in setup.model.parameters() if p.requires_grad]
     count = sum(p.numel() for p in parameters)
     return [
@@ -101,7 +98,7 @@ def _described_model(setup: Setup) -> list[str]:
     ]
 
 
-def _described_memory(need: Need, free: float, grown: int) -> list[str]:
+def _describe_memory(need: Need, free: float, grown: int) -> list[str]:
     has = "unknown" if free == float("inf") else format_bytes(free)
     return [
         f"memory: a worker needs about {need}; it has {has}; the step took {format_bytes(grown)} more "
@@ -109,7 +106,7 @@ def _described_memory(need: Need, free: float, grown: int) -> list[str]:
     ]
 
 
-def _described_messages(setup: Setup, totals: dict[str, tuple[int, int]]) -> list[str]:
+def _describe_messages(setup: Setup, totals: dict[str, tuple[int, int]]) -> list[str]:
     gradients = sum(
         p.numel() * p.element_size() for p in setup.model.parameters() if p.requires_grad
     )
@@ -123,7 +120,7 @@ def _described_messages(setup: Setup, totals: dict[str, tuple[int, int]]) -> lis
 
 
 def _peak(workers: Workers) -> int:
-    """The most memory that this process has had, in bytes."""
+    """Return the peak memory of this process in bytes."""
     if workers.device.type == "cuda":
         return torch.cuda.max_memory_allocated(workers.device)
     unit = 1 if sys.platform == "darwin" else 1024

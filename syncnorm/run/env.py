@@ -1,7 +1,7 @@
-"""The one place where the environment is read and written.
+"""The only reader and writer of environment variables in the application.
 
-torchrun, our own launcher and Ray all say the same way which worker a process is: RANK, WORLD_SIZE,
-LOCAL_RANK and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed itself.
+torchrun, our own launcher and Ray set the same variables for a worker: RANK, WORLD_SIZE, LOCAL_RANK
+and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed itself.
 """
 
 import os
@@ -22,24 +22,22 @@ _MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-# DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for (see
-# train/setup.py).
+# ERROR hides DDP's warning of `find_unused_parameters`, which the trainer needs (train/setup.py).
 _WORKER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 
 @dataclass(frozen=True)
 class Launched:
-    """What a launcher told this process.
+    """Rank and surroundings of a worker, as its launcher set them.
 
     Args:
-        rank: number of this worker among all.
-        world_size: how many there are.
+        rank: of this worker.
+        world_size: number of workers.
         local_rank: number of this worker on its machine.
-        local_world_size: how many are on its machine.
+        local_world_size: number of workers on its machine.
         run_folder: the run's folder, if our own launcher made it.
-        launcher_pid: our own launcher, if that is what started this process.
-        launch_id: what torchrun calls this launch, the same when it starts its workers again; None
-            if it has no name.
+        launcher_pid: process id of our own launcher, if it started this process.
+        launch_id: torchrun's name of this launch, kept when it restarts workers; None without one.
     """
 
     rank: int
@@ -52,10 +50,10 @@ class Launched:
 
 
 def read_launched() -> Launched | None:
-    """Say which worker this process is; None if it is not one.
+    """Read the rank of this process from the environment; None if it is not a worker.
 
     Raises:
-        ConfigError: the environment says so only in part.
+        ConfigError: some of the variables are missing or malformed.
     """
     if "RANK" not in os.environ:
         return None
@@ -72,7 +70,7 @@ def read_launched() -> Launched | None:
 
 
 def _launch_id() -> str | None:
-    """torchrun's --rdzv-id; without one the address at which the workers meet."""
+    """Return torchrun's --rdzv-id; without one the address of the rendezvous."""
     name = os.environ.get("TORCHELASTIC_RUN_ID")
     if name != "none":
         return name
@@ -80,10 +78,10 @@ def _launch_id() -> str | None:
 
 
 def read_host() -> str:
-    """Say where the worker of rank 0 is, as a launcher has told all its workers.
+    """Read the host of rank 0, which a launcher gives to all its workers.
 
     Raises:
-        ConfigError: no launcher has.
+        ConfigError: no launcher has set it.
     """
     host = os.environ.get("MASTER_ADDR")
     if not host:
@@ -96,14 +94,12 @@ def read_host() -> str:
 
 @dataclass(frozen=True)
 class Tuning:
-    """What the environment says about the speed and the safety of workers.
+    """Environment variables that decide how fast and how safely workers run.
 
     Args:
-        missing_malloc: variables of glibc's that are not set, with the values that CPU workers
-            want.
-        is_under_torchrun: whether torchrun started this process.
-        shares_store: whether workers that are started again would meet in the store of those before
-            them.
+        missing_malloc: glibc's variables that are not set, with the values for CPU workers.
+        is_under_torchrun: torchrun started this process.
+        shares_store: restarted workers would use the store of those before them.
     """
 
     missing_malloc: dict[str, str]
@@ -112,7 +108,7 @@ class Tuning:
 
 
 def read_tuning() -> Tuning:
-    """Read what decides how fast and how safely workers run."""
+    """Read the variables of `Tuning`."""
     return Tuning(
         missing_malloc={name: value for name, value in _MALLOC.items() if name not in os.environ},
         is_under_torchrun="TORCHELASTIC_RUN_ID" in os.environ,
@@ -120,18 +116,17 @@ def read_tuning() -> Tuning:
     )
 
 
-# What Ray Train's driver hands on to its controller. All but the last may be set to something else
-# by the user.
+# Settings that Ray Train's driver passes on to its controller. The user's own go before them.
 _RAY_DRIVER = {
-    # A worker that is lost is seen after half a second instead of two, a node that is to be taken
-    # away after one instead of five.
+    # Notice a lost worker after half a second instead of two, a node to be preempted after one
+    # instead of five.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    # How long a group of workers waits for its place before the cluster is looked at again: after a
-    # node is lost Ray still believes in it.
+    # Time to place a group of workers before the cluster is counted anew: after the loss of a node
+    # Ray still counts on it.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
     "RAY_USAGE_STATS_ENABLED": "0",
-    # A print in a worker would be told twice.
+    # Otherwise a worker's print appears twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     # Relative paths mean the same in workers as in the driver.
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -139,25 +134,24 @@ _RAY_DRIVER = {
 
 
 def set_for_ray_driver() -> None:
-    """Set what Ray Train shall find in the environment of the process that calls it."""
+    """Set the variables for Ray Train in this process, which is to call it."""
     for name, value in _RAY_DRIVER.items():
         os.environ.setdefault(name, value)
 
 
-def for_ray_workers() -> dict[str, str]:
-    """What Ray shall set in the environment of a worker, before it is started."""
+def ray_worker_environment() -> dict[str, str]:
+    """Return the variables that Ray is to set for each worker before it starts."""
     return {**_WORKER, **_MALLOC}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the environment says about a Ray cluster that jobs are sent to. The token itself is for
-    Ray alone.
+    """Address and token of a Ray cluster. Only Ray reads the token itself.
 
     Args:
         address: of its dashboard, as given.
-        has_token: whether there is one: in a variable, which goes before a file, or in a file.
-        token_path: the file that is said to hold it.
+        has_token: there is a token in a variable, which goes before a file, or in a file.
+        token_path: the file that holds it.
     """
 
     address: str | None
@@ -166,10 +160,10 @@ class Cluster:
 
 
 def read_cluster() -> Cluster:
-    """Read which Ray cluster is meant, and whether there is a token for it.
+    """Read the address of the Ray cluster, and look for a token.
 
     Raises:
-        ConfigError: the file that is to hold the token does not exist.
+        ConfigError: the file for the token does not exist.
     """
     is_given, path = bool(os.environ.get("RAY_AUTH_TOKEN")), os.environ.get("RAY_AUTH_TOKEN_PATH")
     token_path = Path(path) if path else None
@@ -182,63 +176,55 @@ def read_cluster() -> Cluster:
 
 
 def set_for_ray() -> None:
-    """Have Ray send the token, if there is one.
+    """Make Ray send the token, if there is one.
 
-    To be called before Ray is imported: it looks once.
+    Call it before Ray is imported, which reads the variable once.
     """
     if read_cluster().has_token:
         os.environ["RAY_AUTH_MODE"] = "token"
 
 
 def set_for_ray_client(address: str) -> None:
-    """Have Ray's client send jobs to this address; what is set here goes before the one that it is
-    given.
-    """
+    """Make Ray's client send jobs to this address: the variable overrides its argument."""
     os.environ["RAY_API_SERVER_ADDRESS"] = address
 
 
-def of_launched(rank: int, world_size: int, host: str, port: int, has_gpu: bool) -> dict[str, str]:
-    """The environment of a process that is to be this worker, the only one that this launcher has
-    on its machine.
+def worker_environment(
+    rank: int, world_size: int, host: str, port: int, has_gpu: bool
+) -> dict[str, str]:
+    """Return the environment of a worker that is its launcher's only one on this machine.
 
     Args:
         rank, world_size: of the worker.
-        host, port: where rank 0 is, and where the workers meet.
-        has_gpu: whether a GPU is set aside for it; otherwise it sees none, for others may have it.
+        host, port: address of rank 0, for the rendezvous.
+        has_gpu: a GPU is reserved for the worker; otherwise it sees none, since others may use it.
     """
     hidden = {} if has_gpu else {"CUDA_VISIBLE_DEVICES": ""}
-    told = {
+    values = {
         "RANK": rank,
         "WORLD_SIZE": world_size,
         "LOCAL_RANK": 0,
         "LOCAL_WORLD_SIZE": 1,
         "MASTER_PORT": port,
     }
-    words = {name: str(value) for name, value in told.items()}
-    return {**_WORKER, **_MALLOC, **os.environ, **words, **hidden, "MASTER_ADDR": host}
+    texts = {name: str(value) for name, value in values.items()}
+    return {**_WORKER, **_MALLOC, **os.environ, **texts, **hidden, "MASTER_ADDR": host}
 
 
 def set_for_children() -> None:
-    """Set what makes workers on a CPU fast and quiet, for those that this process starts; what is
-    set already stays.
-    """
+    """Set the variables that make CPU workers fast and quiet, unless they are set already."""
     for name, value in {**_WORKER, **_MALLOC}.items():
         os.environ.setdefault(name, value)
 
 
 def set_for_workers(run_folder: Path) -> None:
-    """Set what the workers that this process starts shall find in their environment.
-
-    What is set already stays, except for what must be so.
-    """
+    """Set the variables for the workers that this process starts; the user's own stay."""
     set_for_children()
-    # With gloo, workers that are started again would otherwise find the addresses of their
-    # predecessors.
+    # Otherwise restarted workers find the addresses of their predecessors with gloo.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[_RUN_FOLDER] = str(run_folder)
     os.environ[_LAUNCHER] = str(os.getpid())
-    # Without SIGINT, which is the launcher's own (see run/interrupt.py); torch's agent would take
-    # it.
+    # Without SIGINT, which our launcher handles (see run/interrupt.py).
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
 
 

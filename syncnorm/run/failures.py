@@ -1,4 +1,4 @@
-"""Which of several failed workers is the cause, and which only lost their peer."""
+"""Diagnosis of failed workers: the cause, told apart from workers that only lost a peer."""
 
 import signal
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from syncnorm.errors import ConfigError
 
-# What gloo, the store and NCCL say on a worker whose peer is gone or does not come, and then what
-# debug mode says. Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError,
+# Messages of gloo, the store and NCCL on a worker whose peer is gone or does not come, then those
+# of debug mode. Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError,
 # out of memory).
-_ECHOES = (
+_PEER_LOSS_MESSAGES = (
     "DistNetworkError: ",
     "DistStoreError: ",
     "Connection closed by peer",
@@ -31,14 +31,14 @@ _ECHOES = (
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a run failed.
+    """Cause of a failed run.
 
     Args:
         reason: a sentence that names the worker.
-        traceback: of the worker, if it left one.
-        is_loss: whether a worker was lost, by a kill, a crash or a time limit; code that fails
-            would fail again.
-        is_bad_input: whether the worker refused its configuration; the reason is what it said.
+        traceback: of the worker, if it wrote one.
+        is_loss: a worker was lost, by a kill, a crash or a time limit, so a restart may help; code
+            that fails would fail again.
+        is_bad_input: the worker refused its configuration; `reason` is its message.
     """
 
     reason: str
@@ -48,33 +48,30 @@ class Failure:
 
 
 def root_cause(error: ChildFailedError) -> Failure:
-    """Choose the failure that came first and is not the echo of another."""
+    """Return the first failure that does not follow from the loss of a peer."""
     rank = min(
         error.failures,
-        key=lambda rank: (_distance(error.failures[rank]), error.failures[rank].timestamp),
+        key=lambda rank: (_causal_order(error.failures[rank]), error.failures[rank].timestamp),
     )
     return _describe(rank, error.failures[rank])
 
 
-def _distance(failure: ProcessFailure) -> int:
-    """How far a failure is from being a cause: 0, 1 if it may be the echo of another, 2 if it is
-    one.
-    """
-    # SIGTERM is what the launcher itself ends the remaining workers with.
-    if failure.exitcode == -signal.SIGTERM or _lost_its_peer(failure):
+def _causal_order(failure: ProcessFailure) -> int:
+    """Sort key: 0 for a cause, 1 for what may follow from another failure, 2 for what does."""
+    # The launcher itself ends the remaining workers by SIGTERM.
+    if failure.exitcode == -signal.SIGTERM or _follows_peer_loss(failure):
         return 2
-    # NCCL's watchdog and gloo's threads end the process so, without a word in its error file; a
-    # crash does, too.
-    return int(failure.exitcode == -signal.SIGABRT and not _told(failure))
+    # NCCL's watchdog and gloo's threads abort the process without an error file; so does a crash.
+    return int(failure.exitcode == -signal.SIGABRT and not _error_file(failure))
 
 
-def _lost_its_peer(failure: ProcessFailure) -> bool:
-    return is_echo(_told(failure).get("message", ""))
+def _follows_peer_loss(failure: ProcessFailure) -> bool:
+    return is_peer_loss(_error_file(failure).get("message", ""))
 
 
-def is_echo(message: str) -> bool:
-    """Whether an error, as KIND: MESSAGE, only says that another worker is gone."""
-    return any(echo in message for echo in _ECHOES)
+def is_peer_loss(message: str) -> bool:
+    """Return True for an error (KIND: MESSAGE) that only reports the loss of a peer."""
+    return any(text in message for text in _PEER_LOSS_MESSAGES)
 
 
 def _describe(rank: int, failure: ProcessFailure) -> Failure:
@@ -84,22 +81,22 @@ def _describe(rank: int, failure: ProcessFailure) -> Failure:
             "",
             is_loss=True,
         )
-    told = _told(failure)
-    if told:
-        kind, _, message = told["message"].partition(": ")
+    written = _error_file(failure)
+    if written:
+        kind, _, message = written["message"].partition(": ")
         if kind == ConfigError.__name__:
             return Failure(message, "", is_bad_input=True)
         return Failure(
-            f"worker {rank} failed: {told['message']}",
-            told["extraInfo"]["py_callstack"],
-            is_loss=_lost_its_peer(failure),
+            f"worker {rank} failed: {written['message']}",
+            written["extraInfo"]["py_callstack"],
+            is_loss=_follows_peer_loss(failure),
         )
     if failure.exitcode < 0:
         return Failure(f"worker {rank} was killed by {failure.signal_name()}", "", is_loss=True)
     return Failure(f"worker {rank} ended with status {failure.exitcode}", "")
 
 
-def _told(failure: ProcessFailure) -> dict[str, Any]:
-    """Return what the worker's error file says; empty if it left none."""
+def _error_file(failure: ProcessFailure) -> dict[str, Any]:
+    """Return the content of the worker's error file; empty if there is none."""
     message = failure.error_file_data.get("message")
     return message if isinstance(message, dict) else {}

@@ -1,4 +1,4 @@
-"""A run's folder, the lock on it, and the note of how the run ended."""
+"""A run's folder: making and finding it, its lock, and `exit.json`, the record of its end."""
 
 import fcntl
 import itertools
@@ -14,17 +14,17 @@ from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import Config
 from syncnorm.train.files import remove, write_text_whole
 
-# Of sysexits.h: a temporary failure, to be tried again. Schedulers know it.
+# EX_TEMPFAIL of sysexits.h, a temporary failure to be tried again. Schedulers know it.
 RESUMABLE = 75
 
 
 @dataclass(frozen=True)
 class Exit:
-    """How a run ended.
+    """End of a run.
 
     Args:
         status: done, stopped (saved, and can be resumed) or failed.
-        reason: why, in a sentence.
+        reason: a sentence.
         step: optimizer steps done, as far as they are on record.
         exit_code: of the command.
     """
@@ -40,7 +40,7 @@ class Exit:
 
 
 def read_exit(folder: Path) -> Exit | None:
-    """How a run ended; None while it goes on, or after it was killed."""
+    """Read `exit.json`; None while the run goes on, or after it was killed."""
     try:
         return Exit(**json.loads((folder / "exit.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -48,13 +48,12 @@ def read_exit(folder: Path) -> Exit | None:
 
 
 def make_run_folder(config: Config, name: str, launch: str | None = None) -> Path:
-    """Make `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it; never one that is there
-    already.
+    """Make a new folder `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it.
 
     Args:
         config: of the run.
         name: of the configuration.
-        launch: what tells this launch from others, so that workers started again find the folder.
+        launch: identifies the launch, so that restarted workers find the folder.
 
     Raises:
         ConfigError: it cannot be made.
@@ -74,21 +73,19 @@ def make_run_folder(config: Config, name: str, launch: str | None = None) -> Pat
     return folder
 
 
-def discard_unbegun(folder: Path) -> None:
-    """Remove a new run's folder if the run was refused before it began; the message said all that
-    is in it.
-    """
+def remove_unstarted(folder: Path) -> None:
+    """Remove a new run's folder if the run was refused before it began."""
     if not (folder / "metrics.jsonl").exists():
         remove(folder)
 
 
 def write_config(config: Config, folder: Path) -> None:
-    """Write the resolved configuration into a run's folder; until then it is none."""
+    """Write the resolved configuration, which makes a folder a run's folder."""
     write_text_whole(folder / "config.yaml", strict_yaml.dump(config.model_dump()))
 
 
-def find_launched(config: Config, launch: str) -> Path | None:
-    """The newest unfinished run that the same launch has made: its workers are being started again."""
+def find_relaunched(config: Config, launch: str) -> Path | None:
+    """Find the newest unfinished run of the same launch, whose workers are being restarted."""
     folders = []
     for note in Path(config.run_dir).glob("*/launch.json"):
         try:
@@ -106,10 +103,10 @@ def find_launched(config: Config, launch: str) -> Path | None:
 
 
 def check_resumable(config: Config, folder: Path) -> Path:
-    """Return the folder if a run with this configuration can go on in it.
+    """Return the folder if a run with this configuration can resume in it.
 
     Raises:
-        ConfigError: it is no run's, or the run's configuration has another result.
+        ConfigError: it is not a run's folder, or that run would have another result.
     """
     recorded = _recorded(folder)
     if recorded is None:
@@ -128,10 +125,10 @@ def check_resumable(config: Config, folder: Path) -> Path:
 
 
 def lock(folder: Path) -> Any:
-    """Keep other launches out of a run's folder for as long as the returned file is open.
+    """Lock a run's folder for as long as the returned file is open.
 
     Raises:
-        ConfigError: another process works in it.
+        ConfigError: another process has locked it.
     """
     file = (folder / "run.lock").open("w")
     try:

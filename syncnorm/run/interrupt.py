@@ -1,6 +1,6 @@
-"""Ctrl-C where a command does not simply end.
+"""Handlers of Ctrl-C for commands that have to clean up or ask.
 
-Elsewhere SIGINT ends it at once and quietly (see `__main__`).
+All others end at once and quietly on SIGINT (see `__main__`).
 """
 
 import signal
@@ -14,17 +14,17 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing import SignalException
 
 STATUS = 128 + signal.SIGINT
-"""Of a command that Ctrl-C has ended, in the shell."""
+"""The exit status of a command that Ctrl-C has ended."""
 
-# A worker takes a second signal within this time for the first one, which reaches it from terminal
-# and launcher.
+# One Ctrl-C reaches a worker twice, from the terminal and from the launcher: signals within this
+# time count as one.
 SAME_SIGNAL_SECONDS = 2.0
 
 
 class Interrupted(SignalException):
     """Ctrl-C in the launcher.
 
-    Its workers are told by SIGTERM, for they ignore SIGINT while they import.
+    The launcher sends SIGTERM to its workers, which ignore SIGINT while they import.
     """
 
     def __init__(self) -> None:
@@ -33,11 +33,10 @@ class Interrupted(SignalException):
 
 @contextmanager
 def as_keyboard_interrupt() -> Iterator[None]:
-    """Let Ctrl-C raise KeyboardInterrupt inside the block, where something is to be cleared away or
-    asked.
+    """Raise KeyboardInterrupt inside the block on Ctrl-C.
 
     Raises:
-        SystemExit: of `STATUS`, if the block lets it pass.
+        SystemExit: with `STATUS`, if the block does not catch it.
     """
     with _handled(signal.default_int_handler):
         try:
@@ -48,7 +47,7 @@ def as_keyboard_interrupt() -> Iterator[None]:
 
 @contextmanager
 def for_launcher() -> Iterator[None]:
-    """Let Ctrl-C raise `Interrupted` inside the block, again only after `SAME_SIGNAL_SECONDS`."""
+    """Raise `Interrupted` inside the block on Ctrl-C, at most once in `SAME_SIGNAL_SECONDS`."""
     asked = float("-inf")
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -65,7 +64,7 @@ def for_launcher() -> Iterator[None]:
 @contextmanager
 def _handled(handler: object) -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
-    # Only the main thread may; and what a launcher has set to be ignored stays so.
+    # Only the main thread may set handlers. A signal that a launcher ignores stays ignored.
     if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
         yield
         return

@@ -1,4 +1,4 @@
-"""Workers on this machine, started with torch's own elastic launcher."""
+"""Local runs: starts workers on this machine by torch's elastic launcher, and restarts them."""
 
 import logging
 import shutil
@@ -15,30 +15,29 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run import env, interrupt
-from syncnorm.run.crowd import check_crowd
-from syncnorm.run.device import choose_device
 from syncnorm.run.failures import Failure, root_cause
 from syncnorm.run.folder import (
     RESUMABLE,
     Exit,
     check_resumable,
-    discard_unbegun,
     make_run_folder,
     read_exit,
+    remove_unstarted,
 )
+from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import LaunchSection
 from syncnorm.train.metrics import MetricsFile, last_step
 
-# Time for workers that were told to stop to finish their step and save.
+# Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30
 
 
 class LocalRunError(SyncnormError):
-    """A local run ended before its time; the message is for the person who started it.
+    """A local run failed or was stopped; the message is for the person who started it.
 
     Args:
-        message: what happened.
+        message: the reason.
         exit_code: of the command.
     """
 
@@ -50,19 +49,19 @@ class LocalRunError(SyncnormError):
 def run_local(task: Task, arguments: Sequence[str]) -> None:
     """Start `launch.workers` workers, each running `syncnorm train ARGUMENTS`, and wait for them.
 
-    Workers that are killed are started again, and go on from the newest checkpoint.
+    Workers that are killed are restarted from the newest checkpoint.
 
     Args:
-        task: checked already; the workers read it again.
+        task: checked already; the workers read `arguments` themselves.
         arguments: of the command `syncnorm train`.
 
     Raises:
-        ConfigError: the machine lacks the devices or the memory, the run's folder cannot be made or
-            does not fit, or the workers refused the configuration.
+        ConfigError: the machine lacks devices or memory, the run's folder cannot be made or belongs
+            to another configuration, or the workers refused the configuration.
         LocalRunError: the run failed, or was stopped.
     """
     launch = task.config.launch
-    note = check_crowd(launch, choose_device(launch.device, 0, launch.most_workers))
+    note = check_capacity(launch, choose_device(launch.device, 0, launch.most_workers))
     if task.resume is None:
         folder = make_run_folder(task.config, task.name)
     else:
@@ -73,30 +72,30 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
     _silence_agent()
     try:
         with interrupt.for_launcher():
-            _attempts(task, arguments, folder)
+            _run_with_restarts(task, arguments, folder)
     except SignalException as error:
         _raise_if_stopped(folder)
         number = signal.SIGINT if isinstance(error, interrupt.Interrupted) else error.sigval
         status = 128 + number
         reason = f"stopped by {number.name}, without saving"
-        _record(reason, folder, status)
+        _write_exit(reason, folder, status)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
 
 
-def _attempts(task: Task, arguments: Sequence[str], folder: Path) -> None:
-    """Start the workers, again if one is lost, until all is done."""
+def _run_with_restarts(task: Task, arguments: Sequence[str], folder: Path) -> None:
+    """Start the workers, again after the loss of one, until they are done."""
     launch = task.config.launch
     for attempt in range(launch.restarts + 1):
         try:
-            failure = _attempt(launch, arguments, folder)
+            failure = _run_once(launch, arguments, folder)
         except ConfigError:
             if task.resume is None:
-                discard_unbegun(folder)
+                remove_unstarted(folder)
             raise
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
-            raise LocalRunError(_tell(failure, folder))
+            raise LocalRunError(_record_failure(failure, folder))
         again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
@@ -104,13 +103,13 @@ def _attempts(task: Task, arguments: Sequence[str], folder: Path) -> None:
         print(f"syncnorm: {again}", file=sys.stderr)
 
 
-def _attempt(launch: LaunchSection, arguments: Sequence[str], folder: Path) -> Failure | None:
-    """Start the workers and wait for them; None if all is done, else why not."""
+def _run_once(launch: LaunchSection, arguments: Sequence[str], folder: Path) -> Failure | None:
+    """Start the workers once and wait for them; return the failure, None if they are done."""
     logs = tempfile.mkdtemp(prefix="syncnorm-")
     command = (sys.executable, "-m", "syncnorm", "train", *arguments)
     try:
-        # Through a shell, so that a worker ignores Ctrl-C from its first instruction until it can
-        # heed it.
+        # Through a shell, so that a worker ignores Ctrl-C from its first instruction until it has a
+        # handler.
         elastic_launch(_launch_config(launch, logs), "/bin/sh")(
             "-c", 'trap "" INT; exec "$@"', "sh", *command
         )
@@ -136,7 +135,7 @@ def _raise_if_stopped(folder: Path) -> None:
 
 
 def _silence_agent() -> None:
-    """Keep torch's account of a failure off the screen: ours says the same in a line."""
+    """Silence torch's report of a failure: ours says the same in a line."""
     agent = logging.getLogger("torch.distributed.elastic")
     agent.addHandler(logging.NullHandler())
     agent.propagate = False
@@ -151,17 +150,16 @@ def _launch_config(launch: LaunchSection, logs: str) -> LaunchConfig:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
-        # Started again by us, with a rendezvous of their own: torch's would start failing code
-        # again, too.
+        # We restart them ourselves, with a new rendezvous: torch would restart failing code, too.
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=logs),
         shutdown_timeout=max(_LEAST_SHUTDOWN_SECONDS, round(launch.timeout_seconds)),
     )
 
 
-def _tell(failure: Failure, folder: Path) -> str:
-    """Put the failure on record in the run's folder and into words."""
-    _record(failure.reason, folder)
+def _record_failure(failure: Failure, folder: Path) -> str:
+    """Record the failure in the run's folder and return the message for the user."""
+    _write_exit(failure.reason, folder)
     if not failure.traceback:
         return f"{failure.reason}\n{folder}"
     path = folder / "traceback.txt"
@@ -169,5 +167,5 @@ def _tell(failure: Failure, folder: Path) -> str:
     return f"{failure.reason}\n{path}"
 
 
-def _record(reason: str, folder: Path, status: int = 1) -> None:
+def _write_exit(reason: str, folder: Path, status: int = 1) -> None:
     Exit("failed", reason, last_step(folder / "metrics.jsonl"), status).write(folder)

@@ -1,6 +1,4 @@
-"""Two processes on this machine that pool a sum over gloo: `python -m syncnorm.run.loopback RANK
-FILE`.
-"""
+"""Trial all-reduce of two processes, each `python -m syncnorm.run.loopback RANK FILE`."""
 
 import subprocess
 import sys
@@ -12,18 +10,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+# On a busy machine a process may take a minute to import torch.
+_DEADLINE_SECONDS = 120.0
 _WORLD_SIZE = 2
 _SUM = "3"
 
 
-def try_loopback(deadline_seconds: float = 30.0) -> str | None:
-    """Let a pair of processes meet and pool 1 + 2.
+def try_loopback(deadline_seconds: float = _DEADLINE_SECONDS) -> str | None:
+    """Start two processes that all-reduce 1 + 2 over gloo.
 
     Args:
         deadline_seconds: for all of it.
 
     Returns:
-        None if both have the sum, else what went wrong.
+        None if both have the sum, else the error.
     """
     with tempfile.TemporaryDirectory(prefix="syncnorm-") as folder:
         command = [sys.executable, "-m", "syncnorm.run.loopback"]
@@ -67,7 +67,7 @@ def _pool(rank: int, store: str) -> None:
         init_method=f"file://{store}",
         rank=rank,
         world_size=_WORLD_SIZE,
-        timeout=timedelta(seconds=30),
+        timeout=timedelta(seconds=_DEADLINE_SECONDS),
     )
     value = torch.tensor(rank + 1.0)
     dist.all_reduce(value)

@@ -1,133 +1,17 @@
-"""What a machine is like: the facts that `syncnorm doctor` judges."""
+"""Resources of this machine that workers share: cores, CUDA devices, memory."""
 
-import importlib.metadata
 import os
-import platform
-import shutil
-import socket
-import statistics
-import sys
-import tempfile
-import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from syncnorm.run.env import Tuning, read_tuning
-from syncnorm.run.loopback import try_loopback
-from syncnorm.train.memory import free_memory
-
-# The package that stands for each extra.
-EXTRAS = {
-    "train": "safetensors",
-    "report": "matplotlib",
-    "tensorboard": "tensorboard",
-    "ray": "ray",
-}
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.schema import LaunchSection
+from syncnorm.train.memory import GIB, format_bytes, free_memory, resident_memory
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What `gather` finds.
-
-    Args:
-        python: version.
-        torch_version: as torch writes it.
-        backends: of torch.distributed that are there.
-        cuda_devices: names of those that torch sees.
-        nvidia_devices: how many the system has.
-        cores: that this process may use, with a container's quota.
-        threads: that torch would use in one process.
-        free_memory: bytes.
-        run_dir: where runs are to be kept.
-        folder: `run_dir`, or the nearest folder above that exists; None if a file is in the way.
-        is_writable: whether this user may write there.
-        free_disk: bytes there.
-        fsync_seconds: for a small file there; None where nothing can be written.
-        shared_memory: size of /dev/shm in bytes; None if there is none.
-        host_name: of this machine.
-        host_error: why the name has no address; empty if it has one.
-        loopback_error: why two processes could not pool a sum; None if they did.
-        extras: from an extra to the installed version of what it stands for, or None.
-        has_glibc: whether glibc's malloc is in use.
-        tuning: of the environment.
-    """
-
-    python: tuple[int, int, int]
-    torch_version: str
-    backends: tuple[str, ...]
-    cuda_devices: tuple[str, ...]
-    nvidia_devices: int
-    cores: float
-    threads: int
-    free_memory: float
-    run_dir: Path
-    folder: Path | None
-    is_writable: bool
-    free_disk: int
-    fsync_seconds: float | None
-    shared_memory: int | None
-    host_name: str
-    host_error: str
-    loopback_error: str | None
-    extras: Mapping[str, str | None]
-    has_glibc: bool
-    tuning: Tuning
-
-
-def gather(run_dir: Path) -> Facts:
-    """Look at this machine.
-
-    Args:
-        run_dir: where runs are to be kept.
-    """
-    folder = existing_folder(run_dir)
-    is_writable = folder is not None and os.access(folder, os.W_OK | os.X_OK)
-    shared = Path("/dev/shm")
-    host_name = socket.gethostname()
-    devices = range(torch.cuda.device_count())
-    return Facts(
-        python=sys.version_info[:3],
-        torch_version=torch.__version__,
-        backends=_backends(),
-        cuda_devices=tuple(torch.cuda.get_device_name(device) for device in devices),
-        nvidia_devices=len(list(Path("/dev").glob("nvidia[0-9]*"))),
-        cores=cores(),
-        threads=torch.get_num_threads(),
-        free_memory=free_memory(),
-        run_dir=run_dir,
-        folder=folder,
-        is_writable=is_writable,
-        free_disk=shutil.disk_usage(folder or Path()).free,
-        fsync_seconds=_fsync_seconds(folder) if folder is not None and is_writable else None,
-        shared_memory=shutil.disk_usage(shared).total if shared.is_dir() else None,
-        host_name=host_name,
-        host_error=_host_error(host_name),
-        loopback_error=try_loopback(),
-        extras={extra: _version(package) for extra, package in EXTRAS.items()},
-        has_glibc=platform.libc_ver()[0] == "glibc",
-        tuning=read_tuning(),
-    )
-
-
-def _backends() -> tuple[str, ...]:
-    if not dist.is_available():
-        return ()
-    return tuple(
-        name
-        for name, is_there in (
-            ("gloo", dist.is_gloo_available()),
-            ("nccl", dist.is_nccl_available()),
-        )
-        if is_there
-    )
-
-
-def cores() -> float:
-    """How many cores this process may use, with a container's quota."""
+def count_cores() -> float:
+    """Count the cores that this process may use, within a container's quota."""
     number = float(len(os.sched_getaffinity(0)))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
@@ -136,38 +20,71 @@ def cores() -> float:
         return number
 
 
-def existing_folder(path: Path) -> Path | None:
-    """The folder, or the nearest above it that exists; None if a file is in the way."""
-    nearest = next(each for each in (path, *path.absolute().parents) if each.exists())
-    return nearest if nearest.is_dir() else None
+def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:
+    """Give each local worker a CUDA device of its own, or all of them the CPU.
+
+    Args:
+        wanted: the configuration's `launch.device`.
+        local_rank: number of the worker on this machine.
+        local_world_size: number of workers on this machine.
+
+    Raises:
+        ConfigError: CUDA is wanted and there are fewer devices than workers.
+    """
+    count = torch.cuda.device_count()
+    if wanted == "cuda" and count < local_world_size:
+        raise ConfigError(
+            f"`launch.device` must be auto or cpu where {local_world_size} workers share "
+            f"{count} CUDA devices, got 'cuda'"
+        )
+    if wanted == "cpu" or count < local_world_size:
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
 
 
-def _fsync_seconds(folder: Path) -> float | None:
-    """The median time to bring a small file to disk."""
-    times = []
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            for _ in range(9):
-                file.write(b"\0" * 4096)
-                file.flush()
-                start = time.perf_counter()
-                os.fsync(file.fileno())
-                times.append(time.perf_counter() - start)
-    except OSError:
+def check_capacity(launch: LaunchSection, device: torch.device) -> str | None:
+    """Refuse more workers than fit into memory, before one is started.
+
+    Returns:
+        A warning if CPU workers outnumber the cores.
+
+    Raises:
+        ConfigError: with the figures.
+    """
+    count = launch.most_workers
+    # A worker imports what this process has, and more.
+    each = resident_memory()
+    if launch.memory_gib is not None and device.type == "cpu":
+        check_memory_limit(each, launch.memory_gib)
+    else:
+        check_free_memory(count, each, free_memory())
+    return None if device.type == "cuda" else core_warning(count, count_cores())
+
+
+def check_memory_limit(each: float, memory_gib: float) -> None:
+    """Raise ConfigError unless a process of `each` bytes fits into `memory_gib`."""
+    if each > memory_gib * GIB:
+        raise ConfigError(
+            f"`launch.memory_gib` must be more than {each / GIB:.2f}, which a worker takes before "
+            f"it has data and a model, got {memory_gib:g}. Give it more."
+        )
+
+
+def check_free_memory(count: int, each: float, free: float) -> None:
+    """Raise ConfigError unless `count` processes of `each` bytes fit into `free` bytes."""
+    if count * each > free:
+        raise ConfigError(
+            f"`launch.workers` must be at most {int(free // each)} on this machine, got {count}: a "
+            f"worker takes {format_bytes(each)} and more before it has data and a model, and "
+            f"{format_bytes(free)} are free. Take fewer."
+        )
+
+
+def core_warning(count: int, cores: float) -> str | None:
+    """Return a warning if `count` workers share fewer cores."""
+    if count <= cores:
         return None
-    return statistics.median(times)
-
-
-def _host_error(name: str) -> str:
-    try:
-        socket.getaddrinfo(name, None)
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return (
+        f"{count} workers share {cores:g} core(s): a step takes longer than with "
+        f"{max(int(cores), 1)} worker(s)"
+    )

@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
-from syncnorm.run.here import told_in_a_line
+from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
 from syncnorm.train.recalibrate import read_run, recalibrate_run
 
@@ -14,19 +14,19 @@ from syncnorm.train.recalibrate import read_run, recalibrate_run
 def run_recalibrate(
     folder: Path, mix: float, allowed: tuple[str, ...], launched: Launched | None
 ) -> None:
-    """Recalibrate a run and say what came of it.
+    """Recalibrate a run, and print its accuracy before and after.
 
     Raises:
-        ConfigError: `mix` is out of range, the folder is not that of a finished run, or it names
-            code that may not run.
-        LocalRunError: code of the configuration's failed.
+        ConfigError: `mix` is out of range, the folder is not a finished run's, or its configuration
+            names code that is not allowed.
+        LocalRunError: code that the configuration names failed.
     """
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
     config = read_run(folder, allowed)
     workers = join(config.launch.device, launched)
     try:
-        with told_in_a_line(workers.rank):
+        with errors_in_one_line(workers.rank):
             result = recalibrate_run(folder, config, workers, mix, allowed)
         if workers.is_first:
             print(

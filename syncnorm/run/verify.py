@@ -1,4 +1,4 @@
-"""The command `syncnorm verify`: on workers that it starts, or as one worker of a launcher."""
+"""The command `syncnorm verify`: starts local workers, or is one worker of a launcher."""
 
 from collections.abc import Callable, Sequence
 
@@ -33,20 +33,20 @@ def run_verify(
     json: bool,
     launched: Launched | None,
 ) -> int:
-    """Verify layers and say what came of it.
+    """Verify layers and print the results.
 
     Args:
-        workers: to be started; must be None where a launcher has started them.
+        workers: number of workers to start; None if a launcher has started them.
         layers: `package:Class`; ours if empty.
         deadline_seconds: for one check.
         json: print one JSON object instead of lines.
-        launched: which worker this is; None: none.
+        launched: this worker's rank; None outside a launcher.
 
     Returns:
-        The exit status: 1 if a check failed. A worker of a launcher ends with it instead.
+        The exit status: 1 if a check failed. A worker of a launcher exits instead.
 
     Raises:
-        ConfigError: an argument cannot be used.
+        ConfigError: an argument is invalid.
     """
     subjects = [subject_of(layer) for layer in layers] or ours()
     if launched is not None:
@@ -58,7 +58,7 @@ def run_verify(
         leave(verify_launched(subjects, deadline_seconds, json, launched))
     set_for_children()
     with as_keyboard_interrupt(), LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
-        report = verify(crew, subjects, _teller(json))
+        report = verify(crew, subjects, _result_printer(json))
     _print_end(report, json)
     return report.exit_status
 
@@ -66,7 +66,7 @@ def run_verify(
 def verify_launched(
     subjects: Sequence[Subject], deadline_seconds: float, json: bool, launched: Launched
 ) -> int:
-    """Verify layers as one worker among others; rank 0 speaks.
+    """Verify layers as one worker of a launcher; rank 0 prints.
 
     *Collectives*: those of `verify`; every worker must call.
 
@@ -78,24 +78,24 @@ def verify_launched(
         workers.rank, workers.world_size, workers.device, read_host(), deadline_seconds
     )
     report = Report(workers.world_size, dist.get_backend(), workers.device.type)
-    tell = _teller(json) if workers.is_first else id
+    show = _result_printer(json) if workers.is_first else id
 
-    def give_up(check: Check, subject: Subject, verdict: Verdict) -> None:
-        tell(report.add(subject.reference, check, verdict, deadline_seconds))
+    def end_after_hang(check: Check, subject: Subject, verdict: Verdict) -> None:
+        show(report.add(subject.reference, check, verdict, deadline_seconds))
         if workers.is_first:
             _print_end(report, json)
         team.leave(after_hang=True)
         leave(1)
 
-    crew = LaunchedCrew(team, dist.get_backend(), give_up)
-    verify(crew, subjects, tell, report=report)
+    crew = LaunchedCrew(team, dist.get_backend(), end_after_hang)
+    verify(crew, subjects, show, report=report)
     if workers.is_first:
         _print_end(report, json)
     crew.close()
     return report.exit_status
 
 
-def _teller(json: bool) -> Callable[[Result], object]:
+def _result_printer(json: bool) -> Callable[[Result], object]:
     return id if json else print_result
 
 

@@ -1,6 +1,4 @@
-"""A worker's surroundings: signals that ask it to stop, a limit on how long it may be stuck, a log
-of its own.
-"""
+"""Watchdog, stop signals and log file of a worker."""
 
 import faulthandler
 import logging
@@ -12,20 +10,20 @@ from types import FrameType
 
 from syncnorm.run.interrupt import SAME_SIGNAL_SECONDS
 
-# Between the stacks and the end: the other workers write theirs at about the same time.
+# Between the stack dump and the end: the other workers dump theirs at about the same time.
 _LAST_WORDS_SECONDS = 5.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
-class StuckLimit:
-    """A limit on how long a worker may make no progress.
+class Watchdog:
+    """Limit on the time that a worker makes no progress.
 
-    A worker that makes none for `timeout_seconds` writes the stacks of its threads to `stacks` and
-    is ended by SIGALRM, whatever it is doing: both work without the interpreter.
+    After `timeout_seconds` without a call of `alive`, the worker writes the stacks of its threads
+    to `stacks` and is ended by SIGALRM. Neither needs the interpreter, which may be stuck.
 
     Args:
         timeout_seconds: at least 1.
-        stacks: where to.
+        stacks: path of the file for the stacks.
     """
 
     def __init__(self, timeout_seconds: float, stacks: Path) -> None:
@@ -36,16 +34,16 @@ class StuckLimit:
         self.alive()
 
     def alive(self) -> None:
-        """Set the limit anew."""
+        """Report progress: restart the timer."""
         now = time.monotonic()
-        # Not at each step of a millisecond: it starts a thread.
+        # Not at each short step, because this starts a thread.
         if now - self._armed > self._timeout / 10:
             self._armed = now
             faulthandler.dump_traceback_later(self._timeout, file=self._stacks)
             signal.setitimer(signal.ITIMER_REAL, self._timeout + _LAST_WORDS_SECONDS)
 
     def close(self) -> None:
-        """Lift the limit."""
+        """Stop the timer, and remove an empty file of stacks."""
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._stacks.close()
@@ -53,12 +51,12 @@ class StuckLimit:
             self._path.unlink()
 
 
-class WorkerWatch(StuckLimit):
-    """What a run asks and tells (see syncnorm.train.loop.Watch), as a process sees it.
+class SignalWatch(Watchdog):
+    """Implementation of `syncnorm.train.loop.Watch` for a process: signals ask it to stop.
 
     Args:
         timeout_seconds: at least 1.
-        stacks: see `StuckLimit`.
+        stacks: see `Watchdog`.
     """
 
     def __init__(self, timeout_seconds: float, stacks: Path) -> None:
@@ -66,15 +64,14 @@ class WorkerWatch(StuckLimit):
         self._asked = 0.0
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle_signal)
         super().__init__(timeout_seconds, stacks)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        # No exchange here: a worker that got no signal would not take part. The step's own exchange
-        # tells the others.
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
+        # No collective here: a worker without the signal would not take part. The stop flag in the
+        # step's all-reduce informs the others.
         now = time.monotonic()
-        # On a terminal Ctrl-C reaches a worker twice, from the terminal and, as SIGTERM, from the
-        # launcher.
+        # Ctrl-C reaches a worker twice, from the terminal and, as SIGTERM, from the launcher.
         if self.stop is not None and now - self._asked > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         if self.stop is None:
@@ -82,9 +79,7 @@ class WorkerWatch(StuckLimit):
 
 
 def open_log(path: Path, is_first: bool) -> None:
-    """Send this process's log, warnings included, to a file; the first worker's warnings to
-    standard error too.
-    """
+    """Log to a file, warnings included; the first worker's warnings go to standard error too."""
     path.parent.mkdir(exist_ok=True)
     root = logging.getLogger()
     handler = logging.FileHandler(path, encoding="utf-8")

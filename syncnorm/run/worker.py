@@ -1,10 +1,13 @@
-"""One worker of a run, whoever launched it: join the others, train, say how it ended."""
+"""One worker of a run, under any launcher: joins the others, trains, records the end."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,19 +17,18 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.device import choose_device
 from syncnorm.run.env import Launched
 from syncnorm.run.folder import (
     RESUMABLE,
     Exit,
     check_resumable,
-    discard_unbegun,
-    find_launched,
+    find_relaunched,
     lock,
     make_run_folder,
+    remove_unstarted,
 )
-from syncnorm.run.parent import die_with_parent
-from syncnorm.run.watchdog import WorkerWatch, open_log
+from syncnorm.run.machine import choose_device
+from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.loop import Outcome, Watch, train
@@ -34,82 +36,81 @@ from syncnorm.train.placement import Workers
 
 _log = logging.getLogger(__name__)
 
-# A worker that is stuck ends by itself first, and leaves its stacks.
+# The watchdog acts first, and writes the stacks of a stuck worker.
 _GROUP_MARGIN_SECONDS = 30.0
+_PR_SET_PDEATHSIG = 1
 
 
+@dataclass(frozen=True)
 class Task:
-    """What the command line asks of a run.
+    """A run as the command line asks for it.
 
     Args:
         config: the same on all workers.
         name: of the configuration, for the run's folder.
-        resume: the folder of the run to go on with; None for a new one.
+        resume: the folder of the run to resume; None for a new run.
         allowed: packages whose callables the configuration may name.
     """
 
-    def __init__(
-        self, config: Config, name: str, resume: Path | None = None, allowed: tuple[str, ...] = ()
-    ) -> None:
-        self.config = config
-        self.name = name
-        self.resume = resume
-        self.allowed = allowed
+    config: Config
+    name: str
+    resume: Path | None = None
+    allowed: tuple[str, ...] = ()
 
 
 def run_worker(task: Task, launched: Launched) -> NoReturn:
-    """Do `work`, and end this process with the status of the command."""
+    """Train by `work`, and end this process with the status of the command."""
     try:
         status: int = work(task, launched)  # pyright: ignore[reportAssignmentType] record declares that it may be None
     except Exception as error:
         if launched.launcher_pid is None and not isinstance(error, ConfigError):
             raise
-        # Our own launcher has the cause from the worker's error file and tells it once, not once
-        # per worker.
+        # Our own launcher reads the worker's error file and prints the cause once, not once per
+        # worker.
         if launched.launcher_pid is None and launched.rank == 0:
             print(f"syncnorm: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ConfigError) else 1
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: DDP keeps the process group alive, and a thread of gloo's that lets go of its
-    # last message while the interpreter is taken down aborts the process. One run in 15 ended so.
+    # Not sys.exit: DDP keeps the process group alive, and a thread of gloo that releases its last
+    # message while the interpreter shuts down aborts the process, in one run of 15.
     os._exit(status)
 
 
 @record
 def work(task: Task, launched: Launched) -> int:
-    """Train as the worker that the launcher says this process is.
+    """Train as the rank that the launcher gave this process.
 
     Returns:
         The exit status: 0 done, 75 stopped and saved.
     """
-    die_with_parent(launched.launcher_pid)
+    _die_with_parent(launched.launcher_pid)
     workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
-    with enter_folder(task, launched) as folder:
+    with open_run_folder(task, launched) as folder:
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
-        watch = WorkerWatch(
+        watch = SignalWatch(
             task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
-        # From here on the folder may be removed: nobody is about to make a file in it.
+        # From here on the folder may be removed: all workers have made their files in it.
         dist.barrier()
         outcome = train_in(folder, task, workers, watch)
         watch.close()
         if workers.is_first:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
-        # Others may still be at work for this one's last message.
+        # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
     return 0 if outcome.is_done else RESUMABLE
 
 
 def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcome:
-    """Train in a run's folder, and leave a note there of how it ended.
+    """Train in a run's folder, and record the end in `exit.json`.
 
     Args:
-        folder: as `enter_folder` gives it.
+        folder: from `open_run_folder`.
         task: the same on all workers.
         workers: this worker's place.
-        watch: told of progress, asked whether to stop.
+        watch: gets the progress, and may ask to stop.
     """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
     progress = Progress()
@@ -122,7 +123,7 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
             Exit("failed", f"{type(error).__name__}: {error}", progress.step, code).write(folder)
         raise
     if workers.is_first:
-        _end(outcome, progress, watch).write(folder)
+        _exit_record(outcome, progress, watch).write(folder)
     return outcome
 
 
@@ -131,9 +132,8 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
 
     Args:
         wanted_device: the configuration's `launch.device`.
-        launched: which worker this is; None: the only one.
-        timeout_seconds: how long a worker waits for the others, and half a minute more, before it
-            says that they are gone; torch's default is half an hour.
+        launched: this worker's rank; None for a single process.
+        timeout_seconds: of collectives, and half a minute more; torch's default is half an hour.
     """
     rank, world_size, local = 0, 1, (0, 1)
     if launched is not None:
@@ -157,14 +157,29 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     return Workers(rank, world_size, device, local[1])
 
 
+def _die_with_parent(launcher_pid: int | None) -> None:
+    """Let the kernel kill this process when its parent dies, however that happens. Linux only.
+
+    Elsewhere the workers of a launcher that is killed outright end by the timeouts of their
+    collectives.
+
+    Args:
+        launcher_pid: the expected parent, if known: it may be dead already.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if launcher_pid is not None and os.getppid() != launcher_pid:
+        sys.exit(1)
+
+
 @contextmanager
-def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
-    """The run's folder, the same on all workers, after a look at whether they have the same task;
-    locked meanwhile.
+def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
+    """Agree on the run's folder, check that all workers have the same task, and lock the folder.
 
     A folder that was made here is removed if the run is refused before it begins.
 
-    *Collectives*: one gathering; every worker must call.
+    *Collectives*: one all_gather_object; every worker must call.
 
     Raises:
         ConfigError: the workers' tasks differ, or the folder cannot be used; on all workers.
@@ -173,7 +188,7 @@ def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
     held, is_new = None, False
     if launched.rank == 0:
         try:
-            mine, is_new = _folder(task, launched)
+            mine, is_new = _choose_folder(task, launched)
             held = lock(mine)
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
@@ -192,28 +207,30 @@ def enter_folder(task: Task, launched: Launched) -> Iterator[Path]:
         yield folder
     except ConfigError:
         if is_new:
-            discard_unbegun(folder)
+            remove_unstarted(folder)
         raise
     finally:
         if held is not None:
             held.close()
 
 
-def _folder(task: Task, launched: Launched) -> tuple[Path, bool]:
-    """The folder that our launcher made, that the user names, or that this launch has made before;
-    else a new one.
+def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
+    """Return the run's folder, and True if it is new.
+
+    It is the one that our launcher made, the user named, or this launch made before; else a new
+    one.
     """
     if launched.run_folder is not None:
         return launched.run_folder, False
     if task.resume is not None:
         return check_resumable(task.config, task.resume), False
-    found = None if launched.launch_id is None else find_launched(task.config, launched.launch_id)
+    found = None if launched.launch_id is None else find_relaunched(task.config, launched.launch_id)
     if found is not None:
         return found, False
     return make_run_folder(task.config, task.name, launched.launch_id), True
 
 
-def _end(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
+def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
     if outcome.is_done:
         return Exit("done", "all epochs done", progress.step, 0)
     asked = f"asked to stop by {watch.stop}" if watch.stop else "another worker was asked to stop"
@@ -221,7 +238,7 @@ def _end(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
 
 
 def summarize(outcome: Outcome) -> list[str]:
-    """What a person is told of a run that ended by itself; the last line is its test accuracy."""
+    """Describe the result of a run for the user; the last line is the test accuracy."""
     if not outcome.is_done:
         return ["stopped, saved"]
     digests = outcome.digests

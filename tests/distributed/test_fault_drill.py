@@ -14,7 +14,7 @@ import torch.distributed as dist
 from syncnorm import SyncBatchNorm, debug, undocumented
 from syncnorm.comm import exchange, inflight
 from syncnorm.errors import ExchangeError, InputError
-from syncnorm.run.failures import is_echo
+from syncnorm.run.failures import is_peer_loss
 from syncnorm.testing import RankPool
 from tests.distributed.drill import Job, errors_of, run
 
@@ -45,7 +45,7 @@ def test_in_debug_mode_all_raise_the_same_and_know_who_is_where(fault, tmp_path)
     assert len({r.text for r in raised.values()}) == 1, "the same words on all"
     assert re.search(CASES[fault], raised[0].text), raised[0].text
     is_loss = fault in ("raises", "is killed", "is late")
-    assert is_echo(raised[0].text) == is_loss, (
+    assert is_peer_loss(raised[0].text) == is_loss, (
         "launchers know the loss of a worker from a mistake of all"
     )
     assert {r.again for r in raised.values()} == {raised[0].text}, "and at the next exchange too"
@@ -70,7 +70,7 @@ def test_by_default_the_error_names_layer_and_call(fault, tmp_path):
     for rank, r in survivors.items():
         assert r.is_promised, r
         assert r.seconds < LATEST, r
-        assert is_echo(r.text)
+        assert is_peer_loss(r.text)
         assert (
             f"got an error on rank {rank} at call 2 of 'first' (training forward, moments, 9 "
             "float64) after" in r.text

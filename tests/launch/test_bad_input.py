@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError
-from syncnorm.run.crowd import crowded, refuse_many
 from syncnorm.run.env import Launched
-from syncnorm.run.worker import Task, enter_folder
+from syncnorm.run.machine import check_free_memory, core_warning
+from syncnorm.run.worker import Task, open_run_folder
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
 
@@ -74,21 +74,25 @@ def test_a_path_may_have_colons_and_slashes():
 
 
 def test_more_workers_than_fit_are_refused_with_numbers():
-    refuse_many(40, 256 * 2**20, 10 * 2**30)
+    check_free_memory(40, 256 * 2**20, 10 * 2**30)
     message = (
         "`launch.workers` must be at most 40 on this machine, got 41: a worker takes 256.00 MiB "
         "and more before it has "
         "data and a model, and 10.00 GiB are free. Take fewer."
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        refuse_many(41, 256 * 2**20, 10 * 2**30)
+        check_free_memory(41, 256 * 2**20, 10 * 2**30)
 
 
 def test_more_workers_than_cores_are_told():
-    assert crowded(2, 2.0) is None
-    assert crowded(3, 2.0) == "3 workers share 2 core(s): a step takes longer than with 2 worker(s)"
+    assert core_warning(2, 2.0) is None
     assert (
-        crowded(1, 0.5) == "1 workers share 0.5 core(s): a step takes longer than with 1 worker(s)"
+        core_warning(3, 2.0)
+        == "3 workers share 2 core(s): a step takes longer than with 2 worker(s)"
+    )
+    assert (
+        core_warning(1, 0.5)
+        == "1 workers share 0.5 core(s): a step takes longer than with 1 worker(s)"
     )
 
 
@@ -139,7 +143,7 @@ def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
     rank = dist.get_rank()
     task = Task(load_config("digits", [f"run_dir={run_dir}"]), "digits")
     with contextlib.suppress(ConfigError):
-        with enter_folder(task, Launched(rank, 2, rank, 2)) as folder:
+        with open_run_folder(task, Launched(rank, 2, rank, 2)) as folder:
             assert (folder / "config.yaml").exists()
             # Nobody looks for what the first worker has removed.
             dist.barrier()

@@ -1,42 +1,38 @@
-"""`syncnorm doctor`: on this machine, and judging facts of machines that lack something."""
+"""`syncnorm doctor`: on this machine, and its checks given values of machines that lack something."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from syncnorm.run.doctor import Check, diagnose, exit_status, judge, render
+from syncnorm.run.doctor import (
+    Check,
+    check_backends,
+    check_cores,
+    check_cuda,
+    check_disk,
+    check_environment,
+    check_extra,
+    check_fsync,
+    check_gloo_pair,
+    check_host_name,
+    check_memory,
+    check_python,
+    check_run_folder,
+    check_shared_memory,
+    check_torch,
+    diagnose,
+    existing_folder,
+    exit_status,
+    render,
+)
 from syncnorm.run.env import Tuning, read_tuning
 from syncnorm.run.loopback import try_loopback
-from syncnorm.run.machine import Facts, existing_folder
 
 GIB = 2**30
-GOOD = Facts(
-    python=(3, 11, 7),
-    torch_version="2.13.0+cpu",
-    backends=("gloo",),
-    cuda_devices=(),
-    nvidia_devices=0,
-    cores=2.0,
-    threads=2,
-    free_memory=8.0 * GIB,
-    run_dir=Path("runs"),
-    folder=Path("/home"),
-    is_writable=True,
-    free_disk=100 * GIB,
-    fsync_seconds=0.002,
-    shared_memory=None,
-    host_name="here",
-    host_error="",
-    loopback_error=None,
-    extras={"train": "0.8.0", "report": "3.11.2", "tensorboard": "2.21.0", "ray": "2.60.0"},
-    has_glibc=True,
-    tuning=Tuning(
-        missing_malloc={"MALLOC_TOP_PAD_": "7"}, is_under_torchrun=False, shares_store=True
-    ),
-)
-TORCHRUN = replace(GOOD.tuning, is_under_torchrun=True)
+RUNS, HOME = Path("runs"), Path("/home")
+UNSET = Tuning(missing_malloc={"MALLOC_TOP_PAD_": "7"}, is_under_torchrun=True, shares_store=True)
+BY_HAND = Tuning(missing_malloc=UNSET.missing_malloc, is_under_torchrun=False, shares_store=True)
 
 
 def test_this_machine(tmp_path):
@@ -47,110 +43,103 @@ def test_this_machine(tmp_path):
     assert checks["gloo pair"].detail == "two processes have pooled a sum"
     assert checks["run folder"].detail == f"{tmp_path / 'runs'}, to be made in {tmp_path}"
     assert checks["cores"].detail.startswith(f"{len(os.sched_getaffinity(0))}, ")
+    assert list(checks) == [
+        "python", "torch", "backends", "cuda", "cores", "memory", "/dev/shm", "run folder", "disk", "fsync",
+        "host name", "gloo pair", "extra train", "extra report", "extra tensorboard", "extra ray",
+    ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_good_machine_has_no_fault():
-    checks = judge(GOOD)
-    assert {check.status for check in checks} == {"ok"}
-    assert {check.remedy for check in checks} == {""}
-    assert exit_status(checks) == 0
+@pytest.mark.parametrize(
+    ("check", "values"),
+    [
+        (check_python, ((3, 11, 7),)),
+        (check_torch, ("2.13.0+cpu",)),
+        (check_torch, ("2.11.0",)),
+        (check_backends, (["gloo"], [])),
+        (check_backends, (["gloo", "nccl"], ["H200"])),
+        (check_cuda, ([], 0)),
+        (check_cuda, (["H200"], 1)),
+        (check_cores, (2.0, 2)),
+        (check_memory, (8.0 * GIB,)),
+        (check_shared_memory, (None, [])),
+        (check_shared_memory, (GIB, ["H200"])),
+        (check_run_folder, (RUNS, HOME, True)),
+        (check_disk, (100 * GIB,)),
+        (check_host_name, ("here", "")),
+        (check_gloo_pair, (None,)),
+        (check_extra, ("train", "0.8.0")),
+        (check_extra, ("ray", "2.60.0")),
+    ],
+)
+def test_a_good_machine_has_no_fault(check, values):
+    found = check(*values)
+    assert (found.status, found.remedy) == ("ok", "")
+    assert exit_status([found]) == 0
+
+
+def test_checks_that_ask_nothing_here():
+    assert list(check_environment(BY_HAND, has_glibc=True)) == []
+    assert list(check_fsync(None)) == []
+    assert [check.status for check in check_fsync(0.002)] == ["ok"]
 
 
 @pytest.mark.parametrize(
-    ("change", "name", "status", "detail", "remedy"),
+    ("check", "values", "status", "detail", "remedy"),
     [
-        ({"python": (3, 10, 4)}, "python", "fail", "3.10.4", "Use Python 3.11"),
-        (
-            {"torch_version": "2.9.1+cu128"},
-            "torch",
-            "fail",
-            "2.9.1+cu128",
-            "pip install 'torch>=2.11'",
-        ),
-        ({"backends": ()}, "backends", "fail", "none", "with gloo"),
-        ({"cuda_devices": ("H200",)}, "backends", "fail", "gloo", "with nccl"),
-        ({"nvidia_devices": 4}, "cuda", "warn", "none of 4", "CUDA_VISIBLE_DEVICES"),
-        ({"threads": 64}, "cores", "warn", "2, and 64 threads", "export OMP_NUM_THREADS=2"),
-        (
-            {"cores": 0.5, "threads": 2},
-            "cores",
-            "warn",
-            "0.5, and 2 threads",
-            "export OMP_NUM_THREADS=1",
-        ),
-        ({"free_memory": 1.0 * GIB}, "memory", "warn", "1.0 GiB", "fewer workers"),
-        ({"free_memory": 0.3 * GIB}, "memory", "fail", "0.3 GiB", "fewer workers"),
-        (
-            {"cuda_devices": ("H200",), "shared_memory": GIB // 16},
-            "/dev/shm",
-            "warn",
-            "0.06 GiB",
-            "--shm-size=1g",
-        ),
-        ({"cuda_devices": ("H200",)}, "/dev/shm", "warn", "none", "--shm-size=1g"),
-        ({"folder": None}, "run folder", "fail", "runs", "Set run_dir"),
-        ({"is_writable": False}, "run folder", "fail", "runs", "Set run_dir"),
-        ({"free_disk": GIB}, "disk", "warn", "1.0 GiB", "checkpoint.keep"),
-        ({"free_disk": 0}, "disk", "fail", "0.0 GiB", "checkpoint.keep"),
-        ({"fsync_seconds": 0.25}, "fsync", "warn", "250.0 ms", "checkpoint.every"),
-        ({"host_error": "not known"}, "host name", "warn", "here: not known", "/etc/hosts"),
-        (
-            {"loopback_error": "RuntimeError: x"},
-            "gloo pair",
-            "fail",
-            "RuntimeError: x",
-            "GLOO_SOCKET_IFNAME",
-        ),
-        (
-            {"extras": {"train": None}},
-            "extra train",
-            "fail",
-            "is not installed",
-            "pip install 'syncnorm[train]'",
-        ),
-        (
-            {"extras": {"ray": None}},
-            "extra ray",
-            "warn",
-            "is not installed",
-            "pip install 'syncnorm[ray]'",
-        ),
-        (
-            {"tuning": TORCHRUN},
-            "malloc",
-            "warn",
-            "not set: MALLOC_TOP_PAD_",
-            "export MALLOC_TOP_PAD_=7",
-        ),
-        (
-            {"tuning": TORCHRUN},
-            "restarts",
-            "warn",
-            "of before",
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
-        ),
+        (check_python, ((3, 10, 4),), "fail", "3.10.4", "Use Python 3.11"),
+        (check_torch, ("2.9.1+cu128",), "fail", "2.9.1+cu128", "pip install 'torch>=2.11'"),
+        (check_backends, ([], []), "fail", "none", "with gloo"),
+        (check_backends, (["gloo"], ["H200"]), "fail", "gloo", "with nccl"),
+        (check_cuda, ([], 4), "warn", "none of 4", "CUDA_VISIBLE_DEVICES"),
+        (check_cores, (2.0, 64), "warn", "2, and 64 threads", "export OMP_NUM_THREADS=2"),
+        (check_cores, (0.5, 2), "warn", "0.5, and 2 threads", "export OMP_NUM_THREADS=1"),
+        (check_memory, (1.0 * GIB,), "warn", "1.0 GiB", "fewer workers"),
+        (check_memory, (0.3 * GIB,), "fail", "0.3 GiB", "fewer workers"),
+        (check_shared_memory, (GIB // 16, ["H200"]), "warn", "0.06 GiB", "--shm-size=1g"),
+        (check_shared_memory, (None, ["H200"]), "warn", "none", "--shm-size=1g"),
+        (check_run_folder, (RUNS, None, False), "fail", "runs", "Set run_dir"),
+        (check_run_folder, (RUNS, HOME, False), "fail", "runs", "Set run_dir"),
+        (check_disk, (GIB,), "warn", "1.0 GiB", "checkpoint.keep"),
+        (check_disk, (0,), "fail", "0.0 GiB", "checkpoint.keep"),
+        (check_host_name, ("here", "not known"), "warn", "here: not known", "/etc/hosts"),
+        (check_gloo_pair, ("RuntimeError: x",), "fail", "RuntimeError: x", "GLOO_SOCKET_IFNAME"),
+        (check_extra, ("train", None), "fail", "not installed", "pip install 'syncnorm[train]'"),
+        (check_extra, ("ray", None), "warn", "not installed", "pip install 'syncnorm[ray]'"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_remedy(change, name, status, detail, remedy):
-    facts = replace(GOOD, **change)
-    (check,) = [check for check in judge(facts) if check.name == name]
-    assert check.status == status
-    assert detail in check.detail
-    assert remedy in check.remedy
-    assert exit_status([check]) == (status == "fail")
+def test_what_is_wrong_is_told_with_its_remedy(check, values, status, detail, remedy):
+    found = check(*values)
+    assert found.status == status
+    assert detail in found.detail
+    assert remedy in found.remedy
+    assert exit_status([found]) == (status == "fail")
+
+
+def test_a_slow_disk():
+    (found,) = check_fsync(0.25)
+    assert (found.status, found.detail) == ("warn", "250.0 ms for a small file")
+    assert "checkpoint.every" in found.remedy
+
+
+def test_what_is_wrong_under_torchrun():
+    malloc, restarts = check_environment(UNSET, has_glibc=True)
+    assert (malloc.name, malloc.status) == ("malloc", "warn")
+    assert malloc.detail == "not set: MALLOC_TOP_PAD_"
+    assert malloc.remedy == "export MALLOC_TOP_PAD_=7"
+    assert (restarts.name, restarts.status) == ("restarts", "warn")
+    assert "of before" in restarts.detail
+    assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in restarts.remedy
 
 
 def test_what_is_right_under_torchrun():
     tuning = Tuning(missing_malloc={}, is_under_torchrun=True, shares_store=False)
-    checks = {check.name: check.status for check in judge(replace(GOOD, tuning=tuning))}
-    assert checks["malloc"] == checks["restarts"] == "ok"
+    found = {check.name: check.status for check in check_environment(tuning, has_glibc=True)}
+    assert found == {"malloc": "ok", "restarts": "ok"}
 
 
 def test_other_systems_have_another_malloc():
-    assert "malloc" not in {
-        check.name for check in judge(replace(GOOD, has_glibc=False, tuning=TORCHRUN))
-    }
+    assert [check.name for check in check_environment(UNSET, has_glibc=False)] == ["restarts"]
 
 
 def test_a_file_in_the_way_of_the_run_folder(tmp_path):

@@ -22,9 +22,9 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.folder import Exit
 from syncnorm.run.ray import cli, submit
-from syncnorm.run.ray.client import ClusterError, check_address, told
-from syncnorm.run.ray.cluster import check_room, room_of
-from syncnorm.run.ray.job import STOP, Job, enter, make_job
+from syncnorm.run.ray.client import ClusterError, check_address, translated_errors
+from syncnorm.run.ray.cluster import capacity_of, check_capacity
+from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, RayWatch
 from syncnorm.train.config.file import load_config
@@ -49,23 +49,23 @@ WITH_GPUS = {"CPU": 8.0, "GPU": 4.0}
     ],
 )
 def test_how_many_workers_fit(nodes, device, fewest, workers, is_gpu):
-    room = room_of(nodes, device, fewest)
-    assert (room.workers, room.is_gpu) == (workers, is_gpu)
-    assert ("GPU" in room.per_worker) == is_gpu
+    capacity = capacity_of(nodes, device, fewest)
+    assert (capacity.workers, capacity.is_gpu) == (workers, is_gpu)
+    assert ("GPU" in capacity.per_worker) == is_gpu
 
 
 def test_what_never_fits_is_refused_with_the_numbers():
     config = load_config("digits", ["launch.workers=[3, 9]", "launch.device=cuda"])
-    room = room_of([SMALL, {"CPU": 8, "GPU": 2}], "cuda", 3)
+    capacity = capacity_of([SMALL, {"CPU": 8, "GPU": 2}], "cuda", 3)
     message = (
         "`launch.workers` must be at most 2 on this cluster, which has 10 CPUs and 2 GPUs on 2 "
         "node(s), got 3: "
         "each takes 1 CPU and 1 GPU of one node."
     )
     with pytest.raises(ConfigError) as caught:
-        check_room(config, room)
+        check_capacity(config, capacity)
     assert message in str(caught.value)
-    check_room(load_config("digits", ["launch.workers=[2, 9]"]), room)
+    check_capacity(load_config("digits", ["launch.workers=[2, 9]"]), capacity)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_cluster_whose_agent_did_not_come_up(clean):
     """Words of Ray 2.60's dashboard, as its client raises them."""
     words = "Request failed with status code 500: No available agent to submit job, please try again later.."
     with pytest.raises(ClusterError, match="--dashboard-agent-listen-port below 32768") as caught:
-        with told("http://127.0.0.1:8265"):
+        with translated_errors("http://127.0.0.1:8265"):
             raise RuntimeError(words)
     assert "http://127.0.0.1:8265" in str(caught.value)
     assert "dashboard_agent.log" in str(caught.value)
@@ -195,7 +195,7 @@ def test_a_job_is_the_same_after_its_journey():
         "norm.rules.a.b=group_norm",
     ]
     job = make_job("digits", overrides, ("one", "two.three"))
-    arrived = Job.from_text(job.as_text())
+    arrived = Job.from_json(job.to_json())
     assert arrived == job
     task = arrived.task()
     assert task.allowed == ("one", "two.three")
@@ -206,29 +206,32 @@ def test_a_job_is_the_same_after_its_journey():
 @pytest.mark.parametrize("text", ["{}", "{", "[1]", '{"submission_id": 1, "allowed": []}'])
 def test_what_is_no_job(text):
     with pytest.raises(ConfigError, match="a job must be JSON as `syncnorm submit` makes it"):
-        Job.from_text(text)
+        Job.from_json(text)
 
 
 def test_a_job_of_a_bad_configuration():
-    values = json.loads(make_job("digits", [], ()).as_text())
+    values = json.loads(make_job("digits", [], ()).to_json())
     values["config"]["train"]["lr"] = -1
     with pytest.raises(ConfigError, match="greater than 0"):
-        Job.from_text(json.dumps(values))
+        Job.from_json(json.dumps(values))
 
 
 def test_a_run_is_entered_again_and_by_nobody_else(tmp_path):
     place = f"run_dir={tmp_path}"
     job = make_job("digits", [place], (), "mine")
-    assert enter(job) == tmp_path / "mine"
+    assert prepare_folder(job) == tmp_path / "mine"
     assert load_config(str(tmp_path / "mine" / "config.yaml")) == job.task().config
-    assert enter(make_job("digits", [place, "launch.workers=4"], (), "mine")) == tmp_path / "mine"
+    assert (
+        prepare_folder(make_job("digits", [place, "launch.workers=4"], (), "mine"))
+        == tmp_path / "mine"
+    )
     with pytest.raises(ConfigError, match=r"where train\.lr differ"):
-        enter(make_job("digits", [place, "train.lr=0.3"], (), "mine"))
+        prepare_folder(make_job("digits", [place, "train.lr=0.3"], (), "mine"))
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ConfigError, match="`run_dir` must be a folder that all machines share"
     ) as caught:
-        enter(make_job("digits", [f"run_dir={tmp_path / 'file'}"], (), "mine"))
+        prepare_folder(make_job("digits", [f"run_dir={tmp_path / 'file'}"], (), "mine"))
     assert repr(str(tmp_path / "file")) in str(caught.value)
 
 
@@ -341,23 +344,23 @@ test accuracy 96.67 %
 
 
 def test_a_log_is_told_without_rays_own_words(capsys):
-    lines = submit._Lines(sys.stdout, 0)
-    lines.take(LOG[:400])
-    lines.take(LOG[400:-3])
+    lines = submit._LogLines(sys.stdout, 0)
+    lines.feed(LOG[:400])
+    lines.feed(LOG[400:-3])
     # The connection broke: all comes again.
-    lines.again()
+    lines.restart()
     for start in range(0, len(LOG), 50):
-        lines.take(LOG[start : start + 50])
-    lines.end()
+        lines.feed(LOG[start : start + 50])
+    lines.flush()
     out, err = capsys.readouterr()
     assert out == "test accuracy 96.67 %\n/runs/a\n"
     assert err == "epoch 1/2  step 23\nresumed\nsyncnorm: waiting\n"
 
 
 def test_a_log_of_before_is_not_told_again(capsys):
-    lines = submit._Lines(sys.stdout, LOG.count("\n"))
-    lines.again()
-    lines.take(LOG + "new\n")
+    lines = submit._LogLines(sys.stdout, LOG.count("\n"))
+    lines.restart()
+    lines.feed(LOG + "new\n")
     assert capsys.readouterr() == ("new\n", "")
 
 

@@ -228,7 +228,7 @@ def test_a_stuck_worker_leaves_all_stacks(tmp_path):
         "trial\n"
         # Only now: before the first step a worker of a busy machine may be importing for any time.
         "        (watch,) = (each for each in gc.get_objects() if type(each).__name__ == "
-        "'WorkerWatch')\n"
+        "'SignalWatch')\n"
         "        if watch._timeout > 5: watch._timeout, watch._armed = 5, 0.0; watch.alive()\n"
         "        while os.environ['RANK'] == '1': time.sleep(0.1)\n"
         "        return take(self, closure)\n"

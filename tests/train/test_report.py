@@ -368,10 +368,11 @@ def test_an_output_that_cannot_be_written(tmp_path, output):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "good"]
 
 
-def test_without_matplotlib(tmp_path):
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_without_a_package(tmp_path, missing):
     run = write_run(tmp_path / "a", [])
     code = (
-        "import sys; sys.modules['matplotlib'] = None\n"
+        f"import sys; sys.modules['{missing}'] = None\n"
         "from pathlib import Path; from syncnorm.train.report import write_report\n"
         "write_report([Path(sys.argv[1])], Path(sys.argv[1]) / 'report.html')"
     )
@@ -380,7 +381,7 @@ def test_without_matplotlib(tmp_path):
     )
     assert done.returncode == 1
     message = (
-        "ConfigError: a report needs matplotlib. Install it with: pip install 'syncnorm[report]'"
+        f"ConfigError: a report needs {missing}. Install it with: pip install 'syncnorm[report]'"
     )
     assert done.stderr.rstrip().endswith(message)
 

@@ -26,7 +26,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]
     return write_report(runs, folder / "report.html"), runs
 
 
-EVIL = "<script>alert('a')</script><img src=x onerror=alert(1)>\"'&amp;</svg></style>"
+EVIL = "{{ 7 * 7 }}{% raw %}<script>alert('a')</script><img src=x onerror=alert(1)>\"'&amp;</svg></style>"
 
 
 def test_text_from_a_run_stays_text(tmp_path):

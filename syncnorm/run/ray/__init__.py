@@ -1,1 +1,1 @@
-"""Training on a Ray cluster: the command, the job, its driver and its workers."""
+"""Training and verification on a Ray cluster; see the map in `syncnorm.run`."""

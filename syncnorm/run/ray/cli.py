@@ -1,7 +1,4 @@
-"""The commands submit, status, logs, stop and list.
-
-Ray is imported only when one of them is called.
-"""
+"""The commands submit, status, logs, stop and list. Ray is imported only when one is called."""
 
 import contextlib
 import json as json_format
@@ -17,16 +14,16 @@ from syncnorm.run.ray.job import make_job
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from syncnorm.run.ray.submit import Seen
+    from syncnorm.run.ray.submit import JobStatus
 
 _Address = Annotated[
     str | None,
     typer.Option(
-        help="http(s)://HOST:PORT of the dashboard. RAY_ADDRESS if that is set, else this machine's."
+        help="http(s)://HOST:PORT of the dashboard; RAY_ADDRESS if it is set, else this machine's."
     ),
 ]
 _Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Reach another machine without a token.")
+    bool, typer.Option("--insecure", help="Connect to another machine without a token.")
 ]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")
@@ -34,8 +31,8 @@ _Json = Annotated[
 _Id = Annotated[str, typer.Argument(metavar="ID", help="The job's submission id.")]
 
 
-def add_to(app: typer.Typer) -> None:
-    """Add the commands to an application."""
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands to the application."""
     for command in (submit, status, logs, stop):
         app.command()(command)
     app.command("list")(list_jobs)
@@ -54,7 +51,7 @@ def submit(
         str | None,
         typer.Option(
             "--id",
-            help="Name of the job and of its folder in run_dir; otherwise the same for the same run.",
+            help="Name of the job and of its folder in run_dir; by default made from the settings.",
         ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the job until it is over.")] = True,
@@ -67,11 +64,10 @@ def submit(
     insecure: _Insecure = False,
     json: _Json = False,
 ) -> None:
-    """Train on a Ray cluster; a job that was stopped, failed or was lost goes on where its last
-    checkpoint is.
+    """Train on a Ray cluster, from the run's newest checkpoint if there is one.
 
-    The run's folder is run_dir/ID, which all machines of the cluster must share. Exit status: that
-    of the run.
+    The run's folder is run_dir/ID, which all machines of the cluster must share. The exit status is
+    that of the run.
     """
     job = make_job(config, overrides or [], allow or [], submission_id)
     with _client(address, insecure) as client:
@@ -79,31 +75,31 @@ def submit(
 
         old = submit.start(client, job)
         if old is not None:
-            _say(f"submitted {job.submission_id}; the run's folder is {job.folder}")
+            _print_note(f"submitted {job.submission_id}; the run's folder is {job.folder}")
         else:
-            _say(
+            _print_note(
                 f"{job.submission_id} is running already, with the settings that it was submitted "
                 "with"
             )
         if not wait:
-            _print(submit.see(client, job.submission_id), json)
+            _print_status(submit.get_status(client, job.submission_id), json)
             return
-        seen = _follow(client, job.submission_id, json, old or 0)
+        status = _follow(client, job.submission_id, json, old or 0)
         if json:
-            _print(seen, json)
-        elif seen.exit_code == 75:
-            _say(f"stopped after step {seen.step}. To go on: the same command")
-        raise typer.Exit(1 if seen.exit_code is None else seen.exit_code)
+            _print_status(status, json)
+        elif status.exit_code == 75:
+            _print_note(f"stopped after step {status.step}. To go on: the same command")
+        raise typer.Exit(1 if status.exit_code is None else status.exit_code)
 
 
 def status(
     submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
 ) -> None:
-    """Say how a job is doing."""
+    """Print the state of a job."""
     with _client(address, insecure) as client:
         from syncnorm.run.ray import submit
 
-        _print(submit.see(client, submission_id), json)
+        _print_status(submit.get_status(client, submission_id), json)
 
 
 def logs(
@@ -113,7 +109,7 @@ def logs(
     insecure: _Insecure = False,
     json: _Json = False,
 ) -> None:
-    """Print what a job has said."""
+    """Print the log of a job."""
     with _client(address, insecure) as client:
         from syncnorm.run.ray import submit
 
@@ -125,13 +121,13 @@ def logs(
             print(json_format.dumps({"submission_id": submission_id, "logs": text}))
             return
         for line in text.splitlines():
-            submit.tell(line, sys.stdout)
+            submit.print_log_line(line, sys.stdout)
 
 
-def verify_there(
+def verify_on_cluster(
     address: str | None, insecure: bool, workers: int, arguments: Sequence[str], packs_code: bool
 ) -> int:
-    """Run `syncnorm verify ARGUMENTS` on workers of a cluster; its exit status."""
+    """Run `syncnorm verify ARGUMENTS` on workers of a cluster, and return its exit status."""
     with _client(address, insecure) as client:
         from syncnorm.run.ray.verify import submit_verify
 
@@ -141,21 +137,21 @@ def verify_there(
 def stop(
     submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
 ) -> None:
-    """Have a job finish its step, save and end; it can go on later."""
+    """Let a job finish its step, save and end. Submitted again, it goes on from there."""
     with _client(address, insecure) as client:
         _stop(client, submission_id, json)
 
 
 def list_jobs(address: _Address = None, insecure: _Insecure = False, json: _Json = False) -> None:
-    """List the jobs that were submitted to a cluster by this command, the oldest first."""
+    """List the jobs that syncnorm submitted to a cluster, the oldest first."""
     with _client(address, insecure) as client:
         from syncnorm.run.ray import submit
 
-        jobs = submit.see_all(client)
+        jobs = submit.list_statuses(client)
         if json:
-            print(json_format.dumps([job.as_facts() for job in jobs]))
+            print(json_format.dumps([job.as_dict() for job in jobs]))
         for job in [] if json else jobs:
-            print(_in_words(job))
+            print(_format(job))
 
 
 @contextlib.contextmanager
@@ -166,11 +162,13 @@ def _client(address: str | None, insecure: bool) -> "Iterator[JobSubmissionClien
         with as_keyboard_interrupt():
             yield connect(address, insecure)
     except ClusterError as error:
-        _say(str(error))
+        _print_note(str(error))
         raise typer.Exit(1) from None
 
 
-def _follow(client: "JobSubmissionClient", submission_id: str, json: bool, skip: int) -> "Seen":
+def _follow(
+    client: "JobSubmissionClient", submission_id: str, json: bool, skip: int
+) -> "JobStatus":
     from syncnorm.run.ray import submit
 
     while True:
@@ -182,13 +180,13 @@ def _follow(client: "JobSubmissionClient", submission_id: str, json: bool, skip:
             _stop(client, submission_id, json)
             raise typer.Exit(75)
         if choice == "d":
-            _say(f"{submission_id} goes on. To look again: syncnorm logs -f {submission_id}")
-            _say(f"To stop it: syncnorm stop {submission_id}")
+            _print_note(f"{submission_id} goes on. To look again: syncnorm logs -f {submission_id}")
+            _print_note(f"To stop it: syncnorm stop {submission_id}")
             raise typer.Exit(0)
 
 
 def _ask() -> str:
-    """What to do with a job that is being followed; empty: go on."""
+    """Ask to detach (d) from the followed job or to stop it (s); empty: go on."""
     # Not typer.prompt: it writes to standard output, which belongs to the result.
     print("\ndetach or stop? [d/s], or Enter to go on: ", end="", file=sys.stderr, flush=True)
     try:
@@ -200,34 +198,36 @@ def _ask() -> str:
 def _stop(client: "JobSubmissionClient", submission_id: str, json: bool) -> None:
     from syncnorm.run.ray import submit
 
-    seen = submit.see(client, submission_id)
-    if seen.is_over:
-        _say(f"{submission_id} is over already: {_in_words(seen)}")
+    status = submit.get_status(client, submission_id)
+    if status.is_over:
+        _print_note(f"{submission_id} is over already: {_format(status)}")
     else:
-        _say(f"stopping {submission_id}: its workers finish their step and save")
-        seen = submit.stop(client, submission_id)
-        if seen.reason is None:
-            _say(f"stopped; {seen.folder} cannot be seen from here, or says nothing of its end")
-        elif seen.exit_code == 75:
-            _say(f"stopped after step {seen.step}, saved. To go on: submit it again")
+        _print_note(f"stopping {submission_id}: its workers finish their step and save")
+        status = submit.stop(client, submission_id)
+        if status.reason is None:
+            _print_note(
+                f"stopped; {status.folder} cannot be seen from here, or says nothing of its end"
+            )
+        elif status.exit_code == 75:
+            _print_note(f"stopped after step {status.step}, saved. To go on: submit it again")
         else:
-            _say(f"it ended by itself before: {seen.reason}")
+            _print_note(f"it ended by itself before: {status.reason}")
     if json:
-        _print(seen, json)
+        _print_status(status, json)
 
 
-def _print(seen: "Seen", json: bool) -> None:
-    print(json_format.dumps(seen.as_facts()) if json else _in_words(seen), flush=True)
+def _print_status(status: "JobStatus", json: bool) -> None:
+    print(json_format.dumps(status.as_dict()) if json else _format(status), flush=True)
 
 
-def _in_words(seen: "Seen") -> str:
-    parts = [f"{seen.submission_id}  {seen.status:<9}"]
-    if seen.exit_code is not None:
-        parts.append(f"exit {seen.exit_code:<2}")
-    if seen.step is not None:
-        parts.append(f"step {seen.step}")
-    return "  ".join([*parts, *([seen.reason] if seen.reason else []), seen.folder])
+def _format(status: "JobStatus") -> str:
+    parts = [f"{status.submission_id}  {status.status:<9}"]
+    if status.exit_code is not None:
+        parts.append(f"exit {status.exit_code:<2}")
+    if status.step is not None:
+        parts.append(f"step {status.step}")
+    return "  ".join([*parts, *([status.reason] if status.reason else []), status.folder])
 
 
-def _say(text: str) -> None:
+def _print_note(text: str) -> None:
     print(f"syncnorm: {text}", file=sys.stderr, flush=True)

@@ -1,6 +1,4 @@
-"""The way to a Ray cluster: its address, its token, and errors of its job server in words of our
-own.
-"""
+"""Connection to a Ray cluster's job server: its address, the token, and readable errors."""
 
 import contextlib
 import ipaddress
@@ -21,8 +19,8 @@ except ImportError:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 
-# They tell of each package that they make and each log that they have read to the end.
-_TALKATIVE = (
+# They log each package that they make and the end of each log that they read.
+_CHATTY_LOGGERS = (
     "ray.dashboard.modules.job.sdk",
     "ray.dashboard.modules.dashboard_sdk",
     "ray._private.runtime_env.packaging",
@@ -31,37 +29,32 @@ _GIVE_TOKEN = "export RAY_AUTH_TOKEN_PATH=FILE, or RAY_AUTH_TOKEN"
 
 
 class ClusterError(SyncnormError):
-    """A cluster did not do what it was asked; the message is for the person who asked."""
+    """A request to a cluster failed; the message is for the person who made it."""
 
 
 def connect(address: str | None, insecure: bool) -> JobSubmissionClient:
-    """Reach a cluster's job server.
+    """Connect to a cluster's job server.
 
     Args:
         address: of the dashboard, http(s)://HOST:PORT; None: RAY_ADDRESS, else this machine's.
         insecure: send jobs to another machine although there is no token.
 
     Raises:
-        ConfigError: the address is none, or there is no token for it, or the cluster does not take
-            it.
-        ClusterError: nobody answers there.
+        ConfigError: the address is malformed, or the token is missing or refused.
+        ClusterError: no cluster answers there.
     """
     cluster = read_cluster()
     address = (address or cluster.address or DEFAULT_ADDRESS).rstrip("/")
     check_address(address, cluster.has_token, insecure)
-    for name in _TALKATIVE:
+    for name in _CHATTY_LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     set_for_ray_client(address)
-    with told(address):
+    with translated_errors(address):
         return JobSubmissionClient(address)
 
 
 def check_address(address: str, has_token: bool, insecure: bool) -> None:
-    """Refuse an address that is none, and one of another machine without a token.
-
-    Raises:
-        ConfigError: see above.
-    """
+    """Raise ConfigError for a malformed address, or another machine's without a token."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ConfigError(
@@ -75,18 +68,17 @@ def check_address(address: str, has_token: bool, insecure: bool) -> None:
     if not (has_token or insecure or _is_loopback(parts.hostname)):
         raise ConfigError(
             f"`--address` must be of this machine where there is no token, got {address!r}: "
-            "whoever reaches a job "
-            f"server runs code on its cluster. {_GIVE_TOKEN}; or add --insecure on a network that "
-            "you trust."
+            "whoever reaches a job server runs code on its cluster. "
+            f"{_GIVE_TOKEN}; or add --insecure on a network that you trust."
         )
 
 
 @contextlib.contextmanager
-def told(address: str) -> Iterator[None]:
-    """Turn what Ray's client raises inside the block into a message.
+def translated_errors(address: str) -> Iterator[None]:
+    """Translate exceptions of Ray's client inside the block.
 
     Raises:
-        ConfigError: the cluster does not take the token, or wants one.
+        ConfigError: the cluster refuses the token, or demands one.
         ClusterError: anything else.
     """
     try:
@@ -103,12 +95,9 @@ def told(address: str) -> Iterator[None]:
         if "No available agent" in str(error):
             raise ClusterError(
                 f"the Ray cluster at {address} has no agent that takes jobs: it has just been "
-                "started, or the head's "
-                "agent did not come up, mostly because its port is taken. Try again in a minute; "
-                "if it stays so, "
-                "dashboard_agent.log in the head's logs says why: start the head with "
-                "--dashboard-agent-listen-port "
-                "below 32768."
+                "started, or the head's agent did not come up, mostly because its port is taken. "
+                "Try again in a minute; if it stays so, dashboard_agent.log in the head's logs "
+                "says why: start the head with --dashboard-agent-listen-port below 32768."
             ) from None
         raise ClusterError(
             f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}"

@@ -1,4 +1,4 @@
-"""What a Ray cluster has, against what a run needs."""
+"""Capacity check: the CPUs and GPUs of a Ray cluster against the needs of a run."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from syncnorm.train.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Room:
-    """How many workers a cluster has room for when nothing else runs on it.
+class Capacity:
+    """Workers that fit on a cluster when nothing else runs on it.
 
     Args:
         workers: of this run.
-        is_gpu: whether each has a GPU.
-        per_worker: what Ray reserves for each.
+        is_gpu: each of them has a GPU.
+        per_worker: resources that Ray reserves for each.
         totals: of the cluster, in words.
     """
 
@@ -28,16 +28,16 @@ class Room:
     totals: str
 
 
-def read_room(config: Config) -> Room:
-    """Look at the nodes of the cluster that this process is connected to, busy or not."""
+def read_capacity(config: Config) -> Capacity:
+    """Count the workers that fit on the connected cluster's nodes, busy or not."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if limits := _state.get_max_resources_from_cluster_config():
         # An autoscaler may add nodes; of what sizes is its affair.
         nodes = [limits]
-    return room_of(nodes, config.launch.device, config.launch.fewest_workers)
+    return capacity_of(nodes, config.launch.device, config.launch.fewest_workers)
 
 
-def room_of(nodes: Sequence[Mapping[str, float]], device: str, fewest: int) -> Room:
+def capacity_of(nodes: Sequence[Mapping[str, float]], device: str, fewest: int) -> Capacity:
     """Count the workers that fit on nodes with these resources.
 
     Args:
@@ -52,22 +52,24 @@ def room_of(nodes: Sequence[Mapping[str, float]], device: str, fewest: int) -> R
     totals = " and ".join(
         f"{sum(node.get(name, 0) for node in nodes):g} {name}s" for name in ("CPU", "GPU")
     )
-    return Room(_fit(nodes, per_worker), is_gpu, per_worker, f"{totals} on {len(nodes)} node(s)")
+    return Capacity(
+        _fit(nodes, per_worker), is_gpu, per_worker, f"{totals} on {len(nodes)} node(s)"
+    )
 
 
-def check_room(config: Config, room: Room) -> None:
-    """Refuse what the cluster can never place: Ray would wait for it without a word.
+def check_capacity(config: Config, capacity: Capacity) -> None:
+    """Refuse a run that the cluster can never place: Ray would wait without a message.
 
     Raises:
         ConfigError: with the numbers.
     """
     fewest = config.launch.fewest_workers
-    if room.workers < fewest:
-        each = " and ".join(f"{number:g} {name}" for name, number in room.per_worker.items())
+    if capacity.workers < fewest:
+        each = " and ".join(f"{number:g} {name}" for name, number in capacity.per_worker.items())
         raise ConfigError(
-            f"`launch.workers` must be at most {room.workers} on this cluster, which has "
-            f"{room.totals}, got {fewest}: "
-            f"each takes {each} of one node. Take fewer, or add nodes first."
+            f"`launch.workers` must be at most {capacity.workers} on this cluster, which has "
+            f"{capacity.totals}, got {fewest}: each takes {each} of one node. Take fewer, or add "
+            "nodes first."
         )
 
 

@@ -1,9 +1,8 @@
-"""The driver of a Ray job: `python -m syncnorm.run.ray.driver JOB` has Ray Train place, watch and
-restart the workers.
+"""The driver of a Ray job, `python -m syncnorm.run.ray.driver JOB`: runs the workers by Ray Train.
 
-Ray decides where workers run and when they are started again. Where they go on from is the
-trainer's own affair: the newest good checkpoint in the run's folder, for Ray's record of
-checkpoints may be older than what is on disk.
+Ray places the workers, watches them and restarts them. The trainer itself chooses the checkpoint
+to resume from, the newest good one in the run's folder: Ray's record of checkpoints may be older
+than the files on disk.
 """
 
 import logging
@@ -27,16 +26,16 @@ from ray.util.state import list_actors
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.folder import RESUMABLE, Exit, read_exit
-from syncnorm.run.ray.cluster import Room, check_room, read_room
-from syncnorm.run.ray.job import STOP, Job, enter, make_job
+from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity
+from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
-from syncnorm.run.ray.worker import RESIZE, TRACEBACK, Ended, work
+from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
 from syncnorm.train.config.schema import Config
 from syncnorm.train.metrics import last_step
 
-# Workers that are stuck end by themselves before their exchanges do.
+# The watchdog of a stuck worker must act before its collectives time out.
 _GROUP_MARGIN_SECONDS = 30
-# Looks, a second apart, that must find no worker before a stopped job is taken to have none.
+# Polls, a second apart, that must find no worker before a stopped job counts as having none.
 _LOOKS = 3
 
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     try:
         is_job = len(arguments) == 1 and arguments[0].startswith("{")
-        return run_job(Job.from_text(arguments[0]) if is_job else _job_of(arguments))
+        return run_job(Job.from_json(arguments[0]) if is_job else _job_of(arguments))
     except ConfigError as error:
         print(f"syncnorm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -73,7 +72,7 @@ def run_job(job: Job) -> int:
             started.
     """
     env.set_for_ray_driver()
-    folder = enter(job)
+    folder = prepare_folder(job)
     if (end := read_exit(folder)) is not None and end.status == "done":
         print(f"done already, after step {end.step}\n{folder}")
         return 0
@@ -81,18 +80,20 @@ def run_job(job: Job) -> int:
         (folder / name).unlink(missing_ok=True)
     ray.init(address="auto", logging_level=logging.WARNING)
     config = job.task().config
-    room = read_room(config)
-    check_room(config, room)
-    stopping = Stopping(folder)
-    code = _until_the_end(job, config, room, folder, stopping)
+    capacity = read_capacity(config)
+    check_capacity(config, capacity)
+    stopping = StopHandler(folder)
+    code = _fit_until_done(job, config, capacity, folder, stopping)
     stopping.is_over = True
     return code
 
 
-def _until_the_end(job: Job, config: Config, room: Room, folder: Path, stopping: "Stopping") -> int:
+def _fit_until_done(
+    job: Job, config: Config, capacity: Capacity, folder: Path, stopping: "StopHandler"
+) -> int:
     while True:
         try:
-            result = _trainer(job, config, room, folder).fit()
+            result = _trainer(job, config, capacity, folder).fit()
         except ControllerError as error:
             if type(error.controller_failure).__name__ != "WorkerGroupStartupTimeoutError":
                 return _fail(f"Ray: {error.controller_failure}", folder)
@@ -103,19 +104,19 @@ def _until_the_end(job: Job, config: Config, room: Room, folder: Path, stopping:
         except TrainingFailedError as error:
             return _fail(_reason(error, config), folder)
         else:
-            ended = Ended(**cast(dict[str, Any], result.return_value))
+            ended = WorkerResult(**cast(dict[str, Any], result.return_value))
             if ended.exit_code == RESUMABLE and not (folder / STOP).exists():
                 print(
                     f"syncnorm: saved after step {_step(folder)} on Ray's notice; starting again",
                     file=sys.stderr,
                 )
                 continue
-            return _tell(ended, folder)
+            return _report_result(ended, folder)
         if stopping.is_asked:
-            return _stopped(folder)
+            return _stop_status(folder)
 
 
-def _trainer(job: Job, config: Config, room: Room, folder: Path) -> TorchTrainer:
+def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> TorchTrainer:
     launch = config.launch
     workers = (
         launch.fewest_workers
@@ -124,15 +125,15 @@ def _trainer(job: Job, config: Config, room: Room, folder: Path) -> TorchTrainer
     )
     return TorchTrainer(
         work,
-        train_loop_config={"job": job.as_text()},
+        train_loop_config={"job": job.to_json()},
         torch_config=TorchConfig(
-            backend="nccl" if room.is_gpu else "gloo",
+            backend="nccl" if capacity.is_gpu else "gloo",
             timeout_s=round(launch.timeout_seconds) + _GROUP_MARGIN_SECONDS,
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,
-            use_gpu=room.is_gpu,
-            resources_per_worker=room.per_worker,
+            use_gpu=capacity.is_gpu,
+            resources_per_worker=capacity.per_worker,
             placement_strategy="SPREAD",
         ),
         run_config=RunConfig(
@@ -141,14 +142,14 @@ def _trainer(job: Job, config: Config, room: Room, folder: Path) -> TorchTrainer
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=launch.restarts, controller_failure_limit=3),
             callbacks=[cast(UserCallback, SaveBeforeResize(folder, launch.timeout_seconds))],
-            worker_runtime_env={"env_vars": env.for_ray_workers()},
+            worker_runtime_env={"env_vars": env.ray_worker_environment()},
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
 
 
-class Stopping:
-    """Turns SIGTERM, which `ray job stop` sends to this process alone, into a stop of the workers.
+class StopHandler:
+    """Handler that passes SIGTERM, which `ray job stop` sends to this process only, to the workers.
 
     Args:
         folder: of the run.
@@ -158,27 +159,27 @@ class Stopping:
         self.is_asked = False
         self.is_over = False
         self._folder = folder
-        # After ray.init, which has a handler of its own.
-        signal.signal(signal.SIGTERM, self._ask)
+        # After ray.init, which installs a handler of its own.
+        signal.signal(signal.SIGTERM, self._handle_signal)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
+    def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.is_asked:
             self.is_asked = True
             (self._folder / STOP).touch()
             threading.Thread(target=self._end_without_workers, daemon=True).start()
 
     def _end_without_workers(self) -> None:
-        """End this process if there are no workers that could: they wait for their place."""
+        """End this process if there are no workers that could: Ray has not placed them yet."""
         looks = 0
         while looks < _LOOKS:
             time.sleep(1)
             looks = looks + 1 if _count_workers() == 0 else 0
         if not self.is_over:
-            os._exit(_stopped(self._folder))
+            os._exit(_stop_status(self._folder))
 
 
 def _count_workers() -> int:
-    """How many workers of this job Ray has started."""
+    """Count the live workers of this job."""
     mine = ray.get_runtime_context().get_job_id()
     try:
         return len(
@@ -194,8 +195,8 @@ def _count_workers() -> int:
         return 1
 
 
-def _stopped(folder: Path) -> int:
-    """The status of a run that was asked to stop, by its workers if there were any."""
+def _stop_status(folder: Path) -> int:
+    """Return the exit status of a stopped run, as its workers recorded it if there were any."""
     end = read_exit(folder)
     if end is None:
         reason = "asked to stop by syncnorm stop; no worker was running"
@@ -204,8 +205,8 @@ def _stopped(folder: Path) -> int:
     return end.exit_code
 
 
-def _tell(ended: Ended, folder: Path) -> int:
-    """Say how the run ended, and see that it is on record."""
+def _report_result(ended: WorkerResult, folder: Path) -> int:
+    """Print the end of the run, make sure it is recorded, and return the exit status."""
     traceback = folder / TRACEBACK
     if traceback.exists():
         return _fail(
@@ -228,7 +229,7 @@ def _reason(error: TrainingFailedError, config: Config) -> str:
 
 def _fail(reason: str, folder: Path, code: int = 1, where: Path | None = None) -> int:
     Exit("failed", reason, _step(folder), code).write(folder)
-    # In a line: who follows the log knows by its beginning that it is no result.
+    # On one line: its prefix tells `syncnorm submit` that it is no result.
     print(f"syncnorm: {' '.join(reason.split())}; {where or folder}", file=sys.stderr)
     return code
 

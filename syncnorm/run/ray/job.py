@@ -1,4 +1,4 @@
-"""What a Ray job is told: all of it plain data, and nothing that is secret."""
+"""The description of a Ray job: plain data without secrets, as JSON on its command line."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 
-# The job stops when somebody puts this into the run's folder.
+# A file of this name in the run's folder stops the job.
 STOP = "STOP"
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,120}", re.ASCII)
@@ -39,16 +39,16 @@ class Job:
     config: dict[str, Any]
     allowed: tuple[str, ...] = ()
 
-    def as_text(self) -> str:
-        """As JSON."""
+    def to_json(self) -> str:
+        """Serialise to JSON."""
         return json.dumps(asdict(self), separators=(",", ":"))
 
     @staticmethod
-    def from_text(text: str) -> "Job":
-        """Read what `as_text` wrote.
+    def from_json(text: str) -> "Job":
+        """Parse the output of `to_json`.
 
         Raises:
-            ConfigError: it is something else.
+            ConfigError: the text is something else.
         """
         try:
             values = json.loads(text)
@@ -61,26 +61,26 @@ class Job:
         return job
 
     def task(self) -> Task:
-        """What a worker is asked to do."""
+        """Build the task for a worker."""
         return Task(Config.model_validate(self.config), self.name, allowed=self.allowed)
 
 
 def make_job(
     source: str, overrides: Sequence[str], allowed: Sequence[str], submission_id: str | None = None
 ) -> Job:
-    """Make a job of a configuration; starts nothing.
+    """Make a job from a configuration, without starting it.
 
-    The run's folder is `run_dir`/SUBMISSION_ID. Paths that are relative mean the current folder.
+    The run's folder is `run_dir`/SUBMISSION_ID. Relative paths start at the current folder.
 
     Args:
         source: a YAML file, or the name of a packed configuration.
         overrides: `section.key=value`.
         allowed: packages whose callables the configuration may name.
-        submission_id: null: NAME-HASH, of the keys that fix the result, so that the same training
+        submission_id: None: NAME-HASH, of the keys that fix the result, so that the same training
             is the same job.
 
     Raises:
-        ConfigError: something in the configuration, or the submission id, is not as it must be.
+        ConfigError: the configuration or the submission id is invalid.
     """
     config = _absolute(load_config(source, overrides))
     check_callables(config, allowed)
@@ -92,8 +92,7 @@ def make_job(
     if not _ID.fullmatch(submission_id):
         raise ConfigError(
             "`--id` must be letters, digits, '.', '_' and '-', at most 121, got "
-            f"{submission_id!r}. "
-            "It names the run's folder too."
+            f"{submission_id!r}. It names the run's folder too."
         )
     folder = Path(config.run_dir) / submission_id
     return Job(
@@ -101,11 +100,11 @@ def make_job(
     )
 
 
-def enter(job: Job) -> Path:
-    """Make the run's folder, or go on in it.
+def prepare_folder(job: Job) -> Path:
+    """Make the run's folder, or check that the run can resume in it.
 
     Raises:
-        ConfigError: it cannot be made, or is that of another run.
+        ConfigError: it cannot be made, or belongs to another run.
     """
     folder = Path(job.folder)
     config = job.task().config

@@ -1,4 +1,4 @@
-"""No step is lost when Ray changes the number of workers."""
+"""A callback in Ray Train's controller, so that no step is lost when the world size changes."""
 
 import time
 from pathlib import Path
@@ -13,14 +13,14 @@ _POLL_SECONDS = 0.1
 
 
 class SaveBeforeResize(ControllerCallback):
-    """Has the workers save before Ray Train ends them to start more or fewer.
+    """Callback that makes the workers save before Ray Train ends them to start more or fewer.
 
-    Ray has no public hook there; it takes callbacks of this kind in `RunConfig`, and calls this one
-    in its controller.
+    Ray has no public hook for this. It accepts internal callbacks in `RunConfig` and calls them in
+    its controller.
 
     Args:
         folder: of the run.
-        patience_seconds: how long to wait for the workers.
+        patience_seconds: limit of the wait for the workers.
     """
 
     def __init__(self, folder: Path, patience_seconds: float) -> None:
@@ -30,13 +30,13 @@ class SaveBeforeResize(ControllerCallback):
     def after_controller_state_update(
         self, previous_state: TrainControllerState, current_state: TrainControllerState
     ) -> None:
-        """Wait for the save, where the state says that the number is about to change."""
+        """Ask for a save and wait for it, if Ray is about to change the number of workers."""
         if type(current_state).__name__ != "ResizingState":
             return
         ask = self._folder / RESIZE
         ask.touch()
         deadline = time.monotonic() + self._patience
-        # Written once the state is on disk.
+        # exit.json is written once the checkpoint is on disk.
         while read_exit(self._folder) is None and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
         ask.unlink(missing_ok=True)

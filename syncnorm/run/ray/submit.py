@@ -1,4 +1,4 @@
-"""Jobs on a Ray cluster, seen from outside: submit, follow, stop, list."""
+"""Operations on a cluster's jobs through its job server: submit, follow, stop, list."""
 
 import asyncio
 import os
@@ -14,44 +14,43 @@ from syncnorm import __version__
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import read_cluster
 from syncnorm.run.folder import RESUMABLE, read_exit
-from syncnorm.run.ray.client import JobSubmissionClient, told
+from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
 from syncnorm.run.ray.job import Job
 from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.metrics import last_step
 
-# Least time between a stop and a kill: workers finish their step and save, and a network file
-# system may show the file that asks them only after a minute. A stop is over when the job is,
-# however long it may take.
+# Least time between a stop and a kill. Workers finish their step and save, and a network file
+# system may show them the STOP file only after a minute. `stop` waits for the job's end, however
+# long that takes.
 _STOP_SECONDS = 120
 _POLL_SECONDS = 0.5
 _RUNNING = ("PENDING", "RUNNING")
-# What Ray puts before a line that another process of the job has written.
+# Ray's prefix of a line that another process of the job has written.
 _FROM_WORKER = re.compile(r"^(?:\x1b\[\d+m)?\((\w+) pid=\d+(?:, ip=[^)]*)?\)(?:\x1b\[0m)? ?")
-# Lines of Ray's own: when and where it does what.
+# Log lines of Ray itself.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
 _NEVER_PACKED = (
-    "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env", "**/*.safetensors",
-    "**/.ray/auth_token",
+    "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env",
+    "**/*.safetensors", "**/.ray/auth_token",
 )  # fmt: skip
-# Of the characters of a path those to which patterns of gitignore give a meaning; the spaces at an
-# end are stripped.
+# Characters of a path that have a meaning in gitignore patterns, or are stripped at their end.
 _ESCAPED = {character: f"\\{character}" for character in "\\*?[]"} | {
     character: f"[{character}]" for character in " \t\n"
 }
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A job as it looks from here.
+class JobStatus:
+    """State of a job.
 
     Args:
         submission_id: its name.
-        status: as Ray has it: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
+        status: in Ray's terms: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
         config: name of the configuration.
         folder: of the run.
-        exit_code: of the run if it is over: 0 done, 1 failed, 2 bad input, 75 stopped and saved.
-        step: optimizer steps on record, if the folder can be seen from here.
-        reason: why it is over, if the folder can be seen from here.
+        exit_code: of a run that is over: 0 done, 1 failed, 2 bad input, 75 stopped and saved.
+        step: optimizer steps on record, if the folder is visible from here.
+        reason: of its end, if the folder is visible from here.
         version: of syncnorm that submitted it.
     """
 
@@ -66,57 +65,57 @@ class Seen:
 
     @property
     def is_over(self) -> bool:
-        """Whether it runs no more."""
+        """True if the job has ended."""
         return self.status not in _RUNNING
 
-    def as_facts(self) -> dict[str, Any]:
-        """Plain data, for --json."""
+    def as_dict(self) -> dict[str, Any]:
+        """Convert to a dict, for --json."""
         return asdict(self)
 
 
-def see(client: JobSubmissionClient, submission_id: str) -> Seen:
-    """Look at a job.
+def get_status(client: JobSubmissionClient, submission_id: str) -> JobStatus:
+    """Read the state of a job.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: no job has that name.
     """
     found = _find(client, submission_id)
     if found is None:
         raise ConfigError(
             f"no job {submission_id!r} on this cluster. `syncnorm list` has those that there are."
         )
-    return _seen(found)
+    return _to_status(found)
 
 
-def see_all(client: JobSubmissionClient) -> list[Seen]:
-    """Look at all jobs that syncnorm has submitted, the oldest first."""
-    with told(client.get_address()):
+def list_statuses(client: JobSubmissionClient) -> list[JobStatus]:
+    """Read the states of all jobs that syncnorm has submitted, the oldest first."""
+    with translated_errors(client.get_address()):
         found = client.list_jobs()
     ours = [job for job in found if job.metadata and "syncnorm_folder" in job.metadata]
-    return [_seen(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
+    return [_to_status(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
 
 
 def start(client: JobSubmissionClient, job: Job) -> int | None:
-    """Submit a job, again if it has run before; None if it is running already, and nothing was
-    done.
+    """Submit a job, unless it is running.
 
-    Submitted again, a run goes on from its newest checkpoint.
+    A run that is submitted again resumes from its newest checkpoint.
 
     Returns:
-        How many lines its log has already, of when it ran before: Ray goes on in the same file.
+        The number of lines that its log holds from earlier runs: Ray appends to the same file.
+        None if the job is running already.
     """
     found = _find(client, job.submission_id)
     lines = 0
-    with told(client.get_address()):
+    with translated_errors(client.get_address()):
         if found is not None:
             if found.status in _RUNNING:
                 return None
             lines = client.get_job_logs(job.submission_id).count("\n")
             client.delete_job(job.submission_id)
         client.submit_job(
-            # Not a line for a shell to take apart: two words and one quoted argument.
+            # Quoted: Ray passes the entrypoint to a shell.
             entrypoint=shlex.join(
-                ["exec", "python", "-m", "syncnorm.run.ray.driver", job.as_text()]
+                ["exec", "python", "-m", "syncnorm.run.ray.driver", job.to_json()]
             ),
             submission_id=job.submission_id,
             runtime_env=_runtime_env(job),
@@ -131,18 +130,18 @@ def start(client: JobSubmissionClient, job: Job) -> int | None:
 
 def follow(
     client: JobSubmissionClient, submission_id: str, skip: int = 0, to_stdout: bool = True
-) -> Seen:
-    """Pass on what the job says until it is over.
+) -> JobStatus:
+    """Print the job's log until the job is over.
 
     Args:
         client: of the cluster.
         submission_id: of the job.
-        skip: how many lines of its log are old.
-        to_stdout: send the result, which is what its driver says, to standard output; the rest goes
-            to standard error.
+        skip: number of old lines at the beginning of the log.
+        to_stdout: print the driver's lines, the result, to standard output; all others go to
+            standard error.
     """
-    see(client, submission_id)
-    lines = _Lines(sys.stdout if to_stdout else sys.stderr, skip)
+    get_status(client, submission_id)
+    lines = _LogLines(sys.stdout if to_stdout else sys.stderr, skip)
     while True:
         try:
             asyncio.run(_tail(client, submission_id, lines))
@@ -151,41 +150,41 @@ def follow(
                 f"syncnorm: the log broke off ({type(error).__name__}); trying again",
                 file=sys.stderr,
             )
-        seen = see(client, submission_id)
-        if seen.is_over:
-            lines.end()
-            return seen
+        status = get_status(client, submission_id)
+        if status.is_over:
+            lines.flush()
+            return status
         time.sleep(_POLL_SECONDS)
 
 
-def stop(client: JobSubmissionClient, submission_id: str) -> Seen:
-    """Have a job save and end, and wait until it has."""
-    with told(client.get_address()):
+def stop(client: JobSubmissionClient, submission_id: str) -> JobStatus:
+    """Let a job save and end, and wait for its end."""
+    with translated_errors(client.get_address()):
         client.stop_job(submission_id)
-    while not (seen := see(client, submission_id)).is_over:
+    while not (status := get_status(client, submission_id)).is_over:
         time.sleep(_POLL_SECONDS)
-    return seen
+    return status
 
 
 def logs(client: JobSubmissionClient, submission_id: str) -> str:
-    """What the job has said so far."""
-    see(client, submission_id)
-    with told(client.get_address()):
+    """Return the job's log."""
+    get_status(client, submission_id)
+    with translated_errors(client.get_address()):
         return client.get_job_logs(submission_id)
 
 
 def _find(client: JobSubmissionClient, submission_id: str) -> Any | None:
-    with told(client.get_address()):
+    with translated_errors(client.get_address()):
         return next((job for job in client.list_jobs() if job.submission_id == submission_id), None)
 
 
-def _seen(job: Any) -> Seen:
+def _to_status(job: Any) -> JobStatus:
     metadata = job.metadata or {}
     folder = metadata.get("syncnorm_folder", "")
     is_visible = bool(folder) and Path(folder).is_dir()
     end = read_exit(Path(folder)) if is_visible else None
     status = job.status.value
-    return Seen(
+    return JobStatus(
         submission_id=job.submission_id,
         status=status,
         config=metadata.get("syncnorm_config", ""),
@@ -198,9 +197,7 @@ def _seen(job: Any) -> Seen:
 
 
 def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None:
-    """The run's exit status: what its driver ended with, else what it noted, for a stopped job has
-    no other.
-    """
+    """Return the run's exit status: the driver's, or the recorded one for a stopped job."""
     if status in _RUNNING:
         return None
     if status == "STOPPED":
@@ -211,27 +208,30 @@ def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None
 def _runtime_env(job: Job) -> dict[str, Any]:
     timeout = job.task().config.launch.timeout_seconds
     environment: dict[str, Any] = {
-        # Ray's own is 3 seconds, in which nothing can be saved.
+        # Ray's default of 3 seconds is too short for a save.
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(max(_STOP_SECONDS, round(2 * timeout)))}
     }
     config = job.task().config
     if REFERENCE.fullmatch(config.model.name) or REFERENCE.fullmatch(config.data.name):
         here = Path.cwd()
         environment["working_dir"] = str(here)
-        environment["excludes"] = kept_out(here, config.run_dir, config.data.root)
+        environment["excludes"] = exclude_patterns(here, config.run_dir, config.data.root)
     return environment
 
 
-def kept_out(here: Path, *others: str | None) -> list[str]:
-    """What lies in the working folder and is no code, as patterns of gitignore: runs, data, the
-    token, and the like.
+def exclude_patterns(here: Path, *others: str | None) -> list[str]:
+    """Return gitignore patterns for all in the working folder that is not code.
+
+    Args:
+        here: the working folder.
+        others: folders of runs and data.
     """
     token, home = read_cluster().token_path, here.resolve()
     found = set[str]()
     for other in (*others, token):
         if other is not None:
             path = here / other
-            # As it is called, the link that it may be, and what that leads to.
+            # The name as given, the link that it may be, and the target of that.
             for name in (
                 Path(os.path.normpath(path)),
                 path.parent.resolve() / path.name,
@@ -246,45 +246,45 @@ def kept_out(here: Path, *others: str | None) -> list[str]:
     ]
 
 
-class _Lines:
-    """Takes a log in pieces, and passes on each line once, even if the log comes again from its
-    beginning.
+class _LogLines:
+    """Line splitter that prints each line once, even if the log comes again from its beginning.
 
     Args:
-        result: where to the driver's lines go.
-        told: how many lines are known already.
+        result: stream for the driver's lines.
+        printed: number of lines that were printed before.
     """
 
-    def __init__(self, result: TextIO, told: int) -> None:
+    def __init__(self, result: TextIO, printed: int) -> None:
         self._result = result
         self._rest = ""
-        self._told = told
+        self._printed = printed
         self._skip = 0
 
-    def again(self) -> None:
-        """The log is about to come from its beginning."""
-        self._rest, self._skip = "", self._told
+    def restart(self) -> None:
+        """Prepare for the log from its beginning."""
+        self._rest, self._skip = "", self._printed
 
-    def take(self, text: str) -> None:
+    def feed(self, text: str) -> None:
+        """Print the new lines that the next piece of the log completes."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
             if self._skip:
                 self._skip -= 1
                 continue
-            self._told += 1
-            tell(line, self._result)
+            self._printed += 1
+            print_log_line(line, self._result)
 
-    def end(self) -> None:
-        """No more is to come."""
+    def flush(self) -> None:
+        """Print the rest, a line without an end."""
         if self._rest and not self._skip:
-            tell(self._rest, self._result)
+            print_log_line(self._rest, self._result)
 
 
-def tell(line: str, result: TextIO) -> None:
-    """Pass on a line of a job's log without what Ray puts before it: the driver's to `result`."""
+def print_log_line(line: str, result: TextIO) -> None:
+    """Print a line of a job's log without Ray's prefix; the driver's lines go to `result`."""
     plain, count = _FROM_WORKER.subn("", line)
     if count:
-        # Ray's own processes report on things that it then mends.
+        # Ray's own processes warn of faults that Ray then repairs.
         if "core_worker.cc" not in plain:
             print(plain, file=sys.stderr, flush=True)
     elif line.startswith("syncnorm: "):
@@ -293,7 +293,7 @@ def tell(line: str, result: TextIO) -> None:
         print(line, file=result, flush=True)
 
 
-async def _tail(client: JobSubmissionClient, submission_id: str, lines: _Lines) -> None:
-    lines.again()
+async def _tail(client: JobSubmissionClient, submission_id: str, lines: _LogLines) -> None:
+    lines.restart()
     async for text in client.tail_job_logs(submission_id):
-        lines.take(text)
+        lines.feed(text)

@@ -1,8 +1,8 @@
-"""`syncnorm verify` on a Ray cluster: `python -m syncnorm.run.ray.verify WORKERS ARGUMENTS...` is
-the job's driver.
+"""`syncnorm verify` on a Ray cluster.
 
-Ray decides where the workers run. Each runs `syncnorm verify` as a process of its own, told who it
-is as torchrun would tell it: a check that hangs ends these processes, and no process of Ray's.
+The job's driver is `python -m syncnorm.run.ray.verify WORKERS ARGUMENTS...`. Ray places an actor
+for each worker, which runs `syncnorm verify` in a process of its own with torchrun's environment
+variables: a check that hangs ends this process and no process of Ray's.
 """
 
 import logging
@@ -20,8 +20,8 @@ from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from syncnorm.run import env
-from syncnorm.run.ray.client import JobSubmissionClient, told
-from syncnorm.run.ray.submit import follow, kept_out
+from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
+from syncnorm.run.ray.submit import exclude_patterns, follow
 
 _PLACE_SECONDS = 60
 
@@ -29,11 +29,11 @@ _PLACE_SECONDS = 60
 def submit_verify(
     client: JobSubmissionClient, workers: int, arguments: Sequence[str], packs_code: bool
 ) -> int:
-    """Submit a verification, pass on what it says, and return its exit status.
+    """Submit a verification, print its log, and return its exit status.
 
     Args:
         client: of the cluster.
-        workers: how many; each takes a CPU, and a GPU where each can have one.
+        workers: number of workers; each takes a CPU, and a GPU if there is one for each.
         arguments: of `syncnorm verify`.
         packs_code: send the current folder along, because a layer is named.
     """
@@ -41,18 +41,18 @@ def submit_verify(
     environment: dict[str, Any] = {}
     if packs_code:
         here = Path.cwd()
-        environment = {"working_dir": str(here), "excludes": kept_out(here)}
+        environment = {"working_dir": str(here), "excludes": exclude_patterns(here)}
     command = ["exec", "python", "-m", "syncnorm.run.ray.verify", str(workers), *arguments]
-    with told(client.get_address()):
+    with translated_errors(client.get_address()):
         client.submit_job(
             entrypoint=shlex.join(command), submission_id=name, runtime_env=environment
         )
-    seen = follow(client, name)
-    return 1 if seen.exit_code is None else seen.exit_code
+    status = follow(client, name)
+    return 1 if status.exit_code is None else status.exit_code
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Place the workers, and return the exit status of rank 0."""
+    """Place the workers, run the verification, and return the exit status of rank 0."""
     workers = int(arguments[0])
     ray.init(address="auto", logging_level=logging.WARNING)
     has_gpus = ray.cluster_resources().get("GPU", 0) >= workers
@@ -64,8 +64,8 @@ def main(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 1
-    places: list[Any] = [
-        _Place.options(
+    hosts: list[Any] = [
+        _WorkerHost.options(
             num_cpus=1,
             num_gpus=bundle.get("GPU", 0.0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(
@@ -74,10 +74,10 @@ def main(arguments: Sequence[str]) -> int:
         ).remote()
         for rank in range(workers)
     ]
-    host, port = ray.get(places[0].address.remote())
+    host, port = ray.get(hosts[0].address.remote())
     runs = [
-        place.run.remote(rank, workers, host, port, has_gpus, arguments[1:])
-        for rank, place in enumerate(places)
+        host_actor.run.remote(rank, workers, host, port, has_gpus, arguments[1:])
+        for rank, host_actor in enumerate(hosts)
     ]
     # The others end when rank 0 has, or are ended with the job.
     status, out, err = ray.get(runs[0])
@@ -87,11 +87,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 @ray.remote
-class _Place:
-    """Where a worker runs."""
+class _WorkerHost:
+    """Actor that launches one worker on its node."""
 
     def address(self) -> tuple[str, int]:
-        """This machine's, and a port that nobody listens on."""
+        """Return this node's IP address and a free port."""
         with socket.socket() as listener:
             listener.bind(("", 0))
             return ray.util.get_node_ip_address(), listener.getsockname()[1]
@@ -105,10 +105,10 @@ class _Place:
         has_gpu: bool,
         arguments: Sequence[str],
     ) -> tuple[int, str, str]:
-        """Be the launcher of one worker: its exit status, and what it said."""
+        """Run one worker to its end: exit status, standard output, standard error."""
         done = subprocess.run(
             [sys.executable, "-m", "syncnorm", "verify", *arguments],
-            env=env.of_launched(rank, world_size, host, port, has_gpu),
+            env=env.worker_environment(rank, world_size, host, port, has_gpu),
             capture_output=True,
             text=True,
             check=False,

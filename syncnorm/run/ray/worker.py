@@ -11,46 +11,45 @@ import torch.distributed as dist
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run.env import read_launched
-from syncnorm.run.failures import is_echo
+from syncnorm.run.failures import is_peer_loss
 from syncnorm.run.folder import RESUMABLE
 from syncnorm.run.ray.job import STOP, Job
-from syncnorm.run.watchdog import StuckLimit, open_log
-from syncnorm.run.worker import enter_folder, join, summarize, train_in
+from syncnorm.run.watchdog import Watchdog, open_log
+from syncnorm.run.worker import join, open_run_folder, summarize, train_in
 
-# Asks the workers to save and end because their number is to change; put into the run's folder by
-# the controller.
+# The controller puts a file of this name into the run's folder: save and end, for the number of
+# workers is to change.
 RESIZE = "RESIZE"
 TRACEBACK = "traceback.txt"
 
-# A look into a folder is not free where it is on a network.
+# To look into a folder on a network takes time.
 _LOOK_SECONDS = 0.2
 
 _log = logging.getLogger(__name__)
 
 
 class WorkerLost(SyncnormError):
-    """A worker lost its peer. Ray starts the workers again."""
+    """The connection to a peer was lost. Ray restarts the workers."""
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How a worker's part ended, if nothing was lost on the way; alike on all workers.
+class WorkerResult:
+    """Result of a worker that lost no peer; equal on all workers.
 
     Args:
         exit_code: 0 done, 75 stopped and saved, 1 failed, 2 bad input.
-        lines: what a person is told.
+        lines: to be printed.
     """
 
     exit_code: int
     lines: list[str]
 
 
-class RayWatch(StuckLimit):
-    """What a run asks and tells (see syncnorm.train.loop.Watch), as a thread of a Ray actor sees
-    it.
+class RayWatch(Watchdog):
+    """Implementation of `syncnorm.train.loop.Watch` for a thread of a Ray actor.
 
-    There are no signals: a file in the run's folder asks to stop, or Ray says that a node is to be
-    taken away.
+    It gets no signals: a file in the run's folder asks to stop, or Ray announces that a node is to
+    be preempted.
 
     Args:
         timeout_seconds: at least 1.
@@ -66,14 +65,14 @@ class RayWatch(StuckLimit):
 
     @property
     def stop(self) -> str | None:
-        """Why this worker was asked to stop, if it was."""
+        """Reason to stop; None while there is none."""
         now = time.monotonic()
         if self._asked is None and now - self._looked > _LOOK_SECONDS:
             self._looked = now
-            self._asked = self._look()
+            self._asked = self._stop_reason()
         return self._asked
 
-    def _look(self) -> str | None:
+    def _stop_reason(self) -> str | None:
         if (self._folder / STOP).exists():
             return "syncnorm stop"
         if (self._folder / RESIZE).exists():
@@ -82,58 +81,58 @@ class RayWatch(StuckLimit):
 
 
 def work(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Train as the worker that Ray says this thread is.
+    """Train as the rank that Ray gave this thread.
 
-    What fails alike on all workers is returned, for Ray would try again whatever is raised.
+    An error that all workers share is returned, since Ray retries after whatever is raised.
 
     Args:
-        loop_config: `job`, as text.
+        loop_config: `job`, as JSON.
 
     Returns:
-        An `Ended`, as plain data.
+        A `WorkerResult` as a dict.
 
     Raises:
-        WorkerLost: another worker is gone; to be tried again.
-        Exception: code failed on this worker. The traceback is left in the run's folder; the next
-            attempt ends at once.
+        WorkerLost: the connection to a peer was lost; Ray retries.
+        Exception: code failed on this worker. The traceback is written into the run's folder; the
+            next attempt ends at once.
     """
-    job = Job.from_text(loop_config["job"])
+    job = Job.from_json(loop_config["job"])
     folder = Path(job.folder)
     if (folder / TRACEBACK).exists():
-        return asdict(Ended(1, []))
+        return asdict(WorkerResult(1, []))
     try:
         return asdict(_train(job, folder))
     except Exception as error:
-        if is_echo(f"{type(error).__name__}: {error}"):
+        if is_peer_loss(f"{type(error).__name__}: {error}"):
             raise WorkerLost(str(error)) from None
         if isinstance(error, SyncnormError):
-            return asdict(Ended(2 if isinstance(error, ConfigError) else 1, [str(error)]))
-        _leave_traceback(folder, error)
+            return asdict(WorkerResult(2 if isinstance(error, ConfigError) else 1, [str(error)]))
+        _write_traceback(folder, error)
         raise
 
 
-def _train(job: Job, folder: Path) -> Ended:
+def _train(job: Job, folder: Path) -> WorkerResult:
     launched = read_launched()
     assert launched is not None
     launched = replace(launched, run_folder=folder)
     task = job.task()
     launch = task.config.launch
     workers = join(launch.device, launched, launch.timeout_seconds)
-    with enter_folder(task, launched):
-        _leave_screen()
+    with open_run_folder(task, launched):
+        _detach_stderr()
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         watch = RayWatch(launch.timeout_seconds, folder, workers.rank)
         try:
             outcome = train_in(folder, task, workers, watch)
         finally:
             watch.close()
-        # Others may still be at work for this one's last message.
+        # A peer may still be completing the last collective.
         dist.barrier()
-    return Ended(0 if outcome.is_done else RESUMABLE, summarize(outcome))
+    return WorkerResult(0 if outcome.is_done else RESUMABLE, summarize(outcome))
 
 
-def _leave_traceback(folder: Path, error: Exception) -> None:
-    """The first worker whose code fails says so; others may fail for no other reason than that."""
+def _write_traceback(folder: Path, error: Exception) -> None:
+    """Write the first worker's failure to a file; the others may only follow from it."""
     launched = read_launched()
     rank = "?" if launched is None else launched.rank
     try:
@@ -144,8 +143,8 @@ def _leave_traceback(folder: Path, error: Exception) -> None:
         pass
 
 
-def _leave_screen() -> None:
-    """Take Ray's handler off the log: what it writes to standard error comes to the job's log."""
+def _detach_stderr() -> None:
+    """Remove Ray's log handler: what it writes to standard error lands in the job's log."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if type(handler) is not logging.FileHandler:
@@ -153,10 +152,10 @@ def _leave_screen() -> None:
 
 
 def _is_node_leaving() -> bool:
-    """Whether a node of these workers is to be taken away.
+    """Return True if a node of these workers is to be preempted.
 
-    Ray's public `ray.train.get_preemption_info` waits for all workers at each call. This reads what
-    that one starts from, on this worker alone: the step's own exchange tells the others.
+    Ray's public `ray.train.get_preemption_info` waits for all workers at each call. This reads its
+    source on this worker alone; the stop flag in the step's all-reduce informs the others.
     """
     from ray.train.v2._internal.execution.context import get_train_context
 

@@ -1,9 +1,9 @@
 """`syncnorm report`: one self-contained HTML page that compares runs.
 
-    run folders -> events (what is on record) -> summary, differences, curves, layers -> page
+    run folders -> run, events (the records) -> summary, curves, heatmaps (SVG) -> page, page.html
 
-The page is a tree of elements until it is written, so text from a run's folder stays text. It needs
-no script, and nothing in it is loaded from elsewhere.
+page.html is a Jinja2 template which escapes all values, so text from a run's folder stays text. The
+page needs no script, and nothing in it is loaded from elsewhere.
 """
 
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ def write_report(runs: Sequence[Path], output: Path) -> Path:
     """
     read = read_runs(runs)
     try:
-        # Here, not above: figures are the only part that needs matplotlib, and importing it takes a
-        # second.
+        # Here, because only the page needs these packages, and matplotlib takes a second.
         from syncnorm.train.report.page import render_page
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != "matplotlib":
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("jinja2", "matplotlib"):
             raise
         raise ConfigError(
-            "a report needs matplotlib. Install it with: pip install 'syncnorm[report]'"
+            f"a report needs {missing}. Install it with: pip install 'syncnorm[report]'"
         ) from None
     page = render_page(read)
     try:

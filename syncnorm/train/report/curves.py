@@ -1,10 +1,10 @@
-"""The curves of all runs over the optimizer's steps, one figure for each quantity."""
+"""Figures of the curves of all runs over the optimizer's steps, one for each quantity."""
 
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
@@ -19,7 +19,7 @@ from matplotlib.ticker import (
 from syncnorm.train.report.marks import draw_marks
 from syncnorm.train.report.run import Run
 from syncnorm.train.report.series import Array, points, smooth, thin
-from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, to_element
+from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, to_svg
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Curve:
 
     Args:
         name: in the events.
-        title: for people.
-        note: what exactly it is.
-        log: on a logarithmic axis, if all values are positive.
+        title: of the figure.
+        note: definition of the quantity.
+        log: use a logarithmic axis if all values are positive.
         share: of 1, shown in per cent.
-        from_zero: the axis begins there.
-        noisy: a moving mean says more than the values.
+        from_zero: start the axis at zero.
+        noisy: draw a moving mean over the values.
     """
 
     name: str
@@ -71,7 +71,7 @@ CURVES = (
 )
 
 
-def curve_figure(curve: Curve, runs: Sequence[Run]) -> ET.Element | None:
+def curve_figure(curve: Curve, runs: Sequence[Run]) -> Markup | None:
     """Draw a quantity of all runs; None if none has recorded it."""
     series = [points(run.events.curve(curve.name)) for run in runs]
     finite = np.concatenate([y[np.isfinite(y)] for _, y in series])
@@ -83,11 +83,11 @@ def curve_figure(curve: Curve, runs: Sequence[Run]) -> ET.Element | None:
     _scale(axes, curve, finite)
     axes.set_xlim(*step_range(runs))
     draw_marks(above, axes, runs)
-    return to_element(figure, curve.name.replace("_", "-"), _describe(curve, runs, series))
+    return to_svg(figure, curve.name.replace("_", "-"), _describe(curve, runs, series))
 
 
 def _axes(lanes: int) -> tuple[Figure, Axes, Axes]:
-    # In inches, and the same for all: so the figures of a page have their axes below each other.
+    # In inches, and the same for all figures, so that their axes are aligned on the page.
     left, right, bottom, height, lane = 0.5, 0.12, 0.42, 2.0, min(0.1 * lanes, 0.5)
     total = bottom + height + 0.08 + lane + 0.02
     width = WIDTH - left - right
@@ -101,10 +101,7 @@ def _axes(lanes: int) -> tuple[Figure, Axes, Axes]:
 
 
 def step_range(runs: Sequence[Run]) -> tuple[int, int]:
-    """The steps of all runs.
-
-    Every figure shows them, so that what happened at a step stands in one line.
-    """
+    """Return the range of steps of all runs, which is the same in all figures."""
     return 0, max(1, *(run.events.highest_step for run in runs))
 
 

@@ -1,8 +1,8 @@
-"""What `metrics.jsonl` says, whatever has happened to it.
+"""Reader of `metrics.jsonl`, which may be damaged.
 
 A run that was killed may have torn its last line, and a run that went on from a checkpoint records
 steps again. So lines that are no JSON object are counted and left out, and of several records of a
-step the last one holds. Events and fields that are missing or unknown are no fault.
+step the last one counts. Missing or unknown events and fields are not errors.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from syncnorm.errors import ConfigError
 
-# Which fields of which events are curves over the optimizer's steps.
+# By event, the fields that are curves over the optimizer's steps.
 _CURVES = {
     "step": ("loss", "lr", "grad_norm"),
     "interval": ("samples_per_second", "exchange_share"),
@@ -28,14 +28,14 @@ Layers = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Mark:
-    """Something that happened at a step.
+    """A restart, fault or checkpoint.
 
     Args:
         kind: restart, fault or checkpoint.
         step: optimizer steps done.
         seconds: since the first event that has a time; None if unknown.
         detail: a fault's kind, what was resumed from, or a checkpoint's name.
-        message: what the run says about it.
+        message: from the record.
     """
 
     kind: Literal["restart", "fault", "checkpoint"]
@@ -54,7 +54,7 @@ class Events:
         layers: by step, the statistics of each normalisation layer.
         marks: restarts, faults and checkpoints, in the order of the file.
         starts: the `start` events.
-        last_step: where the file ends.
+        last_step: of the last record.
         highest_step: of all its attempts.
         attempts: first and last time of each start of the run.
         epoch_seconds: by step, how long the epoch took.
@@ -77,13 +77,13 @@ class Events:
 
     @property
     def seconds(self) -> float | None:
-        """How long the run was at work: its attempts, without the pauses between them."""
+        """Working time of the run: its attempts, without the pauses between them."""
         if self.attempts:
             return sum(max(0.0, last - first) for first, last in self.attempts)
         return sum(self.epoch_seconds.values()) if self.epoch_seconds else None
 
     def add(self, event: dict[str, Any]) -> None:
-        """Take in the next line."""
+        """Add the event of the next line."""
         kind, step = _text(event.get("event")), _whole(event.get("step"))
         if kind not in _KNOWN:
             return
@@ -180,7 +180,7 @@ def number(value: Any) -> float | None:
 
 
 def _whole(value: Any) -> int | None:
-    # type, not isinstance: True is no step
+    # type, not isinstance: True is not a step
     return value if type(value) is int and 0 <= value < 2**53 else None
 
 

@@ -1,13 +1,11 @@
-"""The statistics of normalisation layers: a heat map of layer by step for each run, on one scale
-for all runs.
-"""
+"""Heat maps of layers' statistics, layer by step: one for each run, on one scale for all runs."""
 
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -15,11 +13,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from syncnorm.train.report.curves import step_range
-from syncnorm.train.report.markup import plain
 from syncnorm.train.report.run import Run
 from syncnorm.train.report.series import LARGEST, Array
-from syncnorm.train.report.svg import WIDTH, to_element
-from syncnorm.train.report.text import shorten
+from syncnorm.train.report.svg import WIDTH, to_svg
+from syncnorm.train.report.text import plain, shorten
 
 _MOST_COLUMNS = 240
 _MOST_ROWS = 64
@@ -31,8 +28,8 @@ class Statistic:
 
     Args:
         name: in the events.
-        title: for people.
-        note: what it tells.
+        title: of the figure.
+        note: its meaning.
         share: of 1, shown in per cent.
     """
 
@@ -112,28 +109,23 @@ def grid(run: Run, statistic: Statistic) -> Grid:
     return Grid(layers, np.array([step for step, _ in records], dtype=float), values)
 
 
-def heat_figures(statistic: Statistic, runs: Sequence[Run]) -> list[tuple[int, ET.Element]]:
-    """Draw a statistic for each run that has it, with the run's place among all."""
+def heat_figures(statistic: Statistic, runs: Sequence[Run]) -> dict[int, Markup]:
+    """Draw a statistic for each run that has it, by the run's index."""
     grids = [grid(run, statistic) for run in runs]
     finite = np.concatenate([each.values[np.isfinite(each.values)] for each in grids])
     if not len(finite):
-        return []
+        return {}
     colours = _colours(finite)
-    return [
-        (
-            index,
-            _heat_figure(
-                statistic, each, colours, f"{statistic.name}-{index}".replace("_", "-"), runs, index
-            ),
-        )
+    return {
+        index: _heat_figure(statistic, each, colours, runs, index)
         for index, each in enumerate(grids)
         if np.isfinite(each.values).any()
-    ]
+    }
 
 
 def _colours(finite: Array) -> ScalarMappable:
-    # Not the highest: the first steps, with running statistics far off, would leave all others in
-    # one colour.
+    # Not the maximum: at the first steps the running statistics are far off, and all others would
+    # have one colour.
     high = float(np.quantile(finite, 0.99))
     return ScalarMappable(Normalize(0, high if high > 1e-12 else 1), "viridis")
 
@@ -142,10 +134,9 @@ def _heat_figure(
     statistic: Statistic,
     each: Grid,
     colours: ScalarMappable,
-    key: str,
     runs: Sequence[Run],
     index: int,
-) -> ET.Element:
+) -> Markup:
     rows = min(len(each.layers), _MOST_ROWS)
     figure = Figure(figsize=(WIDTH, 0.55 + 0.16 * max(rows, 4)), layout="constrained")
     axes = figure.add_subplot()
@@ -157,7 +148,7 @@ def _heat_figure(
         vmin=0,
         vmax=high,
         aspect="auto",
-        # the cells themselves: whoever shows the page enlarges them
+        # the cells as they are; the browser enlarges them
         interpolation="none",
         extent=(first, last, len(each.layers) - 0.5, -0.5),
     )
@@ -175,8 +166,11 @@ def _heat_figure(
     if statistic.share:
         bar.formatter = PercentFormatter(1, decimals=None)
     bar.update_ticks()
-    label = f"{statistic.title} of {len(each.layers)} layers of {runs[index].name} over optimizer steps, as a heat map."
-    return to_element(figure, key, label)
+    label = (
+        f"{statistic.title} of {len(each.layers)} layers of {runs[index].name} over optimizer "
+        "steps, as a heat map."
+    )
+    return to_svg(figure, f"{statistic.name}-{index}".replace("_", "-"), label)
 
 
 def _label(axes: Axes, each: Grid, runs: Sequence[Run]) -> None:
@@ -190,7 +184,7 @@ def _label(axes: Axes, each: Grid, runs: Sequence[Run]) -> None:
 
 
 def resample(each: Grid) -> tuple[float, float, Array]:
-    """Columns of equal width: the mean of the records in them, or else the record before.
+    """Average the records in columns of equal width; an empty column repeats the record before.
 
     Returns:
         The first and the last step, and the values.

@@ -1,4 +1,4 @@
-"""Restarts, faults and checkpoints: lanes above a curve, a lane for each run, and lines through it."""
+"""Restarts, faults and checkpoints in a figure: a lane above the curve for each run."""
 
 from collections.abc import Sequence
 

@@ -1,88 +1,108 @@
-"""The page from its parts."""
+"""The page: data of the runs for the template page.html."""
 
-import xml.etree.ElementTree as ET
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
+from itertools import groupby
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
 
 from syncnorm import __version__
 from syncnorm.train.report.curves import CURVES, curve_figure
-from syncnorm.train.report.heatmaps import STATISTICS, Statistic, heat_figures
+from syncnorm.train.report.events import Layers, Mark
+from syncnorm.train.report.heatmaps import STATISTICS, heat_figures
 from syncnorm.train.report.marks import SIGNS
-from syncnorm.train.report.markup import document, element
 from syncnorm.train.report.run import Run
-from syncnorm.train.report.summary import config_differences, not_finite_steps, summarize
-from syncnorm.train.report.svg import figure_style
-from syncnorm.train.report.tables import (
-    differences_table,
-    layers_table,
-    marks_table,
-    run_name,
-    summary_table,
+from syncnorm.train.report.summary import (
+    Summary,
+    config_differences,
+    not_finite_steps,
+    summarize,
 )
+from syncnorm.train.report.svg import RUN_COLOURS, figure_style, run_dashes
+from syncnorm.train.report.text import ABSENT, clock, duration, grouped, percent, plain, rate
 
-# Nothing is fetched and no script runs, whatever a run's folder holds.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+_MOST_ROWS = 200
+_DASHES = {"solid": "none", "dashed": "5 2", "dotted": "1.5 1.5", "dashdot": "5 2 1.5 2"}
 
 
 def render_page(runs: Sequence[Run]) -> str:
-    """Write the page as HTML."""
+    """Render the page as HTML."""
     with figure_style():
-        parts = [
-            _header(runs),
-            _summary(runs),
-            _config(runs),
-            _curves(runs),
-            _layers(runs),
-            _marks(runs),
-            _machine(runs),
-        ]
-    footer = element(
-        "footer",
-        f"Written by syncnorm {__version__}. The page is complete in itself: it loads nothing.",
+        curves = [(curve, curve_figure(curve, runs)) for curve in CURVES]
+        maps = [(statistic, heat_figures(statistic, runs)) for statistic in STATISTICS]
+    summaries = [summarize(run) for run in runs]
+    page = (
+        _environment()
+        .from_string(_read("page.html"))
+        .render(
+            runs=runs,
+            summaries=summaries,
+            best=_best(summaries),
+            notes=[(index, note) for index, run in enumerate(runs) for note in _notes(run)],
+            differences=config_differences(runs),
+            curves=[(curve, figure) for curve, figure in curves if figure is not None],
+            absent_curves=[curve for curve, figure in curves if figure is None],
+            kinds=[
+                k for k in SIGNS if any(mark.kind == k for run in runs for mark in run.events.marks)
+            ],
+            maps=[(statistic, figures) for statistic, figures in maps if figures],
+            layers={
+                index: _layer_table(run.events.layers[max(run.events.layers)])
+                for index, run in enumerate(runs)
+                if run.events.layers
+            },
+            marks=[
+                (index, row)
+                for index, run in enumerate(runs)
+                for row in _shorten(_mark_rows(run.events.marks))
+            ],
+            machines={
+                index: _machine(run.events.starts[-1])
+                for index, run in enumerate(runs)
+                if run.events.starts
+            },
+        )
     )
-    return document(_head(runs), element("body", element("main", *parts), footer))
+    return plain(page) + "\n"
 
 
-def _head(runs: Sequence[Run]) -> ET.Element:
-    return element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("title", f"syncnorm report: {', '.join(run.name for run in runs)}"),
-        element(
-            "style", files("syncnorm.train.report").joinpath("page.css").read_text(encoding="utf-8")
-        ),
+def _read(name: str) -> str:
+    return files("syncnorm.train.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters |= {
+        "clock": clock, "duration": duration, "grouped": grouped, "percent": percent, "rate": rate,
+    }  # fmt: skip
+    environment.globals |= {
+        "absent": ABSENT,
+        "colours": RUN_COLOURS,
+        "dashes": lambda index: _DASHES[run_dashes(index)],
+        "fault_kinds": _fault_kinds,
+        "signs": {kind: sign for kind, (_, sign) in SIGNS.items()},
+        "style": Markup(_read("page.css")),
+        "version": __version__,
+    }
+    return environment
 
 
-def _header(runs: Sequence[Run]) -> ET.Element:
-    heading = runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared"
-    return element(
-        "header", element("p", "syncnorm report", class_="kicker"), element("h1", heading)
-    )
+def _best(summaries: Sequence[Summary]) -> list[int]:
+    """Return the indices of the runs with the best accuracy, if runs are compared."""
+    accuracies = [each.best_accuracy for each in summaries if each.best_accuracy is not None]
+    if len(summaries) == 1 or not accuracies:
+        return []
+    return [i for i, each in enumerate(summaries) if each.best_accuracy == max(accuracies)]
 
 
-def _section(key: str, title: str, *children: ET.Element | str | None) -> ET.Element:
-    return element(
-        "section",
-        element("h2", title, id=f"h-{key}"),
-        *children,
-        id=key,
-        aria_labelledby=f"h-{key}",
-    )
-
-
-def _summary(runs: Sequence[Run]) -> ET.Element:
-    notes = [
-        element("li", run_name(run, index), " ", note)
-        for index, run in enumerate(runs)
-        for note in _notes(run)
-    ]
-    listed = element("ul", *notes, class_="notes") if notes else None
-    return _section(
-        "summary", "Summary", summary_table(runs, [summarize(run) for run in runs]), listed
+def _fault_kinds(each: Summary) -> str:
+    return ", ".join(
+        f"{count:,} {kind.replace('_', ' ')}" for kind, count in each.faults.most_common(5)
     )
 
 
@@ -102,141 +122,74 @@ def _notes(run: Run) -> list[str]:
     return notes
 
 
-def _config(runs: Sequence[Run]) -> ET.Element:
-    whole = _fold(
-        "The whole configuration",
-        runs,
-        [element("pre", run.config_text, tabindex="0") for run in runs],
-    )
-    if len(runs) == 1:
-        return _section("config", "Configuration", whole)
-    differences = config_differences(runs)
-    found = (
-        differences_table(runs, differences)
-        if differences
-        else element("p", "The configurations are the same.")
-    )
-    return _section("config", "What differs in the configurations", found, whole)
+@dataclass(frozen=True)
+class _MarkRow:
+    time: str = ""
+    step: str = ""
+    kind: str = ""
+    text: str = ""
+    message: str = ""
 
 
-def _fold(title: str, runs: Sequence[Run], parts: Sequence[ET.Element | None]) -> ET.Element | None:
-    """Something of each run that has it, folded away; None if no run has."""
-    known = [(index, part) for index, part in enumerate(parts) if part is not None]
-    if not known:
-        return None
-    named = (
-        each
-        for index, part in known
-        for each in (element("h3", run_name(runs[index], index)), part)
-    )
-    inside = named if len(runs) > 1 else [part for _, part in known]
-    return element("details", element("summary", title), *inside)
+def _mark_rows(marks: Sequence[Mark]) -> list[_MarkRow]:
+    """Make a row for each mark, and one for checkpoints in a row."""
+    rows = []
+    for is_checkpoint, group in groupby(marks, lambda mark: mark.kind == "checkpoint"):
+        members = list(group)
+        rows += [_checkpoints_row(members)] if is_checkpoint else map(_mark_row, members)
+    return rows
 
 
-def _curves(runs: Sequence[Run]) -> ET.Element:
-    drawn = [(curve, curve_figure(curve, runs)) for curve in CURVES]
-    cards = [
-        _card(curve.title, curve.note, figure) for curve, figure in drawn if figure is not None
-    ]
-    if not cards:
-        return _section("curves", "Curves", element("p", "No step is on record yet."))
-    missing = ", ".join(curve.title.lower() for curve, figure in drawn if figure is None)
-    absent = element("p", f"Not on record: {missing}.", class_="quiet") if missing else None
-    return _section(
-        "curves", "Curves", _legend(runs), element("div", *cards, class_="cards"), absent
-    )
+def _checkpoints_row(marks: Sequence[Mark]) -> _MarkRow:
+    first, last = marks[0], marks[-1]
+    steps, text = f"{first.step:,}", "checkpoint"
+    if len(marks) > 1:
+        steps, text = f"{steps} to {last.step:,}", f"{len(marks):,} checkpoints"
+    newest = f"newest: {last.detail or ABSENT}"
+    return _MarkRow(clock(last.seconds), steps, "checkpoint", text, newest)
 
 
-def _legend(runs: Sequence[Run]) -> ET.Element:
-    names = (
-        [element("li", run_name(run, index)) for index, run in enumerate(runs)]
-        if len(runs) > 1
-        else []
-    )
-    seen = {mark.kind for run in runs for mark in run.events.marks}
-    signs = [
-        element("li", element("span", sign, class_="sign"), f" {kind}", class_="kind")
-        for kind, (_, sign) in SIGNS.items()
-        if kind in seen
-    ]
-    return element("ul", *names, *signs, class_="legend", aria_label="Legend")
+def _mark_row(mark: Mark) -> _MarkRow:
+    time, step = clock(mark.seconds), f"{mark.step:,}"
+    if mark.kind == "fault":
+        text = f"fault: {mark.detail.replace('_', ' ')}"
+        return _MarkRow(time, step, "fault", text, mark.message)
+    origin = f"from {mark.detail}" if mark.detail else "from the beginning"
+    return _MarkRow(time, step, "restart", "restart", f"{origin} {mark.message}".rstrip())
 
 
-def _card(title: ET.Element | str, note: str | None, figure: ET.Element) -> ET.Element:
-    caption = element("figcaption", element("h3", title), element("p", note) if note else None)
-    return element("figure", caption, figure, class_="card")
+def _shorten(rows: list[_MarkRow]) -> list[_MarkRow]:
+    left_out = len(rows) - _MOST_ROWS
+    if left_out <= 0:
+        return rows
+    half = _MOST_ROWS // 2
+    note = _MarkRow(message=f"{left_out:,} more are left out here")
+    return [*rows[:half], note, *rows[-half:]]
 
 
-def _layers(runs: Sequence[Run]) -> ET.Element | None:
-    maps = [
-        (statistic, figures)
-        for statistic in STATISTICS
-        if (figures := heat_figures(statistic, runs))
-    ]
-    if not maps:
-        return None
-    note = "Each row is a layer, from the first to the last."
-    if len(runs) == 1:
-        cards = [
-            _card(statistic.title, statistic.note, figure)
-            for statistic, figures in maps
-            for _, figure in figures
-        ]
-        parts = [element("div", *cards, class_="cards")]
-    else:
-        note += " The colours of a quantity mean the same for all runs."
-        parts = [_layers_fold(statistic, figures, runs) for statistic, figures in maps]
-    tables = _fold("Numbers at the last record", runs, [layers_table(run) for run in runs])
-    return _section(
-        "layers", "Normalisation layers", element("p", note, class_="quiet"), *parts, tables
-    )
+def _layer_table(record: Layers) -> dict[str, Any]:
+    """Return columns and rows of the layers' statistics."""
+    known = [each for each in STATISTICS if any(each.name in values for values in record.values())]
+    return {
+        "columns": {"Layer": "words"} | {each.title: "number" for each in known},
+        "rows": [
+            (name, [_number(values.get(each.name), each.share) for each in known])
+            for name, values in list(record.items())[:_MOST_ROWS]
+        ],
+    }
 
 
-def _layers_fold(
-    statistic: Statistic, figures: Sequence[tuple[int, ET.Element]], runs: Sequence[Run]
-) -> ET.Element:
-    cards = [_card(run_name(runs[index], index), None, figure) for index, figure in figures]
-    note = element("p", statistic.note, class_="quiet")
-    return element(
-        "details",
-        element("summary", statistic.title),
-        note,
-        element("div", *cards, class_="cards"),
-        open="",
-    )
+def _number(value: float | None, share: bool) -> str:
+    return percent(value) if share or value is None else f"{value:#.4g}"
 
 
-def _marks(runs: Sequence[Run]) -> ET.Element | None:
-    found = marks_table(runs)
-    return None if found is None else _section("marks", "Faults, restarts and checkpoints", found)
-
-
-def _machine(runs: Sequence[Run]) -> ET.Element | None:
-    starts = [_start(run.events.starts[-1]) if run.events.starts else None for run in runs]
-    fold = _fold("Devices, versions and placement", runs, starts)
-    return None if fold is None else _section("machine", "Where it ran", fold)
-
-
-def _start(start: dict[str, object]) -> ET.Element:
-    versions = start.get("versions")
-    rows = [
-        (name.replace("_", " "), start[name])
-        for name in ("device", "world_size", "parameters")
-        if name in start
-    ]
-    rows += list(versions.items()) if isinstance(versions, dict) else []
-    listed = [
-        each
-        for name, value in rows
-        for each in (element("dt", str(name)), element("dd", _shown(value)))
-    ]
-    placement = start.get("placement")
-    return element(
-        "div",
-        element("dl", *listed),
-        element("pre", placement, tabindex="0") if isinstance(placement, str) else None,
-    )
-
-
-def _shown(value: object) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+def _machine(start: dict[str, Any]) -> dict[str, Any]:
+    """Return facts and placement from a run's `start` event."""
+    versions, placement = start.get("versions"), start.get("placement")
+    keys = [key for key in ("device", "world_size", "parameters") if key in start]
+    facts = [(key.replace("_", " "), start[key]) for key in keys]
+    facts += versions.items() if isinstance(versions, dict) else []
+    return {
+        "facts": [(name, f"{v:,}" if type(v) is int else str(v)) for name, v in facts],
+        "placement": placement if isinstance(placement, str) else None,
+    }

@@ -1,4 +1,4 @@
-"""The folders that are compared."""
+"""Reader of runs' folders."""
 
 import json
 from collections import Counter
@@ -14,15 +14,15 @@ from syncnorm.train.report.events import Events, read_events
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder, read.
+    """Content of a run's folder.
 
     Args:
         name: of the folder, with as many of its parents as set it apart from the others.
         config_text: `config.yaml` as it stands there.
-        config: what that says.
+        config: the same, parsed.
         status: done, failed or stopped; None where no end is on record.
-        reason: why it ended.
-        events: what is on record about its course.
+        reason: of the end.
+        events: the records of its course.
     """
 
     name: str
@@ -37,7 +37,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Read the folders of runs.
 
     Raises:
-        ConfigError: none are given, one is given twice, is no run, or cannot be read.
+        ConfigError: no folder is given, or one is given twice, is not a run's or is unreadable.
     """
     if not folders:
         raise ConfigError("`runs` must be at least one folder of a run, got none.")
@@ -69,7 +69,7 @@ def _resolve(folder: Path) -> Path:
 
 
 def _short_names(paths: list[Path]) -> list[str]:
-    # Not whole paths: the page is handed round, and they tell about the machine.
+    # Not whole paths, which reveal something about the machine: pages are passed on.
     for depth in range(1, max(len(path.parts) for path in paths)):
         names = ["/".join(path.parts[-depth:]) for path in paths]
         if len(set(names)) == len(names):

@@ -1,4 +1,4 @@
-"""Curves of any length as curves of a bounded one."""
+"""Reduction of curves to a bounded number of points."""
 
 from collections.abc import Mapping
 from itertools import pairwise
@@ -15,8 +15,9 @@ _SMOOTH_WIDTH = 9
 
 
 def points(curve: Mapping[int, float]) -> tuple[Array, Array]:
-    """Steps in order and their values: NaN for all that are not finite, and none so large that an
-    axis overflows.
+    """Return the steps in order and their values, for a plot.
+
+    Values that are not finite become NaN; the others are clipped, so that no axis overflows.
     """
     steps = sorted(curve)
     values = np.array([curve[step] for step in steps], dtype=float)
@@ -26,7 +27,7 @@ def points(curve: Mapping[int, float]) -> tuple[Array, Array]:
 
 
 def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
-    """Keep the lowest and the highest point of each of most/2 buckets: what is left looks the same."""
+    """Keep the lowest and the highest point of each of most/2 buckets, which looks the same."""
     if len(x) <= most:
         return x, y
     kept: set[int] = {0, len(x) - 1}
@@ -40,14 +41,13 @@ def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
 
 
 def smooth(x: Array, y: Array) -> tuple[Array, Array] | None:
-    """Means over a moving window of about 2 % of the curve; None for a curve too short to need it."""
+    """Average over a moving window of about 2 % of the curve; None for a short curve."""
     if len(x) < _SMOOTH_WIDTH**2:
         return None
     buckets = _buckets(len(x), min(len(x), _SMOOTH_POINTS))
     means = np.array([_mean(y[start:stop]) for start, stop in buckets])
     reach = _SMOOTH_WIDTH // 2
-    # A window per bucket instead of a running sum: after a peak of 1e30 that would have lost all
-    # smaller digits.
+    # Not a running sum, which loses all smaller digits after a peak of 1e30.
     smoothed = [
         _mean(means[max(0, index - reach) : index + reach + 1]) for index in range(len(means))
     ]

@@ -1,4 +1,4 @@
-"""One line about each run, and in what their configurations differ."""
+"""Summaries of runs, and the differences of their configurations."""
 
 import json
 import math
@@ -13,19 +13,19 @@ from syncnorm.train.report.run import Run
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in numbers; None where nothing is on record.
+    """Figures of a run; None where nothing is on record.
 
     Args:
         steps: optimizer steps at the end of the record.
         workers: number of workers, of each attempt where it changed.
         best_accuracy: highest on the test set, 0 to 1.
-        best_step: where that was first.
+        best_step: first step with it.
         last_accuracy: at the last step that has one.
         samples_per_second: median over the intervals.
         exchange_share: median over the intervals, 0 to 1.
-        faults: how many of each kind.
+        faults: number of each kind.
         restarts: starts of the run after its first.
-        seconds: at work.
+        seconds: of work.
     """
 
     steps: int
@@ -41,7 +41,7 @@ class Summary:
 
 
 def summarize(run: Run) -> Summary:
-    """Compute a run's line."""
+    """Compute the figures of a run."""
     events = run.events
     accuracy = _finite(events.curve("test_accuracy"))
     best_step = max(sorted(accuracy), key=lambda step: accuracy[step], default=None)
@@ -66,16 +66,14 @@ def summarize(run: Run) -> Summary:
 
 
 def not_finite_steps(run: Run) -> list[int]:
-    """The steps whose loss is not a finite number."""
+    """Return the steps whose loss is not a finite number."""
     return sorted(
         step for step, loss in run.events.curve("loss").items() if not math.isfinite(loss)
     )
 
 
 def config_differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
-    """The keys, dotted, that do not have the same value in all runs; None where a run does not have
-    the key.
-    """
+    """Return the dotted keys whose values differ, with each run's value; None where it has none."""
     flat = [_flatten(run.config) for run in runs]
     keys = dict.fromkeys(key for each in flat for key in each)
     rows = {key: [each.get(key) for each in flat] for key in keys}

@@ -1,8 +1,9 @@
-"""A figure of matplotlib as an element of the page.
+"""A figure of matplotlib as a part of the page.
 
 matplotlib writes a document of its own. As a part of the page it must not bring metadata (which
-name an address), style rules or names that meet those of other figures; and its colours must follow
-the page from light to dark.
+name an address), style rules or ids that other figures have too. Its colours are variables of the
+page's style, so that one figure serves the light and the dark page: two drawings in fixed colours
+make the page 2.6 times as large, and every text in them appears twice.
 """
 
 import io
@@ -14,9 +15,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import matplotlib as mpl
+from markupsafe import Markup
 from matplotlib.figure import Figure
 
-# Figures are drawn in colours that mean nothing, which become variables of the page's style.
+# Figures are drawn in placeholder colours, which become variables of the page's style.
 MUTED, GRID = "#000001", "#000002"
 RUN_COLOURS = 6
 LINES = ("solid", "dashed", "dotted", "dashdot")
@@ -24,8 +26,8 @@ _VARIABLES = {MUTED: "var(--muted)", GRID: "var(--grid)"} | {
     f"#0001{index:02x}": f"var(--run-{index})" for index in range(RUN_COLOURS)
 }
 
-# In inches of 72 points. With letters of 8.5 points they can be read on a phone, where a figure is
-# as wide as the page.
+# In inches of 72 points. Letters of 8.5 points are legible on a phone, where a figure is as wide as
+# the page.
 WIDTH = 4.6
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -67,35 +69,35 @@ _REFERENCE = re.compile(r"#([\w-]+)")
 
 
 def run_colour(index: int) -> str:
-    """The colour of a run; for more runs than there are colours they come round again."""
+    """Return the placeholder of a run's colour; more runs than colours use them again."""
     return f"#0001{index % RUN_COLOURS:02x}"
 
 
 def run_dashes(index: int) -> str:
-    """The line of a run, which tells runs of one colour apart."""
+    """Return the line style of a run, which distinguishes runs of one colour."""
     return LINES[index // RUN_COLOURS % len(LINES)]
 
 
 @contextmanager
 def figure_style() -> Iterator[None]:
-    """Draw with these settings alone, whatever the user has set."""
+    """Draw with these settings alone, without the user's."""
     with mpl.rc_context():
         mpl.rcdefaults()
         mpl.rcParams.update(_STYLE)
         yield
 
 
-def to_element(figure: Figure, key: str, label: str) -> ET.Element:
-    """Turn a figure into an <svg> element.
+def to_svg(figure: Figure, key: str, label: str) -> Markup:
+    """Convert a figure to an <svg> element of HTML.
 
     Args:
         figure: drawn within `figure_style`.
         key: sets its names apart from those of the page's other figures.
-        label: what it shows, for those who cannot see it.
+        label: description for readers who cannot see the figure.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        # The browser may well have the letters that matplotlib's own font lacks.
+        # The browser may have the glyphs that matplotlib's own font lacks.
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
@@ -114,7 +116,7 @@ def to_element(figure: Figure, key: str, label: str) -> ET.Element:
         "class": "figure",
     }
     root.tail = None
-    return root
+    return Markup(ET.tostring(root, encoding="unicode", method="html"))
 
 
 def _remove(parent: ET.Element, names: tuple[str, ...]) -> None:
@@ -145,7 +147,7 @@ def _restyle(each: ET.Element) -> None:
     if style is not None:
         for colour, variable in _VARIABLES.items():
             style = style.replace(colour, variable)
-        # the page's own letters
+        # the font of the page
         each.attrib["style"] = _FONT.sub("", _SHORT_FONT.sub(r"font-size: \1", style))
     if "d" in each.attrib:
         # A hundredth of a point is finer than any screen, and a third of the size.

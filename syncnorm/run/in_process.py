@@ -1,6 +1,4 @@
-"""Code that a person names, run in the process that was typed: found and reported as the workers
-find and report it.
-"""
+"""User code in the command's own process, imported and reported as in workers."""
 
 import sys
 import traceback
@@ -12,22 +10,21 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.local import LocalRunError
 
 
-def find_modules_here() -> None:
-    """Have modules found in the working folder: `python -m` looks there, an installed command does
-    not.
-    """
+def add_working_folder_to_path() -> None:
+    """Make modules of the working folder importable, as `python -m` does and a command does not."""
     here = str(Path.cwd())
     if not sys.flags.safe_path and not {"", here} & set(sys.path):
         sys.path.insert(0, here)
 
 
 @contextmanager
-def told_in_a_line(rank: int = 0) -> Iterator[None]:
-    """Tell a failure of this worker's as the launcher does, with its place where that names a file
-    with the traceback.
+def errors_in_one_line(rank: int = 0) -> Iterator[None]:
+    """Report an exception as the launcher does, in one line.
+
+    The line ends with the place of the error, where the launcher's names a file with the traceback.
 
     Raises:
-        LocalRunError: whatever was raised, but for what is told in a line already.
+        LocalRunError: for all exceptions but those that are one line already.
     """
     try:
         yield
@@ -39,7 +36,7 @@ def told_in_a_line(rank: int = 0) -> Iterator[None]:
 
 
 def _place(error: Exception) -> str:
-    """Where it was raised; in code of a library, where that was called from."""
+    """Name the innermost line of user code; the innermost line if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     package = str(Path(__file__).parents[1])
     own = [
