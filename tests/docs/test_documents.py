@@ -133,6 +133,15 @@ def test_the_documented_training_commands_run(command, tmp_path):
     assert re.search(r"^test accuracy \d+\.\d\d %$", out, flags=re.MULTILINE)
 
 
+def test_a_model_and_data_of_your_own_as_the_page_says(tmp_path):
+    text = (ROOT / "docs" / "train.md").read_text()
+    (block,), (command,) = _blocks(text, "python"), _blocks(text, "console")
+    (tmp_path / "mine.py").write_text(block)
+    out = _run([*shlex.split(command), "--dry-run"], tmp_path)
+    assert "model: mine:model, 258 parameters trained, 1 layers of syncnorm's" in out
+    assert "data: 192 training and 64 test images of 3x16x16" in out
+
+
 def test_the_readmes_commands_are_understood():
     group = get_command(app)
     assert isinstance(group, TyperGroup)
