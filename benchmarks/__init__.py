@@ -1,1 +1,1 @@
-"""What the documented figures come from: one command each, `python -m benchmarks.NAME`."""
+"""The commands that print the documented figures: `python -m benchmarks.NAME`."""

@@ -1,6 +1,4 @@
-"""Fashion-MNIST from its four gzip idx files, and the small network that the accuracy benchmarks
-train on it.
-"""
+"""Fashion-MNIST from its four gzip idx files, and the small network that is trained on it."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ CLASSES = 10
 
 
 def load(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels; images (N, 1, 28, 28) standardised,
-    labels (N,).
+    """Training images and labels, test images and labels.
+
+    Images have the shape (N, 1, 28, 28) and are standardised, labels have (N,).
     """
     if not (root / "train-images-idx3-ubyte.gz").exists():
         raise SystemExit(
@@ -62,7 +61,7 @@ def of_labels(labels: Tensor, wanted: tuple[int, ...]) -> Tensor:
 
 @torch.no_grad()
 def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many of these the model, in evaluation mode, gets right."""
+    """Count the images that the model, in evaluation mode, gets right."""
     model.eval()
     right = sum(
         int((model(x).argmax(1) == y).sum())

@@ -1,5 +1,4 @@
-"""The same training on 1, 2, 3 and 4 workers: curves of 100 steps, compared with those of one
-worker.
+"""Curves of the same training on 1, 2, 3 and 4 workers: 100 steps, compared with one worker's.
 
     python -m benchmarks.invariance [DATA_FOLDER]
 
@@ -8,8 +7,10 @@ batch renormalisation; statistics over all samples of a step, a half and an eigh
 eighth also one after the other, compared with side by side; and runs that are stopped and resumed
 on other numbers of workers. Ends with status 1 if a bound is missed:
 
-    gap = |loss - loss of one worker| / loss of one worker float64: <= 1e-12 at every step float32:
-    <= 4 * control at steps 1, 10, 50 and 100; and with GELU in place of ReLU <= 1e-4 at every step
+    gap = |loss - loss of one worker| / loss of one worker
+    float64: <= 1e-12 at every step
+    float32: <= 4 * control at steps 1, 10, 50 and 100
+    float32 with GELU in place of ReLU: <= 1e-4 at every step
 
 In float32 curves part by themselves: where the input of a ReLU is so near 0 that the last bit
 decides, a gradient is there or not. Without that they stay together. With it the measure is a
@@ -99,13 +100,13 @@ class Job(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """What a run showed: each step's loss, test accuracy, and the shares of r and d that were at
-    their bounds.
-    """
+    """The results of a run."""
 
     losses: list[float]
+    """Of each step."""
     accuracy: float
     clipped: list[float]
+    """Shares of r and d that were at their bounds."""
 
 
 # Of each the last step of an epoch is short, 85 and 17 samples, so shards differ in size on any
@@ -227,8 +228,9 @@ def gaps(losses: list[float], expected: list[float]) -> list[float]:
 
 
 def control(nudged: list[list[float]]) -> list[float]:
-    """The largest of some runs' gaps up to each step; at least half a float32 ulp, so that 4 times
-    it is two.
+    """The largest of some runs' gaps up to each step, at least half a float32 ulp.
+
+    Four times it is then at least two ulps.
     """
     largest = itertools.accumulate((max(some) for some in zip(*nudged, strict=True)), max)
     return [max(gap, torch.finfo(torch.float32).eps / 2) for gap in largest]
@@ -240,14 +242,14 @@ def worst_ratio(some: list[float], bounds: list[float], at: Sequence[int]) -> tu
 
 
 class Row(NamedTuple):
-    """A layer, its statistics, and what was seen on each number of workers; `accuracies` begins
-    with one worker's.
+    """A layer, its statistics, and its results on each number of workers.
 
     Args:
         clipped: shares of r and d at their bounds.
         wide: of each number of workers the largest gap in float64.
         narrow: of each the gaps in float32.
         smooth: of each the largest gap in float32 with GELU.
+        accuracies: in float32; the first is that of one worker.
     """
 
     layer: str
@@ -333,9 +335,7 @@ def judge(pools: Pools, title: str, job: Job) -> bool:
 
 
 def resumed(pools: Pools, layer: str) -> bool:
-    """Print how far a run that is stopped and resumed is from one that is not; whether the bound
-    holds.
-    """
+    """Compare a run that is stopped and resumed with one that is not; True if the bound holds."""
     job = DIGITS.but(*LAYERS[layer], "train.norm_batch=13", "train.dtype=float64")
     (expected,) = run(pools, 1, [job])
     with tempfile.TemporaryDirectory() as folder:

@@ -1,8 +1,8 @@
-"""Accuracy where statistics are over 16 samples, 8 each of 2 labels: Fashion-MNIST, 1500 steps of
-128, one process.
+"""Accuracy where a statistic is over 16 samples, 8 each of 2 labels.
 
     python -m benchmarks.label_groups DATA_FOLDER [seeds]
 
+Fashion-MNIST, 1500 steps of 128 samples, in one process.
 Each group of 16 is a forward of its own, as on a worker of its own; `accumulate` gives the running
 statistics of all eight groups, once per step.
 """

@@ -21,9 +21,7 @@ ALLOCATOR = {
 
 
 def fix_allocator() -> None:
-    """Restart this program with glibc's allocator told to keep memory, unless it was started so
-    already.
-    """
+    """Restart this program with glibc's allocator told to keep memory, unless it already is."""
     wanted = {**ALLOCATOR, "OMP_NUM_THREADS": "1"}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})

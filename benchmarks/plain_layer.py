@@ -1,6 +1,4 @@
-"""A synchronised batch norm as it is usually written by hand: plain operators, differentiable
-all-reduces.
-"""
+"""A synchronised batch norm as one writes it by hand: plain operators, differentiable sums."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far the layers are from float64, by type, beside torch's own.
+"""Errors of the layers against float64, by type, beside those of torch's own.
 
     python -m benchmarks.precision
 
@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
     input: torch.dtype
     layer: torch.dtype
-    """What the layer was cast to."""
+    """The type that the layer was cast to."""
     is_autocast: bool = False
 
 
@@ -110,7 +110,7 @@ def pooled(pool: RankPool, layer: str, case: Case) -> dict[str, Tensor]:
 
 
 def truth(layer: str, case: Case) -> dict[str, Tensor]:
-    """What float64 says of the whole batch, the parameters being rounded to the layer's type."""
+    """The whole batch in float64, with parameters that are rounded to the layer's type."""
     made = make(layer, case.layer)
     weight, bias = (p.detach().double().requires_grad_() for p in (made.weight, made.bias))
     x, cotangent = (t.double() for t in batch(case.input))

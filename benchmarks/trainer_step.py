@@ -1,5 +1,4 @@
-"""What the trainer adds to a step: a step of `syncnorm train` against one of a plain loop under DDP
-written by hand.
+"""Time that the trainer adds to a step, against a plain loop under DDP written by hand.
 
     python -m benchmarks.trainer_step [rounds]
 

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/ddp.py
 
 Worker 0 takes a third of each batch and worker 1 the rest, as when videos or point clouds differ in
-size.
+size. Needs scikit-learn, for its digits.
 """
 
 import torch
@@ -40,9 +40,8 @@ def main() -> None:
     model = DistributedDataParallel(prepare_ddp(make_model()))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for epoch in range(EPOCHS):
-        for batch in torch.randperm(1500).split(
-            BATCH
-        ):  # the same order on every worker, by the seed
+        # The same order on every worker, by the seed.
+        for batch in torch.randperm(1500).split(BATCH):
             mine = batch.tensor_split((shares[:-1] * len(batch)).long())[rank]
             optimizer.zero_grad()
             loss = scale_loss(F.cross_entropy(model(x[mine]), y[mine]), len(mine))

@@ -1,11 +1,10 @@
-"""Fine-tune a pretrained model with small, biased batches: convert, train, revert, save as plain
-torch.
+"""Fine-tune a pretrained model with small, biased batches: convert, train, revert, save.
 
     python examples/finetune_convert.py
 
 A network learns the digits 0 to 4, then all ten, in batches of 8 of one or two digits each: batch
 normalisation sees such a batch through statistics that evaluation never uses, renormalisation
-corrects towards those it does use.
+corrects towards those it does use. What is saved is a plain torch model. Needs scikit-learn.
 """
 
 import copy

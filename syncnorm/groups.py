@@ -11,7 +11,7 @@
 | a one-dimensional `DeviceMesh` | its members |
 
 The first four are rules: stated before there are workers, the same on all of them, kept by copies,
-pickles and checkpoints, and resolved anew for another number of workers. See `docs/semantics.md`,
+pickles and checkpoints, and resolved anew for another number of workers. See `docs/modes.md`,
 "Which workers".
 """
 

@@ -221,7 +221,7 @@ def test_the_ray_jobs_pods_are_confined_and_share_the_runs():
 def test_the_ray_jobs_entrypoint_is_a_configuration_that_fits_the_cluster():
     python, option, module, *arguments = shlex.split(ray_job()["entrypoint"])
     assert (python, option, module) == ("python", "-m", "syncnorm.run.ray.driver")
-    assert (ROOT / "syncnorm" / "run" / "ray_train.py").exists()
+    assert (ROOT / "syncnorm" / "run" / "ray" / "driver.py").exists()
     config = load_config(arguments[0], arguments[1:])
     (workers,) = cluster()["workerGroupSpecs"]
     assert config.run_dir == "/runs"

@@ -1,9 +1,10 @@
-"""What the documents say can be run runs, and what they name exists."""
+"""The documents' blocks and commands run, and the files, tests and figures they name exist."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 import re
 import shlex
 import subprocess
@@ -12,19 +13,33 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules import _functions
 from torch.nn.parallel import DistributedDataParallel
+from typer.core import TyperGroup
+from typer.main import get_command
+
+import syncnorm
+from benchmarks import bars
+from syncnorm.cli import app
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text()
+RESULTS = (ROOT / "docs" / "results.md").read_text()
 BIN = Path(sys.executable).parent
 # --standalone: a free port instead of torchrun's fixed one
 TORCHRUN = ["torchrun", "--standalone"]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PAGES = ["computed", "failures", "modes"]
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def _blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def _run(command: list[str], cwd: Path) -> str:
@@ -40,8 +55,13 @@ def _run(command: list[str], cwd: Path) -> str:
     return done.stdout
 
 
+def test_the_readme_is_short_and_says_at_once_how_to_install():
+    assert len(README.split()) <= 900
+    assert "pip install" in "\n".join(README.splitlines()[:20])
+
+
 def test_the_readme_example_runs_as_it_stands(tmp_path):
-    example, _ = _blocks("python")
+    (example,) = _blocks(README, "python")
     assert len([line for line in example.splitlines() if line]) <= 14
     (tmp_path / "example.py").write_text(example)
     # A file for each worker's output, which would mingle on one screen.
@@ -56,36 +76,56 @@ def test_the_readme_example_runs_as_it_stands(tmp_path):
     assert first.removeprefix("0") == second.removeprefix("1")
 
 
-def run_the_block_on_a_model_that_exists() -> str:
-    """On a worker: the second block of the README, with what it takes for granted."""
-    names = {
+def run_the_blocks(page: str) -> str:
+    """On a worker: the page's Python blocks one after the other, with what they take for granted."""
+    batches = [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
+    plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 2))
+    model = plain if page == "modes" else syncnorm.prepare_ddp(syncnorm.convert(plain))
+    names = {name: getattr(syncnorm, name) for name in syncnorm.__all__} | {
         "DistributedDataParallel": DistributedDataParallel,
-        "model": nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)),
-        "sample": torch.zeros(2, 3, 8, 8),
+        "syncnorm": syncnorm,
+        "model": model,
+        "layer": syncnorm.SyncBatchNorm(3),
+        "sample": batches[0][0],
+        "batches": batches,
+        "micro_batches": [x for x, _ in batches],
+        "loss": lambda y: y.square().mean(),
+        "criterion": F.cross_entropy,
     }
-    exec(_blocks("python")[1], names)
-    return repr(names["model"])
+    blocks = _blocks((ROOT / "docs" / f"{page}.md").read_text(), "python")
+    for block in blocks:
+        exec(compile(block, f"docs/{page}.md", "exec"), names)
+        if isinstance(names["model"], DistributedDataParallel):
+            names["ddp_model"] = names["model"]
+            names["optimizer"] = torch.optim.SGD(names["model"].parameters(), lr=0.1)
+    return f"{len(blocks)} {names['model']}"
 
 
-def test_the_readme_block_on_a_model_that_exists_runs(pool):
-    one, other = pool(2).run(run_the_block_on_a_model_that_exists)
+@pytest.mark.parametrize("page", PAGES)
+def test_the_pages_blocks_run(page, pool):
+    one, other = pool(2).run(run_the_blocks, page)
     assert one == other
+    assert one[0] == {"computed": "2", "failures": "1", "modes": "3"}[page]
     assert "SyncBatchNorm(8" in one
 
 
 def _training_commands() -> list[str]:
+    """The README's and launch/README.md's, but for those that need a cluster."""
     lines = [
-        line.split("#")[0].strip() for block in _blocks("console") for line in block.splitlines()
+        line.split("#")[0].strip()
+        for block in _blocks(README, "console")
+        for line in block.splitlines()
     ]
+    lines += re.findall(r"`(torchrun [^`]+)`", (ROOT / "launch" / "README.md").read_text())
     commands = [
         line for line in lines if "digits" in line and not line.startswith("syncnorm submit")
     ]
-    assert len(commands) == 4
+    assert len(commands) == 3
     return commands
 
 
 @pytest.mark.parametrize("command", _training_commands())
-def test_the_readme_commands_run(command, tmp_path):
+def test_the_documented_training_commands_run(command, tmp_path):
     """As they stand, but for one epoch, a folder of their own and a free port."""
     short = ["train.epochs=1", f"run_dir={tmp_path}"]
     words = shlex.split(command)
@@ -93,22 +133,105 @@ def test_the_readme_commands_run(command, tmp_path):
     assert re.search(r"^test accuracy \d+\.\d\d %$", out, flags=re.MULTILINE)
 
 
+def test_a_model_and_data_of_your_own_as_the_page_says(tmp_path):
+    text = (ROOT / "docs" / "train.md").read_text()
+    (block,), (command,) = _blocks(text, "python"), _blocks(text, "console")
+    (tmp_path / "mine.py").write_text(block)
+    out = _run([*shlex.split(command), "--dry-run"], tmp_path)
+    assert "model: mine:model, 258 parameters trained, 1 layers of syncnorm's" in out
+    assert "data: 192 training and 64 test images of 3x16x16" in out
+
+
+def test_the_readmes_commands_are_understood():
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    lines = [
+        shlex.split(line, comments=True)[1:]
+        for block in _blocks(README, "console")
+        for line in block.splitlines()
+        if line.startswith("syncnorm ")
+    ]
+    assert [name for name, *_ in lines] == ["train", "submit", "report", "verify"]
+    for name, *arguments in lines:
+        group.commands[name].make_context(name, arguments)
+
+
+def _proofs(text: str) -> list[tuple[str, str]]:
+    """File from the root and function, or no function, of each link to a test."""
+    links = re.findall(r"\[`([^`]+)`\]\((?:\.\./)?(tests/[^)]+\.py)\)", text)
+    return [(file, words.partition("::")[2] if ".py" in words else words) for words, file in links]
+
+
 def test_the_tests_that_prove_guarantees_exist():
-    named = re.findall(r"`(tests/\S+?\.py)(?:::(\w+))?`", README)
-    assert len(named) >= 10
-    for file, function in named:
+    assert len(_proofs(GUARANTEES)) >= 60
+    assert len(_proofs(README)) >= 6
+    assert set(_proofs(README)) <= set(_proofs(GUARANTEES))
+    for file, function in _proofs(GUARANTEES):
         assert f"def {function}" in (ROOT / file).read_text(), (file, function)
+    for row in re.findall(r"^\| .* \|$", README + GUARANTEES, flags=re.MULTILINE):
+        assert "tests/" not in row or _proofs(row), row
+    for words, file in re.findall(r"\[`([^`:]+\.py)[^`]*`\]\(([^)]+)\)", GUARANTEES):
+        assert words == Path(file).name, (words, file)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.name)
+def test_the_readmes_figures_are_those_of_the_results():
+    rows = [line for line in README.splitlines() if re.search(r"\| \d\.\d\d \[", line)]
+    assert len(rows) == 4
+    for row in rows:
+        assert row.removesuffix("|") in RESULTS, row
+    values = bars.accuracies(RESULTS)
+    assert bars.PICTURE.read_text() == bars.draw(values)
+    local, *_, pooled = (values[row] for row in bars.ROWS)
+    assert f"local batch norm {local} %, pooled {pooled} %" in README
+    for command in re.findall(r"`python -m (benchmarks\.\w+)", README):
+        assert f"    python -m {command}" in RESULTS
+        assert (ROOT / f"{command.replace('.', '/')}.py").exists()
+
+
+def test_torchs_layer_is_as_the_table_says(pool):
+    """What can be seen without a GPU, of the table in docs/computed.md."""
+    for forward, wrapping in pool(2).run(words_of_torchs_layer):
+        assert forward.startswith("SyncBatchNorm expected input tensor to be on GPU")
+        assert wrapping == "SyncBatchNorm layers only work with GPU modules"
+    assert list(inspect.signature(nn.SyncBatchNorm.forward).parameters) == ["self", "input"]
+    source = inspect.getsource(_functions.SyncBatchNorm.forward)
+    for line in ("dist.all_gather(", "dtype=mean.dtype", "counts = counts.to(running_mean.dtype)"):
+        assert line in source
+    backward = inspect.getsource(_functions.SyncBatchNorm.backward)
+    assert re.search(r"if self.needs_input_grad\[0\]:[^}]*?all_reduce", backward)
+
+
+def words_of_torchs_layer() -> tuple[str, str]:
+    """On a worker with a CPU: the errors of a training forward, and of DDP."""
+    layer = nn.SyncBatchNorm(3)
+    with pytest.raises(ValueError) as forward:  # noqa: PT011
+        layer(torch.randn(4, 3, 2))
+    with pytest.raises(ValueError) as wrapping:  # noqa: PT011
+        DistributedDataParallel(nn.Sequential(nn.Conv1d(3, 3, 1), layer))
+    return str(forward.value), str(wrapping.value)
+
+
+def _anchors(text: str) -> set[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_and_files_exist(document):
     text = document.read_text()
-    for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", text):
-        assert (document.parent / target).exists(), target
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+        file = document.parent / target if target else document
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file.read_text()), (target, anchor)
     for path in re.findall(
-        r"`((?:syncnorm|tests|benchmarks|configs|launch|docs|docker)/[\w./-]+\.\w+)", text
+        r"`((?:syncnorm|tests|benchmarks|drills|examples|configs|launch|docs|docker)/[\w./-]+\.\w+)",
+        text,
     ):
         assert (ROOT / path).exists(), path
+    for module in re.findall(r"-m ((?:syncnorm|benchmarks|drills)(?:\.\w+)*)", text):
+        file = ROOT / module.replace(".", "/")
+        assert file.with_suffix(".py").exists() or (file / "__main__.py").exists(), module
 
 
 @pytest.mark.parametrize(
