@@ -335,7 +335,6 @@ class Player:
         for each in todo:
             expected.update(
                 [_GRADIENTS] * (each.call.mode != "eval")
-                + [_MOMENTS] * (each.call.checkpoint != "no")
             )
         with exchange.record() as sent:
             live = [each for each in todo if each.y.requires_grad]
