@@ -333,9 +333,7 @@ class Player:
         todo, pending[:] = list(pending), []
         expected = Counter[tuple[str, int]]()
         for each in todo:
-            expected.update(
-                [_GRADIENTS] * (each.call.mode != "eval")
-            )
+            expected.update([_GRADIENTS] * (each.call.mode != "eval"))
         with exchange.record() as sent:
             live = [each for each in todo if each.y.requires_grad]
             if live:

@@ -119,6 +119,11 @@ class Mode(ABC):
     allows_join: ClassVar[bool] = True
     """True if workers may run out of data at different times."""
 
+    @classmethod
+    def pools_each_batch(cls) -> bool:
+        """True if a batch is normalised by its own moments over all workers."""
+        return cls.normalizes_pooled and cls.normalizes_by_batch
+
     @property
     def argument(self) -> Any:
         """The value of `sync` that gives a layer this mode, with these options."""

@@ -199,7 +199,7 @@ def _ignored_by_ddp(model: nn.Module) -> set[str]:
 
 
 def _is_pooled(layer: nn.Module) -> bool:
-    return isinstance(layer, SyncNorm) and layer.sync != "none"
+    return isinstance(layer, SyncNorm) and layer.sync_mode.is_pooled
 
 
 def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -209,7 +209,7 @@ def _states_per_parameter(config: Config) -> int:
 
 def _most_samples(config: Config, world_size: int) -> int:
     count, micro_batch = config.train.global_batch, config.launch.micro_batch
-    if config.norm.sync == "batch":
+    if config.norm.mode.pools_each_batch():
         first = place(count, config.norm_batch, 0, world_size, micro_batch)
     else:
         first = place_local(count, 0, world_size, micro_batch)

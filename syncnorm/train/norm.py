@@ -99,7 +99,7 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     is_ours = _CLASS[norm.name] is SyncNorm
     if len(theirs) < len(found):
         local = [name for name, m in theirs.items() if m.training]
-        if is_ours and norm.sync != "none" and local:
+        if is_ours and norm.mode.is_pooled and local:
             _log.warning(
                 "batch norms that are not made with norm_layer are not pooled: %s", _join(local)
             )

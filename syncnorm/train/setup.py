@@ -73,7 +73,7 @@ class Setup:
         """Place a step of `count` samples: this worker's forwards, and who shares a statistic."""
         rank, world_size = self.workers.rank, self.workers.world_size
         micro_batch = self.config.launch.micro_batch
-        if self.config.norm.sync != "batch" or not self.layers:
+        if not self.config.norm.mode.pools_each_batch() or not self.layers:
             return place_local(count, rank, world_size, micro_batch)
         return place(count, self.config.norm_batch, rank, world_size, micro_batch)
 

@@ -8,6 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, Field, model_validator
 
 from syncnorm import RenormSchedule
+from syncnorm.statistics import MODES
+from syncnorm.statistics.source import Mode
 from syncnorm.train.config.section import Finite, Section, Whole
 
 NormName = Literal["batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen"]
@@ -93,6 +95,11 @@ class NormSection(Section):
     renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
 
     @property
+    def mode(self) -> type[Mode]:
+        """The mode that `sync` names."""
+        return MODES[self.sync]
+
+    @property
     def names(self) -> set[str]:
         """Every kind of layer that may be made."""
         return {self.name, *self.rules.values()}
@@ -100,7 +107,7 @@ class NormSection(Section):
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
         if not self.names & {"sync_batch_norm", "sync_batch_renorm"}:
-            if self.sync != "none" and "sync" in self.model_fields_set:
+            if self.mode.is_pooled and "sync" in self.model_fields_set:
                 raise ValueError(
                     f"sync must be none with name {self.name}, got {self.sync!r}. Use name "
                     "sync_batch_norm to pool."

@@ -347,7 +347,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _statistics_are_pooled(self) -> Self:
-        if self.train.norm_batch is not None and self.norm.sync != "batch":
+        if self.train.norm_batch is not None and not self.norm.mode.pools_each_batch():
             raise ValueError(
                 f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got "
                 f"{self.train.norm_batch}. Only sync batch takes statistics over a number of "
