@@ -1,14 +1,14 @@
 """The exceptions and warnings of syncnorm.
 
 SyncnormError
-├── InputError (ValueError)    an argument breaks its rule; the same on all workers by construction, raised locally
+├── InputError (ValueError)       an argument breaks its rule; raised locally, alike on all workers
 ├── FaultError (ValueError)    one worker's data breaks a rule; every worker raises the same error
-├── ExchangeError (RuntimeError)  workers disagree about an exchange, one is missing, or the exchange broke
+├── ExchangeError (RuntimeError)  workers disagree about an exchange, one is missing, or it broke
 ├── ConfigError (ValueError)   a configuration file or override cannot be used; exit status 2
 └── CheckpointError            a checkpoint is damaged, incomplete or no checkpoint at all
 
 SingleValueWarning (UserWarning)   a statistic was taken over a single value
-UnevenShardsWarning (UserWarning)  workers held unequally much of a batch, and the loss was not scaled for that
+UnevenShardsWarning (UserWarning)  workers held unequal shards, and the loss was not scaled
 """
 
 

@@ -31,7 +31,7 @@ class Moments:
     m2: Tensor
 
     n: float | Tensor = field(init=False)
-    """The count: on a CPU the number itself, which saves operators; elsewhere the tensor, unread."""
+    """The count: a number on the CPU, which saves operators; elsewhere the tensor, unread."""
 
     def __post_init__(self) -> None:
         n = self.count.item() if self._is_read and self.count.device.type == "cpu" else self.count

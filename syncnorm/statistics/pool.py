@@ -96,7 +96,7 @@ class Pool:
         self._sent: Sent | None = None
         self._fault: str | None = None
         self.mixed: InFlight | None = None
-        """An exchange in which some workers sent something else, raised when all are there again."""
+        """An exchange in which some workers sent something else; raised when all are there."""
         for layer in layers.values():
             layer.statistics = source
             CurrentBuffers.put_into(layer, source)

@@ -59,7 +59,7 @@ class Source(ABC):
 
     @abstractmethod
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        """The statistic that normalises this batch. Nothing is kept of it if the layer is frozen."""
+        """The statistic that normalises this batch. Of a frozen layer's nothing is kept."""
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         """Have the running statistics follow the batch.
@@ -79,10 +79,10 @@ class Source(ABC):
         """
 
     def discard(self, layer: SyncNorm) -> None:  # noqa: B027 nothing to do for most
-        """Drop what is under way for this layer: its running statistics are about to be replaced."""
+        """Drop what is under way for a layer whose running statistics are about to be replaced."""
 
     def release(self, layer: SyncNorm) -> None:  # noqa: B027 nothing to do for most
-        """Let the layer go, up to date: it is about to become another one. On every worker alike."""
+        """Detach a layer that is about to become another one, up to date. Every worker must call."""
 
 
 class Unattached(Source):

@@ -72,7 +72,7 @@ class Steps:
 
     @disable_dynamo
     def _delimit(self, begins: bool | None) -> None:
-        """A forward begins, of training or not, or it ends (None). One that is repeated is no step."""
+        """Begin a forward, of training or not, or end it (None). A repeated one is no step."""
         if ops.is_recomputing():
             return
         self.is_open = False

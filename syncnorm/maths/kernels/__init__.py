@@ -24,8 +24,8 @@ from torch import Tensor
 from syncnorm.maths.kernels import cpu, portable
 from syncnorm.undocumented import FakeTensor
 
-# What `syncnorm.maths.kernels.portable` computes in code that is being compiled: with a pivot of two
-# samples, so that what is compiled for any number from 2 on needs no second version.
+# The portable kernels in code that is being compiled: with a pivot of two samples, so that what is
+# compiled for any number from 2 on needs no second version.
 _traced = SimpleNamespace(
     centred_sums=functools.partial(portable.centred_sums, samples=2),
     normalize=portable.normalize,
