@@ -3,15 +3,18 @@
 The gradient, of g = dL/dy, x and weight, with xhat = (x - mean) * s, s = invstd, A = mean g, B =
 mean g xhat:
 
-    dx = weight * s * (g - w * (A + xhat * B))        dweight = local sum g xhat        dbias = local sum g
+    dx = weight * s * (g - w * (A + xhat * B))
+    dweight = local sum g xhat        dbias = local sum g
 
 For cotangents v of dx, u of dweight and t of dbias, with v' = weight * v, the derivative of F = sum
 v dx + sum (u xhat + t) g, sums being over the whole statistic (u, t and weight are each worker's
 own):
 
-    P = sum v' g        V1 = sum w v'        V2 = sum w v' xhat        U1 = sum u g        U2 = sum u g xhat
+    P = sum v' g        V1 = sum w v'        V2 = sum w v' xhat
+    U1 = sum u g        U2 = sum u g xhat
     dF/dg = s * (v' - V1/n - xhat * V2/n) + u * xhat + t
-    dF/dx = s * (q - w/n * (Q1 + xhat * (Q2 + s * (P - V1 A - V2 B))))        q = u g - s (w v' B + g V2/n)
+    dF/dx = s * (q - w/n * (Q1 + xhat * (Q2 + s * (P - V1 A - V2 B))))
+    q = u g - s (w v' B + g V2/n)
     Q1 = sum q = U1 - s * (V1 B + V2 A)        Q2 = sum q xhat = U2 - 2 s V2 B
     dF/dweight = local sum v dx / weight
 

@@ -1,6 +1,7 @@
 """Batch normalisation of one rank in operators that torch differentiates, batches and traces.
 
-    n = sum w        mean = sum w x / n        var = sum w (x - mean)^2 / n        s = 1 / sqrt(var + eps)
+    n = sum w        mean = sum w x / n        var = sum w (x - mean)^2 / n
+    s = 1 / sqrt(var + eps)
 
     y  = (x - mean) * s * weight + bias
     dx = weight * s * (g - w * (sum g + xhat * sum g xhat) / n)        xhat = (x - mean) * s

@@ -1,7 +1,7 @@
 """Lagged statistics: averages of the pooled moments and gradient means of earlier steps.
 
-    forward   mean, var        <- mean, var        + forward_rate  * (pooled of the last step - mean, var)
-    backward  mean g, g xhat   <- mean g, g xhat   + backward_rate * (pooled of the last step - mean g, g xhat)
+    forward   mean, var      <- mean, var      + forward_rate  * (pooled - mean, var)
+    backward  mean g, g xhat <- mean g, g xhat + backward_rate * (pooled - mean g, g xhat)
     drift     = max over channels of |pooled mean - mean| / sqrt(var + eps)
                 and of |log((pooled var + eps) / (var + eps))| / 2
 

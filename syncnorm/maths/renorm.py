@@ -1,7 +1,8 @@
 """Batch renormalisation (Ioffe 2017, arXiv:1702.03275): r, d and the schedule of their bounds.
 
     sigma = sqrt(running_var + eps)        sigma_B = sqrt(var + eps)
-    r = clip(sigma_B / sigma, 1 / r_max, r_max)        d = clip((mean - running_mean) / sigma, -d_max, d_max)
+    r = clip(sigma_B / sigma, 1 / r_max, r_max)
+    d = clip((mean - running_mean) / sigma, -d_max, d_max)
     y = ((x - mean) / sigma_B * r + d) * weight + bias
 
 r and d are constants to the gradient, so this is batch normalisation with weight * r and bias +

@@ -1,9 +1,11 @@
 """The four primitives of a normalisation layer, chosen by device.
 
-    local_moments   x, w                 -> [sum wx, sum wx^2, sum w]                      one pass over x
-    normalize       x, mean, scale, shift-> (x - mean) * scale + shift                     one pass
-    backward_sums   g, x, mean           -> [sum g, sum g (x - mean)]                      one pass over g and x
-    backward_input  g, x, mean, scale, a, b, w -> scale * (g - w * (a + b * (x - mean)))   one pass over g and x
+    local_moments   x, w                   -> [sum wx, sum wx^2, sum w]
+    normalize       x, mean, scale, shift  -> (x - mean) * scale + shift
+    backward_sums   g, x, mean             -> [sum g, sum g (x - mean)]
+    backward_input  g, x, mean, scale, ... -> scale * (g - w * (a + b * (x - mean)))
+
+Each passes once over its x and g.
 
 Shapes: x and g (N, C, *S), any floating type, any strides; mean, scale, shift, a, b (C,) float64; w
 (N, 1, *S) or None. Sums come back in float64. An output has the type and memory layout of x. Empty
