@@ -134,8 +134,8 @@ def _tensors(state: object) -> dict[str, Any]:
     places = [path for path, _ in sorted(_state_dicts(state), key=lambda place: -place[1])]
     found = " or ".join(f"state{path}" for path in places[:4])
     raise InputError(
-        f"`state` must be a state dict, tensors or arrays by name, got {type(state).__name__}"
-        f"{f' with {kinds}' if kinds else ''}. "
+        "`state` must be a state dict, tensors or arrays by name, got "
+        f"{type(state).__name__}{f' with {kinds}' if kinds else ''}. "
         f"{f'Pass {found}' if found else 'Load the file, and pass what state_dict() gave'}. "
         "Nothing was changed."
     )
@@ -323,6 +323,5 @@ def _check(entries: Entries, target: Mapping[str, Any]) -> None:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise InputError(
             f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or "
-            "leave out what does "
-            "not fit, or fill a part of the model. Nothing was changed."
+            "leave out what does not fit, or fill a part of the model. Nothing was changed."
         )

@@ -179,9 +179,8 @@ def replaced(model: nn.Module) -> str | None:
         return None
     return (
         f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, "
-        "timm, mmengine or "
-        "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by "
-        "themselves."
+        "timm, mmengine or your own) may have replaced syncnorm's layers. Switch it off; these "
+        "layers pool by themselves."
     )
 
 
@@ -191,8 +190,7 @@ def _wrapped(model: nn.Module) -> str | None:
         return None
     return (
         "`model` must be prepared before DistributedDataParallel wraps it, got one that is "
-        "wrapped: it will broadcast "
-        "the buffers of syncnorm's layers before each forward. Write "
+        "wrapped: it will broadcast the buffers of syncnorm's layers before each forward. Write "
         "DistributedDataParallel(prepare_ddp(model))."
     )
 

@@ -194,8 +194,7 @@ def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
         return []
     return [
         "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls set_epoch: "
-        "every epoch has the "
-        "same order and the same samples together in a statistic. Call "
+        "every epoch has the same order and the same samples together in a statistic. Call "
         "loader.sampler.set_epoch(epoch) before each."
     ]
 
@@ -348,8 +347,8 @@ def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, _Shape]]) -> li
         if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
             lints[module] = (
                 f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics "
-                "hold a variance that "
-                "evaluation does not have. Move it behind the last batch normalisation."
+                "hold a variance that evaluation does not have. Move it behind the last batch "
+                "normalisation."
             )
     return list(lints.values())
 

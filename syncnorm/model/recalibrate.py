@@ -100,9 +100,8 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
     if not layers:
         raise InputError(
             "`model` must have a BatchNorm layer that keeps running statistics and is not frozen, "
-            "got none in "
-            f"{type(model).__name__}. Layers in evaluation mode within a model in training mode "
-            "are frozen."
+            f"got none in {type(model).__name__}. Layers in evaluation mode within a model in "
+            "training mode are frozen."
         )
     return layers
 
@@ -262,8 +261,7 @@ def _pool(
     if failed:
         raise FaultError(
             "`batches` must pass through the model on every worker, got an error on rank(s) "
-            f"{failed}. "
-            "Nothing was changed; see the error there."
+            f"{failed}. Nothing was changed; see the error there."
         )
     population = [of_sums(s) for s in pooled]
     if all(batch.count == 0 for batch in population):

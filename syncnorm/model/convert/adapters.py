@@ -125,8 +125,7 @@ class _Adapted(Over):
         if adapter is None:
             raise InputError(
                 f"`{theirs.__qualname__}` must have an adapter in this process, got a converted "
-                "layer without one. "
-                "Call register_adapter before using it."
+                "layer without one. Call register_adapter before using it."
             )
         return adapter(self, x, lambda x: ours.forward(self, x, mask))  # pyright: ignore[reportArgumentType]
 

@@ -262,8 +262,7 @@ def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
         near = get_close_matches(name, names, 1, 0)
         raise InputError(
             f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got "
-            f"{options[name]!r}. "
-            f"Did you mean `{near[0]}`?"
+            f"{options[name]!r}. Did you mean `{near[0]}`?"
         )
     to(1, **options)
 
@@ -297,8 +296,7 @@ def _select(
     if layers and not chosen and not may_be_none:
         raise InputError(
             f"`select` must choose at least one batch norm, got none of {len(layers)} with "
-            f"{select!r}. "
-            f"The first is called {next(iter(layers.values()))[0]!r}."
+            f"{select!r}. The first is called {next(iter(layers.values()))[0]!r}."
         )
     return chosen
 

@@ -53,11 +53,9 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
         return None
     return (
         f"`model` keeps running statistics in layers of its own, {_listed(layers)}: convert leaves "
-        "them alone, each "
-        "worker has statistics of its own batches, and DistributedDataParallel overwrites them "
-        "with rank 0's unless it "
-        "is told not to. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on "
-        "syncnorm.functional.sync_batch_norm."
+        "them alone, each worker has statistics of its own batches, and DistributedDataParallel "
+        "overwrites them with rank 0's unless it is told not to. Build such layers on "
+        "torch.nn.BatchNorm1d, 2d or 3d, or on syncnorm.functional.sync_batch_norm."
     )
 
 
@@ -86,8 +84,7 @@ def check_covers(model: nn.Module, what: str) -> None:
         )
     warnings.warn(
         f"{what} leaves out layers of `model` that are not ours: {_listed(others)}. Their running "
-        "statistics follow "
-        f"every training forward. {remedy}",
+        f"statistics follow every training forward. {remedy}",
         stacklevel=4,
     )
 

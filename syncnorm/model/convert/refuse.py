@@ -32,8 +32,8 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
         return _busy(layer) or _subclass_of_ours(cls) or _untracked(layer, request)
     if not has_torchs_forward(cls) and adapter_of(cls) is None:
         return (
-            f"is a {cls.__qualname__}, whose own forward would be lost; "
-            f"say what it does with register_adapter({cls.__name__}, ...)"
+            f"is a {cls.__qualname__}, whose own forward would be lost; say what it does with "
+            f"register_adapter({cls.__name__}, ...)"
         )
     return (
         _untracked(layer, request)

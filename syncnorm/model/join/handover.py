@@ -31,8 +31,8 @@ def check(stateful: Sequence[Stateful]) -> None:
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise InputError(
                 "`stateful` must have the methods state_dict and load_state_dict, got "
-                f"{type(each).__name__}. "
-                "Give it both, or change it after the block, on all workers alike."
+                f"{type(each).__name__}. Give it both, or change it after the block, on all "
+                "workers alike."
             )
 
 
@@ -86,9 +86,8 @@ class Handover:
         if size < 0:
             raise InputError(
                 "`stateful` must have a state that torch.load(weights_only=True) takes, got "
-                "another of "
-                f"{type(stateful).__name__}. Let its state_dict hold tensors, numbers, texts, "
-                "lists and dicts."
+                f"another of {type(stateful).__name__}. Let its state_dict hold tensors, numbers, "
+                "texts, lists and dicts."
             )
         wide = torch.zeros(size) if data is None else data
         return self._from_giver(wide.to(self.device, torch.float64))

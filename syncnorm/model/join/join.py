@@ -115,16 +115,14 @@ def _check(layers: list[SyncNorm], group: groups.Group | None) -> None:
         if not layer.sync_mode.allows_join:
             raise InputError(
                 '`sync` must be "batch", "running" or "none" where workers may run out of data, '
-                f'got "{layer.sync}" in '
-                f"{layer.label!r}. Give the workers equally many batches, empty ones if need be."
+                f'got "{layer.sync}" in {layer.label!r}. Give the workers equally many batches, '
+                "empty ones if need be."
             )
         if groups.statistics_group(layer.workers) is not group:
             raise InputError(
-                "`process_group` must be that of the model in all layers where workers may run "
-                "out of data, got ranks "
-                f"{groups.ranks(groups.statistics_group(layer.workers))} in {layer.label!r}. Give "
-                "the workers "
-                "equally many batches, empty ones if need be."
+                "`process_group` must be that of the model in all layers where workers may run out "
+                f"of data, got ranks {groups.ranks(groups.statistics_group(layer.workers))} in "
+                f"{layer.label!r}. Give the workers equally many batches, empty ones if need be."
             )
 
 
@@ -139,9 +137,8 @@ def _roll_call(group: groups.Group) -> Iterator[RollCall]:
         if roll.group is not group:
             raise InputError(
                 "`process_group` must be that of the model where workers may run out of data, got "
-                "ranks "
-                f"{groups.ranks(group)} in a `join` within another. Give both models the same "
-                "workers."
+                f"ranks {groups.ranks(group)} in a `join` within another. Give both models the "
+                "same workers."
             )
         yield roll
         return
@@ -276,8 +273,7 @@ class RollCall:
         if group is not self.group:
             raise InputError(
                 "`process_group` must be that of the model where workers may run out of data, got "
-                "ranks "
-                f"{groups.ranks(group)} in an exchange. Make it outside of the block."
+                f"ranks {groups.ranks(group)} in an exchange. Make it outside of the block."
             )
         if self._has_absent:
             self._head(_CODES[op], message.numel())
@@ -341,10 +337,8 @@ class RollCall:
             self._is_over = True
             raise FaultError(
                 "Forwards within `join` must be alike on all workers that still have data, got "
-                "different ones: of "
-                "another model, in training or evaluation mode, with or without gradients, in "
-                "no_sync or not. "
-                "Evaluate under torch.no_grad(), or after the block."
+                "different ones: of another model, in training or evaluation mode, with or without "
+                "gradients, in no_sync or not. Evaluate under torch.no_grad(), or after the block."
             )
         self._present = round(count)
         if count and not present:
@@ -367,9 +361,8 @@ class RollCall:
         if errors:
             self._is_over = True
             raise ExchangeError(
-                "the block of `join` must end alike on all workers that have data, got an error "
-                f"on {errors:g} of "
-                f"{total + errors:g}. Look for the cause in their logs."
+                "the block of `join` must end alike on all workers that have data, got an error on "
+                f"{errors:g} of {total + errors:g}. Look for the cause in their logs."
             )
         return round(code / total), round(numel / total)
 
