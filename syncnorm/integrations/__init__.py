@@ -1,3 +1,1 @@
-"""Other libraries' hooks for our layers, one file each, which is imported by those who need it and
-not before.
-"""
+"""Hooks of other libraries for our layers: one file for each, imported only by its users."""

@@ -1,6 +1,4 @@
-"""CrossQ of sb3-contrib, its batch renormalisation replaced by ours:
-`convert_policy(model.policy)`.
-"""
+"""CrossQ of sb3-contrib with our batch renormalisation: `convert_policy(model.policy)`."""
 
 from __future__ import annotations
 
@@ -22,8 +20,9 @@ _OURS = {
 
 
 class CrossQRenorm(SyncBatchRenorm, BatchRenorm1d):  # pyright: ignore[reportIncompatibleMethodOverride]
-    """Ours, and still theirs to CrossQ, which sets the mode of its layers by class, and to its
-    saved models.
+    """Our layer as a subclass of sb3-contrib's, with the names of its state dicts.
+
+    CrossQ sets the training mode of its layers by class.
     """
 
     def _save_to_state_dict(
@@ -43,13 +42,13 @@ class CrossQRenorm(SyncBatchRenorm, BatchRenorm1d):  # pyright: ignore[reportInc
 def convert_policy(
     policy: nn.Module, *, process_group: Any = None, sync: str = "batch"
 ) -> nn.Module:
-    """Make the BatchRenorm1d layers of a CrossQ policy ours, in place, with all their numbers.
+    """Convert the BatchRenorm1d layers of a CrossQ policy to ours, in place.
 
-    Parameters stay the tensors that the optimizers hold, and momentum, eps, bounds, warm-up, clock
-    and averages what they were. Evaluation gives what it gave. In training, batches are normalised
-    by the biased variance, as in the paper; sb3-contrib takes the unbiased one, larger by n / (n -
-    1). State dicts keep sb3-contrib's names: `model.save` works, and `CrossQ.load` gives a policy
-    with its layers.
+    Parameters stay the tensors that the optimizers hold. Momentum, eps, bounds, warm-up, clock and
+    averages keep their values. Evaluation gives the same outputs. In training, batches are
+    normalised by the biased variance, as in the paper; sb3-contrib takes the unbiased one, larger
+    by n / (n - 1). State dicts keep sb3-contrib's names: `model.save` works, and `CrossQ.load`
+    gives a policy with its layers.
 
     *Collectives*: none. With `sync="batch"` training then pools over `process_group`, where there
     is one.
@@ -80,7 +79,7 @@ def _convert(layer: Any, process_group: Any, sync: str) -> None:
         entries = [(_OURS.get(name, name), value) for name, value in store.items()]
         store.clear()
         store.update(entries)
-    # There the warm-up lasts while steps <= warmup_steps.
+    # In sb3-contrib the warm-up lasts while steps <= warmup_steps.
     schedule = RenormSchedule.switch(layer.warmup_steps + 1, layer.rmax, layer.dmax)
     layer.__class__ = CrossQRenorm
     layer.track_running_stats = True

@@ -1,6 +1,4 @@
-"""Lightning, by either of its names: pooled statistics while it fits, torch's own layers before and
-after.
-"""
+"""A plugin for Lightning (either package name) that pools statistics during fitting."""
 
 from __future__ import annotations
 
@@ -18,14 +16,13 @@ from syncnorm.module import SyncNorm
 
 
 class LayerSync:
-    """Pool the statistics of batch norms over Lightning's workers, in place of
-    `sync_batchnorm=True`.
+    """Pool batch norms over Lightning's workers; replaces `sync_batchnorm=True`.
 
         Trainer(strategy="ddp", devices=4, plugins=[LayerSync()])
 
-    While it fits the module's batch norms are `SyncBatchNorm`; afterwards they are again what they
-    were, with what they have learnt. Checkpoints have the usual keys. On one device Lightning does
-    not call the plugin.
+    During fitting the module's batch norms are `SyncBatchNorm`; afterwards they have their former
+    classes again, with the state they have learnt. Checkpoints have the usual keys. On one device
+    Lightning does not call the plugin.
 
     A module that has layers of ours already is only prepared for DistributedDataParallel, and stays
     as it is. So must be those with `SyncBatchRenorm` or `sync="lagged"`, whose clock and averages
@@ -37,24 +34,24 @@ class LayerSync:
     """
 
     def __init__(self, **options: Any) -> None:
-        # Lightning has two names, and takes plugins of its own class. It is loaded wherever a
-        # Trainer can be made.
+        # Lightning accepts plugins of its own class only, and has two package names. Whoever makes
+        # a Trainer has imported one of them.
         for name in {"lightning.pytorch", "pytorch_lightning"} & sys.modules.keys():
             importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
         self.options = options
         self._has_converted = False
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Called before the module is wrapped, on every worker."""
+        """Convert and prepare the model. Lightning calls this on every worker before wrapping."""
         trainer: Any = model.trainer
         norms = [m for m in model.modules() if isinstance(m, _BatchNorm)]
         self._has_converted = bool(norms) and not any(isinstance(m, SyncNorm) for m in norms)
         if self._has_converted:
             convert(model, SyncBatchNorm, **self.options)
-        # Lightning moves it next; buffers are broadcast by a backend that may know one kind of
-        # device only.
+        # Lightning would move it next. It is moved now since prepare_ddp broadcasts buffers, and
+        # the backend may support one kind of device only.
         return prepare_ddp(model.to(trainer.strategy.root_device))
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Called after fitting, on every worker."""
+        """Undo the conversion. Lightning calls this on every worker after fitting."""
         return revert(model) if self._has_converted else model

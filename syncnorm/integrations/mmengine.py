@@ -1,13 +1,14 @@
-"""mmengine, and with it mmcv, mmdet, mmseg, mmpretrain: our layers and our preparation under names
-in its registries.
+"""Our layers and wrapper in the registries of mmengine (and so of mmcv, mmdet, mmseg, mmpretrain).
 
     custom_imports = dict(imports=["syncnorm.integrations.mmengine"])
-    norm_cfg = dict(type="PooledBN")                                  # or "PooledBRN"; options go in the same dict
-    model_wrapper_cfg = dict(type="PooledDistributedDataParallel")    # needed by sync="running" and "lagged" only
+    # or "PooledBRN"; options go in the same dict
+    norm_cfg = dict(type="PooledBN")
+    # needed by sync="running" and "lagged" only
+    model_wrapper_cfg = dict(type="PooledDistributedDataParallel")
 
 `build_norm_layer` calls both "bn", as it does all subclasses of torch's, so parameters keep their
 names: a checkpoint of a model with norm_cfg = dict(type="BN") or "SyncBN" loads. Leave `sync_bn`
-out of the config: it makes them torch's.
+out of the config: it replaces our layers by torch's.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MODELS.register_module(name="PooledBRN", module=SyncBatchRenorm)
 
 @MODEL_WRAPPERS.register_module()
 class PooledDistributedDataParallel(MMDistributedDataParallel):
-    """mmengine's wrapper round a model that `prepare_ddp` has prepared."""
+    """MMDistributedDataParallel that calls `prepare_ddp` on the model before wrapping it."""
 
     def __init__(
         self, module: nn.Module, *args: Any, process_group: Any = None, **kwargs: Any

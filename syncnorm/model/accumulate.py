@@ -1,4 +1,4 @@
-"""Several forwards, one update of the running statistics."""
+"""One update of the running statistics for several forwards."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from syncnorm.statistics.accumulated import Accumulating
 
 @contextmanager
 def accumulate(model: nn.Module) -> Iterator[None]:
-    """Within the block, any number of training forwards of `model` make one update of the running
-    statistics.
+    """Make one update of the running statistics for all training forwards within the block.
 
     The update is that of all micro-batches as one batch: moments merged by count over rounds and
     workers, made at the end of the block. Each forward still normalises by its own batch;
@@ -56,7 +55,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         raise InputError(
             "`model` must not be accumulating already, got one within its own block. Use one block."
         )
-    # Layers that act together go on doing so, in one long step; any other keeps what it sees.
+    # Layers of a common pool take the block as one long step; any other collects its own moments.
     steps = [source.steps for source in sources if source.steps is not None]
     alone = {m: Accumulating(m.statistics) for m in layers if m.statistics.steps is None}
     for each in steps:

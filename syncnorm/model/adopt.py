@@ -1,15 +1,15 @@
 """State dicts of other libraries, read into a model whose batch norms may be ours.
 
-For each batch norm of the model, its entries in the foreign state say by their names what they are:
+The entries of each batch norm are recognised by their names:
 
 | entries | of | become |
 |---|---|---|
-| running_mean, running_var | torch (also its SyncBatchNorm), apex, mmcv, timm, our layers | the same |
-| the same | inplace_abn, only if it is named: it normalises by abs(weight) + eps | weight = abs(weight) + eps |
-| moving_mean, moving_variance, gamma, beta | Keras | running_mean, running_var, weight, bias |
-| moving_mean, moving_stddev, gamma, beta | Keras, renorm=True | running_var = moving_stddev^2 - eps |
-| renorm_mean, renorm_stddev, each over its _weight | Keras, renorm=True, without moving averages | as these |
-| ra_mean, ra_var, steps, scale, bias | CrossQ (sb3-contrib) | running_mean, running_var, counter, weight, bias |
+| running_mean, running_var | torch, apex, mmcv, timm, our layers | the same |
+| the same | inplace_abn (must be named) | weight = abs(weight) + eps |
+| moving_mean, moving_variance, gamma, beta | Keras | the same statistics, weight, bias |
+| moving_mean, moving_stddev, gamma, beta | Keras, renorm=True | running_var = stddev^2 - eps |
+| renorm_mean, renorm_stddev, over their _weight | without moving averages | as these |
+| ra_mean, ra_var, steps, scale, bias | CrossQ (sb3-contrib) | the same, counter, weight, bias |
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Adopted:
     """A report of `adopt_state_dict`; printing it gives the text."""
 
     layers: dict[str, str]
-    """By qualified name, what each batch norm's entries were recognised as."""
+    """The library recognised for each batch norm, by qualified name."""
     notes: tuple[str, ...]
     """Values that were changed or made up, and facts that a state dict does not hold."""
 
@@ -50,7 +50,7 @@ class Adopted:
 
 
 class _Read(NamedTuple):
-    """A layer's entries in our names, and what to say about them."""
+    """A layer's entries under our names, and notes about them."""
 
     kind: str
     entries: Entries
@@ -89,8 +89,8 @@ def adopt_state_dict(
 
     Example:
         >>> layer = nn.BatchNorm1d(1, eps=1e-3)
-        >>> ones = torch.ones(1)
-        >>> print(adopt_state_dict(layer, {"moving_mean": ones, "moving_variance": ones, "gamma": ones, "beta": ones}))
+        >>> names = ("moving_mean", "moving_variance", "gamma", "beta")
+        >>> print(adopt_state_dict(layer, dict.fromkeys(names, torch.ones(1))))
         1 batch norms as keras
         '': num_batches_tracked = 0, since the state has no counter
     """
@@ -113,12 +113,11 @@ def adopt_state_dict(
 
 
 def _tensors(state: object) -> dict[str, Any]:
-    """The entries as tensors, but for what a module adds by `get_extra_state`, which may be
-    anything.
+    """The entries as tensors. Those of `get_extra_state` may be anything and are kept.
 
     Raises:
-        InputError: there is more than that, as in a whole checkpoint; it says where in it a state
-            dict lies.
+        InputError: there are other entries, as in a whole checkpoint; the message names the places
+            of state dicts in it.
     """
     entries: dict[str, Any] = {}
     others: dict[object, str] = {}
@@ -134,17 +133,15 @@ def _tensors(state: object) -> dict[str, Any]:
     places = [path for path, _ in sorted(_state_dicts(state), key=lambda place: -place[1])]
     found = " or ".join(f"state{path}" for path in places[:4])
     raise InputError(
-        f"`state` must be a state dict, tensors or arrays by name, got {type(state).__name__}"
-        f"{f' with {kinds}' if kinds else ''}. "
+        "`state` must be a state dict, tensors or arrays by name, got "
+        f"{type(state).__name__}{f' with {kinds}' if kinds else ''}. "
         f"{f'Pass {found}' if found else 'Load the file, and pass what state_dict() gave'}. "
         "Nothing was changed."
     )
 
 
 def _state_dicts(value: object, depth: int = 4) -> list[tuple[str, int]]:
-    """Places of state dicts in a checkpoint, as Python would write it, and how many entries they
-    have.
-    """
+    """The places of state dicts in a checkpoint, as Python expressions, with their sizes."""
     if isinstance(value, nn.Module):
         return [(".state_dict()", len(value.state_dict()))]
     if not isinstance(value, Mapping) or depth == 0:
@@ -161,12 +158,12 @@ def _state_dicts(value: object, depth: int = 4) -> list[tuple[str, int]]:
 
 
 def _dotted(name: str) -> str:
-    """As torch has it, from Keras' names."""
+    """A name in torch's form, from Keras's."""
     return name.removesuffix(":0").replace("/", ".") if "/" in name or name.endswith(":0") else name
 
 
 def _tidy(state: Mapping[str, Any], target: Mapping[str, Any]) -> Entries:
-    """Entries under names as torch has them, without what wrappers put before all of them."""
+    """Entries under names in torch's form, without prefixes that wrappers add."""
     entries = {_dotted(name): value for name, value in state.items()}
     for prefix in ("module.", "_orig_mod."):
         is_own = any(name.startswith(prefix) for name in target)
@@ -184,12 +181,12 @@ _NAMES = {
 
 
 def _take(entries: Entries, prefix: str) -> Entries:
-    """Out of all entries those of one layer that are called as some library calls them."""
+    """Remove from `entries` those of one layer that have a known name, and return them."""
     return {name: entries.pop(prefix + name) for name in sorted(_NAMES) if prefix + name in entries}
 
 
 def _read(own: Entries, layer: _BatchNorm, source: str | None, name: str) -> _Read:
-    """Recognise a layer's entries, and say them in our names."""
+    """Recognise a layer's entries, and give them our names."""
     readers = {
         "keras": _read_keras,
         "crossq": _read_crossq,
@@ -210,7 +207,10 @@ def _read(own: Entries, layer: _BatchNorm, source: str | None, name: str) -> _Re
         )
     counted = int(read.entries.get("num_batches_tracked", torch.zeros(())))
     if isinstance(layer, SyncBatchRenorm) and kind == "torch" and counted:
-        note = f"the schedule's clock stands at {counted}; if that was batch normalisation, set num_batches_tracked to 0"
+        note = (
+            f"the schedule's clock stands at {counted}; if that was batch normalisation, set "
+            "num_batches_tracked to 0"
+        )
         return read._replace(notes=(*read.notes, note))
     return read
 
@@ -231,14 +231,15 @@ def _read_inplace_abn(own: Entries, layer: _BatchNorm) -> _Read:
         return _Read("inplace_abn", own)
     negative = int((own["weight"] < 0).sum())
     own["weight"] = own["weight"].abs() + layer.eps
-    note = f"weight = abs(weight) + {layer.eps:g} ({negative} were negative); the activation must follow the layer"
+    note = (
+        f"weight = abs(weight) + {layer.eps:g} ({negative} were negative); the activation must "
+        "follow the layer"
+    )
     return _Read("inplace_abn", own, (note,))
 
 
 def _read_keras(own: Entries, layer: _BatchNorm) -> _Read:
-    """Biased variances; with renorm=True the averages of sigma = sqrt(var + eps), which are read as
-    ours are.
-    """
+    """Biased variances; with renorm=True averages of sigma = sqrt(var + eps)."""
     notes: list[str] = []
     mean, var, std = (
         own.pop(key, None) for key in ("moving_mean", "moving_variance", "moving_stddev")
@@ -275,9 +276,7 @@ def _read_keras(own: Entries, layer: _BatchNorm) -> _Read:
 
 
 def _debiased(averages: Entries, name: str) -> Tensor | None:
-    """Older versions average from 0, and keep beside each average the weight that values have in
-    it.
-    """
+    """An average of Keras over its weight, if there is one: older versions average from 0."""
     value, weight = averages.get(name), averages.get(f"{name}_weight")
     if value is None or weight is None:
         return value
@@ -290,7 +289,7 @@ def _debiased(averages: Entries, name: str) -> Tensor | None:
 
 
 def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:
-    """y = (x - ra_mean) / sqrt(ra_var + eps) * scale + bias; ra_var averages the unbiased variance."""
+    """y = (x - ra_mean) / sqrt(ra_var + eps) * scale + bias, ra_var of unbiased variances."""
     names = {
         "ra_mean": "running_mean",
         "ra_var": "running_var",
@@ -306,7 +305,7 @@ def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:
 
 
 def _check(entries: Entries, target: Mapping[str, Any]) -> None:
-    """InputError unless these are all of the model's entries, with its shapes."""
+    """Raise InputError unless these are all of the model's entries, with its shapes."""
     faults = [
         f"nothing for {name!r}"
         for name in target
@@ -323,6 +322,5 @@ def _check(entries: Entries, target: Mapping[str, Any]) -> None:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise InputError(
             f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or "
-            "leave out what does "
-            "not fit, or fill a part of the model. Nothing was changed."
+            "leave out what does not fit, or fill a part of the model. Nothing was changed."
         )

@@ -1,6 +1,4 @@
-"""A model of ours under DistributedDataParallel: what to do before wrapping it, and how to weight
-its loss.
-"""
+"""DistributedDataParallel: preparation of a model before wrapping, and weighting of its loss."""
 
 from __future__ import annotations
 
@@ -13,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm import undocumented
 from syncnorm.comm import agreement, exchange, groups
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
@@ -22,14 +21,17 @@ from syncnorm.ops import Shard
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
-    Compares between the workers which layers they have and with whom each pools, makes the process
-    groups that statistics travel on, attaches layers with `sync="running"` or "lagged" to each
-    other and to the forward of `model`, gives every worker rank 0's buffers of our layers, and
-    keeps these out of the broadcast that DDP makes before each forward: they are equal by
-    construction where statistics are pooled over all workers, and each worker's or group's own
-    where they are not. When DDP wraps the model, it gives all workers rank 0's state, and rank 0's
-    buffers of our layers are given then, too: rank 0 alone may load a checkpoint in between. Other
-    buffers are DDP's.
+    - Compares the layers of all workers, and the workers that each pools over.
+    - Makes the process groups of the statistics.
+    - Attaches layers with `sync="running"` or "lagged" to each other and to the forward of `model`.
+    - Gives every worker rank 0's buffers of our layers.
+    - Keeps these out of the broadcast that DDP makes before each forward. They are equal by
+      construction where statistics are pooled over all workers, and each worker's or group's own
+      where they are not.
+
+    When DDP wraps the model, it gives all workers rank 0's state; rank 0's buffers of our layers
+    are given then, too, so rank 0 alone may load a checkpoint in between. Other buffers are left to
+    DDP.
 
     *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer of our layers
     (and again when DDP wraps the model), and the creation of groups. Every worker must call.
@@ -51,9 +53,9 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
         FaultError: the workers differ in their layers, or in with whom these pool; the same on
             every worker.
 
-    Warns: UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have
-        put in our place; or
-            layers that keep running statistics in a way of their own, which stay local; or DDP has
+    Warns:
+        UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put
+            in our place; or home-made layers with running statistics, which stay local; or DDP has
             wrapped it already.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
@@ -78,9 +80,7 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
 
 
 def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None:
-    """Have layers that name no workers pool over those of `process_group`, where that is not all
-    there are.
-    """
+    """Have layers without a process group pool over `process_group`, if it is not all workers."""
     kept = groups.to_handle(process_group)
     if isinstance(kept, groups.GivenGroup) and len(kept.members.members) < dist.get_world_size():
         for layer in layers:
@@ -88,32 +88,29 @@ def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None
                 layer.workers = kept
 
 
-# What DistributedDataParallel reads; a test notices if that changes.
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-# Those of them that are there because of prepare_ddp. The others are the user's.
+# The buffers that prepare_ddp has told DDP to ignore. The others that it ignores are the user's.
 _OURS = "_syncnorm_buffers_kept_from_ddp"
 
 
 def _keep_from_ddp(model: nn.Module, names: Collection[str]) -> None:
-    """Tell DistributedDataParallel not to broadcast these buffers before each forward, and those of
-    before that it may.
+    """Exclude exactly these buffers of ours from the broadcast before each forward.
 
-    What somebody else has told it to leave, it leaves.
+    Names that somebody else has excluded stay excluded.
     """
     before: Collection[str] = getattr(model, _OURS, ())
-    # With the names that torch.compile's wrapper gives them, which passes on the attributes.
+    # Also under the names in torch.compile's wrapper, which passes this attribute on.
     theirs = {
         name
-        for name in getattr(model, _IGNORED, ())
+        for name in undocumented.ignored_by_ddp(model)
         if name.removeprefix("_orig_mod.") not in before
     }
     ours = sorted(set(names) - theirs)
     ignored = sorted(theirs | {f"{prefix}{name}" for name in ours for prefix in ("", "_orig_mod.")})
-    for attribute, value in ((_OURS, ours), (_IGNORED, ignored)):
-        if value:
-            setattr(model, attribute, value)
-        else:
-            model.__dict__.pop(attribute, None)
+    undocumented.set_ignored_by_ddp(model, ignored)
+    if ours:
+        setattr(model, _OURS, ours)
+    else:
+        model.__dict__.pop(_OURS, None)
 
 
 def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
@@ -125,14 +122,12 @@ def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
 
 
 def let_broadcast(model: nn.Module, names: Collection[str]) -> None:
-    """Have DistributedDataParallel broadcast the buffers of these names again, which prepare_ddp
-    has kept from it.
-    """
+    """Let DistributedDataParallel broadcast these buffers again, which prepare_ddp has excluded."""
     _keep_from_ddp(model, set(getattr(model, _OURS, ())) - set(names))
 
 
 def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> None:
-    """Broadcast the buffers of our layers, whatever they have gone through on each worker."""
+    """Broadcast rank 0's buffers of our layers."""
     names = set(getattr(model, _OURS, ()))
     for name, buffer in model.named_buffers():
         if name.removeprefix("_orig_mod.") in names:
@@ -140,13 +135,12 @@ def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> None:
 
 
 def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
-    """DistributedDataParallel takes a model: a point of the program that every worker of its group
-    comes to.
+    """Broadcast our buffers when DistributedDataParallel wraps a model.
 
-    It gives all of them rank 0's state, but for the buffers that it is to leave alone before each
-    forward.
+    Every worker of its group comes to this point. DDP itself broadcasts rank 0's state there, but
+    not the buffers that are excluded from its broadcasts.
     """
-    # Only when it is built: who puts another model in there later may be one worker alone.
+    # Only while it is constructed: a later assignment may be made by one worker alone.
     if not isinstance(ddp, DistributedDataParallel) or name != "module" or name in ddp._modules:
         return
     if model is not None and getattr(model, _OURS, None):
@@ -154,8 +148,7 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
         _give_state_of_rank_zero(model, ddp.process_group)
 
 
-# For every module of this process, since a prepared model may have been copied, or come out of a
-# file.
+# A hook on every module of this process, since a prepared model may have been copied or unpickled.
 register_module_module_registration_hook(_when_wrapped)
 
 
@@ -170,18 +163,16 @@ def _device(model: nn.Module) -> torch.device:
 def replaced(model: nn.Module) -> str | None:
     """The warning about layers that a sync-bn switch may have put in the place of ours.
 
-    None if there are none.
-
-    torch's converter also matches our layers, and several frameworks' switches call it.
+    None if there are none. torch's converter also matches our layers, and several frameworks'
+    switches call it.
     """
     theirs = [name for name, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
     if not theirs:
         return None
     return (
         f"`model` contains torch.nn.SyncBatchNorm at {theirs}: a sync-bn switch (of Lightning, "
-        "timm, mmengine or "
-        "your own) may have replaced syncnorm's layers. Switch it off; these layers pool by "
-        "themselves."
+        "timm, mmengine or your own) may have replaced syncnorm's layers. Switch it off; these "
+        "layers pool by themselves."
     )
 
 
@@ -191,16 +182,13 @@ def _wrapped(model: nn.Module) -> str | None:
         return None
     return (
         "`model` must be prepared before DistributedDataParallel wraps it, got one that is "
-        "wrapped: it will broadcast "
-        "the buffers of syncnorm's layers before each forward. Write "
+        "wrapped: it will broadcast the buffers of syncnorm's layers before each forward. Write "
         "DistributedDataParallel(prepare_ddp(model))."
     )
 
 
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
-    """Introduce the layers that act together to each other: those of one mode and one process
-    group.
-    """
+    """Attach layers of one mode and one process group to each other."""
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
     for name, layer in layers.items():
         if not layer.statistics.is_attached:
@@ -219,10 +207,10 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     call. *Gradients*: those of the loss, scaled.
 
     Args:
-        loss: mean over this worker's samples, shape (). A worker without samples passes what hangs
-            on its (empty) output all the same, so that it takes part in the backward pass; the
-            value, perhaps NaN, does not matter.
-        local_count: how many samples that is, >= 0 (any additive measure will do, such as valid
+        loss: mean over this worker's samples, shape (). A worker without samples passes a loss
+            that depends on its (empty) output all the same, so that it takes part in the backward
+            pass; the value, perhaps NaN, does not matter.
+        local_count: the number of these samples, >= 0 (or any additive measure, such as valid
             pixels).
         process_group: the workers among which the batch is sharded; None: all of them.
 
@@ -233,7 +221,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     if group is None:
         return loss
     Shard.scaled_losses += 1
-    # Filled rather than copied: a copy from the host would wait for a CUDA device.
+    # Filled rather than copied: a copy from the host would wait for the CUDA device.
     count = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
     total = exchange.sum_(count, group, "count", "scale_loss")
     if local_count == 0:

@@ -1,22 +1,19 @@
 """A table of a model's normalisation layers and of what converting makes of them, before training.
 
-Nothing is changed and nothing exchanged: one worker may ask alone.
+Nothing is changed and nothing exchanged: one worker may call alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
@@ -28,9 +25,9 @@ from syncnorm.model.convert.class_swap import Request
 from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
 from syncnorm.model.convert.refuse import reason
 from syncnorm.model.ddp import replaced
-from syncnorm.model.recalibrate import forward
+from syncnorm.model.sample import Shape, record_shapes
 from syncnorm.module import SyncNorm
-from syncnorm.statistics.batch import Batch, Local
+from syncnorm.statistics.batch import Batch
 from syncnorm.statistics.source import Mode
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
@@ -54,13 +51,9 @@ class Row:
     samples: int | None = None
     """Per statistic, over these workers, each having a batch like the sample."""
     values: int | None = None
-    """Per channel and statistic: samples times positions.
-
-    Of several calls of the layer the fewest.
-    """
+    """Per channel and statistic: samples times positions, the fewest of several calls."""
     messages: int | None = None
-    """Exchanges of this layer alone in a training step, forward and backward; each is waited for.
-    """
+    """Exchanges of this layer alone in a training step, forward and backward, all blocking."""
     bytes: int | None = None
     """Sent by one worker in these, and in the messages that the layer shares with others."""
     clock: int | None = None
@@ -74,17 +67,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Explanation:
-    """The result of `explain`: `rows`, one for each normalisation layer, and `lints`; its text is a
-    table.
-    """
+    """The result of `explain`; its text is a table."""
 
     rows: list[Row]
+    """One for each normalisation layer."""
     lints: list[str]
+    """Likely mistakes in the model or the loader."""
     messages: int
-    """Exchanges of the whole model in a training step, those that nobody waits for included."""
+    """Exchanges of the whole model in a training step, including those off the critical path."""
     bytes: int
     is_alone: bool = False
-    """True if it is reckoned with one worker because there is no other."""
+    """True if the figures are for one worker because there is no other."""
 
     def __str__(self) -> str:
         if not self.rows:
@@ -113,8 +106,7 @@ def explain(
     readings: Mapping[str, Mapping[str, float | None]] | None = None,
     loader: DataLoader[Any] | None = None,
 ) -> Explanation:
-    """Say of each normalisation layer what it is, would become, pools, sends, and how much its
-    statistics hold.
+    """Describe each normalisation layer: conversion, pooling, traffic and values per statistic.
 
         values per statistic = N * prod(S) * workers that share it
 
@@ -127,11 +119,11 @@ def explain(
         model: any, also one wrapped by DistributedDataParallel.
         sample: one worker's batch: a tensor, a mapping (keyword arguments), or a tuple or list that
             begins with what the model requires (its first element, where that is one argument).
-            Without it nothing is said about counts, and the order of layers is not known.
-        world_size: the workers to reckon with; None: those that there are.
+            Without it there are no counts, and the order of layers is not known.
+        world_size: the number of workers to assume; None: those that there are.
         readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between
             workers.
-        loader: of the training data, whose sampler is looked at, not iterated.
+        loader: of the training data; its sampler is inspected, not iterated.
 
     Returns:
         The rows, lints and totals; print it.
@@ -157,7 +149,7 @@ def explain(
     layers = {
         name: m for name, m in model.named_modules() if isinstance(m, _NORMS) or is_home_made(m)
     }
-    seen = None if sample is None else _look(model, sample)
+    seen = None if sample is None else record_shapes(model, sample)
     lints = [] if seen is None else _dropout_lints(model, seen)
     switch = replaced(model)
     lints += [] if switch is None else [switch]
@@ -181,11 +173,11 @@ def explain(
         rows.append(replace(row, between=(readings or {}).get(name, {}).get("between_share")))
         parts |= {} if part is None else {number: part}
         lints += faults
-    rooms = _rooms(parts.values())
+    least = _least_sizes(parts.values())
     for number, part in parts.items():
-        messages, numbers = _sent(part, rooms.get(part.rule, 0))
+        messages, numbers = _traffic(part, least.get(part.rule, 0))
         rows[number] = replace(rows[number], messages=messages, bytes=8 * numbers)
-    return Explanation(rows, lints, *_totals(list(parts.values()), rooms), is_alone and bool(parts))
+    return Explanation(rows, lints, *_totals(list(parts.values()), least), is_alone and bool(parts))
 
 
 def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
@@ -194,8 +186,7 @@ def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
         return []
     return [
         "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls set_epoch: "
-        "every epoch has the "
-        "same order and the same samples together in a statistic. Call "
+        "every epoch has the same order and the same samples together in a statistic. Call "
         "loader.sampler.set_epoch(epoch) before each."
     ]
 
@@ -212,18 +203,15 @@ class _Part(NamedTuple):
     """In a forward."""
 
 
-_Shape = tuple[int, ...]
-
-
 def _explain(
     name: str,
     layer: nn.Module,
-    shapes: list[_Shape] | None,
+    shapes: list[Shape] | None,
     is_frozen: bool,
     world: int,
     is_alone: bool,
 ) -> tuple[_Part | None, Row, list[str]]:
-    """The layer's part in the messages, its row, and what is wrong with it."""
+    """The layer's part in the messages, its row, and its lints."""
     row = Row(name, _class_name(layer), _becomes(layer))
     if not isinstance(layer, _BatchNorm) or row.convert.startswith("refused"):
         return None, row, []
@@ -239,7 +227,7 @@ def _explain(
     workers = group if mode.normalizes_pooled else 1
     row = replace(row, workers=workers, **_schedule(layer))
     if shapes and workers is not None:
-        # A call with nothing in it is one of this sample alone: those with something come first.
+        # An empty call may be due to this sample alone, so calls with values come first.
         least = min(
             shapes, key=lambda shape: (math.prod(shape) == 0, shape[0] * math.prod(shape[2:]))
         )
@@ -255,7 +243,7 @@ def _explain(
 
 
 def _class_name(layer: nn.Module) -> str:
-    # Its name is that of one of ours.
+    # One of ours has the same name.
     return "torch.nn.SyncBatchNorm" if type(layer) is nn.SyncBatchNorm else kind_of(layer)
 
 
@@ -277,36 +265,36 @@ def _schedule(layer: nn.Module) -> dict[str, Any]:
     return {"clock": int(layer.num_batches_tracked), "r_max": r_max.item(), "d_max": d_max.item()}
 
 
-def _rooms(parts: Iterable[_Part]) -> dict[Any, int]:
-    """The least size of a message over each group, as `prepare_ddp` has it: by the widest layer."""
-    rooms: dict[Any, int] = {}
+def _least_sizes(parts: Iterable[_Part]) -> dict[Any, int]:
+    """The least message size of each group: as in `prepare_ddp`, that of its widest layer."""
+    least: dict[Any, int] = {}
     for part in parts:
         if part.mode.is_pooled:
             size = exchange.size_of(2 * part.channels + 1)
-            rooms[part.rule] = max(rooms.get(part.rule, 0), size)
-    return rooms
+            least[part.rule] = max(least.get(part.rule, 0), size)
+    return least
 
 
-def _sent(part: _Part, room: int) -> tuple[int, int]:
-    """A layer's own exchanges in a step, and its numbers in these and in those that it shares."""
+def _traffic(part: _Part, room: int) -> tuple[int, int]:
+    """A layer's own exchanges in a step, and its numbers in these and in shared ones."""
     if part.workers == 1:
         return 0, 0
     own = [exchange.size_of(size, room) for size in part.mode.own_sizes(part.channels, part.calls)]
     return len(own), sum(own) + sum(part.mode.flat_sizes([part.channels], 0))
 
 
-def _totals(parts: list[_Part], rooms: Mapping[Any, int]) -> tuple[int, int]:
-    """Messages and bytes of the model in a step: those of single layers, and the flat ones."""
+def _totals(parts: list[_Part], least: Mapping[Any, int]) -> tuple[int, int]:
+    """Messages and bytes of the model in a step, of single layers and shared ones."""
     sizes: list[int] = []
     together: dict[tuple[str, Any, int], list[_Part]] = {}
     for part in parts:
         if part.workers > 1:
             own = part.mode.own_sizes(part.channels, part.calls)
-            sizes += [exchange.size_of(size, rooms[part.rule]) for size in own]
+            sizes += [exchange.size_of(size, least[part.rule]) for size in own]
             together.setdefault((part.mode.name, part.rule, part.workers), []).append(part)
     for (_, rule, workers), some in together.items():
         flat = some[0].mode.flat_sizes([part.channels for part in some], workers)
-        sizes += [exchange.size_of(size, rooms[rule]) for size in flat]
+        sizes += [exchange.size_of(size, least[rule]) for size in flat]
     return len(sizes), 8 * sum(sizes)
 
 
@@ -319,7 +307,8 @@ def _advice(row: Row, is_renorm: bool, may_pool: bool) -> str:
         return ""
     found = f"{row.samples} sample(s) per statistic"
     if row.values < _FEW_VALUES:
-        found = f"{row.values} value(s) per statistic, sigma_B is {mean_ratio(row.values):.2f} sigma on average"
+        ratio = mean_ratio(row.values)
+        found = f"{row.values} value(s) per statistic, sigma_B is {ratio:.2f} sigma on average"
     remedies = ["pool over more workers"] if may_pool else []
     remedies += ["larger batches"] if is_renorm else ["SyncBatchRenorm"]
     return f"{found}: {' or '.join(remedies)}"
@@ -338,8 +327,8 @@ def mean_ratio(values: int) -> float:
     return math.sqrt(2 / values) * math.exp(math.lgamma(values / 2) - math.lgamma((values - 1) / 2))
 
 
-def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, _Shape]]) -> list[str]:
-    """Each dropout after which a layer takes statistics, in the order in which they run."""
+def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, Shape]]) -> list[str]:
+    """A warning for each dropout that runs before a batch norm."""
     names = {m: name for name, m in model.named_modules()}
     order = [m for m, _ in seen]
     lints = {}
@@ -348,63 +337,10 @@ def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, _Shape]]) -> li
         if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
             lints[module] = (
                 f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics "
-                "hold a variance that "
-                "evaluation does not have. Move it behind the last batch normalisation."
+                "hold a variance that evaluation does not have. Move it behind the last batch "
+                "normalisation."
             )
     return list(lints.values())
-
-
-def _look(model: nn.Module, sample: Any) -> list[tuple[nn.Module, _Shape]]:
-    """The layers and dropouts that the sample passes, in order, with the shapes of their inputs."""
-    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
-    if lazy:
-        raise InputError(
-            f"`model` must have its parameters for a sample, got lazy ones: {lazy}. Run it once "
-            "before."
-        )
-    seen: list[tuple[nn.Module, _Shape]] = []
-
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = [name for name in kwargs if name != "mask"]
-        x = args[0] if args else kwargs[names[0]]
-        seen.append((module, tuple(x.shape)))
-
-    with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(_put_back(model))
-        for module in model.modules():
-            if isinstance(module, (_BatchNorm, _DropoutNd)):
-                stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        forward(model, sample, "sample")
-    return seen
-
-
-@contextmanager
-def _put_back(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; modes, buffers and random numbers afterwards as they were."""
-    modes = {m: m.training for m in model.modules()}
-    buffers = [
-        (m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None
-    ]
-    # Evaluation would apply what is under way, and so would `eval()`.
-    sources = {m: m.statistics for m in modes if isinstance(m, SyncNorm)}
-    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
-    with torch.random.fork_rng([d for d in devices if d.index is not None]):
-        try:
-            for module in modes:
-                module.training = False
-            for layer in sources:
-                layer.statistics = Local()
-            yield
-        finally:
-            for layer, source in sources.items():
-                layer.statistics = source
-            for module, mode in modes.items():
-                module.training = mode
-            for module, name, buffer, value in buffers:
-                module._buffers[name] = buffer
-                # A write would disturb a backward pass that is to come.
-                if not observed.is_fake(module) and not torch.equal(buffer, value):
-                    buffer.copy_(value)
 
 
 def _text(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Training forwards that leave no trace in the statistics."""
+"""Training forwards that do not update the running statistics."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from syncnorm.module import Freeze, SyncNorm
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within the block, training forwards of `model` use batch statistics as always, and update
-    nothing.
+    """Freeze the running statistics within the block; training forwards still normalise by batch.
 
     For forwards that are no step of the training: the second one of sharpness-aware minimisation,
     those of a teacher or for a gradient penalty. Running statistics, their counter (the clock of

@@ -1,4 +1,4 @@
-"""Each module's own mode, training or evaluation: begun with, left for a while, and put back."""
+"""Training and evaluation modes of single modules: set, saved and restored."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import nn
 
 
 def begin_training(model: nn.Module) -> bool:
-    """Put a model that is wholly in evaluation mode into training mode; leave what is frozen in any
-    other as it is.
+    """Put a model into training mode, except for modules that are frozen.
 
-    A module's own `train` has its say: what it keeps in evaluation mode stays there.
+    Frozen are modules in evaluation mode, unless all of the model is, and modules that a `train` of
+    their own keeps in evaluation mode.
 
     Args:
         model: as its builder left it.
@@ -30,9 +30,7 @@ def begin_training(model: nn.Module) -> bool:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """All of `model` in evaluation mode within the block; afterwards each module has the mode it
-    had.
-    """
+    """Put all of `model` into evaluation mode within the block, then restore each module's mode."""
     before = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -42,15 +40,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def put_modes(modes: Mapping[nn.Module, bool]) -> None:
-    """Give each module its mode.
+    """Set the mode of each module.
 
     Args:
-        modes: by module, parents before their children, as `Module.modules` has them.
+        modes: training or not, by module; parents before their children, as in `Module.modules`.
     """
     for module, mode in modes.items():
         if module.training != mode:
-            # Not the flag alone: a module's own `train` may do more, such as take merged weights
-            # apart.
+            # Not the flag alone: a module's own `train` may do more, such as unmerge weights.
             module.train(mode)
     for module, mode in modes.items():
         module.training = mode

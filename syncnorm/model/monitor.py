@@ -1,8 +1,11 @@
 """Figures of the layers' last training forward, read on request.
 
-A layer keeps references to its batch's sums and to the moments that it normalised by; everything
-here is computed from them when it is read, for all channels of all layers at once. A step that
-nobody reads computes nothing more.
+A layer keeps references to its batch's sums and to the moments that it normalised by. The figures
+are computed from them when they are read, for all channels of all layers at once; until then they
+cost nothing.
+
+Shapes: L layers have T channels together, a layer has C. "By channel" is (..., T), "by layer" is
+(..., L).
 """
 
 from __future__ import annotations
@@ -63,9 +66,11 @@ class Monitor:
     def read(self) -> dict[str, Any]:
         """Read each layer's last training forward, and the exchanges since the last reading.
 
-            between_share = mean over channels of (m2 - sum over workers of local m2) / (m2 + n *
-            eps) mean_gap = RMS over channels of (mean - running_mean) / sqrt(running_var + eps)
-            var_gap = RMS over channels of log((var + eps) / (running_var + eps)) / 2
+            between_share = mean of (m2 - sum over workers of local m2) / (m2 + n * eps)
+            mean_gap      = RMS  of (mean - running_mean) / sqrt(running_var + eps)
+            var_gap       = RMS  of log((var + eps) / (running_var + eps)) / 2
+
+        each over the channels of a layer.
 
         *Statistics*: `between_share` is of the batch of all workers, whatever the layer normalises
         by. The other figures are of what each worker normalised by (its own batch under "running"
@@ -97,7 +102,7 @@ class Monitor:
         for layer in layers.values():
             layer.statistics.settle()
         totals = self._tally.take()
-        # What reading sent is no part of the training.
+        # The monitor's own exchanges are no part of the training.
         totals.pop("monitor", None)
         figures: dict[str, Figures] = {}
         for group, some in _by_group(layers):
@@ -113,7 +118,7 @@ def _summary(totals: dict[str, exchange.Total]) -> dict[str, Any]:
 
 
 def _by_group(layers: dict[str, SyncNorm]) -> list[tuple[groups.Group | None, dict[str, SyncNorm]]]:
-    """The layers that have the same workers, in an order that these agree on."""
+    """The layers of each process group, in the same order on all its workers."""
     together: dict[tuple[int, ...], tuple[groups.Group | None, dict[str, SyncNorm]]] = {}
     for name, layer in layers.items():
         group = groups.statistics_group(layer.workers)
@@ -121,19 +126,24 @@ def _by_group(layers: dict[str, SyncNorm]) -> list[tuple[groups.Group | None, di
     return list(together.values())
 
 
-class _Seen(NamedTuple):
-    """One layer's last forward: local sums, the moments it normalised by, and the reference of r, d."""
+class _LastForward(NamedTuple):
+    """One layer's last training forward."""
 
     sums: Tensor
+    """Local sums, (2C + 1,)."""
     batch: Moments
+    """The moments that it normalised by: mean (C,), m2 (C,), count ()."""
     running_mean: Tensor
+    """The reference of d, (C,)."""
     running_var: Tensor
+    """The reference of r, (C,)."""
     r_max: Tensor
+    """Scalar, like d_max."""
     d_max: Tensor
 
     @classmethod
-    def by(cls, layer: SyncNorm) -> _Seen:
-        # A layer that has seen nothing counts as one that has seen an empty batch.
+    def of(cls, layer: SyncNorm) -> _LastForward:
+        # A layer without a training forward counts as one with an empty batch.
         sums, batch, correction = layer.seen or _nothing(layer)
         if correction is not None:
             return cls(sums, batch, *correction[2:])
@@ -148,8 +158,8 @@ def _nothing(layer: SyncNorm) -> Seen:
     return Seen(sums, of_sums(sums), None)
 
 
-class _Places(NamedTuple):
-    """The places of each layer's channels among the T channels of all L layers."""
+class _Layout(NamedTuple):
+    """The layout of the T channels of all L layers, one layer after the other."""
 
     channels: Tensor
     """Number of each layer's channels, (L,)."""
@@ -157,13 +167,15 @@ class _Places(NamedTuple):
     """The layer of each channel, (T,)."""
 
     @classmethod
-    def of(cls, layers: list[SyncNorm], device: torch.device) -> _Places:
+    def of(cls, layers: list[SyncNorm], device: torch.device) -> _Layout:
         channels = torch.tensor([layer.num_features for layer in layers], device=device)
         return cls(channels, torch.arange(len(layers), device=device).repeat_interleave(channels))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sums over the channels of each layer, (..., T) -> (..., L), with the same bits wherever
-        they are made.
+        """Sum over the channels of each layer, (..., T) -> (..., L).
+
+        Gathers into a padded (..., L, max C): a scatter-add on CUDA would not give the same bits on
+        all workers.
         """
         position = torch.arange(int(self.channels.max()), device=values.device)
         first, is_own = (
@@ -175,89 +187,96 @@ class _Places(NamedTuple):
 
 
 def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures]:
-    """The figures of each layer, after one exchange for all of them; none of layers that have no
-    numbers.
-    """
+    """The figures of each layer, from one exchange for all of them; all None for fake tensors."""
     if observed.is_fake(layers[0]):
         return [dict.fromkeys(_NAMES) for _ in layers]
     device = device_of(layers[0])
-    places = _Places.of(layers, device)
+    layout = _Layout.of(layers, device)
     facts = [
         (layer.eps, not layer.sync_mode.normalizes_by_batch, layer.seen is not None)
         for layer in layers
     ]
     eps, is_lagged, has_seen = torch.tensor(facts, dtype=torch.float64, device=device).unbind(1)
-    by_channel, by_layer = _local([_Seen.by(layer) for layer in layers], has_seen, eps, places)
+    # (3, T) and (8, L)
+    by_channel, by_layer = _local_summands(
+        [_LastForward.of(layer) for layer in layers], has_seen, eps, layout
+    )
     message = torch.cat([by_channel.flatten(), by_layer.flatten()])
     by_channel, by_layer = exchange.sum_(message, group, "monitor").split(
         [by_channel.numel(), by_layer.numel()]
     )
-    table = _pooled(by_channel.view(3, -1), by_layer.view(8, -1), eps, is_lagged > 0, places)
-    return [_select(layer, row) for layer, row in zip(layers, table.tolist(), strict=True)]
+    table = _pooled(by_channel.view(3, -1), by_layer.view(8, -1), eps, is_lagged > 0, layout)
+    return [_applicable(layer, row) for layer, row in zip(layers, table.tolist(), strict=True)]
 
 
-def _local(
-    seen: list[_Seen], has_seen: Tensor, eps: Tensor, places: _Places
+def _local_summands(
+    forwards: list[_LastForward], has_seen: Tensor, eps: Tensor, layout: _Layout
 ) -> tuple[Tensor, Tensor]:
-    """This worker's part of the message: by channel (3, T), and by layer (8, L)."""
+    """This worker's summands: by channel (3, T), and by layer (8, L).
+
+    By channel: sum wx, sum wx^2, local m2. By layer: sum w, 1 if there was a forward, the count of
+    `batch`, the number of channels with known gaps, and the sums over channels of the four gaps.
+    """
     device = eps.device
     sums, squares, n = (
-        _flat(parts, device) for parts in zip(*(_cut(s.sums) for s in seen), strict=True)
+        _flat(parts, device) for parts in zip(*(_split_sums(s.sums) for s in forwards), strict=True)
     )
-    count = _flat([s.batch.count.view(1) for s in seen], device)
-    gaps = places.sum(_gaps(seen, count[places.owner], eps[places.owner], places.owner))
+    count = _flat([s.batch.count.view(1) for s in forwards], device)
+    gaps = layout.sum(_gaps(forwards, count[layout.owner], eps[layout.owner], layout.owner))
     is_known = count > 0
-    valid, *gaps = torch.where(is_known, torch.cat([places.channels.unsqueeze(0), gaps]), 0.0)
-    local_m2 = _m2(sums, squares, n[places.owner])
+    valid, *gaps = torch.where(is_known, torch.cat([layout.channels.unsqueeze(0), gaps]), 0.0)
+    local_m2 = _m2(sums, squares, n[layout.owner])
     return torch.stack([sums, squares, local_m2]), torch.stack([n, has_seen, count, valid, *gaps])
 
 
 def _pooled(
-    by_channel: Tensor, by_layer: Tensor, eps: Tensor, is_lagged: Tensor, places: _Places
+    by_channel: Tensor, by_layer: Tensor, eps: Tensor, is_lagged: Tensor, layout: _Layout
 ) -> Tensor:
-    """From what all workers added, the figures of each layer in the order of their names: (L, 6)."""
+    """The figures of each layer, (L, 6) in the order of _NAMES, from the sums over all workers."""
     sums, squares, within = by_channel
     n, workers, count, valid, *gaps = by_layer
-    m2 = _m2(sums, squares, n[places.owner])
-    between = (m2 - within).clamp(min=0.0) / (m2 + (n * eps)[places.owner])
+    m2 = _m2(sums, squares, n[layout.owner])
+    between = (m2 - within).clamp(min=0.0) / (m2 + (n * eps)[layout.owner])
     mean_square, var_square, r_clipped, d_clipped = (gap / valid for gap in gaps)
-    # The average that a lagged layer normalises by has no count of its own. Nobody's is 0 / 0:
-    # None.
+    # The average that a lagged layer normalises by has no count of its own. Without any forward
+    # it is 0 / 0, which reads as None.
     count = torch.where(is_lagged, n * workers, count) / workers
-    share = places.sum(between) / places.channels
+    share = layout.sum(between) / layout.channels
     return torch.stack(
         [count, share, mean_square.sqrt(), var_square.sqrt(), r_clipped, d_clipped], 1
     )
 
 
 def _flat(parts: Iterable[Tensor], device: torch.device) -> Tensor:
+    """The layers' parts in one float64 tensor: L of (C,) -> (T,)."""
     return torch.cat([part.to(device) for part in parts]).double()
 
 
-def _cut(sums: Tensor) -> tuple[Tensor, ...]:
+def _split_sums(sums: Tensor) -> tuple[Tensor, ...]:
     """The raw sums as [sum wx (C), sum wx^2 (C), sum w (1)]."""
     channels = sums.numel() // 2
     return sums.split([channels, channels, 1])
 
 
 def _m2(sums: Tensor, squares: Tensor, n: Tensor) -> Tensor:
+    """Sum of squared deviations, all (T,): sum wx^2 - (sum wx)^2 / n."""
     return (squares - sums.square() * reciprocal(n)).clamp(min=0.0)
 
 
-def _gaps(seen: list[_Seen], count: Tensor, eps: Tensor, owner: Tensor) -> Tensor:
-    """By channel, (4, T): the squares of both gaps, and whether r and d are at their bounds.
+def _gaps(forwards: list[_LastForward], count: Tensor, eps: Tensor, owner: Tensor) -> Tensor:
+    """By channel, (4, T): the squares of both gaps, and 1 where r or d is at its bound.
 
     Unclipped, d is the gap of the mean and log r that of the variance, in any layer.
     """
     device = eps.device
     mean, m2 = (
-        _flat((s.batch.mean for s in seen), device),
-        _flat((s.batch.m2 for s in seen), device),
+        _flat((s.batch.mean for s in forwards), device),
+        _flat((s.batch.m2 for s in forwards), device),
     )
-    running_mean = _flat((s.running_mean for s in seen), device)
-    sigma = torch.sqrt(_flat((s.running_var for s in seen), device) + eps)
-    r_max = torch.stack([s.r_max.to(device) for s in seen])[owner]
-    d_max = torch.stack([s.d_max.to(device) for s in seen])[owner]
+    running_mean = _flat((s.running_mean for s in forwards), device)
+    sigma = torch.sqrt(_flat((s.running_var for s in forwards), device) + eps)
+    r_max = torch.stack([s.r_max.to(device) for s in forwards])[owner]
+    d_max = torch.stack([s.d_max.to(device) for s in forwards])[owner]
     r = torch.sqrt(m2 * reciprocal(count) + eps) / sigma
     d = (mean - running_mean) / sigma
     return torch.stack(
@@ -265,14 +284,12 @@ def _gaps(seen: list[_Seen], count: Tensor, eps: Tensor, owner: Tensor) -> Tenso
     )
 
 
-def _select(layer: SyncNorm, values: list[float]) -> Figures:
-    """Of the numbers of a layer those that mean something for its kind."""
-    means_nothing: set[str] = set()
+def _applicable(layer: SyncNorm, values: list[float]) -> Figures:
+    """The figures by name; None where they do not apply to the layer, or are not finite."""
+    inapplicable: set[str] = set()
     if layer.running_mean is None:
-        means_nothing |= {"mean_gap", "var_gap"}
+        inapplicable |= {"mean_gap", "var_gap"}
     if not isinstance(layer, SyncBatchRenorm):
-        means_nothing |= {"r_clipped", "d_clipped"}
+        inapplicable |= {"r_clipped", "d_clipped"}
     named = zip(_NAMES, values, strict=True)
-    return {
-        name: v if math.isfinite(v) and name not in means_nothing else None for name, v in named
-    }
+    return {name: v if math.isfinite(v) and name not in inapplicable else None for name, v in named}

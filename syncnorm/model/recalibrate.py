@@ -1,9 +1,8 @@
-"""Population statistics for evaluation, from data: exact, whatever worker holds which batch."""
+"""Exact population statistics for evaluation, computed from data on all workers."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +18,7 @@ from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.modes import evaluating
+from syncnorm.model.sample import call
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source
@@ -28,8 +28,7 @@ from syncnorm.statistics.source import Source
 def recalibrate(
     model: nn.Module, batches: Iterable[Any], *, process_group: groups.Spec = None, mix: float = 1.0
 ) -> nn.Module:
-    """Replace the running statistics by those of the data: every batch of every worker, weighted by
-    count.
+    """Replace the running statistics by those of all workers' batches, weighted by count.
 
         running <- (1 - mix) * running + mix * population        population: mean, and m2 / (n - 1)
 
@@ -77,8 +76,7 @@ def recalibrate(
     """
     if not 0 < mix <= 1:
         raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
-    # DistributedDataParallel's own forward would exchange, and workers have different numbers of
-    # batches.
+    # DDP's own forward would exchange, but workers have different numbers of batches.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers(bare)
     group = groups.statistics_group(process_group)
@@ -100,9 +98,8 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
     if not layers:
         raise InputError(
             "`model` must have a BatchNorm layer that keeps running statistics and is not frozen, "
-            "got none in "
-            f"{type(model).__name__}. Layers in evaluation mode within a model in training mode "
-            "are frozen."
+            f"got none in {type(model).__name__}. Layers in evaluation mode within a model in "
+            "training mode are frozen."
         )
     return layers
 
@@ -110,7 +107,7 @@ def _layers(model: nn.Module) -> list[_BatchNorm]:
 def _collect(
     model: nn.Module, layers: list[_BatchNorm], batches: Iterable[Any]
 ) -> tuple[list[Tensor], Exception | None]:
-    """The raw sums of each layer over this worker's batches, and what went wrong, for all to know."""
+    """The raw sums of each layer over this worker's batches, and the error that ended them."""
     sums = [
         torch.zeros(2 * m.num_features + 1, dtype=torch.float64, device=_mean(m).device)
         for m in layers
@@ -118,45 +115,16 @@ def _collect(
     with ExitStack() as stack:
         stack.enter_context(_modes(model, layers))
         for layer, total in zip(layers, sums, strict=True):
-            is_own = isinstance(layer, SyncNorm)
-            stack.enter_context(_own(layer, total.add_) if is_own else _foreign(layer, total.add_))
+            if isinstance(layer, SyncNorm):
+                stack.enter_context(_collecting_ours(layer, total.add_))
+            else:
+                stack.enter_context(_collecting_theirs(layer, total.add_))
         try:
             for batch in batches:
-                forward(model, batch, "batches")
-        except Exception as error:  # carried to the other workers, then raised
+                call(model, batch, "batches")
+        except Exception as error:  # sent to the other workers, then raised
             return sums, error
     return sums, None
-
-
-def forward(model: nn.Module, batch: Any, argument: str) -> None:
-    """Call the model with a batch; of a tuple or list with as many elements as it must have, the
-    first at least.
-
-    Raises:
-        InputError: the model does not take these arguments.
-    """
-    signature = inspect.signature(model.forward)
-    args, kwargs = (), {}
-    if isinstance(batch, Mapping):
-        kwargs = dict(batch)
-    elif isinstance(batch, tuple | list):
-        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        required = [
-            p for p in signature.parameters.values() if p.kind in kinds and p.default is p.empty
-        ]
-        args = tuple(batch[: max(1, len(required))])
-    else:
-        args = (batch,)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        names = ", ".join(signature.parameters)
-        raise InputError(
-            f"`{argument}` must hold the arguments of {type(model).__name__}.forward, {names}, got "
-            f"{type(batch).__name__} ({error}). Give a tensor, a tuple with an element for each, "
-            "or a mapping by name."
-        ) from None
-    model(*args, **kwargs)
 
 
 @contextmanager
@@ -169,7 +137,7 @@ def _modes(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
 
 
 class _Recording(Source):
-    """Local statistics, whose sums are kept; running statistics follow nothing."""
+    """Local statistics, whose sums are collected; running statistics are not updated."""
 
     is_lent = True
 
@@ -186,15 +154,14 @@ class _Recording(Source):
 
 
 @contextmanager
-def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
+def _collecting_ours(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
     layer.statistics.settle()
     source, layer.statistics = layer.statistics, _Recording(keep)
     seen = layer.seen
     schedule = getattr(layer, "schedule", None)
     with _buffers_put_back(layer):
         if isinstance(layer, SyncBatchRenorm):
-            # Renormalisation off, and nothing of the old statistics must come through, not even
-            # NaN.
+            # Renormalisation off. Nothing of the old statistics may come through, not even NaN.
             layer.schedule = RenormSchedule.constant(1.0, 0.0)
             layer.reset_running_stats()
         try:
@@ -206,8 +173,8 @@ def _own(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
 
 
 @contextmanager
-def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
-    """A layer of torch's does what ours would, so that a batch of one value passes too."""
+def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[None]:
+    """Have a layer of torch's normalise as ours would, so that a batch of one value passes too."""
 
     def normalize(input: Tensor) -> Tensor:  # torch's name for the argument
         local = ops.local_sums(input, None)
@@ -215,14 +182,14 @@ def _foreign(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> Iterator[No
         statistic = ops.pooled_statistic(local, None, type(layer).__name__)
         return ops.normalize(input, layer.weight, layer.bias, statistic, layer.eps, None)
 
-    def look(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         keep(ops.local_sums(args[0] if args else next(iter(kwargs.values())), None).sums)
 
     is_plain = type(layer).forward in (
         _BatchNorm.forward,
         nn.SyncBatchNorm.forward,
     ) and "forward" not in vars(layer)
-    hook = None if is_plain else layer.register_forward_pre_hook(look, with_kwargs=True)
+    hook = None if is_plain else layer.register_forward_pre_hook(collect, with_kwargs=True)
     if is_plain:
         layer.forward = normalize
     with _buffers_put_back(layer):
@@ -248,7 +215,7 @@ def _buffers_put_back(layer: _BatchNorm) -> Iterator[None]:
 def _pool(
     sums: list[Tensor], failure: Exception | None, group: groups.Group | None
 ) -> list[Moments]:
-    """The moments over all workers; or the same end for all of them."""
+    """The moments over all workers, from one all-reduce; an error is raised on all of them."""
     members = groups.ranks(group)
     failures = torch.zeros(len(members), dtype=torch.float64, device=sums[0].device)
     failures[members.index(groups.rank())] = failure is not None
@@ -262,8 +229,7 @@ def _pool(
     if failed:
         raise FaultError(
             "`batches` must pass through the model on every worker, got an error on rank(s) "
-            f"{failed}. "
-            "Nothing was changed; see the error there."
+            f"{failed}. Nothing was changed; see the error there."
         )
     population = [of_sums(s) for s in pooled]
     if all(batch.count == 0 for batch in population):
@@ -274,12 +240,13 @@ def _pool(
 
 
 def _blend(layer: _BatchNorm, batch: Moments, mix: float) -> None:
+    """running <- (1 - mix) * running + mix * population, where the batch has values enough."""
     values = (
         (_mean(layer), batch.mean, batch.count > 0),
         (_var(layer), batch.m2 / (batch.count - 1), batch.count > 1),
     )
     for running, value, is_known in values:
-        # At mix = 1 nothing of the old value must come through, not even NaN.
+        # At mix = 1 nothing of the old value may come through, not even NaN.
         mixed = value if mix == 1 else (1 - mix) * running.double() + mix * value
         running.copy_(torch.where(is_known, mixed, running.double()))
 

@@ -36,6 +36,8 @@ class Call:
     key: Tensor
     """By which a repetition finds it, float64."""
     statistic: Statistic
+    number: int
+    """Counts the calls of a layer that were kept."""
     repeated_in: int | None = None
     """The backward pass that has repeated it last."""
 
@@ -48,6 +50,7 @@ class Repetitions:
         self._in_graphs = weakref.WeakKeyDictionary()
         self._pending: deque[Call] = deque(maxlen=_PENDING_CALLS)
         self._has_overflowed = False
+        self._count = 0
 
     def __len__(self) -> int:
         return len(self._pending) + len(self._in_graphs)
@@ -59,7 +62,8 @@ class Repetitions:
         """
         # The graph holds the statistic's gradient means; what it keeps alive must not hold them.
         again = statistic._replace(gradient_means=statistic.gradient_means.again())
-        call = Call(_key(x, local), again)
+        self._count += 1
+        call = Call(_key(x, local), again, self._count)
         if y.requires_grad:
             self._in_graphs[statistic.gradient_means] = call
             return
@@ -73,7 +77,8 @@ class Repetitions:
         Raises:
             InputError: more were pending than can be kept.
         """
-        calls = [*self._pending, *self._in_graphs.values()][::-1]
+        calls = [*self._pending, *self._in_graphs.values()]
+        calls.sort(key=lambda call: -call.number)
         if not calls or (self._has_overflowed and calls[0].statistic.is_of_batch_alone):
             return None
         call = calls[0] if len(calls) == 1 else self._newest(calls, _key(x, local), name)

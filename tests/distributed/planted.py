@@ -60,14 +60,14 @@ def unguarded_count() -> Iterator[None]:
 @contextmanager
 def counted_twice() -> Iterator[None]:
     """The counter moves again where a checkpoint repeats a forward."""
-    true = SyncNorm._train_part
+    true = SyncNorm.train_forward
 
-    def _train_part(self: SyncNorm, x: Tensor, weights: Tensor | None) -> Tensor:
+    def train_forward(self: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += ops.is_recomputing()
-        return true(self, x, weights)
+        return true(self, x, mask)
 
-    with patch.object(SyncNorm, "_train_part", _train_part):
+    with patch.object(SyncNorm, "train_forward", train_forward):
         yield
 
 

@@ -198,7 +198,7 @@ def test_training_on_equals_training_what_was_built_so():
         )
         converted.load_state_dict(built.state_dict())
         convert(converted, to)
-        assert vars(converted[1]).keys() - {"_origin"} == vars(built[1]).keys()
+        assert vars(converted[1]).keys() - {"_original"} == vars(built[1]).keys()
         assert repr(converted) == repr(built)
         for model in (built, converted):
             _train(model, torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9))

@@ -200,7 +200,7 @@ def test_headers_are_sent_only_once_somebody_has_left(pool):
     kinds = pool(2).run(_on_worker, [2, 2])[0].kinds
     step = ["join", "moments", "moments", "count", "gradients", "gradients"]
     assert kinds == [*step, *step, "join", "join", "join"], (
-        "a roll call for each step and one at the end; the handover"
+        "a count of presence for each step and one at the end; the handover"
     )
     alone = pool(2).run(_on_worker, [2, 1])[0].kinds
     headed = ["join", *(kind for each in step[1:] for kind in ("join", each))]

@@ -1,9 +1,8 @@
-"""Layers that are subclasses of torch's batch norms: which class they get, and what their forward
-adds to ours.
+"""Classes of converted layers that are subclasses of torch's batch norms, and their forwards.
 
 A layer of exactly torch's class becomes `SyncBatchNorm` itself. For a subclass a class is made that
-has both as bases, so that the subclass's other methods stay (a `train` that keeps the layer frozen,
-say). If the subclass has a forward of its own, an adapter must say what it does besides
+has both as bases, so that the subclass's other methods stay (such as a `train` that keeps the layer
+frozen). If the subclass has a forward of its own, an adapter must say what it does besides
 normalising.
 """
 
@@ -28,7 +27,7 @@ TORCHS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, _Bat
 
 
 def _drop_and_act(layer: nn.Module, x: Tensor, normalize: Callable[[Tensor], Tensor]) -> Tensor:
-    """timm's layers of normalisation, dropout and activation."""
+    """The forward of timm's layers: normalisation, dropout, activation."""
     y = normalize(x)
     for name in ("drop", "act"):
         part = getattr(layer, name, None)
@@ -37,7 +36,7 @@ def _drop_and_act(layer: nn.Module, x: Tensor, normalize: Callable[[Tensor], Ten
 
 
 _registered: dict[type, Adapter] = {}
-# By name, since importing timm to look at its classes would cost everybody seconds.
+# By name, since importing timm takes seconds.
 _shipped: dict[str, Adapter] = {
     "timm.layers.norm_act.BatchNormAct2d": _drop_and_act,
     "timm.layers.norm_act.SyncBatchNormAct": _drop_and_act,
@@ -89,7 +88,7 @@ def _owner_of_forward(cls: type) -> type:
 
 
 def has_torchs_forward(cls: type) -> bool:
-    """True if a batch norm of this class only normalises."""
+    """True if the forward of this class is torch's, which only normalises."""
     return _owner_of_forward(cls) in TORCHS
 
 
@@ -100,20 +99,18 @@ def adapter_of(cls: type) -> Adapter | None:
 
 
 class Over:
-    """Mixed into the class of a layer of ours that stands for a subclass of torch's; copies and
-    pickles.
-    """
+    """Mixin of a class made for a subclass of torch's: lets its layers be copied and pickled."""
 
     made_of: tuple[type[SyncNorm], type[_BatchNorm]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class was made at run time, and so has no name to be found by.
+        # The class was made at run time: unpickling cannot import it by name.
         _, _, *state = super().__reduce_ex__(protocol)
         return (_new, self.made_of, *state)
 
 
 class _Adapted(Over):
-    """For a subclass with a forward of its own."""
+    """Mixin for a subclass with a forward of its own: runs its adapter."""
 
     def forward(
         self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
@@ -125,8 +122,7 @@ class _Adapted(Over):
         if adapter is None:
             raise InputError(
                 f"`{theirs.__qualname__}` must have an adapter in this process, got a converted "
-                "layer without one. "
-                "Call register_adapter before using it."
+                "layer without one. Call register_adapter before using it."
             )
         return adapter(self, x, lambda x: ours.forward(self, x, mask))  # pyright: ignore[reportArgumentType]
 
@@ -135,7 +131,8 @@ class _Adapted(Over):
 def over(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> type[SyncNorm]:
     """The class of a layer of class `theirs` once it is converted to `ours`.
 
-    TypeError if there cannot be one.
+    Raises:
+        TypeError: Python cannot make a class of both.
     """
     if theirs in TORCHS:
         return ours
@@ -150,15 +147,15 @@ def _new(ours: type[SyncNorm], theirs: type[_BatchNorm]) -> SyncNorm:
 
 
 def own_class(layer: nn.Module) -> type:
-    """The class of a layer, leaving aside what torch.nn.utils.parametrize has made of it."""
+    """The class of a layer before torch.nn.utils.parametrize replaced it."""
     return parametrize.type_before_parametrizations(layer)
 
 
 def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
-    """Make it a `cls`, under its parametrizations if it has any."""
+    """Set the class of a layer, under its parametrizations if it has any."""
     if parametrize.is_parametrized(layer):
-        # Their properties are in a class of the layer's own, whose base torch gives it back in the
-        # end.
+        # The parametrized properties live in a class made for this layer alone. Its base is the
+        # class that torch restores when the parametrizations are removed.
         names = {
             k: v
             for k, v in vars(type(layer)).items()
@@ -169,7 +166,7 @@ def set_class(layer: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def their_class(layer: nn.Module) -> type[_BatchNorm]:
-    """The class of torch's, or over torch's, that a layer has besides ours."""
+    """The class of torch's, or a subclass of it, that a layer has besides ours."""
     cls = own_class(layer)
     if issubclass(cls, Over):
         return cls.made_of[1]

@@ -1,8 +1,8 @@
-"""One layer becomes one of ours, in place, and goes back to what it was.
+"""Swap of a layer's class for one of ours, in place, and back.
 
-The object stays: its class changes, and what our class needs is added. So whatever refers to the
-layer or holds its parameters (other names in the model, hooks, optimizers) goes on doing so. What
-the layer was is remembered in it, and travels with its copies and pickles.
+The object stays: its class changes, and the attributes that our class needs are added. References
+to the layer and to its parameters (other names in the model, hooks, optimizers) stay valid. A
+record of the former state is kept in the layer, and travels with its copies and pickles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from syncnorm.layers import SyncBatchRenorm
 from syncnorm.model.convert.adapters import over, own_class, set_class, their_class
 from syncnorm.module import HALF_TYPES, SyncNorm
 
-# Of torch's attributes those that we may set to something else.
+# Attributes of torch's layers that a swap may set to another value.
 _SHARED = ("momentum", "eps", "workers", "sync_mode")
 
 
@@ -34,8 +34,10 @@ class Request:
     options: dict[str, Any] = field(default_factory=dict)
 
     def momentum(self, layer: _BatchNorm) -> float | None:
-        """As asked for; else the target's default where normalisation becomes renormalisation or
-        the reverse.
+        """The option; else the layer's own.
+
+        Between normalisation and renormalisation the target's default takes the place of the
+        latter.
         """
         is_other = isinstance(layer, SyncBatchRenorm) != issubclass(self.to, SyncBatchRenorm)
         default = (
@@ -46,7 +48,7 @@ class Request:
         return self.options.get("momentum", default)
 
     def group(self, layer: _BatchNorm) -> groups.Spec:
-        """As asked for; else that of the layer, if it has one."""
+        """The group that was asked for; else that of the layer, if it has one."""
         return (
             groups.to_user(self.workers)
             if self.workers is not None
@@ -54,17 +56,17 @@ class Request:
         )
 
     def settings(self, layer: _BatchNorm) -> dict[str, Any]:
-        """The arguments of `set_up`: as asked for, else what a layer of ours has already."""
+        """The arguments of `set_up`: the options, else the values that a layer of ours has."""
         names = [
             p.name
             for p in inspect.signature(self.to.set_up).parameters.values()
             if p.kind is p.KEYWORD_ONLY
         ]
-        had = _settings_of(layer, names) if isinstance(layer, SyncNorm) else {}
-        return had | {name: value for name, value in self.options.items() if name in names}
+        current = _settings_of(layer, names) if isinstance(layer, SyncNorm) else {}
+        return current | {name: value for name, value in self.options.items() if name in names}
 
     def is_met_by(self, layer: _BatchNorm) -> bool:
-        """True if the layer is all that already."""
+        """True if a conversion by this request would not change the layer."""
         if not isinstance(layer, self.to):
             return False
         settings = self.settings(layer)
@@ -82,46 +84,46 @@ class Request:
 
 
 @dataclass
-class Origin:
+class Original:
     """The record of a converted layer's former state."""
 
     cls: type[_BatchNorm]
     changed: dict[str, Any] = field(default_factory=dict)
-    """Attributes that have another value now."""
+    """Former values of attributes that have another one now."""
     added: set[str] = field(default_factory=set)
-    """Attributes that it did not have."""
+    """Names of attributes that it did not have."""
     workers: groups.GroupHandle | Literal[False] = False
-    """The process group, if it was torch's SyncBatchNorm."""
+    """The process group, if it was torch's SyncBatchNorm; else False."""
     counted: int = 0
-    """Batches that it had counted when the clock of a schedule began again at 0."""
+    """Batches counted before a schedule's clock began at 0."""
 
 
-def origin_of(layer: nn.Module) -> Origin | None:
+def original_of(layer: nn.Module) -> Original | None:
     """The layer's record; None if it was not converted."""
-    return vars(layer).get("_origin")
+    return vars(layer).get("_original")
 
 
-def become(layer: _BatchNorm, name: str, request: Request) -> None:
-    """Make the layer what is asked for.
+def swap_in(layer: _BatchNorm, name: str, request: Request) -> None:
+    """Convert the layer as requested.
 
-    Nothing here may fail: what could has been looked at before.
+    Nothing here may fail: `refuse` has checked all layers before the first is changed.
     """
     if isinstance(layer, _LazyNormBase):
-        _become_later(layer, name, request)
+        _swap_in_later(layer, name, request)
         return
     momentum, group, settings = (
         request.momentum(layer),
         request.group(layer),
         request.settings(layer),
     )
-    origin, theirs = origin_of(layer) or Origin(own_class(layer)), their_class(layer)
-    _turn_clock(layer, origin, request.to)
+    original, theirs = original_of(layer) or Original(own_class(layer)), their_class(layer)
+    _reset_clock(layer, original, request.to)
     if isinstance(layer, SyncNorm):
-        _let_go(layer)
+        _detach(layer)
     before = dict(vars(layer))
     if "process_group" in before:
-        # torch's SyncBatchNorm: a group can be neither copied nor pickled.
-        origin.workers = groups.to_handle(before["process_group"])
+        # torch's SyncBatchNorm. Kept as a handle, since a group can be neither copied nor pickled.
+        original.workers = groups.to_handle(before["process_group"])
         del layer.__dict__["process_group"]
     set_class(layer, over(request.to, theirs))
     assert isinstance(layer, SyncNorm)
@@ -132,49 +134,51 @@ def become(layer: _BatchNorm, name: str, request: Request) -> None:
     changed = {
         k: before[k]
         for k in _SHARED
-        if k in before and before[k] is not after[k] and k not in origin.added
+        if k in before and before[k] is not after[k] and k not in original.added
     }
-    origin.changed = changed | origin.changed
-    origin.added |= after.keys() - before.keys()
-    after["_origin"] = origin
+    original.changed = changed | original.changed
+    original.added |= after.keys() - before.keys()
+    after["_original"] = original
 
 
-def _turn_clock(layer: _BatchNorm, origin: Origin, to: type[SyncNorm]) -> None:
-    """A schedule begins when the layer becomes renormalisation; what was counted before is put
-    aside.
-    """
+def _reset_clock(layer: _BatchNorm, original: Original, to: type[SyncNorm]) -> None:
+    """Begin a schedule's clock at 0 for renormalisation; restore the count on the way back."""
     counter = layer.num_batches_tracked
     if counter is None or observed.is_fake(layer):
         return
     with torch.no_grad():
         if issubclass(to, SyncBatchRenorm) and not isinstance(layer, SyncBatchRenorm):
-            origin.counted += int(counter)
+            original.counted += int(counter)
             counter.zero_()
         elif isinstance(layer, SyncBatchRenorm) and not issubclass(to, SyncBatchRenorm):
-            counter += origin.counted
-            origin.counted = 0
+            counter += original.counted
+            original.counted = 0
 
 
-def go_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
-    """Make the layer what it was; one that was built as ours, a `born`."""
+def swap_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
+    """Give the layer its former class and attributes.
+
+    Args:
+        born: the class of a layer that was built as ours.
+    """
     if isinstance(layer, LazySyncNorm):
-        layer.put_back()
+        layer.swap_back()
         return
     assert isinstance(layer, SyncNorm)
-    _let_go(layer)
-    added = vars(layer).keys() - vars(nn.BatchNorm1d(1)).keys() - {"_origin"}
-    origin = origin_of(layer) or Origin(born or nn.BatchNorm1d, added=added)
-    if origin.counted and layer.num_batches_tracked is not None:
+    _detach(layer)
+    added = vars(layer).keys() - vars(nn.BatchNorm1d(1)).keys() - {"_original"}
+    original = original_of(layer) or Original(born or nn.BatchNorm1d, added=added)
+    if original.counted and layer.num_batches_tracked is not None:
         with torch.no_grad():
-            layer.num_batches_tracked += origin.counted
-    set_class(layer, origin.cls)
+            layer.num_batches_tracked += original.counted
+    set_class(layer, original.cls)
     attributes = layer.__dict__
-    attributes.pop("_origin", None)
-    for name in origin.added & attributes.keys():
+    attributes.pop("_original", None)
+    for name in original.added & attributes.keys():
         del attributes[name]
-    attributes |= origin.changed
-    if origin.workers is not False:
-        attributes["process_group"] = groups.to_user(origin.workers)
+    attributes |= original.changed
+    if original.workers is not False:
+        attributes["process_group"] = groups.to_user(original.workers)
     if isinstance(layer, SyncNorm):
         label, names = layer.label, ("sync", "schedule", "running_average")
         layer.set_up(
@@ -197,10 +201,8 @@ def _settings_of(layer: SyncNorm, names: list[str]) -> dict[str, Any]:
     return settings | {"sync": layer.sync_mode.argument}
 
 
-def _let_go(layer: SyncNorm) -> None:
-    """The running statistics are up to date, nobody else acts for the layer, and nothing of ours is
-    in its state.
-    """
+def _detach(layer: SyncNorm) -> None:
+    """Flush pending updates, detach the layer from its pool, remove the buffers of its mode."""
     layer.statistics.release(layer)
     for name in layer.sync_mode.buffers(1, "meta"):
         layer._buffers.pop(name, None)
@@ -209,8 +211,8 @@ def _let_go(layer: SyncNorm) -> None:
 class LazySyncNorm(_LazyNormBase, _BatchNorm):
     """A lazy batch norm that was converted before it knew its number of channels.
 
-    torch's hook gives it parameters before its first forward, which makes it what the lazy layer
-    would have become, and that a layer of ours. That forward is ours already.
+    Before its first forward torch's hook initialises the parameters. That forward makes it the
+    class that the lazy layer would have become, converts that, and runs the converted layer.
     """
 
     cls_to_become = None
@@ -224,30 +226,29 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         pending = self.pending
         become_class = self.__dict__.pop("cls_to_become", pending.cls.cls_to_become)
-        # A state dict that was loaded has brought the parameters, and left the number of channels
-        # at 0.
+        # Loading a state dict initialises the parameters, and leaves the number of channels at 0.
         x = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
         self.num_features = self.num_features or x.shape[1]
-        self.put_back()
+        self.swap_back()
         self.__class__ = become_class
-        become(self, pending.name, pending.request)
+        swap_in(self, pending.name, pending.request)
         return type(self).forward(self, *args, **kwargs)
 
-    def put_back(self) -> None:
-        """Make it the lazy layer that it was."""
+    def swap_back(self) -> None:
+        """Make it the lazy layer that it was before the conversion."""
         self.__class__ = self.__dict__.pop("pending").cls
 
 
 @dataclass
 class Pending:
-    """A conversion that a lazy layer awaits."""
+    """A conversion that a lazy layer makes at its first forward."""
 
     cls: type[_LazyNormBase]
     name: str
     request: Request
 
 
-def _become_later(layer: _LazyNormBase, name: str, request: Request) -> None:
+def _swap_in_later(layer: _LazyNormBase, name: str, request: Request) -> None:
     if isinstance(layer, LazySyncNorm):
         earlier = layer.pending.request
         names = inspect.signature(request.to).parameters
@@ -255,6 +256,6 @@ def _become_later(layer: _LazyNormBase, name: str, request: Request) -> None:
         request = Request(
             request.to, earlier.workers if request.workers is None else request.workers, options
         )
-        layer.put_back()
+        layer.swap_back()
     layer.__dict__["pending"] = Pending(type(layer), name, request)
     layer.__class__ = LazySyncNorm

@@ -1,4 +1,4 @@
-"""Whole models: their batch norms become ours, in place, and go back to what they were."""
+"""Conversion of whole models: all batch norms, or none and an error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from syncnorm import observed
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.model.convert.class_swap import LazySyncNorm, Request, become, go_back, origin_of
+from syncnorm.model.convert.class_swap import LazySyncNorm, Request, original_of, swap_back, swap_in
 from syncnorm.model.convert.others import home_made, is_home_made, stays_local
 from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
 from syncnorm.model.ddp import let_broadcast
@@ -52,14 +52,14 @@ def convert(
     dimensions falls away. InstanceNorm and frozen batch norms that are no subclass of torch's are
     left alone.
 
-    What fine-tuning has to know is decided by these rules; `print(conversion_table(module))` says
-    what they gave:
+    These rules decide what fine-tuning depends on; `print(conversion_table(module))` shows their
+    results:
 
     - momentum: the option; else that of the target's default where batch normalisation becomes
       renormalisation (0.01, as its paper has it) or the reverse (0.1); else what the layer had.
     - the schedule's clock: `num_batches_tracked` begins at 0 where batch normalisation becomes
-      renormalisation. What was counted before is kept aside, and added when the layer goes back; it
-      is not in state dicts.
+      renormalisation. The former count is kept aside, and added again by `revert`; it is not in
+      state dicts.
     - running statistics, weight, bias, eps: as they are. `running_average="std"` reads
       `running_var` as sigma^2 - eps.
     - layers of ours keep what no option says, but lose what ties them to others: `prepare_ddp`
@@ -90,10 +90,10 @@ def convert(
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        >>> convert(model)[1]
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True, sync='batch')
-        >>> revert(model)[1]
-        BatchNorm2d(8, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True)
+        >>> type(convert(model)[1])
+        <class 'syncnorm.layers.SyncBatchNorm'>
+        >>> type(revert(model)[1])
+        <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     _check_target(to, options)
     request = Request(to, groups.to_handle(process_group), options)
@@ -107,9 +107,9 @@ def convert(
     faults |= {names[0]: why for layer, names in layers.items() if (why := wrapped(module, layer))}
     _refuse(faults, "converted")
     for layer, names in layers.items():
-        become(layer, names[0], request)
+        swap_in(layer, names[0], request)
     remove_deserted(module)
-    if not callable(select):  # which is asked about batch norms of torch's only
+    if not callable(select):  # a function is called with batch norms of torch's only
         chosen = _select(_named(module), select, may_be_none=True)
         said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
         if said is not None:
@@ -147,7 +147,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None)
 
 
 def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Module:
-    """Undo `convert`, in place: every layer is again what it was, with what it has learnt since.
+    """Undo `convert`, in place: each layer gets its former class and keeps what it has learnt.
 
     Running statistics are brought up to date first. Weights, running statistics and hooks stay,
     `num_batches_tracked` has all that was ever counted, momentum and eps are what they were before,
@@ -201,15 +201,14 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
         for key in m._buffers
     }
     for layer in layers:
-        go_back(layer, to)
+        swap_back(layer, to)
     remove_deserted(module)
     let_broadcast(module, ignored)
     return module
 
 
 def conversion_table(module: nn.Module) -> str:
-    """Say what each converted layer of `module` was, is, and what the rules of `convert` gave it;
-    for printing.
+    """Make a table of the converted layers: former class, class, momentum, batches counted.
 
     Example:
         >>> print(conversion_table(convert(nn.Sequential(nn.BatchNorm1d(3)), SyncBatchRenorm)))
@@ -220,18 +219,19 @@ def conversion_table(module: nn.Module) -> str:
     for layer, names in _named(module).items():
         if isinstance(layer, LazySyncNorm):
             request = layer.pending.request
-            rows.append((names[0], layer.pending.cls.__name__, f"{request.to.__name__} from its first forward on",
-                         _change(layer.momentum, request.momentum(layer)), "0"))  # fmt: skip
-        elif (origin := origin_of(layer)) is not None and isinstance(layer, SyncNorm):
+            momentum = _change(layer.momentum, request.momentum(layer))
+            to = f"{request.to.__name__} from its first forward on"
+            rows.append((names[0], layer.pending.cls.__name__, to, momentum, "0"))
+        elif (original := original_of(layer)) is not None and isinstance(layer, SyncNorm):
             counter = layer.num_batches_tracked
             count = (
                 "none" if counter is None else "?" if observed.is_fake(layer) else str(int(counter))
             )
-            if isinstance(layer, SyncBatchRenorm) and not issubclass(origin.cls, SyncBatchRenorm):
-                count = f"{origin.counted} before, {count} since: the schedule's clock"
-            momentum = _change(origin.changed.get("momentum", layer.momentum), layer.momentum)
+            if isinstance(layer, SyncBatchRenorm) and not issubclass(original.cls, SyncBatchRenorm):
+                count = f"{original.counted} before, {count} since: the schedule's clock"
+            momentum = _change(original.changed.get("momentum", layer.momentum), layer.momentum)
             rows.append(
-                (" = ".join(names), origin.cls.__name__, type(layer).__name__, momentum, count)
+                (" = ".join(names), original.cls.__name__, type(layer).__name__, momentum, count)
             )
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = [
@@ -247,7 +247,7 @@ def _change(before: float | None, after: float | None) -> str:
 
 
 def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
-    """InputError unless `to` can be built with these options."""
+    """Raise InputError unless `to` can be built with these options."""
     if to not in (SyncBatchNorm, SyncBatchRenorm):
         raise InputError(
             f"`to` must be SyncBatchNorm or SyncBatchRenorm, got {to!r}. Pass the class."
@@ -262,14 +262,13 @@ def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
         near = get_close_matches(name, names, 1, 0)
         raise InputError(
             f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got "
-            f"{options[name]!r}. "
-            f"Did you mean `{near[0]}`?"
+            f"{options[name]!r}. Did you mean `{near[0]}`?"
         )
     to(1, **options)
 
 
 def _named(module: nn.Module) -> dict[nn.Module, list[str]]:
-    """Every module with all of its names."""
+    """Every module with all of its qualified names."""
     named: dict[nn.Module, list[str]] = {}
     for name, m in module.named_modules(remove_duplicate=False):
         named.setdefault(m, []).append(name)
@@ -279,7 +278,11 @@ def _named(module: nn.Module) -> dict[nn.Module, list[str]]:
 def _select(
     named: dict[nn.Module, list[str]], select: Select | None, may_be_none: bool = False
 ) -> dict[nn.Module, list[str]]:
-    """Those of which a name is chosen, without layers that are no batch norm."""
+    """The modules of which `select` chooses a name.
+
+    Args:
+        may_be_none: modules other than batch norms count too, and it is no error if none is chosen.
+    """
     layers = {m: names for m, names in named.items() if may_be_none or isinstance(m, _BatchNorm)}
     if select is None:
         return layers
@@ -297,25 +300,24 @@ def _select(
     if layers and not chosen and not may_be_none:
         raise InputError(
             f"`select` must choose at least one batch norm, got none of {len(layers)} with "
-            f"{select!r}. "
-            f"The first is called {next(iter(layers.values()))[0]!r}."
+            f"{select!r}. The first is called {next(iter(layers.values()))[0]!r}."
         )
     return chosen
 
 
 def _refuse(faults: dict[str, str], what: str) -> None:
     if faults:
-        alike: dict[str, list[str]] = {}
+        names_by_reason: dict[str, list[str]] = {}
         for name, why in faults.items():
-            alike.setdefault(why, []).append(name)
-        listed = "; ".join(f"{_first(names)}{why}" for why, names in alike.items())
+            names_by_reason.setdefault(why, []).append(name)
+        listed = "; ".join(f"{_first(names)}{why}" for why, names in names_by_reason.items())
         raise InputError(
             f"`module` must hold layers that can be {what}, got {listed}. Nothing was changed."
         )
 
 
 def _first(names: list[str]) -> str:
-    """The first of them and the number of the others, as the subject of a clause."""
+    """The first name and the number of the others, as the subject of a clause."""
     if len(names) > 1:
         return f"{names[0]!r} (and {len(names) - 1} more) "
     return f"{names[0]!r} " if names[0] else "itself, which "

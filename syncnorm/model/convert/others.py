@@ -1,4 +1,4 @@
-"""Batch norms of a model that are not ours: what would be silent about them is said."""
+"""Warnings and errors about batch norms of a model that are not ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from syncnorm.errors import InputError
 from syncnorm.model.convert.class_swap import LazySyncNorm
 from syncnorm.module import SyncNorm
 
-# What home-made layers call a running mean, and what beside it they call a variance or deviation.
+# Names of buffers by which home-made layers are recognised: one of a mean, and one of a scale.
 _MEANS = {"running_mean", "moving_mean", "ra_mean"}
 _SCALES = {
     f"{prefix}_{name}"
@@ -22,11 +22,10 @@ _SCALES |= {"ra_var"}
 
 
 def is_home_made(layer: nn.Module) -> bool:
-    """True if a layer keeps running statistics of batches in a way of its own, as a batch norm
-    does.
+    """True if a layer that is no batch norm of torch's keeps running statistics of batches.
 
-    torch's layers do not, nor do those that only apply statistics: with weight and bias that are
-    buffers, or by name.
+    Layers that only apply statistics do not count: their weight is a buffer, or their name says
+    "frozen".
     """
     if isinstance(layer, _NormBase) or type(layer).__module__.startswith(
         ("torch.nn.", "torch.ao.")
@@ -38,12 +37,12 @@ def is_home_made(layer: nn.Module) -> bool:
 
 
 def kind_of(layer: nn.Module) -> str:
-    """The name of its class, also where torch.jit has compiled it."""
+    """The name of a layer's class, also where torch.jit has compiled it."""
     return getattr(layer, "original_name", type(layer).__name__)
 
 
 def home_made(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of `model` that keep running statistics in a way of their own, by name."""
+    """The home-made layers of `model`, by name."""
     return {name: m for name, m in model.named_modules() if is_home_made(m)}
 
 
@@ -53,17 +52,14 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
         return None
     return (
         f"`model` keeps running statistics in layers of its own, {_listed(layers)}: convert leaves "
-        "them alone, each "
-        "worker has statistics of its own batches, and DistributedDataParallel overwrites them "
-        "with rank 0's unless it "
-        "is told not to. Build such layers on torch.nn.BatchNorm1d, 2d or 3d, or on "
-        "syncnorm.functional.sync_batch_norm."
+        "them alone, each worker has statistics of its own batches, and DistributedDataParallel "
+        "overwrites them with rank 0's unless it is told not to. Build such layers on "
+        "torch.nn.BatchNorm1d, 2d or 3d, or on syncnorm.functional.sync_batch_norm."
     )
 
 
 def check_covers(model: nn.Module, what: str) -> None:
-    """See that what is to be done to the training statistics of `model` does not silently leave out
-    some of them.
+    """Check that `what`, which acts on our layers only, leaves out no other training statistics.
 
     Raises:
         InputError: there is no layer of ours, and there are others that training forwards would
@@ -86,8 +82,7 @@ def check_covers(model: nn.Module, what: str) -> None:
         )
     warnings.warn(
         f"{what} leaves out layers of `model` that are not ours: {_listed(others)}. Their running "
-        "statistics follow "
-        f"every training forward. {remedy}",
+        f"statistics follow every training forward. {remedy}",
         stacklevel=4,
     )
 

@@ -1,4 +1,4 @@
-"""Reasons against a conversion, looked for in all layers before any is changed."""
+"""Reasons against a conversion, checked in all layers before any is changed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import functional
+from syncnorm import functional, undocumented
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.adapters import Over, adapter_of, has_torchs_forward, over, own_class
-from syncnorm.model.convert.class_swap import LazySyncNorm, Request, origin_of
+from syncnorm.model.convert.class_swap import LazySyncNorm, Request, original_of
 from syncnorm.module import MODE_BUFFERS, SyncNorm
 from syncnorm.statistics.buffers import LoadedMark
 
@@ -27,13 +27,16 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
     """The reason why this layer cannot become that; None if it can."""
     cls = _class_to_be(layer)
     if "forward" in vars(layer):
-        return "has a forward that was set on the instance, which would be lost; remove it and set it again afterwards"
+        return (
+            "has a forward that was set on the instance, which would be lost; remove it and set it "
+            "again afterwards"
+        )
     if isinstance(layer, SyncNorm):
         return _busy(layer) or _subclass_of_ours(cls) or _untracked(layer, request)
     if not has_torchs_forward(cls) and adapter_of(cls) is None:
         return (
-            f"is a {cls.__qualname__}, whose own forward would be lost; "
-            f"say what it does with register_adapter({cls.__name__}, ...)"
+            f"is a {cls.__qualname__}, whose own forward would be lost; say what it does with "
+            f"register_adapter({cls.__name__}, ...)"
         )
     return (
         _untracked(layer, request)
@@ -45,7 +48,7 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
 
 
 def _class_to_be(layer: _BatchNorm) -> type[Any]:
-    """Its class; of a lazy layer the one that it becomes."""
+    """The layer's class; of a lazy layer the one that it becomes."""
     cls = layer.pending.cls if isinstance(layer, LazySyncNorm) else own_class(layer)
     return (
         vars(layer).get("cls_to_become", cls.cls_to_become)
@@ -84,7 +87,10 @@ def _untracked(layer: _BatchNorm, request: Request) -> str | None:
     kept = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
     if layer.track_running_stats and all(each is not None for each in kept):
         return None
-    return "has no running statistics, which renormalisation corrects towards; convert it to SyncBatchNorm"
+    return (
+        "has no running statistics, which renormalisation corrects towards; convert it to "
+        "SyncBatchNorm"
+    )
 
 
 def _unfit(layer: _BatchNorm, request: Request) -> str | None:
@@ -99,10 +105,10 @@ def _unfit(layer: _BatchNorm, request: Request) -> str | None:
 
 
 def _clash(layer: _BatchNorm, cls: type, request: Request) -> str | None:
-    """Attributes and methods of ours that the layer has already, as something else."""
+    """Names of ours that the layer uses for something else."""
     built: nn.Module = request.to(1)  # pyright: ignore[reportCallIssue]
     ours = vars(built).keys() | vars(request.to).keys() | vars(SyncNorm).keys() | MODE_BUFFERS
-    # The last is a mark that transformers leaves in every module.
+    # The last is an attribute that transformers sets on every module.
     ours -= {*dir(_BatchNorm), *vars(nn.SyncBatchNorm(1)), LoadedMark.NAME}
     theirs = (
         vars(layer).keys()
@@ -132,10 +138,13 @@ def born_reason(layer: nn.Module, to: type[_BatchNorm] | None) -> str | None:
     if isinstance(layer, LazySyncNorm):
         return None
     assert isinstance(layer, SyncNorm)
-    if origin_of(layer) is not None:
+    if original_of(layer) is not None:
         return _busy(layer)
     if to is None:
-        return "was built as ours, so it cannot be known what it should be; pass `to`, such as torch.nn.BatchNorm2d"
+        return (
+            "was built as ours, so it cannot be known what it should be; pass `to`, such as "
+            "torch.nn.BatchNorm2d"
+        )
     return _busy(layer) or _subclass_of_ours(own_class(layer))
 
 
@@ -147,11 +156,11 @@ def wrapped(module: nn.Module, layer: nn.Module) -> str | None:
         is_fsdp = any(each.__module__.startswith(_FSDP) for each in type(m).__mro__)
         if is_fsdp and any(layer is each for each in m.modules()):
             return _SHARDED
-    return _SHARDED if getattr(layer, "_is_fsdp_managed_module", False) else None
+    return _SHARDED if undocumented.is_managed_by_fsdp(layer) else None
 
 
 def scripted(module: nn.Module, is_selected: Callable[[str, nn.Module], bool]) -> dict[str, str]:
-    """Batch norms that are compiled into a ScriptModule, as far as they can be seen."""
+    """The reason why batch norms within a ScriptModule cannot be converted, by name."""
     why = "is compiled by torch.jit; convert before scripting or tracing"
     return {
         name: why

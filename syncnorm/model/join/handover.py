@@ -1,4 +1,4 @@
-"""The state of one worker given to the others, at the end of `join`."""
+"""Handover of the latest state from one worker to the others, at the end of `join`."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from syncnorm.module import SyncNorm
 
 
 class Stateful(Protocol):
-    """Anything that can be handed over: an optimizer, a scheduler, a GradScaler, an AveragedModel, a user's
-    own counter.
-    """
+    """An object whose state can be handed over, such as an optimizer or a counter of the user's."""
 
     def state_dict(self) -> Mapping[str, Any]: ...
 
@@ -27,24 +25,25 @@ class Stateful(Protocol):
 
 
 def check(stateful: Sequence[Stateful]) -> None:
+    """Raise InputError unless all have a state."""
     for each in stateful:
         if not (hasattr(each, "state_dict") and hasattr(each, "load_state_dict")):
             raise InputError(
                 "`stateful` must have the methods state_dict and load_state_dict, got "
-                f"{type(each).__name__}. "
-                "Give it both, or change it after the block, on all workers alike."
+                f"{type(each).__name__}. Give it both, or change it after the block, on all "
+                "workers alike."
             )
 
 
 @dataclass
 class Handover:
-    """From one worker to those whose state is older. All make the same exchanges.
+    """One handover to the workers whose state is older. All make the same exchanges.
 
     Args:
         group: all workers.
-        device: where their messages are.
-        is_giver: whether this worker's state is given.
-        is_late: whether this worker's state is older.
+        device: of the messages.
+        is_giver: True if this worker's state is given.
+        is_late: True if this worker's state is older.
     """
 
     group: groups.Group
@@ -53,10 +52,10 @@ class Handover:
     is_late: bool
 
     def give(self, layers: Sequence[SyncNorm], stateful: Sequence[Stateful]) -> None:
-        """The running statistics of the layers, and the states.
+        """Hand over the running statistics of the layers, and the states.
 
         Raises:
-            InputError: a state cannot be read on the other side; the same on all workers.
+            InputError: a state cannot be read by the receivers; the same on all workers.
         """
         for layer in layers:
             layer.statistics.settle()
@@ -71,13 +70,12 @@ class Handover:
                     buffer.copy_(value.view_as(buffer))
         states = [self._give_state(each) for each in stateful]
         if self.is_late:
-            # After all exchanges: one that does not fit raises here alone, and leaves nobody
-            # waiting.
+            # After all exchanges: a state that does not fit raises here alone, and no worker waits.
             for each, state in zip(stateful, states, strict=True):
                 each.load_state_dict(_unpacked(state.cpu().to(torch.int32)))
 
     def _give_state(self, stateful: Stateful) -> Tensor:
-        """Its state as bytes, four in the place of a number: that is exact."""
+        """The giver's state as bytes. Four travel as an int32 in a float64, which is exact."""
         data = _packed(stateful) if self.is_giver else None
         length = -1.0 if data is None else float(data.numel())
         size = int(
@@ -86,9 +84,8 @@ class Handover:
         if size < 0:
             raise InputError(
                 "`stateful` must have a state that torch.load(weights_only=True) takes, got "
-                "another of "
-                f"{type(stateful).__name__}. Let its state_dict hold tensors, numbers, texts, "
-                "lists and dicts."
+                f"another of {type(stateful).__name__}. Let its state_dict hold tensors, numbers, "
+                "texts, lists and dicts."
             )
         wide = torch.zeros(size) if data is None else data
         return self._from_giver(wide.to(self.device, torch.float64))
@@ -100,13 +97,13 @@ class Handover:
 
 
 def _packed(stateful: Stateful) -> Tensor | None:
-    """Its state in numbers of four bytes; None if it could not be read on the other side."""
+    """The state in numbers of four bytes; None if the receivers could not read it."""
     file = io.BytesIO()
     try:
         torch.save(stateful.state_dict(), file)
         file.seek(0)
         torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # of whatever a user's object may raise: all workers raise together
+    except Exception:  # whatever a user's object may raise: all workers raise together
         return None
     file.seek(0, io.SEEK_END)
     file.write(bytes(-file.tell() % 4))
@@ -114,6 +111,6 @@ def _packed(stateful: Stateful) -> Tensor | None:
 
 
 def _unpacked(data: Tensor) -> Any:
-    # Nothing but tensors and plain values is read: no code that came from outside can run.
+    # weights_only: no code of the message can run.
     file = io.BytesIO(ctypes.string_at(data.data_ptr(), 4 * data.numel()))
     return torch.load(file, map_location="cpu", weights_only=True)

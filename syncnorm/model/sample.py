@@ -1,0 +1,115 @@
+"""A model called with a batch as a loader gives it, and the shapes that its layers get."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
+
+from syncnorm import observed
+from syncnorm.errors import InputError
+from syncnorm.module import SyncNorm
+from syncnorm.statistics.batch import Local
+
+Shape = tuple[int, ...]
+
+
+def call(model: nn.Module, batch: Any, argument: str) -> None:
+    """Call the model with a batch.
+
+    Args:
+        batch: the argument, a mapping of keyword arguments, or a tuple or list. Of the latter the
+            model gets as many elements as it requires, and at least the first.
+        argument: the name of `batch` in an error.
+
+    Raises:
+        InputError: the model does not take these arguments.
+    """
+    signature = inspect.signature(model.forward)
+    args, kwargs = (), {}
+    if isinstance(batch, Mapping):
+        kwargs = dict(batch)
+    elif isinstance(batch, tuple | list):
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = [
+            p for p in signature.parameters.values() if p.kind in kinds and p.default is p.empty
+        ]
+        args = tuple(batch[: max(1, len(required))])
+    else:
+        args = (batch,)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        names = ", ".join(signature.parameters)
+        raise InputError(
+            f"`{argument}` must hold the arguments of {type(model).__name__}.forward, {names}, got "
+            f"{type(batch).__name__} ({error}). Give a tensor, a tuple with an element for each, "
+            "or a mapping by name."
+        ) from None
+    model(*args, **kwargs)
+
+
+def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]]:
+    """The batch norms and dropouts that the sample passes, in order, with their inputs' shapes.
+
+    The sample passes in evaluation mode without gradients; the model stays as it is.
+
+    Raises:
+        InputError: the model has lazy parameters, or does not take the sample.
+    """
+    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise InputError(
+            f"`model` must have its parameters for a sample, got lazy ones: {lazy}. Run it once "
+            "before."
+        )
+    seen: list[tuple[nn.Module, Shape]] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        names = [name for name in kwargs if name != "mask"]
+        x = args[0] if args else kwargs[names[0]]
+        seen.append((module, tuple(x.shape)))
+
+    with ExitStack() as stack, torch.no_grad():
+        stack.enter_context(_evaluating_untouched(model))
+        for module in model.modules():
+            if isinstance(module, (_BatchNorm, _DropoutNd)):
+                stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
+        call(model, sample, "sample")
+    return seen
+
+
+@contextmanager
+def _evaluating_untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; modes, buffers, pending updates and random state are restored at the end."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = [
+        (m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None
+    ]
+    # An evaluation forward would apply pending updates, and so would `eval()`.
+    sources = {m: m.statistics for m in modes if isinstance(m, SyncNorm)}
+    devices = {t.device for t in (*model.parameters(), *model.buffers()) if t.device.type == "cuda"}
+    with torch.random.fork_rng([d for d in devices if d.index is not None]):
+        try:
+            for module in modes:
+                module.training = False
+            for layer in sources:
+                layer.statistics = Local()
+            yield
+        finally:
+            for layer, source in sources.items():
+                layer.statistics = source
+            for module, mode in modes.items():
+                module.training = mode
+            for module, name, buffer, value in buffers:
+                module._buffers[name] = buffer
+                # Only where it changed: a write would invalidate what a later backward pass needs.
+                if not observed.is_fake(module) and not torch.equal(buffer, value):
+                    buffer.copy_(value)
