@@ -67,7 +67,7 @@ def assert_close(
     worst = worst_difference(got, expected, dtype, factor)
     if worst is not None:
         raise AssertionError(
-            f"{what}: {worst.count} of {got.numel()} elements are off; at flat index {worst.index} "
+            f"{what}: {worst.number} of {got.numel()} elements are off; at flat index {worst.position} "
             f"got {worst.got:.12g}, expected {worst.expected:.12g}, error {worst.error:.3g} over "
             f"the bound {worst.bound:.3g} ({dtype})"
         )
@@ -80,8 +80,8 @@ class Difference(NamedTuple):
     expected: float
     error: float
     bound: float
-    index: int
-    count: int
+    position: int
+    number: int
 
 
 def worst_difference(
