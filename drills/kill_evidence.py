@@ -104,7 +104,7 @@ def read_curve(run: Path) -> tuple[dict[str, list[Any]], list[str]]:
 
 
 def left_behind(run: Path) -> list[str]:
-    """Name the temporary files that dead writers left in a run's folder, and any lock still held."""
+    """Name temporary files that dead writers left in a run's folder, and locks still held."""
     found = [f"left behind: {path.relative_to(run)}" for path in sorted(run.rglob(".tmp-*"))]
     return found + [
         f"still locked: {name}" for name in ("run.lock", "checkpoints") if _is_locked(run / name)

@@ -101,8 +101,7 @@ def module_call(module: nn.Module, x: Proxy, mask: Any) -> Any:
     if not target:
         raise InputError(
             "`symbolic_trace` must be given a module that contains the layer, got "
-            f"{type(module).__name__} itself. "
-            "Put it into torch.nn.Sequential."
+            f"{type(module).__name__} itself. Put it into torch.nn.Sequential."
         )
     return x.tracer.create_proxy(
         "call_module", target, (x,), {} if mask is None else {"mask": mask}

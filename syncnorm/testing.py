@@ -64,24 +64,61 @@ def assert_close(
     assert got.shape == expected.shape, (
         f"{what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
     )
-    if got.numel() == 0:
-        return
-    tolerance = TOLERANCES[dtype]
-    got, expected = got.detach().double(), expected.detach().double()
-    finite = expected[expected.isfinite()]
-    scale = max(0.01, finite.abs().max().item()) if finite.numel() else 1.0
-    error = (got - expected).abs()
-    bound = factor * (tolerance.atol * scale + tolerance.rtol * expected.abs())
-    is_same = (got == expected) | (got.isnan() & expected.isnan())
-    wrong = ~is_same & ~((error <= bound) & expected.isfinite())
-    if wrong.any():
-        worst = int(torch.where(wrong, (error / bound).nan_to_num(float("inf")), -1.0).argmax())
+    worst = worst_difference(got, expected, dtype, factor)
+    if worst is not None:
         raise AssertionError(
-            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements are off; at flat index "
-            f"{worst} got "
-            f"{got.flatten()[worst]:.12g}, expected {expected.flatten()[worst]:.12g}, error "
-            f"{error.flatten()[worst]:.3g} over the bound {bound.flatten()[worst]:.3g} ({dtype})"
+            f"{what}: {worst.number} of {got.numel()} elements are off; at flat index {worst.position} "
+            f"got {worst.got:.12g}, expected {worst.expected:.12g}, error {worst.error:.3g} over "
+            f"the bound {worst.bound:.3g} ({dtype})"
         )
+
+
+class Difference(NamedTuple):
+    """The worst element of a tensor that is off, and the number of such elements."""
+
+    got: float
+    expected: float
+    error: float
+    bound: float
+    position: int
+    number: int
+
+
+def worst_difference(
+    got: Tensor,
+    expected: Tensor,
+    dtype: torch.dtype,
+    factor: float = 1.0,
+    scale: float | None = None,
+) -> Difference | None:
+    """Find the element that is furthest out of the tolerance of `dtype` times `factor`.
+
+    Args:
+        got, expected: of one shape, compared in float64.
+        dtype: in which `got` was computed.
+        factor: on the tolerance.
+        scale: the largest value of the tensor that `expected` is a part of; its own if None.
+
+    Returns:
+        None if all elements are within the tolerance.
+    """
+    if got.numel() == 0:
+        return None
+    got, expected = got.detach().double().flatten(), expected.detach().double().flatten()
+    if scale is None:
+        finite = expected[expected.isfinite()]
+        scale = finite.abs().max().item() if finite.numel() else 1.0
+    tolerance = TOLERANCES[dtype]
+    error = (got - expected).abs()
+    bound = factor * (tolerance.atol * max(0.01, scale) + tolerance.rtol * expected.abs())
+    is_same = (got == expected) | (got.isnan() & expected.isnan())
+    is_off = ~is_same & ~((error <= bound) & expected.isfinite())
+    if not is_off.any():
+        return None
+    ratio = (error / bound).nan_to_num(float("inf"), float("inf"))
+    worst = int(torch.where(is_off, ratio, -1.0).argmax())
+    g, e, off, allowed = (t[worst].item() for t in (got, expected, error, bound))
+    return Difference(g, e, off, allowed, worst, int(is_off.sum()))
 
 
 def shard(batch: Tensor, sizes: Sequence[int]) -> list[Tensor]:

@@ -10,18 +10,18 @@ from syncnorm.run.interrupt import as_keyboard_interrupt
 from syncnorm.run.worker import join
 from syncnorm.testing import leave
 from syncnorm.verify import (
-    LaunchedCrew,
-    LocalCrew,
+    LaunchedRunner,
+    LayerUnderTest,
+    LocalRunner,
     Report,
     Result,
-    Subject,
+    layer_under_test,
     ours,
-    subject_of,
     verify,
 )
 from syncnorm.verify.check import Check, Verdict
+from syncnorm.verify.context import join as join_workers
 from syncnorm.verify.report import print_result
-from syncnorm.verify.team import join as join_team
 
 _LOCAL_WORKERS = 2
 
@@ -48,23 +48,26 @@ def run_verify(
     Raises:
         ConfigError: an argument is invalid.
     """
-    subjects = [subject_of(layer) for layer in layers] or ours()
+    tested = [layer_under_test(layer) for layer in layers] or ours()
     if launched is not None:
         if workers is not None:
             raise ConfigError(
                 f"`--workers` must be left to the launcher, which started {launched.world_size}, "
                 f"got {workers}."
             )
-        leave(verify_launched(subjects, deadline_seconds, json, launched))
+        leave(verify_launched(tested, deadline_seconds, json, launched))
     set_for_children()
-    with as_keyboard_interrupt(), LocalCrew(workers or _LOCAL_WORKERS, deadline_seconds) as crew:
-        report = verify(crew, subjects, _result_printer(json))
+    with (
+        as_keyboard_interrupt(),
+        LocalRunner(workers or _LOCAL_WORKERS, deadline_seconds) as runner,
+    ):
+        report = verify(runner, tested, _result_printer(json))
     _print_end(report, json)
     return report.exit_status
 
 
 def verify_launched(
-    subjects: Sequence[Subject], deadline_seconds: float, json: bool, launched: Launched
+    layers: Sequence[LayerUnderTest], deadline_seconds: float, json: bool, launched: Launched
 ) -> int:
     """Verify layers as one worker of a launcher; rank 0 prints.
 
@@ -74,24 +77,24 @@ def verify_launched(
         The exit status.
     """
     workers = join("auto", launched, deadline_seconds)
-    team = join_team(
+    context = join_workers(
         workers.rank, workers.world_size, workers.device, read_host(), deadline_seconds
     )
     report = Report(workers.world_size, dist.get_backend(), workers.device.type)
     show = _result_printer(json) if workers.is_first else id
 
-    def end_after_hang(check: Check, subject: Subject, verdict: Verdict) -> None:
-        show(report.add(subject.reference, check, verdict, deadline_seconds))
+    def end_after_hang(check: Check, under_test: LayerUnderTest, verdict: Verdict) -> None:
+        show(report.add(under_test.reference, check, verdict, deadline_seconds))
         if workers.is_first:
             _print_end(report, json)
-        team.leave(after_hang=True)
+        context.leave(after_hang=True)
         leave(1)
 
-    crew = LaunchedCrew(team, dist.get_backend(), end_after_hang)
-    verify(crew, subjects, show, report=report)
+    runner = LaunchedRunner(context, dist.get_backend(), end_after_hang)
+    verify(runner, layers, show, report=report)
     if workers.is_first:
         _print_end(report, json)
-    crew.close()
+    runner.close()
     return report.exit_status
 
 

@@ -1,4 +1,4 @@
-"""What a check is, and what becomes of one."""
+"""A check and its verdict."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from syncnorm.verify.team import Team
+    from syncnorm.verify.context import Context
 
 Status = Literal["passed", "failed", "hangs", "not offered", "not run"]
 
 
-class Wrong(Exception):
-    """A layer does not do what a check asks; the message gives the numbers."""
+class CheckFailed(Exception):
+    """The layer breaks the promise of a check; the message gives the numbers."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check came to.
+    """The outcome of a check.
 
     Args:
         status: hangs: workers wait for each other for good; not offered: the layer does not claim
@@ -31,7 +31,7 @@ class Verdict:
 
     @property
     def is_bad(self) -> bool:
-        """Whether the layer did wrong."""
+        """True if the layer broke a promise."""
         return self.status in ("failed", "hangs")
 
 
@@ -40,44 +40,38 @@ class Check:
     """One promise, held against a layer on live workers.
 
     Args:
-        theme: what it belongs to.
-        name: what the report and `--json` call it.
-        meaning: what is so if it passes.
-        run: called on every worker at once with its `Team`; raises `Wrong`.
-        needs: capabilities (see `subject`) without which it makes no sense.
+        theme: its module.
+        name: in the report and in `--json`.
+        meaning: the promise, in words.
+        run: called on every worker at once with its `Context`; raises `CheckFailed`.
+        needs: claims of a `LayerUnderTest` without which it is not offered.
         workers: the fewest with which it makes sense.
     """
 
     theme: str
     name: str
     meaning: str
-    run: Callable[[Team], None]
+    run: Callable[[Context], None]
     needs: tuple[str, ...] = ()
     workers: int = 1
 
 
-_checks: dict[str, Check] = {}
+registered: dict[str, Check] = {}
+"""The checks by name, in the order of their definition."""
 
 
 def check(
     name: str, meaning: str, *, needs: str = "", workers: int = 1
-) -> Callable[[Callable[[Team], None]], Check]:
+) -> Callable[[Callable[[Context], None]], Check]:
     """Make a function a check of its module's theme; `needs`: capabilities with commas between."""
 
-    def register(function: Callable[[Team], None]) -> Check:
+    def register(function: Callable[[Context], None]) -> Check:
         theme = function.__module__.rpartition(".")[2]
         made = Check(
             theme, name, meaning, function, tuple(n.strip() for n in needs.split(",") if n), workers
         )
-        assert name not in _checks
-        _checks[name] = made
+        assert name not in registered
+        registered[name] = made
         return made
 
     return register
-
-
-def all_checks() -> dict[str, Check]:
-    """Every check by its name, in the order in which they are run."""
-    from syncnorm.verify import checks  # noqa: F401 they register themselves
-
-    return dict(_checks)

@@ -1,4 +1,4 @@
-"""Which collectives a piece of code makes, whoever wrote it."""
+"""A record of the collectives that any code makes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from syncnorm.undocumented import TorchDispatchMode
 
 _NAMESPACES = ("c10d", "_c10d_functional")
 # Waiting for a result is no message.
@@ -16,14 +17,14 @@ _NO_MESSAGE = ("wait_tensor",)
 
 @contextmanager
 def counted() -> Iterator[list[tuple[str, int]]]:
-    """Collect the collectives made within the block: name, and how many numbers this worker sends."""
+    """Collect the collectives made within the block: name, and the number of elements sent."""
     mode = _Counting()
     with mode:
         yield mode.seen
 
 
 class _Counting(TorchDispatchMode):
-    """torch.distributed's functions end in operators, which a mode sees on their way."""
+    """A mode that sees the operators in which torch.distributed's functions end."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from syncnorm.testing import TOLERANCES
-from syncnorm.verify.check import Wrong
-from syncnorm.verify.truth import Step
+from syncnorm.testing import worst_difference
+from syncnorm.verify.check import CheckFailed
+from syncnorm.verify.oracle import Step
 
 
 def expect(condition: bool, reason: str) -> None:
-    """Raise `Wrong` with this reason unless the condition holds."""
+    """Raise `CheckFailed` with this reason unless the condition holds."""
     if not condition:
-        raise Wrong(reason)
+        raise CheckFailed(reason)
 
 
 def expect_close(
@@ -27,11 +28,11 @@ def expect_close(
     factor: float = 1.0,
     scale: float | None = None,
 ) -> None:
-    """Raise `Wrong` unless `got` is within the tolerance of `dtype`, times `factor`.
+    """Raise `CheckFailed` unless `got` is within the tolerance of `dtype`, times `factor`.
 
     Args:
         what: its name in the reason.
-        got, expected: compared in float64; NaN equals nothing.
+        got, expected: compared in float64.
         dtype: in which it was computed.
         factor: on the tolerance.
         scale: largest value of what it is a part of; that of `expected` if None.
@@ -42,24 +43,18 @@ def expect_close(
         got.shape == expected.shape,
         f"{what} has shape {tuple(got.shape)}, should be {tuple(expected.shape)}",
     )
-    if got.numel() == 0:
+    worst = worst_difference(got, expected, dtype, factor, scale)
+    if worst is None:
         return
-    got, expected = got.detach().double(), expected.detach().double()
-    scale = max(0.01, expected.abs().max().item() if scale is None else scale)
-    tolerance = TOLERANCES[dtype]
-    bound = factor * (tolerance.atol * scale + tolerance.rtol * expected.abs())
-    error = (got - expected).abs()
-    worst = int((error / bound).nan_to_num(float("inf"), float("inf")).argmax())
-    g, e, off, allowed = (t.flatten()[worst].item() for t in (got, expected, error, bound))
-    expect(bool(got.isfinite().all()), f"{what} is {g:g}, should be {e:.6g}")
-    expect(
-        off <= allowed,
-        f"{what} is {off:.1e} off, allowed {allowed:.1e} (got {g:.6g}, should be {e:.6g})",
+    g, e, off, allowed, *_ = worst
+    expect(math.isfinite(g), f"{what} is {g:g}, should be {e:.6g}")
+    raise CheckFailed(
+        f"{what} is {off:.1e} off, allowed {allowed:.1e} (got {g:.6g}, should be {e:.6g})"
     )
 
 
 def expect_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
-    """Raise `Wrong` unless two tensors are equal to the bit."""
+    """Raise `CheckFailed` unless two tensors are equal to the bit."""
     expect(got.dtype == expected.dtype, f"{what} has type {got.dtype}, should be {expected.dtype}")
     expect(
         got.shape == expected.shape,
@@ -67,7 +62,7 @@ def expect_same_bits(what: str, got: Tensor, expected: Tensor) -> None:
     )
     if not torch.equal(got, expected):
         off = (got.double() - expected.double()).abs().max().item()
-        raise Wrong(f"{what} is {off:.1e} off, allowed 0")
+        raise CheckFailed(f"{what} is {off:.1e} off, allowed 0")
 
 
 def expect_step(
@@ -79,7 +74,7 @@ def expect_step(
     factor: float = 1.0,
     what: str = "",
 ) -> None:
-    """Raise `Wrong` unless the shards' outcomes are those of the whole batch.
+    """Raise `CheckFailed` unless the shards' outcomes are those of the whole batch.
 
     Outputs and input gradients are compared with their slice (a gradient that was not asked for is
     left out), gradients of parameters with the sum over ranks, buffers on each rank.
@@ -119,7 +114,7 @@ def expect_shards(
     dtype: torch.dtype,
     factor: float = 1.0,
 ) -> None:
-    """Raise `Wrong` unless each rank has its slice of `expected`; None is not looked at."""
+    """Raise `CheckFailed` unless each rank has its slice of `expected`; None is not looked at."""
     scale = expected.abs().max().item() if expected.numel() else 0.0
     for rank, (part, truth) in enumerate(zip(got, expected.split(list(sizes)), strict=True)):
         if part is not None:
@@ -134,7 +129,7 @@ def expect_sum(
     dtype: torch.dtype,
     factor: float = 1.0,
 ) -> None:
-    """Raise `Wrong` unless the ranks' parts add up to `expected`."""
+    """Raise `CheckFailed` unless the ranks' parts add up to `expected`."""
     missing = [rank for rank, part in enumerate(got) if part is None]
     expect(not missing, f"{what} is missing on rank(s) {missing}")
     total = torch.stack([part.double() for part in got if part is not None]).sum(0)

@@ -1,4 +1,4 @@
-"""What was found, for a person and for a program."""
+"""The report of a verification, for a person and for a program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Result:
-    """A check of a layer, and what it came to."""
+    """The outcome of one check of one layer."""
 
     layer: str
     theme: str
@@ -35,10 +35,10 @@ class Result:
 
 @dataclass
 class Report:
-    """All that was found.
+    """All results.
 
     Args:
-        workers: how many took part.
+        workers: their number.
         backend: of their process group.
         device: on which they computed.
         results: in the order of the checks, layer by layer.

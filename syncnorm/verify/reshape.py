@@ -1,4 +1,4 @@
-"""Input of any number of dimensions for layers that take some only.
+"""Inputs of any number of dimensions for layers that take only some.
 
 A statistic is over all positions, so it does not matter how these are arranged. Hooks, not a
 wrapper: the layer's parameters and buffers keep their names.
@@ -12,12 +12,13 @@ from functools import partial
 from torch import Size, Tensor, nn
 
 _shapes: weakref.WeakKeyDictionary[nn.Module, Size] = weakref.WeakKeyDictionary()
-"""Of the input of the call that is under way."""
+"""The shape of the input in the running call."""
 
 
 def reshape(layer: nn.Module, dimensions: tuple[int, ...]) -> None:
-    """Have `layer`, which takes these, take (N, C, *S) of any, and give its output in the shape of
-    the input.
+    """Have `layer`, which takes inputs of these dimensions, take (N, C, *S) of any.
+
+    The output has the shape of the input.
     """
     layer.register_forward_pre_hook(partial(_before, dimensions))
     layer.register_forward_hook(_after)

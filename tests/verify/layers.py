@@ -16,9 +16,7 @@ class OneProcess(nn.BatchNorm2d):
 
 
 class Pooled(OneProcess):
-    """The moments in one sum that torch can differentiate, and the rest is autograd's; no running
-    statistics.
-    """
+    """The moments in one sum that torch can differentiate; no running statistics."""
 
     def forward(self, input: Tensor) -> Tensor:
         axes = [0, *range(2, input.ndim)]

@@ -494,7 +494,7 @@ class ExtraBuffer(SyncBatchNorm):
 
 
 class HiddenState(SyncBatchNorm):
-    """What it does depends on something that is not saved."""
+    """Depends on something that is not saved."""
 
     hidden = 0.0
 

@@ -1,6 +1,4 @@
-"""A synchronised batch normalisation as it is often written: every classic mistake, in one layer of
-somebody else's.
-"""
+"""A synchronised batch normalisation with every classic mistake, in one layer of somebody else's."""
 
 from __future__ import annotations
 

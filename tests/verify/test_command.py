@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from syncnorm.cli import main
-from syncnorm.verify.check import all_checks
+from syncnorm.verify.checks import all_checks
 from tests.launch import commands
 
 # A launched process finds the tests' layers there.

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from syncnorm.verify import LocalCrew, subject_of, verify
-from syncnorm.verify.check import all_checks
+from syncnorm.verify import LocalRunner, layer_under_test, verify
+from syncnorm.verify.checks import all_checks
 
 OFF = r"(output|input gradient|gradient|running_\w+).* is (a share of )?\d\.\de[+-]\d+ off"
 
@@ -123,21 +123,23 @@ HANGING: dict[str, tuple[str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def crew() -> Iterator[LocalCrew]:
-    with LocalCrew(2, 60.0) as crew:
-        yield crew
+def runner() -> Iterator[LocalRunner]:
+    with LocalRunner(2, 60.0) as runner:
+        yield runner
 
 
-def _results(crew: LocalCrew, mutant: str, checks: str) -> dict[str, tuple[str, str]]:
-    report = verify(crew, [subject_of(f"tests.verify.mutants:{mutant}")], only=checks.split())
+def _results(runner: LocalRunner, mutant: str, checks: str) -> dict[str, tuple[str, str]]:
+    report = verify(
+        runner, [layer_under_test(f"tests.verify.mutants:{mutant}")], only=checks.split()
+    )
     assert report.exit_status == 1
     return {result.check: (result.status, result.reason) for result in report.results}
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
-def test_a_defect_is_seen(crew, mutant):
+def test_a_defect_is_seen(runner, mutant):
     checks, pattern = MUTANTS[mutant]
-    results = _results(crew, mutant, checks)
+    results = _results(runner, mutant, checks)
     assert results.keys() == set(checks.split())
     for check, (status, reason) in results.items():
         assert status == "failed", (check, status, reason)
@@ -148,8 +150,8 @@ def test_a_defect_is_seen(crew, mutant):
 @pytest.mark.parametrize("mutant", HANGING)
 def test_a_defect_that_makes_workers_wait_is_seen(mutant):
     checks, reason = HANGING[mutant]
-    with LocalCrew(2, 3.0) as crew:
-        results = _results(crew, mutant, checks)
+    with LocalRunner(2, 3.0) as runner:
+        results = _results(runner, mutant, checks)
     assert results.keys() == set(checks.split())
     for check, (status, got) in results.items():
         assert status == "hangs", (check, status, got)

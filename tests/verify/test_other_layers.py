@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from syncnorm.verify import LocalCrew, Report, subject_of, verify
-from syncnorm.verify.check import all_checks
+from syncnorm.verify import LocalRunner, Report, layer_under_test, verify
+from syncnorm.verify.checks import all_checks
 
 
 def _by_check(report: Report) -> dict[str, tuple[str, str]]:
@@ -19,8 +19,8 @@ def _by_check(report: Report) -> dict[str, tuple[str, str]]:
 def _verified(
     layer: str, workers: int = 2, seconds: float = 60.0, only: Collection[str] = ()
 ) -> Report:
-    with LocalCrew(workers, seconds) as crew:
-        return verify(crew, [subject_of(layer)], only=only)
+    with LocalRunner(workers, seconds) as runner:
+        return verify(runner, [layer_under_test(layer)], only=only)
 
 
 # Check -> what it says of a layer with every classic mistake.
@@ -119,7 +119,7 @@ def test_torch_batch_norm_in_one_process_fails_where_it_is_known_to():
 def test_a_layer_that_takes_some_dimensions_only_is_checked_in_those_and_that_is_said_once(
     layer, taken, most, lacking
 ):
-    """Where it was at fault in nothing else, a hundred checks were not offered."""
+    """A layer with one fault, for which a hundred checks were once not offered."""
     report = _verified(
         f"torch.nn:{layer}", workers=1, only=all_checks().keys() - {"ddp", "subgroups"}
     )
@@ -137,19 +137,21 @@ def test_a_layer_that_takes_some_dimensions_only_is_checked_in_those_and_that_is
 
 def test_checks_that_need_a_claim_can_pass_and_fail():
     names = ["double-backward", "compile"]
-    with LocalCrew(1, 60.0) as crew:
+    with LocalRunner(1, 60.0) as runner:
         for layer, status in (("OneProcess", "passed"), ("Breaks", "failed")):
-            subject = subject_of(f"tests.verify.layers:{layer}")
-            claiming = replace(subject, claims=subject.claims | {"double backward", "compile"})
-            found = _by_check(verify(crew, [claiming], only=names))
+            under_test = layer_under_test(f"tests.verify.layers:{layer}")
+            claiming = replace(
+                under_test, claims=under_test.claims | {"double backward", "compile"}
+            )
+            found = _by_check(verify(runner, [claiming], only=names))
             assert [found[check][0] for check in names] == [status] * 2, found
-            unclaimed = _by_check(verify(crew, [subject], only=names))
+            unclaimed = _by_check(verify(runner, [under_test], only=names))
             assert {s for s, _ in unclaimed.values()} == {"not offered"}
 
 
 def test_a_pooling_layer_of_another_make_passes_the_double_backward_check():
-    subject = subject_of("tests.verify.layers:Pooled")
-    claiming = replace(subject, claims=subject.claims | {"double backward"})
-    with LocalCrew(3, 60.0) as crew:
-        report = verify(crew, [claiming], only=["double-backward"])
+    under_test = layer_under_test("tests.verify.layers:Pooled")
+    claiming = replace(under_test, claims=under_test.claims | {"double backward"})
+    with LocalRunner(3, 60.0) as runner:
+        report = verify(runner, [claiming], only=["double-backward"])
     assert _by_check(report) == {"double-backward": ("passed", "")}

@@ -1,6 +1,7 @@
 """The checks, by theme, in the order in which they are run."""
 
-from syncnorm.verify.checks import (  # noqa: I001 the order of the report
+from syncnorm.verify.check import Check, registered  # noqa: I001 the order of the report
+from syncnorm.verify.checks import (
     shards,
     counts,
     masks,
@@ -18,6 +19,7 @@ from syncnorm.verify.checks import (  # noqa: I001 the order of the report
 )
 
 __all__ = [
+    "all_checks",
     "buffers",
     "counts",
     "ddp",
@@ -33,3 +35,8 @@ __all__ = [
     "shards",
     "state",
 ]
+
+
+def all_checks() -> dict[str, Check]:
+    """Every check by its name, in the order in which they are run."""
+    return dict(registered)

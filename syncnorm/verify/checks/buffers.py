@@ -8,18 +8,18 @@ import torch
 
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close, expect_same_bits
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import make_layer, ragged, take_step
-from syncnorm.verify.truth import random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import random_batch
+from syncnorm.verify.steps import make_layer, ragged, train_step
 
 
 @check("buffers-equal", "running statistics are equal to the bit on all workers")
-def buffers_equal(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 7, torch.float32)
+def buffers_equal(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 7, torch.float32)
     for seed in range(3):
         batch = random_batch(sum(sizes), (7, 5, 5), torch.float32, mean=30.0, seed=seed)
-        got = take_step(team, layer, batch, sizes)
+        got = train_step(context, layer, batch, sizes)
         for name, value in got[0].buffers.items():
             for rank, step in enumerate(got):
                 expect_same_bits(
@@ -32,20 +32,20 @@ def buffers_equal(team: Team) -> None:
     "running_var takes the unbiased variance, by the count over all workers",
     needs="momentum,no renorm",
 )
-def global_count(team: Team) -> None:
-    sizes = [1] * team.world_size
+def global_count(context: Context) -> None:
+    sizes = [1] * context.world_size
     batch = random_batch(sum(sizes), (4, 2))
-    got = take_step(team, make_layer(team, 4, momentum=1.0), batch, sizes)
+    got = train_step(context, make_layer(context, 4, momentum=1.0), batch, sizes)
     truth = batch.x.var([0, 2], correction=1)
     expect_close("running_var", got[0].buffers.get("running_var"), truth, torch.float64)
 
 
 @check("counted-once", "num_batches_tracked counts each batch once")
-def counted_once(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 4)
+def counted_once(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 4)
     for number in range(1, 4):
-        for rank, step in enumerate(take_step(team, layer, random_batch(sum(sizes)), sizes)):
+        for rank, step in enumerate(train_step(context, layer, random_batch(sum(sizes)), sizes)):
             count = step.buffers.get("num_batches_tracked")
             got = None if count is None else count.item()
             expect(
@@ -54,11 +54,11 @@ def counted_once(team: Team) -> None:
 
 
 @check("buffers-keep-type", "running statistics stay float32 where the input is half")
-def buffers_keep_type(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    got = take_step(
-        team,
-        make_layer(team, 4, torch.bfloat16),
+def buffers_keep_type(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    got = train_step(
+        context,
+        make_layer(context, 4, torch.bfloat16),
         random_batch(sum(sizes), dtype=torch.bfloat16),
         sizes,
     )
@@ -71,18 +71,18 @@ def buffers_keep_type(team: Team) -> None:
 
 
 @check("parameters-stay", "a training step changes no weight and no bias by itself")
-def parameters_stay(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 4)
+def parameters_stay(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 4)
     before = {name: p.detach().clone() for name, p in layer.named_parameters()}
-    take_step(team, layer, random_batch(sum(sizes)), sizes)
+    train_step(context, layer, random_batch(sum(sizes)), sizes)
     for name, p in layer.named_parameters():
-        expect_same_bits(f"{name} of rank {team.rank}", p.detach(), before[name])
+        expect_same_bits(f"{name} of rank {context.rank}", p.detach(), before[name])
 
 
 @check("input-stays", "a training step does not write into its input")
-def input_stays(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def input_stays(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
     seen = []
 
@@ -90,18 +90,18 @@ def input_stays(team: Team) -> None:
         seen.append(x)
         return layer(x)
 
-    take_step(team, make_layer(team, 4), batch, sizes, use)
+    train_step(context, make_layer(context, 4), batch, sizes, use)
     expect_same_bits(
-        f"input of rank {team.rank}", seen[0].detach().cpu(), batch.x.split(sizes)[team.rank]
+        f"input of rank {context.rank}", seen[0].detach().cpu(), batch.x.split(sizes)[context.rank]
     )
 
 
 @check("reset", "reset_running_stats() starts again")
-def reset(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer: Any = make_layer(team, 4)
-    take_step(team, layer, random_batch(sum(sizes)), sizes)
+def reset(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer: Any = make_layer(context, 4)
+    train_step(context, layer, random_batch(sum(sizes)), sizes)
     layer.reset_running_stats()
-    fresh = team.subject.make(4).double()
+    fresh = context.under_test.make(4).double()
     for name, value in fresh.named_buffers():
         expect_same_bits(f"{name} after a reset", dict(layer.named_buffers())[name].cpu(), value)

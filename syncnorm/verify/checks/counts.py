@@ -1,4 +1,4 @@
-"""Batches of which there is hardly anything to say."""
+"""Degenerate batches: empty, one value, two values, a constant channel."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ import torch
 
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_same_bits
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import make_layer, ragged, take_step, trial
-from syncnorm.verify.truth import Batch, Oracle, random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Batch, Oracle, random_batch
+from syncnorm.verify.steps import check_steps, make_layer, ragged, train_step
 
 
 @check(
     "all-empty", "a batch without a sample on any worker changes no buffer, not the counter either"
 )
-def all_empty(team: Team) -> None:
-    layer = make_layer(team, 4)
+def all_empty(context: Context) -> None:
+    layer = make_layer(context, 4)
     before = {name: b.cpu().clone() for name, b in layer.named_buffers()}
-    for rank, step in enumerate(take_step(team, layer, random_batch(0), [0] * team.world_size)):
+    for rank, step in enumerate(
+        train_step(context, layer, random_batch(0), [0] * context.world_size)
+    ):
         expect(
             step.y.shape == (0, 4, 5),
             f"output of rank {rank} has shape {tuple(step.y.shape)}, should be (0, 4, 5)",
@@ -29,13 +31,13 @@ def all_empty(team: Team) -> None:
 
 
 @check("empty-then-full", "the batch after an empty one is treated like a first one")
-def empty_then_full(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 4)
-    take_step(team, layer, random_batch(0), [0] * team.world_size)
+def empty_then_full(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 4)
+    train_step(context, layer, random_batch(0), [0] * context.world_size)
     batch = random_batch(sum(sizes))
-    got = take_step(team, layer, batch, sizes)
-    expected = Oracle(team.subject, 4, {})(batch.x).split(sizes)
+    got = train_step(context, layer, batch, sizes)
+    expected = Oracle(context.under_test, 4, {})(batch.x).split(sizes)
     for rank, step in enumerate(got):
         off = (step.y - expected[rank]).abs().max().item()
         expect(
@@ -49,24 +51,24 @@ def empty_then_full(team: Team) -> None:
     "a statistic of one value gives the bias, has no gradient, and leaves running_var finite and "
     "as it was",
 )
-def single_value(team: Team) -> None:
-    sizes = [0] * (team.world_size - 1) + [1]
+def single_value(context: Context) -> None:
+    sizes = [0] * (context.world_size - 1) + [1]
     x = torch.tensor([[3.0, -2.0, 0.5, 7.0]], dtype=torch.float64)
-    trial(team, [Batch(x, torch.ones_like(x))], sizes)
+    check_steps(context, [Batch(x, torch.ones_like(x))], sizes)
 
 
 @check("two-values", "a statistic of two values is one like any other")
-def two_values(team: Team) -> None:
-    sizes = [1, *[0] * (team.world_size - 2), 1] if team.world_size > 1 else [2]
-    trial(team, [random_batch(2, (4,), seed=seed) for seed in range(2)], sizes)
+def two_values(context: Context) -> None:
+    sizes = [1, *[0] * (context.world_size - 2), 1] if context.world_size > 1 else [2]
+    check_steps(context, [random_batch(2, (4,), seed=seed) for seed in range(2)], sizes)
 
 
 @check(
     "constant-channel",
     "a channel of equal values is normalised to the bias, not to rounding errors",
 )
-def constant_channel(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def constant_channel(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
     batch.x[:, 1] = 0.25
-    trial(team, [batch], sizes)
+    check_steps(context, [batch], sizes)

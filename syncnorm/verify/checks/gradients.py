@@ -10,16 +10,24 @@ from torch.utils.checkpoint import checkpoint
 
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close, expect_shards, expect_step, expect_sum
-from syncnorm.verify.subject import Layer
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import look, make_layer, my_shard, plainly, ragged, take_step, trial
-from syncnorm.verify.truth import Oracle, random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Oracle, random_batch
+from syncnorm.verify.steps import (
+    check_steps,
+    make_layer,
+    my_shard,
+    outcome,
+    plainly,
+    ragged,
+    train_step,
+)
+from syncnorm.verify.under_test import Layer
 
 
 @check("input-without-gradient", "weight and bias have their gradients where no input needs one")
-def input_without_gradient(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes))], sizes, needs_grad=False)
+def input_without_gradient(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(context, [random_batch(sum(sizes))], sizes, needs_grad=False)
 
 
 @check(
@@ -27,13 +35,13 @@ def input_without_gradient(team: Team) -> None:
     "inputs of some workers may need a gradient, of others not",
     workers=2,
 )
-def gradient_needed_on_some(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(
-        team,
+def gradient_needed_on_some(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
         [random_batch(sum(sizes), seed=seed) for seed in range(2)],
         sizes,
-        needs_grad=team.rank > 0,
+        needs_grad=context.rank > 0,
     )
 
 
@@ -43,24 +51,29 @@ def gradient_needed_on_some(team: Team) -> None:
     needs="affine",
     workers=2,
 )
-def gradient_needed_on_some_only(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes))], sizes, needs_grad=team.rank > 0, affine=False)
+def gradient_needed_on_some_only(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context, [random_batch(sum(sizes))], sizes, needs_grad=context.rank > 0, affine=False
+    )
 
 
 @check("frozen-parameters", "the input has its gradient where weight and bias need none")
-def frozen_parameters(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(
-        team, [random_batch(sum(sizes))], sizes, prepare=lambda layer: layer.requires_grad_(False)
+def frozen_parameters(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
+        [random_batch(sum(sizes))],
+        sizes,
+        prepare=lambda layer: layer.requires_grad_(False),
     )
 
 
 @check("frozen-bias", "weight may have a gradient where bias has none")
-def frozen_bias(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(
-        team,
+def frozen_bias(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
         [random_batch(sum(sizes))],
         sizes,
         prepare=lambda layer: layer.bias.requires_grad_(False),
@@ -71,10 +84,10 @@ def frozen_bias(team: Team) -> None:
     "local-parameter-sums",
     "gradients of weight and bias are sums over the worker's own shard, for others to average",
 )
-def local_parameter_sums(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def local_parameter_sums(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
-    got = take_step(team, make_layer(team, 4), batch, sizes)
+    got = train_step(context, make_layer(context, 4), batch, sizes)
     for rank, (step, c) in enumerate(zip(got, batch.cotangent.split(sizes), strict=True)):
         expect_close(
             f"gradient of bias on rank {rank}",
@@ -85,18 +98,18 @@ def local_parameter_sums(team: Team) -> None:
 
 
 @check("gradients-accumulate", "a second backward pass adds to the gradients of the first")
-def gradients_accumulate(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def gradients_accumulate(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
-    layer = make_layer(team, 4)
-    x, cotangent, _ = my_shard(team, batch, sizes)
+    layer = make_layer(context, 4)
+    x, cotangent, _ = my_shard(context, batch, sizes)
     x.requires_grad_()
     y = layer(x)
     for _ in range(2):
         # The same graph twice: a renormalising layer has moved on after a forward.
         y.backward(cotangent, retain_graph=True)
-    got = team.gather(look(layer, y, x.grad))
-    truth = Oracle(team.subject, 4, {}).step(batch, plainly)
+    got = context.gather(outcome(layer, y, x.grad))
+    truth = Oracle(context.under_test, 4, {}).step(batch, plainly)
     assert truth.grad_input is not None
     expect_shards(
         "input gradient, twice,",
@@ -116,47 +129,47 @@ def gradients_accumulate(team: Team) -> None:
 
 
 @check("two-forwards-then-backward", "several forwards may come before their backward passes")
-def two_forwards_then_backward(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(
-        team,
+def two_forwards_then_backward(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
         [random_batch(2 * sum(sizes))],
         [2 * n for n in sizes],
-        _in_halves(sizes[team.rank]),
+        _in_halves(sizes[context.rank]),
         truth=_in_parts(sizes),
     )
 
 
 @check("used-twice", "a layer may be used twice in a forward, on its own output")
-def used_twice(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, _twice)
+def used_twice(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(context, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, _twice)
 
 
 @check("checkpoint", "activation checkpointing counts a batch once and changes no gradient")
-def checkpointed(team: Team) -> None:
-    _checkpointed(team, use_reentrant=False)
+def checkpointed(context: Context) -> None:
+    _checkpointed(context, use_reentrant=False)
 
 
 @check("checkpoint-reentrant", "so does its re-entrant kind")
-def checkpointed_reentrant(team: Team) -> None:
-    _checkpointed(team, use_reentrant=True)
+def checkpointed_reentrant(context: Context) -> None:
+    _checkpointed(context, use_reentrant=True)
 
 
 @check(
     "no-grad",
     "a training forward under torch.no_grad() normalises by the whole batch and follows it",
 )
-def no_grad(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def no_grad(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
-    layer = make_layer(team, 4)
-    x, _, _ = my_shard(team, batch, sizes)
+    layer = make_layer(context, 4)
+    x, _, _ = my_shard(context, batch, sizes)
     with torch.no_grad():
         y = layer(x)
     expect(not y.requires_grad, "output needs a gradient under torch.no_grad()")
-    got = team.gather(look(layer, y, None))
-    truth = Oracle(team.subject, 4, {}).step(batch, plainly)
+    got = context.gather(outcome(layer, y, None))
+    truth = Oracle(context.under_test, 4, {}).step(batch, plainly)
     truth.parameters = {}
     expect_step(got, truth, sizes, torch.float64)
 
@@ -167,22 +180,26 @@ def no_grad(team: Team) -> None:
     "output's gradient",
     needs="double backward",
 )
-def double_backward(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    _differentiate_twice(team, sizes)
-    if team.world_size > 1:
-        _differentiate_twice(team, [*sizes[:-1], 0])
+def double_backward(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    _differentiate_twice(context, sizes)
+    if context.world_size > 1:
+        _differentiate_twice(context, [*sizes[:-1], 0])
 
 
 @check("compile", "torch.compile(fullgraph=True) changes no value", needs="compile")
-def compiled(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def compiled(context: Context) -> None:
+    sizes = ragged(context.world_size)
 
     def use(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         return torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
 
-    trial(
-        team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly
+    check_steps(
+        context,
+        [random_batch(sum(sizes), seed=seed) for seed in range(2)],
+        sizes,
+        use,
+        truth=plainly,
     )
 
 
@@ -212,27 +229,31 @@ def _in_parts(sizes: list[int]):
     return use
 
 
-def _checkpointed(team: Team, use_reentrant: bool) -> None:
+def _checkpointed(context: Context, use_reentrant: bool) -> None:
     def use(layer: Any, x: Tensor, mask: Tensor | None) -> Tensor:
         y = checkpoint(layer, x, use_reentrant=use_reentrant)
         assert isinstance(y, Tensor)
         return y
 
-    sizes = ragged(team.world_size)
-    trial(
-        team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes, use, truth=plainly
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
+        [random_batch(sum(sizes), seed=seed) for seed in range(2)],
+        sizes,
+        use,
+        truth=plainly,
     )
 
 
-def _differentiate_twice(team: Team, sizes: list[int]) -> None:
+def _differentiate_twice(context: Context, sizes: list[int]) -> None:
     batch = random_batch(sum(sizes))
     v = random_batch(sum(sizes), seed=1).cotangent
     u, t = torch.randn(2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    x, cotangent, _ = my_shard(team, batch, sizes)
-    mine = [each.to(team.device) for each in (v.split(sizes)[team.rank], u, t)]
-    got = team.gather(_second_derivatives(make_layer(team, 4), x, cotangent, mine))
+    x, cotangent, _ = my_shard(context, batch, sizes)
+    mine = [each.to(context.device) for each in (v.split(sizes)[context.rank], u, t)]
+    got = context.gather(_second_derivatives(make_layer(context, 4), x, cotangent, mine))
     truth = _second_derivatives(
-        Oracle(team.subject, 4, {}), batch.x.clone(), batch.cotangent.clone(), [v, u, t]
+        Oracle(context.under_test, 4, {}), batch.x.clone(), batch.cotangent.clone(), [v, u, t]
     )
     by_x, by_weight, by_cotangent = zip(*got, strict=True)
     # Derivatives of derivatives: what rounding left in the first is magnified.
@@ -247,8 +268,9 @@ def _differentiate_twice(team: Team, sizes: list[int]) -> None:
 def _second_derivatives(
     layer: Any, x: Tensor, cotangent: Tensor, directions: list[Tensor]
 ) -> list[Tensor]:
-    """Of sum v dx + sum u dweight + sum t dbias, by x, weight and the cotangent; directions: v, u,
-    t.
+    """The gradients of sum v dx + sum u dweight + sum t dbias by x, weight and the cotangent.
+
+    The directions are v, u and t.
     """
     x.requires_grad_()
     cotangent.requires_grad_()

@@ -9,18 +9,18 @@ from torch import Tensor
 from syncnorm.testing import TOLERANCES
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import make_layer, plainly, ragged, take_step, trial
-from syncnorm.verify.truth import Batch, Oracle, random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Batch, Oracle, random_batch
+from syncnorm.verify.steps import check_steps, make_layer, plainly, ragged, train_step
 
 
 @check(
     "float32", "in float32 a batch in shards is the whole batch, within 2e-5 of the largest value"
 )
-def float32(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(
-        team,
+def float32(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
         [random_batch(sum(sizes), (4, 6, 6), torch.float32, seed=seed) for seed in range(2)],
         sizes,
     )
@@ -30,16 +30,16 @@ def float32(team: Team) -> None:
     "bfloat16",
     "in bfloat16 output and input gradient err at most twice as much as torch's own operator",
 )
-def bfloat16(team: Team) -> None:
+def bfloat16(context: Context) -> None:
     _err_no_more_than_twice_torch(
-        team, random_batch(3 * team.world_size, (8, 16, 16), torch.bfloat16)
+        context, random_batch(3 * context.world_size, (8, 16, 16), torch.bfloat16)
     )
 
 
 @check("float16", "so they do in float16")
-def float16(team: Team) -> None:
+def float16(context: Context) -> None:
     _err_no_more_than_twice_torch(
-        team, random_batch(3 * team.world_size, (8, 16, 16), torch.float16)
+        context, random_batch(3 * context.world_size, (8, 16, 16), torch.float16)
     )
 
 
@@ -47,21 +47,21 @@ def float16(team: Team) -> None:
     "float16-large",
     "also where values are about 300, and the sum of their squares has no room in float16",
 )
-def float16_large(team: Team) -> None:
-    batch = random_batch(3 * team.world_size, (8, 16, 16), torch.float16, mean=100.0, std=300.0)
-    _err_no_more_than_twice_torch(team, batch)
+def float16_large(context: Context) -> None:
+    batch = random_batch(3 * context.world_size, (8, 16, 16), torch.float16, mean=100.0, std=300.0)
+    _err_no_more_than_twice_torch(context, batch)
 
 
 @check(
     "float16-many",
     "also of more than 65504 values per channel, a number that has no room in float16",
 )
-def float16_many(team: Team) -> None:
-    sizes = [1] * team.world_size
+def float16_many(context: Context) -> None:
+    sizes = [1] * context.world_size
     batch = random_batch(sum(sizes), (1, 260, 260), torch.float16)
-    layer = make_layer(team, 1, torch.float16)
-    got = take_step(team, layer, batch, sizes)
-    truth = Oracle(team.subject, 1, {})
+    layer = make_layer(context, 1, torch.float16)
+    got = train_step(context, layer, batch, sizes)
+    truth = Oracle(context.under_test, 1, {})
     truth(batch.x)
     for rank, step in enumerate(got):
         for name, value in truth.buffers().items():
@@ -71,10 +71,10 @@ def float16_many(team: Team) -> None:
 @check(
     "float64-large-mean", "in float64 mean/std = 1e4 costs no more than 1e-7 of the largest value"
 )
-def float64_large_mean(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def float64_large_mean(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes), (3, 6, 6), mean=1e4, std=1.0)
-    trial(team, [batch], sizes, factor=1e-7 / sum(TOLERANCES[torch.float64]))
+    check_steps(context, [batch], sizes, factor=1e-7 / sum(TOLERANCES[torch.float64]))
 
 
 @check(
@@ -82,9 +82,9 @@ def float64_large_mean(team: Team) -> None:
     "in float32 the variance at mean/std = 1e4 is right within 5e-5",
     needs="momentum",
 )
-def float32_large_mean(team: Team) -> None:
-    batch = random_batch(3 * team.world_size, (4, 24, 24), torch.float32, mean=1e4, std=1.0)
-    _expect_running_var(team, batch, 5e-5)
+def float32_large_mean(context: Context) -> None:
+    batch = random_batch(3 * context.world_size, (4, 24, 24), torch.float32, mean=1e4, std=1.0)
+    _expect_running_var(context, batch, 5e-5)
 
 
 @check(
@@ -92,22 +92,22 @@ def float32_large_mean(team: Team) -> None:
     "in float32 a variance far below eps is not lost",
     needs="momentum, eps",
 )
-def float32_small_variance(team: Team) -> None:
-    batch = random_batch(3 * team.world_size, (4, 8, 8), torch.float32, mean=0.0, std=3e-5)
+def float32_small_variance(context: Context) -> None:
+    batch = random_batch(3 * context.world_size, (4, 8, 8), torch.float32, mean=0.0, std=3e-5)
     if (
-        team.subject.is_renorm
+        context.under_test.is_renorm
     ):  # of which running_var + eps is kept: there is nothing below eps to be seen
-        trial(team, [batch], [3] * team.world_size, eps=1e-3)
+        check_steps(context, [batch], [3] * context.world_size, eps=1e-3)
     else:
-        _expect_running_var(team, batch, 1e-4, eps=1e-3)
+        _expect_running_var(context, batch, 1e-4, eps=1e-3)
 
 
-def _expect_running_var(team: Team, batch: Batch, allowed: float, **options: float) -> None:
+def _expect_running_var(context: Context, batch: Batch, allowed: float, **options: float) -> None:
     """With momentum 1 running_var is the batch's."""
     options["momentum"] = 1.0
-    layer = make_layer(team, 4, torch.float32, **options)
-    got = take_step(team, layer, batch, [3] * team.world_size)
-    truth = Oracle(team.subject, 4, options)
+    layer = make_layer(context, 4, torch.float32, **options)
+    got = train_step(context, layer, batch, [3] * context.world_size)
+    truth = Oracle(context.under_test, 4, options)
     truth(batch.x)
     expected = truth.buffers()["running_var"]
     for rank, step in enumerate(got):
@@ -118,10 +118,10 @@ def _expect_running_var(team: Team, batch: Batch, allowed: float, **options: flo
         )
 
 
-def _err_no_more_than_twice_torch(team: Team, batch: Batch) -> None:
-    sizes = [3] * team.world_size
-    got = take_step(team, make_layer(team, 8, batch.x.dtype), batch, sizes)
-    oracle = Oracle(team.subject, 8, {})
+def _err_no_more_than_twice_torch(context: Context, batch: Batch) -> None:
+    sizes = [3] * context.world_size
+    got = train_step(context, make_layer(context, 8, batch.x.dtype), batch, sizes)
+    oracle = Oracle(context.under_test, 8, {})
     weight, bias = oracle.folded(batch.x)
     truth = oracle.step(batch, plainly)
     x = batch.x.clone().requires_grad_()

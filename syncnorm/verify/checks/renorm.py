@@ -13,31 +13,31 @@ from syncnorm import reference
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close, expect_shards, expect_step
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import make_layer, my_shard, plainly, ragged, take_step, trial
-from syncnorm.verify.truth import Oracle, initial_statistics, parameters, random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Oracle, initial_statistics, parameters, random_batch
+from syncnorm.verify.steps import check_steps, make_layer, my_shard, plainly, ragged, train_step
 
 
 @check("renorm-clipped", "r and d at their bounds are the paper's", needs="renorm")
-def clipped(team: Team) -> None:
-    _trial(team, bounds=(1.1, 0.05))
+def clipped(context: Context) -> None:
+    _check_steps(context, bounds=(1.1, 0.05))
 
 
 @check("renorm-partly-clipped", "so are those of which some are at their bounds", needs="renorm")
-def partly_clipped(team: Team) -> None:
-    _trial(team, bounds=(1.5, 0.5))
+def partly_clipped(context: Context) -> None:
+    _check_steps(context, bounds=(1.5, 0.5))
 
 
 @check("renorm-unclipped", "so are those within their bounds", needs="renorm")
-def unclipped(team: Team) -> None:
-    _trial(team, bounds=(100.0, 100.0))
+def unclipped(context: Context) -> None:
+    _check_steps(context, bounds=(100.0, 100.0))
 
 
 @check("renorm-is-batch-norm", "r_max = 1 and d_max = 0 is batch normalisation", needs="renorm")
-def is_batch_norm(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def is_batch_norm(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
-    got = take_step(team, make_layer(team, 4, bounds=(1.0, 0.0)), batch, sizes)
+    got = train_step(context, make_layer(context, 4, bounds=(1.0, 0.0)), batch, sizes)
     expected = reference.batch_norm(batch.x, *parameters(4))
     expect_shards("output", [step.y for step in got], expected, sizes, torch.float64)
 
@@ -47,30 +47,31 @@ def is_batch_norm(team: Team) -> None:
     "unclipped, training normalises as evaluation does",
     needs="renorm",
 )
-def trains_as_it_evaluates(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 4, bounds=(math.inf, math.inf))
-    x, _, _ = my_shard(team, random_batch(sum(sizes)), sizes)
+def trains_as_it_evaluates(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 4, bounds=(math.inf, math.inf))
+    x, _, _ = my_shard(context, random_batch(sum(sizes)), sizes)
     evaluated = layer.eval()(x)
     trained = layer.train()(x)
     expect_close(
-        f"output of rank {team.rank} in training", trained.cpu(), evaluated.cpu(), torch.float64
+        f"output of rank {context.rank} in training", trained.cpu(), evaluated.cpu(), torch.float64
     )
 
 
 @check("renorm-constant-r-and-d", "no gradient flows through r and d", needs="renorm, affine")
-def constant_r_and_d(team: Team) -> None:
-    """Unclipped, y = (x - running_mean) / sigma: if one flowed, the input gradient would be
-    cotangent / sigma.
+def constant_r_and_d(context: Context) -> None:
+    """Compare the input gradient where r and d are not clipped, so y = (x - running_mean) / sigma.
+
+    If a gradient flowed through r and d, it would be cotangent / sigma.
     """
-    sizes = ragged(team.world_size)
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
-    got = take_step(
-        team, make_layer(team, 4, bounds=(math.inf, math.inf), affine=False), batch, sizes
+    got = train_step(
+        context, make_layer(context, 4, bounds=(math.inf, math.inf), affine=False), batch, sizes
     )
-    running = initial_statistics(team.subject, 4)
+    running = initial_statistics(context.under_test, 4)
     flowing = batch.cotangent / (running.var + 1e-5).sqrt().view(-1, 1)
-    truth = Oracle(team.subject, 4, {"bounds": (math.inf, math.inf), "affine": False}).step(
+    truth = Oracle(context.under_test, 4, {"bounds": (math.inf, math.inf), "affine": False}).step(
         batch, plainly
     )
     assert truth.grad_input is not None
@@ -91,9 +92,9 @@ def constant_r_and_d(team: Team) -> None:
     "r and d refer to the running statistics as they were before the batch",
     needs="renorm, momentum",
 )
-def old_statistics(team: Team) -> None:
+def old_statistics(context: Context) -> None:
     """With momentum 1 the new ones are the batch's, and r = 1, d = 0 to nearly all digits."""
-    _trial(team, bounds=(100.0, 100.0), momentum=1.0)
+    _check_steps(context, bounds=(100.0, 100.0), momentum=1.0)
 
 
 @check(
@@ -101,15 +102,15 @@ def old_statistics(team: Team) -> None:
     "what is averaged is the standard deviation; running_var holds its square less eps",
     needs="renorm, momentum, eps",
 )
-def averages_std(team: Team) -> None:
-    _trial(team, momentum=0.5, eps=0.2)
+def averages_std(context: Context) -> None:
+    _check_steps(context, momentum=0.5, eps=0.2)
 
 
 @check(
     "renorm-var", 'running_average="var" averages the unbiased variance', needs="renorm, momentum"
 )
-def averages_var(team: Team) -> None:
-    _trial(team, momentum=0.5, running_average="var")
+def averages_var(context: Context) -> None:
+    _check_steps(context, momentum=0.5, running_average="var")
 
 
 @check(
@@ -117,19 +118,19 @@ def averages_var(team: Team) -> None:
     "a schedule counts batches: a switch at step 2 acts in the third",
     needs="renorm",
 )
-def schedule(team: Team) -> None:
+def schedule(context: Context) -> None:
     _follow(
-        team,
+        context,
         RenormSchedule.switch(2, 1.5, 0.5),
         lambda step: (1.5, 0.5) if step >= 2 else (1.0, 0.0),
     )
 
 
 @check("renorm-ramp", "a ramp from step 1 to 3 is halfway in the third batch", needs="renorm")
-def ramp(team: Team) -> None:
+def ramp(context: Context) -> None:
     bounds = [(1.0, 0.0), (1.0, 0.0), (1.5, 0.25), (2.0, 0.5)]
     ramp = RenormSchedule(r_max=2.0, d_max=0.5, warmup_steps=1, r_steps=3, d_steps=3)
-    _follow(team, ramp, lambda step: bounds[min(step, 3)])
+    _follow(context, ramp, lambda step: bounds[min(step, 3)])
 
 
 @check(
@@ -137,12 +138,12 @@ def ramp(team: Team) -> None:
     "a batch without samples does not move the schedule's clock",
     needs="renorm",
 )
-def clock_stops(team: Team) -> None:
-    layer = make_layer(team, 4, schedule=RenormSchedule.switch(1, 1.5, 0.5))
-    sizes = ragged(team.world_size)
-    take_step(team, layer, random_batch(0), [0] * team.world_size)
+def clock_stops(context: Context) -> None:
+    layer = make_layer(context, 4, schedule=RenormSchedule.switch(1, 1.5, 0.5))
+    sizes = ragged(context.world_size)
+    train_step(context, layer, random_batch(0), [0] * context.world_size)
     batch = random_batch(sum(sizes))
-    got = take_step(team, layer, batch, sizes)
+    got = train_step(context, layer, batch, sizes)
     expected = reference.batch_norm(batch.x, *parameters(4))
     expect_shards(
         "output of the first batch with samples", [s.y for s in got], expected, sizes, torch.float64
@@ -150,10 +151,10 @@ def clock_stops(team: Team) -> None:
 
 
 @check("renorm-mask", "r and d are of what counts", needs="renorm, mask")
-def masked(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(
-        team,
+def masked(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context,
         [random_batch(sum(sizes), masked=True, seed=seed) for seed in range(2)],
         sizes,
         bounds=(2.0, 1.0),
@@ -161,21 +162,25 @@ def masked(team: Team) -> None:
 
 
 def _follow(
-    team: Team, schedule: Callable[[Tensor], Any], bounds: Callable[[int], tuple[float, float]]
+    context: Context,
+    schedule: Callable[[Tensor], Any],
+    bounds: Callable[[int], tuple[float, float]],
 ) -> None:
     """Five steps, each with the bounds of its number."""
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 4, schedule=schedule)
-    oracle = Oracle(team.subject, 4, {})
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 4, schedule=schedule)
+    oracle = Oracle(context.under_test, 4, {})
     for number in range(5):
         batch = random_batch(sum(sizes), seed=number)
         oracle.bounds = bounds(number)
-        got = take_step(team, layer, batch, sizes)
+        got = train_step(context, layer, batch, sizes)
         expect_step(
             got, oracle.step(batch, plainly), sizes, torch.float64, what=f"step {number + 1}: "
         )
 
 
-def _trial(team: Team, **options: Any) -> None:
-    sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes, **options)
+def _check_steps(context: Context, **options: Any) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(
+        context, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes, **options
+    )

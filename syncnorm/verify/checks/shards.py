@@ -5,40 +5,45 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from syncnorm.verify.check import Wrong, check
+from syncnorm.verify.check import CheckFailed, check
 from syncnorm.verify.compare import expect, expect_same_bits
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import fill, make_layer, plainly, ragged, take_step, trial
-from syncnorm.verify.truth import Batch, Oracle, Step, random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Batch, Oracle, Step, random_batch
+from syncnorm.verify.steps import check_steps, fill, make_layer, plainly, ragged, train_step
 
 RUNS = "runs"
 """The check without which the others say nothing."""
 
 
 @check(RUNS, "a training step on equal shards raises nothing")
-def runs(team: Team) -> None:
-    take_step(team, make_layer(team, 4), random_batch(2 * team.world_size), [2] * team.world_size)
+def runs(context: Context) -> None:
+    train_step(
+        context,
+        make_layer(context, 4),
+        random_batch(2 * context.world_size),
+        [2] * context.world_size,
+    )
 
 
 @check(
     "equal-shards",
     "outputs, gradients and buffers of three steps on equal shards are those of the whole batch",
 )
-def equal_shards(team: Team) -> None:
-    sizes = [3] * team.world_size
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes)
+def equal_shards(context: Context) -> None:
+    sizes = [3] * context.world_size
+    check_steps(context, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes)
 
 
 @check("ragged-shards", "so are those of shards of different sizes")
-def ragged_shards(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes)
+def ragged_shards(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    check_steps(context, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes)
 
 
 @check("one-sample-each", "so are those of one sample for each worker")
-def one_sample_each(team: Team) -> None:
-    sizes = [1] * team.world_size
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes)
+def one_sample_each(context: Context) -> None:
+    sizes = [1] * context.world_size
+    check_steps(context, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes)
 
 
 @check(
@@ -46,31 +51,31 @@ def one_sample_each(team: Team) -> None:
     "a worker without samples takes part: zeros for its parameters, the whole batch for the rest",
     workers=2,
 )
-def last_empty(team: Team) -> None:
-    sizes = [*ragged(team.world_size - 1), 0]
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes)
+def last_empty(context: Context) -> None:
+    sizes = [*ragged(context.world_size - 1), 0]
+    check_steps(context, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes)
 
 
 @check("first-empty", "also where it is rank 0", workers=2)
-def first_empty(team: Team) -> None:
-    sizes = [0, *ragged(team.world_size - 1)]
-    trial(team, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes)
+def first_empty(context: Context) -> None:
+    sizes = [0, *ragged(context.world_size - 1)]
+    check_steps(context, [random_batch(sum(sizes), seed=seed) for seed in range(2)], sizes)
 
 
 @check("all-but-one-empty", "also where only one worker has samples", workers=2)
-def all_but_one_empty(team: Team) -> None:
-    sizes = [0] * (team.world_size - 1) + [5]
-    trial(team, [random_batch(5, seed=seed) for seed in range(2)], sizes)
+def all_but_one_empty(context: Context) -> None:
+    sizes = [0] * (context.world_size - 1) + [5]
+    check_steps(context, [random_batch(5, seed=seed) for seed in range(2)], sizes)
 
 
 @check("permuted-ranks", "it does not matter which worker has which shard", workers=2)
-def permuted_ranks(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def permuted_ranks(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes))
-    parts = range(team.world_size)
+    parts = range(context.world_size)
     turned = Batch(*(torch.cat(list(reversed(t.split(sizes)))) for t in (batch.x, batch.cotangent)))
-    one = take_step(team, make_layer(team, 4), batch, sizes)
-    other = take_step(team, make_layer(team, 4), turned, sizes[::-1])
+    one = train_step(context, make_layer(context, 4), batch, sizes)
+    other = train_step(context, make_layer(context, 4), turned, sizes[::-1])
     for rank in parts:
         off = (one[rank].y - other[-1 - rank].y).abs().max().item()
         expect(
@@ -86,18 +91,18 @@ def permuted_ranks(team: Team) -> None:
     needs="process_group",
     workers=2,
 )
-def subgroups(team: Team) -> None:
-    ranks = list(range(team.world_size))
+def subgroups(context: Context) -> None:
+    ranks = list(range(context.world_size))
     halves = [ranks[::2], ranks[1::2]]
     groups = [dist.new_group(half) for half in halves]
-    mine = team.rank % 2
-    sizes = ragged(team.world_size)
+    mine = context.rank % 2
+    sizes = ragged(context.world_size)
     whole = random_batch(sum(sizes))
-    layer = make_layer(team, 4, process_group=groups[mine])
-    got = take_step(team, layer, whole, sizes)
+    layer = make_layer(context, 4, process_group=groups[mine])
+    got = train_step(context, layer, whole, sizes)
     for half in halves:
         rows = torch.cat([torch.arange(sum(sizes)).split(sizes)[rank] for rank in half])
-        expected = Oracle(team.subject, 4, {}).step(
+        expected = Oracle(context.under_test, 4, {}).step(
             Batch(whole.x[rows], whole.cotangent[rows]), plainly
         )
         for rank, truth in zip(half, expected.y.split([sizes[r] for r in half]), strict=True):
@@ -111,12 +116,12 @@ def subgroups(team: Team) -> None:
 @check(
     "differs-from-local", "the pooled output is far from that of each shard by itself", workers=2
 )
-def differs_from_local(team: Team) -> None:
-    sizes = [3] * team.world_size
+def differs_from_local(context: Context) -> None:
+    sizes = [3] * context.world_size
     batch = random_batch(sum(sizes))
-    got = take_step(team, make_layer(team, 4), batch, sizes)
+    got = train_step(context, make_layer(context, 4), batch, sizes)
     for rank, (x, step) in enumerate(zip(batch.x.split(sizes), got, strict=True)):
-        alone = Oracle(team.subject, 4, {})(x)
+        alone = Oracle(context.under_test, 4, {})(x)
         off = (step.y - alone).abs().max().item()
         expect(
             off > 1e-3,
@@ -130,13 +135,13 @@ def differs_from_local(team: Team) -> None:
     "the mean of integers, of a power of two in number, is exact",
     needs="momentum",
 )
-def exact_on_integers(team: Team) -> None:
-    sizes = _powers_of_two(team.world_size)
+def exact_on_integers(context: Context) -> None:
+    sizes = _powers_of_two(context.world_size)
     x = torch.randint(-64, 64, (sum(sizes), 3, 4), generator=torch.Generator().manual_seed(1))
     for dtype in (torch.float32, torch.float64):
-        layer = make_layer(team, 3, dtype, momentum=1.0)
+        layer = make_layer(context, 3, dtype, momentum=1.0)
         fill(layer, {"running_mean": torch.zeros(3)})
-        got = take_step(team, layer, Batch(x.to(dtype), torch.ones_like(x, dtype=dtype)), sizes)
+        got = train_step(context, layer, Batch(x.to(dtype), torch.ones_like(x, dtype=dtype)), sizes)
         truth = x.double().mean([0, 2]).to(dtype)
         for rank, step in enumerate(got):
             expect_same_bits(
@@ -145,13 +150,13 @@ def exact_on_integers(team: Team) -> None:
 
 
 @check("same-bits-again", "the same step on the same shards gives the same bits")
-def same_bits_again(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def same_bits_again(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes), dtype=torch.float32)
     one, other = (
-        take_step(team, make_layer(team, 4, torch.float32), batch, sizes) for _ in range(2)
+        train_step(context, make_layer(context, 4, torch.float32), batch, sizes) for _ in range(2)
     )
-    for rank in range(team.world_size):
+    for rank in range(context.world_size):
         expect_same_bits(f"output of rank {rank}, a second time,", other[rank].y, one[rank].y)
         for name, value in one[rank].buffers.items():
             expect_same_bits(
@@ -169,5 +174,5 @@ def _powers_of_two(workers: int) -> list[int]:
 
 def _buffer(step: Step, name: str) -> torch.Tensor:
     if name not in step.buffers:
-        raise Wrong(f"{name} is missing")
+        raise CheckFailed(f"{name} is missing")
     return step.buffers[name]

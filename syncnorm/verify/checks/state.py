@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close, expect_same_bits, expect_shards
-from syncnorm.verify.team import Team
-from syncnorm.verify.trial import make_layer, my_shard, plainly, ragged, take_step
-from syncnorm.verify.truth import Oracle, parameters, random_batch
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Oracle, parameters, random_batch
+from syncnorm.verify.steps import make_layer, my_shard, plainly, ragged, train_step
 
 
 @check("state-dict-keys", "the state dict has the keys and shapes of torch.nn.BatchNorm's")
-def state_dict_keys(team: Team) -> None:
-    got = {name: tuple(t.shape) for name, t in make_layer(team, 4).state_dict().items()}
+def state_dict_keys(context: Context) -> None:
+    got = {name: tuple(t.shape) for name, t in make_layer(context, 4).state_dict().items()}
     expected = {name: tuple(t.shape) for name, t in nn.BatchNorm2d(4).state_dict().items()}
     expect(got == expected, f"state dict has {got}, should have {expected}")
 
@@ -26,48 +26,50 @@ def state_dict_keys(team: Team) -> None:
 @check(
     "loads-batch-norm", "it loads that of a trained torch.nn.BatchNorm, and evaluates as that does"
 )
-def loads_batch_norm(team: Team) -> None:
+def loads_batch_norm(context: Context) -> None:
     theirs = nn.BatchNorm1d(4).double()
     theirs(random_batch(6).x)
-    ours = make_layer(team, 4)
+    ours = make_layer(context, 4)
     ours.load_state_dict(theirs.state_dict())
     x = random_batch(3, seed=1).x
-    expect_same_bits("output in evaluation", ours.eval()(x.to(team.device)).cpu(), theirs.eval()(x))
+    expect_same_bits(
+        "output in evaluation", ours.eval()(x.to(context.device)).cpu(), theirs.eval()(x)
+    )
 
 
 @check(
     "state-dict-round-trip",
     "a layer that loads the state dict of a trained one goes on with the same bits",
 )
-def state_dict_round_trip(team: Team) -> None:
+def state_dict_round_trip(context: Context) -> None:
     def copied(layer: nn.Module) -> nn.Module:
-        fresh = make_layer(team, 4)
+        fresh = make_layer(context, 4)
         buffer = io.BytesIO()
         torch.save(layer.state_dict(), buffer)
         fresh.load_state_dict(torch.load(io.BytesIO(buffer.getvalue()), weights_only=True))
         return fresh
 
-    _goes_on(team, copied, "a layer with its state dict")
+    _goes_on(context, copied, "a layer with its state dict")
 
 
 @check("deepcopy", "a deep copy goes on with the same bits, and by itself")
-def deep_copied(team: Team) -> None:
-    _goes_on(team, copy.deepcopy, "a deep copy")
+def deep_copied(context: Context) -> None:
+    _goes_on(context, copy.deepcopy, "a deep copy")
 
 
 @check("pickle", "so does a pickled one")
-def pickled(team: Team) -> None:
-    _goes_on(team, lambda layer: pickle.loads(pickle.dumps(layer)), "a pickled copy")  # noqa: S301 of our own
+def pickled(context: Context) -> None:
+    _goes_on(context, lambda layer: pickle.loads(pickle.dumps(layer)), "a pickled copy")  # noqa: S301 of our own
 
 
 @check("moves-to-a-type", "a layer may be cast: .double() of a float32 one trains in float64")
-def cast(team: Team) -> None:
-    sizes = ragged(team.world_size)
-    layer = team.subject.make(4).to(team.device).double()
+def cast(context: Context) -> None:
+    sizes = ragged(context.world_size)
+    layer = context.under_test.make(4).to(context.device).double()
     for name, t in layer.state_dict().items():
         wanted = torch.float64 if t.is_floating_point() else torch.int64
         expect(t.dtype == wanted, f"{name} is {t.dtype} after .double(), should be {wanted}")
-    got = take_step(team, layer, random_batch(sum(sizes)), sizes)
+    got = train_step(context, layer, random_batch(sum(sizes)), sizes)
     expect(got[0].y.dtype == torch.float64, f"output is {got[0].y.dtype} after .double()")
 
 
@@ -76,12 +78,12 @@ def cast(team: Team) -> None:
     "after .half() weights are float16, statistics are not, and it trains",
     needs="float32 statistics",
 )
-def half_layer(team: Team) -> None:
-    sizes = ragged(team.world_size)
+def half_layer(context: Context) -> None:
+    sizes = ragged(context.world_size)
     batch = random_batch(sum(sizes), dtype=torch.float16)
-    layer, oracle = make_layer(team, 4, torch.float16), Oracle(team.subject, 4, {})
+    layer, oracle = make_layer(context, 4, torch.float16), Oracle(context.under_test, 4, {})
     oracle.weight, oracle.bias = (p.half().double().requires_grad_() for p in parameters(4))
-    got = take_step(team, layer.to(torch.float16), batch, sizes)
+    got = train_step(context, layer.to(torch.float16), batch, sizes)
     for name, t in layer.state_dict().items():
         wanted = {
             "weight": torch.float16,
@@ -97,19 +99,19 @@ def half_layer(team: Team) -> None:
             expect_close(f"{name} of rank {rank}", step.buffers[name], value, torch.float32)
 
 
-def _goes_on(team: Team, make_copy, what: str) -> None:
+def _goes_on(context: Context, make_copy, what: str) -> None:
     """After a step in common, layer and copy take the same second step, each by itself."""
-    sizes = ragged(team.world_size)
-    layer = make_layer(team, 4)
-    take_step(team, layer, random_batch(sum(sizes)), sizes)
+    sizes = ragged(context.world_size)
+    layer = make_layer(context, 4)
+    train_step(context, layer, random_batch(sum(sizes)), sizes)
     other = make_copy(layer)
-    ours, theirs = (_second(team, each, sizes) for each in (layer, other))
+    ours, theirs = (_second(context, each, sizes) for each in (layer, other))
     for name, value in ours.items():
-        expect_same_bits(f"{name} of {what}, on rank {team.rank},", theirs[name], value)
+        expect_same_bits(f"{name} of {what}, on rank {context.rank},", theirs[name], value)
 
 
-def _second(team: Team, layer: nn.Module, sizes: list[int]) -> dict[str, Tensor]:
-    x, cotangent, _ = my_shard(team, random_batch(sum(sizes), seed=1), sizes)
+def _second(context: Context, layer: nn.Module, sizes: list[int]) -> dict[str, Tensor]:
+    x, cotangent, _ = my_shard(context, random_batch(sum(sizes), seed=1), sizes)
     layer.zero_grad()
     x.requires_grad_()
     y = layer(x)

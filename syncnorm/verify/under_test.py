@@ -1,4 +1,4 @@
-"""What is verified: a layer class, and what it claims to be able to do."""
+"""The layer class under test, and its claims."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ from syncnorm.module import SyncNorm
 from syncnorm.verify.reshape import reshape
 
 BOUNDS = (1.5, 0.5)
-"""r_max and d_max of a renormalising layer, unless a check says otherwise: some channels are
-clipped, some are not.
-"""
+"""r_max and d_max of a renormalising layer in most checks: some channels are clipped."""
 
-# What our layers claim beyond what every batch normalisation does. One entry decides about the
-# checks that need it.
+# The claims of our layers beyond those of any batch normalisation; checks need them by name.
 _OURS = {
     "mask": True,
     "messages": True,
@@ -34,19 +31,19 @@ _OURS = {
 }
 _OPTIONS = ("eps", "momentum", "affine", "track_running_stats", "process_group")
 DIMENSIONS = (2, 3, 4, 5)
-"""Of the input in checks."""
+"""The numbers of dimensions of the inputs in checks."""
 _REFERENCE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", re.ASCII)
 _PACKAGE = "syncnorm:"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A layer class under verification.
+class LayerUnderTest:
+    """A layer class under test.
 
     Args:
         reference: `package:Class`, imported on each worker.
         accepted: arguments that its constructor takes, besides the number of channels.
-        claims: what it offers: names of such arguments, and "mask", "messages" (one of at most 2C+2
+        claims: names of such arguments, and "mask", "messages" (one of at most 2C+2
             numbers in each direction), "renorm", "double backward", "compile", "float32 statistics"
             (also of a half layer), and the numbers of dimensions of its input, such as "4-D input".
         dimensions: of the input that it takes; others are brought into the most of these.
@@ -64,12 +61,12 @@ class Subject:
 
     @property
     def is_renorm(self) -> bool:
-        """Whether it renormalises: then its truth is another one."""
+        """True for a renormalising layer, whose oracle is another."""
         return "renorm" in self.claims
 
     @property
     def shapes(self) -> str:
-        """What to say of the input that it takes."""
+        """The inputs that it takes, in words."""
         taken = " and ".join(f"{ndim}-D" for ndim in self.dimensions)
         return f"{self.name} takes {taken} inputs only; the checks give it others as {self.dimensions[-1]}-D"
 
@@ -87,7 +84,7 @@ class Subject:
         return layer
 
     def lacks(self, needs: tuple[str, ...]) -> str | None:
-        """Why a check with these needs is not offered; None if it is."""
+        """The reason why a check with these needs is not offered; None if it is."""
         for need in needs:
             wanted = need.removeprefix("no ")
             if (wanted in self.claims) == need.startswith("no "):
@@ -95,8 +92,8 @@ class Subject:
         return None
 
 
-def subject_of(reference: str) -> Subject:
-    """Look at a class; what is not ours claims what its signatures show.
+def layer_under_test(reference: str) -> LayerUnderTest:
+    """Import a layer class; one that is not ours claims the options in its signatures.
 
     Raises:
         ConfigError: there is no such class, or it is no layer.
@@ -112,11 +109,11 @@ def subject_of(reference: str) -> Subject:
         claims = (claims | {"renorm"}) - {"track_running_stats"}
     dimensions = tuple(ndim for ndim in DIMENSIONS if _takes(cls, ndim)) or DIMENSIONS
     claims |= {f"{ndim}-D input" for ndim in dimensions}
-    return Subject(reference, frozenset(accepted), frozenset(claims), dimensions)
+    return LayerUnderTest(reference, frozenset(accepted), frozenset(claims), dimensions)
 
 
 def _takes(cls: type[nn.Module], ndim: int) -> bool:
-    """Whether a class that checks dimensions as torch's batch norms do lets this many pass."""
+    """False if the class refuses this many dimensions, in the way of torch's batch norms."""
     check = getattr(cls, "_check_input_dim", None)
     if check is None or issubclass(cls, SyncNorm):
         return True
@@ -130,9 +127,7 @@ def _takes(cls: type[nn.Module], ndim: int) -> bool:
 
 
 def _accepted(cls: type[nn.Module]) -> set[str]:
-    """Names of the arguments of a constructor; with **kwargs also those of the class that it
-    extends.
-    """
+    """Names of a constructor's arguments; where it has **kwargs, also those of its base class."""
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
@@ -143,9 +138,11 @@ def _accepted(cls: type[nn.Module]) -> set[str]:
     return names
 
 
-def ours() -> list[Subject]:
+def ours() -> list[LayerUnderTest]:
     """Both of our layers."""
-    return [subject_of(f"{_PACKAGE}{cls.__name__}") for cls in (SyncBatchNorm, SyncBatchRenorm)]
+    return [
+        layer_under_test(f"{_PACKAGE}{cls.__name__}") for cls in (SyncBatchNorm, SyncBatchRenorm)
+    ]
 
 
 def load(reference: str) -> type[nn.Module]:

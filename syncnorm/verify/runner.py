@@ -1,4 +1,4 @@
-"""Who runs the checks: workers that are started here, or those of which this process is one."""
+"""Runners of checks: on workers that are started here, or as one worker of a launcher."""
 
 from __future__ import annotations
 
@@ -10,37 +10,38 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.testing import RankFailure, RankPool
-from syncnorm.verify.check import Check, Verdict, all_checks
-from syncnorm.verify.subject import Subject
-from syncnorm.verify.team import Team, join, ranks_in_words
+from syncnorm.verify.check import Check, Verdict
+from syncnorm.verify.checks import all_checks
+from syncnorm.verify.context import Context, join, ranks_in_words
+from syncnorm.verify.under_test import LayerUnderTest
 
 # Time for a worker to say that another does not answer, before it is given up itself.
 _GRACE_SECONDS = 5.0
 _START_SECONDS = 120.0
 
 
-class Crew(Protocol):
+class Runner(Protocol):
     """Workers that run one check after the other."""
 
     world_size: int
     backend: str
     device: str
 
-    def attempt(self, check: Check, subject: Subject) -> Verdict:
+    def attempt(self, check: Check, under_test: LayerUnderTest) -> Verdict:
         """Run a check on all workers."""
         ...
 
     @property
     def is_lost(self) -> bool:
-        """Whether no further check can be run."""
+        """True if no further check can be run."""
         ...
 
 
-class LocalCrew:
+class LocalRunner:
     """Workers on this machine, over gloo; started anew after a check that hangs or kills one.
 
     Args:
-        workers: how many.
+        workers: their number.
         deadline_seconds: for one check.
     """
 
@@ -53,10 +54,10 @@ class LocalCrew:
         self.deadline_seconds = deadline_seconds
         self._pool: RankPool | None = None
 
-    def attempt(self, check: Check, subject: Subject) -> Verdict:
+    def attempt(self, check: Check, under_test: LayerUnderTest) -> Verdict:
         pool = self._living_pool()
         try:
-            verdicts = pool.run(_attempt, check.name, subject)
+            verdicts = pool.run(_attempt, check.name, under_test)
         except RankFailure as failure:
             return _explain(failure, self.deadline_seconds)
         hung = [verdict for verdict in verdicts if verdict.status == "hangs"]
@@ -69,7 +70,7 @@ class LocalCrew:
         if self._pool is not None:
             self._pool.close()
 
-    def __enter__(self) -> LocalCrew:
+    def __enter__(self) -> LocalRunner:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -86,25 +87,25 @@ class LocalCrew:
         return self._pool
 
 
-_team: Team | None = None
+_context: Context | None = None
 
 
 def _join(deadline_seconds: float) -> None:
     """On a worker of a pool."""
-    global _team
-    _team = join(
+    global _context
+    _context = join(
         dist.get_rank(), dist.get_world_size(), torch.device("cpu"), "127.0.0.1", deadline_seconds
     )
 
 
-def _attempt(name: str, subject: Subject) -> Verdict:
+def _attempt(name: str, under_test: LayerUnderTest) -> Verdict:
     """On a worker of a pool."""
-    assert _team is not None
-    return _team.attempt(all_checks()[name], subject)
+    assert _context is not None
+    return _context.attempt(all_checks()[name], under_test)
 
 
 def _explain(failure: RankFailure, deadline_seconds: float) -> Verdict:
-    """From workers that died or never came back, and what the others had to say."""
+    """Return the verdict where workers died or did not come back."""
     if failure.failures:
         rank, text = next(iter(failure.failures.items()))
         return Verdict("failed", f"rank {rank}: {text.strip().splitlines()[-1]}")
@@ -116,42 +117,51 @@ def _explain(failure: RankFailure, deadline_seconds: float) -> Verdict:
     )
 
 
-class LaunchedCrew:
+class LaunchedRunner:
     """The workers of a launcher, this process being one; a check that hangs is the last.
 
     Args:
-        team: this worker among the others.
+        context: this worker among the others.
         backend: of the default process group.
         give_up: called in a thread of its own if this worker itself does not come back from a
-            check; to say what was found and to end the process.
+            check; prints the report and ends the process.
     """
 
     def __init__(
-        self, team: Team, backend: str, give_up: Callable[[Check, Subject, Verdict], Any]
+        self,
+        context: Context,
+        backend: str,
+        give_up: Callable[[Check, LayerUnderTest, Verdict], Any],
     ) -> None:
-        self.world_size, self.backend, self.device = team.world_size, backend, team.device.type
+        self.world_size, self.backend, self.device = (
+            context.world_size,
+            backend,
+            context.device.type,
+        )
         self.is_lost = False
-        self._team = team
+        self._context = context
         self._give_up = give_up
 
-    def attempt(self, check: Check, subject: Subject) -> Verdict:
-        seconds = self._team.deadline_seconds
-        verdict = Verdict("hangs", f"rank {self._team.rank} did not come back within {seconds:g} s")
+    def attempt(self, check: Check, under_test: LayerUnderTest) -> Verdict:
+        seconds = self._context.deadline_seconds
+        verdict = Verdict(
+            "hangs", f"rank {self._context.rank} did not come back within {seconds:g} s"
+        )
         # Rank 0 speaks first.
         alarm = threading.Timer(
-            seconds + (1 + (self._team.rank > 0)) * _GRACE_SECONDS,
+            seconds + (1 + (self._context.rank > 0)) * _GRACE_SECONDS,
             self._give_up,
-            [check, subject, verdict],
+            [check, under_test, verdict],
         )
         alarm.daemon = True
         alarm.start()
         try:
-            verdict = self._team.attempt(check, subject)
+            verdict = self._context.attempt(check, under_test)
         finally:
             alarm.cancel()
         self.is_lost = verdict.status == "hangs"
         return verdict
 
     def close(self) -> None:
-        """Leave, in an order in which nobody is cut off."""
-        self._team.leave(self.is_lost)
+        """Wait for the workers that still need this process."""
+        self._context.leave(self.is_lost)

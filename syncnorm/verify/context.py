@@ -1,7 +1,7 @@
-"""The workers of a check: each runs it, and they show each other what they got.
+"""The context of a check on one worker: the layer under test, and results shared with the others.
 
-What they show goes through a store, not through the process group under test: a group that is out
-of step, or has a member that waits for good, is what a check must be able to find.
+Results go through a store, not through the process group under test: a check must be able to find
+a group that is out of step, or that has a member that waits for good.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] documented all the same
 
-from syncnorm.verify.check import Check, Verdict, Wrong
-from syncnorm.verify.subject import Subject
+from syncnorm.verify.check import Check, CheckFailed, Verdict
+from syncnorm.verify.under_test import LayerUnderTest
 
 
 @dataclass(frozen=True)
 class _End:
-    """How a check ended on one worker; shown in place of what the others expect."""
+    """The end of a check on one worker; sent in place of the value that the others expect."""
 
     status: str
     reason: str = ""
@@ -40,8 +40,8 @@ class _Lost(Exception):
     """Some workers have not come within the deadline."""
 
 
-class Team:
-    """One worker's place among those that run a check.
+class Context:
+    """One worker's context in all checks.
 
     Args:
         store: reached by all workers.
@@ -50,7 +50,7 @@ class Team:
         deadline_seconds: for one check.
     """
 
-    subject: Subject
+    under_test: LayerUnderTest
 
     def __init__(
         self,
@@ -67,24 +67,22 @@ class Team:
         self._deadline = 0.0
 
     def gather(self, value: Any) -> list[Any]:
-        """What each worker gives, by rank. Every worker must call."""
-        values = self._show(value)
+        """Gather a value from every worker, by rank. Every worker must call."""
+        values = self._exchange(value)
         if any(isinstance(value, _End) for value in values):
             raise _Stopped(
                 [value if isinstance(value, _End) else _End("passed") for value in values]
             )
         return values
 
-    def attempt(self, check: Check, subject: Subject) -> Verdict:
-        """Run a check; called by all workers at once, and the verdict is the same for all who come
-        back.
-        """
-        self.subject = subject
+    def attempt(self, check: Check, under_test: LayerUnderTest) -> Verdict:
+        """Run a check, on all workers at once; the verdict is the same on all that come back."""
+        self.under_test = under_test
         self._deadline = time.monotonic() + self.deadline_seconds
         mine = _End("passed")
         try:
             mine = self._run(check)
-            return _merge(self._show(mine))
+            return _merge(self._exchange(mine))
         except _Stopped as stopped:
             return _merge(stopped.ends)
         except _Lost as lost:
@@ -92,10 +90,10 @@ class Team:
             return Verdict("hangs", f"{lost}{said}")
 
     def leave(self, after_hang: bool = False) -> None:
-        """Say that nothing more is to come, and wait for those who still need this process.
+        """Wait for the workers that still need this process, before it ends.
 
         Rank 0 has the store, so it waits for all. After a check that hangs some will never come;
-        then the others wait for rank 0, which says what was found: a launcher ends all workers when
+        then the others wait for rank 0, which prints the report: a launcher ends all workers when
         the first ends.
         """
         self._deadline = time.monotonic() + self.deadline_seconds
@@ -113,14 +111,14 @@ class Team:
                 check.run(self)
         except (_Stopped, _Lost):
             raise
-        except Wrong as wrong:
-            return _End("wrong", str(wrong))
+        except CheckFailed as failure:
+            return _End("failed", str(failure))
         except Exception as error:  # whatever a layer may raise
             return _End("raised", f"raised {describe(error)}")
         return _End("passed")
 
-    def _show(self, value: Any) -> list[Any]:
-        """Exchange values, of whatever kind."""
+    def _exchange(self, value: Any) -> list[Any]:
+        """Exchange values of any kind, by rank."""
         self._round += 1
         keys = [f"{self._round}/{rank}" for rank in range(self.world_size)]
         self._store.set(keys[self.rank], pickle.dumps(value))  # pyright: ignore[reportArgumentType] takes bytes too
@@ -139,8 +137,8 @@ class Team:
 
 def join(
     rank: int, world_size: int, device: torch.device, host: str, deadline_seconds: float
-) -> Team:
-    """Become one of a team; the workers have a default process group already.
+) -> Context:
+    """Make this worker's context; the workers have a default process group already.
 
     *Collectives*: one broadcast on the default group; every worker must call.
 
@@ -157,7 +155,7 @@ def join(
     dist.broadcast_object_list(port, src=0, device=device)
     if store is None:
         store = TCPStore(host, port[0], is_master=False, timeout=timeout)
-    return Team(store, rank, world_size, device, deadline_seconds)
+    return Context(store, rank, world_size, device, deadline_seconds)
 
 
 def _merge(ends: list[_End]) -> Verdict:
@@ -173,7 +171,7 @@ def _merge(ends: list[_End]) -> Verdict:
 
 
 def describe(error: BaseException) -> str:
-    """An error in a line."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

@@ -1,4 +1,4 @@
-"""Batches, and what the oracle says of them: float64, one process, the whole batch."""
+"""Batches, and the oracle's steps on them: float64, one process, the whole batch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ import torch
 from torch import Tensor
 
 from syncnorm import reference
-from syncnorm.verify.subject import BOUNDS, Layer, Subject
+from syncnorm.verify.under_test import BOUNDS, Layer, LayerUnderTest
 
 Use = Callable[[Layer, Tensor, Tensor | None], Tensor]
-"""How a layer is put to use: from the layer, x and mask to the output whose gradient is taken."""
+"""A use of a layer: from the layer, x and mask to the output whose gradient is taken."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A whole batch x (N, C, *S), the gradient of its output, and weights (N, 1, *S) or None; on
-    the CPU.
-    """
+    """A whole batch on the CPU: x and the gradient of its output (N, C, *S), mask (N, 1, *S)."""
 
     x: Tensor
     cotangent: Tensor
@@ -29,9 +27,7 @@ class Batch:
 
 @dataclass
 class Step:
-    """What came of one training forward and backward pass, of a shard or of the whole batch; on the
-    CPU.
-    """
+    """The outcome of a training forward and backward pass of a shard or a batch, on the CPU."""
 
     y: Tensor
     grad_input: Tensor | None
@@ -49,9 +45,7 @@ def random_batch(
     masked: bool = False,
     seed: int = 0,
 ) -> Batch:
-    """A batch whose samples differ in mean, so that shards do, and local statistics cannot pass for
-    pooled ones.
-    """
+    """A batch whose samples, so also shards, differ in mean: local statistics fail every check."""
     g = torch.Generator().manual_seed(seed)
     shape = (rows, *tail)
     offset = torch.linspace(-1.0, 1.0, max(rows, 1), dtype=torch.float64)[:rows]
@@ -68,9 +62,9 @@ def parameters(channels: int) -> tuple[Tensor, Tensor]:
     return weight.double(), torch.randn(channels, generator=g).double()
 
 
-def initial_statistics(subject: Subject, channels: int) -> reference.RunningStatistics:
-    """Those that a layer starts from: of a renormalising one some way off the batches', by channel."""
-    if not subject.is_renorm:
+def initial_statistics(under_test: LayerUnderTest, channels: int) -> reference.RunningStatistics:
+    """The statistics at the start: of a renormalising layer some way off the batches'."""
+    if not under_test.is_renorm:
         return reference.RunningStatistics.initial(channels)
     spread = torch.linspace(-0.5, 1.5, channels, dtype=torch.float64).float().double()
     return reference.RunningStatistics(spread + 0.5, (4.0 * torch.exp(spread)).float().double())
@@ -80,14 +74,14 @@ class Oracle:
     """The whole batch in one process; called like a layer.
 
     Args:
-        subject: whose equations.
+        under_test: the layer whose equations are meant.
         channels: C.
         options: as the layer got them.
     """
 
-    def __init__(self, subject: Subject, channels: int, options: dict[str, Any]) -> None:
-        self.running: reference.RunningStatistics | None = initial_statistics(subject, channels)
-        self.bounds = options.get("bounds", BOUNDS) if subject.is_renorm else None
+    def __init__(self, under_test: LayerUnderTest, channels: int, options: dict[str, Any]) -> None:
+        self.running: reference.RunningStatistics | None = initial_statistics(under_test, channels)
+        self.bounds = options.get("bounds", BOUNDS) if under_test.is_renorm else None
         self.running_average = options.get("running_average", "std")
         self.eps, self.momentum = options.get("eps", 1e-5), options.get("momentum", 0.1)
         self.weight = self.bias = None
@@ -133,8 +127,9 @@ class Oracle:
         }
 
     def folded(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias with which plain batch normalisation gives this oracle's output, before
-        the step.
+        """Weight and bias with which batch normalisation gives this oracle's output.
+
+        To be asked before the step.
         """
         assert self.weight is not None
         assert self.bias is not None

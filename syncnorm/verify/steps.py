@@ -1,4 +1,4 @@
-"""A layer on shards, held against the whole batch: what most checks come to."""
+"""Steps of a layer on shards, compared with the oracle on the whole batch: most checks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.verify.compare import expect, expect_step
-from syncnorm.verify.team import Team
-from syncnorm.verify.truth import Batch, Oracle, Step, Use, initial_statistics, parameters
+from syncnorm.verify.context import Context
+from syncnorm.verify.oracle import Batch, Oracle, Step, Use, initial_statistics, parameters
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -26,18 +26,17 @@ def ragged(workers: int) -> list[int]:
 
 
 def make_layer(
-    team: Team, channels: int, dtype: torch.dtype = torch.float64, **options: Any
+    context: Context, channels: int, dtype: torch.dtype = torch.float64, **options: Any
 ) -> nn.Module:
-    """A layer of the subject's on this worker's device, with the oracle's parameters and
-    statistics.
+    """Make the layer under test on this worker's device, with the oracle's parameters and buffers.
 
-    Half types are given to layers in float32, as under autocast.
+    For inputs of a half type it is float32, as under autocast.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    layer = team.subject.make(channels, **options).to(team.device, wide)
+    layer = context.under_test.make(channels, **options).to(context.device, wide)
     fill(layer, dict(zip(("weight", "bias"), parameters(channels), strict=True)))
-    if team.subject.is_renorm:
-        running = initial_statistics(team.subject, channels)
+    if context.under_test.is_renorm:
+        running = initial_statistics(context.under_test, channels)
         fill(layer, {"running_mean": running.mean, "running_var": running.var})
     return layer
 
@@ -51,8 +50,8 @@ def fill(layer: nn.Module, values: dict[str, Tensor]) -> None:
                 own.copy_(value)
 
 
-def take_step(
-    team: Team,
+def train_step(
+    context: Context,
     layer: nn.Module,
     batch: Batch,
     sizes: Sequence[int],
@@ -64,7 +63,7 @@ def take_step(
     """A forward and a backward pass on this worker's shard; the outcomes of all ranks.
 
     Args:
-        team: this worker among the others.
+        context: this worker's.
         layer: in training.
         batch: the whole one.
         sizes: samples of each rank.
@@ -72,7 +71,7 @@ def take_step(
         layout: brings the shard into a layout in memory.
         needs_grad: whether this rank's input needs a gradient.
     """
-    x, cotangent, mask = my_shard(team, batch, sizes)
+    x, cotangent, mask = my_shard(context, batch, sizes)
     x = layout(x).detach().requires_grad_(needs_grad)
     layer.zero_grad()
     y = use(layer, x, mask)
@@ -80,23 +79,27 @@ def take_step(
         y.backward(layout(cotangent))
     # The gradient of an empty shard is nothing, and may be missing.
     is_missing = needs_grad and x.grad is None and x.numel() > 0
-    expect(not is_missing, f"input gradient of rank {team.rank} is missing")
-    return team.gather(look(layer, y, x.grad))
+    expect(not is_missing, f"input gradient of rank {context.rank} is missing")
+    return context.gather(outcome(layer, y, x.grad))
 
 
 def my_shard(
-    team: Team, batch: Batch, sizes: Sequence[int]
+    context: Context, batch: Batch, sizes: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """This worker's x, cotangent and mask, on its device."""
     x, cotangent = (
-        t.split(list(sizes))[team.rank].to(team.device) for t in (batch.x, batch.cotangent)
+        t.split(list(sizes))[context.rank].to(context.device) for t in (batch.x, batch.cotangent)
     )
-    mask = None if batch.mask is None else batch.mask.split(list(sizes))[team.rank].to(team.device)
+    mask = (
+        None
+        if batch.mask is None
+        else batch.mask.split(list(sizes))[context.rank].to(context.device)
+    )
     return x.clone(), cotangent.clone(), mask
 
 
-def look(layer: nn.Module, y: Tensor, grad_input: Tensor | None) -> Step:
-    """What there is to see after a step, on the CPU."""
+def outcome(layer: nn.Module, y: Tensor, grad_input: Tensor | None) -> Step:
+    """Collect the outcome of a step, on the CPU."""
     grads = {
         name: None if p.grad is None else p.grad.detach().cpu().clone()
         for name, p in layer.named_parameters()
@@ -107,8 +110,8 @@ def look(layer: nn.Module, y: Tensor, grad_input: Tensor | None) -> Step:
     )
 
 
-def trial(
-    team: Team,
+def check_steps(
+    context: Context,
     batches: Sequence[Batch],
     sizes: Sequence[int],
     use: Use = plainly,
@@ -120,17 +123,16 @@ def trial(
     prepare: Callable[[nn.Module], object] = id,
     **options: Any,
 ) -> list[list[Step]]:
-    """Steps on the batches in shards; after each, everything must be as the oracle has it for the
-    whole batch.
+    """Make steps on shards of the batches, each of which must equal the oracle's on the batch.
 
     Args:
-        team: this worker among the others.
+        context: this worker's.
         batches: one for each step.
         sizes: samples of each rank.
         use: how the layer is called.
         truth: how the oracle is called, if not in the same way.
         factor: on the tolerance.
-        layout, needs_grad: as for `take_step`.
+        layout, needs_grad: as for `train_step`.
         prepare: changes the layer before the first step.
         options: of the layer.
 
@@ -138,15 +140,15 @@ def trial(
         The outcomes of each step, by rank.
 
     Raises:
-        Wrong: something differs.
+        CheckFailed: something differs.
     """
     x = batches[0].x
-    layer = make_layer(team, x.shape[1], x.dtype, **options)
+    layer = make_layer(context, x.shape[1], x.dtype, **options)
     prepare(layer)
-    oracle = Oracle(team.subject, x.shape[1], options)
+    oracle = Oracle(context.under_test, x.shape[1], options)
     steps = []
     for number, batch in enumerate(batches):
-        got = take_step(team, layer, batch, sizes, use, layout=layout, needs_grad=needs_grad)
+        got = train_step(context, layer, batch, sizes, use, layout=layout, needs_grad=needs_grad)
         expected = oracle.step(batch, truth or use)
         expected.parameters = {
             k: v for k, v in expected.parameters.items() if _wants_gradient(layer, k)
