@@ -13,13 +13,14 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, SequentialLR
 
+from syncnorm.train.compiler import without_compiler
 from syncnorm.train.config.nearest import nearest
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
     # LBFGS wants the loss anew several times a step, SparseAdam sparse gradients.
     return {
-        name: member
+        name: without_compiler(member)
         for name, member in vars(torch.optim).items()
         if inspect.isclass(member)
         and issubclass(member, torch.optim.Optimizer)
@@ -225,12 +226,8 @@ def _attempt(name: str, options: Mapping[str, Any], make: Callable[[], object]) 
 
 
 def _trial_optimizer(name: str, options: Mapping[str, Any]) -> torch.optim.Optimizer:
-    cls = OPTIMIZERS[name]
-    # Without torch's wrapper around this method, which imports torch's compiler: two seconds of
-    # every start.
-    light = type(name, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})
     # Two-dimensional, as Muon asks for matrices.
-    return light([torch.zeros(1, 1, requires_grad=True)], lr=0.1, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    return OPTIMIZERS[name]([torch.zeros(1, 1, requires_grad=True)], lr=0.1, **_tuples(options))  # pyright: ignore[reportCallIssue]
 
 
 def _step_once(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:

@@ -22,6 +22,7 @@ from syncnorm.module import SyncNorm
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.buffers import SharedBuffers
+from syncnorm.train.compiler import compiler_put_off, without_compiler
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import REFERENCE, Config
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, types_of
@@ -221,15 +222,16 @@ def make_learner(
         )
     if train.compile:
         model.compile()
-    ddp = DistributedDataParallel(
-        model,
-        **_no_buffers(),
-        # A parameter without a part in the loss is left alone, as in a single process; without this
-        # DDP fails. Nor does it then arrange its buckets anew after the first step: with more than
-        # two workers a sum depends on the arrangement, and a resumed run would differ in the last
-        # bit.
-        find_unused_parameters=True,
-    )
+    with compiler_put_off():
+        ddp = without_compiler(DistributedDataParallel)(
+            model,
+            **_no_buffers(),
+            # A parameter without a part in the loss is left alone, as in a single process; without this
+            # DDP fails. Nor does it then arrange its buckets anew after the first step: with more than
+            # two workers a sum depends on the arrangement, and a resumed run would differ in the last
+            # bit.
+            find_unused_parameters=True,
+        )
     optimizer = optim.make_optimizer(train.optimizer.name, model, train.lr, train.optimizer.options)
     schedule = optim.make_schedule(
         train.schedule.name, optimizer, train.schedule.warmup, total_steps, train.schedule.options

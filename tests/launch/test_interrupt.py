@@ -61,7 +61,7 @@ DRY = ["train", "digits", "--dry-run"]
     [
         (["train", "digits"], "syncnorm.cli", ""),
         (["train", "digits"], "torch.nn", ""),
-        (DRY, "sklearn.datasets", ""),
+        (DRY, "sklearn", ""),
         (["verify"], "torch.nn", "spawn_main"),
         (["report", "run"], "syncnorm.train.report", ""),
         (["submit", "digits"], "ray.job_submission", ""),
@@ -77,7 +77,7 @@ def test_a_command_ends_quietly(tmp_path, arguments, module, mark):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("module", ["torch.nn", "sklearn.datasets"])
+@pytest.mark.parametrize("module", ["torch.nn", "sklearn"])
 def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path, module):
     done = interrupted([*commands.SYNCNORM, "train", "digits"], tmp_path, module, in_worker=True)
     assert in_the_shell(done.returncode) == 130

@@ -7,8 +7,10 @@ holds the whole set, and as float64 it would take 8 times the memory.
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -209,20 +211,51 @@ def digits(root: Path | None) -> Dataset:
         root: not used; the images are a part of scikit-learn.
     """
     import numpy as np
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
 
-    pixels, labels = map(np.asarray, load_digits(return_X_y=True))
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
-    )
-    images = torch.from_numpy(pixels.astype(np.uint8)).reshape(
-        -1, 1, 8, 8
-    )  # whole numbers, 0 to 16
-    everything = Split(images, torch.from_numpy(labels).long())
-    return make_dataset(
-        everything[torch.from_numpy(train)], everything[torch.from_numpy(test)], num_classes=10
-    )
+    # The file, without scikit-learn itself: its import takes seconds.
+    package = find_spec("sklearn")
+    if package is None or package.origin is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    path = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    table = torch.from_numpy(np.loadtxt(path, delimiter=",", dtype=np.uint8))
+    everything = Split(table[:, :-1].reshape(-1, 1, 8, 8), table[:, -1].long())
+    train, test = _stratified(everything.labels, 360)
+    return make_dataset(everything[train], everything[test], num_classes=10)
+
+
+def _stratified(labels: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The indices of a training set, and of a test set of `count` samples, each with its share of
+    every class.
+
+    The same as those of scikit-learn's `train_test_split(stratify=labels, random_state=0)`.
+    """
+    import numpy as np
+
+    draw = np.random.RandomState(0)
+    sizes = np.bincount(labels.numpy())
+
+    def shares(left: Any, count: int) -> Any:
+        """How many of `count` samples are of each class; what is left of it by rounding goes to
+        the largest remainders.
+        """
+        exact = left / left.sum() * count
+        whole = np.floor(exact)
+        for remainder in np.unique(exact - whole)[::-1]:
+            missing = int(count - whole.sum())
+            if missing == 0:
+                break
+            tied = np.flatnonzero(exact - np.floor(exact) == remainder)
+            whole[draw.choice(tied, size=min(len(tied), missing), replace=False)] += 1
+        return whole.astype(int)
+
+    to_train = shares(sizes, len(labels) - count)
+    to_test = shares(sizes - to_train, count)
+    train, test = [], []
+    for number, (size, first, second) in enumerate(zip(sizes, to_train, to_test, strict=True)):
+        mixed = np.flatnonzero(labels.numpy() == number)[draw.permutation(size)]
+        train.extend(mixed[:first])
+        test.extend(mixed[first : first + second])
+    return torch.from_numpy(draw.permutation(train)), torch.from_numpy(draw.permutation(test))
 
 
 def mnist(root: Path | None) -> Dataset:
