@@ -33,7 +33,8 @@ def without_compiler(cls: type[T]) -> type[T]:
         plain = _unmarked(method)
         if plain is not None:
             own[name] = _while_not_compiling(plain, method)
-    return type(cls.__name__, (cls,), {**own, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    named = {"__module__": cls.__module__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), {**own, **named})  # pyright: ignore[reportReturnType]
 
 
 def _while_not_compiling(plain: Callable[..., Any], method: Any) -> Callable[..., Any]:
