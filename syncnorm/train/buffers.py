@@ -147,8 +147,11 @@ class SharedBuffers:
             setattr(module, key, None)
 
     def before_average(self) -> None:
-        """Let the average's buffers have the shapes that the model's have now."""
-        _reshape(self._averaged, values(self.places), self._device)
+        """Let buffers of the average start again from the model's, where shape or type differ."""
+        if self._average is not None:
+            mine, before = values(self.places), _forms(values(self._averaged))
+            changed = [name for name, form in _forms(mine).items() if before.get(name) != form]
+            put(self._average, self._averaged, {name: mine[name] for name in changed})
 
     def after_average(self) -> None:
         """Give the average the model's counts, positions and marks, which have no mean."""
