@@ -22,7 +22,7 @@ train: $(INSTALLED)  ## Train on real data, statistics pooled over two workers
 	$(BIN)/syncnorm train configs/digits.yaml
 
 test: $(INSTALLED)  ## Run the tests
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test-slow: $(INSTALLED)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow
