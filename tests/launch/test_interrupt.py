@@ -79,7 +79,8 @@ def test_a_command_ends_quietly(tmp_path, arguments, module, mark):
 
 @pytest.mark.parametrize("module", ["torch.nn", "sklearn"])
 def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path, module):
-    done = interrupted([*commands.SYNCNORM, "train", "digits"], tmp_path, module, in_worker=True)
+    command = [*commands.SYNCNORM, "train", "digits", "launch.workers=1"]
+    done = interrupted(command, tmp_path, module, in_worker=True)
     assert in_the_shell(done.returncode) == 130
     (run,) = (tmp_path / "runs").iterdir()
     assert done.stderr.splitlines() == [
