@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 PLAN = "SYNCNORM_DRILL_PLAN"
-SITECUSTOMIZE = "from benchmarks import kill_worker\n\nkill_worker.arm()\n"
+SITECUSTOMIZE = "from drills import kill_worker\n\nkill_worker.arm()\n"
 
 _OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 _WRITES = os.O_WRONLY | os.O_RDWR

@@ -22,15 +22,28 @@ settings.load_profile("tests")
 POOL_SECONDS = 600.0
 # They share one cluster.
 RAY = ("test_ray.py", "test_ray_verify.py")
+# Files that take minutes, the longest first. Where files run side by side, one that began last
+# would go on alone.
+LONGEST = (
+    *RAY,
+    "test_run.py",
+    "test_loop.py",
+    "test_kill_drill.py",
+    "test_invariance.py",
+    "test_interrupt.py",
+    "test_documents.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the tests of a file in one process, where several run side by side: they share what
-    their fixtures make.
+    their fixtures make. The longest files come first.
     """
     for item in items:
         name = "ray" if item.path.name in RAY else item.nodeid.partition("::")[0]
         item.add_marker(pytest.mark.xdist_group(name))
+    order = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @pytest.fixture(scope="session")

@@ -148,8 +148,15 @@ class SharedBuffers:
             setattr(module, key, None)
 
     def resize_average(self) -> None:
-        """Give the average's buffers the shapes that the model's have now."""
-        _reshape(self._average_slots, values(self.slots), self._device)
+        """Let the average's buffers start from the model's again, where shape or type differ."""
+        if self._average is not None:
+            mine, before = values(self.slots), _layouts(values(self._average_slots))
+            changed = {
+                name: mine[name]
+                for name, layout in _layouts(mine).items()
+                if before.get(name) != layout
+            }
+            copy_into(self._average, self._average_slots, changed)
 
     def copy_exact_to_average(self) -> None:
         """Copy the model's counts, positions and marks, which have no mean, to the average."""

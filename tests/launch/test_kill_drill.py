@@ -33,9 +33,11 @@ def assert_survived(results: list[Result], kills: int, torn: int) -> None:
     assert all(len(result.starts) > 1 for result in results[1:])
 
 
-@pytest.mark.timeout(290)
 def test_nothing_is_lost_by_kills_and_torn_saves(tmp_path):
-    assert_survived(list(drill(tmp_path, workers=2, kills=3, torn=3, seed=SEED)), 3, 3)
+    """Two kills of workers and one of the launcher, two torn saves: at an operation and at a
+    byte.
+    """
+    assert_survived(list(drill(tmp_path, workers=2, kills=3, torn=2, seed=SEED)), 3, 2)
 
 
 @pytest.mark.slow

@@ -4,10 +4,8 @@
 
 import copy
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -524,16 +522,7 @@ def test_malformed(case, tmp_path, monkeypatch, capsys):
 
 
 def test_malformed_for_the_real_command(tmp_path):
-    names = {"yaml:tag python", "file:null bytes", "optimizer:momentm=0.9"}
-    cases = [case for case in CASES if case.name in names]
-    assert len(cases) == len(names)
-
-    def run(case: Case) -> tuple[Case, Path, CompletedProcess[str]]:
-        folder = tmp_path / case.name.partition(":")[0]
-        folder.mkdir()
-        (folder / "mine.yaml").write_bytes(case.content)
-        return case, folder, commands.run([*commands.SYNCNORM, "train", "mine.yaml"], folder)
-
-    with ThreadPoolExecutor() as together:
-        for case, folder, done in together.map(run, cases):
-            check(case, folder, done.returncode, done.stdout, done.stderr)
+    (case,) = [case for case in CASES if case.name == "yaml:tag python"]
+    (tmp_path / "mine.yaml").write_bytes(case.content)
+    done = commands.run([*commands.SYNCNORM, "train", "mine.yaml"], tmp_path)
+    check(case, tmp_path, done.returncode, done.stdout, done.stderr)

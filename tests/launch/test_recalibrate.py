@@ -40,10 +40,11 @@ def running(snapshot: Snapshot, prefix: str = "", name: str = "model") -> dict[s
     }
 
 
-def test_a_new_checkpoint_beside_the_old_one(run, tmp_path):
-    done = commands.run([*commands.SYNCNORM, "recalibrate", str(run)], tmp_path)
-    assert done.returncode == 0, done.stderr
-    first, last = done.stdout.splitlines()
+def test_a_new_checkpoint_beside_the_old_one(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["recalibrate", str(run)])
+    assert not caught.value.code
+    first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("test accuracy ")
     assert Path(last) == run / "recalibrated" / "step-00000012"
     old, new = newest(run / "checkpoints"), newest(run / "recalibrated")

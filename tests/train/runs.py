@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import scale_loss
-from syncnorm.errors import ConfigError
+from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation
 from syncnorm.train import optim
 from syncnorm.train.buffers import gather_digests
@@ -81,6 +81,15 @@ def train_bad_image(folder: str, changes: dict[str, dict[str, Any]]) -> tuple[Ou
     return train(
         Config(**sections), workers(), Path(folder), progress, Free(), ("tests",)
     ), progress
+
+
+def refused_in(folder: str, overrides: list[str]) -> str:
+    """The message with which training in a folder that is used already is refused."""
+    try:
+        train_digits(folder, overrides)
+    except CheckpointError as error:
+        return str(error)
+    raise AssertionError("it has trained")
 
 
 def train_code(folder: str, model: str, changes: list[str]) -> tuple[Outcome, int]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.datasets import DATASETS, Split, digits, epoch_order, make_dataset, shard
@@ -241,8 +243,16 @@ def test_digits():
     assert torch.allclose(shares[0], shares[1], atol=3e-3)
 
 
-def test_digits_are_split_the_same_way_each_time(tmp_path):
-    assert torch.equal(digits(None).test.images, digits(tmp_path).test.images)
+def test_digits_are_scikit_learns_and_split_by_its_rule(tmp_path):
+    pixels, labels = load_digits(return_X_y=True)
+    indices = train_test_split(
+        np.arange(len(labels)), test_size=360, stratify=labels, random_state=0
+    )
+    data = digits(tmp_path)
+    for split, expected in zip((data.train, data.test), indices, strict=True):
+        assert split.images.dtype == torch.uint8
+        assert np.array_equal(split.images.flatten(1).numpy(), pixels[expected])
+        assert np.array_equal(split.labels.numpy(), labels[expected])
 
 
 def test_names():

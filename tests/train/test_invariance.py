@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from benchmarks import invariance
@@ -18,38 +20,45 @@ SMOOTH = SHORT.but("train.dtype=float32")._replace(is_smooth=True)
 SIZES = [40, 20, 5]
 
 
-def losses(pool, world_size: int, job: Job) -> list[float]:
-    first, *others = pool(world_size).run(invariance.train, job)
-    assert all(other == first for other in others)
-    return first.losses
+@pytest.fixture(scope="module")
+def losses(pool) -> Callable[[int, Job], list[float]]:
+    """losses(world_size, job): of each step; each run is made once."""
+    made: dict[str, list[float]] = {}
+
+    def get(world_size: int, job: Job) -> list[float]:
+        name = f"{world_size} {job}"
+        if name not in made:
+            first, *others = pool(world_size).run(invariance.train, job)
+            assert all(other == first for other in others)
+            made[name] = first.losses
+        return made[name]
+
+    return get
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_the_curve_is_that_of_one_worker(pool, layer, size):
+def test_the_curve_is_that_of_one_worker(losses, layer, size):
     job = SHORT.but(*LAYERS[layer], f"train.norm_batch={size}")
-    expected = losses(pool, 1, job)
+    expected = losses(1, job)
     for world_size in (2, 3, 4):
-        assert (
-            max(invariance.gaps(losses(pool, world_size, job), expected))
-            <= invariance.FLOAT64_BOUND
-        )
+        assert max(invariance.gaps(losses(world_size, job), expected)) <= invariance.FLOAT64_BOUND
     assert expected[-1] < 0.8 * expected[0], "the run must go somewhere"
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_one_after_the_other_is_the_same_as_side_by_side(pool, layer):
+def test_one_after_the_other_is_the_same_as_side_by_side(losses, layer):
     job = SHORT.but(*LAYERS[layer], "train.norm_batch=5")
-    expected = losses(pool, 1, job)
+    expected = losses(1, job)
     for world_size in (1, 3):
-        serial = losses(pool, world_size, job.but("launch.micro_batch=5"))
+        serial = losses(world_size, job.but("launch.micro_batch=5"))
         assert max(invariance.gaps(serial, expected)) <= invariance.FLOAT64_BOUND
 
 
-def test_in_float32_the_curves_stay_together_where_no_relu_parts_them(pool):
-    expected = losses(pool, 1, SMOOTH)
+def test_in_float32_the_curves_stay_together_where_no_relu_parts_them(losses):
+    expected = losses(1, SMOOTH)
     for world_size in (2, 3):
-        gaps = invariance.gaps(losses(pool, world_size, SMOOTH), expected)
+        gaps = invariance.gaps(losses(world_size, SMOOTH), expected)
         assert 0 < max(gaps) <= invariance.SMOOTH_BOUND
 
 
@@ -66,10 +75,10 @@ def test_in_float32_the_curves_stay_together_where_no_relu_parts_them(pool):
 @pytest.mark.parametrize(
     ("job", "bound"), [(SHORT, invariance.FLOAT64_BOUND), (SMOOTH, invariance.SMOOTH_BOUND)]
 )
-def test_another_training_misses_the_bounds(pool, job, bound, world_size, options):
+def test_another_training_misses_the_bounds(losses, job, bound, world_size, options):
     """The negative control."""
-    expected = losses(pool, 1, job)
-    assert max(invariance.gaps(losses(pool, world_size, job.but(*options)), expected)) > 10 * bound
+    expected = losses(1, job)
+    assert max(invariance.gaps(losses(world_size, job.but(*options)), expected)) > 10 * bound
 
 
 def test_the_control_is_the_most_that_any_nudge_did_so_far():
