@@ -33,8 +33,9 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and the public names with the first of them: the command has to be up before
-    (see `__main__`).
+    """Import torch and all public names with the first of them.
+
+    The command has to be up before that (see `__main__`).
     """
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

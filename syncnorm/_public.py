@@ -1,4 +1,4 @@
-"""What `syncnorm` offers, in one import."""
+"""All public names of `syncnorm`, in one import."""
 
 import syncnorm.functional as functional
 import syncnorm.groups as groups

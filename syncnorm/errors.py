@@ -2,7 +2,7 @@
 
 SyncnormError
 ├── InputError (ValueError)       an argument breaks its rule; raised locally, alike on all workers
-├── FaultError (ValueError)       one worker's data breaks a rule; every worker raises the same error
+├── FaultError (ValueError)       one worker's data breaks a rule; all workers raise the same error
 ├── ExchangeError (RuntimeError)  workers disagree about an exchange, one is missing, or it broke
 ├── ConfigError (ValueError)      a configuration file or override cannot be used; exit status 2
 └── CheckpointError               a checkpoint is damaged, incomplete or no checkpoint at all

@@ -1,7 +1,7 @@
 """Tools for tests that span processes: a kept pool of ranks, tolerances, batches in shards.
 
     with RankPool(2) as pool:
-        results = pool.run(function, *arguments)      # function(*arguments) on every rank; results by rank
+        results = pool.run(function, *arguments)      # called on every rank; results by rank
 
 Starting processes costs a second or more each; a call into a kept pool costs milliseconds.
 """
@@ -67,7 +67,8 @@ def assert_close(
     worst = worst_difference(got, expected, dtype, factor)
     if worst is not None:
         raise AssertionError(
-            f"{what}: {worst.number} of {got.numel()} elements are off; at flat index {worst.position} "
+            f"{what}: {worst.number} of {got.numel()} elements are off; "
+            f"at flat index {worst.position} "
             f"got {worst.got:.12g}, expected {worst.expected:.12g}, error {worst.error:.3g} over "
             f"the bound {worst.bound:.3g} ({dtype})"
         )

@@ -101,7 +101,8 @@ def _describe_model(setup: Setup) -> list[str]:
 def _describe_memory(need: Need, free: float, grown: int) -> list[str]:
     has = "unknown" if free == float("inf") else format_bytes(free)
     return [
-        f"memory: a worker needs about {need}; it has {has}; the step took {format_bytes(grown)} more "
+        f"memory: a worker needs about {need}; it has {has}; "
+        f"the step took {format_bytes(grown)} more "
         "than before"
     ]
 

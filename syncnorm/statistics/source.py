@@ -82,7 +82,7 @@ class Source(ABC):
         """Drop what is under way for a layer whose running statistics are about to be replaced."""
 
     def release(self, layer: SyncNorm) -> None:  # noqa: B027 nothing to do for most
-        """Detach a layer that is about to become another one, up to date. Every worker must call."""
+        """Detach a layer, up to date, that is about to become another. Every worker must call."""
 
 
 class Unattached(Source):

@@ -68,7 +68,8 @@ class LayerUnderTest:
     def shapes(self) -> str:
         """The inputs that it takes, in words."""
         taken = " and ".join(f"{ndim}-D" for ndim in self.dimensions)
-        return f"{self.name} takes {taken} inputs only; the checks give it others as {self.dimensions[-1]}-D"
+        others = f"the checks give it others as {self.dimensions[-1]}-D"
+        return f"{self.name} takes {taken} inputs only; {others}"
 
     def make(self, num_features: int, **options: Any) -> nn.Module:
         """Build a layer with those of the options that its constructor takes."""
@@ -88,7 +89,10 @@ class LayerUnderTest:
         for need in needs:
             wanted = need.removeprefix("no ")
             if (wanted in self.claims) == need.startswith("no "):
-                return f"{self.name} {'renormalises' if need == 'no renorm' else f'does not claim {wanted}'}"
+                is_excluded = need == "no renorm"
+                return (
+                    f"{self.name} {'renormalises' if is_excluded else f'does not claim {wanted}'}"
+                )
         return None
 
 

@@ -61,7 +61,7 @@ class Runs(NamedTuple):
     """A view in which each of C channels is `times` channels, whose sums are taken apart."""
 
     part: Tensor
-    """(rows, times * C), each run of all channels; or (N, C * times, L), all runs of each channel."""
+    """(rows, times * C), each run of all channels; or (N, C * times, L), all of each channel."""
     times: int
 
     def repeat(self, c: Tensor) -> Tensor:

@@ -60,7 +60,8 @@ def nan_is_seen(context: Context) -> None:
         others = step.y[:, [0, 1, 3]]
         expect(
             is_nan[2],
-            f"output of rank {rank} hides that the input of rank {context.world_size - 1} has a NaN",
+            f"output of rank {rank} hides that the input of rank "
+            f"{context.world_size - 1} has a NaN",
         )
         expect(
             bool(others.isfinite().all()),
