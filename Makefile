@@ -14,8 +14,8 @@ SOURCES := syncnorm launch tests benchmarks drills examples
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-# Packages for training. Compiled when they are imported, since torch and scipy bring thousands of files that no
-# training imports. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
+# Packages for training. Compiled when they are imported, since torch brings thousands of files that no training
+# imports. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
 # itself is whole.
 $(TRAINING): pyproject.toml constraints.txt
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 examples/lightning_digits.py
 
-Needs lightning.
+Needs lightning, and scikit-learn for its digits.
 """
 
 import torch

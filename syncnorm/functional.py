@@ -200,7 +200,7 @@ def _train(
 ) -> Tensor:
     """The training forward of a function."""
 
-    def statistic_of(x: Tensor, local: LocalSums) -> Statistic:
+    def statistic_of(local: LocalSums) -> Statistic:
         statistic = ops.statistic_over(local, process_group, name)
         check_count(statistic, warn_single_value)
         return statistic if before is None else correct(statistic, local, eps, before)

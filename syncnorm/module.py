@@ -21,9 +21,8 @@ from syncnorm.maths import moments, renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics import MODES, mode_of
+from syncnorm.statistics import MODES, mode_of, repeated
 from syncnorm.statistics.buffers import LoadedMark
-from syncnorm.statistics.repeated import Repetitions
 from syncnorm.statistics.source import Mode, Source
 
 # fairscale's checkpoint wrapper sets track_running_stats to False in the forward that is made
@@ -125,7 +124,6 @@ class SyncNorm(_BatchNorm):
         self.freeze: Freeze | None = None
         """Set while forwards must leave no trace."""
         self._has_warned = False
-        self._repetitions = Repetitions()
 
     def use_mode(self, mode: Mode) -> None:
         """Set the mode, and the source of a layer that is alone. Adds no buffers."""
@@ -167,13 +165,13 @@ class SyncNorm(_BatchNorm):
             x, mask, self.weight, self.bias, self.eps, self._statistic_of, self._follow
         )
         if local.is_repeated is False and local.observer is None and ops.may_be_repeated():
-            self._repetitions.keep(x, y, local, statistic)
+            repeated.keep(self, statistic)
         return y
 
-    def _statistic_of(self, x: Tensor, local: LocalSums) -> Statistic:
+    def _statistic_of(self, local: LocalSums) -> Statistic:
         """That of the batch, or of the forward that is repeated."""
-        if local.is_repeated:
-            kept = self._repetitions.find(x, local, self.label)
+        if local.is_repeated and local.observer is None:
+            kept = repeated.find(self)
             if kept is not None:
                 return kept
         return self.new_statistic(local)

@@ -358,15 +358,14 @@ def normalize(
 
 
 def may_be_repeated() -> bool:
-    """True if activation checkpointing may repeat the forward that runs.
+    """False if no activation checkpointing can repeat the forward that runs.
 
-    Re-entrant checkpointing runs the first forward inside an autograd Function, where forward-mode
-    gradients are off, which they are not under `no_grad`. The non-reentrant kind sets hooks on what
-    autograd saves, as some that repeat nothing do, too; hence "may".
+    Non-reentrant checkpointing sets hooks on what autograd saves; the re-entrant kind runs the
+    first forward inside an autograd Function, where forward-mode gradients are off.
     """
-    if torch.is_grad_enabled():
-        return undocumented.has_saved_tensor_hooks()
-    return not (undocumented.is_forward_mode_enabled() or torch.is_inference_mode_enabled())
+    return undocumented.has_saved_tensor_hooks() or not (
+        torch.is_grad_enabled() and undocumented.is_forward_mode_enabled()
+    )
 
 
 def is_recomputing() -> bool | None:
@@ -383,7 +382,7 @@ def train_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    statistic_of: Callable[[Tensor, LocalSums], Statistic],
+    statistic_of: Callable[[LocalSums], Statistic],
     follow: Callable[[LocalSums, Statistic], None],
 ) -> tuple[Tensor, LocalSums, Statistic]:
     """The training forward of every layer and function: local sums, a statistic, y.
@@ -393,14 +392,14 @@ def train_forward(
         mask: weights (N, 1, *S) or None.
         weight, bias: (C,) or None.
         eps: added to the variance.
-        statistic_of: gives what to normalise x by; here workers exchange.
+        statistic_of: gives the statistic to normalise by; here workers exchange.
         follow: has the running statistics follow; not called for a forward that is repeated.
 
     Returns:
         y, and what it was made of.
     """
     local = local_sums(x, mask)
-    statistic = statistic_of(x, local)
+    statistic = statistic_of(local)
     y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
     if local.is_repeated is None:
         statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))

@@ -22,6 +22,7 @@ from syncnorm.model.sample import call
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source
+from syncnorm.undocumented import disable_dynamo
 
 
 @torch.no_grad()
@@ -143,6 +144,10 @@ class _Recording(Source):
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
         self.keep = keep
+
+    @disable_dynamo
+    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        return layer.train_forward(x, mask)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         statistic = ops.pooled_statistic(local, None, layer.label)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from syncnorm.maths.moments import Moments, merge
-from syncnorm.ops import LocalSums, Statistic
+from syncnorm.ops import LocalSums, Statistic, unexchanged_statistic
 from syncnorm.statistics.source import Source
 from syncnorm.undocumented import disable_dynamo
 
@@ -38,6 +38,8 @@ class Accumulating(Source):
         return self.source.forward(layer, x, mask)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        if local.observer is not None:
+            return unexchanged_statistic(local, layer.label)
         return self.source.statistic(layer, local)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:

@@ -86,10 +86,11 @@ class StatisticGroups(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)
+        self.pool.check_open(self._steps, layer, local)
         return ops.pooled_statistic(local, self._over, layer.label)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
-        self.pool.gather(self._steps, layer, local)
+        self.pool.gather(layer, local)
 
     def settle(self) -> None:
         self.pool.settle()

@@ -216,6 +216,7 @@ class PooledLagged(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)
+        self.pool.check_open(self._steps, layer, local)
         group, count, pooled = self.pool.group, local.sums[-1], None
         buffers = _Buffers.of(layer)
         # Copies: the averages move on before the backward pass if somebody settles.
@@ -236,7 +237,7 @@ class PooledLagged(Source):
         return Statistic(batch, means, is_pooled=group is not None, is_average=True)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
-        self.pool.gather(self._steps, layer, local)
+        self.pool.gather(layer, local)
 
     @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -287,6 +288,11 @@ class PooledLagged(Source):
     def release(self, layer: SyncNorm) -> None:
         self.discard(layer)
         self.pool.release(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nothing is under way in a copy.
+        self.settle()
+        return dict(self.__dict__)
 
     def add_gradients(
         self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None

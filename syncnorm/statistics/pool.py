@@ -118,17 +118,19 @@ class Pool:
             for each in layers
         ) and not observed.is_fake(next(iter(layers)))
 
-    def gather(self, steps: Steps, layer: SyncNorm, local: LocalSums) -> None:
+    def gather(self, layer: SyncNorm, local: LocalSums) -> None:
         """Keep the sums of a call for the step's message."""
-        if local.observer is not None:
-            return
-        if not steps.is_open:
+        if local.observer is None:
+            self._gathered.add(self.names[layer], local)
+
+    def check_open(self, steps: Steps, layer: SyncNorm, local: LocalSums) -> None:
+        """Raise InputError, before any exchange, for a call that `gather` would have no step for."""
+        if not (steps.is_open or local.is_repeated or layer.freeze is not None):
             raise InputError(
                 f"`sync={self._sync!r}` must be used through the model that was given to "
                 f"prepare_ddp, got a direct call of layer {self.names[layer]!r}. Call the model "
                 "itself, or prepare the part that is called."
             )
-        self._gathered.add(self.names[layer], local)
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """The check for uneven shards, at one layer of a step; None at the others."""
@@ -189,7 +191,9 @@ class Pool:
                 self._fault = self._describe(faults, members)
             else:
                 # Nobody looks: a count of NaN keeps the statistics still.
-                parts = [torch.where(faults.any(), torch.nan, part) for part in parts]
+                parts = [
+                    torch.where(faults.any().to(part.device), torch.nan, part) for part in parts
+                ]
             if self._fault is not None:
                 return
             for layer, sums, momentum in zip(message.layers, parts, momenta, strict=True):

@@ -41,12 +41,13 @@ class PooledRunning(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return unexchanged_statistic(local, layer.label)
+        self.pool.check_open(self._steps, layer, local)
         batch = of_sums(local.sums)
         shard = None if layer.freeze is not None else self.pool.shard(layer, local)
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
-        self.pool.gather(self._steps, layer, local)
+        self.pool.gather(layer, local)
 
     @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:

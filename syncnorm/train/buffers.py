@@ -157,6 +157,10 @@ class SharedBuffers:
                 if before.get(name) != layout
             }
             copy_into(self._average, self._average_slots, changed)
+            # Buffers are averaged in pairs, by their places among those that are there.
+            for name in before.keys() - mine.keys():
+                module, key = self._average_slots[name]
+                setattr(module, key, None)
 
     def copy_exact_to_average(self) -> None:
         """Copy the model's counts, positions and marks, which have no mean, to the average."""

@@ -43,6 +43,9 @@ def expect_close(
         got.shape == expected.shape,
         f"{what} has shape {tuple(got.shape)}, should be {tuple(expected.shape)}",
     )
+    # NaN equals nothing here, nor does infinity.
+    for g, e in zip(got[~got.isfinite()].tolist(), expected[~got.isfinite()].tolist()):
+        raise CheckFailed(f"{what} is {g:g}, should be {e:.6g}")
     worst = worst_difference(got, expected, dtype, factor, scale)
     if worst is None:
         return

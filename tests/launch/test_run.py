@@ -13,8 +13,6 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from syncnorm.cli import main
-from syncnorm.run.folder import find_launched
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
@@ -22,16 +20,13 @@ from tests.train.runs import events
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["train.epochs=1", "train.global_batch=128"]
-# Long enough to be killed on the way.
-LONGER = ["train.epochs=3", "checkpoint.every=10"]
-STEPS = 69
 
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
-    """`syncnorm train digits` in an empty folder, left alone."""
+    """`syncnorm train digits` in an empty folder."""
     folder = tmp_path_factory.mktemp("local")
-    return folder, commands.run([*commands.SYNCNORM, "train", "digits", *LONGER], folder)
+    return folder, commands.run([*commands.SYNCNORM, "train", "digits", *SHORT], folder)
 
 
 def run_folder(folder: Path, done: CompletedProcess[str]) -> Path:
@@ -40,8 +35,8 @@ def run_folder(folder: Path, done: CompletedProcess[str]) -> Path:
     return folder / done.stdout.splitlines()[-1]
 
 
-def digests(out: str) -> list[str]:
-    return [line.split()[-1] for line in out.splitlines() if "sha256" in line]
+def digests(done: CompletedProcess[str]) -> list[str]:
+    return [line.split()[-1] for line in done.stdout.splitlines() if "sha256" in line]
 
 
 def test_the_last_two_lines_are_accuracy_and_folder(local):
@@ -49,17 +44,15 @@ def test_the_last_two_lines_are_accuracy_and_folder(local):
     run = run_folder(folder, done)
     assert run.parent == folder / "runs"
     assert run.name.startswith("digits-")
-    *_, epoch = events(run, "epoch")
+    (epoch,) = events(run, "epoch")
     assert done.stdout.splitlines()[-2] == f"test accuracy {100 * epoch['test_accuracy']:.2f} %"
     assert epoch["test_accuracy"] > 0.5
 
 
 def test_progress_is_a_line_per_epoch_on_standard_error(local):
     _, done = local
-    lines = done.stderr.splitlines()
-    assert len(lines) == 3
-    for number, line in enumerate(lines, 1):
-        assert line.startswith(f"epoch {number}/3  step {23 * number}  loss ")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("epoch 1/1  step 12  loss ")
 
 
 def test_the_run_folder(local):
@@ -67,24 +60,50 @@ def test_the_run_folder(local):
     names = {"config.yaml", "metrics.jsonl", "checkpoints", "exit.json", "logs", "run.lock"}
     assert {path.name for path in run.iterdir()} == names
     assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
-    assert load_config(str(run / "config.yaml")) == load_config("digits", LONGER)
+    assert load_config(str(run / "config.yaml")) == load_config("digits", SHORT)
     assert json.loads((run / "exit.json").read_text()) == {
         "status": "done",
         "reason": "all epochs done",
-        "step": STEPS,
+        "step": 12,
         "exit_code": 0,
     }
     snapshot, _, _ = CheckpointStore(run / "checkpoints").newest()
     assert snapshot is not None
-    assert snapshot.step == len(events(run, "step")) == STEPS
+    assert snapshot.step == len(events(run, "step")) == 12
 
 
 def test_both_workers_have_the_same_running_statistics(local):
     _, done = local
-    first, second = digests(done.stdout)
+    first, second = digests(done)
     assert first == second
     assert len(first) == 64
     assert "running statistics: equal on all 2 workers" in done.stdout
+
+
+def test_torchrun_gives_the_same_run(local, tmp_path):
+    command = [
+        *commands.TORCHRUN,
+        str(ROOT / "launch" / "torchrun.py"),
+        str(ROOT / "configs" / "digits.yaml"),
+        *SHORT,
+    ]
+    done = commands.run(command, tmp_path)
+    ours, theirs = (events(run_folder(*run), "step") for run in (local, (tmp_path, done)))
+    assert ours == theirs
+    assert digests(done) == digests(local[1])
+    exit_note = json.loads((run_folder(tmp_path, done) / "exit.json").read_text())
+    assert (exit_note["status"], exit_note["step"]) == ("done", 12)
+
+
+def test_torchrun_on_the_module_and_local_statistics(local, tmp_path):
+    command = [*commands.TORCHRUN, "-m", "syncnorm", "train", "digits", *SHORT, "norm.sync=none"]
+    done = commands.run(command, tmp_path)
+    run_folder(tmp_path, done)
+    first, second = digests(done)
+    assert first != second
+    assert {first, second}.isdisjoint(digests(local[1]))
+    assert "running statistics: different on 2 of 2 workers" in done.stdout
+    assert "each worker judged its share of the test set by its own" in done.stdout
 
 
 def test_a_failing_worker_is_named_once_with_its_own_cause(tmp_path):
@@ -129,73 +148,65 @@ def worker_ids(process) -> list[int]:
     ]
 
 
-def assert_stopped(run: Path) -> int:
-    """The run was asked to stop, and has saved its state; its last step."""
+def resumed_to_the_end(folder: Path, run: Path, epochs: int, workers: int) -> CompletedProcess[str]:
+    options = [f"train.epochs={epochs}", f"launch.workers={workers}", "--resume", str(run)]
+    return commands.run([*commands.SYNCNORM, "train", "digits", *options], folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops(tmp_path, number):
+    with commands.started(ENDLESS, tmp_path) as process:
+        wait_for_first_epoch(process)
+        # Ctrl-C of a terminal goes to all.
+        (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+        # The pipes close when the last worker is gone.
+        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
+    assert process.returncode == 75
+    run = tmp_path / out.splitlines()[-1]
     note = json.loads((run / "exit.json").read_text())
     assert (note["status"], note["exit_code"]) == ("stopped", 75)
     assert note["step"] == events(run, "step")[-1]["step"] >= 23
     snapshot, _, _ = CheckpointStore(run / "checkpoints").newest()
     assert snapshot is not None
     assert snapshot.step == note["step"]
-    return note["step"]
-
-
-def assert_says_how_to_go_on(err: str, run: Path, folder: Path) -> None:
     assert err.splitlines()[-1].endswith(
-        f"saved. To go on: the same command with --resume {run.relative_to(folder)}"
+        f"saved. To go on: the same command with --resume {run.relative_to(tmp_path)}"
     )
 
 
-def test_ctrl_c_saves_and_stops(tmp_path):
-    with commands.started(ENDLESS, tmp_path) as process:
-        wait_for_first_epoch(process)
-        # Ctrl-C of a terminal goes to all.
-        os.killpg(process.pid, signal.SIGINT)
-        # The pipes close when the last worker is gone.
-        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
-    assert process.returncode == 75
-    run = tmp_path / out.splitlines()[-1]
-    assert_stopped(run)
-    assert_says_how_to_go_on(err, run, tmp_path)
-
-
-def test_a_stopped_run_goes_on_on_another_number_of_workers(tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_on_another_number_of_workers(tmp_path):
     command = [*commands.SYNCNORM, "train", "digits", "train.epochs=3"]
     with commands.started(command, tmp_path) as process:
         wait_for_first_epoch(process)
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
+        out, _ = process.communicate(timeout=commands.DEADLINE_SECONDS)
     assert process.returncode == 75
     run = tmp_path / out.splitlines()[-1]
-    assert_stopped(run)
-    assert_says_how_to_go_on(err, run, tmp_path)
-
-    done = commands.run([*command, "launch.workers=1", "--resume", str(run)], tmp_path)
+    done = resumed_to_the_end(tmp_path, run, 3, 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(run)
-    assert [event["world_size"] for event in events(run, "start")] == [2, 1]
-    assert {event["step"] for event in events(run, "step")} == set(range(1, STEPS + 1))
+    assert [event["world_size"] for event in events(run, "start")] == [2, 3]
+    assert {event["step"] for event in events(run, "step")} == set(range(1, 70))
 
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "digits", "train.lr=0.2", "--resume", str(run)])
-    assert caught.value.code == 2
-    assert "where train.epochs, train.lr differ" in capsys.readouterr().err
+    other = commands.run(
+        [*commands.SYNCNORM, "train", "digits", "train.lr=0.2", "--resume", str(run)], tmp_path
+    )
+    assert other.returncode == 2
+    assert "where train.epochs, train.lr differ" in other.stderr
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
     # A step that never ends: the first signal is heard, and nothing comes of it.
     (tmp_path / "sitecustomize.py").write_text(
         "import os, time\n"
-        "if os.environ.get('RANK') == '0':\n"
+        "if os.environ.get('RANK') == '1':\n"
         "    import torch\n"
         "    def step(self, closure=None):\n"
         "        if len(self.param_groups[0]['params']) > 1: print('stuck', flush=True)\n"
         "        while len(self.param_groups[0]['params']) > 1: time.sleep(0.1)\n"
         "    torch.optim.SGD.step = step\n"
     )
-    command = [*ENDLESS, "launch.workers=1"]
-    with commands.started(command, tmp_path, {"PYTHONPATH": str(tmp_path)}) as process:
+    with commands.started(ENDLESS, tmp_path, {"PYTHONPATH": str(tmp_path)}) as process:
         assert process.stdout.readline() == "stuck\n"
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -235,40 +246,31 @@ def test_a_stuck_worker_leaves_all_stacks(tmp_path):
     assert "in training_step" in stacks[0]
 
 
-def test_two_launches_do_not_share_a_folder_and_a_killed_worker_is_named(tmp_path):
-    with commands.started([*UNTIL_KILLED, "launch.workers=1"], tmp_path) as process:
-        wait_for_first_epoch(process)
-        (run,) = (tmp_path / "runs").iterdir()
-        other = [*ENDLESS, "launch.workers=1", "--resume", str(run)]
-        done = commands.run(other, tmp_path)
-        assert process.poll() is None
-        (worker,) = worker_ids(process)
-        os.kill(worker, signal.SIGKILL)
-        _, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
-    assert done.returncode == 2
-    assert (
-        done.stderr
-        == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first.\n"
-    )
-    assert process.returncode == 1
-    assert "syncnorm: worker 0 was killed by SIGKILL" in err
-
-
 def test_workers_do_not_outlive_a_killed_launcher(tmp_path):
-    with commands.started([*ENDLESS, "launch.workers=1"], tmp_path) as process:
+    with commands.started(ENDLESS, tmp_path) as process:
         wait_for_first_epoch(process)
         process.kill()
         process.communicate(timeout=commands.DEADLINE_SECONDS)
     assert process.returncode == -signal.SIGKILL
 
 
+def test_a_killed_worker_is_named(tmp_path):
+    with commands.started(UNTIL_KILLED, tmp_path) as process:
+        wait_for_first_epoch(process)
+        os.kill(worker_ids(process)[0], signal.SIGKILL)
+        _, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
+    assert process.returncode == 1
+    assert "syncnorm: worker 0 was killed by SIGKILL" in err
+
+
 @pytest.mark.parametrize("launcher", ["ours", "torchrun"])
-def test_a_killed_worker_is_started_again_and_the_run_is_the_same(local, tmp_path, launcher):
-    if launcher == "ours":
-        command, environment = [*commands.SYNCNORM, "train", "digits", *LONGER], {}
-    else:
-        script, config = ROOT / "launch" / "torchrun.py", ROOT / "configs" / "digits.yaml"
-        command = [*commands.TORCHRUN, "--max-restarts", "3", str(script), str(config), *LONGER]
+def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path, launcher):
+    options = ["digits", "train.epochs=3", "checkpoint.every=10"]
+    whole = commands.run([*commands.SYNCNORM, "train", *options], tmp_path)
+    command = [*commands.SYNCNORM, "train", *options]
+    environment = {}
+    if launcher == "torchrun":
+        command = [*commands.TORCHRUN, "--max-restarts", "3", "-m", "syncnorm", "train", *options]
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
     with commands.started(command, tmp_path, environment) as process:
         while not process.stderr.readline().startswith("epoch 1/"):
@@ -276,50 +278,41 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(local, tmp_pat
         os.kill(worker_ids(process)[-1], signal.SIGKILL)
         out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
     assert process.returncode == 0, err
-    interrupted, whole = tmp_path / out.splitlines()[-1], run_folder(*local)
-    curves = [{e["step"]: e["loss"] for e in events(run, "step")} for run in (whole, interrupted)]
+    interrupted = tmp_path / out.splitlines()[-1]
+    expected = run_folder(tmp_path, whole)
+    curves = [
+        {e["step"]: e["loss"] for e in events(run, "step")} for run in (expected, interrupted)
+    ]
     assert curves[0] == curves[1]
-    assert len(curves[0]) == STEPS
     starts = events(interrupted, "start")
     assert len(starts) == 2
     assert starts[1]["step"] in (20, 23, 30, 40)
-    assert digests(out) == digests(local[1].stdout)
-    note = json.loads((interrupted / "exit.json").read_text())
-    assert (note["status"], note["step"]) == ("done", STEPS)
+    assert digests(whole) == [line.split()[-1] for line in out.splitlines() if "sha256" in line]
     if launcher == "ours":
         (fault,) = events(interrupted, "fault")
         assert "worker 1 was killed by SIGKILL; starting again (1 of 3)" in fault["message"]
 
 
-def test_torchrun_stops_and_the_same_launch_goes_on(local, tmp_path, monkeypatch):
-    """With local statistics, as another run than the local one."""
+def test_torchrun_stops_and_the_same_launch_goes_on(tmp_path):
     rendezvous = ["--rdzv-id", "mine", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *rendezvous]
-    options = ["train.epochs=4", "norm.sync=none"]
-    command += ["-m", "syncnorm", "train", "digits", *options]
+    command += ["-m", "syncnorm", "train", "digits", "train.epochs=4"]
     with commands.started(command, tmp_path) as process:
         while not process.stderr.readline().startswith("epoch 1/"):
             assert process.poll() is None
         process.terminate()
         process.communicate(timeout=commands.DEADLINE_SECONDS)
     (run,) = (tmp_path / "runs").iterdir()
-    step = assert_stopped(run)
-    monkeypatch.chdir(tmp_path)
-    config = load_config("digits", options)
-    assert find_launched(config, "mine") == run.relative_to(tmp_path)
+    note = json.loads((run / "exit.json").read_text())
+    assert (note["status"], note["exit_code"]) == ("stopped", 75)
     done = commands.run(command, tmp_path)
     assert run_folder(tmp_path, done) == run
-    assert [event["step"] for event in events(run, "start")] == [0, step]
+    assert [event["step"] for event in events(run, "start")] == [0, note["step"]]
     assert json.loads((run / "exit.json").read_text())["status"] == "done"
 
-    first, second = digests(done.stdout)
-    assert first != second
-    assert {first, second}.isdisjoint(digests(local[1].stdout))
-    assert "running statistics: different on 2 of 2 workers" in done.stdout
-    assert "each worker judged its share of the test set by its own" in done.stdout
-
     # A launch of the same name after the end is another run.
-    assert find_launched(config, "mine") is None
+    again = commands.run([*command, "train.epochs=1"], tmp_path)
+    assert run_folder(tmp_path, again) != run
 
 
 def test_on_a_terminal_there_is_a_bar_with_figures(tmp_path):
@@ -388,7 +381,20 @@ def test_a_full_disk_ends_the_save_and_not_the_run(tmp_path):
     assert "the state after step 18 could not be saved" in note["reason"]
 
 
-def test_a_callable_needs_permission(tmp_path, monkeypatch, capsys):
+def test_two_launches_do_not_share_a_folder(tmp_path):
+    with commands.started(ENDLESS, tmp_path) as process:
+        wait_for_first_epoch(process)
+        (run,) = (tmp_path / "runs").iterdir()
+        done = commands.run([*ENDLESS, "--resume", str(run)], tmp_path)
+        assert process.poll() is None
+    assert done.returncode == 2
+    assert (
+        done.stderr
+        == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first.\n"
+    )
+
+
+def test_a_callable_needs_permission(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from syncnorm.train.models import MODELS\n"
         "def net(*, width, **kwargs):\n"
@@ -399,27 +405,22 @@ def test_a_callable_needs_permission(tmp_path, monkeypatch, capsys):
         "model: {name: 'mine:net', options: {width: 7}}\ndata: {name: digits}\n"
         "train: {epochs: 1, global_batch: 500, lr: 0.1}\n"
     )
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "mine.yaml"])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
-    assert "`model.name`" in err
-    assert "--allow mine" in err
-    command = [*commands.SYNCNORM, "train", "mine.yaml", "--allow", "mine"]
+    command = [*commands.SYNCNORM, "train", "mine.yaml"]
     done = commands.run(command, tmp_path, {"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2
+    assert "`model.name`" in done.stderr
+    assert "--allow mine" in done.stderr
+    done = commands.run([*command, "--allow", "mine"], tmp_path, {"PYTHONPATH": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("width 7") == 1, "once on its worker"
 
 
-def test_a_dry_run_takes_one_step_and_leaves_nothing(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_dry_run_takes_one_step_and_leaves_nothing(tmp_path):
     options = ["launch.workers=3", "train.norm_batch=32", "launch.micro_batch=32"]
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "digits", "--dry-run", *options])
-    assert not caught.value.code
+    done = commands.run([*commands.SYNCNORM, "train", "digits", "--dry-run", *options], tmp_path)
+    assert done.returncode == 0, done.stderr
     assert list(tmp_path.iterdir()) == []
-    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
     assert lines["model"] == "digits_resnet, 77754 parameters trained, 9 layers of syncnorm's"
     # Two statistics cannot be shared out among three workers: all pool both.
     expected = "64 samples on 3 worker(s); worker 0 has 1 forward(s), of 11 + 11 samples; each statistic is shared by 3"
@@ -430,7 +431,7 @@ def test_a_dry_run_takes_one_step_and_leaves_nothing(tmp_path, monkeypatch, caps
 
 
 def test_a_step_that_does_not_fit_is_refused_with_its_figures(tmp_path):
-    options = ["launch.workers=1", "model.name=resnet18_cifar", "launch.memory_gib=0.35"]
+    options = ["launch.workers=1", "model.name=resnet18_cifar", "launch.memory_gib=0.4"]
     done = commands.run([*commands.SYNCNORM, "train", "digits", *options], tmp_path)
     assert done.returncode == 2
     message = (
@@ -438,7 +439,7 @@ def test_a_step_that_does_not_fit_is_refused_with_its_figures(tmp_path):
         r"needs \d+.\d\d MiB: "
         r"\d\d\d.\d\d MiB for the process with its data, 127.86 MiB for parameters, gradients and "
         r"optimizer, and "
-        r"64 samples in a forward of \d+.\d\d KiB each. Worker 0 has 358.40 MiB. "
+        r"64 samples in a forward of \d+.\d\d KiB each. Worker 0 has 409.60 MiB. "
         r"Take fewer workers, a smaller model or more memory.\n"
     )
     assert re.fullmatch(message, done.stderr), done.stderr

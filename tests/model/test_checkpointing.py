@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import gc
 import io
 import math
+import weakref
 
 import pytest
 import torch
@@ -20,10 +23,10 @@ from syncnorm import (
     convert,
     frozen_statistics,
     prepare_ddp,
+    recalibrate,
     revert,
 )
 from syncnorm.comm import exchange
-from syncnorm.errors import InputError
 from tests.model.parts import uneven_batch
 
 
@@ -196,36 +199,126 @@ def _many_pending(calls: int, reentrant: bool | None, make: str) -> list[Tensor]
     return [layer.weight.grad, layer.bias.grad, *layer.buffers()]
 
 
-@pytest.mark.parametrize(
-    ("reentrant", "make"), [(False, "norm"), (False, "renorm"), (True, "norm")]
-)
-def test_more_calls_than_are_kept_await_the_backward_pass(pool, reentrant, make):
+@pytest.mark.parametrize("make", ["norm", "renorm"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_many_calls_may_await_the_backward_pass(pool, reentrant, make):
     plain = pool(2).run(_many_pending, 70, None, make)
     for got, expected in zip(pool(2).run(_many_pending, 70, reentrant, make), plain, strict=True):
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
-def test_more_calls_than_are_kept_are_an_error_where_more_than_the_batch_counts():
-    layer = SyncBatchRenorm(4, dtype=torch.float64)
-    ys = [
-        checkpoint(layer, uneven_batch(3, i).requires_grad_(), use_reentrant=True)
-        for i in range(70)
-    ]
-    with pytest.raises(
-        InputError, match="must repeat one of the last 64 training forwards of a layer"
-    ):
-        torch.stack(ys).square().mean().backward()
-
-
-def test_what_is_kept_goes_with_the_graph():
-    """A layer that is used under hooks for saved tensors, and never repeated, keeps nothing."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_is_kept_goes_with_the_checkpoint(reentrant):
+    """And a copy or a pickle of a layer has none of it."""
     layer = SyncBatchNorm(4)
-    with torch.autograd.graph.save_on_cpu():
-        y = layer(torch.randn(3, 4).requires_grad_())
-    assert len(layer._repetitions) == 1
+    x = torch.randn(3, 4).requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    kept = weakref.ref(layer.seen.batch.mean)
+    layer.seen = None
+    assert kept() is not None
     del y
-    assert len(layer._repetitions) == 0
+    gc.collect()
+    assert kept() is None
+
+
+def _one_by_one(reentrant: bool | None) -> list[Tensor]:
+    """Two forwards, equal on rank 1 alone, and their backward passes, the oldest first."""
+    torch.manual_seed(0)
+    layer = SyncBatchNorm(2, dtype=torch.float64)
+    xs = [torch.randn(4, 2).double(), 5 * torch.randn(4, 2).double()]
+    if dist.get_rank() == 1:
+        xs[1] = xs[0].clone()
+    for x in xs:
+        x.requires_grad_()
+    ys = [
+        layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant) for x in xs
+    ]
+    for y in ys:
+        (y.tanh() * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    return [x.grad for x in xs if x.grad is not None]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_calls_that_one_worker_cannot_tell_apart_are_repeated_as_themselves(pool, reentrant):
+    plain = pool(2).run(_one_by_one, None)
+    for got, expected in zip(pool(2).run(_one_by_one, reentrant), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def _nested(depths: list[bool], with_teacher: bool) -> list[Tensor]:
+    """Gradients through checkpoints within each other, twice over one graph, of equal inputs."""
+    torch.manual_seed(0)
+    bounds = RenormSchedule.constant(1.5, 0.5)
+    layer = SyncBatchRenorm(4, schedule=bounds, dtype=torch.float64)
+
+    def forward(x: Tensor) -> Tensor:
+        if with_teacher:
+            with torch.no_grad(), frozen_statistics(layer):
+                layer(-2 * x)
+        return layer(layer(x).sin())
+
+    function = forward
+    for reentrant in depths:
+        function = functools.partial(checkpoint, function, use_reentrant=reentrant)
+    xs = [uneven_batch(4, dist.get_rank()).requires_grad_() for _ in range(2)]
+    ys = [function(x) for x in xs]
+    grads = []
+    for _ in range(2):
+        for y in ys:
+            y.backward(uneven_batch(4, 7), retain_graph=True)
+        grads += [x.grad.clone() for x in xs if x.grad is not None]
+    return [*grads, layer.weight.grad, *layer.buffers()]
+
+
+@pytest.mark.parametrize("with_teacher", [False, True])
+@pytest.mark.parametrize(
+    "depths", [[False], [True], [False, False], [True, True], [True, False], [False, True]], ids=str
+)
+def test_checkpoints_within_each_other_and_passes_over_one_graph(pool, depths, with_teacher):
+    plain = pool(2).run(_nested, [], with_teacher)
+    for got, expected in zip(pool(2).run(_nested, depths, with_teacher), plain, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def _new_forward_within_a_backward_pass() -> float:
+    """The mean of a batch that is normalised for the first time in a hook of a backward pass."""
+    layer, means = SyncBatchNorm(4, dtype=torch.float64), []
+    x = uneven_batch(4, dist.get_rank()).requires_grad_()
+    y = checkpoint(layer, x, use_reentrant=True)
+    x.register_hook(lambda grad: means.append(layer(9 + uneven_batch(4, 3)).mean().item()))
+    y.sin().sum().backward()
+    return means[0]
+
+
+def test_a_new_forward_within_a_backward_pass_is_no_repetition(pool):
+    assert all(abs(mean) < 1e-6 for mean in pool(2).run(_new_forward_within_a_backward_pass))
+
+
+def _after_unequal_recalibration() -> list[Tensor]:
+    """A checkpointed step after workers have recalibrated with unequally many batches."""
+    layer = SyncBatchNorm(4, dtype=torch.float64)
+    model = nn.Sequential(Checkpointed(layer))
+    recalibrate(model, [uneven_batch(3, i) for i in range(1 if dist.get_rank() else 70)])
+    x = uneven_batch(4, dist.get_rank()).requires_grad_()
+    model(x).sin().sum().backward()
+    return [x.grad] if x.grad is not None else []
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.inner, x, use_reentrant=True)
+        assert isinstance(y, Tensor)
+        return y
+
+
+def test_workers_that_have_made_unequally_many_forwards_train_on(pool):
+    assert all(grads for grads in pool(2).run(_after_unequal_recalibration))
 
 
 def _only_on(ranks: list[int], reentrant: bool) -> list[Tensor]:

@@ -176,6 +176,26 @@ def test_a_nan_propagates_to_all_workers_by_default(pool):
     assert pool(2).run(_nan_by_default) == [True, True]
 
 
+def _called_directly_on_one_worker() -> list[str]:
+    """The error, before any exchange, of a worker that is alone in calling a part of a model."""
+    errors = []
+    for sync in ("running", "lagged"):
+        model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync=sync)))
+        if dist.get_rank() == 0:
+            with exchange.record() as sent, pytest.raises(InputError) as caught:
+                model[0](uneven_batch(3, 0).float())
+            assert not sent
+            errors.append(str(caught.value))
+        dist.barrier()
+    return errors
+
+
+def test_a_direct_call_is_refused_before_any_exchange(pool):
+    errors, _ = pool(2).run(_called_directly_on_one_worker)
+    assert len(errors) == 2
+    assert all("got a direct call of layer '0'" in error for error in errors)
+
+
 def test_a_direct_call_after_a_forward_that_raised_is_noticed():
     model = prepare_ddp(nn.Sequential(KINDS["norm"](4), RaisesOnce()))
     with pytest.raises(RuntimeError, match="once"):

@@ -175,11 +175,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size
 
 def test_the_average_of_a_buffer_that_has_grown_starts_again():
     model = torch.nn.Module()
+    model.register_buffer("gone", torch.ones(2))
     model.register_buffer("queue", torch.zeros(0, 2))
     average = copy.deepcopy(model)
-    model.register_buffer("queue", torch.full((300, 2), 5.0))
-    SharedBuffers(model, average).before_average()
+    model.gone = None
+    model.queue = torch.full((300, 2), 5.0)
+    SharedBuffers(model, average).resize_average()
     assert torch.equal(average.get_buffer("queue"), model.get_buffer("queue"))
+    # So that torch, which averages buffers in pairs by their places, pairs those of one name.
+    assert [name for name, _ in average.named_buffers()] == ["queue"]
 
 
 def test_a_model_that_comes_in_evaluation_mode_is_trained(pool, tmp_path):

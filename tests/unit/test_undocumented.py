@@ -4,6 +4,7 @@ A release of torch that changes one of them fails here, whatever else it breaks.
 """
 
 import copy
+import functools
 from datetime import timedelta
 
 import pytest
@@ -64,6 +65,28 @@ def test_saved_tensor_hooks():
         probe(torch.ones(3))
     checkpoint(probe, torch.ones(3, requires_grad=True), use_reentrant=False)
     assert probe.seen == [False, True, True]
+
+
+@pytest.mark.parametrize("depths", [[True], [False], [True, False], [False, True]], ids=str)
+def test_checkpoints_are_known_in_their_first_forward_and_in_repetitions(depths):
+    seen: list[list[tuple[object, bool]]] = []
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        seen.append(list(undocumented.checkpoints()))
+        return x.sin()
+
+    function = forward
+    for reentrant in depths:
+        function = functools.partial(checkpoint, function, use_reentrant=reentrant)
+    function(torch.randn(3).requires_grad_()).sum().backward()
+    first, *repetitions = seen
+    assert [is_repetition for _, is_repetition in first] == [False] * len(depths)
+    outermost = [scopes for scopes in repetitions if any(s is first[-1][0] for s, _ in scopes)]
+    assert outermost
+    assert all((first[-1][0], True) in scopes for scopes in outermost)
+    seen.clear()
+    forward(torch.randn(3))
+    assert seen == [[]]
 
 
 def test_a_call_after_the_backward_pass():

@@ -24,7 +24,7 @@ from syncnorm.model.join.ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.join.handover import Handover, Stateful
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.flat import device_of
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import after_backward, disable_dynamo
 
 _NEXT, _SUM, _GATHER, _REDUCE = 1, 2, 3, 4
 _CODES = {"sum": _SUM, "gather": _GATHER}
@@ -141,9 +141,7 @@ class Coordinator:
         (self._unannounced_late if part.reductions.is_known_late else self._unannounced).append(
             part
         )
-        # Undocumented, and used by DDP itself: the callback runs at the end of this backward pass,
-        # before DDP waits.
-        torch.autograd.Variable._execution_engine.queue_callback(self._announce_pending)  # pyright: ignore[reportAttributeAccessIssue]
+        after_backward(self._announce_pending)
 
     def _announce_pending(self) -> None:
         """Announce the reductions that no header has announced yet."""

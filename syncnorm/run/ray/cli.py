@@ -75,16 +75,15 @@ def submit(
 
         old = submit.start(client, job)
         if old is not None:
-            _print_note(f"submitted {job.submission_id}; the run's folder is {job.folder}")
+            note = f"submitted {job.submission_id}; the run's folder is {job.folder}"
         else:
-            _print_note(
-                f"{job.submission_id} is running already, with the settings that it was submitted "
-                "with"
-            )
+            note = f"{job.submission_id} is running already, with the settings that it was "
+            note += "submitted with"
         if not wait:
+            _print_note(note)
             _print_status(submit.get_status(client, job.submission_id), json)
             return
-        status = _follow(client, job.submission_id, json, old or 0)
+        status = _follow(client, job.submission_id, json, old or 0, note)
         if json:
             _print_status(status, json)
         elif status.exit_code == 75:
@@ -167,12 +166,16 @@ def _client(address: str | None, insecure: bool) -> "Iterator[JobSubmissionClien
 
 
 def _follow(
-    client: "JobSubmissionClient", submission_id: str, json: bool, skip: int
+    client: "JobSubmissionClient", submission_id: str, json: bool, skip: int, note: str = ""
 ) -> "JobStatus":
     from syncnorm.run.ray import submit
 
     while True:
         try:
+            # Ctrl-C may come as soon as this is read.
+            if note:
+                _print_note(note)
+            note = ""
             return submit.follow(client, submission_id, skip, to_stdout=not json)
         except KeyboardInterrupt:
             choice = _ask() if sys.stdin.isatty() and sys.stderr.isatty() else "d"
