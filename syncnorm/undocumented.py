@@ -73,8 +73,9 @@ def checkpoints() -> Iterator[tuple[Any, bool]]:
         elif code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINT.co_filename:
             if "frame" in stack.f_locals:
                 yield stack.f_locals["frame"], True
-        elif code.co_name in ("forward", "backward") and code.co_argcount:
-            context = stack.f_locals.get(code.co_varnames[0])
+        elif code.co_name in ("forward", "backward") and "self" not in code.co_varnames:
+            # Not of modules: to look at a function's variables keeps them until it returns.
+            context = next((stack.f_locals.get(name) for name in code.co_varnames), None)
             if isinstance(context, BackwardCFunction):
                 yield context, code.co_name == "backward"
         stack = stack.f_back
