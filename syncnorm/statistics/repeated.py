@@ -36,7 +36,7 @@ class _Calls:
     backward_pass: int | None = None
     """The backward pass that has repeated some of them last."""
     repeated: int = 0
-    """How many of them it has repeated."""
+    """The number of them that it has repeated."""
 
 
 def keep(layer: SyncNorm, statistic: Statistic) -> None:
