@@ -51,7 +51,7 @@ class Freeze:
 
 
 # The buffers of all modes.
-MODE_BUFFERS = {name for mode in MODES.values() for name in mode().buffers(1, "meta")}
+MODE_BUFFERS = {name for mode in MODES.values() for name in mode().buffer_names}
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -224,7 +224,7 @@ class SyncNorm(_BatchNorm):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         self.statistics.discard(self)
-        own = self.sync_mode.buffers(1, "meta").keys()
+        own = {*self.sync_mode.buffer_names}
         self.sync_mode.complete(self, state_dict, prefix, sorted(MODE_BUFFERS - own))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -269,7 +269,7 @@ class SyncNorm(_BatchNorm):
         self.statistics.settle()
         buffers = {name: b for name, b in self._buffers.items() if b is not None}
         super()._apply(fn, recurse)
-        own, is_filled = self.sync_mode.buffers(1, "meta"), False
+        own, is_filled = self.sync_mode.buffer_names, False
         for name, before in buffers.items():
             now = self.get_buffer(name)
             kept = before.dtype if name in own else _kept_type(before.dtype, now.dtype)

@@ -241,15 +241,8 @@ class Statistic(NamedTuple):
     gradient_means: GradientMeans
     is_pooled: bool
     """True if other workers take part, in the backward pass too."""
-    is_average: bool = False
-    """True if it is of earlier batches."""
     correction: renorm.Correction | None = None
     """The r and d that renormalisation folds into weight and bias."""
-
-    @property
-    def is_of_batch_alone(self) -> bool:
-        """True if the same batches give the same statistic at any time."""
-        return self.correction is None and not self.is_average
 
 
 def pooled_statistic(

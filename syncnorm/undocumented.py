@@ -44,10 +44,14 @@ forward_mode_level: Callable[[], int] = partial(attrgetter("_current_level"), fo
 """The number of nested `torch.autograd.forward_ad.dual_level`, less one."""
 
 
+def _saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The innermost pair of hooks on what autograd saves: pack and unpack."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def has_saved_tensor_hooks() -> bool:
     """True where hooks are set on what autograd saves, as by non-reentrant checkpointing."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
-    return hooks is not None
+    return _saved_tensor_hooks() is not None
 
 
 def checkpoints() -> Iterator[tuple[Any, bool]]:
@@ -58,7 +62,7 @@ def checkpoints() -> Iterator[tuple[Any, bool]]:
     kind it is torch's frame; for the re-entrant kind, of torch and of others, the context of the
     autograd Function. Looks through the Python stack, which costs some ten microseconds.
     """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+    hooks = _saved_tensor_hooks()
     found = None if hooks is None else _closed_over(hooks[0], "frame")
     if isinstance(found, _CheckpointFrame):
         yield found, False

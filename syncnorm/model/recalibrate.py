@@ -21,8 +21,7 @@ from syncnorm.model.modes import evaluating
 from syncnorm.model.sample import call
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.source import Source
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.statistics.source import Source, untraced_forward
 
 
 @torch.no_grad()
@@ -141,13 +140,10 @@ class _Recording(Source):
     """Local statistics, whose sums are collected; running statistics are not updated."""
 
     is_lent = True
+    forward = untraced_forward
 
     def __init__(self, keep: Callable[[Tensor], object]) -> None:
         self.keep = keep
-
-    @disable_dynamo
-    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-        return layer.train_forward(x, mask)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         statistic = ops.pooled_statistic(local, None, layer.label)

@@ -115,7 +115,7 @@ class LoadedMark:
     def __set__(self, layer: SyncNorm, value: bool) -> None:
         layer.__dict__[self.NAME] = value
         tensors = dict(layer.named_buffers(recurse=False))
-        own = layer.sync_mode.buffers(1, "meta")
+        own = layer.sync_mode.buffer_names
         are_marked = any(hasattr(tensor, self.NAME) for tensor in tensors.values())
         if are_marked and own and not any(hasattr(tensors[name], self.NAME) for name in own):
             layer.sync_mode.begin(layer)

@@ -30,7 +30,7 @@ from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
 from syncnorm.statistics.pool import Pool
-from syncnorm.statistics.source import Mode, Source, Unattached
+from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
 
@@ -190,6 +190,8 @@ class PooledLagged(Source):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    forward = untraced_forward
+
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
         self.pool = Pool(self, layers, LaggedAverages.name, buffers, self._follow_moments)
@@ -234,14 +236,10 @@ class PooledLagged(Source):
         else:
             backward = None if local.is_repeated else self._expect()
             means = LaggedMeans(self, layer, estimate, pooled, count, backward)
-        return Statistic(batch, means, is_pooled=group is not None, is_average=True)
+        return Statistic(batch, means, is_pooled=group is not None)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         self.pool.gather(layer, local)
-
-    @disable_dynamo
-    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-        return layer.train_forward(x, mask)
 
     def trains(self) -> bool:
         """True if a forward that begins now trains any layer."""

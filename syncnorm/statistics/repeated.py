@@ -70,9 +70,11 @@ def find(layer: SyncNorm) -> Statistic | None:
 
 
 def _add(layer: SyncNorm, statistic: Statistic, checkpoints: list[Any]) -> None:
+    if not checkpoints:
+        return
+    # Gradient means of no step: a repeated call is counted in none.
+    again = statistic._replace(gradient_means=statistic.gradient_means.again())
     for each in checkpoints:
         if not hasattr(each, _CALLS):
             setattr(each, _CALLS, {})
-        # Gradient means of no step: a repeated call is counted in none.
-        again = statistic._replace(gradient_means=statistic.gradient_means.again())
         getattr(each, _CALLS).setdefault(layer, _Calls()).statistics.append(again)

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic, unexchanged_statistic
 from syncnorm.statistics.pool import Pool
-from syncnorm.statistics.source import Mode, Source, Unattached
+from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
 from syncnorm.statistics.steps import Steps
-from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -29,6 +28,8 @@ class PooledRunning(Source):
     Args:
         layers: by name, in the same order on all workers, over the same process group.
     """
+
+    forward = untraced_forward
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         self.pool = Pool(self, layers, Running.name)
@@ -48,10 +49,6 @@ class PooledRunning(Source):
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         self.pool.gather(layer, local)
-
-    @disable_dynamo
-    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-        return layer.train_forward(x, mask)
 
     def settle(self) -> None:
         self.pool.settle()

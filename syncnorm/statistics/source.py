@@ -85,14 +85,17 @@ class Source(ABC):
         """Detach a layer, up to date, that is about to become another. Every worker must call."""
 
 
+@disable_dynamo
+def untraced_forward(self: Source, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The `forward` of a source that compiled code calls rather than contains."""
+    return layer.train_forward(x, mask)
+
+
 class Unattached(Source):
     """For modes in which layers act together: an error until `prepare_ddp` has introduced them."""
 
     is_attached = False
-
-    @disable_dynamo
-    def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-        return layer.train_forward(x, mask)
+    forward = untraced_forward
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
@@ -147,6 +150,11 @@ class Mode(ABC):
         """
         return {}
 
+    @property
+    def buffer_names(self) -> list[str]:
+        """The names of these buffers."""
+        return [*self.buffers(1, "meta")]
+
     def own_sizes(self, channels: int, calls: int) -> list[int]:
         """Numbers in each exchange that a layer makes alone and waits for, in a training step."""
         return []
@@ -157,10 +165,12 @@ class Mode(ABC):
 
     def begin(self, layer: SyncNorm) -> None:
         """Give the layer's own buffers the values that they have in a new layer."""
-        with torch.no_grad():
-            for name in self.buffers(1, "meta"):
-                buffer = layer.get_buffer(name)
-                buffer.copy_(self.buffers(layer.num_features, buffer.device)[name])
+        names = self.buffer_names
+        if names:
+            new = self.buffers(layer.num_features, layer.get_buffer(names[0]).device)
+            with torch.no_grad():
+                for name in names:
+                    layer.get_buffer(name).copy_(new[name])
 
     def complete(
         self, layer: SyncNorm, state_dict: dict[str, Tensor], prefix: str, foreign: Sequence[str]
@@ -172,7 +182,7 @@ class Mode(ABC):
         """
         for name in foreign:
             state_dict.pop(f"{prefix}{name}", None)
-        own = self.buffers(1, "meta")
+        own = self.buffer_names
         if not own or any(_is_brought(layer, name, state_dict, prefix) for name in own):
             return
         if _is_brought(layer, "running_mean", state_dict, prefix):

@@ -204,7 +204,7 @@ def _settings_of(layer: SyncNorm, names: list[str]) -> dict[str, Any]:
 def _detach(layer: SyncNorm) -> None:
     """Flush pending updates, detach the layer from its pool, remove the buffers of its mode."""
     layer.statistics.release(layer)
-    for name in layer.sync_mode.buffers(1, "meta"):
+    for name in layer.sync_mode.buffer_names:
         layer._buffers.pop(name, None)
 
 
