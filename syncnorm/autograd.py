@@ -43,6 +43,13 @@ class GradientMeans(Protocol):
 
     def __call__(self, local: Tensor) -> Tensor: ...
 
+    def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same, to be divided by a count yet; by none where they are means.
+
+        For kernels that divide themselves; called in place of the above.
+        """
+        ...
+
     def of_second(self, local: Tensor) -> Tensor:
         """The same of five sums, shape (5, C), where the gradient is differentiated.
 
@@ -74,7 +81,7 @@ class Normalize(torch.autograd.Function):
         x, weight, mean, invstd, mask = ctx.saved_tensors
         who = observed.observer(grad_output)
         if who is not None and who != observed.FAKE:
-            grads = _by_formula(who, ctx.gradient_means, grad_output, x, weight, mask, invstd)
+            grads = formula_gradient(who, ctx.gradient_means, grad_output, x, weight, mask, invstd)
             return *_typed(*grads, weight, ctx.bias_dtype), None, None, None, None, None
         saved = (grad_output, x, weight, mean, invstd, mask)
         how = (ctx.gradient_means, ctx.bias_dtype, ctx.needs_input_grad[0])
@@ -87,7 +94,7 @@ class Normalize(torch.autograd.Function):
         return *grads, None, None, None, None, None
 
 
-def _by_formula(
+def formula_gradient(
     who: str, gradient_means: GradientMeans, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dweight and dbias in operators that torch batches and differentiates itself."""
@@ -137,6 +144,25 @@ def _gradient(
     return (grad_input, grad_weight, grad_bias), (mean_dy, mean_dy_xhat)
 
 
+def differentiable_gradient(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    invstd: Tensor,
+    mask: Tensor | None,
+    gradient_means: GradientMeans,
+    needs_input: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """dx, dweight and dbias (float64) as functions of g, x and weight.
+
+    Whether one of them needs a gradient may differ between workers; the exchange must not.
+    """
+    return _Gradient.apply(
+        g, x, weight, mean, invstd, mask, ANCHOR, gradient_means, torch.float64, needs_input
+    )
+
+
 class _Gradient(torch.autograd.Function):
     """The gradient as a function of g, x and weight, differentiable once.
 
@@ -167,7 +193,7 @@ class _Gradient(torch.autograd.Function):
                 g, x, weight = (
                     None if each is None else each.view_as(each) for each in (g, x, weight)
                 )
-                grads = _by_formula(who, ctx.gradient_means, g, x, weight, mask, invstd)
+                grads = formula_gradient(who, ctx.gradient_means, g, x, weight, mask, invstd)
             return *_pull_back(
                 _typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight)
             ), *[None] * 7

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from syncnorm import compiled, observed, ops
 from syncnorm.comm import debug, groups
+from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
-from syncnorm.maths import moments, renorm
+from syncnorm.maths import kernels, renorm
 from syncnorm.maths.moments import Moments, Unread
 from syncnorm.ops import LocalSums, Statistic
 
@@ -92,9 +93,9 @@ def sync_batch_norm(
 
     def update(batch: Moments) -> None:
         if running_mean is not None and running_var is not None:
-            factor = moments.average_factor(num_batches_tracked, batch, momentum)
-            moments.update_running_mean_(running_mean, batch, factor)
-            moments.update_running_var_(running_var, batch, factor)
+            ops.update_running_(
+                running_mean, running_var, num_batches_tracked, batch, momentum, eps, is_std=False
+            )
 
     return _train(x, mask, weight, bias, eps, process_group, "sync_batch_norm", None, update)
 
@@ -172,12 +173,15 @@ def sync_batch_renorm(
         return evaluate(x, running_mean, running_var, weight, bias, eps)
 
     def update(batch: Moments) -> None:
-        factor = moments.average_factor(num_batches_tracked, batch, momentum)
-        moments.update_running_mean_(running_mean, batch, factor)
-        if running_average == "std":
-            renorm.update_running_std_(running_var, batch, eps, factor)
-        else:
-            moments.update_running_var_(running_var, batch, factor)
+        ops.update_running_(
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            batch,
+            momentum,
+            eps,
+            is_std=running_average == "std",
+        )
 
     before = (running_mean, running_var, *bounds)
     return _train(x, mask, weight, bias, eps, process_group, "sync_batch_renorm", before, update)
@@ -215,6 +219,8 @@ def _train(
 @torch.no_grad()
 def correct(statistic: Statistic, local: LocalSums, eps: float, before: Before) -> Statistic:
     """The statistic with the correction of renormalisation against the running statistics."""
+    if kernels.of_device(local.sums) is not None and local.observer is None:
+        return statistic._replace(reference=before)
     mean, var, r_max, d_max = before
     r, d = renorm.correction(statistic.batch, mean, var, eps, r_max, d_max)
     if local.is_repeated is None:
@@ -319,7 +325,7 @@ def check_bounds(
             torch.compiler.is_compiling() or observed.observer(value) is not None
         ):
             continue
-        is_free = not isinstance(value, Tensor) or value.device.type == "cpu" or debug.is_debug()
+        is_free = not isinstance(value, Tensor) or is_host(value) or debug.is_debug()
         if is_free and not value >= least:
             raise InputError(
                 f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule."
@@ -400,7 +406,7 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
         return
     # A weight of 1 may also be that of several values.
     if (
-        (count.device.type == "cpu" or debug.is_debug())
+        (is_host(count) or debug.is_debug())
         and count == 1
         and not statistic.batch.m2.any()
     ):

@@ -29,9 +29,8 @@ from torch import Tensor
 from syncnorm import functional
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
-from syncnorm.maths import moments, renorm
+from syncnorm.maths import kernels
 from syncnorm.maths.lagged import Lagged
-from syncnorm.maths.moments import Moments
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
@@ -119,10 +118,6 @@ class SyncBatchNorm(SyncNorm):
 
     def new_statistic(self, local: LocalSums) -> Statistic:
         return self._ask_source(local)
-
-    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
-        assert self.running_var is not None
-        moments.update_running_var_(self.running_var, batch, factor)
 
 
 class SyncBatchRenorm(SyncNorm):
@@ -218,6 +213,10 @@ class SyncBatchRenorm(SyncNorm):
         self.schedule = schedule
         self.running_average = running_average
 
+    @property
+    def averages_std(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.running_average == "std"
+
     def extra_repr(self) -> str:
         ours = f"schedule={self.schedule}, running_average={self.running_average!r}"
         return f"{super().extra_repr()}, {ours}"
@@ -245,7 +244,9 @@ class SyncBatchRenorm(SyncNorm):
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             raise self._without("running_mean" if mean is None else "running_var")
-        return mean.clone(), var.clone(), *self.bounds()
+        if kernels.of_device(local.sums) is None or local.observer is not None:
+            mean, var = mean.clone(), var.clone()
+        return mean, var, *self.bounds()
 
     def _without(self, name: str) -> InputError:
         return InputError(
@@ -253,10 +254,3 @@ class SyncBatchRenorm(SyncNorm):
             "corrects towards the running statistics. To normalise by the batch alone, "
             "convert(model, SyncBatchNorm) first."
         )
-
-    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
-        assert self.running_var is not None
-        if self.running_average == "std":
-            renorm.update_running_std_(self.running_var, batch, self.eps, factor)
-        else:
-            moments.update_running_var_(self.running_var, batch, factor)

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import functional, observed, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
-from syncnorm.maths import moments, renorm
+from syncnorm.maths import renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
@@ -67,6 +67,8 @@ def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
 class SyncNorm(_BatchNorm):
     """Base class of SyncBatchNorm and SyncBatchRenorm; abstract."""
 
+    averages_std = False
+    """True if the running variance follows by its root, the standard deviation."""
     statistics: Source
     """The source of training statistics."""
     sync_mode: Mode
@@ -204,9 +206,15 @@ class SyncNorm(_BatchNorm):
         """
         is_tracking = self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
         if is_tracking and self.running_mean is not None and self.running_var is not None:
-            factor = moments.average_factor(self.num_batches_tracked, batch, momentum)
-            moments.update_running_mean_(self.running_mean, batch, factor)
-            self._update_running_var(batch, factor)
+            ops.update_running_(
+                self.running_mean,
+                self.running_var,
+                self.num_batches_tracked,
+                batch,
+                momentum,
+                self.eps,
+                is_std=self.averages_std,
+            )
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; running statistics are up to date when training ends."""
@@ -288,10 +296,6 @@ class SyncNorm(_BatchNorm):
             "revert(model), or "
             "trace the model in evaluation mode."
         )
-
-    @abstractmethod
-    def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
-        """Move the running variance."""
 
     def _warn_once(self) -> None:
         if not self._has_warned:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -22,9 +23,21 @@ from torch import Tensor
 from syncnorm import compiled, observed, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
+from syncnorm.device import is_host
 from syncnorm.errors import FaultError, UnevenShardsWarning
+from syncnorm.fused import Call, FusedNormalize
 from syncnorm.maths import formula, kernels, renorm
-from syncnorm.maths.moments import Moments, Observed, Unread, of_sums, reciprocal
+from syncnorm.maths.moments import (
+    Moments,
+    Observed,
+    Raw,
+    Unread,
+    average_factor,
+    of_sums,
+    reciprocal,
+    update_running_mean_,
+    update_running_var_,
+)
 
 _MAX_DIMS = 8
 
@@ -35,9 +48,12 @@ class LocalSums(NamedTuple):
     sums: Tensor
     """[sum wx, sum wx^2, sum w], shape (2C+1,), float64."""
     mask: Tensor | None
-    """The weights, with 0 in place of what is no weight."""
+    """The weights, with 0 in place of what is no weight (but where kernels see to that)."""
     has_fault: Tensor | None
-    """True if something was no weight, shape (); None without a mask."""
+    """True if something was no weight, shape (); None without a mask.
+
+    None also from kernels of a device: there the count is NaN.
+    """
     given: Tensor | None
     """The mask as it was given, for the error."""
     is_repeated: bool | None
@@ -53,6 +69,9 @@ def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
     """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient."""
     who, is_repeated = observed.observer(x), is_recomputing()
     with torch.no_grad():
+        own = kernels.of_device(x) if who is None else None
+        if own is not None:
+            return LocalSums(own.moments(x.detach(), mask), mask, None, mask, is_repeated)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(_is_valid(mask), mask, torch.nan)
@@ -92,7 +111,7 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
         sums = exchange.sum_(sums, group, "moments", name)
         if local.is_repeated is None:
             return sums
-        is_looked_at = sums.device.type == "cpu" or debug.is_debug()
+        is_looked_at = is_host(sums) or debug.is_debug()
         if is_looked_at and (sums[-1].isnan() or (debug.is_debug() and not sums.isfinite().all())):
             _raise_fault(local, group, name)
         return sums
@@ -101,7 +120,7 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
 def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:
     """Find out together whose data is at fault, and raise the same error everywhere."""
     report = torch.zeros(3 + _MAX_DIMS, dtype=torch.float64)
-    report[0] = not local.sums.isfinite().all()
+    report[0] = not local.sums[:-1].isfinite().all()
     if local.given is not None:
         wrong = local.given[~_is_valid(local.given)]
         if wrong.numel():
@@ -152,10 +171,16 @@ class PooledMeans:
         return self.group is None
 
     def __call__(self, local: Tensor) -> Tensor:
+        return self._total(local) * reciprocal(self.n)
+
+    def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self._total(local), self._batch.count
+
+    def _total(self, local: Tensor) -> Tensor:
         total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
             self.shard.check(self.n, groups.ranks(self.group), self.name)
-        return total * reciprocal(self.n)
+        return total
 
     def of_second(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
@@ -243,6 +268,8 @@ class Statistic(NamedTuple):
     """True if other workers take part, in the backward pass too."""
     correction: renorm.Correction | None = None
     """The r and d that renormalisation folds into weight and bias."""
+    reference: kernels.Reference | None = None
+    """The reference of r and d where the kernel that normalises is to compute them."""
 
 
 def pooled_statistic(
@@ -337,16 +364,49 @@ def normalize(
     """
     if isinstance(statistic.batch, Observed) and observed.observer(x) != observed.FAKE:
         return formula.normalize(x, weight, bias, mask, eps)
-    anchor = None
+    batch, anchor = statistic.batch, _anchor(weight, bias, statistic)
+    return Normalize.apply(
+        x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means
+    )
+
+
+def normalize_by(
+    own: ModuleType,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistic: Statistic,
+    eps: float,
+    mask: Tensor | None,
+) -> tuple[Tensor, Statistic]:
+    """`normalize` by kernels of the device of x, r and d included: y, and the statistic with them.
+
+    They go through all that is (C,)-sized themselves, so that a call is a few launches.
+    """
+    batch, reference = statistic.batch, statistic.reference
+    if statistic.correction is not None:  # of a call that is repeated
+        reference = statistic.correction[2:]
+    call = Call(own, batch, eps, reference, statistic.gradient_means)
+    y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
+    mean, m2, _, *correction = call.rows.unbind()
+    if isinstance(batch, Raw):
+        batch.finish(mean, m2)
+    if reference is not None:
+        *_, r_max, d_max = reference
+        statistic = statistic._replace(correction=renorm.Correction(*correction, r_max, d_max))
+    return y, statistic
+
+
+def _anchor(weight: Tensor | None, bias: Tensor | None, statistic: Statistic) -> Tensor | None:
+    """What needs a gradient if nothing else does.
+
+    Whether x needs one may differ between workers; the exchange in backward must not.
+    """
     has_grad = (weight is not None and weight.requires_grad) or (
         bias is not None and bias.requires_grad
     )
-    if statistic.is_pooled and not has_grad and torch.is_grad_enabled():
-        # Whether x needs a gradient may differ between workers; the exchange in backward must not.
-        anchor = ANCHOR
-    batch = statistic.batch
-    return Normalize.apply(
-        x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means
+    return (
+        ANCHOR if statistic.is_pooled and not has_grad and torch.is_grad_enabled() else None
     )
 
 
@@ -393,13 +453,46 @@ def train_forward(
     """
     local = local_sums(x, mask)
     statistic = statistic_of(local)
-    y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
+    own = kernels.of_device(x) if local.observer is None else None
+    if own is None:
+        y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
+    else:
+        y, statistic = normalize_by(own, x, weight, bias, statistic, eps, local.mask)
     if local.is_repeated is None:
         statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
     if not local.is_repeated:
         with torch.no_grad():
             follow(local, statistic)
     return y, local, statistic
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Moments,
+    momentum: float | None,
+    eps: float,
+    *,
+    is_std: bool,
+) -> None:
+    """Count the batch and move the running statistics towards its own, in place.
+
+    With `is_std` the standard deviation follows, by the biased variance, else the unbiased
+    variance. See `syncnorm.maths.moments` for what a batch of one value or none changes.
+    """
+    own = kernels.of_device(running_mean)
+    if own is not None and not isinstance(batch, Unread):
+        own.update_running_(
+            running_mean, running_var, counter, *batch.packed, momentum, eps, is_std
+        )
+        return
+    factor = average_factor(counter, batch, momentum)
+    update_running_mean_(running_mean, batch, factor)
+    if is_std:
+        renorm.update_running_std_(running_var, batch, eps, factor)
+    else:
+        update_running_var_(running_var, batch, factor)
 
 
 def fold(

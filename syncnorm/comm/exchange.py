@@ -30,6 +30,7 @@ from syncnorm.comm.consensus import NO_DATA, Consensus, at_different_places
 from syncnorm.comm.handles import NamedGroup
 from syncnorm.comm.inflight import InFlight, log_of, reset_calls
 from syncnorm.comm.world import device_for, ranks
+from syncnorm.device import is_host
 from syncnorm.errors import ExchangeError
 
 __all__ = [
@@ -216,7 +217,7 @@ def _unpack(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor
         return wire, True
     count = message.numel()
     total, identity = wire[:count].view(message.shape), _identity(kind, name, count)
-    if wire.device.type == "cpu" or debug.is_debug():
+    if is_host(wire) or debug.is_debug():
         return total, math.fmod(wire[-1].item(), identity) == 0
     is_same = torch.remainder(wire[-1], identity) == 0
     return torch.where(is_same, total, torch.nan), True

@@ -8,14 +8,14 @@ total.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from syncnorm.device import is_host
 
-@dataclass(frozen=True)
+
 class Moments:
     """Weighted moments of C channels.
 
@@ -23,19 +23,24 @@ class Moments:
         count: total weight n, shape (), float64.
         mean: weighted mean, shape (C,), float64.
         m2: weighted sum of squared deviations from the mean, shape (C,), float64, >= 0.
+        n: the count: a number on the CPU, which saves operators; elsewhere the tensor, unread.
     """
 
     _is_read: ClassVar[bool] = True
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
 
-    n: float | Tensor = field(init=False)
-    """The count: a number on the CPU, which saves operators; elsewhere the tensor, unread."""
+    def __init__(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        self.count = count
+        self.mean = mean
+        self.m2 = m2
+        self.n: float | Tensor = count.item() if self._is_read and is_host(count) else count
 
-    def __post_init__(self) -> None:
-        n = self.count.item() if self._is_read and self.count.device.type == "cpu" else self.count
-        object.__setattr__(self, "n", n)
+    @property
+    def packed(self) -> tuple[Tensor, bool]:
+        """All in one float64 tensor, shape (2C+1,), as device kernels take them.
+
+        Either [mean, m2, n] and False, or [sum wx, sum wx^2, n] and True.
+        """
+        return torch.cat([self.mean, self.m2, self.count.view(1)]), False
 
     @property
     def var(self) -> Tensor:
@@ -61,6 +66,41 @@ class Unread(Moments):
     _is_read: ClassVar[bool] = False
 
 
+class Raw(Moments):
+    """Moments that are raw sums until somebody looks: a device's kernels finish them themselves.
+
+    Args:
+        sums: [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
+    """
+
+    def __init__(self, sums: Tensor) -> None:
+        self._sums = sums
+        self._finished: tuple[Tensor, Tensor] | None = None
+        self.count = self.n = sums[-1]
+
+    @property
+    def packed(self) -> tuple[Tensor, bool]:
+        return self._sums, True
+
+    def finish(self, mean: Tensor, m2: Tensor) -> None:
+        """Take what a kernel has computed from the sums."""
+        self._finished = mean, m2
+
+    @property
+    def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._look()[0]
+
+    @property
+    def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._look()[1]
+
+    def _look(self) -> tuple[Tensor, Tensor]:
+        if self._finished is None:
+            moments = of_sums(self._sums, Unread)
+            self._finished = moments.mean, moments.m2
+        return self._finished
+
+
 class Observed(Unread):
     """Moments in front of something that looks at operators: see `syncnorm.observed`."""
 
@@ -77,11 +117,12 @@ def of_sums(sums: Tensor, kind: type[Moments] = Moments) -> Moments:
 
     Raw sums lose digits with the square of mean/std: in float64 about 1e-16 * (mean/std)^2 of var.
     """
+    if kind is Moments and not is_host(sums):
+        return Raw(sums)
     channels = (sums.numel() - 1) // 2
     total, squares, count = sums.split((channels, channels, 1))
     count = count.squeeze(0)
-    is_read = kind._is_read and count.device.type == "cpu"
-    mean = total * reciprocal(count.item() if is_read else count)
+    mean = total * reciprocal(count.item() if kind._is_read else count)
     return kind(count, mean, (squares - total * mean).clamp(min=0.0))
 
 

@@ -139,10 +139,14 @@ class LaggedMeans:
         return False
 
     def __call__(self, local: Tensor) -> Tensor:
+        totals, n = self.totals(local)
+        return totals if n is None else totals * reciprocal(n)
+
+    def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
         self.source.add_gradients(self.layer, local, self.count, self.backward)
-        means = self.estimate if self.pooled is None else self.pooled(local)
+        totals = (self.estimate, None) if self.pooled is None else self.pooled.totals(local)
         self.source.note_arrival(self.backward, self.number)
-        return means
+        return totals
 
     def of_second(self, local: Tensor) -> Tensor:
         raise _no_second(self.layer)
@@ -165,6 +169,9 @@ class FixedMeans:
 
     def __call__(self, local: Tensor) -> Tensor:
         return self.estimate
+
+    def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.estimate, None
 
     def of_second(self, local: Tensor) -> Tensor:
         raise _no_second(self.layer)

@@ -23,6 +23,7 @@ from torch import Tensor
 from syncnorm import observed
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.comm.inflight import InFlight
+from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.ops import LateShard, LocalSums, Shard
@@ -134,7 +135,7 @@ class Pool:
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """The check for uneven shards, at one layer of a step; None at the others."""
-        is_looked_at = not Shard.has_warned and local.sums.device.type == "cpu"
+        is_looked_at = not Shard.has_warned and is_host(local.sums)
         if self._gathered.shard is None and is_looked_at and local.is_repeated is False:
             self._gathered.shard = LateShard(local.sums[-1], self.names[layer])
             return self._gathered.shard
@@ -187,7 +188,7 @@ class Pool:
                 self.mixed = message.mixed
                 return
             kept = [(b, b.clone()) for marks in message.marks for b in written(marks)]
-            if faults.device.type == "cpu" or debug.is_debug():
+            if is_host(faults) or debug.is_debug():
                 self._fault = self._describe(faults, members)
             else:
                 # Nobody looks: a count of NaN keeps the statistics still.

@@ -23,8 +23,19 @@ from types import ModuleType, SimpleNamespace
 import torch
 from torch import Tensor
 
-from syncnorm.maths.kernels import cpu, portable
+from syncnorm.device import is_host
+from syncnorm.maths.kernels import composed, cpu, portable
+from syncnorm.maths.kernels.composed import Reference
 from syncnorm.undocumented import FakeTensor
+
+__all__ = [
+    "Reference",
+    "backward_input",
+    "backward_sums",
+    "local_moments",
+    "normalize",
+    "of_device",
+]
 
 # The portable kernels in code that is being compiled: with a pivot of two samples, so that what is
 # compiled for any number from 2 on needs no second version.
@@ -42,6 +53,17 @@ def _implementation(x: Tensor) -> ModuleType | SimpleNamespace:
     if x.device.type != "cpu" or (type(x) is not Tensor and isinstance(x, FakeTensor)):
         return portable
     return cpu
+
+
+def of_device(x: Tensor) -> ModuleType | None:
+    """The module of kernels that finish statistics themselves; None where they are finished here.
+
+    See `syncnorm.maths.kernels.composed`. On the CPU, and in code that is being compiled, the
+    primitives of this module and operators of (C,) numbers cost no more.
+    """
+    if is_host(x) or torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+        return None
+    return composed
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,0 +1,10 @@
+"""The one fact about a tensor's device that decides a course of action."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def is_host(t: Tensor) -> bool:
+    """True if the numbers of t may be looked at: elsewhere the host would wait for the device."""
+    return t.device.type == "cpu"

@@ -1,0 +1,110 @@
+"""The autograd Function of devices whose kernels finish statistics themselves.
+
+It is `syncnorm.autograd.Normalize` with the arithmetic of (C,)-sized numbers moved into the kernels
+(see `syncnorm.maths.kernels.composed`), which a GPU would otherwise spend most launches on. Beside
+y a call leaves what it was made by: mean, m2 and invstd, and r and d of batch renormalisation.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from syncnorm import observed
+from syncnorm.autograd import GradientMeans, differentiable_gradient, formula_gradient
+from syncnorm.maths.kernels.composed import Reference
+from syncnorm.maths.moments import Moments
+
+
+class Call:
+    """One call of a layer: what it is given besides tensors, and what it leaves.
+
+    Args:
+        kernels: the device's kernels.
+        batch: the moments to normalise by.
+        eps: added to the variance.
+        reference: what renormalisation corrects towards; None: nothing.
+        gradient_means: pools gradient sums in the backward pass.
+    """
+
+    rows: Tensor
+    """What y was made by, set by the forward: see `syncnorm.maths.kernels.composed`."""
+
+    def __init__(
+        self,
+        kernels: ModuleType,
+        batch: Moments,
+        eps: float,
+        reference: Reference | None,
+        gradient_means: GradientMeans,
+    ) -> None:
+        self.kernels = kernels
+        self.batch = batch
+        self.eps = eps
+        self.reference = reference
+        self.gradient_means = gradient_means
+
+
+class FusedNormalize(torch.autograd.Function):
+    """y = (x - mean) * invstd * r * weight + d * weight + bias, and its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, anchor, mask, call):  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, rows = call.kernels.normalize(
+            x, *call.batch.packed, weight, bias, call.eps, call.reference
+        )
+        call.rows = rows
+        ctx.save_for_backward(x, weight, rows, mask)
+        ctx.kernels, ctx.gradient_means = call.kernels, call.gradient_means
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, weight, rows, mask = ctx.saved_tensors
+        who = observed.observer(g)
+        if torch.is_grad_enabled() or (who is not None and who != observed.FAKE):
+            grads = _differentiable(ctx, g, x, weight, rows, mask, who)
+            return *grads, None, None, None
+        local, grad_weight, grad_bias = ctx.kernels.backward_sums(
+            g, x, rows, None if weight is None else weight.dtype, ctx.bias_dtype
+        )
+        totals, n = ctx.gradient_means.totals(local)
+        grad_input = None
+        if ctx.needs_input_grad[0]:
+            grad_input = ctx.kernels.backward_input(g, x, rows, weight, totals, n, mask)
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+def _differentiable(
+    ctx,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    rows: Tensor,
+    mask: Tensor | None,
+    who: str | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradient in operators that autograd knows: it is batched, or differentiated again."""
+    mean, _, invstd, *correction = rows.unbind()
+    folded = weight
+    if correction:
+        folded = correction[0] if weight is None else weight * correction[0]
+    if who is not None and who != observed.FAKE:
+        dx, sum_g_xhat, sum_g = formula_gradient(
+            who, ctx.gradient_means, g, x, folded, mask, invstd
+        )
+    else:
+        dx, sum_g_xhat, sum_g = differentiable_gradient(
+            g, x, folded, mean, invstd, mask, ctx.gradient_means, ctx.needs_input_grad[0]
+        )
+    if correction:
+        r, d, *_ = correction
+        sum_g_xhat = r * sum_g_xhat + d * sum_g
+    return (
+        dx if ctx.needs_input_grad[0] else None,
+        None if weight is None else sum_g_xhat.to(weight.dtype),
+        None if ctx.bias_dtype is None else sum_g.to(ctx.bias_dtype),
+    )
