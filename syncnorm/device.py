@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+_HOSTS = ("cpu",)
+
 
 def is_host(t: Tensor) -> bool:
     """True if the numbers of t may be looked at: elsewhere the host would wait for the device."""
-    return t.device.type == "cpu"
+    return t.device.type in _HOSTS

@@ -189,6 +189,18 @@ def _identity(kind: str, name: str, count: int) -> int:
     return int.from_bytes(digest, "big") >> 27 | 1 << 37
 
 
+def _tail(identity: float, size: int, device: torch.device) -> Tensor:
+    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+        return torch.full((size,), identity, dtype=torch.float64, device=device)
+    return _kept_tail(identity, size, device)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_tail(identity: float, size: int, device: torch.device) -> Tensor:
+    """One launch less for each message. Never kept from the capture of a graph, which fills it."""
+    return torch.full((size,), identity, dtype=torch.float64, device=device)
+
+
 def _begin_sum(
     message: Tensor, group: dist.ProcessGroup, kind: str, name: str
 ) -> tuple[InFlight, Tensor]:
@@ -202,9 +214,8 @@ def _begin_sum(
         wire = message
     else:
         tail = size_of(count, log_of(group).room) - count
-        wire = torch.cat(
-            [message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))]
-        )
+        identity = float(_identity(kind, name, count))
+        wire = torch.cat([message.reshape(-1), _tail(identity, tail, message.device)])
     return _begin("sum", wire, group, kind, name, count), wire
 
 

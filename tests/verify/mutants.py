@@ -109,19 +109,30 @@ class CountsDouble(SyncBatchNorm):
         self.num_batches_tracked += 1
 
 
-class InfiniteBessel(SyncBatchNorm):
+class _OwnVariance(SyncBatchNorm):
+    """A running variance that follows in another way."""
+
+    def update_running(self, batch: Moments, momentum: float | None) -> None:
+        before = self.running_var.clone()
+        super().update_running(batch, momentum)
+        self.running_var.copy_(before)
+        factor = 1.0 / self.num_batches_tracked.double() if momentum is None else momentum
+        self._update_running_var(batch, factor)
+
+
+class InfiniteBessel(_OwnVariance):
     """m2 / (n - 1) whatever n."""
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
         self.running_var.lerp_((batch.m2 / (batch.count - 1)).to(self.running_var.dtype), factor)
 
 
-class Biased(SyncBatchNorm):
+class Biased(_OwnVariance):
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
         moments.blend_(self.running_var, batch.var, factor, batch.n > 0)
 
 
-class InverseStd(SyncBatchNorm):
+class InverseStd(_OwnVariance):
     """Keeps 1 / sqrt(var + eps) in float32 and takes the variance from it."""
 
     def _update_running_var(self, batch: Moments, factor: float | Tensor) -> None:
@@ -565,8 +576,8 @@ class NewStatistics(SyncBatchRenorm):
     def new_statistic(self, local: LocalSums) -> Statistic:
         statistic = self._ask_source(local)
         mean, var = self.running_mean.clone(), self.running_var.clone()
-        self._update_running_var(statistic.batch, self.momentum)
-        moments.update_running_mean_(self.running_mean, statistic.batch, self.momentum)
+        self.update_running(statistic.batch, self.momentum)
+        self.num_batches_tracked -= statistic.batch.n > 0
         after = (self.running_mean.clone(), self.running_var.clone(), *self.bounds())
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)

@@ -187,7 +187,8 @@ def _finished(batch: Tensor, is_raw: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not is_raw:
         return first, second, n
     mean = first * reciprocal(n)
-    return mean, torch.addcmul(second, first, mean, value=-1.0).clamp_(min=0.0), n
+    # In two steps: a fused multiply-add would not give 0 for a single value.
+    return mean, (second - first * mean).clamp_(min=0.0), n
 
 
 def _weight(factor: float | Tensor, like: Tensor) -> float | Tensor:
