@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncnorm.maths import kernels
-from syncnorm.maths.kernels import cpu, layout, portable
+from syncnorm.maths.kernels import cpu, layout, portable, traced
 from syncnorm.maths.moments import of_sums
 from syncnorm.testing import assert_close
 
@@ -27,10 +27,14 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=[cpu, portable], ids=["cpu", "portable"])
+@pytest.fixture(params=["cpu", "portable", "portable in slices", "traced"])
 def implementation(request, monkeypatch) -> ModuleType:
-    monkeypatch.setattr(kernels, "_implementation", lambda x: request.param)
-    return request.param
+    used = {"cpu": cpu, "traced": traced}.get(request.param, portable)
+    monkeypatch.setattr(kernels, "_implementation", lambda x: used)
+    if request.param == "portable in slices":
+        monkeypatch.setattr(portable, "_HAVE_OPERATORS", ())
+        monkeypatch.setattr(portable, "_SLICE", 1 << 14)
+    return used
 
 
 def _arrange(x: torch.Tensor, how: str) -> torch.Tensor:

@@ -17,14 +17,13 @@ and b = sum g (x - mean) / (n std^2), the sums being those of all workers.
 
 from __future__ import annotations
 
-import functools
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from syncnorm.device import is_host
-from syncnorm.maths.kernels import composed, cpu, portable
+from syncnorm.maths.kernels import composed, cpu, portable, traced
 from syncnorm.maths.kernels.composed import Reference
 from syncnorm.undocumented import FakeTensor
 
@@ -37,22 +36,11 @@ __all__ = [
     "of_device",
 ]
 
-# The portable kernels in code that is being compiled: with a pivot of two samples, so that what is
-# compiled for any number from 2 on needs no second version.
-_traced = SimpleNamespace(
-    centred_sums=functools.partial(portable.centred_sums, samples=2),
-    normalize=portable.normalize,
-    backward_sums=portable.backward_sums,
-    backward_input=portable.backward_input,
-)
 
-
-def _implementation(x: Tensor) -> ModuleType | SimpleNamespace:
-    if torch.compiler.is_compiling():
-        return _traced
-    if x.device.type != "cpu" or (type(x) is not Tensor and isinstance(x, FakeTensor)):
-        return portable
-    return cpu
+def _implementation(x: Tensor) -> ModuleType:
+    if torch.compiler.is_compiling() or (type(x) is not Tensor and isinstance(x, FakeTensor)):
+        return traced
+    return cpu if is_host(x) else portable
 
 
 def of_device(x: Tensor) -> ModuleType | None:

@@ -1,65 +1,120 @@
-"""The four primitives from plain tensor operators: every device, traceable by torch.compile."""
+"""The four primitives as operators that run one by one, on a device without kernels of its own.
+
+On CUDA these read x once and take half types as they are: reductions that add up in float32, and
+torch's batch norm in evaluation mode, whose gradients of weight and bias are sum g (x - mean) / std
+and sum g. Its variance is always passed as 1 and eps as 0: standard deviations are folded into the
+(C,)-sized coefficients. On other devices the traced kernels run on slices of x, so that their
+temporaries are small.
+
+A channel is summed in short runs in float32, and the runs are added in float64.
+"""
 
 from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-_PIVOT_ELEMENTS = 8
+from syncnorm.maths.kernels import layout, traced
+from syncnorm.maths.precision import sum_dtype
 
+# Where batch norm takes half types with float32 coefficients. "meta" stands for CUDA; tensors of a
+# CPU come from tests.
+_HAVE_OPERATORS = ("cuda", "meta", "cpu")
+_HALF = (torch.bfloat16, torch.float16)
+_PIVOT_SAMPLES = 8
+# A run has at most about so many values: in planes, and in rows, which the operator of a CPU adds
+# one by one.
+_RUN, _RUN_ROWS = 1024, 256
+# A slice has at least so many elements. A tensor is cut into so many slices that temporaries are
+# smaller than it is: few for one or two of them, more for the traced kernels.
+_SLICE = 1 << 18
+_FEW, _SLICES = 4, 16
 
-def _wide(x: Tensor) -> Tensor:
-    """x in the type that the arithmetic is done in: at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
-
-
-def _over(x: Tensor) -> list[int]:
-    """All dimensions but the channels."""
-    return [0, *range(2, x.ndim)]
-
-
-def _channels(t: Tensor, x: Tensor) -> Tensor:
-    """A (C,) coefficient, shaped and typed to meet the wide x."""
-    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+_forward_operator = torch.ops.aten.native_batch_norm.out
+_backward_operator = torch.ops.aten.native_batch_norm_backward.default
+_SUMS_ONLY = [False, True, True]
 
 
 def centred_sums(
-    x: Tensor, mask: Tensor | None, count: int | Tensor, samples: int = _PIVOT_ELEMENTS
+    x: Tensor, mask: Tensor | None, count: int | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,), float64."""
-    wide = _wide(x)
-    if mask is None:
-        some = wide.flatten(2) if wide.ndim > 2 else wide.unsqueeze(-1)
-        p = some[:samples, :, :_PIVOT_ELEMENTS].mean((0, 2))
+    """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,)."""
+    if x.device.type not in _HAVE_OPERATORS:
+        return _centred_sums_by_slices(x, mask, count)
+    if mask is not None:
+        return _weighted_sums(x, mask.to(_wide_dtype(x)), count)
+    if x.dtype in _HALF:
+        # Their sums are all but exact in float32, and so no pivot is needed.
+        runs, dims = _runs(x)
+        mean = runs.sum(dims, dtype=torch.float32).double()
+        var = torch.var(runs, dims, correction=0, out=torch.empty_like(mean, dtype=torch.float32))
+        size = runs.numel() // mean.numel()
+        mean /= size
+        p = mean.new_zeros(x.shape[1])
     else:
-        p = (
-            ((wide * mask).sum(_over(x), dtype=torch.float64) / count)
-            .nan_to_num(0.0, 0.0, 0.0)
-            .to(wide.dtype)
-        )
-    b = wide - _channels(p, wide)
-    wb = b if mask is None else b * mask.to(wide.dtype)
-    return (
-        p.double(),
-        wb.sum(_over(x), dtype=torch.float64),
-        (wb * b).sum(_over(x), dtype=torch.float64),
-    )
+        pivot = _pivot(x)
+        runs, dims = _runs(x - _facing(pivot, x))
+        var, mean = torch.var_mean(runs, dims, correction=0)
+        size = runs.numel() // mean.numel()
+        mean, p = mean.double(), pivot.double()
+    # (2, groups, C, pieces)
+    sums = torch.stack([mean, torch.addcmul(var, mean, mean)]).sum((1, 3)).mul_(size)
+    return p, sums[0], sums[1]
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    wide = _wide(x)
-    y = (wide - _channels(mean, wide)) * _channels(scale, wide) + _channels(shift, wide)
-    # Not `to` without need, which returns y itself: for an output of that kind torch 2.11 compiles
-    # a gradient of zeros.
-    return y if y.dtype == x.dtype else y.to(x.dtype)
+    y = torch.empty_like(x)
+    if x.device.type in _HAVE_OPERATORS:
+        affine = torch.stack([mean, scale, shift, torch.ones_like(mean)]).to(_wide_dtype(x))
+        _affine_into_(y, x, *affine.unbind())
+    else:
+        for out, part in _slices(y, x):
+            out.copy_(traced.normalize(part, mean, scale, shift))
+    return y
+
+
+def _weighted_sums(x: Tensor, mask: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # Elements of weight 0 may lie anywhere, so the pivot is the (rounded) weighted mean itself.
+    weighted = _add(_total(part * w) for part, w in _slices(x, mask, most=_FEW))
+    p = traced.weighted_mean(weighted, count).to(mask.dtype)
+    zero, sums = torch.zeros_like(p), []
+    for part, w in _slices(x, mask, most=_FEW):
+        b = part - _facing(p, x)
+        sums.append(backward_sums(b * w, b, zero))
+        del b
+    s1, s2 = _add(sums).view(2, -1)
+    return p.double(), s1, s2
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
-    g, wide = _wide(grad_output), _wide(x)
-    products = g * (wide - _channels(mean, wide))
-    return torch.cat([t.sum(_over(x), dtype=torch.float64) for t in (g, products)])
+    """[sum g (C), sum g (x - mean) (C)], shape (2C,)."""
+    is_rows, channels = layout.is_rows(x), x.shape[1]
+    # (samples in a run, groups * channels * pieces, values of a piece), the last not in rows: each
+    # channel that the operator sees is a run.
+    number, length = (x.numel() // channels, 1) if is_rows else (len(x), x.shape[2:].numel())
+    most = _RUN_ROWS if is_rows else _RUN
+    piece = _divisor(length, most)
+    samples = _divisor(number, max(1, most // piece))
+    if x.device.type not in _HAVE_OPERATORS or samples * piece > 2 * most:
+        parts = _slices(x, grad_output)
+        return _add(traced.backward_sums(g, part, mean, _total) for part, g in parts)
+    runs = (number // samples, channels, length // piece)
+    shape = (samples, math.prod(runs), *([] if is_rows else [piece]))
+    x = layout.dense(x)
+    g, v = (layout.flat(t).view(shape) for t in (layout.like(grad_output, x), x))
+    centre = torch.empty(runs, dtype=_wide_dtype(x), device=x.device).copy_(mean.view(-1, 1))
+    centre = centre.view(-1)
+    one = torch.ones_like(centre)
+    _, products, total = _backward_operator(
+        g, v, one, centre, one, centre, one, False, 0.0, _SUMS_ONLY
+    )
+    sums = torch.cat([total, products], out=one.new_empty(2 * len(one), dtype=torch.float64))
+    return sums.view(2, *runs).sum((1, 3)).view(-1)
 
 
 def backward_input(
@@ -72,9 +127,115 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
-    g, wide = _wide(grad_output), _wide(x)
-    t = _channels(a, wide) + _channels(b, wide) * (wide - _channels(mean, wide))
-    if mask is not None:
-        t = t * mask.to(wide.dtype)
-    # The first operand decides the layout of the result: t has that of x, g may not.
-    return ((t - g) * _channels(-scale, wide)).to(x.dtype)
+    grad_input = torch.empty_like(x)
+    if x.device.type not in _HAVE_OPERATORS:
+        for out, part, g, w in _slices(grad_input, x, grad_output, mask):
+            out.copy_(traced.backward_input(g, part, mean, scale, a, b, w))
+        return grad_input
+    wide = _wide_dtype(x)
+    a, b = (torch.stack([a, b]) * -scale).unbind()
+    mask = None if mask is None else mask.to(wide)
+    if x.dtype not in _HALF:
+        *affine, factor = torch.stack([mean, b, a, torch.ones_like(mean), scale]).to(wide).unbind()
+        _affine_into_(grad_input, x, *affine)
+        if mask is not None:
+            grad_input *= mask
+        return grad_input.addcmul_(grad_output, _facing(factor, x))
+    slope = b.to(wide)
+    # With the rounded slope, so that a large mean is taken off exactly.
+    shift = torch.addcmul(a, slope, mean, value=-1).to(wide)
+    slope, shift, factor = (_facing(c, x) for c in (slope, shift, scale.to(wide)))
+    for out, part, g, w in _slices(grad_input, x, grad_output, mask, most=_FEW):
+        t = torch.addcmul(shift, part, slope)
+        if w is not None:
+            t *= w
+        torch.addcmul(t, g, factor, out=out)
+        del t
+    return grad_input
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    """The type that the arithmetic is done in: at least float32."""
+    return torch.float32 if x.dtype in _HALF else x.dtype
+
+
+def _facing(c: Tensor, x: Tensor) -> Tensor:
+    """A (C,) coefficient, shaped to broadcast against x."""
+    return c.view(-1, *[1] * (x.ndim - 2))
+
+
+def _affine_into_(
+    out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor
+) -> None:
+    nothing = one.new_empty(0)
+    _forward_operator(
+        x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
+    )
+
+
+def _pivot(x: Tensor) -> Tensor:
+    """The mean of some elements of each channel, shape (C,), spread over the batch.
+
+    A single element may be an outlier. Their number is a power of two, so that the pivot of
+    integers is exact.
+    """
+    index = [slice(None)] * x.ndim
+    for dim in (0, *range(2, x.ndim)):
+        size = x.shape[dim]
+        number = min(_PIVOT_SAMPLES if dim == 0 else 2, 1 << (size.bit_length() - 1))
+        index[dim] = slice(0, size // number * number, size // number)
+    return x[tuple(index)].mean([0, *range(2, x.ndim)], dtype=_wide_dtype(x))
+
+
+def _runs(x: Tensor) -> tuple[Tensor, list[int]]:
+    """A view of x with the runs of each channel apart, and the dimensions to sum over.
+
+    Strides may be any. The sums have the shape (groups of samples, C, pieces of a sample).
+    """
+    height, row = (1, 1) if x.ndim == 2 else (x.shape[2], x.shape[3:].numel())
+    piece = _divisor(height, max(1, _RUN // row))
+    samples = _divisor(x.shape[0], max(1, _RUN // (piece * row)))
+    v = x.unflatten(0, (samples, -1))
+    v = v.unsqueeze(3) if x.ndim == 2 else v.unflatten(3, (-1, piece))
+    return v, [0, *range(4, v.ndim)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _divisor(n: int, limit: int) -> int:
+    """The largest divisor of n up to the limit, or the next if that is far below."""
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    divisors = sorted({*low, *(n // d for d in low)})
+    best = max(d for d in divisors if d <= limit)
+    return best if best == n or 16 * best >= limit else min(d for d in divisors if d > limit)
+
+
+def _total(t: Tensor) -> Tensor:
+    """The sum over all dimensions but the channels, shape (C,)."""
+    runs, dims = _runs(t)
+    return runs.sum(dims).to(sum_dtype(t.device)).sum((0, 2))
+
+
+def _add(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, terms)
+
+
+def _slices(x: Tensor, *others: Tensor | None, most: int = _SLICES) -> Iterator[tuple[Tensor, ...]]:
+    """The same parts of an (N, C, *S) tensor and of those that go with it, none of them copied."""
+    dim = max((d for d in range(x.ndim) if d != 1), key=lambda d: x.shape[d])
+    number = max(1, min(most, x.numel() // _SLICE))
+    parts = x.chunk(number, dim)
+    rest = ([None] * len(parts) if t is None else t.chunk(number, dim) for t in others)
+    return zip(parts, *rest, strict=True)  # pyright: ignore[reportReturnType]
+
+
+def _centred_sums_by_slices(
+    x: Tensor, mask: Tensor | None, count: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if mask is None:
+        p = _pivot(x)
+    else:
+        weighted = _add(traced.weighted_sum(part, w, _total) for part, w in _slices(x, mask))
+        p = traced.weighted_mean(weighted, count).to(_wide_dtype(x))
+    sums = (traced.sums_about(p, part, w, _total) for part, w in _slices(x, mask))
+    s1, s2 = _add(torch.stack(each) for each in sums)
+    return p.to(sum_dtype(x.device)), s1, s2

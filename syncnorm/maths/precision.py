@@ -1,0 +1,14 @@
+"""The type of sums and coefficients on a device."""
+
+from __future__ import annotations
+
+import torch
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has no float64."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
