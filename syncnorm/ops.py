@@ -254,6 +254,10 @@ class LateShard(Shard):
         self.is_due = False
         """True if there was a backward pass of a loss that was not scaled."""
 
+    def add(self, count: Tensor) -> None:
+        """Add the count of another call of the layer in the same step."""
+        self._count = self._count + count
+
     def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
         """Note how the backward pass finds it; `n` is this worker's own count here."""
         self.is_due = self.is_due or not self.is_scaled

@@ -51,7 +51,10 @@ class Gathered:
 
     def add(self, name: str, local: LocalSums) -> None:
         """Add a call's sums to its layer's: one that is used twice makes one merged update."""
-        self.sums[name] = self.sums[name] + local.sums if name in self.sums else local.sums
+        is_again = name in self.sums
+        self.sums[name] = self.sums[name] + local.sums if is_again else local.sums
+        if is_again and self.shard is not None and self.shard.name == name:
+            self.shard.add(local.sums[-1])
         if local.has_fault is not None:
             self.faults[name] = self.faults.get(name, local.has_fault) | local.has_fault
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import SyncBatchNorm, convert, functional, prepare_ddp, scale_loss
+from syncnorm import SyncBatchNorm, accumulate, convert, functional, prepare_ddp, scale_loss
 from syncnorm.comm import exchange
 from syncnorm.errors import ExchangeError, UnevenShardsWarning
 from syncnorm.ops import Shard
@@ -271,6 +271,21 @@ def test_uneven_shards_without_scale_loss_are_noticed_once(pool, sizes, how, cou
                 in found[rank][0]
             )
             assert "Add `loss = scale_loss(loss, len(x))`" in found[rank][0]
+
+
+def _twice_in_a_step() -> list[str]:
+    Shard.has_warned = False
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 4), SyncBatchNorm(4, sync="running")))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            with accumulate(model):
+                sum(model(torch.randn(3, 3)).square().mean() for _ in range(2)).backward()
+    return [str(w.message) for w in caught if w.category is UnevenShardsWarning]
+
+
+def test_all_calls_of_a_step_count_as_its_shard(pool):
+    assert pool(2).run(_twice_in_a_step) == [[], []]
 
 
 def _not_prepared(rank: int) -> list[str]:
