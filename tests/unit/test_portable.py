@@ -1,0 +1,190 @@
+"""The portable kernels: what they cost on a GPU, half types, and devices without float64.
+
+The budgets are those of a CUDA device, by the log of `budgets.py`: none is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from syncnorm.maths.kernels import portable, traced
+from syncnorm.maths.precision import sum_dtype
+from syncnorm.testing import assert_close
+from tests.unit.budgets import Log
+
+SHAPES = [(32, 256, 14, 14), (256, 2048, 7, 7), (65536, 64), (1, 32, 64, 64, 64)]
+LAYOUTS = ["contiguous", "channels_last", "crop"]
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, how: str) -> Tensor:
+    empty: Any = torch.empty(shape, dtype=dtype, device="meta")
+    if how == "channels_last":
+        return empty.movedim(1, -1).contiguous().movedim(-1, 1)
+    if how == "crop":
+        larger = empty.new_empty(*shape[:2], *(size + 2 for size in shape[2:]))
+        return larger[(..., *[slice(1, -1)] * (len(shape) - 2))]
+    return empty
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_traffic_launches_and_memory(shape, dtype, how, masked):
+    """In units of x: read and written, and the most that is alive besides x, g and the result."""
+    x = _empty(shape, dtype, how)
+    g = _empty(shape, dtype, "channels_last" if how == "channels_last" else "contiguous")
+    mask = torch.empty(shape[0], 1, *shape[2:], device="meta") if masked else None
+    mean, scale, shift, a, b = torch.empty(5, shape[1], device="meta", dtype=torch.float64)
+    count = x.numel() // shape[1] if mask is None else mean.sum()
+    with Log() as sums:
+        portable.centred_sums(x, mask, count)
+    with Log() as forward:
+        portable.normalize(x, mean, scale, shift)
+    with Log() as backward_sums:
+        portable.backward_sums(g, x, mean)
+    with Log() as backward:
+        portable.backward_input(g, x, mean, scale, a, b, mask)
+
+    is_half = dtype == torch.bfloat16
+    # Sums of the runs, and the mask.
+    slack = (0.25 if is_half else 0.15) + 0.05 * masked
+    reads = {(False, False): 3, (True, False): 2, (False, True): 9, (True, True): 16}
+    assert sums.traffic(x) < reads[is_half, masked] + slack
+    assert forward.traffic(x) < 2 + slack
+    # What is not dense is copied first.
+    copies = 2 if how == "crop" and x.ndim > 2 else 0
+    assert backward_sums.traffic(x) < 2 + copies + slack
+    assert backward.traffic(x) < (7 if is_half else 5) + masked * (4 if is_half else 2) + slack
+    if not masked:
+        assert len(sums.names) + len(forward.names) <= 13
+        assert len(backward_sums.names) + len(backward.names) <= (21 if is_half else 14)
+    for log, result in ((sums, 0), (forward, 1), (backward_sums, 0), (backward, 1)):
+        assert log.peak / x.nbytes - result < 1.1
+
+
+def test_the_log_counts_what_one_call_hides():
+    x = torch.empty(4, 8, 16, device="meta")
+    with Log() as log:
+        x.sum((0, 2), dtype=torch.float64)
+    # Read, copied to float64 and read there.
+    assert (log.names, log.launches, log.largest) == (["sum"], 2, 2 * x.nbytes)
+    assert log.bytes == 5 * x.nbytes + 8 * 8
+    with Log() as log:
+        x.to(torch.bfloat16).sum((0, 2), dtype=torch.float32)
+    assert (log.names, log.launches, log.largest) == (["_to_copy", "sum"], 2, x.nbytes // 2)
+    with Log() as log:
+        y = x[:, :, 2:] * torch.empty(8, 1, device="meta").expand(4, 8, 14)
+        y.transpose(0, 1).add_(1.0)
+    assert log.names == ["mul", "add_"]
+    assert (log.bytes, log.peak) == (4 * y.nbytes + 32, y.nbytes + 32)
+    with pytest.raises(RuntimeError, match="meta"), Log():
+        x.max().item()
+
+
+def _batch(shape: tuple[int, ...], how: str, mean: float, dtype: torch.dtype) -> Tensor:
+    x = (torch.randn(shape, generator=torch.Generator().manual_seed(3)) * 2 + mean).to(dtype)
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if how == "channels_last" else x
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("dtype", "mean"), [(torch.float32, 2e4), (torch.bfloat16, 2e2), (torch.float16, 2e3)], ids=str
+)
+@pytest.mark.parametrize("shape", [(16, 8, 56, 56), (20000, 8), (2, 2, 400, 400)], ids=str)
+def test_sums_at_the_largest_mean(shape, dtype, mean, how):
+    """About a pivot that few bits are lost to: the mean is 10,000 standard deviations, or as many
+    as the type can tell apart.
+    """
+    x = _batch(shape, how, mean, dtype)
+    dims = [0, *range(2, x.ndim)]
+    count = x.numel() // x.shape[1]
+    pivot, total, squares = portable.centred_sums(x, None, count)
+    truth = x.double().var(dims, correction=0)
+    var = squares / count - (total / count).square()
+    assert ((var - truth).abs() / truth).max() <= 1e-5
+    got, std = pivot + total / count, truth.sqrt()
+    assert ((got - x.double().mean(dims)).abs() / std).max() <= 1e-6
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_types_are_rounded_once(dtype, masked):
+    x = _batch((6, 5, 9, 7), "contiguous", 30.0, dtype)
+    generator = torch.Generator().manual_seed(5)
+    g = torch.randn(x.shape, generator=generator).to(dtype)
+    mask = torch.rand(6, 1, 9, 7, generator=generator) if masked else None
+    w = 1.0 if mask is None else mask.double()
+    mean = torch.full((5,), 30.0).double()
+    scale, shift, a, b = torch.rand(4, 5, generator=generator).double()
+    c = [t.view(-1, 1, 1) for t in (mean, scale, shift, a, b)]
+    y = (x.double() - c[0]) * c[1] + c[2]
+    dx = c[1] * (g.double() - w * (c[3] + c[4] * (x.double() - c[0])))
+    ulp = torch.finfo(dtype).eps
+    for got, truth in (
+        (portable.normalize(x, mean, scale, shift), y),
+        (portable.backward_input(g, x, mean, scale, a, b, mask), dx),
+    ):
+        # Half a unit in the last place, and float32's roundings of numbers of the size of the mean.
+        assert ((got.double() - truth).abs() <= truth.abs() * ulp / 2 + 1e-5).all()
+
+
+class _NoFloat64(TorchDispatchMode):
+    """The CPU as a device without float64."""
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves((args, kwargs, result)):
+            if isinstance(t, Tensor) and t.dtype == torch.float64:
+                raise TypeError(f"{func.name()}: no float64 on this device")
+        return result
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("used", [portable, traced], ids=["portable", "traced"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_device_without_float64_has_float32_sums(monkeypatch, dtype, used, masked):
+    monkeypatch.setattr(portable, "_HAVE_OPERATORS", ())
+    monkeypatch.setattr(portable, "_SLICE", 1 << 10)
+    for module in (portable, traced):
+        monkeypatch.setattr(module, "sum_dtype", lambda device: torch.float32)
+    x, g = _batch((8, 3, 12, 12), "contiguous", 6.0, dtype), torch.ones(8, 3, 12, 12, dtype=dtype)
+    mask = torch.rand(8, 1, 12, 12).round() if masked else None
+    w = torch.ones(8, 1, 12, 12) if mask is None else mask
+    mean, scale, shift, a, b = torch.rand(5, 3)
+    with _NoFloat64():
+        count = w.sum()
+        p, s1, s2 = used.centred_sums(x, mask, count)
+        y = used.normalize(x, mean, scale, shift)
+        sums = used.backward_sums(g, x, mean)
+        dx = used.backward_input(g, x, mean, scale, a, b, mask)
+    assert p.dtype == s1.dtype == s2.dtype == sums.dtype == torch.float32
+    wide, w, m, k, h, u, v = (
+        t.double() for t in (x, w, *(t.view(-1, 1, 1) for t in (mean, scale, shift, a, b)))
+    )
+    at = wide - p.double().view(-1, 1, 1)
+    assert_close(s1 + p * count, (w * wide).sum((0, 2, 3)), torch.float32, "sums")
+    assert_close(s2, (w * at * at).sum((0, 2, 3)), torch.float32, "squares")
+    assert_close(y, (wide - m) * k + h, dtype, "y")
+    expected = torch.cat([t.sum((0, 2, 3)) for t in (g.double(), g * (wide - m))])
+    assert_close(sums, expected, torch.float32, "backward sums")
+    assert_close(dx, k * (g - w * (u + v * (wide - m))), dtype, "input gradient")
+
+
+def test_float64_is_noticed_and_is_the_type_of_sums_where_there_is_one():
+    with _NoFloat64(), pytest.raises(TypeError, match="no float64 on this device"):
+        portable.normalize(torch.ones(2, 1), *torch.ones(3, 1).double())
+    assert sum_dtype(torch.device("mps")) == torch.float32
+    assert sum_dtype(torch.device("cpu")) == sum_dtype(torch.device("cuda")) == torch.float64
