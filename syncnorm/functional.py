@@ -220,7 +220,7 @@ def _train(
 def correct(statistic: Statistic, local: LocalSums, eps: float, before: Before) -> Statistic:
     """The statistic with the correction of renormalisation against the running statistics."""
     if kernels.of_device(local.sums) is not None and local.observer is None:
-        return statistic._replace(reference=before)
+        return statistic._replace(reference=kernels.Reference(*before))
     mean, var, r_max, d_max = before
     r, d = renorm.correction(statistic.batch, mean, var, eps, r_max, d_max)
     if local.is_repeated is None:
@@ -405,11 +405,7 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     if isinstance(statistic.batch, Unread):
         return
     # A weight of 1 may also be that of several values.
-    if (
-        (is_host(count) or debug.is_debug())
-        and count == 1
-        and not statistic.batch.m2.any()
-    ):
+    if (is_host(count) or debug.is_debug()) and count == 1 and not statistic.batch.m2.any():
         if debug.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
                 "`x` must give a statistic more than one value per channel, got a total weight of "

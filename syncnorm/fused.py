@@ -52,9 +52,7 @@ class FusedNormalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, anchor, mask, call):  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, rows = call.kernels.normalize(
-            x, *call.batch.packed, weight, bias, call.eps, call.reference
-        )
+        y, rows = call.kernels.normalize(x, call.batch, weight, bias, call.eps, call.reference)
         call.rows = rows
         ctx.save_for_backward(x, weight, rows, mask)
         ctx.kernels, ctx.gradient_means = call.kernels, call.gradient_means
@@ -100,11 +98,14 @@ def _differentiable(
         dx, sum_g_xhat, sum_g = differentiable_gradient(
             g, x, folded, mean, invstd, mask, ctx.gradient_means, ctx.needs_input_grad[0]
         )
-    if correction:
-        r, d, *_ = correction
-        sum_g_xhat = r * sum_g_xhat + d * sum_g
+    grad_weight = None
+    if weight is not None and sum_g_xhat is not None:
+        if correction:
+            r, d, *_ = correction
+            sum_g_xhat = r * sum_g_xhat + d * sum_g
+        grad_weight = sum_g_xhat.to(weight.dtype)
     return (
         dx if ctx.needs_input_grad[0] else None,
-        None if weight is None else sum_g_xhat.to(weight.dtype),
+        grad_weight,
         None if ctx.bias_dtype is None else sum_g.to(ctx.bias_dtype),
     )

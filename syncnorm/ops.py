@@ -389,15 +389,17 @@ def normalize_by(
     """
     batch, reference = statistic.batch, statistic.reference
     if statistic.correction is not None:  # of a call that is repeated
-        reference = statistic.correction[2:]
+        reference = kernels.Reference(*statistic.correction[2:])
     call = Call(own, batch, eps, reference, statistic.gradient_means)
     y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
     mean, m2, _, *correction = call.rows.unbind()
     if isinstance(batch, Raw):
         batch.finish(mean, m2)
-    if reference is not None:
-        *_, r_max, d_max = reference
-        statistic = statistic._replace(correction=renorm.Correction(*correction, r_max, d_max))
+    if correction:
+        r, d, running_mean, running_var, r_max, d_max = correction
+        statistic = statistic._replace(
+            correction=renorm.Correction(r, d, running_mean, running_var, r_max[0], d_max[0])
+        )
     return y, statistic
 
 
@@ -409,9 +411,7 @@ def _anchor(weight: Tensor | None, bias: Tensor | None, statistic: Statistic) ->
     has_grad = (weight is not None and weight.requires_grad) or (
         bias is not None and bias.requires_grad
     )
-    return (
-        ANCHOR if statistic.is_pooled and not has_grad and torch.is_grad_enabled() else None
-    )
+    return ANCHOR if statistic.is_pooled and not has_grad and torch.is_grad_enabled() else None
 
 
 def may_be_repeated() -> bool:
@@ -487,9 +487,7 @@ def update_running_(
     """
     own = kernels.of_device(running_mean)
     if own is not None and not isinstance(batch, Unread):
-        own.update_running_(
-            running_mean, running_var, counter, *batch.packed, momentum, eps, is_std
-        )
+        own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
     factor = average_factor(counter, batch, momentum)
     update_running_mean_(running_mean, batch, factor)

@@ -56,8 +56,7 @@ class Moments:
         n, invstd = self.n, torch.rsqrt(self.var + eps)
         if not isinstance(n, Tensor) and not n <= 1:
             return invstd
-        is_single = (self.count <= 1) & (self.m2 == 0)
-        return torch.where(is_single, 0.0, invstd)
+        return invstd.masked_fill((self.count <= 1) & (self.m2 == 0), 0.0)
 
 
 class Unread(Moments):
@@ -109,7 +108,7 @@ def reciprocal(count: float | Tensor) -> float | Tensor:
     """1 / count, and 0 where count = 0. NaN stays NaN: a fault must not pass for an empty batch."""
     if not isinstance(count, Tensor):
         return 0.0 if count == 0 else 1.0 / count
-    return torch.where(count == 0, 0.0, 1.0 / count)
+    return torch.where(count == 0, count, count.reciprocal())
 
 
 def of_sums(sums: Tensor, kind: type[Moments] = Moments) -> Moments:

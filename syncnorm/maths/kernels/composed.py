@@ -4,43 +4,64 @@ The functions are those of `syncnorm.maths.kernels.triton`, which does each in o
 No number is read on the host.
 
     moments          x, w      -> [sum wx, sum wx^2, sum w]
-    normalize        x, batch  -> y and, as rows of a (3, C) or (7, C) tensor, what it was made by
+    normalize        x, batch  -> y, and rows: what it was made by
     update_running_  the running statistics follow a batch
     backward_sums    g, x      -> [sum g, sum g xhat], and the gradients of weight and bias
     backward_input   g, x      -> the gradient of x
 
-A batch is [sum wx, sum wx^2, n] (`is_raw`) or [mean, m2, n], shape (2C+1,), float64. Rows are mean,
-m2, invstd; where r and d correct towards running statistics also r, d, running mean and variance as
-they were.
+Rows are a (3, C) tensor of mean, m2 and invstd; where r and d correct towards running statistics a
+(9, C) tensor, with r, d, running mean and variance as they were, r_max and d_max.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import portable
+from syncnorm.maths.precision import sum_dtype
 
-Reference = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Running mean, running variance, r_max and d_max, for batch renormalisation."""
+
+class Batch(Protocol):
+    """The moments of a batch: see `syncnorm.maths.moments.Moments`."""
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+
+    @property
+    def var(self) -> Tensor: ...
+
+    def invstd(self, eps: float) -> Tensor: ...
+
+
+class Reference(NamedTuple):
+    """The reference of batch renormalisation's r and d."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    r_max: Tensor
+    """Shape (), like d_max."""
+    d_max: Tensor
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Raw sums of one worker, shape (2C+1,), float64.
+    """Raw sums of one worker, shape (2C+1,).
 
     The count is NaN where a weight is negative or not finite.
     """
-    channels = x.shape[1]
+    channels, wide = x.shape[1], sum_dtype(x.device)
     if x.numel() == 0:
-        return torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+        return torch.zeros(2 * channels + 1, dtype=wide, device=x.device)
     if mask is None:
-        count = torch.full((1,), x.numel() // channels, dtype=torch.float64, device=x.device)
-        total = count
+        total = count = torch.full((1,), x.numel() // channels, dtype=wide, device=x.device)
     else:
         is_valid = is_weight(mask)
         mask = torch.where(is_valid, mask, 0.0)
-        total = mask.sum(dtype=torch.float64).view(1)
-        count = torch.where(is_valid.all(), total, torch.nan)
+        total = mask.sum(dtype=wide).view(1)
+        count = total.masked_fill(~is_valid.all(), torch.nan)
     # About a pivot p near the mean, so that a large mean costs no digits of the variance.
     p, s1, s2 = portable.centred_sums(x, mask, total)
     sums = torch.addcmul(s1, p, total)
@@ -54,8 +75,7 @@ def is_weight(mask: Tensor) -> Tensor:
 
 def normalize(
     x: Tensor,
-    batch: Tensor,
-    is_raw: bool,
+    batch: Batch,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -65,40 +85,37 @@ def normalize(
 
     y has the type and layout of x.
     """
-    mean, m2, n = _finished(batch, is_raw)
-    var = m2 * reciprocal(n)
-    # One value, or none: the output is the bias, not a rounding error over sqrt(eps).
-    invstd = torch.where((n <= 1) & (m2 == 0), 0.0, torch.rsqrt(var + eps))
-    rows = [mean, m2, invstd]
+    mean, wide = batch.mean, batch.mean.dtype
+    invstd = batch.invstd(eps)
+    rows = [mean, batch.m2, invstd]
     scale, shift = invstd, None
     if reference is not None:
-        running_mean, running_var, r_max, d_max = reference
-        sigma = torch.sqrt(running_var.double() + eps)
-        r = torch.sqrt(var + eps) / sigma
+        running_mean, running_var, r_max, d_max = (t.to(wide) for t in reference)
+        sigma = torch.sqrt(running_var + eps)
+        r = torch.sqrt(batch.var + eps) / sigma
         d = (mean - running_mean) / sigma
-        r = torch.where(n == 0, 1.0, torch.minimum(torch.maximum(r, 1.0 / r_max), r_max))
-        d = torch.where(n == 0, 0.0, torch.minimum(torch.maximum(d, -d_max), d_max))
-        rows += [r, d, running_mean.double(), running_var.double()]
+        is_empty = batch.count == 0
+        r = r.clamp(1.0 / r_max, r_max).masked_fill(is_empty, 1.0)
+        d = d.clamp(-d_max, d_max).masked_fill(is_empty, 0.0)
+        rows += [r, d, running_mean, running_var, r_max.expand_as(r), d_max.expand_as(d)]
         scale, shift = r * invstd, d
     if weight is not None:
         scale = weight * scale
         shift = shift if shift is None else weight * shift
     if bias is not None:
-        shift = bias.double() if shift is None else bias + shift
+        shift = bias.to(wide) if shift is None else bias + shift
     packed = torch.stack(rows)
     if x.numel() == 0:
         return torch.empty_like(x), packed
-    return portable.normalize(
-        x, mean, scale, torch.zeros_like(mean) if shift is None else shift
-    ), packed
+    shift = torch.zeros_like(mean) if shift is None else shift
+    return portable.normalize(x, mean, scale, shift), packed
 
 
 def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
     counter: Tensor | None,
-    batch: Tensor,
-    is_raw: bool,
+    batch: Batch,
     momentum: float | None,
     eps: float,
     is_std: bool,
@@ -109,20 +126,21 @@ def update_running_(
     deviation follows the biased one, else the variance the unbiased. The variance keeps still where
     n <= 1, all where n = 0 or NaN.
     """
-    mean, m2, n = _finished(batch, is_raw)
+    n, wide = batch.count, batch.mean.dtype
+    is_new, has_scale = n > 0, n > 1
     if counter is not None:
-        counter += n > 0
+        counter += is_new
     factor = momentum
     if factor is None:
         assert counter is not None, "a cumulative average needs its counter"
-        factor = 1.0 / counter.double().clamp(min=1.0)
-    _blend_(running_mean, mean, factor, n > 0)
+        factor = counter.to(wide).clamp(min=1.0).reciprocal()
+    _blend_(running_mean, batch.mean, factor, is_new)
     if is_std:
-        sigma = torch.sqrt(running_var.double() + eps)
-        sigma = torch.lerp(sigma, torch.sqrt(m2 * reciprocal(n) + eps), _weight(factor, sigma))
-        _blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, n > 1)
+        sigma = torch.sqrt(running_var.to(wide) + eps)
+        sigma = torch.lerp(sigma, torch.sqrt(batch.var + eps), factor)
+        _blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, has_scale)
     else:
-        _blend_(running_var, m2 * reciprocal(n - 1.0), factor, n > 1)
+        _blend_(running_var, batch.m2 / (n - 1.0), factor, has_scale)
 
 
 def backward_sums(
@@ -132,10 +150,10 @@ def backward_sums(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """[sum g, sum g xhat], shape (2, C), float64; the gradients of weight and bias, if any."""
+    """[sum g, sum g xhat], shape (2, C); the gradients of weight and bias, if any."""
     mean, _, invstd, *correction = rows.unbind()
     if x.numel() == 0:
-        local = torch.zeros(2, x.shape[1], dtype=torch.float64, device=x.device)
+        local = torch.zeros_like(rows[:2])
     else:
         local = portable.backward_sums(g, x, mean).view(2, -1)
         local[1] *= invstd
@@ -167,34 +185,13 @@ def backward_input(
         return torch.empty_like(x)
     mean, _, invstd, *correction = rows.unbind()
     scale = correction[0] * invstd if correction else invstd
-    a, b = totals if n is None else totals * reciprocal(n)
+    scale = scale if weight is None else weight * scale
+    a, b = totals if n is None else totals * torch.where(n == 0, n, n.reciprocal())
     if mask is not None:
         mask = torch.where(is_weight(mask), mask, 0.0)
-    scale = scale if weight is None else weight * scale
     return portable.backward_input(g, x, mean, scale, a, b * invstd, mask)
 
 
-def reciprocal(n: Tensor) -> Tensor:
-    """1 / n, and 0 where n = 0; NaN stays NaN."""
-    return torch.where(n == 0, 0.0, 1.0 / n)
-
-
-def _finished(batch: Tensor, is_raw: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """mean (C,), m2 (C,) and n ()."""
-    channels = batch.numel() // 2
-    first, second, n = batch.split((channels, channels, 1))
-    n = n.squeeze(0)
-    if not is_raw:
-        return first, second, n
-    mean = first * reciprocal(n)
-    # In two steps: a fused multiply-add would not give 0 for a single value.
-    return mean, (second - first * mean).clamp_(min=0.0), n
-
-
-def _weight(factor: float | Tensor, like: Tensor) -> float | Tensor:
-    return factor.to(like.dtype) if isinstance(factor, Tensor) else factor
-
-
 def _blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: Tensor) -> None:
-    wide = running.double()
-    running.copy_(torch.where(where, torch.lerp(wide, value, _weight(factor, wide)), wide))
+    wide = running.to(value.dtype)
+    running.copy_(torch.where(where, torch.lerp(wide, value, factor), wide))
