@@ -11,8 +11,6 @@ backward of its own.
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -24,7 +22,7 @@ from syncnorm import compiled, observed, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
-from syncnorm.errors import FaultError, UnevenShardsWarning
+from syncnorm.errors import FaultError
 from syncnorm.fused import Call, FusedNormalize
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
@@ -38,6 +36,7 @@ from syncnorm.maths.moments import (
     update_running_mean_,
     update_running_var_,
 )
+from syncnorm.shards import Shard
 
 _MAX_DIMS = 8
 
@@ -187,80 +186,6 @@ class PooledMeans:
 
     def again(self) -> PooledMeans:
         return PooledMeans(self._batch, self.group, self.name)
-
-
-class Shard:
-    """One worker's part of a batch, to notice losses that should have been scaled and were not.
-
-    DistributedDataParallel weights the workers equally, however much of the batch each holds.
-    """
-
-    scaled_losses = 0
-    """Number of losses that this process has scaled, by `scale_loss` or in its way."""
-    has_warned = False
-    """True if this process has warned. Once is enough."""
-
-    def __init__(self, count: Tensor) -> None:
-        self._count = count
-        self._scaled = Shard.scaled_losses
-
-    @property
-    def is_scaled(self) -> bool:
-        """True if a loss was scaled since the forward."""
-        return Shard.scaled_losses != self._scaled
-
-    def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
-        """Warn, once, if the shards are uneven and no loss was scaled. Called in the backward pass.
-
-        Args:
-            n: the pooled count; on CUDA a tensor, which is not looked at.
-            ranks: the workers.
-            name: the layer.
-        """
-        if not Shard.has_warned and not self.is_scaled and not isinstance(n, Tensor):
-            self.compare(n, ranks, name)
-
-    def compare(self, n: float, ranks: list[int], name: str) -> None:
-        """Warn if this worker's count is not the mean one."""
-        count = self._count.item()
-        # Sums of fractional weights are rounded.
-        if not n > 0 or math.isclose(count * len(ranks), n, rel_tol=1e-9):
-            return
-        Shard.has_warned = True
-        warnings.warn(
-            f"workers should hold equal shards, or scale their losses: rank {groups.rank()} had "
-            f"{count:g} of {n:g} "
-            f"values per channel in {name!r} where each of {len(ranks)} equal shards has "
-            f"{n / len(ranks):g}, and "
-            "scale_loss was not called before the backward pass. DistributedDataParallel weights "
-            "the workers equally, "
-            "so the gradient is not that of the whole batch. Add `loss = scale_loss(loss, "
-            "len(x))`. A loss that is "
-            "weighted in another way needs nothing: filter this UnevenShardsWarning.",
-            UnevenShardsWarning,
-            stacklevel=2,
-        )
-
-
-class LateShard(Shard):
-    """A shard whose pooled count arrives after the backward pass.
-
-    The backward pass notes whether a loss was scaled before it.
-    """
-
-    def __init__(self, count: Tensor, name: str) -> None:
-        super().__init__(count)
-        self.name = name
-        self.is_due = False
-        """True if there was a backward pass of a loss that was not scaled."""
-
-    def add(self, count: Tensor) -> None:
-        """Add the count of another call of the layer in the same step."""
-        self._count = self._count + count
-
-    def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
-        """Note how the backward pass finds it; `n` is this worker's own count here."""
-        self.is_due = self.is_due or not self.is_scaled
 
 
 class Statistic(NamedTuple):

@@ -15,7 +15,7 @@ from syncnorm import undocumented
 from syncnorm.comm import agreement, exchange, groups
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
-from syncnorm.ops import Shard
+from syncnorm.shards import Shard
 
 
 def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:

@@ -26,7 +26,8 @@ from syncnorm.comm.inflight import InFlight
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import Moments, of_sums
-from syncnorm.ops import LateShard, LocalSums, Shard
+from syncnorm.ops import LocalSums
+from syncnorm.shards import LateShard, Shard
 from syncnorm.statistics.buffers import CurrentBuffers, written
 from syncnorm.statistics.flat import FlatMessage, device_of, zeros
 from syncnorm.statistics.source import Source, Unattached

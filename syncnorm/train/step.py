@@ -20,7 +20,7 @@ from syncnorm import accumulate
 from syncnorm.comm import exchange, groups
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
-from syncnorm.ops import Shard
+from syncnorm.shards import Shard
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.placement import Placement

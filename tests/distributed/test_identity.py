@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from syncnorm import SyncBatchNorm, accumulate, convert, functional, prepare_ddp, scale_loss
 from syncnorm.comm import exchange
 from syncnorm.errors import ExchangeError, UnevenShardsWarning
-from syncnorm.ops import Shard
+from syncnorm.shards import Shard
 
 WIDTHS = (4, 4, 4, 7)
 
