@@ -102,11 +102,13 @@ def moments(
     else:
         number = tl.zeros([1], tl.float64)
     wrong = tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32)
+    # Tiles whose loads are on their way at the same time.
+    UNROLL: tl.constexpr = 4 if w is None else 2
     for start in range(begin, end, SHORT):
         s1 = tl.zeros([BN, BJ], F)
         s2 = tl.zeros([BN, BJ], F)
         s0 = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
-        for t in range(start, tl.minimum(start + SHORT, end)):
+        for t in tl.range(start, tl.minimum(start + SHORT, end), loop_unroll_factor=UNROLL):
             o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
@@ -252,7 +254,7 @@ def backward_sums(
     for start in range(begin, end, SHORT):
         s1 = tl.zeros([BN, BJ], F)
         s2 = tl.zeros([BN, BJ], F)
-        for t in range(start, tl.minimum(start + SHORT, end)):
+        for t in tl.range(start, tl.minimum(start + SHORT, end), loop_unroll_factor=2):
             o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip

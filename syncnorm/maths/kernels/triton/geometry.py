@@ -18,9 +18,6 @@ from typing import NamedTuple
 
 PLANES, RUNS, ROWS = 0, 1, 2
 
-# Elements of a tile: 16 for each thread of 4 warps, so that float32 sums are short and a thread has
-# 32 bytes or more on their way.
-_TILE = 2048
 _WARPS = 4
 # Bytes that lanes should have side by side.
 _RUN_BYTES = 256
@@ -30,6 +27,22 @@ _VECTOR_BYTES = 16
 _MOST_DIMENSIONS = 4
 
 Strides = tuple[int, ...]
+
+
+class Work(NamedTuple):
+    """How a kernel likes to be cut."""
+
+    tile: int
+    """Elements of a tile for 4 warps, of 4 bytes or less."""
+    programs: int
+    """Programs that are at work at once on a multiprocessor."""
+    whole: int
+    """Channels of so few tiles are not split."""
+
+
+# A thread has 8 elements of a tile of sums, which leaves registers for the loads of other tiles.
+SUMS = Work(tile=1024, programs=4, whole=16)
+ELEMENTWISE = Work(tile=2048, programs=8, whole=1)
 
 
 class Plan(NamedTuple):
@@ -104,12 +117,30 @@ def _run_channels(channels: int, length: int, itemsize: int) -> int:
         )
     ):
         count *= 2
-    return count
+    size = length * itemsize
+    return 1 if size >= _RUN_BYTES and count * size % _VECTOR_BYTES != 0 else count
+
+
+def _splits(groups: int, tiles: int, programs: int, whole: int) -> int:
+    """Programs for each group of channels: such that the last wave of programs is nearly full."""
+    if tiles <= whole:
+        return 1
+    least = max(1, programs // groups)
+
+    def fullness(splits: int) -> float:
+        return groups * splits / (-(-groups * splits // programs) * programs)
+
+    return min(max(range(least, least + 4), key=fullness), -(-tiles // 2))
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    shape: Strides, strides: tuple[Strides, ...], mask: Strides | None, itemsize: int, programs: int
+    shape: Strides,
+    strides: tuple[Strides, ...],
+    mask: Strides | None,
+    itemsize: int,
+    work: Work,
+    processors: int,
 ) -> Plan | None:
     """The cut for tensors of one shape; None if more than four dimensions remain.
 
@@ -118,7 +149,8 @@ def plan(
         strides: of each tensor, x first.
         mask: the strides of a mask (N, 1, *S), or None.
         itemsize: of x.
-        programs: about so many should be started.
+        work: how the kernel likes it.
+        processors: multiprocessors of the device.
     """
     channels = shape[1]
     given = strides if mask is None else (*strides, mask)
@@ -135,7 +167,7 @@ def plan(
     else:
         along = [1] * len(given)
     outer = math.prod(sizes)
-    tile = _TILE if itemsize < 8 else _TILE // 2
+    tile = work.tile if itemsize < 8 else work.tile // 2
     of_run = 1
     if not is_rows and outer > 1 and along[0] == 1 and across[0] == length:
         of_run = _run_channels(channels, length, itemsize)
@@ -168,7 +200,7 @@ def plan(
     units = [unit if is_flat else 1 for is_flat in flat]
     tiles = -(-outer // bn) * blocks
     groups = -(-channels // bc)
-    per = -(-tiles // max(1, min(programs // groups, -(-tiles // 2)))) if tiles > 8 else tiles
+    per = -(-tiles // _splits(groups, tiles, work.programs * processors, work.whole))
     splits = -(-tiles // per)
     farthest = max(
         math.prod(shape), *(sum(step * (n - 1) for step, n in zip(s, shape)) for s in given)
@@ -184,5 +216,5 @@ def plan(
         ),
         shape=(form, max(1, len(sizes)), unit, bn, bj, bc, farthest >= 2**31),
         flat=tuple(flat),
-        warps=max(1, min(_WARPS, bn * bj // 512)),
+        warps=max(1, min(_WARPS, bn * bj * _WARPS // tile)),
     )

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels.triton import channels, device
-from syncnorm.maths.kernels.triton.geometry import Plan, plan
+from syncnorm.maths.kernels.triton.geometry import ELEMENTWISE, SUMS, Plan, Work, plan
 
-# Programs for each multiprocessor: of the sums as many as are at work at once, of the others more,
-# so that those that are done make room.
-_SUMS, _ELEMENTWISE = 8, 16
 # For tensors of the CPU, where Triton's interpreter runs one program after the other.
 _INTERPRETED = 1
 _NO_STRIDES = (0,) * 6
@@ -44,13 +41,14 @@ def _launch(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int
         kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
 
 
-def _plan(mask: Tensor | None, programs: int, x: Tensor, *others: Tensor) -> Plan | None:
+def _plan(mask: Tensor | None, work: Work, x: Tensor, *others: Tensor) -> Plan | None:
     return plan(
         tuple(x.shape),
         (x.stride(), *[t.stride() for t in others]),
         None if mask is None else mask.stride(),
         x.element_size(),
-        programs * _processors(x.device),
+        work,
+        _processors(x.device),
     )
 
 
@@ -71,7 +69,7 @@ def _combining(splits: int, channels: int) -> tuple[int, int, int]:
 
 
 def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    p = _plan(mask, _SUMS, x)
+    p = _plan(mask, SUMS, x)
     if p is None:
         return moments(x.contiguous(), None if mask is None else mask.contiguous())
     of, c, splits = x.device, x.shape[1], p.splits
@@ -109,7 +107,7 @@ def normalize(
     schedule: Sequence[float] | None,
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty_like(x)
-    p = _plan(None, _ELEMENTWISE, x, y)
+    p = _plan(None, ELEMENTWISE, x, y)
     if p is None:
         dense, rows = normalize(
             x.contiguous(), batch, is_raw, weight, bias, eps,
@@ -157,7 +155,7 @@ def update_running_(
 def backward_sums(
     g: Tensor, x: Tensor, rows: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> list[Tensor]:
-    p = _plan(None, _SUMS, x, g)
+    p = _plan(None, SUMS, x, g)
     if p is None:
         return backward_sums(g.contiguous(), x.contiguous(), rows, weight, bias)
     of, c, splits = x.device, x.shape[1], p.splits
@@ -191,7 +189,7 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     dx = torch.empty_like(x)
-    p = _plan(mask, _ELEMENTWISE, x, g, dx)
+    p = _plan(mask, ELEMENTWISE, x, g, dx)
     if p is None:
         mask = None if mask is None else mask.contiguous()
         return dx.copy_(
