@@ -1,0 +1,208 @@
+"""The part of a layer that is per channel, in Triton's language; all in float64.
+
+The rules are those of `maths.moments` and `maths.renorm`.
+"""
+
+# The language of the kernels is not Python: numbers are given for constexpr, and functions return
+# tensors.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Integers that would otherwise be told apart as 1, as multiples of 16, and as others.
+INTEGERS = [
+    "channels", "count", "splits", "size", "identity", "eps", "momentum", "warmup",
+    "r_end", "d_end", "r_steps", "d_steps",
+]  # fmt: skip
+
+
+@triton.jit
+def float64_of(bits):
+    """A float64 from its bits: Triton passes a Python number as a float32."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def reciprocal(n):
+    """1 / n, and 0 where n = 0."""
+    return tl.where(n == 0, 0.0, 1.0 / n)
+
+
+@triton.jit
+def statistic(batch, n, channel, channels, inside, IS_RAW: tl.constexpr):
+    """Mean and m2 of some channels."""
+    mean = tl.load(batch + channel, inside, other=0.0)
+    m2 = tl.load(batch + channels + channel, inside, other=0.0)
+    if IS_RAW:
+        total = mean
+        mean = total * reciprocal(n)
+        m2 = m2 - total * mean
+        m2 = tl.where(m2 < 0, 0.0, m2)
+    return mean, m2
+
+
+@triton.jit
+def schedule_bound(step, start, end, warmup, end_step):
+    """The value of a ramp of `maths.renorm.RenormSchedule` at a step."""
+    length = (end_step - warmup).to(tl.float64)
+    progress = (step - warmup).to(tl.float64) / tl.where(length == 0, 1.0, length)
+    progress = tl.minimum(tl.maximum(progress, 0.0), 1.0)
+    ramp = tl.where(length == 0, start, tl.minimum(start + (end - start) * progress, end))
+    return tl.where(step >= end_step, end, ramp)
+
+
+@triton.jit
+def clip(v, low, high):
+    """v within bounds; NaN stays NaN."""
+    v = tl.where(v < low, low, v)
+    return tl.where(v > high, high, v)
+
+
+@triton.jit
+def correction(
+    mean, var, n, running_mean, running_var, channel, inside, eps, r_max, d_max
+):  # fmt: skip
+    """r and d of `maths.renorm.correction`."""
+    sigma = tl.sqrt(tl.load(running_var + channel, inside, other=1.0).to(tl.float64) + eps)
+    centre = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+    r = clip(tl.sqrt(var + eps) / sigma, 1.0 / r_max, r_max)
+    d = clip((mean - centre) / sigma, -d_max, d_max)
+    return tl.where(n == 0, 1.0, r), tl.where(n == 0, 0.0, d)
+
+
+@triton.jit
+def splits_sum(
+    parts, first, splits, step, inside, BS: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    """The sum over the splits for BC numbers from `first` on, in a fixed order."""
+    split = tl.arange(0, BS)[:, None]
+    acc = tl.zeros([BS, BC], tl.float64)
+    for start in range(0, splits, BS):
+        at = (start + split) * step + first[None, :]
+        acc += tl.load(parts + at, (start + split < splits) & inside[None, :], other=0.0)
+    return tl.sum(acc, 0)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def add_moments(
+    parts, sums, count, fault, channels, splits, BS: tl.constexpr, BC: tl.constexpr
+):  # fmt: skip
+    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = channel < channels
+    squares = parts + splits * channels
+    tl.store(sums + channel, splits_sum(parts, channel, splits, channels, inside, BS, BC), inside)
+    total = splits_sum(squares, channel, splits, channels, inside, BS, BC)
+    tl.store(sums + channels + channel, total, inside)
+    if tl.program_id(0) == 0:
+        if fault is None:
+            tl.store(sums + 2 * channels, count.to(tl.float64))
+        else:
+            only = tl.arange(0, 1)
+            rest = parts + 2 * splits * channels
+            n = splits_sum(rest, only, splits, 1, only == 0, BS, 1)
+            wrong = splits_sum(rest + splits, only, splits, 1, only == 0, BS, 1)
+            tl.store(sums + 2 * channels + only, n)
+            tl.store(fault + only, wrong > 0)
+
+
+@triton.jit
+def store_gradients(
+    s, q, rows, local, dweight, dbias, channel, channels, inside, BOUNDS: tl.constexpr
+):  # fmt: skip
+    """Store sum g and sum g xhat, and the gradients of weight and bias."""
+    tl.store(local + channel, s, inside)
+    tl.store(local + channels + channel, q, inside)
+    if dbias is not None:
+        tl.store(dbias + channel, s.to(dbias.dtype.element_ty), inside)
+    if dweight is not None:
+        if BOUNDS:
+            r = tl.load(rows + 3 * channels + channel, inside, other=0.0)
+            d = tl.load(rows + 4 * channels + channel, inside, other=0.0)
+            q = r * q + d * s
+        tl.store(dweight + channel, q.to(dweight.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def add_gradients(
+    parts, rows, local, dweight, dbias, channels, splits,
+    BOUNDS: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = channel < channels
+    s = splits_sum(parts, channel, splits, channels, inside, BS, BC)
+    q = splits_sum(parts + splits * channels, channel, splits, channels, inside, BS, BC)
+    store_gradients(s, q, rows, local, dweight, dbias, channel, channels, inside, BOUNDS)
+
+
+@triton.jit
+def lerp(a, b, factor):
+    """a + factor * (b - a), and b itself where the factor is 1."""
+    return tl.where(factor < 0.5, a + factor * (b - a), b - (b - a) * (1.0 - factor))
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def update_running(
+    running_mean, running_var, counter, batch, eps, momentum, channels,
+    IS_RAW: tl.constexpr, IS_STD: tl.constexpr, IS_CUMULATIVE: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Count the batch and have the running statistics follow it.
+
+    Nothing but the first program's own counter is read that a program changes: a cumulative
+    average, whose weight comes from the counter, has one program.
+    """
+    n = tl.load(batch + 2 * channels)
+    factor = float64_of(momentum)
+    if counter is not None:
+        counted = tl.load(counter) + (n > 0).to(counter.dtype.element_ty)
+        if IS_CUMULATIVE:
+            factor = 1.0 / tl.maximum(counted.to(tl.float64), 1.0)
+        # All threads have read it.
+        tl.debug_barrier()
+        if tl.program_id(0) == 0:
+            tl.store(counter, counted)
+    step = tl.num_programs(0) * BC
+    for start in range(tl.program_id(0) * BC, channels, step):
+        channel = start + tl.arange(0, BC)
+        inside = channel < channels
+        mean, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
+        old = tl.load(running_mean + channel, inside, other=0.0)
+        new = lerp(old.to(tl.float64), mean, factor).to(old.dtype)
+        tl.store(running_mean + channel, tl.where(n > 0, new, old), inside)
+        old = tl.load(running_var + channel, inside, other=0.0)
+        wide = old.to(tl.float64)
+        if IS_STD:
+            sigma = tl.sqrt(wide + float64_of(eps))
+            sigma += factor * (tl.sqrt(m2 * reciprocal(n) + float64_of(eps)) - sigma)
+            var = sigma * sigma - float64_of(eps)
+            var = tl.where(var < 0, 0.0, var)
+        else:
+            var = lerp(wide, m2 * reciprocal(n - 1.0), factor)
+        tl.store(running_var + channel, tl.where(n > 1, var.to(old.dtype), old), inside)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def pack(message, wire, fault, count, size, identity, BLOCK: tl.constexpr):
+    """A message with its identity in all the rest; a count of NaN where there is a fault."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    v = tl.load(message + i, i < count, other=0.0)
+    if fault is not None:
+        has_fault = tl.load(fault).to(tl.int32)
+        v = tl.where(i == count - 1, tl.where(has_fault != 0, float("nan"), v), v)
+    tl.store(wire + i, tl.where(i < count, v, identity.to(tl.float64)), i < size)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def check(wire, count, size, identity, BLOCK: tl.constexpr):
+    """Make the numbers of a sum NaN whose last one is no multiple of the identity."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(wire + size - 1)
+    # Sums of identities are integers below 2^53. Anything else is put aside before it is made one.
+    is_small = tl.abs(total) < 9007199254740992.0
+    whole = tl.where(is_small, total, 0.5)
+    rest = whole.to(tl.int64) % identity.to(tl.int64)
+    is_same = tl.where(whole.to(tl.int64).to(tl.float64) == whole, rest == 0, False)
+    nothing = tl.zeros([BLOCK], tl.float64) + float("nan")
+    tl.store(wire + i, nothing, (i < count) & (is_same == 0))

@@ -1,0 +1,335 @@
+"""The kernels that go over a tensor, in Triton's language. `geometry` says what the sizes mean.
+
+A program goes through `per` tiles of one group of channels. Float32 sums are short: 16 values of a
+lane, then the lanes of a tile; from there on all is float64, added in a fixed order. Coefficients
+are made in float64 and rounded once.
+"""
+
+# The language of the kernels is not Python: numbers are given for constexpr, and functions return
+# tensors.
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from syncnorm.maths.kernels.triton.channels import (
+    INTEGERS,
+    correction,
+    float64_of,
+    reciprocal,
+    schedule_bound,
+    statistic,
+    store_gradients,
+)
+from syncnorm.maths.kernels.triton.tiles import (
+    PLANES,
+    ROWS,
+    RUNS,
+    by_channel,
+    by_lane,
+    cell,
+    fold,
+    offsets,
+    program,
+    values_before,
+    weights,
+)
+
+# Values of a lane that are added in the type of the arithmetic.
+SHORT: tl.constexpr = tl.constexpr(16)
+# Where the bounds of r and d come from.
+NO_BOUNDS: tl.constexpr = tl.constexpr(0)
+GIVEN: tl.constexpr = tl.constexpr(1)
+
+_INTEGERS = [
+    *INTEGERS, "groups", "per", "tiles", "blocks", "outer", "limit", "length", "e1", "e2", "e3",
+    *(t + s for t in "xywg" for s in "0123gl"),
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def moments(
+    x, w, sums, count, parts, fault, channels, splits,
+    groups, per, tiles, blocks, outer, limit, length, e1, e2, e3,
+    x0, x1, x2, x3, xg, xl, w0, w1, w2, w3, wg, wl,
+    FORM: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+    XF: tl.constexpr, WF: tl.constexpr, IS_WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Raw sums of a split into `parts`, or of all into `sums` where there is one split."""
+    F: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    group, split, begin, end = program(groups, per, tiles, WIDE)
+    # About a pivot near the mean, so that a large mean costs no digits of the variance: the mean of
+    # the first tile, of which something counts.
+    if w is None:
+        o, lane, ok = cell(begin, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                      FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+        v = tl.load(x + at, ok, other=0).to(F)
+        pivot = fold(v, FORM) / fold(ok.to(F), FORM)
+    else:
+        v = tl.zeros([BN, BJ], F)
+        pivot = fold(v, FORM)
+        weight = tl.sum(tl.sum(v, 1), 0)
+        t = begin
+        while (t < end) & (weight == 0):
+            o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                          FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+            v = tl.load(x + at, ok, other=0).to(F)
+            c, _ = weights(w, o, lane, ok, outer, length, e1, e2, e3, w0, w1, w2, w3, wl, F,
+                            FORM, OUTER, UNIT, WF)  # fmt: skip
+            pivot = fold(c * v, FORM)
+            weight = tl.sum(tl.sum(c, 1), 0)
+            t += 1
+        if FORM == RUNS:
+            # The weights were counted for each channel of the run.
+            pivot = by_channel(pivot, length, FORM, BC, BJ) * BC
+            pivot = tl.sum(by_lane(pivot, length, FORM, BC, BJ), 0)
+        pivot = pivot / weight
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    first = tl.zeros_like(pivot).to(tl.float64)
+    second = first
+    if w is None:
+        number = (
+            values_before(end, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            - values_before(begin, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        ).to(tl.float64)
+    elif FORM == RUNS:
+        number = first
+    else:
+        number = tl.zeros([1], tl.float64)
+    wrong = tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32)
+    # Tiles whose loads are on their way at the same time.
+    UNROLL: tl.constexpr = 4 if w is None else 2
+    for start in range(begin, end, SHORT):
+        s1 = tl.zeros([BN, BJ], F)
+        s2 = tl.zeros([BN, BJ], F)
+        s0 = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
+        for t in tl.range(start, tl.minimum(start + SHORT, end), loop_unroll_factor=UNROLL):
+            o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                          FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+            v = tl.load(x + at, ok, other=0).to(F)
+            b = tl.where(ok, v - pivot[None, :], 0.0)
+            wb = b
+            if w is not None:
+                c, is_wrong = weights(w, o, lane, ok, outer, length, e1, e2, e3,
+                                       w0, w1, w2, w3, wl, F, FORM, OUTER, UNIT, WF)  # fmt: skip
+                wb = c * b
+                s0 += c
+                wrong |= is_wrong.to(tl.int32)
+            s1 += wb
+            s2 += wb * b
+        first += fold(s1, FORM).to(tl.float64)
+        second += fold(s2, FORM).to(tl.float64)
+        if w is not None:
+            number += fold(s0, FORM).to(tl.float64)
+    p = pivot.to(tl.float64)
+    # In this order: the sum of squares is changed by the sum about the pivot.
+    second += p * (2.0 * first + number * p)
+    first += number * p
+    channel = group * BC + tl.arange(0, BC)
+    inside = channel < channels
+    first = by_channel(first, length, FORM, BC, BJ)
+    second = by_channel(second, length, FORM, BC, BJ)
+    if IS_WHOLE:
+        tl.store(sums + channel, first, inside)
+        tl.store(sums + channels + channel, second, inside)
+    else:
+        # (2, splits, C), then the weights and faults of each split.
+        tl.store(parts + split * channels + channel, first, inside)
+        tl.store(parts + (splits + split) * channels + channel, second, inside)
+    if w is None:
+        if IS_WHOLE and group == 0:
+            tl.store(sums + 2 * channels, count.to(tl.float64))
+    elif group == 0:
+        if FORM == RUNS:
+            total = tl.sum(tl.where(tl.arange(0, BJ) < length, number, 0.0), 0)
+        else:
+            total = tl.sum(number, 0)
+        has_fault = tl.max(tl.max(wrong, 1), 0)
+        if IS_WHOLE:
+            tl.store(sums + 2 * channels, total)
+            tl.store(fault, has_fault != 0)
+        else:
+            tl.store(parts + 2 * splits * channels + split, total)
+            tl.store(parts + (2 * channels + 1) * splits + split, has_fault.to(tl.float64))
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def normalize(
+    x, y, batch, rows, weight, bias, running_mean, running_var, r_max, d_max, step,
+    eps, r_end, d_end, warmup, r_steps, d_steps, channels,
+    groups, per, tiles, blocks, outer, limit, length, e1, e2, e3,
+    x0, x1, x2, x3, xg, xl, y0, y1, y2, y3, yg, yl,
+    FORM: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+    XF: tl.constexpr, YF: tl.constexpr, IS_RAW: tl.constexpr, BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """(x - mean) * weight * r * invstd + bias + weight * d, and the rows of the statistic."""
+    F: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    group, split, begin, end = program(groups, per, tiles, WIDE)
+    channel = group * BC + tl.arange(0, BC)
+    inside = channel < channels
+    n = tl.load(batch + 2 * channels)
+    mean, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
+    var = m2 * reciprocal(n)
+    # No value counts, or a single one: the output is the bias.
+    invstd = tl.where(m2 == 0, tl.where(n <= 1, 0.0, 1.0), 1.0)
+    invstd = tl.where(invstd == 0, 0.0, 1.0 / tl.sqrt(var + float64_of(eps)))
+    scale = tl.zeros([BC], tl.float64) + 1.0
+    if weight is not None:
+        scale = tl.load(weight + channel, inside, other=0.0).to(tl.float64)
+    shift = tl.zeros([BC], tl.float64)
+    if bias is not None:
+        shift = tl.load(bias + channel, inside, other=0.0).to(tl.float64)
+    if BOUNDS != NO_BOUNDS:
+        if BOUNDS == GIVEN:
+            r_most = tl.load(r_max)
+            d_most = tl.load(d_max)
+        else:
+            now = tl.load(step).to(tl.int64)
+            r_most = schedule_bound(now, 1.0, float64_of(r_end), warmup, r_steps)
+            d_most = schedule_bound(now, 0.0, float64_of(d_end), warmup, d_steps)
+        r, d = correction(
+            mean,
+            var,
+            n,
+            running_mean,
+            running_var,
+            channel,
+            inside,
+            float64_of(eps),
+            r_most,
+            d_most,
+        )
+        shift += scale * d
+        scale = scale * r
+        if split == 0:
+            tl.store(rows + 3 * channels + channel, r, inside)
+            tl.store(rows + 4 * channels + channel, d, inside)
+    if split == 0:
+        tl.store(rows + channel, mean, inside)
+        tl.store(rows + channels + channel, m2, inside)
+        tl.store(rows + 2 * channels + channel, invstd, inside)
+    scale = scale * invstd
+    centre = mean.to(F)
+    # What the rounding of the mean leaves.
+    shift += (centre.to(tl.float64) - mean) * scale
+    centre = by_lane(centre, length, FORM, BC, BJ)
+    factor = by_lane(scale.to(F), length, FORM, BC, BJ)
+    term = by_lane(shift.to(F), length, FORM, BC, BJ)
+    for t in range(begin, end):
+        o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                      FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+        to = offsets(o, lane, group, length, e1, e2, e3, y0, y1, y2, y3, yg, yl,
+                      FORM, OUTER, UNIT, BC, YF)  # fmt: skip
+        v = tl.load(x + at, ok, other=0).to(F)
+        tl.store(y + to, ((v - centre) * factor + term).to(y.dtype.element_ty), ok)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def backward_sums(
+    g, x, rows, local, dweight, dbias, parts, channels, splits,
+    groups, per, tiles, blocks, outer, limit, length, e1, e2, e3,
+    x0, x1, x2, x3, xg, xl, g0, g1, g2, g3, gg, gl,
+    FORM: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+    XF: tl.constexpr, GF: tl.constexpr, IS_WHOLE: tl.constexpr, BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """Sum g and sum g xhat of a split into `parts`, or of all where there is one split."""
+    F: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    group, split, begin, end = program(groups, per, tiles, WIDE)
+    channel = group * BC + tl.arange(0, BC)
+    inside = channel < channels
+    mean = tl.load(rows + channel, inside, other=0.0)
+    rounded = mean.to(F)
+    centre = by_lane(rounded, length, FORM, BC, BJ)
+    s = tl.zeros([1 if FORM == PLANES else BJ], tl.float64)
+    q = s
+    for start in range(begin, end, SHORT):
+        s1 = tl.zeros([BN, BJ], F)
+        s2 = tl.zeros([BN, BJ], F)
+        for t in tl.range(start, tl.minimum(start + SHORT, end), loop_unroll_factor=2):
+            o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                          FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+            of = offsets(o, lane, group, length, e1, e2, e3, g0, g1, g2, g3, gg, gl,
+                          FORM, OUTER, UNIT, BC, GF)  # fmt: skip
+            v = tl.load(x + at, ok, other=0).to(F)
+            dy = tl.load(g + of, ok, other=0).to(F)
+            s1 += dy
+            s2 += dy * (v - centre)
+        s += fold(s1, FORM).to(tl.float64)
+        q += fold(s2, FORM).to(tl.float64)
+    s = by_channel(s, length, FORM, BC, BJ)
+    q = by_channel(q, length, FORM, BC, BJ)
+    # About the mean itself, not its rounding.
+    q = (q + (rounded.to(tl.float64) - mean) * s) * tl.load(
+        rows + 2 * channels + channel, inside, other=0.0
+    )
+    if IS_WHOLE:
+        store_gradients(s, q, rows, local, dweight, dbias, channel, channels, inside, BOUNDS)
+    else:
+        tl.store(parts + split * channels + channel, s, inside)
+        tl.store(parts + (splits + split) * channels + channel, q, inside)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def backward_input(
+    g, x, dx, w, rows, weight, totals, n, channels,
+    groups, per, tiles, blocks, outer, limit, length, e1, e2, e3,
+    x0, x1, x2, x3, xg, xl, g0, g1, g2, g3, gg, gl, y0, y1, y2, y3, yg, yl,
+    w0, w1, w2, w3, wg, wl,
+    FORM: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,
+    BN: tl.constexpr, BJ: tl.constexpr, BC: tl.constexpr, WIDE: tl.constexpr,
+    XF: tl.constexpr, GF: tl.constexpr, YF: tl.constexpr, WF: tl.constexpr, BOUNDS: tl.constexpr,
+):  # fmt: skip
+    """weight * r * invstd * (g - w * (A + xhat * B))."""
+    F: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    group, _, begin, end = program(groups, per, tiles, WIDE)
+    channel = group * BC + tl.arange(0, BC)
+    inside = channel < channels
+    mean = tl.load(rows + channel, inside, other=0.0)
+    invstd = tl.load(rows + 2 * channels + channel, inside, other=0.0)
+    scale = invstd
+    if weight is not None:
+        scale = tl.load(weight + channel, inside, other=0.0).to(tl.float64)
+        if BOUNDS:
+            scale = scale * tl.load(rows + 3 * channels + channel, inside, other=0.0)
+        scale = scale * invstd
+    elif BOUNDS:
+        scale = tl.load(rows + 3 * channels + channel, inside, other=0.0) * invstd
+    a = tl.load(totals + channel, inside, other=0.0)
+    b = tl.load(totals + channels + channel, inside, other=0.0)
+    if n is not None:
+        inverse = reciprocal(tl.load(n))
+        a = a * inverse
+        b = b * inverse
+    b = b * invstd
+    centre = mean.to(F)
+    a += (centre.to(tl.float64) - mean) * b
+    centre = by_lane(centre, length, FORM, BC, BJ)
+    factor = by_lane(scale.to(F), length, FORM, BC, BJ)
+    constant = by_lane(a.to(F), length, FORM, BC, BJ)
+    slope = by_lane(b.to(F), length, FORM, BC, BJ)
+    for t in range(begin, end):
+        o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                      FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+        of = offsets(o, lane, group, length, e1, e2, e3, g0, g1, g2, g3, gg, gl,
+                      FORM, OUTER, UNIT, BC, GF)  # fmt: skip
+        to = offsets(o, lane, group, length, e1, e2, e3, y0, y1, y2, y3, yg, yl,
+                      FORM, OUTER, UNIT, BC, YF)  # fmt: skip
+        v = tl.load(x + at, ok, other=0).to(F)
+        dy = tl.load(g + of, ok, other=0).to(F)
+        through = constant + slope * (v - centre)
+        if w is not None:
+            c, _ = weights(w, o, lane, ok, outer, length, e1, e2, e3, w0, w1, w2, w3, wl, F,
+                            FORM, OUTER, UNIT, WF)  # fmt: skip
+            through = through * c
+        tl.store(dx + to, (factor * (dy - through)).to(dx.dtype.element_ty), ok)

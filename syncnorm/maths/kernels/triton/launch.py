@@ -1,0 +1,218 @@
+"""Launches of the kernels: outputs, sizes and strides, and as little else as may be."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.maths.kernels.triton import channels, device
+from syncnorm.maths.kernels.triton.geometry import ELEMENTWISE, SUMS, Plan, Work, plan
+
+# For tensors of the CPU, where Triton's interpreter runs one program after the other.
+_INTERPRETED = 1
+_NO_STRIDES = (0,) * 6
+_CHANNELS = 128
+_NOTHING, _GIVEN, _SCHEDULE = 0, 1, 2
+
+
+@functools.lru_cache
+def _processors(of: torch.device) -> int:
+    if of.type != "cuda":
+        return _INTERPRETED
+    return torch.cuda.get_device_properties(of).multi_processor_count
+
+
+@functools.lru_cache(maxsize=1024)
+def _bits(value: float) -> int:
+    """A float64 as an integer: Triton passes a Python number as a float32."""
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _launch(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4) -> None:
+    if of.type == "cuda" and of.index != torch.cuda.current_device():
+        with torch.cuda.device(of):
+            kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
+    else:
+        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
+
+
+def _plan(mask: Tensor | None, work: Work, x: Tensor, *others: Tensor) -> Plan | None:
+    return plan(
+        tuple(x.shape),
+        (x.stride(), *[t.stride() for t in others]),
+        None if mask is None else mask.stride(),
+        x.element_size(),
+        work,
+        _processors(x.device),
+    )
+
+
+def _one_row(t: Tensor | None) -> Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _strides(p: Plan, mask: Tensor | None) -> tuple[list[int], tuple[bool, ...]]:
+    """All strides one after the other, those of a mask last, and what is flat."""
+    strides = [i for s in p.strides for i in s]
+    return (strides, p.flat) if mask is not None else ([*strides, *_NO_STRIDES], (*p.flat, False))
+
+
+def _combining(splits: int, channels: int) -> tuple[int, int, int]:
+    """Programs, and the splits and channels of a block, to add the splits."""
+    block = min(32, 1 << (channels - 1).bit_length())
+    return -(-channels // block), min(1024 // block, 1 << (splits - 1).bit_length()), block
+
+
+def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    p = _plan(mask, SUMS, x)
+    if p is None:
+        return moments(x.contiguous(), None if mask is None else mask.contiguous())
+    of, c, splits = x.device, x.shape[1], p.splits
+    sums = torch.empty(2 * c + 1, dtype=torch.float64, device=of)
+    fault = None if mask is None else torch.empty((), dtype=torch.bool, device=of)
+    parts = (
+        None if splits == 1 else torch.empty(2 * (c + 1) * splits, dtype=torch.float64, device=of)
+    )
+    count = x.numel() // c
+    strides, flat = _strides(p, mask)
+    _launch(
+        device.moments, p.programs, of, x, mask, sums, count, parts, fault, c, splits,
+        *p.sizes, *strides, *p.shape, *flat, splits == 1, warps=p.warps,
+    )  # fmt: skip
+    if splits > 1:
+        programs, *blocks = _combining(splits, c)
+        _launch(
+            channels.add_moments, programs, of, parts, sums, count, fault, c, splits, *blocks,
+        )  # fmt: skip
+    return sums, fault
+
+
+def normalize(
+    x: Tensor,
+    batch: Tensor,
+    is_raw: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    r_max: Tensor | None,
+    d_max: Tensor | None,
+    step: Tensor | None,
+    schedule: Sequence[float] | None,
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(x)
+    p = _plan(None, ELEMENTWISE, x, y)
+    if p is None:
+        dense, rows = normalize(
+            x.contiguous(), batch, is_raw, weight, bias, eps,
+            running_mean, running_var, r_max, d_max, step, schedule,
+        )  # fmt: skip
+        return y.copy_(dense), rows
+    bounds = _NOTHING if running_mean is None else _GIVEN if schedule is None else _SCHEDULE
+    c = x.shape[1]
+    rows = torch.empty(5 if bounds else 3, c, dtype=torch.float64, device=x.device)
+    r_end, d_end, *steps = schedule or (0.0, 0.0, 0, 0, 0)
+    _launch(
+        device.normalize, p.programs, x.device, x, y, batch, rows, _one_row(weight), _one_row(bias),
+        _one_row(running_mean), _one_row(running_var), r_max, d_max, step,
+        _bits(eps), _bits(r_end), _bits(d_end), *map(int, steps), c,
+        *p.sizes, *p.strides[0], *p.strides[1], *p.shape, *p.flat, is_raw, bounds,
+        warps=p.warps,
+    )  # fmt: skip
+    return y, rows
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Tensor,
+    is_raw: bool,
+    momentum: float | None,
+    eps: float,
+    is_std: bool,
+) -> None:
+    if not (running_mean.is_contiguous() and running_var.is_contiguous()):
+        dense = running_mean.contiguous(), running_var.contiguous()
+        update_running_(*dense, counter, batch, is_raw, momentum, eps, is_std)
+        running_mean.copy_(dense[0])
+        running_var.copy_(dense[1])
+        return
+    c = running_mean.numel()
+    _launch(
+        channels.update_running, 1 if momentum is None else -(-c // _CHANNELS), batch.device,
+        running_mean, running_var, counter, batch, _bits(eps), _bits(momentum or 0.0), c,
+        is_raw, is_std, momentum is None, _CHANNELS,
+    )  # fmt: skip
+
+
+def backward_sums(
+    g: Tensor, x: Tensor, rows: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> list[Tensor]:
+    p = _plan(None, SUMS, x, g)
+    if p is None:
+        return backward_sums(g.contiguous(), x.contiguous(), rows, weight, bias)
+    of, c, splits = x.device, x.shape[1], p.splits
+    local = torch.empty(2, c, dtype=torch.float64, device=of)
+    dweight, dbias = (
+        None if t is None else torch.empty(c, dtype=t.dtype, device=of) for t in (weight, bias)
+    )
+    parts = None if splits == 1 else torch.empty(2 * c * splits, dtype=torch.float64, device=of)
+    is_corrected = rows.shape[0] > 3
+    _launch(
+        device.backward_sums, p.programs, of, g, x, rows, local, dweight, dbias, parts, c, splits,
+        *p.sizes, *p.strides[0], *p.strides[1], *p.shape, *p.flat, splits == 1, is_corrected,
+        warps=p.warps,
+    )  # fmt: skip
+    if splits > 1:
+        programs, *blocks = _combining(splits, c)
+        _launch(
+            channels.add_gradients, programs, of, parts, rows, local, dweight, dbias, c, splits,
+            is_corrected, *blocks,
+        )  # fmt: skip
+    return [t for t in (local, dweight, dbias) if t is not None]
+
+
+def backward_input(
+    g: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    totals: Tensor,
+    n: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    dx = torch.empty_like(x)
+    p = _plan(mask, ELEMENTWISE, x, g, dx)
+    if p is None:
+        mask = None if mask is None else mask.contiguous()
+        return dx.copy_(
+            backward_input(g.contiguous(), x.contiguous(), rows, weight, totals, n, mask)
+        )
+    strides, flat = _strides(p, mask)
+    _launch(
+        device.backward_input, p.programs, x.device, g, x, dx, mask, rows, _one_row(weight), totals,
+        n, x.shape[1], *p.sizes, *strides, *p.shape, *flat, rows.shape[0] > 3, warps=p.warps,
+    )  # fmt: skip
+    return dx
+
+
+def pack(message: Tensor, size: int, identity: int, fault: Tensor | None) -> Tensor:
+    wire = torch.empty(size, dtype=torch.float64, device=message.device)
+    _launch(
+        channels.pack, -(-size // 1024), message.device, message, wire, fault, message.numel(),
+        size, identity, 1024,
+    )  # fmt: skip
+    return wire
+
+
+def check_(wire: Tensor, count: int, identity: int) -> None:
+    _launch(
+        channels.check, -(-count // 1024), wire.device, wire, count, wire.numel(), identity, 1024,
+    )  # fmt: skip
