@@ -183,12 +183,8 @@ def sync_batch_renorm(
             is_std=running_average == "std",
         )
 
-    before = (running_mean, running_var, *bounds)
+    before = kernels.Reference(running_mean, running_var, bounds)
     return _train(x, mask, weight, bias, eps, process_group, "sync_batch_renorm", before, update)
-
-
-Before = tuple[Tensor, Tensor, Tensor, Tensor]
-"""The reference of renormalisation: running mean and variance before the batch, r_max and d_max."""
 
 
 def _train(
@@ -199,7 +195,7 @@ def _train(
     eps: float,
     process_group: groups.Spec,
     name: str,
-    before: Before | None,
+    before: kernels.Reference | None,
     update: Callable[[Moments], None],
 ) -> Tensor:
     """The training forward of a function."""
@@ -217,15 +213,18 @@ def _train(
 
 
 @torch.no_grad()
-def correct(statistic: Statistic, local: LocalSums, eps: float, before: Before) -> Statistic:
+def correct(
+    statistic: Statistic, local: LocalSums, eps: float, before: kernels.Reference
+) -> Statistic:
     """The statistic with the correction of renormalisation against the running statistics."""
     if kernels.of_device(local.sums) is not None and local.observer is None:
-        return statistic._replace(reference=kernels.Reference(*before))
-    mean, var, r_max, d_max = before
-    r, d = renorm.correction(statistic.batch, mean, var, eps, r_max, d_max)
+        return statistic._replace(reference=before)
+    mean, var, bounds = before
+    assert not isinstance(bounds, kernels.Scheduled)
+    r, d = renorm.correction(statistic.batch, mean, var, eps, *bounds)
     if local.is_repeated is None:
         r, d = compiled.constant(r), compiled.constant(d)
-    return statistic._replace(correction=renorm.Correction(r, d, *before))
+    return statistic._replace(correction=renorm.Correction(r, d, mean, var, *bounds))
 
 
 def evaluate(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from syncnorm import observed
 from syncnorm.autograd import GradientMeans, differentiable_gradient, formula_gradient
-from syncnorm.maths.kernels.composed import Reference
+from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
 
 

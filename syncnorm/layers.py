@@ -236,17 +236,21 @@ class SyncBatchRenorm(SyncNorm):
         before = self._before(local)
         return functional.correct(self._ask_source(local), local, self.eps, before)
 
-    def _before(self, local: LocalSums) -> functional.Before:
+    def _before(self, local: LocalSums) -> kernels.Reference:
         """The reference of r and d. Looked at before any exchange."""
         if local.is_repeated and self.seen is not None and self.seen.correction is not None:
             # Of a forward that was not kept: the last one's.
-            return self.seen.correction[2:]
-        mean, var = self.running_mean, self.running_var
+            *_, mean, var, r_max, d_max = self.seen.correction
+            return kernels.Reference(mean, var, (r_max, d_max))
+        mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None:
             raise self._without("running_mean" if mean is None else "running_var")
         if kernels.of_device(local.sums) is None or local.observer is not None:
-            mean, var = mean.clone(), var.clone()
-        return mean, var, *self.bounds()
+            return kernels.Reference(mean.clone(), var.clone(), self.bounds())
+        # The kernel that normalises reads them before they move, and keeps what it has read.
+        if step is not None and type(self.schedule) is RenormSchedule:
+            return kernels.Reference(mean, var, kernels.Scheduled(step, self.schedule))
+        return kernels.Reference(mean, var, self.bounds())
 
     def _without(self, name: str) -> InputError:
         return InputError(

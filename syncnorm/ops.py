@@ -314,7 +314,8 @@ def normalize_by(
     """
     batch, reference = statistic.batch, statistic.reference
     if statistic.correction is not None:  # of a call that is repeated
-        reference = kernels.Reference(*statistic.correction[2:])
+        *_, running_mean, running_var, r_max, d_max = statistic.correction
+        reference = kernels.Reference(running_mean, running_var, (r_max, d_max))
     call = Call(own, batch, eps, reference, statistic.gradient_means)
     y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
     mean, m2, _, *correction = call.rows.unbind()

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -15,26 +14,28 @@ from syncnorm.maths import kernels
 
 
 @contextmanager
-def as_device(own: ModuleType | None = None) -> Iterator[None]:
-    """Have no value looked at on the host, and the device's kernels do the arithmetic.
+def as_device(name: str = "composed") -> Iterator[None]:
+    """Have no value looked at on the host, and a device's kernels do the arithmetic.
 
     Args:
-        own: these kernels; None: the portable ones.
+        name: "composed", the portable ones; "triton", in Triton's interpreter.
     """
-    chosen = kernels.of_device
+    chosen, own = kernels.of_device, getattr(kernels, name)
 
-    def of_device(x: Tensor) -> ModuleType | None:
+    def of_device(x: Tensor) -> Any:
         return None if chosen(x) is None else own
 
-    with mock.patch.object(device, "_HOSTS", ()):
-        if own is None:
-            yield
-        else:
-            with mock.patch.object(kernels, "of_device", of_device):
-                yield
+    with ExitStack() as stack:
+        if name == "triton":
+            from tests.unit.triton_interpreter import interpreted
+
+            stack.enter_context(interpreted())
+        stack.enter_context(mock.patch.object(device, "_HOSTS", ()))
+        stack.enter_context(mock.patch.object(kernels, "of_device", of_device))
+        yield
 
 
-def call_as_device(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args) within `as_device`; for ranks of a pool."""
-    with as_device():
+def call_as_device(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args) within `as_device(name)`; for ranks of a pool."""
+    with as_device(name):
         return function(*args)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional, ops
 from syncnorm.maths import moments
+from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
@@ -578,7 +579,7 @@ class NewStatistics(SyncBatchRenorm):
         mean, var = self.running_mean.clone(), self.running_var.clone()
         self.update_running(statistic.batch, self.momentum)
         self.num_batches_tracked -= statistic.batch.n > 0
-        after = (self.running_mean.clone(), self.running_var.clone(), *self.bounds())
+        after = Reference(self.running_mean.clone(), self.running_var.clone(), self.bounds())
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
         return functional.correct(statistic, local, self.eps, after)

@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 
 from syncnorm.device import is_host
-from syncnorm.maths.kernels import composed, cpu, portable, traced
-from syncnorm.maths.kernels.composed import Reference
+from syncnorm.maths.kernels import composed, cpu, portable, traced, triton
+from syncnorm.maths.kernels.batch import Reference, Scheduled
 from syncnorm.undocumented import FakeTensor
 
 __all__ = [
     "Reference",
+    "Scheduled",
     "backward_input",
     "backward_sums",
     "local_moments",
@@ -51,7 +52,7 @@ def of_device(x: Tensor) -> ModuleType | None:
     """
     if is_host(x) or torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return None
-    return composed
+    return triton if x.is_cuda and triton.is_available() else composed
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

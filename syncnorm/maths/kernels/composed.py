@@ -15,36 +15,12 @@ Rows are a (3, C) tensor of mean, m2 and invstd; where r and d correct towards r
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
-
 import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import portable
+from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
 from syncnorm.maths.precision import sum_dtype
-
-
-class Batch(Protocol):
-    """The moments of a batch: see `syncnorm.maths.moments.Moments`."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-
-    @property
-    def var(self) -> Tensor: ...
-
-    def invstd(self, eps: float) -> Tensor: ...
-
-
-class Reference(NamedTuple):
-    """The reference of batch renormalisation's r and d."""
-
-    running_mean: Tensor
-    running_var: Tensor
-    r_max: Tensor
-    """Shape (), like d_max."""
-    d_max: Tensor
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,7 +66,10 @@ def normalize(
     rows = [mean, batch.m2, invstd]
     scale, shift = invstd, None
     if reference is not None:
-        running_mean, running_var, r_max, d_max = (t.to(wide) for t in reference)
+        *before, bounds = reference
+        if isinstance(bounds, Scheduled):
+            bounds = bounds.schedule(bounds.step)
+        running_mean, running_var, r_max, d_max = (t.to(wide) for t in (*before, *bounds))
         sigma = torch.sqrt(running_var + eps)
         r = torch.sqrt(batch.var + eps) / sigma
         d = (mean - running_mean) / sigma

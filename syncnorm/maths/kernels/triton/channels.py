@@ -14,9 +14,13 @@ import triton.language as tl
 
 # Integers that would otherwise be told apart as 1, as multiples of 16, and as others.
 INTEGERS = [
-    "channels", "count", "splits", "size", "identity", "eps", "momentum", "warmup",
+    "channels", "count", "splits", "eps", "momentum", "warmup",
     "r_end", "d_end", "r_steps", "d_steps",
 ]  # fmt: skip
+
+
+# More than the roundings of a sum of squares and of the square of a sum.
+ROUNDING: tl.constexpr = tl.constexpr(2.0**-50)
 
 
 @triton.jit
@@ -39,8 +43,9 @@ def statistic(batch, n, channel, channels, inside, IS_RAW: tl.constexpr):
     if IS_RAW:
         total = mean
         mean = total * reciprocal(n)
-        m2 = m2 - total * mean
-        m2 = tl.where(m2 < 0, 0.0, m2)
+        # A rounding error is no variance: a single value must have none, however it is computed.
+        rest = m2 - total * mean
+        m2 = tl.where(rest <= m2 * ROUNDING, 0.0, rest)
     return mean, m2
 
 
@@ -63,11 +68,10 @@ def clip(v, low, high):
 
 @triton.jit
 def correction(
-    mean, var, n, running_mean, running_var, channel, inside, eps, r_max, d_max
+    mean, var, n, centre, spread, eps, r_max, d_max
 ):  # fmt: skip
-    """r and d of `maths.renorm.correction`."""
-    sigma = tl.sqrt(tl.load(running_var + channel, inside, other=1.0).to(tl.float64) + eps)
-    centre = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+    """r and d of `maths.renorm.correction`, towards a mean and a variance."""
+    sigma = tl.sqrt(spread + eps)
     r = clip(tl.sqrt(var + eps) / sigma, 1.0 / r_max, r_max)
     d = clip((mean - centre) / sigma, -d_max, d_max)
     return tl.where(n == 0, 1.0, r), tl.where(n == 0, 0.0, d)
@@ -88,7 +92,8 @@ def splits_sum(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def add_moments(
-    parts, sums, count, fault, channels, splits, BS: tl.constexpr, BC: tl.constexpr
+    parts, sums, count, channels, splits,
+    IS_WEIGHTED: tl.constexpr, BS: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     channel = tl.program_id(0) * BC + tl.arange(0, BC)
     inside = channel < channels
@@ -97,15 +102,14 @@ def add_moments(
     total = splits_sum(squares, channel, splits, channels, inside, BS, BC)
     tl.store(sums + channels + channel, total, inside)
     if tl.program_id(0) == 0:
-        if fault is None:
+        if not IS_WEIGHTED:
             tl.store(sums + 2 * channels, count.to(tl.float64))
         else:
             only = tl.arange(0, 1)
             rest = parts + 2 * splits * channels
             n = splits_sum(rest, only, splits, 1, only == 0, BS, 1)
             wrong = splits_sum(rest + splits, only, splits, 1, only == 0, BS, 1)
-            tl.store(sums + 2 * channels + only, n)
-            tl.store(fault + only, wrong > 0)
+            tl.store(sums + 2 * channels + only, tl.where(wrong > 0, float("nan"), n))
 
 
 @triton.jit
@@ -181,28 +185,3 @@ def update_running(
         else:
             var = lerp(wide, m2 * reciprocal(n - 1.0), factor)
         tl.store(running_var + channel, tl.where(n > 1, var.to(old.dtype), old), inside)
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def pack(message, wire, fault, count, size, identity, BLOCK: tl.constexpr):
-    """A message with its identity in all the rest; a count of NaN where there is a fault."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    v = tl.load(message + i, i < count, other=0.0)
-    if fault is not None:
-        has_fault = tl.load(fault).to(tl.int32)
-        v = tl.where(i == count - 1, tl.where(has_fault != 0, float("nan"), v), v)
-    tl.store(wire + i, tl.where(i < count, v, identity.to(tl.float64)), i < size)
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def check(wire, count, size, identity, BLOCK: tl.constexpr):
-    """Make the numbers of a sum NaN whose last one is no multiple of the identity."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.load(wire + size - 1)
-    # Sums of identities are integers below 2^53. Anything else is put aside before it is made one.
-    is_small = tl.abs(total) < 9007199254740992.0
-    whole = tl.where(is_small, total, 0.5)
-    rest = whole.to(tl.int64) % identity.to(tl.int64)
-    is_same = tl.where(whole.to(tl.int64).to(tl.float64) == whole, rest == 0, False)
-    nothing = tl.zeros([BLOCK], tl.float64) + float("nan")
-    tl.store(wire + i, nothing, (i < count) & (is_same == 0))

@@ -51,7 +51,7 @@ _INTEGERS = [
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def moments(
-    x, w, sums, count, parts, fault, channels, splits,
+    x, w, sums, count, parts, channels, splits,
     groups, per, tiles, blocks, outer, limit, length, e1, e2, e3,
     x0, x1, x2, x3, xg, xl, w0, w1, w2, w3, wg, wl,
     FORM: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,
@@ -152,8 +152,7 @@ def moments(
             total = tl.sum(number, 0)
         has_fault = tl.max(tl.max(wrong, 1), 0)
         if IS_WHOLE:
-            tl.store(sums + 2 * channels, total)
-            tl.store(fault, has_fault != 0)
+            tl.store(sums + 2 * channels, tl.where(has_fault != 0, float("nan"), total))
         else:
             tl.store(parts + 2 * splits * channels + split, total)
             tl.store(parts + (2 * channels + 1) * splits + split, has_fault.to(tl.float64))
@@ -194,23 +193,19 @@ def normalize(
             now = tl.load(step).to(tl.int64)
             r_most = schedule_bound(now, 1.0, float64_of(r_end), warmup, r_steps)
             d_most = schedule_bound(now, 0.0, float64_of(d_end), warmup, d_steps)
-        r, d = correction(
-            mean,
-            var,
-            n,
-            running_mean,
-            running_var,
-            channel,
-            inside,
-            float64_of(eps),
-            r_most,
-            d_most,
-        )
+        before = tl.load(running_mean + channel, inside, other=0.0).to(tl.float64)
+        spread = tl.load(running_var + channel, inside, other=1.0).to(tl.float64)
+        r, d = correction(mean, var, n, before, spread, float64_of(eps), r_most, d_most)
         shift += scale * d
         scale = scale * r
         if split == 0:
-            tl.store(rows + 3 * channels + channel, r, inside)
-            tl.store(rows + 4 * channels + channel, d, inside)
+            more = rows + 3 * channels + channel
+            tl.store(more, r, inside)
+            tl.store(more + channels, d, inside)
+            tl.store(more + 2 * channels, before, inside)
+            tl.store(more + 3 * channels, spread, inside)
+            tl.store(more + 4 * channels, r_most + tl.zeros_like(r), inside)
+            tl.store(more + 5 * channels, d_most + tl.zeros_like(r), inside)
     if split == 0:
         tl.store(rows + channel, mean, inside)
         tl.store(rows + channels + channel, m2, inside)

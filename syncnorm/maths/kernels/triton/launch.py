@@ -68,28 +68,27 @@ def _combining(splits: int, channels: int) -> tuple[int, int, int]:
     return -(-channels // block), min(1024 // block, 1 << (splits - 1).bit_length()), block
 
 
-def moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     p = _plan(mask, SUMS, x)
     if p is None:
         return moments(x.contiguous(), None if mask is None else mask.contiguous())
     of, c, splits = x.device, x.shape[1], p.splits
     sums = torch.empty(2 * c + 1, dtype=torch.float64, device=of)
-    fault = None if mask is None else torch.empty((), dtype=torch.bool, device=of)
     parts = (
         None if splits == 1 else torch.empty(2 * (c + 1) * splits, dtype=torch.float64, device=of)
     )
     count = x.numel() // c
     strides, flat = _strides(p, mask)
     _launch(
-        device.moments, p.programs, of, x, mask, sums, count, parts, fault, c, splits,
+        device.moments, p.programs, of, x, mask, sums, count, parts, c, splits,
         *p.sizes, *strides, *p.shape, *flat, splits == 1, warps=p.warps,
     )  # fmt: skip
     if splits > 1:
         programs, *blocks = _combining(splits, c)
         _launch(
-            channels.add_moments, programs, of, parts, sums, count, fault, c, splits, *blocks,
+            channels.add_moments, programs, of, parts, sums, count, c, splits, mask is not None, *blocks,
         )  # fmt: skip
-    return sums, fault
+    return sums
 
 
 def normalize(
@@ -116,7 +115,7 @@ def normalize(
         return y.copy_(dense), rows
     bounds = _NOTHING if running_mean is None else _GIVEN if schedule is None else _SCHEDULE
     c = x.shape[1]
-    rows = torch.empty(5 if bounds else 3, c, dtype=torch.float64, device=x.device)
+    rows = torch.empty(9 if bounds else 3, c, dtype=torch.float64, device=x.device)
     r_end, d_end, *steps = schedule or (0.0, 0.0, 0, 0, 0)
     _launch(
         device.normalize, p.programs, x.device, x, y, batch, rows, _one_row(weight), _one_row(bias),
@@ -153,15 +152,20 @@ def update_running_(
 
 
 def backward_sums(
-    g: Tensor, x: Tensor, rows: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> list[Tensor]:
+    g: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     p = _plan(None, SUMS, x, g)
     if p is None:
-        return backward_sums(g.contiguous(), x.contiguous(), rows, weight, bias)
+        return backward_sums(g.contiguous(), x.contiguous(), rows, weight_dtype, bias_dtype)
     of, c, splits = x.device, x.shape[1], p.splits
     local = torch.empty(2, c, dtype=torch.float64, device=of)
     dweight, dbias = (
-        None if t is None else torch.empty(c, dtype=t.dtype, device=of) for t in (weight, bias)
+        None if dtype is None else torch.empty(c, dtype=dtype, device=of)
+        for dtype in (weight_dtype, bias_dtype)
     )
     parts = None if splits == 1 else torch.empty(2 * c * splits, dtype=torch.float64, device=of)
     is_corrected = rows.shape[0] > 3
@@ -176,7 +180,7 @@ def backward_sums(
             channels.add_gradients, programs, of, parts, rows, local, dweight, dbias, c, splits,
             is_corrected, *blocks,
         )  # fmt: skip
-    return [t for t in (local, dweight, dbias) if t is not None]
+    return local, dweight, dbias
 
 
 def backward_input(
@@ -201,18 +205,3 @@ def backward_input(
         n, x.shape[1], *p.sizes, *strides, *p.shape, *flat, rows.shape[0] > 3, warps=p.warps,
     )  # fmt: skip
     return dx
-
-
-def pack(message: Tensor, size: int, identity: int, fault: Tensor | None) -> Tensor:
-    wire = torch.empty(size, dtype=torch.float64, device=message.device)
-    _launch(
-        channels.pack, -(-size // 1024), message.device, message, wire, fault, message.numel(),
-        size, identity, 1024,
-    )  # fmt: skip
-    return wire
-
-
-def check_(wire: Tensor, count: int, identity: int) -> None:
-    _launch(
-        channels.check, -(-count // 1024), wire.device, wire, count, wire.numel(), identity, 1024,
-    )  # fmt: skip
