@@ -248,8 +248,9 @@ class SyncBatchRenorm(SyncNorm):
         if kernels.of_device(local.sums) is None or local.observer is not None:
             return kernels.Reference(mean.clone(), var.clone(), self.bounds())
         # The kernel that normalises reads them before they move, and keeps what it has read.
-        if step is not None and type(self.schedule) is RenormSchedule:
-            return kernels.Reference(mean, var, kernels.Scheduled(step, self.schedule))
+        schedule = self.schedule
+        if step is not None and type(schedule) is RenormSchedule:
+            return kernels.Reference(mean, var, kernels.Scheduled(step, schedule))
         return kernels.Reference(mean, var, self.bounds())
 
     def _without(self, name: str) -> InputError:

@@ -51,7 +51,7 @@ class LocalSums(NamedTuple):
     has_fault: Tensor | None
     """True if something was no weight, shape (); None without a mask.
 
-    None also from kernels of a device: there the count is NaN.
+    None also from kernels of a device outside of debug mode: there the count is NaN.
     """
     given: Tensor | None
     """The mask as it was given, for the error."""
@@ -70,7 +70,10 @@ def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
     with torch.no_grad():
         own = kernels.of_device(x) if who is None else None
         if own is not None:
-            return LocalSums(own.moments(x.detach(), mask), mask, None, mask, is_repeated)
+            sums, fault = own.moments(x.detach(), mask), None
+            if mask is not None and debug.is_debug():
+                fault = sums[-1].isnan()
+            return LocalSums(sums, mask, fault, mask, is_repeated)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(_is_valid(mask), mask, torch.nan)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import InputError
-from syncnorm.maths.moments import Moments
+from syncnorm.maths.moments import Moments, reciprocal
 
 
 @dataclass(frozen=True)
@@ -60,3 +60,69 @@ def drift(batch: Moments, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     distance = (batch.mean - mean).abs() / torch.sqrt(var + eps)
     ratio = torch.log((batch.var + eps) / (var + eps)).abs() / 2
     return torch.maximum(distance, ratio).amax()
+
+
+def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
+    """Copy the averages: [mean, m2, n, gradient means], shape (4C+1,), float64.
+
+    An average has no count of its own; any above 1 says that its variance is one.
+    """
+    several = torch.full_like(mean[:1], 2.0)
+    return torch.cat([mean, var + var, several, gradient.flatten()]).double()
+
+
+def follow_moments_(
+    batch: Moments,
+    mean: Tensor,
+    var: Tensor,
+    updates: Tensor,
+    waits: Tensor,
+    eps: float,
+    options: Lagged,
+) -> None:
+    """Decide by the average that the last step used whether the next one waits, and move it.
+
+    Moments that are not finite (an overflow somewhere) enter nothing; the layer waits until there
+    are others. In place.
+
+    Args:
+        batch: the pooled moments.
+        mean, var: the averages, (C,).
+        updates: the number of values in them, shape ().
+        waits: True if the layer is to wait, shape ().
+        eps: of the layer.
+        options: the rates and the guard.
+    """
+    is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
+    is_new, is_first = (batch.count > 0) & is_finite, updates == 0
+    old_mean, old_var = mean.double(), var.double()
+    has_drifted = (drift(batch, old_mean, old_var, eps) > options.max_drift) & ~is_first
+    waits.copy_(torch.where(is_new, has_drifted, waits | ~is_finite))
+    rate = _rate(updates, options.forward_rate)
+    mean.copy_(torch.where(is_new, old_mean + rate * (batch.mean - old_mean), old_mean))
+    var.copy_(torch.where(is_new, old_var + rate * (batch.var - old_var), old_var))
+    updates += is_new
+
+
+def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
+    """Move the average gradient means towards the pooled ones, in place.
+
+    What is not finite (an overflow) enters nothing.
+
+    Args:
+        sums: [sum g, sum g xhat, n] of all workers, shape (2C+1,).
+        gradient: the averages, (2, C).
+        updates: the number of values in them, shape ().
+        options: the rates.
+    """
+    totals, count = sums[:-1].view(2, -1), sums[-1]
+    is_new = (count > 0) & totals.isfinite().all()
+    rate, old = _rate(updates, options.backward_rate), gradient.double()
+    moved = old + rate * (totals * reciprocal(count) - old)
+    gradient.copy_(torch.where(is_new, moved, old))
+    updates += is_new
+
+
+def _rate(updates: Tensor, rate: float) -> Tensor:
+    """The weight of the newest value; the first is taken whole, with nothing to average it with."""
+    return torch.where(updates == 0, 1.0, torch.full_like(updates, rate, dtype=torch.float64))

@@ -65,6 +65,21 @@ class Unread(Moments):
     _is_read: ClassVar[bool] = False
 
 
+class Packed(Moments):
+    """Moments [mean, m2, n] in one tensor, shape (2C+1,), float64."""
+
+    _is_read: ClassVar[bool] = False
+
+    def __init__(self, packed: Tensor) -> None:
+        channels = packed.numel() // 2
+        super().__init__(packed[-1], packed[:channels], packed[channels:-1])
+        self._packed = packed
+
+    @property
+    def packed(self) -> tuple[Tensor, bool]:
+        return self._packed, False
+
+
 class Raw(Moments):
     """Moments that are raw sums until somebody looks: a device's kernels finish them themselves.
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -23,9 +24,9 @@ from torch import Tensor, nn
 from syncnorm import ops
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
-from syncnorm.maths import lagged
+from syncnorm.maths import kernels, lagged
 from syncnorm.maths.lagged import Lagged
-from syncnorm.maths.moments import Moments, of_sums, reciprocal
+from syncnorm.maths.moments import Moments, Packed, of_sums, reciprocal
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
@@ -227,17 +228,14 @@ class PooledLagged(Source):
             return ops.unexchanged_statistic(local, layer.label)
         self.pool.check_open(self._steps, layer, local)
         group, count, pooled = self.pool.group, local.sums[-1], None
-        buffers = _Buffers.of(layer)
+        own = _Buffers.of(layer)
         # Copies: the averages move on before the backward pass if somebody settles.
-        estimate = buffers.gradient.to(torch.float64, copy=True)
+        kept = _rules(own.mean).snapshot(own.mean, own.var, own.gradient)
+        of_moments = 2 * layer.num_features + 1
+        batch, estimate = Packed(kept[:of_moments]), kept[of_moments:].view(2, -1)
         if self._is_waiting(layer):
             batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(batch, group, layer.label)
-        else:
-            # An average has no count of its own; any above 1 says that its variance is one.
-            several = torch.full_like(count, 2.0)
-            mean, var = (t.to(torch.float64, copy=True) for t in (buffers.mean, buffers.var))
-            batch = Moments(several, mean, var * several)
         if layer.freeze is not None:
             means = pooled or FixedMeans(layer, estimate)
         else:
@@ -347,7 +345,10 @@ class PooledLagged(Source):
                 return
             for layer, sums, marks in zip(message.layers, parts, message.marks, strict=True):
                 if not written(marks):
-                    self._follow_gradients(layer, sums[:-1].view(2, -1), sums[-1])
+                    own = _Buffers.of(layer)
+                    _rules(own.gradient).follow_gradients_(
+                        sums, own.gradient, own.updates[1], _options(layer)
+                    )
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
         """True if the layer waits for pooling in this step.
@@ -360,43 +361,19 @@ class PooledLagged(Source):
         return self._waits[self.pool.names[layer]]
 
     def _follow_moments(self, layer: SyncNorm, batch: Moments) -> None:
-        """Decide by the average that the last step used whether the next one waits.
-
-        Then the average follows. Moments that are not finite (an overflow somewhere) enter nothing;
-        the layer waits until there are others.
-        """
         self._waits = None
         own = _Buffers.of(layer)
-        is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
-        is_new, is_first = (batch.count > 0) & is_finite, own.updates[0] == 0
-        mean, var = own.mean.double(), own.var.double()
-        drift = lagged.drift(batch, mean, var, layer.eps)
-        has_drifted = (drift > _options(layer).max_drift) & ~is_first
-        own.waits.copy_(torch.where(is_new, has_drifted, own.waits | ~is_finite))
-        rate = _rate(own.updates[0], _options(layer).forward_rate)
-        own.mean.copy_(torch.where(is_new, mean + rate * (batch.mean - mean), mean))
-        own.var.copy_(torch.where(is_new, var + rate * (batch.var - var), var))
-        own.updates[0] += is_new
+        rules, options = _rules(own.mean), _options(layer)
+        rules.follow_moments_(
+            batch, own.mean, own.var, own.updates[0], own.waits, layer.eps, options
+        )
 
-    def _follow_gradients(self, layer: SyncNorm, sums: Tensor, count: Tensor) -> None:
-        """Move the average gradient means towards the pooled ones.
 
-        What is not finite (an overflow) enters nothing.
-        """
-        own = _Buffers.of(layer)
-        is_new = (count > 0) & sums.isfinite().all()
-        rate = _rate(own.updates[1], _options(layer).backward_rate)
-        gradient = own.gradient.double()
-        moved = gradient + rate * (sums * reciprocal(count) - gradient)
-        own.gradient.copy_(torch.where(is_new, moved, gradient))
-        own.updates[1] += is_new
+def _rules(average: Tensor) -> ModuleType:
+    """The module that moves the averages, as few launches as the device allows."""
+    return kernels.triton if kernels.of_device(average) is kernels.triton else lagged
 
 
 def _options(layer: SyncNorm) -> Lagged:
     assert isinstance(layer.sync_mode, LaggedAverages)
     return layer.sync_mode.options
-
-
-def _rate(updates: Tensor, rate: float) -> Tensor:
-    """The weight of the newest value; the first is taken whole, with nothing to average it with."""
-    return torch.where(updates == 0, 1.0, torch.full_like(updates, rate, dtype=torch.float64))

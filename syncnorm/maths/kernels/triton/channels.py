@@ -14,7 +14,7 @@ import triton.language as tl
 
 # Integers that would otherwise be told apart as 1, as multiples of 16, and as others.
 INTEGERS = [
-    "channels", "count", "splits", "eps", "momentum", "warmup",
+    "channels", "count", "splits", "max_drift", "rate", "eps", "momentum", "warmup",
     "r_end", "d_end", "r_steps", "d_steps",
 ]  # fmt: skip
 
@@ -185,3 +185,89 @@ def update_running(
         else:
             var = lerp(wide, m2 * reciprocal(n - 1.0), factor)
         tl.store(running_var + channel, tl.where(n > 1, var.to(old.dtype), old), inside)
+
+
+@triton.jit
+def is_finite(v):
+    """True where v is neither infinite nor NaN."""
+    return tl.abs(v) < float("inf")
+
+
+@triton.jit
+def snapshot(mean, var, gradient, out, channels, BC: tl.constexpr):
+    """[mean, m2, n, gradient means] of averages, with a count of 2."""
+    channel = tl.program_id(0) * BC + tl.arange(0, BC)
+    inside = channel < channels
+    tl.store(out + channel, tl.load(mean + channel, inside, other=0.0), inside)
+    spread = tl.load(var + channel, inside, other=0.0)
+    tl.store(out + channels + channel, spread + spread, inside)
+    rest = out + 2 * channels + 1 + channel
+    tl.store(rest, tl.load(gradient + channel, inside, other=0.0), inside)
+    second = tl.load(gradient + channels + channel, inside, other=0.0)
+    tl.store(rest + channels, second, inside)
+    if tl.program_id(0) == 0:
+        tl.store(out + 2 * channels, tl.zeros([1], tl.float64) + 2.0, tl.arange(0, 1) == 0)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def follow_moments(
+    batch, mean, var, updates, waits, eps, max_drift, rate, channels,
+    IS_RAW: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Move the averages of moments, and decide whether the layer waits; in one program."""
+    n = tl.load(batch + 2 * channels)
+    small = float64_of(eps)
+    wrong = tl.zeros([BC], tl.int32)
+    drift = tl.zeros([BC], tl.float64)
+    for start in range(0, channels, BC):
+        channel = start + tl.arange(0, BC)
+        inside = channel < channels
+        new, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
+        wrong |= tl.where(is_finite(new), tl.where(is_finite(m2), 0, 1), 1)
+        old = tl.load(mean + channel, inside, other=0.0)
+        spread = tl.load(var + channel, inside, other=0.0) + small
+        distance = tl.abs(new - old) / tl.sqrt(spread)
+        ratio = tl.abs(tl.log((m2 * reciprocal(n) + small) / spread)) / 2
+        each = tl.where(distance > ratio, distance, ratio)
+        drift = tl.where(inside, tl.where(each > drift, each, drift), drift)
+    has_fault = tl.max(wrong, 0)
+    farthest = tl.max(drift, 0)
+    number = tl.load(updates)
+    weight = tl.where(number == 0, 1.0, float64_of(rate))
+    is_new = tl.where(n > 0, 1 - has_fault, 0)
+    has_drifted = tl.where(number == 0, 0, (farthest > float64_of(max_drift)).to(tl.int32))
+    before = tl.load(waits).to(tl.int32)
+    # All threads have read what is written below.
+    tl.debug_barrier()
+    tl.store(waits, tl.where(is_new != 0, has_drifted, before | has_fault) != 0)
+    tl.store(updates, number + is_new)
+    for start in range(0, channels, BC):
+        channel = start + tl.arange(0, BC)
+        inside = (channel < channels) & (is_new != 0)
+        new, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
+        old = tl.load(mean + channel, inside, other=0.0)
+        tl.store(mean + channel, old + weight * (new - old), inside)
+        spread = tl.load(var + channel, inside, other=0.0)
+        tl.store(var + channel, spread + weight * (m2 * reciprocal(n) - spread), inside)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def follow_gradients(sums, gradient, updates, rate, channels, BC: tl.constexpr):
+    """Move the averages of gradient means; in one program."""
+    count = 2 * channels
+    n = tl.load(sums + count)
+    wrong = tl.zeros([BC], tl.int32)
+    for start in range(0, count, BC):
+        i = start + tl.arange(0, BC)
+        wrong |= tl.where(is_finite(tl.load(sums + i, i < count, other=0.0)), 0, 1)
+    number = tl.load(updates)
+    weight = tl.where(number == 0, 1.0, float64_of(rate))
+    is_new = tl.where(n > 0, 1 - tl.max(wrong, 0), 0)
+    tl.debug_barrier()
+    tl.store(updates, number + is_new)
+    for start in range(0, count, BC):
+        i = start + tl.arange(0, BC)
+        inside = (i < count) & (is_new != 0)
+        old = tl.load(gradient + i, inside, other=0.0)
+        new = tl.load(sums + i, inside, other=0.0) * reciprocal(n)
+        tl.store(gradient + i, old + weight * (new - old), inside)

@@ -17,6 +17,8 @@ from syncnorm.maths.kernels.triton.geometry import ELEMENTWISE, SUMS, Plan, Work
 _INTERPRETED = 1
 _NO_STRIDES = (0,) * 6
 _CHANNELS = 128
+# Channels that a program takes at a time that goes through all of them.
+_ALONE = 512
 _NOTHING, _GIVEN, _SCHEDULE = 0, 1, 2
 
 
@@ -205,3 +207,35 @@ def backward_input(
         n, x.shape[1], *p.sizes, *strides, *p.shape, *flat, rows.shape[0] > 3, warps=p.warps,
     )  # fmt: skip
     return dx
+
+
+def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
+    c = mean.numel()
+    out = torch.empty(4 * c + 1, dtype=torch.float64, device=mean.device)
+    programs = -(-c // _CHANNELS)
+    _launch(channels.snapshot, programs, mean.device, mean, var, gradient, out, c, _CHANNELS)
+    return out
+
+
+def follow_moments_(
+    batch: Tensor,
+    is_raw: bool,
+    mean: Tensor,
+    var: Tensor,
+    updates: Tensor,
+    waits: Tensor,
+    eps: float,
+    max_drift: float,
+    rate: float,
+) -> None:
+    _launch(
+        channels.follow_moments, 1, mean.device, batch, mean, var, updates, waits,
+        _bits(eps), _bits(max_drift), _bits(rate), mean.numel(), is_raw, _ALONE,
+    )  # fmt: skip
+
+
+def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, rate: float) -> None:
+    _launch(
+        channels.follow_gradients, 1, gradient.device, sums, gradient, updates, _bits(rate),
+        gradient.shape[1], _ALONE,
+    )  # fmt: skip

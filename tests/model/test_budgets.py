@@ -1,0 +1,168 @@
+"""What a training step costs on a GPU: launches, traffic, memory, and no look at a value.
+
+No GPU is needed: tensors of the CPU take a GPU's course, and the launches are noted in place of
+being made. Nothing on that course depends on a value.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm.comm import exchange
+from tests.as_device import as_device
+from tests.unit.budgets import Log, size_of
+
+pytest.importorskip("triton", reason="needs Triton")
+
+LAYOUTS = ["contiguous", "channels_last", "crop"]
+# For each mode launches of a layer, and bytes read and written in those of x, forward and backward.
+# Sums that several programs share take two launches. Besides: the layers' common message, and under
+# "lagged" the look at who waits.
+BUDGETS = {
+    "batch": ((4, 3), (3, 5)),
+    "none": ((4, 3), (3, 5)),
+    "running": ((4, 3), (3, 5)),
+    "lagged": ((7, 4), (3, 5)),
+}
+# Packed with its identity, sent, and its identity looked at. (A GPU keeps the "full", and makes no
+# launch of a "scalar_tensor".)
+MESSAGE = ["full", "cat", "allreduce_", "remainder", "eq", "scalar_tensor", "where"]
+# Of an H100.
+PROCESSORS = 132
+
+
+class Cost(NamedTuple):
+    launches: list[str]
+    """Kernels and operators, those of messages left out."""
+    messages: list[str]
+    """The operators of messages."""
+    traffic: float
+    """Bytes read and written, in those of x."""
+    largest: float
+    """The largest tensor made besides the result, likewise."""
+
+
+class _Counter:
+    """Counts the launches of a block, by the kernels of Triton and by operators."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._log = Log("cpu")
+        self._kernels: list[str] = []
+        self._bytes = 0
+        self._messages: list[str] = []
+        self._stack: Any = None
+
+    def __enter__(self) -> _Counter:
+        from syncnorm.maths.kernels.triton import launch
+
+        sum_, start_sum = exchange.sum_, exchange.start_sum
+        self._stack = [
+            mock.patch.object(launch, "_launch", self._launch),
+            mock.patch.object(launch, "_processors", return_value=PROCESSORS),
+            mock.patch.object(exchange, "sum_", lambda *a: self._message(sum_, *a)),
+            mock.patch.object(exchange, "start_sum", lambda *a: self._message(start_sum, *a)),
+            self._log,
+        ]
+        for each in self._stack:
+            each.__enter__()
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        for each in reversed(self._stack):
+            each.__exit__(*args)
+
+    def _launch(self, kernel: Any, programs: int, of: Any, *args: Any, warps: int = 4) -> None:
+        self._kernels.append(kernel.__name__)
+        self._bytes += sum(size_of(t) for t in args if isinstance(t, Tensor))
+
+    def _message(self, send: Any, *args: Any) -> Any:
+        before = len(self._log.names)
+        result = send(*args)
+        self._messages += self._log.names[before:]
+        del self._log.names[before:]
+        return result
+
+    def cost(self) -> Cost:
+        assert "_local_scalar_dense" not in self._log.names, "a value was looked at"
+        return Cost(
+            self._kernels + self._log.names,
+            self._messages,
+            (self._bytes + self._log.bytes) / self._x.nbytes,
+            self._log.largest / self._x.nbytes,
+        )
+
+
+def _costs(
+    sync: str, is_renorm: bool, dtype: torch.dtype, how: str, masked: bool, count: int
+) -> tuple[Cost, Cost]:
+    """The costs of a second step of a model of `count` layers, forward and backward."""
+    layers = [
+        SyncBatchRenorm(64, schedule=RenormSchedule(), sync=sync)
+        if is_renorm
+        else SyncBatchNorm(64, sync=sync)
+        for _ in range(count)
+    ]
+    model = prepare_ddp(_Body(layers))
+    x = torch.zeros(32, 64, 56, 56, dtype=dtype)
+    if how == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif how == "crop":
+        x = torch.zeros(32, 64, 58, 58, dtype=dtype)[:, :, 1:-1, 1:-1]
+    mask = torch.ones(32, 1, 56, 56) if masked else None
+    if sync == "lagged":
+        # Not in its first steps, in which it waits.
+        for layer in layers:
+            layer.lagged_waits.fill_(False)
+            layer.lagged_updates.fill_(1)
+    with as_device("triton"):
+        for _ in range(2):
+            xs = [x.detach().requires_grad_() for _ in layers]
+            gs = [torch.zeros_like(x) for _ in layers]
+            model.zero_grad()
+            with _Counter(x) as forward:
+                ys = model(xs, mask)
+            with _Counter(x) as backward:
+                torch.autograd.backward(ys, gs)
+    return forward.cost(), backward.cost()
+
+
+class _Body(nn.Module):
+    """Layers side by side."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, xs: list[Tensor], mask: Tensor | None) -> list[Tensor]:
+        return [layer(x, mask) for layer, x in zip(self.layers, xs, strict=True)]
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
+@pytest.mark.parametrize("sync", ["batch", "running", "none", "lagged"])
+def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
+    """By the difference of a model of three layers and one of a single layer."""
+    one, three = (
+        pool(2).run(_costs, sync, is_renorm, dtype, how, masked, count)[0] for count in (1, 3)
+    )
+    of_mask = 4 / (64 * dtype.itemsize)
+    for small, large, most, floor in zip(one, three, *BUDGETS[sync], strict=True):
+        names = Counter(large.launches) - Counter(small.launches)
+        assert names.total() <= 2 * most, names
+        assert (large.traffic - small.traffic) / 2 <= floor + 0.1 + of_mask
+        # The output and the gradient of the input; none besides.
+        assert max(small.largest, large.largest) <= 1
+        if sync in ("batch", "none"):
+            assert Counter(small.launches).total() <= most
+    if sync == "batch":
+        assert one[0].messages == one[1].messages == MESSAGE
