@@ -31,6 +31,7 @@ _ALLOCATIONS = {
 # They write their first argument without reading it.
 _OVERWRITES = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 _REDUCTIONS = {"sum", "mean", "var", "var_mean", "std", "prod", "linalg_vector_norm", "norm"}
+_JOINS = {"cat", "stack"}
 # native_batch_norm in evaluation mode copies the mean and makes 1 / std in launches of their own:
 # native/cuda/Normalization.cu, batch_norm_cuda_out.
 _MORE_LAUNCHES = {"native_batch_norm": 2}
@@ -81,6 +82,9 @@ class Log(TorchDispatchMode):
             return result
         self.names.append(name)
         self.launches += 1 + len(hidden) + _MORE_LAUNCHES.get(name, 0)
+        if name in _JOINS and any(t.dtype != results[0].dtype for t in inputs):
+            # native/cuda/Shape.cu, cat_out_cuda: a copy for each where types differ.
+            self.launches += len(inputs) - 1
         read = inputs[1:] if name in _OVERWRITES else inputs
         # Each hidden copy is written, and read in place of the input, which was read for it.
         self.bytes += sum(map(size_of, [*read, *results])) + 2 * sum(hidden)

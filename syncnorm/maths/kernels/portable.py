@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ _PIVOT_SAMPLES = 8
 # one by one.
 _RUN, _RUN_ROWS = 1024, 256
 # A slice has at least so many elements. A tensor is cut into so many slices that temporaries are
-# smaller than it is: few for one or two of them, more for the traced kernels.
+# no larger than it is: few for two of them, more for the traced kernels.
 _SLICE = 1 << 18
 _FEW, _SLICES = 4, 16
 
@@ -70,8 +70,7 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
     y = torch.empty_like(x)
     if x.device.type in _HAVE_OPERATORS:
-        affine = torch.stack([mean, scale, shift, torch.ones_like(mean)]).to(_wide_dtype(x))
-        _affine_into_(y, x, *affine.unbind())
+        _affine_into_(y, x, *_wide([mean, scale, shift, torch.ones_like(mean)], x))
     else:
         for out, part in _slices(y, x):
             out.copy_(traced.normalize(part, mean, scale, shift))
@@ -132,20 +131,20 @@ def backward_input(
         for out, part, g, w in _slices(grad_input, x, grad_output, mask):
             out.copy_(traced.backward_input(g, part, mean, scale, a, b, w))
         return grad_input
-    wide = _wide_dtype(x)
-    a, b = (torch.stack([a, b]) * -scale).unbind()
+    wide, minus = _wide_dtype(x), -scale
     mask = None if mask is None else mask.to(wide)
     if x.dtype not in _HALF:
-        *affine, factor = torch.stack([mean, b, a, torch.ones_like(mean), scale]).to(wide).unbind()
+        *affine, factor = _wide([mean, b * minus, a * minus, torch.ones_like(mean), scale], x)
         _affine_into_(grad_input, x, *affine)
         if mask is not None:
             grad_input *= mask
         return grad_input.addcmul_(grad_output, _facing(factor, x))
-    slope = b.to(wide)
+    slope = (b * minus).to(wide)
     # With the rounded slope, so that a large mean is taken off exactly.
-    shift = torch.addcmul(a, slope, mean, value=-1).to(wide)
-    slope, shift, factor = (_facing(c, x) for c in (slope, shift, scale.to(wide)))
-    for out, part, g, w in _slices(grad_input, x, grad_output, mask, most=_FEW):
+    shift = torch.addcmul(a * minus, slope, mean, value=-1)
+    slope, shift, factor = (_facing(c, x) for c in (slope, *_wide([shift, scale], x)))
+    # Two slices: a float32 one is as large as x.
+    for out, part, g, w in _slices(grad_input, x, grad_output, mask, most=2):
         t = torch.addcmul(shift, part, slope)
         if w is not None:
             t *= w
@@ -157,6 +156,11 @@ def backward_input(
 def _wide_dtype(x: Tensor) -> torch.dtype:
     """The type that the arithmetic is done in: at least float32."""
     return torch.float32 if x.dtype in _HALF else x.dtype
+
+
+def _wide(coefficients: list[Tensor], x: Tensor) -> Sequence[Tensor]:
+    """(C,) coefficients in the type of the arithmetic, converted in one call."""
+    return torch.stack(coefficients).to(_wide_dtype(x)).unbind()
 
 
 def _facing(c: Tensor, x: Tensor) -> Tensor:
