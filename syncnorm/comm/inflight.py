@@ -108,7 +108,7 @@ class InFlight:
         self.diagnose: Callable[[BaseException], str] | None = None
         """In debug mode: gives all ranks the same message after an error."""
         self._is_over = False
-        self._done: torch.cuda.Event | None = None
+        self._done: torch.Event | None = None
         _recent.append(self)
         if _watchdog.thread is None:
             _watchdog.start()

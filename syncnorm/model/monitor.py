@@ -173,10 +173,10 @@ class _Layout(NamedTuple):
     """Number of each layer's channels, (L,)."""
     owner: Tensor
     """The layer of each channel, (T,)."""
-    index: Tensor
+    places: Tensor
     """The channels of each layer, (L, max C), padded with 0."""
     is_own: Tensor
-    """False where `index` is padded."""
+    """False where `places` is padded."""
 
     @classmethod
     @functools.lru_cache(maxsize=8)  # made on the host: to copy it would wait for the device
@@ -184,9 +184,9 @@ class _Layout(NamedTuple):
         channels = torch.tensor(sizes)
         position = torch.arange(max(sizes))
         first, is_own = channels.cumsum(0) - channels, position < channels.unsqueeze(1)
-        index = torch.where(is_own, first.unsqueeze(1) + position, 0)
+        places = torch.where(is_own, first.unsqueeze(1) + position, 0)
         owner = torch.arange(len(sizes)).repeat_interleave(channels)
-        return cls(*(t.to(device) for t in (channels, owner, index, is_own)))
+        return cls(*(t.to(device) for t in (channels, owner, places, is_own)))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the channels of each layer, (..., T) -> (..., L).
@@ -194,7 +194,7 @@ class _Layout(NamedTuple):
         Gathers into a padded (..., L, max C): a scatter-add on CUDA would not give the same bits on
         all workers.
         """
-        return torch.where(self.is_own, values[..., self.index], 0.0).sum(-1)
+        return torch.where(self.is_own, values[..., self.places], 0.0).sum(-1)
 
 
 @functools.lru_cache(maxsize=8)

@@ -49,7 +49,7 @@ class PendingNotes:
         rank, self._world_size = setup.workers.rank, setup.workers.world_size
         size = 1 + self._world_size * (2 if setup.shared_buffers else 1)
         self._loss = loss  # kept: another stream reads it
-        self._copied: torch.cuda.Event | None = None
+        self._copied: torch.Event | None = None
         with _aside(loss.device):
             payload = torch.zeros(size, dtype=torch.float64, device=loss.device)
             # Filled rather than assigned: that would copy a number from the host, and wait.
@@ -69,20 +69,17 @@ class PendingNotes:
         Raises:
             ExchangeError: they broke, or the workers are in different exchanges; then on all.
         """
-        stops, *numbers = self._wait().tolist()
-        losses, checksums = numbers[: self._world_size], numbers[self._world_size :]
-        return Notes(losses, stops > 0, len(set(checksums)) == 1)
-
-    def _wait(self) -> Tensor:
-        if self._copied is not None:
+        if self._copied is None:
+            self._numbers = self._pending.wait()
+        else:
             self._copied.synchronize()
-            return self._numbers
-        numbers = self._pending.wait()
         if self._pending.mixed is not None:
             group = groups.statistics_group()
             assert group is not None, "an exchange was made"
             exchange.raise_mixed(self._pending.mixed, group)
-        return numbers
+        stops, *numbers = self._numbers.tolist()
+        losses, checksums = numbers[: self._world_size], numbers[self._world_size :]
+        return Notes(losses, stops > 0, len(set(checksums)) == 1)
 
 
 def _aside(device: torch.device) -> AbstractContextManager[object]:
