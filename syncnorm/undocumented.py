@@ -160,6 +160,11 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
     return None if options is None else options._timeout
 
 
+def backend_for(group: dist.ProcessGroup, device: torch.device) -> str:
+    """The name of the backend by which `group` sends tensors of `device`, such as "nccl"."""
+    return group._get_backend(device).name()
+
+
 def group_of_name(name: str) -> dist.ProcessGroup:
     """The group whose `group_name` this is, as torch's collectives in compiled code find it."""
     return _resolve_process_group(name)  # pyright: ignore[reportArgumentType, reportReturnType]

@@ -108,22 +108,25 @@ class InFlight:
         self.diagnose: Callable[[BaseException], str] | None = None
         """In debug mode: gives all ranks the same message after an error."""
         self._is_over = False
-        self._done: torch.cuda.Event | None = None
+        self._done: torch.Event | None = None
         _recent.append(self)
         if _watchdog.thread is None:
             _watchdog.start()
 
     def finish(self, message: Tensor) -> None:
-        """Mark it as over; on CUDA, once the device has come to this point of the stream."""
-        if message.is_cuda:
-            self._done = torch.cuda.Event()
-            self._done.record()
+        """Mark it as over; on CUDA, once the message's device has come to this point."""
+        # The event of a captured graph tells nothing: each replay sends anew.
+        if message.is_cuda and not torch.cuda.is_current_stream_capturing():
+            self._done = torch.cuda.current_stream(message.device).record_event()
         self._is_over, self.work, self.diagnose = True, None, None
 
     @property
     def is_over(self) -> bool:
-        if self._done is not None:
-            return self._done.query()
+        done = self._done  # read once: the watchdog's thread may clear it meanwhile
+        if done is not None:
+            if not done.query():
+                return False
+            self._done = None
         return self._is_over or (self.work is not None and self.work.is_completed())
 
     def is_old(self) -> bool:
@@ -178,7 +181,7 @@ def last_exchanges() -> str:
 
 
 def _is_under_way(flight: InFlight) -> bool:
-    # The event of a captured graph cannot be asked.
+    # A device that has failed cannot be asked.
     with contextlib.suppress(RuntimeError):
         return not flight.is_over
     return False

@@ -10,6 +10,7 @@ Shapes: L layers have T channels together, a layer has C. "By channel" is (..., 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -28,7 +29,6 @@ from syncnorm.statistics.flat import device_of, zeros
 
 Figures = dict[str, float | None]
 _NAMES = ("count", "between_share", "mean_gap", "var_gap", "r_clipped", "d_clipped")
-_UNBOUNDED = torch.full((), math.inf, dtype=torch.float64)
 
 
 def monitor(model: nn.Module) -> Monitor:
@@ -84,7 +84,7 @@ class Monitor:
         *Collectives*: one all-reduce of 3C + 8 float64 numbers for each layer, all layers in one
         message (one for each process group, if they have several), in any mode. Every worker must
         call. It is not counted. All get the same numbers, but for the seconds, which are each
-        worker's own.
+        worker's own. On CUDA the device is waited for once.
 
         Returns:
             Plain numbers, ready for JSON, None where there is none (before a layer's first training
@@ -104,10 +104,18 @@ class Monitor:
         totals = self._tally.take()
         # The monitor's own exchanges are no part of the training.
         totals.pop("monitor", None)
-        figures: dict[str, Figures] = {}
-        for group, some in _by_group(layers):
-            figures.update(zip(some, _figures(list(some.values()), group), strict=True))
-        return {"layers": {name: figures[name] for name in layers}, "exchanges": _summary(totals)}
+        return {"layers": _read(layers), "exchanges": _summary(totals)}
+
+
+def _read(layers: dict[str, SyncNorm]) -> dict[str, Figures]:
+    """The figures of each layer, by name."""
+    grouped = _by_group(layers)
+    tables = [_figures(list(some.values()), group) for group, some in grouped]
+    # (L, 6) of all groups together: one wait for the device.
+    rows = torch.cat([t.to(tables[0].device) for t in tables]).tolist() if tables else []
+    names = (name for _, some in grouped for name in some)
+    figures = dict(zip(names, rows, strict=True))
+    return {name: _applicable(layer, figures[name]) for name, layer in layers.items()}
 
 
 def _summary(totals: dict[str, exchange.Total]) -> dict[str, Any]:
@@ -142,7 +150,7 @@ class _LastForward(NamedTuple):
     d_max: Tensor
 
     @classmethod
-    def of(cls, layer: SyncNorm) -> _LastForward:
+    def of(cls, layer: SyncNorm, unbounded: Tensor) -> _LastForward:
         # A layer without a training forward counts as one with an empty batch.
         sums, batch, correction = layer.seen or _nothing(layer)
         if correction is not None:
@@ -150,7 +158,7 @@ class _LastForward(NamedTuple):
         mean, var = layer.running_mean, layer.running_var
         if mean is None or var is None:
             mean, var = batch.mean, batch.var
-        return cls(sums, batch, mean, var, _UNBOUNDED, _UNBOUNDED)
+        return cls(sums, batch, mean, var, unbounded, unbounded)
 
 
 def _nothing(layer: SyncNorm) -> Seen:
@@ -165,11 +173,20 @@ class _Layout(NamedTuple):
     """Number of each layer's channels, (L,)."""
     owner: Tensor
     """The layer of each channel, (T,)."""
+    places: Tensor
+    """The channels of each layer, (L, max C), padded with 0."""
+    is_own: Tensor
+    """False where `places` is padded."""
 
     @classmethod
-    def of(cls, layers: list[SyncNorm], device: torch.device) -> _Layout:
-        channels = torch.tensor([layer.num_features for layer in layers], device=device)
-        return cls(channels, torch.arange(len(layers), device=device).repeat_interleave(channels))
+    @functools.lru_cache(maxsize=8)  # made on the host: to copy it would wait for the device
+    def of(cls, sizes: tuple[int, ...], device: torch.device) -> _Layout:
+        channels = torch.tensor(sizes)
+        position = torch.arange(max(sizes))
+        first, is_own = channels.cumsum(0) - channels, position < channels.unsqueeze(1)
+        places = torch.where(is_own, first.unsqueeze(1) + position, 0)
+        owner = torch.arange(len(sizes)).repeat_interleave(channels)
+        return cls(*(t.to(device) for t in (channels, owner, places, is_own)))
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over the channels of each layer, (..., T) -> (..., L).
@@ -177,36 +194,39 @@ class _Layout(NamedTuple):
         Gathers into a padded (..., L, max C): a scatter-add on CUDA would not give the same bits on
         all workers.
         """
-        position = torch.arange(int(self.channels.max()), device=values.device)
-        first, is_own = (
-            self.channels.cumsum(0) - self.channels,
-            position < self.channels.unsqueeze(1),
-        )
-        index = torch.where(is_own, first.unsqueeze(1) + position, 0)
-        return torch.where(is_own, values[..., index], 0.0).sum(-1)
+        return torch.where(self.is_own, values[..., self.places], 0.0).sum(-1)
 
 
-def _figures(layers: list[SyncNorm], group: groups.Group | None) -> list[Figures]:
-    """The figures of each layer, from one exchange for all of them; all None for fake tensors."""
+@functools.lru_cache(maxsize=8)
+def _constants(facts: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
+    """The columns of a table of numbers, in float64."""
+    return torch.tensor(facts, dtype=torch.float64, device=device).unbind(1)
+
+
+def _figures(layers: list[SyncNorm], group: groups.Group | None) -> Tensor:
+    """The figures of each layer, (L, 6) in the order of _NAMES, from one exchange for all of them.
+
+    NaN for fake tensors.
+    """
     if observed.is_fake(layers[0]):
-        return [dict.fromkeys(_NAMES) for _ in layers]
+        return torch.full((len(layers), len(_NAMES)), math.nan, dtype=torch.float64)
     device = device_of(layers[0])
-    layout = _Layout.of(layers, device)
-    facts = [
-        (layer.eps, not layer.sync_mode.normalizes_by_batch, layer.seen is not None)
+    layout = _Layout.of(tuple(layer.num_features for layer in layers), device)
+    facts = tuple(
+        (layer.eps, float(not layer.sync_mode.normalizes_by_batch), float(layer.seen is not None))
         for layer in layers
-    ]
-    eps, is_lagged, has_seen = torch.tensor(facts, dtype=torch.float64, device=device).unbind(1)
+    )
+    eps, is_lagged, has_seen = _constants(facts, device)
+    unbounded = torch.full((), math.inf, dtype=torch.float64, device=device)
     # (3, T) and (8, L)
     by_channel, by_layer = _local_summands(
-        [_LastForward.of(layer) for layer in layers], has_seen, eps, layout
+        [_LastForward.of(layer, unbounded) for layer in layers], has_seen, eps, layout
     )
     message = torch.cat([by_channel.flatten(), by_layer.flatten()])
     by_channel, by_layer = exchange.sum_(message, group, "monitor").split(
         [by_channel.numel(), by_layer.numel()]
     )
-    table = _pooled(by_channel.view(3, -1), by_layer.view(8, -1), eps, is_lagged > 0, layout)
-    return [_applicable(layer, row) for layer, row in zip(layers, table.tolist(), strict=True)]
+    return _pooled(by_channel.view(3, -1), by_layer.view(8, -1), eps, is_lagged > 0, layout)
 
 
 def _local_summands(

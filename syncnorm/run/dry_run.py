@@ -63,7 +63,8 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     check_fits(need, free, 0)
     setup = make_setup(config, workers, data, total_steps, model=model)
     setup.ddp.register_comm_hook(None, _return_bucket)
-    indices = epoch_order(len(data.train), config.train.seed, 1)[: config.train.global_batch]
+    order = epoch_order(len(data.train), config.train.seed, 1)
+    indices = order[: config.train.global_batch].to(workers.device)
     tally = exchange.Tally()
     before = _peak(workers)
     started = time.perf_counter()

@@ -217,6 +217,15 @@ def set_for_children() -> None:
         os.environ.setdefault(name, value)
 
 
+def set_for_nccl() -> None:
+    """Have NCCL launch in the order of this process's calls; the user's own setting stays.
+
+    Statistics and gradients have a communicator each, and their sums overlap in a backward pass.
+    NCCL (2.26 and later) reads the variable at its first launch.
+    """
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
+
+
 def set_for_workers(run_folder: Path) -> None:
     """Set the variables for the workers that this process starts; the user's own stay."""
     set_for_children()

@@ -10,13 +10,15 @@ from syncnorm.errors import ConfigError
 
 # Messages of gloo, the store and NCCL on a worker whose peer is gone or does not come, then those
 # of debug mode. Not NCCL's errors of the machine itself (ncclSystemError, ncclUnhandledCudaError,
-# out of memory).
+# out of memory). A lost peer may come as any kind of NCCL error: its "Last error" tells.
 _PEER_LOSS_MESSAGES = (
     "DistNetworkError: ",
     "DistStoreError: ",
     "Connection closed by peer",
+    "Connection closed by remote peer",
     "Connection reset by peer",
     "Connection refused",
+    "failed : Broken pipe",
     "remote process exited",
     "Timed out waiting",
     "communicator was aborted",

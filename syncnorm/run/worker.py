@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.env import Launched
+from syncnorm.run.env import Launched, set_for_nccl
 from syncnorm.run.folder import (
     RESUMABLE,
     Exit,
@@ -145,6 +145,7 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     device = choose_device(wanted_device, *local)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        set_for_nccl()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
     if dist.is_initialized():  # by Ray

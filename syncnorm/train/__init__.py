@@ -4,11 +4,13 @@ A run goes through the files in this order:
 
     config/       file.py reads YAML (strict_yaml.py) and overrides, schema.py checks every key,
                   messages.py writes the errors; callables.py imports code that a key names
-    setup.py      builds a `Setup`: data set, model (models.py, norm.py), DDP, optimizer (optim.py)
+    setup.py      builds a `Setup`: data set, model (models.py, norm.py), DDP, optimizer (optim.py),
+                  the moving average (average.py)
     memory.py     refuses a step that would not fit into memory
     placement.py  cuts a step: which samples this worker has, and who shares a statistic
     data/         datasets.py holds the images and their order, augment.py changes them
-    step.py       one optimizer step: `training_step`, from forward to the new parameters
+    step.py       one optimizer step: `training_step`, from forward to the new parameters; notes.py
+                  are what the workers tell each other of it
     loop.py       `train`: epochs of steps, evaluation, checkpoints, until the end or a stop
     checkpoint/   capture.py gathers the state and restores it, saver.py writes in the background,
                   store.py keeps the folders, snapshot.py is the format of one

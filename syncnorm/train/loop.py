@@ -166,6 +166,7 @@ def _train_epoch(run: Run) -> bool:
     """Train on the rest of an epoch and evaluate; False if some worker is asked to stop."""
     progress, train = run.progress, run.config.train
     order = epoch_order(len(run.data.train), train.seed, progress.epoch)  # (N,)
+    order = order.to(run.workers.device)
     batches = order.split(train.global_batch)
     for indices in batches[progress.step_in_epoch :]:
         result, lr = take_step(run, indices)

@@ -4,8 +4,9 @@
          + parameters * (value + gradient + what optimizer and average keep)
          + samples in a forward * bytes per sample
 
-Bytes per sample are those that a forward of a few samples saves for its backward pass. On a CPU the
-process counts, and is the greatest part with small networks; on a GPU it lies elsewhere.
+Bytes per sample are those that a forward of a few samples saves for its backward pass; on a GPU
+those by which the peak of both passes grows, if that is more. On a CPU the process counts, and is
+the greatest part with small networks; on a GPU it lies elsewhere.
 """
 
 import copy
@@ -40,7 +41,8 @@ class Need:
     Args:
         process: interpreter, libraries and data set, before there is a model.
         fixed: parameters, gradients, states of the optimizer, moving average.
-        per_sample: saved by a forward for its backward pass, for each sample.
+        per_sample: kept by a forward for its backward pass, for each sample; on a GPU also what
+            both passes need besides.
         samples: number in the largest forward of any worker.
     """
 
@@ -128,13 +130,16 @@ def estimate(config: Config, workers: Workers, data: Dataset, model: nn.Module) 
     images = data.standardise(
         data.train.images[:_TRIAL_SAMPLES], getattr(torch, config.train.dtype)
     )
-    saved = 0
+    per_sample = 0
     trial = _trial_copy(model)
     if trial is not None:
-        with torch.random.fork_rng(devices=[]):
+        is_cuda = workers.device.type == "cuda"
+        with torch.random.fork_rng(devices=[workers.device] if is_cuda else []):
             labels = data.train.labels[:_TRIAL_SAMPLES]
-            saved = _saved_bytes(trial, images, labels, data.num_classes)
-    return Need(process, fixed, saved // len(images), _most_samples(config, workers.world_size))
+            per_sample = _saved_bytes(trial, images, labels, data.num_classes) // len(images)
+            if is_cuda:
+                per_sample = max(per_sample, _peak_growth(trial, images, labels))
+    return Need(process, fixed, per_sample, _most_samples(config, workers.world_size))
 
 
 def _trial_copy(model: nn.Module) -> nn.Module | None:
@@ -174,6 +179,25 @@ def _saved_bytes(model: nn.Module, images: Tensor, labels: Tensor, num_classes: 
         loss = F.cross_entropy(logits, labels, reduction="sum")
         del loss
     return sum(seen.values())
+
+
+def _peak_growth(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """Measure by how much a sample more lifts the peak of a step on a CUDA device, in bytes."""
+    half = len(images) // 2
+    if not half:
+        return 0
+    # What the first passes make to keep, such as the libraries' work space, is in neither.
+    _peak(model, images, labels)
+    less, more = _peak(model, images[:half], labels[:half]), _peak(model, images, labels)
+    return (more - less) // (len(images) - half)
+
+
+def _peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    before = torch.cuda.memory_allocated(images.device)
+    torch.cuda.reset_peak_memory_stats(images.device)
+    F.cross_entropy(model(images), labels, reduction="sum").backward()
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(images.device) - before
 
 
 def _check_logits(logits: object, count: int, num_classes: int) -> None:

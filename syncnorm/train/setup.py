@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from syncnorm import prepare_ddp
 from syncnorm.comm import groups
@@ -24,6 +23,7 @@ from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
+from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
@@ -59,7 +59,7 @@ class Setup:
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
-    average: AveragedModel | None
+    average: MovingAverage | None
     layers: list[SyncNorm]
     statistic_groups: StatisticGroups | None
     shared_buffers: SharedBuffers
@@ -215,9 +215,7 @@ def make_setup(
     statistic_groups = _attach_statistic_groups(config, model)
     average = None
     if train.ema is not None:
-        average = AveragedModel(
-            model, multi_avg_fn=get_ema_multi_avg_fn(train.ema), use_buffers=True
-        )
+        average = MovingAverage(model, train.ema)
     if train.compile:
         model.compile()
     ddp = DistributedDataParallel(

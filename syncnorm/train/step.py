@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import accumulate
-from syncnorm.comm import exchange, groups
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.datasets import Dataset, Split
+from syncnorm.train.notes import Notes, PendingNotes
 from syncnorm.train.placement import Placement
 from syncnorm.train.setup import Setup, seed_random, step_seed
 
@@ -32,7 +32,8 @@ class StepBatch:
     """The samples of one step, on all workers together.
 
     Args:
-        indices: of the training set, (N,), in the order that the configuration fixes.
+        indices: of the training set, (N,), in the order that the configuration fixes. On the data's
+            device, so that no step waits for a copy.
         epoch: from 1.
         step: of the run, from 1.
     """
@@ -62,19 +63,6 @@ class StepResult:
     def loss(self) -> float:
         """Mean over the samples of the step."""
         return math.fsum(self.losses)
-
-
-@dataclass(frozen=True)
-class _Notes:
-    """The workers' notes of a step, gathered: the losses and the stop flag, as in `StepResult`.
-
-    Args:
-        are_alike: True if the shared buffers have the same types and shapes on all workers.
-    """
-
-    losses: list[float]
-    stop: bool
-    are_alike: bool
 
 
 def training_step(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
@@ -110,7 +98,7 @@ def training_step(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> 
     return StepResult(notes.losses, grad_norm, notes.stop, was_taken)
 
 
-def _compute_gradient(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> _Notes:
+def _compute_gradient(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> Notes:
     """Run this worker's forwards and backwards; DDP sums the gradients during the last backward."""
     placement = setup.placement(len(batch.indices))
     loss = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
@@ -122,12 +110,12 @@ def _compute_gradient(setup: Setup, data: Dataset, batch: StepBatch, stop: bool)
                 share = _loss_share(setup, data, batch, placement, parts)
                 loss += share.detach()
                 if is_last:  # the notes travel while the backward pass runs
-                    pending = _start_notes(loss, stop, setup)
+                    pending = PendingNotes(setup, loss, stop)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
                 Shard.scaled_losses += 1
                 (share * setup.workers.world_size).backward()
     assert pending is not None
-    return _finish_notes(pending, setup.workers.world_size)
+    return pending.read()
 
 
 def _one_update(setup: Setup, placement: Placement) -> AbstractContextManager[Any]:
@@ -157,40 +145,16 @@ def load_images(
 ) -> tuple[Tensor, Tensor]:
     """Gather a forward's images (n, C, H, W), standardised and augmented, and its labels (n,)."""
     config, indices = setup.config, torch.cat([batch.indices[part] for part in parts])
-    indices = indices.to(setup.workers.device)
     images = data.standardise(data.train.images[indices], getattr(torch, config.train.dtype))
     images = augment(images, indices, config.data.augment, config.train.seed, batch.epoch)
     return images, data.train.labels[indices]
 
 
-def _start_notes(loss: Tensor, stop: bool, setup: Setup) -> exchange.Pending:
-    """Start the sum of the workers' notes.
-
-    The payload is float64: the stop flag, a loss for each rank and, if the model has buffers of its
-    own, a checksum of their layout for each rank. Each worker fills in its own numbers.
-    """
-    rank, world_size = setup.workers.rank, setup.workers.world_size
-    size = 1 + world_size * (2 if setup.shared_buffers else 1)
-    payload = torch.zeros(size, dtype=torch.float64, device=loss.device)
-    payload[0] = stop
-    payload[1 + rank] = loss
-    if setup.shared_buffers:
-        payload[1 + world_size + rank] = setup.shared_buffers.layout_checksum()
-    return exchange.start_sum(payload, groups.statistics_group(), "notes")
-
-
-def _finish_notes(pending: exchange.Pending, world_size: int) -> _Notes:
-    stops, *numbers = pending.wait().tolist()
-    if pending.mixed is not None:
-        group = groups.statistics_group()
-        assert group is not None, "an exchange was made"
-        exchange.raise_mixed(pending.mixed, group)
-    losses, checksums = numbers[:world_size], numbers[world_size:]
-    return _Notes(losses, stops > 0, len(set(checksums)) == 1)
-
-
 def _clip(setup: Setup) -> float | None:
-    """Clip the gradient's norm, which is the same on all workers."""
+    """Clip the gradient's norm, which is the same on all workers.
+
+    The host waits for the backward pass: the norm decides whether the optimizer steps.
+    """
     bound = setup.config.train.clip
     if bound is None:
         return None

@@ -26,7 +26,7 @@ from syncnorm.run.doctor import (
     exit_status,
     render,
 )
-from syncnorm.run.env import Tuning, read_tuning
+from syncnorm.run.env import Tuning, read_tuning, set_for_nccl
 from syncnorm.run.loopback import try_loopback
 
 GIB = 2**30
@@ -188,3 +188,12 @@ def test_the_environment(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     assert (read_tuning().is_under_torchrun, read_tuning().shares_store) == (True, False)
+
+
+def test_nccl_launches_in_order_unless_the_user_says_otherwise(monkeypatch):
+    for given, expected in (("0", "0"), (None, "1")):
+        monkeypatch.setenv("NCCL_LAUNCH_ORDER_IMPLICIT", given or "")
+        if given is None:
+            monkeypatch.delenv("NCCL_LAUNCH_ORDER_IMPLICIT")
+        set_for_nccl()
+        assert os.environ["NCCL_LAUNCH_ORDER_IMPLICIT"] == expected

@@ -33,7 +33,15 @@ SETUP = (
     "store by key '0', but store->get('0') got error: wait timeout after 90000ms, keys: "
     "/default_pg/0//cuda//0"
 )
-NCCL = [ABORTED, WATCHDOG, REMOTE, SETUP, "RuntimeError: NCCL communicator was aborted."]
+# As an error of NCCL's own, by NVIDIA/nccl issues 795 and 1514.
+INTERNAL = (
+    "DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:1275, internal error, NCCL version "
+    "2.14.3\nncclInternalError: Internal check failed.\nLast error:\n"
+)
+CLOSED = f"{INTERNAL}socketProgress: Connection closed by remote peer host<50260>"
+PIPE = f"{INTERNAL}Call to recv from 10.0.0.7<58355> failed : Broken pipe"
+ABORT = "RuntimeError: NCCL communicator was aborted."
+NCCL = [ABORTED, WATCHDOG, REMOTE, SETUP, CLOSED, PIPE, ABORT]
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def test_the_first_failure_is_the_cause(failure):
 
 
 @pytest.mark.parametrize("echo_timestamp", [99, 100])
-@pytest.mark.parametrize("echo", [GLOO, *NCCL], ids=lambda echo: echo[:60])
+@pytest.mark.parametrize("echo", [GLOO, *NCCL], ids=lambda echo: echo[-60:])
 def test_a_lost_peer_is_not_the_cause(failure, echo, echo_timestamp):
     error = ChildFailedError(
         "x", {0: failure(0, 1, echo, echo_timestamp), 1: failure(1, 1, "KeyError: 'k'", 100)}
@@ -82,8 +90,16 @@ def test_an_abort_without_a_word_is_the_cause_only_of_what_lost_its_peer(failure
     assert found.is_loss
 
 
-def test_a_fault_of_the_machine_that_nccl_tells_is_no_echo(failure):
-    own = "DistBackendError: NCCL error in: NCCLUtils.cpp:93, unhandled cuda error, NCCL version 2.27.5"
+@pytest.mark.parametrize(
+    "own",
+    [
+        "DistBackendError: NCCL error in: NCCLUtils.cpp:93, unhandled cuda error, NCCL version "
+        "2.27.5",
+        f"{INTERNAL}Duplicate GPU detected : rank 0 and rank 1 both on CUDA device 1000",
+    ],
+    ids=["cuda", "duplicate"],
+)
+def test_a_fault_of_the_machine_that_nccl_tells_is_no_echo(failure, own):
     error = ChildFailedError("x", {0: failure(0, 1, REMOTE, 99), 1: failure(1, 1, own, 100)})
     assert root_cause(error).reason == f"worker 1 failed: {own}"
 
@@ -97,7 +113,7 @@ def test_a_kill_is_the_cause_and_the_launchers_own_signal_is_not(failure):
     assert root_cause(ChildFailedError("x", failures)).reason == "worker 2 was killed by SIGKILL"
 
 
-@pytest.mark.parametrize("echo", [GLOO, STORE, STORE_TIMEOUT, *NCCL], ids=lambda echo: echo[:60])
+@pytest.mark.parametrize("echo", [GLOO, STORE, STORE_TIMEOUT, *NCCL], ids=lambda echo: echo[-60:])
 def test_a_lost_peer_is_told_and_tried_again_if_nothing_else_is_known(failure, echo):
     found = root_cause(ChildFailedError("x", {0: failure(0, 1, echo)}))
     assert found.reason == f"worker 0 failed: {echo}"

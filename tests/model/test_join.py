@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import SyncBatchNorm, debug, join, monitor, prepare_ddp, reference, scale_loss
+from syncnorm import (
+    SyncBatchNorm,
+    debug,
+    join,
+    monitor,
+    prepare_ddp,
+    reference,
+    scale_loss,
+    undocumented,
+)
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
@@ -261,9 +270,15 @@ def _refused(kind: str) -> str:
         4, sync="lagged" if kind == "lagged" else "batch", process_group=lone or group
     )
     model = prepare_ddp(nn.Sequential(layer))
+    if "ddp" in kind:
+        model = DistributedDataParallel(model)
     try:
-        with join(model):
-            return "accepted"
+        # No machine of the tests has NCCL: gloo under its name.
+        with pytest.MonkeyPatch.context() as patch:
+            if "nccl" in kind:
+                patch.setattr(undocumented, "backend_for", lambda group, device: "nccl")
+            with join(model):
+                return "accepted"
     except InputError as error:
         return str(error)
 
@@ -272,6 +287,13 @@ def _refused(kind: str) -> str:
     ("kind", "said"),
     [
         ("group", "accepted"),
+        ("ddp", "accepted"),
+        ("nccl", "accepted"),
+        (
+            "ddp nccl",
+            "`model` must not exchange gradients by NCCL where workers may run out of data, got "
+            "DistributedDataParallel on cpu. ",
+        ),
         (
             "lagged",
             '`sync` must be "batch", "running" or "none" where workers may run out of data, got '

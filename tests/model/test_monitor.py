@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -516,3 +517,31 @@ def test_a_layer_makes_no_operator_more_than_the_function():
         functional.sync_batch_norm(x, *buffers, num_batches_tracked=layer.num_batches_tracked)
     assert kept.count == plain.count > 10
     assert watch.read()["layers"][""]["count"] == 20.0
+
+
+class Reads(TorchFunctionMode):
+    """Logs what reads a tensor on the host, or makes one of the host's numbers."""
+
+    SEEN = ("tolist", "item", "__bool__", "__int__", "__float__", "__index__", "numpy", "tensor")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in self.SEEN:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_reading_waits_for_the_device_once():
+    """All but the first reading of these layers, whose widths no other test has."""
+    model = nn.Sequential(SyncBatchNorm(11), nn.Conv1d(11, 13, 1), SyncBatchRenorm(13))
+    watch = monitor(model)
+    model(torch.randn(6, 11, 5))
+    with Reads() as first:
+        watch.read()
+    with Reads() as second:
+        watch.read()
+    assert "tensor" in first.found  # the control
+    assert second.found == ["tolist"]

@@ -4,7 +4,10 @@ import math
 
 import pytest
 import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from syncnorm.train.average import MovingAverage
 from tests.train import runs
 
 # On 3 workers: ragged, one empty, two empty.
@@ -98,6 +101,23 @@ def test_the_average_is_what_is_judged(pool):
     close(averaged, [(a + b) / 2 for a, b in zip(first, plain, strict=True)], "parameters")
     for name in ("bn1.running_mean", "bn1.running_var"):
         close([averaged_buffers[name]], [(first_buffers[name] + buffers[name]) / 2], name)
+
+
+def test_the_average_has_torchs_keys_and_bits():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    theirs = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.7), use_buffers=True)
+    ours = MovingAverage(model, 0.7)
+    for _ in range(3):
+        model(torch.randn(5, 3))
+        nn.init.normal_(model[0].weight)
+        theirs.update_parameters(model)
+        ours.update_parameters(model)
+    expected = theirs.state_dict()
+    assert list(ours.state_dict()) == list(expected)
+    for name, value in ours.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert not torch.equal(expected["module.0.weight"], model[0].weight)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -235,6 +235,7 @@ def _about_groups() -> dict[str, object]:
     found = {
         "timeouts": [undocumented.timeout_of(world), undocumented.timeout_of(pair)],
         "devices": undocumented.device_types(world),
+        "backend": undocumented.backend_for(pair, torch.device("cpu")),
         "by name": undocumented.group_of_name(pair.group_name) is pair,
         "stores": [
             undocumented.world_store().check([f"world {1 - rank}"]),
@@ -261,6 +262,7 @@ def test_groups():
     for found in (zero, one):
         assert found["timeouts"] == [timedelta(seconds=60), timedelta(seconds=7)]
         assert "cpu" in found["devices"]
+        assert found["backend"] == "gloo"
         assert found["by name"]
         assert found["stores"] == [True, True, False]
         assert found["members"] == [(0, 1), (0, 1)]

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from syncnorm import undocumented
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.model.join.coordinator import Coordinator
@@ -60,8 +61,8 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
 
     Raises:
         InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a
-            worker's last step) or pools over other workers than the rest; one of `stateful` has no
-            state.
+            worker's last step) or pools over other workers than the rest; DDP sends by NCCL; one of
+            `stateful` has no state.
         FaultError: the workers that still have data begin different forwards; the same on all
             workers.
         ExchangeError: another worker's block ended with an error.
@@ -80,6 +81,7 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
     if group is None:
         yield
         return
+    _check_order(model)
     with _coordinator(group) as coordinator, coordinator.register(model, layers, stateful):
         try:
             yield
@@ -103,6 +105,25 @@ def _check(layers: list[SyncNorm], group: groups.Group | None) -> None:
                 f"of data, got ranks {groups.ranks(groups.statistics_group(layer.workers))} in "
                 f"{layer.label!r}. Give the workers equally many batches, empty ones if need be."
             )
+
+
+def _check_order(model: nn.Module) -> None:
+    """Refuse DDP over NCCL, which may hang where workers launch collectives in different orders.
+
+    A worker without data starts the sums of all gradients at once. One with data starts them one by
+    one, between the exchanges of the layers.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            assert module.process_group is not None
+            backend = undocumented.backend_for(module.process_group, module.device)
+            if backend == "nccl":
+                raise InputError(
+                    "`model` must not exchange gradients by NCCL where workers may run out of "
+                    f"data, got DistributedDataParallel on {module.device}. NCCL needs one order "
+                    "of launches on all workers, and one without data cannot follow it. Give the "
+                    "workers equally many batches, empty ones if need be."
+                )
 
 
 _open: list[Coordinator] = []

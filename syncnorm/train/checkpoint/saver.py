@@ -44,6 +44,8 @@ class BackgroundSaver:
     def start(self, snapshot: Snapshot, *, is_best: bool = False) -> bool:
         """Copy the snapshot to the CPU, and write the copy in the background.
 
+        The thread that writes waits for the device, not this one.
+
         Returns:
             False, and nothing is done, if the last checkpoint is still being written.
 
