@@ -48,6 +48,7 @@ class Step:
         self.x = torch.zeros(4, 6, 5, 5, device=device, dtype=dtype, requires_grad=True)
         self.g = torch.zeros_like(self.x)
         self.mask = torch.ones(4, 1, 5, 5, device=device) if is_masked else None
+        self.y: torch.Tensor | None = None
         self.fill(0)
 
     def fill(self, seed: int) -> None:
@@ -58,7 +59,7 @@ class Step:
             self.mask.copy_(torch.rand(self.mask.shape, generator=generator))
 
     def __call__(self) -> None:
-        self.x.grad = None
+        self.x.grad = self.y = None  # with what autograd keeps of the stream of another call
         self.layer.zero_grad()
         self.y = self.layer(self.x, self.mask)
         self.y.backward(self.g)
