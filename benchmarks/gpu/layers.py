@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import paired
 from benchmarks.gpu import part
@@ -104,6 +106,10 @@ def measure(settings: part.Settings) -> None:
                     settings.write(**key, layer="all", error="no time was left")
                 else:
                     _measure_shape(settings, key)
+        # At the end: what a profiler has looked at is slower from then on.
+        for name in NORMS:
+            key = {"part": "layers", "way": "eager", "shape": SHAPES[-1], "layer": name}
+            settings.attempt(lambda name=name: {"launches": launches(name, settings)}, **key)
 
 
 def _measure_shape(settings: part.Settings, key: dict[str, Any]) -> None:
@@ -132,6 +138,21 @@ def _measure_shape(settings: part.Settings, key: dict[str, Any]) -> None:
     for name, seconds in paired.rounds(turns, rounds, warm_up=1).items():
         found = part.spread([each / calls for each in seconds])
         settings.write(**key, layer=name, calls=calls, **found)
+
+
+def launches(name: str, settings: part.Settings) -> int | None:
+    """The number of kernels, copies and fills of a step on the device; None on a CPU."""
+    step = OneStep(name, *(torch.randn(SHAPES[-1], device=settings.device) for _ in range(2)))
+    for _ in range(3):
+        step()
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    if settings.device != "cuda":
+        activities.pop()
+    with profile(activities=activities) as seen:
+        step()
+        part.synchronize(settings.device)
+    number = sum(event.device_type == DeviceType.CUDA for event in seen.events())
+    return number if settings.device == "cuda" else None
 
 
 if __name__ == "__main__":

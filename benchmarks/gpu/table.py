@@ -181,12 +181,15 @@ def _layers(rows: list[Row]) -> str:
     if not rows:
         return ""
     shapes = list(dict.fromkeys(_shape(row) for row in rows))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[tuple[str, str], dict[str, Any]] = {}
     for row in rows:
-        if "error" not in row:
-            at = cells.setdefault((row["layer"], row["way"]), {})
+        at = cells.setdefault((row["layer"], row["way"]), {})
+        if "median" in row:
             at[_shape(row)] = _in(row, 1e6, 1)
-    table = [[*key, *(at.get(shape, "") for shape in shapes)] for key, at in cells.items()]
+        if row.get("launches") is not None:
+            at["launches"] = row["launches"]
+    columns = [*shapes, "launches"]
+    table = [[*key, *(at.get(each, "") for each in columns)] for key, at in cells.items() if at]
     count = next(
         (f"{r['repetitions']} rounds of {r['calls']} calls" for r in rows if "calls" in r), ""
     )
@@ -195,4 +198,4 @@ def _layers(rows: list[Row]) -> str:
         f"{count}. Messages go to a second rank that is nobody."
     )
     errors = _errors(rows, "layer", "way", "shape")
-    return _section("Small layers", about, _table(["layer", "way", *shapes], table), errors)
+    return _section("Small layers", about, _table(["layer", "way", *columns], table), errors)

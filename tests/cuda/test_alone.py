@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm
 from syncnorm.testing import assert_close
@@ -82,6 +82,48 @@ def test_a_gradient_that_lies_in_another_way(device, dtype):
 def test_sizes_that_no_block_divides(device, shape, layout):
     for dtype in (torch.float32, torch.bfloat16):
         check(device, Batch.random(shape, dtype), {"bounds": (1.25, 0.25)}, layout, layout)
+
+
+SHAPES = [
+    (64, 64, 112, 112),
+    (128, 256, 28, 28),
+    (256, 2048, 7, 7),
+    (2, 3, 999, 512),
+    (300_001, 64),
+]
+
+
+@pytest.mark.parametrize("layout", [torch.clone, rows], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sizes_of_networks(device, shape, dtype, layout):
+    """Sums are split over many programs. torch's layer, in float64 on the same device, is right."""
+    shape = shape if device == "cuda" else (-(-shape[0] // 64), *shape[1:])
+    g = torch.Generator(device).manual_seed(0)
+    x, cotangent = (
+        layout(torch.randn(shape, generator=g, device=device).add_(1.0).to(dtype)) for _ in range(2)
+    )
+    layer = SyncBatchNorm(shape[1], device=device, momentum=1.0)
+    x.requires_grad_()
+    y = layer(x)
+    y.backward(cotangent)
+    exact = x.detach().double().contiguous().requires_grad_()
+    truth = nn.functional.batch_norm(exact, None, None, training=True, eps=layer.eps)
+    truth.backward(cotangent.double())
+    assert x.grad is not None
+    assert exact.grad is not None
+    assert_close(y, truth, dtype, "y", 2.0)
+    assert_close(x.grad, exact.grad, dtype, "grad_input", 2.0)
+    dims = [0, *range(2, x.ndim)]
+    assert_close(layer.running_mean, exact.mean(dims), torch.float32, "running_mean")
+    assert_close(layer.running_var, exact.var(dims), torch.float32, "running_var")
+    for got, terms in (
+        (layer.bias.grad, cotangent.double()),
+        (layer.weight.grad, cotangent * truth),
+    ):
+        assert got is not None
+        # Sums that nearly cancel are judged by what they are sums of.
+        assert ((got - terms.sum(dims)).abs() <= 1e-6 * terms.abs().sum(dims)).all()
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -92,15 +95,29 @@ def test_primitives(settings):
     assert "| float32 | contiguous | 3x4x5 |" in text
 
 
-def test_the_portable_kernels_are_given_what_a_layer_gives_them():
+@pytest.fixture(params=["ours", "ours, portable"])
+def make(request) -> Iterator[Any]:
+    """The primitives of one kind of kernels; those in Triton run in its interpreter."""
+    with ExitStack() as stack:
+        if request.param == "ours":
+            pytest.importorskip("triton")
+            interpreter = pytest.importorskip("tests.unit.triton_interpreter")
+            stack.enter_context(interpreter.interpreted())
+        yield primitives.KERNELS[request.param][0]
+
+
+def test_kernels_are_given_what_a_layer_gives_them(make):
     x, g = (torch.randn(4, 3, 5, 6, dtype=torch.float64) for _ in range(2))
     weight, bias = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
-    made = primitives.portable(x, g, weight, bias)
+    made = make(x, g, weight, bias)
+    assert made.keys() == primitives.TRAFFIC.keys()
+    found = {name: function() for name, function in made.items()}
     x.requires_grad_()
     y = F.batch_norm(x, None, None, weight, bias, training=True, eps=primitives.EPS)
     y.backward(g)
-    torch.testing.assert_close(made["normalize"](), y)
-    torch.testing.assert_close(made["backward_input"](), x.grad)
+    normalized = found["normalize"]
+    torch.testing.assert_close(normalized[0] if type(normalized) is tuple else normalized, y)
+    torch.testing.assert_close(found["backward_input"], x.grad)
 
 
 def test_torchs_operators_are_called_by_their_signatures():
