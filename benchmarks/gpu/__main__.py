@@ -3,7 +3,8 @@
     python -m benchmarks.gpu [FOLDER]
 
 Writes gpu.json and gpu.md into FOLDER (that of the variable OUT, else build/gpu) after each part,
-and prints the table at the end. `--device cpu --small` tries the code where there is no GPU.
+and prints the table at the end. Exits with 1 if a test has failed. `--device cpu --small` tries the
+code where there is no GPU.
 """
 
 from __future__ import annotations
@@ -131,6 +132,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             (folder / "gpu.md").write_text(table.render(found))
             said = f"{name}: {found['parts'][name]}, {found['seconds']:.0f} s from the start"
             print(said, file=sys.stderr, flush=True)
+        if name == "machine" and found["parts"][name] != "done":
+            break  # there is no such device
     print(table.render(found))
     return found
 
@@ -138,4 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 if __name__ == "__main__":
     # As for Ctrl-C: what was found is kept, and no part goes on alone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    main()
+    found = main()
+    is_bad = found["parts"].get("machine", "done") != "done" or table.bad_tests(
+        found["rows"].get("tests", [])
+    )
+    sys.exit(bool(is_bad))

@@ -131,7 +131,7 @@ def _measure_shape(settings: part.Settings, key: dict[str, Any]) -> None:
             turn(step)
         except Exception as error:  # one that cannot be run so says why
             settings.write(**key, layer=name, error=part.in_one_line(error))
-            if part.is_lost(error):
+            if part.is_device_lost():
                 raise
         else:
             turns[name] = lambda step=step: turn(step)

@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.gpu.part import Settings, read_rows
+from benchmarks.gpu.part import Settings, is_device_lost, read_rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -54,21 +53,12 @@ class Outcomes:
             why = "" if report.outcome == "passed" else _last_line(report)
             row = {"test": report.nodeid, "outcome": report.outcome, "why": why}
             self._write(**row, seconds=round(report.duration, 3))
-        if report.failed and _is_device_lost():
+        if report.failed and is_device_lost():
             pytest.exit("the device is lost to this process", DEVICE_LOST)
 
 
 DEVICE_LOST = 77
-"""The exit status where an error has left the device unusable: another process may use it."""
-
-
-def _is_device_lost() -> bool:
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return True
-    return False
+"""The exit status after an error that the device does not survive in this process."""
 
 
 def _last_line(report: pytest.CollectReport | pytest.TestReport) -> str:

@@ -48,7 +48,7 @@ class Settings:
             self.write(**key, **function())
         except Exception as error:  # another row may do
             self.write(**key, error=in_one_line(error))
-            if is_lost(error):
+            if is_device_lost():
                 raise
 
 
@@ -66,9 +66,14 @@ def in_one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def is_lost(error: BaseException) -> bool:
-    """True if nothing can be run on the device any more in this process."""
-    return "CUDA error" in str(error)
+def is_device_lost() -> bool:
+    """True if an error has left the device unusable to this process; another may use it."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def from_arguments() -> Settings:

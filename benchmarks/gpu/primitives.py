@@ -133,7 +133,7 @@ def _measure_shape(
             primitives = make(x, g, weight, bias)
         except Exception as error:  # such as no Triton: the others can be timed
             settings.write(**key, kernels=name, error=part.in_one_line(error))
-            if part.is_lost(error):
+            if part.is_device_lost():
                 raise
             continue
         for primitive, function in primitives.items():

@@ -104,7 +104,7 @@ def measure(settings: part.Settings) -> None:
                 peaks[name] = _peak(step, settings.device)
             except Exception as error:  # all ranks have the same layers, and so the same errors
                 _write(settings, **key, layer=name, error=part.in_one_line(error))
-                if part.is_lost(error):
+                if part.is_device_lost():
                     raise
             else:
                 turns[name] = lambda step=step: _turn(step, settings)

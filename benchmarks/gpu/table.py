@@ -38,7 +38,9 @@ def _heading(found: Row) -> str:
     machine = next(iter(found["rows"].get("machine", [])), {})
     words = [f"{name} {machine[name]}" for name in machine if name not in ("card", "part")]
     ends = [f"{name}: {end}" for name, end in found["parts"].items() if end != "done"]
-    lines = [f"# {machine.get('card', 'unknown card')}", "", ", ".join(words) + "."]
+    lines = [f"# {machine.get('card', 'unknown card')}"]
+    if words:
+        lines += ["", ", ".join(words) + "."]
     if ends:
         lines += ["", f"Not done: {'; '.join(ends)}."]
     return "\n".join(lines)
@@ -49,6 +51,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
+def bad_tests(rows: list[Row]) -> list[Row]:
+    """The tests that have failed, or have ended with their process."""
+    tests = latest((row for row in rows if "test" in row), "test")
+    return [row for row in tests if row["outcome"] in ("failed", "not finished")]
+
+
 def _tests(rows: list[Row]) -> str:
     tests = latest((row for row in rows if "test" in row), "test")
     if not rows:
@@ -57,8 +65,7 @@ def _tests(rows: list[Row]) -> str:
     counts = Counter(row["outcome"] for row in tests)
     counts["not begun"] = max(0, collected - len(tests))
     said = [f"{number} {outcome}" for outcome, number in counts.items() if number]
-    bad = [row for row in tests if row["outcome"] in ("failed", "not finished")]
-    lines = [f"- `{row['test']}` {row['outcome']}: {row.get('why', '')}" for row in bad]
+    lines = [f"- `{row['test']}` {row['outcome']}: {row.get('why', '')}" for row in bad_tests(rows)]
     skips = Counter(row["why"] for row in tests if row["outcome"] == "skipped")
     lines += [f"- {number} skipped: {why}" for why, number in skips.items()]
     return "\n".join(["## Tests", "", ", ".join(said) + ".", "", *lines]).rstrip()

@@ -5,10 +5,25 @@ from __future__ import annotations
 import pytest
 import torch
 
+from syncnorm.testing import RankPool
 from tests.cuda import scenarios
 from tests.distributed.steps import Batch, check_against_oracle
 
 pytestmark = pytest.mark.cuda
+
+COMPILING_SECONDS = 150.0
+
+
+@pytest.fixture
+def ranks(ranks):
+    """Ranks that are given time to compile."""
+
+    def get(number: int, backend: str = "gloo") -> RankPool:
+        pool = ranks(number, backend)
+        pool.timeout_seconds = COMPILING_SECONDS
+        return pool
+
+    return get
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
