@@ -7,6 +7,7 @@ have a second rank that is nobody: they do all of their work but the transport.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -156,6 +157,8 @@ def _write(settings: part.Settings, **row: Any) -> None:
 def main() -> None:
     settings = part.from_arguments()
     if settings.device == "cuda" and torch.cuda.device_count() >= 2:
+        # Statistics and gradients have a communicator each, whose operations overlap.
+        os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         with RankPool(2, "nccl", max(settings.left, 1.0), "cuda") as pool:
             pool.run(measure, settings)
     else:

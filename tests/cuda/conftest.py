@@ -44,6 +44,9 @@ def ranks(device) -> Iterator[Callable[..., RankPool]]:
             backend = "gloo"
         if backend == "nccl" and torch.cuda.device_count() < number:
             pytest.skip(f"NCCL wants a device for each of {number} ranks")
+        if backend == "nccl":
+            # As the documents ask for: statistics and gradients have a communicator each.
+            os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
         key = number, backend
         if key not in pools or not pools[key].is_alive:
             pools[key] = RankPool(number, backend, POOL_SECONDS, device)
