@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -124,6 +125,33 @@ def test_sizes_of_networks(device, shape, dtype, layout):
         assert got is not None
         # Sums that nearly cancel are judged by what they are sums of.
         assert ((got - terms.sum(dims)).abs() <= 1e-6 * terms.abs().sum(dims)).all()
+
+
+@pytest.mark.parametrize("layout", [torch.clone, rows], ids=["planes", "rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_step_takes_no_memory_but_for_its_results(device, dtype, layout):
+    pytest.importorskip("triton")
+    shape = (64, 64, 112, 112) if device == "cuda" else (2, 3, 4, 5)
+    x, g = (layout(torch.randn(shape, device=device).to(dtype)) for _ in range(2))
+    layer = SyncBatchNorm(shape[1], device=device)
+    x.requires_grad_()
+    for _ in range(2):
+        x.grad = None
+        layer.zero_grad()
+        y, forward = _peak(device, lambda: layer(x))
+        _, backward = _peak(device, lambda y=y: y.backward(g))
+    assert forward <= 1.05 * x.nbytes
+    assert backward <= 1.05 * x.nbytes
+
+
+def _peak(device: str, function: Callable[[], Any]) -> tuple[Any, int]:
+    """The result, and the bytes that were taken at once; 0 on a CPU."""
+    if device != "cuda":
+        return function(), 0
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = function()
+    return result, torch.cuda.max_memory_allocated() - before
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])
