@@ -135,6 +135,8 @@ def _measure_shape(settings: part.Settings, key: dict[str, Any]) -> None:
                 raise
         else:
             turns[name] = lambda step=step: turn(step)
+    if not turns:
+        return
     for name, seconds in paired.rounds(turns, rounds, warm_up=1).items():
         found = part.spread([each / calls for each in seconds])
         settings.write(**key, layer=name, calls=calls, **found)

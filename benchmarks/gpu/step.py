@@ -109,7 +109,8 @@ def measure(settings: part.Settings) -> None:
                     raise
             else:
                 turns[name] = lambda step=step: _turn(step, settings)
-        _measure_rounds(settings, key, turns, peaks)
+        if turns:
+            _measure_rounds(settings, key, turns, peaks)
 
 
 def _turn(step: Callable[[], None], settings: part.Settings) -> None:
