@@ -96,7 +96,9 @@ def as_arguments(settings: Settings) -> list[str]:
 
 def spread(seconds: list[float]) -> dict[str, float]:
     """Median and quartiles, and of how many."""
-    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    low, _, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    )
     return {
         "median": statistics.median(seconds),
         "low": low,
