@@ -8,7 +8,7 @@ ALL := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 SOURCES := syncnorm launch tests benchmarks drills examples
 
-.PHONY: help train test test-slow drill lint types imports format check clean
+.PHONY: help train test test-slow drill gpu lint types imports format check clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -42,6 +42,10 @@ test-slow: $(ALL)  ## Run the tests that take minutes
 drill: $(ALL)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
 	$(BIN)/python -m drills.kill_drill
 	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
+
+# With the torch that the machine has: it may be without a network.
+gpu:  ## Run the tests of CUDA and take the figures of this machine's GPU; 9 minutes, into build/gpu
+	$(PYTHON) -m benchmarks.gpu
 
 lint: $(ALL)
 	$(BIN)/ruff format --check $(SOURCES)

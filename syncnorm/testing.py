@@ -163,10 +163,16 @@ class RankPool:
         world_size: number of ranks, at least 1.
         backend: of the default process group.
         timeout_seconds: deadline of a call, and of a collective within it.
+        device: on which the functions compute. With "cuda", each rank's current device is the one
+            of its number; where there are fewer devices than ranks, they share.
     """
 
     def __init__(
-        self, world_size: int, backend: str = "gloo", timeout_seconds: float = 60.0
+        self,
+        world_size: int,
+        backend: str = "gloo",
+        timeout_seconds: float = 60.0,
+        device: str = "cpu",
     ) -> None:
         self.world_size = world_size
         self.timeout_seconds = timeout_seconds
@@ -182,7 +188,7 @@ class RankPool:
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(there, rank, world_size, backend, rendezvous, timeout_seconds),
+                args=(there, rank, world_size, backend, rendezvous, timeout_seconds, device),
                 name=f"rank-{rank}",
                 daemon=True,
             )
@@ -290,8 +296,11 @@ def _serve(
     backend: str,
     rendezvous: str,
     timeout_seconds: float,
+    device: str,
 ) -> None:
     torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     with contextlib.suppress(EOFError, OSError):
         timeout = timedelta(seconds=timeout_seconds)
         store = dist.FileStore(rendezvous, world_size)  # pyright: ignore[reportPrivateImportUsage]

@@ -1,0 +1,164 @@
+"""What the parts share: how long they may take, the rows that they write, and clocks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from syncnorm import undocumented
+
+# What is left of a cache of any size after this much was written.
+FLUSHED_BYTES = 2**29
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a part is to be run."""
+
+    rows: Path
+    """The file for its rows, one JSON object a line; of equal keys the last counts."""
+    until: float = float("inf")
+    """When to end, by `time.monotonic`, which all processes share."""
+    device: str = "cuda"
+    is_small: bool = False
+    """True to try the code, on sizes that give no figures."""
+
+    @property
+    def left(self) -> float:
+        return self.until - time.monotonic()
+
+    def write(self, **row: Any) -> None:
+        """Add a row. It is there at once, whatever becomes of the process."""
+        with self.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def attempt(self, function: Callable[[], dict[str, Any]], **key: Any) -> None:
+        """Write the row that `function` returns; in place of one that raises, its error."""
+        try:
+            self.write(**key, **function())
+        except Exception as error:  # another row may do
+            self.write(**key, error=in_one_line(error))
+            if is_device_lost():
+                raise
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows that a part has written so far; the last line may be half a row."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def in_one_line(error: BaseException) -> str:
+    """The error's type and the beginning of its message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def is_device_lost() -> bool:
+    """True if an error has left the device unusable to this process; another may use it."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
+def from_arguments() -> Settings:
+    """The settings that the command gives to a part."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("--until", type=float, default=float("inf"))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    return Settings(given.rows, given.until, given.device, given.small)
+
+
+def as_arguments(settings: Settings) -> list[str]:
+    """The other way round."""
+    small = ["--small"] if settings.is_small else []
+    until = ["--until", str(settings.until), "--device", settings.device]
+    return [str(settings.rows), *until, *small]
+
+
+def spread(seconds: list[float]) -> dict[str, float]:
+    """Median and quartiles, and of how many."""
+    low, _, high = (
+        statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
+    )
+    return {
+        "median": statistics.median(seconds),
+        "low": low,
+        "high": high,
+        "repetitions": len(seconds),
+    }
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+class Clock:
+    """Times of single calls on the device, each from an empty cache."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        size = FLUSHED_BYTES if device == "cuda" else 1
+        self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def seconds(self, function: Callable[[], object], count: int, warm_up: int = 3) -> list[float]:
+        """The device's seconds of `count` calls.
+
+        They are enqueued while the cache is being flushed, which takes longer than that, so that
+        the host's part is not in them.
+        """
+        for _ in range(warm_up):
+            function()
+        if self.device != "cuda":
+            return [self._host_seconds(function) for _ in range(count)]
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, end in events:
+            self._flushed.zero_()
+            start.record()
+            function()
+            end.record()
+        torch.cuda.synchronize()
+        return [1e-3 * start.elapsed_time(end) for start, end in events]
+
+    @staticmethod
+    def _host_seconds(function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+
+@contextmanager
+def workers() -> Iterator[tuple[int, str]]:
+    """The number of ranks and the backend: of the default group, else of one with a stand-in.
+
+    There the second rank is nobody: messages are made, and go nowhere. So layers that pool do all
+    of their work but the transport.
+    """
+    if dist.is_initialized():
+        yield dist.get_world_size(), dist.get_backend()
+        return
+    dist.init_process_group("fake", store=undocumented.fake_store(), rank=0, world_size=2)
+    try:
+        yield 2, "fake"
+    finally:
+        dist.destroy_process_group()

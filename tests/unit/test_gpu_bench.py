@@ -1,0 +1,208 @@
+"""`python -m benchmarks.gpu` where there is no GPU: every part runs, and what is found is kept."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from benchmarks.gpu import layers, machine, outcomes, part, primitives, step, table
+from syncnorm.train.models import MODELS
+
+command = importlib.import_module("benchmarks.gpu.__main__")
+
+
+@pytest.fixture
+def settings(tmp_path) -> part.Settings:
+    return part.Settings(tmp_path / "rows.jsonl", device="cpu", is_small=True)
+
+
+def test_the_shapes_are_those_of_the_network():
+    found: Counter[tuple[int, ...]] = Counter()
+
+    def norm(channels: int) -> torch.nn.Module:
+        layer = torch.nn.BatchNorm2d(channels)
+        layer.register_forward_pre_hook(lambda _, args: found.update([tuple(args[0].shape[1:])]))
+        return layer
+
+    with torch.device("meta"):
+        model = MODELS["resnet50_imagenet"](in_channels=3, num_classes=10, norm_layer=norm)
+        model(torch.empty(2, 3, step.SIZE, step.SIZE))
+    assert found == primitives.SHAPES
+    assert found.total() == 53
+
+
+def test_a_step_in_one_process(settings):
+    step.measure(settings)
+    _check_step(part.read_rows(settings.rows), "fake", 2)
+
+
+def test_a_step_under_ddp(settings):
+    """On one rank, of a group that is no stand-in."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        step.measure(settings)
+    finally:
+        dist.destroy_process_group()
+    _check_step(part.read_rows(settings.rows), "gloo", 1)
+
+
+def _check_step(rows: list[table.Row], backend: str, ranks: int) -> None:
+    assert [row["layer"] for row in rows if "error" in row] == ["nn.SyncBatchNorm"]
+    good = [row for row in rows if "error" not in row]
+    assert [row["layer"] for row in good] == [n for n in step.NORMS if n != "nn.SyncBatchNorm"]
+    assert {(row["backend"], row["ranks"]) for row in good} == {(backend, ranks)}
+    assert {row["repetitions"] for row in good} == {2}
+    assert good[0]["to_local"] == [1.0, 1.0, 1.0]
+    text = table.render({"parts": {}, "rows": {"step": rows}})
+    assert all(f"| {row['layer']} | {row['to_local'][0]:.3f} [" in text for row in good)
+    assert "- no figure for nn.SyncBatchNorm: ValueError" in text
+
+
+def test_small_layers(settings):
+    layers.measure(settings)
+    rows = part.read_rows(settings.rows)
+    # torch's own refuses a CPU.
+    assert {row["layer"] for row in rows if "error" in row} == {"nn.SyncBatchNorm"}
+    expected = {
+        (name, way)
+        for way, (_, names) in layers.WAYS.items()
+        for name in names
+        if name != "nn.SyncBatchNorm"
+    }
+    text = table.render({"parts": {}, "rows": {"layers": rows}})
+    assert all(f"| {name} | {way} | " in text for name, way in expected)
+
+
+def test_primitives(settings):
+    primitives.measure(settings)
+    rows = part.read_rows(settings.rows)
+    timed = Counter(row["kernels"] for row in rows if "error" not in row)
+    assert timed["copy"] == 4
+    assert timed["ours, portable"] == 16
+    text = table.render({"parts": {}, "rows": {"primitives": rows}})
+    assert "| moments | ours, portable | bfloat16 | channels last |" in text
+    assert "| float32 | contiguous | 3x4x5 |" in text
+
+
+@pytest.fixture(params=["ours", "ours, portable"])
+def make(request) -> Iterator[Any]:
+    """The primitives of one kind of kernels; those in Triton run in its interpreter."""
+    with ExitStack() as stack:
+        if request.param == "ours":
+            pytest.importorskip("triton")
+            interpreter = pytest.importorskip("tests.unit.triton_interpreter")
+            stack.enter_context(interpreter.interpreted())
+        yield primitives.KERNELS[request.param][0]
+
+
+def test_kernels_are_given_what_a_layer_gives_them(make):
+    x, g = (torch.randn(4, 3, 5, 6, dtype=torch.float64) for _ in range(2))
+    weight, bias = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.float64)
+    made = make(x, g, weight, bias)
+    assert made.keys() == primitives.TRAFFIC.keys()
+    found = {name: function() for name, function in made.items()}
+    x.requires_grad_()
+    y = F.batch_norm(x, None, None, weight, bias, training=True, eps=primitives.EPS)
+    y.backward(g)
+    normalized = found["normalize"]
+    torch.testing.assert_close(normalized[0] if type(normalized) is tuple else normalized, y)
+    torch.testing.assert_close(found["backward_input"], x.grad)
+
+
+def test_torchs_operators_are_called_by_their_signatures():
+    """They have no kernels for a CPU: it must be that, and no argument, which is refused."""
+    x, row = torch.randn(4, 3, 5, 6), torch.rand(3)
+    with pytest.raises(NotImplementedError, match="'aten::batch_norm_stats'"):
+        primitives.torchs(x, x, row, row)
+    library = torch.library.Library("aten", "IMPL")
+    results = {"stats": (row,) * 2, "elemt": x, "backward_reduce": (row,) * 4, "backward_elemt": x}
+    for name, result in results.items():
+        library.impl(f"batch_norm_{name}", lambda *_, result=result: result, "CPU")
+    try:
+        made = primitives.torchs(x, x, row, row)
+        assert [made[name]() for name in primitives.TRAFFIC] == [*results.values()]
+    finally:
+        library._destroy()
+
+
+def test_a_table_of_shares():
+    """Geometric means are over the large shapes, sums over all."""
+
+    def row(shape: tuple[int, ...], share: float, median: float, size: int) -> table.Row:
+        case = {"dtype": "bfloat16", "layout": "contiguous", "shape": shape, "layers": 2}
+        key = {"kernels": "ours", "primitive": "moments", "bytes": size}
+        return {**case, **key, "share": share, "median": median}
+
+    large = 2 * table.LARGE_BYTES
+    rows = [row((1, 2), 0.5, 2e-3, large), row((3, 4), 0.98, 1e-3, large), row((5,), 0.1, 1e-3, 9)]
+    rows.append({"kernels": "ours", "primitive": "normalize", "shape": (1, 2), "error": "X: no"})
+    text = table.render({"parts": {"step": "cut off"}, "rows": {"primitives": rows}})
+    assert "| moments | ours | bfloat16 | contiguous | 0.70 | 0.50 1x2 | 8.00 | 3 of 3 |" in text
+    assert "| all | ours | bfloat16 | contiguous |  |  | 8.00 | 1 primitives |" in text
+    assert "- no figure for ours normalize (1, 2): X: no" in text
+    assert "Not done: step: cut off." in text
+
+
+def test_what_was_found_before_a_part_was_cut_off_is_kept(tmp_path, monkeypatch, capsys):
+    """And the tests of CUDA run in a process of their own, without the project's plugins."""
+    monkeypatch.setattr(command, "ENDS", {"tests": 600.0, "layers": 0.0})
+    arguments = [str(tmp_path), "--device", "cpu", "--small", "--parts", "tests", "layers"]
+    found = command.main(arguments)
+    assert found["parts"] == {"tests": "done", "layers": "cut off when its time was over"}
+    assert json.loads((tmp_path / "gpu.json").read_text()) == found
+    text = (tmp_path / "gpu.md").read_text()
+    assert "## Tests\n\n1 passed." in text
+    assert "Not done: layers: cut off when its time was over." in text
+    assert capsys.readouterr().out.strip() == text.strip()
+
+
+def test_tests_go_on_after_one_that_broke_the_process(settings, monkeypatch):
+    """Each run is told by the rows which tests were begun before it."""
+    ran = []
+
+    def run(name: str, settings: part.Settings) -> str:
+        items = [SimpleNamespace(nodeid=f"test {i}") for i in range(3)]
+        config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+        plugin = outcomes.Outcomes(settings)
+        plugin.pytest_collection_modifyitems(config, items)
+        ran.append([item.nodeid for item in items])
+        for item in items[:2]:
+            plugin.pytest_runtest_logstart(item.nodeid)
+        return "ended with status -11"
+
+    monkeypatch.setattr(command, "run", run)
+    command.run_to_the_end("tests", settings)
+    assert ran == [["test 0", "test 1", "test 2"], ["test 2"], []]
+    assert command.run_to_the_end("layers", settings) == "ended with status -11"
+    assert len(ran) == 4
+
+
+def test_half_a_row_is_left_out(tmp_path):
+    path = tmp_path / "rows"
+    path.write_text('{"a": 1}\n{"b"')
+    assert part.read_rows(path) == [{"a": 1}]
+
+
+def test_the_machine_is_named():
+    assert machine.describe("cpu")["card"] == "none (cpu)"
+
+
+def test_all_files_with_tests_for_cuda_are_run():
+    files = command.test_files()
+    assert all((command.ROOT / file).is_file() for file in files)
+    folder = {
+        str(p.relative_to(command.ROOT)) for p in Path("tests/cuda").resolve().glob("test_*.py")
+    }
+    assert folder <= set(files)
+    assert "tests/train/test_augment.py" in files
