@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import part
+from syncnorm.maths.moments import Raw
 
 BATCH = 256
 # (C, H, W), and how many of the 53 batch norms have it.
@@ -44,14 +45,14 @@ Primitives = dict[str, Callable[[], object]]
 def ours(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Primitives:
     """The kernels in Triton."""
     kernels = importlib.import_module("syncnorm.maths.kernels.triton")
-    sums, _ = kernels.moments(x, None)
-    _, rows = kernels.normalize(x, sums, True, weight, bias, EPS, None)
-    totals, *_ = kernels.backward_sums(g, x, rows, weight, bias)
-    n = sums[-1]
+    sums = kernels.moments(x, None)
+    batch, n, types = Raw(sums), sums[-1], (weight.dtype, bias.dtype)
+    _, rows = kernels.normalize(x, batch, weight, bias, EPS, None)
+    totals, *_ = kernels.backward_sums(g, x, rows, *types)
     return {
         "moments": lambda: kernels.moments(x, None),
-        "normalize": lambda: kernels.normalize(x, sums, True, weight, bias, EPS, None),
-        "backward_sums": lambda: kernels.backward_sums(g, x, rows, weight, bias),
+        "normalize": lambda: kernels.normalize(x, batch, weight, bias, EPS, None),
+        "backward_sums": lambda: kernels.backward_sums(g, x, rows, *types),
         "backward_input": lambda: kernels.backward_input(g, x, rows, weight, totals, n, None),
     }
 
