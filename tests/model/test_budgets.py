@@ -1,11 +1,13 @@
 """What a training step costs on a GPU: launches, traffic, memory, and no look at a value.
 
 No GPU is needed: tensors of the CPU take a GPU's course, and the launches are noted in place of
-being made. Nothing on that course depends on a value.
+being made. Nothing on that course depends on a value. `python -m tests.model.test_budgets` prints
+the table of docs/cuda.md.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import Any, NamedTuple
 from unittest import mock
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.comm import exchange
+from syncnorm.testing import RankPool
 from tests.as_device import as_device
 from tests.unit.budgets import Log, size_of
 
@@ -166,3 +169,27 @@ def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
             assert Counter(small.launches).total() <= most
     if sync == "batch":
         assert one[0].messages == one[1].messages == MESSAGE
+
+
+def main() -> None:
+    """Print the costs of a layer in each mode, at (32, 64, 56, 56) in bfloat16, channels last."""
+    ranks = RankPool(2, timeout_seconds=600.0)
+    print(
+        "| layer | launches forward | backward | traffic forward | backward |\n|---|---|---|---|---|"
+    )
+    for sync, is_renorm in itertools.product(BUDGETS, (False, True)):
+        for masked in (False, True):
+            args = sync, is_renorm, torch.bfloat16, "channels_last", masked
+            one, three = (ranks.run(_costs, *args, count)[0] for count in (1, 3))
+            launches = [(len(b.launches) - len(a.launches)) / 2 for a, b in zip(one, three)]
+            traffic = [(b.traffic - a.traffic) / 2 for a, b in zip(one, three)]
+            name = "SyncBatchRenorm" if is_renorm else "SyncBatchNorm"
+            print(
+                f'| {name}, sync="{sync}"{", a mask" if masked else ""} '
+                f"| {launches[0]:g} | {launches[1]:g} | {traffic[0]:.2f} | {traffic[1]:.2f} |"
+            )
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()
