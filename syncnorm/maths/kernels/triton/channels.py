@@ -30,6 +30,14 @@ def float64_of(bits):
 
 
 @triton.jit
+def rounded(v, like: tl.constexpr):
+    """A float64 in a given type; in a half type by way of float32, as torch rounds it."""
+    if like != tl.float64:
+        v = v.to(tl.float32)
+    return v.to(like)
+
+
+@triton.jit
 def reciprocal(n):
     """1 / n, and 0 where n = 0."""
     return tl.where(n == 0, 0.0, 1.0 / n)
@@ -120,13 +128,13 @@ def store_gradients(
     tl.store(local + channel, s, inside)
     tl.store(local + channels + channel, q, inside)
     if dbias is not None:
-        tl.store(dbias + channel, s.to(dbias.dtype.element_ty), inside)
+        tl.store(dbias + channel, rounded(s, dbias.dtype.element_ty), inside)
     if dweight is not None:
         if BOUNDS:
             r = tl.load(rows + 3 * channels + channel, inside, other=0.0)
             d = tl.load(rows + 4 * channels + channel, inside, other=0.0)
             q = r * q + d * s
-        tl.store(dweight + channel, q.to(dweight.dtype.element_ty), inside)
+        tl.store(dweight + channel, rounded(q, dweight.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -173,7 +181,7 @@ def update_running(
         inside = channel < channels
         mean, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
         old = tl.load(running_mean + channel, inside, other=0.0)
-        new = lerp(old.to(tl.float64), mean, factor).to(old.dtype)
+        new = rounded(lerp(old.to(tl.float64), mean, factor), old.dtype)
         tl.store(running_mean + channel, tl.where(n > 0, new, old), inside)
         old = tl.load(running_var + channel, inside, other=0.0)
         wide = old.to(tl.float64)
@@ -184,7 +192,7 @@ def update_running(
             var = tl.where(var < 0, 0.0, var)
         else:
             var = lerp(wide, m2 * reciprocal(n - 1.0), factor)
-        tl.store(running_var + channel, tl.where(n > 1, var.to(old.dtype), old), inside)
+        tl.store(running_var + channel, tl.where(n > 1, rounded(var, old.dtype), old), inside)
 
 
 @triton.jit

@@ -8,7 +8,7 @@ are made in float64 and rounded once.
 # The language of the kernels is not Python: numbers are given for constexpr, and functions return
 # tensors.
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportOperatorIssue=false
-# pyright: reportAttributeAccessIssue=false
+# pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
 import triton

@@ -1,0 +1,558 @@
+"""The Triton kernels, in Triton's interpreter, against formulas in float64 and the CPU's rules."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from syncnorm.maths import lagged, moments, renorm
+from syncnorm.maths.kernels.triton import geometry, launch
+from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.testing import assert_close
+from tests.unit.test_kernels import SHAPES, _arrange
+from tests.unit.triton_interpreter import interpreted
+
+# NaN and infinity are computed on purpose; on the CPU, NumPy says so.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+EPS = 1e-5
+# The interpreter takes a millisecond for each operation of a program: those of the CPU kernels'
+# shapes that are small, and short planes.
+SMALL = [s for s in SHAPES if math.prod(s) < 10_000] + [
+    (6, 8, 7, 7),
+    (3, 16, 1, 3),
+    (5, 6, 9, 16),
+    (1, 2, 3, 5, 300),
+]
+F32, F64 = torch.float32, torch.float64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _interpreter():
+    with interpreted():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Outputs begin as NaN, so that an element that nobody writes is seen."""
+
+    def poisoned(make):
+        def full(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan if out.dtype.is_floating_point else 1)
+
+        return full
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _over(x: Tensor) -> list[int]:
+    return [0, *range(2, x.ndim)]
+
+
+def _facing(c: Tensor, x: Tensor) -> Tensor:
+    return c.double().view(-1, *[1] * (x.ndim - 2))
+
+
+def _count(x: Tensor, mask: Tensor | None) -> Tensor:
+    return (
+        (torch.ones_like(x[:, :1]) if mask is None else mask)
+        .double()
+        .broadcast_to(x.shape[0], 1, *x.shape[2:])
+    )
+
+
+def _raw_sums(x: Tensor, mask: Tensor | None) -> Tensor:
+    w, wide = _count(x, mask), x.double()
+    return torch.cat(
+        [(w * wide).sum(_over(x)), (w * wide * wide).sum(_over(x)), w.sum().reshape(1)]
+    )
+
+
+def _normalize(
+    x: Tensor,
+    batch: Tensor,
+    is_raw: bool,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    reference: tuple[Tensor, Tensor, tuple[Any, Any]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """With bounds of r and d as tensors, or as a step and a schedule's numbers."""
+    if reference is None:
+        return launch.normalize(x, batch, is_raw, weight, bias, eps, *[None] * 6)
+    mean, var, (first, second) = reference
+    bounds = (first, second, None, None)
+    if not isinstance(second, Tensor):
+        bounds = (None, None, first, second)
+    return launch.normalize(x, batch, is_raw, weight, bias, eps, mean, var, *bounds)
+
+
+def _backward_sums(
+    g: Tensor, x: Tensor, rows: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    types = (None if t is None else t.dtype for t in (weight, bias))
+    return launch.backward_sums(g, x, rows, *types)
+
+
+def _check_all(x: Tensor, g: Tensor, mask: Tensor | None, factor: float = 1.0) -> None:
+    """All four passes against float64."""
+    channels, dtype = x.shape[1], x.dtype
+    weight, bias = _rand(channels, seed=5) + 0.5, _randn(channels, seed=6)
+    if dtype == F64:
+        weight, bias = weight.double(), bias.double()
+    sums = launch.moments(x, mask)
+    expected = _raw_sums(x, mask)
+    # What comes out of the passes in float32 is rounded as float32 is, whatever the input.
+    fine = F64 if dtype == F64 else F32
+    assert_close(sums, expected, fine, "moments")
+
+    batch = of_sums(expected)
+    invstd = batch.invstd(EPS)
+    xhat = (x.double() - _facing(batch.mean, x)) * _facing(invstd, x)
+    y, rows = _normalize(x, expected, True, weight, bias, EPS)
+    assert_close(rows, torch.stack([batch.mean, batch.m2, invstd]), F64, "rows")
+    assert_close(y, xhat * _facing(weight, x) + _facing(bias, x), dtype, "y", factor)
+
+    local, dweight, dbias = _backward_sums(g, x, rows, weight, bias)
+    wide = g.double()
+    # Sums of terms of both signs: judged by the sum of their magnitudes.
+    size = torch.stack([wide.abs().sum(_over(x)), (wide * xhat).abs().sum(_over(x))])
+    expected = torch.stack([wide.sum(_over(x)), (wide * xhat).sum(_over(x))])
+    assert ((local - expected).abs() <= (1e-13 if dtype == F64 else 2e-6) * size).all()
+    assert dweight is not None
+    assert dbias is not None
+    assert torch.equal(dweight, local[1].to(weight.dtype))
+    assert torch.equal(dbias, local[0].to(bias.dtype))
+
+    dx = launch.backward_input(g, x, rows, weight, local, batch.count, mask)
+    through = _facing(local[0], x) + xhat * _facing(local[1], x)
+    expected = _facing(weight * invstd, x) * (wide - _count(x, mask) * through / batch.count)
+    assert_close(dx, expected, dtype, "dx", factor)
+    for out in (y, dx):
+        assert out.dtype == dtype
+        assert out.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", SMALL, ids=str)
+def test_equal_to_float64(shape, masked, how):
+    x = _arrange(_randn(*shape) * 2 + 3, how)
+    g = _arrange(_randn(*shape, seed=1), "contiguous" if how == "channels_last" else how)
+    _check_all(x, g, _rand(shape[0], 1, *shape[2:]) if masked else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, F64], ids=str)
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_types(how, dtype):
+    shape = (6, 8, 7, 7)
+    x = _arrange(_randn(*shape) * 2 + 3, how).to(dtype)
+    mask = _rand(6, 1, 7, 7).to(dtype)
+    _check_all(x, _arrange(_randn(*shape, seed=1), how).to(dtype), mask)
+    # The gradient, or the mask, may have another type.
+    _check_all(x.float(), _randn(*shape, seed=1).to(dtype), mask)
+
+
+def _views() -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
+    x, g = _randn(4, 6, 10, 12), _randn(4, 6, 9, 7, seed=1)
+    crop = x[:, :, 1:, 3:10]
+    last = _arrange(_randn(4, 6, 10, 12, seed=2), "channels_last")[:, :, 1:, 3:10]
+    return {
+        "crop": (crop, g, None),
+        "crop of channels last": (last, g, _rand(4, 1, 9, 7)),
+        "gradient of a sum": (g, torch.ones(()).expand(4, 6, 9, 7), None),
+        "gradient of a mean of channels": (g, _randn(4, 6, 1, 1).expand(4, 6, 9, 7), None),
+        "gradient in channels last": (crop, last, None),
+        "transposed": (_randn(4, 9, 6).transpose(1, 2), _randn(6, 9, 4).transpose(0, 2).transpose(1, 2), None),
+        "of turned planes": (g.transpose(2, 3), g.transpose(2, 3), _rand(1, 1, 7, 1).expand(4, 1, 7, 9)),
+        "some channels": (x[:, 1:5], x[:, 2:], None),
+        "every other sample": (x[::2], x[1::2], _rand(2, 1, 1, 1).expand(2, 1, 10, 12)),
+        "a sample of three": (x[:1].expand(3, -1, -1, -1), _randn(3, 6, 10, 12), None),
+        "four dimensions": (_randn(3, 4, 5, 6, 7)[1:, :, 1:4, 2:5, 1:6], _randn(2, 4, 3, 3, 5), None),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _views())
+def test_views_are_read_as_they_are(name, monkeypatch):
+    x, g, mask = _views()[name]
+
+    def refuse(t: Tensor, *args: Any) -> Tensor:
+        assert t.ndim < 2, "a copy of x or g"
+        return t
+
+    with monkeypatch.context() as context:
+        context.setattr(Tensor, "contiguous", refuse)
+        _check_all(x, g, mask)
+
+
+def test_more_than_four_dimensions_are_copied():
+    x = _randn(3, 2, 4, 4, 4, 4)[1:, :, 1:3, 1:3, 1:3, 1:3]
+    _check_all(x, x.transpose(2, 5), _rand(2, 1, 2, 2, 2, 2))
+    assert geometry.plan(tuple(x.shape), (x.stride(),), None, 4, geometry.SUMS, 1) is None
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
+def test_many_small_tiles_and_splits(how, monkeypatch):
+    """Small tiles bring every loop to more than one turn, and are added in a fixed order."""
+    for name in ("SUMS", "ELEMENTWISE"):
+        monkeypatch.setattr(launch, name, geometry.Work(tile=8, programs=3, whole=1))
+    x, mask = _arrange(_randn(20, 4, 3) * 2 + 3, how), _rand(20, 1, 3)
+    _check_all(x, _randn(20, 4, 3, seed=1), mask)
+    assert torch.equal(launch.moments(x, mask), launch.moments(x, mask))
+    plan = geometry.plan((20, 4, 3), (x.stride(),), None, 4, launch.SUMS, 1)
+    assert plan is not None
+    assert plan.splits > 1
+
+
+def test_more_tiles_than_float32_adds(monkeypatch):
+    monkeypatch.setattr(launch, "SUMS", geometry.Work(tile=8, programs=3, whole=1))
+    x, g = _randn(20, 1, 35) + 1, _randn(20, 1, 35, seed=1)
+    plan = geometry.plan((20, 1, 35), (x.stride(),), None, 4, launch.SUMS, 1)
+    assert plan is not None
+    assert plan.sizes[1] > 16
+    for mask in (None, _rand(20, 1, 35)):
+        assert_close(launch.moments(x, mask), _raw_sums(x, mask), F32, "moments")
+    rows = torch.tensor([[0.5], [1.0], [1.0]], dtype=F64)
+    local, *_ = _backward_sums(g, x, rows, None, None)
+    expected = torch.stack([g.double().sum(), (g.double() * (x.double() - 0.5)).sum()])
+    assert_close(local[:, 0], expected, F32, "local")
+
+
+def test_offsets_beyond_32_bits():
+    """The interpreter reports an overflow of 32 bits."""
+    shape, far = (2, 3, 5, 7), (2**31, 2**30, 7, 1)
+    near = geometry.plan(shape, (_randn(*shape).stride(),), None, 4, geometry.SUMS, 1)
+    wide = geometry.plan(shape, (far,), None, 4, geometry.SUMS, 1)
+    expanded = geometry.plan((2**16, 2, 2**15), ((0, 0, 0),), None, 4, geometry.SUMS, 132)
+    assert near is not None
+    assert wide is not None
+    assert expanded is not None
+    assert (near.shape[-1], wide.shape[-1], expanded.shape[-1]) == (False, True, True)
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
+def test_arithmetic_in_64_bits_is_the_same(how, monkeypatch):
+    of = geometry.plan
+
+    def wide(*args: Any) -> geometry.Plan | None:
+        plan = of(*args)
+        return None if plan is None else plan._replace(shape=(*plan.shape[:-1], True))
+
+    monkeypatch.setattr(launch, "plan", wide)
+    for shape in [(6, 8, 7, 7), (3, 4, 9, 30)]:
+        _check_all(
+            _arrange(_randn(*shape) + 1, how),
+            _randn(*shape, seed=1),
+            _rand(shape[0], 1, *shape[2:]),
+        )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "how"),
+    [
+        ((8, 2, 56, 56), "contiguous"),
+        ((4, 8, 28, 28), "channels_last"),
+        ((64, 4, 7, 7), "contiguous"),
+        ((3000, 16), "contiguous"),
+    ],
+    ids=str,
+)
+def test_variance_at_large_means(shape, how, masked):
+    """Padding of weight 0, far from the data, costs no digits either."""
+    x = _arrange(_randn(*shape, seed=1) + 1e4, how)
+    mask = None
+    if masked:
+        mask = (_rand(shape[0], 1, *shape[2:]) > 0.3).float()
+        mask[: shape[0] // 3] = 0.0
+        x = _arrange(torch.where(mask > 0, x, 1e30), how)
+    got = of_sums(launch.moments(x, mask))
+    w = _count(x, mask)
+    mean = (w * x.double()).sum(_over(x)) / w.sum()
+    var = (w * (x.double() - _facing(mean, x)).square()).sum(_over(x)) / w.sum()
+    assert ((got.var - var).abs() / var).max() <= 1e-5
+    assert ((got.mean - mean).abs() <= 1e-6 * var.sqrt()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mean", [1.0, 30.0])
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_half_types_are_summed_as_exactly_as_float32(how, mean, dtype):
+    """Their coarse grid makes float32 round each addition of a long sum the same way."""
+    for shape in [(1, 1, 200, 200), (8, 4, 32, 32)]:
+        x = _arrange((_randn(*shape, seed=4) * 2 + mean).to(dtype), how)
+        got, truth = of_sums(launch.moments(x, None)), x.double().var(_over(x), correction=0)
+        assert ((got.mean - x.double().mean(_over(x))).abs() / truth.sqrt()).max() <= 5e-6
+        assert ((got.var - truth).abs() / truth).max() <= 2e-5
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_sums_of_equal_gradients_do_not_drift(how):
+    """Float32 rounds each addition of one number the same way."""
+    for shape in [(1, 1, 190, 190), (40, 4, 8, 8)]:
+        x, g = _arrange(_randn(*shape, seed=6), how), _arrange(torch.full(shape, 0.1), how)
+        rows = torch.stack([torch.zeros(shape[1]), *torch.ones(2, shape[1])]).double()
+        local, *_ = _backward_sums(g, x, rows, None, None)
+        terms = g.double(), (g * x).double()
+        expected = torch.stack([t.sum(_over(x)) for t in terms])
+        size = torch.stack([t.abs().sum(_over(x)) for t in terms])
+        assert ((local - expected).abs() / size).max() <= 4e-6
+
+
+@pytest.mark.parametrize(
+    ("how", "wrong"),
+    [
+        *(("contiguous", wrong) for wrong in (-1.0, math.inf, -math.inf, math.nan)),
+        ("channels_last", math.nan),
+        ("runs", -1.0),
+        ("split", math.inf),
+    ],
+)
+def test_what_is_no_weight_counts_as_0_and_makes_the_count_nan(how, wrong):
+    x = _randn(70, 8, 3, 3) if how == "runs" else _randn(6, 3, 20, 21)
+    if how == "split":
+        x = _randn(20, 1, 40, 40)
+    x = _arrange(x, how)
+    mask = _rand(x.shape[0], 1, *x.shape[2:])
+    mask[-1, 0, -1, -1] = wrong
+    clean = mask.clone()
+    clean[-1, 0, -1, -1] = 0.0
+    sums, right = launch.moments(x, mask), launch.moments(x, clean)
+    assert sums[-1].isnan()
+    assert torch.equal(sums[:-1], right[:-1])
+    g, c = _randn(*x.shape, seed=1), x.shape[1]
+    y, rows = _normalize(x, right, True, None, None, EPS)
+    totals = _randn(2, c, seed=2).double()
+    got = launch.backward_input(g, x, rows, None, totals, right[-1], mask)
+    assert torch.equal(got, launch.backward_input(g, x, rows, None, totals, right[-1], clean))
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_nan_is_seen_even_where_nothing_counts(how):
+    """One channel's NaN is that channel's."""
+    for shape in [(4, 8, 3, 3), (3, 5, 20, 21)]:
+        x, mask = _arrange(_randn(*shape), how), torch.ones(shape[0], 1, *shape[2:])
+        x[1, 2, 1, 1], mask[1, 0, 1, 1] = math.nan, 0.0
+        for given in (None, mask):
+            sums = launch.moments(x, given)
+            is_bad = torch.arange(shape[1]) == 2
+            assert torch.equal(sums[: shape[1]].isnan(), is_bad)
+            assert torch.equal(sums[shape[1] : -1].isnan(), is_bad)
+        y, rows = _normalize(x, sums, True, None, None, EPS)
+        assert torch.equal(y.isnan().all(0).all(-1).all(-1), is_bad)
+        local, *_ = _backward_sums(x, x, rows, None, None)
+        assert torch.equal(local.isnan().any(0), is_bad)
+
+
+def test_a_mask_of_zeros():
+    x = _randn(3, 4, 5)
+    sums = launch.moments(x, torch.zeros(3, 1, 5))
+    assert torch.equal(sums, torch.zeros(9).double())
+
+
+# Sums of no value, of one, of less than one, of several, and after a fault.
+COUNTS = [0.0, 1.0, 0.5, 6.0, math.nan]
+
+
+def _batch(n: float, is_raw: bool, channels: int = 5) -> Tensor:
+    """A pooled statistic: of one value where n <= 1, but for the last channel."""
+    mean = _randn(channels, seed=7).double()
+    m2 = _rand(channels, seed=8).double() * (n if n > 1 else 0.0)
+    if n == 0.5:
+        m2[-1] = 0.25
+    if n == 0:
+        mean = torch.zeros(channels).double()
+    count = torch.tensor([n], dtype=F64)
+    return torch.cat([mean * n, m2 + n * mean * mean, count] if is_raw else [mean, m2, count])
+
+
+def _moments_of(batch: Tensor, is_raw: bool) -> Moments:
+    if is_raw:
+        return of_sums(batch)
+    mean, m2, _ = batch.split(((len(batch) - 1) // 2, (len(batch) - 1) // 2, 1))
+    return Moments(batch[-1], mean, m2)
+
+
+SCHEDULES = [
+    (renorm.RenormSchedule(), (0, 4_999, 5_000, 15_000, 26_000, 10**12)),
+    (renorm.RenormSchedule.constant(math.inf, math.inf), (0,)),
+    (renorm.RenormSchedule.switch(10, 1.1, 0.1), (9, 10)),
+    (renorm.RenormSchedule.constant(1.0, 0.0), (3,)),
+]
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+@pytest.mark.parametrize("n", COUNTS)
+def test_the_rules_of_a_statistic_are_those_of_moments(n, is_raw):
+    x, batch = _randn(2, 5, 3), _batch(n, is_raw)
+    expected = _moments_of(batch, is_raw)
+    y, rows = _normalize(x, batch, is_raw, None, None, EPS)
+    # With raw sums m2 may be a rounding error in place of 0, here as there.
+    truth = torch.stack([expected.mean, expected.m2, expected.invstd(EPS)])
+    assert torch.equal(rows[2] == 0, truth[2] == 0)
+    torch.testing.assert_close(rows, truth, rtol=1e-12, atol=1e-12, equal_nan=True)
+    centred = x.double() - _facing(truth[0], x)
+    assert_close(y, centred * _facing(rows[2], x), F32, "y")
+
+    running_mean, running_var = _randn(5, seed=9), _rand(5, seed=10) + 0.1
+    for schedule, steps in SCHEDULES if n in (6.0, 0.0) and is_raw else SCHEDULES[-2:]:
+        numbers = (schedule.r_max, schedule.d_max, schedule.warmup_steps, schedule.r_steps, schedule.d_steps)  # fmt: skip
+        for step in map(torch.tensor, steps):
+            bounds = schedule.at(step)
+            r, d = renorm.correction(expected, running_mean, running_var, EPS, *bounds)
+            weight, bias = _rand(5, seed=11), _randn(5, seed=12)
+            for given in (bounds, (step, numbers)):
+                y, rows = _normalize(
+                    x, batch, is_raw, weight, bias, EPS, (running_mean, running_var, given)
+                )
+                torch.testing.assert_close(
+                    rows[3:5], torch.stack([r, d]), rtol=1e-12, atol=1e-12, equal_nan=True
+                )
+                assert torch.equal(rows[5:7], torch.stack([running_mean, running_var]).double())
+                assert torch.equal(rows[7:], torch.stack(bounds).double().view(2, 1).expand(2, 5))
+                truth = centred * _facing(rows[2] * r * weight, x) + _facing(bias + weight * d, x)
+                assert_close(y, truth, F32, "y")
+
+
+def test_gradients_with_a_correction():
+    x, g, batch = _randn(4, 5, 6), _randn(4, 5, 6, seed=1), _batch(24.0, True)
+    reference = (_randn(5, seed=9), _rand(5) + 0.1, (torch.tensor(1.3).double(), torch.tensor(0.4).double()))  # fmt: skip
+    for weight, bias in [
+        (_rand(5) + 0.5, _randn(5)),
+        (None, None),
+        (_rand(5), None),
+        (None, _randn(5)),
+    ]:
+        _, rows = _normalize(x, batch, True, weight, bias, EPS, reference)
+        local, dweight, dbias = _backward_sums(g, x, rows, weight, bias)
+        assert (dweight is None, dbias is None) == (weight is None, bias is None)
+        if dweight is not None:
+            torch.testing.assert_close(dweight, (rows[3] * local[1] + rows[4] * local[0]).float())
+        if dbias is not None:
+            torch.testing.assert_close(dbias, local[0].float())
+        dx = launch.backward_input(g, x, rows, weight, local, batch[-1], None)
+        scale = rows[3] * rows[2] * (1.0 if weight is None else weight)
+        xhat = (x.double() - _facing(rows[0], x)) * _facing(rows[2], x)
+        through = _facing(local[0] / 24, x) + xhat * _facing(local[1] / 24, x)
+        assert_close(dx, _facing(scale, x) * (g - through), F32, "dx")
+        means = launch.backward_input(g, x, rows, weight, local / batch[-1], None, None)
+        assert_close(means, dx, F32, "dx from means")
+
+
+@pytest.mark.parametrize("n", [0.0, math.nan])
+def test_the_gradient_of_a_statistic_of_nothing(n):
+    x, g, count = _randn(4, 5, 6), _randn(4, 5, 6, seed=1), torch.tensor(n).double()
+    rows = _rand(3, 5).double()
+    dx = launch.backward_input(g, x, rows, None, _randn(2, 5).double(), count, None)
+    assert_close(dx, _facing(rows[2], x) * g * (count + 1), F32, "dx")
+
+
+@pytest.mark.parametrize("is_raw", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("n", COUNTS)
+def test_running_statistics_follow_as_they_do_elsewhere(n, momentum, is_raw):
+    batch = _batch(n, is_raw, 300)
+    expected = _moments_of(batch, is_raw)
+    for dtype, is_std in ((F32, False), (torch.bfloat16, True), (F64, False), (F64, True)):
+        for counter in (None, torch.tensor(0), torch.tensor(6, dtype=torch.int32)):
+            if momentum is None and counter is None:
+                continue
+            mean, var = _randn(300, seed=9).to(dtype), (_rand(300, seed=10) + 0.1).to(dtype)
+            truth = [None if t is None else t.clone() for t in (mean, var, counter)]
+            factor = moments.average_factor(truth[2], expected, momentum)
+            moments.update_running_mean_(truth[0], expected, factor)
+            if is_std:
+                renorm.update_running_std_(truth[1], expected, EPS, factor)
+            else:
+                moments.update_running_var_(truth[1], expected, factor)
+            launch.update_running_(mean, var, counter, batch, is_raw, momentum, EPS, is_std)
+            assert counter == truth[2]
+            tight = {"rtol": 1e-12, "atol": 1e-12} if dtype == F64 else {}
+            torch.testing.assert_close(mean, truth[0], equal_nan=True, **tight)
+            torch.testing.assert_close(var, truth[1], equal_nan=True, **tight)
+            if not n > 0:
+                assert torch.equal(mean, truth[0])
+            if not n > 1:
+                assert torch.equal(var, truth[1])
+
+
+def test_running_statistics_that_are_not_contiguous():
+    both = _rand(5, 2)
+    expected = [both[:, 0].contiguous(), both[:, 1].contiguous()]
+    for mean, var in (expected, (both[:, 0], both[:, 1])):
+        launch.update_running_(mean, var, None, _batch(6.0, True), True, 0.1, EPS, False)
+    assert torch.equal(both, torch.stack(expected, 1))
+
+
+def test_a_single_value_has_no_variance_however_it_is_computed():
+    """Its square and the square of its sum differ by roundings where they are multiplied and added
+    at once.
+    """
+    value = torch.tensor([1.1, 1e3, 1e-3], dtype=F64)
+    square = torch.nextafter(value * value, torch.tensor(math.inf).double())
+    x, batch = _randn(2, 3), torch.cat([value, square, torch.ones(1).double()])
+    y, rows = _normalize(x, batch, True, None, None, EPS)
+    assert torch.equal(rows[1:], torch.zeros(2, 3).double())
+    assert torch.equal(y, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+@pytest.mark.parametrize("max_drift", [0.1, 1e3, math.inf])
+@pytest.mark.parametrize("n", [6.0, 0.0, math.nan, math.inf])
+@pytest.mark.parametrize("is_raw", [False, True])
+def test_averages_of_moments_follow_as_they_do_elsewhere(is_raw, n, max_drift, updates):
+    batch = _batch(n, is_raw, 700) if n < math.inf else _batch(6.0, is_raw, 700)
+    if n == math.inf:
+        batch[600] = math.inf
+    options = lagged.Lagged(max_drift=max_drift)
+    for waited in (False, True):
+        mean, var = _randn(700, seed=9).double(), (_rand(700, seed=10) + 0.1).double()
+        number, waits = torch.tensor([updates, 5]), torch.tensor(waited)
+        truth = [t.clone() for t in (mean, var, number, waits)]
+        lagged.follow_moments_(
+            _moments_of(batch, is_raw), truth[0], truth[1], truth[2][0], truth[3], EPS, options
+        )
+        launch.follow_moments_(
+            batch, is_raw, mean, var, number[0], waits, EPS, max_drift, options.forward_rate
+        )
+        for got, expected in zip((mean, var), truth[:2], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+        assert torch.equal(number, truth[2])
+        assert torch.equal(waits, truth[3])
+
+
+@pytest.mark.parametrize("updates", [0, 3])
+@pytest.mark.parametrize("n", [6.0, 0.0, math.nan, math.inf])
+def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
+    sums, gradient = _randn(601).double(), _randn(2, 300, seed=1).double()
+    sums[-1] = n if n < math.inf else 6.0
+    if n == math.inf:
+        sums[555] = math.inf
+    number, options = torch.tensor([5, updates]), lagged.Lagged()
+    truth, count = gradient.clone(), number.clone()
+    lagged.follow_gradients_(sums, truth, count[1], options)
+    launch.follow_gradients_(sums, gradient, number[1], options.backward_rate)
+    torch.testing.assert_close(gradient, truth, rtol=1e-12, atol=1e-12)
+    assert torch.equal(number, count)
+
+
+def test_a_snapshot_of_averages():
+    mean, var, gradient = _randn(130).double(), _rand(130).double(), _randn(2, 130).double()
+    assert torch.equal(launch.snapshot(mean, var, gradient), lagged.snapshot(mean, var, gradient))

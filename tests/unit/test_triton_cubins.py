@@ -1,0 +1,158 @@
+"""The Triton kernels compiled ahead for GPUs that are not here: registers, spills, vector loads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from syncnorm.maths.kernels.triton import launch  # noqa: E402
+
+BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.bool: "*i1",
+    torch.int64: "*i64",
+}
+# Blocks of 128 threads with so many registers: 4 are at work on a multiprocessor, or 8.
+REGISTERS = {"moments": 128, "backward_sums": 128, "normalize": 64, "backward_input": 64}
+FORMS = {
+    "planes": ((256, 64, 56, 56), False),
+    "runs": ((256, 512, 7, 7), False),
+    "rows": ((256, 256, 14, 14), True),
+}
+
+
+def _launches(run: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tuple[Any, ...], int]]:
+    """The kernels of a call, with their arguments and warps, as a card of 132 processors has them."""
+    found: list[tuple[Any, tuple[Any, ...], int]] = []
+
+    def note(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4) -> None:
+        found.append((kernel, args, warps))
+
+    with monkeypatch.context() as context:
+        context.setattr(launch, "_launch", note)
+        context.setattr(launch, "_processors", lambda of: 132)
+        run()
+    return found
+
+
+def _compile(kernel: Any, args: tuple[Any, ...], warps: int, arch: int) -> Any:
+    signature, constants, attributes = {}, {}, {}
+    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
+    source = ASTSource(kernel, signature, constants, attributes)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _usage(compiled: Any, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its local memory, where spills go."""
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    command = [str(BIN / "cuobjdump"), "-res-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text
+    return int(found[1]), int(found[2])
+
+
+def _calls(form: str, dtype: torch.dtype) -> dict[str, Any]:
+    shape, is_last = FORMS[form]
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if is_last:
+        x = x.to(memory_format=torch.channels_last)
+    c = torch.empty(shape[1], device="meta")
+    rows = torch.empty(3, shape[1], dtype=torch.float64, device="meta")
+    batch = torch.empty(2 * shape[1] + 1, dtype=torch.float64, device="meta")
+    totals = batch[:-1].view(2, -1)
+    return {
+        "moments": lambda: launch.moments(x, None),
+        "normalize": lambda: launch.normalize(x, batch, True, c, c, 1e-5, *[None] * 6),
+        "backward_sums": lambda: launch.backward_sums(x, x, rows, c.dtype, c.dtype),
+        "backward_input": lambda: launch.backward_input(x, x, rows, c, totals, batch[-1], None),
+    }
+
+
+def _check(name: str, form: str, dtype: torch.dtype, arch: int, folder: Path, patch: Any) -> None:
+    kernel, args, warps = _launches(_calls(form, dtype)[name], patch)[0]
+    assert kernel.__name__ == name
+    compiled = _compile(kernel, args, warps, arch)
+    registers, local = _usage(compiled, folder)
+    assert registers <= REGISTERS[name]
+    assert local == 0, "spills"
+    ptx = compiled.asm["ptx"]
+    # x and what has its shape: 16 bytes at once, and never less. Numbers of channels are float64,
+    # weight and bias 4 bytes.
+    assert "ld.global.v4.b32" in ptx
+    assert not re.search(r"ld\.global(\.v\d)?\.b16", ptx)
+    if name in ("normalize", "backward_input"):
+        assert "st.global.v4.b32" in ptx
+        assert not re.search(r"st\.global(\.v2)?\.b(16|32)", ptx)
+
+
+@pytest.mark.parametrize("name", REGISTERS)
+@pytest.mark.parametrize("form", ["planes", "rows"])
+def test_kernels_fit_and_read_16_bytes_at_once(form, name, tmp_path, monkeypatch):
+    _check(name, form, torch.bfloat16, 90, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REGISTERS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_on_every_architecture(arch, dtype, form, name, tmp_path, monkeypatch):
+    _check(name, form, dtype, arch, tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_all_else_compiles(arch, tmp_path, monkeypatch):
+    """Masks, other strides, 64 bits, a correction, and what is per channel."""
+    x = torch.empty(8, 6, 40, 40, device="meta", dtype=torch.bfloat16)[:, :, 3:, 1:20]
+    far = torch.empty(2**10, 64, 2**9, 2**9, device="meta")
+    mask = torch.empty(8, 1, 37, 19, device="meta", dtype=torch.float32)
+    c, n = torch.empty(6, device="meta", dtype=torch.bfloat16), torch.empty((), device="meta")
+    n, step = n.double(), torch.empty((), device="meta", dtype=torch.int64)
+    batch = torch.empty(13, dtype=torch.float64, device="meta")
+    rows = torch.empty(9, 6, dtype=torch.float64, device="meta")
+    schedule = (3.0, 5.0, 0, 1, 2**33)
+
+    def run() -> None:
+        launch.moments(x, mask)
+        launch.moments(torch.empty(256, 512, 7, 7, device="meta"), mask[:1, :, :7, :7])
+        launch.moments(far, None)
+        launch.moments(x.double(), mask)
+        launch.normalize(x, batch, False, c, None, 1e-5, c, c, n, n, None, None)
+        launch.normalize(x, batch, True, None, c, 1e-5, c, c, None, None, step, schedule)
+        launch.backward_sums(x.transpose(2, 3), x.transpose(2, 3), rows, c.dtype, None)
+        launch.backward_input(n.expand_as(x), x, rows, c, rows[:2], None, mask)
+        launch.update_running_(c, c, step, batch, True, None, 1e-3, True)
+        launch.update_running_(c, c.double(), None, batch, False, 0.1, 1e-3, False)
+        launch.snapshot(batch[:6], batch[:6], batch[:12].view(2, 6))
+        waits, averages = torch.empty((), device="meta", dtype=torch.bool), batch[:6]
+        launch.follow_moments_(batch, True, averages, averages, step, waits, 1e-3, 0.3, 0.1)
+        launch.follow_moments_(batch, False, averages, averages, step, waits, 1e-3, 0.3, 0.1)
+        launch.follow_gradients_(batch, batch[:12].view(2, 6), step, 0.1)
+
+    for kernel, args, warps in _launches(run, monkeypatch):
+        _, local = _usage(_compile(kernel, args, warps, arch), tmp_path)
+        assert local <= 64
