@@ -123,8 +123,9 @@ def test_on_every_architecture(arch, dtype, form, name, tmp_path, monkeypatch):
     _check(name, form, dtype, arch, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 90, 100])
+@pytest.mark.parametrize(
+    "arch", [90, *(pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100))]
+)
 def test_all_else_compiles(arch, tmp_path, monkeypatch):
     """Masks, other strides, 64 bits, a correction, and what is per channel."""
     x = torch.empty(8, 6, 40, 40, device="meta", dtype=torch.bfloat16)[:, :, 3:, 1:20]

@@ -286,7 +286,7 @@ def backward_input(
 ):  # fmt: skip
     """weight * r * invstd * (g - w * (A + xhat * B))."""
     F: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    group, _, begin, end = program(groups, per, tiles, WIDE)
+    group, _split, begin, end = program(groups, per, tiles, WIDE)
     channel = group * BC + tl.arange(0, BC)
     inside = channel < channels
     mean = tl.load(rows + channel, inside, other=0.0)
