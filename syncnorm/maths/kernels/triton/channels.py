@@ -214,7 +214,7 @@ def snapshot(mean, var, gradient, out, channels, BC: tl.constexpr):
     second = tl.load(gradient + channels + channel, inside, other=0.0)
     tl.store(rest + channels, second, inside)
     if tl.program_id(0) == 0:
-        tl.store(out + 2 * channels, tl.zeros([1], tl.float64) + 2.0, tl.arange(0, 1) == 0)
+        tl.store(out + 2 * channels, 2.0)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -251,7 +251,7 @@ def follow_moments(
     tl.store(updates, number + is_new)
     for start in range(0, channels, BC):
         channel = start + tl.arange(0, BC)
-        inside = (channel < channels) & (is_new != 0)
+        inside = channel < channels * is_new
         new, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
         old = tl.load(mean + channel, inside, other=0.0)
         tl.store(mean + channel, old + weight * (new - old), inside)
@@ -275,7 +275,7 @@ def follow_gradients(sums, gradient, updates, rate, channels, BC: tl.constexpr):
     tl.store(updates, number + is_new)
     for start in range(0, count, BC):
         i = start + tl.arange(0, BC)
-        inside = (i < count) & (is_new != 0)
+        inside = i < count * is_new
         old = tl.load(gradient + i, inside, other=0.0)
         new = tl.load(sums + i, inside, other=0.0) * reciprocal(n)
         tl.store(gradient + i, old + weight * (new - old), inside)
