@@ -2,7 +2,7 @@
 
 The notes decide whether the optimizer steps, so the host has to read them in every step. On CUDA
 they have a stream of their own, on which they wait for the forward pass alone: while the host
-reads them, the device is busy with the backward pass, and it has the optimizer's work to do next.
+reads them, the device is busy with the backward pass, and the optimizer's work comes in time.
 """
 
 import functools
@@ -49,8 +49,9 @@ class PendingNotes:
         rank, self._world_size = setup.workers.rank, setup.workers.world_size
         size = 1 + self._world_size * (2 if setup.shared_buffers else 1)
         self._loss = loss  # kept: another stream reads it
-        self._copied: torch.Event | None = None
-        with _aside(loss.device):
+        if loss.is_cuda:
+            _stream(loss.device).wait_stream(torch.cuda.current_stream(loss.device))
+        with self._aside():
             payload = torch.zeros(size, dtype=torch.float64, device=loss.device)
             # Filled rather than assigned: that would copy a number from the host, and wait.
             payload[0].fill_(float(stop))
@@ -59,9 +60,6 @@ class PendingNotes:
                 checksum = float(setup.shared_buffers.layout_checksum())
                 payload[1 + self._world_size + rank].fill_(checksum)
             self._pending = exchange.start_sum(payload, groups.statistics_group(), "notes")
-            if loss.is_cuda:
-                self._numbers = self._pending.wait().to("cpu", non_blocking=True)  # pinned
-                self._copied = torch.cuda.current_stream(loss.device).record_event()
 
     def read(self) -> Notes:
         """Wait for the notes.
@@ -69,28 +67,21 @@ class PendingNotes:
         Raises:
             ExchangeError: they broke, or the workers are in different exchanges; then on all.
         """
-        if self._copied is None:
-            self._numbers = self._pending.wait()
-        else:
-            self._copied.synchronize()
+        with self._aside():
+            stops, *numbers = self._pending.wait().tolist()
         if self._pending.mixed is not None:
             group = groups.statistics_group()
             assert group is not None, "an exchange was made"
             exchange.raise_mixed(self._pending.mixed, group)
-        stops, *numbers = self._numbers.tolist()
         losses, checksums = numbers[: self._world_size], numbers[self._world_size :]
         return Notes(losses, stops > 0, len(set(checksums)) == 1)
 
-
-def _aside(device: torch.device) -> AbstractContextManager[object]:
-    """Make the context of the notes' own stream, which waits for what was launched before."""
-    if device.type != "cuda":
-        return nullcontext()
-    stream = _stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    return torch.cuda.stream(stream)
+    def _aside(self) -> AbstractContextManager[object]:
+        """Make the context of the notes' own stream, also for the memory that they take."""
+        device = self._loss.device
+        return torch.cuda.stream(_stream(device)) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    return torch.cuda.Stream(device, priority=-1)  # a few numbers, that the host waits for
