@@ -106,19 +106,41 @@ def test_torchrun_on_the_module_and_local_statistics(local, tmp_path):
     assert "each worker judged its share of the test set by its own" in done.stdout
 
 
+# The network of the packed configuration, built in a worker whose optimizer takes other steps.
+OTHER_STEPS = """
+import gc, os, time
+import torch
+from syncnorm.train.models import MODELS
+
+take = torch.optim.SGD.step
+
+def step(self, closure=None):
+    if len(self.param_groups[0]["params"]) > 1:  # the network's, not a trial
+        with_a_network()
+    return take(self, closure)
+
+def net(**kwargs):
+    torch.optim.SGD.step = step
+    return MODELS["digits_resnet"](**kwargs)
+
+def with_a_network():
+"""
+WITH_OTHER_STEPS = ["model.name=other_steps:net", "--allow", "other_steps"]
+
+
+def write_other_steps(folder: Path, *lines: str) -> None:
+    (folder / "other_steps.py").write_text(OTHER_STEPS + "".join(f"    {line}\n" for line in lines))
+
+
 def test_a_failing_worker_is_named_once_with_its_own_cause(tmp_path):
-    # Read by Python at its start: worker 1 fails in its first step, worker 0 then loses its peer.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import torch\n"
-        "    def step(self, closure=None):\n"
-        "        if len(self.param_groups[0]['params']) > 1:  # the network's, not a trial\n"
-        "            raise RuntimeError('no step on rank ' + os.environ['RANK'])\n"
-        "    torch.optim.SGD.step = step\n"
+    # Worker 1 fails in its first step, worker 0 then loses its peer.
+    write_other_steps(
+        tmp_path,
+        "if os.environ['RANK'] == '1':",
+        "    raise RuntimeError('no step on rank ' + os.environ['RANK'])",
     )
-    command = [*commands.SYNCNORM, "train", "digits", *SHORT]
-    done = commands.run(command, tmp_path, {"PYTHONPATH": str(tmp_path)})
+    command = [*commands.SYNCNORM, "train", "digits", *SHORT, *WITH_OTHER_STEPS]
+    done = commands.run(command, tmp_path)
     assert done.returncode == 1
     message, traceback = done.stderr.splitlines()
     assert message == "syncnorm: worker 1 failed: RuntimeError: no step on rank 1"
@@ -197,16 +219,13 @@ def test_a_stopped_run_goes_on_on_another_number_of_workers(tmp_path):
 
 def test_a_second_signal_ends_at_once(tmp_path):
     # A step that never ends: the first signal is heard, and nothing comes of it.
-    (tmp_path / "sitecustomize.py").write_text(
-        "import os, time\n"
-        "if os.environ.get('RANK') == '1':\n"
-        "    import torch\n"
-        "    def step(self, closure=None):\n"
-        "        if len(self.param_groups[0]['params']) > 1: print('stuck', flush=True)\n"
-        "        while len(self.param_groups[0]['params']) > 1: time.sleep(0.1)\n"
-        "    torch.optim.SGD.step = step\n"
+    write_other_steps(
+        tmp_path,
+        "if os.environ['RANK'] == '1':",
+        "    print('stuck', flush=True)",
+        "    while True: time.sleep(0.1)",
     )
-    with commands.started(ENDLESS, tmp_path, {"PYTHONPATH": str(tmp_path)}) as process:
+    with commands.started([*ENDLESS, *WITH_OTHER_STEPS], tmp_path) as process:
         assert process.stdout.readline() == "stuck\n"
         process.send_signal(signal.SIGTERM)
         with pytest.raises(subprocess.TimeoutExpired):
@@ -218,31 +237,22 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_a_stuck_worker_leaves_all_stacks(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import gc, os, time\n"
-        "if 'RANK' in os.environ:\n"
-        "    import torch\n"
-        "    take = torch.optim.SGD.step\n"
-        "    def step(self, closure=None):\n"
-        "        if len(self.param_groups[0]['params']) == 1: return take(self, closure)  # a "
-        "trial\n"
-        # Only now: before the first step a worker of a busy machine may be importing for any time.
-        "        (watch,) = (each for each in gc.get_objects() if type(each).__name__ == "
-        "'SignalWatch')\n"
-        "        if watch._timeout > 5: watch._timeout, watch._armed = 5, 0.0; watch.alive()\n"
-        "        while os.environ['RANK'] == '1': time.sleep(0.1)\n"
-        "        return take(self, closure)\n"
-        "    torch.optim.SGD.step = step\n"
+    write_other_steps(
+        tmp_path,
+        # Only now: before the first step a worker of a busy machine may take any time.
+        "(watch,) = (each for each in gc.get_objects() if type(each).__name__ == 'SignalWatch')",
+        "if watch._timeout > 5: watch._timeout, watch._armed = 5, 0.0; watch.alive()",
+        "while os.environ['RANK'] == '1': time.sleep(0.1)",
     )
-    command = [*UNTIL_KILLED, "launch.timeout_seconds=300"]
-    done = commands.run(command, tmp_path, {"PYTHONPATH": str(tmp_path)})
+    command = [*UNTIL_KILLED, *WITH_OTHER_STEPS, "launch.timeout_seconds=300"]
+    done = commands.run(command, tmp_path)
     assert done.returncode == 1
     message, folder = done.stderr.splitlines()
     assert re.fullmatch(
         r"syncnorm: worker [01] was stuck; where each worker was is in logs/stacks-\*.txt", message
     )
     stacks = [(tmp_path / folder / "logs" / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
-    assert "sitecustomize.py" in stacks[1]
+    assert "other_steps.py" in stacks[1]
     assert "in training_step" in stacks[0]
 
 
