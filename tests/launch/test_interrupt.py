@@ -14,16 +14,18 @@ import pytest
 from syncnorm.__main__ import main
 from tests.launch import commands
 
-# Read by Python at its start. It stands still where MODULE is about to be imported, in a process
-# whose command has MARK;
+# Read by Python at its start. As long as its parent lives, it stands still where MODULE is about to
+# be imported, in a process whose command has MARK;
 AT_IMPORT = """
 import os, sys, time
 
 class Stop:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["MODULE"] and os.environ["MARK"] in " ".join(sys.orig_argv):
+            parent = os.getppid()
             os.write(1, b"here\\n")
-            time.sleep(1000)
+            while os.getppid() == parent:
+                time.sleep(0.01)
 
 sys.meta_path.insert(0, Stop())
 """
@@ -70,7 +72,7 @@ DRY = ["train", "digits", "--dry-run"]
         (["train", "digits"], "torch.nn", ""),
         (["train", "digits"], "torch._dynamo", ""),
         (DRY, "torch._dynamo", ""),
-        (["verify"], "torch.nn", "spawn_main"),
+        (["verify"], "torch.nn", "forkserver"),
         (["report", "run"], "syncnorm.train.report", ""),
         (["submit", "digits"], "ray.job_submission", ""),
     ],
