@@ -29,6 +29,7 @@ RAY = ("test_ray.py", "test_ray_verify.py")
 # would go on alone.
 LONGEST = (
     *RAY,
+    "test_ended_runs.py",
     "test_run.py",
     "test_loop.py",
     "test_kill_drill.py",
