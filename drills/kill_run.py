@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from drills import kill_worker
-from drills.kill_evidence import Evidence, environment, gather, kill, left_behind, processes
+from drills.kill_evidence import Evidence, gather, kill, left_behind, processes
 from drills.kill_worker import Torn, read_deaths, write_plan
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +29,8 @@ OPTIONS = [
     ),
     *("checkpoint.every=2", "follow.every=5", "launch.device=cpu", "launch.restarts=1000"),
 ]
+# Their model, which makes workers die.
+NET = f"{kill_worker.__name__}:{kill_worker.net.__name__}"
 # In the environment of every process of a run, to find them all by.
 _MARK = "SYNCNORM_DRILL"
 _POLL_SECONDS = 0.02
@@ -111,13 +113,13 @@ class Run:
         self._workers = workers
         self._process: subprocess.Popen[bytes] | None = None
         write_plan(self.plan, list(torn))
-        (folder / "sitecustomize.py").write_text(kill_worker.SITECUSTOMIZE, encoding="utf-8")
         (folder / "tmp").mkdir()
 
     def launch(self) -> None:
         """Give the command, to go on with what there is."""
         resume = [] if self.record is None else ["--resume", str(self.record)]
-        options = [*OPTIONS, f"launch.workers={self._workers}", *resume]
+        model = [f"model.name={NET}", "--allow", NET.partition(":")[0]]
+        options = [*OPTIONS, *model, f"launch.workers={self._workers}", *resume]
         with (self.folder / "stderr.txt").open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "syncnorm", "train", "digits", *options],
@@ -131,9 +133,8 @@ class Run:
         self.launches += 1
 
     def _variables(self) -> dict[str, str]:
-        path = os.pathsep.join([str(self.folder), str(ROOT)])
         drill = {_MARK: str(self.folder), kill_worker.PLAN: str(self.plan)}
-        return {**drill, "PYTHONPATH": path, "TMPDIR": str(self.folder / "tmp")}
+        return {**drill, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder / "tmp")}
 
     @property
     def record(self) -> Path | None:
@@ -154,7 +155,7 @@ class Run:
         path = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
         with contextlib.suppress(OSError):
             for child in map(int, path.read_text().split()):
-                if f"RANK={victim}".encode() in environment(child):
+                if Path(f"/proc/{child}/comm").read_text().strip() == f"syncnorm-{victim}":
                     return child
         return None
 

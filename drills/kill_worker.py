@@ -1,7 +1,7 @@
 """Deaths of a run's first worker inside a save, for `drills.kill_drill`.
 
-The drill puts a `sitecustomize.py` that calls `arm` on the path of the processes that it starts,
-and the plan of their deaths into their environment. The package knows nothing of either.
+The runs have `net` for a model, which calls `arm` in each worker, and the plan of their deaths in
+their environment. The package knows nothing of either.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import nn
+
+from syncnorm.train import files
+from syncnorm.train.checkpoint.store import CheckpointStore, Snapshot
+from syncnorm.train.models import MODELS
+
 PLAN = "SYNCNORM_DRILL_PLAN"
-SITECUSTOMIZE = "from drills import kill_worker\n\nkill_worker.arm()\n"
 
 _OPERATIONS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
 _WRITES = os.O_WRONLY | os.O_RDWR
@@ -52,6 +57,12 @@ def read_deaths(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in _record_of(path).read_text(encoding="utf-8").splitlines()]
 
 
+def net(**kwargs: Any) -> nn.Module:
+    """Build the network of `digits`, in a worker that will die by the plan."""
+    arm()
+    return MODELS["digits_resnet"](**kwargs)
+
+
 def arm() -> None:
     """Let this process die by the plan's next death, if it is the first worker."""
     if os.environ.get("RANK") != "0":
@@ -68,9 +79,6 @@ def _record_of(path: Path) -> Path:
 
 
 def _install(torn: Torn, record: Path) -> None:
-    from syncnorm.train import files
-    from syncnorm.train.checkpoint.store import CheckpointStore, Snapshot
-
     death = _Death(torn, record)
     write = CheckpointStore.write
 

@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Sequence
 
+from syncnorm.run import env
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status; 130 in the shell after Ctrl-C.
@@ -19,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if arguments is None:
+        env.set_for_launcher(sys.argv[1:])
     try:
         from syncnorm.cli import main as run
     except ModuleNotFoundError as error:

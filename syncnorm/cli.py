@@ -74,13 +74,11 @@ def train(
     task = Task(load_config(config, arguments), Path(config).stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
     launched = read_launched()
-    if dry or launched is not None:
-        add_working_folder_to_path()
+    add_working_folder_to_path()
     if dry:
         print(dry_run(task))
     elif launched is None:
-        options = [word for package in task.allowed for word in ("--allow", package)]
-        run_local(task, [*options, config, *arguments])
+        run_local(task)
     else:
         run_worker(task, launched)
 

@@ -249,7 +249,8 @@ class SyncBatchRenorm(SyncNorm):
             return kernels.Reference(mean.clone(), var.clone(), self.bounds())
         # The kernel that normalises reads them before they move, and keeps what it has read.
         schedule = self.schedule
-        if step is not None and type(schedule) is RenormSchedule:
+        is_ours = isinstance(schedule, RenormSchedule) and type(schedule) is RenormSchedule
+        if step is not None and is_ours:
             return kernels.Reference(mean, var, kernels.Scheduled(step, schedule))
         return kernels.Reference(mean, var, self.bounds())
 

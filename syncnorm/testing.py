@@ -3,7 +3,8 @@
     with RankPool(2) as pool:
         results = pool.run(function, *arguments)      # called on every rank; results by rank
 
-Starting processes costs a second or more each; a call into a kept pool costs milliseconds.
+The first pool of a process imports torch, which takes seconds; another starts in a fraction of one,
+and a call into a kept pool costs milliseconds.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
-from multiprocessing import resource_tracker, util
+from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -159,6 +161,9 @@ class RankPool:
     Each rank has one thread and its own pipe. Functions and arguments are pickled, so functions
     must be importable. A failure on any rank ends the pool: its collectives may be half done.
 
+    On Linux the ranks of all pools are forks of multiprocessing's server, which has imported torch.
+    A rank has the environment of its pool's start, but what is read at an import is read once.
+
     Args:
         world_size: number of ranks, at least 1.
         backend: of the default process group.
@@ -178,31 +183,33 @@ class RankPool:
         self.timeout_seconds = timeout_seconds
         self._folder = tempfile.TemporaryDirectory(prefix="syncnorm-pool-")
         rendezvous = str(Path(self._folder.name) / "rendezvous")
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[Any] = []
         self._processes = []
-        # Otherwise started with the first process, and it lets the signal through that is blocked
-        # below.
-        resource_tracker.ensure_running()
-        for rank in range(world_size):
-            here, there = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(there, rank, world_size, backend, rendezvous, timeout_seconds, device),
-                name=f"rank-{rank}",
-                daemon=True,
-            )
-            # Inherited: on a terminal Ctrl-C reaches the ranks, too, but it is their parent that
-            # ends them.
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            try:
-                process.start()
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            there.close()
-            self._pipes.append(here)
-            self._processes.append(process)
         try:
+            context = _context()
+            for rank in range(world_size):
+                here, there = context.Pipe()
+                self._pipes.append(here)
+                process = context.Process(
+                    target=_serve,
+                    args=(
+                        there,
+                        rank,
+                        world_size,
+                        backend,
+                        rendezvous,
+                        timeout_seconds,
+                        device,
+                        dict(os.environ),
+                    ),
+                    name=f"rank-{rank}",
+                    daemon=True,
+                )
+                # The server takes its time, and Ctrl-C must not wait for that.
+                with contextlib.nullcontext() if sys.platform == "linux" else _no_interrupt():
+                    process.start()
+                self._processes.append(process)
+                there.close()
             self._collect(time.monotonic() + timeout_seconds + _START_SECONDS)
         except BaseException:
             self.close()
@@ -289,6 +296,30 @@ class RankPool:
         self.close()
 
 
+def _context() -> ForkServerContext | SpawnContext:
+    """Return the way to start a rank: as a fork of a server that has imported what ranks need."""
+    # Started with the first process otherwise, and lets the signal through that is blocked.
+    resource_tracker.ensure_running()
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    # DDP and the optimizers import torch's compiler.
+    context.set_forkserver_preload([__name__, "syncnorm._public", "torch._dynamo"])
+    with _no_interrupt():
+        forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _no_interrupt() -> Iterator[None]:
+    """Block Ctrl-C in what is started here: it is its parent that ends it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _serve(
     pipe: Connection,
     rank: int,
@@ -297,8 +328,16 @@ def _serve(
     rendezvous: str,
     timeout_seconds: float,
     device: str,
+    environment: Mapping[str, str],
 ) -> None:
+    # As the server has it, unless that is somebody else's.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # ended while the server was importing
+        leave(1)
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     with contextlib.suppress(EOFError, OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -11,6 +12,8 @@ from hypothesis import HealthCheck, settings
 from syncnorm.testing import RankPool
 
 torch.set_num_threads(1)
+# A shell lets its background jobs ignore Ctrl-C, and so would all commands that the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long something takes is the machine's: deadlines are for what hangs.
 settings.register_profile(
@@ -26,6 +29,7 @@ RAY = ("test_ray.py", "test_ray_verify.py")
 # would go on alone.
 LONGEST = (
     *RAY,
+    "test_ended_runs.py",
     "test_run.py",
     "test_loop.py",
     "test_kill_drill.py",

@@ -5,12 +5,12 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
 
     launcher   command                       a rank runs           restarted by
     torchrun   torchrun -m syncnorm train    worker.run_worker     torchrun's agent
-    local      syncnorm train                worker.run_worker     local
+    local      syncnorm train                worker.run_launched   local
     Ray        syncnorm submit               ray.worker.work       Ray Train, ray.driver
 
     process                     files
     the command                 in_process, interrupt, dry_run, recalibrate, verify, doctor
-    launcher, this machine      local, machine (devices, memory), failures (cause of a failure)
+    launcher, this machine      local, processes, machine (devices, memory), failures (their cause)
     worker                      worker, watchdog (stop signals, stuck limit, log)
     any of them                 env (environment variables), folder (a run's folder, `exit.json`)
     doctor's two processes      loopback

@@ -5,6 +5,7 @@ and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed its
 """
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,15 +227,48 @@ def set_for_nccl() -> None:
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
 
 
+def set_for_launcher(arguments: Sequence[str]) -> None:
+    """Set what torch reads as it is imported, if this command starts workers that inherit it."""
+    if arguments[:1] == ["train"] and "RANK" not in os.environ:
+        for name, value in _WORKER.items():
+            os.environ.setdefault(name, value)
+
+
 def set_for_workers(run_folder: Path) -> None:
     """Set the variables for the workers that this process starts; the user's own stay."""
     set_for_children()
-    # Otherwise restarted workers find the addresses of their predecessors with gloo.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ[_RUN_FOLDER] = str(run_folder)
     os.environ[_LAUNCHER] = str(os.getpid())
-    # Without SIGINT, which our launcher handles (see run/interrupt.py).
-    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGTERM,SIGHUP,SIGQUIT"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a worker that our own launcher starts on this machine.
+
+    Args:
+        rank, world_size: of the worker.
+        port: where the workers meet.
+        error_file: for the exception that the worker ends by.
+    """
+
+    rank: int
+    world_size: int
+    port: int
+    error_file: Path
+
+
+def set_place(place: Place) -> None:
+    """Set the variables of a worker in this process, which is one from now on."""
+    values = {
+        "RANK": place.rank,
+        "WORLD_SIZE": place.world_size,
+        "LOCAL_RANK": place.rank,
+        "LOCAL_WORLD_SIZE": place.world_size,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": place.port,
+        "TORCHELASTIC_ERROR_FILE": place.error_file,
+    }
+    os.environ.update({name: str(value) for name, value in values.items()})
 
 
 def _number(name: str) -> int:

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from torch.distributed.elastic.multiprocessing import SignalException
-
 STATUS = 128 + signal.SIGINT
 """The exit status of a command that Ctrl-C has ended."""
 
@@ -21,14 +19,25 @@ STATUS = 128 + signal.SIGINT
 SAME_SIGNAL_SECONDS = 2.0
 
 
-class Interrupted(SignalException):
-    """Ctrl-C in the launcher.
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+"""The signals that ask a launcher to stop."""
 
-    The launcher sends SIGTERM to its workers, which ignore SIGINT while they import.
+
+class Stopped(Exception):
+    """A signal in the launcher.
+
+    Args:
+        number: of the signal.
     """
 
-    def __init__(self) -> None:
-        super().__init__("interrupted", signal.SIGTERM)
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+    @property
+    def passed_on(self) -> signal.Signals:
+        """The signal for the workers, which ignore Ctrl-C at first."""
+        return signal.SIGTERM if self.number == signal.SIGINT else self.number
 
 
 @contextmanager
@@ -38,7 +47,7 @@ def as_keyboard_interrupt() -> Iterator[None]:
     Raises:
         SystemExit: with `STATUS`, if the block does not catch it.
     """
-    with _handled(signal.default_int_handler):
+    with _handled(signal.default_int_handler, signal.SIGINT):
         try:
             yield
         except KeyboardInterrupt:
@@ -47,29 +56,35 @@ def as_keyboard_interrupt() -> Iterator[None]:
 
 @contextmanager
 def for_launcher() -> Iterator[None]:
-    """Raise `Interrupted` inside the block on Ctrl-C, at most once in `SAME_SIGNAL_SECONDS`."""
+    """Raise `Stopped` inside the block on a signal to stop.
+
+    Of Ctrl-C at most once in `SAME_SIGNAL_SECONDS`.
+    """
     asked = float("-inf")
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         now = time.monotonic()
-        if now - asked > SAME_SIGNAL_SECONDS:
-            asked = now
-            raise Interrupted
+        if number == signal.SIGINT and now - asked <= SAME_SIGNAL_SECONDS:
+            return
+        asked = now
+        raise Stopped(number)
 
-    with _handled(interrupt):
+    with _handled(stop, *STOP_SIGNALS):
         yield
 
 
 @contextmanager
-def _handled(handler: object) -> Iterator[None]:
-    before = signal.getsignal(signal.SIGINT)
+def _handled(handler: object, *numbers: signal.Signals) -> Iterator[None]:
     # Only the main thread may set handlers. A signal that a launcher ignores stays ignored.
-    if threading.current_thread() is not threading.main_thread() or before is signal.SIG_IGN:
-        yield
-        return
-    signal.signal(signal.SIGINT, handler)  # pyright: ignore[reportArgumentType]
+    before = {number: signal.getsignal(number) for number in numbers}
+    if threading.current_thread() is not threading.main_thread():
+        before = {}
+    before = {number: one for number, one in before.items() if one is not signal.SIG_IGN}
+    for number in before:
+        signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, one in before.items():
+            signal.signal(number, one)

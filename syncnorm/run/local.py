@@ -1,17 +1,12 @@
-"""Local runs: starts workers on this machine by torch's elastic launcher, and restarts them."""
+"""Local runs: starts workers on this machine, and starts them again after the loss of one."""
 
-import logging
 import shutil
-import signal
 import sys
 import tempfile
-import uuid
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run import env, interrupt
@@ -25,8 +20,8 @@ from syncnorm.run.folder import (
     remove_unstarted,
 )
 from syncnorm.run.machine import check_capacity, choose_device
-from syncnorm.run.worker import Task
-from syncnorm.train.config.schema import LaunchSection
+from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
+from syncnorm.run.worker import Task, run_launched
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -46,14 +41,13 @@ class LocalRunError(SyncnormError):
         self.exit_code = exit_code
 
 
-def run_local(task: Task, arguments: Sequence[str]) -> None:
-    """Start `launch.workers` workers, each running `syncnorm train ARGUMENTS`, and wait for them.
+def run_local(task: Task) -> None:
+    """Start `launch.workers` workers, and wait for them.
 
     Workers that are killed are restarted from the newest checkpoint.
 
     Args:
-        task: checked already; the workers read `arguments` themselves.
-        arguments: of the command `syncnorm train`.
+        task: checked already.
 
     Raises:
         ConfigError: the machine lacks devices or memory, the run's folder cannot be made or belongs
@@ -61,7 +55,11 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
         LocalRunError: the run failed, or was stopped.
     """
     launch = task.config.launch
-    note = check_capacity(launch, choose_device(launch.device, 0, launch.most_workers))
+    device = choose_device(launch.device, 0, launch.most_workers)
+    note = check_capacity(launch, device)
+    forks = can_fork(device)
+    if forks:
+        prepare_to_fork()
     if task.resume is None:
         folder = make_run_folder(task.config, task.name)
     else:
@@ -69,25 +67,23 @@ def run_local(task: Task, arguments: Sequence[str]) -> None:
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     env.set_for_workers(folder)
-    _silence_agent()
     try:
         with interrupt.for_launcher():
-            _run_with_restarts(task, arguments, folder)
-    except SignalException as error:
+            _run_with_restarts(task, folder, forks)
+    except interrupt.Stopped as stopped:
         _raise_if_stopped(folder)
-        number = signal.SIGINT if isinstance(error, interrupt.Interrupted) else error.sigval
-        status = 128 + number
-        reason = f"stopped by {number.name}, without saving"
+        status = 128 + stopped.number
+        reason = f"stopped by {stopped.number.name}, without saving"
         _write_exit(reason, folder, status)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
 
 
-def _run_with_restarts(task: Task, arguments: Sequence[str], folder: Path) -> None:
+def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:
     """Start the workers, again after the loss of one, until they are done."""
     launch = task.config.launch
     for attempt in range(launch.restarts + 1):
         try:
-            failure = _run_once(launch, arguments, folder)
+            failure = _run_once(task, folder, forks)
         except ConfigError:
             if task.resume is None:
                 remove_unstarted(folder)
@@ -103,15 +99,14 @@ def _run_with_restarts(task: Task, arguments: Sequence[str], folder: Path) -> No
         print(f"syncnorm: {again}", file=sys.stderr)
 
 
-def _run_once(launch: LaunchSection, arguments: Sequence[str], folder: Path) -> Failure | None:
+def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
     """Start the workers once and wait for them; return the failure, None if they are done."""
+    launch = task.config.launch
     logs = tempfile.mkdtemp(prefix="syncnorm-")
-    command = (sys.executable, "-m", "syncnorm", "train", *arguments)
+    patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, launch.timeout_seconds)
     try:
-        # Through a shell, so that a worker ignores Ctrl-C from its first instruction until it has a
-        # handler.
-        elastic_launch(_launch_config(launch, logs), "/bin/sh")(
-            "-c", 'trap "" INT; exec "$@"', "sh", *command
+        run_processes(
+            partial(run_launched, task), launch.most_workers, Path(logs), forks, patience_seconds
         )
     except ChildFailedError as error:
         _raise_if_stopped(folder)
@@ -132,29 +127,6 @@ def _raise_if_stopped(folder: Path) -> None:
             f"--resume {folder}",
             RESUMABLE,
         )
-
-
-def _silence_agent() -> None:
-    """Silence torch's report of a failure: ours says the same in a line."""
-    agent = logging.getLogger("torch.distributed.elastic")
-    agent.addHandler(logging.NullHandler())
-    agent.propagate = False
-
-
-def _launch_config(launch: LaunchSection, logs: str) -> LaunchConfig:
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=launch.most_workers,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        # We restart them ourselves, with a new rendezvous: torch would restart failing code, too.
-        max_restarts=0,
-        logs_specs=DefaultLogsSpecs(log_dir=logs),
-        shutdown_timeout=max(_LEAST_SHUTDOWN_SECONDS, round(launch.timeout_seconds)),
-    )
 
 
 def _record_failure(failure: Failure, folder: Path) -> str:

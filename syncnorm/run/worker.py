@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.env import Launched, set_for_nccl
+from syncnorm.run.env import Launched, read_launched, set_for_nccl
 from syncnorm.run.folder import (
     RESUMABLE,
     Exit,
@@ -56,6 +56,13 @@ class Task:
     name: str
     resume: Path | None = None
     allowed: tuple[str, ...] = ()
+
+
+def run_launched(task: Task) -> NoReturn:
+    """Train as the rank that the environment names, and end this process."""
+    launched = read_launched()
+    assert launched is not None
+    run_worker(task, launched)
 
 
 def run_worker(task: Task, launched: Launched) -> NoReturn:

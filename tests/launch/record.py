@@ -1,6 +1,7 @@
 """What a run has written, read while it is being written."""
 
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 from syncnorm.train.metrics import read_events
@@ -47,3 +48,14 @@ def undisturbed(folder: Path, options: list[str], seconds: float) -> dict[int, f
         _, err = process.communicate(timeout=seconds)
     assert process.returncode == 0, err
     return Run(folder).losses()
+
+
+def run_folder(folder: Path, done: CompletedProcess[str]) -> Path:
+    """The run's folder, as the last line names it."""
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1]
+
+
+def digests(done: CompletedProcess[str]) -> list[str]:
+    """Of the running statistics of each worker."""
+    return [line.split()[-1] for line in done.stdout.splitlines() if "sha256" in line]

@@ -14,34 +14,43 @@ import pytest
 from syncnorm.__main__ import main
 from tests.launch import commands
 
-# Read by Python at its start: stands still where MODULE is about to be imported, in a process whose
-# command has MARK.
-STANDS_STILL = """
+# Read by Python at its start. As long as its parent lives, it stands still where MODULE is about to
+# be imported, in a process whose command has MARK;
+AT_IMPORT = """
 import os, sys, time
 
 class Stop:
     def find_spec(self, name, path=None, target=None):
         if name == os.environ["MODULE"] and os.environ["MARK"] in " ".join(sys.orig_argv):
-            if os.environ["IN_WORKER"] == str("RANK" in os.environ):
-                os.write(1, b"here\\n")
-                time.sleep(1000)
+            parent = os.getppid()
+            os.write(1, b"here\\n")
+            while os.getppid() == parent:
+                time.sleep(0.01)
 
 sys.meta_path.insert(0, Stop())
+"""
+# or where a process of our launcher has become a worker.
+AT_BIRTH = """
+import os, sys, time
+
+def stop(event, arguments):
+    if event == "os.putenv" and arguments[0] == b"RANK":
+        os.write(1, b"here\\n")
+        time.sleep(1000)
+
+sys.addaudithook(stop)
 """
 
 
 def interrupted(
-    command: list[str], folder: Path, module: str, in_worker: bool = False, mark: str = ""
+    command: list[str], folder: Path, stands_still: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Ctrl-C as a terminal sends it, to all processes, when one of them is about to import a
-    module.
-    """
+    """Ctrl-C as a terminal sends it, to all processes, when one of them stands still."""
     hooks = folder / "hooks"
     hooks.mkdir()
-    (hooks / "sitecustomize.py").write_text(STANDS_STILL)
+    (hooks / "sitecustomize.py").write_text(stands_still)
     path = os.pathsep.join([str(hooks), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {"MODULE": module, "IN_WORKER": str(in_worker), "MARK": mark, "PYTHONPATH": path}
-    with commands.started(command, folder, environment) as process:
+    with commands.started(command, folder, {**environment, "PYTHONPATH": path}) as process:
         assert process.stdout.readline() == "here\n"
         os.killpg(process.pid, signal.SIGINT)
         # The pipes close when the last process is gone.
@@ -61,8 +70,9 @@ DRY = ["train", "digits", "--dry-run"]
     [
         (["train", "digits"], "syncnorm.cli", ""),
         (["train", "digits"], "torch.nn", ""),
+        (["train", "digits"], "torch._dynamo", ""),
         (DRY, "torch._dynamo", ""),
-        (["verify"], "torch.nn", "spawn_main"),
+        (["verify"], "torch.nn", "forkserver"),
         (["report", "run"], "syncnorm.train.report", ""),
         (["submit", "digits"], "ray.job_submission", ""),
     ],
@@ -71,16 +81,16 @@ DRY = ["train", "digits", "--dry-run"]
 def test_a_command_ends_quietly(tmp_path, arguments, module, mark):
     if arguments[0] == "submit":
         pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
-    done = interrupted([*commands.SYNCNORM, *arguments], tmp_path, module, mark=mark)
+    command = [*commands.SYNCNORM, *arguments]
+    done = interrupted(command, tmp_path, AT_IMPORT, MODULE=module, MARK=mark)
     assert in_the_shell(done.returncode) == 130
     assert done.stderr == ""
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("module", ["torch.nn", "torch._dynamo"])
-def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path, module):
+def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path):
     command = [*commands.SYNCNORM, "train", "digits", "launch.workers=1"]
-    done = interrupted(command, tmp_path, module, in_worker=True)
+    done = interrupted(command, tmp_path, AT_BIRTH)
     assert in_the_shell(done.returncode) == 130
     (run,) = (tmp_path / "runs").iterdir()
     assert done.stderr.splitlines() == [
@@ -92,7 +102,7 @@ def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path, modul
 
 def test_workers_of_torchrun_say_nothing(tmp_path):
     command = [*commands.TORCHRUN, "-m", "syncnorm", "train", "digits"]
-    done = interrupted(command, tmp_path, "torch.nn", in_worker=True)
+    done = interrupted(command, tmp_path, AT_IMPORT, MODULE="torch.nn", MARK="-u -m syncnorm")
     # torchrun itself tells that it was interrupted, with its own traceback.
     assert "KeyboardInterrupt" not in done.stderr
     assert "syncnorm/" not in done.stderr

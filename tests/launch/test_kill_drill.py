@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from drills import kill_worker
+from drills import kill_run
 from drills.kill_drill import differences, drill, main, report
 from drills.kill_evidence import Evidence, digest, gather, left_behind, processes
 from drills.kill_run import OPTIONS, STEPS, Fault, Result
@@ -48,13 +48,7 @@ def test_nothing_is_lost_on_three_workers(tmp_path):
 
 @pytest.mark.slow
 def test_a_trainer_that_forgets_its_optimizer_is_found_out(tmp_path, monkeypatch):
-    forget = (
-        "import os\n"
-        "if 'RANK' in os.environ:\n"
-        "    import torch\n"
-        "    torch.optim.Optimizer.load_state_dict = lambda self, state: None\n"
-    )
-    monkeypatch.setattr(kill_worker, "SITECUSTOMIZE", kill_worker.SITECUSTOMIZE + forget)
+    monkeypatch.setattr(kill_run, "NET", "tests.train.nets:forgetful")
     alone, killed = drill(tmp_path, workers=2, kills=1, torn=0, seed=SEED)
     assert (alone.problems, len(killed.faults)) == ([], 1)
     assert killed.problems[0].startswith("the last checkpoint has the SHA-256 ")

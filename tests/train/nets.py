@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from drills import kill_worker
 from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
 from syncnorm.train.models import MODELS
 
@@ -271,3 +272,9 @@ def masks(root: Path | None) -> Dataset:
     data = digits(root)
     train = Split(data.train.images, (data.train.images[:, 0] > 8).long())
     return Dataset(train, train, 2, data.mean, data.std)
+
+
+def forgetful(**options) -> nn.Module:
+    """The network of the kill drill, in a worker whose optimizers do not load their state."""
+    torch.optim.Optimizer.load_state_dict = lambda self, state: None
+    return kill_worker.net(**options)

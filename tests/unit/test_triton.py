@@ -338,7 +338,7 @@ def test_what_is_no_weight_counts_as_0_and_makes_the_count_nan(how, wrong):
     assert sums[-1].isnan()
     assert torch.equal(sums[:-1], right[:-1])
     g, c = _randn(*x.shape, seed=1), x.shape[1]
-    y, rows = _normalize(x, right, True, None, None, EPS)
+    _, rows = _normalize(x, right, True, None, None, EPS)
     totals = _randn(2, c, seed=2).double()
     got = launch.backward_input(g, x, rows, None, totals, right[-1], mask)
     assert torch.equal(got, launch.backward_input(g, x, rows, None, totals, right[-1], clean))

@@ -1,0 +1,101 @@
+"""The processes of a local run, without a run."""
+
+import json
+import os
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from syncnorm.run import processes
+from syncnorm.run.interrupt import Stopped, for_launcher
+from syncnorm.run.processes import run_processes
+
+PATIENCE_SECONDS = 600.0
+
+
+def say(folder: Path) -> None:
+    facts = {
+        "world_size": os.environ["WORLD_SIZE"],
+        "interrupt": signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
+        "blocked": len(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
+        "name": Path("/proc/self/comm").read_text().strip(),
+        "drawn": np.random.random(),
+    }
+    (folder / os.environ["RANK"]).write_text(json.dumps(facts))
+
+
+@pytest.mark.parametrize("forks", [True, False])
+def test_each_process_knows_its_rank_and_draws_its_own_numbers(tmp_path, forks):
+    np.random.seed(1)
+    count = 3 if forks else 1
+    run_processes(partial(say, tmp_path), count, tmp_path, forks, PATIENCE_SECONDS)
+    said = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(count)]
+    drawn = {each.pop("drawn") for each in said}
+    assert len(drawn) == count
+    expected = {"world_size": str(count), "interrupt": True, "blocked": 0}
+    assert said == [{**expected, "name": f"syncnorm-{rank}"} for rank in range(count)]
+
+
+def end(*statuses: int | None) -> None:
+    """End this rank with its status; None: wait for a signal."""
+    status = statuses[int(os.environ["RANK"])]
+    if status is None:
+        signal.pause()
+    # The first is first.
+    time.sleep(0.1 * (os.environ["RANK"] != "0"))
+    os._exit(status or 0)
+
+
+def statuses_of(tmp_path: Path, *statuses: int | None) -> dict[int, int]:
+    with pytest.raises(ChildFailedError) as caught:
+        run_processes(partial(end, *statuses), len(statuses), tmp_path, True, PATIENCE_SECONDS)
+    return {rank: failure.exitcode for rank, failure in caught.value.failures.items()}
+
+
+def test_the_others_have_their_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_LAST_WORDS_SECONDS", PATIENCE_SECONDS)
+    assert statuses_of(tmp_path, 1, 3, 0) == {0: 1, 1: 3}
+
+
+def test_the_others_do_not_outlive_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(processes, "_LAST_WORDS_SECONDS", 0.1)
+    assert statuses_of(tmp_path, None, 3) == {0: -signal.SIGTERM, 1: 3}
+
+
+def wait_for_the_end(folder: Path, stubborn: int, number: int) -> None:
+    rank = int(os.environ["RANK"])
+    (folder / f"{rank}.pid").write_text(str(os.getpid()))
+    if rank == stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if rank == 1:
+        os.kill(os.getppid(), number)
+    while True:
+        signal.pause()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_all(tmp_path, number):
+    work = partial(wait_for_the_end, tmp_path, -1, number)
+    with pytest.raises(Stopped) as caught, for_launcher():
+        run_processes(work, 2, tmp_path, True, PATIENCE_SECONDS)
+    assert caught.value.number == number
+    assert_are_gone(tmp_path)
+
+
+def test_who_does_not_mind_the_signal_is_killed(tmp_path):
+    work = partial(wait_for_the_end, tmp_path, 1, signal.SIGTERM)
+    with pytest.raises(Stopped), for_launcher():
+        run_processes(work, 2, tmp_path, True, patience_seconds=0.1)
+    assert_are_gone(tmp_path)
+
+
+def assert_are_gone(folder: Path) -> None:
+    assert (folder / "1.pid").exists()
+    for path in folder.glob("*.pid"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(path.read_text()), 0)
