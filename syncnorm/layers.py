@@ -247,10 +247,10 @@ class SyncBatchRenorm(SyncNorm):
             raise self._without("running_mean" if mean is None else "running_var")
         if kernels.of_device(local.sums) is None or local.observer is not None:
             return kernels.Reference(mean.clone(), var.clone(), self.bounds())
-        # The kernel that normalises reads them before they move, and keeps what it has read.
-        schedule = self.schedule
-        is_ours = isinstance(schedule, RenormSchedule) and type(schedule) is RenormSchedule
-        if step is not None and is_ours:
+        # The kernel that normalises reads them before they move, and keeps what it has read. It
+        # knows our schedule; a class that inherits from it may say otherwise.
+        schedule, ours = self.schedule, RenormSchedule
+        if step is not None and isinstance(schedule, ours) and type(schedule) is ours:
             return kernels.Reference(mean, var, kernels.Scheduled(step, schedule))
         return kernels.Reference(mean, var, self.bounds())
 
