@@ -11,7 +11,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from syncnorm.maths import lagged, moments, renorm
+from syncnorm.maths import kernels, lagged, moments, renorm
 from syncnorm.maths.kernels.triton import geometry, launch
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.testing import assert_close
@@ -556,3 +556,15 @@ def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
 def test_a_snapshot_of_averages():
     mean, var, gradient = _randn(130).double(), _rand(130).double(), _randn(2, 130).double()
     assert torch.equal(launch.snapshot(mean, var, gradient), lagged.snapshot(mean, var, gradient))
+
+
+def test_what_is_written_in_place_is_known_to_autograd():
+    """Evaluation keeps the running statistics for its backward pass: moved since, it must raise."""
+    mean, var, count = _randn(5), _rand(5) + 0.1, torch.tensor(0)
+    x = _randn(2, 5).requires_grad_()
+    y = torch.nn.functional.batch_norm(x, mean, var)
+    batch = moments.Raw(_batch(6.0, True))
+    kernels.triton.update_running_(mean, var, count, batch, 0.1, EPS, False)
+    assert (mean._version, var._version, count._version) == (1, 1, 1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
