@@ -104,7 +104,13 @@ class _Counter:
 
 
 def _costs(
-    sync: str, is_renorm: bool, dtype: torch.dtype, how: str, masked: bool, count: int
+    sync: str,
+    is_renorm: bool,
+    dtype: torch.dtype,
+    how: str,
+    masked: bool,
+    count: int,
+    kernels: str = "triton",
 ) -> tuple[Cost, Cost]:
     """The costs of a second step of a model of `count` layers, forward and backward."""
     layers = [
@@ -125,7 +131,7 @@ def _costs(
         for layer in layers:
             layer.lagged_waits.fill_(False)
             layer.lagged_updates.fill_(1)
-    with as_device("triton"):
+    with as_device(kernels):
         for _ in range(2):
             xs = [x.detach().requires_grad_() for _ in layers]
             gs = [torch.zeros_like(x) for _ in layers]
@@ -171,23 +177,40 @@ def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
         assert one[0].messages == one[1].messages == MESSAGE
 
 
+@pytest.mark.parametrize(
+    ("dtype", "traffic"), [(torch.float32, (5.2, 7.2)), (torch.bfloat16, (4.3, 9.3))], ids=str
+)
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
+def test_a_layer_without_triton(pool, is_renorm, dtype, how, traffic):
+    args = "batch", is_renorm, dtype, how, False, 1, "composed"
+    costs = pool(2).run(_costs, *args)[0]
+    for cost, most, launches in zip(costs, traffic, (110 if is_renorm else 55, 35), strict=True):
+        assert cost.traffic <= most
+        assert len(cost.launches) <= launches
+
+
 def main() -> None:
-    """Print the costs of a layer in each mode, at (32, 64, 56, 56) in bfloat16, channels last."""
+    """Print the costs of a layer in each mode, at (32, 64, 56, 56), channels last."""
     ranks = RankPool(2, timeout_seconds=600.0)
-    print(
-        "| layer | launches forward | backward | traffic forward | backward |\n|---|---|---|---|---|"
+    print("| layer | launches forward | backward | traffic forward | backward |")
+    print("|---|---|---|---|---|")
+    kinds = itertools.product(BUDGETS, (False, True), (False, True), [torch.bfloat16], ["triton"])
+    without = itertools.product(
+        ["batch"], (False, True), (False,), (torch.float32, torch.bfloat16), ["composed"]
     )
-    for sync, is_renorm in itertools.product(BUDGETS, (False, True)):
-        for masked in (False, True):
-            args = sync, is_renorm, torch.bfloat16, "channels_last", masked
-            one, three = (ranks.run(_costs, *args, count)[0] for count in (1, 3))
-            launches = [(len(b.launches) - len(a.launches)) / 2 for a, b in zip(one, three)]
-            traffic = [(b.traffic - a.traffic) / 2 for a, b in zip(one, three)]
-            name = "SyncBatchRenorm" if is_renorm else "SyncBatchNorm"
-            print(
-                f'| {name}, sync="{sync}"{", a mask" if masked else ""} '
-                f"| {launches[0]:g} | {launches[1]:g} | {traffic[0]:.2f} | {traffic[1]:.2f} |"
-            )
+    for sync, is_renorm, masked, dtype, kernels in itertools.chain(kinds, without):
+        args = sync, is_renorm, dtype, "channels_last", masked
+        one, three = (ranks.run(_costs, *args, count, kernels)[0] for count in (1, 3))
+        pairs = list(zip(one, three, strict=True))
+        launches = [(len(b.launches) - len(a.launches)) / 2 for a, b in pairs]
+        traffic = [(b.traffic - a.traffic) / 2 for a, b in pairs]
+        name = f'{"SyncBatchRenorm" if is_renorm else "SyncBatchNorm"}, sync="{sync}"'
+        name += ", a mask" * masked
+        if kernels == "composed":
+            name += f", without Triton, {str(dtype).removeprefix('torch.')}"
+        figures = f"{launches[0]:g} | {launches[1]:g} | {traffic[0]:.2f} | {traffic[1]:.2f}"
+        print(f"| {name} | {figures} |")
     ranks.close()
 
 
