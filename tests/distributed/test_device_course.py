@@ -38,13 +38,32 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_equals_the_oracle(pool, dtype, masked, sizes, options):
+    _check_against_oracle(pool, "composed", dtype, masked, sizes, options)
+
+
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[2]], ids=str)
+@pytest.mark.parametrize("sizes", [(4, 2), (3, 0, 3), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equals_the_oracle_in_triton(pool, dtype, sizes, options):
+    pytest.importorskip("triton")
+    _check_against_oracle(pool, "triton", dtype, True, sizes, options)
+
+
+def _check_against_oracle(
+    pool: Any,
+    kernels: str,
+    dtype: torch.dtype,
+    masked: bool,
+    sizes: tuple[int, ...],
+    options: dict[str, Any],
+) -> None:
     batches = [
         Batch.random((sum(sizes), 5, *spatial), dtype, masked=masked and seed > 0, seed=seed)
         for seed, spatial in enumerate([(), (4, 3), ()])
     ]
     by_rank = zip(*(batch.shards(sizes) for batch in batches), strict=True)
     got = pool(len(sizes)).run_each(
-        call_as_device, [(train_step, list(steps), options) for steps in by_rank]
+        call_as_device, [(kernels, train_step, list(steps), options) for steps in by_rank]
     )
     check_against_oracle(got, batches, sizes, options, factor=2.0)
 
@@ -97,12 +116,23 @@ class _Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
 @pytest.mark.parametrize("sync", ["batch", "running", "lagged", "none"])
-@pytest.mark.parametrize("way", ["plain", "accumulated", "checkpointed", "differentiated"])
-def test_equals_the_course_of_the_cpu(pool, sync, is_renorm, way):
+@pytest.mark.parametrize(
+    ("way", "kernels"),
+    [
+        ("plain", "composed"),
+        ("accumulated", "composed"),
+        ("checkpointed", "composed"),
+        ("differentiated", "composed"),
+        ("checkpointed", "triton"),
+    ],
+)
+def test_equals_the_course_of_the_cpu(pool, sync, is_renorm, way, kernels):
+    if kernels == "triton":
+        pytest.importorskip("triton")
     if sync == "lagged" and way == "differentiated":  # refused by name
         pytest.skip("a lagged gradient is not differentiated")
     expected = pool(2).run(_course, sync, is_renorm, way)
-    got = pool(2).run(call_as_device, _course, sync, is_renorm, way)
+    got = pool(2).run(call_as_device, kernels, _course, sync, is_renorm, way)
     for ours, theirs in zip(got, expected, strict=True):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert_close(a, b, b.dtype, f"tensor {i}")
