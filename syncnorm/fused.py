@@ -63,7 +63,8 @@ class FusedNormalize(torch.autograd.Function):
     def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, weight, rows, mask = ctx.saved_tensors
         who = observed.observer(g)
-        if torch.is_grad_enabled() or (who is not None and who != observed.FAKE):
+        is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        if is_seen or (who is not None and who != observed.FAKE):
             grads = _differentiable(ctx, g, x, weight, rows, mask, who)
             return *grads, None, None, None
         local, grad_weight, grad_bias = ctx.kernels.backward_sums(
@@ -85,7 +86,7 @@ def _differentiable(
     mask: Tensor | None,
     who: str | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradient in operators that autograd knows: it is batched, or differentiated again."""
+    """The gradient in operators that torch knows: batched, differentiated again or compiled."""
     mean, _, invstd, *correction = rows.unbind()
     folded = weight
     if correction:

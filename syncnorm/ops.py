@@ -22,7 +22,7 @@ from syncnorm import compiled, observed, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
-from syncnorm.errors import FaultError
+from syncnorm.errors import FaultError, InputError
 from syncnorm.fused import Call, FusedNormalize
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
@@ -384,6 +384,7 @@ def train_forward(
     Returns:
         y, and what it was made of.
     """
+    check_devices(x, mask=mask, weight=weight, bias=bias)
     local = local_sums(x, mask)
     statistic = statistic_of(local)
     own = kernels.of_device(x) if local.observer is None else None
@@ -416,6 +417,7 @@ def update_running_(
     """
     own = kernels.of_device(running_mean)
     if own is not None and not isinstance(batch, Unread):
+        check_devices(batch.count, running_mean=running_mean, running_var=running_var)
         own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
     factor = average_factor(counter, batch, momentum)
@@ -424,6 +426,16 @@ def update_running_(
         renorm.update_running_std_(running_var, batch, eps, factor)
     else:
         update_running_var_(running_var, batch, factor)
+
+
+def check_devices(x: Tensor, **others: Tensor | None) -> None:
+    """Raise InputError unless all tensors are where x is: a kernel of a device would not ask."""
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise InputError(
+                f"`{name}` must be on the device of x, {x.device}, got {t.device}. Move the module "
+                "or the data with .to(device)."
+            )
 
 
 def fold(

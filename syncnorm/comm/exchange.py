@@ -190,14 +190,17 @@ def _identity(kind: str, name: str, count: int) -> int:
 
 
 def _tail(identity: float, size: int, device: torch.device) -> Tensor:
-    if device.type == "cpu" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.full((size,), identity, dtype=torch.float64, device=device)
-    return _kept_tail(identity, size, device)
+    return _kept_tail(identity, size, device, torch.cuda.current_stream(device).cuda_stream)
 
 
 @functools.lru_cache(maxsize=4096)
-def _kept_tail(identity: float, size: int, device: torch.device) -> Tensor:
-    """One launch less for each message. Never kept from the capture of a graph, which fills it."""
+def _kept_tail(identity: float, size: int, device: torch.device, stream: int) -> Tensor:
+    """One launch less for each message.
+
+    Kept for the stream that fills it, and never from the capture of a graph.
+    """
     return torch.full((size,), identity, dtype=torch.float64, device=device)
 
 
@@ -230,8 +233,7 @@ def _unpack(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor
     total, identity = wire[:count].view(message.shape), _identity(kind, name, count)
     if is_host(wire) or debug.is_debug():
         return total, math.fmod(wire[-1].item(), identity) == 0
-    is_same = torch.remainder(wire[-1], identity) == 0
-    return torch.where(is_same, total, torch.nan), True
+    return total.masked_fill_(torch.remainder(wire[-1], identity) != 0, torch.nan), True
 
 
 def raise_mixed(flight: InFlight, group: dist.ProcessGroup) -> None:

@@ -192,7 +192,7 @@ class Pool:
                 self.mixed = message.mixed
                 return
             kept = [(b, b.clone()) for marks in message.marks for b in written(marks)]
-            # Elsewhere nobody looks: a count of NaN keeps the statistics still.
+            # Elsewhere nobody looks: counts of NaN keep all statistics still.
             if is_host(faults) or debug.is_debug():
                 self._fault = self._describe(faults, members)
                 if self._fault is not None:

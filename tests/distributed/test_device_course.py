@@ -19,6 +19,7 @@ from syncnorm import (
     monitor,
     prepare_ddp,
 )
+from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
 from tests.as_device import as_device, call_as_device
 from tests.distributed.steps import Batch, check_against_oracle, train_step
@@ -136,6 +137,45 @@ def test_equals_the_course_of_the_cpu(pool, sync, is_renorm, way, kernels):
     for ours, theirs in zip(got, expected, strict=True):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             assert_close(a, b, b.dtype, f"tensor {i}")
+
+
+class _Masked(nn.Module):
+    """Three layers, the first of which is given a mask."""
+
+    def __init__(self, sync: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(SyncBatchNorm(3, sync=sync) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        first, second, third = self.layers
+        return third(second(first(x, mask)))
+
+
+def _after_a_fault(sync: str) -> list[bool]:
+    """Each buffer of a model's layers: unchanged by a step in which one rank's mask has a fault?"""
+    model = prepare_ddp(_Masked(sync))
+    mask = torch.ones(4, 1)
+    for _ in range(2):
+        model(torch.randn(4, 3), mask).sum().backward()
+    model.eval().train()
+    before = [b.clone() for b in model.buffers()]
+    mask[1] = -1.0 if dist.get_rank() else 1.0
+    model(torch.randn(4, 3), mask).sum().backward()
+    model.eval()
+    return [b.equal(was) for b, was in zip(model.buffers(), before, strict=True)]
+
+
+@pytest.mark.parametrize("kernels", ["composed", "triton"])
+def test_a_fault_leaves_the_statistics_of_all_layers(pool, kernels):
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    for unchanged in pool(2).run(call_as_device, kernels, _after_a_fault, "running"):
+        assert all(unchanged)
+
+
+def test_tensors_of_another_device_are_refused():
+    with as_device(), pytest.raises(InputError, match="`weight` must be on the device of x, cpu"):
+        SyncBatchNorm(3, device="meta", track_running_stats=False)(torch.randn(4, 3))
 
 
 def test_weights_that_are_none_make_nan_and_leave_the_buffers():

@@ -34,9 +34,8 @@ BUDGETS = {
     "running": ((4, 3), (3, 5)),
     "lagged": ((7, 4), (3, 5)),
 }
-# Packed with its identity, sent, and its identity looked at. (A GPU keeps the "full", and makes no
-# launch of a "scalar_tensor".)
-MESSAGE = ["full", "cat", "allreduce_", "remainder", "eq", "scalar_tensor", "where"]
+# Packed with its identity, sent, and its identity compared. (On CUDA the "full" is kept.)
+MESSAGE = ["full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
 # Of an H100.
 PROCESSORS = 132
 
@@ -50,6 +49,8 @@ class Cost(NamedTuple):
     """Bytes read and written, in those of x."""
     largest: float
     """The largest tensor made besides the result, likewise."""
+    looks: int
+    """Values that were asked for as a list."""
 
 
 class _Counter:
@@ -61,15 +62,22 @@ class _Counter:
         self._kernels: list[str] = []
         self._bytes = 0
         self._messages: list[str] = []
+        self._looks = 0
         self._stack: Any = None
 
     def __enter__(self) -> _Counter:
         from syncnorm.maths.kernels.triton import launch
 
-        sum_, start_sum = exchange.sum_, exchange.start_sum
+        sum_, start_sum, tolist = exchange.sum_, exchange.start_sum, Tensor.tolist
+
+        def look(t: Tensor) -> Any:
+            self._looks += 1
+            return tolist(t)
+
         self._stack = [
             mock.patch.object(launch, "_launch", self._launch),
             mock.patch.object(launch, "_processors", return_value=PROCESSORS),
+            mock.patch.object(Tensor, "tolist", look),
             mock.patch.object(exchange, "sum_", lambda *a: self._message(sum_, *a)),
             mock.patch.object(exchange, "start_sum", lambda *a: self._message(start_sum, *a)),
             self._log,
@@ -100,6 +108,7 @@ class _Counter:
             self._messages,
             (self._bytes + self._log.bytes) / self._x.nbytes,
             self._log.largest / self._x.nbytes,
+            self._looks,
         )
 
 
@@ -173,6 +182,8 @@ def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
         assert max(small.largest, large.largest) <= 1
         if sync in ("batch", "none"):
             assert Counter(small.launches).total() <= most
+    # Who waits, once a step for all layers.
+    assert [cost.looks for cost in (*one, *three)] == [sync == "lagged", 0] * 2
     if sync == "batch":
         assert one[0].messages == one[1].messages == MESSAGE
 

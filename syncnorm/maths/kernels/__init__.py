@@ -52,7 +52,7 @@ def of_device(x: Tensor) -> ModuleType | None:
     """
     if is_host(x) or torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return None
-    return triton if x.is_cuda and triton.is_available() else composed
+    return triton if x.is_cuda and triton.is_usable(x.device) else composed
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ the traced kernels, which the compiler fuses with what is around them.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,24 @@ if TYPE_CHECKING:
 
 
 @cache
-def is_available() -> bool:
-    """True if Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+def is_usable(device: torch.device) -> bool:
+    """True if Triton is installed and a kernel of it runs on the device; tried once, and waited for.
+
+    Triton compiles a part of itself where it is used, with a C compiler, and old GPUs are beyond
+    it.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return False
+    one = torch.ones(2, 1, dtype=torch.float64, device=device)
+    try:
+        return _launch().snapshot(one[0], one[1], one).tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]
+    except Exception as error:  # whatever a driver or a compiler raises
+        warnings.warn(
+            f"Triton's kernels cannot be used on {device}, operators of torch are used instead, "
+            f"which are slower: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return False
 
 
 @cache
