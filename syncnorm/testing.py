@@ -186,7 +186,7 @@ class RankPool:
         self._pipes: list[Any] = []
         self._processes = []
         try:
-            context = _context()
+            context = _context(device)
             for rank in range(world_size):
                 here, there = context.Pipe()
                 self._pipes.append(here)
@@ -206,7 +206,7 @@ class RankPool:
                     daemon=True,
                 )
                 # The server takes its time, and Ctrl-C must not wait for that.
-                with contextlib.nullcontext() if sys.platform == "linux" else _no_interrupt():
+                with contextlib.nullcontext() if _is_served(context) else _no_interrupt():
                     process.start()
                 self._processes.append(process)
                 there.close()
@@ -296,11 +296,14 @@ class RankPool:
         self.close()
 
 
-def _context() -> ForkServerContext | SpawnContext:
-    """Return the way to start a rank: as a fork of a server that has imported what ranks need."""
+def _context(device: str) -> ForkServerContext | SpawnContext:
+    """Return the way to start a rank: as a fork of a server that has imported what ranks need.
+
+    Not on CUDA, which cannot be used in a fork if an import has asked it for its devices.
+    """
     # Started with the first process otherwise, and lets the signal through that is blocked.
     resource_tracker.ensure_running()
-    if sys.platform != "linux":
+    if sys.platform != "linux" or device != "cpu":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # DDP and the optimizers import torch's compiler.
@@ -308,6 +311,10 @@ def _context() -> ForkServerContext | SpawnContext:
     with _no_interrupt():
         forkserver.ensure_running()
     return context
+
+
+def _is_served(context: ForkServerContext | SpawnContext) -> bool:
+    return context.get_start_method() == "forkserver"
 
 
 @contextlib.contextmanager

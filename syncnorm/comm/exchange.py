@@ -189,21 +189,6 @@ def _identity(kind: str, name: str, count: int) -> int:
     return int.from_bytes(digest, "big") >> 27 | 1 << 37
 
 
-def _tail(identity: float, size: int, device: torch.device) -> Tensor:
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return torch.full((size,), identity, dtype=torch.float64, device=device)
-    return _kept_tail(identity, size, device, torch.cuda.current_stream(device).cuda_stream)
-
-
-@functools.lru_cache(maxsize=4096)
-def _kept_tail(identity: float, size: int, device: torch.device, stream: int) -> Tensor:
-    """One launch less for each message.
-
-    Kept for the stream that fills it, and never from the capture of a graph.
-    """
-    return torch.full((size,), identity, dtype=torch.float64, device=device)
-
-
 def _begin_sum(
     message: Tensor, group: dist.ProcessGroup, kind: str, name: str
 ) -> tuple[InFlight, Tensor]:
@@ -218,7 +203,7 @@ def _begin_sum(
     else:
         tail = size_of(count, log_of(group).room) - count
         identity = float(_identity(kind, name, count))
-        wire = torch.cat([message.reshape(-1), _tail(identity, tail, message.device)])
+        wire = torch.cat([message.reshape(-1), message.new_full((tail,), identity)])
     return _begin("sum", wire, group, kind, name, count), wire
 
 

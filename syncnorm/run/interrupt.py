@@ -58,14 +58,15 @@ def as_keyboard_interrupt() -> Iterator[None]:
 def for_launcher() -> Iterator[None]:
     """Raise `Stopped` inside the block on a signal to stop.
 
-    Of Ctrl-C at most once in `SAME_SIGNAL_SECONDS`.
+    At most once in `SAME_SIGNAL_SECONDS`: who ends a group of processes may signal each of them, and
+    their launcher twice.
     """
     asked = float("-inf")
 
     def stop(number: int, frame: FrameType | None) -> None:
         nonlocal asked
         now = time.monotonic()
-        if number == signal.SIGINT and now - asked <= SAME_SIGNAL_SECONDS:
+        if now - asked <= SAME_SIGNAL_SECONDS:
             return
         asked = now
         raise Stopped(number)

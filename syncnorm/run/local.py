@@ -72,6 +72,9 @@ def run_local(task: Task) -> None:
             _run_with_restarts(task, folder, forks)
     except interrupt.Stopped as stopped:
         _raise_if_stopped(folder)
+        end = read_exit(folder)
+        if end is not None and end.status == "done":
+            return
         status = 128 + stopped.number
         reason = f"stopped by {stopped.number.name}, without saving"
         _write_exit(reason, folder, status)

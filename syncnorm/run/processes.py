@@ -13,8 +13,8 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -30,6 +30,7 @@ from syncnorm.run.interrupt import STOP_SIGNALS, Stopped
 # After a first failure the others get so long to fail by themselves: who ends first may only have
 # lost its peer.
 _LAST_WORDS_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 
 # Parameters of mallopt(3) and the values that stand for no limit, by glibc's variable for the same.
 _MALLOPT = {
@@ -94,7 +95,7 @@ def run_processes(
                 )
                 process.start()
                 started.append(process)
-        _wait_for_end(started)
+        failed = _wait_for_end(started)
         _end(started, signal.SIGTERM, patience_seconds)
     except Stopped as stopped:
         _end(started, stopped.passed_on, patience_seconds)
@@ -105,10 +106,10 @@ def run_processes(
             process.join()
     failures = {
         place.rank: ProcessFailure(
-            place.rank, process.pid or 0, process.exitcode, str(place.error_file)
+            place.rank, process.pid or 0, process.exitcode or 0, str(place.error_file)
         )
         for place, process in zip(places, started, strict=True)
-        if process.exitcode
+        if process in failed
     }
     if failures:
         raise ChildFailedError("syncnorm", failures)
@@ -123,8 +124,8 @@ def _begin(work: Callable[[], object], place: env.Place) -> None:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    if sys.platform == "linux":
-        # The name of the process in `top`.
+    # The name of the process in `top`, where there is one.
+    with suppress(OSError):
         Path("/proc/self/comm").write_text(f"syncnorm-{place.rank}", encoding="ascii")
     env.set_place(place)
     # Otherwise the forks of one process draw the same.
@@ -132,17 +133,31 @@ def _begin(work: Callable[[], object], place: env.Place) -> None:
     work()
 
 
-def _wait_for_end(processes: Sequence[BaseProcess]) -> None:
-    """Wait until all processes are done, or one has failed and the others had their last words."""
-    running = set(processes)
+def _wait_for_end(processes: Sequence[BaseProcess]) -> list[BaseProcess]:
+    """Wait until all processes are done, or one has failed and the others had their last words.
+
+    Returns:
+        Those that have failed by then, before anybody ended them.
+    """
+    running, failed = set(processes), []
     deadline = float("inf")
     while running and (left := deadline - time.monotonic()) > 0:
-        wait([process.sentinel for process in running], None if left == float("inf") else left)
+        _wait_for_one(running, left)
         for process in list(running):
             if process.exitcode is not None:
                 running.remove(process)
                 if process.exitcode != 0:
+                    failed.append(process)
                     deadline = min(deadline, time.monotonic() + _LAST_WORDS_SECONDS)
+    return failed
+
+
+def _wait_for_one(running: Collection[BaseProcess], seconds: float) -> None:
+    """Wait until one may have ended, `seconds` at most.
+
+    A process that it has started itself holds its sentinel open: hence the look now and then.
+    """
+    wait([process.sentinel for process in running], min(seconds, _LOOK_SECONDS))
 
 
 def _end(processes: Sequence[BaseProcess], number: int, patience_seconds: float) -> None:
@@ -151,8 +166,9 @@ def _end(processes: Sequence[BaseProcess], number: int, patience_seconds: float)
     for process in running:
         os.kill(process.pid, number)  # pyright: ignore[reportArgumentType] started, and not waited for
     deadline = time.monotonic() + patience_seconds
-    for process in running:
-        process.join(max(0.0, deadline - time.monotonic()))
+    while running and (left := deadline - time.monotonic()) > 0:
+        _wait_for_one(running, left)
+        running = [process for process in running if process.exitcode is None]
 
 
 def _free_port() -> int:

@@ -64,7 +64,41 @@ def test_the_others_have_their_last_words(tmp_path, monkeypatch):
 
 def test_the_others_do_not_outlive_a_failure(tmp_path, monkeypatch):
     monkeypatch.setattr(processes, "_LAST_WORDS_SECONDS", 0.1)
-    assert statuses_of(tmp_path, None, 3) == {0: -signal.SIGTERM, 1: 3}
+    assert statuses_of(tmp_path, None, 3) == {1: 3}
+
+
+def fail_beside(stubborn: int, status: int) -> None:
+    if int(os.environ["RANK"]) == stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            signal.pause()
+    os.kill(os.getpid(), status)
+
+
+def test_who_was_ended_by_the_launcher_has_not_failed(tmp_path, monkeypatch):
+    """Not even who had to be killed: the cause is the other's end."""
+    monkeypatch.setattr(processes, "_LAST_WORDS_SECONDS", 0.1)
+    work = partial(fail_beside, 0, signal.SIGKILL)
+    with pytest.raises(ChildFailedError) as caught:
+        run_processes(work, 2, tmp_path, True, patience_seconds=0.1)
+    assert {rank: f.exitcode for rank, f in caught.value.failures.items()} == {1: -signal.SIGKILL}
+
+
+def leave_a_process_behind(folder: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        signal.pause()
+    (folder / "left.pid").write_text(str(pid))
+    os._exit(0)
+
+
+def test_what_a_worker_has_started_does_not_hold_the_launcher_up(tmp_path):
+    try:
+        run_processes(
+            partial(leave_a_process_behind, tmp_path), 1, tmp_path, True, PATIENCE_SECONDS
+        )
+    finally:
+        os.kill(int((tmp_path / "left.pid").read_text()), signal.SIGKILL)
 
 
 def wait_for_the_end(folder: Path, stubborn: int, number: int) -> None:
@@ -85,6 +119,15 @@ def test_a_signal_ends_all(tmp_path, number):
         run_processes(work, 2, tmp_path, True, PATIENCE_SECONDS)
     assert caught.value.number == number
     assert_are_gone(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_at_once_is_the_same(number):
+    """What saves after the first is not cut off."""
+    with for_launcher():
+        with pytest.raises(Stopped):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_who_does_not_mind_the_signal_is_killed(tmp_path):

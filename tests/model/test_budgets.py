@@ -34,7 +34,7 @@ BUDGETS = {
     "running": ((4, 3), (3, 5)),
     "lagged": ((7, 4), (3, 5)),
 }
-# Packed with its identity, sent, and its identity compared. (On CUDA the "full" is kept.)
+# Packed with its identity, sent, and its identity compared.
 MESSAGE = ["full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
 # Of an H100.
 PROCESSORS = 132
