@@ -108,7 +108,9 @@ class Monitor:
 
 
 def _read(layers: dict[str, SyncNorm]) -> dict[str, Figures]:
-    """The figures of each layer, by name."""
+    """The figures of each layer, by name; all None for fake tensors."""
+    if any(observed.is_fake(layer) for layer in layers.values()):
+        return {name: dict.fromkeys(_NAMES) for name in layers}
     grouped = _by_group(layers)
     tables = [_figures(list(some.values()), group) for group, some in grouped]
     # (L, 6) of all groups together: one wait for the device.
@@ -204,12 +206,7 @@ def _constants(facts: tuple[tuple[float, ...], ...], device: torch.device) -> tu
 
 
 def _figures(layers: list[SyncNorm], group: groups.Group | None) -> Tensor:
-    """The figures of each layer, (L, 6) in the order of _NAMES, from one exchange for all of them.
-
-    NaN for fake tensors.
-    """
-    if observed.is_fake(layers[0]):
-        return torch.full((len(layers), len(_NAMES)), math.nan, dtype=torch.float64)
+    """The figures of each layer, (L, 6) in the order of _NAMES, from one exchange for all of them."""
     device = device_of(layers[0])
     layout = _Layout.of(tuple(layer.num_features for layer in layers), device)
     facts = tuple(

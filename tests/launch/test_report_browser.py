@@ -16,7 +16,7 @@ from tests.train.report_runs import write_examples
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
-DEADLINE_SECONDS = 60
+DEADLINE_SECONDS = 600
 BLUE, LIGHT_BLUE = (0x00, 0x72, 0xB2), (0x5A, 0xB4, 0xEC)
 
 

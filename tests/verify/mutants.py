@@ -578,7 +578,7 @@ class NewStatistics(SyncBatchRenorm):
         statistic = self._ask_source(local)
         mean, var = self.running_mean.clone(), self.running_var.clone()
         self.update_running(statistic.batch, self.momentum)
-        self.num_batches_tracked -= statistic.batch.n > 0
+        self.num_batches_tracked -= int(statistic.batch.n > 0)
         after = Reference(self.running_mean.clone(), self.running_var.clone(), self.bounds())
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
