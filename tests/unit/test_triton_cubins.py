@@ -25,8 +25,8 @@ POINTERS = {
     torch.bool: "*i1",
     torch.int64: "*i64",
 }
-# Blocks of 128 threads with so many registers: 4 are at work on a multiprocessor, or 8.
-REGISTERS = {"moments": 128, "backward_sums": 128, "normalize": 64, "backward_input": 64}
+# Blocks of 128 threads with so many registers: 4 are at work on a multiprocessor, or 8, or 7.
+REGISTERS = {"moments": 128, "backward_sums": 128, "normalize": 64, "backward_input": 72}
 FORMS = {
     "planes": ((256, 64, 56, 56), False),
     "runs": ((256, 512, 7, 7), False),
