@@ -35,7 +35,7 @@ BUDGETS = {
     "lagged": ((7, 4), (3, 5)),
 }
 # Packed with its identity, sent, and its identity compared.
-MESSAGE = ["full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
+MESSAGE = ["new_full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
 # Of an H100.
 PROCESSORS = 132
 
