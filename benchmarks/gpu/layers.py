@@ -69,18 +69,10 @@ def compiled(step: OneStep) -> Step:
 
 
 def replayed(step: OneStep) -> Step:
-    """A graph of the step, as torch's documents say how to capture it."""
+    """A graph of the step."""
     if step.x.device.type == "cpu":
         return step
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    graph = part.captured(step)
 
     def replay(kept: OneStep = step) -> None:  # whose tensors are those of the graph
         graph.replay()

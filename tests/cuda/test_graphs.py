@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from benchmarks.gpu import part
 from syncnorm import undocumented
 from syncnorm.module import SyncNorm
 from syncnorm.testing import assert_close
@@ -25,19 +26,10 @@ class Uncaptured(NamedTuple):
 
 
 def captured(step: Callable[[], object], device: str) -> torch.cuda.CUDAGraph | Uncaptured:
-    """Warm up and capture a step, as torch's documents say."""
+    """A graph of the step, where there are graphs."""
     if device == "cpu":
         return Uncaptured(step)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
+    return part.captured(step)
 
 
 class Step:
