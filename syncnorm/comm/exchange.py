@@ -202,8 +202,9 @@ def _begin_sum(
         wire = message
     else:
         tail = size_of(count, log_of(group).room) - count
-        identity = float(_identity(kind, name, count))
-        wire = torch.cat([message.reshape(-1), message.new_full((tail,), identity)])
+        wire = torch.cat(
+            [message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))]
+        )
     return _begin("sum", wire, group, kind, name, count), wire
 
 

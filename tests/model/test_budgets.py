@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -63,7 +64,7 @@ class _Counter:
         self._bytes = 0
         self._messages: list[str] = []
         self._looks = 0
-        self._stack: Any = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> _Counter:
         from syncnorm.maths.kernels.triton import launch
@@ -74,21 +75,19 @@ class _Counter:
             self._looks += 1
             return tolist(t)
 
-        self._stack = [
+        for each in (
             mock.patch.object(launch, "_launch", self._launch),
             mock.patch.object(launch, "_processors", return_value=PROCESSORS),
             mock.patch.object(Tensor, "tolist", look),
             mock.patch.object(exchange, "sum_", lambda *a: self._message(sum_, *a)),
             mock.patch.object(exchange, "start_sum", lambda *a: self._message(start_sum, *a)),
             self._log,
-        ]
-        for each in self._stack:
-            each.__enter__()
+        ):
+            self._stack.enter_context(each)
         return self
 
     def __exit__(self, *args: Any) -> None:
-        for each in reversed(self._stack):
-            each.__exit__(*args)
+        self._stack.close()
 
     def _launch(self, kernel: Any, programs: int, of: Any, *args: Any, warps: int = 4) -> None:
         self._kernels.append(kernel.__name__)
