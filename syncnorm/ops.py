@@ -76,20 +76,15 @@ def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
             return LocalSums(sums, mask, fault, mask, is_repeated)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
-            clean = None if mask is None else torch.where(_is_valid(mask), mask, torch.nan)
+            clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
             sums = formula.raw_sums(x.detach(), clean)
             return LocalSums(sums, clean, None, mask, is_repeated, who)
         if mask is None:
             return LocalSums(kernels.local_moments(x.detach(), None), None, None, None, is_repeated)
-        valid = _is_valid(mask)
+        valid = kernels.is_weight(mask)
         clean = torch.where(valid, mask, 0.0)
         sums = kernels.local_moments(x.detach(), clean)
         return LocalSums(sums, clean, ~valid.all(), mask, is_repeated)
-
-
-def _is_valid(mask: Tensor) -> Tensor:
-    """A mask of the valid weights: finite and >= 0."""
-    return (mask >= 0) & mask.isfinite()
 
 
 def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
@@ -124,7 +119,7 @@ def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> Non
     report = torch.zeros(3 + _MAX_DIMS, dtype=torch.float64)
     report[0] = not local.sums[:-1].isfinite().all()
     if local.given is not None:
-        wrong = local.given[~_is_valid(local.given)]
+        wrong = local.given[~kernels.is_weight(local.given)]
         if wrong.numel():
             report[1], report[2] = 1.0, wrong[0]
             shape = local.given.shape[:_MAX_DIMS]
@@ -415,7 +410,7 @@ def update_running_(
     With `is_std` the standard deviation follows, by the biased variance, else the unbiased
     variance. See `syncnorm.maths.moments` for what a batch of one value or none changes.
     """
-    own = kernels.of_device(running_mean)
+    own = kernels.of_channels(running_mean)
     if own is not None and not isinstance(batch, Unread):
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
         own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)

@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-from torch import Tensor
-
 from syncnorm import device
 from syncnorm.maths import kernels
 
@@ -20,18 +18,14 @@ def as_device(name: str = "composed") -> Iterator[None]:
     Args:
         name: "composed", the portable ones; "triton", in Triton's interpreter.
     """
-    chosen, own = kernels.of_device, getattr(kernels, name)
-
-    def of_device(x: Tensor) -> Any:
-        return None if chosen(x) is None else own
-
+    own = getattr(kernels, name)
     with ExitStack() as stack:
         if name == "triton":
             from tests.unit.triton_interpreter import interpreted
 
             stack.enter_context(interpreted())
         stack.enter_context(mock.patch.object(device, "_HOSTS", ()))
-        stack.enter_context(mock.patch.object(kernels, "of_device", of_device))
+        stack.enter_context(mock.patch.object(kernels, "_preferred", return_value=own))
         yield
 
 

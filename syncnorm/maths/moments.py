@@ -157,10 +157,7 @@ def average_factor(
     `momentum` is None (cumulative average).
     """
     if num_batches_tracked is not None:
-        is_new = batch.n > 0
-        num_batches_tracked += (
-            is_new if isinstance(is_new, bool) else is_new.to(num_batches_tracked.dtype)
-        )
+        num_batches_tracked += batch.n > 0
     if momentum is not None:
         return momentum
     assert num_batches_tracked is not None, "a cumulative average needs its counter"

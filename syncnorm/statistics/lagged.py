@@ -371,7 +371,7 @@ class PooledLagged(Source):
 
 def _rules(average: Tensor) -> ModuleType:
     """The module that moves the averages, as few launches as the device allows."""
-    return kernels.triton if kernels.of_device(average) is kernels.triton else lagged
+    return kernels.of_channels(average) or lagged
 
 
 def _options(layer: SyncNorm) -> Lagged:

@@ -25,6 +25,7 @@ from torch import Tensor
 from syncnorm.device import is_host
 from syncnorm.maths.kernels import composed, cpu, portable, traced, triton
 from syncnorm.maths.kernels.batch import Reference, Scheduled
+from syncnorm.maths.kernels.composed import is_weight
 from syncnorm.undocumented import FakeTensor
 
 __all__ = [
@@ -32,8 +33,10 @@ __all__ = [
     "Scheduled",
     "backward_input",
     "backward_sums",
+    "is_weight",
     "local_moments",
     "normalize",
+    "of_channels",
     "of_device",
 ]
 
@@ -52,7 +55,17 @@ def of_device(x: Tensor) -> ModuleType | None:
     """
     if is_host(x) or torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return None
-    return triton if x.is_cuda and triton.is_usable(x.device) else composed
+    # An empty tensor has no launch that fits it.
+    return _preferred(x.device) if x.numel() else composed
+
+
+def of_channels(t: Tensor) -> ModuleType | None:
+    """The module whose kernels do what is (C,)-sized in one launch; None where operators do it."""
+    return triton if of_device(t) is triton else None
+
+
+def _preferred(device: torch.device) -> ModuleType:
+    return triton if device.type == "cuda" and triton.is_usable(device) else composed
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:

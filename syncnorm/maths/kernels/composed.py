@@ -1,13 +1,12 @@
 """The kernels of a device that has none of its own: portable primitives and (C,)-sized operators.
 
-The functions are those of `syncnorm.maths.kernels.triton`, which does each in one launch or two.
+These are functions of `syncnorm.maths.kernels.triton`, too, which does each in one launch or two.
 No number is read on the host.
 
-    moments          x, w      -> [sum wx, sum wx^2, sum w]
-    normalize        x, batch  -> y, and rows: what it was made by
-    update_running_  the running statistics follow a batch
-    backward_sums    g, x      -> [sum g, sum g xhat], and the gradients of weight and bias
-    backward_input   g, x      -> the gradient of x
+    moments         x, w      -> [sum wx, sum wx^2, sum w]
+    normalize       x, batch  -> y, and rows: what it was made by
+    backward_sums   g, x      -> [sum g, sum g xhat], and the gradients of weight and bias
+    backward_input  g, x      -> the gradient of x
 
 Rows are a (3, C) tensor of mean, m2 and invstd; where r and d correct towards running statistics a
 (9, C) tensor, with r, d, running mean and variance as they were, r_max and d_max.
@@ -90,38 +89,6 @@ def normalize(
     return portable.normalize(x, mean, scale, shift), packed
 
 
-def update_running_(
-    running_mean: Tensor,
-    running_var: Tensor,
-    counter: Tensor | None,
-    batch: Batch,
-    momentum: float | None,
-    eps: float,
-    is_std: bool,
-) -> None:
-    """running += factor * (that of the batch - running), in place.
-
-    The factor is `momentum`, or 1 / counter after the batch is counted. With `is_std` the standard
-    deviation follows the biased one, else the variance the unbiased. The variance keeps still where
-    n <= 1, all where n = 0 or NaN.
-    """
-    n, wide = batch.count, batch.mean.dtype
-    is_new, has_scale = n > 0, n > 1
-    if counter is not None:
-        counter += is_new
-    factor = momentum
-    if factor is None:
-        assert counter is not None, "a cumulative average needs its counter"
-        factor = counter.to(wide).clamp(min=1.0).reciprocal()
-    _blend_(running_mean, batch.mean, factor, is_new)
-    if is_std:
-        sigma = torch.sqrt(running_var.to(wide) + eps)
-        sigma = torch.lerp(sigma, torch.sqrt(batch.var + eps), factor)
-        _blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, has_scale)
-    else:
-        _blend_(running_var, batch.m2 / (n - 1.0), factor, has_scale)
-
-
 def backward_sums(
     g: Tensor,
     x: Tensor,
@@ -169,8 +136,3 @@ def backward_input(
     if mask is not None:
         mask = torch.where(is_weight(mask), mask, 0.0)
     return portable.backward_input(g, x, mean, scale, a, b * invstd, mask)
-
-
-def _blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: Tensor) -> None:
-    wide = running.to(value.dtype)
-    running.copy_(torch.where(where, torch.lerp(wide, value, factor), wide))

@@ -1,7 +1,8 @@
 """A normalisation layer on CUDA, in Triton: the passes over x, and with them all (C,)-sized work.
 
-The functions are those of `syncnorm.maths.kernels.composed`, in one launch each, two for sums that
-several programs share. Any strides are taken as they are, without a copy of x.
+The functions are those of `syncnorm.maths.kernels.composed` and, for (C,)-sized numbers alone, of
+`syncnorm.ops` and `syncnorm.maths.lagged`; in one launch each, two for sums that several programs
+share. Any strides are taken as they are, without a copy of x. No tensor is empty.
 
 They are no operators of torch's: code that is compiled or exported, and fake tensors, go through
 the traced kernels, which the compiler fuses with what is around them.
@@ -58,8 +59,6 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
     The count is NaN where a weight is negative or not finite.
     """
-    if x.numel() == 0:
-        return torch.zeros(2 * x.shape[1] + 1, dtype=torch.float64, device=x.device)
     return _launch().moments(x, mask)
 
 
@@ -86,13 +85,10 @@ def normalize(
             )
         else:
             r_max, d_max = bounds
-    # The rows are wanted of an empty tensor, too.
-    full = x if x.numel() else x.new_zeros(1, x.shape[1])
-    y, rows = _launch().normalize(
-        full, *batch.packed, weight, bias, eps,
+    return _launch().normalize(
+        x, *batch.packed, weight, bias, eps,
         running_mean, running_var, r_max, d_max, step, schedule,
     )  # fmt: skip
-    return y if full is x else torch.empty_like(x), rows
 
 
 def update_running_(
@@ -119,13 +115,6 @@ def backward_sums(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[sum g, sum g xhat], shape (2, C), float64; the gradients of weight and bias, if any."""
-    if x.numel() == 0:
-        local = torch.zeros_like(rows[:2])
-        return (
-            local,
-            None if weight_dtype is None else local[0].to(weight_dtype, copy=True),
-            None if bias_dtype is None else local[0].to(bias_dtype, copy=True),
-        )
     return _launch().backward_sums(g, x, rows, weight_dtype, bias_dtype)
 
 
@@ -139,8 +128,6 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     """The gradient of x, in its type and layout; `totals` are to be divided by n, or by nothing."""
-    if x.numel() == 0:
-        return torch.empty_like(x)
     return _launch().backward_input(g, x, rows, weight, totals, n, mask)
 
 
