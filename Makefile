@@ -15,9 +15,9 @@ help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 # Packages for training. Compiled when they are imported, since torch brings thousands of files that no training
-# imports. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
+# imports. A C compiler is used if there is one. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
 # itself is whole.
-$(TRAINING): pyproject.toml constraints.txt
+$(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/native/*.[ch])
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --no-compile torch
 	$(PIP_INSTALL) --no-compile --editable '.[train]'
