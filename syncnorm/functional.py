@@ -217,7 +217,7 @@ def correct(
     statistic: Statistic, local: LocalSums, eps: float, before: kernels.Reference
 ) -> Statistic:
     """The statistic with the correction of renormalisation against the running statistics."""
-    if kernels.of_device(local.sums) is not None and local.observer is None:
+    if local.kernels is not None:
         return statistic._replace(reference=before)
     mean, var, bounds = before
     assert not isinstance(bounds, kernels.Scheduled)

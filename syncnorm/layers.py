@@ -245,7 +245,7 @@ class SyncBatchRenorm(SyncNorm):
         mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
         if mean is None or var is None:
             raise self._without("running_mean" if mean is None else "running_var")
-        if kernels.of_device(local.sums) is None or local.observer is not None:
+        if local.kernels is None:
             return kernels.Reference(mean.clone(), var.clone(), self.bounds())
         # The kernel that normalises reads them before they move, and keeps what it has read. It
         # knows our schedule; a class that inherits from it may say otherwise.

@@ -62,18 +62,23 @@ class LocalSums(NamedTuple):
     """
     observer: str | None = None
     """The name of what looks at operators rather than numbers; see `syncnorm.observed`."""
+    kernels: ModuleType | None = None
+    """The kernels that finish the statistic themselves; None where it is finished here."""
 
 
-def local_sums(x: Tensor, mask: Tensor | None) -> LocalSums:
-    """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient."""
+def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalSums:
+    """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient.
+
+    `others` are the tensors that x will be normalised with.
+    """
     who, is_repeated = observed.observer(x), is_recomputing()
     with torch.no_grad():
-        own = kernels.of_device(x) if who is None else None
+        own = kernels.of_device(x, mask, *others) if who is None else None
         if own is not None:
             sums, fault = own.moments(x.detach(), mask), None
             if mask is not None and debug.is_debug():
                 fault = sums[-1].isnan()
-            return LocalSums(sums, mask, fault, mask, is_repeated)
+            return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
@@ -380,13 +385,12 @@ def train_forward(
         y, and what it was made of.
     """
     check_devices(x, mask=mask, weight=weight, bias=bias)
-    local = local_sums(x, mask)
+    local = local_sums(x, mask, weight, bias)
     statistic = statistic_of(local)
-    own = kernels.of_device(x) if local.observer is None else None
-    if own is None:
+    if local.kernels is None:
         y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
     else:
-        y, statistic = normalize_by(own, x, weight, bias, statistic, eps, local.mask)
+        y, statistic = normalize_by(local.kernels, x, weight, bias, statistic, eps, local.mask)
     if local.is_repeated is None:
         statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
     if not local.is_repeated:

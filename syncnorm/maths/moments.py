@@ -81,7 +81,7 @@ class Packed(Moments):
 
 
 class Raw(Moments):
-    """Moments that are raw sums until somebody looks: a device's kernels finish them themselves.
+    """Moments that are raw sums until somebody looks: kernels may finish them themselves.
 
     Args:
         sums: [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
@@ -90,7 +90,8 @@ class Raw(Moments):
     def __init__(self, sums: Tensor) -> None:
         self._sums = sums
         self._finished: tuple[Tensor, Tensor] | None = None
-        self.count = self.n = sums[-1]
+        self.count = sums[-1]
+        self.n = self.count.item() if is_host(sums) else self.count
 
     @property
     def packed(self) -> tuple[Tensor, bool]:
@@ -110,8 +111,7 @@ class Raw(Moments):
 
     def _look(self) -> tuple[Tensor, Tensor]:
         if self._finished is None:
-            moments = of_sums(self._sums, Unread)
-            self._finished = moments.mean, moments.m2
+            self._finished = _finish(self._sums, self.n)
         return self._finished
 
 
@@ -131,13 +131,15 @@ def of_sums(sums: Tensor, kind: type[Moments] = Moments) -> Moments:
 
     Raw sums lose digits with the square of mean/std: in float64 about 1e-16 * (mean/std)^2 of var.
     """
-    if kind is Moments and not is_host(sums):
-        return Raw(sums)
+    return Raw(sums) if kind is Moments else kind(sums[-1], *_finish(sums, sums[-1]))
+
+
+def _finish(sums: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor]:
+    """mean and m2."""
     channels = (sums.numel() - 1) // 2
-    total, squares, count = sums.split((channels, channels, 1))
-    count = count.squeeze(0)
-    mean = total * reciprocal(count.item() if kind._is_read else count)
-    return kind(count, mean, (squares - total * mean).clamp(min=0.0))
+    total, squares, _ = sums.split((channels, channels, 1))
+    mean = total * reciprocal(n)
+    return mean, (squares - total * mean).clamp(min=0.0)
 
 
 def merge(a: Moments, b: Moments) -> Moments:

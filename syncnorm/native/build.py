@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-_FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror=implicit"]
+_FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror=implicit", "-Wno-psabi"]
 # Sums are written in the order in which they are to be taken, and NaN means a fault; but nobody
 # looks at floating-point exceptions or errno.
 _FLAGS += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
@@ -76,7 +76,7 @@ def build(folder: Path = HERE, flags: Sequence[str] = ()) -> list[Path]:
         flags: more of the compiler's.
 
     Returns:
-        The libraries, best first.
+        The libraries, best first; a level that the compiler does not know is left out.
 
     Raises:
         BuildError: not even the lowest level could be compiled.

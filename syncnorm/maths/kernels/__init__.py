@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.device import is_host
-from syncnorm.maths.kernels import composed, cpu, portable, traced, triton
+from syncnorm.maths.kernels import composed, cpu, native, portable, traced, triton
 from syncnorm.maths.kernels.batch import Reference, Scheduled
 from syncnorm.maths.kernels.composed import is_weight
 from syncnorm.undocumented import FakeTensor
@@ -47,21 +47,29 @@ def _implementation(x: Tensor) -> ModuleType:
     return cpu if is_host(x) else portable
 
 
-def of_device(x: Tensor) -> ModuleType | None:
+def of_device(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     """The module of kernels that finish statistics themselves; None where they are finished here.
 
-    See `syncnorm.maths.kernels.composed`. On the CPU, and in code that is being compiled, the
-    primitives of this module and operators of (C,) numbers cost no more.
+    See `syncnorm.maths.kernels.composed`. In code that is being compiled, and on a CPU without the
+    native library, the primitives of this module and operators of (C,) numbers cost no more.
+
+    Args:
+        x: the input, or another tensor that is the first to be worked on.
+        others: what else kernels will read; native ones know no subclasses of tensors.
     """
-    if is_host(x) or torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
         return None
+    if is_host(x):
+        is_native = native.is_usable(x, *others)
+        return (native if x.numel() else composed) if is_native else None
     # An empty tensor has no launch that fits it.
     return _preferred(x.device) if x.numel() else composed
 
 
 def of_channels(t: Tensor) -> ModuleType | None:
     """The module whose kernels do what is (C,)-sized in one launch; None where operators do it."""
-    return triton if of_device(t) is triton else None
+    own = of_device(t)
+    return None if own is composed else own
 
 
 def _preferred(device: torch.device) -> ModuleType:

@@ -1,0 +1,284 @@
+"""A normalisation layer on a CPU, in C: the passes over x, and with each all (C,)-sized work.
+
+The functions are those of `syncnorm.maths.kernels.composed`, in one foreign call each, on as many
+threads as torch is set to use. Contiguous tensors and those whose channels vary fastest are taken
+as they are, others are copied. The bits do not depend on the number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_int, c_int64, c_long, c_void_p
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from syncnorm import native
+from syncnorm.maths.kernels import layout
+from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
+
+if TYPE_CHECKING:
+    from syncnorm.maths.lagged import Lagged
+
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_PLAIN = (Tensor, torch.nn.Parameter)
+_ROWS, _CORRECTED_ROWS = 3, 9
+_X = (c_int, c_long, c_long, c_long)  # type, outer, channels, inner
+_SIGNATURES = {
+    "moments": (c_int, c_void_p, *_X, c_void_p, c_void_p, c_int),
+    "normalize": (
+        c_int, c_void_p, c_void_p, *_X, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_double,
+        c_void_p, c_void_p, c_int,
+    ),
+    "backward_sums": (
+        c_int, c_void_p, c_void_p, *_X, c_void_p, c_int, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int,
+    ),
+    "backward_input": (
+        c_int, c_void_p, c_void_p, c_void_p, *_X, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p,
+        c_void_p, c_int,
+    ),
+    "update_running": (
+        None, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int, c_long, c_double, c_double, c_int,
+    ),
+    "follow_moments": (
+        None, c_void_p, c_int, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_double, c_double,
+    ),
+    "follow_gradients": (None, c_void_p, c_long, c_void_p, c_void_p, c_double),
+}  # fmt: skip
+
+
+class _Reference(ctypes.Structure):
+    """The `reference` of kernels.c."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("running_mean", "running_var", "r_max", "d_max", "step")),
+        *((name, c_double) for name in ("r_end", "d_end")),
+        *((name, c_int64) for name in ("warmup", "r_steps", "d_steps")),
+        *((name, c_int) for name in ("mean_type", "var_type")),
+    ]
+
+
+@cache
+def _functions() -> dict[str, Any]:
+    """The library's functions by name, typed; none without the library."""
+    library = native.library()
+    if library is None:
+        return {}
+    functions = {}
+    for name, (result, *arguments) in _SIGNATURES.items():
+        function = getattr(library, f"syncnorm_{name}")
+        function.restype, function.argtypes = result, arguments
+        functions[name] = function
+    types = library.syncnorm_types()
+    functions["types"] = {dtype for dtype, number in _TYPES.items() if number < types}
+    return functions
+
+
+def is_usable(*tensors: Tensor | None) -> bool:
+    """True if the native library is there and knows all of the tensors, which are in memory."""
+    types = _functions().get("types")
+    if types is None:
+        return False
+    for t in tensors:
+        if t is not None and not (type(t) in _PLAIN and t.dtype in types):
+            return False
+    return True
+
+
+def _call(name: str, *args: Any) -> None:
+    if _functions()[name](*args):
+        raise MemoryError(f"{name} of the native kernels found no memory for its sums")
+
+
+def _dense(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int, int]]:
+    """x or a contiguous copy, True if its channels vary fastest, and its type and sizes in C."""
+    n, c, *_ = x.shape
+    if x.is_contiguous():
+        return x, False, (_TYPES[x.dtype], n, c, x.numel() // (n * c))
+    if layout.is_rows(x):
+        return x, True, (_TYPES[x.dtype], x.numel() // c, c, 1)
+    return _dense(x.contiguous())
+
+
+def _like(t: Tensor, is_rows: bool) -> Tensor:
+    """t in the layout that `_dense` found; copied only if it differs."""
+    if not is_rows:
+        return t.contiguous()
+    return t if layout.is_rows(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
+def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """The mask in the type of the arithmetic, with its samples and places in order."""
+    if mask is None:
+        return None
+    return mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+
+
+def _pointer(t: Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()
+
+
+def _row(t: Tensor | None) -> tuple[int | None, int]:
+    """Pointer and type of a (C,) tensor."""
+    return (None, 0) if t is None else (t.data_ptr(), _TYPES[t.dtype])
+
+
+def moments(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Raw sums of one worker, shape (2C+1,), float64.
+
+    The count is NaN where a weight is negative or not finite.
+    """
+    x, _, sizes = _dense(x)
+    w = _weights(mask, x)
+    sums = torch.empty(2 * sizes[2] + 1, dtype=torch.float64)
+    _call(
+        "moments", x.data_ptr(), *sizes, _pointer(w), sums.data_ptr(), torch.get_num_threads()
+    )  # fmt: skip
+    return sums
+
+
+def normalize(
+    x: Tensor,
+    batch: Batch,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    reference: Reference | None,
+) -> tuple[Tensor, Tensor]:
+    """y, in the type and layout of x, and rows: (3, C), or (9, C) with a reference."""
+    given = x
+    x, _, sizes = _dense(x)
+    y = torch.empty_like(x)
+    numbers, is_raw = batch.packed
+    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    to, kept = (None, ()) if reference is None else _reference(reference)
+    rows = torch.empty(_ROWS if to is None else _CORRECTED_ROWS, sizes[2], dtype=torch.float64)
+    _call(
+        "normalize", x.data_ptr(), y.data_ptr(), *sizes, numbers.data_ptr(), is_raw, *_row(weight),
+        *_row(bias), eps, rows.data_ptr(), to, torch.get_num_threads(),
+    )  # fmt: skip
+    del kept
+    return (y if x is given else torch.empty_like(given).copy_(y)), rows
+
+
+def _reference(reference: Reference) -> tuple[Any, tuple[Tensor, ...]]:
+    """A pointer to the reference, and what it points to."""
+    mean, var, bounds = reference
+    mean, var = mean.contiguous(), var.contiguous()
+    of_types = _TYPES[mean.dtype], _TYPES[var.dtype]
+    if isinstance(bounds, Scheduled):
+        step, ramps = bounds
+        to = _Reference(
+            mean.data_ptr(), var.data_ptr(), None, None, step.data_ptr(), ramps.r_max, ramps.d_max,
+            ramps.warmup_steps, ramps.r_steps, ramps.d_steps, *of_types,
+        )  # fmt: skip
+        return ctypes.byref(to), (mean, var)
+    r_max, d_max = bounds
+    to = _Reference(
+        mean.data_ptr(), var.data_ptr(), r_max.data_ptr(), d_max.data_ptr(), None, 0.0, 0.0, 0, 0, 0,
+        *of_types,
+    )  # fmt: skip
+    return ctypes.byref(to), (mean, var, r_max, d_max)
+
+
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Batch,
+    momentum: float | None,
+    eps: float,
+    is_std: bool,
+) -> None:
+    """Count the batch and have the running statistics follow it, in place."""
+    numbers, is_raw = batch.packed
+    mean, var = running_mean.contiguous(), running_var.contiguous()
+    _functions()["update_running"](
+        *_row(mean), *_row(var), _pointer(counter), numbers.data_ptr(), is_raw, mean.numel(),
+        float("nan") if momentum is None else momentum, eps, is_std,
+    )  # fmt: skip
+    if mean is not running_mean:
+        running_mean.copy_(mean)
+    if var is not running_var:
+        running_var.copy_(var)
+    increment_version([t for t in (running_mean, running_var, counter) if t is not None])
+
+
+def backward_sums(
+    g: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    weight_dtype: torch.dtype | None,
+    bias_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """[sum g, sum g xhat], shape (2, C), float64; the gradients of weight and bias, if any."""
+    x, is_rows, sizes = _dense(x)
+    g = _like(g, is_rows)
+    channels = sizes[2]
+    local = torch.empty(2, channels, dtype=torch.float64)
+    dweight = None if weight_dtype is None else torch.empty(channels, dtype=weight_dtype)
+    dbias = None if bias_dtype is None else torch.empty(channels, dtype=bias_dtype)
+    _call(
+        "backward_sums", g.data_ptr(), x.data_ptr(), *sizes, rows.data_ptr(), rows.shape[0] > _ROWS,
+        local.data_ptr(), *_row(dweight), *_row(dbias), torch.get_num_threads(),
+    )  # fmt: skip
+    return local, dweight, dbias
+
+
+def backward_input(
+    g: Tensor,
+    x: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    totals: Tensor,
+    n: Tensor | None,
+    mask: Tensor | None,
+) -> Tensor:
+    """The gradient of x, in its type and layout; `totals` are to be divided by n, or by nothing."""
+    given = x
+    x, is_rows, sizes = _dense(x)
+    g, w = _like(g, is_rows), _weights(mask, x)
+    weight = weight if weight is None else weight.contiguous()
+    totals = totals.contiguous()
+    dx = torch.empty_like(x)
+    _call(
+        "backward_input", g.data_ptr(), x.data_ptr(), dx.data_ptr(), *sizes, _pointer(w),
+        rows.data_ptr(), rows.shape[0] > _ROWS, *_row(weight), totals.data_ptr(), _pointer(n),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return dx if x is given else torch.empty_like(given).copy_(dx)
+
+
+def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
+    """Copy the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
+    return torch.cat([mean, var + var, mean.new_full((1,), 2.0), gradient.view(-1)])
+
+
+def follow_moments_(
+    batch: Batch,
+    mean: Tensor,
+    var: Tensor,
+    updates: Tensor,
+    waits: Tensor,
+    eps: float,
+    options: Lagged,
+) -> None:
+    """Move the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
+    numbers, is_raw = batch.packed
+    _functions()["follow_moments"](
+        numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
+        waits.data_ptr(), eps, options.max_drift, options.forward_rate,
+    )  # fmt: skip
+    increment_version([mean, var, updates, waits])
+
+
+def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
+    """Move the averages of gradient means, as of `syncnorm.maths.lagged`."""
+    _functions()["follow_gradients"](
+        sums.data_ptr(), gradient.shape[1], gradient.data_ptr(), updates.data_ptr(),
+        options.backward_rate,
+    )  # fmt: skip
+    increment_version([gradient, updates])

@@ -1,0 +1,383 @@
+/* The normalisation layer on a CPU: the passes over x, and with each all the arithmetic on numbers per channel.
+
+   The functions are those of syncnorm.maths.kernels.composed; see there for what each computes. They return 0, or 1
+   where no memory could be had. Types: 0 float, 1 double, 2 bfloat16, 3 float16. Masks, (outer, inner), have the
+   type of the arithmetic: double with double elements, else float. */
+#include "kernels.h"
+
+static inline float from_bfloat(uint16_t h) {
+  uint32_t bits = (uint32_t)h << 16;
+  float v;
+  memcpy(&v, &bits, sizeof v);
+  return v;
+}
+
+/* To the nearest, ties to even; NaN stays NaN. */
+static inline uint16_t to_bfloat(float v) {
+  uint32_t bits;
+  memcpy(&bits, &v, sizeof bits);
+  if (v != v) return 0x7fc0;
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+static inline floats from_bfloats(const uint16_t *p) {
+  shorts h;
+  memcpy(&h, p, sizeof h);
+  return (floats)(__builtin_convertvector(h, words) << 16);
+}
+
+static inline void to_bfloats(uint16_t *p, floats v) {
+  words bits = (words)v, is_nan = (words)(v != v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  shorts h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), shorts);
+  memcpy(p, &h, sizeof h);
+}
+
+static inline floats from_floats(const float *p) {
+  floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline doubles from_doubles(const double *p) {
+  doubles v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+#define T float
+#define W float
+#define WS floats
+#define LOAD(p) (*(p))
+#define LOADS(p) from_floats(p)
+#define STORE(p, v) (*(p) = (v))
+#define STORES(p, v) do { floats s = (v); memcpy(p, &s, sizeof s); } while (0)
+#define NAME(f) f##_float
+#include "passes.h"
+
+#define T double
+#define W double
+#define WS doubles
+#define LOAD(p) (*(p))
+#define LOADS(p) from_doubles(p)
+#define STORE(p, v) (*(p) = (v))
+#define STORES(p, v) do { doubles s = (v); memcpy(p, &s, sizeof s); } while (0)
+#define NAME(f) f##_double
+#include "passes.h"
+
+#define T uint16_t
+#define W float
+#define WS floats
+#define LOAD(p) from_bfloat(*(p))
+#define LOADS(p) from_bfloats(p)
+#define STORE(p, v) (*(p) = to_bfloat(v))
+#define STORES(p, v) to_bfloats(p, v)
+#define NAME(f) f##_bfloat
+#include "passes.h"
+
+#ifdef __FLT16_MAX__
+typedef _Float16 half;
+typedef _Float16 halves __attribute__((vector_size(2 * LANES)));
+
+#ifdef __F16C__
+#include <immintrin.h>
+
+#if LANES == 8
+static inline floats from_halves(const half *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline void to_halves(half *p, floats v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, 0)); }
+#else
+static inline floats from_halves(const half *p) { return (floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)); }
+static inline void to_halves(half *p, floats v) { _mm_storel_epi64((__m128i *)p, _mm_cvtps_ph((__m128)v, 0)); }
+#endif
+#else
+static inline floats from_halves(const half *p) {
+  halves h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, floats);
+}
+
+static inline void to_halves(half *p, floats v) {
+  halves h = __builtin_convertvector(v, halves);
+  memcpy(p, &h, sizeof h);
+}
+#endif
+
+#define T half
+#define W float
+#define WS floats
+#define LOAD(p) ((float)*(p))
+#define LOADS(p) from_halves(p)
+#define STORE(p, v) (*(p) = (half)(v))
+#define STORES(p, v) to_halves(p, v)
+#define NAME(f) f##_half
+#include "passes.h"
+#endif
+
+typedef struct {
+  syncnorm_part sums, map;
+  void (*narrow)(const double *, void *, long);
+  double (*get)(const void *, long);
+  void (*put)(void *, long, double);
+  int bytes; /* of W */
+} element;
+
+#define ELEMENT(name, W) {sums_unit_##name, map_unit_##name, narrow_##name, get_##name, put_##name, sizeof(W)}
+static const element elements[] = {
+    ELEMENT(float, float), ELEMENT(double, double), ELEMENT(bfloat, float),
+#ifdef __FLT16_MAX__
+    ELEMENT(half, float),
+#endif
+};
+
+/* The number of element types that this compiler knew. */
+int syncnorm_types(void) { return sizeof elements / sizeof *elements; }
+
+static long at_most(long v, long most) { return v < most ? v : most; }
+static long at_least(long v, long least) { return v > least ? v : least; }
+
+static layout layout_of(long outer, long channels, long inner, int has_mask) {
+  layout at = {outer, channels, inner, 0, 0, 0, 1, 1};
+  long rows = outer, size = outer * channels * inner, row = channels * inner;
+  if (inner < SHORT && !(has_mask && inner > 1)) {
+    at.repeat = has_mask ? 1 : at_least(at_most(at_most(TILE / at_least(row, 1), 1 + 8 * LANES / row), outer), 1);
+    at.width = at.repeat * row;
+    at.tile = TILE - TILE % inner;
+    at.groups = (at.width + at.tile - 1) / at.tile;
+    rows = outer / at.repeat;
+  }
+  at.chunks = at_least(at_most(at_most(size / GRAIN, UNITS), rows), 1);
+  if (!at.repeat) at.groups = at_least(at_most(size / GRAIN / at.chunks, channels), 1);
+  return at;
+}
+
+static void run(const element *type, syncnorm_part unit, pass *p, int threads) {
+  (void)type;
+  long units = p->at.chunks * p->at.groups;
+  syncnorm_parallel(unit, p, units, units > 1 ? threads : 1);
+}
+
+/* Adds the chunks' sums: (2, channels). */
+static void total(const pass *p, double *out) {
+  long n = 2 * p->at.channels;
+  memcpy(out, p->parts, sizeof *out * n);
+  for (long chunk = 1; chunk < p->at.chunks; chunk++)
+    for (long i = 0; i < n; i++) out[i] += p->parts[chunk * n + i];
+}
+
+static int sum(const void *x, const void *g, const void *mask, int type, long outer, long channels, long inner, double *out,
+               int threads) {
+  pass p = {layout_of(outer, channels, inner, mask != 0), x, g, mask, 0, 0, out};
+  if (p.at.chunks > 1) p.parts = malloc(sizeof *out * 2 * channels * p.at.chunks);
+  if (!p.parts) return 1;
+  run(&elements[type], elements[type].sums, &p, threads);
+  if (p.parts != out) total(&p, out), free(p.parts);
+  return 0;
+}
+
+static int map(const void *x, const void *g, const void *mask, void *out, int type, long outer, long channels, long inner,
+               const double *coefficients, int threads) {
+  pass p = {layout_of(outer, channels, inner, mask != 0), x, g, mask, out, coefficients, 0};
+  const element *e = &elements[type];
+  void *narrow = 0;
+  if (e->bytes != sizeof(double)) {
+    if (!(narrow = malloc(4 * channels * e->bytes))) return 1;
+    e->narrow(coefficients, narrow, (g ? 4 : 3) * channels);
+    p.coefficients = narrow;
+  }
+  run(e, e->map, &p, threads);
+  free(narrow);
+  return 0;
+}
+
+/* The sum of the weights; NaN if one is negative or not finite. */
+static double count(const void *mask, int type, long n) {
+  double s = 0, is_fault = 0;
+  if (elements[type].bytes == sizeof(double)) {
+    for (const double *w = mask; n--; w++) s += *w, is_fault += !(*w >= 0 && *w < INFINITY);
+  } else {
+    for (const float *w = mask; n--; w++) s += *w, is_fault += !(*w >= 0 && *w < INFINITY);
+  }
+  return is_fault ? NAN : s;
+}
+
+/* sums: [sum wx, sum wx^2, sum w], (2 channels + 1). */
+int syncnorm_moments(const void *x, int type, long outer, long channels, long inner, const void *mask, double *sums,
+                     int threads) {
+  sums[2 * channels] = mask ? count(mask, type, outer * inner) : (double)(outer * inner);
+  return sum(x, 0, mask, type, outer, channels, inner, sums, threads);
+}
+
+/* The reference of renormalisation's r and d; bounds as they are, or by a schedule. */
+typedef struct {
+  const void *running_mean, *running_var;
+  const double *r_max, *d_max;
+  const int64_t *step;
+  double r_end, d_end;
+  int64_t warmup, r_steps, d_steps;
+  int mean_type, var_type;
+} reference;
+
+static double ramp(int64_t step, int64_t warmup, double start, double end, int64_t end_step) {
+  if (step >= end_step) return end;
+  if (end_step == warmup) return start;
+  double progress = fmin(fmax((double)(step - warmup) / (double)(end_step - warmup), 0), 1);
+  return fmin(start + (end - start) * progress, end);
+}
+
+typedef struct {
+  double n, inverse;
+  const double *first, *second;
+  int is_raw;
+} batch;
+
+static batch batch_of(const double *numbers, int is_raw, long channels) {
+  double n = numbers[2 * channels];
+  return (batch){n, n == 0 ? 0 : 1 / n, numbers, numbers + channels, is_raw};
+}
+
+static void moments_of(const batch *b, long c, double *mean, double *m2) {
+  *mean = b->first[c], *m2 = b->second[c];
+  if (!b->is_raw) return;
+  double sum = *mean;
+  *mean = sum * b->inverse;
+  *m2 -= sum * *mean;
+  if (*m2 < 0) *m2 = 0;
+}
+
+static double clamp(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
+
+/* The rounded mean and the shift that makes up for the rounding, since x - mean is taken first. */
+static double centre(double mean, int bytes) { return bytes == sizeof(float) ? (double)(float)mean : mean; }
+
+/* y, and rows: (3, channels), or (9, channels) with a reference. */
+int syncnorm_normalize(const void *x, void *y, int type, long outer, long channels, long inner, const double *numbers,
+                       int is_raw, const void *weight, int weight_type, const void *bias, int bias_type, double eps,
+                       double *rows, const reference *to, int threads) {
+  double *k = malloc(sizeof *k * 3 * channels), r_max = 1, d_max = 0;
+  if (!k) return 1;
+  batch b = batch_of(numbers, is_raw, channels);
+  if (to) {
+    r_max = to->step ? ramp(*to->step, to->warmup, 1, to->r_end, to->r_steps) : *to->r_max;
+    d_max = to->step ? ramp(*to->step, to->warmup, 0, to->d_end, to->d_steps) : *to->d_max;
+  }
+  for (long c = 0; c < channels; c++) {
+    double mean, m2, r = 1, d = 0;
+    moments_of(&b, c, &mean, &m2);
+    double std = sqrt(m2 * b.inverse + eps), invstd = b.n <= 1 && m2 == 0 ? 0 : 1 / std;
+    rows[c] = mean, rows[channels + c] = m2, rows[2 * channels + c] = invstd;
+    if (to) {
+      double at = elements[to->mean_type].get(to->running_mean, c), var = elements[to->var_type].get(to->running_var, c);
+      double sigma = sqrt(var + eps);
+      if (b.n != 0) r = clamp(std / sigma, 1 / r_max, r_max), d = clamp((mean - at) / sigma, -d_max, d_max);
+      const double row[] = {r, d, at, var, r_max, d_max};
+      for (int i = 0; i < 6; i++) rows[(3 + i) * channels + c] = row[i];
+    }
+    double scale = r * invstd, shift = d;
+    if (weight) {
+      double w = elements[weight_type].get(weight, c);
+      scale *= w, shift *= w;
+    }
+    if (bias) shift += elements[bias_type].get(bias, c);
+    k[c] = centre(mean, elements[type].bytes), k[channels + c] = scale;
+    k[2 * channels + c] = shift + (k[c] - mean) * scale;
+  }
+  int failed = map(x, 0, 0, y, type, outer, channels, inner, k, threads);
+  free(k);
+  return failed;
+}
+
+/* local: [sum g, sum g xhat], (2, channels); the gradients of weight and bias where they are wanted. */
+int syncnorm_backward_sums(const void *g, const void *x, int type, long outer, long channels, long inner, const double *rows,
+                           int is_corrected, double *local, void *grad_weight, int weight_type, void *grad_bias, int bias_type,
+                           int threads) {
+  if (sum(x, g, 0, type, outer, channels, inner, local, threads)) return 1;
+  for (long c = 0; c < channels; c++) {
+    double g_sum = local[c], g_xhat = (local[channels + c] - rows[c] * g_sum) * rows[2 * channels + c];
+    local[channels + c] = g_xhat;
+    if (is_corrected) g_xhat = rows[3 * channels + c] * g_xhat + rows[4 * channels + c] * g_sum;
+    if (grad_weight) elements[weight_type].put(grad_weight, c, g_xhat);
+    if (grad_bias) elements[bias_type].put(grad_bias, c, g_sum);
+  }
+  return 0;
+}
+
+/* The gradient of x, from totals [sum g, sum g xhat] of all workers and their count, or from means. */
+int syncnorm_backward_input(const void *g, const void *x, void *out, int type, long outer, long channels, long inner,
+                            const void *mask, const double *rows, int is_corrected, const void *weight, int weight_type,
+                            const double *totals, const double *n, int threads) {
+  double *k = malloc(sizeof *k * 4 * channels), inverse = n ? *n == 0 ? 0 : 1 / *n : 1;
+  if (!k) return 1;
+  for (long c = 0; c < channels; c++) {
+    double mean = rows[c], invstd = rows[2 * channels + c], scale = invstd;
+    if (is_corrected) scale *= rows[3 * channels + c];
+    if (weight) scale *= elements[weight_type].get(weight, c);
+    double slope = scale * totals[channels + c] * inverse * invstd;
+    k[c] = centre(mean, elements[type].bytes), k[channels + c] = scale, k[2 * channels + c] = slope;
+    k[3 * channels + c] = scale * totals[c] * inverse + slope * (k[c] - mean);
+  }
+  int failed = map(x, g, mask, out, type, outer, channels, inner, k, threads);
+  free(k);
+  return failed;
+}
+
+/* Counts the batch, and has the running statistics follow it; `momentum` NaN: a cumulative average. */
+void syncnorm_update_running(void *running_mean, int mean_type, void *running_var, int var_type, int64_t *counter,
+                             const double *numbers, int is_raw, long channels, double momentum, double eps, int is_std) {
+  batch b = batch_of(numbers, is_raw, channels);
+  if (!(b.n > 0)) return;
+  if (counter) ++*counter;
+  double factor = momentum;
+  if (momentum != momentum) factor = counter ? 1 / (double)(*counter > 1 ? *counter : 1) : 1;
+  for (long c = 0; c < channels; c++) {
+    double mean, m2, before = elements[mean_type].get(running_mean, c);
+    moments_of(&b, c, &mean, &m2);
+    elements[mean_type].put(running_mean, c, before + factor * (mean - before));
+    if (!(b.n > 1)) continue;
+    double var = elements[var_type].get(running_var, c);
+    if (is_std) {
+      double sigma = sqrt(var + eps);
+      sigma += factor * (sqrt(m2 * b.inverse + eps) - sigma);
+      var = fmax(sigma * sigma - eps, 0);
+    } else
+      var += factor * (m2 / (b.n - 1) - var);
+    elements[var_type].put(running_var, c, var);
+  }
+}
+
+/* The averages of sync="lagged", as of syncnorm.maths.lagged. */
+void syncnorm_follow_moments(const double *numbers, int is_raw, long channels, double *mean, double *var, int64_t *updates,
+                             _Bool *waits, double eps, double max_drift, double rate) {
+  batch b = batch_of(numbers, is_raw, channels);
+  double drift = 0;
+  int is_finite = 1;
+  for (long c = 0; c < channels; c++) {
+    double new_mean, m2;
+    moments_of(&b, c, &new_mean, &m2);
+    double distance = fabs(new_mean - mean[c]) / sqrt(var[c] + eps);
+    double ratio = fabs(log((m2 * b.inverse + eps) / (var[c] + eps))) / 2;
+    drift = fmax(drift, fmax(distance, ratio));
+    is_finite &= isfinite(new_mean) && isfinite(m2);
+  }
+  if (!(b.n > 0) || !is_finite) {
+    *waits |= !is_finite;
+    return;
+  }
+  *waits = drift > max_drift && *updates;
+  if (!*updates) rate = 1;
+  for (long c = 0; c < channels; c++) {
+    double new_mean, m2;
+    moments_of(&b, c, &new_mean, &m2);
+    mean[c] += rate * (new_mean - mean[c]), var[c] += rate * (m2 * b.inverse - var[c]);
+  }
+  ++*updates;
+}
+
+/* sums: [sum g, sum g xhat, n] of all workers. */
+void syncnorm_follow_gradients(const double *sums, long channels, double *gradient, int64_t *updates, double rate) {
+  double n = sums[2 * channels];
+  int is_new = n > 0;
+  for (long i = 0; i < 2 * channels; i++) is_new &= isfinite(sums[i]) != 0;
+  if (!is_new) return;
+  if (!*updates) rate = 1;
+  for (long i = 0; i < 2 * channels; i++) gradient[i] += rate * (sums[i] / n - gradient[i]);
+  ++*updates;
+}
