@@ -400,11 +400,12 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
 
     A pooled count is known to all. On CUDA it is looked at in debug mode only.
     """
-    count = statistic.batch.count
+    n = statistic.batch.n
     if isinstance(statistic.batch, Unread):
         return
     # A weight of 1 may also be that of several values.
-    if (is_host(count) or debug.is_debug()) and count == 1 and not statistic.batch.m2.any():
+    is_looked_at = not isinstance(n, Tensor) or debug.is_debug()
+    if is_looked_at and n == 1 and not statistic.batch.m2.any():
         if debug.is_debug() and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
                 "`x` must give a statistic more than one value per channel, got a total weight of "

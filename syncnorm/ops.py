@@ -11,6 +11,7 @@ backward of its own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
@@ -113,8 +114,11 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
         sums = exchange.sum_(sums, group, "moments", name)
         if local.is_repeated is None:
             return sums
-        is_looked_at = is_host(sums) or debug.is_debug()
-        if is_looked_at and (sums[-1].isnan() or (debug.is_debug() and not sums.isfinite().all())):
+        is_debug = debug.is_debug()
+        is_looked_at = is_host(sums) or is_debug
+        if is_looked_at and (
+            math.isnan(sums[-1].item()) or (is_debug and not sums.isfinite().all())
+        ):
             _raise_fault(local, group, name)
         return sums
 
@@ -321,11 +325,10 @@ def normalize_by(
         reference = kernels.Reference(running_mean, running_var, (r_max, d_max))
     call = Call(own, batch, eps, reference, statistic.gradient_means)
     y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
-    mean, m2, _, *correction = call.rows.unbind()
     if isinstance(batch, Raw):
-        batch.finish(mean, m2)
-    if correction:
-        r, d, running_mean, running_var, r_max, d_max = correction
+        batch.finish(call.rows)
+    if reference is not None:
+        _, _, _, r, d, running_mean, running_var, r_max, d_max = call.rows.unbind()
         statistic = statistic._replace(
             correction=renorm.Correction(r, d, running_mean, running_var, r_max[0], d_max[0])
         )

@@ -37,7 +37,7 @@ def load() -> Native:
     names = [*build.levels()]
     best = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), len(names) - 1)
     for level in names[min(best, len(names) - 1) :]:
-        path = build.library_path(build.HERE, level)
+        path = build.library_path(Path(os.environ.get("SYNCNORM_NATIVE_FOLDER", build.HERE)), level)
         if path.exists():
             return _open(path, level)
     return Native(None, "not built: there was no C compiler when the package was installed")

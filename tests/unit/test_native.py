@@ -1,0 +1,318 @@
+"""The native kernels against formulas in float64, and the library's build."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from syncnorm import native
+from syncnorm.maths import kernels, lagged, moments
+from syncnorm.maths.kernels import composed
+from syncnorm.maths.kernels import native as ours
+from syncnorm.maths.kernels.batch import Reference, Scheduled
+from syncnorm.maths.moments import Moments, Raw, of_sums
+from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.native import build
+from tests.unit.test_kernels import SHAPES, _arrange
+
+EPS = 1e-5
+assert_close = functools.partial(torch.testing.assert_close, equal_nan=True)
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+# Short planes, rows that do not divide into wide ones, several units of work, tiles of channels.
+OF_OWN = [
+    (9, 3), (1, 2), (100, 1), (5, 16, 3), (3, 200, 2, 2), (2, 1030, 4), (7, 2000), (1, 1, 40),
+    (2, 3, 70_000), (140_000, 2), (40, 64, 40, 40), (3, 5, 4, 4, 4), (33, 7, 1, 1), (4, 6, 17),
+]  # fmt: skip
+
+needs_library = pytest.mark.skipif(native.library() is None, reason=native.load().detail)
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch):
+    """Outputs begin as NaN, so that an element that nobody writes is seen."""
+
+    def poisoned(make):
+        def full(*args: Any, **kwargs: Any) -> Tensor:
+            out = make(*args, **kwargs)
+            return out.fill_(torch.nan if out.dtype.is_floating_point else 1)
+
+        return full
+
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+def _randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _mask(x: Tensor) -> Tensor:
+    """Weights of which a third are 0."""
+    w = torch.rand(x.shape[0], 1, *x.shape[2:], generator=torch.Generator().manual_seed(7))
+    return torch.where(w < 0.33, 0.0, w)
+
+
+def _facing(c: Tensor, x: Tensor) -> Tensor:
+    return c.double().view(-1, *[1] * (x.ndim - 2))
+
+
+def _check_all(x: Tensor, g: Tensor, mask: Tensor | None) -> None:
+    """All four passes against float64, by the rules of each type."""
+    channels, over = x.shape[1], [0, *range(2, x.ndim)]
+    weight, bias = _randn(channels, seed=5).abs() + 0.5, _randn(channels, seed=6)
+    w = torch.ones(x.shape[0], 1, *x.shape[2:]) if mask is None else mask
+    w, wide, wide_g = w.double(), x.double(), g.double()
+    sums = ours.moments(x, mask)
+    raw = torch.cat([(w * wide).sum(over), (w * wide * wide).sum(over), w.sum().view(1)])
+    assert_close(sums, raw, rtol=1e-12, atol=1e-12 * x.numel())
+    y, rows = ours.normalize(x, Raw(sums), weight, bias, EPS, None)
+    _, wanted_rows = composed.normalize(x, of_sums(raw), weight, bias, EPS, None)
+    assert_close(rows, wanted_rows, rtol=1e-9, atol=1e-9)
+    mean, _, invstd = rows
+    xhat = (wide - _facing(mean, x)) * _facing(invstd, x)
+    precision = {F64: 1e-13, F32: 2e-6, BF16: 8e-3, F16: 1e-3}[x.dtype]
+    wanted = xhat * _facing(weight, x) + _facing(bias, x)
+    assert_close(y.double(), wanted, rtol=precision, atol=precision * wanted.abs().max().item())
+    local, dweight, dbias = ours.backward_sums(g, x, rows, F32, F64)
+    wanted_local = torch.stack([wide_g.sum(over), (wide_g * xhat).sum(over)])
+    scale = 1 + wanted_local.abs().max().item()
+    assert_close(local, wanted_local, rtol=1e-9, atol=1e-9 * scale)
+    assert dweight is not None
+    assert dbias is not None
+    assert_close(dweight.double(), wanted_local[1], rtol=1e-6, atol=1e-6 * scale)
+    assert_close(dbias, wanted_local[0], rtol=1e-9, atol=1e-9 * scale)
+    dx = ours.backward_input(g, x, rows, weight, local, sums[-1], mask)
+    a, b = (_facing(total, x) / raw[-1] for total in local)
+    wanted_dx = _facing(weight * invstd, x) * (wide_g - w * (a + xhat * b))
+    largest = wanted_dx.abs().max().item()
+    assert_close(dx.double(), wanted_dx, rtol=precision, atol=precision * largest)
+    assert y.dtype == dx.dtype == x.dtype
+    assert y.stride() == dx.stride() == torch.empty_like(x).stride()
+
+
+@needs_library
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+@pytest.mark.parametrize("arrangement", ["contiguous", "channels_last", "strided"])
+@pytest.mark.parametrize("shape", [*SHAPES, *OF_OWN], ids=str)
+def test_all_passes(shape, arrangement, dtype, masked):
+    if not ours.is_usable(torch.empty(1, dtype=dtype)):
+        pytest.skip(f"the compiler knew no {dtype}")
+    x, g = (_randn(*shape, seed=s) * 2 + s for s in (1, 0))
+    if arrangement == "channels_last":
+        x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
+    elif arrangement == "strided":
+        x = torch.cat([x, x], -1)[..., ::2] if x.ndim > 2 else torch.cat([x, x])[::2]
+        g = g.movedim(1, -1).contiguous().movedim(-1, 1)
+    x, g = x.to(dtype), g.to(dtype)
+    _check_all(x, g, _mask(x) if masked else None)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", [(64, 32, 56, 56), (100_000, 40), (4, 8, 30_000)], ids=str)
+def test_bits_do_not_depend_on_threads(shape):
+    x, g, threads = _randn(*shape), _randn(*shape, seed=1), torch.get_num_threads()
+    seen = []
+    try:
+        for number in (1, 2, 5):
+            torch.set_num_threads(number)
+            sums = ours.moments(x, None)
+            y, rows = ours.normalize(x, Raw(sums), None, None, EPS, None)
+            local, _, _ = ours.backward_sums(g, x, rows, None, None)
+            dx = ours.backward_input(g, x, rows, None, local, sums[-1], None)
+            seen.append((sums, y, local, dx))
+    finally:
+        torch.set_num_threads(threads)
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_variance_far_from_zero(arrangement):
+    x = (_randn(32, 16, 20, 20) + 1e4).contiguous(memory_format=arrangement)
+    batch = of_sums(ours.moments(x, None))
+    exact = x.double().var((0, 2, 3), correction=0)
+    assert ((batch.var - exact) / exact).abs().max() < 1e-6
+
+
+@needs_library
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+def test_weight_that_is_none_gives_a_count_of_nan(wrong, dtype):
+    mask = torch.ones(4, 1, 5, dtype=dtype)
+    mask[2, 0, 3] = wrong
+    assert ours.moments(_randn(4, 3, 5).to(dtype), mask)[-1].isnan()
+
+
+@needs_library
+def test_padding_of_weight_zero_may_lie_anywhere():
+    x, mask = _randn(4, 3, 50), torch.ones(4, 1, 50)
+    mask[..., 30:] = 0
+    clean = ours.moments(x[..., :30].contiguous(), None)
+    x[..., 30:] = 1e30
+    assert torch.equal(ours.moments(x, mask), clean) or torch.allclose(
+        ours.moments(x, mask), clean, rtol=1e-13
+    )
+
+
+def _sums(n: float, mean: float, var: float, channels: int = 3) -> Tensor:
+    one = torch.ones(channels, dtype=F64)
+    return torch.cat([one * n * mean, one * n * (var + mean**2), one[:1] * n])
+
+
+@needs_library
+@pytest.mark.parametrize("is_std", [False, True])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("n", [0.0, 1.0, 8.0, math.nan])
+def test_running_statistics_follow_as_by_operators(n, dtype, momentum, is_std):
+    from syncnorm import ops
+
+    def move(own: Any, batch: Moments) -> list[Tensor]:
+        mean, var = torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)
+        counter = torch.tensor(3)
+        if own is None:
+            factor = moments.average_factor(counter, batch, momentum)
+            moments.update_running_mean_(mean, batch, factor)
+            if is_std:
+                ops.renorm.update_running_std_(var, batch, EPS, factor)
+            else:
+                moments.update_running_var_(var, batch, factor)
+        else:
+            own.update_running_(mean, var, counter, batch, momentum, EPS, is_std)
+        return [mean, var, counter]
+
+    sums = _sums(n, 1.5, 0.0 if n == 1 else 4.0)
+    for got, wanted in zip(move(ours, Raw(sums)), move(None, Raw(sums)), strict=True):
+        assert_close(got, wanted, rtol=1e-6, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize("n", [0.0, 1.0, 20.0])
+@pytest.mark.parametrize("step", [None, 0, 5_000, 20_000, 10**6])
+def test_correction_as_by_operators(step, n):
+    x = _randn(5, 3, 4)
+    mean, var = torch.tensor([-3.0, 0.0, 1.0]), torch.tensor([0.1, 1.0, 60.0])
+    bounds = (torch.tensor(2.0, dtype=F64), torch.tensor(1.0, dtype=F64))
+    if step is not None:
+        bounds = Scheduled(torch.tensor(step), RenormSchedule())
+    sums = _sums(n, 0.4, 0.0 if n == 1 else 2.0)
+    weight = torch.tensor([1.0, 2.0, -1.0])
+    y, rows = ours.normalize(x, Raw(sums), weight, None, EPS, Reference(mean, var, bounds))
+    z, wanted = composed.normalize(x, of_sums(sums), weight, None, EPS, Reference(mean, var, bounds))
+    assert_close(rows, wanted, rtol=1e-12, atol=1e-12)
+    assert_close(y, z, rtol=1e-5, atol=1e-5)
+
+
+@needs_library
+@pytest.mark.parametrize("updates", [0, 3])
+@pytest.mark.parametrize("n", [0.0, 8.0, math.inf])
+def test_averages_follow_as_by_operators(n, updates):
+    options, seen = lagged.Lagged(), []
+    for rules in (ours, lagged):
+        mean, var = torch.full((3,), 0.5, dtype=F64), torch.full((3,), 2.0, dtype=F64)
+        count, waits = torch.tensor(updates), torch.tensor(updates == 0)
+        rules.follow_moments_(Raw(_sums(n, 1.5, 4.0)), mean, var, count, waits, EPS, options)
+        gradient, many = _randn(2, 3).double(), torch.tensor(updates)
+        rules.follow_gradients_(_sums(n, 1.5, 4.0), gradient, many, options)
+        kept = rules.snapshot(mean, var, gradient)
+        seen.append((mean, var, count, waits, gradient, many, kept))
+    for got, wanted in zip(*seen, strict=True):
+        assert_close(got, wanted, rtol=1e-12, atol=0)
+
+
+@needs_library
+def test_subclasses_of_tensors_go_by_operators():
+    class Own(Tensor):
+        pass
+
+    x = _randn(4, 3, 5)
+    assert kernels.of_device(x) is ours
+    assert kernels.of_device(x, torch.nn.Parameter(_randn(3)), None) is ours
+    assert kernels.of_device(x.as_subclass(Own)) is not ours
+    assert kernels.of_device(x, _randn(3).as_subclass(Own)) is not ours
+
+
+@needs_library
+def test_a_forked_process_has_threads_of_its_own():
+    if not hasattr(os, "fork"):
+        pytest.skip("no fork")
+    code = (
+        "import os, torch; from syncnorm.maths.kernels import native\n"
+        "torch.set_num_threads(3); x = torch.ones(64, 32, 56, 56)\n"
+        "native.moments(x, None); pid = os.fork()\n"
+        "sums = native.moments(x, None); assert sums[0] == 64 * 56 * 56\n"
+        "os._exit(0) if pid == 0 else None\n"
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_without_the_library_operators_do_the_work():
+    code = (
+        "import torch, syncnorm; from syncnorm import native\n"
+        "assert native.library() is None, native.load(); print(native.load().detail)\n"
+        "layer = syncnorm.SyncBatchNorm(3); x = torch.randn(4, 3, 5, requires_grad=True)\n"
+        "layer(x).sum().backward(); assert x.grad is not None"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "SYNCNORM_NATIVE": "0"}, check=True,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "SYNCNORM_NATIVE=0" in ran.stdout
+
+
+def test_no_compiler_is_an_error_that_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no C compiler"):
+        build.build(tmp_path)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_library_older_than_its_sources_is_not_used(monkeypatch):
+    if native.library() is None:
+        pytest.skip(native.load().detail)
+    monkeypatch.setattr(build, "digest", lambda: "other")
+    path = Path(native.library()._name)
+    assert "older than its sources" in native._open(path, "x").detail
+
+
+@needs_library
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path):
+    """The passes again, compiled with the sanitizers of addresses and undefined behaviour."""
+    flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g", "-O1"]
+    build.build(tmp_path, flags)
+    preload = [
+        subprocess.check_output([*build.compiler(), f"-print-file-name={name}"], text=True).strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    env = {
+        **os.environ,
+        "LD_PRELOAD": " ".join(preload),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "SYNCNORM_NATIVE_FOLDER": str(tmp_path),
+        "OMP_NUM_THREADS": "2",
+    }
+    here = f"{Path(__file__)}"
+    chosen = "test_all_passes or follow or correction or threads"
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", here, "-k", chosen],
+        env=env, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+
+
+def test_pointers_are_passed_as_the_library_takes_them():
+    assert ctypes.sizeof(ours._Reference) == 5 * 8 + 2 * 8 + 3 * 8 + 2 * 4
