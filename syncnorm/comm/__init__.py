@@ -4,6 +4,7 @@
     world        the default group, ranks and devices
     handles      what a module keeps of `process_group`
     debug        debug mode
+    shared       sums through memory that the workers of one host share
     inflight     the last exchanges, and a watchdog for those that are stuck
     consensus    debug mode: agreement on an exchange before it is made
     exchange     the messages: sums and gathers of float64

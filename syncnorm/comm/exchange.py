@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm import debug
+from syncnorm.comm import debug, shared
 from syncnorm.comm.consensus import NO_DATA, Consensus, at_different_places
 from syncnorm.comm.handles import NamedGroup
 from syncnorm.comm.inflight import InFlight, log_of, reset_calls
@@ -118,9 +118,9 @@ class Tally:
 _tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
 
 
-Announce = Callable[[str, Tensor, dist.ProcessGroup], None]
+Announce = Callable[[str, int, dist.ProcessGroup], None]
 announcers: list[Announce] = []
-"""Called before each exchange with "sum" or "gather", the message and the group, for `join`."""
+"""Called before each exchange with "sum" or "gather", the numbers sent and the group, for `join`."""
 
 
 def size_of(count: int, room: int = 0) -> int:
@@ -171,11 +171,21 @@ def sum_(
     if isinstance(group, NamedGroup):
         return torch.ops.syncnorm.sum(message, group.name, kind, name)  # of comm.compiled
     start = time.perf_counter()
+    segment = _segment_for(message, group)
+    if segment is not None:
+        flight, sent = _send(segment, message, group, kind, name)
+        with flight:
+            is_same = sent.wait(_timeout_seconds(flight))
+        flight.finish(message)
+        _count(kind, flight.size, start)
+        if not is_same:
+            raise_mixed(flight, group)
+        return sent.total
     flight, wire = _begin_sum(message, group, kind, name)
     with flight:
         _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
     flight.finish(wire)
-    _count(kind, wire, start)
+    _count(kind, flight.size, start)
     total, is_same = _unpack(wire, message, kind, name)
     if not is_same:
         raise_mixed(flight, group)
@@ -187,6 +197,36 @@ def _identity(kind: str, name: str, count: int) -> int:
     """Hash to 38 bits: the sum of equal ones is exact in float64 for up to 32768 ranks."""
     digest = hashlib.blake2b(f"{count} {kind} of {name}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 27 | 1 << 37
+
+
+def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | None:
+    """The memory that the group shares, for messages that fit; else they go by torch.distributed.
+
+    All members decide alike: their messages have the same size, unless they are to be an error.
+    """
+    segment = shared.segment_of(group) if message.is_cpu else None
+    return None if segment is None or message.numel() >= segment.capacity else segment
+
+
+def _send(
+    segment: shared.Segment, message: Tensor, group: dist.ProcessGroup, kind: str, name: str
+) -> tuple[InFlight, shared.Message]:
+    """Send a message through shared memory. Its identity stands beside the payload there."""
+    assert message.dtype == torch.float64
+    count = message.numel()
+    if kind == NO_DATA:
+        size, identity = count, 0
+    else:
+        size, identity = size_of(count, log_of(group).room), _identity(kind, name, count)
+    flight = _begin("sum", size, group, kind, name, count)
+    with flight:
+        sent = segment.send(message, size, identity, _timeout_seconds(flight))
+    return flight, sent
+
+
+def _timeout_seconds(flight: InFlight) -> float:
+    seconds = debug.debug_timeout_seconds() if debug.is_debug() else None
+    return flight.log.timeout_seconds if seconds is None else seconds
 
 
 def _begin_sum(
@@ -205,7 +245,7 @@ def _begin_sum(
         wire = torch.cat(
             [message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))]
         )
-    return _begin("sum", wire, group, kind, name, count), wire
+    return _begin("sum", wire.numel(), group, kind, name, count), wire
 
 
 def _unpack(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, bool]:
@@ -237,11 +277,16 @@ class Pending:
     """A sum in flight. Copies and pickles as its result."""
 
     def __init__(
-        self, message: Tensor, wire: Tensor | None = None, flight: InFlight | None = None
+        self,
+        message: Tensor,
+        wire: Tensor | None = None,
+        flight: InFlight | None = None,
+        sent: shared.Message | None = None,
     ) -> None:
         self._message = message
         self._wire = wire
         self._flight = flight
+        self._sent = sent
         self.mixed: InFlight | None = None
         """After `wait`: the exchange, for `raise_mixed`, if some ranks sent another payload."""
 
@@ -251,20 +296,32 @@ class Pending:
         Raises:
             ExchangeError: it broke.
         """
-        if self._flight is not None and self._wire is not None:
+        if self._flight is not None:
             start = time.perf_counter()
-            (flight, self._flight), (wire, self._wire) = (self._flight, None), (self._wire, None)
+            flight, self._flight = self._flight, None
+            (wire, self._wire), (sent, self._sent) = (self._wire, None), (self._sent, None)
             with flight:
-                _wait(flight.work)
-            flight.finish(wire)
-            self._message, is_same = _unpack(wire, self._message, flight.kind, flight.name)
+                is_same = sent is None or sent.wait(_timeout_seconds(flight))
+                if wire is not None and isinstance(flight.work, dist.Work):
+                    _wait(flight.work)
+            flight.finish(self._message)
+            if sent is not None:
+                self._message = sent.total
+            elif wire is not None:
+                self._message, is_same = _unpack(wire, self._message, flight.kind, flight.name)
             self.mixed = None if is_same else flight
             for tally in _tallies:
                 tally.add(flight.kind, 0, 0, time.perf_counter() - start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
-        return {"_message": self.wait(), "_wire": None, "_flight": None, "mixed": None}
+        return {
+            "_message": self.wait(),
+            "_wire": None,
+            "_flight": None,
+            "_sent": None,
+            "mixed": None,
+        }
 
 
 def start_sum(
@@ -278,10 +335,16 @@ def start_sum(
     if group is None:
         return Pending(message)
     start = time.perf_counter()
+    segment = _segment_for(message, group)
+    if segment is not None:
+        flight, sent = _send(segment, message, group, kind, name)
+        flight.work = sent
+        _count(kind, flight.size, start)
+        return Pending(message, None, flight, sent)
     flight, wire = _begin_sum(message, group, kind, name)
     with flight:
         flight.work = dist.all_reduce(wire, group=group, async_op=True)
-    _count(kind, wire, start)
+    _count(kind, flight.size, start)
     return Pending(message, wire, flight)
 
 
@@ -293,12 +356,12 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
     if group is None:
         return message.unsqueeze(0)
     start = time.perf_counter()
-    flight = _begin("gather", message, group, kind, name, message.numel())
+    flight = _begin("gather", message.numel(), group, kind, name, message.numel())
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     with flight:
         _wait(dist.all_gather(parts, message, group=group, async_op=debug.is_debug()))
     flight.finish(message)
-    _count(kind, message, start)
+    _count(kind, flight.size, start)
     return torch.stack(parts)
 
 
@@ -320,11 +383,11 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
 
 
 def _begin(
-    op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str, count: int
+    op: str, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
 ) -> InFlight:
     for announce in announcers:
-        announce(op, message, group)
-    flight = InFlight(message.numel(), group, kind, name, count)
+        announce(op, size, group)
+    flight = InFlight(size, group, kind, name, count)
     if debug.is_debug():
         consensus = Consensus(flight, group)
         flight.diagnose = consensus.diagnose
@@ -344,8 +407,8 @@ def _wait(work: dist.Work | None) -> None:
         work.wait()
 
 
-def _count(kind: str, message: Tensor, start: float) -> None:
-    done = Exchange(kind, message.numel(), time.perf_counter() - start)
+def _count(kind: str, size: int, start: float) -> None:
+    done = Exchange(kind, size, time.perf_counter() - start)
     for exchanges in _records:
         exchanges.append(done)
     for tally in _tallies:

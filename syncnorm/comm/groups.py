@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from syncnorm.comm import exchange, naming, rules
+from syncnorm.comm import exchange, naming, rules, shared
 from syncnorm.comm.handles import (
     GivenGroup,
     GroupHandle,
@@ -213,6 +213,8 @@ def make_all(keys: Sequence[GroupKey], parent: Group) -> None:
         if len(members) > 1 and (backend, members) not in workers.made_by_all:
             with naming.explain_absence(range(dist.get_world_size())):
                 made = dist.new_group(list(members), timeout=timeout_of(parent), backend=backend)
+                if isinstance(made, Group):
+                    shared.negotiate(made, machine_id())
             workers.made_by_all.add((backend, members))
             if isinstance(made, Group):
                 workers.made[backend, members] = made
@@ -242,7 +244,8 @@ def _make_among(rule: Ranks, handle: GroupHandle, parent: Group) -> None:
             backend=backend,
             use_local_synchronization=True,
         )
-    assert isinstance(group, Group)
+        assert isinstance(group, Group)
+        shared.negotiate(group, machine_id())
     _workers().made[backend, rule.members] = group
 
 

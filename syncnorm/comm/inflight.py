@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm import undocumented
+from syncnorm.comm import shared
 from syncnorm.comm.world import rank
 from syncnorm.errors import ExchangeError
 
@@ -103,7 +104,7 @@ class InFlight:
         self.count = count
         self.began = time.monotonic()
         self.is_reported = False
-        self.work: dist.Work | None = None
+        self.work: dist.Work | shared.Message | None = None
         """Set while the caller has yet to wait for it."""
         self.diagnose: Callable[[BaseException], str] | None = None
         """In debug mode: gives all ranks the same message after an error."""

@@ -150,7 +150,7 @@ class Coordinator:
         if self._unannounced:
             self._send_header(_REDUCE, 0)
 
-    def announce(self, op: str, message: Tensor, group: groups.Group) -> None:
+    def announce(self, op: str, size: int, group: groups.Group) -> None:
         """Send a header before an exchange, once a worker has run out."""
         if self._skips_headers:
             return
@@ -160,7 +160,7 @@ class Coordinator:
                 f"ranks {groups.ranks(group)} in an exchange. Make it outside of the block."
             )
         if self._has_absent:
-            self._send_header(_CODES[op], message.numel())
+            self._send_header(_CODES[op], size)
 
     def abort(self, error: Exception) -> None:
         """Report an error that ends the block here to all others, in place of a header."""

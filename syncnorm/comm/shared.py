@@ -1,0 +1,353 @@
+"""Sums through memory that the workers of one host share, by the native library.
+
+Each statistics group of one host has a segment of its own, made when the group is. It has no name
+in the file system: the first member makes it (a memfd), the others open it through that process's
+folder in /proc, and it goes with the last process that has it mapped. Where any member cannot have
+it, all of them send over gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import secrets
+import sys
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm import native, undocumented
+
+_DONE, _NOT_YET, _MIXED, _BROKEN, _LEFT = range(5)
+_SPIN_SECONDS = 50e-6
+# Between two looks at signals, at the clock and at whether the others live.
+_NAP_SECONDS = 0.05
+
+
+class _Facts(NamedTuple):
+    """One member's part in the negotiation."""
+
+    refusal: str
+    """The reason why this member has no shared memory; empty if it has."""
+    machine: str
+    digest: str
+    pid: int
+    started: str
+    """The start of this process, by which a later one of its number is told from it."""
+    cores: tuple[int, ...]
+    fd: int
+    """Of the first member: the open segment."""
+    token: str
+
+
+@cache
+def _functions() -> ctypes.CDLL | None:
+    library = native.library()
+    if library is None:
+        return None
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "bytes": (number, [integer]),
+        "capacity": (number, []),
+        "ahead": (integer, []),
+        "open": (
+            pointer,
+            [integer, integer, integer, ctypes.c_char_p, number, number],
+        ),
+        "close": (None, [pointer]),
+        "break": (None, [pointer]),
+        "send": (number, [pointer, pointer, number, number, number]),
+        "missing": (integer, [pointer, number, ctypes.c_char_p]),
+        "is_there": (integer, [pointer, number]),
+        "sum": (integer, [pointer, number, pointer, number]),
+    }
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, f"syncnorm_messages_{name}")
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
+def refusal() -> str:
+    """The reason why this process sends nothing over shared memory; empty if it can."""
+    if os.environ.get("SYNCNORM_SHARED_MEMORY", "1") == "0":
+        return "turned off by SYNCNORM_SHARED_MEMORY=0"
+    if sys.platform != "linux":
+        return f"not on {sys.platform}"
+    if _functions() is None:
+        return f"the native library is not used: {native.load().detail}"
+    try:
+        fd, token = _make(2)
+        try:
+            os.close(_open(os.getpid(), fd, token))
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return f"no segment can be made: {error}"
+    return ""
+
+
+def _make(members: int) -> tuple[int, str]:
+    """Make a segment; returns its file and its token."""
+    library = _functions()
+    assert library is not None
+    token = f"syncnorm-{secrets.token_hex(12)}"
+    fd = os.memfd_create(token, os.MFD_CLOEXEC)
+    try:
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, library.syncnorm_messages_bytes(members))
+        os.pwrite(fd, token.encode(), 0)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd, token
+
+
+def _open(pid: int, fd: int, token: str) -> int:
+    """Open the segment of another process, or raise OSError."""
+    path = Path(f"/proc/{pid}/fd/{fd}")
+    if str(path.readlink()) != f"/memfd:{token} (deleted)":
+        raise OSError(f"{path} is another file")
+    return os.open(path, os.O_RDWR | os.O_CLOEXEC)
+
+
+def _start_of(pid: int) -> str:
+    """The start of a live process; empty if it has ended, also where nobody has heard yet."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+class Message:
+    """A message of this member that is on its way."""
+
+    __slots__ = ("count", "is_done", "is_same", "number", "segment", "total")
+
+    def __init__(self, segment: Segment, number: int, total: Tensor) -> None:
+        self.segment = segment
+        self.number = number
+        self.total = total
+        self.count = total.numel()
+        self.is_done = False
+        self.is_same = True
+
+    def is_completed(self) -> bool:
+        """True once nobody has to wait for it."""
+        return self.is_done or self.segment.is_there(self.number)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the sum, `total`; False if some members sent another payload.
+
+        Raises:
+            RuntimeError: a member has ended, given up, or not come within `seconds`.
+        """
+        if not self.is_done:
+            self.segment.finish(self, seconds)
+        return self.is_same
+
+
+class Segment:
+    """One member's view of the memory that a group shares."""
+
+    def __init__(self, handle: int, me: int, peers: list[_Facts], members: list[int]) -> None:
+        library = _functions()
+        assert library is not None
+        self._library = library
+        self._handle: int | None = handle
+        self._me = me
+        self._peers = peers
+        self._members = members
+        self._lock = threading.Lock()
+        # In the order in which they were sent, which is that in which they are summed.
+        self._unsummed: deque[Message] = deque()
+        self._ahead: int = library.syncnorm_messages_ahead()
+        self.capacity: int = library.syncnorm_messages_capacity()
+        self._close = weakref.finalize(self, library.syncnorm_messages_close, handle)
+        # Threads may still look at it then; the process ends anyway.
+        self._close.atexit = False
+
+    def forget(self) -> None:
+        """Leave it to the parent, in a forked child: there the memory is not mapped."""
+        self._close.detach()
+        self._handle = None
+        self._lock = threading.Lock()
+
+    def send(self, message: Tensor, size: int, identity: int, seconds: float) -> Message:
+        """Publish a message, of which `size` and `identity` are to be the same on all members.
+
+        Raises:
+            RuntimeError: see `Message.wait`; earlier messages may have to be waited for.
+        """
+        message = message.contiguous()
+        sent = Message(self, 0, torch.empty_like(message))
+        with self._lock:
+            while len(self._unsummed) >= self._ahead:
+                self._finish_oldest(seconds)
+            sent.number = self._library.syncnorm_messages_send(
+                self._handle, message.data_ptr(), sent.count, size, identity
+            )
+            if sent.number < 0:
+                raise RuntimeError(self._words(_BROKEN))
+            self._unsummed.append(sent)
+        return sent
+
+    def is_there(self, number: int) -> bool:
+        """True once a message has come from all, or never will."""
+        return bool(self._library.syncnorm_messages_is_there(self._handle, number))
+
+    def finish(self, message: Message, seconds: float) -> None:
+        """Sum all messages up to this one."""
+        with self._lock:
+            while not message.is_done:
+                self._finish_oldest(seconds)
+
+    def give_up(self) -> None:
+        """Have all members raise, now and at every later message."""
+        self._library.syncnorm_messages_break(self._handle)
+
+    def _finish_oldest(self, seconds: float) -> None:
+        message = self._unsummed[0]
+        state = self._sum(message)
+        if state == _NOT_YET:
+            state = self._wait(message, seconds)
+        if state in (_BROKEN, _LEFT):
+            words = self._words(state, message)
+            self.give_up()
+            raise RuntimeError(words)
+        message.is_same, message.is_done = state == _DONE, True
+        self._unsummed.popleft()
+
+    def _sum(self, message: Message) -> int:
+        return self._library.syncnorm_messages_sum(
+            self._handle, message.number, message.total.data_ptr(), message.count
+        )
+
+    def _wait(self, message: Message, seconds: float) -> int:
+        deadline = time.monotonic() + seconds
+        while (state := self._sum(message)) == _NOT_YET:
+            gone = [r for r in range(len(self._members)) if not self._is_alive(r)]
+            # One that has the sum may end at once, and then the others have it as well.
+            if gone and self._missing(message):
+                self.give_up()
+                raise RuntimeError(f"remote process exited: {self._names(gone)}")
+            if time.monotonic() > deadline:
+                late = self._names(self._missing(message))
+                self.give_up()
+                raise RuntimeError(f"Timed out waiting {seconds:g} s for {late}")
+        return state
+
+    def _missing(self, message: Message) -> list[int]:
+        flags = ctypes.create_string_buffer(len(self._members))
+        self._library.syncnorm_messages_missing(self._handle, message.number, flags)
+        return [r for r, flag in enumerate(flags.raw[: len(self._members)]) if flag]
+
+    def _is_alive(self, member: int) -> bool:
+        peer = self._peers[member]
+        return _start_of(peer.pid) == peer.started
+
+    def _names(self, members: list[int]) -> str:
+        return f"rank(s) {', '.join(str(self._members[r]) for r in members)}"
+
+    def _words(self, state: int, message: Message | None = None) -> str:
+        if state == _LEFT and message is not None:
+            left = self._names(self._missing(message))
+            return f"remote process exited, or has destroyed the group: {left}"
+        if self._handle is None:
+            return "a forked process has no part in its parent's groups"
+        return "Connection closed by peer: another member has given up, or ended"
+
+
+# By their groups, and held by nothing else for long: a mapping goes when its group does.
+_segments: weakref.WeakKeyDictionary[dist.ProcessGroup, Segment] = weakref.WeakKeyDictionary()
+
+segment_of: Callable[[dist.ProcessGroup], Segment | None] = _segments.get
+
+
+def _forget_all() -> None:
+    for segment in list(_segments.values()):
+        segment.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)
+
+
+def negotiate(group: dist.ProcessGroup, machine: str) -> None:
+    """Have the members of a new group share memory, if all of them can.
+
+    *Collectives*: two gathers of objects over `group`, where that sends the CPU's tensors by gloo;
+    every member must call.
+    """
+    types = undocumented.device_types(group)
+    if "cpu" not in types or undocumented.backend_for(group, torch.device("cpu")) != "gloo":
+        return
+    members = dist.get_process_group_ranks(group)
+    me = dist.get_group_rank(group, dist.get_rank())
+    why, fd, token = refusal(), -1, ""
+    if not why and me == 0:
+        try:
+            fd, token = _make(len(members))
+        except OSError as error:
+            why = str(error)
+    try:
+        cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+        digest = "" if why else native.build.digest()
+        mine = _Facts(why, machine, digest, os.getpid(), _start_of(os.getpid()), cores, fd, token)
+        said = _gather(mine, group)
+        if any(f.refusal or (f.machine, f.digest) != said[0][1:3] or not f.started for f in said):
+            return
+        handle = _map(me, said, fd)
+        opened = _gather(handle is not None, group)
+        if all(opened):
+            assert handle is not None
+            _segments[group] = Segment(handle, me, said, members)
+        elif handle is not None and (library := _functions()) is not None:
+            library.syncnorm_messages_close(handle)
+    finally:
+        if fd >= 0:
+            os.close(fd)
+
+
+def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    # Not an exchange of `exchange`: it is part of making the group, which nobody counts.
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, mine, group=group)
+    return said
+
+
+def _map(me: int, said: list[_Facts], fd: int) -> int | None:
+    """Map the first member's segment; None if it cannot be had."""
+    library = _functions()
+    assert library is not None
+    first = said[0]
+    # On fewer cores than members, the one that spins keeps another from sending.
+    cores = {core for facts in said for core in facts.cores}
+    spin_seconds = _SPIN_SECONDS if len(cores) >= len(said) else 0.0
+    own = fd
+    with contextlib.suppress(OSError):
+        if me:
+            own = _open(first.pid, first.fd, first.token)
+        try:
+            return library.syncnorm_messages_open(
+                own,
+                me,
+                len(said),
+                first.token.encode(),
+                int(spin_seconds * 1e9),
+                int(_NAP_SECONDS * 1e9),
+            )
+        finally:
+            if me:
+                os.close(own)
+    return None
