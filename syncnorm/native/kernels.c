@@ -114,13 +114,12 @@ static inline void to_halves(half *p, floats v) {
 
 typedef struct {
   syncnorm_part sums, map;
+  void (*widen)(const void *, double *, long);
   void (*narrow)(const double *, void *, long);
-  double (*get)(const void *, long);
-  void (*put)(void *, long, double);
   int bytes; /* of W */
 } element;
 
-#define ELEMENT(name, W) {sums_unit_##name, map_unit_##name, narrow_##name, get_##name, put_##name, sizeof(W)}
+#define ELEMENT(name, W) {sums_unit_##name, map_unit_##name, widen_##name, narrow_##name, sizeof(W)}
 static const element elements[] = {
     ELEMENT(float, float), ELEMENT(double, double), ELEMENT(bfloat, float),
 #ifdef __FLT16_MAX__
@@ -149,8 +148,7 @@ static layout layout_of(long outer, long channels, long inner, int has_mask) {
   return at;
 }
 
-static void run(const element *type, syncnorm_part unit, pass *p, int threads) {
-  (void)type;
+static void run(syncnorm_part unit, pass *p, int threads) {
   long units = p->at.chunks * p->at.groups;
   syncnorm_parallel(unit, p, units, units > 1 ? threads : 1);
 }
@@ -168,7 +166,7 @@ static int sum(const void *x, const void *g, const void *mask, int type, long ou
   pass p = {layout_of(outer, channels, inner, mask != 0), x, g, mask, 0, 0, out};
   if (p.at.chunks > 1) p.parts = malloc(sizeof *out * 2 * channels * p.at.chunks);
   if (!p.parts) return 1;
-  run(&elements[type], elements[type].sums, &p, threads);
+  run(elements[type].sums, &p, threads);
   if (p.parts != out) total(&p, out), free(p.parts);
   return 0;
 }
@@ -180,10 +178,10 @@ static int map(const void *x, const void *g, const void *mask, void *out, int ty
   void *narrow = 0;
   if (e->bytes != sizeof(double)) {
     if (!(narrow = malloc(4 * channels * e->bytes))) return 1;
-    e->narrow(coefficients, narrow, (g ? 4 : 3) * channels);
+    elements[0].narrow(coefficients, narrow, (g ? 4 : 3) * channels);
     p.coefficients = narrow;
   }
-  run(e, e->map, &p, threads);
+  run(e->map, &p, threads);
   free(narrow);
   return 0;
 }
@@ -234,51 +232,84 @@ static batch batch_of(const double *numbers, int is_raw, long channels) {
   return (batch){n, n == 0 ? 0 : 1 / n, numbers, numbers + channels, is_raw};
 }
 
-static void moments_of(const batch *b, long c, double *mean, double *m2) {
-  *mean = b->first[c], *m2 = b->second[c];
-  if (!b->is_raw) return;
-  double sum = *mean;
-  *mean = sum * b->inverse;
-  *m2 -= sum * *mean;
-  if (*m2 < 0) *m2 = 0;
+/* mean and m2, each (channels). */
+static void moments_of(const batch *b, long channels, double *restrict mean, double *restrict m2) {
+  const double *restrict first = b->first, *restrict second = b->second, inverse = b->inverse;
+  if (!b->is_raw) {
+    memcpy(mean, first, sizeof *mean * channels), memcpy(m2, second, sizeof *m2 * channels);
+    return;
+  }
+  for (long c = 0; c < channels; c++) {
+    double sum = first[c], square = second[c];
+    mean[c] = sum * inverse;
+    square -= sum * mean[c];
+    m2[c] = square < 0 ? 0 : square;
+  }
+}
+
+/* 1 / sqrt(var + eps); 0 where no value or a single one counts. */
+static void invstd_of(const batch *b, long channels, const double *restrict m2, double eps, double *restrict invstd) {
+  double inverse = b->inverse;
+  for (long c = 0; c < channels; c++) invstd[c] = 1 / sqrt(m2[c] * inverse + eps);
+  if (b->n <= 1)
+    for (long c = 0; c < channels; c++)
+      if (m2[c] == 0) invstd[c] = 0;
+}
+
+/* A vector of this type as doubles; `missing` throughout where there is none. */
+static void widened(const void *from, int type, double *to, long n, double missing) {
+  if (from)
+    elements[type].widen(from, to, n);
+  else
+    for (long i = 0; i < n; i++) to[i] = missing;
 }
 
 static double clamp(double v, double low, double high) { return v < low ? low : v > high ? high : v; }
 
-/* The rounded mean and the shift that makes up for the rounding, since x - mean is taken first. */
-static double centre(double mean, int bytes) { return bytes == sizeof(float) ? (double)(float)mean : mean; }
+/* The rounded mean: x - mean is taken first, and a shift makes up for the rounding. */
+static void centres(const double *restrict mean, double *restrict centre, long channels, int type) {
+  if (elements[type].bytes == sizeof(double))
+    memcpy(centre, mean, sizeof *mean * channels);
+  else
+    for (long c = 0; c < channels; c++) centre[c] = (float)mean[c];
+}
+
+/* Rows 3 to 8: r, d, running mean and variance, r_max, d_max. */
+static void correct(const reference *to, const batch *b, long channels, double eps, double *rows) {
+  double *r = rows + 3 * channels, *d = r + channels, *at = d + channels, *var = at + channels;
+  double r_max = to->step ? ramp(*to->step, to->warmup, 1, to->r_end, to->r_steps) : *to->r_max;
+  double d_max = to->step ? ramp(*to->step, to->warmup, 0, to->d_end, to->d_steps) : *to->d_max;
+  elements[to->mean_type].widen(to->running_mean, at, channels);
+  elements[to->var_type].widen(to->running_var, var, channels);
+  for (long c = 0; c < channels; c++) {
+    double sigma = sqrt(var[c] + eps);
+    r[c] = b->n == 0 ? 1 : clamp(sqrt(rows[channels + c] * b->inverse + eps) / sigma, 1 / r_max, r_max);
+    d[c] = b->n == 0 ? 0 : clamp((rows[c] - at[c]) / sigma, -d_max, d_max);
+    rows[7 * channels + c] = r_max, rows[8 * channels + c] = d_max;
+  }
+}
 
 /* y, and rows: (3, channels), or (9, channels) with a reference. */
 int syncnorm_normalize(const void *x, void *y, int type, long outer, long channels, long inner, const double *numbers,
                        int is_raw, const void *weight, int weight_type, const void *bias, int bias_type, double eps,
                        double *rows, const reference *to, int threads) {
-  double *k = malloc(sizeof *k * 3 * channels), r_max = 1, d_max = 0;
+  double *k = malloc(sizeof *k * 4 * channels);
   if (!k) return 1;
-  batch b = batch_of(numbers, is_raw, channels);
+  double *restrict centre = k, *restrict scale = k + channels, *restrict shift = k + 2 * channels, *restrict b = k + 3 * channels;
+  const double *restrict mean = rows, *restrict invstd = rows + 2 * channels, *restrict r = rows + 3 * channels;
+  batch of = batch_of(numbers, is_raw, channels);
+  moments_of(&of, channels, rows, rows + channels);
+  invstd_of(&of, channels, rows + channels, eps, rows + 2 * channels);
+  widened(weight, weight_type, scale, channels, 1);
+  widened(bias, bias_type, b, channels, 0);
+  centres(mean, centre, channels, type);
   if (to) {
-    r_max = to->step ? ramp(*to->step, to->warmup, 1, to->r_end, to->r_steps) : *to->r_max;
-    d_max = to->step ? ramp(*to->step, to->warmup, 0, to->d_end, to->d_steps) : *to->d_max;
+    correct(to, &of, channels, eps, rows);
+    for (long c = 0; c < channels; c++) b[c] += scale[c] * r[channels + c], scale[c] *= r[c];
   }
   for (long c = 0; c < channels; c++) {
-    double mean, m2, r = 1, d = 0;
-    moments_of(&b, c, &mean, &m2);
-    double std = sqrt(m2 * b.inverse + eps), invstd = b.n <= 1 && m2 == 0 ? 0 : 1 / std;
-    rows[c] = mean, rows[channels + c] = m2, rows[2 * channels + c] = invstd;
-    if (to) {
-      double at = elements[to->mean_type].get(to->running_mean, c), var = elements[to->var_type].get(to->running_var, c);
-      double sigma = sqrt(var + eps);
-      if (b.n != 0) r = clamp(std / sigma, 1 / r_max, r_max), d = clamp((mean - at) / sigma, -d_max, d_max);
-      const double row[] = {r, d, at, var, r_max, d_max};
-      for (int i = 0; i < 6; i++) rows[(3 + i) * channels + c] = row[i];
-    }
-    double scale = r * invstd, shift = d;
-    if (weight) {
-      double w = elements[weight_type].get(weight, c);
-      scale *= w, shift *= w;
-    }
-    if (bias) shift += elements[bias_type].get(bias, c);
-    k[c] = centre(mean, elements[type].bytes), k[channels + c] = scale;
-    k[2 * channels + c] = shift + (k[c] - mean) * scale;
+    scale[c] *= invstd[c];
+    shift[c] = b[c] + (centre[c] - mean[c]) * scale[c];
   }
   int failed = map(x, 0, 0, y, type, outer, channels, inner, k, threads);
   free(k);
@@ -290,29 +321,39 @@ int syncnorm_backward_sums(const void *g, const void *x, int type, long outer, l
                            int is_corrected, double *local, void *grad_weight, int weight_type, void *grad_bias, int bias_type,
                            int threads) {
   if (sum(x, g, 0, type, outer, channels, inner, local, threads)) return 1;
-  for (long c = 0; c < channels; c++) {
-    double g_sum = local[c], g_xhat = (local[channels + c] - rows[c] * g_sum) * rows[2 * channels + c];
-    local[channels + c] = g_xhat;
-    if (is_corrected) g_xhat = rows[3 * channels + c] * g_xhat + rows[4 * channels + c] * g_sum;
-    if (grad_weight) elements[weight_type].put(grad_weight, c, g_xhat);
-    if (grad_bias) elements[bias_type].put(grad_bias, c, g_sum);
+  double *restrict first = local, *restrict second = local + channels;
+  const double *restrict mean = rows, *restrict invstd = rows + 2 * channels, *restrict r = rows + 3 * channels;
+  for (long c = 0; c < channels; c++) second[c] = (second[c] - mean[c] * first[c]) * invstd[c];
+  if (grad_bias) elements[bias_type].narrow(first, grad_bias, channels);
+  if (!grad_weight) return 0;
+  if (!is_corrected) {
+    elements[weight_type].narrow(second, grad_weight, channels);
+    return 0;
   }
+  double *restrict corrected = malloc(sizeof *corrected * channels);
+  if (!corrected) return 1;
+  for (long c = 0; c < channels; c++) corrected[c] = r[c] * second[c] + r[channels + c] * first[c];
+  elements[weight_type].narrow(corrected, grad_weight, channels);
+  free(corrected);
   return 0;
 }
 
 /* The gradient of x, from totals [sum g, sum g xhat] of all workers and their count, or from means. */
 int syncnorm_backward_input(const void *g, const void *x, void *out, int type, long outer, long channels, long inner,
                             const void *mask, const double *rows, int is_corrected, const void *weight, int weight_type,
-                            const double *totals, const double *n, int threads) {
+                            const double *restrict totals, const double *n, int threads) {
   double *k = malloc(sizeof *k * 4 * channels), inverse = n ? *n == 0 ? 0 : 1 / *n : 1;
   if (!k) return 1;
+  double *restrict centre = k, *restrict scale = k + channels, *restrict slope = k + 2 * channels, *restrict part = k + 3 * channels;
+  const double *restrict mean = rows, *restrict invstd = rows + 2 * channels, *restrict r = rows + 3 * channels;
+  widened(weight, weight_type, scale, channels, 1);
+  centres(mean, centre, channels, type);
+  if (is_corrected)
+    for (long c = 0; c < channels; c++) scale[c] *= r[c];
   for (long c = 0; c < channels; c++) {
-    double mean = rows[c], invstd = rows[2 * channels + c], scale = invstd;
-    if (is_corrected) scale *= rows[3 * channels + c];
-    if (weight) scale *= elements[weight_type].get(weight, c);
-    double slope = scale * totals[channels + c] * inverse * invstd;
-    k[c] = centre(mean, elements[type].bytes), k[channels + c] = scale, k[2 * channels + c] = slope;
-    k[3 * channels + c] = scale * totals[c] * inverse + slope * (k[c] - mean);
+    scale[c] *= invstd[c];
+    slope[c] = scale[c] * totals[channels + c] * inverse * invstd[c];
+    part[c] = scale[c] * totals[c] * inverse + slope[c] * (centre[c] - mean[c]);
   }
   int failed = map(x, g, mask, out, type, outer, channels, inner, k, threads);
   free(k);
@@ -320,55 +361,60 @@ int syncnorm_backward_input(const void *g, const void *x, void *out, int type, l
 }
 
 /* Counts the batch, and has the running statistics follow it; `momentum` NaN: a cumulative average. */
-void syncnorm_update_running(void *running_mean, int mean_type, void *running_var, int var_type, int64_t *counter,
-                             const double *numbers, int is_raw, long channels, double momentum, double eps, int is_std) {
+int syncnorm_update_running(void *running_mean, int mean_type, void *running_var, int var_type, int64_t *counter,
+                            const double *numbers, int is_raw, long channels, double momentum, double eps, int is_std) {
   batch b = batch_of(numbers, is_raw, channels);
-  if (!(b.n > 0)) return;
+  if (!(b.n > 0)) return 0;
+  double *mean = malloc(sizeof *mean * 3 * channels), *m2 = mean + channels, *restrict running = mean + 2 * channels;
+  if (!mean) return 1;
   if (counter) ++*counter;
   double factor = momentum;
   if (momentum != momentum) factor = counter ? 1 / (double)(*counter > 1 ? *counter : 1) : 1;
-  for (long c = 0; c < channels; c++) {
-    double mean, m2, before = elements[mean_type].get(running_mean, c);
-    moments_of(&b, c, &mean, &m2);
-    elements[mean_type].put(running_mean, c, before + factor * (mean - before));
-    if (!(b.n > 1)) continue;
-    double var = elements[var_type].get(running_var, c);
-    if (is_std) {
-      double sigma = sqrt(var + eps);
-      sigma += factor * (sqrt(m2 * b.inverse + eps) - sigma);
-      var = fmax(sigma * sigma - eps, 0);
-    } else
-      var += factor * (m2 / (b.n - 1) - var);
-    elements[var_type].put(running_var, c, var);
+  moments_of(&b, channels, mean, m2);
+  elements[mean_type].widen(running_mean, running, channels);
+  for (long c = 0; c < channels; c++) running[c] += factor * (mean[c] - running[c]);
+  elements[mean_type].narrow(running, running_mean, channels);
+  if (b.n > 1) {
+    elements[var_type].widen(running_var, running, channels);
+    for (long c = 0; c < channels; c++) {
+      if (is_std) {
+        double sigma = sqrt(running[c] + eps);
+        sigma += factor * (sqrt(m2[c] * b.inverse + eps) - sigma);
+        sigma = sigma * sigma - eps;
+        running[c] = sigma < 0 ? 0 : sigma;
+      } else
+        running[c] += factor * (m2[c] / (b.n - 1) - running[c]);
+    }
+    elements[var_type].narrow(running, running_var, channels);
   }
+  free(mean);
+  return 0;
 }
 
 /* The averages of sync="lagged", as of syncnorm.maths.lagged. */
-void syncnorm_follow_moments(const double *numbers, int is_raw, long channels, double *mean, double *var, int64_t *updates,
-                             _Bool *waits, double eps, double max_drift, double rate) {
+int syncnorm_follow_moments(const double *numbers, int is_raw, long channels, double *mean, double *var, int64_t *updates,
+                            _Bool *waits, double eps, double max_drift, double rate) {
   batch b = batch_of(numbers, is_raw, channels);
-  double drift = 0;
+  double drift = 0, *new_mean = malloc(sizeof *new_mean * 2 * channels), *m2 = new_mean + channels;
   int is_finite = 1;
+  if (!new_mean) return 1;
+  moments_of(&b, channels, new_mean, m2);
   for (long c = 0; c < channels; c++) {
-    double new_mean, m2;
-    moments_of(&b, c, &new_mean, &m2);
-    double distance = fabs(new_mean - mean[c]) / sqrt(var[c] + eps);
-    double ratio = fabs(log((m2 * b.inverse + eps) / (var[c] + eps))) / 2;
+    double distance = fabs(new_mean[c] - mean[c]) / sqrt(var[c] + eps);
+    double ratio = fabs(log((m2[c] * b.inverse + eps) / (var[c] + eps))) / 2;
     drift = fmax(drift, fmax(distance, ratio));
-    is_finite &= isfinite(new_mean) && isfinite(m2);
+    is_finite &= isfinite(new_mean[c]) && isfinite(m2[c]);
   }
-  if (!(b.n > 0) || !is_finite) {
+  if (b.n > 0 && is_finite) {
+    *waits = drift > max_drift && *updates;
+    if (!*updates) rate = 1;
+    for (long c = 0; c < channels; c++)
+      mean[c] += rate * (new_mean[c] - mean[c]), var[c] += rate * (m2[c] * b.inverse - var[c]);
+    ++*updates;
+  } else
     *waits |= !is_finite;
-    return;
-  }
-  *waits = drift > max_drift && *updates;
-  if (!*updates) rate = 1;
-  for (long c = 0; c < channels; c++) {
-    double new_mean, m2;
-    moments_of(&b, c, &new_mean, &m2);
-    mean[c] += rate * (new_mean - mean[c]), var[c] += rate * (m2 * b.inverse - var[c]);
-  }
-  ++*updates;
+  free(new_mean);
+  return 0;
 }
 
 /* sums: [sum g, sum g xhat, n] of all workers. */

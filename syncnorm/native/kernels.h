@@ -27,7 +27,7 @@ typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
 #define SHORT 16
 /* Columns of rows that are worked on at a time, at most, and rows whose sums stay in registers. */
 #define TILE 1024
-#define ROWS 16
+#define ROWS 4
 /* Elements that are worth a unit of work, and units at most. */
 #define GRAIN 65536
 #define UNITS 64

@@ -199,13 +199,13 @@ static void NAME(map_unit)(void *work, long unit) {
 #undef UNIT
 }
 
-/* (4, channels) coefficients, from double. */
-static void NAME(narrow)(const double *from, void *to, long n) {
-  for (long i = 0; i < n; i++) ((W *)to)[i] = (W)from[i];
+static void NAME(widen)(const void *from, double *to, long n) {
+  for (long i = 0; i < n; i++) to[i] = LOAD((const T *)from + i);
 }
 
-static double NAME(get)(const void *from, long i) { return LOAD((const T *)from + i); }
-static void NAME(put)(void *to, long i, double v) { STORE((T *)to + i, (W)v); }
+static void NAME(narrow)(const double *from, void *to, long n) {
+  for (long i = 0; i < n; i++) STORE((T *)to + i, (W)from[i]);
+}
 
 #undef T
 #undef W

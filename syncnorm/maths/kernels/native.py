@@ -41,10 +41,10 @@ _SIGNATURES = {
         c_void_p, c_int,
     ),
     "update_running": (
-        None, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int, c_long, c_double, c_double, c_int,
+        c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int, c_long, c_double, c_double, c_int,
     ),
     "follow_moments": (
-        None, c_void_p, c_int, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_double, c_double,
+        c_int, c_void_p, c_int, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_double, c_double,
     ),
     "follow_gradients": (None, c_void_p, c_long, c_void_p, c_void_p, c_double),
 }  # fmt: skip
@@ -196,7 +196,8 @@ def update_running_(
     """Count the batch and have the running statistics follow it, in place."""
     numbers, is_raw = batch.packed
     mean, var = running_mean.contiguous(), running_var.contiguous()
-    _functions()["update_running"](
+    _call(
+        "update_running",
         *_row(mean), *_row(var), _pointer(counter), numbers.data_ptr(), is_raw, mean.numel(),
         float("nan") if momentum is None else momentum, eps, is_std,
     )  # fmt: skip
@@ -268,8 +269,8 @@ def follow_moments_(
 ) -> None:
     """Move the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
     numbers, is_raw = batch.packed
-    _functions()["follow_moments"](
-        numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
+    _call(
+        "follow_moments", numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
         waits.data_ptr(), eps, options.max_drift, options.forward_rate,
     )  # fmt: skip
     increment_version([mean, var, updates, waits])
