@@ -9,4 +9,4 @@ _HOSTS = ("cpu",)
 
 def is_host(t: Tensor) -> bool:
     """True if the numbers of t may be looked at: elsewhere the host would wait for the device."""
-    return t.device.type in _HOSTS
+    return t.is_cpu and "cpu" in _HOSTS

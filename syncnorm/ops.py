@@ -73,10 +73,10 @@ def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalS
     `others` are the tensors that x will be normalised with.
     """
     who, is_repeated = observed.observer(x), is_recomputing()
+    own = kernels.of_device(x, mask, *others) if who is None else None
     with torch.no_grad():
-        own = kernels.of_device(x, mask, *others) if who is None else None
         if own is not None:
-            sums, fault = own.moments(x.detach(), mask), None
+            sums, fault = own.moments(x, mask), None
             if mask is not None and debug.is_debug():
                 fault = sums[-1].isnan()
             return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
@@ -105,22 +105,19 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             since looking costs a host synchronisation; otherwise the output is NaN and the buffers
             keep still.
     """
-    with torch.no_grad():
-        sums = local.sums
-        if local.has_fault is not None:
-            # A fault travels as a count of NaN: whether somebody has a mask is known to that worker
-            # alone.
-            sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
-        sums = exchange.sum_(sums, group, "moments", name)
-        if local.is_repeated is None:
-            return sums
-        is_debug = debug.is_debug()
-        is_looked_at = is_host(sums) or is_debug
-        if is_looked_at and (
-            math.isnan(sums[-1].item()) or (is_debug and not sums.isfinite().all())
-        ):
-            _raise_fault(local, group, name)
+    sums = local.sums
+    if local.has_fault is not None:
+        # A fault travels as a count of NaN: whether somebody has a mask is known to that worker
+        # alone.
+        sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
+    sums = exchange.sum_(sums, group, "moments", name)
+    if local.is_repeated is None:
         return sums
+    is_debug = debug.is_debug()
+    is_looked_at = is_host(sums) or is_debug
+    if is_looked_at and (math.isnan(sums[-1].item()) or (is_debug and not sums.isfinite().all())):
+        _raise_fault(local, group, name)
+    return sums
 
 
 def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:

@@ -26,10 +26,22 @@ static inline floats from_bfloats(const uint16_t *p) {
   return (floats)(__builtin_convertvector(h, words) << 16);
 }
 
-static inline void to_bfloats(uint16_t *p, floats v) {
-  words bits = (words)v, is_nan = (words)(v != v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  shorts h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), shorts);
+static inline full_floats from_full_bfloats(const uint16_t *p) {
+  full_shorts h;
+  memcpy(&h, p, sizeof h);
+  return (full_floats)(__builtin_convertvector(h, full_words) << 16);
+}
+
+static inline void to_full_bfloats(uint16_t *p, full_floats v) {
+  full_words bits = (full_words)v, is_nan = (full_words)(v != v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  full_shorts h = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), full_shorts);
   memcpy(p, &h, sizeof h);
+}
+
+static inline full_floats from_full_floats(const float *p) {
+  full_floats v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
 
 static inline floats from_floats(const float *p) {
@@ -46,11 +58,12 @@ static inline doubles from_doubles(const double *p) {
 
 #define T float
 #define W float
-#define WS floats
+#define WS full_floats
 #define LOAD(p) (*(p))
 #define LOADS(p) from_floats(p)
+#define LOADF(p) from_full_floats(p)
 #define STORE(p, v) (*(p) = (v))
-#define STORES(p, v) do { floats s = (v); memcpy(p, &s, sizeof s); } while (0)
+#define STOREF(p, v) do { full_floats s = (v); memcpy(p, &s, sizeof s); } while (0)
 #define NAME(f) f##_float
 #include "passes.h"
 
@@ -59,35 +72,44 @@ static inline doubles from_doubles(const double *p) {
 #define WS doubles
 #define LOAD(p) (*(p))
 #define LOADS(p) from_doubles(p)
+#define LOADF(p) from_doubles(p)
 #define STORE(p, v) (*(p) = (v))
-#define STORES(p, v) do { doubles s = (v); memcpy(p, &s, sizeof s); } while (0)
+#define STOREF(p, v) do { doubles s = (v); memcpy(p, &s, sizeof s); } while (0)
 #define NAME(f) f##_double
 #include "passes.h"
 
 #define T uint16_t
 #define W float
-#define WS floats
+#define WS full_floats
 #define LOAD(p) from_bfloat(*(p))
 #define LOADS(p) from_bfloats(p)
+#define LOADF(p) from_full_bfloats(p)
 #define STORE(p, v) (*(p) = to_bfloat(v))
-#define STORES(p, v) to_bfloats(p, v)
+#define STOREF(p, v) to_full_bfloats(p, v)
 #define NAME(f) f##_bfloat
 #include "passes.h"
 
 #ifdef __FLT16_MAX__
 typedef _Float16 half;
 typedef _Float16 halves __attribute__((vector_size(2 * LANES)));
+typedef _Float16 full_halves __attribute__((vector_size(4 * LANES)));
 
-#ifdef __F16C__
+#if defined(__AVX512F__)
 #include <immintrin.h>
-
-#if LANES == 8
 static inline floats from_halves(const half *p) { return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
-static inline void to_halves(half *p, floats v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, 0)); }
-#else
+static inline full_floats from_full_halves(const half *p) {
+  return (full_floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+}
+static inline void to_full_halves(half *p, full_floats v) {
+  _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)v, 0));
+}
+#elif defined(__F16C__)
+#include <immintrin.h>
 static inline floats from_halves(const half *p) { return (floats)_mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)p)); }
-static inline void to_halves(half *p, floats v) { _mm_storel_epi64((__m128i *)p, _mm_cvtps_ph((__m128)v, 0)); }
-#endif
+static inline full_floats from_full_halves(const half *p) {
+  return (full_floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+static inline void to_full_halves(half *p, full_floats v) { _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)v, 0)); }
 #else
 static inline floats from_halves(const half *p) {
   halves h;
@@ -95,19 +117,26 @@ static inline floats from_halves(const half *p) {
   return __builtin_convertvector(h, floats);
 }
 
-static inline void to_halves(half *p, floats v) {
-  halves h = __builtin_convertvector(v, halves);
+static inline full_floats from_full_halves(const half *p) {
+  full_halves h;
+  memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, full_floats);
+}
+
+static inline void to_full_halves(half *p, full_floats v) {
+  full_halves h = __builtin_convertvector(v, full_halves);
   memcpy(p, &h, sizeof h);
 }
 #endif
 
 #define T half
 #define W float
-#define WS floats
+#define WS full_floats
 #define LOAD(p) ((float)*(p))
 #define LOADS(p) from_halves(p)
+#define LOADF(p) from_full_halves(p)
 #define STORE(p, v) (*(p) = (half)(v))
-#define STORES(p, v) to_halves(p, v)
+#define STOREF(p, v) to_full_halves(p, v)
 #define NAME(f) f##_half
 #include "passes.h"
 #endif

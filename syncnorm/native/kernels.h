@@ -22,6 +22,10 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef double doubles __attribute__((vector_size(8 * LANES)));
 typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t shorts __attribute__((vector_size(2 * LANES)));
+/* As many floats as fit there. */
+typedef float full_floats __attribute__((vector_size(8 * LANES)));
+typedef uint32_t full_words __attribute__((vector_size(8 * LANES)));
+typedef uint16_t full_shorts __attribute__((vector_size(4 * LANES)));
 
 /* Planes shorter than this are treated as rows: a vector holds elements of several channels. */
 #define SHORT 16

@@ -1,17 +1,26 @@
 /* The passes over x for one element type. Included once for each, with
-     T           the element        W, WS     the type of arithmetic on elements, and LANES of them
-     LOAD, STORE one element        LOADS, STORES LANES
-     NAME(f)     the name of f for this type */
+     T            the element
+     W, WS        the type of arithmetic on elements, and a register of them
+     LOAD, STORE  one element
+     LOADS        LANES elements in any type that converts to double
+     LOADF, STOREF  a register of elements, from and to WS
+     NAME(f)      the name of f for this type */
 
 static inline doubles NAME(wide)(const T *p) { return __builtin_convertvector(LOADS(p), doubles); }
 
+/* LANES weights, as doubles. */
+static inline doubles NAME(some_wide)(const W *p) {
+  W v __attribute__((vector_size(sizeof(W) * LANES)));
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, doubles);
+}
+
+/* Coefficients or weights for as many elements as a register holds. */
 static inline WS NAME(some)(const W *p) {
   WS v;
   memcpy(&v, p, sizeof v);
   return v;
 }
-
-static inline doubles NAME(some_wide)(const W *p) { return __builtin_convertvector(NAME(some)(p), doubles); }
 
 /* Adds sum a and sum a b of n elements, with b = x, and a = x, g, or w x: a forward or a backward pass, or a mask. */
 static inline void NAME(run_sums)(const T *x, const T *g, const W *w, long n, double *sum, double *product, int has_g,
@@ -127,6 +136,7 @@ static void NAME(sums_unit)(void *work, long unit) {
 }
 
 /* y = (x - c0) c1 + c2, or with g: c1 g - w ((x - c0) c2 + c3). */
+#define MANY ((long)(sizeof(WS) / sizeof(W)))
 static inline WS NAME(values)(WS x, WS g, WS w, WS c0, WS c1, WS c2, WS c3, int has_g, int has_w) {
   if (!has_g) return (x - c0) * c1 + c2;
   WS part = (x - c0) * c2 + c3;
@@ -152,8 +162,8 @@ static inline void NAME(plane_map)(const pass *p, long chunk, long group, int ha
       T *out = (T *)p->out + at0;
       W k0 = k[c], k1 = k[at->channels + c], k2 = k[2 * at->channels + c], k3 = has_g ? k[3 * at->channels + c] : 0;
       WS v0 = k0 - (WS){0}, v1 = k1 - (WS){0}, v2 = k2 - (WS){0}, v3 = k3 - (WS){0}, none = {0};
-      for (; i + LANES <= at->inner; i += LANES)
-        STORES(out + i, NAME(values)(LOADS(x + i), has_g ? LOADS(g + i) : none, has_w ? NAME(some)(w + i) : none, v0, v1, v2,
+      for (; i + MANY <= at->inner; i += MANY)
+        STOREF(out + i, NAME(values)(LOADF(x + i), has_g ? LOADF(g + i) : none, has_w ? NAME(some)(w + i) : none, v0, v1, v2,
                                      v3, has_g, has_w));
       for (; i < at->inner; i++)
         STORE(out + i, NAME(value)(LOAD(x + i), has_g ? LOAD(g + i) : 0, has_w ? w[i] : 0, k0, k1, k2, k3, has_g, has_w));
@@ -178,8 +188,8 @@ static inline void NAME(tile_map)(const pass *p, long chunk, long tile, int has_
     T *out = (T *)p->out + i;
     W w = has_w ? ((const W *)p->mask)[r] : 0;
     WS ws = w - (WS){0}, none = {0};
-    for (; j + LANES <= n; j += LANES)
-      STORES(out + j, NAME(values)(LOADS(x + j), has_g ? LOADS(g + j) : none, ws, NAME(some)(c[0] + j), NAME(some)(c[1] + j),
+    for (; j + MANY <= n; j += MANY)
+      STOREF(out + j, NAME(values)(LOADF(x + j), has_g ? LOADF(g + j) : none, ws, NAME(some)(c[0] + j), NAME(some)(c[1] + j),
                                    NAME(some)(c[2] + j), has_g ? NAME(some)(c[3] + j) : none, has_g, has_w));
     for (; j < n; j++)
       STORE(out + j, NAME(value)(LOAD(x + j), has_g ? LOAD(g + j) : 0, w, c[0][j], c[1][j], c[2][j], has_g ? c[3][j] : 0, has_g,
@@ -207,11 +217,13 @@ static void NAME(narrow)(const double *from, void *to, long n) {
   for (long i = 0; i < n; i++) STORE((T *)to + i, (W)from[i]);
 }
 
+#undef MANY
 #undef T
 #undef W
 #undef WS
 #undef LOAD
 #undef LOADS
+#undef LOADF
 #undef STORE
-#undef STORES
+#undef STOREF
 #undef NAME

@@ -28,7 +28,11 @@ _ROW = 512
 
 def is_rows(x: Tensor) -> bool:
     """True if channels vary fastest, so that a (rows, C) view exists."""
-    return x.shape[1] > 1 and x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
+    if x.shape[1] == 1:
+        return False
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
 
 
 def dense(x: Tensor) -> Tensor:
