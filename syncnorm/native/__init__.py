@@ -17,6 +17,8 @@ import torch
 
 from syncnorm.native import build
 
+FOLDER = build.HERE
+"""The folder of the libraries."""
 # By torch's own choice among instruction sets, which ATEN_CPU_CAPABILITY changes.
 _LEVELS = {"AVX512": 0, "AVX2": 1}
 
@@ -37,7 +39,7 @@ def load() -> Native:
     names = [*build.levels()]
     best = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), len(names) - 1)
     for level in names[min(best, len(names) - 1) :]:
-        path = build.library_path(Path(os.environ.get("SYNCNORM_NATIVE_FOLDER", build.HERE)), level)
+        path = build.library_path(FOLDER, level)
         if path.exists():
             return _open(path, level)
     return Native(None, "not built: there was no C compiler when the package was installed")

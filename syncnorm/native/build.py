@@ -19,7 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).parent
-_FLAGS = ["-std=c11", "-O3", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror=implicit", "-Wno-psabi"]
+_FLAGS = [
+    "-std=c11",
+    "-O3",
+    "-fPIC",
+    "-shared",
+    "-pthread",
+    "-Wall",
+    "-Wextra",
+    "-Werror=implicit",
+    "-Wno-psabi",
+]
 # Sums are written in the order in which they are to be taken, NaN means a fault, and x * x - x * x
 # must be 0; but nobody looks at floating-point exceptions or errno.
 _FLAGS += ["-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]

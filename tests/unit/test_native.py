@@ -23,7 +23,7 @@ from syncnorm.maths.kernels.batch import Reference, Scheduled
 from syncnorm.maths.moments import Moments, Raw, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
-from tests.unit.test_kernels import SHAPES, _arrange
+from tests.unit.test_kernels import SHAPES
 
 EPS = 1e-5
 assert_close = functools.partial(torch.testing.assert_close, equal_nan=True)
@@ -210,7 +210,9 @@ def test_correction_as_by_operators(step, n):
     sums = _sums(n, 0.4, 0.0 if n == 1 else 2.0)
     weight = torch.tensor([1.0, 2.0, -1.0])
     y, rows = ours.normalize(x, Raw(sums), weight, None, EPS, Reference(mean, var, bounds))
-    z, wanted = composed.normalize(x, of_sums(sums), weight, None, EPS, Reference(mean, var, bounds))
+    z, wanted = composed.normalize(
+        x, of_sums(sums), weight, None, EPS, Reference(mean, var, bounds)
+    )
     assert_close(rows, wanted, rtol=1e-12, atol=1e-12)
     assert_close(y, z, rtol=1e-5, atol=1e-5)
 
@@ -302,16 +304,20 @@ def test_sanitizers_find_nothing(tmp_path):
         **os.environ,
         "LD_PRELOAD": " ".join(preload),
         "ASAN_OPTIONS": "detect_leaks=0",
-        "SYNCNORM_NATIVE_FOLDER": str(tmp_path),
         "OMP_NUM_THREADS": "2",
     }
-    here = f"{Path(__file__)}"
     chosen = "test_all_passes or follow or correction or threads"
+    code = (
+        "import sys, pathlib, pytest; from syncnorm import native\n"
+        f"native.FOLDER = pathlib.Path({str(tmp_path)!r})\n"
+        "assert native.library(), native.load()\n"
+        f"sys.exit(pytest.main(['-qx', '-p', 'no:cacheprovider', {__file__!r}, '-k', {chosen!r}]))"
+    )
     ran = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", here, "-k", chosen],
-        env=env, capture_output=True, text=True, timeout=1500,
-    )  # fmt: skip
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=1500
+    )
     assert ran.returncode == 0, ran.stdout[-3000:] + ran.stderr[-3000:]
+    assert " passed" in ran.stdout
 
 
 def test_pointers_are_passed_as_the_library_takes_them():

@@ -205,7 +205,7 @@ def update_running_(
         running_mean.copy_(mean)
     if var is not running_var:
         running_var.copy_(var)
-    increment_version([t for t in (running_mean, running_var, counter) if t is not None])
+    _mark_written(running_mean, running_var, counter)
 
 
 def backward_sums(
@@ -273,7 +273,7 @@ def follow_moments_(
         "follow_moments", numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
         waits.data_ptr(), eps, options.max_drift, options.forward_rate,
     )  # fmt: skip
-    increment_version([mean, var, updates, waits])
+    _mark_written(mean, var, updates, waits)
 
 
 def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
@@ -282,4 +282,9 @@ def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: 
         sums.data_ptr(), gradient.shape[1], gradient.data_ptr(), updates.data_ptr(),
         options.backward_rate,
     )  # fmt: skip
-    increment_version([gradient, updates])
+    _mark_written(gradient, updates)
+
+
+def _mark_written(*tensors: Tensor | None) -> None:
+    """Tell autograd, and whoever asks for a tensor's version, what was written in place."""
+    increment_version([t for t in tensors if t is not None and not t.is_inference()])
