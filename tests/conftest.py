@@ -32,10 +32,18 @@ LONGEST = (
     "test_ended_runs.py",
     "test_run.py",
     "test_loop.py",
+    "test_fuzz.py",
     "test_kill_drill.py",
-    "test_invariance.py",
-    "test_interrupt.py",
     "test_documents.py",
+    "test_resnet.py",
+    "test_triton.py",
+    "test_invariance.py",
+    "test_verify.py",
+    "test_command.py",
+    "test_interrupt.py",
+    "test_report_browser.py",
+    "test_examples.py",
+    "test_device_course.py",
 )
 
 

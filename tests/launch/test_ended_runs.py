@@ -100,35 +100,41 @@ def resumed_to_the_end(folder: Path, run: Path, epochs: int, workers: int) -> Co
     return commands.run([*commands.SYNCNORM, "train", "digits", *options], folder)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops(tmp_path, number):
-    with commands.started(ENDLESS, tmp_path) as process:
+def stopped_by(number: signal.Signals, command: list[str], folder: Path) -> CompletedProcess[str]:
+    with commands.started(command, folder) as process:
         wait_for_first_epoch(process)
         # Ctrl-C of a terminal goes to all.
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
         # The pipes close when the last worker is gone.
         out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
-    assert process.returncode == 75
-    run = tmp_path / out.splitlines()[-1]
+    return CompletedProcess(command, process.returncode, out, err)
+
+
+def assert_saved_and_stopped(done: CompletedProcess[str], folder: Path) -> Path:
+    """The run's folder."""
+    assert done.returncode == 75
+    run = folder / done.stdout.splitlines()[-1]
     note = json.loads((run / "exit.json").read_text())
     assert (note["status"], note["exit_code"]) == ("stopped", 75)
     assert note["step"] == events(run, "step")[-1]["step"] >= 23
     snapshot, _, _ = CheckpointStore(run / "checkpoints").newest()
     assert snapshot is not None
     assert snapshot.step == note["step"]
-    assert err.splitlines()[-1].endswith(
-        f"saved. To go on: the same command with --resume {run.relative_to(tmp_path)}"
+    assert done.stderr.splitlines()[-1].endswith(
+        f"saved. To go on: the same command with --resume {run.relative_to(folder)}"
     )
+    return run
 
 
-def test_a_stopped_run_goes_on_on_another_number_of_workers(tmp_path, monkeypatch, capsys):
+def test_ctrl_c_saves_and_stops(tmp_path):
+    assert_saved_and_stopped(stopped_by(signal.SIGINT, ENDLESS, tmp_path), tmp_path)
+
+
+def test_a_signal_saves_and_stops_and_the_run_goes_on_on_another_number_of_workers(
+    tmp_path, monkeypatch, capsys
+):
     command = [*commands.SYNCNORM, "train", "digits", "train.epochs=3"]
-    with commands.started(command, tmp_path) as process:
-        wait_for_first_epoch(process)
-        process.send_signal(signal.SIGTERM)
-        out, _ = process.communicate(timeout=commands.DEADLINE_SECONDS)
-    assert process.returncode == 75
-    run = tmp_path / out.splitlines()[-1]
+    run = assert_saved_and_stopped(stopped_by(signal.SIGTERM, command, tmp_path), tmp_path)
     done = resumed_to_the_end(tmp_path, run, 3, 3)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(run)

@@ -14,6 +14,15 @@ from tests.launch import commands
 
 # A launched process finds the tests' layers there.
 HERE = {"PYTHONPATH": str(Path(__file__).parents[2])}
+# What torchrun says to the first of two workers; nobody is there.
+LAUNCHED = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "1",
+}
 
 
 def _called(capfd, *arguments: str) -> tuple[int, str, str]:
@@ -139,9 +148,9 @@ def test_under_torchrun_what_the_other_rank_does_not_answer_is_told(tmp_path):
     assert re.search(r"not run +all-but-one-empty +an earlier check hangs", done.stdout)
 
 
-def test_under_torchrun_the_number_of_workers_is_the_launchers(tmp_path):
-    done = commands.run(
-        [*commands.TORCHRUN, "-m", "syncnorm", "verify", "--workers", "2"], tmp_path, HERE
-    )
-    assert done.returncode != 0
-    assert "`--workers` must be left to the launcher, which started 2, got 2" in done.stderr
+def test_under_a_launcher_the_number_of_workers_is_the_launchers(capfd, monkeypatch):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    status, out, err = _called(capfd, "--workers", "2")
+    assert (status, out) == (2, "")
+    assert "`--workers` must be left to the launcher, which started 2, got 2" in err
