@@ -204,7 +204,7 @@ def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | 
 
     All members decide alike: their messages have the same size, unless they are to be an error.
     """
-    segment = shared.segment_of(group) if message.is_cpu else None
+    segment = shared.segment_of(group) if is_host(message) else None
     return None if segment is None or message.numel() >= segment.capacity else segment
 
 

@@ -89,7 +89,7 @@ class Raw(Moments):
 
     def __init__(self, sums: Tensor) -> None:
         self._sums = sums
-        self._rows: Tensor | None = None
+        self._finished: Tensor | tuple[Tensor, Tensor] | None = None
         self.count = sums[-1]
         self.n = self.count.item() if is_host(sums) else self.count
 
@@ -99,21 +99,20 @@ class Raw(Moments):
 
     def finish(self, rows: Tensor) -> None:
         """Take what a kernel has computed from the sums: (2 or more, C), mean and m2 first."""
-        self._rows = rows
+        self._finished = rows
 
     @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._finished[0]
+        return self._look()[0]
 
     @property
     def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._finished[1]
+        return self._look()[1]
 
-    @property
-    def _finished(self) -> Tensor:
-        if self._rows is None:
-            self._rows = torch.stack(_finish(self._sums, self.n))
-        return self._rows
+    def _look(self) -> Tensor | tuple[Tensor, Tensor]:
+        if self._finished is None:
+            self._finished = _finish(self._sums, self.n)
+        return self._finished
 
 
 class Observed(Unread):

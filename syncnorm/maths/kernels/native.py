@@ -82,10 +82,7 @@ def is_usable(*tensors: Tensor | None) -> bool:
     types = _functions().get("types")
     if types is None:
         return False
-    for t in tensors:
-        if t is not None and not (type(t) in _PLAIN and t.dtype in types):
-            return False
-    return True
+    return all(t is None or (type(t) in _PLAIN and t.dtype in types) for t in tensors)
 
 
 def _call(name: str, *args: Any) -> None:
