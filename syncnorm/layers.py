@@ -248,9 +248,10 @@ class SyncBatchRenorm(SyncNorm):
         if local.kernels is None:
             return kernels.Reference(mean.clone(), var.clone(), self.bounds())
         # The kernel that normalises reads them before they move, and keeps what it has read. It
-        # knows our schedule; a class that inherits from it may say otherwise.
+        # knows our schedule; a class that inherits from it, or from the layer, may say otherwise.
         schedule, ours = self.schedule, RenormSchedule
-        if step is not None and isinstance(schedule, ours) and type(schedule) is ours:
+        is_ours = type(schedule) is ours and type(self).bounds is SyncBatchRenorm.bounds
+        if step is not None and is_ours and isinstance(schedule, ours):
             return kernels.Reference(mean, var, kernels.Scheduled(step, schedule))
         return kernels.Reference(mean, var, self.bounds())
 

@@ -50,9 +50,9 @@ class LocalSums(NamedTuple):
     mask: Tensor | None
     """The weights, with 0 in place of what is no weight (but where kernels see to that)."""
     has_fault: Tensor | None
-    """True if something was no weight, shape (); None without a mask.
+    """True if something was no weight, shape (); None if nothing was, or without a mask.
 
-    None also from kernels of a device outside of debug mode: there the count is NaN.
+    None also from kernels of a GPU outside of debug mode: there the count is NaN.
     """
     given: Tensor | None
     """The mask as it was given, for the error."""
@@ -76,10 +76,14 @@ def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalS
     own = kernels.of_device(x, mask, *others) if who is None else None
     with torch.no_grad():
         if own is not None:
-            sums, fault = own.moments(x, mask), None
-            if mask is not None and debug.is_debug():
+            sums, fault, clean = own.moments(x, mask), None, mask
+            if mask is not None and is_host(x):
+                if math.isnan(sums[-1].item()):
+                    clean = torch.where(kernels.is_weight(mask), mask, 0.0)
+                    sums, fault = own.moments(x, clean), torch.ones((), dtype=torch.bool)
+            elif mask is not None and debug.is_debug():
                 fault = sums[-1].isnan()
-            return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
+            return LocalSums(sums, clean, fault, mask, is_repeated, None, own)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)

@@ -501,7 +501,7 @@ def test_a_step_costs_nothing_more_and_a_reading_every_50_steps_under_a_hundredt
         pool(workers).run(_operators, norm, is_watched) for is_watched in (True, False)
     )
     for (step, reading), (plain, nothing) in zip(watched, unwatched, strict=True):
-        assert step == plain > 1000
+        assert step == plain > 300
         assert nothing == 0
         assert 0 < reading / 50 < 0.01 * step
 
@@ -515,7 +515,7 @@ def test_a_layer_makes_no_operator_more_than_the_function():
     buffers = layer.running_mean, layer.running_var, layer.weight, layer.bias
     with CountOperators() as plain:
         functional.sync_batch_norm(x, *buffers, num_batches_tracked=layer.num_batches_tracked)
-    assert kept.count == plain.count > 10
+    assert kept.count == plain.count > 0
     assert watch.read()["layers"][""]["count"] == 20.0
 
 
