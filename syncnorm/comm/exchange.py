@@ -200,12 +200,8 @@ def _identity(kind: str, name: str, count: int) -> int:
 
 
 def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | None:
-    """The memory that the group shares, for messages that fit; else they go by torch.distributed.
-
-    All members decide alike: their messages have the same size, unless they are to be an error.
-    """
-    segment = shared.segment_of(group) if is_host(message) else None
-    return None if segment is None or message.numel() >= segment.capacity else segment
+    """The memory that the group shares; None where messages go by torch.distributed."""
+    return shared.segment_of(group) if is_host(message) else None
 
 
 def _send(

@@ -190,6 +190,11 @@ class Segment:
             RuntimeError: see `Message.wait`; earlier messages may have to be waited for.
         """
         message = message.contiguous()
+        if size > self.capacity:
+            return self._send_pieces(message, size, identity, seconds)
+        return self._send_piece(message, size, identity, seconds)
+
+    def _send_piece(self, message: Tensor, size: int, identity: int, seconds: float) -> Message:
         sent = Message(self, 0, torch.empty_like(message))
         with self._lock:
             while len(self._unsummed) >= self._ahead:
@@ -201,6 +206,23 @@ class Segment:
                 raise RuntimeError(self._words(_BROKEN))
             self._unsummed.append(sent)
         return sent
+
+    def _send_pieces(self, message: Tensor, size: int, identity: int, seconds: float) -> Message:
+        """Send and sum a message that is larger than a buffer, piece by piece.
+
+        All members make equally many pieces, or see by the first one that they do not agree.
+        """
+        flat, whole = message.view(-1), Message(self, 0, torch.empty_like(message))
+        for start in range(0, size, self.capacity):
+            piece = flat[start : start + self.capacity]
+            # No larger than a buffer; `size` is that of the whole, for the comparison.
+            sent = self._send_piece(piece, size, identity, seconds)
+            whole.is_same = sent.wait(seconds)
+            if not whole.is_same:
+                break
+            whole.total.view(-1)[start : start + self.capacity] = sent.total
+        whole.is_done = True
+        return whole
 
     def is_there(self, number: int) -> bool:
         """True once a message has come from all, or never will."""

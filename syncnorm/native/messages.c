@@ -48,7 +48,7 @@ typedef struct {
 } Shared;
 
 typedef struct {
-  alignas(64) int64_t size, count, identity; /* `count` numbers of payload; 0: no identity */
+  alignas(64) int64_t size, count, identity; /* `count` numbers here, of a message of `size`; 0: no identity */
   alignas(64) double numbers[CAPACITY];
 } Buffer;
 
@@ -159,15 +159,15 @@ static int has_come(View *view, int member, uint32_t number) {
   return (int32_t)(last - number) >= 0;
 }
 
-/* Publishes the next message; returns its number, at least 1, or -1 if the segment is broken. Of one that is larger
- * than a buffer only the head is sent. The caller has at most AHEAD - 1 messages that it has not summed. */
+/* Publishes the next message, of at most CAPACITY numbers; returns its number, at least 1, or -1 if the segment is
+ * broken. The caller has at most AHEAD - 1 messages that it has not summed. */
 int64_t syncnorm_messages_send(View *view, const double *numbers, int64_t count, int64_t size, int64_t identity) {
   if (!view || atomic_load_explicit(&view->shared->broken, memory_order_acquire)) return -1;
   uint32_t number = view->sent + 1;
   Buffer *buffer = buffer_of(view, view->me, number);
   Member *mine = &view->shared->members[view->me];
   buffer->size = size, buffer->count = count, buffer->identity = identity;
-  if (size <= CAPACITY) memcpy(buffer->numbers, numbers, (size_t)count * sizeof(double));
+  memcpy(buffer->numbers, numbers, (size_t)count * sizeof(double));
   view->sent = number;
   atomic_store(&mine->published, number); /* sequentially consistent: before the look at the sleepers */
   if (atomic_load(&mine->sleepers)) wake(&mine->published);
@@ -227,7 +227,6 @@ int syncnorm_messages_sum(View *view, int64_t number, double *total, int64_t cou
     if (identity == 0) identity = buffer->identity;
     if (buffer->identity != 0 && buffer->identity != identity) return MIXED;
   }
-  if (first->size > CAPACITY) return DONE; /* the sum is made elsewhere */
   /* A member without data sends `size` zeros, where the others have `count` numbers. */
   int64_t most = first->count < count ? first->count : count;
   memcpy(total, first->numbers, (size_t)most * sizeof(double));

@@ -57,6 +57,31 @@ def test_sums_are_those_of_gloo_and_the_same_on_all(monkeypatch, world_size):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+def _larger_than_a_buffer(size_on_the_last: int) -> str:
+    group, size = groups.statistics_group(), (1 << 20) + 4
+    if dist.get_rank() == dist.get_world_size() - 1:
+        size = size_on_the_last
+    kinds = (exchange.sum_, lambda *args: exchange.start_sum(*args).wait())
+    try:
+        for sums in kinds:
+            total = sums(torch.arange(size, dtype=torch.float64), group, "moments", "a")
+            assert torch.equal(total, torch.arange(size) * 2.0)
+    except ExchangeError as error:
+        assert exchange.sum_(torch.ones(3).double(), group, "moments", "b").tolist() == [2.0] * 3
+        return str(error)
+    return "equal"
+
+
+@pytest.mark.parametrize("size_on_the_last", [(1 << 20) + 4, 1 << 20, 3, (1 << 21) + 9])
+def test_messages_larger_than_a_buffer(pool, size_on_the_last):
+    answers = pool(2).run(_larger_than_a_buffer, size_on_the_last)
+    if size_on_the_last == (1 << 20) + 4:
+        assert answers == ["equal"] * 2
+    else:
+        assert answers[0] == answers[1]
+        assert f"{size_on_the_last} float64" in answers[0]
+
+
 def _turned_off_on(rank: int) -> tuple[bool, float]:
     if dist.get_rank() == rank:
         os.environ["SYNCNORM_SHARED_MEMORY"] = "0"
