@@ -22,6 +22,8 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
+from syncnorm import native
+from syncnorm.comm import shared
 from syncnorm.run.env import Tuning, read_tuning
 from syncnorm.run.loopback import try_loopback
 from syncnorm.run.machine import count_cores
@@ -78,6 +80,8 @@ def diagnose(run_dir: Path = Path("runs")) -> list[Check]:
         *check_fsync(_fsync_seconds(folder) if folder is not None and is_writable else None),
         check_host_name(socket.gethostname(), _host_error()),
         check_gloo_pair(try_loopback()),
+        check_native(native.library() is not None, native.load().detail),
+        check_messages(shared.refusal()),
         *check_environment(read_tuning(), has_glibc=platform.libc_ver()[0] == "glibc"),
         *(check_extra(extra, _version(package)) for extra, package in _EXTRAS.items()),
     ]
@@ -255,6 +259,26 @@ def check_environment(tuning: Tuning, has_glibc: bool) -> Iterator[Check]:
         + ("at addresses of before" if tuning.shares_store else "anew"),
         "With gloo they do not find each other so: export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
         warn=tuning.shares_store,
+    )
+
+
+def check_native(is_used: bool, detail: str) -> Check:
+    """Check that the native library is used; without it layers on a CPU are slower."""
+    return _check(
+        "native library",
+        detail,
+        "With a C compiler there, install syncnorm again.",
+        warn=not is_used,
+    )
+
+
+def check_messages(refusal: str) -> Check:
+    """Check that CPU workers of this machine can send statistics over shared memory."""
+    return _check(
+        "shared messages",
+        refusal or "between the workers of this machine",
+        "Statistics go over gloo, which takes longer.",
+        warn=bool(refusal),
     )
 
 

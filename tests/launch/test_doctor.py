@@ -17,6 +17,8 @@ from syncnorm.run.doctor import (
     check_gloo_pair,
     check_host_name,
     check_memory,
+    check_messages,
+    check_native,
     check_python,
     check_run_folder,
     check_shared_memory,
@@ -45,7 +47,8 @@ def test_this_machine(tmp_path):
     assert checks["cores"].detail.startswith(f"{len(os.sched_getaffinity(0))}, ")
     assert list(checks) == [
         "python", "torch", "backends", "cuda", "cores", "memory", "/dev/shm", "run folder", "disk", "fsync",
-        "host name", "gloo pair", "extra train", "extra report", "extra tensorboard", "extra ray",
+        "host name", "gloo pair", "native library", "shared messages", "extra train",
+        "extra report", "extra tensorboard", "extra ray",
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
@@ -69,6 +72,8 @@ def test_this_machine(tmp_path):
         (check_host_name, ("here", "")),
         (check_gloo_pair, (None,)),
         (check_extra, ("train", "0.8.0")),
+        (check_native, (True, "x86-64-v3")),
+        (check_messages, ("",)),
         (check_extra, ("ray", "2.60.0")),
     ],
 )
@@ -105,6 +110,8 @@ def test_checks_that_ask_nothing_here():
         (check_host_name, ("here", "not known"), "warn", "here: not known", "/etc/hosts"),
         (check_gloo_pair, ("RuntimeError: x",), "fail", "RuntimeError: x", "GLOO_SOCKET_IFNAME"),
         (check_extra, ("train", None), "fail", "not installed", "pip install 'syncnorm[train]'"),
+        (check_native, (False, "not built"), "warn", "not built", "C compiler"),
+        (check_messages, ("not on darwin",), "warn", "not on darwin", "over gloo"),
         (check_extra, ("ray", None), "warn", "not installed", "pip install 'syncnorm[ray]'"),
     ],
 )
