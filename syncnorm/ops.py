@@ -324,6 +324,8 @@ def normalize_by(
     if statistic.correction is not None:  # of a call that is repeated
         *_, running_mean, running_var, r_max, d_max = statistic.correction
         reference = kernels.Reference(running_mean, running_var, (r_max, d_max))
+    if reference is not None:
+        check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
     call = Call(own, batch, eps, reference, statistic.gradient_means)
     y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
     if isinstance(batch, Raw):

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncnorm import native
+from syncnorm import SyncBatchNorm, SyncBatchRenorm, native
+from syncnorm.comm import shared
 from syncnorm.maths import kernels, lagged, moments
 from syncnorm.maths.kernels import composed
 from syncnorm.maths.kernels import native as ours
@@ -23,6 +24,7 @@ from syncnorm.maths.kernels.batch import Reference, Scheduled
 from syncnorm.maths.moments import Moments, Raw, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
+from syncnorm.undocumented import TorchDispatchMode
 from tests.unit.test_kernels import SHAPES
 
 EPS = 1e-5
@@ -199,6 +201,16 @@ def test_running_statistics_follow_as_by_operators(n, dtype, momentum, is_std):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.float32], ids=str)
+def test_a_counter_of_any_type_counts(dtype):
+    counters = torch.zeros(3, dtype=dtype)
+    mean, var = torch.zeros(3), torch.ones(3)
+    ours.update_running_(mean, var, counters[1], Raw(_sums(8.0, 1.5, 4.0)), None, EPS, False)
+    assert counters.tolist() == [0, 1, 0]
+    assert_close(mean, torch.full((3,), 1.5))
+
+
+@needs_library
 @pytest.mark.parametrize("n", [0.0, 1.0, 20.0])
 @pytest.mark.parametrize("step", [None, 0, 5_000, 20_000, 10**6])
 def test_correction_as_by_operators(step, n):
@@ -322,3 +334,34 @@ def test_sanitizers_find_nothing(tmp_path):
 
 def test_pointers_are_passed_as_the_library_takes_them():
     assert ctypes.sizeof(ours._Reference) == 5 * 8 + 2 * 8 + 3 * 8 + 2 * 4
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def _count_operators(kind: str, sync: str) -> list[str]:
+    layer = {"norm": SyncBatchNorm, "renorm": SyncBatchRenorm}[kind](16, sync=sync)
+    x, g = torch.randn(4, 16, 5, requires_grad=True), torch.randn(4, 16, 5)
+    layer(x).backward(g)
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    with _Operators() as seen:
+        layer(x).backward(g)
+    return seen.names
+
+
+@needs_library
+@pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+@pytest.mark.parametrize(
+    ("kind", "sync", "most"), [("norm", "batch", 25), ("norm", "none", 20), ("renorm", "batch", 30)]
+)
+def test_a_layer_makes_few_operators(pool, kind, sync, most):
+    for names in pool(2).run(_count_operators, kind, sync):
+        assert 5 < len(names) <= most, names

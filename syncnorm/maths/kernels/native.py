@@ -168,12 +168,13 @@ def _reference(reference: Reference) -> tuple[Any, tuple[Tensor, ...]]:
     of_types = _TYPES[mean.dtype], _TYPES[var.dtype]
     if isinstance(bounds, Scheduled):
         step, ramps = bounds
+        step = step.to("cpu", torch.int64)
         to = _Reference(
             mean.data_ptr(), var.data_ptr(), None, None, step.data_ptr(), ramps.r_max, ramps.d_max,
             ramps.warmup_steps, ramps.r_steps, ramps.d_steps, *of_types,
         )  # fmt: skip
-        return ctypes.byref(to), (mean, var)
-    r_max, d_max = bounds
+        return ctypes.byref(to), (mean, var, step)
+    r_max, d_max = (bound.to("cpu", torch.float64) for bound in bounds)
     to = _Reference(
         mean.data_ptr(), var.data_ptr(), r_max.data_ptr(), d_max.data_ptr(), None, 0.0, 0.0, 0, 0, 0,
         *of_types,
@@ -193,15 +194,18 @@ def update_running_(
     """Count the batch and have the running statistics follow it, in place."""
     numbers, is_raw = batch.packed
     mean, var = running_mean.contiguous(), running_var.contiguous()
+    count = None if counter is None else counter.to("cpu", torch.int64)
     _call(
         "update_running",
-        *_row(mean), *_row(var), _pointer(counter), numbers.data_ptr(), is_raw, mean.numel(),
+        *_row(mean), *_row(var), _pointer(count), numbers.data_ptr(), is_raw, mean.numel(),
         float("nan") if momentum is None else momentum, eps, is_std,
     )  # fmt: skip
     if mean is not running_mean:
         running_mean.copy_(mean)
     if var is not running_var:
         running_var.copy_(var)
+    if counter is not None and count is not None and count is not counter:
+        counter.copy_(count)
     _mark_written(running_mean, running_var, counter)
 
 
