@@ -19,8 +19,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks import paired
-from benchmarks.plain_layer import PlainSyncBatchNorm
 from syncnorm import SyncBatchNorm
+from syncnorm.bench.naive import NaiveSyncBatchNorm
 
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (16, 512, 7, 7), (200_000, 64)]
 WORKERS = 2
@@ -39,7 +39,7 @@ def _candidates(x: Tensor, g: Tensor) -> dict:
         "local": local,
         "ours, no messages": SyncBatchNorm(channels, sync="none"),
         "ours": SyncBatchNorm(channels),
-        "plain": PlainSyncBatchNorm(channels),
+        "plain": NaiveSyncBatchNorm(channels),
     }
 
     def step(layer: nn.Module) -> None:

@@ -198,6 +198,50 @@ def verify(
     raise typer.Exit(run_verify(workers, layer or [], deadline, json, read_launched()))
 
 
+@app.command()
+def bench(
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Workers to start: 2 if not given, on CUDA as many as there are devices."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    batch: Annotated[int, typer.Option(min=2, help="Samples on each worker.")] = 16,
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PACKAGE:CLASS", help="A layer class to import and compare, too."),
+    ] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT",
+            help="Only cases with this in their name, such as layer, model, resnet18 or 7x7.",
+        ),
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compare compiled layers, too.")
+    ] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of a case, at most.")] = 31,
+    seconds: Annotated[float, typer.Option(min=1, help="Time for everything, about.")] = 300.0,
+    json: Annotated[Path | None, typer.Option(help="A file for all figures.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A picture: .svg, .png or .pdf.")] = None,
+) -> None:
+    """Compare the speed of normalisation layers on this machine.
+
+    Local, pooled by hand and syncnorm's own in each mode, alone and in training steps, on workers
+    that it starts. Exit status 1 if a layer fails.
+    """
+    from syncnorm.run.bench import Options, run_bench
+
+    if layer:
+        add_working_folder_to_path()
+    options = Options(
+        workers, device, batch, layer or (), case or (), compile, rounds, seconds, json, plot
+    )
+    run_bench(options, read_launched())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status.
 

@@ -218,6 +218,11 @@ def set_for_children() -> None:
         os.environ.setdefault(name, value)
 
 
+def set_for_profiler() -> None:
+    """Keep torch's profiler in children from writing a line on its every start and stop."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+
+
 def set_for_nccl() -> None:
     """Have NCCL launch in the order of this process's calls; the user's own setting stays.
 

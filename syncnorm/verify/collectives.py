@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from syncnorm.comm import exchange, shared
@@ -18,16 +19,20 @@ _NO_MESSAGE = ("wait_tensor",)
 
 
 @contextmanager
-def counted() -> Iterator[list[tuple[str, int]]]:
-    """Collect the collectives made within the block: name, and the number of elements sent.
+def counted(size: Callable[[Tensor], int] = Tensor.numel) -> Iterator[list[tuple[str, int]]]:
+    """Collect the collectives made within the block: name, and the size of what was sent.
 
     Those that our layers send over shared memory are no operators; they are announced.
-    """
-    mode = _Counting()
 
-    def announce(op: str, size: int, group: Group) -> None:
+    Args:
+        size: of a tensor; its number of elements if not given.
+    """
+    mode = _Counting(size)
+
+    def announce(op: str, numbers: int, group: Group) -> None:
         if op == "sum" and shared.segment_of(group) is not None:
-            mode.seen.append(("allreduce", size))
+            sent = torch.empty(numbers, dtype=torch.float64, device="meta")
+            mode.seen.append(("allreduce", size(sent)))
 
     exchange.announcers.append(announce)
     try:
@@ -40,8 +45,9 @@ def counted() -> Iterator[list[tuple[str, int]]]:
 class _Counting(TorchDispatchMode):
     """A mode that sees the operators in which torch.distributed's functions end."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: Callable[[Tensor], int]) -> None:
         super().__init__()
+        self._size = size
         self.seen: list[tuple[str, int]] = []
 
     def __torch_dispatch__(
@@ -51,9 +57,8 @@ class _Counting(TorchDispatchMode):
         if func.namespace in _NAMESPACES and name not in _NO_MESSAGE:
             # An all-gather's input comes after its output.
             sent = args[1] if name.startswith("allgather") else args[0]
-            self.seen.append((name, _numel(sent)))
+            self.seen.append((name, self._sum(sent)))
         return func(*args, **(kwargs or {}))
 
-
-def _numel(sent: Any) -> int:
-    return sent.numel() if isinstance(sent, Tensor) else sum(_numel(part) for part in sent)
+    def _sum(self, sent: Any) -> int:
+        return self._size(sent) if isinstance(sent, Tensor) else sum(map(self._sum, sent))
