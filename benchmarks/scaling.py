@@ -41,10 +41,11 @@ from benchmarks.scaling_rank import (
 from syncnorm import explain
 from syncnorm.train.models import MODELS
 
+GLOO = "sum, SYNCNORM_SHARED_MEMORY=0"
 FITTED, CHECKED = (2, 3, 4), (8, 16)
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-# A network is assumed, not measured: 10 Gbit/s, and 30 microseconds for a message.
-WIRE = Link(call=0.0, latency=30e-6, per_byte=8 / 10e9)
+# A network is assumed, not measured: 10 Gbit/s, and 20 microseconds from host to host.
+WIRE_SECONDS, WIRE_PER_BYTE = 20e-6, 8 / 10e9
 WORKERS_OF_A_HOST = 8
 RECKONED = (8, 16, 32, 64, 128, 256, 512, 1024)
 PICTURE = Path(__file__).parents[1] / "docs" / "scaling.svg"
@@ -104,7 +105,7 @@ def print_messages(rounds: int) -> dict[str, Fitted]:
     fits: dict[str, Fitted] = {}
     for words, setting, kinds in (
         ("sum", None, ["sum"]),
-        ("sum, SYNCNORM_SHARED_MEMORY=0", "0", ["sum", "gather"]),
+        (GLOO, "0", ["sum", "gather"]),
     ):
         few = _measure(FITTED, rounds, setting)
         for kind in kinds:
@@ -150,41 +151,56 @@ def _list(seconds: Sequence[float]) -> str:
 
 def print_steps(rounds: int, of: Fitted) -> None:
     """Whole steps. What a mode adds without messages is taken from one worker."""
-    alone: dict[str, float] = {}
-    print(
-        "\n| workers | sync | predicted ms over local | measured ms over local | local ms | / local |"
-    )
+    alone = _print_steps((1, 2, 4), rounds, {}).get(1, {})
+    predictions: dict[int, dict[str, float]] = {}
+    for count in CHECKED:
+        predictions[count] = {}
+        for sync in SYNCS:
+            messages = 0.0
+            if sync == "batch":  # the others wait for none
+                said = explain(network(layer(sync)), world_size=count)
+                sent = Traffic(said.messages, said.bytes)
+                messages = cost_model.seconds(of.link, of.way, sent, count, CORES)
+            predictions[count][sync] = cost_model.shortage(count, CORES) * alone[sync] + messages
+        print(f"predicted on {count}: {_list(list(predictions[count].values()))} ms for {SYNCS}")
+    _print_steps(CHECKED, rounds, predictions)
+
+
+def _print_steps(
+    counts: Sequence[int], rounds: int, predictions: Mapping[int, Mapping[str, float]]
+) -> dict[int, dict[str, float]]:
+    """Measure steps; returns seconds over local, by workers and `sync`."""
+    found: dict[int, dict[str, float]] = {}
+    print("\n| workers | sync | predicted ms over local | measured | local ms | / local |")
     print("|---|---|---|---|---|---|", flush=True)
-    for count in (1, 2, 4, *CHECKED):
-        predictions = {}
-        for sync in SYNCS if alone else ():
-            said = explain(network(layer(sync)), world_size=count)
-            sent = Traffic(said.messages, said.bytes)
-            hidden = sync in ("running", "lagged")
-            messages = 0.0 if hidden else cost_model.seconds(of.link, of.way, sent, count, CORES)
-            predictions[sync] = cost_model.shortage(count, CORES) * alone[sync] + messages
-        if count in CHECKED:
-            print(f"predicted on {count}: {_list(list(predictions.values()))} ms", flush=True)
+    for count in counts:
         with workers(count) as pool:
             (taken, *_) = pool.run(times_of_steps, rounds_for(count, rounds))
         local = taken["local"]
-        for sync in SYNCS:
-            over = statistics.median(a - b for a, b in zip(taken[sync], local, strict=True))
-            if count == 1:
-                alone[sync] = over
-            guess = milliseconds(predictions[sync]) if predictions else "(taken from here)"
+        found[count] = {
+            sync: statistics.median(a - b for a, b in zip(taken[sync], local, strict=True))
+            for sync in SYNCS
+        }
+        for sync, over in found[count].items():
+            guess = milliseconds(predictions[count][sync]) if predictions else ""
             print(
                 f"| {count} | {sync} | {guess} | {milliseconds(over)} "
                 f"| {milliseconds(statistics.median(local))} | {paired.ratio(taken[sync], local)} |"
             )
-        sys.stdout.flush()
+    print(flush=True)
+    return found
 
 
-def reckon(within: Link, way: str) -> dict[str, list[float]]:
+def between_hosts(gloo: Link) -> Link:
+    """The link of gloo over an assumed network: what it costs on this machine, and the wire."""
+    return Link(gloo.call, gloo.latency + WIRE_SECONDS, max(gloo.per_byte, WIRE_PER_BYTE))
+
+
+def reckon(within: Link, between: Link, way: str) -> dict[str, list[float]]:
     """Seconds of the messages of a step of ResNet-50, one after the other, by number of workers.
 
     Args:
-        within: the link of workers of one host.
+        within, between: the links of workers of one host, and of hosts.
         way: "ring" or "tree", between all workers (one level), or between hosts (two).
     """
     channels: list[int] = []
@@ -207,7 +223,7 @@ def reckon(within: Link, way: str) -> dict[str, list[float]]:
 
     for count in RECKONED:
         hosts = count // WORKERS_OF_A_HOST
-        link = WIRE if hosts > 1 else within
+        link = between if hosts > 1 else within
         add(
             "torch: all-gather, all-reduce",
             sum(
@@ -220,7 +236,7 @@ def reckon(within: Link, way: str) -> dict[str, list[float]]:
             sent, kind = Traffic(said.messages, said.bytes), f"all-reduce, {way}"
             gathered = cost_model.seconds(link, f"all-gather, {way}", sent, count)
             summed = cost_model.seconds(link, kind, sent, count)
-            two = cost_model.seconds_on_two_levels(within, WIRE, kind, sent, count, hosts)
+            two = cost_model.seconds_on_two_levels(within, between, kind, sent, count, hosts)
             if sync == "batch":
                 add("batch, if it gathered", gathered)
             add(f"{sync}, one level", summed)
@@ -228,12 +244,15 @@ def reckon(within: Link, way: str) -> dict[str, list[float]]:
     return rows
 
 
-def print_reckoned(of: Fitted) -> dict[str, dict[str, list[float]]]:
+def print_reckoned(within: Fitted, gloo: Fitted) -> dict[str, dict[str, list[float]]]:
+    between = between_hosts(gloo.link)
     print(
-        f"\nassumed between hosts: {1e6 * WIRE.latency:.0f} us a round, {_bandwidth(WIRE)}; "
-        f"{WORKERS_OF_A_HOST} workers a host; within a host as fitted ({of.words})"
+        f"\n{WORKERS_OF_A_HOST} workers a host, a core for each; within a host as fitted "
+        f"({within.words}); between hosts {1e6 * between.call:.1f} us a call, "
+        f"{1e6 * between.latency:.1f} us a round, of which {1e6 * WIRE_SECONDS:.0f} us are the "
+        f"wire's, assumed, and {_bandwidth(between)}"
     )
-    tables = {way: reckon(of.link, way) for way in ("ring", "tree")}
+    tables = {way: reckon(within.link, between, way) for way in ("ring", "tree")}
     for way, rows in tables.items():
         print(f"\n| {way}: ms of messages in a step | {' | '.join(map(str, RECKONED))} |")
         print("|---" * (1 + len(RECKONED)) + "|")
@@ -249,7 +268,7 @@ def main() -> None:
     print_counts()
     fits = print_messages(rounds)
     print_steps(rounds, fits["sum"])
-    tables = print_reckoned(fits["sum"])
+    tables = print_reckoned(fits["sum"], fits[GLOO])
     scaling_plot.draw(PICTURE, fits.values(), CORES, RECKONED, tables["tree"])
     print(f"\n{PICTURE}\n", flush=True)
     slow_messages.measure(rounds)
