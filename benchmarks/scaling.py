@@ -7,8 +7,11 @@
    predicts for 8 and 16, then measures these and prints the error. Once over whatever carries
    messages here, once with SYNCNORM_SHARED_MEMORY=0, and all-gathers.
 3. The same for whole steps.
-4. Reckons the messages of a step of ResNet-50 on up to 1,024 workers, and draws docs/scaling.svg.
+4. Reckons the messages of a step of ResNet-50 on up to 1,024 workers: bytes, and times.
 5. Runs `benchmarks.slow_messages`: steps whose messages arrive late.
+
+At its end it draws docs/scaling.svg and puts all that it has printed under docs/scaling.md's last
+heading.
 
 Workers have one thread each. More of them than cores take turns: what is measured then is this
 machine's scheduler as much as the messages, and says nothing about as many machines.
@@ -16,10 +19,12 @@ machine's scheduler as much as the messages, and says nothing about as many mach
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +36,7 @@ from benchmarks.cost_model import Link, Timing, Traffic
 from benchmarks.scaling_rank import (
     SIZES,
     SYNCS,
+    Norm,
     counted,
     layer,
     network,
@@ -48,7 +54,9 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 WIRE_SECONDS, WIRE_PER_BYTE = 20e-6, 8 / 10e9
 WORKERS_OF_A_HOST = 8
 RECKONED = (8, 16, 32, 64, 128, 256, 512, 1024)
-PICTURE = Path(__file__).parents[1] / "docs" / "scaling.svg"
+PAGE = Path(__file__).parents[1] / "docs" / "scaling.md"
+PICTURE = PAGE.with_suffix(".svg")
+HEADING = "## Figures\n"
 
 
 def rounds_for(count: int, rounds: int) -> int:
@@ -56,8 +64,17 @@ def rounds_for(count: int, rounds: int) -> int:
     return max(5, 2 * rounds // max(2, count))
 
 
+def short(number: float) -> str:
+    """Three digits.
+
+    >>> short(0.01234), short(1696)
+    ('0.0123', '1,696')
+    """
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def milliseconds(seconds: float) -> str:
-    return f"{1e3 * seconds:.3g}"
+    return short(1e3 * seconds)
 
 
 def print_counts() -> None:
@@ -196,55 +213,60 @@ def between_hosts(gloo: Link) -> Link:
     return Link(gloo.call, gloo.latency + WIRE_SECONDS, max(gloo.per_byte, WIRE_PER_BYTE))
 
 
-def reckon(within: Link, between: Link, way: str) -> dict[str, list[float]]:
-    """Seconds of the messages of a step of ResNet-50, one after the other, by number of workers.
-
-    Args:
-        within, between: the links of workers of one host, and of hosts.
-        way: "ring" or "tree", between all workers (one level), or between hosts (two).
-    """
+def resnet50() -> tuple[dict[str, Traffic], dict[str, nn.Module]]:
+    """What torch's layers send in a step of ResNet-50, and the network with ours, by `sync`."""
     channels: list[int] = []
 
     def noting(count: int) -> nn.Module:
         channels.append(count)
         return nn.BatchNorm2d(count)
 
-    with torch.device("meta"):
-        MODELS["resnet50_imagenet"](in_channels=3, num_classes=10, norm_layer=noting)
-        models = {
-            sync: MODELS["resnet50_imagenet"](in_channels=3, num_classes=10, norm_layer=layer(sync))
-            for sync in SYNCS[1:]
-        }
-    torchs = cost_model.of_torchs_layers(channels)
+    def build(norm: Norm) -> nn.Module:
+        with torch.device("meta"):
+            return MODELS["resnet50_imagenet"](in_channels=3, num_classes=10, norm_layer=norm)
+
+    build(noting)
+    return cost_model.of_torchs_layers(channels), {s: build(layer(s)) for s in SYNCS[1:]}
+
+
+def reckon(within: Link, between: Link, way: str) -> dict[str, list[float]]:
+    """Cost of the messages of a step of ResNet-50, one after the other, by number of workers.
+
+    Args:
+        within, between: the links of workers of one host, and of hosts.
+        way: "ring" or "tree", between all workers (one level), or between hosts (two).
+    """
+    torchs, models = resnet50()
     rows: dict[str, list[float]] = {}
 
-    def add(name: str, seconds: float) -> None:
-        rows.setdefault(name, []).append(seconds)
+    def add(name: str, cost: float) -> None:
+        rows.setdefault(name, []).append(cost)
 
     for count in RECKONED:
         hosts = count // WORKERS_OF_A_HOST
         link = between if hosts > 1 else within
-        add(
-            "torch: all-gather, all-reduce",
-            sum(
-                cost_model.seconds(link, f"{kind}, {way}", sent, count)
-                for kind, sent in torchs.items()
-            ),
-        )
+        costs = [cost_model.seconds(link, f"{k}, {way}", sent, count) for k, sent in torchs.items()]
+        add("torch: all-gather, all-reduce", sum(costs))
         for sync, model in models.items():
             said = explain(model, world_size=count)
             sent, kind = Traffic(said.messages, said.bytes), f"all-reduce, {way}"
-            gathered = cost_model.seconds(link, f"all-gather, {way}", sent, count)
-            summed = cost_model.seconds(link, kind, sent, count)
-            two = cost_model.seconds_on_two_levels(within, between, kind, sent, count, hosts)
             if sync == "batch":
+                gathered = cost_model.seconds(link, f"all-gather, {way}", sent, count)
                 add("batch, if it gathered", gathered)
-            add(f"{sync}, one level", summed)
+            add(f"{sync}, one level", cost_model.seconds(link, kind, sent, count))
+            two = cost_model.seconds_on_two_levels(within, between, kind, sent, count, hosts)
             add(f"{sync}, two levels", two)
     return rows
 
 
 def print_reckoned(within: Fitted, gloo: Fitted) -> dict[str, dict[str, list[float]]]:
+    # With links that cost nothing but bytes, or rounds, what is reckoned is these.
+    for words, link, way in (
+        ("MB that a worker moves in a step (the busiest, on two levels)", Link(0, 0, 1e-6), "tree"),
+        ("rounds of a step, tree", Link(0, 1, 0), "tree"),
+        ("rounds of a step, ring", Link(0, 1, 0), "ring"),
+    ):
+        _print_reckoned(words, reckon(link, link, way), short)
     between = between_hosts(gloo.link)
     print(
         f"\n{WORKERS_OF_A_HOST} workers a host, a core for each; within a host as fitted "
@@ -254,24 +276,59 @@ def print_reckoned(within: Fitted, gloo: Fitted) -> dict[str, dict[str, list[flo
     )
     tables = {way: reckon(within.link, between, way) for way in ("ring", "tree")}
     for way, rows in tables.items():
-        print(f"\n| {way}: ms of messages in a step | {' | '.join(map(str, RECKONED))} |")
-        print("|---" * (1 + len(RECKONED)) + "|")
-        for name, row in rows.items():
-            print(f"| {name} | {' | '.join(map(milliseconds, row))} |")
+        _print_reckoned(f"{way}: ms of messages in a step", rows, milliseconds)
     return tables
+
+
+def _print_reckoned(
+    words: str, rows: Mapping[str, Sequence[float]], text: Callable[[float], str]
+) -> None:
+    print(f"\n| {words} | {' | '.join(map(str, RECKONED))} |")
+    print("|---" * (1 + len(RECKONED)) + "|")
+    for name, row in rows.items():
+        print(f"| {name} | {' | '.join(map(text, row))} |")
+
+
+class Tee(io.StringIO):
+    """Keeps what is printed, and prints it."""
+
+    def write(self, text: str) -> int:
+        sys.__stdout__.write(text)
+        sys.__stdout__.flush()
+        return super().write(text)
+
+
+def measure(rounds: int) -> None:
+    """Print all tables, and draw the picture."""
+    print(
+        f"`python -m benchmarks.scaling {rounds}`: {CORES} cores, one thread a worker; torch "
+        f"{torch.__version__}; {paired.settings()}. {_load()} at the start."
+    )
+    print("\n### Counted", flush=True)
+    print_counts()
+    print("\n### A message")
+    fits = print_messages(rounds)
+    print("\n### A whole step")
+    print_steps(rounds, fits["sum"])
+    print("### Reckoned: ResNet-50 on up to 1,024 workers")
+    tables = print_reckoned(fits["sum"], fits[GLOO])
+    scaling_plot.draw(PICTURE, fits.values(), CORES, RECKONED, tables["tree"])
+    print(f"\n![Messages by number of workers]({PICTURE.name})\n\n### Late messages\n")
+    slow_messages.measure(rounds)
+    print(f"{_load()} at the end.")
+
+
+def _load() -> str:
+    return f"Processes that wanted a core in the last minute: {os.getloadavg()[0]:.1f}"
 
 
 def main() -> None:
     paired.fix_allocator()
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 31
-    print(f"{CORES} cores, one thread a worker; torch {torch.__version__}; {paired.settings()}")
-    print_counts()
-    fits = print_messages(rounds)
-    print_steps(rounds, fits["sum"])
-    tables = print_reckoned(fits["sum"], fits[GLOO])
-    scaling_plot.draw(PICTURE, fits.values(), CORES, RECKONED, tables["tree"])
-    print(f"\n{PICTURE}\n", flush=True)
-    slow_messages.measure(rounds)
+    tee = Tee()
+    with contextlib.redirect_stdout(tee):
+        measure(int(sys.argv[1]) if len(sys.argv) > 1 else 31)
+    words, _, _ = PAGE.read_text().partition(HEADING)
+    PAGE.write_text(words + HEADING + "\n" + tee.getvalue())
 
 
 if __name__ == "__main__":

@@ -36,16 +36,17 @@ class Late(dist.Work):
 
     def __init__(self, work: dist.Work, seconds: float) -> None:
         super().__init__()
-        self._work = work
+        self.prompt = work
         self._seconds = seconds
         self._arrived: float | None = None
-        work.get_future().add_done_callback(self._note)
+        work.get_future().add_done_callback(lambda _: self.note())
 
-    def _note(self, _: Future[object]) -> None:
+    def note(self) -> None:
+        """Begin the delay."""
         self._arrived = time.perf_counter()
 
     def wait(self, timeout: timedelta = timedelta(minutes=10)) -> bool:
-        self._work.wait(timeout)
+        self.prompt.wait(timeout)
         now = time.perf_counter()
         left = (self._arrived or now) + self._seconds - now
         if left > 0:
