@@ -15,7 +15,8 @@ _RESNET50 = (
 _TINY = ((8, 64, 8, 8), (16, 512, 7, 7))
 # A detection head on the finest level of two images of 800x1216; rows of points.
 _HEAD, _POINTS = (2, 256, 100, 152), (200_000, 64)
-_MODELS = ("resnet18", "resnet50")
+MODELS = {"resnet18": 11_200_000, "resnet50": 23_500_000}
+"""Networks, and the number of parameters of each."""
 _SIZE = {"cpu": 64, "cuda": 224}
 
 
@@ -59,7 +60,7 @@ def cases(batch: int, device: str, only: Collection[str] = ()) -> list[Case]:
     by_size = sorted(faces, key=lambda shape: (shape[0] * shape[1] * shape[2] * shape[3], shape))
     images = (batch, 3, _SIZE[device], _SIZE[device])
     every = [Case(shape, last) for shape in by_size for last in (False, True)]
-    every += [Case(_POINTS), *(Case(images, model=model) for model in _MODELS)]
+    every += [Case(_POINTS), *(Case(images, model=model) for model in MODELS)]
     for part in only:
         if not any(part in case.name for case in every):
             raise ConfigError(

@@ -133,7 +133,7 @@ def summarise(
             to_local=_ratio(times, seconds[LOCAL]),
             messages=sent.messages,
             message_bytes=sent.message_bytes,
-            peak_bytes=peaks[candidate.name],
+            peak_bytes=peaks.get(candidate.name),
         )
         if copy is not None:
             result.bytes_per_second = _STEP_BYTES * size / statistics.median(times)

@@ -6,16 +6,14 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 
 from syncnorm.bench import worker
 from syncnorm.bench.candidates import LOCAL, Candidate
-from syncnorm.bench.cases import Case
+from syncnorm.bench.cases import MODELS, Case
 from syncnorm.bench.report import CaseResult, Cut, Report, Result, summarise
 from syncnorm.bench.worker import LEAST_ROUNDS, Prepared
 from syncnorm.testing import RankFailure, RankPool
 from syncnorm.train.memory import format_bytes, free_memory
-from syncnorm.train.models import MODELS
 
 # For a call on a busy machine; compiling a model takes minutes there.
 _CALL_SECONDS, _COMPILE_SECONDS = 120.0, 900.0
@@ -61,9 +59,10 @@ class Runner:
             for number, case in enumerate(cases):
                 now = time.monotonic()
                 until = now + (end - now) / (len(cases) - number)
-                reason = _too_large(case, len(candidates), self._report)
-                if reason is None and now >= end:
+                if now >= end:
                     reason = f"the {seconds:g} seconds were over"
+                else:
+                    reason = _too_large(case, len(candidates), self._report)
                 if reason is None:
                     reason = self._measure(case, candidates, until, end)
                 if reason is not None:
@@ -126,7 +125,12 @@ class Runner:
         done = len(seconds[LOCAL])
         if done < min(self._rounds, LEAST_ROUNDS):
             return f"time was left for {done} rounds only"
-        peaks = pool.run(worker.peaks)[0]
+        try:
+            peaks = pool.run(worker.peaks)[0]
+        except RankFailure as failure:  # the times are worth having without
+            peaks = {}
+            reason = _last_line(failure)
+            self._report.cut.append(Cut(what=f"{case.name}, peak memory", reason=reason))
         return summarise(case, calls, seconds, {one: prepared[one] for one in candidates}, peaks)
 
     def _living_pool(self, compiles: bool) -> RankPool:
@@ -145,11 +149,7 @@ def _too_large(case: Case, candidates: int, report: Report) -> str | None:
     if case.model is None:
         numbers = _LAYER_TENSORS * torch.Size(case.shape).numel()
     else:
-        with torch.device("meta"):
-            model = MODELS[f"{case.model}_imagenet"](
-                in_channels=3, num_classes=10, norm_layer=nn.BatchNorm2d
-            )
-        numbers = _MODEL_TENSORS * candidates * sum(p.numel() for p in model.parameters())
+        numbers = _MODEL_TENSORS * candidates * MODELS[case.model]
     need, free = 4 * numbers * report.workers, free_memory()
     if need <= free:
         return None

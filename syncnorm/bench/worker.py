@@ -118,7 +118,11 @@ def take_rounds(count: int, until: float, end: float) -> dict[str, list[float]]:
 def peaks() -> dict[str, int | None]:
     """The peak of each candidate's memory in a step; after the rounds, for it slows them down."""
     assert _running is not None
-    return {name: peak_bytes(step, _running.device) for name, step in _running.steps.items()}
+    found = {}
+    for name, step in _running.steps.items():
+        _running.x.grad = None  # which a step would free first
+        found[name] = peak_bytes(step, _running.device)
+    return found
 
 
 def _layer_step(run: _Running, candidate: Candidate) -> Step:

@@ -64,9 +64,9 @@ def run_bench(options: Options, launched: Launched | None) -> None:
             "`syncnorm bench` starts its own workers, got RANK in the environment. Call it "
             "without a launcher."
         )
+    workers = _count_workers(options)
     compared = candidates(options.layers, options.device, options.compiles)
     on = cases(options.batch, options.device, options.only)
-    workers = _count_workers(options)
     _check_files(options)
     set_for_children()
     set_for_profiler()
