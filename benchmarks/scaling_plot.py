@@ -53,9 +53,11 @@ def draw(
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("workers")
         axes.set_ylabel("ms")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, framealpha=0.5)
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
