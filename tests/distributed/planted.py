@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from syncnorm import autograd, ops
+from syncnorm.fused import FusedNormalize
 from syncnorm.maths import moments
 from syncnorm.module import SyncNorm
 
@@ -35,8 +37,8 @@ def narrow_wire() -> Iterator[None]:
     """Sums travel in the input's type."""
     true = ops.local_sums
 
-    def local_sums(x: Tensor, mask: Tensor | None) -> ops.LocalSums:
-        local = true(x, mask)
+    def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> ops.LocalSums:
+        local = true(x, mask, *others)
         return local._replace(sums=local.sums.to(x.dtype).double())
 
     with patch.object(ops, "local_sums", local_sums):
@@ -81,5 +83,15 @@ def gated_exchange() -> Iterator[None]:
         means = gradient_means if needs_input else lambda local: local
         return true(*others, means, bias_dtype, needs_input)
 
-    with patch.object(autograd, "_gradient", _gradient):
+    true_backward = FusedNormalize.backward
+
+    def backward(ctx: Any, g: Tensor) -> Any:
+        if not ctx.needs_input_grad[0]:
+            ctx.gradient_means = SimpleNamespace(totals=lambda local: (local, None))
+        return true_backward(ctx, g)
+
+    with (
+        patch.object(autograd, "_gradient", _gradient),
+        patch.object(FusedNormalize, "backward", staticmethod(backward)),
+    ):
         yield

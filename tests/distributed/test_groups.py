@@ -294,9 +294,11 @@ def _made_by_members() -> tuple[str, str, list[int]]:
     return before, made.group_name if made is not None else "", live.ranks(made)
 
 
-def test_members_that_have_made_different_numbers_of_groups_do_not_wait_for_each_other(pool):
+def test_members_that_have_made_different_numbers_of_groups_do_not_wait_for_each_other():
     """Also the test of the undocumented ways to ask for that number and to set it."""
-    first, second, third = pool(3).run(_made_by_members)
+    # Of its own: the kept pool's ranks may have made different numbers of groups before.
+    with RankPool(3) as ranks:
+        first, second, third = ranks.run(_made_by_members)
     assert first[0] != second[0], "nothing to wait for: torch has one name"
     assert first[1:] == (second[1], [0, 1])
     assert third[1:] == ("", [2])
