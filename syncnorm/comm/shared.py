@@ -330,12 +330,13 @@ def negotiate(group: dist.ProcessGroup, machine: str) -> None:
         if any(f.refusal or (f.machine, f.digest) != said[0][1:3] or not f.started for f in said):
             return
         handle = _map(me, said, fd)
-        opened = _gather(handle is not None, group)
-        if all(opened):
-            assert handle is not None
-            _segments[group] = Segment(handle, me, said, members)
-        elif handle is not None and (library := _functions()) is not None:
-            library.syncnorm_messages_close(handle)
+        try:
+            if all(_gather(handle is not None, group)):
+                assert handle is not None
+                _segments[group], handle = Segment(handle, me, said, members), None
+        finally:
+            if handle is not None and (library := _functions()) is not None:
+                library.syncnorm_messages_close(handle)
     finally:
         if fd >= 0:
             os.close(fd)
