@@ -1,6 +1,6 @@
 """The one kind of message: float64 numbers, summed (or gathered) over the ranks of a group.
 
-Every exchange of the library is made here, counted and timed.
+Every exchange of the library is made here, and counted and timed by `tally`.
 
 A sum travels with its identity: the last number is a hash of the layer's name and of the payload's
 kind. The sum of equal identities is a multiple of each; that of unequal ones is not (but for a
@@ -14,12 +14,8 @@ import functools
 import hashlib
 import math
 import time
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from datetime import timedelta
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -29,6 +25,7 @@ from syncnorm.comm import debug, shared
 from syncnorm.comm.consensus import NO_DATA, Consensus, at_different_places
 from syncnorm.comm.handles import NamedGroup
 from syncnorm.comm.inflight import InFlight, log_of, reset_calls
+from syncnorm.comm.tally import Exchange, Tally, Total, add_time, count_exchange, record
 from syncnorm.comm.world import device_for, ranks
 from syncnorm.device import is_host
 from syncnorm.errors import ExchangeError
@@ -47,75 +44,6 @@ __all__ = [
     "start_sum",
     "sum_",
 ]
-
-
-class Exchange(NamedTuple):
-    """One message as its sender saw it."""
-
-    kind: str
-    """The payload: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments",
-    "all gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`, "agreement"
-    before anything is pooled, "join" of `join`; "no data" for the zeros of a rank that has none."""
-    numel: int
-    """Float64 numbers sent, identity and padding included (see `size_of`)."""
-    seconds: float
-    """The time that the caller was held up (on CUDA: the time to enqueue it)."""
-
-
-_records: list[list[Exchange]] = []
-
-
-@contextmanager
-def record() -> Iterator[list[Exchange]]:
-    """Collect the exchanges that this process makes within the block, in order.
-
-    >>> with record() as exchanges:
-    ...     pass
-    >>> len(exchanges)
-    0
-    """
-    exchanges: list[Exchange] = []
-    _records.append(exchanges)
-    try:
-        yield exchanges
-    finally:
-        # By identity: two lists of equal content are not the same record.
-        _records[:] = [r for r in _records if r is not exchanges]
-
-
-@dataclass
-class Total:
-    """The sum of the exchanges of one kind."""
-
-    count: int = 0
-    numbers: int = 0
-    """Float64 numbers sent."""
-    seconds: float = 0.0
-    """The time that the caller was held up, waiting for pending sums included."""
-
-    def add(self, count: int, numbers: int, seconds: float) -> None:
-        self.count += count
-        self.numbers += numbers
-        self.seconds += seconds
-
-
-class Tally:
-    """Adds up the exchanges that this process makes, by kind, for as long as the tally lives."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, Total] = {}
-        _tallies.add(self)
-
-    def add(self, kind: str, count: int, numbers: int, seconds: float) -> None:
-        self._totals.setdefault(kind, Total()).add(count, numbers, seconds)
-
-    def take(self) -> dict[str, Total]:
-        """Return the totals by kind since the last call."""
-        totals, self._totals = self._totals, {}
-        return totals
-
-
-_tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
 
 
 Announce = Callable[[str, int, dist.ProcessGroup], None]
@@ -177,7 +105,7 @@ def sum_(
         with flight:
             is_same = sent.wait(_timeout_seconds(flight))
         flight.finish(message)
-        _count(kind, flight.size, start)
+        count_exchange(kind, flight.size, start)
         if not is_same:
             raise_mixed(flight, group)
         return sent.total
@@ -185,7 +113,7 @@ def sum_(
     with flight:
         _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
     flight.finish(wire)
-    _count(kind, flight.size, start)
+    count_exchange(kind, flight.size, start)
     total, is_same = _unpack(wire, message, kind, name)
     if not is_same:
         raise_mixed(flight, group)
@@ -306,18 +234,12 @@ class Pending:
             elif wire is not None:
                 self._message, is_same = _unpack(wire, self._message, flight.kind, flight.name)
             self.mixed = None if is_same else flight
-            for tally in _tallies:
-                tally.add(flight.kind, 0, 0, time.perf_counter() - start)
+            add_time(flight.kind, start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
-        return {
-            "_message": self.wait(),
-            "_wire": None,
-            "_flight": None,
-            "_sent": None,
-            "mixed": None,
-        }
+        self.wait()
+        return {**vars(self), "mixed": None}
 
 
 def start_sum(
@@ -335,12 +257,12 @@ def start_sum(
     if segment is not None:
         flight, sent = _send(segment, message, group, kind, name)
         flight.work = sent
-        _count(kind, flight.size, start)
+        count_exchange(kind, flight.size, start)
         return Pending(message, None, flight, sent)
     flight, wire = _begin_sum(message, group, kind, name)
     with flight:
         flight.work = dist.all_reduce(wire, group=group, async_op=True)
-    _count(kind, flight.size, start)
+    count_exchange(kind, flight.size, start)
     return Pending(message, wire, flight)
 
 
@@ -357,7 +279,7 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
     with flight:
         _wait(dist.all_gather(parts, message, group=group, async_op=debug.is_debug()))
     flight.finish(message)
-    _count(kind, flight.size, start)
+    count_exchange(kind, flight.size, start)
     return torch.stack(parts)
 
 
@@ -401,11 +323,3 @@ def _wait(work: dist.Work | None) -> None:
         work.wait(timedelta(seconds=seconds))
     else:
         work.wait()
-
-
-def _count(kind: str, size: int, start: float) -> None:
-    done = Exchange(kind, size, time.perf_counter() - start)
-    for exchanges in _records:
-        exchanges.append(done)
-    for tally in _tallies:
-        tally.add(kind, 1, done.numel, done.seconds)

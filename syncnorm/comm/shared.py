@@ -258,15 +258,12 @@ class Segment:
     def _wait(self, message: Message, seconds: float) -> int:
         deadline = time.monotonic() + seconds
         while (state := self._sum(message)) == _NOT_YET:
-            gone = [r for r in range(len(self._members)) if not self._is_alive(r)]
             # One that has the sum may end at once, and then the others have it as well.
-            if gone and self._missing(message):
+            if self._gone() and self._missing(message):
+                return _LEFT
+            if time.monotonic() > deadline and (late := self._missing(message)):
                 self.give_up()
-                raise RuntimeError(f"remote process exited: {self._names(gone)}")
-            if time.monotonic() > deadline:
-                late = self._names(self._missing(message))
-                self.give_up()
-                raise RuntimeError(f"Timed out waiting {seconds:g} s for {late}")
+                raise RuntimeError(f"Timed out waiting {seconds:g} s for {self._names(late)}")
         return state
 
     def _missing(self, message: Message) -> list[int]:
@@ -274,19 +271,21 @@ class Segment:
         self._library.syncnorm_messages_missing(self._handle, message.number, flags)
         return [r for r, flag in enumerate(flags.raw[: len(self._members)]) if flag]
 
-    def _is_alive(self, member: int) -> bool:
-        peer = self._peers[member]
-        return _start_of(peer.pid) == peer.started
+    def _gone(self) -> list[int]:
+        """The members whose processes have ended."""
+        return [r for r, peer in enumerate(self._peers) if _start_of(peer.pid) != peer.started]
 
     def _names(self, members: list[int]) -> str:
         return f"rank(s) {', '.join(str(self._members[r]) for r in members)}"
 
     def _words(self, state: int, message: Message | None = None) -> str:
+        if self._handle is None:
+            return "a forked process has no part in its parent's groups"
+        if gone := self._gone():
+            return f"remote process exited: {self._names(gone)}"
         if state == _LEFT and message is not None:
             left = self._names(self._missing(message))
             return f"remote process exited, or has destroyed the group: {left}"
-        if self._handle is None:
-            return "a forked process has no part in its parent's groups"
         return "Connection closed by peer: another member has given up, or ended"
 
 
@@ -330,12 +329,13 @@ def negotiate(group: dist.ProcessGroup, machine: str) -> None:
         if any(f.refusal or (f.machine, f.digest) != said[0][1:3] or not f.started for f in said):
             return
         handle = _map(me, said, fd)
-        opened = _gather(handle is not None, group)
-        if all(opened):
-            assert handle is not None
-            _segments[group] = Segment(handle, me, said, members)
-        elif handle is not None and (library := _functions()) is not None:
-            library.syncnorm_messages_close(handle)
+        try:
+            if all(_gather(handle is not None, group)):
+                assert handle is not None
+                _segments[group], handle = Segment(handle, me, said, members), None
+        finally:
+            if handle is not None and (library := _functions()) is not None:
+                library.syncnorm_messages_close(handle)
     finally:
         if fd >= 0:
             os.close(fd)

@@ -32,7 +32,7 @@ from syncnorm import (
     monitor,
     prepare_ddp,
 )
-from syncnorm.comm import exchange
+from syncnorm.comm import exchange, tally
 from syncnorm.train.models import MODELS
 from tests.model.parts import state_of, uneven_batch
 
@@ -398,16 +398,16 @@ def test_exchanges_are_those_recorded_since_the_last_reading(pool, sync):
 def _tallied() -> tuple[int, int, bool]:
     """How many kinds a monitor holds that nobody reads, how many exchanges; and whether it ends."""
     gc.collect()
-    before = len(exchange._tallies)
+    before = len(tally._tallies)
     watch = monitor(_model("batch"))
-    tally = weakref.ref(watch._tally)
+    watched = weakref.ref(watch._tally)
     for _ in range(30):
         exchange.sum_(torch.zeros(3, dtype=torch.float64), dist.group.WORLD, "count")
     kept = watch._tally.take()
     del watch
     gc.collect()
     exchange.sum_(torch.zeros(3, dtype=torch.float64), dist.group.WORLD, "count")
-    return len(kept), kept["count"].count, tally() is None and len(exchange._tallies) == before
+    return len(kept), kept["count"].count, watched() is None and len(tally._tallies) == before
 
 
 def test_a_monitor_keeps_sums_and_ends_with_its_last_reference(pool):

@@ -1,0 +1,94 @@
+"""Counts and times of the exchanges that this process makes: each of a block, or sums by kind."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Exchange(NamedTuple):
+    """One message as its sender saw it."""
+
+    kind: str
+    """The payload: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments",
+    "all gradients" of a model; "population" of `recalibrate`, "monitor" of `monitor`, "agreement"
+    before anything is pooled, "join" of `join`; "no data" for the zeros of a rank that has none."""
+    numel: int
+    """Float64 numbers sent, identity and padding included (see `exchange.size_of`)."""
+    seconds: float
+    """The time that the caller was held up (on CUDA: the time to enqueue it)."""
+
+
+_records: list[list[Exchange]] = []
+
+
+@contextmanager
+def record() -> Iterator[list[Exchange]]:
+    """Collect the exchanges that this process makes within the block, in order.
+
+    >>> with record() as exchanges:
+    ...     pass
+    >>> len(exchanges)
+    0
+    """
+    exchanges: list[Exchange] = []
+    _records.append(exchanges)
+    try:
+        yield exchanges
+    finally:
+        # By identity: two lists of equal content are not the same record.
+        _records[:] = [r for r in _records if r is not exchanges]
+
+
+@dataclass
+class Total:
+    """The sum of the exchanges of one kind."""
+
+    count: int = 0
+    numbers: int = 0
+    """Float64 numbers sent."""
+    seconds: float = 0.0
+    """The time that the caller was held up, waiting for pending sums included."""
+
+    def add(self, count: int, numbers: int, seconds: float) -> None:
+        self.count += count
+        self.numbers += numbers
+        self.seconds += seconds
+
+
+class Tally:
+    """Adds up the exchanges that this process makes, by kind, for as long as the tally lives."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, Total] = {}
+        _tallies.add(self)
+
+    def add(self, kind: str, count: int, numbers: int, seconds: float) -> None:
+        self._totals.setdefault(kind, Total()).add(count, numbers, seconds)
+
+    def take(self) -> dict[str, Total]:
+        """Return the totals by kind since the last call."""
+        totals, self._totals = self._totals, {}
+        return totals
+
+
+_tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
+
+
+def count_exchange(kind: str, size: int, start: float) -> None:
+    """Count an exchange of `size` numbers that the caller has waited for since `start`."""
+    done = Exchange(kind, size, time.perf_counter() - start)
+    for exchanges in _records:
+        exchanges.append(done)
+    for tally in _tallies:
+        tally.add(kind, 1, done.numel, done.seconds)
+
+
+def add_time(kind: str, start: float) -> None:
+    """Add the time since `start` to that of an exchange that is counted already."""
+    for tally in _tallies:
+        tally.add(kind, 0, 0, time.perf_counter() - start)
