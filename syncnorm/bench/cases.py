@@ -46,7 +46,7 @@ class Case:
 
 
 def cases(batch: int, device: str, only: Collection[str] = ()) -> list[Case]:
-    """Every case, those that take least time first.
+    """Every case: models and points first, so that these are not cut, then by the time they take.
 
     Args:
         batch: samples on each worker, where the case does not say.
@@ -59,8 +59,8 @@ def cases(batch: int, device: str, only: Collection[str] = ()) -> list[Case]:
     faces = {*_TINY, *((batch, channels, size, size) for channels, size in _RESNET50), _HEAD}
     by_size = sorted(faces, key=lambda shape: (shape[0] * shape[1] * shape[2] * shape[3], shape))
     images = (batch, 3, _SIZE[device], _SIZE[device])
-    every = [Case(shape, last) for shape in by_size for last in (False, True)]
-    every += [Case(_POINTS), *(Case(images, model=model) for model in MODELS)]
+    every = [*(Case(images, model=model) for model in MODELS), Case(_POINTS)]
+    every += [Case(shape, last) for shape in by_size for last in (False, True)]
     for part in only:
         if not any(part in case.name for case in every):
             raise ConfigError(

@@ -43,6 +43,7 @@ def write_plot(report: Report, output: Path) -> None:
             label=name,
         )
     axes.set_yticks(range(len(rows)), [case.case for case in rows])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("step time / local BatchNorm, median and 95 % interval")

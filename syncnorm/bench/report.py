@@ -101,7 +101,7 @@ class Report(_Part):
         return found
 
 
-# What must be read and written at least, in sizes of the input: x and y, then g, x and its gradient.
+# What must be read and written at least, in sizes of the input: x, y; then g, x, x's gradient.
 _STEP_BYTES, _COPY_BYTES = 5, 2
 
 

@@ -72,6 +72,6 @@ def test_cases_are_chosen_by_parts_of_their_names():
     every = cases(4, "cpu")
     assert len(every) == len({case.name for case in every}) == 2 * (12 + 2 + 1) + 1 + 2
     names = [case.name for case in cases(4, "cpu", ["resnet18", "x8x8"])]
-    assert names == ["layer 8x64x8x8", "layer 8x64x8x8 channels last", "model resnet18 4x3x64x64"]
+    assert names == ["model resnet18 4x3x64x64", "layer 8x64x8x8", "layer 8x64x8x8 channels last"]
     with pytest.raises(ConfigError, match=r"`--case` must be part .* got 'resnet19'"):
         cases(4, "cpu", ["resnet18", "resnet19"])
