@@ -51,30 +51,23 @@ class _Facts(NamedTuple):
 
 
 @cache
-def _functions() -> ctypes.CDLL | None:
-    library = native.library()
-    if library is None:
-        return None
+def _functions() -> Any:
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-    signatures: dict[str, tuple[Any, list[Any]]] = {
-        "bytes": (number, [integer]),
-        "capacity": (number, []),
-        "ahead": (integer, []),
-        "open": (
-            pointer,
-            [integer, integer, integer, ctypes.c_char_p, number, number],
-        ),
-        "close": (None, [pointer]),
-        "break": (None, [pointer]),
-        "send": (number, [pointer, pointer, number, number, number]),
-        "missing": (integer, [pointer, number, ctypes.c_char_p]),
-        "is_there": (integer, [pointer, number]),
-        "sum": (integer, [pointer, number, pointer, number]),
-    }
-    for name, (result, arguments) in signatures.items():
-        function = getattr(library, f"syncnorm_messages_{name}")
-        function.restype, function.argtypes = result, arguments
-    return library
+    return native.functions(
+        "syncnorm_messages_",
+        {
+            "bytes": (number, integer),
+            "capacity": (number,),
+            "ahead": (integer,),
+            "open": (pointer, integer, integer, integer, ctypes.c_char_p, number, number),
+            "close": (None, pointer),
+            "give_up": (None, pointer),
+            "send": (number, pointer, pointer, number, number, number),
+            "missing": (integer, pointer, number, ctypes.c_char_p),
+            "is_there": (integer, pointer, number),
+            "sum": (integer, pointer, number, pointer, number),
+        },
+    )
 
 
 def refusal() -> str:
@@ -104,7 +97,7 @@ def _make(members: int) -> tuple[int, str]:
     fd = os.memfd_create(token, os.MFD_CLOEXEC)
     try:
         os.fchmod(fd, 0o600)
-        os.ftruncate(fd, library.syncnorm_messages_bytes(members))
+        os.ftruncate(fd, library.bytes(members))
         os.pwrite(fd, token.encode(), 0)
     except OSError:
         os.close(fd)
@@ -171,9 +164,9 @@ class Segment:
         self._lock = threading.Lock()
         # In the order in which they were sent, which is that in which they are summed.
         self._unsummed: deque[Message] = deque()
-        self._ahead: int = library.syncnorm_messages_ahead()
-        self.capacity: int = library.syncnorm_messages_capacity()
-        self._close = weakref.finalize(self, library.syncnorm_messages_close, handle)
+        self._ahead: int = library.ahead()
+        self.capacity: int = library.capacity()
+        self._close = weakref.finalize(self, library.close, handle)
         # Threads may still look at it then; the process ends anyway.
         self._close.atexit = False
 
@@ -199,7 +192,7 @@ class Segment:
         with self._lock:
             while len(self._unsummed) >= self._ahead:
                 self._finish_oldest(seconds)
-            sent.number = self._library.syncnorm_messages_send(
+            sent.number = self._library.send(
                 self._handle, message.data_ptr(), sent.count, size, identity
             )
             if sent.number < 0:
@@ -226,7 +219,7 @@ class Segment:
 
     def is_there(self, number: int) -> bool:
         """True once a message has come from all, or never will."""
-        return bool(self._library.syncnorm_messages_is_there(self._handle, number))
+        return bool(self._library.is_there(self._handle, number))
 
     def finish(self, message: Message, seconds: float) -> None:
         """Sum all messages up to this one."""
@@ -236,7 +229,7 @@ class Segment:
 
     def give_up(self) -> None:
         """Have all members raise, now and at every later message."""
-        self._library.syncnorm_messages_break(self._handle)
+        self._library.give_up(self._handle)
 
     def _finish_oldest(self, seconds: float) -> None:
         message = self._unsummed[0]
@@ -251,7 +244,7 @@ class Segment:
         self._unsummed.popleft()
 
     def _sum(self, message: Message) -> int:
-        return self._library.syncnorm_messages_sum(
+        return self._library.sum(
             self._handle, message.number, message.total.data_ptr(), message.count
         )
 
@@ -268,7 +261,7 @@ class Segment:
 
     def _missing(self, message: Message) -> list[int]:
         flags = ctypes.create_string_buffer(len(self._members))
-        self._library.syncnorm_messages_missing(self._handle, message.number, flags)
+        self._library.missing(self._handle, message.number, flags)
         return [r for r, flag in enumerate(flags.raw[: len(self._members)]) if flag]
 
     def _gone(self) -> list[int]:
@@ -335,7 +328,7 @@ def negotiate(group: dist.ProcessGroup, machine: str) -> None:
                 _segments[group], handle = Segment(handle, me, said, members), None
         finally:
             if handle is not None and (library := _functions()) is not None:
-                library.syncnorm_messages_close(handle)
+                library.close(handle)
     finally:
         if fd >= 0:
             os.close(fd)
@@ -361,7 +354,7 @@ def _map(me: int, said: list[_Facts], fd: int) -> int | None:
         if me:
             own = _open(first.pid, first.fd, first.token)
         try:
-            return library.syncnorm_messages_open(
+            return library.open(
                 own,
                 me,
                 len(said),

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 
@@ -55,6 +57,23 @@ def _open(path: Path, level: str) -> Native:
     if built_from != build.digest():
         return Native(None, f"{path.name} is older than its sources: install the package again")
     return Native(library, level)
+
+
+def functions(prefix: str, signatures: Mapping[str, Sequence[Any]]) -> SimpleNamespace | None:
+    """The library's functions `prefix` + name, by name; None where it is not used.
+
+    Args:
+        prefix: of their names in C.
+        signatures: the type of the result and those of the arguments, by name.
+    """
+    if (found := library()) is None:
+        return None
+    bound = SimpleNamespace()
+    for name, (result, *arguments) in signatures.items():
+        function = getattr(found, prefix + name)
+        function.restype, function.argtypes = result, arguments
+        setattr(bound, name, function)
+    return bound
 
 
 def library() -> ctypes.CDLL | None:

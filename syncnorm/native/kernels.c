@@ -156,6 +156,9 @@ static const element elements[] = {
 #endif
 };
 
+/* The sources that this was built from. */
+const char *syncnorm_digest(void) { return SYNCNORM_DIGEST; }
+
 /* The number of element types that this compiler knew. */
 int syncnorm_types(void) { return sizeof elements / sizeof *elements; }
 

@@ -144,7 +144,7 @@ void syncnorm_messages_close(View *view) {
 }
 
 /* Has all members give up, now and later. */
-void syncnorm_messages_break(View *view) {
+void syncnorm_messages_give_up(View *view) {
   if (!view) return;
   atomic_store(&view->shared->broken, 1);
   wake_all(view);

@@ -8,8 +8,6 @@
 
 #define MOST 256
 
-const char *syncnorm_digest(void) { return SYNCNORM_DIGEST; }
-
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t begun = PTHREAD_COND_INITIALIZER, ended = PTHREAD_COND_INITIALIZER;

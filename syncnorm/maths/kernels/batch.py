@@ -1,10 +1,11 @@
-"""The batch that a device's kernels normalise by, and what renormalisation corrects it towards."""
+"""What kernels that finish statistics themselves are given, and what they tell of their writes."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 if TYPE_CHECKING:
     from syncnorm.maths.renorm import RenormSchedule
@@ -41,3 +42,8 @@ class Reference(NamedTuple):
     running_var: Tensor
     bounds: tuple[Tensor, Tensor] | Scheduled
     """r_max and d_max, float64, shape ()."""
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tell autograd, and whoever asks for a tensor's version, what a kernel has written in place."""
+    increment_version([t for t in tensors if t is not None and not t.is_inference()])

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from syncnorm import native
 from syncnorm.maths.kernels import layout
-from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
+from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled, mark_written
 
 if TYPE_CHECKING:
     from syncnorm.maths.lagged import Lagged
@@ -28,6 +27,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _CORRECTED_ROWS = 3, 9
 _X = (c_int, c_long, c_long, c_long)  # type, outer, channels, inner
 _SIGNATURES = {
+    "types": (c_int,),
     "moments": (c_int, c_void_p, *_X, c_void_p, c_void_p, c_int),
     "normalize": (
         c_int, c_void_p, c_void_p, *_X, c_void_p, c_int, c_void_p, c_int, c_void_p, c_int, c_double,
@@ -62,31 +62,28 @@ class _Reference(ctypes.Structure):
 
 
 @cache
-def _functions() -> dict[str, Any]:
-    """The library's functions by name, typed; none without the library."""
-    library = native.library()
-    if library is None:
-        return {}
-    functions = {}
-    for name, (result, *arguments) in _SIGNATURES.items():
-        function = getattr(library, f"syncnorm_{name}")
-        function.restype, function.argtypes = result, arguments
-        functions[name] = function
-    types = library.syncnorm_types()
-    functions["types"] = {dtype for dtype, number in _TYPES.items() if number < types}
-    return functions
+def _functions() -> Any:
+    return native.functions("syncnorm_", _SIGNATURES)
+
+
+@cache
+def _types() -> set[torch.dtype]:
+    """The types that the library knows; none without the library."""
+    functions = _functions()
+    known = 0 if functions is None else functions.types()
+    return {dtype for dtype, number in _TYPES.items() if number < known}
 
 
 def is_usable(*tensors: Tensor | None) -> bool:
     """True if the native library is there and knows all of the tensors, which are in memory."""
-    types = _functions().get("types")
-    if types is None:
-        return False
-    return all(t is None or (type(t) in _PLAIN and t.dtype in types) for t in tensors)
+    types = _types()
+    return bool(types) and all(
+        t is None or (type(t) in _PLAIN and t.dtype in types) for t in tensors
+    )
 
 
 def _call(name: str, *args: Any) -> None:
-    if _functions()[name](*args):
+    if getattr(_functions(), name)(*args):
         raise MemoryError(f"{name} of the native kernels found no memory for its sums")
 
 
@@ -206,7 +203,7 @@ def update_running_(
         running_var.copy_(var)
     if counter is not None and count is not None and count is not counter:
         counter.copy_(count)
-    _mark_written(running_mean, running_var, counter)
+    mark_written(running_mean, running_var, counter)
 
 
 def backward_sums(
@@ -274,18 +271,13 @@ def follow_moments_(
         "follow_moments", numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
         waits.data_ptr(), eps, options.max_drift, options.forward_rate,
     )  # fmt: skip
-    _mark_written(mean, var, updates, waits)
+    mark_written(mean, var, updates, waits)
 
 
 def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
     """Move the averages of gradient means, as of `syncnorm.maths.lagged`."""
-    _functions()["follow_gradients"](
-        sums.data_ptr(), gradient.shape[1], gradient.data_ptr(), updates.data_ptr(),
+    _call(
+        "follow_gradients", sums.data_ptr(), gradient.shape[1], gradient.data_ptr(), updates.data_ptr(),
         options.backward_rate,
     )  # fmt: skip
-    _mark_written(gradient, updates)
-
-
-def _mark_written(*tensors: Tensor | None) -> None:
-    """Tell autograd, and whoever asks for a tensor's version, what was written in place."""
-    increment_version([t for t in tensors if t is not None and not t.is_inference()])
+    mark_written(gradient, updates)

@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
+from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled, mark_written
 
 if TYPE_CHECKING:
     from syncnorm.maths.lagged import Lagged
@@ -104,7 +103,7 @@ def update_running_(
     _launch().update_running_(
         running_mean, running_var, counter, *batch.packed, momentum, eps, is_std
     )
-    _mark_written(running_mean, running_var, counter)
+    mark_written(running_mean, running_var, counter)
 
 
 def backward_sums(
@@ -149,15 +148,10 @@ def follow_moments_(
     _launch().follow_moments_(
         *batch.packed, mean, var, updates, waits, eps, options.max_drift, options.forward_rate
     )
-    _mark_written(mean, var, updates, waits)
+    mark_written(mean, var, updates, waits)
 
 
 def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
     """Move the averages of gradient means, as of `syncnorm.maths.lagged`."""
     _launch().follow_gradients_(sums, gradient, updates, options.backward_rate)
-    _mark_written(gradient, updates)
-
-
-def _mark_written(*tensors: Tensor | None) -> None:
-    """Tell autograd, and whoever asks for a tensor's version, what a kernel has written in place."""
-    increment_version([t for t in tensors if t is not None])
+    mark_written(gradient, updates)
