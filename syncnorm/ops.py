@@ -50,7 +50,7 @@ class LocalSums(NamedTuple):
     mask: Tensor | None
     """The weights, with 0 in place of what is no weight (but where kernels see to that)."""
     has_fault: Tensor | None
-    """True if something was no weight, shape (); None if nothing was, or without a mask.
+    """True if something was no weight, shape (); None without a mask.
 
     None also from kernels of a GPU outside of debug mode: there the count is NaN.
     """
@@ -76,14 +76,12 @@ def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalS
     own = kernels.of_device(x, mask, *others) if who is None else None
     with torch.no_grad():
         if own is not None:
-            sums, fault, clean = own.moments(x, mask), None, mask
-            if mask is not None and is_host(x):
-                if math.isnan(sums[-1].item()):
-                    clean = torch.where(kernels.is_weight(mask), mask, 0.0)
-                    sums, fault = own.moments(x, clean), torch.ones((), dtype=torch.bool)
-            elif mask is not None and debug.is_debug():
+            sums, fault = own.moments(x, mask), None
+            if mask is not None and (is_host(x) or debug.is_debug()):
                 fault = sums[-1].isnan()
-            return LocalSums(sums, clean, fault, mask, is_repeated, None, own)
+                if is_host(x) and fault:
+                    return _cleaned_sums(own, x, mask, fault, is_repeated)
+            return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
@@ -95,6 +93,14 @@ def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalS
         clean = torch.where(valid, mask, 0.0)
         sums = kernels.local_moments(x.detach(), clean)
         return LocalSums(sums, clean, ~valid.all(), mask, is_repeated)
+
+
+def _cleaned_sums(
+    own: ModuleType, x: Tensor, mask: Tensor, fault: Tensor, is_repeated: bool | None
+) -> LocalSums:
+    """The sums on a CPU where something was no weight, and counts as 0."""
+    clean = torch.where(kernels.is_weight(mask), mask, 0.0)
+    return LocalSums(own.moments(x, clean), clean, fault, mask, is_repeated, None, own)
 
 
 def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
