@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import paired
 from benchmarks.gpu import part
 from syncnorm import SyncBatchNorm, prepare_ddp
+from syncnorm.bench.memory import peak_bytes
 from syncnorm.testing import RankPool
 from syncnorm.train.models import MODELS
 
@@ -81,12 +82,7 @@ def _peak(step: Callable[[], None], device: str) -> int | None:
     if device != "cuda":
         step()
         return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return peak_bytes(step, device)
 
 
 def measure(settings: part.Settings) -> None:

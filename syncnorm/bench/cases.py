@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from syncnorm.errors import ConfigError
 
@@ -35,7 +36,7 @@ class Case:
     model: str | None = None
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> Literal["layer", "model"]:
         return "layer" if self.model is None else "model"
 
     @property

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from syncnorm.bench.candidates import LOCAL
 from syncnorm.bench.report import Report
 
 
@@ -20,10 +21,11 @@ def write_plot(report: Report, output: Path) -> None:
     series: dict[str, list[tuple[int, float, float, float]]] = {}
     for place, case in enumerate(rows):
         for result in case.results:
-            if result.to_local is not None and (result.layer, result.compiled) != ("local", False):
-                name = f"{result.layer}, compiled" if result.compiled else result.layer
+            if result.to_local is not None and result.name != LOCAL:
                 ratio = result.to_local
-                series.setdefault(name, []).append((place, ratio.median, ratio.low, ratio.high))
+                series.setdefault(result.name, []).append(
+                    (place, ratio.median, ratio.low, ratio.high)
+                )
     figure = Figure(figsize=(9, 2 + 0.45 * len(rows)), layout="constrained")
     axes = figure.subplots()
     axes.axvline(1.0, color="grey", linewidth=1)

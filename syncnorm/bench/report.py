@@ -54,6 +54,10 @@ class Result(_Part):
         default=None, description="Allocated at once in a step, at most."
     )
 
+    @property
+    def name(self) -> str:
+        return Candidate(self.layer, self.compiled).name
+
 
 class CaseResult(_Part):
     """One case. `calls` steps make a turn; a candidate has one turn in each of the `rounds`."""
@@ -143,7 +147,7 @@ def summarise(
         results.append(result)
     return CaseResult(
         case=case.name,
-        kind="layer" if case.model is None else "model",
+        kind=case.kind,
         shape=list(case.shape),
         layout="channels last" if case.channels_last else "contiguous",
         calls=calls,

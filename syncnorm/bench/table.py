@@ -46,9 +46,8 @@ def print_end(report: Report) -> None:
 
 
 def _cells(result: Result) -> list[str]:
-    name = f"{result.layer}, compiled" if result.compiled else result.layer
     return [
-        name,
+        result.name,
         str(result.to_local),
         f"{1e3 * (result.seconds or 0):.3g}",
         "-" if result.bytes_per_second is None else f"{result.bytes_per_second / 1e9:.2f}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,9 +86,13 @@ def run_bench(options: Options, launched: Launched | None) -> None:
         Runner(report, options.rounds, print_case).run(on, compared, options.seconds)
     print_end(report)
     if options.json is not None:
-        _written(options.json, report.model_dump_json(indent=1) + "\n")
+        text = report.model_dump_json(indent=1) + "\n"
+        _write(options.json, lambda path: write_text_whole(path, text))
     if options.plot is not None:
-        _plot(report, options.plot)
+        # Here, because only the picture needs matplotlib, which takes a second.
+        from syncnorm.bench.plot import write_plot
+
+        _write(options.plot, lambda path: write_plot(report, path))
     if errors := report.errors():
         raise LocalRunError("; ".join(f"{layer} failed: {e}" for layer, e in errors.items()))
     if not report.cases:
@@ -133,20 +137,9 @@ def _check_compiler(device: str) -> None:
         raise ConfigError(f"`--compile` needs what torch.compile works with, got {cause}") from None
 
 
-def _written(path: Path, text: str) -> None:
+def _write(path: Path, write: Callable[[Path], None]) -> None:
     try:
-        write_text_whole(path, text)
-    except OSError as error:
-        raise LocalRunError(f"'{path}' could not be written: {error}") from None
-    print(path)
-
-
-def _plot(report: Report, path: Path) -> None:
-    # Here, because only the picture needs matplotlib, which takes a second.
-    from syncnorm.bench.plot import write_plot
-
-    try:
-        write_plot(report, path)
+        write(path)
     except OSError as error:
         raise LocalRunError(f"'{path}' could not be written: {error}") from None
     print(path)
