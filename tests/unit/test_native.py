@@ -25,6 +25,7 @@ from syncnorm.maths.moments import Moments, Raw, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
 from syncnorm.undocumented import TorchDispatchMode
+from tests.unit.kernel_inputs import facing, poison, randn
 from tests.unit.test_kernels import SHAPES
 
 EPS = 1e-5
@@ -41,21 +42,7 @@ needs_library = pytest.mark.skipif(native.library() is None, reason=native.load(
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Outputs begin as NaN, so that an element that nobody writes is seen."""
-
-    def poisoned(make):
-        def full(*args: Any, **kwargs: Any) -> Tensor:
-            out = make(*args, **kwargs)
-            return out.fill_(torch.nan if out.dtype.is_floating_point else 1)
-
-        return full
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    poison(monkeypatch)
 
 
 def _mask(x: Tensor) -> Tensor:
@@ -64,14 +51,10 @@ def _mask(x: Tensor) -> Tensor:
     return torch.where(w < 0.33, 0.0, w)
 
 
-def _facing(c: Tensor, x: Tensor) -> Tensor:
-    return c.double().view(-1, *[1] * (x.ndim - 2))
-
-
 def _check_all(x: Tensor, g: Tensor, mask: Tensor | None) -> None:
     """All four passes against float64, by the rules of each type."""
     channels, over = x.shape[1], [0, *range(2, x.ndim)]
-    weight, bias = _randn(channels, seed=5).abs() + 0.5, _randn(channels, seed=6)
+    weight, bias = randn(channels, seed=5).abs() + 0.5, randn(channels, seed=6)
     w = torch.ones(x.shape[0], 1, *x.shape[2:]) if mask is None else mask
     w, wide, wide_g = w.double(), x.double(), g.double()
     sums = ours.moments(x, mask)
@@ -81,9 +64,9 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None) -> None:
     _, wanted_rows = composed.normalize(x, of_sums(raw), weight, bias, EPS, None)
     assert_close(rows, wanted_rows, rtol=1e-9, atol=1e-9)
     mean, _, invstd = rows
-    xhat = (wide - _facing(mean, x)) * _facing(invstd, x)
+    xhat = (wide - facing(mean, x)) * facing(invstd, x)
     precision = {F64: 1e-13, F32: 2e-6, BF16: 8e-3, F16: 1e-3}[x.dtype]
-    wanted = xhat * _facing(weight, x) + _facing(bias, x)
+    wanted = xhat * facing(weight, x) + facing(bias, x)
     assert_close(y.double(), wanted, rtol=precision, atol=precision * wanted.abs().max().item())
     local, dweight, dbias = ours.backward_sums(g, x, rows, F32, F64)
     wanted_local = torch.stack([wide_g.sum(over), (wide_g * xhat).sum(over)])
@@ -94,8 +77,8 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None) -> None:
     assert_close(dweight.double(), wanted_local[1], rtol=1e-6, atol=1e-6 * scale)
     assert_close(dbias, wanted_local[0], rtol=1e-9, atol=1e-9 * scale)
     dx = ours.backward_input(g, x, rows, weight, local, sums[-1], mask)
-    a, b = (_facing(total, x) / raw[-1] for total in local)
-    wanted_dx = _facing(weight * invstd, x) * (wide_g - w * (a + xhat * b))
+    a, b = (facing(total, x) / raw[-1] for total in local)
+    wanted_dx = facing(weight * invstd, x) * (wide_g - w * (a + xhat * b))
     largest = wanted_dx.abs().max().item()
     assert_close(dx.double(), wanted_dx, rtol=precision, atol=precision * largest)
     assert y.dtype == dx.dtype == x.dtype
@@ -110,7 +93,7 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None) -> None:
 def test_all_passes(shape, arrangement, dtype, masked):
     if not ours.is_usable(torch.empty(1, dtype=dtype)):
         pytest.skip(f"the compiler knew no {dtype}")
-    x, g = (_randn(*shape, seed=s) * 2 + s for s in (1, 0))
+    x, g = (randn(*shape, seed=s) * 2 + s for s in (1, 0))
     if arrangement == "channels_last":
         x, g = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, g))
     elif arrangement == "strided":
@@ -123,7 +106,7 @@ def test_all_passes(shape, arrangement, dtype, masked):
 @needs_library
 @pytest.mark.parametrize("shape", [(64, 32, 56, 56), (100_000, 40), (4, 8, 30_000)], ids=str)
 def test_bits_do_not_depend_on_threads(shape):
-    x, g, threads = _randn(*shape), _randn(*shape, seed=1), torch.get_num_threads()
+    x, g, threads = randn(*shape), randn(*shape, seed=1), torch.get_num_threads()
     seen = []
     try:
         for number in (1, 2, 5):
@@ -142,7 +125,7 @@ def test_bits_do_not_depend_on_threads(shape):
 @needs_library
 @pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_variance_far_from_zero(arrangement):
-    x = (_randn(32, 16, 20, 20) + 1e4).contiguous(memory_format=arrangement)
+    x = (randn(32, 16, 20, 20) + 1e4).contiguous(memory_format=arrangement)
     batch = of_sums(ours.moments(x, None))
     exact = x.double().var((0, 2, 3), correction=0)
     assert ((batch.var - exact) / exact).abs().max() < 1e-6
@@ -154,12 +137,12 @@ def test_variance_far_from_zero(arrangement):
 def test_weight_that_is_none_gives_a_count_of_nan(wrong, dtype):
     mask = torch.ones(4, 1, 5, dtype=dtype)
     mask[2, 0, 3] = wrong
-    assert ours.moments(_randn(4, 3, 5).to(dtype), mask)[-1].isnan()
+    assert ours.moments(randn(4, 3, 5).to(dtype), mask)[-1].isnan()
 
 
 @needs_library
 def test_padding_of_weight_zero_may_lie_anywhere():
-    x, mask = _randn(4, 3, 50), torch.ones(4, 1, 50)
+    x, mask = randn(4, 3, 50), torch.ones(4, 1, 50)
     mask[..., 30:] = 0
     clean = ours.moments(x[..., :30].contiguous(), None)
     x[..., 30:] = 1e30
@@ -214,7 +197,7 @@ def test_a_counter_of_any_type_counts(dtype):
 @pytest.mark.parametrize("n", [0.0, 1.0, 20.0])
 @pytest.mark.parametrize("step", [None, 0, 5_000, 20_000, 10**6])
 def test_correction_as_by_operators(step, n):
-    x = _randn(5, 3, 4)
+    x = randn(5, 3, 4)
     mean, var = torch.tensor([-3.0, 0.0, 1.0]), torch.tensor([0.1, 1.0, 60.0])
     bounds = (torch.tensor(2.0, dtype=F64), torch.tensor(1.0, dtype=F64))
     if step is not None:
@@ -238,7 +221,7 @@ def test_averages_follow_as_by_operators(n, updates):
         mean, var = torch.full((3,), 0.5, dtype=F64), torch.full((3,), 2.0, dtype=F64)
         count, waits = torch.tensor(updates), torch.tensor(updates == 0)
         rules.follow_moments_(Raw(_sums(n, 1.5, 4.0)), mean, var, count, waits, EPS, options)
-        gradient, many = _randn(2, 3).double(), torch.tensor(updates)
+        gradient, many = randn(2, 3).double(), torch.tensor(updates)
         rules.follow_gradients_(_sums(n, 1.5, 4.0), gradient, many, options)
         kept = rules.snapshot(mean, var, gradient)
         seen.append((mean, var, count, waits, gradient, many, kept))
@@ -251,11 +234,11 @@ def test_subclasses_of_tensors_go_by_operators():
     class Own(Tensor):
         pass
 
-    x = _randn(4, 3, 5)
+    x = randn(4, 3, 5)
     assert kernels.of_device(x) is ours
-    assert kernels.of_device(x, torch.nn.Parameter(_randn(3)), None) is ours
+    assert kernels.of_device(x, torch.nn.Parameter(randn(3)), None) is ours
     assert kernels.of_device(x.as_subclass(Own)) is not ours
-    assert kernels.of_device(x, _randn(3).as_subclass(Own)) is not ours
+    assert kernels.of_device(x, randn(3).as_subclass(Own)) is not ours
 
 
 @needs_library

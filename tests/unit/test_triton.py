@@ -15,6 +15,7 @@ from syncnorm.maths import kernels, lagged, moments, renorm
 from syncnorm.maths.kernels.triton import geometry, launch
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.testing import assert_close
+from tests.unit.kernel_inputs import facing, poison, randn
 from tests.unit.test_kernels import SHAPES, _arrange
 from tests.unit.triton_interpreter import interpreted
 
@@ -41,21 +42,7 @@ def _interpreter():
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch):
-    """Outputs begin as NaN, so that an element that nobody writes is seen."""
-
-    def poisoned(make):
-        def full(*args: Any, **kwargs: Any) -> Tensor:
-            out = make(*args, **kwargs)
-            return out.fill_(torch.nan if out.dtype.is_floating_point else 1)
-
-        return full
-
-    for name in ("empty", "empty_like"):
-        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
-
-
-def _randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    poison(monkeypatch)
 
 
 def _rand(*shape: int, seed: int = 0) -> Tensor:
@@ -64,10 +51,6 @@ def _rand(*shape: int, seed: int = 0) -> Tensor:
 
 def _over(x: Tensor) -> list[int]:
     return [0, *range(2, x.ndim)]
-
-
-def _facing(c: Tensor, x: Tensor) -> Tensor:
-    return c.double().view(-1, *[1] * (x.ndim - 2))
 
 
 def _count(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -114,7 +97,7 @@ def _backward_sums(
 def _check_all(x: Tensor, g: Tensor, mask: Tensor | None, factor: float = 1.0) -> None:
     """All four passes against float64."""
     channels, dtype = x.shape[1], x.dtype
-    weight, bias = _rand(channels, seed=5) + 0.5, _randn(channels, seed=6)
+    weight, bias = _rand(channels, seed=5) + 0.5, randn(channels, seed=6)
     if dtype == F64:
         weight, bias = weight.double(), bias.double()
     sums = launch.moments(x, mask)
@@ -125,10 +108,10 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None, factor: float = 1.0) -
 
     batch = of_sums(expected)
     invstd = batch.invstd(EPS)
-    xhat = (x.double() - _facing(batch.mean, x)) * _facing(invstd, x)
+    xhat = (x.double() - facing(batch.mean, x)) * facing(invstd, x)
     y, rows = _normalize(x, expected, True, weight, bias, EPS)
     assert_close(rows, torch.stack([batch.mean, batch.m2, invstd]), F64, "rows")
-    assert_close(y, xhat * _facing(weight, x) + _facing(bias, x), dtype, "y", factor)
+    assert_close(y, xhat * facing(weight, x) + facing(bias, x), dtype, "y", factor)
 
     local, dweight, dbias = _backward_sums(g, x, rows, weight, bias)
     wide = g.double()
@@ -142,8 +125,8 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None, factor: float = 1.0) -
     assert torch.equal(dbias, local[0].to(bias.dtype))
 
     dx = launch.backward_input(g, x, rows, weight, local, batch.count, mask)
-    through = _facing(local[0], x) + xhat * _facing(local[1], x)
-    expected = _facing(weight * invstd, x) * (wide - _count(x, mask) * through / batch.count)
+    through = facing(local[0], x) + xhat * facing(local[1], x)
+    expected = facing(weight * invstd, x) * (wide - _count(x, mask) * through / batch.count)
     assert_close(dx, expected, dtype, "dx", factor)
     for out in (y, dx):
         assert out.dtype == dtype
@@ -154,8 +137,8 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None, factor: float = 1.0) -
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", SMALL, ids=str)
 def test_equal_to_float64(shape, masked, how):
-    x = _arrange(_randn(*shape) * 2 + 3, how)
-    g = _arrange(_randn(*shape, seed=1), "contiguous" if how == "channels_last" else how)
+    x = _arrange(randn(*shape) * 2 + 3, how)
+    g = _arrange(randn(*shape, seed=1), "contiguous" if how == "channels_last" else how)
     _check_all(x, g, _rand(shape[0], 1, *shape[2:]) if masked else None)
 
 
@@ -163,29 +146,29 @@ def test_equal_to_float64(shape, masked, how):
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
 def test_types(how, dtype):
     shape = (6, 8, 7, 7)
-    x = _arrange(_randn(*shape) * 2 + 3, how).to(dtype)
+    x = _arrange(randn(*shape) * 2 + 3, how).to(dtype)
     mask = _rand(6, 1, 7, 7).to(dtype)
-    _check_all(x, _arrange(_randn(*shape, seed=1), how).to(dtype), mask)
+    _check_all(x, _arrange(randn(*shape, seed=1), how).to(dtype), mask)
     # The gradient, or the mask, may have another type.
-    _check_all(x.float(), _randn(*shape, seed=1).to(dtype), mask)
+    _check_all(x.float(), randn(*shape, seed=1).to(dtype), mask)
 
 
 def _views() -> dict[str, tuple[Tensor, Tensor, Tensor | None]]:
-    x, g = _randn(4, 6, 10, 12), _randn(4, 6, 9, 7, seed=1)
+    x, g = randn(4, 6, 10, 12), randn(4, 6, 9, 7, seed=1)
     crop = x[:, :, 1:, 3:10]
-    last = _arrange(_randn(4, 6, 10, 12, seed=2), "channels_last")[:, :, 1:, 3:10]
+    last = _arrange(randn(4, 6, 10, 12, seed=2), "channels_last")[:, :, 1:, 3:10]
     return {
         "crop": (crop, g, None),
         "crop of channels last": (last, g, _rand(4, 1, 9, 7)),
         "gradient of a sum": (g, torch.ones(()).expand(4, 6, 9, 7), None),
-        "gradient of a mean of channels": (g, _randn(4, 6, 1, 1).expand(4, 6, 9, 7), None),
+        "gradient of a mean of channels": (g, randn(4, 6, 1, 1).expand(4, 6, 9, 7), None),
         "gradient in channels last": (crop, last, None),
-        "transposed": (_randn(4, 9, 6).transpose(1, 2), _randn(6, 9, 4).transpose(0, 2).transpose(1, 2), None),
+        "transposed": (randn(4, 9, 6).transpose(1, 2), randn(6, 9, 4).transpose(0, 2).transpose(1, 2), None),
         "of turned planes": (g.transpose(2, 3), g.transpose(2, 3), _rand(1, 1, 7, 1).expand(4, 1, 7, 9)),
         "some channels": (x[:, 1:5], x[:, 2:], None),
         "every other sample": (x[::2], x[1::2], _rand(2, 1, 1, 1).expand(2, 1, 10, 12)),
-        "a sample of three": (x[:1].expand(3, -1, -1, -1), _randn(3, 6, 10, 12), None),
-        "four dimensions": (_randn(3, 4, 5, 6, 7)[1:, :, 1:4, 2:5, 1:6], _randn(2, 4, 3, 3, 5), None),
+        "a sample of three": (x[:1].expand(3, -1, -1, -1), randn(3, 6, 10, 12), None),
+        "four dimensions": (randn(3, 4, 5, 6, 7)[1:, :, 1:4, 2:5, 1:6], randn(2, 4, 3, 3, 5), None),
     }  # fmt: skip
 
 
@@ -203,7 +186,7 @@ def test_views_are_read_as_they_are(name, monkeypatch):
 
 
 def test_more_than_four_dimensions_are_copied():
-    x = _randn(3, 2, 4, 4, 4, 4)[1:, :, 1:3, 1:3, 1:3, 1:3]
+    x = randn(3, 2, 4, 4, 4, 4)[1:, :, 1:3, 1:3, 1:3, 1:3]
     _check_all(x, x.transpose(2, 5), _rand(2, 1, 2, 2, 2, 2))
     assert geometry.plan(tuple(x.shape), (x.stride(),), None, 4, geometry.SUMS, 1) is None
 
@@ -213,8 +196,8 @@ def test_many_small_tiles_and_splits(how, monkeypatch):
     """Small tiles bring every loop to more than one turn, and are added in a fixed order."""
     for name in ("SUMS", "ELEMENTWISE"):
         monkeypatch.setattr(launch, name, geometry.Work(tile=8, programs=3, whole=1))
-    x, mask = _arrange(_randn(20, 4, 3) * 2 + 3, how), _rand(20, 1, 3)
-    _check_all(x, _randn(20, 4, 3, seed=1), mask)
+    x, mask = _arrange(randn(20, 4, 3) * 2 + 3, how), _rand(20, 1, 3)
+    _check_all(x, randn(20, 4, 3, seed=1), mask)
     assert torch.equal(launch.moments(x, mask), launch.moments(x, mask))
     plan = geometry.plan((20, 4, 3), (x.stride(),), None, 4, launch.SUMS, 1)
     assert plan is not None
@@ -223,7 +206,7 @@ def test_many_small_tiles_and_splits(how, monkeypatch):
 
 def test_more_tiles_than_float32_adds(monkeypatch):
     monkeypatch.setattr(launch, "SUMS", geometry.Work(tile=8, programs=3, whole=1))
-    x, g = _randn(20, 1, 35) + 1, _randn(20, 1, 35, seed=1)
+    x, g = randn(20, 1, 35) + 1, randn(20, 1, 35, seed=1)
     plan = geometry.plan((20, 1, 35), (x.stride(),), None, 4, launch.SUMS, 1)
     assert plan is not None
     assert plan.sizes[1] > 16
@@ -238,7 +221,7 @@ def test_more_tiles_than_float32_adds(monkeypatch):
 def test_offsets_beyond_32_bits():
     """The interpreter reports an overflow of 32 bits."""
     shape, far = (2, 3, 5, 7), (2**31, 2**30, 7, 1)
-    near = geometry.plan(shape, (_randn(*shape).stride(),), None, 4, geometry.SUMS, 1)
+    near = geometry.plan(shape, (randn(*shape).stride(),), None, 4, geometry.SUMS, 1)
     wide = geometry.plan(shape, (far,), None, 4, geometry.SUMS, 1)
     expanded = geometry.plan((2**16, 2, 2**15), ((0, 0, 0),), None, 4, geometry.SUMS, 132)
     assert near is not None
@@ -258,8 +241,8 @@ def test_arithmetic_in_64_bits_is_the_same(how, monkeypatch):
     monkeypatch.setattr(launch, "plan", wide)
     for shape in [(6, 8, 7, 7), (3, 4, 9, 30)]:
         _check_all(
-            _arrange(_randn(*shape) + 1, how),
-            _randn(*shape, seed=1),
+            _arrange(randn(*shape) + 1, how),
+            randn(*shape, seed=1),
             _rand(shape[0], 1, *shape[2:]),
         )
 
@@ -277,7 +260,7 @@ def test_arithmetic_in_64_bits_is_the_same(how, monkeypatch):
 )
 def test_variance_at_large_means(shape, how, masked):
     """Padding of weight 0, far from the data, costs no digits either."""
-    x = _arrange(_randn(*shape, seed=1) + 1e4, how)
+    x = _arrange(randn(*shape, seed=1) + 1e4, how)
     mask = None
     if masked:
         mask = (_rand(shape[0], 1, *shape[2:]) > 0.3).float()
@@ -286,7 +269,7 @@ def test_variance_at_large_means(shape, how, masked):
     got = of_sums(launch.moments(x, mask))
     w = _count(x, mask)
     mean = (w * x.double()).sum(_over(x)) / w.sum()
-    var = (w * (x.double() - _facing(mean, x)).square()).sum(_over(x)) / w.sum()
+    var = (w * (x.double() - facing(mean, x)).square()).sum(_over(x)) / w.sum()
     assert ((got.var - var).abs() / var).max() <= 1e-5
     assert ((got.mean - mean).abs() <= 1e-6 * var.sqrt()).all()
 
@@ -297,7 +280,7 @@ def test_variance_at_large_means(shape, how, masked):
 def test_half_types_are_summed_as_exactly_as_float32(how, mean, dtype):
     """Their coarse grid makes float32 round each addition of a long sum the same way."""
     for shape in [(1, 1, 200, 200), (8, 4, 32, 32)]:
-        x = _arrange((_randn(*shape, seed=4) * 2 + mean).to(dtype), how)
+        x = _arrange((randn(*shape, seed=4) * 2 + mean).to(dtype), how)
         got, truth = of_sums(launch.moments(x, None)), x.double().var(_over(x), correction=0)
         assert ((got.mean - x.double().mean(_over(x))).abs() / truth.sqrt()).max() <= 5e-6
         assert ((got.var - truth).abs() / truth).max() <= 2e-5
@@ -307,7 +290,7 @@ def test_half_types_are_summed_as_exactly_as_float32(how, mean, dtype):
 def test_sums_of_equal_gradients_do_not_drift(how):
     """Float32 rounds each addition of one number the same way."""
     for shape in [(1, 1, 190, 190), (40, 4, 8, 8)]:
-        x, g = _arrange(_randn(*shape, seed=6), how), _arrange(torch.full(shape, 0.1), how)
+        x, g = _arrange(randn(*shape, seed=6), how), _arrange(torch.full(shape, 0.1), how)
         rows = torch.stack([torch.zeros(shape[1]), *torch.ones(2, shape[1])]).double()
         local, *_ = _backward_sums(g, x, rows, None, None)
         terms = g.double(), (g * x).double()
@@ -326,9 +309,9 @@ def test_sums_of_equal_gradients_do_not_drift(how):
     ],
 )
 def test_what_is_no_weight_counts_as_0_and_makes_the_count_nan(how, wrong):
-    x = _randn(70, 8, 3, 3) if how == "runs" else _randn(6, 3, 20, 21)
+    x = randn(70, 8, 3, 3) if how == "runs" else randn(6, 3, 20, 21)
     if how == "split":
-        x = _randn(20, 1, 40, 40)
+        x = randn(20, 1, 40, 40)
     x = _arrange(x, how)
     mask = _rand(x.shape[0], 1, *x.shape[2:])
     mask[-1, 0, -1, -1] = wrong
@@ -337,9 +320,9 @@ def test_what_is_no_weight_counts_as_0_and_makes_the_count_nan(how, wrong):
     sums, right = launch.moments(x, mask), launch.moments(x, clean)
     assert sums[-1].isnan()
     assert torch.equal(sums[:-1], right[:-1])
-    g, c = _randn(*x.shape, seed=1), x.shape[1]
+    g, c = randn(*x.shape, seed=1), x.shape[1]
     _, rows = _normalize(x, right, True, None, None, EPS)
-    totals = _randn(2, c, seed=2).double()
+    totals = randn(2, c, seed=2).double()
     got = launch.backward_input(g, x, rows, None, totals, right[-1], mask)
     assert torch.equal(got, launch.backward_input(g, x, rows, None, totals, right[-1], clean))
 
@@ -348,7 +331,7 @@ def test_what_is_no_weight_counts_as_0_and_makes_the_count_nan(how, wrong):
 def test_nan_is_seen_even_where_nothing_counts(how):
     """One channel's NaN is that channel's."""
     for shape in [(4, 8, 3, 3), (3, 5, 20, 21)]:
-        x, mask = _arrange(_randn(*shape), how), torch.ones(shape[0], 1, *shape[2:])
+        x, mask = _arrange(randn(*shape), how), torch.ones(shape[0], 1, *shape[2:])
         x[1, 2, 1, 1], mask[1, 0, 1, 1] = math.nan, 0.0
         for given in (None, mask):
             sums = launch.moments(x, given)
@@ -362,7 +345,7 @@ def test_nan_is_seen_even_where_nothing_counts(how):
 
 
 def test_a_mask_of_zeros():
-    x = _randn(3, 4, 5)
+    x = randn(3, 4, 5)
     sums = launch.moments(x, torch.zeros(3, 1, 5))
     assert torch.equal(sums, torch.zeros(9).double())
 
@@ -373,7 +356,7 @@ COUNTS = [0.0, 1.0, 0.5, 6.0, math.nan]
 
 def _batch(n: float, is_raw: bool, channels: int = 5) -> Tensor:
     """A pooled statistic: of one value where n <= 1, but for the last channel."""
-    mean = _randn(channels, seed=7).double()
+    mean = randn(channels, seed=7).double()
     m2 = _rand(channels, seed=8).double() * (n if n > 1 else 0.0)
     if n == 0.5:
         m2[-1] = 0.25
@@ -401,23 +384,23 @@ SCHEDULES = [
 @pytest.mark.parametrize("is_raw", [False, True])
 @pytest.mark.parametrize("n", COUNTS)
 def test_the_rules_of_a_statistic_are_those_of_moments(n, is_raw):
-    x, batch = _randn(2, 5, 3), _batch(n, is_raw)
+    x, batch = randn(2, 5, 3), _batch(n, is_raw)
     expected = _moments_of(batch, is_raw)
     y, rows = _normalize(x, batch, is_raw, None, None, EPS)
     # With raw sums m2 may be a rounding error in place of 0, here as there.
     truth = torch.stack([expected.mean, expected.m2, expected.invstd(EPS)])
     assert torch.equal(rows[2] == 0, truth[2] == 0)
     torch.testing.assert_close(rows, truth, rtol=1e-12, atol=1e-12, equal_nan=True)
-    centred = x.double() - _facing(truth[0], x)
-    assert_close(y, centred * _facing(rows[2], x), F32, "y")
+    centred = x.double() - facing(truth[0], x)
+    assert_close(y, centred * facing(rows[2], x), F32, "y")
 
-    running_mean, running_var = _randn(5, seed=9), _rand(5, seed=10) + 0.1
+    running_mean, running_var = randn(5, seed=9), _rand(5, seed=10) + 0.1
     for schedule, steps in SCHEDULES if n in (6.0, 0.0) and is_raw else SCHEDULES[-2:]:
         numbers = (schedule.r_max, schedule.d_max, schedule.warmup_steps, schedule.r_steps, schedule.d_steps)  # fmt: skip
         for step in map(torch.tensor, steps):
             bounds = schedule.at(step)
             r, d = renorm.correction(expected, running_mean, running_var, EPS, *bounds)
-            weight, bias = _rand(5, seed=11), _randn(5, seed=12)
+            weight, bias = _rand(5, seed=11), randn(5, seed=12)
             for given in (bounds, (step, numbers)):
                 y, rows = _normalize(
                     x, batch, is_raw, weight, bias, EPS, (running_mean, running_var, given)
@@ -427,18 +410,18 @@ def test_the_rules_of_a_statistic_are_those_of_moments(n, is_raw):
                 )
                 assert torch.equal(rows[5:7], torch.stack([running_mean, running_var]).double())
                 assert torch.equal(rows[7:], torch.stack(bounds).double().view(2, 1).expand(2, 5))
-                truth = centred * _facing(rows[2] * r * weight, x) + _facing(bias + weight * d, x)
+                truth = centred * facing(rows[2] * r * weight, x) + facing(bias + weight * d, x)
                 assert_close(y, truth, F32, "y")
 
 
 def test_gradients_with_a_correction():
-    x, g, batch = _randn(4, 5, 6), _randn(4, 5, 6, seed=1), _batch(24.0, True)
-    reference = (_randn(5, seed=9), _rand(5) + 0.1, (torch.tensor(1.3).double(), torch.tensor(0.4).double()))  # fmt: skip
+    x, g, batch = randn(4, 5, 6), randn(4, 5, 6, seed=1), _batch(24.0, True)
+    reference = (randn(5, seed=9), _rand(5) + 0.1, (torch.tensor(1.3).double(), torch.tensor(0.4).double()))  # fmt: skip
     for weight, bias in [
-        (_rand(5) + 0.5, _randn(5)),
+        (_rand(5) + 0.5, randn(5)),
         (None, None),
         (_rand(5), None),
-        (None, _randn(5)),
+        (None, randn(5)),
     ]:
         _, rows = _normalize(x, batch, True, weight, bias, EPS, reference)
         local, dweight, dbias = _backward_sums(g, x, rows, weight, bias)
@@ -449,19 +432,19 @@ def test_gradients_with_a_correction():
             torch.testing.assert_close(dbias, local[0].float())
         dx = launch.backward_input(g, x, rows, weight, local, batch[-1], None)
         scale = rows[3] * rows[2] * (1.0 if weight is None else weight)
-        xhat = (x.double() - _facing(rows[0], x)) * _facing(rows[2], x)
-        through = _facing(local[0] / 24, x) + xhat * _facing(local[1] / 24, x)
-        assert_close(dx, _facing(scale, x) * (g - through), F32, "dx")
+        xhat = (x.double() - facing(rows[0], x)) * facing(rows[2], x)
+        through = facing(local[0] / 24, x) + xhat * facing(local[1] / 24, x)
+        assert_close(dx, facing(scale, x) * (g - through), F32, "dx")
         means = launch.backward_input(g, x, rows, weight, local / batch[-1], None, None)
         assert_close(means, dx, F32, "dx from means")
 
 
 @pytest.mark.parametrize("n", [0.0, math.nan])
 def test_the_gradient_of_a_statistic_of_nothing(n):
-    x, g, count = _randn(4, 5, 6), _randn(4, 5, 6, seed=1), torch.tensor(n).double()
+    x, g, count = randn(4, 5, 6), randn(4, 5, 6, seed=1), torch.tensor(n).double()
     rows = _rand(3, 5).double()
-    dx = launch.backward_input(g, x, rows, None, _randn(2, 5).double(), count, None)
-    assert_close(dx, _facing(rows[2], x) * g * (count + 1), F32, "dx")
+    dx = launch.backward_input(g, x, rows, None, randn(2, 5).double(), count, None)
+    assert_close(dx, facing(rows[2], x) * g * (count + 1), F32, "dx")
 
 
 @pytest.mark.parametrize("is_raw", [False, True])
@@ -474,7 +457,7 @@ def test_running_statistics_follow_as_they_do_elsewhere(n, momentum, is_raw):
         for counter in (None, torch.tensor(0), torch.tensor(6, dtype=torch.int32)):
             if momentum is None and counter is None:
                 continue
-            mean, var = _randn(300, seed=9).to(dtype), (_rand(300, seed=10) + 0.1).to(dtype)
+            mean, var = randn(300, seed=9).to(dtype), (_rand(300, seed=10) + 0.1).to(dtype)
             truth = [None if t is None else t.clone() for t in (mean, var, counter)]
             factor = moments.average_factor(truth[2], expected, momentum)
             moments.update_running_mean_(truth[0], expected, factor)
@@ -507,7 +490,7 @@ def test_a_single_value_has_no_variance_however_it_is_computed():
     """
     value = torch.tensor([1.1, 1e3, 1e-3], dtype=F64)
     square = torch.nextafter(value * value, torch.tensor(math.inf).double())
-    x, batch = _randn(2, 3), torch.cat([value, square, torch.ones(1).double()])
+    x, batch = randn(2, 3), torch.cat([value, square, torch.ones(1).double()])
     y, rows = _normalize(x, batch, True, None, None, EPS)
     assert torch.equal(rows[1:], torch.zeros(2, 3).double())
     assert torch.equal(y, torch.zeros(2, 3))
@@ -523,7 +506,7 @@ def test_averages_of_moments_follow_as_they_do_elsewhere(is_raw, n, max_drift, u
         batch[600] = math.inf
     options = lagged.Lagged(max_drift=max_drift)
     for waited in (False, True):
-        mean, var = _randn(700, seed=9).double(), (_rand(700, seed=10) + 0.1).double()
+        mean, var = randn(700, seed=9).double(), (_rand(700, seed=10) + 0.1).double()
         number, waits = torch.tensor([updates, 5]), torch.tensor(waited)
         truth = [t.clone() for t in (mean, var, number, waits)]
         lagged.follow_moments_(
@@ -541,7 +524,7 @@ def test_averages_of_moments_follow_as_they_do_elsewhere(is_raw, n, max_drift, u
 @pytest.mark.parametrize("updates", [0, 3])
 @pytest.mark.parametrize("n", [6.0, 0.0, math.nan, math.inf])
 def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
-    sums, gradient = _randn(601).double(), _randn(2, 300, seed=1).double()
+    sums, gradient = randn(601).double(), randn(2, 300, seed=1).double()
     sums[-1] = n if n < math.inf else 6.0
     if n == math.inf:
         sums[555] = math.inf
@@ -554,14 +537,14 @@ def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
 
 
 def test_a_snapshot_of_averages():
-    mean, var, gradient = _randn(130).double(), _rand(130).double(), _randn(2, 130).double()
+    mean, var, gradient = randn(130).double(), _rand(130).double(), randn(2, 130).double()
     assert torch.equal(launch.snapshot(mean, var, gradient), lagged.snapshot(mean, var, gradient))
 
 
 def test_what_is_written_in_place_is_known_to_autograd():
     """Evaluation keeps the running statistics for its backward pass: moved since, it must raise."""
-    mean, var, count = _randn(5), _rand(5) + 0.1, torch.tensor(0)
-    x = _randn(2, 5).requires_grad_()
+    mean, var, count = randn(5), _rand(5) + 0.1, torch.tensor(0)
+    x = randn(2, 5).requires_grad_()
     y = torch.nn.functional.batch_norm(x, mean, var)
     batch = moments.Raw(_batch(6.0, True))
     kernels.triton.update_running_(mean, var, count, batch, 0.1, EPS, False)
