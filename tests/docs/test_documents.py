@@ -239,7 +239,7 @@ def test_links_and_files_exist(document):
     [
         "functional",
         "layers",
-        "comm.exchange",
+        "comm.tally",
         "maths.renorm",
         "model.accumulate",
         "model.monitor",
