@@ -10,6 +10,7 @@ images ready and writes nothing.
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
+from syncnorm.train.data.feed import TRAIN, MemoryFeed
 from syncnorm.train.loop import Run, take_step
 from syncnorm.train.models import MODELS
 from syncnorm.train.placement import Workers
@@ -63,16 +65,19 @@ def random_images() -> Dataset:
 def trainer_step(
     config: Config, data: Dataset, workers: Workers, folder: Path
 ) -> Callable[[], None]:
-    setup = make_setup(config, workers, data, total_steps=10**6)
+    feed = MemoryFeed(data, config, workers.device)
+    setup = make_setup(config, workers, feed, total_steps=10**6)
     progress = Progress(epoch=1)
     recorder = Recorder(setup, folder, progress, total_steps=10**6)
     run = Run(
-        config, workers, data, setup, progress, Quiet(), recorder, None, steps_per_epoch=10**6
+        config, workers, feed, setup, progress, Quiet(), recorder, None, steps_per_epoch=10**6
     )
-    batches = torch.arange(len(data.train)).split(config.train.global_batch)
+    steps = torch.arange(len(data.train)).split(config.train.global_batch)[:-1]
+    forwards = (f for indices in itertools.cycle(steps) for f in setup.forwards(indices))
+    batches = feed.batches(TRAIN, forwards, 1)
 
     def step() -> None:
-        take_step(run, batches[progress.step % (len(batches) - 1)])
+        take_step(run, batches, steps[progress.step % len(steps)])
 
     return step
 

@@ -28,10 +28,14 @@ from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import REFERENCE
-from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, types_of
+from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
+from syncnorm.train.data.feed import Feed, LoaderFeed, MemoryFeed, judged_split
+from syncnorm.train.data.splits import Splits
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
 from syncnorm.train.placement import Placement, Workers, place, place_local
+from syncnorm.train.task import Task
+from syncnorm.train.task.make import make_task
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +47,7 @@ class Setup:
     Args:
         config: the configuration it was built from.
         workers: this worker's rank and device.
+        task: the loss and the metrics.
         model: the bare network, whose state is saved.
         ddp: the same network in training: under DistributedDataParallel, perhaps compiled.
         optimizer: over the network's parameters.
@@ -55,6 +60,7 @@ class Setup:
 
     config: Config
     workers: Workers
+    task: Task
     model: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
@@ -77,6 +83,11 @@ class Setup:
             return place_local(count, rank, world_size, micro_batch)
         return place(count, self.config.norm_batch, rank, world_size, micro_batch)
 
+    def forwards(self, indices: Tensor) -> list[Tensor]:
+        """List the indices of each of this worker's forwards in a step over `indices`, (N,)."""
+        rounds = self.placement(len(indices)).rounds
+        return [torch.cat([indices[part] for part in parts]) for parts in rounds]
+
     def set_norm_batches(self, placement: Placement, parts: tuple[slice, ...]) -> None:
         """Tell the layers over which samples the next forward's statistics are taken."""
         if self.statistic_groups is not None:
@@ -85,9 +96,7 @@ class Setup:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Make the context of a forward, with automatic mixed precision if it is asked for."""
-        if self.config.train.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.workers.device.type, getattr(torch, self.config.train.autocast))
+        return autocast(self.config, self.workers.device)
 
     def update_average(self) -> None:
         """Move the moving average, if there is one, towards the model."""
@@ -131,36 +140,74 @@ class Setup:
         )
 
 
-def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = ()) -> Dataset:
-    """Load the whole data set onto this worker's device.
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """Make the context of a forward, with automatic mixed precision if it is asked for."""
+    if config.train.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, config.train.autocast))
+
+
+def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = ()) -> Feed:
+    """Open the data set.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a callable may not be called or returns
-            something else.
+        ConfigError: a file is missing or damaged, a callable may not be called or returns something
+            else, or there is no validation set where one is needed.
     """
+    data = _load_data(config, allowed)
+    feed: Feed
+    if isinstance(data, Dataset):
+        feed = MemoryFeed(hold_out(data, config.data.validation), config, device)
+    else:
+        feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
+    if judged_split(feed) != "validation":
+        for key, needs_it in (
+            ("checkpoint.best", config.checkpoint.best),
+            ("train.patience", config.train.patience),
+        ):
+            if needs_it:
+                raise ConfigError(
+                    f"`{key}` must be left out where there is no validation set: the test set "
+                    "chooses nothing. Set data.validation to a share of the training set."
+                )
+    return feed
+
+
+def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
     root = None if config.data.root is None else Path(config.data.root)
     if not REFERENCE.fullmatch(config.data.name):
-        return DATASETS[config.data.name](root).to(device)
+        return DATASETS[config.data.name](root)
     made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
+    if isinstance(made, Splits):
+        return made.check()
     if not isinstance(made, Dataset):
         raise ConfigError(
-            "`data.name` must return a syncnorm.train.data.datasets.Dataset, got "
-            f"{types_of(made)} of {config.data.name!r}. "
-            "make_dataset(train, test, num_classes) there makes one of two Split(images, labels)."
+            "`data.name` must return a syncnorm.train.data.splits.Splits of data sets, or a "
+            f"syncnorm.train.data.datasets.Dataset of images in memory, got {types_of(made)} of "
+            f"{config.data.name!r}. make_dataset(train, test, num_classes) there makes one of two "
+            "Split(images, labels)."
         )
     train, test = checked_splits(made.train, made.test, made.num_classes)
-    return replace(made, train=train, test=test).to(device)
+    return replace(made, train=train, test=test)
 
 
 def make_model(
-    config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+    config: Config,
+    device: torch.device,
+    data: Feed,
+    total_steps: int,
+    allowed: tuple[str, ...] = (),
 ) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
-    return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
+    return prepare_ddp(make_bare_model(config, device, data, total_steps, allowed))
 
 
 def make_bare_model(
-    config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+    config: Config,
+    device: torch.device,
+    data: Feed,
+    total_steps: int,
+    allowed: tuple[str, ...] = (),
 ) -> nn.Module:
     """Build the model for data of this shape. No exchange.
 
@@ -168,9 +215,8 @@ def make_bare_model(
     """
     seed_random(config.train.seed)
     build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
-    images = data.train.images
     model = build(
-        in_channels=images.shape[1],
+        in_channels=data.in_channels,
         num_classes=data.num_classes,
         norm_layer=make_norm_layer(config.norm, total_steps),
         **config.model.options,
@@ -185,16 +231,25 @@ def make_bare_model(
     if begin_training(model):
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    return model.to(images.device, getattr(torch, config.train.dtype))
+    return model.to(device, getattr(torch, config.train.dtype))
+
+
+def task_of(
+    config: Config, device: torch.device, feed: Feed, allowed: tuple[str, ...] = ()
+) -> Task:
+    """Build the task of a run."""
+    dtype = getattr(torch, config.train.dtype)
+    return make_task(config.task, device, dtype, feed.num_classes, allowed)
 
 
 def make_setup(
     config: Config,
     workers: Workers,
-    data: Dataset,
+    data: Feed,
     total_steps: int,
     allowed: tuple[str, ...] = (),
     model: nn.Module | None = None,
+    task: Task | None = None,
 ) -> Setup:
     """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed.
 
@@ -207,10 +262,13 @@ def make_setup(
         total_steps: length of the run.
         allowed: packages whose callables a configuration may name.
         model: of `make_bare_model`, where it has been built already.
+        task: of `make_task`, where it has been built already.
     """
     train = config.train
+    if task is None:
+        task = task_of(config, workers.device, data, allowed)
     if model is None:
-        model = make_bare_model(config, data, total_steps, allowed)
+        model = make_bare_model(config, workers.device, data, total_steps, allowed)
     model = prepare_ddp(model)
     statistic_groups = _attach_statistic_groups(config, model)
     average = None
@@ -237,6 +295,7 @@ def make_setup(
     return Setup(
         config,
         workers,
+        task,
         model,
         ddp,
         optimizer,

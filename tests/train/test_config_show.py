@@ -213,7 +213,7 @@ def test_every_key_is_described(form):
 def test_a_line_of_each_table():
     text, table = schema("text"), schema("markdown")
     assert (
-        "  train.epochs        integer; required; 1 to 1000000000\n      passes over the training "
+        "  train.epochs          integer; required; 1 to 1000000000\n      passes over the training "
         "set\n" in text
     )
     assert "| `train.ema` | number or null | > 0, < 1 | `null` | decay of an average of " in table

@@ -3,7 +3,7 @@
 `syncnorm.train.config.file` reads files and overrides into it. A section is frozen and refuses
 unknown keys, so every `Config` is right, as far as that can be seen without data.
 
-`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections fix where it is
+`model`, `task`, `data`, `norm` and `train` fix the mathematics of a run; the other sections fix where it is
 computed and what is recorded, and may change when a run is resumed.
 """
 
@@ -25,9 +25,10 @@ from syncnorm.train.config.section import (
 )
 from syncnorm.train.data.datasets import DATASETS
 from syncnorm.train.models import MODELS
+from syncnorm.train.task.builtin import TASKS, make_builtin
 
 # The sections that fix a run's result.
-MATHEMATICS = ("model", "data", "norm", "train")
+MATHEMATICS = ("model", "task", "data", "norm", "train")
 
 
 def _known_model(name: str) -> str:
@@ -36,6 +37,10 @@ def _known_model(name: str) -> str:
 
 def _known_dataset(name: str) -> str:
     return check_name_or_reference(name, list(DATASETS))
+
+
+def _known_task(name: str) -> str:
+    return check_name_or_reference(name, list(TASKS))
 
 
 class ModelSection(Section):
@@ -54,6 +59,32 @@ class ModelSection(Section):
         return _check_taker(self)
 
 
+class TaskSection(Section):
+    """The loss and the metrics."""
+
+    name: Annotated[str, AfterValidator(_known_task)] = Field(
+        default="classify",
+        description="a task of syncnorm.train.task, or package.module:callable, which is called "
+        "with `options` and returns an object with loss(model, batch) and metrics(model, batch); "
+        "its package must be allowed on the command line",
+        json_schema_extra=name_or_reference_schema(TASKS),
+    )
+    loss: str | None = Field(
+        default=None, description="a loss class of torch.nn; null: the task's own"
+    )
+    options: Options = Field(
+        default={}, description="arguments of the loss, or of a callable that is the task"
+    )
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        if not REFERENCE.fullmatch(self.name):
+            make_builtin(self.name, self.loss, self.options)
+        elif self.loss is not None:
+            raise ValueError(f"loss must be null with name {self.name}, got {self.loss!r}")
+        return self
+
+
 class AugmentSection(Section):
     """Changes to training images, drawn for each sample from (seed, epoch, sample) alone."""
 
@@ -69,13 +100,27 @@ class AugmentSection(Section):
     )
 
 
+class LoaderSection(Section):
+    """The loading of samples that do not lie in memory."""
+
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="processes of each worker that load samples ahead; 0: it loads them itself",
+    )
+    prefetch: Whole = Field(
+        default=2, ge=1, le=1000, description="batches that each of them loads ahead"
+    )
+
+
 class DataSection(Section):
     """The data set."""
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
         description="a data set of syncnorm.train.data.datasets, or package.module:callable, which "
-        "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset; its "
-        "package must be allowed on the command line",
+        "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset or a "
+        "syncnorm.train.data.splits.Splits; its package must be allowed on the command line",
         json_schema_extra=name_or_reference_schema(DATASETS),
     )
     root: LocalPath | None = Field(
@@ -83,6 +128,16 @@ class DataSection(Section):
     )
     augment: AugmentSection = Field(
         default=AugmentSection(), description="random changes to training images"
+    )
+    validation: Finite = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the training set that is set apart for validation, where the data "
+        "set has no validation set of its own; always the same samples",
+    )
+    loader: LoaderSection = Field(
+        default=LoaderSection(), description="loading of samples that do not lie in memory"
     )
     options: Options = Field(default={}, description="further arguments of a callable")
 
@@ -183,6 +238,15 @@ class TrainSection(Section):
         default=None, description="type of convolutions and products"
     )
     compile: bool = Field(default=False, description="torch.compile the model")
+    evaluate_every: Whole | None = Field(
+        default=None, ge=1, description="steps between evaluations; null: one after each epoch"
+    )
+    patience: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="evaluations on the validation set without a better one, after which the run "
+        "is done; null: it goes through all epochs",
+    )
     not_finite: Literal["stop", "skip"] = Field(
         default="stop",
         description="at a loss that is not finite: stop the run, or leave that step out",
@@ -224,8 +288,13 @@ class CheckpointSection(Section):
         default=None, ge=1, description="steps between checkpoints; null: one after each epoch"
     )
     keep: Whole = Field(default=3, ge=1, description="how many of the newest are kept")
-    best: bool = Field(
-        default=True, description="also keep the one with the highest test accuracy after an epoch"
+    minutes: Finite | None = Field(
+        default=None, gt=0, description="minutes after which there is another one besides"
+    )
+    best: bool | None = Field(
+        default=None,
+        description="also keep the one that is best on the validation set, by the task's metric; "
+        "null: if there is a validation set",
     )
 
 
@@ -317,6 +386,7 @@ class Config(Section):
     """A training run."""
 
     model: ModelSection = Field(description="the network")
+    task: TaskSection = Field(default=TaskSection(), description="what is learned")
     data: DataSection = Field(description="what it learns from")
     norm: NormSection = Field(default=NormSection(), description="the normalisation layers")
     train: TrainSection = Field(description="the optimisation")
@@ -343,7 +413,7 @@ class Config(Section):
 
     def mathematics(self) -> dict[str, Any]:
         """The sections that fix a run's result; a run can be resumed with others changed."""
-        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root"}})
+        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root", "loader"}})
 
     @model_validator(mode="after")
     def _statistics_are_pooled(self) -> Self:
