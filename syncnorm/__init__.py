@@ -20,6 +20,7 @@ __all__ = [
     "explain",
     "frozen_statistics",
     "functional",
+    "gather",
     "groups",
     "join",
     "monitor",

@@ -242,6 +242,7 @@ def test_links_and_files_exist(document):
         "comm.tally",
         "maths.renorm",
         "model.accumulate",
+        "model.gather",
         "model.monitor",
         "model.recalibrate",
         "model.convert.convert",

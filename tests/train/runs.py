@@ -1,6 +1,7 @@
 """Functions that a pool's ranks call: they must be importable."""
 
 import logging
+import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -287,3 +288,35 @@ def digests_of(shift_by_rank: bool) -> list[str]:
     assert layer.running_mean is not None
     layer.running_mean += dist.get_rank() if shift_by_rank else 1
     return gather_digests(layer)
+
+
+def train_sections(
+    folder: str, sections: dict[str, Any], stop_at: int | None = None
+) -> tuple[Outcome, Progress]:
+    """Train by a whole configuration; the first rank may be asked to stop."""
+    # A rank of the pool is a daemon, which may have no processes of its own; a worker is none.
+    multiprocessing.current_process().daemon = False
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == 0 else None, progress)
+    return train(Config(**sections), workers(), Path(folder), progress, watch, ("tests",)), progress
+
+
+def refused_sections(sections: dict[str, Any]) -> str:
+    """Return the error of a configuration that must be refused before the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train_sections(folder, sections)
+        except ConfigError as error:
+            assert not list(Path(folder).iterdir())
+            return str(error)
+    raise AssertionError("it has trained")
+
+
+def failed_sections(sections: dict[str, Any]) -> str:
+    """Return the error of a run that must fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train_sections(folder, sections)
+        except ConfigError as error:
+            return str(error)
+    raise AssertionError("it has trained")
