@@ -18,12 +18,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import SyncnormError
+from syncnorm.placement import epoch_order, shard
 from syncnorm.train.buffers import SharedBuffers, gather_digests
 from syncnorm.train.checkpoint.capture import Progress, capture, resume
 from syncnorm.train.checkpoint.saver import BackgroundSaver
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, epoch_order, shard
+from syncnorm.train.data.datasets import Dataset
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory
 from syncnorm.train.placement import Workers

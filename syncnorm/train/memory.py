@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError
 from syncnorm.module import SyncNorm
+from syncnorm.placement import place_local
 from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, types_of
-from syncnorm.train.placement import Workers, place, place_local
+from syncnorm.train.placement import Workers, place
 
 _log = logging.getLogger(__name__)
 

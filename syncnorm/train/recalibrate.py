@@ -10,13 +10,14 @@ from torch import nn
 from syncnorm import recalibrate
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
+from syncnorm.placement import shard
 from syncnorm.train import buffers
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, shard
+from syncnorm.train.data.datasets import Dataset
 from syncnorm.train.loop import CHECKPOINTS
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import load_data, make_model

@@ -21,6 +21,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement, place_local
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
@@ -31,7 +32,7 @@ from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, types_of
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
-from syncnorm.train.placement import Placement, Workers, place, place_local
+from syncnorm.train.placement import Workers, place
 
 _log = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from syncnorm import accumulate
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement
 from syncnorm.shards import Shard
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.notes import Notes, PendingNotes
-from syncnorm.train.placement import Placement
 from syncnorm.train.setup import Setup, seed_random, step_seed
 
 
