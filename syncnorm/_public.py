@@ -16,8 +16,10 @@ from syncnorm.model.frozen import frozen_statistics
 from syncnorm.model.join.join import join
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
+from syncnorm.model.sampler import ElasticBatchSampler
 
 __all__ = [
+    "ElasticBatchSampler",
     "Lagged",
     "RenormSchedule",
     "SyncBatchNorm",

@@ -244,6 +244,7 @@ def test_links_and_files_exist(document):
         "model.accumulate",
         "model.monitor",
         "model.recalibrate",
+        "model.sampler",
         "model.convert.convert",
         "model.adopt",
         "model.convert.adapters",
