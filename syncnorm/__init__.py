@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from syncnorm._public import *
 
 __all__ = [
+    "ElasticBatchSampler",
     "Lagged",
     "RenormSchedule",
     "SyncBatchNorm",

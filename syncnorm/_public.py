@@ -17,8 +17,10 @@ from syncnorm.model.gather import gather
 from syncnorm.model.join.join import join
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
+from syncnorm.model.sampler import ElasticBatchSampler
 
 __all__ = [
+    "ElasticBatchSampler",
     "Lagged",
     "RenormSchedule",
     "SyncBatchNorm",

@@ -28,13 +28,13 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement, shard
 from syncnorm.shards import Shard
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
-from syncnorm.train.data.datasets import shard
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
-from syncnorm.train.placement import Placement, Workers
+from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
 from syncnorm.train.task import Number, Task
 from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step

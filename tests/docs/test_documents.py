@@ -245,6 +245,7 @@ def test_links_and_files_exist(document):
         "model.gather",
         "model.monitor",
         "model.recalibrate",
+        "model.sampler",
         "model.convert.convert",
         "model.adopt",
         "model.convert.adapters",

@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import scale_loss
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation
+from syncnorm.placement import shard
 from syncnorm.train import optim
 from syncnorm.train.buffers import gather_digests
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, Split, shard
+from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
