@@ -89,7 +89,7 @@ def folder(
             )
         found = {split: _images_by_class(path) for split, path in folders.items()}
     else:
-        folders = dict.fromkeys(("train", "test"), root)
+        folders = {"train": root, "test": root}
         found = _cut(_images_by_class(root), test)
     classes = list(found["train"])
     for name, files in found["train"].items():
@@ -98,7 +98,7 @@ def folder(
                 f"`data.root` must hold images of each class, got none of {name!r} in "
                 f"{str(folders['train'])!r}. Images end in {', '.join(SUFFIXES)}."
             )
-    sets: dict[str, Dataset[Any]] = {
+    sets: dict[str, Any] = {
         split: _make_set(split, folders[split], by_class, classes, reader)
         for split, by_class in found.items()
     }

@@ -105,7 +105,7 @@ def masks(
         raise ConfigError(
             f"`data.root` must hold train/images and train/masks, got {str(root)!r} without train"
         )
-    sets: dict[str, Dataset[Any]] = {
+    sets: dict[str, Any] = {
         split: MaskFolder(*_pairs(split, path), num_classes, reader, flip=flip and split == "train")
         for split, path in folders.items()
     }
