@@ -24,6 +24,7 @@ from syncnorm.train.config.section import (
     name_or_reference_schema,
 )
 from syncnorm.train.data.datasets import DATASETS
+from syncnorm.train.data.sources import SOURCES, check_source_options
 from syncnorm.train.models import MODELS
 from syncnorm.train.task.builtin import TASKS, make_builtin
 
@@ -36,7 +37,7 @@ def _known_model(name: str) -> str:
 
 
 def _known_dataset(name: str) -> str:
-    return check_name_or_reference(name, list(DATASETS))
+    return check_name_or_reference(name, [*DATASETS, *SOURCES])
 
 
 def _known_task(name: str) -> str:
@@ -113,6 +114,11 @@ class AugmentSection(Section):
         "class by area; with mixup, too, each image has one of them; 0: none",
     )
 
+    @property
+    def changes_something(self) -> bool:
+        """True if anything is asked for."""
+        return bool(self.crop or self.flip or self.cutout or self.mixup or self.cutmix)
+
 
 class LoaderSection(Section):
     """The loading of samples that do not lie in memory."""
@@ -132,10 +138,11 @@ class DataSection(Section):
     """The data set."""
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
-        description="a data set of syncnorm.train.data.datasets, or package.module:callable, which "
+        description="a data set of syncnorm.train.data.datasets, a format of "
+        "syncnorm.train.data.sources, or package.module:callable, which "
         "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset or a "
         "syncnorm.train.data.splits.Splits; its package must be allowed on the command line",
-        json_schema_extra=name_or_reference_schema(DATASETS),
+        json_schema_extra=name_or_reference_schema([*DATASETS, *SOURCES]),
     )
     root: LocalPath | None = Field(
         default=None, description="folder that holds the data set's files"
@@ -153,10 +160,15 @@ class DataSection(Section):
     loader: LoaderSection = Field(
         default=LoaderSection(), description="loading of samples that do not lie in memory"
     )
-    options: Options = Field(default={}, description="further arguments of a callable")
+    options: Options = Field(
+        default={}, description="further arguments of a callable or of a format"
+    )
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
+        if self.name in SOURCES:
+            check_source_options(self.name, self.options)
+            return self
         return _check_taker(self)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +13,9 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data import datasets
 from syncnorm.train.data.augment import augment
+from syncnorm.train.data.augmented import Augmented
 from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
+from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.processes import die_with_parent
@@ -86,12 +89,35 @@ class MemoryFeed:
         return (self.load(split, indices, epoch) for indices in forwards)
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Gather images (n, C, H, W), standardised and, in an epoch, augmented; and labels (n,)."""
-        part, config = self._splits()[split][indices], self._config
-        images = self._data.standardise(part.images, getattr(torch, config.train.dtype))
-        if split == TRAIN and epoch:
-            images = augment(images, indices, config.data.augment, config.train.seed, epoch)
-        return images, part.labels
+        """Gather images (n, C, H, W), standardised and, in an epoch, augmented; and labels (n,).
+
+        Mixed ones have class probabilities (n, K) in place of labels.
+        """
+        if split != TRAIN or not epoch:
+            part = self._splits()[split][indices]
+            return self._standardise(part.images), part.labels
+        options, seed = self._config.data.augment, self._config.train.seed
+        images, labels = self._augmented(indices, epoch)
+        if not (options.mixup or options.cutmix):
+            return images, labels
+        others = partners(indices, self.sizes[TRAIN], seed, epoch)
+        other_images, other_labels = self._augmented(others, epoch)
+        samples = images, self._probabilities(labels)
+        other_samples = other_images, self._probabilities(other_labels)
+        return mix(samples, other_samples, indices, options, seed, epoch)
+
+    def _augmented(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        part, config = self._data.train[indices], self._config
+        images = self._standardise(part.images)
+        changed = augment(images, indices, config.data.augment, config.train.seed, epoch)
+        return changed, part.labels
+
+    def _standardise(self, images: Tensor) -> Tensor:
+        return self._data.standardise(images, getattr(torch, self._config.train.dtype))
+
+    def _probabilities(self, labels: Tensor) -> Tensor:
+        dtype = getattr(torch, self._config.train.dtype)
+        return F.one_hot(labels, self._data.num_classes).to(dtype)
 
     def describe(self) -> str:
         """Describe the data in a few words."""
@@ -111,14 +137,13 @@ class LoaderFeed:
     def __init__(self, splits: Splits, config: Config, device: torch.device) -> None:
         self._config, self._device = config, device
         self._dtype = getattr(torch, config.train.dtype)
-        self._sets = {
-            name: Seeded(data, config.train.seed)
-            for name, data in (
-                (TRAIN, splits.train),
-                (VALIDATION, splits.validation),
-                (TEST, splits.test),
-            )
-            if data is not None
+        seed = config.train.seed
+        train: Dataset[Any] = Seeded(splits.train, seed)
+        if config.data.augment.changes_something:
+            train = Augmented(train, config.data.augment, seed, splits.num_classes)
+        others = {VALIDATION: splits.validation, TEST: splits.test}
+        self._sets: dict[str, Any] = {TRAIN: train} | {
+            name: Seeded(data, seed) for name, data in others.items() if data is not None
         }
         self._collate = Collate(splits.collate)
         self._loaders: dict[str, tuple[DataLoader[Any], _Plan]] = {}
