@@ -287,3 +287,15 @@ def digests_of(shift_by_rank: bool) -> list[str]:
     assert layer.running_mean is not None
     layer.running_mean += dist.get_rank() if shift_by_rank else 1
     return gather_digests(layer)
+
+
+def train_example(
+    folder: str, config: str, overrides: list[str], stop_at: int | None = None, stopped_rank: int = 0
+) -> tuple[Outcome, Progress]:
+    """Train by a configuration of examples/; one rank may be asked to stop."""
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == stopped_rank else None, progress)
+    path = Path(__file__).parents[2] / config
+    return train(
+        load_config(str(path), overrides), workers(), Path(folder), progress, watch, ("examples",)
+    ), progress
