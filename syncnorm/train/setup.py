@@ -28,7 +28,6 @@ from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
-from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
 from syncnorm.train.data.feed import Feed, LoaderFeed, MemoryFeed, judged_split
 from syncnorm.train.data.sources import SOURCES
