@@ -51,6 +51,8 @@ def make_packaged(name: str, options: dict[str, Any], shape: Shape, *, may_load:
     }
     try:
         return makers[package](network, options, shape, may_load)
+    except ConfigError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError, OSError) as error:
         cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"`model.options` must fit {name!r}: {cause}") from None
@@ -61,8 +63,8 @@ def _torchvision(network: str, options: dict[str, Any], shape: Shape, may_load: 
     _check_known("torchvision", network, models.list_models())
     if shape.in_channels not in (None, 3):
         raise ConfigError(
-            "`model.name` must name a network for the data's images, of "
-            f"{shape.in_channels} channels, got 'torchvision:{network}', which is for 3"
+            f"`model.name` must name a network for inputs of {shape.in_channels} channel(s), got "
+            f"'torchvision:{network}', which is for 3"
         )
     _check_loading("torchvision", options, ("weights", "weights_backbone"), may_load)
     builder = models.get_model_builder(network)
@@ -92,6 +94,11 @@ def _transformers(network: str, options: dict[str, Any], shape: Shape, may_load:
             config.update(_known(num_channels=shape.in_channels))
         return cls(config)
     path = str(Path(network).expanduser())
+    if network[0] in "/.~" and not Path(path).is_dir():
+        raise ConfigError(
+            "`model.name` must name the folder of a model that transformers has saved, got "
+            f"'transformers:{network}', where there is none"
+        )
     here = {"local_files_only": not may_load, "trust_remote_code": False}
     config = transformers.AutoConfig.from_pretrained(path, **here)
     config.update(given)
