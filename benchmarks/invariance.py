@@ -46,11 +46,12 @@ from torch import nn
 from benchmarks import paired
 from syncnorm import monitor
 from syncnorm.model.monitor import Monitor
+from syncnorm.placement import epoch_order
 from syncnorm.testing import RankPool
 from syncnorm.train import loop
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
-from syncnorm.train.data.datasets import DATASETS, Dataset, epoch_order
+from syncnorm.train.data.datasets import DATASETS, Dataset
 from syncnorm.train.data.feed import TEST, TRAIN, MemoryFeed
 from syncnorm.train.metrics import read_events
 from syncnorm.train.placement import Workers

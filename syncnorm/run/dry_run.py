@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.comm import exchange
+from syncnorm.placement import epoch_order
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import epoch_order
 from syncnorm.train.data.feed import TRAIN
 from syncnorm.train.memory import Need, available_bytes, check_fits, estimate, format_bytes
 from syncnorm.train.placement import Workers

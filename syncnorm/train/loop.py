@@ -20,12 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.placement import epoch_order
 from syncnorm.train.buffers import SharedBuffers, gather_digests
 from syncnorm.train.checkpoint.capture import Progress, capture, resume
 from syncnorm.train.checkpoint.saver import BackgroundSaver
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import epoch_order
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed, judged_split
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
+from syncnorm.placement import place_local
 from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
-from syncnorm.train.placement import Workers, place, place_local
+from syncnorm.train.placement import Workers, place
 from syncnorm.train.setup import autocast
 from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms

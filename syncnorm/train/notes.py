@@ -24,10 +24,12 @@ class Flags:
     Args:
         stop: True if this worker was asked to stop.
         save: True if this worker finds that it is time to save.
+        failed: True if this worker's samples could not be read.
     """
 
     stop: bool = False
     save: bool = False
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Notes:
         counts: each worker's count of what its loss is over, in rank order.
         stop: True if some worker was asked to stop.
         save: True if it is time to save.
+        failed: True if some worker's samples could not be read.
         are_alike: True if the shared buffers have the same types and shapes on all workers.
     """
 
@@ -47,13 +50,14 @@ class Notes:
     counts: list[float]
     stop: bool
     save: bool
+    failed: bool
     are_alike: bool
 
 
 class PendingNotes:
     """The notes of a step on their way.
 
-    The payload is float64: two flags, a loss and a count for each rank and, if the model has
+    The payload is float64: three flags, a loss and a count for each rank and, if the model has
     buffers of its own, a checksum of their layout for each rank. Each worker fills in its own
     numbers.
 
@@ -68,7 +72,7 @@ class PendingNotes:
 
     def __init__(self, setup: Setup, loss: Tensor, count: Number, flags: Flags) -> None:
         rank, self._world_size = setup.workers.rank, setup.workers.world_size
-        size = 2 + self._world_size * (3 if setup.shared_buffers else 2)
+        size = 3 + self._world_size * (3 if setup.shared_buffers else 2)
         self._loss, self._count = loss, count  # kept: another stream reads them
         if loss.is_cuda:
             _stream(loss.device).wait_stream(torch.cuda.current_stream(loss.device))
@@ -77,7 +81,8 @@ class PendingNotes:
             # Filled rather than assigned: that would copy a number from the host, and wait.
             payload[0].fill_(float(flags.stop))
             payload[1].fill_(float(flags.save))
-            mine = payload[2 + rank :: self._world_size]
+            payload[2].fill_(float(flags.failed))
+            mine = payload[3 + rank :: self._world_size]
             mine[0].copy_(loss)
             if isinstance(count, Tensor):
                 mine[1].copy_(count)
@@ -94,14 +99,15 @@ class PendingNotes:
             ExchangeError: they broke, or the workers are in different exchanges; then on all.
         """
         with self._aside():
-            stop, save, *numbers = self._pending.wait().tolist()
+            stop, save, failed, *numbers = self._pending.wait().tolist()
         if self._pending.mixed is not None:
             group = groups.statistics_group()
             assert group is not None, "an exchange was made"
             exchange.raise_mixed(self._pending.mixed, group)
         size = self._world_size
         losses, counts, checksums = numbers[:size], numbers[size : 2 * size], numbers[2 * size :]
-        return Notes(losses, counts, stop > 0, save > 0, len(set(checksums)) <= 1)
+        are_alike = len(set(checksums)) <= 1
+        return Notes(losses, counts, stop > 0, save > 0, failed > 0, are_alike)
 
     def _aside(self) -> AbstractContextManager[object]:
         """Make the context of the notes' own stream, also for the memory that they take."""

@@ -21,6 +21,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement, place_local
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
@@ -34,7 +35,7 @@ from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer, warn_of_no_pooling
 from syncnorm.train.parameters import parameter_groups
-from syncnorm.train.placement import Placement, Workers, place, place_local
+from syncnorm.train.placement import Workers, place
 from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task

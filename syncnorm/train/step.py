@@ -16,10 +16,11 @@ the summed gradient is multiplied by samples / count, if that is not 1.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm import accumulate
@@ -27,16 +28,17 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement, shard
 from syncnorm.shards import Shard
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import shard
+from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
-from syncnorm.train.placement import Placement, Workers
+from syncnorm.train.placement import Workers
 from syncnorm.train.scaling import unscale
 from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
 from syncnorm.train.task import Number, Task
-from syncnorm.train.task.losses import WHOLE, loss_terms
+from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
 from syncnorm.train.task.measures import Measures
 
 
@@ -105,7 +107,8 @@ def training_step(
         flags: of this worker.
 
     Raises:
-        ConfigError: the task gives something else than a sum and a count.
+        ConfigError: samples cannot be read, or the task gives something else than a sum and a
+            count; on all workers.
     """
     skips = setup.config.train.not_finite == "skip"
     before = setup.copy_buffers() if skips else []
@@ -138,22 +141,44 @@ def _compute_gradient(
     placement = setup.placement(samples)
     loss = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
     count: Number = 0
-    pending = None
+    failure, pending = "", None
     with _one_update(setup, placement):
         for number, parts in enumerate(placement.rounds, start=1):
             is_last = number == len(placement.rounds)
             with nullcontext() if is_last else setup.ddp.no_sync():
-                total, counted = _loss_sum(setup, next(batches), samples, placement, parts)
+                samples_of_mine = next(batches)
+                if isinstance(samples_of_mine, Failure):
+                    failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
+                total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
                 share = total / samples
                 loss += share.detach()
                 count = count + counted
                 if is_last:  # the notes travel while the backward pass runs
+                    flags = replace(flags, failed=bool(failure))
                     pending = PendingNotes(setup, loss, count, flags)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
                 Shard.scaled_losses += 1
                 setup.scaler.scale(share * setup.workers.world_size).backward()
     assert pending is not None
-    return pending.read()
+    notes = pending.read()
+    if notes.failed:
+        raise_failure(failure)
+    return notes
+
+
+def raise_failure(message: str) -> None:
+    """Raise the workers' failures to read samples, if there are some, on all alike.
+
+    *Collectives*: one gathering of messages; every worker must call.
+
+    Args:
+        message: of this worker; empty if it has not failed.
+    """
+    messages = [message] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [f"{text} (worker {rank})" for rank, text in enumerate(messages) if text]
+    if failed:
+        raise ConfigError("; ".join(failed))
 
 
 def _one_update(setup: Setup, placement: Placement) -> AbstractContextManager[Any]:
@@ -175,24 +200,22 @@ def _loss_sum(
     setup.set_norm_batches(placement, parts)
     with setup.autocast():
         terms = loss_terms(setup.task, setup.ddp, batch)
-        if terms.keys() == {WHOLE}:
-            return terms[WHOLE]
-        return _sum_terms(setup, terms, samples, placement)
+        if placement.has_rounds and needs_whole_step(setup.task, terms):
+            raise ConfigError(
+                "`launch.micro_batch` must be such that each worker has its part of a step in one "
+                "forward, for a loss that looks across the batch or has several terms, got several "
+                "forwards. Take more workers, or leave it out."
+            )
+        return terms[WHOLE] if terms.keys() == {WHOLE} else _sum_terms(setup, terms, samples)
 
 
 def _sum_terms(
-    setup: Setup, terms: dict[str, tuple[Tensor, Number]], samples: int, placement: Placement
+    setup: Setup, terms: dict[str, tuple[Tensor, Number]], samples: int
 ) -> tuple[Tensor, int]:
     """Divide each term by its count over all workers, and multiply the sum by `samples`.
 
     *Collectives*: one sum of the counts; every worker must call.
     """
-    if placement.has_rounds:
-        raise ConfigError(
-            "`launch.micro_batch` must be such that each worker has its part of a step in one "
-            "forward where the loss has several terms, got several forwards. Each term is divided "
-            "by its count over the whole step, which later forwards would still add to."
-        )
     device = setup.workers.device
     counts = torch.stack(
         [torch.as_tensor(count, dtype=torch.float64, device=device) for _, count in terms.values()]
@@ -251,7 +274,7 @@ def evaluate(
 
     Each module keeps its mode. The metric that decides comes first.
 
-    *Collectives*: one gathering of sums and counts; every worker must call.
+    *Collectives*: a gathering of failures, and one of sums and counts; every worker must call.
 
     Args:
         task: what is measured.
@@ -264,17 +287,21 @@ def evaluate(
         alive: called after each batch.
 
     Raises:
-        ConfigError: the task gives something else than sums and counts, or other ones on each
-            worker.
+        ConfigError: samples cannot be read, or the task gives something else than sums and counts,
+            or other ones on each worker.
     """
     chunk = min(config.train.global_batch, config.launch.micro_batch or config.train.global_batch)
     mine = shard(feed.sizes[split], workers.rank, workers.world_size)
     indices = torch.arange(mine.start, mine.stop, device=feed.index_device)
     forwards = indices.split(chunk) if len(indices) else ()
-    measures = Measures()
+    measures, failure = Measures(), ""
     with evaluating(model), autocast(config, workers.device):
         for batch in feed.batches(split, forwards):
+            if isinstance(batch, Failure):
+                failure = batch.message
+                break
             measures.add(task.metrics(model, batch))
             alive()
+    raise_failure(failure)
     first = task.best.removeprefix("-")
     return dict(sorted(measures.gather().items(), key=lambda item: item[0] != first))

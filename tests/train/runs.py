@@ -1,6 +1,7 @@
 """Functions that a pool's ranks call: they must be importable."""
 
 import logging
+import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import scale_loss
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation
+from syncnorm.placement import shard
 from syncnorm.train import optim
 from syncnorm.train.buffers import gather_digests
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, Split, shard
+from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
@@ -287,3 +289,35 @@ def digests_of(shift_by_rank: bool) -> list[str]:
     assert layer.running_mean is not None
     layer.running_mean += dist.get_rank() if shift_by_rank else 1
     return gather_digests(layer)
+
+
+def train_sections(
+    folder: str, sections: dict[str, Any], stop_at: int | None = None
+) -> tuple[Outcome, Progress]:
+    """Train by a whole configuration; the first rank may be asked to stop."""
+    # A rank of the pool is a daemon, which may have no processes of its own; a worker is none.
+    multiprocessing.current_process().daemon = False
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == 0 else None, progress)
+    return train(Config(**sections), workers(), Path(folder), progress, watch, ("tests",)), progress
+
+
+def refused_sections(sections: dict[str, Any]) -> str:
+    """Return the error of a configuration that must be refused before the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train_sections(folder, sections)
+        except ConfigError as error:
+            assert not list(Path(folder).iterdir())
+            return str(error)
+    raise AssertionError("it has trained")
+
+
+def failed_sections(sections: dict[str, Any]) -> str:
+    """Return the error of a run that must fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train_sections(folder, sections)
+        except ConfigError as error:
+            return str(error)
+    raise AssertionError("it has trained")

@@ -84,7 +84,7 @@ def _steps(overrides: list[str], monkeypatch: Any) -> list[str]:
 
     def notes(self: PendingNotes) -> Notes:
         read.append(self)
-        return Notes([0.5, 0.5], [8.0, 8.0], stop=False, save=False, are_alike=True)
+        return Notes([0.5, 0.5], [8.0, 8.0], stop=False, save=False, failed=False, are_alike=True)
 
     # The one thing that a step waits for.
     monkeypatch.setattr(PendingNotes, "read", notes)

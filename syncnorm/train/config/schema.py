@@ -100,6 +100,20 @@ class AugmentSection(Section):
     cutout: int = Field(
         default=0, ge=0, le=512, description="side of a square set to 0 at a random place"
     )
+    mixup: Finite = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="alpha of mixup's Beta(alpha, alpha): an image and its class are mixed with "
+        "those of another; 0: none",
+    )
+    cutmix: Finite = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="alpha of CutMix's Beta(alpha, alpha): a box of an image is another's, and its "
+        "class by area; with mixup, too, each image has one of them; 0: none",
+    )
 
 
 class LoaderSection(Section):

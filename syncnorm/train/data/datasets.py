@@ -1,10 +1,9 @@
-"""Data sets in memory, the order of their samples in an epoch, and the cut into shards.
+"""Data sets in memory.
 
 Images stay as they are stored, mostly as bytes, and are standardised batch by batch: every worker
 holds the whole set, and as float64 it would take 8 times the memory.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
+from syncnorm.placement import epoch_order
 from syncnorm.train.data.cifar import read_binary, read_python
 from syncnorm.train.data.idx import read_idx
 from syncnorm.train.data.paths import DataFiles
@@ -329,21 +329,3 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
 }
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """Permute `range(count)` by (seed, epoch) alone."""
-    # A hash keeps the streams of neighbouring seeds and epochs apart, which seed + epoch would not.
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(count, generator=generator)
-
-
-def shard(count: int, rank: int, world_size: int) -> slice:
-    """Cut `range(count)` into contiguous shards and return that of `rank`.
-
-    Sizes differ by at most 1, and the last shards may be empty.
-    """
-    size, longer = divmod(count, world_size)
-    start = rank * size + min(rank, longer)
-    return slice(start, start + size + (rank < longer))

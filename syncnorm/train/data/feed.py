@@ -1,6 +1,7 @@
 """The batches of a run: from images in memory, or through torch's DataLoader."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -35,7 +36,7 @@ class Feed(Protocol):
     num_classes: int | None
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
-        """Yield the batch of each forward, on the worker's device.
+        """Yield the batch of each forward, on the worker's device, or a `Failure`.
 
         Only one iteration over a split may be under way.
 
@@ -47,7 +48,11 @@ class Feed(Protocol):
         ...
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
-        """Load one batch, in this process."""
+        """Load one batch, in this process.
+
+        Raises:
+            ConfigError: a sample cannot be read.
+        """
         ...
 
     def describe(self) -> str:
@@ -121,6 +126,7 @@ class LoaderFeed:
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
         self.num_classes: int | None = splits.num_classes
+        self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward; loader processes work ahead."""
@@ -134,15 +140,21 @@ class LoaderFeed:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            raise ConfigError(
-                f"`data.loader.workers` must be processes that live, got {error}. Set "
-                "data.loader.workers=0 to load in the worker itself, and see its error."
-            ) from None
+            failure = Failure(
+                f"`data.loader.workers` must be processes that live, got: {error}. Set "
+                "data.loader.workers=0 to load in the worker itself, and see its error.",
+                self._nothing,
+            )
+            while True:  # a step may have several forwards
+                yield failure
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
         """Load one batch, in this process."""
         keys = _keys(indices, epoch)
-        return self._finish(self._collate([self._sets[split][key] for key in keys]), len(indices))
+        batch = self._collate([self._sets[split][key] for key in keys])
+        if isinstance(batch, Failure):
+            raise ConfigError(batch.message)
+        return self._finish(batch, len(indices))
 
     def describe(self) -> str:
         """Describe the data in a few words."""
@@ -150,7 +162,7 @@ class LoaderFeed:
 
     def _finish(self, batch: Any, size: int) -> Any:
         if isinstance(batch, Failure):
-            raise ConfigError(batch.message)
+            return replace(batch, instead=self._nothing)
         return to_device(batch if size else empty_like(batch), self._device, self._dtype)
 
     def _make_loader(self, split: str) -> "tuple[DataLoader[Any], _Plan]":
@@ -161,8 +173,7 @@ class LoaderFeed:
             several = {
                 "num_workers": section.workers,
                 "prefetch_factor": section.prefetch,
-                # Those of an evaluation end with it.
-                "persistent_workers": split == TRAIN,
+                "persistent_workers": True,
                 "worker_init_fn": _begin_loading,
             }
         loader = DataLoader(

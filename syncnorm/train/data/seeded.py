@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 
+from syncnorm.errors import ConfigError
 from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.generators import generators_in, seed_generators
 
 # The number of a sample and the epoch; 0 in an evaluation.
 Key = tuple[int, int]
@@ -20,8 +22,8 @@ class Seeded(Dataset[Any]):
     """A map-style data set whose samples are read with random numbers of their own.
 
     torch's, Python's and numpy's random numbers are seeded before a sample is read and put back
-    afterwards, as it may be read where training draws from them. Generators that an object of the
-    data set's keeps for itself are not known here.
+    afterwards, as it may be read where training draws from them. Generators that the data set or
+    its transforms keep are seeded, too, as far as `generators_in` finds them when this is made.
 
     An error becomes a `Failure`, which travels from a loader's process as a value.
 
@@ -32,20 +34,27 @@ class Seeded(Dataset[Any]):
 
     def __init__(self, data: Any, seed: int) -> None:
         self._data, self._seed = data, seed
+        self._generators = generators_in(data)
 
     def __len__(self) -> int:
         return len(self._data)
 
     def __getitem__(self, key: Key) -> Any:
         index, epoch = key
-        with random_numbers(sample_seed(self._seed, epoch, index)):
+        seed = sample_seed(self._seed, epoch, index)
+        with random_numbers(seed):
             try:
+                seed_generators(self._generators, seed)
                 return self._data[index]
             except Exception as error:  # a data set of the user's may raise anything
-                cause = " ".join(f"{type(error).__name__}: {error}".split())
-                return Failure(
-                    f"`data.name` must give every sample, but sample {index} failed: {cause}"
-                )
+                return failure(index, error)
+
+
+def failure(index: int, error: Exception) -> Failure:
+    """Say which sample failed, and why."""
+    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+    cause = " ".join(f"{name}{error}".split())
+    return Failure(f"`data.name` must give every sample, but sample {index} failed: {cause}")
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:
@@ -62,9 +71,9 @@ def random_numbers(seed: int) -> Iterator[None]:
     numpy_before = None if numpy is None else numpy.random.get_state()
     # Not torch.manual_seed, which would seed the devices' too.
     torch.default_generator.manual_seed(seed)
-    random.seed(seed)
+    random.seed(seed ^ 1)  # numpy's generator is Python's, and would draw the same
     if numpy is not None:
-        numpy.random.seed(seed % 2**32)
+        numpy.random.seed([seed % 2**32, seed >> 32])
     try:
         yield
     finally:

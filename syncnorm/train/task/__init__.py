@@ -30,7 +30,7 @@ class Task(Protocol):
     """Name of what the loss counts, such as samples or pixels."""
     best: str
     """Name of the metric that decides which checkpoint is the best; with a leading "-" the lowest
-    is."""
+    is; empty: none does."""
 
     def loss(
         self, model: Model, batch: Any
@@ -40,6 +40,10 @@ class Task(Protocol):
         The step's loss is the sum over all workers, divided by the count over all workers. A
         mapping of several such pairs is a loss of several terms, each divided by its own count.
         Its keys must not depend on the batch.
+
+        A loss that compares samples with each other is either a worker's own, and then depends on
+        the number of workers, or gathers those of all (`syncnorm.gather`). Then the task needs an
+        attribute `needs_whole_step = True`: such a step is not cut into several forwards.
 
         Args:
             model: called with what the model takes; it is called at least once for each batch.

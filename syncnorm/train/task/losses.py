@@ -27,6 +27,16 @@ def loss_terms(task: Task, model: Model, batch: Any) -> dict[str, tuple[Tensor, 
     return dict(terms)
 
 
+def needs_whole_step(task: Task, terms: Mapping[str, Any]) -> bool:
+    """Return True if a worker's part of a step must not be cut into several forwards.
+
+    A loss of several terms divides each by its count over the whole step, which later forwards
+    would still add to. A loss that looks across the batch says so by an attribute of the task,
+    `needs_whole_step = True`.
+    """
+    return terms.keys() != {WHOLE} or bool(getattr(task, "needs_whole_step", False))
+
+
 def _check(pair: Any) -> None:
     expected = "`task.name` must give the loss as a sum, of shape (), and its count, got "
     if not isinstance(pair, tuple | list) or len(pair) != 2:

@@ -1,0 +1,91 @@
+"""The random generators that a data set and its transforms keep for themselves."""
+
+import functools
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+
+# Longer containers hold samples, paths or labels, not transforms.
+_MOST_MEMBERS = 256
+
+
+def generators_in(root: Any) -> list[Any]:
+    """Find the objects below `root` that draw from a generator of their own, in a fixed order.
+
+    Such an object is a generator of torch, of numpy or of Python, or has a method
+    `set_random_state(seed)`, as MONAI's have. Attributes, short containers, partial functions,
+    bound methods and closures are looked through. What a module or a class holds is not seen.
+    """
+    found, seen, stack = [], set[int](), [root]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if _seeder(value) is not None:
+            found.append(value)
+        else:
+            stack.extend(reversed(list(_members(value))))
+    return found
+
+
+def seed_generators(found: Iterable[Any], seed: int) -> None:
+    """Seed what `generators_in` has found: each by a number of its own, less than 2**32."""
+    for number, value in enumerate(found, start=1):
+        seeder = _seeder(value)
+        assert seeder is not None
+        seeder((seed + number) % 2**32)
+
+
+def _seeder(value: Any) -> Callable[[int], Any] | None:
+    """Find what seeds an object; None if it has no generator."""
+    if isinstance(value, type | ModuleType):
+        return None
+    if isinstance(value, torch.Generator):
+        return value.manual_seed
+    if isinstance(value, random.Random):
+        return value.seed
+    numpy = sys.modules.get("numpy")  # where it was never imported, nothing is of its types
+    if numpy is not None:
+        if isinstance(value, numpy.random.RandomState):
+            return value.seed
+        if isinstance(value, numpy.random.Generator):
+            return functools.partial(_seed_bits, value.bit_generator)
+    # MONAI's are shared by all of a class until each is set. By its class, as an object may answer to
+    # any name; albumentations has a method of this name without a seed, and generators as above.
+    method = getattr(type(value), "set_random_state", None)
+    if callable(method) and "seed" in inspect.signature(method).parameters:
+        return value.set_random_state
+    return None
+
+
+def _seed_bits(bits: Any, seed: int) -> None:
+    bits.state = type(bits)(seed).state
+
+
+def _members(value: Any) -> Iterator[Any]:
+    if isinstance(value, str | bytes | torch.Tensor | type | ModuleType):
+        return
+    if isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not filled yet
+                continue
+    elif isinstance(value, MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+    elif isinstance(value, Mapping):
+        if len(value) <= _MOST_MEMBERS:
+            yield from value.values()
+    elif isinstance(value, list | tuple):
+        if len(value) <= _MOST_MEMBERS:
+            yield from value
+    else:
+        yield from getattr(value, "__dict__", {}).values()

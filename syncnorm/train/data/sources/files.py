@@ -1,0 +1,94 @@
+"""The files of a source: found under its folder, and cut into sets."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from syncnorm.errors import ConfigError
+
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid"),
+    "test": ("test", "testing"),
+}
+
+
+class Paths(Sequence[str]):
+    """The paths of files below a folder, in three objects however many there are.
+
+    Loader processes share memory with the worker until one of them writes, and Python writes a
+    reference count into each object that it looks at.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str]) -> None:
+        encoded = [os.fsencode(name) for name in names]
+        self.root = root
+        self._joined = b"".join(encoded)
+        self._ends = torch.tensor([0, *map(len, encoded)]).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        start, stop = self._ends[index : index + 2].tolist()
+        return str(self.root / os.fsdecode(self._joined[start:stop]))
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Find the folders of `train`, `validation` and `test`, as far as they are there.
+
+    Raises:
+        ConfigError: it is no folder, or two folders are for one set.
+    """
+    found: dict[str, Path] = {}
+    present = set(list_folder(root, is_folder=True))
+    for split, names in SPLITS.items():
+        some = [name for name in names if name in present]
+        if len(some) > 1:
+            raise ConfigError(
+                f"`data.root` must hold one folder for {split}, got {' and '.join(some)} in "
+                f"{str(root)!r}"
+            )
+        if some:
+            found[split] = root / some[0]
+    return found
+
+
+def list_folder(folder: Path, *, is_folder: bool) -> list[str]:
+    """List the names of folders, or of files, in a folder; sorted, without those hidden by a dot.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(
+                entry.name
+                for entry in entries
+                if not entry.name.startswith(".")
+                and (entry.is_dir() if is_folder else entry.is_file())
+            )
+    except OSError as error:
+        raise ConfigError(
+            f"`data.root` must hold folders that can be read, got {str(folder)!r}: {error.strerror}"
+        ) from None
+
+
+def is_held_out(name: str, share: float) -> bool:
+    """Decide by a hash of its name whether a sample is in the share that is cut off.
+
+    Each sample is decided on by itself: further samples move no other.
+    """
+    digest = hashlib.sha256(os.fsencode(name)).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def check_not_empty(split: str, count: int, where: object) -> None:
+    """Refuse a set without samples."""
+    if not count:
+        raise ConfigError(f"`data.root` must leave samples for {split}, got none in {where}")

@@ -1,0 +1,137 @@
+"""Data sets of Hugging Face's package `datasets`, saved on disk."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.section import Finite
+from syncnorm.train.data.sources.files import SPLITS, check_not_empty
+from syncnorm.train.data.sources.images import ImageReader, pillow
+from syncnorm.train.data.sources.options import Classes, Column, Size, load_module, source
+from syncnorm.train.data.splits import Splits
+
+_INSTALL = "pip install datasets"
+
+
+class Rows(Dataset[tuple[Tensor, Any]]):
+    """Two columns of a data set: images or numbers, and their targets.
+
+    Args:
+        rows: the data set.
+        columns: names of the input and of the target.
+        reader: of images.
+        in_training: True if images are changed at random.
+    """
+
+    def __init__(
+        self, rows: Any, columns: tuple[str, str], reader: ImageReader, *, in_training: bool
+    ) -> None:
+        self._rows, self._columns = rows, columns
+        self._reader, self._in_training = reader, in_training
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        row = self._rows[index]
+        value, target = (row[name] for name in self._columns)
+        if hasattr(value, "convert"):  # an image of Pillow's
+            name = f"row {index}"
+            return self._reader.convert(value, name, in_training=self._in_training), target
+        return torch.as_tensor(value, dtype=torch.float32), torch.as_tensor(target)
+
+
+@source
+def hf(
+    root: Path,
+    *,
+    input: Column,
+    target: Column,
+    num_classes: Classes | None = None,
+    size: Size = 224,
+    channels: Literal[1, 3] = 3,
+    mean: list[Finite] | None = None,
+    std: list[Finite] | None = None,
+    random_crop: bool = False,
+) -> Splits:
+    """Open what `save_to_disk` of the package `datasets` has written.
+
+    That is a DatasetDict with the sets train, validation and test, or a single set to train on.
+    Images are read as by `folder`; other inputs must be numbers, or lists of them.
+
+    Args:
+        root: the folder.
+        input: name of the column of images or numbers.
+        target: name of the column of classes or numbers.
+        num_classes: None: as the features say, or the highest class of the training set and one.
+        size: see `folder`.
+        channels: see `folder`.
+        mean: see `folder`.
+        std: see `folder`.
+        random_crop: see `folder`.
+
+    Raises:
+        ConfigError: it cannot be read, has no training set, or a column is missing.
+    """
+    datasets = load_module("datasets", _INSTALL)
+    try:
+        loaded = datasets.load_from_disk(str(root))
+    except Exception as error:
+        raise ConfigError(
+            f"`data.root` must be what save_to_disk of Hugging Face's datasets wrote, got "
+            f"{str(root)!r}: {error}"
+        ) from None
+    found = _by_split(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    if "train" not in found:
+        raise ConfigError(
+            f"`data.root` must hold a set train, got {', '.join(loaded)} in {str(root)!r}"
+        )
+    for split, rows in found.items():
+        for key, name in (("input", input), ("target", target)):
+            if name not in rows.column_names:
+                raise ConfigError(
+                    f"`data.options.{key}` must name a column of {split}, "
+                    f"{', '.join(rows.column_names)}, got {name!r}"
+                )
+        check_not_empty(split, len(rows), repr(str(root)))
+    train = found["train"]
+    has_images = type(train.features[input]).__name__ == "Image"
+    if has_images:
+        pillow()
+    reader = ImageReader(size, channels, mean, std, random_crop)
+    sets: dict[str, Any] = {
+        split: Rows(rows, (input, target), reader, in_training=split == "train")
+        for split, rows in found.items()
+    }
+    return Splits(
+        **sets,
+        num_classes=num_classes or _count_classes(train, target),
+        in_channels=channels if has_images else _width(train[0][input]),
+    )
+
+
+def _by_split(loaded: dict[str, Any]) -> dict[str, Any]:
+    return {
+        split: loaded[name] for split, names in SPLITS.items() for name in names if name in loaded
+    }
+
+
+def _count_classes(rows: Any, target: str) -> int | None:
+    feature = rows.features[target]
+    if hasattr(feature, "num_classes"):
+        return feature.num_classes
+    kind = getattr(feature, "dtype", "")
+    if kind.startswith("float"):
+        return 1
+    if kind.startswith(("int", "uint")):
+        return max(rows[target]) + 1
+    return None
+
+
+def _width(value: Any) -> int:
+    shape = torch.as_tensor(value).shape
+    return shape[0] if shape else 1

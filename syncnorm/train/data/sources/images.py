@@ -1,0 +1,139 @@
+"""Images of files, read with Pillow and made tensors."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.sources.options import load_module
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+INSTALL = "pip install 'syncnorm[data]'"
+# Of ImageNet's training images, for values from 0 to 1.
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pillow() -> Any:
+    """Import Pillow's PIL.Image."""
+    return load_module("PIL.Image", INSTALL)
+
+
+def is_image(name: str) -> bool:
+    """Tell by its suffix whether a file is an image."""
+    return name.lower().endswith(SUFFIXES)
+
+
+def open_image(path: str) -> Any:
+    """Read an image of a file, whole.
+
+    Raises:
+        ConfigError: it cannot be read; names the file.
+    """
+    image_module = pillow()
+    try:
+        image = image_module.open(path)
+        image.load()
+        return image
+    # A damaged file may raise anything: OSError, SyntaxError, ValueError, DecompressionBombError.
+    except Exception as error:
+        raise ConfigError(f"{path}: must be an image that can be read, got {error}") from None
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Makes a standardised tensor (channels, size, size) of an image.
+
+    The shorter side is brought to `size` and the middle cut out. With `random_crop` a training
+    image is a random part of the image instead, of 8 to 100 % of its area and of a ratio of 3:4 to
+    4:3, brought to the size (Szegedy et al. 2015, "Going deeper with convolutions", section 6).
+
+    Args:
+        size: of both sides.
+        channels: 3 for RGB, 1 for grey.
+        mean: of each channel, for values from 0 to 1; None: ImageNet's.
+        std: as above.
+        random_crop: in training.
+    """
+
+    size: int
+    channels: int
+    mean: Sequence[float] | None
+    std: Sequence[float] | None
+    random_crop: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) != self.channels:
+                raise ConfigError(
+                    f"`data.options.{name}` must have {self.channels} values, one for each "
+                    f"channel, got {len(values)}"
+                )
+        if self.std is not None and min(self.std) <= 0:
+            raise ConfigError(f"`data.options.std` must be greater than 0, got {min(self.std)}")
+
+    def read(self, path: str, *, in_training: bool) -> Tensor:
+        """Read a file; ConfigError if it is no image."""
+        return self.convert(open_image(path), path, in_training=in_training)
+
+    def convert(self, image: Any, name: str, *, in_training: bool) -> Tensor:
+        """Make a tensor of an image of Pillow's; `name` is for messages."""
+        bilinear = pillow().Resampling.BILINEAR
+        image = self._coloured(image, name)
+        if in_training and self.random_crop:
+            return self._standardise(
+                image.resize((self.size, self.size), bilinear, _random_box(*image.size))
+            )
+        return self._standardise(self.cut(image, bilinear))
+
+    def cut(self, image: Any, resampling: Any) -> Any:
+        """Cut the middle square out of an image of Pillow's, and bring it to the size."""
+        return image.resize((self.size, self.size), resampling, _middle(*image.size))
+
+    def _coloured(self, image: Any, name: str) -> Any:
+        # Pillow cuts deeper values off at 255.
+        if image.mode[0] in "IF":
+            raise ConfigError(
+                f"{name}: must have 8 bits for each channel, got mode {image.mode}. "
+                "Bring it to 8 bits, or give arrays: data.name=npz."
+            )
+        if image.mode == "P":  # colours may be transparent
+            image = image.convert("RGBA")
+        return image.convert("RGB" if self.channels == 3 else "L")
+
+    def _standardise(self, image: Any) -> Tensor:
+        pixels = as_tensor(image).float() / 255  # (H, W) or (H, W, 3)
+        pixels = pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
+        grey = self.channels == 1
+        mean = self.mean or ((sum(_MEAN) / 3,) if grey else _MEAN)
+        std = self.std or ((sum(_STD) / 3,) if grey else _STD)
+        return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def as_tensor(image: Any) -> Tensor:
+    """Copy the pixels of an image of Pillow's: (H, W) or (H, W, C)."""
+    numpy = load_module("numpy", "pip install numpy")
+    return torch.from_numpy(numpy.array(image))
+
+
+def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
+    """Draw left, top, right and bottom of a part of an image."""
+    for _ in range(10):
+        area = width * height * torch.empty(()).uniform_(0.08, 1).item()
+        ratio = math.exp(torch.empty(()).uniform_(math.log(3 / 4), math.log(4 / 3)).item())
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left = int(torch.randint(width - w + 1, ()))
+            top = int(torch.randint(height - h + 1, ()))
+            return left, top, left + w, top + h
+    return _middle(width, height)  # of a very long image
+
+
+def _middle(width: int, height: int) -> tuple[float, float, float, float]:
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side

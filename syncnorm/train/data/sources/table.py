@@ -1,0 +1,229 @@
+"""Tables of numbers, as comma-separated values."""
+
+import csv as files
+import math
+from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.sources.files import SPLITS, check_not_empty, is_held_out, list_folder
+from syncnorm.train.data.sources.options import Column, Share, source
+from syncnorm.train.data.splits import Splits
+
+
+@dataclass
+class _Table:
+    """Features of all rows, one row after the other; and each row's target as text, and line."""
+
+    path: Path
+    features: array
+    targets: list[str]
+    lines: list[int]
+
+    @classmethod
+    def empty(cls, path: Path) -> "_Table":
+        return cls(path, array("d"), [], [])
+
+    def add(self, features: Sequence[float], target: str, line: int) -> None:
+        self.features.extend(features)
+        self.targets.append(target)
+        self.lines.append(line)
+
+
+@source
+def csv(
+    root: Path,
+    *,
+    target: Column,
+    kind: Literal["classify", "regress"] = "classify",
+    drop: list[Column] | None = None,
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] = ",",
+    test: Share = 0.0,
+) -> Splits:
+    """Read rows of numbers: root/{train,validation,test}.csv, or one file.
+
+    Each has a first line with the names of the columns. Samples are features (F,), float32,
+    standardised by the training set's mean and standard deviation (biased; of a constant column 1),
+    and a class, or a number (float32).
+
+    Args:
+        root: a file, or a folder with train.csv or with one file.
+        target: name of the column with the class, a name or a number, or with the number to learn.
+            Classes are numbered in the order of their numbers, else of their names.
+        kind: classify or regress.
+        drop: columns that are left out. All others must be numbers.
+        delimiter: between two values.
+        test: share of a single file that is set apart for testing, by a hash of each row: equal
+            rows stay together.
+
+    Raises:
+        ConfigError: a column is missing, or a value is no finite number; names file, line, column.
+    """
+    paths = _find(root, test)
+    columns = _columns(paths["train"], target, drop or [], delimiter)
+    tables = {split: _read(path, columns, target, delimiter) for split, path in paths.items()}
+    if test:
+        tables = _cut(tables["train"], len(columns), test)
+    for split, table in tables.items():
+        check_not_empty(split, len(table.targets), repr(str(table.path)))
+    count = len(columns)
+    features = {split: _matrix(table, count) for split, table in tables.items()}
+    mean, std = features["train"].mean(0), features["train"].std(0, correction=0)
+    std = torch.where(std == 0, 1, std)
+    classes = _classes(tables["train"].targets) if kind == "classify" else None
+    sets: dict[str, Any] = {
+        split: TensorDataset(
+            ((features[split] - mean) / std).float(), _targets(table, target, classes)
+        )
+        for split, table in tables.items()
+    }
+    return Splits(**sets, num_classes=len(classes) if classes else 1, in_channels=count)
+
+
+def _find(root: Path, test: float) -> dict[str, Path]:
+    if not root.is_dir():
+        return {"train": root}
+    names = [name for name in list_folder(root, is_folder=False) if name.endswith(".csv")]
+    found = {
+        split: root / f"{stem}.csv"
+        for split, stems in SPLITS.items()
+        for stem in stems
+        if f"{stem}.csv" in names
+    }
+    if "train" not in found:
+        if len(names) != 1:
+            raise ConfigError(
+                f"`data.root` must be a .csv file, or a folder with train.csv or with one, got "
+                f"{len(names)} in {str(root)!r}"
+            )
+        found = {"train": root / names[0]}
+    if test and len(found) > 1:
+        raise ConfigError(
+            f"`data.options.test` must be 0 where {str(root)!r} has several sets, got {test}"
+        )
+    return found
+
+
+def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> list[str]:
+    """Read the names of the features."""
+    with _open(path) as file:
+        names = _header(path, file, delimiter)
+    for key, name in (("target", target), *(("drop", name) for name in drop)):
+        if name not in names:
+            raise ConfigError(
+                f"`data.options.{key}` must name a column of {path}, {', '.join(names)}, got "
+                f"{name!r}"
+            )
+    columns = [name for name in names if name != target and name not in drop]
+    if not columns:
+        raise ConfigError(f"{path}: must have columns besides {target}, got none")
+    return columns
+
+
+def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _Table:
+    table = _Table.empty(path)
+    with _open(path) as file:
+        names = _header(path, file, delimiter)
+        missing = [name for name in (*columns, target) if name not in names]
+        if missing:
+            raise ConfigError(
+                f"{path}: must have the columns of the training set, got none named {missing[0]!r}"
+            )
+        places, target_place = [names.index(name) for name in columns], names.index(target)
+        reader = files.reader(file, delimiter=delimiter)
+        for values in reader:
+            line = reader.line_num + 1  # after the header
+            if not values:
+                continue
+            if len(values) != len(names):
+                raise ConfigError(
+                    f"{path}, line {line}: must have {len(names)} values, got {len(values)}"
+                )
+            features = [
+                _number(values[place], path, line, name)
+                for place, name in zip(places, columns, strict=True)
+            ]
+            table.add(features, values[target_place].strip(), line)
+    return table
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    try:
+        # A mark at the beginning, as spreadsheets write it, is no part of the first name.
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            yield file
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except (UnicodeDecodeError, files.Error) as error:
+        raise ConfigError(f"{path}: must be comma-separated text in UTF-8: {error}") from None
+
+
+def _header(path: Path, file: Any, delimiter: str) -> list[str]:
+    names = [
+        name.strip() for name in next(files.reader([file.readline()], delimiter=delimiter), [])
+    ]
+    if not all(names) or len(set(names)) < len(names) or not names:
+        raise ConfigError(
+            f"{path}: must begin with a line of different names of columns, got {names}"
+        )
+    return names
+
+
+def _number(text: str, path: Path, line: int, column: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ConfigError(
+            f"{path}, line {line}, column {column}: must be a finite number, got {text[:40]!r}. "
+            "Fill it in, or leave columns out by data.options.drop."
+        )
+    return value
+
+
+def _cut(table: _Table, count: int, share: float) -> dict[str, _Table]:
+    kept, held = _Table.empty(table.path), _Table.empty(table.path)
+    for number, (target, line) in enumerate(zip(table.targets, table.lines, strict=True)):
+        features = table.features[number * count : (number + 1) * count]
+        part = held if is_held_out(repr((features.tolist(), target)), share) else kept
+        part.add(features, target, line)
+    return {"train": kept, "test": held}
+
+
+def _matrix(table: _Table, count: int) -> Tensor:
+    """Make a tensor (N, F), float64, of a table's features."""
+    return torch.tensor(table.features, dtype=torch.float64).reshape(-1, count)
+
+
+def _classes(targets: Sequence[str]) -> list[str]:
+    names = set(targets)
+    try:
+        return sorted(names, key=float)
+    except ValueError:
+        return sorted(names)
+
+
+def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
+    if classes is None:
+        pairs = zip(table.targets, table.lines, strict=True)
+        values = [_number(text, table.path, line, column) for text, line in pairs]
+        return torch.tensor(values, dtype=torch.float32)
+    numbers = {name: number for number, name in enumerate(classes)}
+    for name, line in zip(table.targets, table.lines, strict=True):
+        if name not in numbers or not name:
+            raise ConfigError(
+                f"{table.path}, line {line}, column {column}: must be a class of the training set, "
+                f"got {name[:40]!r}"
+            )
+    return torch.tensor([numbers[name] for name in table.targets])

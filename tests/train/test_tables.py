@@ -1,0 +1,297 @@
+"""Sources of numbers: arrays in memory and on disk, tables, and Hugging Face's data sets."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.sources.arrays import npy, npz
+from syncnorm.train.data.sources.huggingface import hf
+from syncnorm.train.data.sources.table import csv
+
+from .files import inputs_of, samples_of, targets_of, write_csv
+
+
+def arrays(**changed: Any) -> dict[str, Any]:
+    """Give arrays of 10 and of 4 samples (3, 2, 2) of 5 classes; None leaves one out."""
+    random = np.random.default_rng(0)
+    made: dict[str, Any] = {
+        "x_train": random.normal(5, 3, (10, 3, 2, 2)),
+        "y_train": np.arange(10) % 5,
+        "x_test": random.normal(5, 3, (4, 3, 2, 2)),
+        "y_test": np.arange(4),
+        **changed,
+    }
+    return {name: array for name, array in made.items() if array is not None}
+
+
+def write_npz(folder: Path, **changed: Any) -> Path:
+    np.savez(folder / "data.npz", **arrays(**changed))
+    return folder / "data.npz"
+
+
+def write_npy(folder: Path, **changed: Any) -> Path:
+    for name, array in arrays(**changed).items():
+        np.save(folder / f"{name}.npy", array)
+    return folder
+
+
+@pytest.mark.parametrize(("write", "load"), [(write_npz, npz), (write_npy, npy)])
+def test_arrays_are_standardised_by_channel(tmp_path, write, load):
+    splits = load(write(tmp_path))
+    assert (splits.num_classes, splits.in_channels) == (5, 3)
+    train = inputs_of(splits.train)
+    assert train.dtype == torch.float64
+    assert torch.allclose(train.mean((0, 2, 3)), torch.zeros(3, dtype=torch.float64), atol=1e-12)
+    assert torch.allclose(
+        train.std((0, 2, 3), correction=0), torch.ones(3, dtype=torch.float64), atol=1e-12
+    )
+    given = load(tmp_path, mean=[1.0, 2.0, 3.0], std=[2.0, 2.0, 4.0])
+    x = torch.from_numpy(arrays()["x_test"])
+    expected = (x - torch.tensor([1, 2, 3])[:, None, None]) / torch.tensor([2, 2, 4])[:, None, None]
+    assert torch.equal(inputs_of(given.test), expected)
+    assert targets_of(splits.test) == [0, 1, 2, 3]
+    assert splits.train[0][1].dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "int16", ">f4", "float16", "bool"])
+def test_numbers_of_every_type_are_read(tmp_path, dtype):
+    x = np.arange(40).reshape(10, 4).astype(dtype)
+    splits = npy(write_npy(tmp_path, x_train=x, x_test=x[:4]), mean=[0.0] * 4, std=[1.0] * 4)
+    assert inputs_of(splits.train).dtype == torch.float32
+    assert inputs_of(splits.train).tolist() == x.astype("f4").tolist()
+
+
+def test_floating_targets_are_numbers_to_learn(tmp_path):
+    y = np.arange(10, dtype="f4")
+    splits = npz(write_npz(tmp_path, y_train=y, y_test=y[:4]))
+    assert splits.num_classes == 1
+    assert targets_of(splits.train) == y.tolist()
+    splits = npz(write_npz(tmp_path, y_train=np.ones((10, 6)), y_test=np.ones((4, 6))))
+    assert splits.num_classes == 6
+
+
+def test_maps_of_classes_may_hold_255(tmp_path):
+    y = np.full((10, 2, 2), 255, dtype="u1")
+    path = write_npz(tmp_path, y_train=y, y_test=y[:4])
+    assert npz(path, num_classes=3).num_classes == 3
+    assert npz(path).num_classes is None
+
+
+def anonymous_memory() -> int:
+    """Count the bytes of this process that are no file's."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.findall(r"RssAnon:\s+(\d+) kB", status)[0]) * 1024
+
+
+def test_arrays_on_disk_stay_there(tmp_path):
+    shape = (20_000, 3, 16, 21_000)  # of bytes: 20 GB, of which none is written
+    header = np.lib.format.open_memmap(tmp_path / "x_train.npy", mode="w+", dtype="u1", shape=shape)
+    del header
+    np.save(tmp_path / "y_train.npy", np.zeros(20_000, dtype="i8"))
+    before = anonymous_memory()
+    data = npy(tmp_path, mean=[0.0] * 3, std=[1.0] * 3).train
+    for index in range(0, 20_000, 500):
+        assert data[index][0].sum() == 0
+    assert anonymous_memory() - before < 100e6  # a sample is 4 MB
+    assert len(pickle.dumps(data)) < 10_000  # to a loader's process goes no content
+    batches = DataLoader(data, sampler=[7, 19_999], num_workers=1)
+    assert [tuple(x.shape) for x, _ in batches] == [(1, 3, 16, 21_000)] * 2
+
+
+X = arrays()["x_train"]
+NAN = X.copy()
+NAN[3, 1, 0, 0] = np.nan
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"y_train": None}, "must hold y_train, got"),
+        ({"x_test": None}, "must hold x_test, got"),
+        ({"x_train": NAN}, "must be finite, got nan or inf"),
+        ({"y_train": np.arange(9)}, "must have x (N, C, ...) and y (N, ...), got (10, 3, 2, 2)"),
+        ({"y_train": np.arange(10) - 1}, "y of train must be from 0 to 8, got -1"),
+        ({"y_test": np.array([0, 1, 2, 5])}, "y of test must be from 0 to 4, got 5"),
+        ({"y_train": np.array(["a"] * 10)}, "y of train must be numbers, got <U1"),
+        ({"x_test": X[:4, :2]}, "x of test must be like that of train, float64 (N, 3, 2, 2), got"),
+        ({"y_test": np.ones(4)}, "y of test must be like that of train, int64 (N, ), got float64"),
+        ({"x_test": X[:0], "y_test": np.arange(0)}, "must leave samples for test, got none"),
+    ],
+)
+@pytest.mark.parametrize(("write", "load"), [(write_npz, npz), (write_npy, npy)])
+def test_an_array_that_does_not_fit_is_named(tmp_path, write, load, changed, named):
+    with pytest.raises(ConfigError) as caught:
+        load(write(tmp_path, **changed))
+    assert named in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("write", "load"), [(write_npz, npz), (write_npy, npy)])
+def test_pickled_objects_are_not_loaded(tmp_path, write, load):
+    with pytest.raises(ConfigError, match=r"y_train.*(Object arrays|Python objects)"):
+        load(write(tmp_path, y_train=np.array([None] * 10)))
+
+
+def test_options_of_arrays_that_do_not_fit_are_named(tmp_path):
+    path = write_npz(tmp_path)
+    with pytest.raises(ConfigError, match=r"`data.options.mean` must have a value for each of 3"):
+        npz(path, mean=[0.0])
+    with pytest.raises(ConfigError, match=r"std` must .* greater than 0, got"):
+        npz(path, std=[1.0, 0.0, 1.0])
+    with pytest.raises(ConfigError, match="y of train must be from 0 to 3, got 4"):
+        npz(path, num_classes=4)
+
+
+def test_files_that_are_no_arrays_are_named(tmp_path):
+    with pytest.raises(ConfigError, match="a folder with one, got 0 in"):
+        npz(tmp_path)
+    (tmp_path / "data.npz").write_bytes(b"PK\x03\x04 broken")
+    with pytest.raises(ConfigError, match=r"data.npz: must be arrays that numpy can read"):
+        npz(tmp_path)
+    np.save(tmp_path / "one.npy", X)
+    with pytest.raises(ConfigError, match=r"must be an .npz of several arrays"):
+        npz(tmp_path / "one.npy")
+
+
+ROWS = [["id", "a", "b", "kind"]] + [
+    [n, n * 0.5, 7, ("dog", "cat", "eel")[n % 3]] for n in range(9)
+]
+
+
+def test_a_table_becomes_standardised_features_and_classes(tmp_path):
+    write_csv(tmp_path / "train.csv", ROWS)
+    write_csv(tmp_path / "test.csv", [ROWS[0], [0, 2.0, 8, "cat"]])
+    splits = csv(tmp_path, target="kind", drop=["id"])
+    assert (splits.num_classes, splits.in_channels) == (3, 2)
+    train = inputs_of(splits.train)
+    assert train.dtype == torch.float32
+    a = torch.arange(9) * 0.5
+    assert torch.allclose(train[:, 0], (a - a.mean()) / a.std(correction=0))
+    assert (train[:, 1] == 0).all()  # constant
+    assert targets_of(splits.train) == [1, 0, 2] * 3
+    assert splits.test[0][0].tolist() == [0, 1]
+    assert targets_of(splits.test) == [0]
+
+
+def test_classes_of_numbers_are_in_their_order(tmp_path):
+    rows = [["x", "y"], *([n, label] for n, label in enumerate([10, 9, 2, 10]))]
+    splits = csv(write_csv(tmp_path / "some.csv", rows), target="y")
+    assert targets_of(splits.train) == [2, 1, 0, 2]
+    assert splits.test is None
+
+
+def test_a_table_of_numbers_to_learn(tmp_path):
+    path = write_csv(tmp_path / "some.csv", [["y", "x"], [0.5, 1], [-2, 3]])
+    splits = csv(path, target="y", kind="regress")
+    assert splits.num_classes == 1
+    assert targets_of(splits.train) == [0.5, -2.0]
+
+
+def test_equal_rows_stay_together_in_a_cut(tmp_path):
+    rows = [["x", "y"], *([n % 40, n % 2] for n in range(200))]
+    splits = csv(write_csv(tmp_path / "some.csv", rows), target="y", test=0.3)
+    assert splits.test is not None
+    held, kept = ({x.item() for x, _ in samples_of(part)} for part in (splits.test, splits.train))
+    assert len(held) + len(kept) == 40
+    assert len(splits.train) + len(splits.test) == 200
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "named"),
+    [
+        (
+            [["a", "y"], [1, 0], ["nan", 1]],
+            {},
+            "line 3, column a: must be a finite number, got 'nan'",
+        ),
+        ([["a", "y"], ["", 0]], {}, "line 2, column a: must be a finite number, got ''"),
+        (
+            [["a", "y"], ["red", 0]],
+            {},
+            "got 'red'. Fill it in, or leave columns out by data.options",
+        ),
+        ([["a", "y"], [1, 0, 5]], {}, "line 2: must have 2 values, got 3"),
+        ([["a", "z"], [1, 0]], {}, "`data.options.target` must name a column of"),
+        ([["a", "y"], [1, 0]], {"drop": ["b"]}, "`data.options.drop` must name a column of"),
+        ([["y"], [1]], {}, "must have columns besides y"),
+        ([["a", "a", "y"], [1, 1, 0]], {}, "a line of different names of columns"),
+        ([["a", "y"]], {}, "must leave samples for train, got none"),
+        (
+            [["a", "y"], [1, ""]],
+            {},
+            "line 2, column y: must be a class of the training set, got ''",
+        ),
+        ([["a", "y"], [1, "x"]], {"kind": "regress"}, "line 2, column y: must be a finite number"),
+        ([["a", "y"], [1, 0]], {"test": 1e-9}, "must leave samples for test"),
+        ([["a", "y"], [1, 0]], {"kind": "rank"}, "`data.options.kind`: input should be 'classify'"),
+        ([["a", "y"], [1, 0]], {"delimiter": ";"}, "`data.options.target` must name a column"),
+    ],
+)
+def test_what_is_wrong_in_a_table_is_named(tmp_path, rows, options, named):
+    path = write_csv(tmp_path / "some.csv", rows)
+    with pytest.raises(ConfigError) as caught:
+        csv(path, target="y", **options)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        (
+            [["a", "y"], [1, "new"]],
+            "line 2, column y: must be a class of the training set, got 'new'",
+        ),
+        (
+            [["b", "y"], [1, "old"]],
+            "test.csv: must have the columns of the training set, got none na",
+        ),
+    ],
+)
+def test_a_test_table_that_does_not_fit_is_named(tmp_path, rows, named):
+    write_csv(tmp_path / "train.csv", [["a", "y"], [1, "old"]])
+    write_csv(tmp_path / "test.csv", rows)
+    with pytest.raises(ConfigError) as caught:
+        csv(tmp_path, target="y")
+    assert named in str(caught.value)
+
+
+def test_files_that_are_no_tables_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"train.csv or with one, got 0 in"):
+        csv(tmp_path, target="y")
+    (tmp_path / "train.csv").write_bytes(b"a,y\n\xff\xfe\x00,1\n")
+    with pytest.raises(ConfigError, match="must be comma-separated text in UTF-8"):
+        csv(tmp_path, target="y")
+
+
+def test_a_data_set_of_hugging_face(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    image = pytest.importorskip("PIL.Image").new("RGB", (6, 4), (255, 0, 0))
+    features = datasets.Features(
+        image=datasets.Image(),
+        rows=datasets.Sequence(datasets.Value("float32")),
+        label=datasets.ClassLabel(names=["a", "b", "c"]),
+    )
+    rows = {"image": [image] * 4, "rows": [[1.0, 2.0]] * 4, "label": [0, 1, 2, 1]}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(train=whole, val=whole.select([1])).save_to_disk(str(tmp_path / "sets"))
+    splits = hf(tmp_path / "sets", input="image", target="label", size=4)
+    assert (splits.num_classes, splits.in_channels, splits.test) == (3, 3, None)
+    assert inputs_of(splits.train).shape == (4, 3, 4, 4)
+    assert targets_of(splits.train) == [0, 1, 2, 1]
+    assert targets_of(splits.validation) == [1]
+    numbers = hf(tmp_path / "sets", input="rows", target="label")
+    assert numbers.in_channels == 2
+    assert numbers.train[0][0].tolist() == [1, 2]
+    batches = list(DataLoader(numbers.train, num_workers=1))
+    assert [label.item() for _, label in batches] == [0, 1, 2, 1]
+    with pytest.raises(ConfigError, match=r"`data.options.target` must name a column of train"):
+        hf(tmp_path / "sets", input="rows", target="labels")
+    with pytest.raises(ConfigError, match="what save_to_disk"):
+        hf(tmp_path, input="rows", target="label")
