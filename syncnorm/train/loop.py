@@ -236,14 +236,14 @@ def take_step(run: Run, batches: Iterator[Any], indices: Tensor) -> tuple[StepRe
     step = first_step if run.is_new else training_step
     run.is_new = False
     result = step(run.setup, batches, batch, run.flags)
-    if result.was_taken:
+    if result.was_taken or result.has_overflowed:
         run.skipped = 0
     else:
         _handle_not_finite(run, batch, result)
     progress.step += 1
     progress.step_in_epoch += 1
     # A step that was left out has no loss to speak of.
-    progress.loss_sum += result.loss if result.was_taken else 0.0
+    progress.loss_sum += result.loss if result.was_taken or result.has_overflowed else 0.0
     run.watch.alive()
     run.recorder.record_step(result, len(indices), lr)
     return result, lr

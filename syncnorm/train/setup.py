@@ -32,11 +32,14 @@ from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold
 from syncnorm.train.data.feed import Feed, LoaderFeed, MemoryFeed, judged_split
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
-from syncnorm.train.models import MODELS
-from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
+from syncnorm.train.economy import economise, set_tf32
+from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer, warn_of_no_pooling
+from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.placement import Workers, place
+from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task
+from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +56,7 @@ class Setup:
         ddp: the same network in training: under DistributedDataParallel, perhaps compiled.
         optimizer: over the network's parameters.
         schedule: of the learning rate.
+        scaler: of the loss, with float16; else it does nothing.
         average: moving average of the network, if the configuration asks for one.
         layers: the network's layers that are syncnorm's.
         statistic_groups: the source of their statistics, where a step has several of each layer.
@@ -66,6 +70,7 @@ class Setup:
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
+    scaler: torch.amp.GradScaler
     average: MovingAverage | None
     layers: list[SyncNorm]
     statistic_groups: StatisticGroups | None
@@ -217,22 +222,20 @@ def make_bare_model(
     Each change to a model of the user's is logged in a line.
     """
     seed_random(config.train.seed)
-    build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
     model = build(
+        config.model.name,
+        config.model.options,
+        allowed,
         in_channels=data.in_channels,
         num_classes=data.num_classes,
         norm_layer=make_norm_layer(config.norm, total_steps),
-        **config.model.options,
     )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"`model.name` must return a torch.nn.Module, got {types_of(model)} of "
-            f"{config.model.name!r}."
-        )
     fit_layers(model, config.norm, total_steps)
     apply_rules(model, config.norm, total_steps)
     if begin_training(model):
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
+    warn_of_no_pooling(model, config.norm)
+    economise(model, config.train)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
     return model.to(device, getattr(torch, config.train.dtype))
 
@@ -268,6 +271,7 @@ def make_setup(
         task: of `make_task`, where it has been built already.
     """
     train = config.train
+    set_tf32(train.tf32)
     if task is None:
         task = task_of(config, workers.device, data, allowed)
     if model is None:
@@ -289,7 +293,7 @@ def make_setup(
         find_unused_parameters=True,
     )
     optimizer = optim.make_optimizer(
-        train.optimizer.name, model.parameters(), train.lr, train.optimizer.options
+        train.optimizer.name, parameter_groups(model, train), train.lr, train.optimizer.options
     )
     schedule = optim.make_schedule(
         train.schedule.name, optimizer, train.schedule.warmup, total_steps, train.schedule.options
@@ -303,6 +307,7 @@ def make_setup(
         ddp,
         optimizer,
         schedule,
+        make_scaler(train.autocast, workers),
         average,
         layers=[module for module in model.modules() if isinstance(module, SyncNorm)],
         statistic_groups=statistic_groups,

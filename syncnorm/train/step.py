@@ -35,6 +35,7 @@ from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
 from syncnorm.train.placement import Workers
+from syncnorm.train.scaling import unscale
 from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
 from syncnorm.train.task import Number, Task
 from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
@@ -70,6 +71,8 @@ class StepResult:
         stop: True if some worker was asked to stop.
         was_taken: True if the optimizer has stepped; False if something was not finite.
         save: True if it is time to save.
+        has_overflowed: True if it was not taken since the scaled gradient left float16's range, and
+            a lower scale comes next.
     """
 
     losses: list[float]
@@ -77,6 +80,7 @@ class StepResult:
     stop: bool
     was_taken: bool
     save: bool = False
+    has_overflowed: bool = False
 
     @property
     def loss(self) -> float:
@@ -113,17 +117,20 @@ def training_step(
     notes = _compute_gradient(setup, batches, batch, flags)
     factor = _scale_gradient(setup, notes, len(batch.indices))
     losses = [loss * factor for loss in notes.losses]
-    grad_norm = _clip(setup)
-    was_taken = all(map(math.isfinite, [*losses, grad_norm or 0.0]))
+    is_finite, has_overflowed = all(map(math.isfinite, losses)), False
+    if setup.scaler.is_enabled():
+        has_overflowed, is_finite = unscale(setup.scaler, setup.optimizer, is_finite)
+    grad_norm = None if has_overflowed else _clip(setup)
+    was_taken = is_finite and not has_overflowed and math.isfinite(grad_norm or 0.0)
     if was_taken:
         setup.optimizer.step()
         setup.shared_buffers.broadcast(are_alike=notes.are_alike)
         setup.update_average()
-    elif skips:
+    elif skips and not has_overflowed:
         setup.restore_buffers(before)
-    if was_taken or skips:
+    if was_taken or skips or has_overflowed:
         setup.schedule.step()
-    return StepResult(losses, grad_norm, notes.stop, was_taken, notes.save)
+    return StepResult(losses, grad_norm, notes.stop, was_taken, notes.save, has_overflowed)
 
 
 def _compute_gradient(
@@ -151,7 +158,7 @@ def _compute_gradient(
                     pending = PendingNotes(setup, loss, count, flags)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
                 Shard.scaled_losses += 1
-                (share * setup.workers.world_size).backward()
+                setup.scaler.scale(share * setup.workers.world_size).backward()
     assert pending is not None
     notes = pending.read()
     if notes.failed:

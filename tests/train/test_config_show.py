@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import find_config, load_config
 from syncnorm.train.config.norm import NormSection
-from syncnorm.train.config.schema import Config, OptimizerSection, ScheduleSection
+from syncnorm.train.config.schema import Config
 from syncnorm.train.config.show import origins, schema, show
 from syncnorm.train.config.strict_yaml import dump, parse
+from syncnorm.train.config.train import OptimizerSection, ScheduleSection
 from syncnorm.train.optim import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +191,7 @@ def test_json_schema_has_the_names_that_are_taken():
     assert _json_section("train.optimizer.")["properties"]["name"]["enum"] == list(OPTIMIZERS)
     for name in _json_section("train.optimizer.")["properties"]["name"]["enum"]:
         assert OptimizerSection(name=name).name == name
-    assert _json_section("model.")["properties"]["name"]["anyOf"][1] == {
+    assert _json_section("data.")["properties"]["name"]["anyOf"][1] == {
         "pattern": r"^[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*$"
     }
 

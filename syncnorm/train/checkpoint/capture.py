@@ -22,6 +22,7 @@ from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import MATHEMATICS, Config
 from syncnorm.train.config.section import leaves
+from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
 
 
@@ -103,6 +104,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "optimizer": setup.optimizer.state_dict(),
             "schedule": _plain_items(setup.schedule.state_dict()),
             "workers": own,
+            **_scaler_states(setup),
             # The model leaves these out of its state dict, and may change them all the same.
             **({"buffers": unsaved} if unsaved["model"] else {}),
         },
@@ -131,6 +133,8 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
             put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
         setup.optimizer.load_state_dict(snapshot.states["optimizer"])
         setup.schedule.load_state_dict(snapshot.states["schedule"])
+        if setup.scaler.is_enabled():
+            load_scaler(setup.scaler, snapshot.states["scaler"], setup.workers.world_size)
         own = snapshot.states["workers"]
         if len(own) == setup.workers.world_size:
             _restore_own(setup, own[setup.workers.rank])
@@ -220,6 +224,12 @@ def different_keys(config: Config, other: Any) -> list[str]:
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     # An empty mapping says as much as a missing one.
     return {".".join(map(str, key)): value for key, value in leaves(values) if value != {}}
+
+
+def _scaler_states(setup: Setup) -> dict[str, Any]:
+    if not setup.scaler.is_enabled():
+        return {}
+    return {"scaler": scaler_state(setup.scaler, setup.workers.world_size)}
 
 
 def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
