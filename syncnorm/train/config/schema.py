@@ -78,6 +78,15 @@ class TaskSection(Section):
     options: Options = Field(
         default={}, description="arguments of the loss, or of a callable that is the task"
     )
+    metrics: dict[str, Options] = Field(
+        default={},
+        description="metrics of torchmetrics that add up, besides: by the class's name, its "
+        "arguments; needs the extra metrics",
+    )
+    best: str | None = Field(
+        default=None,
+        description="metric that decides, with a leading - if the lowest is best; null: the task's",
+    )
 
     @model_validator(mode="after")
     def _options_are_its_own(self) -> Self:
@@ -85,6 +94,8 @@ class TaskSection(Section):
             make_builtin(self.name, self.loss, self.options)
         elif self.loss is not None:
             raise ValueError(f"loss must be null with name {self.name}, got {self.loss!r}")
+        if self.metrics and (REFERENCE.fullmatch(self.name) or self.name == "own_loss"):
+            raise ValueError(f"metrics must be left out with name {self.name}: it measures itself")
         return self
 
 
