@@ -32,6 +32,7 @@ from syncnorm.train.memory import check_memory
 from syncnorm.train.notes import Flags
 from syncnorm.train.placement import Workers
 from syncnorm.train.recorder import Recorder
+from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 
@@ -205,6 +206,8 @@ def _train_epoch(run: Run) -> bool:
         is_last = progress.step_in_epoch == run.steps_per_epoch
         is_end = is_last and progress.epoch == train.epochs
         is_judged, is_best = _is_judged(run, is_last, is_end), False
+        if is_judged or is_end:
+            renew_statistics(run.setup, run.feed, progress.epoch, run.watch.alive)
         if is_judged:
             is_best = _evaluate(run)
             is_end = is_end or run.is_out_of_patience

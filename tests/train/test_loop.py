@@ -136,6 +136,13 @@ KINDS = {
         "norm.name=batch_norm",
         "norm.sync=none",
     ],
+    "economical": [
+        "train.autocast=float16",
+        "train.optimizer.weight_decay=0.01",
+        "train.rates.layer1=0.5",
+        "train.recompute=[layer2]",
+        "train.channels_last=true",
+    ],
     "augmented": [
         "data.augment.crop=1",
         "data.augment.flip=true",

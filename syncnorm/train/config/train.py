@@ -84,8 +84,8 @@ class TrainSection(Section):
         default=None,
         gt=0,
         lt=1,
-        description="decay of an average of parameters and running statistics, which is what is "
-        "evaluated; null: none",
+        description="decay of an average of the parameters, which is what is evaluated, with "
+        "statistics of its own; null: none",
     )
     decay: Literal["weights", "all"] = Field(
         default="weights",
