@@ -41,7 +41,7 @@ class Feed(Protocol):
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward, on the worker's device, or a `Failure`.
 
-        Only one iteration over a split may be under way.
+        Only one iteration over a split, in an epoch or without, may be under way.
 
         Args:
             split: `train`, `validation` or `test`.
@@ -146,7 +146,7 @@ class LoaderFeed:
             name: Seeded(data, seed) for name, data in others.items() if data is not None
         }
         self._collate = Collate(splits.collate)
-        self._loaders: dict[str, tuple[DataLoader[Any], _Plan]] = {}
+        self._loaders: dict[tuple[str, bool], tuple[DataLoader[Any], _Plan]] = {}
         self.sizes = {name: len(data) for name, data in self._sets.items()}
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
@@ -155,9 +155,11 @@ class LoaderFeed:
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward; loader processes work ahead."""
-        if split not in self._loaders:
-            self._loaders[split] = self._make_loader(split)
-        loader, plan = self._loaders[split]
+        # The training set may be looked at within an epoch.
+        key = split, epoch > 0
+        if key not in self._loaders:
+            self._loaders[key] = self._make_loader(split, stays=key != (TRAIN, False))
+        loader, plan = self._loaders[key]
         plan.begin(forwards, epoch)
         try:
             for batch in loader:
@@ -190,7 +192,7 @@ class LoaderFeed:
             return replace(batch, instead=self._nothing)
         return to_device(batch if size else empty_like(batch), self._device, self._dtype)
 
-    def _make_loader(self, split: str) -> "tuple[DataLoader[Any], _Plan]":
+    def _make_loader(self, split: str, stays: bool) -> "tuple[DataLoader[Any], _Plan]":
         section, plan = self._config.data.loader, _Plan()
         dataset: Dataset[Any] = self._sets[split]
         several: dict[str, Any] = {}
@@ -198,7 +200,7 @@ class LoaderFeed:
             several = {
                 "num_workers": section.workers,
                 "prefetch_factor": section.prefetch,
-                "persistent_workers": True,
+                "persistent_workers": stays,
                 "worker_init_fn": _begin_loading,
             }
         loader = DataLoader(
