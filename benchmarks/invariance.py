@@ -46,11 +46,13 @@ from torch import nn
 from benchmarks import paired
 from syncnorm import monitor
 from syncnorm.model.monitor import Monitor
+from syncnorm.placement import epoch_order
 from syncnorm.testing import RankPool
 from syncnorm.train import loop
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
-from syncnorm.train.data.datasets import DATASETS, Dataset, epoch_order, shard
+from syncnorm.train.data.datasets import DATASETS, Dataset
+from syncnorm.train.data.feed import TEST, TRAIN, MemoryFeed
 from syncnorm.train.metrics import read_events
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_setup
@@ -125,8 +127,9 @@ def train(job: Job) -> Trained:
     config = load_config("digits", job.options)
     workers = Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     data = _load(config.data.name, config.data.root, job.samples)
+    feed = MemoryFeed(data, config, workers.device)
     per_epoch = math.ceil(len(data.train) / config.train.global_batch)
-    setup = make_setup(config, workers, data, config.train.epochs * per_epoch)
+    setup = make_setup(config, workers, feed, config.train.epochs * per_epoch)
     if job.nudged is not None:
         _nudge(setup.model, job.nudged)
     watch, losses, clipped = monitor(setup.model), [], []
@@ -136,14 +139,14 @@ def train(job: Job) -> Trained:
             config.train.global_batch
         )[number]
         with mock.patch.object(F, "relu", F.gelu if job.is_smooth else F.relu):
-            result = training_step(setup, data, StepBatch(indices, epoch, step), stop=False)
+            batches = feed.batches(TRAIN, setup.forwards(indices), epoch)
+            result = training_step(setup, batches, StepBatch(indices, epoch, step))
         assert result.was_taken, f"step {step}: the loss is {result.loss}"
         losses.append(result.loss)
         if step % 20 == 0:
             clipped.append(_clipped(watch))
-    mine = data.test[shard(len(data.test), workers.rank, workers.world_size)]
-    accuracy = evaluate(setup.evaluated_model, data, mine, 256, getattr(torch, config.train.dtype))
-    return Trained(losses, accuracy, [mean(shares) for shares in zip(*clipped)])
+    metrics = evaluate(setup.task, setup.evaluated_model, feed, TEST, config, workers)
+    return Trained(losses, metrics["accuracy"], [mean(shares) for shares in zip(*clipped)])
 
 
 @cache

@@ -1,6 +1,6 @@
 """Runs that are killed again and again, which must end with the bits of one that is not.
 
-    python -m drills.kill_drill [--workers 2 3] [--kills 30] [--torn 30] [--seed 0]
+    python -m drills.kill_drill [--workers 2 3] [--kills 30] [--torn 30] [--seed 0] [--loader]
 
 For each number of workers one run is left alone. The others are killed from outside, a worker or
 the launcher, at moments drawn by the seed, and from inside, at a byte or an operation of a save
@@ -67,7 +67,9 @@ def draw_torn(draw: random.Random, save_bytes: int, count: int) -> list[Torn]:
     ]
 
 
-def drill(root: Path, workers: int, kills: int, torn: int, seed: int) -> Iterator[Result]:
+def drill(
+    root: Path, workers: int, kills: int, torn: int, seed: int, loads: bool = False
+) -> Iterator[Result]:
     """Drill on so many workers.
 
     Args:
@@ -76,11 +78,12 @@ def drill(root: Path, workers: int, kills: int, torn: int, seed: int) -> Iterato
         kills: from outside.
         torn: saves.
         seed: of all that is drawn.
+        loads: True if each worker has a process that loads its samples.
 
     Returns:
         What became of each run; the first is the one that is left alone.
     """
-    alone = run_once(root / f"{workers}-alone", workers, Pace(0.0, 0.0), [], [])
+    alone = run_once(root / f"{workers}-alone", workers, Pace(0.0, 0.0), [], [], loads)
     yield alone
     if alone.problems or alone.evidence is None:
         return
@@ -95,7 +98,7 @@ def drill(root: Path, workers: int, kills: int, torn: int, seed: int) -> Iterato
             return
         now = sorted(to_kill[:_FAULTS_PER_RUN], key=lambda each: each.step)
         saves = sorted(to_tear[:_FAULTS_PER_RUN], key=lambda each: each.step)
-        result = run_once(root / f"{workers}-{number}", workers, pace, now, saves)
+        result = run_once(root / f"{workers}-{number}", workers, pace, now, saves, loads)
         to_kill = now[result.kills :] + to_kill[_FAULTS_PER_RUN:]
         to_tear = saves[len(result.faults) - result.kills :] + to_tear[_FAULTS_PER_RUN:]
         result.problems += differences(alone.evidence, result.evidence)
@@ -172,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--torn", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--loader", action="store_true", help="with processes that load samples")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     # With an exception, so that what has been started is ended.
@@ -180,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder = Path(tempfile.mkdtemp(prefix="kill-drill-"))
     for workers in options.workers:
         results = []
-        for result in drill(folder, workers, options.kills, options.torn, options.seed):
+        faults = options.kills, options.torn
+        for result in drill(folder, workers, *faults, options.seed, options.loader):
             results.append(result)
             _tell(f"{workers} workers, run {len(results)}", result)
         print("\n".join(report(workers, results)), flush=True)

@@ -97,7 +97,7 @@ def read_curve(run: Path) -> tuple[dict[str, list[Any]], list[str]]:
         if event["event"] not in ("step", "epoch"):
             continue
         name = f"{event['event']} {event['step']}"
-        values = [event["loss"], event["lr"], event.get("test_accuracy")]
+        values = [event["loss"], event["lr"], event.get("validation_accuracy")]
         if curve.setdefault(name, values) != values:
             different.append(f"{name} is on record with {curve[name]} and with {values}")
     return curve, different

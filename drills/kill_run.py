@@ -18,16 +18,23 @@ from drills.kill_evidence import Evidence, gather, kill, left_behind, processes
 from drills.kill_worker import Torn, read_deaths, write_plan
 
 ROOT = Path(__file__).parents[1]
-STEPS = 32  # 1437 samples in 4 epochs, each of 7 steps of 200 and one of 37
+STEPS = 32  # 1293 samples in 4 epochs, each of 7 steps of 180 and one of 33
 OPTIONS = [
-    *("train.epochs=4", "train.global_batch=200", "train.lr=0.2", "train.clip=1", "train.ema=0.9"),
+    *("train.epochs=4", "train.global_batch=180", "train.lr=0.2", "train.clip=1", "train.ema=0.9"),
     *(
         "norm.name=sync_batch_renorm",
         "data.augment.crop=1",
         "data.augment.flip=true",
         "data.augment.cutout=2",
+        "data.validation=0.1",
     ),
     *("checkpoint.every=2", "follow.every=5", "launch.device=cpu", "launch.restarts=1000"),
+]
+# The same digits, read by processes of each worker, one at a time and changed at random.
+LOADED = [
+    f"data.name={kill_worker.__name__}:{kill_worker.digit_samples.__name__}",
+    *("data.augment.crop=0", "data.augment.flip=false", "data.augment.cutout=0"),
+    "data.loader.workers=1",
 ]
 # Their model, which makes workers die.
 NET = f"{kill_worker.__name__}:{kill_worker.net.__name__}"
@@ -103,14 +110,15 @@ class Run:
         folder: is made.
         workers: how many.
         torn: the deaths of its first worker to come.
+        loads: True if each worker has a process that loads its samples.
     """
 
-    def __init__(self, folder: Path, workers: int, torn: Sequence[Torn]) -> None:
+    def __init__(self, folder: Path, workers: int, torn: Sequence[Torn], loads: bool) -> None:
         folder.mkdir()
         self.folder = folder
         self.plan = folder / "plan.json"
         self.launches = 0
-        self._workers = workers
+        self._workers, self._loads = workers, loads
         self._process: subprocess.Popen[bytes] | None = None
         write_plan(self.plan, list(torn))
         (folder / "tmp").mkdir()
@@ -119,7 +127,13 @@ class Run:
         """Give the command, to go on with what there is."""
         resume = [] if self.record is None else ["--resume", str(self.record)]
         model = [f"model.name={NET}", "--allow", NET.partition(":")[0]]
-        options = [*OPTIONS, *model, f"launch.workers={self._workers}", *resume]
+        options = [
+            *OPTIONS,
+            *(LOADED if self._loads else []),
+            *model,
+            f"launch.workers={self._workers}",
+            *resume,
+        ]
         with (self.folder / "stderr.txt").open("ab") as stderr:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "syncnorm", "train", "digits", *options],
@@ -213,7 +227,12 @@ class Run:
 
 
 def run_once(
-    folder: Path, workers: int, pace: Pace, kills: Sequence[Kill], torn: Sequence[Torn]
+    folder: Path,
+    workers: int,
+    pace: Pace,
+    kills: Sequence[Kill],
+    torn: Sequence[Torn],
+    loads: bool = False,
 ) -> Result:
     """Run to the end, with those of the faults that come before it.
 
@@ -223,8 +242,9 @@ def run_once(
         pace: of the run that was left alone.
         kills: in the order of their steps.
         torn: in the order of their steps.
+        loads: True if each worker has a process that loads its samples.
     """
-    run, result, began = Run(folder, workers, torn), Result(), time.monotonic()
+    run, result, began = Run(folder, workers, torn, loads), Result(), time.monotonic()
     run.launch()
     try:
         for each in kills:

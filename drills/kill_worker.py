@@ -18,10 +18,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from syncnorm.train import files
 from syncnorm.train.checkpoint.store import CheckpointStore, Snapshot
+from syncnorm.train.data.datasets import Split, digits
+from syncnorm.train.data.splits import Splits
 from syncnorm.train.models import MODELS
 
 PLAN = "SYNCNORM_DRILL_PLAN"
@@ -61,6 +65,27 @@ def net(**kwargs: Any) -> nn.Module:
     """Build the network of `digits`, in a worker that will die by the plan."""
     arm()
     return MODELS["digits_resnet"](**kwargs)
+
+
+class DigitSamples(Dataset[Any]):
+    """The digits one by one, moved by a pixel at random."""
+
+    def __init__(self, split: Split) -> None:
+        self._split = split
+
+    def __len__(self) -> int:
+        return len(self._split)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self._split.images[index].float() / 16  # (1, 8, 8)
+        down, right = torch.randint(-1, 2, (2,)).tolist()
+        return image.roll((down, right), (1, 2)), self._split.labels[index]
+
+
+def digit_samples(root: Path | None) -> Splits:
+    """Give the digits as any data set."""
+    data = digits(root)
+    return Splits(DigitSamples(data.train), DigitSamples(data.test), num_classes=10, in_channels=1)
 
 
 def arm() -> None:

@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from syncnorm._public import *
 
 __all__ = [
+    "ElasticBatchSampler",
     "Lagged",
     "RenormSchedule",
     "SyncBatchNorm",
@@ -20,6 +21,7 @@ __all__ = [
     "explain",
     "frozen_statistics",
     "functional",
+    "gather",
     "groups",
     "join",
     "monitor",

@@ -13,11 +13,14 @@ from syncnorm.model.convert.convert import conversion_table, convert, convert_sy
 from syncnorm.model.ddp import prepare_ddp, scale_loss
 from syncnorm.model.explain import explain
 from syncnorm.model.frozen import frozen_statistics
+from syncnorm.model.gather import gather
 from syncnorm.model.join.join import join
 from syncnorm.model.monitor import monitor
 from syncnorm.model.recalibrate import recalibrate
+from syncnorm.model.sampler import ElasticBatchSampler
 
 __all__ = [
+    "ElasticBatchSampler",
     "Lagged",
     "RenormSchedule",
     "SyncBatchNorm",
@@ -31,6 +34,7 @@ __all__ = [
     "explain",
     "frozen_statistics",
     "functional",
+    "gather",
     "groups",
     "join",
     "monitor",

@@ -9,14 +9,15 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.comm import exchange
+from syncnorm.placement import epoch_order
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import epoch_order
+from syncnorm.train.data.feed import TRAIN
 from syncnorm.train.memory import Need, available_bytes, check_fits, estimate, format_bytes
 from syncnorm.train.placement import Workers
-from syncnorm.train.setup import Setup, load_data, make_bare_model, make_setup
+from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.undocumented import fake_store
 
@@ -54,27 +55,28 @@ def dry_run(task: Task) -> str:
 
 
 def _describe(task: Task, config: Config, workers: Workers) -> str:
-    data = load_data(config, workers.device, task.allowed)
-    steps_per_epoch = -(-len(data.train) // config.train.global_batch)
+    feed = load_feed(config, workers.device, task.allowed)
+    steps_per_epoch = -(-feed.sizes[TRAIN] // config.train.global_batch)
     total_steps = config.train.epochs * steps_per_epoch
-    model = make_bare_model(config, data, total_steps, task.allowed)
-    need = estimate(config, workers, data, model)
+    learned = task_of(config, workers.device, feed, task.allowed)
+    model = make_bare_model(config, workers.device, feed, total_steps, task.allowed)
+    need = estimate(config, workers, feed, model, learned)
     free = available_bytes(config, workers, 1)
     check_fits(need, free, 0)
-    setup = make_setup(config, workers, data, total_steps, model=model)
+    setup = make_setup(config, workers, feed, total_steps, model=model, task=learned)
     setup.ddp.register_comm_hook(None, _return_bucket)
-    order = epoch_order(len(data.train), config.train.seed, 1)
-    indices = order[: config.train.global_batch].to(workers.device)
+    order = epoch_order(feed.sizes[TRAIN], config.train.seed, 1)
+    indices = order[: config.train.global_batch].to(feed.index_device)
+    batches = feed.batches(TRAIN, setup.forwards(indices), epoch=1)
     tally = exchange.Tally()
     before = _peak(workers)
     started = time.perf_counter()
-    training_step(setup, data, StepBatch(indices, 1, 1), stop=False)
+    training_step(setup, batches, StepBatch(indices, 1, 1))
     seconds = time.perf_counter() - started
     totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
     lines = [
         *_describe_model(setup),
-        f"data: {len(data.train)} training and {len(data.test)} test images of "
-        f"{'x'.join(map(str, data.train.images.shape[1:]))}, {steps_per_epoch} steps per epoch",
+        f"data: {feed.describe()}, {steps_per_epoch} steps per epoch",
         f"step: {setup.describe_step()}",
         *_describe_memory(need, free, _peak(workers) - before),
         f"one step, the first, without waiting for others: {seconds:.2f} s",

@@ -9,12 +9,13 @@ from syncnorm.run.env import Launched
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
 from syncnorm.train.recalibrate import read_run, recalibrate_run
+from syncnorm.train.task.measures import format_metric, format_value
 
 
 def run_recalibrate(
     folder: Path, mix: float, allowed: tuple[str, ...], launched: Launched | None
 ) -> None:
-    """Recalibrate a run, and print its accuracy before and after.
+    """Recalibrate a run, and print its metrics before and after.
 
     Raises:
         ConfigError: `mix` is out of range, the folder is not a finished run's, or its configuration
@@ -29,10 +30,9 @@ def run_recalibrate(
         with errors_in_one_line(workers.rank):
             result = recalibrate_run(folder, config, workers, mix, allowed)
         if workers.is_first:
-            print(
-                f"test accuracy {100 * result.before:.2f} % before, {100 * result.after:.2f} % "
-                "after"
-            )
+            for name, before in result.before.items():
+                after = format_value(name, result.after[name])
+                print(f"{result.split} {format_metric(name, before)} before, {after} after")
             print(result.path, flush=True)
     finally:
         dist.destroy_process_group()

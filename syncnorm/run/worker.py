@@ -1,9 +1,7 @@
 """One worker of a run, under any launcher: joins the others, trains, records the end."""
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,12 +31,13 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.placement import Workers
+from syncnorm.train.processes import die_with_parent
+from syncnorm.train.task.measures import format_metric
 
 _log = logging.getLogger(__name__)
 
 # The watchdog acts first, and writes the stacks of a stuck worker.
 _GROUP_MARGIN_SECONDS = 30.0
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,9 @@ def work(task: Task, launched: Launched) -> int:
     Returns:
         The exit status: 0 done, 75 stopped and saved.
     """
-    _die_with_parent(launched.launcher_pid)
+    # Elsewhere than on Linux, the workers of a launcher that is killed outright end by the timeouts
+    # of their collectives.
+    die_with_parent(launched.launcher_pid)
     workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
     with open_run_folder(task, launched) as folder:
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
@@ -165,22 +166,6 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     return Workers(rank, world_size, device, local[1])
 
 
-def _die_with_parent(launcher_pid: int | None) -> None:
-    """Let the kernel kill this process when its parent dies, however that happens. Linux only.
-
-    Elsewhere the workers of a launcher that is killed outright end by the timeouts of their
-    collectives.
-
-    Args:
-        launcher_pid: the expected parent, if known: it may be dead already.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if launcher_pid is not None and os.getppid() != launcher_pid:
-        sys.exit(1)
-
-
 @contextmanager
 def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
     """Agree on the run's folder, check that all workers have the same task, and lock the folder.
@@ -240,13 +225,13 @@ def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
 
 def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
     if outcome.is_done:
-        return Exit("done", "all epochs done", progress.step, 0)
+        return Exit("done", outcome.reason, progress.step, 0)
     asked = f"asked to stop by {watch.stop}" if watch.stop else "another worker was asked to stop"
     return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE)
 
 
 def summarize(outcome: Outcome) -> list[str]:
-    """Describe the result of a run for the user; the last line is the test accuracy."""
+    """Describe the result of a run for the user; the last line is the metric that decides."""
     if not outcome.is_done:
         return ["stopped, saved"]
     digests = outcome.digests
@@ -261,8 +246,14 @@ def summarize(outcome: Outcome) -> list[str]:
             f"running statistics: different on {len(set(digests))} of {len(digests)} workers"
         )
         lines.append(
-            "each worker judged its share of the test set by its own; the checkpoint holds those "
+            "each worker judged its share of the samples by its own; the checkpoint holds those "
             "of worker 0"
         )
-    assert outcome.test_accuracy is not None
-    return [*lines, f"test accuracy {100 * outcome.test_accuracy:.2f} %"]
+    return [
+        *lines,
+        *(
+            f"{split} {format_metric(name, value)}"
+            for split, metrics in outcome.metrics.items()
+            for name, value in reversed(list(metrics.items()))
+        ),
+    ]

@@ -7,8 +7,8 @@ A run goes through the files in this order:
     setup.py      builds a `Setup`: data set, model (models.py, norm.py), DDP, optimizer (optim.py),
                   the moving average (average.py)
     memory.py     refuses a step that would not fit into memory
-    placement.py  cuts a step: which samples this worker has, and who shares a statistic
-    data/         datasets.py holds the images and their order, augment.py changes them
+    placement.py  the workers, and the placement of a step, whose rules are `syncnorm.placement`
+    data/         datasets.py holds the images, augment.py changes them
     step.py       one optimizer step: `training_step`, from forward to the new parameters; notes.py
                   are what the workers tell each other of it
     loop.py       `train`: epochs of steps, evaluation, checkpoints, until the end or a stop

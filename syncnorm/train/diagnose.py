@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 from syncnorm.errors import SyncnormError
 from syncnorm.train import buffers
-from syncnorm.train.data.datasets import Dataset
+from syncnorm.train.data.batches import tensors_of
+from syncnorm.train.data.feed import TRAIN, Feed
+from syncnorm.train.notes import Flags
 from syncnorm.train.setup import Setup
-from syncnorm.train.step import StepBatch, StepResult, load_images, one_update, training_step
+from syncnorm.train.step import StepBatch, StepResult, one_update, training_step
+from syncnorm.train.task.losses import loss_terms
 
 _log = logging.getLogger(__name__)
 _MOST_NAMES = 8
@@ -24,14 +27,14 @@ class NotFiniteError(SyncnormError):
     """A loss or a gradient is infinite or NaN; raised by all workers alike."""
 
 
-def first_step(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
+def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Flags) -> StepResult:
     """Take the first `training_step` of a process, and warn of what it alone can show.
 
     That is parameters without a part in the loss, and buffers of the model's own that change.
     """
     slots = setup.shared_buffers.slots
     before = {name: value.clone() for name, value in buffers.values(slots).items()}
-    result = training_step(setup, data, batch, stop)
+    result = training_step(setup, batches, batch, flags)
     unused = [
         name for name, p in setup.model.named_parameters() if p.requires_grad and p.grad is None
     ]
@@ -61,7 +64,7 @@ def _join(names: list[str]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def describe_not_finite(setup: Setup, data: Dataset, batch: StepBatch, result: StepResult) -> str:
+def describe_not_finite(setup: Setup, feed: Feed, batch: StepBatch, result: StepResult) -> str:
     """Name the workers whose losses are not finite, and the first layer whose output is not.
 
     The forwards of the step are made again, with a hook on every layer.
@@ -69,7 +72,7 @@ def describe_not_finite(setup: Setup, data: Dataset, batch: StepBatch, result: S
     *Collectives*: those of the forwards, and one gathering of findings; every worker must call.
     """
     found: list[tuple[int, str] | None] = [None] * setup.workers.world_size
-    dist.all_gather_object(found, _first_not_finite(setup, data, batch))
+    dist.all_gather_object(found, _first_not_finite(setup, feed, batch))
     bad = [rank for rank, loss in enumerate(result.losses) if not math.isfinite(loss)]
     what = f"the loss of worker(s) {', '.join(map(str, bad))}" if bad else "the gradient"
     findings = [(*finding, rank) for rank, finding in enumerate(found) if finding]
@@ -80,7 +83,7 @@ def describe_not_finite(setup: Setup, data: Dataset, batch: StepBatch, result: S
     return f"step {batch.step}: {what} is not finite, {where}"
 
 
-def _first_not_finite(setup: Setup, data: Dataset, batch: StepBatch) -> tuple[int, str] | None:
+def _first_not_finite(setup: Setup, feed: Feed, batch: StepBatch) -> tuple[int, str] | None:
     """Find the first value on this worker that is not finite: its number in a forward, its name."""
     for name, parameter in setup.model.named_parameters():
         if not parameter.isfinite().all():
@@ -95,7 +98,7 @@ def _first_not_finite(setup: Setup, data: Dataset, batch: StepBatch) -> tuple[in
     with ExitStack() as stack:
         for order, (name, module) in enumerate(modules, start=1):
             stack.callback(module.register_forward_hook(_finder(found, order, name)).remove)
-        _repeat_forwards(setup, data, batch, found)
+        _repeat_forwards(setup, feed, batch, found)
     return min(found, default=None)
 
 
@@ -111,15 +114,15 @@ def _finder(
 
 @torch.no_grad()
 def _repeat_forwards(
-    setup: Setup, data: Dataset, batch: StepBatch, found: list[tuple[int, str]]
+    setup: Setup, feed: Feed, batch: StepBatch, found: list[tuple[int, str]]
 ) -> None:
     placement, before = setup.placement(len(batch.indices)), setup.copy_buffers()
     with one_update(setup.model), torch.compiler.set_stance("force_eager"):
-        for parts in placement.rounds:
-            images, _ = load_images(setup, data, batch, parts)
-            if not images.isfinite().all():
-                found.append((0, "the images"))
+        for parts, indices in zip(placement.rounds, setup.forwards(batch.indices), strict=True):
+            samples = feed.load(TRAIN, indices, batch.epoch)
+            if not all(tensor.isfinite().all() for tensor in tensors_of(samples)):
+                found.append((0, "the samples"))
             setup.set_norm_batches(placement, parts)
             with setup.autocast():
-                setup.model(images)
+                loss_terms(setup.task, setup.model, samples)
     setup.restore_buffers(before)

@@ -52,17 +52,11 @@ class Display:
             self._progress.tasks[0].fields["loss"] = f"loss {loss:.4f}"
             self._show()
 
-    def show_speed(
-        self, samples_per_second: float, exchange_share: float, test_accuracy: float | None
-    ) -> None:
-        """Show the speed, the share of time spent in exchanges, and the last test accuracy."""
+    def show_speed(self, samples_per_second: float, exchange_share: float) -> None:
+        """Show the speed, and the share of time spent in exchanges."""
         if self._is_shown:
-            accuracy = (
-                "" if test_accuracy is None else f"  test accuracy {100 * test_accuracy:.2f} %"
-            )
             self._progress.tasks[0].fields["speed"] = (
-                f"  {samples_per_second:.0f} samples/s  {100 * exchange_share:.0f} % "
-                f"exchanging{accuracy}"
+                f"  {samples_per_second:.0f} samples/s  {100 * exchange_share:.0f} % exchanging"
             )
             self._show()
 

@@ -4,31 +4,36 @@ train
     _train_epochs
         _train_epoch
             take_step       one optimizer step (`syncnorm.train.step`), recorded
-            _evaluate       after the last step of an epoch
+            _evaluate       after the last step of an epoch, or every so many steps
             _save_if_due    a checkpoint, where one is due
+    _test                   of a run that was judged by a validation set
 """
 
 import math
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.errors import SyncnormError
+from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.placement import epoch_order
 from syncnorm.train.buffers import SharedBuffers, gather_digests
 from syncnorm.train.checkpoint.capture import Progress, capture, resume
 from syncnorm.train.checkpoint.saver import BackgroundSaver
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, epoch_order, shard
+from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed, judged_split
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory
+from syncnorm.train.notes import Flags
 from syncnorm.train.placement import Workers
 from syncnorm.train.recorder import Recorder
-from syncnorm.train.setup import Setup, load_data, make_bare_model, make_setup
+from syncnorm.train.renewal import renew_statistics
+from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 
 CHECKPOINTS = "checkpoints"
@@ -58,16 +63,18 @@ class Outcome:
     """The outcome of a run, the same on all workers.
 
     Args:
-        test_accuracy: share of the test set, 0 to 1; None if the run was stopped before the first
-            evaluation.
+        metrics: of the last evaluation, by the name of the split; of a run that is done also on the
+            test set. The task's deciding metric comes first. Empty before the first evaluation.
         digests: SHA-256 of each worker's buffers, in rank order.
         is_done: True if all epochs are done; False if the run was asked to stop, and has saved its
             state.
+        reason: for being done.
     """
 
-    test_accuracy: float | None
+    metrics: Mapping[str, Mapping[str, float]]
     digests: list[str]
     is_done: bool
+    reason: str = ""
 
 
 @dataclass
@@ -77,20 +84,21 @@ class Run:
     Args:
         config: of the run.
         workers: this worker's rank and device.
-        data: training set and test set.
+        feed: of the data.
         setup: the model and its optimizer.
         progress: steps and epochs done.
         watch: told of progress, asked whether to stop.
         recorder: writes metrics.
         saver: writes checkpoints; None on all workers but the first.
         steps_per_epoch: the last of them may have fewer samples.
+        saved_at: time of the last checkpoint or of the start, by this process's clock.
         skipped: steps left out since the last that was taken.
         is_new: True until this process has taken a step.
     """
 
     config: Config
     workers: Workers
-    data: Dataset
+    feed: Feed
     setup: Setup
     progress: Progress
     watch: Watch
@@ -99,6 +107,20 @@ class Run:
     steps_per_epoch: int
     skipped: int = 0
     is_new: bool = True
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def flags(self) -> Flags:
+        """The wishes of this worker's surroundings. The first one's clock says when to save."""
+        minutes = self.config.checkpoint.minutes
+        is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
+        return Flags(self.watch.stop is not None, is_late and self.workers.is_first)
+
+    @property
+    def is_out_of_patience(self) -> bool:
+        """True if the validation set has seen nothing better for long enough."""
+        patience = self.config.train.patience
+        return patience is not None and self.progress.since_best >= patience
 
 
 def train(
@@ -127,61 +149,86 @@ def train(
         NotFiniteError: a loss is not finite; on all workers.
         SaveError: the last state could not be saved; on all workers.
     """
-    data = load_data(config, workers.device, allowed)
+    feed = load_feed(config, workers.device, allowed)
     watch.alive()
-    steps_per_epoch = math.ceil(len(data.train) / config.train.global_batch)
+    steps_per_epoch = math.ceil(feed.sizes[TRAIN] / config.train.global_batch)
     total_steps = config.train.epochs * steps_per_epoch
     # Built once: what a callable of the user's does as it builds, a download say, it does once.
-    model = make_bare_model(config, data, total_steps, allowed)
-    check_memory(config, workers, data, model)
-    setup = make_setup(config, workers, data, total_steps, model=model)
+    task = task_of(config, workers.device, feed, allowed)
+    model = make_bare_model(config, workers.device, feed, total_steps, allowed)
+    check_memory(config, workers, feed, model, task)
+    setup = make_setup(config, workers, feed, total_steps, model=model, task=task)
     store = (
         CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
     )
     resumed = resume(setup, progress, store)
     saver = None if store is None else BackgroundSaver(store)
     with Recorder(setup, folder, progress, total_steps) as recorder:
-        run = Run(config, workers, data, setup, progress, watch, recorder, saver, steps_per_epoch)
+        run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
         recorder.record_start(resumed)
         is_done = _train_epochs(run)
+        metrics = _final_metrics(run, is_done)
         digests = gather_digests(setup.model)
-        recorder.record_end(digests, is_done=is_done)
-    return Outcome(progress.test_accuracy, digests, is_done)
+        recorder.record_end(metrics, digests, is_done=is_done)
+    return Outcome(metrics, digests, is_done, _reason(run))
+
+
+def _reason(run: Run) -> str:
+    if run.is_out_of_patience:
+        return f"the last {run.progress.since_best} evaluations were no better"
+    return "all epochs done"
 
 
 def _train_epochs(run: Run) -> bool:
-    """Train until all epochs are done (True) or some worker is asked to stop (False)."""
+    """Train until all epochs or patience are done (True) or some worker is asked to stop."""
     progress = run.progress
     if progress.step_in_epoch == run.steps_per_epoch or progress.epoch == 0:
         progress.begin_epoch()
-    while progress.epoch <= run.config.train.epochs:
+    while progress.epoch <= run.config.train.epochs and not run.is_out_of_patience:
         if not _train_epoch(run):
-            return False
+            return run.is_out_of_patience
         progress.begin_epoch()
-    progress.epoch -= 1
+    if progress.step_in_epoch == 0:
+        progress.epoch -= 1
     return True
 
 
 def _train_epoch(run: Run) -> bool:
-    """Train on the rest of an epoch and evaluate; False if some worker is asked to stop."""
+    """Train on the rest of an epoch, and evaluate; False if the run ends here."""
     progress, train = run.progress, run.config.train
-    order = epoch_order(len(run.data.train), train.seed, progress.epoch)  # (N,)
-    order = order.to(run.workers.device)
-    batches = order.split(train.global_batch)
-    for indices in batches[progress.step_in_epoch :]:
-        result, lr = take_step(run, indices)
+    order = epoch_order(run.feed.sizes[TRAIN], train.seed, progress.epoch)  # (N,)
+    order = order.to(run.feed.index_device)
+    steps = order.split(train.global_batch)[progress.step_in_epoch :]
+    forwards = (forward for indices in steps for forward in run.setup.forwards(indices))
+    batches = run.feed.batches(TRAIN, forwards, progress.epoch)
+    for indices in steps:
+        result, lr = take_step(run, batches, indices)
         is_last = progress.step_in_epoch == run.steps_per_epoch
-        if is_last:
-            _evaluate(run, lr)
         is_end = is_last and progress.epoch == train.epochs
-        _save_if_due(run, ends_epoch=is_last, ends_run=is_end or result.stop)
-        if result.stop and not is_end:
+        is_judged, is_best = _is_judged(run, is_last, is_end), False
+        if is_judged or is_end:
+            renew_statistics(run.setup, run.feed, progress.epoch, run.watch.alive)
+        if is_judged:
+            is_best = _evaluate(run)
+            is_end = is_end or run.is_out_of_patience
+        if is_last:
+            mean_loss = progress.loss_sum / run.steps_per_epoch
+            run.recorder.record_epoch(mean_loss, lr, judged_split(run.feed) if is_judged else None)
+        elif is_judged:
+            run.recorder.record_evaluation(judged_split(run.feed))
+        _save_if_due(
+            run,
+            is_due=_is_save_due(run, is_last, result),
+            is_best=is_best,
+            ends_run=is_end or result.stop,
+        )
+        if run.is_out_of_patience or (result.stop and not is_end):
             return False
     return True
 
 
-def take_step(run: Run, indices: Tensor) -> tuple[StepResult, float]:
-    """Train on the samples of a step, and record it.
+def take_step(run: Run, batches: Iterator[Any], indices: Tensor) -> tuple[StepResult, float]:
+    """Train on the samples of a step, whose batches come next, and record it.
 
     Returns:
         The step's result and its learning rate.
@@ -191,15 +238,15 @@ def take_step(run: Run, indices: Tensor) -> tuple[StepResult, float]:
     batch = StepBatch(indices, progress.epoch, progress.step + 1)
     step = first_step if run.is_new else training_step
     run.is_new = False
-    result = step(run.setup, run.data, batch, run.watch.stop is not None)
-    if result.was_taken:
+    result = step(run.setup, batches, batch, run.flags)
+    if result.was_taken or result.has_overflowed:
         run.skipped = 0
     else:
         _handle_not_finite(run, batch, result)
     progress.step += 1
     progress.step_in_epoch += 1
     # A step that was left out has no loss to speak of.
-    progress.loss_sum += result.loss if result.was_taken else 0.0
+    progress.loss_sum += result.loss if result.was_taken or result.has_overflowed else 0.0
     run.watch.alive()
     run.recorder.record_step(result, len(indices), lr)
     return result, lr
@@ -207,7 +254,7 @@ def take_step(run: Run, indices: Tensor) -> tuple[StepResult, float]:
 
 def _handle_not_finite(run: Run, batch: StepBatch, result: StepResult) -> None:
     """Stop, or leave the step out; the same on all workers."""
-    message = describe_not_finite(run.setup, run.data, batch, result)
+    message = describe_not_finite(run.setup, run.feed, batch, result)
     run.recorder.record_fault("not_finite", message)
     run.skipped += 1
     if run.config.train.not_finite == "stop":
@@ -220,44 +267,80 @@ def _handle_not_finite(run: Run, batch: StepBatch, result: StepResult) -> None:
         )
 
 
-def _evaluate(run: Run, lr: float) -> None:
-    """Evaluate on the test set, each worker on its shard, and record the epoch."""
-    progress, config, model = run.progress, run.config, run.setup.evaluated_model
-    mine = run.data.test[shard(len(run.data.test), run.workers.rank, run.workers.world_size)]
-    chunk = min(config.train.global_batch, config.launch.micro_batch or config.train.global_batch)
-    dtype = getattr(torch, config.train.dtype)
-    with run.setup.autocast():
-        progress.test_accuracy = evaluate(model, run.data, mine, chunk, dtype, run.watch.alive)
+def _is_judged(run: Run, ends_epoch: bool, ends_run: bool) -> bool:
+    """Return True where an evaluation is due."""
+    every = run.config.train.evaluate_every
+    is_due = ends_epoch if every is None else ends_run or run.progress.step % every == 0
+    return is_due and judged_split(run.feed) is not None
+
+
+def _evaluate(run: Run) -> bool:
+    """Evaluate, each worker on its shard; True if nothing was better before.
+
+    It is the validation set that decides, never the test set.
+    """
+    progress, split = run.progress, judged_split(run.feed)
+    assert split is not None
+    progress.metrics = _metrics(run, split)
+    best = run.setup.task.best
+    if split != VALIDATION or not best:
+        return False
+    name = best.removeprefix("-")
+    if name not in progress.metrics:
+        raise ConfigError(
+            f"`task.best` must be measured, got {name!r} of {', '.join(progress.metrics)}"
+        )
+    value = progress.metrics[name]
+    return progress.update_best(-value if best[0] == "-" else value)
+
+
+def _metrics(run: Run, split: str) -> dict[str, float]:
+    setup, model = run.setup, run.setup.evaluated_model
+    metrics = evaluate(setup.task, model, run.feed, split, run.config, run.workers, run.watch.alive)
     # The forwards may have changed some, and workers make different ones.
     SharedBuffers(model).broadcast(are_alike=False)
-    mean_loss = progress.loss_sum / run.steps_per_epoch
-    run.recorder.record_epoch(mean_loss, lr, config.train.epochs)
+    return metrics
 
 
-def _save_if_due(run: Run, *, ends_epoch: bool, ends_run: bool) -> None:
-    """Save after each epoch, or every so many steps, in the background.
+def _final_metrics(run: Run, is_done: bool) -> dict[str, dict[str, float]]:
+    """Gather the last metrics, with those of the test set, if it has waited for the end."""
+    split, last = judged_split(run.feed), run.progress.metrics
+    metrics = {} if split is None or last is None else {split: last}
+    if is_done and split == VALIDATION and run.feed.sizes.get(TEST):
+        metrics[TEST] = _metrics(run, TEST)
+    return metrics
 
-    The state that the run ends with is saved in any case, and waited for.
+
+def _is_save_due(run: Run, ends_epoch: bool, result: StepResult) -> bool:
+    every = run.config.checkpoint.every
+    is_due = ends_epoch if every is None else run.progress.step % every == 0
+    return is_due or result.save
+
+
+def _save_if_due(run: Run, *, is_due: bool, is_best: bool, ends_run: bool) -> None:
+    """Save where it is due, in the background.
+
+    The state that the run ends with is saved in any case, and waited for; so is the best one.
 
     *Collectives*: where it saves, those of `capture`; every worker decides alike.
 
     Raises:
         SaveError: the last state could not be saved; on all workers.
     """
-    every, progress = run.config.checkpoint.every, run.progress
-    is_due = ends_epoch if every is None else progress.step % every == 0
-    if not (ends_run or is_due):
+    progress = run.progress
+    keeps_best = is_best and run.config.checkpoint.best is not False
+    if not (ends_run or is_due or keeps_best):
         if run.saver is not None:
             run.recorder.record_saves(run.saver.pop_results())
         return
-    is_best = ends_epoch and progress.update_best()
     snapshot = capture(run.setup, progress)
+    run.saved_at = time.monotonic()
     error: str | None = None
     if run.saver is not None:
-        if ends_run or is_best:
+        if ends_run or keeps_best:
             # These must not be left out because the last one is still being written.
             run.saver.wait()
-        is_started = run.saver.start(snapshot, is_best=is_best and run.config.checkpoint.best)
+        is_started = run.saver.start(snapshot, is_best=keeps_best)
         if ends_run:
             run.saver.wait()
         results = run.saver.pop_results()

@@ -12,21 +12,30 @@ the greatest part with small networks; on a GPU it lies elsewhere.
 import copy
 import logging
 import resource
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError
+from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
+from syncnorm.placement import place_local
 from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, types_of
-from syncnorm.train.placement import Workers, place, place_local
+from syncnorm.train.data.feed import TRAIN, Feed, judged_split
+from syncnorm.train.placement import Workers, place
+from syncnorm.train.setup import autocast
+from syncnorm.train.task import Task
+from syncnorm.train.task.losses import loss_terms
+from syncnorm.train.task.measures import check_metrics
+from syncnorm.train.task.meters import Meters
 
 _log = logging.getLogger(__name__)
 
@@ -71,22 +80,25 @@ def format_bytes(count: float) -> str:
     return f"{count / size:.2f} {unit}"
 
 
-def check_memory(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> None:
-    """Refuse a step that does not fit, and a model that is no classifier of the data.
+def check_memory(
+    config: Config, workers: Workers, feed: Feed, model: nn.Module, task: Task
+) -> None:
+    """Refuse a step that does not fit, and a task that does not fit model and data.
 
     *Collectives*: one gathering of each worker's need and free memory; every worker must call.
 
     Args:
         config: of the run.
         workers: this worker's rank and device.
-        data: the training set.
+        feed: of the data.
         model: of `make_bare_model`; is not changed.
+        task: of `task_of`.
 
     Raises:
         ConfigError: with the figures; on all workers, if one has too little.
     """
     mine = (
-        estimate(config, workers, data, model),
+        estimate(config, workers, feed, model, task),
         available_bytes(config, workers, workers.local_world_size),
     )
     all_workers = [mine] * workers.world_size
@@ -114,32 +126,71 @@ def check_fits(need: Need, free: float, rank: int) -> None:
     )
 
 
-def estimate(config: Config, workers: Workers, data: Dataset, model: nn.Module) -> Need:
+def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, task: Task) -> Need:
     """Estimate the need of the busiest worker. No exchange.
 
-    The model and the random numbers stay as they are.
+    The task's loss and metrics are tried on the first samples. The model and the random numbers
+    stay as they are.
 
     Raises:
-        ConfigError: the model does not give logits for each image.
+        ConfigError: the samples, the model or the task are not what they must be.
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     # Before the process is measured: the first optimizer imports much.
     fixed = parameters * (2 + _states_per_parameter(config))
     # The process has the parameters already, which `fixed` counts.
     process = 0 if workers.device.type == "cuda" else max(resident_memory() - parameters, 0)
-    images = data.standardise(
-        data.train.images[:_TRIAL_SAMPLES], getattr(torch, config.train.dtype)
-    )
-    per_sample = 0
-    trial = _trial_copy(model)
-    if trial is not None:
-        is_cuda = workers.device.type == "cuda"
-        with torch.random.fork_rng(devices=[workers.device] if is_cuda else []):
-            labels = data.train.labels[:_TRIAL_SAMPLES]
-            per_sample = _saved_bytes(trial, images, labels, data.num_classes) // len(images)
-            if is_cuda:
-                per_sample = max(per_sample, _peak_growth(trial, images, labels))
+    is_cuda = workers.device.type == "cuda"
+    with torch.random.fork_rng(devices=[workers.device] if is_cuda else []):
+        per_sample = _try_step(config, workers, feed, model, task)
     return Need(process, fixed, per_sample, _most_samples(config, workers.world_size))
+
+
+def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, task: Task) -> int:
+    """Try the task's loss and metrics on the first samples; the bytes that a sample takes."""
+    count = min(_TRIAL_SAMPLES, feed.sizes[TRAIN])
+    indices = torch.arange(count, device=feed.index_device)
+    batch = feed.load(TRAIN, indices, epoch=1)
+    split = judged_split(feed)
+    judged = None if split is None else feed.load(split, indices[: feed.sizes[split]])
+    trial = _trial_copy(model)
+    if trial is None:
+        return 0
+
+    def loss_of(part: Any) -> Tensor:
+        with autocast(config, workers.device):
+            terms = loss_terms(task, trial, part).values()
+            return torch.stack([total for total, _ in terms]).sum()
+
+    per_sample = _saved_bytes(trial, partial(loss_of, batch)) // count
+    half = count // 2
+    if workers.device.type == "cuda" and half:
+        fewer = feed.load(TRAIN, indices[:half], epoch=1)
+        # What the first passes make to keep, such as the libraries' work space, is in neither.
+        _peak(trial, partial(loss_of, batch), workers.device)
+        less = _peak(trial, partial(loss_of, fewer), workers.device)
+        more = _peak(trial, partial(loss_of, batch), workers.device)
+        per_sample = max(per_sample, (more - less) // (count - half))
+    if judged is not None:
+        _try_metrics(config, workers, trial, task, judged)
+    return per_sample
+
+
+@torch.no_grad()
+def _try_metrics(
+    config: Config, workers: Workers, trial: nn.Module, task: Task, batch: Any
+) -> None:
+    with evaluating(trial), autocast(config, workers.device):
+        metrics = task.metrics(trial, batch)
+    check_metrics(metrics)
+    meters: Meters | None = getattr(task, "meters", None)
+    names = [*metrics, *(meters.names if meters is not None else ())]
+    best = task.best.removeprefix("-")
+    # One of several values has a number with its name.
+    if best and not any(best == name or best.startswith(f"{name}_") for name in names):
+        raise ConfigError(
+            f"`task.best` must be measured, got {best!r} of {', '.join(names)}. Empty is none."
+        )
 
 
 def _trial_copy(model: nn.Module) -> nn.Module | None:
@@ -159,7 +210,7 @@ def _trial_copy(model: nn.Module) -> nn.Module | None:
     return trial
 
 
-def _saved_bytes(model: nn.Module, images: Tensor, labels: Tensor, num_classes: int) -> int:
+def _saved_bytes(model: nn.Module, loss: Callable[[], Tensor]) -> int:
     """Measure the storages that a forward saves for its backward pass, without the parameters'."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     seen: dict[int, int] = {}
@@ -174,45 +225,17 @@ def _saved_bytes(model: nn.Module, images: Tensor, labels: Tensor, num_classes: 
 
     held: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        logits = model(images)
-        _check_logits(logits, len(labels), num_classes)
-        loss = F.cross_entropy(logits, labels, reduction="sum")
-        del loss
+        loss()
     return sum(seen.values())
 
 
-def _peak_growth(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """Measure by how much a sample more lifts the peak of a step on a CUDA device, in bytes."""
-    half = len(images) // 2
-    if not half:
-        return 0
-    # What the first passes make to keep, such as the libraries' work space, is in neither.
-    _peak(model, images, labels)
-    less, more = _peak(model, images[:half], labels[:half]), _peak(model, images, labels)
-    return (more - less) // (len(images) - half)
-
-
-def _peak(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    before = torch.cuda.memory_allocated(images.device)
-    torch.cuda.reset_peak_memory_stats(images.device)
-    F.cross_entropy(model(images), labels, reduction="sum").backward()
+def _peak(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) -> int:
+    """Measure the peak of both passes on a CUDA device, in bytes."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    loss().backward()
     model.zero_grad(set_to_none=True)
-    return torch.cuda.max_memory_allocated(images.device) - before
-
-
-def _check_logits(logits: object, count: int, num_classes: int) -> None:
-    """Refuse logits that the loss would misread or fail on."""
-    got = types_of(logits)
-    if isinstance(logits, Tensor):
-        # A pretrained head may have more classes.
-        if logits.ndim == 2 and len(logits) == count and logits.shape[1] >= num_classes:
-            return
-        got = f"shape {tuple(logits.shape)}"
-    raise ConfigError(
-        "`model.name` must give a model from images (N, C, H, W) to a tensor of logits (N, "
-        f"num_classes), got {got} for {count} images of {num_classes} classes. Wrap a model that "
-        "returns something else."
-    )
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def _states_per_parameter(config: Config) -> int:

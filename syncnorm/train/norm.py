@@ -124,6 +124,20 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     )
 
 
+def warn_of_no_pooling(model: nn.Module, norm: NormSection) -> None:
+    """Say in a line if no normalisation layer of a model, ready for training, pools anything."""
+    layers = [module for module in model.modules() if isinstance(module, SyncNorm)]
+    if any(layer.training and layer.sync_mode.is_pooled for layer in layers):
+        return
+    if not layers:
+        cause = f"there is none of syncnorm's (norm.name {norm.name})"
+    elif not norm.mode.is_pooled:
+        cause = f"norm.sync is {norm.sync}"
+    else:
+        cause = f"all {len(layers)} of syncnorm's came in evaluation mode"
+    _log.warning("no normalisation layer pools its statistics over the workers: %s", cause)
+
+
 def _convert(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     layer = make_norm_layer(norm, total_steps)
     assert isinstance(layer, partial)

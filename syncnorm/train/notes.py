@@ -1,4 +1,4 @@
-"""The workers' notes of a step: their losses, stop flags and buffers' layouts, in one sum.
+"""The workers' notes of a step: losses, counts, flags and buffers' layouts, in one sum.
 
 The notes decide whether the optimizer steps, so the host has to read them in every step. On CUDA
 they have a stream of their own, on which they wait for the forward pass alone: while the host
@@ -14,6 +14,22 @@ from torch import Tensor
 
 from syncnorm.comm import exchange, groups
 from syncnorm.train.setup import Setup
+from syncnorm.train.task import Number
+
+
+@dataclass(frozen=True)
+class Flags:
+    """The surroundings' wishes.
+
+    Args:
+        stop: True if this worker was asked to stop.
+        save: True if this worker finds that it is time to save.
+        failed: True if this worker's samples could not be read.
+    """
+
+    stop: bool = False
+    save: bool = False
+    failed: bool = False
 
 
 @dataclass(frozen=True)
@@ -21,44 +37,59 @@ class Notes:
     """The notes of all workers.
 
     Args:
-        losses: each worker's share of the mean loss, in rank order.
+        losses: each worker's sum of losses, in rank order, divided by the number of samples of
+            the step.
+        counts: each worker's count of what its loss is over, in rank order.
         stop: True if some worker was asked to stop.
+        save: True if it is time to save.
+        failed: True if some worker's samples could not be read.
         are_alike: True if the shared buffers have the same types and shapes on all workers.
     """
 
     losses: list[float]
+    counts: list[float]
     stop: bool
+    save: bool
+    failed: bool
     are_alike: bool
 
 
 class PendingNotes:
     """The notes of a step on their way.
 
-    The payload is float64: the stop flag, a loss for each rank and, if the model has buffers of its
-    own, a checksum of their layout for each rank. Each worker fills in its own numbers.
+    The payload is float64: three flags, a loss and a count for each rank and, if the model has
+    buffers of its own, a checksum of their layout for each rank. Each worker fills in its own
+    numbers.
 
     *Collectives*: one asynchronous sum; every worker must make it.
 
     Args:
         setup: of the run.
-        loss: this worker's share of the step's mean loss, shape ().
-        stop: True if this worker was asked to stop.
+        loss: this worker's sum of losses, divided by the step's number of samples, shape ().
+        count: of what the loss is over.
+        flags: of this worker.
     """
 
-    def __init__(self, setup: Setup, loss: Tensor, stop: bool) -> None:
+    def __init__(self, setup: Setup, loss: Tensor, count: Number, flags: Flags) -> None:
         rank, self._world_size = setup.workers.rank, setup.workers.world_size
-        size = 1 + self._world_size * (2 if setup.shared_buffers else 1)
-        self._loss = loss  # kept: another stream reads it
+        size = 3 + self._world_size * (3 if setup.shared_buffers else 2)
+        self._loss, self._count = loss, count  # kept: another stream reads them
         if loss.is_cuda:
             _stream(loss.device).wait_stream(torch.cuda.current_stream(loss.device))
         with self._aside():
             payload = torch.zeros(size, dtype=torch.float64, device=loss.device)
             # Filled rather than assigned: that would copy a number from the host, and wait.
-            payload[0].fill_(float(stop))
-            payload[1 + rank].copy_(loss)
+            payload[0].fill_(float(flags.stop))
+            payload[1].fill_(float(flags.save))
+            payload[2].fill_(float(flags.failed))
+            mine = payload[3 + rank :: self._world_size]
+            mine[0].copy_(loss)
+            if isinstance(count, Tensor):
+                mine[1].copy_(count)
+            else:
+                mine[1].fill_(float(count))
             if setup.shared_buffers:
-                checksum = float(setup.shared_buffers.layout_checksum())
-                payload[1 + self._world_size + rank].fill_(checksum)
+                mine[2].fill_(float(setup.shared_buffers.layout_checksum()))
             self._pending = exchange.start_sum(payload, groups.statistics_group(), "notes")
 
     def read(self) -> Notes:
@@ -68,13 +99,15 @@ class PendingNotes:
             ExchangeError: they broke, or the workers are in different exchanges; then on all.
         """
         with self._aside():
-            stops, *numbers = self._pending.wait().tolist()
+            stop, save, failed, *numbers = self._pending.wait().tolist()
         if self._pending.mixed is not None:
             group = groups.statistics_group()
             assert group is not None, "an exchange was made"
             exchange.raise_mixed(self._pending.mixed, group)
-        losses, checksums = numbers[: self._world_size], numbers[self._world_size :]
-        return Notes(losses, stops > 0, len(set(checksums)) == 1)
+        size = self._world_size
+        losses, counts, checksums = numbers[:size], numbers[size : 2 * size], numbers[2 * size :]
+        are_alike = len(set(checksums)) <= 1
+        return Notes(losses, counts, stop > 0, save > 0, failed > 0, are_alike)
 
     def _aside(self) -> AbstractContextManager[object]:
         """Make the context of the notes' own stream, also for the memory that they take."""

@@ -149,11 +149,41 @@ def _without_tensors(hint: Any) -> Any:
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[torch.Tensor], lr: float, options: Mapping[str, Any]
+    name: str,
+    parameters: Iterable[torch.Tensor] | list[dict[str, Any]],
+    lr: float,
+    options: Mapping[str, Any],
 ) -> torch.optim.Optimizer:
-    """Build the optimizer over those of the parameters that are trained."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return OPTIMIZERS[name](trained, lr=lr, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    """Build the optimizer over parameter groups, or those of the parameters that are trained.
+
+    A group steps at the optimizer's learning rate times its `rate`, if it has one.
+    """
+    trained = [each for each in parameters if isinstance(each, dict) or each.requires_grad]
+    optimizer = OPTIMIZERS[name](trained, lr=lr, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    _apply_rates(optimizer)
+    return optimizer
+
+
+def _apply_rates(optimizer: torch.optim.Optimizer) -> None:
+    """Let the optimizer take each step at the scheduled rate times the `rate` of the group.
+
+    Outside of a step all groups have the scheduled rate, so it is what schedules work on, some of
+    which set it whatever it was before, and what is recorded.
+    """
+    scheduled: list[Any] = []
+
+    def scale(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        scheduled[:] = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * group.get("rate", 1.0)
+
+    def restore(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        for group, lr in zip(optimizer.param_groups, scheduled, strict=True):
+            group["lr"] = lr
+
+    if any("rate" in group for group in optimizer.param_groups):
+        optimizer.register_step_pre_hook(scale)
+        optimizer.register_step_post_hook(restore)
 
 
 def make_schedule(

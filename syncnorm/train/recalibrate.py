@@ -1,11 +1,12 @@
 """Recalibration of a run: population statistics of its training set in place of running ones."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from syncnorm import recalibrate
 from syncnorm.errors import CheckpointError, ConfigError
@@ -16,10 +17,11 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, shard
+from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.feed import TRAIN, Feed, judged_split
 from syncnorm.train.loop import CHECKPOINTS
 from syncnorm.train.placement import Workers
-from syncnorm.train.setup import load_data, make_model
+from syncnorm.train.setup import load_feed, make_model, task_of
 from syncnorm.train.step import evaluate
 
 RECALIBRATED = "recalibrated"
@@ -27,10 +29,18 @@ RECALIBRATED = "recalibrated"
 
 @dataclass(frozen=True)
 class Recalibrated:
-    """The test accuracy, 0 to 1, by the old and by the new statistics, and the new checkpoint."""
+    """Metrics by the old and by the new statistics, and the new checkpoint.
 
-    before: float
-    after: float
+    Args:
+        split: that they are of.
+        before: by name; the one that decides comes first.
+        after: as above.
+        path: of the checkpoint.
+    """
+
+    split: str
+    before: dict[str, float]
+    after: dict[str, float]
     path: Path
 
 
@@ -63,8 +73,12 @@ def recalibrate_run(
     *Collectives*: those of `syncnorm.recalibrate` and of two evaluations; every worker must call.
     """
     snapshot = _newest(folder, workers)
-    data = load_data(config, workers.device, allowed)
-    model = make_model(config, data, 1, allowed)
+    feed = load_feed(config, workers.device, allowed)
+    split = judged_split(feed)
+    if split is None:
+        raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+    task = task_of(config, workers.device, feed, allowed)
+    model = make_model(config, workers.device, feed, 1, allowed)
     try:
         unsaved = evaluated_unsaved(snapshot)
         buffers.load(model, evaluated_state(snapshot), unsaved)
@@ -74,15 +88,15 @@ def recalibrate_run(
         raise ConfigError(
             f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}"
         ) from None
-    before = _accuracy(model, data, workers, config)
-    recalibrate(model, _batches(data, workers, config), mix=mix)
-    after = _accuracy(model, data, workers, config)
+    before = evaluate(task, model, feed, split, config, workers)
+    recalibrate(model, _batches(feed, workers, config), mix=mix)
+    after = evaluate(task, model, feed, split, config, workers)
     store = CheckpointStore(folder / RECALIBRATED, keep=1)
     path = Path()
     if workers.is_first:
         states = snapshot.states | ({"buffers": {"model": unsaved}} if unsaved else {})
         path = store.write(replace(snapshot, tensors={"model": model.state_dict()}, states=states))
-    return Recalibrated(before, after, path)
+    return Recalibrated(split, before, after, path)
 
 
 def evaluated_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
@@ -139,14 +153,11 @@ def _read(folder: Path) -> Snapshot | ConfigError:
     return snapshot
 
 
-def _batches(data: Dataset, workers: Workers, config: Config) -> list[torch.Tensor]:
+def _batches(feed: Feed, workers: Workers, config: Config) -> Iterator[Any]:
     """This worker's share of the batches; sharing them out otherwise changes rounding alone."""
-    batches = data.train.images.split(config.train.global_batch)[workers.rank :: workers.world_size]
-    return [data.standardise(batch, getattr(torch, config.train.dtype)) for batch in batches]
-
-
-def _accuracy(model: nn.Module, data: Dataset, workers: Workers, config: Config) -> float:
-    mine = data.test[shard(len(data.test), workers.rank, workers.world_size)]
-    return evaluate(
-        model, data, mine, config.train.global_batch, getattr(torch, config.train.dtype)
-    )
+    indices = torch.arange(feed.sizes[TRAIN], device=feed.index_device)
+    mine = indices.split(config.train.global_batch)[workers.rank :: workers.world_size]
+    for batch in feed.batches(TRAIN, mine):
+        if isinstance(batch, Failure):
+            raise ConfigError(batch.message)  # `recalibrate` tells the other workers
+        yield batch

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,7 @@ from syncnorm.train.display import Display
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
+from syncnorm.train.task.measures import format_metric
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ class Recorder:
             versions=versions(),
             parameters=sum(parameter.numel() for parameter in self._setup.model.parameters()),
             placement=self._setup.describe_step(),
+            decides=self._setup.task.best,
         )
         if resumed.source is not None:
             self._display.print_line(
@@ -80,13 +83,15 @@ class Recorder:
         for fault in resumed.faults:
             self.record_fault("checkpoint", fault)
 
-    def record_end(self, digests: list[str], *, is_done: bool) -> None:
-        """Record that the run is done, or was stopped."""
+    def record_end(
+        self, metrics: dict[str, dict[str, float]], digests: list[str], *, is_done: bool
+    ) -> None:
+        """Record that the run is done, or was stopped, with the last metrics of each split."""
         self._metrics.write_timed(
             "end" if is_done else "stop",
             step=self._progress.step,
-            test_accuracy=self._progress.test_accuracy,
             digests=digests,
+            **{key: v for split, each in metrics.items() for key, v in _named(split, each).items()},
         )
 
     def record_step(self, result: StepResult, samples: int, lr: float) -> None:
@@ -114,32 +119,52 @@ class Recorder:
         step = self._progress.step
         self._metrics.write_timed("interval", step=step, **speed)
         self._plot(step, loss=result.loss, lr=lr, **speed)
-        self._display.show_speed(
-            speed["samples_per_second"], speed["exchange_share"], self._progress.test_accuracy
-        )
+        self._display.show_speed(speed["samples_per_second"], speed["exchange_share"])
         if self._monitor is not None:
             self._metrics.write("layers", step=step, **self._monitor.read())
         self._samples, self._since = 0, time.perf_counter()
 
-    def record_epoch(self, mean_loss: float, lr: float, epochs: int) -> None:
-        """Record an epoch and its evaluation."""
+    def record_epoch(self, mean_loss: float, lr: float, split: str | None) -> None:
+        """Record an epoch, and the evaluation that it ends with.
+
+        Args:
+            mean_loss: of its steps.
+            lr: of the last step.
+            split: that was evaluated, if one was.
+        """
         progress, seconds = self._progress, time.perf_counter() - self._epoch_since
         self._epoch_since = time.perf_counter()
-        assert progress.test_accuracy is not None
+        metrics = self._evaluated(split)
         self._metrics.write_timed(
             "epoch",
             epoch=progress.epoch,
             step=progress.step,
             loss=mean_loss,
-            test_accuracy=progress.test_accuracy,
             lr=lr,
             seconds=seconds,
+            **metrics,
         )
-        self._plot(progress.step, test_accuracy=progress.test_accuracy)
+        self._plot(progress.step, **metrics)
+        epochs = self._setup.config.train.epochs
         self._display.print_line(
             f"epoch {progress.epoch}/{epochs}  step {progress.step}  loss {mean_loss:.4f}"
-            f"  test accuracy {100 * progress.test_accuracy:.2f} %  lr {lr:.3g}  {seconds:.2f} s"
+            f"{self._describe(split)}  lr {lr:.3g}  {seconds:.2f} s"
         )
+
+    def record_evaluation(self, split: str | None) -> None:
+        """Record an evaluation within an epoch."""
+        step, metrics = self._progress.step, self._evaluated(split)
+        self._metrics.write_timed("evaluation", step=step, **metrics)
+        self._plot(step, **metrics)
+        self._display.print_line(f"step {step}{self._describe(split)}")
+
+    def _evaluated(self, split: str | None) -> dict[str, float]:
+        return {} if split is None else _named(split, self._progress.metrics or {})
+
+    def _describe(self, split: str | None) -> str:
+        """Write the metric that decides, and is the first."""
+        first = next(iter((self._progress.metrics or {}).items()), None)
+        return "" if split is None or first is None else f"  {split} {format_metric(*first)}"
 
     def record_fault(self, kind: str, message: str) -> None:
         """Record and print that something went wrong."""
@@ -168,6 +193,11 @@ class Recorder:
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
+
+
+def _named(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Name metrics as the events do, such as `test_accuracy`."""
+    return {f"{split}_{name}": value for name, value in metrics.items()}
 
 
 def _open_tensorboard(folder: Path) -> Any:

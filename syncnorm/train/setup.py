@@ -21,17 +21,25 @@ from syncnorm.comm import groups
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement, place_local
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
-from syncnorm.train.config.section import REFERENCE
-from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, types_of
-from syncnorm.train.models import MODELS
-from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
-from syncnorm.train.placement import Placement, Workers, place, place_local
+from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
+from syncnorm.train.data.feed import Feed, LoaderFeed, MemoryFeed, judged_split
+from syncnorm.train.data.sources import SOURCES
+from syncnorm.train.data.splits import Splits
+from syncnorm.train.economy import economise, set_tf32
+from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer, warn_of_no_pooling
+from syncnorm.train.parameters import parameter_groups
+from syncnorm.train.placement import Workers, place
+from syncnorm.train.scaling import make_scaler
+from syncnorm.train.task import Task
+from syncnorm.train.task.make import make_task
+from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
 
@@ -43,10 +51,12 @@ class Setup:
     Args:
         config: the configuration it was built from.
         workers: this worker's rank and device.
+        task: the loss and the metrics.
         model: the bare network, whose state is saved.
         ddp: the same network in training: under DistributedDataParallel, perhaps compiled.
         optimizer: over the network's parameters.
         schedule: of the learning rate.
+        scaler: of the loss, with float16; else it does nothing.
         average: moving average of the network, if the configuration asks for one.
         layers: the network's layers that are syncnorm's.
         statistic_groups: the source of their statistics, where a step has several of each layer.
@@ -55,10 +65,12 @@ class Setup:
 
     config: Config
     workers: Workers
+    task: Task
     model: nn.Module
     ddp: DistributedDataParallel
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
+    scaler: torch.amp.GradScaler
     average: MovingAverage | None
     layers: list[SyncNorm]
     statistic_groups: StatisticGroups | None
@@ -77,6 +89,11 @@ class Setup:
             return place_local(count, rank, world_size, micro_batch)
         return place(count, self.config.norm_batch, rank, world_size, micro_batch)
 
+    def forwards(self, indices: Tensor) -> list[Tensor]:
+        """List the indices of each of this worker's forwards in a step over `indices`, (N,)."""
+        rounds = self.placement(len(indices)).rounds
+        return [torch.cat([indices[part] for part in parts]) for parts in rounds]
+
     def set_norm_batches(self, placement: Placement, parts: tuple[slice, ...]) -> None:
         """Tell the layers over which samples the next forward's statistics are taken."""
         if self.statistic_groups is not None:
@@ -85,9 +102,7 @@ class Setup:
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Make the context of a forward, with automatic mixed precision if it is asked for."""
-        if self.config.train.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.workers.device.type, getattr(torch, self.config.train.autocast))
+        return autocast(self.config, self.workers.device)
 
     def update_average(self) -> None:
         """Move the moving average, if there is one, towards the model."""
@@ -131,70 +146,116 @@ class Setup:
         )
 
 
-def load_data(config: Config, device: torch.device, allowed: tuple[str, ...] = ()) -> Dataset:
-    """Load the whole data set onto this worker's device.
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """Make the context of a forward, with automatic mixed precision if it is asked for."""
+    if config.train.autocast is None:
+        return nullcontext()
+    return torch.autocast(device.type, getattr(torch, config.train.autocast))
+
+
+def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = ()) -> Feed:
+    """Open the data set.
 
     Raises:
-        ConfigError: a file is missing or damaged, or a callable may not be called or returns
-            something else.
+        ConfigError: a file is missing or damaged, a callable may not be called or returns something
+            else, or there is no validation set where one is needed.
     """
+    data = _load_data(config, allowed)
+    feed: Feed
+    if isinstance(data, Dataset):
+        feed = MemoryFeed(hold_out(data, config.data.validation), config, device)
+    else:
+        feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
+    if judged_split(feed) != "validation":
+        for key, needs_it in (
+            ("checkpoint.best", config.checkpoint.best),
+            ("train.patience", config.train.patience),
+        ):
+            if needs_it:
+                raise ConfigError(
+                    f"`{key}` must be left out where there is no validation set: the test set "
+                    "chooses nothing. Set data.validation to a share of the training set."
+                )
+    return feed
+
+
+def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
     root = None if config.data.root is None else Path(config.data.root)
-    if not REFERENCE.fullmatch(config.data.name):
-        return DATASETS[config.data.name](root).to(device)
+    if config.data.name in DATASETS:
+        return DATASETS[config.data.name](root)
+    if config.data.name in SOURCES:
+        return SOURCES[config.data.name](root, **config.data.options)
     made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
+    if isinstance(made, Splits):
+        return made.check()
     if not isinstance(made, Dataset):
         raise ConfigError(
-            "`data.name` must return a syncnorm.train.data.datasets.Dataset, got "
-            f"{types_of(made)} of {config.data.name!r}. "
-            "make_dataset(train, test, num_classes) there makes one of two Split(images, labels)."
+            "`data.name` must return a syncnorm.train.data.splits.Splits of data sets, or a "
+            f"syncnorm.train.data.datasets.Dataset of images in memory, got {types_of(made)} of "
+            f"{config.data.name!r}. make_dataset(train, test, num_classes) there makes one of two "
+            "Split(images, labels)."
         )
     train, test = checked_splits(made.train, made.test, made.num_classes)
-    return replace(made, train=train, test=test).to(device)
+    return replace(made, train=train, test=test)
 
 
 def make_model(
-    config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+    config: Config,
+    device: torch.device,
+    data: Feed,
+    total_steps: int,
+    allowed: tuple[str, ...] = (),
 ) -> nn.Module:
     """Build the model for data of this shape, ready for DDP."""
-    return prepare_ddp(make_bare_model(config, data, total_steps, allowed))
+    return prepare_ddp(make_bare_model(config, device, data, total_steps, allowed))
 
 
 def make_bare_model(
-    config: Config, data: Dataset, total_steps: int, allowed: tuple[str, ...] = ()
+    config: Config,
+    device: torch.device,
+    data: Feed,
+    total_steps: int,
+    allowed: tuple[str, ...] = (),
 ) -> nn.Module:
     """Build the model for data of this shape. No exchange.
 
     Each change to a model of the user's is logged in a line.
     """
     seed_random(config.train.seed)
-    build = MODELS.get(config.model.name) or resolve(config.model.name, allowed, "model.name")
-    images = data.train.images
     model = build(
-        in_channels=images.shape[1],
+        config.model.name,
+        config.model.options,
+        allowed,
+        in_channels=data.in_channels,
         num_classes=data.num_classes,
         norm_layer=make_norm_layer(config.norm, total_steps),
-        **config.model.options,
     )
-    if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"`model.name` must return a torch.nn.Module, got {types_of(model)} of "
-            f"{config.model.name!r}."
-        )
     fit_layers(model, config.norm, total_steps)
     apply_rules(model, config.norm, total_steps)
     if begin_training(model):
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
+    warn_of_no_pooling(model, config.norm)
+    economise(model, config.train)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
-    return model.to(images.device, getattr(torch, config.train.dtype))
+    return model.to(device, getattr(torch, config.train.dtype))
+
+
+def task_of(
+    config: Config, device: torch.device, feed: Feed, allowed: tuple[str, ...] = ()
+) -> Task:
+    """Build the task of a run."""
+    dtype = getattr(torch, config.train.dtype)
+    return make_task(config.task, device, dtype, feed.num_classes, allowed)
 
 
 def make_setup(
     config: Config,
     workers: Workers,
-    data: Dataset,
+    data: Feed,
     total_steps: int,
     allowed: tuple[str, ...] = (),
     model: nn.Module | None = None,
+    task: Task | None = None,
 ) -> Setup:
     """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed.
 
@@ -207,10 +268,14 @@ def make_setup(
         total_steps: length of the run.
         allowed: packages whose callables a configuration may name.
         model: of `make_bare_model`, where it has been built already.
+        task: of `make_task`, where it has been built already.
     """
     train = config.train
+    set_tf32(train.tf32)
+    if task is None:
+        task = task_of(config, workers.device, data, allowed)
     if model is None:
-        model = make_bare_model(config, data, total_steps, allowed)
+        model = make_bare_model(config, workers.device, data, total_steps, allowed)
     model = prepare_ddp(model)
     statistic_groups = _attach_statistic_groups(config, model)
     average = None
@@ -228,7 +293,7 @@ def make_setup(
         find_unused_parameters=True,
     )
     optimizer = optim.make_optimizer(
-        train.optimizer.name, model.parameters(), train.lr, train.optimizer.options
+        train.optimizer.name, parameter_groups(model, train), train.lr, train.optimizer.options
     )
     schedule = optim.make_schedule(
         train.schedule.name, optimizer, train.schedule.warmup, total_steps, train.schedule.options
@@ -237,10 +302,12 @@ def make_setup(
     return Setup(
         config,
         workers,
+        task,
         model,
         ddp,
         optimizer,
         schedule,
+        make_scaler(train.autocast, workers),
         average,
         layers=[module for module in model.modules() if isinstance(module, SyncNorm)],
         statistic_groups=statistic_groups,

@@ -3,28 +3,44 @@
 `training_step` is the whole of a step; the functions below it are in the order in which it calls
 them. The rare cases stand elsewhere: the first step of a process and values that are not finite in
 `syncnorm.train.diagnose`, a model's own buffers in `syncnorm.train.buffers`.
+
+The gradient of a step is that of
+
+    loss = sum over all samples / count over all samples
+
+where the count may be known only after the forward pass. So each worker divides its sum by the
+number of samples of the step, which all know; the counts travel while the backward pass runs, and
+the summed gradient is multiplied by samples / count, if that is not 1.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import accumulate
+from syncnorm.comm import exchange, groups
+from syncnorm.errors import ConfigError
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
+from syncnorm.placement import Placement, shard
 from syncnorm.shards import Shard
-from syncnorm.train.data.augment import augment
-from syncnorm.train.data.datasets import Dataset, Split
-from syncnorm.train.notes import Notes, PendingNotes
-from syncnorm.train.placement import Placement
-from syncnorm.train.setup import Setup, seed_random, step_seed
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.feed import Feed
+from syncnorm.train.notes import Flags, Notes, PendingNotes
+from syncnorm.train.placement import Workers
+from syncnorm.train.scaling import unscale
+from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
+from syncnorm.train.task import Number, Task
+from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
+from syncnorm.train.task.measures import Measures
+from syncnorm.train.task.meters import Meters
 
 
 @dataclass(frozen=True)
@@ -43,6 +59,9 @@ class StepBatch:
     step: int
 
 
+_NO_FLAGS = Flags()
+
+
 @dataclass(frozen=True)
 class StepResult:
     """The outcome of a step, the same on all workers.
@@ -52,70 +71,115 @@ class StepResult:
         grad_norm: of the whole gradient before clipping; None where it is not clipped.
         stop: True if some worker was asked to stop.
         was_taken: True if the optimizer has stepped; False if something was not finite.
+        save: True if it is time to save.
+        has_overflowed: True if it was not taken since the scaled gradient left float16's range, and
+            a lower scale comes next.
     """
 
     losses: list[float]
     grad_norm: float | None
     stop: bool
     was_taken: bool
+    save: bool = False
+    has_overflowed: bool = False
 
     @property
     def loss(self) -> float:
-        """Mean over the samples of the step."""
+        """Sum of the step's losses, divided by their count."""
         return math.fsum(self.losses)
 
 
-def training_step(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> StepResult:
+def training_step(
+    setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Flags = _NO_FLAGS
+) -> StepResult:
     """Take one optimizer step, computing this worker's part of it.
 
     If a loss or the gradient's norm is not finite, parameters stay as they are; and with
     `train.not_finite: skip` the buffers do, too.
 
-    *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, and a
-    broadcast of the model's own buffers if it has some; every worker must call.
+    *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, a sum of
+    the counts if the loss has several terms, and a broadcast of the model's own buffers if it has
+    some; every worker must call.
 
     Args:
         setup: the model and its optimizer.
-        data: the training set.
+        batches: the next are those of this worker's forwards.
         batch: the samples of the step, the same on all workers.
-        stop: True if this worker was asked to stop.
+        flags: of this worker.
+
+    Raises:
+        ConfigError: samples cannot be read, or the task gives something else than a sum and a
+            count; on all workers.
     """
     skips = setup.config.train.not_finite == "skip"
     before = setup.copy_buffers() if skips else []
     seed_random(step_seed(setup.config.train.seed, batch.step, setup.workers.rank))
     setup.optimizer.zero_grad(set_to_none=True)
-    notes = _compute_gradient(setup, data, batch, stop)
-    grad_norm = _clip(setup)
-    was_taken = all(map(math.isfinite, [*notes.losses, grad_norm or 0.0]))
+    notes = _compute_gradient(setup, batches, batch, flags)
+    factor = _scale_gradient(setup, notes, len(batch.indices))
+    losses = [loss * factor for loss in notes.losses]
+    is_finite, has_overflowed = all(map(math.isfinite, losses)), False
+    if setup.scaler.is_enabled():
+        has_overflowed, is_finite = unscale(setup.scaler, setup.optimizer, is_finite)
+    grad_norm = None if has_overflowed else _clip(setup)
+    was_taken = is_finite and not has_overflowed and math.isfinite(grad_norm or 0.0)
     if was_taken:
         setup.optimizer.step()
         setup.shared_buffers.broadcast(are_alike=notes.are_alike)
         setup.update_average()
-    elif skips:
+    elif skips and not has_overflowed:
         setup.restore_buffers(before)
-    if was_taken or skips:
+    if was_taken or skips or has_overflowed:
         setup.schedule.step()
-    return StepResult(notes.losses, grad_norm, notes.stop, was_taken)
+    return StepResult(losses, grad_norm, notes.stop, was_taken, notes.save, has_overflowed)
 
 
-def _compute_gradient(setup: Setup, data: Dataset, batch: StepBatch, stop: bool) -> Notes:
+def _compute_gradient(
+    setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Flags
+) -> Notes:
     """Run this worker's forwards and backwards; DDP sums the gradients during the last backward."""
-    placement = setup.placement(len(batch.indices))
+    samples = len(batch.indices)
+    placement = setup.placement(samples)
     loss = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
-    pending = None
+    count: Number = 0
+    failure, pending = "", None
     with _one_update(setup, placement):
         for number, parts in enumerate(placement.rounds, start=1):
             is_last = number == len(placement.rounds)
             with nullcontext() if is_last else setup.ddp.no_sync():
-                share = _loss_share(setup, data, batch, placement, parts)
+                samples_of_mine = next(batches)
+                if isinstance(samples_of_mine, Failure):
+                    failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
+                total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
+                share = total / samples
                 loss += share.detach()
+                count = count + counted
                 if is_last:  # the notes travel while the backward pass runs
-                    pending = PendingNotes(setup, loss, stop)
+                    flags = replace(flags, failed=bool(failure))
+                    pending = PendingNotes(setup, loss, count, flags)
                 # DDP averages over the workers; a step's gradient is the sum of their shares.
                 Shard.scaled_losses += 1
-                (share * setup.workers.world_size).backward()
+                setup.scaler.scale(share * setup.workers.world_size).backward()
     assert pending is not None
-    return pending.read()
+    notes = pending.read()
+    if notes.failed:
+        raise_failure(failure)
+    return notes
+
+
+def raise_failure(message: str) -> None:
+    """Raise the workers' failures to read samples, if there are some, on all alike.
+
+    *Collectives*: one gathering of messages; every worker must call.
+
+    Args:
+        message: of this worker; empty if it has not failed.
+    """
+    messages = [message] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    failed = [f"{text} (worker {rank})" for rank, text in enumerate(messages) if text]
+    if failed:
+        raise ConfigError("; ".join(failed))
 
 
 def _one_update(setup: Setup, placement: Placement) -> AbstractContextManager[Any]:
@@ -130,24 +194,60 @@ def one_update(model: nn.Module) -> AbstractContextManager[Any]:
     return accumulate(model) if has_layers else nullcontext()
 
 
-def _loss_share(
-    setup: Setup, data: Dataset, batch: StepBatch, placement: Placement, parts: tuple[slice, ...]
-) -> Tensor:
-    """Compute a forward's share of the step's mean loss; for no samples a zero with a gradient."""
-    images, labels = load_images(setup, data, batch, parts)
+def _loss_sum(
+    setup: Setup, batch: Any, samples: int, placement: Placement, parts: tuple[slice, ...]
+) -> tuple[Tensor, Number]:
+    """Compute the sum of a forward's losses, and their count."""
     setup.set_norm_batches(placement, parts)
     with setup.autocast():
-        return F.cross_entropy(setup.ddp(images), labels, reduction="sum") / len(batch.indices)
+        terms = loss_terms(setup.task, setup.ddp, batch)
+        if placement.has_rounds and needs_whole_step(setup.task, terms):
+            raise ConfigError(
+                "`launch.micro_batch` must be such that each worker has its part of a step in one "
+                "forward, for a loss that looks across the batch or has several terms, got several "
+                "forwards. Take more workers, or leave it out."
+            )
+        return terms[WHOLE] if terms.keys() == {WHOLE} else _sum_terms(setup, terms, samples)
 
 
-def load_images(
-    setup: Setup, data: Dataset, batch: StepBatch, parts: tuple[slice, ...]
-) -> tuple[Tensor, Tensor]:
-    """Gather a forward's images (n, C, H, W), standardised and augmented, and its labels (n,)."""
-    config, indices = setup.config, torch.cat([batch.indices[part] for part in parts])
-    images = data.standardise(data.train.images[indices], getattr(torch, config.train.dtype))
-    images = augment(images, indices, config.data.augment, config.train.seed, batch.epoch)
-    return images, data.train.labels[indices]
+def _sum_terms(
+    setup: Setup, terms: dict[str, tuple[Tensor, Number]], samples: int
+) -> tuple[Tensor, int]:
+    """Divide each term by its count over all workers, and multiply the sum by `samples`.
+
+    *Collectives*: one sum of the counts; every worker must call.
+    """
+    device = setup.workers.device
+    counts = torch.stack(
+        [torch.as_tensor(count, dtype=torch.float64, device=device) for _, count in terms.values()]
+    )  # (terms,)
+    counts = exchange.start_sum(counts, groups.statistics_group(), "counts").wait()
+    # A term that counts nothing on any worker is 0.
+    counts = torch.where(counts > 0, counts, 1)
+    total = sum(total / counts[index] for index, (total, _) in enumerate(terms.values()))
+    assert isinstance(total, Tensor)
+    # One worker counts for all, so that samples / count is 1 to the bit.
+    return total * samples, samples if setup.workers.is_first else 0
+
+
+def _scale_gradient(setup: Setup, notes: Notes, samples: int) -> float:
+    """Multiply the gradient by samples / count, and return that.
+
+    Raises:
+        ConfigError: a count is negative or not finite; on all workers.
+    """
+    if not all(math.isfinite(count) and count >= 0 for count in notes.counts):
+        raise ConfigError(
+            "`task.name` must give a loss whose counts are finite and not negative, got "
+            f"{', '.join(f'{count:g}' for count in notes.counts)} of the workers in rank order"
+        )
+    count = math.fsum(notes.counts)
+    # Without anything to count the loss is 0.
+    factor = samples / count if count else 1.0
+    if factor != 1:
+        gradients = [p.grad for p in setup.model.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
+    return factor
 
 
 def _clip(setup: Setup) -> float | None:
@@ -163,36 +263,50 @@ def _clip(setup: Setup) -> float | None:
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
     model: nn.Module,
-    data: Dataset,
-    shard: Split,
-    chunk: int,
-    dtype: torch.dtype,
+    feed: Feed,
+    split: str,
+    config: Config,
+    workers: Workers,
     alive: Callable[[], object] = lambda: None,
-) -> float:
-    """Compute the accuracy on all workers' shards together, from exact counts.
+) -> dict[str, float]:
+    """Compute the task's metrics over a split, each worker on its shard.
 
-    Each module keeps its mode.
+    Each module keeps its mode. The metric that decides comes first.
 
-    *Collectives*: one sum of two counts; every worker must call.
+    *Collectives*: a gathering of failures, and one of sums and counts; every worker must call.
 
     Args:
+        task: what is measured.
         model: the bare model: DDP's forward would exchange messages, and workers have unequally
-            many chunks.
-        data: for its standardisation.
-        shard: this worker's part of the test set, perhaps empty.
-        chunk: samples per forward.
-        dtype: of the images.
-        alive: called after each forward.
+            many batches.
+        feed: of the data.
+        split: its name.
+        config: of the run.
+        workers: this worker's rank and device.
+        alive: called after each batch.
+
+    Raises:
+        ConfigError: samples cannot be read, or the task gives something else than sums and counts,
+            or other ones on each worker.
     """
-    counts = torch.zeros(2, dtype=torch.int64, device=shard.labels.device)
-    with evaluating(model):
-        for start in range(0, len(shard), chunk):
-            part = shard[slice(start, start + chunk)]
-            logits = model(data.standardise(part.images, dtype))  # (n, num_classes)
-            counts[0] += (logits.argmax(1) == part.labels).sum()
-            counts[1] += len(part)
+    chunk = min(config.train.global_batch, config.launch.micro_batch or config.train.global_batch)
+    mine = shard(feed.sizes[split], workers.rank, workers.world_size)
+    indices = torch.arange(mine.start, mine.stop, device=feed.index_device)
+    forwards = indices.split(chunk) if len(indices) else ()
+    measures, failure = Measures(), ""
+    meters: Meters | None = getattr(task, "meters", None)
+    if meters is not None:
+        meters.reset()
+    with evaluating(model), autocast(config, workers.device):
+        for batch in feed.batches(split, forwards):
+            if isinstance(batch, Failure):
+                failure = batch.message
+                break
+            measures.add(task.metrics(model, batch))
             alive()
-    dist.all_reduce(counts)
-    correct, total = counts.tolist()
-    return correct / total
+    raise_failure(failure)
+    first = task.best.removeprefix("-")
+    metrics = measures.gather() | ({} if meters is None else meters.gather())
+    return dict(sorted(metrics.items(), key=lambda item: item[0] != first))

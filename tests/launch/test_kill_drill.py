@@ -41,6 +41,11 @@ def test_nothing_is_lost_by_kills_and_torn_saves(tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_is_lost_where_processes_load_the_samples(tmp_path):
+    assert_survived(list(drill(tmp_path, 2, kills=3, torn=2, seed=SEED, loads=True)), 3, 2)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nothing_is_lost_on_three_workers(tmp_path):
     assert_survived(list(drill(tmp_path, workers=3, kills=8, torn=8, seed=SEED)), 8, 8)

@@ -20,9 +20,9 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
+from syncnorm.placement import place
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.testing import assert_close
-from syncnorm.train.placement import place
 from tests.model.parts import state_of, uneven_batch
 
 COUNT, NORM_BATCH = 12, 4

@@ -1,8 +1,10 @@
 """Functions that a pool's ranks call: they must be importable."""
 
 import logging
+import multiprocessing
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,22 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import scale_loss
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation
+from syncnorm.placement import shard
 from syncnorm.train import optim
 from syncnorm.train.buffers import gather_digests
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, Split, shard
+from syncnorm.train.data.datasets import Dataset, Split
+from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
+from syncnorm.train.notes import Flags
 from syncnorm.train.placement import Workers
-from syncnorm.train.setup import make_model, make_setup
+from syncnorm.train.setup import Setup, make_model, make_setup
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
+from syncnorm.train.task.supervised import Classify
 from tests.train import nets
 
 
@@ -163,14 +169,27 @@ def dataset_of(train: Split, test: Split, num_classes: int) -> Dataset:
 
 def evaluate_sign(
     numbers: list[float], labels: list[int], chunk: int
-) -> tuple[float, list[str], bool]:
+) -> tuple[dict[str, float], list[str], bool]:
     """Evaluate `Sign` on this rank's shard of `numbers`."""
-    mine = shard(len(numbers), dist.get_rank(), dist.get_world_size())
     split = Split(torch.tensor(numbers).reshape(-1, 1, 1, 1), torch.tensor(labels))
-    data = dataset_of(split, split, 2)
+    config = load_config("digits", [f"train.global_batch={chunk}", "train.norm_batch=null"])
+    feed = feed_of(dataset_of(split, split, 2), config)
     model = Sign()
-    accuracy = evaluate(model, data, split[mine], chunk, torch.float32)
-    return accuracy, in_evaluation(model), model.merging.is_merged
+    metrics = evaluate(Classify(), model, feed, TEST, config, workers())
+    return metrics, in_evaluation(model), model.merging.is_merged
+
+
+def feed_of(data: Dataset, config: Config) -> MemoryFeed:
+    return MemoryFeed(data, config, torch.device("cpu"))
+
+
+def take_whole_step(
+    setup: Setup, feed: Feed, step: int, take: Callable[..., StepResult] = training_step
+) -> StepResult:
+    """Take a step on all training samples in their order, in epoch 1."""
+    indices = torch.arange(feed.sizes[TRAIN])
+    batches = feed.batches(TRAIN, setup.forwards(indices), 1)
+    return take(setup, batches, StepBatch(indices, 1, step), Flags())
 
 
 def images_and_labels(count: int) -> Dataset:
@@ -191,10 +210,10 @@ def one_step(
         The last result, the parameters and the buffers.
     """
     config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", *overrides])
-    data = images_and_labels(count)
-    setup = make_setup(config, workers(), data, 10, ("tests",))
+    feed = feed_of(images_and_labels(count), config)
+    setup = make_setup(config, workers(), feed, 10, ("tests",))
     for step in range(1, steps + 1):
-        result = training_step(setup, data, StepBatch(torch.arange(count), 1, step), stop=False)
+        result = take_whole_step(setup, feed, step)
     setup.flush_statistics()
     parameters = [parameter.detach().clone() for parameter in setup.evaluated_model.parameters()]
     return (
@@ -214,7 +233,7 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
         "digits", ["train.dtype=float64", "norm.momentum=0.1", f"model.name={model}"]
     )
     data = images_and_labels(count)
-    net = make_model(config, data, 10, ("tests",))
+    net = make_model(config, torch.device("cpu"), feed_of(data, config), 10, ("tests",))
     ddp = DistributedDataParallel(net)
     optimizer = optim.make_optimizer(
         config.train.optimizer.name,
@@ -240,14 +259,14 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
 def first_warnings(options: list[str]) -> list[str]:
     """Collect the warnings of building a setup and of its first step."""
     config = load_config("digits", ["train.dtype=float64", *options])
-    data = images_and_labels(12)
+    feed = feed_of(images_and_labels(12), config)
     said = Said()
     logging.getLogger().addHandler(said)
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            setup = make_setup(config, workers(), data, 10, ("tests",))
-            first_step(setup, data, StepBatch(torch.arange(12), 1, 1), stop=False)
+            setup = make_setup(config, workers(), feed, 10, ("tests",))
+            take_whole_step(setup, feed, 1, first_step)
     finally:
         logging.getLogger().removeHandler(said)
     return said.lines + [str(warning.message) for warning in warned]
@@ -270,3 +289,51 @@ def digests_of(shift_by_rank: bool) -> list[str]:
     assert layer.running_mean is not None
     layer.running_mean += dist.get_rank() if shift_by_rank else 1
     return gather_digests(layer)
+
+
+def train_sections(
+    folder: str, sections: dict[str, Any], stop_at: int | None = None
+) -> tuple[Outcome, Progress]:
+    """Train by a whole configuration; the first rank may be asked to stop."""
+    # A rank of the pool is a daemon, which may have no processes of its own; a worker is none.
+    multiprocessing.current_process().daemon = False
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == 0 else None, progress)
+    return train(Config(**sections), workers(), Path(folder), progress, watch, ("tests",)), progress
+
+
+def refused_sections(sections: dict[str, Any]) -> str:
+    """Return the error of a configuration that must be refused before the first step."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train_sections(folder, sections)
+        except ConfigError as error:
+            assert not list(Path(folder).iterdir())
+            return str(error)
+    raise AssertionError("it has trained")
+
+
+def failed_sections(sections: dict[str, Any]) -> str:
+    """Return the error of a run that must fail."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            train_sections(folder, sections)
+        except ConfigError as error:
+            return str(error)
+    raise AssertionError("it has trained")
+
+
+def train_example(
+    folder: str,
+    config: str,
+    overrides: list[str],
+    stop_at: int | None = None,
+    stopped_rank: int = 0,
+) -> tuple[Outcome, Progress]:
+    """Train by a configuration of examples/; one rank may be asked to stop."""
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == stopped_rank else None, progress)
+    path = Path(__file__).parents[2] / config
+    return train(
+        load_config(str(path), overrides), workers(), Path(folder), progress, watch, ("examples",)
+    ), progress

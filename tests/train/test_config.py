@@ -55,11 +55,13 @@ def test_overrides_of_nested_keys(config_path):
         "train.optimizer.momentum=0.95",
         "data.augment.flip=true",
         "norm.rules.^layer1.0..*=frozen",
+        "train.rates.^layer1.0=0.5",
     ]
     config = load_config(str(config_path), [*overrides, "norm.rules.x=batch_norm"])
     assert config.train.optimizer.options == {"momentum": 0.95}
     assert config.data.augment.flip is True
     assert config.norm.rules == {"^layer1.0..*": "frozen", "x": "batch_norm"}
+    assert config.train.rates == {"^layer1.0": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -258,8 +260,28 @@ BAD_TEXTS = [
         r"`norm.momentum` must be a valid number or null, got 'high'",
     ),
     (
-        GOOD.replace("lr: 1e-1", "lr: 1e-1, autocast: float16"),
-        r"`train.autocast` must be 'bfloat16' or null, got 'float16'",
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, autocast: float8"),
+        r"`train.autocast` must be 'bfloat16' or 'float16' or null, got 'float8'",
+    ),
+    (
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, rates: {'a(': 0.1}"),
+        r"`train.rates` must have regular expressions as keys, got 'a\(': missing",
+    ),
+    (
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, rates: {a.b: 0}"),
+        r"`train.rates.a.b` must be greater than 0, got 0",
+    ),
+    (
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, recompute: ['a(']"),
+        r"`train.recompute` must have regular expressions, got 'a\(': missing",
+    ),
+    (
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, recompute: layer1"),
+        r"`train.recompute` must be a valid list, got 'layer1'",
+    ),
+    (
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, decay: biases"),
+        r"`train.decay` must be 'weights' or 'all', got 'biases'",
     ),
     (
         GOOD + "model.options: 3",

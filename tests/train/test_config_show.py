@@ -12,9 +12,10 @@ from pydantic import BaseModel
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import find_config, load_config
 from syncnorm.train.config.norm import NormSection
-from syncnorm.train.config.schema import Config, OptimizerSection, ScheduleSection
+from syncnorm.train.config.schema import Config
 from syncnorm.train.config.show import origins, schema, show
 from syncnorm.train.config.strict_yaml import dump, parse
+from syncnorm.train.config.train import OptimizerSection, ScheduleSection
 from syncnorm.train.optim import OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
@@ -190,7 +191,7 @@ def test_json_schema_has_the_names_that_are_taken():
     assert _json_section("train.optimizer.")["properties"]["name"]["enum"] == list(OPTIMIZERS)
     for name in _json_section("train.optimizer.")["properties"]["name"]["enum"]:
         assert OptimizerSection(name=name).name == name
-    assert _json_section("model.")["properties"]["name"]["anyOf"][1] == {
+    assert _json_section("data.")["properties"]["name"]["anyOf"][1] == {
         "pattern": r"^[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*$"
     }
 
@@ -213,7 +214,7 @@ def test_every_key_is_described(form):
 def test_a_line_of_each_table():
     text, table = schema("text"), schema("markdown")
     assert (
-        "  train.epochs        integer; required; 1 to 1000000000\n      passes over the training "
+        "  train.epochs          integer; required; 1 to 1000000000\n      passes over the training "
         "set\n" in text
     )
     assert "| `train.ema` | number or null | > 0, < 1 | `null` | decay of an average of " in table

@@ -1,6 +1,5 @@
-"""Data sets in memory, the order of their samples, and shards."""
+"""Data sets in memory."""
 
-import itertools
 import math
 from fractions import Fraction
 from typing import Any
@@ -8,43 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data.datasets import DATASETS, Split, digits, epoch_order, make_dataset, shard
-
-
-@given(count=st.integers(0, 200), world_size=st.integers(1, 9))
-def test_shards_are_contiguous_and_nearly_equal(count, world_size):
-    shards = [shard(count, rank, world_size) for rank in range(world_size)]
-    assert shards[0].start == 0
-    assert shards[-1].stop == count
-    assert all(left.stop == right.start for left, right in itertools.pairwise(shards))
-    sizes = [part.stop - part.start for part in shards]
-    assert max(sizes) - min(sizes) <= 1
-    assert sizes == sorted(sizes, reverse=True)
-
-
-@given(count=st.integers(0, 100), seed=st.integers(0, 2**63 - 1), epoch=st.integers(1, 9))
-def test_every_sample_is_used_once_in_an_epoch(count, seed, epoch):
-    assert torch.equal(epoch_order(count, seed, epoch).sort().values, torch.arange(count))
-
-
-def test_the_order_follows_from_seed_and_epoch_alone():
-    torch.manual_seed(1)
-    first = epoch_order(50, seed=0, epoch=1)
-    torch.manual_seed(2)
-    assert torch.equal(first, epoch_order(50, seed=0, epoch=1))
-    others = [
-        epoch_order(50, seed=1, epoch=1),
-        epoch_order(50, seed=0, epoch=2),
-        epoch_order(50, seed=1, epoch=0),
-    ]
-    assert not any(torch.equal(first, other) for other in others)
-    assert not torch.equal(others[0], others[1])
+from syncnorm.placement import epoch_order
+from syncnorm.train.data.datasets import DATASETS, Split, digits, make_dataset
 
 
 def some_split(count: int, dtype: torch.dtype = torch.float64, channels: int = 2) -> Split:

@@ -62,6 +62,7 @@ def test_the_run_is_the_same_on_any_number_of_workers(pool, tmp_path, world_size
     for kind in ("step", "epoch"):
         for one, many in zip(runs.events(alone, kind), runs.events(together, kind), strict=True):
             assert many["loss"] == pytest.approx(one["loss"], rel=1e-12)
+            assert many.pop("test_loss", 0) == pytest.approx(one.pop("test_loss", 0), rel=1e-12)
             different = {"loss": 0, "seconds": 0, "time": 0}
             assert {**many, **different} == {**one, **different}
     assert len(runs.events(alone, "step")) == 10
@@ -94,7 +95,7 @@ def test_what_a_run_leaves(pool, tmp_path, norm, different):
     epochs = runs.events(tmp_path, "epoch")
     assert [(event["epoch"], event["step"]) for event in epochs] == [(1, 3), (2, 6)]
     assert [event["step"] for event in runs.events(tmp_path, "step")] == [1, 2, 3, 4, 5, 6]
-    assert epochs[-1]["test_accuracy"] == outcome.test_accuracy
+    assert epochs[-1]["test_accuracy"] == outcome.metrics["test"]["accuracy"]
     assert all(event["seconds"] > 0 and event["lr"] > 0 for event in epochs)
     assert [event["step"] for event in runs.events(tmp_path, "interval")] == [2, 4, 6]
     for event in runs.events(tmp_path, "layers"):
@@ -134,6 +135,13 @@ KINDS = {
         "model.name=tests.train.nets:Remembering",
         "norm.name=batch_norm",
         "norm.sync=none",
+    ],
+    "economical": [
+        "train.autocast=float16",
+        "train.optimizer.weight_decay=0.01",
+        "train.rates.layer1=0.5",
+        "train.recompute=[layer2]",
+        "train.channels_last=true",
     ],
     "augmented": [
         "data.augment.crop=1",

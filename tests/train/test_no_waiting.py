@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from syncnorm.run.dry_run import _return_bucket
 from syncnorm.train.config.file import load_config
+from syncnorm.train.data.feed import TRAIN, MemoryFeed
 from syncnorm.train.notes import Notes, PendingNotes
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_setup
@@ -74,25 +75,26 @@ def alone():
 def _steps(overrides: list[str], monkeypatch: Any) -> list[str]:
     """Take two steps on the device; the operators that copy from or to the host in the second."""
     config = load_config("digits", overrides)
-    data = images_and_labels(16).to(META)
+    feed = MemoryFeed(images_and_labels(16), config, META)
     # DDP reads the shapes of the others' parameters when it is made.
     monkeypatch.setattr(distributed, "_verify_param_shape_across_processes", lambda *_: None)
-    setup = make_setup(config, Workers(0, 2, META), data, 10, ("tests",))
+    setup = make_setup(config, Workers(0, 2, META), feed, 10, ("tests",))
     setup.ddp.register_comm_hook(None, _return_bucket)
     read: list[PendingNotes] = []
 
     def notes(self: PendingNotes) -> Notes:
         read.append(self)
-        return Notes([0.5, 0.5], False, True)
+        return Notes([0.5, 0.5], [8.0, 8.0], stop=False, save=False, failed=False, are_alike=True)
 
     # The one thing that a step waits for.
     monkeypatch.setattr(PendingNotes, "read", notes)
     log = Copies()
     for step in (1, 2):
-        batch = StepBatch(torch.arange(16, device=META), 1, step)
+        indices = torch.arange(16, device=META)
         with log:
             log.found.clear()
-            assert training_step(setup, data, batch, stop=False).was_taken
+            batches = feed.batches(TRAIN, setup.forwards(indices), 1)
+            assert training_step(setup, batches, StepBatch(indices, 1, step)).was_taken
     assert len(read) == 2
     return log.found
 

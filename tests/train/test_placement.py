@@ -1,89 +1,9 @@
-"""The placement of a step: the samples of each worker, and who shares a statistic."""
-
-import itertools
+"""The placement of a step, checked against the configuration."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.placement import norm_batches, place, place_local
-
-
-def size(part: slice) -> int:
-    return part.stop - part.start
-
-
-def samples(part: slice) -> set[int]:
-    return set(range(part.start, part.stop))
-
-
-@given(count=st.integers(1, 60), norm_batch=st.integers(1, 60), world_size=st.integers(1, 7))
-def test_every_statistic_is_whole_and_every_sample_is_computed_once(count, norm_batch, world_size):
-    statistics = norm_batches(count, norm_batch)
-    assert all(1 <= size(one) <= norm_batch for one in statistics)
-    assert max(map(size, statistics)) - min(map(size, statistics)) <= 1
-    placements = [place(count, norm_batch, rank, world_size, None) for rank in range(world_size)]
-    (shared_by,) = {placement.shared_by for placement in placements}
-
-    seen: list[int] = []
-    for start in range(0, world_size, shared_by):
-        run = [
-            list(itertools.chain(*placement.rounds))
-            for placement in placements[start : start + shared_by]
-        ]
-        # The workers of a run have parts of the same statistics, in the same order.
-        for parts in zip(*run, strict=True):
-            together = sorted(set().union(*map(samples, parts)))
-            assert together in [sorted(samples(one)) for one in statistics]
-            assert len(together) == sum(map(size, parts))
-            seen += together
-    assert sorted(seen) == list(range(count))
-
-
-@pytest.mark.parametrize(
-    ("statistics", "world_size", "shared_by", "rounds"),
-    [
-        (8, 1, 1, [8]),  # whole groups inside the only worker
-        (8, 2, 1, [4, 4]),
-        (8, 3, 1, [3, 3, 2]),
-        (2, 4, 2, [1, 1, 1, 1]),  # each group over two workers
-        (1, 3, 3, [1, 1, 1]),
-        (2, 3, 3, [2, 2, 2]),  # all workers pool each group in turn
-    ],
-)
-def test_where_statistics_are(statistics, world_size, shared_by, rounds):
-    placements = [place(8 * statistics, 8, rank, world_size, 8) for rank in range(world_size)]
-    assert {placement.shared_by for placement in placements} == {shared_by}
-    # With micro-batches of one statistic there are as many rounds as statistics, unless shares of
-    # several fit into one.
-    parts = [sum(map(len, placement.rounds)) for placement in placements]
-    assert parts == rounds
-
-
-def test_side_by_side_or_one_after_the_other():
-    assert [len(parts) for parts in place(64, 8, 0, 1, None).rounds] == [8]
-    assert [len(parts) for parts in place(64, 8, 0, 1, 8).rounds] == [1] * 8
-    assert [len(parts) for parts in place(64, 8, 0, 1, 23).rounds] == [2] * 4
-    # Shared by three workers, 2 or 3 samples each: 3 fit together with 3 others, on all workers
-    # alike.
-    for rank in range(3):
-        assert [len(parts) for parts in place(16, 8, rank, 3, 6).rounds] == [2]
-        assert [len(parts) for parts in place(16, 8, rank, 3, 5).rounds] == [1, 1]
-
-
-@given(
-    count=st.integers(0, 60),
-    world_size=st.integers(1, 7),
-    micro_batch=st.none() | st.integers(1, 20),
-)
-def test_local_rounds_are_as_many_on_each_worker_and_small_enough(count, world_size, micro_batch):
-    placements = [place_local(count, rank, world_size, micro_batch) for rank in range(world_size)]
-    assert len({len(placement.rounds) for placement in placements}) == 1
-    parts = [part for placement in placements for (part,) in placement.rounds]
-    assert sorted(sample for part in parts for sample in samples(part)) == list(range(count))
-    if micro_batch is not None:
-        assert max(map(size, parts)) <= micro_batch
+from syncnorm.train.placement import place
 
 
 def test_a_statistic_that_needs_more_samples_at_once_than_allowed_is_refused():

@@ -165,7 +165,7 @@ def test_a_run_without_any_event(tmp_path):
     for _ in range(2):
         page = report(tmp_path, run)
         row = page.summary[0]
-        assert (row["Status"], row["Steps"], row["Last test accuracy"], row["Duration"]) == (
+        assert (row["Status"], row["Steps"], row["Last metric"], row["Duration"]) == (
             "unfinished",
             "0",
             "–",

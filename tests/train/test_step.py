@@ -124,18 +124,18 @@ def test_the_average_has_torchs_keys_and_bits():
 @pytest.mark.parametrize("chunk", [1, 2, 100])
 def test_evaluation_counts_every_sample_once(pool, world_size, chunk):
     numbers, labels = [1.0, -1.0, 2.0, -2.0, 3.0, -3.0, 4.0], [1, 0, 1, 1, 0, 0, 1]
-    for accuracy, frozen, is_merged in pool(world_size).run(
+    for metrics, frozen, is_merged in pool(world_size).run(
         runs.evaluate_sign, numbers, labels, chunk
     ):
-        assert accuracy == 5 / 7
+        assert metrics["accuracy"] == 5 / 7
         assert frozen == ["frozen", "frozen.0"]
         assert not is_merged
 
 
 def test_evaluation_with_fewer_samples_than_workers(pool):
-    assert [accuracy for accuracy, *_ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)] == [
-        1.0
-    ] * 3
+    assert [
+        metrics["accuracy"] for metrics, *_ in pool(3).run(runs.evaluate_sign, [1.0], [1], 8)
+    ] == [1.0] * 3
 
 
 @pytest.mark.parametrize(

@@ -338,6 +338,7 @@ def test_public_names():
     assert set(syncnorm.__all__) <= set(dir(syncnorm))
     assert not hasattr(syncnorm, "sync_batch_norm")
     assert syncnorm.__all__ == [
+        "ElasticBatchSampler",
         "Lagged",
         "RenormSchedule",
         "SyncBatchNorm",

@@ -5,6 +5,7 @@ optimizer, schedule, random numbers and progress. From it a run goes on bit for 
 without it, on as many workers; on another number of workers as the same training, to rounding.
 """
 
+import math
 import platform
 import random
 from dataclasses import asdict, dataclass, field
@@ -21,6 +22,7 @@ from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import MATHEMATICS, Config
 from syncnorm.train.config.section import leaves
+from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
 
 
@@ -33,16 +35,18 @@ class Progress:
         step_in_epoch: steps of it that are done.
         step: steps of the whole run that are done.
         loss_sum: sum of the losses of this epoch's steps so far.
-        test_accuracy: after the last whole epoch, 0 to 1; None before.
-        best_accuracy: the highest so far.
+        metrics: of the last evaluation; None before.
+        best: the best value so far of the metric that decides; higher is better.
+        since_best: evaluations since that one.
     """
 
     epoch: int = 0
     step_in_epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
-    test_accuracy: float | None = None
-    best_accuracy: float | None = None
+    metrics: dict[str, float] | None = None
+    best: float | None = None
+    since_best: int = 0
 
     def as_facts(self) -> dict[str, Any]:
         """Convert to a dict for JSON, which keeps every bit of a float."""
@@ -57,12 +61,12 @@ class Progress:
         """Go on to the next epoch, with none of its steps done."""
         self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
 
-    def update_best(self) -> bool:
-        """Note the last test accuracy if it is the highest so far; True if it is."""
-        accuracy, best = self.test_accuracy, self.best_accuracy
-        if accuracy is None or (best is not None and accuracy <= best):
+    def update_best(self, value: float) -> bool:
+        """Note the value of an evaluation; True if it is the best so far. NaN never is."""
+        self.since_best += 1
+        if math.isnan(value) or (self.best is not None and value <= self.best):
             return False
-        self.best_accuracy = accuracy
+        self.best, self.since_best = value, 0
         return True
 
 
@@ -100,6 +104,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "optimizer": setup.optimizer.state_dict(),
             "schedule": _plain_items(setup.schedule.state_dict()),
             "workers": own,
+            **_scaler_states(setup),
             # The model leaves these out of its state dict, and may change them all the same.
             **({"buffers": unsaved} if unsaved["model"] else {}),
         },
@@ -128,6 +133,8 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
             put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
         setup.optimizer.load_state_dict(snapshot.states["optimizer"])
         setup.schedule.load_state_dict(snapshot.states["schedule"])
+        if setup.scaler.is_enabled():
+            load_scaler(setup.scaler, snapshot.states["scaler"], setup.workers.world_size)
         own = snapshot.states["workers"]
         if len(own) == setup.workers.world_size:
             _restore_own(setup, own[setup.workers.rank])
@@ -206,13 +213,23 @@ def different_keys(config: Config, other: Any) -> list[str]:
         return ["all"]
     mine = _flatten(config.mathematics())
     theirs = _flatten({name: other[name] for name in MATHEMATICS if name in other})
-    theirs.pop("data.root", None)
+    theirs = {
+        key: value
+        for key, value in theirs.items()
+        if key != "data.root" and not key.startswith("data.loader.")
+    }
     return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:
     # An empty mapping says as much as a missing one.
     return {".".join(map(str, key)): value for key, value in leaves(values) if value != {}}
+
+
+def _scaler_states(setup: Setup) -> dict[str, Any]:
+    if not setup.scaler.is_enabled():
+        return {}
+    return {"scaler": scaler_state(setup.scaler, setup.workers.world_size)}
 
 
 def _own_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.config.strict_yaml import printable
+from syncnorm.train.packages import PACKAGED
 
 _PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
@@ -79,6 +80,10 @@ def check_callables(config: Config, allowed: Sequence[str]) -> None:
     Raises:
         ConfigError: see `check_allowed`.
     """
-    for key, name in (("model.name", config.model.name), ("data.name", config.data.name)):
-        if REFERENCE.fullmatch(name):
+    for key, name in (
+        ("model.name", config.model.name),
+        ("data.name", config.data.name),
+        ("task.name", config.task.name),
+    ):
+        if REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name):
             check_allowed(name, allowed, key)

@@ -135,7 +135,8 @@ def _apply(values: dict[str, Any], override: str) -> Key:
 
 
 def _split(name: str) -> Key:
-    section = "norm.rules."
-    if name.startswith(section):  # the rest is a regular expression, whose dots are its own
-        return ("norm", "rules", name.removeprefix(section))
+    for section in (("norm", "rules"), ("train", "rates")):
+        prefix = f"{'.'.join(section)}."
+        if name.startswith(prefix):  # the rest is a regular expression, whose dots are its own
+            return (*section, name.removeprefix(prefix))
     return tuple(name.split("."))

@@ -9,9 +9,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from syncnorm.train import optim
-from syncnorm.train.config.schema import Config, TrainSection
+from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import Key, nearest
 from syncnorm.train.config.strict_yaml import printable
+from syncnorm.train.config.train import TrainSection
 
 # Sections that take, beside their keys, the arguments of the class that they name.
 OPEN_SECTIONS: Collection[Key] = (("train", "optimizer"), ("train", "schedule"))

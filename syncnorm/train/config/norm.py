@@ -1,8 +1,5 @@
 """The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
-import re
-import reprlib
-import warnings
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -10,7 +7,7 @@ from pydantic import AfterValidator, Field, model_validator
 from syncnorm import RenormSchedule
 from syncnorm.statistics import MODES
 from syncnorm.statistics.source import Mode
-from syncnorm.train.config.section import Finite, Section, Whole
+from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
 
 NormName = Literal["batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen"]
 
@@ -53,19 +50,6 @@ class RenormSection(Section):
         return RenormSchedule(self.r_max, self.d_max, self.warmup_steps, self.r_steps, self.d_steps)
 
 
-def _regular_expressions(rules: dict[str, NormName]) -> dict[str, NormName]:
-    for pattern in rules:
-        try:
-            # "[[" is a FutureWarning: it may mean something else one day.
-            with warnings.catch_warnings(action="error", category=FutureWarning):
-                re.compile(pattern)
-        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
-            raise ValueError(
-                f"must have regular expressions as keys, got {reprlib.repr(pattern)}: {error}"
-            ) from None
-    return rules
-
-
 class NormSection(Section):
     """The normalisation layers: which, and over which samples they take their statistics."""
 
@@ -75,7 +59,7 @@ class NormSection(Section):
         "with the statistics of each worker's forward; group_norm has up to 32 groups; frozen is a "
         "batch norm that only evaluates",
     )
-    rules: Annotated[dict[str, NormName], AfterValidator(_regular_expressions)] = Field(
+    rules: Annotated[dict[str, NormName], AfterValidator(check_patterns)] = Field(
         default={},
         description="other layers for some places: from a regular expression, searched for in the "
         "layer's name within the model, to a name as above; the first that is found holds",

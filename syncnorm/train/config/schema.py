@@ -3,15 +3,14 @@
 `syncnorm.train.config.file` reads files and overrides into it. A section is frozen and refuses
 unknown keys, so every `Config` is right, as far as that can be seen without data.
 
-`model`, `data`, `norm` and `train` fix the mathematics of a run; the other sections fix where it is
+`model`, `task`, `data`, `norm` and `train` fix the mathematics of a run; the other sections fix where it is
 computed and what is recorded, and may change when a run is resumed.
 """
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from syncnorm.train import optim
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.config.section import (
     REFERENCE,
@@ -23,35 +22,81 @@ from syncnorm.train.config.section import (
     check_name_or_reference,
     name_or_reference_schema,
 )
+from syncnorm.train.config.train import TrainSection
 from syncnorm.train.data.datasets import DATASETS
+from syncnorm.train.data.sources import SOURCES, check_source_options
 from syncnorm.train.models import MODELS
+from syncnorm.train.packages import PACKAGED
+from syncnorm.train.task.builtin import TASKS, make_builtin
 
 # The sections that fix a run's result.
-MATHEMATICS = ("model", "data", "norm", "train")
+MATHEMATICS = ("model", "task", "data", "norm", "train")
 
 
 def _known_model(name: str) -> str:
-    return check_name_or_reference(name, list(MODELS))
+    return name if PACKAGED.fullmatch(name) else check_name_or_reference(name, list(MODELS))
 
 
 def _known_dataset(name: str) -> str:
-    return check_name_or_reference(name, list(DATASETS))
+    return check_name_or_reference(name, [*DATASETS, *SOURCES])
+
+
+def _known_task(name: str) -> str:
+    return check_name_or_reference(name, list(TASKS))
 
 
 class ModelSection(Section):
     """The network."""
 
     name: Annotated[str, AfterValidator(_known_model)] = Field(
-        description="a network of syncnorm.train.models, or package.module:callable, which is "
-        "called with in_channels, num_classes, norm_layer and `options`; its package must be "
-        "allowed on the command line",
-        json_schema_extra=name_or_reference_schema(MODELS),
+        description="a network of syncnorm.train.models; torchvision:NAME, timm:NAME, "
+        "transformers:CLASS or transformers:FOLDER; or package.module:callable, which is called "
+        "with `options` and those of in_channels, num_classes and norm_layer that it takes, and "
+        "whose package must be allowed on the command line",
+        json_schema_extra=name_or_reference_schema(MODELS, PACKAGED.pattern),
     )
-    options: Options = Field(default={}, description="further arguments of a callable")
+    options: Options = Field(default={}, description="further arguments of a network not built in")
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
         return _check_taker(self)
+
+
+class TaskSection(Section):
+    """The loss and the metrics."""
+
+    name: Annotated[str, AfterValidator(_known_task)] = Field(
+        default="classify",
+        description="a task of syncnorm.train.task, or package.module:callable, which is called "
+        "with `options` and returns an object with loss(model, batch) and metrics(model, batch); "
+        "its package must be allowed on the command line",
+        json_schema_extra=name_or_reference_schema(TASKS),
+    )
+    loss: str | None = Field(
+        default=None, description="a loss class of torch.nn; null: the task's own"
+    )
+    options: Options = Field(
+        default={}, description="arguments of the loss, or of a callable that is the task"
+    )
+    metrics: dict[str, Options] = Field(
+        default={},
+        description="metrics of torchmetrics that add up, besides: by the class's name, its "
+        "arguments; needs the extra metrics",
+    )
+    best: str | None = Field(
+        default=None,
+        description="metric that decides, with a leading - if the lowest is best; null: the task's",
+    )
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        if not REFERENCE.fullmatch(self.name):
+            make_builtin(self.name, self.loss, self.options)
+        elif self.loss is not None:
+            raise ValueError(f"loss must be null with name {self.name}, got {self.loss!r}")
+        if self.metrics and (REFERENCE.fullmatch(self.name) or self.name == "own_loss"):
+            raise ValueError(f"metrics must be left out with name {self.name}: it measures itself")
+        return self
 
 
 class AugmentSection(Section):
@@ -82,15 +127,35 @@ class AugmentSection(Section):
         "class by area; with mixup, too, each image has one of them; 0: none",
     )
 
+    @property
+    def changes_something(self) -> bool:
+        """True if anything is asked for."""
+        return bool(self.crop or self.flip or self.cutout or self.mixup or self.cutmix)
+
+
+class LoaderSection(Section):
+    """The loading of samples that do not lie in memory."""
+
+    workers: int = Field(
+        default=0,
+        ge=0,
+        le=64,
+        description="processes of each worker that load samples ahead; 0: it loads them itself",
+    )
+    prefetch: Whole = Field(
+        default=2, ge=1, le=1000, description="batches that each of them loads ahead"
+    )
+
 
 class DataSection(Section):
     """The data set."""
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
-        description="a data set of syncnorm.train.data.datasets, or package.module:callable, which "
-        "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset; its "
-        "package must be allowed on the command line",
-        json_schema_extra=name_or_reference_schema(DATASETS),
+        description="a data set of syncnorm.train.data.datasets, a format of "
+        "syncnorm.train.data.sources, or package.module:callable, which "
+        "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset or a "
+        "syncnorm.train.data.splits.Splits; its package must be allowed on the command line",
+        json_schema_extra=name_or_reference_schema([*DATASETS, *SOURCES]),
     )
     root: LocalPath | None = Field(
         default=None, description="folder that holds the data set's files"
@@ -98,137 +163,36 @@ class DataSection(Section):
     augment: AugmentSection = Field(
         default=AugmentSection(), description="random changes to training images"
     )
-    options: Options = Field(default={}, description="further arguments of a callable")
+    validation: Finite = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of the training set that is set apart for validation, where the data "
+        "set has no validation set of its own; always the same samples",
+    )
+    loader: LoaderSection = Field(
+        default=LoaderSection(), description="loading of samples that do not lie in memory"
+    )
+    options: Options = Field(
+        default={}, description="further arguments of a callable or of a format"
+    )
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
+        if self.name in SOURCES:
+            check_source_options(self.name, self.options)
+            return self
         return _check_taker(self)
 
 
 def _check_taker(section: Any) -> Any:
-    if section.options and not REFERENCE.fullmatch(section.name):
+    is_built_in = not (REFERENCE.fullmatch(section.name) or PACKAGED.fullmatch(section.name))
+    if section.options and is_built_in:
         raise ValueError(
             f"options must be left out with name {section.name}. They belong to "
             "package.module:callable."
         )
     return section
-
-
-class OptimizerSection(Section):
-    """An optimizer of torch.optim; every further key is an argument of it."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-
-    name: Annotated[str, AfterValidator(optim.check_optimizer_name)] = Field(
-        default="SGD",
-        description="a class of torch.optim; further keys of this section are its arguments",
-        json_schema_extra={"enum": list(optim.OPTIMIZERS)},
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments, but for the learning rate."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _options_are_its_own(self) -> Self:
-        optim.check_optimizer(self.name, self.options)
-        return self
-
-
-class ScheduleSection(Section):
-    """The schedule of the learning rate; every further key is an argument of a class of torch's."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-
-    name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
-        default="cosine",
-        description="cosine, linear (both down to 0 at the end of the run), constant, or a class "
-        "of torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its "
-        "arguments",
-        json_schema_extra={"enum": [*optim.FACTORS, *optim.SCHEDULERS]},
-    )
-    warmup: Finite = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="share of all steps over which the learning rate first rises in a line",
-    )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments."""
-        return dict(self.model_extra or {})
-
-    @model_validator(mode="after")
-    def _options_are_its_own(self) -> Self:
-        optim.check_schedule(self.name, self.options)
-        return self
-
-
-class TrainSection(Section):
-    """The optimisation. Nothing here depends on the number of workers."""
-
-    epochs: Whole = Field(ge=1, description="passes over the training set")
-    global_batch: Whole = Field(
-        ge=1, description="samples per optimizer step, over all workers together"
-    )
-    norm_batch: Whole | None = Field(
-        default=None,
-        ge=1,
-        description="samples per statistic of our layers, a divisor of global_batch; null: all",
-    )
-    lr: Finite = Field(gt=0, description="highest learning rate")
-    optimizer: OptimizerSection = Field(
-        default=OptimizerSection(), description="what makes a step of gradients"
-    )
-    schedule: ScheduleSection = Field(default=ScheduleSection(), description="of the learning rate")
-    clip: Finite | None = Field(
-        default=None, gt=0, description="largest norm of the whole gradient; null: any"
-    )
-    ema: Finite | None = Field(
-        default=None,
-        gt=0,
-        lt=1,
-        description="decay of an average of parameters and running statistics, which is what is "
-        "evaluated; null: none",
-    )
-    autocast: Literal["bfloat16"] | None = Field(
-        default=None, description="type of convolutions and products"
-    )
-    compile: bool = Field(default=False, description="torch.compile the model")
-    not_finite: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="at a loss that is not finite: stop the run, or leave that step out",
-    )
-    seed: int = Field(
-        default=0,
-        ge=0,
-        lt=2**63,
-        description="fixes the first weights and the order of the samples",
-    )
-    dtype: Literal["float32", "float64"] = Field(
-        default="float32", description="of parameters, data and statistics"
-    )
-
-    @model_validator(mode="after")
-    def _groups_are_whole(self) -> Self:
-        if self.norm_batch is not None and self.global_batch % self.norm_batch:
-            raise ValueError(
-                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got "
-                f"{self.norm_batch}. A step consists of whole statistics."
-            )
-        if self.autocast is not None and self.dtype != "float32":
-            raise ValueError(
-                f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _schedule_fits_optimizer(self) -> Self:
-        optimizer, schedule = self.optimizer, self.schedule
-        optim.check_together(optimizer.name, optimizer.options, schedule.name, schedule.options)
-        return self
 
 
 class CheckpointSection(Section):
@@ -238,8 +202,13 @@ class CheckpointSection(Section):
         default=None, ge=1, description="steps between checkpoints; null: one after each epoch"
     )
     keep: Whole = Field(default=3, ge=1, description="how many of the newest are kept")
-    best: bool = Field(
-        default=True, description="also keep the one with the highest test accuracy after an epoch"
+    minutes: Finite | None = Field(
+        default=None, gt=0, description="minutes after which there is another one besides"
+    )
+    best: bool | None = Field(
+        default=None,
+        description="also keep the one that is best on the validation set, by the task's metric; "
+        "null: if there is a validation set",
     )
 
 
@@ -331,6 +300,7 @@ class Config(Section):
     """A training run."""
 
     model: ModelSection = Field(description="the network")
+    task: TaskSection = Field(default=TaskSection(), description="what is learned")
     data: DataSection = Field(description="what it learns from")
     norm: NormSection = Field(default=NormSection(), description="the normalisation layers")
     train: TrainSection = Field(description="the optimisation")
@@ -357,7 +327,7 @@ class Config(Section):
 
     def mathematics(self) -> dict[str, Any]:
         """The sections that fix a run's result; a run can be resumed with others changed."""
-        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root"}})
+        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root", "loader"}})
 
     @model_validator(mode="after")
     def _statistics_are_pooled(self) -> Self:

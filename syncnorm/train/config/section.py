@@ -5,9 +5,10 @@ Also the nearest known name to one that is not known, for messages.
 
 import re
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
@@ -57,6 +58,24 @@ def _local_path(text: str) -> str:
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
 
 
+_Patterns = TypeVar("_Patterns", bound=Collection[str])
+
+
+def check_patterns(patterns: _Patterns) -> _Patterns:
+    """Return `patterns`; ValueError if one of them is no regular expression."""
+    for pattern in patterns:
+        try:
+            # "[[" is a FutureWarning: it may mean something else one day.
+            with warnings.catch_warnings(action="error", category=FutureWarning):
+                re.compile(pattern)
+        except (re.error, FutureWarning, OverflowError, RecursionError) as error:
+            place = " as keys" if isinstance(patterns, dict) else ""
+            raise ValueError(
+                f"must have regular expressions{place}, got {reprlib.repr(pattern)}: {error}"
+            ) from None
+    return patterns
+
+
 def check_name_or_reference(name: str, known: Sequence[str]) -> str:
     """Return `name`; ValueError if it is neither a known name nor a reference to a callable."""
     if name in known or REFERENCE.fullmatch(name):
@@ -67,9 +86,10 @@ def check_name_or_reference(name: str, known: Sequence[str]) -> str:
     )
 
 
-def name_or_reference_schema(known: Iterable[str]) -> JsonDict:
-    """Describe in JSON Schema the values that `check_name_or_reference` accepts."""
-    return {"anyOf": [{"enum": list(known)}, {"pattern": f"^{REFERENCE.pattern}$"}]}
+def name_or_reference_schema(known: Iterable[str], other: str | None = None) -> JsonDict:
+    """Describe in JSON Schema the values that `check_name_or_reference` accepts, and `other`."""
+    pattern = REFERENCE.pattern if other is None else f"({REFERENCE.pattern}|{other})"
+    return {"anyOf": [{"enum": list(known)}, {"pattern": f"^{pattern}$"}]}
 
 
 def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, Any]]:

@@ -167,6 +167,7 @@ def _row(key: str, field: Mapping[str, Any], *, is_required: bool) -> _Row:
         "string": "text",
         "boolean": "true or false",
         "object": "mapping",
+        "array": "list",
     }
     default = "required" if is_required else f"`{strict_yaml.dump_line(field['default'])}`"
     return _Row(

@@ -13,9 +13,15 @@ from torch.utils.data import default_collate
 
 @dataclass(frozen=True)
 class Failure:
-    """In place of a sample or a batch that could not be read. As a value it passes any process."""
+    """In place of a sample or a batch that could not be read. As a value it passes any process.
+
+    Args:
+        message: the cause, for the user.
+        instead: a batch of no samples, with which a worker takes part in a step that fails.
+    """
 
     message: str
+    instead: Any = None
 
 
 class Collate:

@@ -1,12 +1,11 @@
-"""Data sets in memory, the order of their samples in an epoch, and the cut into shards.
+"""Data sets in memory.
 
 Images stay as they are stored, mostly as bytes, and are standardised batch by batch: every worker
 holds the whole set, and as float64 it would take 8 times the memory.
 """
 
-import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
+from syncnorm.placement import epoch_order
 from syncnorm.train.data.cifar import read_binary, read_python
 from syncnorm.train.data.idx import read_idx
 from syncnorm.train.data.paths import DataFiles
@@ -39,7 +39,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training set and a test set; `make_dataset` makes one.
+    """A training set and a test set, perhaps a validation set; `make_dataset` makes one.
 
     Args:
         train: the training set.
@@ -47,6 +47,7 @@ class Dataset:
         num_classes: number of classes; labels are smaller.
         mean: (C,), float64, of the training set's pixels, as they are stored.
         std: (C,), float64, as above.
+        validation: the validation set, if there is one.
     """
 
     train: Split
@@ -54,6 +55,7 @@ class Dataset:
     num_classes: int
     mean: Tensor
     std: Tensor
+    validation: Split | None = None
 
     def to(self, device: torch.device | str) -> "Dataset":
         """Move to a device; dtypes stay."""
@@ -63,6 +65,7 @@ class Dataset:
             self.num_classes,
             self.mean.to(device),
             self.std.to(device),
+            None if self.validation is None else self.validation.to(device),
         )
 
     def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,6 +130,35 @@ def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, 
             f"{(*test.images.shape[1:],)}"
         )
     return Split(train.images, train.labels.long()), Split(test.images, test.labels.long())
+
+
+def hold_out(data: Dataset, share: float) -> Dataset:
+    """Set a share of the training set apart for validation, always the same samples.
+
+    Raises:
+        ConfigError: it leaves no sample for training or for validation.
+    """
+    if not share or data.validation is not None:
+        return data
+    kept, held = hold_out_indices(len(data.train), share)
+    return replace(data, train=data.train[kept], validation=data.train[held])
+
+
+def hold_out_indices(count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Cut `range(count)` in two, in ascending order; the second part is a share of it.
+
+    Raises:
+        ConfigError: one of them would be empty.
+    """
+    held = round(share * count)
+    if not 0 < held < count:
+        raise ConfigError(
+            f"`data.validation` must leave samples for training and for validation, got {share} "
+            f"of {count} samples"
+        )
+    # Not by the run's seed: seeds differ in training alone.
+    order = epoch_order(count, 0, 0)
+    return order[held:].sort().values, order[:held].sort().values
 
 
 def types_of(value: object) -> str:
@@ -297,21 +329,3 @@ DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
     "fashion_mnist": fashion_mnist,
     "cifar10": cifar10,
 }
-
-
-def epoch_order(count: int, seed: int, epoch: int) -> Tensor:
-    """Permute `range(count)` by (seed, epoch) alone."""
-    # A hash keeps the streams of neighbouring seeds and epochs apart, which seed + epoch would not.
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return torch.randperm(count, generator=generator)
-
-
-def shard(count: int, rank: int, world_size: int) -> slice:
-    """Cut `range(count)` into contiguous shards and return that of `rank`.
-
-    Sizes differ by at most 1, and the last shards may be empty.
-    """
-    size, longer = divmod(count, world_size)
-    start = rank * size + min(rank, longer)
-    return slice(start, start + size + (rank < longer))

@@ -1,10 +1,14 @@
 """Data sets of a run that do not lie in memory as tensors: any map-style ones of torch's kind."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
 from torch.utils.data import Dataset
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.datasets import hold_out_indices
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,8 @@ class Splits:
 
     Each has `__len__` and `__getitem__(index)`, which returns a sample: a pair (input, target), a
     mapping, or whatever `collate` and the task take. A sample may be changed at random in
-    `__getitem__`: random numbers are seeded there by (seed, epoch, index), so a sample's changes do
-    not depend on the worker, the loader process or a resumption.
+    `__getitem__`: torch's, Python's and numpy's random numbers are seeded there by (seed, epoch,
+    index), so a sample's changes do not depend on the worker, the loader process or a resumption.
 
     Args:
         train: the training set.
@@ -31,3 +35,47 @@ class Splits:
     num_classes: int | None = None
     in_channels: int | None = None
     collate: Callable[[Sequence[Any]], Any] | None = None
+
+    def check(self) -> "Splits":
+        """Return this; ConfigError unless each part is a data set with samples."""
+        parts = {"train": self.train, "test": self.test, "validation": self.validation}
+        for name, data in parts.items():
+            if data is not None or name == "train":
+                _check_part(name, data)
+        return self
+
+    def hold_out(self, share: float) -> "Splits":
+        """Set a share of the training set apart for validation, always the same samples.
+
+        Raises:
+            ConfigError: it leaves no sample for training or for validation.
+        """
+        if not share or self.validation is not None:
+            return self
+        data: Any = self.train
+        kept, held = hold_out_indices(len(data), share)
+        return replace(self, train=_Part(data, kept), validation=_Part(data, held))
+
+
+def _check_part(name: str, data: Any) -> None:
+    if not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        raise ConfigError(
+            f"`data.name` must return data sets with __len__ and __getitem__, got a "
+            f"{type(data).__name__} as `{name}`. The order of an iterable one would depend on the "
+            "number of workers."
+        )
+    if len(data) == 0:
+        raise ConfigError(f"`data.name` must return data sets with samples, got none in `{name}`")
+
+
+class _Part(Dataset[Any]):
+    """Some samples of a data set."""
+
+    def __init__(self, data: Any, indices: Tensor) -> None:
+        self._data, self._indices = data, indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._data[int(self._indices[index])]

@@ -20,6 +20,7 @@ from syncnorm.train.report.marks import draw_marks
 from syncnorm.train.report.run import Run
 from syncnorm.train.report.series import Array, points, smooth, thin
 from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, to_svg
+from syncnorm.train.task.measures import is_share
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ CURVES = (
         "of each global batch; pale as recorded, strong its moving mean",
         log=True,
     ),
-    Curve("test_accuracy", "Test accuracy", "share of the test set, after each epoch", share=True),
     Curve("lr", "Learning rate", "of the optimizer, at each step", noisy=False),
     Curve(
         "samples_per_second",
@@ -69,6 +69,20 @@ CURVES = (
     ),
     Curve("grad_norm", "Gradient norm", "of the whole gradient, before it is clipped", log=True),
 )
+
+
+def all_curves(runs: Sequence[Run]) -> list[Curve]:
+    """List the curves of a page: the loss, the metrics of evaluations, and the others."""
+    names = dict.fromkeys(name for run in runs for name in run.events.metrics)
+    loss, *others = CURVES
+    return [loss, *map(_metric_curve, names), *others]
+
+
+def _metric_curve(name: str) -> Curve:
+    split, _, metric = name.partition("_")
+    title = name.replace("_", " ").capitalize()
+    note = f"on the {split} set, all workers together"
+    return Curve(name, title, note, share=is_share(metric), noisy=False)
 
 
 def curve_figure(curve: Curve, runs: Sequence[Run]) -> Markup | None:

@@ -6,6 +6,7 @@ step the last one counts. Missing or unknown events and fields are not errors.
 """
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +17,15 @@ from syncnorm.errors import ConfigError
 _CURVES = {
     "step": ("loss", "lr", "grad_norm"),
     "interval": ("samples_per_second", "exchange_share"),
-    "epoch": ("test_accuracy",),
-    "end": ("test_accuracy",),
+    "epoch": (),
+    "evaluation": (),
+    "end": (),
 }
+# Events with metrics, which tasks name.
+_EVALUATED = ("epoch", "evaluation", "end")
+# The file may be anybody's, and names go into the page.
+_METRIC = re.compile(r"(validation|test)_[A-Za-z][\w.-]{0,60}", re.ASCII)
+_MOST_METRICS = 40
 _KNOWN = {*_CURVES, "start", "layers", "checkpoint", "fault"}
 
 _MOST_CHARACTERS = 1000
@@ -76,6 +83,12 @@ class Events:
         return self.curves.get(name, {})
 
     @property
+    def metrics(self) -> list[str]:
+        """The names of the metrics on record, such as `test_accuracy`; those of validation first."""
+        found = [name for name in self.curves if _METRIC.fullmatch(name)][:_MOST_METRICS]
+        return sorted(found, key=lambda name: name.startswith("test_"))
+
+    @property
     def seconds(self) -> float | None:
         """Working time of the run: its attempts, without the pauses between them."""
         if self.attempts:
@@ -104,7 +117,8 @@ class Events:
             self.attempts[-1] = (self.attempts[-1][0], time)
 
     def _add_values(self, kind: str, step: int, event: dict[str, Any]) -> None:
-        for name in _CURVES.get(kind, ()):
+        metrics = [n for n in event if _METRIC.fullmatch(n)] if kind in _EVALUATED else []
+        for name in (*_CURVES.get(kind, ()), *metrics[:_MOST_METRICS]):
             value = number(event.get(name))
             if value is not None:
                 self.curves.setdefault(name, {})[step] = value

@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from syncnorm import __version__
-from syncnorm.train.report.curves import CURVES, curve_figure
+from syncnorm.train.report.curves import all_curves, curve_figure
 from syncnorm.train.report.events import Layers, Mark
 from syncnorm.train.report.heatmaps import STATISTICS, heat_figures
 from syncnorm.train.report.marks import SIGNS
@@ -23,6 +23,7 @@ from syncnorm.train.report.summary import (
 )
 from syncnorm.train.report.svg import RUN_COLOURS, figure_style, run_dashes
 from syncnorm.train.report.text import ABSENT, clock, duration, grouped, percent, plain, rate
+from syncnorm.train.task.measures import format_value
 
 _MOST_ROWS = 200
 _DASHES = {"solid": "none", "dashed": "5 2", "dotted": "1.5 1.5", "dashdot": "5 2 1.5 2"}
@@ -31,7 +32,7 @@ _DASHES = {"solid": "none", "dashed": "5 2", "dotted": "1.5 1.5", "dashdot": "5 
 def render_page(runs: Sequence[Run]) -> str:
     """Render the page as HTML."""
     with figure_style():
-        curves = [(curve, curve_figure(curve, runs)) for curve in CURVES]
+        curves = [(curve, curve_figure(curve, runs)) for curve in all_curves(runs)]
         maps = [(statistic, heat_figures(statistic, runs)) for statistic in STATISTICS]
     summaries = [summarize(run) for run in runs]
     page = (
@@ -41,6 +42,7 @@ def render_page(runs: Sequence[Run]) -> str:
             runs=runs,
             summaries=summaries,
             best=_best(summaries),
+            metric=_common_metric(summaries),
             notes=[(index, note) for index, run in enumerate(runs) for note in _notes(run)],
             differences=config_differences(runs),
             curves=[(curve, figure) for curve, figure in curves if figure is not None],
@@ -85,6 +87,7 @@ def _environment() -> Environment:
         "colours": RUN_COLOURS,
         "dashes": lambda index: _DASHES[run_dashes(index)],
         "fault_kinds": _fault_kinds,
+        "value": _value,
         "signs": {kind: sign for kind, (_, sign) in SIGNS.items()},
         "style": Markup(_read("page.css")),
         "version": __version__,
@@ -93,11 +96,22 @@ def _environment() -> Environment:
 
 
 def _best(summaries: Sequence[Summary]) -> list[int]:
-    """Return the indices of the runs with the best accuracy, if runs are compared."""
-    accuracies = [each.best_accuracy for each in summaries if each.best_accuracy is not None]
-    if len(summaries) == 1 or not accuracies:
+    """Return the indices of the runs with the best metric, if runs are compared by one."""
+    values = [each.best for each in summaries if each.best is not None]
+    if len(summaries) == 1 or not values or len({each.metric for each in summaries}) > 1:
         return []
-    return [i for i, each in enumerate(summaries) if each.best_accuracy == max(accuracies)]
+    best = min(values) if summaries[0].is_lowest else max(values)
+    return [i for i, each in enumerate(summaries) if each.best == best]
+
+
+def _common_metric(summaries: Sequence[Summary]) -> str:
+    """Name the metric that decides in all runs; "metric" where they differ."""
+    names = {each.metric for each in summaries} - {None}
+    return str(names.pop()).replace("_", " ") if len(names) == 1 else "metric"
+
+
+def _value(each: Summary, value: float | None) -> str:
+    return ABSENT if value is None else format_value(each.metric or "", value)
 
 
 def _fault_kinds(each: Summary) -> str:

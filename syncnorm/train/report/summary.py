@@ -18,9 +18,11 @@ class Summary:
     Args:
         steps: optimizer steps at the end of the record.
         workers: number of workers, of each attempt where it changed.
-        best_accuracy: highest on the test set, 0 to 1.
+        metric: name of the one that decides, such as `test_accuracy`.
+        best: its best value.
         best_step: first step with it.
-        last_accuracy: at the last step that has one.
+        last: its last value.
+        is_lowest: True if the lowest value is the best.
         samples_per_second: median over the intervals.
         exchange_share: median over the intervals, 0 to 1.
         faults: number of each kind.
@@ -30,9 +32,11 @@ class Summary:
 
     steps: int
     workers: list[int]
-    best_accuracy: float | None
+    metric: str | None
+    best: float | None
     best_step: int | None
-    last_accuracy: float | None
+    last: float | None
+    is_lowest: bool
     samples_per_second: float | None
     exchange_share: float | None
     faults: Counter[str]
@@ -43,8 +47,9 @@ class Summary:
 def summarize(run: Run) -> Summary:
     """Compute the figures of a run."""
     events = run.events
-    accuracy = _finite(events.curve("test_accuracy"))
-    best_step = max(sorted(accuracy), key=lambda step: accuracy[step], default=None)
+    metric, sign = _deciding(run)
+    values = _finite(events.curve(metric or ""))
+    best_step = max(sorted(values), key=lambda step: sign * values[step], default=None)
     return Summary(
         steps=events.last_step,
         workers=_changes(
@@ -54,15 +59,26 @@ def summarize(run: Run) -> Summary:
                 if isinstance(start.get("world_size"), int)
             ]
         ),
-        best_accuracy=None if best_step is None else accuracy[best_step],
+        metric=metric,
+        best=None if best_step is None else values[best_step],
         best_step=best_step,
-        last_accuracy=accuracy[max(accuracy)] if accuracy else None,
+        last=values[max(values)] if values else None,
+        is_lowest=sign < 0,
         samples_per_second=_median(events.curve("samples_per_second")),
         exchange_share=_median(events.curve("exchange_share")),
         faults=Counter(mark.detail for mark in events.marks if mark.kind == "fault"),
         restarts=sum(mark.kind == "restart" for mark in events.marks),
         seconds=events.seconds,
     )
+
+
+def _deciding(run: Run) -> tuple[str | None, int]:
+    """Find the metric that decides, and the sign by which higher is better."""
+    decides = next((start.get("decides") for start in reversed(run.events.starts)), None)
+    name = decides if isinstance(decides, str) else "accuracy"
+    found = run.events.metrics
+    wanted = [metric for metric in found if metric.partition("_")[2] == name.removeprefix("-")]
+    return (wanted or found or [None])[0], -1 if name[:1] == "-" else 1
 
 
 def not_finite_steps(run: Run) -> list[int]:

@@ -1,0 +1,164 @@
+"""The section `train` of a configuration: the optimisation."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from syncnorm.train import optim
+from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
+
+
+class OptimizerSection(Section):
+    """An optimizer of torch.optim; every further key is an argument of it."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(optim.check_optimizer_name)] = Field(
+        default="SGD",
+        description="a class of torch.optim; further keys of this section are its arguments",
+        json_schema_extra={"enum": list(optim.OPTIMIZERS)},
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments, but for the learning rate."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        optim.check_optimizer(self.name, self.options)
+        return self
+
+
+class ScheduleSection(Section):
+    """The schedule of the learning rate; every further key is an argument of a class of torch's."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+
+    name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
+        default="cosine",
+        description="cosine, linear (both down to 0 at the end of the run), constant, or a class "
+        "of torch.optim.lr_scheduler that steps once for each optimizer step; further keys are its "
+        "arguments",
+        json_schema_extra={"enum": [*optim.FACTORS, *optim.SCHEDULERS]},
+    )
+    warmup: Finite = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of all steps over which the learning rate first rises in a line",
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments."""
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _options_are_its_own(self) -> Self:
+        optim.check_schedule(self.name, self.options)
+        return self
+
+
+class TrainSection(Section):
+    """The optimisation. Nothing here depends on the number of workers."""
+
+    epochs: Whole = Field(ge=1, description="passes over the training set")
+    global_batch: Whole = Field(
+        ge=1, description="samples per optimizer step, over all workers together"
+    )
+    norm_batch: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="samples per statistic of our layers, a divisor of global_batch; null: all",
+    )
+    lr: Finite = Field(gt=0, description="highest learning rate")
+    optimizer: OptimizerSection = Field(
+        default=OptimizerSection(), description="what makes a step of gradients"
+    )
+    schedule: ScheduleSection = Field(default=ScheduleSection(), description="of the learning rate")
+    clip: Finite | None = Field(
+        default=None, gt=0, description="largest norm of the whole gradient; null: any"
+    )
+    ema: Finite | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="decay of an average of the parameters, which is what is evaluated, with "
+        "statistics of its own; null: none",
+    )
+    decay: Literal["weights", "all"] = Field(
+        default="weights",
+        description="what the optimizer's weight_decay acts on: weights alone, or biases and the "
+        "normalisation's parameters, too",
+    )
+    rates: Annotated[
+        dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]],
+        AfterValidator(check_patterns),
+    ] = Field(
+        default={},
+        description="factors of the learning rate for some parameters: from a regular expression, "
+        "searched for in the parameter's name within the model, to a factor; the first that is "
+        "found holds",
+    )
+    recompute: Annotated[list[str], AfterValidator(check_patterns)] = Field(
+        default=[],
+        description="modules whose activations are not kept but computed again in the backward "
+        "pass: regular expressions, searched for in the module's name; of modules within each "
+        "other, the outermost",
+    )
+    channels_last: bool = Field(
+        default=False, description="order images and weights of convolutions with channels last"
+    )
+    tf32: bool | None = Field(
+        default=None,
+        description="TF32 for products and convolutions of float32 on CUDA devices; null: as torch "
+        "has it, for convolutions alone",
+    )
+    autocast: Literal["bfloat16", "float16"] | None = Field(
+        default=None,
+        description="type of convolutions and products; with float16 the loss is scaled, and a "
+        "step that overflows is left out",
+    )
+    compile: bool = Field(default=False, description="torch.compile the model")
+    evaluate_every: Whole | None = Field(
+        default=None, ge=1, description="steps between evaluations; null: one after each epoch"
+    )
+    patience: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="evaluations on the validation set without a better one, after which the run "
+        "is done; null: it goes through all epochs",
+    )
+    not_finite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="at a loss that is not finite: stop the run, or leave that step out",
+    )
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="fixes the first weights and the order of the samples",
+    )
+    dtype: Literal["float32", "float64"] = Field(
+        default="float32", description="of parameters, data and statistics"
+    )
+
+    @model_validator(mode="after")
+    def _groups_are_whole(self) -> Self:
+        if self.norm_batch is not None and self.global_batch % self.norm_batch:
+            raise ValueError(
+                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got "
+                f"{self.norm_batch}. A step consists of whole statistics."
+            )
+        if self.autocast is not None and self.dtype != "float32":
+            raise ValueError(
+                f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits_optimizer(self) -> Self:
+        optimizer, schedule = self.optimizer, self.schedule
+        optim.check_together(optimizer.name, optimizer.options, schedule.name, schedule.options)
+        return self

@@ -1,0 +1,252 @@
+"""The batches of a run: from images in memory, or through torch's DataLoader."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data import datasets
+from syncnorm.train.data.augment import augment
+from syncnorm.train.data.augmented import Augmented
+from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
+from syncnorm.train.data.mixing import mix, partners
+from syncnorm.train.data.seeded import Key, Seeded
+from syncnorm.train.data.splits import Splits
+from syncnorm.train.processes import die_with_parent
+
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+
+class Feed(Protocol):
+    """The source of this worker's batches.
+
+    Attributes:
+        sizes: samples of each of `train`, `validation` and `test` that there is.
+        index_device: of the tensors of indices that it takes.
+        in_channels: of the inputs; None if it is not known.
+        num_classes: of the targets; None if it is not known.
+    """
+
+    sizes: dict[str, int]
+    index_device: torch.device
+    in_channels: int | None
+    num_classes: int | None
+
+    def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
+        """Yield the batch of each forward, on the worker's device, or a `Failure`.
+
+        Only one iteration over a split, in an epoch or without, may be under way.
+
+        Args:
+            split: `train`, `validation` or `test`.
+            forwards: of each, the samples' indices (n,), perhaps none.
+            epoch: random changes to samples are drawn for it; 0: none, as in an evaluation.
+        """
+        ...
+
+    def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
+        """Load one batch, in this process.
+
+        Raises:
+            ConfigError: a sample cannot be read.
+        """
+        ...
+
+    def describe(self) -> str:
+        """Describe the data in a few words."""
+        ...
+
+
+def judged_split(feed: Feed) -> str | None:
+    """Name the split that is evaluated while a run goes on, if there is one."""
+    return next((name for name in (VALIDATION, TEST) if feed.sizes.get(name)), None)
+
+
+class MemoryFeed:
+    """Images in memory, gathered, standardised and augmented on the worker's device."""
+
+    def __init__(self, data: datasets.Dataset, config: Config, device: torch.device) -> None:
+        self._data = data.to(device)
+        self._config = config
+        self.index_device = device
+        self.sizes = {name: len(split) for name, split in self._splits().items()}
+        self.in_channels: int | None = data.train.images.shape[1]
+        self.num_classes: int | None = data.num_classes
+
+    def _splits(self) -> dict[str, datasets.Split]:
+        data = self._data
+        some = {TRAIN: data.train, VALIDATION: data.validation, TEST: data.test}
+        return {name: split for name, split in some.items() if split is not None}
+
+    def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
+        """Yield the images (n, C, H, W) and labels (n,) of each forward."""
+        return (self.load(split, indices, epoch) for indices in forwards)
+
+    def load(self, split: str, indices: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
+        """Gather images (n, C, H, W), standardised and, in an epoch, augmented; and labels (n,).
+
+        Mixed ones have class probabilities (n, K) in place of labels.
+        """
+        if split != TRAIN or not epoch:
+            part = self._splits()[split][indices]
+            return self._standardise(part.images), part.labels
+        options, seed = self._config.data.augment, self._config.train.seed
+        images, labels = self._augmented(indices, epoch)
+        if not (options.mixup or options.cutmix):
+            return images, labels
+        others = partners(indices, self.sizes[TRAIN], seed, epoch)
+        other_images, other_labels = self._augmented(others, epoch)
+        samples = images, self._probabilities(labels)
+        other_samples = other_images, self._probabilities(other_labels)
+        return mix(samples, other_samples, indices, options, seed, epoch)
+
+    def _augmented(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        part, config = self._data.train[indices], self._config
+        images = self._standardise(part.images)
+        changed = augment(images, indices, config.data.augment, config.train.seed, epoch)
+        return changed, part.labels
+
+    def _standardise(self, images: Tensor) -> Tensor:
+        return self._data.standardise(images, getattr(torch, self._config.train.dtype))
+
+    def _probabilities(self, labels: Tensor) -> Tensor:
+        dtype = getattr(torch, self._config.train.dtype)
+        return F.one_hot(labels, self._data.num_classes).to(dtype)
+
+    def describe(self) -> str:
+        """Describe the data in a few words."""
+        shape = "x".join(map(str, self._data.train.images.shape[1:]))
+        return f"{describe_sizes(self.sizes)} images of {shape}"
+
+
+class LoaderFeed:
+    """Any map-style data sets, through torch's DataLoader.
+
+    Args:
+        splits: the data sets.
+        config: of the run.
+        device: of the batches.
+    """
+
+    def __init__(self, splits: Splits, config: Config, device: torch.device) -> None:
+        self._config, self._device = config, device
+        self._dtype = getattr(torch, config.train.dtype)
+        seed = config.train.seed
+        train: Dataset[Any] = Seeded(splits.train, seed)
+        if config.data.augment.changes_something:
+            train = Augmented(train, config.data.augment, seed, splits.num_classes)
+        others = {VALIDATION: splits.validation, TEST: splits.test}
+        self._sets: dict[str, Any] = {TRAIN: train} | {
+            name: Seeded(data, seed) for name, data in others.items() if data is not None
+        }
+        self._collate = Collate(splits.collate)
+        self._loaders: dict[tuple[str, bool], tuple[DataLoader[Any], _Plan]] = {}
+        self.sizes = {name: len(data) for name, data in self._sets.items()}
+        self.index_device = torch.device("cpu")
+        self.in_channels: int | None = splits.in_channels
+        self.num_classes: int | None = splits.num_classes
+        self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
+
+    def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
+        """Yield the batch of each forward; loader processes work ahead."""
+        # The training set may be looked at within an epoch.
+        key = split, epoch > 0
+        if key not in self._loaders:
+            self._loaders[key] = self._make_loader(split, stays=key != (TRAIN, False))
+        loader, plan = self._loaders[key]
+        plan.begin(forwards, epoch)
+        try:
+            for batch in loader:
+                yield self._finish(batch, plan.sizes.pop(0))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            failure = Failure(
+                f"`data.loader.workers` must be processes that live, got: {error}. Set "
+                "data.loader.workers=0 to load in the worker itself, and see its error.",
+                self._nothing,
+            )
+            while True:  # a step may have several forwards
+                yield failure
+
+    def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
+        """Load one batch, in this process."""
+        keys = _keys(indices, epoch)
+        batch = self._collate([self._sets[split][key] for key in keys])
+        if isinstance(batch, Failure):
+            raise ConfigError(batch.message)
+        return self._finish(batch, len(indices))
+
+    def describe(self) -> str:
+        """Describe the data in a few words."""
+        return f"{describe_sizes(self.sizes)} samples"
+
+    def _finish(self, batch: Any, size: int) -> Any:
+        if isinstance(batch, Failure):
+            return replace(batch, instead=self._nothing)
+        return to_device(batch if size else empty_like(batch), self._device, self._dtype)
+
+    def _make_loader(self, split: str, stays: bool) -> "tuple[DataLoader[Any], _Plan]":
+        section, plan = self._config.data.loader, _Plan()
+        dataset: Dataset[Any] = self._sets[split]
+        several: dict[str, Any] = {}
+        if section.workers:
+            several = {
+                "num_workers": section.workers,
+                "prefetch_factor": section.prefetch,
+                "persistent_workers": stays,
+                "worker_init_fn": _begin_loading,
+            }
+        loader = DataLoader(
+            dataset,
+            batch_sampler=plan,
+            collate_fn=self._collate,
+            pin_memory=self._device.type == "cuda",
+            # Otherwise each iteration would draw a number from the training's own random numbers.
+            generator=torch.Generator(),
+            **several,
+        )
+        return loader, plan
+
+
+class _Plan:
+    """The batch sampler of a loader: the forwards that it is given.
+
+    Args of `begin` are those of `Feed.batches`. A forward of no samples loads the first one, so
+    that there is a batch to empty.
+    """
+
+    def __init__(self) -> None:
+        self._forwards: Iterable[Tensor] = ()
+        self._epoch = 0
+        self.sizes: list[int] = []
+        """Numbers of samples of the batches that are on their way."""
+
+    def begin(self, forwards: Iterable[Tensor], epoch: int) -> None:
+        self._forwards, self._epoch, self.sizes = forwards, epoch, []
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        for indices in self._forwards:
+            self.sizes.append(len(indices))
+            yield _keys(indices, self._epoch)
+
+
+def _keys(indices: Tensor, epoch: int) -> list[Key]:
+    return [(index, epoch) for index in indices.tolist() or [0]]
+
+
+def _begin_loading(worker: int) -> None:
+    die_with_parent()
+
+
+def describe_sizes(sizes: Mapping[str, int]) -> str:
+    """Write the numbers of samples, such as `90 training, 10 test`."""
+    names = {TRAIN: "training", VALIDATION: "validation", TEST: "test"}
+    *some, last = [f"{size} {names[name]}" for name, size in sizes.items()]
+    return f"{', '.join(some)} and {last}" if some else last

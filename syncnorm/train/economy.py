@@ -1,0 +1,68 @@
+"""Less time or memory for the same step: activation checkpointing, memory format, TF32."""
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.train import TrainSection
+from syncnorm.train.data.batches import map_members
+
+
+def economise(model: nn.Module, train: TrainSection) -> None:
+    """Change, in place, how a model is computed, as the configuration asks for it.
+
+    Raises:
+        ConfigError: an expression of `train.recompute` finds no module.
+    """
+    _recompute(model, train.recompute)
+    if train.channels_last:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        model.register_forward_pre_hook(_order_inputs, with_kwargs=True)
+
+
+def set_tf32(wanted: bool | None) -> None:
+    """Let CUDA compute products and convolutions of float32 in TF32, or not; None: as it is."""
+    if wanted is not None:
+        precision = "tf32" if wanted else "ieee"
+        torch.backends.cuda.matmul.fp32_precision = precision
+        torch.backends.cudnn.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _recompute(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let modules keep their inputs alone, and repeat their forward in the backward pass.
+
+    They are, of those whose name an expression finds, the outermost. Results have the same bits;
+    names and state dict stay.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in modules):
+            raise ConfigError(
+                f"`train.recompute` must each find a module, got {pattern!r}. The modules are "
+                f"{', '.join(list(modules)[:8])}, ..."
+            )
+    found: list[str] = []
+    for name, module in modules.items():  # a module comes before those within it
+        is_within = any(name.startswith(f"{outer}.") for outer in found)
+        if not is_within and any(re.search(pattern, name) for pattern in patterns):
+            found.append(name)
+            # A copy of the module, such as that of a moving average, has its own bound method.
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+
+
+def _order_inputs(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    return _with_channels_last(args), _with_channels_last(kwargs)
+
+
+def _with_channels_last(batch: Any) -> Any:
+    """Order the images (N, C, H, W) of a batch with channels last."""
+    if isinstance(batch, Tensor):
+        is_images = batch.ndim == 4 and batch.is_floating_point()
+        return batch.contiguous(memory_format=torch.channels_last) if is_images else batch
+    return map_members(batch, _with_channels_last)

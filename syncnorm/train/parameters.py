@@ -1,0 +1,63 @@
+"""Parameter groups of an optimizer: which parameters decay, and at which share of the rate."""
+
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.train import TrainSection
+from syncnorm.train.optim import OPTIMIZERS
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, Any]]:
+    """Group the parameters that are trained by their weight decay and their share of the rate.
+
+    The groups are in the order of their first parameters, so alike on all workers. A group of
+    parameters that do not decay has `weight_decay`, one with a rate of its own has `rate`.
+
+    Raises:
+        ConfigError: an expression of `train.rates` finds no parameter that is trained.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _check_found(train.rates, trained)
+    undecayed = _undecayed(model) if train.decay == "weights" and _has_decay(train) else set()
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    for name, parameter in trained.items():
+        rate = next((f for pattern, f in train.rates.items() if re.search(pattern, name)), 1.0)
+        key = (rate, parameter in undecayed)
+        if key not in groups:
+            own_rate = {} if rate == 1.0 else {"rate": rate}
+            own_decay = {"weight_decay": 0.0} if parameter in undecayed else {}
+            groups[key] = {"params": [], **own_rate, **own_decay}
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
+
+
+def _undecayed(model: nn.Module) -> set[nn.Parameter]:
+    """Find biases, parameters of normalisation layers, and others of one dimension."""
+    norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(False)]
+    return set(norms) | {
+        p for name, p in model.named_parameters() if p.ndim < 2 or name.split(".")[-1] == "bias"
+    }
+
+
+def _has_decay(train: TrainSection) -> bool:
+    parameters = inspect.signature(OPTIMIZERS[train.optimizer.name]).parameters
+    if "weight_decay" not in parameters:
+        return False
+    return bool(train.optimizer.options.get("weight_decay", parameters["weight_decay"].default))
+
+
+def _check_found(rates: Mapping[str, float], names: Iterable[str]) -> None:
+    for pattern in rates:
+        if not any(re.search(pattern, name) for name in names):
+            raise ConfigError(
+                f"`train.rates` must each find a parameter that is trained, got {pattern!r}. "
+                f"The parameters are {', '.join(list(names)[:8])}, ..."
+            )

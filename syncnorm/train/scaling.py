@@ -1,0 +1,56 @@
+"""The scale of the loss in a training with float16, whose range gradients would leave."""
+
+from typing import Any
+
+import torch
+
+from syncnorm.train.placement import Workers
+
+# Of the loss of the whole step. A worker's own scale is so many times smaller as DDP's average over
+# the workers makes its gradients greater.
+_FIRST_SCALE = 2.0**16
+
+
+def make_scaler(autocast: str | None, workers: Workers) -> torch.amp.GradScaler:
+    """Make torch's scaler; it does nothing unless `autocast` is float16."""
+    return torch.amp.GradScaler(
+        workers.device.type,
+        init_scale=_FIRST_SCALE / workers.world_size,
+        enabled=autocast == "float16",
+    )
+
+
+def unscale(
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, is_finite: bool
+) -> tuple[bool, bool]:
+    """Divide the gradients by the scale, and choose the next one.
+
+    The host waits for the backward pass. The result is alike on all workers, as the gradients are.
+
+    Args:
+        scaler: that has scaled the loss.
+        optimizer: of the parameters.
+        is_finite: True if the loss is.
+
+    Returns:
+        True if the scaled gradients alone have left float16's range; True if nothing else has.
+    """
+    scale = scaler.get_scale()
+    scaler.unscale_(optimizer)
+    scaler.update()
+    if not is_finite or scaler.get_scale() >= scale:
+        return False, is_finite
+    # Where the scale has made nothing greater, it is the gradient itself.
+    is_overflow = scale > 1
+    return is_overflow, is_overflow
+
+
+def scaler_state(scaler: torch.amp.GradScaler, world_size: int) -> dict[str, Any]:
+    """Describe the state of a scaler, for any number of workers."""
+    state = scaler.state_dict()
+    return state | {"scale": state["scale"] * world_size}
+
+
+def load_scaler(scaler: torch.amp.GradScaler, state: dict[str, Any], world_size: int) -> None:
+    """Load a state of `scaler_state`, perhaps of another number of workers."""
+    scaler.load_state_dict(state | {"scale": state["scale"] / world_size})

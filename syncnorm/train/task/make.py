@@ -1,0 +1,56 @@
+"""The task that a configuration names."""
+
+from typing import Any
+
+import torch
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.callables import resolve
+from syncnorm.train.config.schema import TaskSection
+from syncnorm.train.config.section import REFERENCE
+from syncnorm.train.task import Task
+from syncnorm.train.task.builtin import make_builtin
+from syncnorm.train.task.meters import Meters
+from syncnorm.train.task.supervised import Supervised
+
+
+def make_task(
+    section: TaskSection,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_classes: int | None = None,
+    allowed: tuple[str, ...] = (),
+) -> Task:
+    """Build a task.
+
+    Args:
+        section: its name and options.
+        device: of the batches.
+        dtype: of their floating tensors.
+        num_classes: of the data, if it is known.
+        allowed: packages whose callables the configuration may name.
+
+    Raises:
+        ConfigError: a callable may not be called, or returns something else.
+    """
+    if not REFERENCE.fullmatch(section.name):
+        task = make_builtin(section.name, section.loss, section.options)
+        if isinstance(task, Supervised):
+            task.classes = num_classes
+            task.criterion.to(device, dtype)  # it may have class weights
+            if section.metrics:
+                task.meters = Meters(section.metrics, device)
+        task.best = task.best if section.best is None else section.best
+        return task
+    made: Any = resolve(section.name, allowed, "task.name")(**section.options)
+    missing = [name for name in ("loss", "metrics") if not callable(getattr(made, name, None))]
+    missing += [name for name in ("unit", "best") if not isinstance(getattr(made, name, None), str)]
+    if missing:
+        raise ConfigError(
+            "`task.name` must return an object with methods loss(model, batch) and metrics(model, "
+            f"batch), and names `unit` and `best`, see syncnorm.train.task.Task; that of "
+            f"{section.name!r}, a {type(made).__name__}, lacks {', '.join(missing)}"
+        )
+    if section.best is not None:
+        made.best = section.best
+    return made

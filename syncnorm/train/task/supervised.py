@@ -1,0 +1,319 @@
+"""Tasks whose batches are pairs of inputs and targets: losses of torch.nn, with their metrics."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.task import Model, Share
+from syncnorm.train.task.meters import Meters
+
+# What torch's mean of a loss is over: the entries of the targets, classes counted by weight; each
+# of their elements; or the samples.
+_PER_TARGET = ("CrossEntropyLoss", "NLLLoss")
+_PER_ELEMENT = (
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "HuberLoss",
+    "L1Loss",
+    "MSELoss",
+    "PoissonNLLLoss",
+    "SmoothL1Loss",
+    "SoftMarginLoss",
+)
+_PER_SAMPLE = ("MultiLabelMarginLoss", "MultiLabelSoftMarginLoss", "MultiMarginLoss")
+LOSSES = tuple(sorted(_PER_TARGET + _PER_ELEMENT + _PER_SAMPLE))
+_GIVEN_BY_TASK = {"reduction", "reduce", "size_average", "self", "args", "kwargs"}
+
+
+class Supervised:
+    """A task of inputs and targets, by a loss of torch.nn.
+
+    Args:
+        loss: name of one of `LOSSES`; None: the task's own.
+        options: arguments of the loss but for `reduction`; lists become tensors.
+
+    Raises:
+        ValueError: the loss is not known, or refuses the options.
+    """
+
+    unit = "samples"
+    best = "-loss"
+    default_loss = ""
+    classes: int | None = None
+    """Number of classes of the data; None if it is not known."""
+    meters: Meters | None = None
+    """Metrics of torchmetrics, besides."""
+
+    def __init__(self, loss: str | None = None, **options: Any) -> None:
+        self.criterion: Any = make_criterion(loss or self.default_loss, options)
+
+    def loss(self, model: Model, batch: Any) -> tuple[Tensor, Tensor | int]:
+        """Compute the sum of the losses of a batch and their count."""
+        inputs, targets = pair_of(batch)
+        outputs = self.outputs(model, inputs, targets)
+        return self.criterion(outputs, targets), self.count(targets)
+
+    def metrics(self, model: Model, batch: Any) -> dict[str, Share]:
+        """Compute the loss, and what a subclass measures besides."""
+        inputs, targets = pair_of(batch)
+        outputs = self.outputs(model, inputs, targets)
+        if self.meters is not None:
+            self.meters.update(outputs, self.labels(targets))
+        loss = self.criterion(outputs, targets), self.count(targets)
+        return {**self.measure(outputs, targets), "loss": loss}
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
+        """Compute the task's own metrics."""
+        return {}
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """Convert targets to what torchmetrics takes."""
+        return targets
+
+    def outputs(self, model: Model, inputs: Any, targets: Tensor) -> Tensor:
+        """Call the model, and refuse outputs that the loss would misread or fail on."""
+        outputs = self.fit(call(model, inputs), targets)
+        self.check(outputs, targets)
+        return outputs
+
+    def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Give outputs the shape that the loss takes."""
+        return outputs
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse outputs whose shape is not that of the targets: torch would broadcast them."""
+        if outputs.shape != targets.shape:
+            raise ConfigError(
+                f"`model.name` must give outputs in the shape of the targets {_shape(targets)}, "
+                f"got {_shape(outputs)}. The loss compares them one by one."
+            )
+        if not targets.is_floating_point():
+            raise ConfigError(
+                f"`data.name` must give floating targets for task.loss "
+                f"{type(self.criterion).__name__}, got {targets.dtype}"
+            )
+
+    def count(self, targets: Tensor) -> Tensor | int:
+        """Count what torch's mean of the loss would be over."""
+        name = type(self.criterion).__name__
+        if name in _PER_SAMPLE:
+            return len(targets)
+        if name in _PER_ELEMENT or targets.is_floating_point():  # class probabilities: samples
+            return targets.numel() if name in _PER_ELEMENT else targets[:, 0].numel()
+        weight, ignored = self.criterion.weight, self.criterion.ignore_index
+        # Whole numbers count without a wait for the device.
+        kept = targets != ignored
+        if isinstance(weight, Tensor):
+            weight = weight.to(targets.device)
+            return weight[torch.where(kept, targets, 0)].where(kept, 0).double().sum()
+        return kept.sum()
+
+
+class Classify(Supervised):
+    """One class for each sample: logits (N, K) against classes (N,) or probabilities (N, K).
+
+    Metric: accuracy.
+    """
+
+    best = "accuracy"
+    default_loss = "CrossEntropyLoss"
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse what is not a row of logits for each sample."""
+        if targets.ndim not in (1, 2) or (targets.ndim == 2) != targets.is_floating_point():
+            raise ConfigError(
+                "`data.name` must give a class for each sample, (N,) of whole numbers, or class "
+                f"probabilities (N, K), got {_shape(targets)} of {targets.dtype}. Other targets "
+                "need another task.name."
+            )
+        # A pretrained head may have more classes.
+        classes = targets.shape[1] if targets.ndim == 2 else self.classes or 1
+        is_row = outputs.ndim == 2 and len(outputs) == len(targets)
+        if not is_row or outputs.shape[1] < classes:
+            raise ConfigError(
+                f"`model.name` must give a tensor of logits (N, num_classes), got shape "
+                f"{_shape(outputs)} for {len(targets)} samples of {classes} classes. Wrap a model "
+                "that returns something else."
+            )
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
+        """Count the samples whose highest logit is that of their class."""
+        classes = targets if targets.ndim == 1 else targets.argmax(1)
+        return {"accuracy": ((outputs.argmax(1) == classes).sum(), len(targets))}
+
+
+class Segment(Supervised):
+    """A class for each pixel: logits (N, K, *S) against classes (N, *S); 255 is none.
+
+    Metrics: mean_iou, the mean over the classes of intersection / union, over the whole set; and
+    accuracy, of pixels. Pixels of `ignore_index` count in neither.
+    """
+
+    unit = "pixels"
+    best = "mean_iou"
+    default_loss = "CrossEntropyLoss"
+
+    def __init__(self, loss: str | None = None, **options: Any) -> None:
+        super().__init__(loss, **{"ignore_index": 255, **options})
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse what is not a map of logits for each map of classes."""
+        if targets.ndim < 2 or targets.is_floating_point():
+            raise ConfigError(
+                "`data.name` must give a class for each pixel, (N, *S) of whole numbers, got "
+                f"shape {_shape(targets)} of {targets.dtype}"
+            )
+        if outputs.ndim != targets.ndim + 1 or outputs[:, 0].shape != targets.shape:
+            raise ConfigError(
+                "`model.name` must give logits (N, K, *S) for each pixel of targets "
+                f"{_shape(targets)}, got shape {_shape(outputs)}"
+            )
+        if outputs.shape[1] < (self.classes or 1):
+            raise ConfigError(
+                f"`model.name` must give logits for {self.classes} classes, got shape "
+                f"{_shape(outputs)}"
+            )
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
+        """Count the pixels of each class: found and right, found or right."""
+        classes = outputs.shape[1]
+        kept = targets != self.criterion.ignore_index
+        found, right = outputs.argmax(1)[kept], targets[kept]
+        hits = torch.bincount(right[found == right], minlength=classes)
+        union = (
+            torch.bincount(found, minlength=classes)
+            + torch.bincount(right, minlength=classes)
+            - hits
+        )
+        return {"mean_iou": (hits, union), "accuracy": (hits.sum(), kept.sum())}
+
+
+class Multilabel(Supervised):
+    """Any number of labels for each sample: logits (N, K) against 0 or 1, (N, K).
+
+    Metrics: f1, over all labels together; and exact_match, of samples whose labels are all right.
+    """
+
+    unit = "labels"
+    best = "f1"
+    default_loss = "BCEWithLogitsLoss"
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """Round to 0 and 1."""
+        return targets.round().long()
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
+        """Count labels that are found, that are right, and that are both."""
+        found, right = outputs > 0, targets > 0.5
+        both = (found & right).sum()
+        matches = (found == right).flatten(1).all(1).sum()
+        return {
+            "f1": (2 * both, found.sum() + right.sum()),
+            "exact_match": (matches, len(targets)),
+        }
+
+
+class Regress(Supervised):
+    """Numbers for each sample: outputs against targets of one shape, (N, *S).
+
+    Outputs (N, 1) are taken as (N,) where the targets are. Metrics: mean_absolute_error,
+    mean_squared_error.
+    """
+
+    unit = "values"
+    best = "-mean_squared_error"
+    default_loss = "MSELoss"
+
+    def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Leave out a last dimension of 1 that the targets do not have."""
+        has_more = outputs.ndim == targets.ndim + 1 and outputs.shape[-1] == 1
+        return outputs[..., 0] if has_more else outputs
+
+    def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
+        """Sum up how far the outputs are off."""
+        off = (outputs - targets).double()
+        return {
+            "mean_absolute_error": (off.abs().sum(), off.numel()),
+            "mean_squared_error": (off.square().sum(), off.numel()),
+        }
+
+
+def make_criterion(name: str, options: Mapping[str, Any]) -> nn.Module:
+    """Build a loss of torch.nn that adds up.
+
+    Raises:
+        ValueError: there is none of this name, or it refuses the options.
+    """
+    cls = getattr(nn, name) if name in LOSSES else None
+    if cls is None:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    known = set(inspect.signature(cls.__init__).parameters) - _GIVEN_BY_TASK
+    if not options.keys() <= known:
+        raise ValueError(
+            f"options must be arguments of {name}, {', '.join(sorted(known))}, got "
+            f"{', '.join(sorted(options.keys() - known))}"
+        )
+    values = {
+        key: torch.tensor(value, dtype=torch.float32) if isinstance(value, list) else value
+        for key, value in options.items()
+    }
+    try:
+        return cls(reduction="sum", **values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"options must suit {name}: {error}") from None
+
+
+def pair_of(batch: Any) -> tuple[Any, Tensor]:
+    """Take a batch apart: a pair, or a mapping whose `labels` are the targets.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        inputs, targets = batch
+    elif isinstance(batch, Mapping) and "labels" in batch:
+        inputs, targets = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    else:
+        raise ConfigError(
+            "`data.name` must give batches (inputs, targets), or mappings with labels, for this "
+            f"task, got {type(batch).__name__}. A task of your own, task.name=package.module:"
+            "callable, takes any batch."
+        )
+    if not isinstance(targets, Tensor):
+        raise ConfigError(
+            f"`data.name` must give targets as one tensor for this task, got a "
+            f"{type(targets).__name__}"
+        )
+    return inputs, targets
+
+
+def call(model: Model, inputs: Any) -> Tensor:
+    """Call a model, and find the logits in what it returns: itself, or its `logits` or `out`.
+
+    Args:
+        model: called with the inputs; with a mapping's as keyword arguments.
+        inputs: of a batch.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    if isinstance(outputs, Tensor):
+        return outputs
+    for name in ("logits", "out"):
+        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        if isinstance(found, Tensor):
+            return found
+    raise ConfigError(
+        "`model.name` must give a model that returns a tensor, or logits in an object or a "
+        f"mapping, got a {type(outputs).__name__}. A task of your own, "
+        "task.name=package.module:callable, takes any outputs."
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))

@@ -1,0 +1,304 @@
+"""Tasks of every kind, from data sets through loaders: one curve on any number of workers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train import runs
+
+TASKS = "tests.train.tasks"
+
+
+def sections(net: str, source: str, learned: dict[str, Any] | None = None, **changes: Any) -> dict:
+    """A configuration in float64: 13 steps an epoch, of 24 samples and, the last, of 13."""
+    merged = {
+        "model": {"name": f"{TASKS}:{net}"},
+        "data": {"name": f"{TASKS}:{source}"},
+        "task": learned or {},
+        "train": {"epochs": 8, "global_batch": 24, "lr": 0.02, "dtype": "float64"},
+        "norm": {"momentum": 0.1},
+    }
+    for name, section in changes.items():
+        merged[name] = {**merged.get(name, {}), **section}
+    return merged
+
+
+# 61 samples make three steps an epoch, the last of 13; 33 epochs of them are 99 steps.
+LONG = {"train": {"epochs": 33}}
+KINDS = {
+    "rows": sections("Perceptron", "rows"),
+    "rows, loader processes": sections("Perceptron", "rows", data={"loader": {"workers": 1}}),
+    "labels": sections(
+        "Perceptron",
+        "rows",
+        {"name": "multilabel"},
+        data={"options": {"kind": "labels"}},
+        train={"lr": 0.5},
+    ),
+    "values": sections(
+        "Perceptron",
+        "rows",
+        {"name": "regress", "loss": "HuberLoss", "options": {"delta": 0.5}},
+        data={"options": {"kind": "values"}},
+        train={"lr": 0.2},
+        model={"options": {"outputs": 1}},
+    ),
+    "class weights, smoothed": sections(
+        "Perceptron",
+        "rows",
+        {"options": {"weight": [1.0, 3.0, 0.5, 2.0], "label_smoothing": 0.1}},
+    ),
+    "average": sections("Perceptron", "rows", train={"ema": 0.9, "clip": 1.0}),
+    "contrast": sections("Perceptron", "rows", {"name": f"{TASKS}:Contrast"}),
+    "masks": sections("SmallUNet", "shapes", {"name": "segment"}, **LONG),
+    "boxes": sections("TwoHeads", "boxes", {"name": f"{TASKS}:Detect"}, **LONG),
+    "masks, several forwards": sections(
+        "SmallUNet",
+        "shapes",
+        {"name": "segment"},
+        train={"epochs": 33, "norm_batch": 6},
+        launch={"micro_batch": 6},
+    ),
+}
+
+
+# The number of workers that each is tried on in a short run of the tests.
+FAST = {"rows, loader processes": 2, "masks": 4, "boxes": 4}
+
+
+def losses(folder: Path) -> list[float]:
+    return list({e["step"]: e["loss"] for e in runs.events(folder, "step")}.values())
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    """The metrics of each epoch."""
+    return [
+        {name: value for name, value in event.items() if name.startswith("test_")}
+        for event in runs.events(folder, "epoch")
+    ]
+
+
+def gap(got: list[float], expected: list[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(pool, tmp_path_factory):
+    """alone(kind): the folder of a run on one worker, made once."""
+    made: dict[str, Path] = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("alone")
+            pool(1).run(runs.train_sections, str(made[kind]), KINDS[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("kind", "world_size"),
+    [
+        pytest.param(kind, size, marks=[] if size == FAST.get(kind, 3) else [pytest.mark.slow])
+        for kind in KINDS
+        for size in (2, 3, 4)
+    ],
+)
+def test_the_curve_is_that_of_one_worker(pool, alone, tmp_path, kind, world_size):
+    expected = losses(alone(kind))
+    assert len(expected) >= 99
+    assert expected[-1] < 0.9 * expected[0], "the run must go somewhere"
+    first, *others = pool(world_size).run(runs.train_sections, str(tmp_path), KINDS[kind])
+    assert all(other == first for other in others)
+    assert gap(losses(tmp_path), expected) <= 1e-12
+    for got, wanted in zip(metrics(tmp_path), metrics(alone(kind)), strict=True):
+        assert got == pytest.approx(wanted, rel=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["rows, loader processes", "boxes"])
+def test_a_run_stopped_on_four_workers_goes_on_with_two_and_three(pool, alone, tmp_path, kind):
+    for world_size, stop_at in ((4, 37), (2, 60), (3, None)):
+        pool(world_size).run(runs.train_sections, str(tmp_path), KINDS[kind], stop_at)
+    assert gap(losses(tmp_path), losses(alone(kind))) <= 1e-12
+    starts = [event["world_size"] for event in runs.events(tmp_path, "start")]
+    assert starts == [4, 2, 3]
+
+
+def test_loader_processes_change_no_bit(alone):
+    assert losses(alone("rows, loader processes")) == losses(alone("rows"))
+
+
+STRANGE = {
+    "vector": "got the sum of shape (4,)",
+    "mean": "must give the loss as a sum, of shape (), and its count, got a Tensor",
+    "text": "got the count of type str",
+    "number": "got the sum of type float",
+    "nothing": "a loss of at least one term",
+    "metrics": "must give metric 'accuracy' as a sum and its count, got tensor(",
+}
+BROKEN = {
+    "stream": "as `train`. The order of an iterable one",
+    "empty": "got none in `train`",
+    "targets": "must give a class for each sample, (N,) of whole numbers",
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_a_task_that_gives_something_else_is_refused(pool, kind):
+    task = {"name": f"{TASKS}:Strange", "options": {"kind": kind}}
+    for message in pool(2).run(runs.refused_sections, sections("Perceptron", "rows", task)):
+        assert "`task.name`" in message
+        assert STRANGE[kind] in message
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_data_set_that_cannot_be_trained_on_is_refused(pool, kind):
+    options = sections("Perceptron", "broken", data={"options": {"how": kind}})
+    for message in pool(2).run(runs.refused_sections, options):
+        assert "`data.name` must" in message
+        assert BROKEN[kind] in message
+
+
+@pytest.mark.parametrize("loader", [0, 1])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("raises", "sample 20 failed: OSError: the disk is gone (worker "),
+        ("test raises", "sample 20 failed: OSError: the disk is gone (worker 0)"),
+        ("shape", "`data.name` must give samples that make a batch: RuntimeError: "),
+        ("dies", "`data.loader.workers` must be processes that live, got: DataLoader worker"),
+    ],
+)
+def test_samples_that_cannot_be_read_end_the_run_on_all_workers(pool, how, message, loader):
+    if how == "dies" and not loader:
+        pytest.skip("it would end the worker itself")
+    data = {"options": {"how": how}, "loader": {"workers": loader}}
+    options = sections("Perceptron", "broken", data=data, train={"global_batch": 20})
+    first, second = pool(2).run(runs.failed_sections, options)
+    assert first == second
+    assert message in first
+
+
+def test_a_negative_count_ends_the_run_on_all_workers(pool):
+    task = {"name": f"{TASKS}:Strange", "options": {"kind": "negative"}}
+    for message in pool(2).run(runs.failed_sections, sections("Perceptron", "rows", task)):
+        assert "counts are finite and not negative, got -1, -1 of the workers" in message
+
+
+@pytest.mark.parametrize("kind", ["boxes", "contrast"])
+def test_a_loss_of_the_whole_step_takes_one_forward(pool, kind):
+    options = {**KINDS[kind], "launch": {"micro_batch": 8}}
+    options["train"] = {**options["train"], "norm_batch": 8}
+    for message in pool(2).run(runs.failed_sections, options):
+        assert (
+            "`launch.micro_batch` must be such that each worker has its part of a step" in message
+        )
+
+
+def test_metrics_of_torchmetrics_are_those_of_the_whole_set(pool, tmp_path):
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    metrics = {
+        "MulticlassF1Score": {"num_classes": 4},
+        "MulticlassRecall": {"num_classes": 4, "average": None},
+        "MulticlassAUROC": {"num_classes": 4, "thresholds": 20},
+    }
+    task = {"metrics": metrics, "best": "MulticlassF1Score"}
+    changes = {"train": {"epochs": 1, "lr": 0.5}, "data": {"validation": 0.3}}
+    evaluated = []
+    for world_size in (1, 3):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        (outcome, progress), *_ = pool(world_size).run(
+            runs.train_sections, str(folder), sections("Perceptron", "rows", task, **changes)
+        )
+        evaluated.append(outcome.metrics)
+        assert progress.best == outcome.metrics["validation"]["MulticlassF1Score"]
+    first, other = evaluated
+    for split in ("validation", "test"):
+        assert other[split] == pytest.approx(first[split], rel=1e-12)
+    recalls = [first["test"][f"MulticlassRecall_{index}"] for index in range(4)]
+    assert min(recalls) < max(recalls)
+    assert 0 < first["test"]["MulticlassAUROC"] < 1
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"metrics": {"MulticlassF1": {}}}, "The nearest is 'MulticlassF1Score'"),
+        ({"metrics": {"MulticlassF1Score": {}}}, "`task.metrics.MulticlassF1Score` must suit it"),
+        (
+            {"metrics": {"MulticlassAUROC": {"num_classes": 4}}},
+            "must add up, but MulticlassAUROC keeps every sample",
+        ),
+        ({"best": "f2"}, "`task.best` must be measured, got 'f2' of accuracy, loss"),
+    ],
+    ids=str,
+)
+def test_metrics_that_cannot_be_measured_are_refused(pool, task, words):
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    for message in pool(2).run(runs.refused_sections, sections("Perceptron", "rows", task)):
+        assert words in message
+
+
+VALIDATED = sections(
+    "Perceptron",
+    "rows",
+    data={"validation": 0.2, "options": {"count": 300}},
+    train={"epochs": 30, "lr": 0.5},
+)
+
+
+def test_the_validation_set_decides_and_the_test_set_waits(pool, tmp_path):
+    """With patience the run ends early, the same on any number of workers and when resumed."""
+    options = {**VALIDATED, "train": {**VALIDATED["train"], "patience": 3}}
+    folders = [tmp_path / name for name in ("alone", "together", "parts")]
+    for folder in folders:
+        folder.mkdir()
+    ((outcome, _),) = pool(1).run(runs.train_sections, str(folders[0]), options)
+    (other, _), *_ = pool(3).run(runs.train_sections, str(folders[1]), options)
+    for world_size, stop_at in ((4, 25), (2, None)):
+        (last, _), *_ = pool(world_size).run(runs.train_sections, str(folders[2]), options, stop_at)
+    epochs = [runs.events(folder, "epoch") for folder in folders]
+    accuracies = [event["validation_accuracy"] for event in epochs[0]]
+    assert len(accuracies) < 30
+    assert max(accuracies[-3:]) <= max(accuracies[:-3])
+    assert accuracies.index(max(accuracies)) == len(accuracies) - 4
+    for events in epochs[1:]:
+        assert [event["validation_accuracy"] for event in events] == accuracies
+    for each in (outcome, other, last):
+        assert each.is_done
+        assert each.reason == "the last 3 evaluations were no better"
+        assert each.metrics["test"]["accuracy"] == outcome.metrics["test"]["accuracy"]
+    assert not any("test_accuracy" in event for event in epochs[0])
+    (end,) = runs.events(folders[0], "end")
+    assert end["test_accuracy"] == outcome.metrics["test"]["accuracy"]
+    best = json.loads((folders[0] / "checkpoints" / "best.json").read_text())["step"]
+    assert best == 10 * (len(accuracies) - 3)
+
+
+def test_evaluations_and_saves_every_so_many_steps(pool, tmp_path):
+    options = {
+        **VALIDATED,
+        "train": {**VALIDATED["train"], "epochs": 2, "evaluate_every": 7},
+        "checkpoint": {"minutes": 1e-9, "every": 1000, "keep": 100, "best": False},
+    }
+    pool(2).run(runs.train_sections, str(tmp_path), options)
+    assert [event["step"] for event in runs.events(tmp_path, "evaluation")] == [7, 14]
+    epochs = runs.events(tmp_path, "epoch")
+    assert ["validation_accuracy" in event for event in epochs] == [False, True]
+    saved = {event["step"] for event in runs.events(tmp_path, "checkpoint")}
+    assert 20 in saved
+    assert saved - {20}, "one for the clock"
+    assert not (tmp_path / "checkpoints" / "best.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("train", {"patience": 3}), ("checkpoint", {"best": True})]
+)
+def test_without_a_validation_set_nothing_is_chosen(pool, section, key):
+    options = sections("Perceptron", "rows", **{section: key})
+    for message in pool(2).run(runs.refused_sections, options):
+        assert f"`{section}.{next(iter(key))}` must be left out" in message
+        assert "Set data.validation" in message
