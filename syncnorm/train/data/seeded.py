@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.batches import Failure
@@ -21,8 +21,8 @@ Key = tuple[int, int]
 class Seeded(Dataset[Any]):
     """A map-style data set whose samples are read with random numbers of their own.
 
-    torch's, Python's and numpy's random numbers are seeded before a sample is read and put back
-    afterwards, as it may be read where training draws from them. Generators that the data set or
+    torch's, Python's and numpy's random numbers are seeded before a sample is read and, where
+    training draws from them, put back afterwards. Generators that the data set or
     its transforms keep are seeded, too, as far as `generators_in` finds them when this is made.
 
     An error becomes a `Failure`, which travels from a loader's process as a value.
@@ -65,15 +65,18 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 
 @contextmanager
 def random_numbers(seed: int) -> Iterator[None]:
-    """Seed torch's numbers of the CPU, Python's and numpy's, and put them back at the end."""
+    """Seed torch's numbers of the CPU, Python's and numpy's, and put them back at the end.
+
+    In a loader's process nobody else draws from them, and they stay as they are then.
+    """
+    if get_worker_info() is not None:
+        _seed_all(seed)
+        yield
+        return
     numpy = sys.modules.get("numpy")
     before = torch.get_rng_state(), random.getstate()
     numpy_before = None if numpy is None else numpy.random.get_state()
-    # Not torch.manual_seed, which would seed the devices' too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed ^ 1)  # numpy's generator is Python's, and would draw the same
-    if numpy is not None:
-        numpy.random.seed([seed % 2**32, seed >> 32])
+    _seed_all(seed)
     try:
         yield
     finally:
@@ -81,3 +84,12 @@ def random_numbers(seed: int) -> Iterator[None]:
         random.setstate(before[1])
         if numpy is not None and numpy_before is not None:
             numpy.random.set_state(numpy_before)
+
+
+def _seed_all(seed: int) -> None:
+    # Not torch.manual_seed, which would seed the devices' too.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed ^ 1)  # numpy's generator is Python's, and would draw the same
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed([seed % 2**32, seed >> 32])
