@@ -5,7 +5,8 @@
 Both have the same network with SyncBatchNorm, 2 gloo workers with one thread each, and take turns;
 the ratio is taken within a round. The trainer's step standardises its images, agrees on stops and
 finite losses, writes its metrics and, every 50 steps, each layer's figures; the plain loop has its
-images ready and writes nothing.
+images ready and writes nothing. In the last case both read the same data set through a DataLoader
+with one process for each worker.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import itertools
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from benchmarks import paired
 from syncnorm import SyncBatchNorm, prepare_ddp
@@ -28,7 +32,8 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
-from syncnorm.train.data.feed import TRAIN, MemoryFeed
+from syncnorm.train.data.feed import TRAIN, Feed, LoaderFeed, MemoryFeed
+from syncnorm.train.data.splits import Splits
 from syncnorm.train.loop import Run, take_step
 from syncnorm.train.models import MODELS
 from syncnorm.train.placement import Workers
@@ -36,12 +41,11 @@ from syncnorm.train.recorder import Recorder
 from syncnorm.train.setup import make_setup
 
 WORKERS = 2
+RESNET = ["model.name=resnet18_imagenet", "train.global_batch=64"]
 CASES = {
     "digits, 64 images of 8x8 per step": ["train.global_batch=64"],
-    "ResNet-18, 64 images of 64x64 per step": [
-        "model.name=resnet18_imagenet",
-        "train.global_batch=64",
-    ],
+    "ResNet-18, 64 images of 64x64 per step": RESNET,
+    "ResNet-18, the same through a DataLoader": [*RESNET, "data.loader.workers=1"],
 }
 
 
@@ -62,10 +66,32 @@ def random_images() -> Dataset:
     return make_dataset(split, split, 10)
 
 
+class Shaken(torch.utils.data.Dataset):
+    """Images one by one, mirrored at random."""
+
+    def __init__(self, data: Dataset) -> None:
+        self.images = data.standardise(data.train.images, torch.float32)
+        self.labels = data.train.labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.images[index]
+        return image.flip(-1) if torch.rand(()) < 0.5 else image.clone(), self.labels[index]
+
+
+def feed_of(config: Config, data: Dataset, workers: Workers) -> Feed:
+    if not config.data.loader.workers:
+        return MemoryFeed(data, config, workers.device)
+    shaken = Shaken(data)
+    return LoaderFeed(Splits(shaken, shaken, None, 10, 3), config, workers.device)
+
+
 def trainer_step(
     config: Config, data: Dataset, workers: Workers, folder: Path
 ) -> Callable[[], None]:
-    feed = MemoryFeed(data, config, workers.device)
+    feed = feed_of(config, data, workers)
     setup = make_setup(config, workers, feed, total_steps=10**6)
     progress = Progress(epoch=1)
     recorder = Recorder(setup, folder, progress, total_steps=10**6)
@@ -91,21 +117,29 @@ def plain_step(config: Config, data: Dataset, workers: Workers) -> Callable[[], 
     wrapped = DistributedDataParallel(prepare_ddp(model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10**6)
-    images = data.standardise(data.train.images, torch.float32)
-    size = config.train.global_batch // workers.world_size
-    batches = torch.arange(len(images)).split(config.train.global_batch)
-    done = 0
+    batches = plain_batches(config, data, workers)
 
     def step() -> None:
-        nonlocal done
-        mine = batches[done % (len(batches) - 1)][workers.rank * size :][:size]
-        done += 1
+        images, labels = next(batches)
         optimizer.zero_grad()
-        F.cross_entropy(wrapped(images[mine]), data.train.labels[mine]).backward()
+        F.cross_entropy(wrapped(images), labels).backward()
         optimizer.step()
         schedule.step()
 
     return step
+
+
+def plain_batches(
+    config: Config, data: Dataset, workers: Workers
+) -> Iterator[tuple[Tensor, Tensor]]:
+    size = config.train.global_batch // workers.world_size
+    steps = torch.arange(len(data.train)).split(config.train.global_batch)[:-1]
+    mine = itertools.cycle([indices[workers.rank * size :][:size] for indices in steps])
+    if config.data.loader.workers:
+        sampler: Any = (indices.tolist() for indices in mine)
+        return iter(DataLoader(Shaken(data), batch_sampler=sampler, num_workers=1))
+    images = data.standardise(data.train.images, torch.float32)
+    return ((images[indices], data.train.labels[indices]) for indices in mine)
 
 
 def _worker(rank: int, folder: str, rounds: int) -> None:
@@ -144,7 +178,8 @@ def main() -> None:
     )
     print("|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, rounds), nprocs=WORKERS)
+        # Not daemons: they have processes that load.
+        mp.spawn(_worker, (folder, rounds), nprocs=WORKERS, daemon=False)
 
 
 if __name__ == "__main__":

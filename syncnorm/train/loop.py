@@ -288,7 +288,7 @@ def _evaluate(run: Run) -> bool:
     name = best.removeprefix("-")
     if name not in progress.metrics:
         raise ConfigError(
-            f"`task.name` must measure what decides, {name!r}, got {', '.join(progress.metrics)}"
+            f"`task.best` must be measured, got {name!r} of {', '.join(progress.metrics)}"
         )
     value = progress.metrics[name]
     return progress.update_best(-value if best[0] == "-" else value)

@@ -35,6 +35,7 @@ from syncnorm.train.setup import autocast
 from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.task.measures import check_metrics
+from syncnorm.train.task.meters import Meters
 
 _log = logging.getLogger(__name__)
 
@@ -182,10 +183,13 @@ def _try_metrics(
     with evaluating(trial), autocast(config, workers.device):
         metrics = task.metrics(trial, batch)
     check_metrics(metrics)
+    meters: Meters | None = getattr(task, "meters", None)
+    names = [*metrics, *(meters.names if meters is not None else ())]
     best = task.best.removeprefix("-")
-    if best and best not in metrics and config.data.validation:
+    # One of several values has a number with its name.
+    if best and not any(best == name or best.startswith(f"{name}_") for name in names):
         raise ConfigError(
-            f"`task.name` must measure what decides, {best!r}, got {', '.join(metrics)}"
+            f"`task.best` must be measured, got {best!r} of {', '.join(names)}. Empty is none."
         )
 
 

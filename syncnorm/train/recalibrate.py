@@ -17,6 +17,7 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
+from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
 from syncnorm.train.loop import CHECKPOINTS
 from syncnorm.train.placement import Workers
@@ -156,4 +157,7 @@ def _batches(feed: Feed, workers: Workers, config: Config) -> Iterator[Any]:
     """This worker's share of the batches; sharing them out otherwise changes rounding alone."""
     indices = torch.arange(feed.sizes[TRAIN], device=feed.index_device)
     mine = indices.split(config.train.global_batch)[workers.rank :: workers.world_size]
-    return feed.batches(TRAIN, mine)
+    for batch in feed.batches(TRAIN, mine):
+        if isinstance(batch, Failure):
+            raise ConfigError(batch.message)  # `recalibrate` tells the other workers
+        yield batch

@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import recalibrate
-from syncnorm.errors import ConfigError
 from syncnorm.placement import epoch_order
+from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import raise_failure
@@ -45,14 +45,14 @@ def renew_statistics(
     config, workers, failures = setup.config, setup.workers, [""]
     order = epoch_order(feed.sizes[TRAIN], config.train.seed, epoch)[:_MOST_SAMPLES]
     chunks = order.to(feed.index_device).split(min(config.norm_batch, _MOST_AT_ONCE))
+    mine = chunks[workers.rank :: workers.world_size]
 
     def batches() -> Iterator[tuple[Any]]:
-        for indices in chunks[workers.rank :: workers.world_size]:
-            try:
-                yield (feed.load(TRAIN, indices),)
-            except ConfigError as error:
-                failures.append(str(error))
+        for batch in feed.batches(TRAIN, mine):
+            if isinstance(batch, Failure):
+                failures.append(batch.message)
                 return
+            yield (batch,)
             alive()
 
     with setup.autocast():

@@ -28,9 +28,9 @@ from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
-from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
 from syncnorm.train.data.feed import Feed, LoaderFeed, MemoryFeed, judged_split
+from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer, warn_of_no_pooling
@@ -181,8 +181,10 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
 
 def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
     root = None if config.data.root is None else Path(config.data.root)
-    if not REFERENCE.fullmatch(config.data.name):
+    if config.data.name in DATASETS:
         return DATASETS[config.data.name](root)
+    if config.data.name in SOURCES:
+        return SOURCES[config.data.name](root, **config.data.options)
     made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
     if isinstance(made, Splits):
         return made.check()

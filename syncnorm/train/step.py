@@ -40,6 +40,7 @@ from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
 from syncnorm.train.task import Number, Task
 from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
 from syncnorm.train.task.measures import Measures
+from syncnorm.train.task.meters import Meters
 
 
 @dataclass(frozen=True)
@@ -295,6 +296,9 @@ def evaluate(
     indices = torch.arange(mine.start, mine.stop, device=feed.index_device)
     forwards = indices.split(chunk) if len(indices) else ()
     measures, failure = Measures(), ""
+    meters: Meters | None = getattr(task, "meters", None)
+    if meters is not None:
+        meters.reset()
     with evaluating(model), autocast(config, workers.device):
         for batch in feed.batches(split, forwards):
             if isinstance(batch, Failure):
@@ -304,4 +308,5 @@ def evaluate(
             alive()
     raise_failure(failure)
     first = task.best.removeprefix("-")
-    return dict(sorted(measures.gather().items(), key=lambda item: item[0] != first))
+    metrics = measures.gather() | ({} if meters is None else meters.gather())
+    return dict(sorted(metrics.items(), key=lambda item: item[0] != first))

@@ -321,3 +321,19 @@ def failed_sections(sections: dict[str, Any]) -> str:
         except ConfigError as error:
             return str(error)
     raise AssertionError("it has trained")
+
+
+def train_example(
+    folder: str,
+    config: str,
+    overrides: list[str],
+    stop_at: int | None = None,
+    stopped_rank: int = 0,
+) -> tuple[Outcome, Progress]:
+    """Train by a configuration of examples/; one rank may be asked to stop."""
+    progress = Progress()
+    watch = Free(stop_at if dist.get_rank() == stopped_rank else None, progress)
+    path = Path(__file__).parents[2] / config
+    return train(
+        load_config(str(path), overrides), workers(), Path(folder), progress, watch, ("examples",)
+    ), progress

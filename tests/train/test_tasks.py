@@ -197,6 +197,51 @@ def test_a_loss_of_the_whole_step_takes_one_forward(pool, kind):
         )
 
 
+def test_metrics_of_torchmetrics_are_those_of_the_whole_set(pool, tmp_path):
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    metrics = {
+        "MulticlassF1Score": {"num_classes": 4},
+        "MulticlassRecall": {"num_classes": 4, "average": None},
+        "MulticlassAUROC": {"num_classes": 4, "thresholds": 20},
+    }
+    task = {"metrics": metrics, "best": "MulticlassF1Score"}
+    changes = {"train": {"epochs": 1, "lr": 0.5}, "data": {"validation": 0.3}}
+    evaluated = []
+    for world_size in (1, 3):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        (outcome, progress), *_ = pool(world_size).run(
+            runs.train_sections, str(folder), sections("Perceptron", "rows", task, **changes)
+        )
+        evaluated.append(outcome.metrics)
+        assert progress.best == outcome.metrics["validation"]["MulticlassF1Score"]
+    first, other = evaluated
+    for split in ("validation", "test"):
+        assert other[split] == pytest.approx(first[split], rel=1e-12)
+    recalls = [first["test"][f"MulticlassRecall_{index}"] for index in range(4)]
+    assert min(recalls) < max(recalls)
+    assert 0 < first["test"]["MulticlassAUROC"] < 1
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ({"metrics": {"MulticlassF1": {}}}, "The nearest is 'MulticlassF1Score'"),
+        ({"metrics": {"MulticlassF1Score": {}}}, "`task.metrics.MulticlassF1Score` must suit it"),
+        (
+            {"metrics": {"MulticlassAUROC": {"num_classes": 4}}},
+            "must add up, but MulticlassAUROC keeps every sample",
+        ),
+        ({"best": "f2"}, "`task.best` must be measured, got 'f2' of accuracy, loss"),
+    ],
+    ids=str,
+)
+def test_metrics_that_cannot_be_measured_are_refused(pool, task, words):
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    for message in pool(2).run(runs.refused_sections, sections("Perceptron", "rows", task)):
+        assert words in message
+
+
 VALIDATED = sections(
     "Perceptron",
     "rows",

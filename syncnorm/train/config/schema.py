@@ -24,6 +24,7 @@ from syncnorm.train.config.section import (
 )
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.data.datasets import DATASETS
+from syncnorm.train.data.sources import SOURCES, check_source_options
 from syncnorm.train.models import MODELS
 from syncnorm.train.packages import PACKAGED
 from syncnorm.train.task.builtin import TASKS, make_builtin
@@ -37,7 +38,7 @@ def _known_model(name: str) -> str:
 
 
 def _known_dataset(name: str) -> str:
-    return check_name_or_reference(name, list(DATASETS))
+    return check_name_or_reference(name, [*DATASETS, *SOURCES])
 
 
 def _known_task(name: str) -> str:
@@ -77,6 +78,15 @@ class TaskSection(Section):
     options: Options = Field(
         default={}, description="arguments of the loss, or of a callable that is the task"
     )
+    metrics: dict[str, Options] = Field(
+        default={},
+        description="metrics of torchmetrics that add up, besides: by the class's name, its "
+        "arguments; needs the extra metrics",
+    )
+    best: str | None = Field(
+        default=None,
+        description="metric that decides, with a leading - if the lowest is best; null: the task's",
+    )
 
     @model_validator(mode="after")
     def _options_are_its_own(self) -> Self:
@@ -84,6 +94,8 @@ class TaskSection(Section):
             make_builtin(self.name, self.loss, self.options)
         elif self.loss is not None:
             raise ValueError(f"loss must be null with name {self.name}, got {self.loss!r}")
+        if self.metrics and (REFERENCE.fullmatch(self.name) or self.name == "own_loss"):
+            raise ValueError(f"metrics must be left out with name {self.name}: it measures itself")
         return self
 
 
@@ -115,6 +127,11 @@ class AugmentSection(Section):
         "class by area; with mixup, too, each image has one of them; 0: none",
     )
 
+    @property
+    def changes_something(self) -> bool:
+        """True if anything is asked for."""
+        return bool(self.crop or self.flip or self.cutout or self.mixup or self.cutmix)
+
 
 class LoaderSection(Section):
     """The loading of samples that do not lie in memory."""
@@ -134,10 +151,11 @@ class DataSection(Section):
     """The data set."""
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
-        description="a data set of syncnorm.train.data.datasets, or package.module:callable, which "
+        description="a data set of syncnorm.train.data.datasets, a format of "
+        "syncnorm.train.data.sources, or package.module:callable, which "
         "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset or a "
         "syncnorm.train.data.splits.Splits; its package must be allowed on the command line",
-        json_schema_extra=name_or_reference_schema(DATASETS),
+        json_schema_extra=name_or_reference_schema([*DATASETS, *SOURCES]),
     )
     root: LocalPath | None = Field(
         default=None, description="folder that holds the data set's files"
@@ -155,10 +173,15 @@ class DataSection(Section):
     loader: LoaderSection = Field(
         default=LoaderSection(), description="loading of samples that do not lie in memory"
     )
-    options: Options = Field(default={}, description="further arguments of a callable")
+    options: Options = Field(
+        default={}, description="further arguments of a callable or of a format"
+    )
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
+        if self.name in SOURCES:
+            check_source_options(self.name, self.options)
+            return self
         return _check_taker(self)
 
 

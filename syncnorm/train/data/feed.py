@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -12,7 +13,9 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data import datasets
 from syncnorm.train.data.augment import augment
+from syncnorm.train.data.augmented import Augmented
 from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
+from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.processes import die_with_parent
@@ -38,7 +41,7 @@ class Feed(Protocol):
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward, on the worker's device, or a `Failure`.
 
-        Only one iteration over a split may be under way.
+        Only one iteration over a split, in an epoch or without, may be under way.
 
         Args:
             split: `train`, `validation` or `test`.
@@ -86,12 +89,35 @@ class MemoryFeed:
         return (self.load(split, indices, epoch) for indices in forwards)
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> tuple[Tensor, Tensor]:
-        """Gather images (n, C, H, W), standardised and, in an epoch, augmented; and labels (n,)."""
-        part, config = self._splits()[split][indices], self._config
-        images = self._data.standardise(part.images, getattr(torch, config.train.dtype))
-        if split == TRAIN and epoch:
-            images = augment(images, indices, config.data.augment, config.train.seed, epoch)
-        return images, part.labels
+        """Gather images (n, C, H, W), standardised and, in an epoch, augmented; and labels (n,).
+
+        Mixed ones have class probabilities (n, K) in place of labels.
+        """
+        if split != TRAIN or not epoch:
+            part = self._splits()[split][indices]
+            return self._standardise(part.images), part.labels
+        options, seed = self._config.data.augment, self._config.train.seed
+        images, labels = self._augmented(indices, epoch)
+        if not (options.mixup or options.cutmix):
+            return images, labels
+        others = partners(indices, self.sizes[TRAIN], seed, epoch)
+        other_images, other_labels = self._augmented(others, epoch)
+        samples = images, self._probabilities(labels)
+        other_samples = other_images, self._probabilities(other_labels)
+        return mix(samples, other_samples, indices, options, seed, epoch)
+
+    def _augmented(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
+        part, config = self._data.train[indices], self._config
+        images = self._standardise(part.images)
+        changed = augment(images, indices, config.data.augment, config.train.seed, epoch)
+        return changed, part.labels
+
+    def _standardise(self, images: Tensor) -> Tensor:
+        return self._data.standardise(images, getattr(torch, self._config.train.dtype))
+
+    def _probabilities(self, labels: Tensor) -> Tensor:
+        dtype = getattr(torch, self._config.train.dtype)
+        return F.one_hot(labels, self._data.num_classes).to(dtype)
 
     def describe(self) -> str:
         """Describe the data in a few words."""
@@ -111,17 +137,16 @@ class LoaderFeed:
     def __init__(self, splits: Splits, config: Config, device: torch.device) -> None:
         self._config, self._device = config, device
         self._dtype = getattr(torch, config.train.dtype)
-        self._sets = {
-            name: Seeded(data, config.train.seed)
-            for name, data in (
-                (TRAIN, splits.train),
-                (VALIDATION, splits.validation),
-                (TEST, splits.test),
-            )
-            if data is not None
+        seed = config.train.seed
+        train: Dataset[Any] = Seeded(splits.train, seed)
+        if config.data.augment.changes_something:
+            train = Augmented(train, config.data.augment, seed, splits.num_classes)
+        others = {VALIDATION: splits.validation, TEST: splits.test}
+        self._sets: dict[str, Any] = {TRAIN: train} | {
+            name: Seeded(data, seed) for name, data in others.items() if data is not None
         }
         self._collate = Collate(splits.collate)
-        self._loaders: dict[str, tuple[DataLoader[Any], _Plan]] = {}
+        self._loaders: dict[tuple[str, bool], tuple[DataLoader[Any], _Plan]] = {}
         self.sizes = {name: len(data) for name, data in self._sets.items()}
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
@@ -130,9 +155,11 @@ class LoaderFeed:
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward; loader processes work ahead."""
-        if split not in self._loaders:
-            self._loaders[split] = self._make_loader(split)
-        loader, plan = self._loaders[split]
+        # The training set may be looked at within an epoch.
+        key = split, epoch > 0
+        if key not in self._loaders:
+            self._loaders[key] = self._make_loader(split, stays=key != (TRAIN, False))
+        loader, plan = self._loaders[key]
         plan.begin(forwards, epoch)
         try:
             for batch in loader:
@@ -165,7 +192,7 @@ class LoaderFeed:
             return replace(batch, instead=self._nothing)
         return to_device(batch if size else empty_like(batch), self._device, self._dtype)
 
-    def _make_loader(self, split: str) -> "tuple[DataLoader[Any], _Plan]":
+    def _make_loader(self, split: str, stays: bool) -> "tuple[DataLoader[Any], _Plan]":
         section, plan = self._config.data.loader, _Plan()
         dataset: Dataset[Any] = self._sets[split]
         several: dict[str, Any] = {}
@@ -173,7 +200,7 @@ class LoaderFeed:
             several = {
                 "num_workers": section.workers,
                 "prefetch_factor": section.prefetch,
-                "persistent_workers": True,
+                "persistent_workers": stays,
                 "worker_init_fn": _begin_loading,
             }
         loader = DataLoader(

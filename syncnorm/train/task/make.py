@@ -10,6 +10,7 @@ from syncnorm.train.config.schema import TaskSection
 from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.task import Task
 from syncnorm.train.task.builtin import make_builtin
+from syncnorm.train.task.meters import Meters
 from syncnorm.train.task.supervised import Supervised
 
 
@@ -37,6 +38,9 @@ def make_task(
         if isinstance(task, Supervised):
             task.classes = num_classes
             task.criterion.to(device, dtype)  # it may have class weights
+            if section.metrics:
+                task.meters = Meters(section.metrics, device)
+        task.best = task.best if section.best is None else section.best
         return task
     made: Any = resolve(section.name, allowed, "task.name")(**section.options)
     missing = [name for name in ("loss", "metrics") if not callable(getattr(made, name, None))]
@@ -47,4 +51,6 @@ def make_task(
             f"batch), and names `unit` and `best`, see syncnorm.train.task.Task; that of "
             f"{section.name!r}, a {type(made).__name__}, lacks {', '.join(missing)}"
         )
+    if section.best is not None:
+        made.best = section.best
     return made

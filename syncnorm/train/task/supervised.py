@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.task import Model, Share
+from syncnorm.train.task.meters import Meters
 
 # What torch's mean of a loss is over: the entries of the targets, classes counted by weight; each
 # of their elements; or the samples.
@@ -44,6 +45,8 @@ class Supervised:
     default_loss = ""
     classes: int | None = None
     """Number of classes of the data; None if it is not known."""
+    meters: Meters | None = None
+    """Metrics of torchmetrics, besides."""
 
     def __init__(self, loss: str | None = None, **options: Any) -> None:
         self.criterion: Any = make_criterion(loss or self.default_loss, options)
@@ -58,12 +61,18 @@ class Supervised:
         """Compute the loss, and what a subclass measures besides."""
         inputs, targets = pair_of(batch)
         outputs = self.outputs(model, inputs, targets)
+        if self.meters is not None:
+            self.meters.update(outputs, self.labels(targets))
         loss = self.criterion(outputs, targets), self.count(targets)
         return {**self.measure(outputs, targets), "loss": loss}
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
         """Compute the task's own metrics."""
         return {}
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """Convert targets to what torchmetrics takes."""
+        return targets
 
     def outputs(self, model: Model, inputs: Any, targets: Tensor) -> Tensor:
         """Call the model, and refuse outputs that the loss would misread or fail on."""
@@ -192,6 +201,10 @@ class Multilabel(Supervised):
     unit = "labels"
     best = "f1"
     default_loss = "BCEWithLogitsLoss"
+
+    def labels(self, targets: Tensor) -> Tensor:
+        """Round to 0 and 1."""
+        return targets.round().long()
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
         """Count labels that are found, that are right, and that are both."""

@@ -1,0 +1,70 @@
+"""The trainer's examples of other tasks: the same run on 1 to 4 workers, also after a resumption."""
+
+import pytest
+import torch
+
+from examples import detection, segmentation
+from tests.train import runs
+from tests.train.test_loop import curve
+
+EXAMPLES = ["detection", "segmentation"]
+# Ten steps an epoch, the last of one sample: all shards of it but the first are empty. With three
+# images on a worker, or one, some step has a worker without boxes.
+SMALL = [
+    "train.dtype=float64",
+    "train.global_batch=6",
+    "train.epochs=10",
+    "train.evaluate_every=50",
+    "data.options.count=55",
+    "data.options.size=16",
+    "model.options.width=4",
+]
+
+
+def run(pool, workers: int, folder, example: str, options: list[str], **stop) -> tuple:
+    folder.mkdir(exist_ok=True)
+    return pool(workers).run(
+        runs.train_example, str(folder), f"examples/{example}.yaml", options, *stop.values()
+    )[0]
+
+
+def outcome_of(folder) -> list[float]:
+    """The losses of all steps, then the metrics of all evaluations."""
+    values = curve(folder)
+    for event in runs.events(folder, "epoch"):
+        values += [value for key, value in sorted(event.items()) if key.startswith("validation_")]
+    return values
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_a_hundred_steps_are_the_same_on_one_to_four_workers(pool, tmp_path, example):
+    run(pool, 1, tmp_path / "1", example, SMALL)
+    expected = outcome_of(tmp_path / "1")
+    assert len(curve(tmp_path / "1")) == 100
+    for workers in (2, 3, 4):
+        run(pool, workers, tmp_path / str(workers), example, SMALL)
+        assert outcome_of(tmp_path / str(workers)) == pytest.approx(expected, rel=1e-12)
+    local = [*SMALL, "norm.sync=none", "train.epochs=1"]
+    run(pool, 2, tmp_path / "local", example, local)
+    assert curve(tmp_path / "local") != pytest.approx(expected[:10], rel=1e-3)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_stopped_on_four_workers_they_go_on_with_two_and_three(pool, tmp_path, example):
+    options = [*SMALL, "train.epochs=2"]
+    run(pool, 1, tmp_path / "whole", example, options)
+    for workers, stop_at in ((4, 5), (2, 12), (3, None)):
+        run(pool, workers, tmp_path / "parts", example, options, stop_at=stop_at, rank=0)
+    assert outcome_of(tmp_path / "parts") == pytest.approx(
+        outcome_of(tmp_path / "whole"), rel=1e-12
+    )
+    assert [event["world_size"] for event in runs.events(tmp_path / "parts", "start")] == [4, 2, 3]
+
+
+def test_some_images_have_no_box_and_some_pixels_are_ignored():
+    data = detection.load(None, count=55, size=16)
+    counts = [len(data.train[index][1]) for index in range(55)]
+    assert {0, 1, 2} == set(counts)
+    assert any(sum(counts[i : i + 2]) == 0 for i in range(0, 54, 2))
+    masks = torch.stack([segmentation.load(None, 55, 16).train[i][1] for i in range(55)])
+    assert {0, 1, 2, segmentation.IGNORED} == set(masks.unique().tolist())
