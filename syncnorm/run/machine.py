@@ -56,8 +56,7 @@ def check_capacity(launch: LaunchSection, device: torch.device) -> str | None:
     each = resident_memory()
     if launch.memory_gib is not None and device.type == "cpu":
         check_memory_limit(each, launch.memory_gib)
-    else:
-        check_free_memory(count, each, free_memory())
+    check_free_memory(count, each, free_memory())
     return None if device.type == "cuda" else core_warning(count, count_cores())
 
 

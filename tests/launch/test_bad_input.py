@@ -6,14 +6,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError
+from syncnorm.run import machine
 from syncnorm.run.env import Launched
 from syncnorm.run.machine import check_free_memory, core_warning
 from syncnorm.run.worker import Task, open_run_folder
 from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import LaunchSection
+from syncnorm.train.memory import resident_memory
 from tests.launch import commands
 
 
@@ -82,6 +86,14 @@ def test_more_workers_than_fit_are_refused_with_numbers():
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         check_free_memory(41, 256 * 2**20, 10 * 2**30)
+
+
+@pytest.mark.parametrize("memory_gib", [None, 4.0])
+def test_a_limit_for_each_worker_makes_no_room_for_more(monkeypatch, memory_gib):
+    monkeypatch.setattr(machine, "free_memory", lambda: 100 * resident_memory())
+    launch = LaunchSection(workers=200, memory_gib=memory_gib)
+    with pytest.raises(ConfigError, match=r"`launch.workers` must be at most [0-9]+ .* got 200: "):
+        machine.check_capacity(launch, torch.device("cpu"))
 
 
 def test_more_workers_than_cores_are_told():

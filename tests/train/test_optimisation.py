@@ -27,6 +27,7 @@ from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, make_setup
 from syncnorm.train.step import StepResult, training_step
 from tests.train import runs
+from tests.train.test_options import needed
 
 MODEL = MODELS["digits_resnet"]
 DECAY = {"name": "SGD", "weight_decay": 0.5}
@@ -155,6 +156,12 @@ def test_the_outermost_modules_are_recomputed_and_keep_nothing():
         economise(model, section(recompute=["layr"]))
 
 
+def test_the_estimate_of_memory_counts_the_inputs_of_what_is_recomputed():
+    (plain, _), (less, _) = needed(), needed(r"train.recompute=[layer\d]")
+    # Of an image those of three layers, (16, 8, 8), (16, 8, 8) and (32, 4, 4), in float32.
+    assert 4 * 2560 < less.per_sample < plain.per_sample / 2
+
+
 def test_images_and_weights_have_channels_last():
     seen: list[torch.Tensor] = []
     model = MODEL(in_channels=3, num_classes=4, norm_layer=nn.BatchNorm2d)
@@ -217,7 +224,7 @@ def test_with_float16_it_is_the_same_training_on_any_number_of_workers(pool):
             assert got[:2] == pytest.approx(expected[:2], rel=2e-2)
             assert got[2:] == expected[2:] == (True, False)
     for got, expected in zip(narrow[0], wide[0], strict=True):
-        assert got[:2] == pytest.approx(expected[:2], rel=3e-2)
+        assert got[0] == pytest.approx(expected[0], rel=2e-2)
     assert narrow[0] != wide[0]
 
 
