@@ -110,6 +110,20 @@ def test_a_sample_is_mixed_the_same_way_in_whatever_batch_and_order(order, cuts)
         assert torch.equal(joined, whole[number][torch.tensor(order)])
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_sample_is_mixed_the_same_way_on_a_cuda_device(options):
+    images, targets, others = some(40)
+    on_device = [tensor.cuda() for tensor in (images, targets, *others)]
+    expected = mix((images, targets), others, torch.arange(40), options, 0, 1)
+    mixed = mix(
+        (on_device[0], on_device[1]), (on_device[2], on_device[3]), torch.arange(40), options, 0, 1
+    )
+    assert all(tensor.is_cuda for tensor in mixed)
+    assert all(torch.equal(got.cpu(), wanted) for got, wanted in zip(mixed, expected, strict=True))
+
+
 def test_mixup_takes_inputs_of_any_shape():
     rows, targets = torch.tensor([[0.0, 2.0]]), torch.tensor([[1.0, 0.0]])
     others = torch.tensor([[1.0, 1.0]]), torch.tensor([[0.0, 1.0]])
