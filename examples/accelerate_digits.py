@@ -1,24 +1,35 @@
-"""Pooled statistics in Accelerate: one line before `accelerator.prepare`.
+"""Pooled statistics in Accelerate, on any number of workers: two lines before `prepare`.
 
     torchrun --nproc-per-node 2 examples/accelerate_digits.py
 
-Needs accelerate; `accelerate launch` starts it as well.
+Given a folder it goes on from there, and stops and saves after so many steps; the number of
+workers may be another one. Needs accelerate; `accelerate launch` starts it as well.
 """
+
+import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from sklearn.datasets import load_digits
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from syncnorm import convert, prepare_ddp
+from syncnorm import ElasticBatchSampler, convert, prepare_ddp
+
+EPOCHS = 2
 
 
-def main() -> None:
-    accelerator = Accelerator(cpu=True)
+def digits() -> tuple[Tensor, Tensor]:
     images, labels = load_digits(return_X_y=True)
-    x, y = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+    return torch.Tensor(images).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
+
+
+def train(folder: Path | None = None, steps: float = float("inf")) -> tuple[nn.Module, Tensor]:
+    """Train to the end, or stop after so many steps; the model, and the loss of each step."""
+    accelerator = Accelerator(cpu=True)
+    x, y = digits()
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(1, 16, 3, bias=False),
@@ -27,19 +38,40 @@ def main() -> None:
         nn.Flatten(),
         nn.Linear(16 * 36, 10),
     )
-    model = prepare_ddp(convert(model).to(accelerator.device))
+    sampler = ElasticBatchSampler(1500, 16)
+    model = sampler.attach(prepare_ddp(convert(model).to(accelerator.device)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    loader = DataLoader(
-        TensorDataset(x[:1500], y[:1500]), batch_size=8, shuffle=True, drop_last=True
-    )
-    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
-    for _ in range(2):
-        for images, labels in loader:
+    # Not the loader: it would be sharded again.
+    model, optimizer = accelerator.prepare(model, optimizer)
+    loader = DataLoader(TensorDataset(x[:1500], y[:1500]), batch_sampler=sampler)
+    accelerator.register_for_checkpointing(sampler)
+    if folder is not None and folder.exists():
+        accelerator.load_state(str(folder))
+
+    losses: list[Tensor] = []
+    while sampler.epoch < EPOCHS and len(losses) < steps:
+        for batch in loader:
+            images, labels = (each.to(accelerator.device) for each in batch)
             optimizer.zero_grad()
-            accelerator.backward(F.cross_entropy(model(images), labels))
+            loss = sampler.scale_loss(F.cross_entropy(model(images), labels))
+            accelerator.backward(loss)
             optimizer.step()
-    plain = accelerator.unwrap_model(model).eval()
-    accuracy = (plain(x[1500:]).argmax(1) == y[1500:]).float().mean()
+            sampler.advance()
+            losses.append(loss.detach())
+            if len(losses) == steps:
+                break
+    if folder is not None:
+        accelerator.save_state(str(folder))
+    return accelerator.unwrap_model(model), accelerator.reduce(torch.stack(losses), "mean")
+
+
+def main() -> None:
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    model, losses = train(folder, int(sys.argv[2]) if len(sys.argv) > 2 else float("inf"))
+    x, y = digits()
+    accuracy = (model.eval()(x[1500:]).argmax(1) == y[1500:]).float().mean()
+    accelerator = Accelerator(cpu=True)
+    accelerator.print(f"{len(losses)} steps; losses of the last: {losses[-3:].tolist()}")
     accelerator.print(f"test accuracy {100 * accuracy:.2f} %")
     accelerator.end_training()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules import _functions
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import TensorDataset
 from typer.core import TyperGroup
 from typer.main import get_command
 
@@ -35,7 +37,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PAGES = ["computed", "failures", "modes"]
+PAGES = ["computed", "failures", "modes", "sampler"]
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -91,6 +93,9 @@ def run_the_blocks(page: str) -> str:
         "micro_batches": [x for x, _ in batches],
         "loss": lambda y: y.square().mean(),
         "criterion": F.cross_entropy,
+        "dataset": TensorDataset(torch.randn(100, 3, 8, 8), torch.zeros(100, dtype=torch.long)),
+        "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
+        "contextlib": contextlib,
     }
     blocks = _blocks((ROOT / "docs" / f"{page}.md").read_text(), "python")
     for block in blocks:
@@ -105,7 +110,7 @@ def run_the_blocks(page: str) -> str:
 def test_the_pages_blocks_run(page, pool):
     one, other = pool(2).run(run_the_blocks, page)
     assert one == other
-    assert one[0] == {"computed": "2", "failures": "1", "modes": "3"}[page]
+    assert one[0] == {"computed": "2", "failures": "1", "modes": "3", "sampler": "2"}[page]
     assert "SyncBatchNorm(8" in one
 
 

@@ -71,6 +71,13 @@ def test_accelerate_digits():
 
 
 @pytest.mark.slow
+def test_hf_trainer_digits():
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    (accuracy,) = _accuracies(_run("hf_trainer_digits.py"))
+    assert accuracy > 75.0
+
+
+@pytest.mark.slow
 def test_crossq_pendulum():
     pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed")
     output = _run("crossq_pendulum.py", "2500")
