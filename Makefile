@@ -26,7 +26,7 @@ $(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/n
 # The rest, on top: other frameworks that the tests run with, and tools. The tests start many processes: here all files
 # are compiled, but for templates of packages that are no Python.
 $(ALL): $(TRAINING) pyproject.toml constraints.txt
-	$(PIP_INSTALL) --no-compile --editable '.[train,report,tensorboard,ray,integrations,dev]'
+	$(PIP_INSTALL) --no-compile --editable '.[train,data,metrics,report,tensorboard,ray,integrations,dev]'
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
