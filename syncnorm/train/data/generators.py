@@ -4,7 +4,7 @@ import functools
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -81,7 +81,7 @@ def _members(value: Any) -> Iterator[Any]:
         yield value.__self__
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
-    elif isinstance(value, Mapping):
+    elif isinstance(value, dict):  # another mapping may read a file for each value
         if len(value) <= _MOST_MEMBERS:
             yield from value.values()
     elif isinstance(value, list | tuple):
