@@ -290,7 +290,11 @@ def digests_of(shift_by_rank: bool) -> list[str]:
 
 
 def train_example(
-    folder: str, config: str, overrides: list[str], stop_at: int | None = None, stopped_rank: int = 0
+    folder: str,
+    config: str,
+    overrides: list[str],
+    stop_at: int | None = None,
+    stopped_rank: int = 0,
 ) -> tuple[Outcome, Progress]:
     """Train by a configuration of examples/; one rank may be asked to stop."""
     progress = Progress()

@@ -1,10 +1,9 @@
-"""The trainer's examples of other tasks: the same run on 1 to 4 workers, also after a resumption."""
+"""The trainer's examples of other tasks: the same run on 1 to 4 workers, and when resumed."""
 
 import pytest
 import torch
 
 from examples import detection, segmentation
-from syncnorm.train.data.feed import LoaderFeed
 from tests.train import runs
 from tests.train.test_loop import curve
 
@@ -56,7 +55,9 @@ def test_stopped_on_four_workers_they_go_on_with_two_and_three(pool, tmp_path, e
     run(pool, 1, tmp_path / "whole", example, options)
     for workers, stop_at in ((4, 5), (2, 12), (3, None)):
         run(pool, workers, tmp_path / "parts", example, options, stop_at=stop_at, rank=0)
-    assert outcome_of(tmp_path / "parts") == pytest.approx(outcome_of(tmp_path / "whole"), rel=1e-12)
+    assert outcome_of(tmp_path / "parts") == pytest.approx(
+        outcome_of(tmp_path / "whole"), rel=1e-12
+    )
     assert [event["world_size"] for event in runs.events(tmp_path / "parts", "start")] == [4, 2, 3]
 
 
