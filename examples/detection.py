@@ -86,7 +86,7 @@ class Detector(nn.Module):
 
         def block(before: int, after: int, stride: int) -> list[nn.Module]:
             convolution = nn.Conv2d(before, after, 3, stride, 1, bias=False)
-            return [convolution, norm_layer(after), nn.ReLU()]
+            return [convolution, norm_layer(after), nn.SiLU()]
 
         self.trunk = nn.Sequential(
             *block(in_channels, width, 2), *block(width, width, 2), *block(width, width, 1)
@@ -94,11 +94,11 @@ class Detector(nn.Module):
         self.classes = nn.Sequential(*block(width, width, 1), nn.Conv2d(width, num_classes, 1))
         # On rows (M, C): the statistics are those of the boxes of all workers.
         self.boxes = nn.Sequential(
-            nn.Linear(9 * width, width), norm_layer(width), nn.ReLU(), nn.Linear(width, 4)
+            nn.Linear(9 * width, width), norm_layer(width), nn.SiLU(), nn.Linear(width, 4)
         )
 
     def forward(self, images: Tensor, cells: Cells | None = None) -> tuple[Tensor, Cells, Tensor]:
-        """Compute class logits (N, K, H, W), and distances (M, 4) from cells to their boxes' sides.
+        """Compute class logits (N, K, H, W), and the sides (M, 4) of boxes, from their cells.
 
         Args:
             images: (N, C, STRIDE * H, STRIDE * W).

@@ -1,4 +1,4 @@
-"""The trainer's examples of other tasks: the same run on 1 to 4 workers, also after a resumption."""
+"""The trainer's examples of other tasks: the same run on 1 to 4 workers, and when resumed."""
 
 import pytest
 import torch
