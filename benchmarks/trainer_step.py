@@ -149,7 +149,7 @@ def _worker(rank: int, folder: str, rounds: int) -> None:
     )
     workers = Workers(rank, WORKERS, torch.device("cpu"), WORKERS)
     for number, (name, options) in enumerate(CASES.items()):
-        config = load_config("digits", [*options, "train.schedule.warmup=0"])
+        config = load_config("digits", [*options, "train.schedule.warmup=0", "train.decay=all"])
         data = digits(None) if number == 0 else random_images()
         candidates = {
             "plain": plain_step(config, data, workers),

@@ -28,6 +28,7 @@ from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
 from syncnorm.train.notes import Flags
+from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, make_model, make_setup
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
@@ -237,7 +238,7 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
     ddp = DistributedDataParallel(net)
     optimizer = optim.make_optimizer(
         config.train.optimizer.name,
-        net.parameters(),
+        parameter_groups(net, config.train),
         config.train.lr,
         config.train.optimizer.options,
     )

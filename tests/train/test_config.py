@@ -276,6 +276,10 @@ BAD_TEXTS = [
         r"`train.recompute` must have regular expressions, got 'a\(': missing",
     ),
     (
+        GOOD.replace("lr: 1e-1", "lr: 1e-1, recompute: [layer1], compile: true"),
+        r"`train`: recompute must be empty with compile true, got \['layer1'\]",
+    ),
+    (
         GOOD.replace("lr: 1e-1", "lr: 1e-1, recompute: layer1"),
         r"`train.recompute` must be a valid list, got 'layer1'",
     ),

@@ -155,6 +155,11 @@ class TrainSection(Section):
             raise ValueError(
                 f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}"
             )
+        if self.recompute and self.compile:
+            raise ValueError(
+                f"recompute must be empty with compile true, got {self.recompute}. torch fails to "
+                "compile exchanges within what is recomputed."
+            )
         return self
 
     @model_validator(mode="after")
