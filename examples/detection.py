@@ -94,7 +94,10 @@ class Detector(nn.Module):
         self.classes = nn.Sequential(*block(width, width, 1), nn.Conv2d(width, num_classes, 1))
         # On rows (M, C): the statistics are those of the boxes of all workers.
         self.boxes = nn.Sequential(
-            nn.Linear(9 * width, width), norm_layer(width), nn.SiLU(), nn.Linear(width, 4)
+            nn.Linear(9 * width, width, bias=False),
+            norm_layer(width),
+            nn.SiLU(),
+            nn.Linear(width, 4),
         )
 
     def forward(self, images: Tensor, cells: Cells | None = None) -> tuple[Tensor, Cells, Tensor]:

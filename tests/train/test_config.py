@@ -7,6 +7,8 @@ from pydantic import ValidationError
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import find_config, load_config
+from syncnorm.train.config.messages import OTHER_NAMES, _all_keys
+from syncnorm.train.config.schema import Config
 from syncnorm.train.config.strict_yaml import dump, parse
 from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS
 
@@ -25,6 +27,10 @@ def config_path(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(GOOD)
     return path
+
+
+def test_other_trainers_names_lead_to_keys():
+    assert set(OTHER_NAMES.values()) <= set(_all_keys(Config))
 
 
 def test_defaults(config_path):
@@ -314,6 +320,14 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
             r"`train.lrr` is not a key. The nearest key is `train.lr`. \(from the command line\)",
         ),
         ("lr=1", r"`lr` is not a key. The nearest key is `train.lr`"),
+        (
+            "train.learning_rate=1",
+            r"`train.learning_rate` is not a key. The nearest key is `train.lr`",
+        ),
+        (
+            "data.batch_size=8",
+            r"`data.batch_size` is not a key. The nearest key is `train.global_batch`",
+        ),
         ("trian.lr=1", r"`trian` is not a key. The nearest key is `train`"),
         ("train.lr=-1", r"`train.lr` must be greater than 0, got -1 \(from the command line\)"),
         ("train.lr=", r"`train.lr` must be a valid number, got None"),

@@ -19,6 +19,16 @@ OPEN_SECTIONS: Collection[Key] = (("train", "optimizer"), ("train", "schedule"))
 
 _MAX_PROBLEMS = 20
 
+# Names that other trainers have, which look like some other key here.
+OTHER_NAMES: Mapping[str, str] = {
+    "batch_size": "train.global_batch",
+    "early_stopping": "train.patience",
+    "learning_rate": "train.lr",
+    "max_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "num_workers": "data.loader.workers",
+}
+
 
 def describe(error: ValidationError, values: Mapping[str, Any], overridden: Collection[Key]) -> str:
     """Write one message about all problems, a line for each.
@@ -66,7 +76,7 @@ def _message(key: Key, detail: Mapping[str, Any], values: Mapping[str, Any]) -> 
             nested = key[-1].replace(".", ": {")
             return f"{name} must be written as sections in a file: `{nested}: ...`"
         case "extra_forbidden":
-            known = nearest(".".join(key), list(_all_keys(Config)))
+            known = OTHER_NAMES.get(key[-1]) or nearest(".".join(key), list(_all_keys(Config)))
             return f"{name} is not a key. The nearest key is `{known}`."
         case "missing" if key[:-1] in OPEN_SECTIONS:
             return f"{name} is missing, which {_named(key[:-1], values)} needs"
