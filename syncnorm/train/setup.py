@@ -166,6 +166,13 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
         feed = MemoryFeed(hold_out(data, config.data.validation), config, device)
     else:
         feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
+    if config.train.global_batch > feed.sizes["train"]:
+        _log.warning(
+            "train.global_batch is %d, and the training set has %d samples: each epoch is one step "
+            "of them all",
+            config.train.global_batch,
+            feed.sizes["train"],
+        )
     if judged_split(feed) != "validation":
         for key, needs_it in (
             ("checkpoint.best", config.checkpoint.best),

@@ -223,8 +223,8 @@ def _sum_terms(
     )  # (terms,)
     counts = exchange.start_sum(counts, groups.statistics_group(), "counts").wait()
     # A term that counts nothing on any worker is 0.
-    counts = torch.where(counts > 0, counts, 1)
-    total = sum(total / counts[index] for index, (total, _) in enumerate(terms.values()))
+    shares = torch.where(counts > 0, 1 / counts, 0)
+    total = sum(total * share for share, (total, _) in zip(shares, terms.values(), strict=True))
     assert isinstance(total, Tensor)
     # One worker counts for all, so that samples / count is 1 to the bit.
     return total * samples, samples if setup.workers.is_first else 0
@@ -243,7 +243,7 @@ def _scale_gradient(setup: Setup, notes: Notes, samples: int) -> float:
         )
     count = math.fsum(notes.counts)
     # Without anything to count the loss is 0.
-    factor = samples / count if count else 1.0
+    factor = samples / count if count else 0.0
     if factor != 1:
         gradients = [p.grad for p in setup.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]

@@ -115,7 +115,8 @@ def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, 
         if len(images) != 4 or len(labels) != 1 or images[0] != labels[0] or not labels[0]:
             raise ConfigError(
                 f"{name} set: must hold images (N, C, H, W) and labels (N,) with N >= 1, got "
-                f"{images} and {labels}. The loss takes one class for each image."
+                f"{images} and {labels}. Other data come as a Splits of data sets, and for other targets "
+                "there is task.name."
             )
         if split.labels.is_floating_point() or split.labels.is_complex():
             raise ConfigError(
