@@ -254,7 +254,7 @@ NETS = "tests.train.nets"
         ),
         (
             [f"data.name={NETS}:masks"],
-            "got (1437, 1, 8, 8) and (1437, 8, 8). The loss takes one class",
+            "got (1437, 1, 8, 8) and (1437, 8, 8). Other data come as a Splits",
         ),
     ],
 )
