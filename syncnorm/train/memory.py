@@ -143,7 +143,9 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
     is_cuda = workers.device.type == "cuda"
     with torch.random.fork_rng(devices=[workers.device] if is_cuda else []):
         per_sample = _try_step(config, workers, feed, model, task)
-    return Need(process, fixed, per_sample, _most_samples(config, workers.world_size))
+    return Need(
+        process, fixed, per_sample, _most_samples(config, workers.world_size, feed.sizes[TRAIN])
+    )
 
 
 def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, task: Task) -> int:
@@ -254,13 +256,20 @@ def _states_per_parameter(config: Config) -> int:
     return round(states / probe.numel()) + (config.train.ema is not None)
 
 
-def _most_samples(config: Config, world_size: int) -> int:
-    count, micro_batch = config.train.global_batch, config.launch.micro_batch
+def _most_samples(config: Config, world_size: int, size: int) -> int:
+    """Find the largest forward of the busiest worker in a whole step and in an epoch's last one.
+
+    Raises:
+        ConfigError: `launch.micro_batch` is too small for one of them.
+    """
+    global_batch, micro_batch = config.train.global_batch, config.launch.micro_batch
+    counts = {min(global_batch, size), (size - 1) % global_batch + 1}
     if config.norm.mode.pools_each_batch():
-        first = place(count, config.norm_batch, 0, world_size, micro_batch)
+        steps = [place(n, config.norm_batch, 0, world_size, micro_batch) for n in counts]
     else:
-        first = place_local(count, 0, world_size, micro_batch)
-    return max(sum(part.stop - part.start for part in parts) for parts in first.rounds)
+        steps = [place_local(n, 0, world_size, micro_batch) for n in counts]
+    forwards = [parts for step in steps for parts in step.rounds]
+    return max(sum(part.stop - part.start for part in parts) for parts in forwards)
 
 
 def available_bytes(config: Config, workers: Workers, started: int) -> float:

@@ -231,6 +231,19 @@ def test_a_negative_count_ends_the_run_on_all_workers(pool):
         assert "counts are finite and not negative, got -1, -1 of the workers" in message
 
 
+def test_a_forward_that_only_the_last_step_is_too_large_for_is_refused_at_once(pool):
+    """24 samples in 3 statistics are shared by all 4 workers each, 16 in 2 by pairs."""
+    options = sections(
+        "Perceptron",
+        "rows",
+        train={"global_batch": 24, "norm_batch": 8},
+        data={"options": {"count": 40}},
+        launch={"micro_batch": 3},
+    )
+    for message in pool(4).run(runs.refused_sections, options):
+        assert "`launch.micro_batch` must be at least 4" in message
+
+
 @pytest.mark.parametrize("kind", ["boxes", "contrast"])
 def test_a_loss_of_the_whole_step_takes_one_forward(pool, kind):
     options = {**KINDS[kind], "launch": {"micro_batch": 8}}

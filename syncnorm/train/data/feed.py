@@ -1,5 +1,6 @@
 """The batches of a run: from images in memory, or through torch's DataLoader."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -202,6 +203,8 @@ class LoaderFeed:
                 "prefetch_factor": section.prefetch,
                 "persistent_workers": stays,
                 "worker_init_fn": _begin_loading,
+                # Nothing is imported again, and a data set need not be pickled.
+                "multiprocessing_context": "fork" if sys.platform == "linux" else None,
             }
         loader = DataLoader(
             dataset,
