@@ -334,13 +334,14 @@ def _save_if_due(run: Run, *, is_due: bool, is_best: bool, ends_run: bool) -> No
             run.recorder.record_saves(run.saver.pop_results())
         return
     snapshot = capture(run.setup, progress)
-    run.saved_at = time.monotonic()
     error: str | None = None
     if run.saver is not None:
         if ends_run or keeps_best:
             # These must not be left out because the last one is still being written.
             run.saver.wait()
         is_started = run.saver.start(snapshot, is_best=keeps_best)
+        if is_started:
+            run.saved_at = time.monotonic()
         if ends_run:
             run.saver.wait()
         results = run.saver.pop_results()

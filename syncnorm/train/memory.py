@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
@@ -182,14 +183,20 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
 def _try_metrics(
     config: Config, workers: Workers, trial: nn.Module, task: Task, batch: Any
 ) -> None:
-    with evaluating(trial), autocast(config, workers.device):
+    with evaluating(trial), autocast(config, workers.device), exchange.record() as exchanges:
         metrics = task.metrics(trial, batch)
+    if exchanges:
+        raise ConfigError(
+            "`task.name` must measure without exchanges, such as syncnorm.gather's: workers have "
+            f"unequally many batches in an evaluation, got {len(exchanges)} for one batch"
+        )
     check_metrics(metrics)
     meters: Meters | None = getattr(task, "meters", None)
     names = [*metrics, *(meters.names if meters is not None else ())]
     best = task.best.removeprefix("-")
-    # One of several values has a number with its name.
-    if best and not any(best == name or best.startswith(f"{name}_") for name in names):
+    # Of torchmetrics', one of several values has a number with its name.
+    bare = best.rstrip("0123456789").removesuffix("_") if meters is not None else best
+    if best and best not in names and bare not in names:
         raise ConfigError(
             f"`task.best` must be measured, got {best!r} of {', '.join(names)}. Empty is none."
         )

@@ -21,7 +21,8 @@ from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
 from syncnorm.train.loop import CHECKPOINTS
 from syncnorm.train.placement import Workers
-from syncnorm.train.setup import load_feed, make_model, task_of
+from syncnorm.train.renewal import Judged
+from syncnorm.train.setup import autocast, load_feed, make_model, task_of
 from syncnorm.train.step import evaluate
 
 RECALIBRATED = "recalibrated"
@@ -89,7 +90,8 @@ def recalibrate_run(
             f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}"
         ) from None
     before = evaluate(task, model, feed, split, config, workers)
-    recalibrate(model, _batches(feed, workers, config), mix=mix)
+    with autocast(config, workers.device):
+        recalibrate(Judged(model, task), _batches(feed, workers, config), mix=mix)
     after = evaluate(task, model, feed, split, config, workers)
     store = CheckpointStore(folder / RECALIBRATED, keep=1)
     path = Path()
@@ -153,11 +155,11 @@ def _read(folder: Path) -> Snapshot | ConfigError:
     return snapshot
 
 
-def _batches(feed: Feed, workers: Workers, config: Config) -> Iterator[Any]:
+def _batches(feed: Feed, workers: Workers, config: Config) -> Iterator[tuple[Any]]:
     """This worker's share of the batches; sharing them out otherwise changes rounding alone."""
     indices = torch.arange(feed.sizes[TRAIN], device=feed.index_device)
     mine = indices.split(config.train.global_batch)[workers.rank :: workers.world_size]
     for batch in feed.batches(TRAIN, mine):
         if isinstance(batch, Failure):
             raise ConfigError(batch.message)  # `recalibrate` tells the other workers
-        yield batch
+        yield (batch,)

@@ -31,7 +31,7 @@ def renew_statistics(
 ) -> None:
     """Give the moving average, if there is one, the statistics of its own activations.
 
-    They are those of up to 8192 samples, without random changes, the first in the order of the
+    They are those of up to 8192 samples, as an evaluation sees them, the first in the order of the
     epoch; the same on any number of workers, to rounding.
 
     *Collectives*: the sum of `syncnorm.recalibrate`, and a gathering of failures; every worker must
@@ -56,20 +56,22 @@ def renew_statistics(
             alive()
 
     with setup.autocast():
-        recalibrate(_Judged(setup.average.module, setup.task), batches())
+        recalibrate(Judged(setup.average.module, setup.task), batches())
     raise_failure(failures[-1])
 
 
-class _Judged(nn.Module):
+class Judged(nn.Module):
     """A network called as the task calls it."""
 
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
-        self.model, self.task = model, task
+        self.model = model
+        # Hidden from torch: a task may be a module, whose layers are not the network's.
+        self._measure = lambda batch: task.metrics(model, batch)
         self.training = model.training
 
     def forward(self, batch: Any) -> None:
-        self.task.metrics(self.model, batch)
+        self._measure(batch)
 
 
 def _has_statistics(model: nn.Module) -> bool:

@@ -21,7 +21,10 @@ def make_scaler(autocast: str | None, workers: Workers) -> torch.amp.GradScaler:
 
 
 def unscale(
-    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, is_finite: bool
+    scaler: torch.amp.GradScaler,
+    optimizer: torch.optim.Optimizer,
+    is_finite: bool,
+    world_size: int,
 ) -> tuple[bool, bool]:
     """Divide the gradients by the scale, and choose the next one.
 
@@ -31,6 +34,7 @@ def unscale(
         scaler: that has scaled the loss.
         optimizer: of the parameters.
         is_finite: True if the loss is.
+        world_size: number of workers.
 
     Returns:
         True if the scaled gradients alone have left float16's range; True if nothing else has.
@@ -41,7 +45,7 @@ def unscale(
     if not is_finite or scaler.get_scale() >= scale:
         return False, is_finite
     # Where the scale has made nothing greater, it is the gradient itself.
-    is_overflow = scale > 1
+    is_overflow = scale * world_size > 1
     return is_overflow, is_overflow
 
 

@@ -108,8 +108,8 @@ def training_step(
         flags: of this worker.
 
     Raises:
-        ConfigError: samples cannot be read, or the task gives something else than a sum and a
-            count; on all workers.
+        ConfigError: samples cannot be read, or a count is none, on all workers; or, on this one,
+            the task gives something else than a sum and a count.
     """
     skips = setup.config.train.not_finite == "skip"
     before = setup.copy_buffers() if skips else []
@@ -120,14 +120,18 @@ def training_step(
     losses = [loss * factor for loss in notes.losses]
     is_finite, has_overflowed = all(map(math.isfinite, losses)), False
     if setup.scaler.is_enabled():
-        has_overflowed, is_finite = unscale(setup.scaler, setup.optimizer, is_finite)
+        has_overflowed, is_finite = unscale(
+            setup.scaler, setup.optimizer, is_finite, setup.workers.world_size
+        )
     grad_norm = None if has_overflowed else _clip(setup)
     was_taken = is_finite and not has_overflowed and math.isfinite(grad_norm or 0.0)
     if was_taken:
         setup.optimizer.step()
         setup.shared_buffers.broadcast(are_alike=notes.are_alike)
         setup.update_average()
-    elif skips and not has_overflowed:
+    elif has_overflowed:
+        setup.shared_buffers.broadcast(are_alike=notes.are_alike)
+    elif skips:
         setup.restore_buffers(before)
     if was_taken or skips or has_overflowed:
         setup.schedule.step()
@@ -207,27 +211,41 @@ def _loss_sum(
                 "forward, for a loss that looks across the batch or has several terms, got several "
                 "forwards. Take more workers, or leave it out."
             )
-        return terms[WHOLE] if terms.keys() == {WHOLE} else _sum_terms(setup, terms, samples)
+        # float16 has no room for a sum over many things: it is divided before the backward pass.
+        is_counted_first = setup.scaler.is_enabled() and not placement.has_rounds
+        if terms.keys() == {WHOLE} and not is_counted_first:
+            return terms[WHOLE]
+        return _sum_terms(setup, dict(sorted(terms.items())), samples)
 
 
 def _sum_terms(
     setup: Setup, terms: dict[str, tuple[Tensor, Number]], samples: int
-) -> tuple[Tensor, int]:
+) -> tuple[Tensor, Number]:
     """Divide each term by its count over all workers, and multiply the sum by `samples`.
 
-    *Collectives*: one sum of the counts; every worker must call.
+    *Collectives*: one sum of the counts; every worker must call, with terms of the same names.
+
+    Returns:
+        The sum, and the count that makes samples / count 1; NaN if a count of this worker's is
+        none, which all workers then see.
     """
-    device = setup.workers.device
-    counts = torch.stack(
-        [torch.as_tensor(count, dtype=torch.float64, device=device) for _, count in terms.values()]
-    )  # (terms,)
-    counts = exchange.start_sum(counts, groups.statistics_group(), "counts").wait()
+    mine = torch.stack([_as_count(n, setup.workers.device) for _, n in terms.values()])  # (terms,)
+    names = ", ".join(terms)
+    counts = exchange.start_sum(mine, groups.statistics_group(), f"counts of {names}").wait()
     # A term that counts nothing on any worker is 0.
     shares = torch.where(counts > 0, 1 / counts, 0)
     total = sum(total * share for share, (total, _) in zip(shares, terms.values(), strict=True))
     assert isinstance(total, Tensor)
     # One worker counts for all, so that samples / count is 1 to the bit.
-    return total * samples, samples if setup.workers.is_first else 0
+    whole = _as_count(samples if setup.workers.is_first else 0, mine.device)
+    return total * samples, torch.where((mine >= 0).all() & mine.isfinite().all(), whole, math.nan)
+
+
+def _as_count(count: Number, device: torch.device) -> Tensor:
+    if isinstance(count, Tensor):
+        return count.detach().to(device, torch.float64)
+    # Filled rather than copied: a copy from the host would wait for the device.
+    return torch.full((), count, dtype=torch.float64, device=device)
 
 
 def _scale_gradient(setup: Setup, notes: Notes, samples: int) -> float:
@@ -288,10 +306,12 @@ def evaluate(
         alive: called after each batch.
 
     Raises:
-        ConfigError: samples cannot be read, or the task gives something else than sums and counts,
-            or other ones on each worker.
+        ConfigError: samples cannot be read, or workers measure different things, on all workers;
+            or, on this one, the task gives something else than sums and counts.
     """
-    chunk = min(config.train.global_batch, config.launch.micro_batch or config.train.global_batch)
+    # No more than a worker has in training.
+    chunk = -(-config.train.global_batch // workers.world_size)
+    chunk = min(chunk, config.launch.micro_batch or chunk)
     mine = shard(feed.sizes[split], workers.rank, workers.world_size)
     indices = torch.arange(mine.start, mine.stop, device=feed.index_device)
     forwards = indices.split(chunk) if len(indices) else ()

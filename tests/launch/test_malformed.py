@@ -78,6 +78,7 @@ WRONG: dict[str, list[Any]] = {
     "string": [3, True, ["a"], {"a": 1}],
     "boolean": ["yes", 1, 0.0, [True]],
     "object": [3, "word", ["a"], False],
+    "array": [3, "word", {"a": 1}, False],
 }
 
 
@@ -90,7 +91,7 @@ def _wrong_types() -> Iterator[Case]:
             *([] if {"type": "null"} in kinds else [None]),
         ]
         for value in wrong:
-            if isinstance(value, list) and any(each.get("type") == "array" for each in kinds):
+            if isinstance(value, list) and any(each.get("minItems") for each in kinds):
                 yield _case(
                     f"type:{key}={value}", _with(key, value), f"`{key}` must have at least 2 items"
                 )

@@ -352,6 +352,7 @@ def test_public_names():
         "explain",
         "frozen_statistics",
         "functional",
+        "gather",
         "groups",
         "join",
         "monitor",

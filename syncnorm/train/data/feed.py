@@ -1,6 +1,8 @@
 """The batches of a run: from images in memory, or through torch's DataLoader."""
 
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
@@ -22,6 +24,7 @@ from syncnorm.train.data.splits import Splits
 from syncnorm.train.processes import die_with_parent
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
+_Use = tuple[str, bool]
 
 
 class Feed(Protocol):
@@ -47,12 +50,12 @@ class Feed(Protocol):
         Args:
             split: `train`, `validation` or `test`.
             forwards: of each, the samples' indices (n,), perhaps none.
-            epoch: random changes to samples are drawn for it; 0: none, as in an evaluation.
+            epoch: random changes to samples are drawn for it; 0: it is an evaluation.
         """
         ...
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
-        """Load one batch, in this process.
+        """Load one batch.
 
         Raises:
             ConfigError: a sample cannot be read.
@@ -142,13 +145,17 @@ class LoaderFeed:
         train: Dataset[Any] = Seeded(splits.train, seed)
         if config.data.augment.changes_something:
             train = Augmented(train, config.data.augment, seed, splits.num_classes)
-        others = {VALIDATION: splits.validation, TEST: splits.test}
-        self._sets: dict[str, Any] = {TRAIN: train} | {
-            name: Seeded(data, seed) for name, data in others.items() if data is not None
+        unchanged = splits.train if splits.unchanged is None else splits.unchanged
+        judged = {TRAIN: unchanged, VALIDATION: splits.validation, TEST: splits.test}
+        # By split, and whether it is read in an epoch of training.
+        self._sets: dict[_Use, Any] = {(TRAIN, True): train} | {
+            (name, False): Seeded(data, seed) for name, data in judged.items() if data is not None
         }
         self._collate = Collate(splits.collate)
-        self._loaders: dict[tuple[str, bool], tuple[DataLoader[Any], _Plan]] = {}
-        self.sizes = {name: len(data) for name, data in self._sets.items()}
+        self._loaders: dict[_Use, tuple[DataLoader[Any], _Plan]] = {}
+        self.sizes = {
+            name: len(data) for (name, in_epoch), data in self._sets.items() if not in_epoch
+        }
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
         self.num_classes: int | None = splits.num_classes
@@ -156,14 +163,15 @@ class LoaderFeed:
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward; loader processes work ahead."""
-        # The training set may be looked at within an epoch.
-        key = split, epoch > 0
-        if key not in self._loaders:
-            self._loaders[key] = self._make_loader(split, stays=key != (TRAIN, False))
-        loader, plan = self._loaders[key]
+        use = split, split == TRAIN and epoch > 0
+        if use not in self._loaders:
+            # The training set is seldom judged.
+            workers = self._config.data.loader.workers
+            self._loaders[use] = self._make_loader(use, workers, stays=use != (TRAIN, False))
+        loader, plan = self._loaders[use]
         plan.begin(forwards, epoch)
         try:
-            for batch in loader:
+            for batch in _begin(loader):
                 yield self._finish(batch, plan.sizes.pop(0))
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
@@ -177,9 +185,21 @@ class LoaderFeed:
                 yield failure
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
-        """Load one batch, in this process."""
-        keys = _keys(indices, epoch)
-        batch = self._collate([self._sets[split][key] for key in keys])
+        """Load one batch, where batches are loaded.
+
+        A data set that opens a file when it is first read must not do so before loaders fork: they
+        would share the place in it.
+        """
+        use = split, split == TRAIN and epoch > 0
+        workers = min(1, self._config.data.loader.workers)
+        loader, plan = self._make_loader(use, workers, stays=False)
+        plan.begin([indices], epoch)
+        try:
+            (batch,) = _begin(loader)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            batch = Failure(f"`data.loader.workers` must be processes that live, got: {error}")
         if isinstance(batch, Failure):
             raise ConfigError(batch.message)
         return self._finish(batch, len(indices))
@@ -193,13 +213,15 @@ class LoaderFeed:
             return replace(batch, instead=self._nothing)
         return to_device(batch if size else empty_like(batch), self._device, self._dtype)
 
-    def _make_loader(self, split: str, stays: bool) -> "tuple[DataLoader[Any], _Plan]":
+    def _make_loader(
+        self, use: "_Use", workers: int, *, stays: bool
+    ) -> "tuple[DataLoader[Any], _Plan]":
         section, plan = self._config.data.loader, _Plan()
-        dataset: Dataset[Any] = self._sets[split]
+        dataset: Dataset[Any] = self._sets[use]
         several: dict[str, Any] = {}
-        if section.workers:
+        if workers:
             several = {
-                "num_workers": section.workers,
+                "num_workers": workers,
                 "prefetch_factor": section.prefetch,
                 "persistent_workers": stays,
                 "worker_init_fn": _begin_loading,
@@ -244,8 +266,24 @@ def _keys(indices: Tensor, epoch: int) -> list[Key]:
     return [(index, epoch) for index in indices.tolist() or [0]]
 
 
+def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Begin an iteration, without torch's handler of dead loaders.
+
+    It would raise wherever the worker is, in the midst of an exchange say. Without it the iteration
+    itself finds out, within seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return iter(loader)
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return iterator
+
+
 def _begin_loading(worker: int) -> None:
+    """Live as long as the worker does, whoever asks all processes to stop: it finishes its step."""
     die_with_parent()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
 
 
 def describe_sizes(sizes: Mapping[str, int]) -> str:

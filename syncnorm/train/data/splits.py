@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,6 +27,9 @@ class Splits:
         num_classes: of the targets, for the model; None where that means nothing.
         in_channels: of the inputs, for the model; None where that means nothing.
         collate: makes a batch of a list of samples; None: torch's default_collate.
+        unchanged: the training set without random changes, sample by sample the same, for what is
+            not training: a validation set that is cut off, the statistics of an average; None:
+            `train` itself.
     """
 
     train: Dataset[Any]
@@ -35,6 +38,7 @@ class Splits:
     num_classes: int | None = None
     in_channels: int | None = None
     collate: Callable[[Sequence[Any]], Any] | None = None
+    unchanged: Dataset[Any] | None = None
 
     def check(self) -> "Splits":
         """Return this; ConfigError unless each part is a data set with samples."""
@@ -42,6 +46,12 @@ class Splits:
         for name, data in parts.items():
             if data is not None or name == "train":
                 _check_part(name, data)
+        train, unchanged = cast(Any, self.train), cast(Any, self.unchanged)
+        if unchanged is not None and len(unchanged) != len(train):
+            raise ConfigError(
+                "`data.name` must return as many samples in `unchanged` as in `train`, got "
+                f"{len(unchanged)} and {len(train)}"
+            )
         return self
 
     def hold_out(self, share: float) -> "Splits":
@@ -52,9 +62,14 @@ class Splits:
         """
         if not share or self.validation is not None:
             return self
-        data: Any = self.train
-        kept, held = hold_out_indices(len(data), share)
-        return replace(self, train=_Part(data, kept), validation=_Part(data, held))
+        kept, held = hold_out_indices(len(cast(Any, self.train)), share)
+        unchanged = self.train if self.unchanged is None else self.unchanged
+        return replace(
+            self,
+            train=_Part(self.train, kept),
+            validation=_Part(unchanged, held),
+            unchanged=_Part(unchanged, kept),
+        )
 
 
 def _check_part(name: str, data: Any) -> None:

@@ -100,7 +100,7 @@ class Events:
         kind, step = _text(event.get("event")), _whole(event.get("step"))
         if kind not in _KNOWN:
             return
-        self._add_time(kind == "start", number(event.get("time")))
+        self._add_time(kind == "start", _finite(event.get("time")))
         if step is not None:
             self.last_step = step
             self.highest_step = max(self.highest_step, step)
@@ -122,14 +122,14 @@ class Events:
             value = number(event.get(name))
             if value is not None:
                 self.curves.setdefault(name, {})[step] = value
-        seconds = number(event.get("seconds"))
+        seconds = _finite(event.get("seconds"))
         if kind == "epoch" and seconds is not None:
             self.epoch_seconds[step] = seconds
         if kind == "layers":
             self.layers[step] = _layers(event.get("layers"))
 
     def _add_mark(self, kind: str, step: int, event: dict[str, Any]) -> None:
-        time = number(event.get("time"))
+        time = _finite(event.get("time"))
         seconds = None if time is None else time - self.attempts[0][0]
         if kind == "start":
             if self.starts or step > 0:
@@ -191,6 +191,12 @@ def number(value: Any) -> float | None:
         except OverflowError:  # an integer of more than 308 digits
             return None
     return None
+
+
+def _finite(value: Any) -> float | None:
+    """Read a time or a duration: nothing is done at infinity."""
+    read = number(value)
+    return read if read is not None and abs(read) < 1e12 else None
 
 
 def _whole(value: Any) -> int | None:

@@ -41,6 +41,10 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
         self._paths, self._labels = paths, labels
         self._reader, self._in_training = reader, in_training
 
+    def without_changes(self) -> "ImageFolder":
+        """The same images, not changed at random."""
+        return ImageFolder(self._paths, self._labels, self._reader, in_training=False)
+
     def __len__(self) -> int:
         return len(self._paths)
 
@@ -102,7 +106,8 @@ def folder(
         split: _make_set(split, folders[split], by_class, classes, reader)
         for split, by_class in found.items()
     }
-    return Splits(**sets, num_classes=len(classes), in_channels=channels)
+    unchanged = sets["train"].without_changes()
+    return Splits(**sets, num_classes=len(classes), in_channels=channels, unchanged=unchanged)
 
 
 def _images_by_class(root: Path) -> _Found:

@@ -36,6 +36,11 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         self._images, self._masks = images, masks
         self._num_classes, self._reader, self._flip = num_classes, reader, flip
 
+    def without_changes(self) -> "MaskFolder":
+        """The same pairs, none of them mirrored."""
+        paths = self._images, self._masks
+        return MaskFolder(*paths, self._num_classes, self._reader, flip=False)
+
     def __len__(self) -> int:
         return len(self._images)
 
@@ -109,7 +114,8 @@ def masks(
         split: MaskFolder(*_pairs(split, path), num_classes, reader, flip=flip and split == "train")
         for split, path in folders.items()
     }
-    return Splits(**sets, num_classes=num_classes, in_channels=channels)
+    unchanged = sets["train"].without_changes()
+    return Splits(**sets, num_classes=num_classes, in_channels=channels, unchanged=unchanged)
 
 
 def _pairs(split: str, root: Path) -> tuple[Paths, Paths]:
