@@ -239,6 +239,13 @@ class Contrast:
         return {"loss": (model(batch[0]).square().sum(), len(batch[0]))}
 
 
+class GatheredMetric(Contrast):
+    """Measures by an exchange, which workers make unequally often."""
+
+    def metrics(self, model: Any, batch: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, int]]:
+        return {"loss": self.loss(model, batch)}
+
+
 class Broken(Rows):
     """Fails at some samples: it raises, or ends its process."""
 

@@ -29,6 +29,17 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]
 EVIL = "{{ 7 * 7 }}{% raw %}<script>alert('a')</script><img src=x onerror=alert(1)>\"'&amp;</svg></style>"
 
 
+@pytest.mark.parametrize("number", ["inf", "nan", "-inf", 1e300, True, []])
+def test_times_that_are_none_do_no_harm(tmp_path, number):
+    events = [
+        {**start(), "time": number},
+        {"event": "epoch", "step": 1, "time": number, "seconds": number, "test_accuracy": 0.5},
+        {"event": "fault", "time": number, "step": 1, "kind": "not_finite", "message": ""},
+    ]
+    page = report(tmp_path, write_run(tmp_path / "run", events))
+    assert page.summary[0]["Best test accuracy"] == "50.00 %step 1"
+
+
 def test_text_from_a_run_stays_text(tmp_path):
     name = EVIL.replace("/", "")
     config = changed(model__name=EVIL)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train import runs
 from tests.train.files import noise, write_image
 
@@ -223,6 +224,29 @@ def test_samples_that_cannot_be_read_end_the_run_on_all_workers(pool, how, messa
     first, second = pool(2).run(runs.failed_sections, options)
     assert first == second
     assert message in first
+
+
+def test_metrics_that_exchange_are_refused(pool):
+    options = sections("Perceptron", "rows", {"name": f"{TASKS}:GatheredMetric"})
+    for message in pool(2).run(runs.refused_sections, options):
+        assert "`task.name` must measure without exchanges" in message
+
+
+def test_float16_has_room_for_a_loss_over_many_pixels(pool, tmp_path):
+    """Its gradients are those of the mean, however many pixels an image has."""
+    narrow = {"dtype": "float32", "autocast": "float16", "epochs": 4}
+    options = sections("SmallUNet", "shapes", {"name": "segment"}, train=narrow)
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        (outcome, progress), *_ = pool(world_size).run(runs.train_sections, str(folder), options)
+        assert outcome.is_done
+        assert progress.step == 12
+        snapshot, _, _ = CheckpointStore(folder / "checkpoints").newest()
+        assert snapshot is not None
+        assert snapshot.states["scaler"]["scale"] == 2**16, "no step has overflowed"
+    alone, together = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert together == pytest.approx(alone, rel=2e-2)
 
 
 def test_a_negative_count_ends_the_run_on_all_workers(pool):
