@@ -228,14 +228,15 @@ def test_with_float16_it_is_the_same_training_on_any_number_of_workers(pool):
     assert narrow[0] != wide[0]
 
 
-def test_a_gradient_that_is_not_finite_at_any_scale_is_no_overflow():
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_a_gradient_that_is_not_finite_at_any_scale_is_no_overflow(world_size):
     weight = nn.Parameter(torch.ones(1))
     optimizer = torch.optim.SGD([weight], 0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0 / world_size)
     found = []
     for _ in range(2):
         scaler.scale((weight * torch.inf).sum()).backward()
-        found.append(scaling.unscale(scaler, optimizer, is_finite=True))
+        found.append(scaling.unscale(scaler, optimizer, True, world_size))
         optimizer.zero_grad()
     assert found == [(True, True), (False, False)]
 
