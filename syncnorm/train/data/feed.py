@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -159,16 +160,40 @@ class LoaderFeed:
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
         self.num_classes: int | None = splits.num_classes
+        self._nothing: Any = None
         self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
-        """Yield the batch of each forward; loader processes work ahead."""
+        """Iterate over the batch of each forward; loader processes work ahead."""
         use = split, split == TRAIN and epoch > 0
         if use not in self._loaders:
             # The training set is seldom judged.
             workers = self._config.data.loader.workers
             self._loaders[use] = self._make_loader(use, workers, stays=use != (TRAIN, False))
-        loader, plan = self._loaders[use]
+        return self._read(*self._loaders[use], forwards, epoch)
+
+    def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
+        """Load one batch, where batches are loaded.
+
+        A data set that opens a file when it is first read must not do so before loaders fork: they
+        would share the place in it.
+        """
+        use = split, split == TRAIN and epoch > 0
+        workers = min(1, self._config.data.loader.workers)
+        (batch,) = islice(
+            self._read(*self._make_loader(use, workers, stays=False), [indices], epoch), 1
+        )
+        if isinstance(batch, Failure):
+            raise ConfigError(batch.message)
+        return batch
+
+    def _read(
+        self,
+        loader: DataLoader[Any],
+        plan: "_Plan",
+        forwards: Iterable[Tensor],
+        epoch: int,
+    ) -> Iterator[Any]:
         plan.begin(forwards, epoch)
         try:
             for batch in _begin(loader):
@@ -183,26 +208,6 @@ class LoaderFeed:
             )
             while True:  # a step may have several forwards
                 yield failure
-
-    def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
-        """Load one batch, where batches are loaded.
-
-        A data set that opens a file when it is first read must not do so before loaders fork: they
-        would share the place in it.
-        """
-        use = split, split == TRAIN and epoch > 0
-        workers = min(1, self._config.data.loader.workers)
-        loader, plan = self._make_loader(use, workers, stays=False)
-        plan.begin([indices], epoch)
-        try:
-            (batch,) = _begin(loader)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            batch = Failure(f"`data.loader.workers` must be processes that live, got: {error}")
-        if isinstance(batch, Failure):
-            raise ConfigError(batch.message)
-        return self._finish(batch, len(indices))
 
     def describe(self) -> str:
         """Describe the data in a few words."""

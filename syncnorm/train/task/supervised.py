@@ -102,8 +102,10 @@ class Supervised:
         name = type(self.criterion).__name__
         if name in _PER_SAMPLE:
             return len(targets)
-        if name in _PER_ELEMENT or targets.is_floating_point():  # class probabilities: samples
-            return targets.numel() if name in _PER_ELEMENT else targets[:, 0].numel()
+        if name in _PER_ELEMENT:
+            return targets.numel()
+        if targets.is_floating_point():  # class probabilities (N, K, *S)
+            return targets[:, 0].numel()
         weight, ignored = self.criterion.weight, self.criterion.ignore_index
         # Whole numbers count without a wait for the device.
         kept = targets != ignored
