@@ -121,7 +121,6 @@ class Detector(nn.Module):
 class Detection:
     """The loss of both heads, each over what it counts; and how many boxes are found."""
 
-    unit = "images"
     best = "f1"
 
     def __init__(self, box_weight: float = 1.0) -> None:

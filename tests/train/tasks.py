@@ -161,7 +161,6 @@ class TwoHeads(nn.Module):
 class Detect:
     """Three terms: over images, over boxes, and over the boxes' coordinates."""
 
-    unit = "boxes"
     best = "accuracy"
 
     def loss(self, model: Any, batch: Ragged) -> dict[str, tuple[Tensor, int]]:
@@ -196,7 +195,6 @@ class Detect:
 class Strange:
     """A task that gives what is not a loss, by `kind`."""
 
-    unit = "samples"
     best = ""
 
     def __init__(self, kind: str) -> None:
@@ -222,7 +220,6 @@ class Strange:
 class Contrast:
     """A contrastive loss of each row against all rows of the step, by two views of it."""
 
-    unit = "rows"
     best = "-loss"
     needs_whole_step = True
 

@@ -26,8 +26,6 @@ class Task(Protocol):
     and the loss still has a gradient function if the model was called.
     """
 
-    unit: str
-    """Name of what the loss counts, such as samples or pixels."""
     best: str
     """Name of the metric that decides which checkpoint is the best; with a leading "-" the lowest
     is; empty: none does."""

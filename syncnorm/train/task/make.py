@@ -44,11 +44,11 @@ def make_task(
         return task
     made: Any = resolve(section.name, allowed, "task.name")(**section.options)
     missing = [name for name in ("loss", "metrics") if not callable(getattr(made, name, None))]
-    missing += [name for name in ("unit", "best") if not isinstance(getattr(made, name, None), str)]
+    missing += [] if isinstance(getattr(made, "best", None), str) else ["best"]
     if missing:
         raise ConfigError(
             "`task.name` must return an object with methods loss(model, batch) and metrics(model, "
-            f"batch), and names `unit` and `best`, see syncnorm.train.task.Task; that of "
+            f"batch), and a name `best`, see syncnorm.train.task.Task; that of "
             f"{section.name!r}, a {type(made).__name__}, lacks {', '.join(missing)}"
         )
     if section.best is not None:

@@ -21,7 +21,6 @@ class OwnLoss:
     the number of workers: a task of your own can return its sum and count.
     """
 
-    unit = "samples"
     best = "-loss"
 
     def loss(self, model: Model, batch: Any) -> tuple[Tensor, int]:

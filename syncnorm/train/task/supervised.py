@@ -40,7 +40,6 @@ class Supervised:
         ValueError: the loss is not known, or refuses the options.
     """
 
-    unit = "samples"
     best = "-loss"
     default_loss = ""
     classes: int | None = None
@@ -155,7 +154,6 @@ class Segment(Supervised):
     accuracy, of pixels. Pixels of `ignore_index` count in neither.
     """
 
-    unit = "pixels"
     best = "mean_iou"
     default_loss = "CrossEntropyLoss"
 
@@ -200,7 +198,6 @@ class Multilabel(Supervised):
     Metrics: f1, over all labels together; and exact_match, of samples whose labels are all right.
     """
 
-    unit = "labels"
     best = "f1"
     default_loss = "BCEWithLogitsLoss"
 
@@ -226,7 +223,6 @@ class Regress(Supervised):
     mean_squared_error.
     """
 
-    unit = "values"
     best = "-mean_squared_error"
     default_loss = "MSELoss"
 
