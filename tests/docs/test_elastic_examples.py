@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.model.lightning_workers import kept_workers
+
 
 @contextmanager
 def _as_torchrun_does() -> Iterator[None]:
@@ -41,26 +43,8 @@ def _accelerate(path: Path | None, done: int, steps: int) -> Any:
 
 
 def _lightning(path: Path | None, done: int, steps: int) -> Any:
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    class Kept(LightningEnvironment):
-        """The workers that are there already."""
-
-        creates_processes_externally = True
-
-        def world_size(self) -> int:
-            return dist.get_world_size()
-
-        def global_rank(self) -> int:
-            return dist.get_rank()
-
-        def local_rank(self) -> int:
-            return dist.get_rank()
-
-        def teardown(self) -> None: ...
-
     example = importlib.import_module("examples.lightning_digits")
-    module, losses = example.train(path, steps, (Kept(),), dist.get_world_size())
+    module, losses = example.train(path, steps, (kept_workers(),), dist.get_world_size())
     return module.net, losses
 
 

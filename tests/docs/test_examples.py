@@ -77,25 +77,23 @@ def test_hf_trainer_digits():
     assert accuracy > 75.0
 
 
+def _trained(example: str, folder: Path, metric: str) -> float:
+    """Train a task of its own on two workers; the metric on the test set, in per cent."""
+    output = _run(example, f"run_dir={folder}")
+    assert "running statistics: equal on all 2 workers" in output
+    (line,) = re.findall(rf"^test {metric} .*$", output, flags=re.MULTILINE)
+    (value,) = _accuracies(line)
+    return value
+
+
 @pytest.mark.slow
 def test_detection(tmp_path):
-    output = _run("detection.py", f"run_dir={tmp_path}")
-    assert "running statistics: equal on all 2 workers" in output
-    (f1,) = [
-        float(number) for number in re.findall(r"^test f1 (\S+) %", output, flags=re.MULTILINE)
-    ]
-    assert f1 > 80.0
+    assert _trained("detection.py", tmp_path, "f1") > 80.0
 
 
 @pytest.mark.slow
 def test_segmentation(tmp_path):
-    output = _run("segmentation.py", f"run_dir={tmp_path}")
-    assert "running statistics: equal on all 2 workers" in output
-    (iou,) = [
-        float(number)
-        for number in re.findall(r"^test mean iou (\S+) %", output, flags=re.MULTILINE)
-    ]
-    assert iou > 90.0
+    assert _trained("segmentation.py", tmp_path, "mean iou") > 90.0
 
 
 @pytest.mark.slow

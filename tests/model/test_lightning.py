@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert, scale_loss
+from tests.model.lightning_workers import kept_workers
 from tests.model.whole import LR, SIZES, largest_difference, net, shards, train_alone
 
 pytest.importorskip("lightning", reason="lightning is not installed")
@@ -29,22 +30,6 @@ def fit(
     from syncnorm.integrations.lightning import LayerSync
 
     library = importlib.import_module(package)
-
-    class Kept(importlib.import_module(f"{package}.plugins.environments").LightningEnvironment):
-        """The workers that are there already."""
-
-        creates_processes_externally = True
-
-        def world_size(self) -> int:
-            return dist.get_world_size()
-
-        def global_rank(self) -> int:
-            return dist.get_rank()
-
-        def local_rank(self) -> int:
-            return dist.get_rank()
-
-        def teardown(self) -> None: ...
 
     class Module(library.LightningModule):
         def __init__(self) -> None:
@@ -69,7 +54,7 @@ def fit(
         module = Module()
         trainer = library.Trainer(
             accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", max_epochs=epochs,
-            plugins=[Kept(), *([] if options is None else [LayerSync(**options)])], use_distributed_sampler=False,
+            plugins=[kept_workers(package), *([] if options is None else [LayerSync(**options)])], use_distributed_sampler=False,
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         loader = torch.utils.data.DataLoader(shards(dist.get_rank()), batch_size=None)
