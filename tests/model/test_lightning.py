@@ -54,7 +54,8 @@ def fit(
         module = Module()
         trainer = library.Trainer(
             accelerator="cpu", devices=dist.get_world_size(), strategy="ddp", max_epochs=epochs,
-            plugins=[kept_workers(package), *([] if options is None else [LayerSync(**options)])], use_distributed_sampler=False,
+            plugins=[kept_workers(package), *([] if options is None else [LayerSync(**options)])],
+            use_distributed_sampler=False,
             logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         )  # fmt: skip
         loader = torch.utils.data.DataLoader(shards(dist.get_rank()), batch_size=None)
