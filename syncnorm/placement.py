@@ -19,6 +19,7 @@ Nothing here depends on anything but its arguments, so all workers compute the s
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -68,6 +69,8 @@ def norm_batches(count: int, norm_batch: int) -> list[slice]:
     return [shard(count, index, number) for index in range(number)]
 
 
+# A step of one size is placed again and again.
+@lru_cache(maxsize=64)
 def place(
     count: int, norm_batch: int, rank: int, world_size: int, micro_batch: int | None
 ) -> Placement:
@@ -92,6 +95,7 @@ def place(
     return Placement(shared_by, rounds, most > width)
 
 
+@lru_cache(maxsize=64)
 def place_local(count: int, rank: int, world_size: int, micro_batch: int | None) -> Placement:
     """Place a step whose statistics are over whatever a worker has in a forward.
 

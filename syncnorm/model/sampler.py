@@ -20,9 +20,6 @@ from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, epoch_order, largest_part, size
 from syncnorm.shards import Shard
 
-# A step of one size is placed again in each forward.
-_place = lru_cache(maxsize=64)(placement.place)
-
 
 @lru_cache(maxsize=64)
 def _rounds(count: int, norm_batch: int, world_size: int, micro_batch: int | None) -> int:
@@ -34,7 +31,7 @@ def _rounds(count: int, norm_batch: int, world_size: int, micro_batch: int | Non
             f"most {norm_batch} are shared by {world_size} worker(s), got {micro_batch}. A "
             "statistic needs all its samples at once: take more workers or a smaller norm_batch."
         )
-    return len(_place(count, norm_batch, 0, world_size, micro_batch).rounds)
+    return len(placement.place(count, norm_batch, 0, world_size, micro_batch).rounds)
 
 
 # What the samples of a step, and its statistics, follow from.
@@ -329,7 +326,8 @@ class ElasticBatchSampler(Sampler[list[int]]):
         return min(self.global_batch, self.size - step % self.steps_per_epoch * self.global_batch)
 
     def _placement(self, count: int, rank: int) -> Placement:
-        return _place(count, self.norm_batch, rank, self._workers()[1], self.micro_batch)
+        world_size = self._workers()[1]
+        return placement.place(count, self.norm_batch, rank, world_size, self.micro_batch)
 
     def _has_several(self) -> bool:
         """True if some step has several statistics of a layer."""

@@ -259,7 +259,8 @@ def _handle_not_finite(run: Run, batch: StepBatch, result: StepResult) -> None:
     run.skipped += 1
     if run.config.train.not_finite == "stop":
         raise NotFiniteError(
-            f"{message}. Lower train.lr, set train.clip, or leave such steps out: train.not_finite=skip."
+            f"{message}. Lower train.lr, set train.clip, or leave such steps out: "
+            "train.not_finite=skip."
         )
     if run.skipped > _MOST_SKIPPED:
         raise NotFiniteError(

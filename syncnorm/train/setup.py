@@ -29,7 +29,7 @@ from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
-from syncnorm.train.data.feed import Feed, LoaderFeed, MemoryFeed, judged_split
+from syncnorm.train.data.feed import TRAIN, VALIDATION, Feed, LoaderFeed, MemoryFeed, judged_split
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
@@ -166,14 +166,14 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
         feed = MemoryFeed(hold_out(data, config.data.validation), config, device)
     else:
         feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
-    if config.train.global_batch > feed.sizes["train"]:
+    if config.train.global_batch > feed.sizes[TRAIN]:
         _log.warning(
             "train.global_batch is %d, and the training set has %d samples: each epoch is one step "
             "of them all",
             config.train.global_batch,
-            feed.sizes["train"],
+            feed.sizes[TRAIN],
         )
-    if judged_split(feed) != "validation":
+    if judged_split(feed) != VALIDATION:
         for key, needs_it in (
             ("checkpoint.best", config.checkpoint.best),
             ("train.patience", config.train.patience),
