@@ -106,16 +106,16 @@ def labelled(labels: Any) -> Split:
             some_split(4),
             r"^training set: .* and \(3,\)\. ",
         ),
-        # A loss takes a class for each pixel, or a probability for each class, without a word.
+        # torch's cross entropy takes a class for each pixel, or a probability for each class, in silence.
         (
             labelled(torch.zeros(4, 3, 4, dtype=torch.int64)),
             some_split(4),
-            r"got \(4, 2, 3, 4\) and \(4, 3, 4\)\. The ",
+            r"got \(4, 2, 3, 4\) and \(4, 3, 4\)\. Other data ",
         ),
         (
             some_split(4),
             labelled(torch.rand(4, 5)),
-            r"^test set: .* got \(4, 2, 3, 4\) and \(4, 5\)\. The loss takes one",
+            r"^test set: .* got \(4, 2, 3, 4\) and \(4, 5\)\. Other data ",
         ),
         (
             labelled(torch.rand(4)),
