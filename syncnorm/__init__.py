@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from syncnorm._public import *
+    from syncnorm.run.fit import fit as fit
+    from syncnorm.train.callbacks import Callback as Callback
 
 __all__ = [
     "ElasticBatchSampler",
@@ -33,6 +35,9 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
+# The trainer's names. It needs more packages than torch, so that `from syncnorm import *` is without.
+_TRAINER = {"Callback": "train.callbacks", "fit": "run.fit"}
+
 
 def __getattr__(name: str) -> Any:
     """Import torch and all public names with the first of them.
@@ -41,6 +46,8 @@ def __getattr__(name: str) -> Any:
     """
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _TRAINER:
+        return getattr(import_module(f"{__name__}.{_TRAINER[name]}"), name)
     # A module of the package is imported alone: the public names are made of them, and may be half
     # way there.
     if name in __all__ and name not in ("functional", "groups"):
@@ -56,4 +63,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_TRAINER})

@@ -5,7 +5,8 @@ and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed its
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -239,11 +240,18 @@ def set_for_launcher(arguments: Sequence[str]) -> None:
             os.environ.setdefault(name, value)
 
 
-def set_for_workers(run_folder: Path) -> None:
-    """Set the variables for the workers that this process starts; the user's own stay."""
+@contextmanager
+def for_workers(run_folder: Path) -> Iterator[None]:
+    """Set the variables for the workers that are started inside; the user's own stay."""
+    before = dict(os.environ)
     set_for_children()
     os.environ[_RUN_FOLDER] = str(run_folder)
     os.environ[_LAUNCHER] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @dataclass(frozen=True)
@@ -274,6 +282,12 @@ def set_place(place: Place) -> None:
         "TORCHELASTIC_ERROR_FILE": place.error_file,
     }
     os.environ.update({name: str(value) for name, value in values.items()})
+
+
+def read_threads() -> int:
+    """Read how many threads a worker computes with; 1 if the variable holds no number."""
+    text = os.environ.get("OMP_NUM_THREADS", "")
+    return max(1, int(text)) if text.isdecimal() else 1
 
 
 def _number(name: str) -> int:

@@ -3,7 +3,7 @@
 import fcntl
 import itertools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -27,12 +27,14 @@ class Exit:
         reason: a sentence.
         step: optimizer steps done, as far as they are on record.
         exit_code: of the command.
+        metrics: the last ones of each split; the one that decides comes first.
     """
 
     status: Literal["done", "stopped", "failed"]
     reason: str
     step: int
     exit_code: int
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Write `exit.json`."""

@@ -3,6 +3,7 @@
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,18 +42,38 @@ class LocalRunError(SyncnormError):
         self.exit_code = exit_code
 
 
-def run_local(task: Task) -> None:
+class RunStopped(LocalRunError):
+    """A local run was stopped, has saved, and can be resumed.
+
+    Args:
+        message: the reason.
+        folder: of the run.
+        number: of the signal that stopped it; None if a worker did, or its surroundings.
+    """
+
+    def __init__(self, message: str, folder: Path, number: int | None) -> None:
+        super().__init__(message, RESUMABLE)
+        self.folder = folder
+        self.number = number
+
+
+def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
     """Start `launch.workers` workers, and wait for them.
 
     Workers that are killed are restarted from the newest checkpoint.
 
     Args:
         task: checked already.
+        begin: called with the run's folder before the workers start.
+
+    Returns:
+        The run's folder.
 
     Raises:
         ConfigError: the machine lacks devices or memory, the run's folder cannot be made or belongs
             to another configuration, or the workers refused the configuration.
-        LocalRunError: the run failed, or was stopped.
+        LocalRunError: the run failed.
+        RunStopped: it was stopped, and can be resumed.
     """
     launch = task.config.launch
     device = choose_device(launch.device, 0, launch.most_workers)
@@ -66,19 +87,21 @@ def run_local(task: Task) -> None:
         folder = check_resumable(task.config, task.resume)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
-    env.set_for_workers(folder)
+    if begin is not None:
+        begin(folder)
     try:
-        with interrupt.for_launcher():
+        with env.for_workers(folder), interrupt.for_launcher():
             _run_with_restarts(task, folder, forks)
     except interrupt.Stopped as stopped:
-        _raise_if_stopped(folder)
+        _raise_if_stopped(folder, stopped.number)
         end = read_exit(folder)
         if end is not None and end.status == "done":
-            return
+            return folder
         status = 128 + stopped.number
         reason = f"stopped by {stopped.number.name}, without saving"
         _write_exit(reason, folder, status)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
+    return folder
 
 
 def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:
@@ -122,13 +145,14 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
     return None
 
 
-def _raise_if_stopped(folder: Path) -> None:
+def _raise_if_stopped(folder: Path, number: int | None = None) -> None:
     end = read_exit(folder)
     if end is not None and end.status == "stopped":
-        raise LocalRunError(
+        raise RunStopped(
             f"stopped after step {end.step}: {end.reason}. To go on: the same command with "
             f"--resume {folder}",
-            RESUMABLE,
+            folder,
+            number,
         )
 
 

@@ -128,6 +128,8 @@ def _begin(work: Callable[[], object], place: env.Place) -> None:
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"syncnorm-{place.rank}", encoding="ascii")
     env.set_place(place)
+    # A fork has the number that its launcher imported torch with.
+    torch.set_num_threads(env.read_threads())
     # Otherwise the forks of one process draw the same.
     np.random.seed()
     work()

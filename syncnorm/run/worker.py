@@ -1,11 +1,12 @@
 """One worker of a run, under any launcher: joins the others, trains, records the end."""
 
+import gc
 import logging
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ from syncnorm.run.folder import (
     make_run_folder,
     remove_unstarted,
 )
+from syncnorm.run.given import Given
 from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.train.checkpoint.capture import Progress
@@ -49,12 +51,18 @@ class Task:
         name: of the configuration, for the run's folder.
         resume: the folder of the run to resume; None for a new run.
         allowed: packages whose callables the configuration may name.
+        given: objects of a program that the configuration names besides.
+        shows: True to show the progress, on standard error.
+        prints: True to print the result, on standard output.
     """
 
     config: Config
     name: str
     resume: Path | None = None
     allowed: tuple[str, ...] = ()
+    given: Given = field(default_factory=Given)
+    shows: bool = True
+    prints: bool = True
 
 
 def run_launched(task: Task) -> NoReturn:
@@ -90,6 +98,22 @@ def work(task: Task, launched: Launched) -> int:
     Returns:
         The exit status: 0 done, 75 stopped and saved.
     """
+    return 0 if _work(task, launched)[1].is_done else RESUMABLE
+
+
+def work_in_program(task: Task, launched: Launched) -> tuple[Path, Exit]:
+    """Train as `work` does, in a process that goes on afterwards.
+
+    Returns:
+        The run's folder and the record of its end.
+    """
+    folder, outcome, progress, watch = _work(task, launched)
+    # DDP holds the process group alive, and would end it with the interpreter.
+    gc.collect()
+    return folder, _exit_record(outcome, progress, watch)
+
+
+def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watch]:
     # Elsewhere than on Linux, the workers of a launcher that is killed outright end by the timeouts
     # of their collectives.
     die_with_parent(launched.launcher_pid)
@@ -101,17 +125,20 @@ def work(task: Task, launched: Launched) -> int:
         )
         # From here on the folder may be removed: all workers have made their files in it.
         dist.barrier()
-        outcome = train_in(folder, task, workers, watch)
+        progress = Progress()
+        outcome = train_in(folder, task, workers, watch, progress)
         watch.close()
-        if workers.is_first:
+        if workers.is_first and task.prints:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
-    return 0 if outcome.is_done else RESUMABLE
+    return folder, outcome, progress, watch
 
 
-def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcome:
+def train_in(
+    folder: Path, task: Task, workers: Workers, watch: Watch, progress: Progress | None = None
+) -> Outcome:
     """Train in a run's folder, and record the end in `exit.json`.
 
     Args:
@@ -119,11 +146,22 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
         task: the same on all workers.
         workers: this worker's place.
         watch: gets the progress, and may ask to stop.
+        progress: is kept up to date; one of its own if None.
     """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
-    progress = Progress()
+    progress = progress or Progress()
     try:
-        outcome = train(task.config, workers, folder, progress, watch, task.allowed)
+        callbacks = task.given.give()
+        outcome = train(
+            task.config,
+            workers,
+            folder,
+            progress,
+            watch,
+            task.allowed,
+            callbacks,
+            shows=task.shows,
+        )
     except Exception as error:
         _log.info("failed after step %d", progress.step, exc_info=True)
         if workers.is_first:
@@ -224,10 +262,13 @@ def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
 
 
 def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
+    metrics = {split: dict(each) for split, each in outcome.metrics.items()}
     if outcome.is_done:
-        return Exit("done", outcome.reason, progress.step, 0)
-    asked = f"asked to stop by {watch.stop}" if watch.stop else "another worker was asked to stop"
-    return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE)
+        return Exit("done", outcome.reason, progress.step, 0, metrics)
+    asked = outcome.reason or "another worker was asked to stop"
+    if watch.stop:
+        asked = f"asked to stop by {watch.stop}"
+    return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE, metrics)
 
 
 def summarize(outcome: Outcome) -> list[str]:

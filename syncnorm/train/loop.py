@@ -11,17 +11,18 @@ train
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.placement import epoch_order
 from syncnorm.train.buffers import SharedBuffers, gather_digests
+from syncnorm.train.callbacks import Callback
 from syncnorm.train.checkpoint.capture import Progress, capture, resume
 from syncnorm.train.checkpoint.saver import BackgroundSaver
 from syncnorm.train.checkpoint.store import CheckpointStore
@@ -68,7 +69,7 @@ class Outcome:
         digests: SHA-256 of each worker's buffers, in rank order.
         is_done: True if all epochs are done; False if the run was asked to stop, and has saved its
             state.
-        reason: for being done.
+        reason: for being done, or of a callback of this worker's that asked to stop.
     """
 
     metrics: Mapping[str, Mapping[str, float]]
@@ -94,6 +95,8 @@ class Run:
         saved_at: time of the last checkpoint or of the start, by this process's clock.
         skipped: steps left out since the last that was taken.
         is_new: True until this process has taken a step.
+        callbacks: code of the user's, called on every worker.
+        stop_reason: of a callback that has asked this worker to stop.
     """
 
     config: Config
@@ -108,13 +111,29 @@ class Run:
     skipped: int = 0
     is_new: bool = True
     saved_at: float = field(default_factory=time.monotonic)
+    callbacks: Sequence[Callback] = ()
+    stop_reason: str | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network in training, without its wrapper of DistributedDataParallel."""
+        return self.setup.model
+
+    def stop(self, reason: str) -> None:
+        """Save and end the run after the next step; one worker's word is enough. It can be resumed.
+
+        Args:
+            reason: for `exit.json` and the screen.
+        """
+        self.stop_reason = reason
 
     @property
     def flags(self) -> Flags:
         """The wishes of this worker's surroundings. The first one's clock says when to save."""
         minutes = self.config.checkpoint.minutes
         is_late = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
-        return Flags(self.watch.stop is not None, is_late and self.workers.is_first)
+        is_asked_to_stop = self.watch.stop is not None or self.stop_reason is not None
+        return Flags(is_asked_to_stop, is_late and self.workers.is_first)
 
     @property
     def is_out_of_patience(self) -> bool:
@@ -130,6 +149,9 @@ def train(
     progress: Progress,
     watch: Watch,
     allowed: tuple[str, ...] = (),
+    callbacks: Sequence[Callback] = (),
+    *,
+    shows: bool = True,
 ) -> Outcome:
     """Train on this worker's part of every step.
 
@@ -143,6 +165,8 @@ def train(
         progress: is kept up to date.
         watch: told of progress, asked whether to stop.
         allowed: packages whose callables the configuration may name.
+        callbacks: called at points of the run, the same ones on all workers.
+        shows: True to show the run on the screen.
 
     Raises:
         ConfigError: something in the configuration turns out not to fit; on all workers.
@@ -163,17 +187,24 @@ def train(
     )
     resumed = resume(setup, progress, store)
     saver = None if store is None else BackgroundSaver(store)
-    with Recorder(setup, folder, progress, total_steps) as recorder:
+    with Recorder(setup, folder, progress, total_steps, shows=shows) as recorder:
         run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
+        run.callbacks = callbacks
         recorder.record_start(resumed)
+        for callback in callbacks:
+            callback.on_start(run)
         is_done = _train_epochs(run)
         metrics = _final_metrics(run, is_done)
+        for callback in callbacks:
+            callback.on_end(run, metrics)
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
-    return Outcome(metrics, digests, is_done, _reason(run))
+    return Outcome(metrics, digests, is_done, _reason(run, is_done))
 
 
-def _reason(run: Run) -> str:
+def _reason(run: Run, is_done: bool) -> str:
+    if not is_done:
+        return run.stop_reason or ""
     if run.is_out_of_patience:
         return f"the last {run.progress.since_best} evaluations were no better"
     return "all epochs done"
@@ -214,6 +245,8 @@ def _train_epoch(run: Run) -> bool:
         if is_last:
             mean_loss = progress.loss_sum / run.steps_per_epoch
             run.recorder.record_epoch(mean_loss, lr, judged_split(run.feed) if is_judged else None)
+            for callback in run.callbacks:
+                callback.on_epoch(run, mean_loss)
         elif is_judged:
             run.recorder.record_evaluation(judged_split(run.feed))
         _save_if_due(
@@ -249,6 +282,8 @@ def take_step(run: Run, batches: Iterator[Any], indices: Tensor) -> tuple[StepRe
     progress.loss_sum += result.loss if result.was_taken or result.has_overflowed else 0.0
     run.watch.alive()
     run.recorder.record_step(result, len(indices), lr)
+    for callback in run.callbacks:
+        callback.on_step(run, result.loss)
     return result, lr
 
 
@@ -300,6 +335,8 @@ def _metrics(run: Run, split: str) -> dict[str, float]:
     metrics = evaluate(setup.task, model, run.feed, split, run.config, run.workers, run.watch.alive)
     # The forwards may have changed some, and workers make different ones.
     SharedBuffers(model).broadcast(are_alike=False)
+    for callback in run.callbacks:
+        callback.on_evaluation(run, split, metrics)
     return metrics
 
 

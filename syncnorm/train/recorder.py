@@ -34,15 +34,27 @@ class Recorder:
         folder: the run's.
         progress: of the run.
         total_steps: of the whole run.
+        shows: True to show the run on the screen.
     """
 
-    def __init__(self, setup: Setup, folder: Path, progress: Progress, total_steps: int) -> None:
+    def __init__(
+        self,
+        setup: Setup,
+        folder: Path,
+        progress: Progress,
+        total_steps: int,
+        *,
+        shows: bool = True,
+    ) -> None:
         self._setup = setup
         self._config = setup.config.follow
         self._is_first = setup.workers.is_first
         self._progress = progress
+        self._total_steps = total_steps
         self._metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
-        self._display = Display(total_steps, done=progress.step, quiet=not self._is_first)
+        self._display = Display(
+            total_steps, done=progress.step, quiet=not (shows and self._is_first)
+        )
         self._tensorboard = None
         if self._config.tensorboard and self._is_first:
             self._tensorboard = _open_tensorboard(folder)
@@ -74,6 +86,7 @@ class Recorder:
             versions=versions(),
             parameters=sum(parameter.numel() for parameter in self._setup.model.parameters()),
             placement=self._setup.describe_step(),
+            steps=self._total_steps,
             decides=self._setup.task.best,
         )
         if resumed.source is not None:

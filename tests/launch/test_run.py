@@ -51,11 +51,13 @@ def test_the_run_folder(local):
     assert {path.name for path in run.iterdir()} == names
     assert {path.name for path in (run / "logs").iterdir()} == {"rank-0.log", "rank-1.log"}
     assert load_config(str(run / "config.yaml")) == load_config("digits", SHORT)
+    (epoch,) = events(run, "epoch")
     assert json.loads((run / "exit.json").read_text()) == {
         "status": "done",
         "reason": "all epochs done",
         "step": 12,
         "exit_code": 0,
+        "metrics": {"test": {"accuracy": epoch["test_accuracy"], "loss": epoch["test_loss"]}},
     }
     snapshot, _, _ = CheckpointStore(run / "checkpoints").newest()
     assert snapshot is not None

@@ -2,12 +2,15 @@
 
 To import a module is to run it, so only packages that the person at the command line has allowed
 are imported: a configuration alone, found in a folder or sent by somebody, runs nothing.
+
+A program may also hand over objects of its own (`syncnorm.fit`). Nothing is imported for those, and
+they need no permission.
 """
 
 import importlib
 import re
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from syncnorm.errors import ConfigError
@@ -16,7 +19,17 @@ from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.config.strict_yaml import printable
 from syncnorm.train.packages import PACKAGED
 
+GIVEN = "given"
+"""The module in the name of an object that no import leads to, such as `given:model`."""
+
+_given: dict[str, Callable[..., Any]] = {}
+
 _PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
+
+
+def give(callables: Mapping[str, Callable[..., Any]]) -> None:
+    """Hand over callables to this process, by the names that a configuration has for them."""
+    _given.update(callables)
 
 
 def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., Any]:
@@ -31,6 +44,8 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
         ConfigError: it is not allowed, and nothing was imported; or it cannot be imported, or is
             not callable.
     """
+    if reference in _given:
+        return _given[reference]
     module_name, name = check_allowed(reference, allowed, key)
     try:
         found = getattr(importlib.import_module(module_name), name)
@@ -64,6 +79,11 @@ def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str
             f"{reprlib.repr(reference)}"
         )
     module_name, _, name = reference.partition(":")
+    if module_name == GIVEN and reference not in _given:
+        raise ConfigError(
+            f"`{key}` is {reference!r}: a program gave an object of its own to syncnorm.fit. Give it "
+            "again: only the program knows it."
+        )
     if not any(f"{module_name}.".startswith(f"{package}.") for package in allowed):
         raise ConfigError(
             f"`{key}` must name a callable of a package that is allowed, got {reference!r}. "
@@ -85,5 +105,6 @@ def check_callables(config: Config, allowed: Sequence[str]) -> None:
         ("data.name", config.data.name),
         ("task.name", config.task.name),
     ):
-        if REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name):
+        is_reference = REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name)
+        if is_reference and name not in _given:
             check_allowed(name, allowed, key)

@@ -3,8 +3,9 @@
 Every problem ends in one `ConfigError` that names the file or the key.
 """
 
+import copy
 import reprlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,21 @@ def read(source: str, overrides: Sequence[str] = ()) -> Written:
         raise ConfigError(f"{path}: must be a mapping of sections, got {reprlib.repr(values)}")
     keys = [_apply(values, override) for override in overrides]
     return Written(path, text, values, frozenset(keys))
+
+
+def from_values(values: Mapping[str, Any]) -> Written:
+    """Take a configuration from a program; what is changed later does not change its values."""
+    return Written(Path("config"), "", copy.deepcopy(dict(values)), frozenset())
+
+
+def set_values(written: Written, overrides: Mapping[str, Any]) -> None:
+    """Set values by their dotted keys, such as `{"train.lr": 0.1}`.
+
+    Raises:
+        ConfigError: a key leads through something that is no section.
+    """
+    for name, value in overrides.items():
+        _set(written.values, _split(name), value, f"override {reprlib.repr(name)}")
 
 
 def check(written: Written) -> Config:
@@ -123,6 +139,11 @@ def _apply(values: dict[str, Any], override: str) -> Key:
         raise ConfigError(
             f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}"
         )
+    _set(values, key, value, shown)
+    return key
+
+
+def _set(values: dict[str, Any], key: Key, value: Any, shown: str) -> None:
     for depth, part in enumerate(key[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
@@ -131,7 +152,6 @@ def _apply(values: dict[str, Any], override: str) -> Key:
         del values[key[-1]]
     else:
         values[key[-1]] = value
-    return key
 
 
 def _split(name: str) -> Key:

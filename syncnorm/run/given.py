@@ -1,0 +1,88 @@
+"""Objects that a program hands over to the workers of its run: data, model, task, callbacks."""
+
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.callbacks import Callback
+from syncnorm.train.config.callables import GIVEN, give
+from syncnorm.train.config.section import REFERENCE
+
+
+class Given:
+    """Callables by the name that a configuration has for them, and callbacks.
+
+    A worker that is forked inherits them. To one that is spawned they are sent, classes and
+    functions of a notebook or a script included; it unpacks them in `give`.
+
+    Args:
+        callables: such as `{"given:model": Net}`.
+        callbacks: of the run.
+    """
+
+    def __init__(
+        self,
+        callables: Mapping[str, Callable[..., Any]] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
+        self._parts: dict[str, Any] = {**(callables or {}), "callbacks": tuple(callbacks)}
+        self._is_packed = False
+
+    def give(self) -> tuple[Callback, ...]:
+        """Hand the callables over to this process, and return the callbacks."""
+        parts = dict(self._parts)
+        if self._is_packed:
+            import cloudpickle
+
+            parts = {name: cloudpickle.loads(part) for name, part in parts.items()}
+        callbacks = parts.pop("callbacks")
+        give(parts)
+        return callbacks
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_packed or self._parts == {"callbacks": ()}:
+            return dict(self.__dict__)
+        return {
+            "_parts": {name: _pack(name, part) for name, part in self._parts.items()},
+            "_is_packed": True,
+        }
+
+
+def _pack(name: str, part: Any) -> bytes:
+    import cloudpickle
+
+    try:
+        return cloudpickle.dumps(part)
+    except Exception as error:  # an object may raise anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(
+            f"{name.removeprefix(f'{GIVEN}:')} cannot be sent to the workers: {reason}. Give a "
+            "function that makes it."
+        ) from None
+
+
+def name_of(what: str, given: Any) -> str:
+    """Name an object as a configuration does: where it can be imported from, or `given:WHAT`."""
+    module, name = getattr(given, "__module__", None), getattr(given, "__qualname__", "")
+    reference = f"{module}:{name}"
+    found = getattr(sys.modules.get(str(module)), name, None)
+    return reference if REFERENCE.fullmatch(reference) and found is given else f"{GIVEN}:{what}"
+
+
+class Constant:
+    """A callable that returns an object: of a network, a copy, so that each run has its own.
+
+    Args:
+        value: the object.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __call__(self, *_: Any) -> Any:
+        """Return the object."""
+        return copy.deepcopy(self._value) if isinstance(self._value, nn.Module) else self._value
