@@ -3,9 +3,10 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
@@ -38,7 +39,7 @@ _Config = Annotated[
 ]
 _Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Replace values, such as train.lr=0.1."),
+    typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
 ]
 _Allow = Annotated[
     list[str] | None,
@@ -129,7 +130,7 @@ def recalibrate(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of the runs to compare.")
+        list[Path], typer.Argument(metavar="RUN", help="Folders of the runs to compare.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
 ) -> None:
@@ -269,6 +270,17 @@ def bench(
 
 
 cli.add_commands(app)
+
+
+class _Command(TyperCommand):
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        # Typer has braces around what is required; the usual way is to have none.
+        pieces = super().collect_usage_pieces(ctx)
+        return [piece.replace("{", "").replace("}", "") for piece in pieces]
+
+
+for _each in (*app.registered_commands, *config_app.registered_commands):
+    _each.cls = _Command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -48,7 +48,7 @@ def submit(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Replace values.")
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
     ] = None,
     address: _Address = None,
     submission_id: Annotated[
