@@ -10,6 +10,9 @@ from collections.abc import Sequence
 
 from syncnorm.run import env
 
+# What the extra `train` brings. Commands that need another extra name it themselves.
+_TRAIN = ("numpy", "pydantic", "rich", "safetensors", "typer", "yaml")
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command and exit with its status; 130 in the shell after Ctrl-C.
@@ -25,16 +28,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         env.set_for_launcher(sys.argv[1:])
     try:
         from syncnorm.cli import main as run
+
+        run(arguments)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name == "syncnorm":
+        if name not in _TRAIN:
             raise
         print(
             f"syncnorm: the command needs {name}, which is missing: pip install 'syncnorm[train]'",
             file=sys.stderr,
         )
         sys.exit(2)
-    run(arguments)
 
 
 if __name__ == "__main__":

@@ -3,23 +3,19 @@
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
+from syncnorm import __version__
 from syncnorm.errors import ConfigError
-from syncnorm.run.doctor import diagnose, exit_status, render
-from syncnorm.run.dry_run import dry_run
 from syncnorm.run.env import read_launched
+from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
-from syncnorm.run.local import LocalRunError, run_local
 from syncnorm.run.ray import cli
-from syncnorm.run.recalibrate import run_recalibrate
-from syncnorm.run.worker import Task, run_worker
-from syncnorm.train.config.callables import check_callables
-from syncnorm.train.config.file import load_config
-from syncnorm.train.config.show import schema as schema_text
-from syncnorm.train.config.show import show as show_config
+
+# Nothing above imports torch, which takes seconds of a core: each command imports its own work.
 
 app = typer.Typer(
     name="syncnorm",
@@ -33,24 +29,46 @@ config_app = typer.Typer(
     no_args_is_help=True, help="Print a resolved configuration, or the keys and their meaning."
 )
 app.add_typer(config_app, name="config")
-cli.add_commands(app)
+
+_Config = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG",
+        help="A YAML file, or the name of a packed configuration such as digits.",
+    ),
+]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
+]
+_Allow = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
+]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"syncnorm {__version__}")
+        raise typer.Exit
 
 
 @app.callback()
-def _syncnorm() -> None:
+def _syncnorm(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Train a sharded batch as if it were one batch."""
 
 
 @app.command()
 def train(
-    config: Annotated[
-        str,
-        typer.Argument(help="A YAML file, or the name of a packed configuration such as digits."),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
-    ] = None,
+    config: _Config,
+    overrides: _Overrides = None,
     dry: Annotated[
         bool,
         typer.Option(
@@ -58,18 +76,21 @@ def train(
             help="Take one step without the other workers, print its costs, and stop.",
         ),
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PACKAGE", help="A package whose callables the configuration may name."
-        ),
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="Resume the run in this folder.")
     ] = None,
+    allow: _Allow = None,
 ) -> None:
     """Train on workers of this machine, or as one worker of torchrun when started by it.
 
     The last two lines of standard output are the test accuracy and the run's folder.
     """
+    from syncnorm.run.dry_run import dry_run
+    from syncnorm.run.local import run_local
+    from syncnorm.run.worker import Task, run_worker
+    from syncnorm.train.config.callables import check_callables
+    from syncnorm.train.config.file import load_config
+
     arguments = overrides or []
     task = Task(load_config(config, arguments), Path(config).stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
@@ -85,7 +106,7 @@ def train(
 
 @app.command()
 def recalibrate(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
     allow: Annotated[
         list[str] | None,
@@ -99,6 +120,8 @@ def recalibrate(
     Runs in this process, or as one worker of torchrun. The last line of standard output is the new
     checkpoint; the old one stays.
     """
+    from syncnorm.run.recalibrate import run_recalibrate
+
     if allow:
         add_working_folder_to_path()
     run_recalibrate(run, mix, tuple(allow or ()), read_launched())
@@ -107,7 +130,7 @@ def recalibrate(
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Folders of the runs to compare.")
+        list[Path], typer.Argument(metavar="RUN", help="Folders of the runs to compare.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
 ) -> None:
@@ -122,12 +145,12 @@ def report(
 
 @config_app.command()
 def show(
-    config: Annotated[
-        str, typer.Argument(help="A YAML file, or the name of a packed configuration.")
-    ],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    config: _Config,
+    overrides: _Overrides = None,
 ) -> None:
     """Print the resolved configuration, with the origin of each value."""
+    from syncnorm.train.config.show import show as show_config
+
     print(show_config(config, overrides or []), end="")
 
 
@@ -137,6 +160,8 @@ def schema(
     json: Annotated[bool, typer.Option(help="As JSON Schema, for editors.")] = False,
 ) -> None:
     """Print every key with its type, range, default and meaning."""
+    from syncnorm.train.config.show import schema as schema_text
+
     print(schema_text("json" if json else "markdown" if markdown else "text"), end="")
 
 
@@ -148,6 +173,8 @@ def doctor(
 
     Exit status 1 if a run would fail.
     """
+    from syncnorm.run.doctor import diagnose, exit_status, render
+
     checks = diagnose(run_dir)
     print(render(checks))
     raise typer.Exit(exit_status(checks))
@@ -240,6 +267,20 @@ def bench(
         workers, device, batch, layer or (), case or (), compile, rounds, seconds, json, plot
     )
     run_bench(options, read_launched())
+
+
+cli.add_commands(app)
+
+
+class _Command(TyperCommand):
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        # Typer has braces around what is required; the usual way is to have none.
+        pieces = super().collect_usage_pieces(ctx)
+        return [piece.replace("{", "").replace("}", "") for piece in pieces]
+
+
+for _each in (*app.registered_commands, *config_app.registered_commands):
+    _each.cls = _Command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

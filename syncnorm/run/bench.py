@@ -16,8 +16,8 @@ from syncnorm.bench.runner import Runner
 from syncnorm.bench.table import print_case, print_end, print_head
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched, set_for_children, set_for_nccl, set_for_profiler
+from syncnorm.run.errors import LocalRunError
 from syncnorm.run.interrupt import as_keyboard_interrupt
-from syncnorm.run.local import LocalRunError
 from syncnorm.train.files import write_text_whole
 
 _LOCAL_WORKERS = 2

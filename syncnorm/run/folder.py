@@ -6,16 +6,14 @@ import json
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.checkpoint.capture import different_keys
 from syncnorm.train.config import strict_yaml
-from syncnorm.train.config.schema import Config
 from syncnorm.train.files import remove, write_text_whole
 
-# EX_TEMPFAIL of sysexits.h, a temporary failure to be tried again. Schedulers know it.
-RESUMABLE = 75
+if TYPE_CHECKING:
+    from syncnorm.train.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ def read_exit(folder: Path) -> Exit | None:
         return None
 
 
-def make_run_folder(config: Config, name: str, launch: str | None = None) -> Path:
+def make_run_folder(config: "Config", name: str, launch: str | None = None) -> Path:
     """Make a new folder `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it.
 
     Args:
@@ -81,12 +79,12 @@ def remove_unstarted(folder: Path) -> None:
         remove(folder)
 
 
-def write_config(config: Config, folder: Path) -> None:
+def write_config(config: "Config", folder: Path) -> None:
     """Write the resolved configuration, which makes a folder a run's folder."""
     write_text_whole(folder / "config.yaml", strict_yaml.dump(config.model_dump()))
 
 
-def find_relaunched(config: Config, launch: str) -> Path | None:
+def find_relaunched(config: "Config", launch: str) -> Path | None:
     """Find the newest unfinished run of the same launch, whose workers are being restarted."""
     folders = []
     for note in Path(config.run_dir).glob("*/launch.json"):
@@ -104,12 +102,14 @@ def find_relaunched(config: Config, launch: str) -> Path | None:
     return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
-def check_resumable(config: Config, folder: Path) -> Path:
+def check_resumable(config: "Config", folder: Path) -> Path:
     """Return the folder if a run with this configuration can resume in it.
 
     Raises:
         ConfigError: it is not a run's folder, or that run would have another result.
     """
+    from syncnorm.train.checkpoint.capture import different_keys
+
     recorded = _recorded(folder)
     if recorded is None:
         raise ConfigError(
@@ -155,7 +155,9 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     return recorded if isinstance(recorded, dict) else None
 
 
-def _is_same_config(config: Config, folder: Path) -> bool:
+def _is_same_config(config: "Config", folder: Path) -> bool:
+    from syncnorm.train.checkpoint.capture import different_keys
+
     recorded = _recorded(folder)
     return recorded is not None and not different_keys(config, recorded)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.local import LocalRunError
+from syncnorm.run.errors import LocalRunError
 
 
 def add_working_folder_to_path() -> None:

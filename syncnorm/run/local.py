@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.errors import ConfigError
 from syncnorm.run import env, interrupt
+from syncnorm.run.errors import LocalRunError, RunStopped
 from syncnorm.run.failures import Failure, root_cause
 from syncnorm.run.folder import (
-    RESUMABLE,
     Exit,
     check_resumable,
     make_run_folder,
@@ -27,34 +27,6 @@ from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30
-
-
-class LocalRunError(SyncnormError):
-    """A local run failed or was stopped; the message is for the person who started it.
-
-    Args:
-        message: the reason.
-        exit_code: of the command.
-    """
-
-    def __init__(self, message: str, exit_code: int = 1) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
-class RunStopped(LocalRunError):
-    """A local run was stopped, has saved, and can be resumed.
-
-    Args:
-        message: the reason.
-        folder: of the run.
-        number: of the signal that stopped it; None if a worker did, or its surroundings.
-    """
-
-    def __init__(self, message: str, folder: Path, number: int | None) -> None:
-        super().__init__(message, RESUMABLE)
-        self.folder = folder
-        self.number = number
 
 
 def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:

@@ -17,8 +17,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched, read_launched, set_for_nccl
+from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.folder import (
-    RESUMABLE,
     Exit,
     check_resumable,
     find_relaunched,

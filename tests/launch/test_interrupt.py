@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from syncnorm.__main__ import main
+from syncnorm import __version__
 from tests.launch import commands
 
 # Read by Python at its start. As long as its parent lives, it stands still where MODULE is about to
@@ -108,18 +108,43 @@ def test_workers_of_torchrun_say_nothing(tmp_path):
     assert "syncnorm/" not in done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["doctor"], ["verify"]], ids=str)
-def test_a_bare_install_names_the_extra(monkeypatch, capsys, arguments):
-    monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "syncnorm.cli", raising=False)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert caught.value.code == 2
-    expected = (
-        "syncnorm: the command needs typer, which is missing: pip install 'syncnorm[train]'\n"
+@pytest.mark.parametrize(
+    ("arguments", "missing"),
+    [
+        (["--help"], "typer"),
+        (["config", "show", "digits"], "yaml"),
+        (["verify"], "pydantic"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_a_bare_install_names_the_extra(tmp_path, arguments, missing):
+    hooks = tmp_path / "hooks"
+    hooks.mkdir()
+    (hooks / "sitecustomize.py").write_text(f"import sys; sys.modules[{missing!r}] = None")
+    path = os.pathsep.join([str(hooks), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = commands.run([*commands.SYNCNORM, *arguments], tmp_path, {"PYTHONPATH": path})
+    assert done.returncode == 2
+    assert (done.stdout, done.stderr) == (
+        "",
+        f"syncnorm: the command needs {missing}, which is missing: pip install 'syncnorm[train]'\n",
     )
-    assert capsys.readouterr() == ("", expected)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["-V"], ["train", "--help"]],
+    ids=" ".join,
+)
+def test_what_needs_no_tensor_starts_without_torch(arguments):
+    code = (
+        "import sys; from syncnorm.__main__ import main\n"
+        "try: main(sys.argv[1:])\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)\n"
+    )
+    done = commands.run([sys.executable, "-c", code, *arguments], Path.cwd())
+    assert (done.returncode, done.stderr) == (0, "False\n")
+
+
+def test_the_version():
+    done = commands.run([*commands.SYNCNORM, "--version"], Path.cwd())
+    assert (done.returncode, done.stdout) == (0, f"syncnorm {__version__}\n")

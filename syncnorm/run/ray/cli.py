@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from syncnorm.run.interrupt import as_keyboard_interrupt
-from syncnorm.run.ray.job import make_job
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from syncnorm.run.ray.submit import JobStatus
+
+_PANEL = "On a Ray cluster"
 
 _Address = Annotated[
     str | None,
@@ -34,14 +35,17 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The job's submission id.
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the application."""
     for command in (submit, status, logs, stop):
-        app.command()(command)
-    app.command("list")(list_jobs)
+        app.command(rich_help_panel=_PANEL)(command)
+    app.command("list", rich_help_panel=_PANEL)(list_jobs)
 
 
 def submit(
     config: Annotated[
         str,
-        typer.Argument(help="A YAML file, or the name of a packed configuration such as digits."),
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML file, or the name of a packed configuration such as digits.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
@@ -69,6 +73,8 @@ def submit(
     The run's folder is run_dir/ID, which all machines of the cluster must share. The exit status is
     that of the run.
     """
+    from syncnorm.run.ray.job import make_job
+
     job = make_job(config, overrides or [], allow or [], submission_id)
     with _client(address, insecure) as client:
         from syncnorm.run.ray import submit

@@ -8,16 +8,19 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import read_cluster
-from syncnorm.run.folder import RESUMABLE, read_exit
+from syncnorm.run.errors import RESUMABLE
+from syncnorm.run.folder import read_exit
 from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
-from syncnorm.run.ray.job import Job
 from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.metrics import last_step
+
+if TYPE_CHECKING:
+    from syncnorm.run.ray.job import Job
 
 # Least time between a stop and a kill. Workers finish their step and save, and a network file
 # system may show them the STOP file only after a minute. `stop` waits for the job's end, however
@@ -95,7 +98,7 @@ def list_statuses(client: JobSubmissionClient) -> list[JobStatus]:
     return [_to_status(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
 
 
-def start(client: JobSubmissionClient, job: Job) -> int | None:
+def start(client: JobSubmissionClient, job: "Job") -> int | None:
     """Submit a job, unless it is running.
 
     A run that is submitted again resumes from its newest checkpoint.
@@ -205,7 +208,7 @@ def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None
     return driver if driver in (0, 1, 2, RESUMABLE) else 1
 
 
-def _runtime_env(job: Job) -> dict[str, Any]:
+def _runtime_env(job: "Job") -> dict[str, Any]:
     timeout = job.task().config.launch.timeout_seconds
     environment: dict[str, Any] = {
         # Ray's default of 3 seconds is too short for a save.

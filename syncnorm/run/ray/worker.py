@@ -11,8 +11,8 @@ import torch.distributed as dist
 
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run.env import read_launched
+from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.failures import is_peer_loss
-from syncnorm.run.folder import RESUMABLE
 from syncnorm.run.ray.job import STOP, Job
 from syncnorm.run.watchdog import Watchdog, open_log
 from syncnorm.run.worker import join, open_run_folder, summarize, train_in
