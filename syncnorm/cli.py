@@ -15,6 +15,7 @@ from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.local import LocalRunError, run_local
 from syncnorm.run.ray import cli
 from syncnorm.run.recalibrate import run_recalibrate
+from syncnorm.run.resume import choose_config
 from syncnorm.run.worker import Task, run_worker
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
@@ -44,9 +45,12 @@ def _syncnorm() -> None:
 @app.command()
 def train(
     config: Annotated[
-        str,
-        typer.Argument(help="A YAML file, or the name of a packed configuration such as digits."),
-    ],
+        str | None,
+        typer.Argument(
+            help="A YAML file, or the name of a packed configuration such as digits. With "
+            "--resume, the run's own if left out."
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
@@ -70,8 +74,8 @@ def train(
 
     The last two lines of standard output are the test accuracy and the run's folder.
     """
-    arguments = overrides or []
-    task = Task(load_config(config, arguments), Path(config).stem, resume, tuple(allow or ()))
+    source, arguments = choose_config(config, overrides or [], resume)
+    task = Task(load_config(source, arguments), Path(source).stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
     launched = read_launched()
     add_working_folder_to_path()

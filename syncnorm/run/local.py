@@ -21,6 +21,7 @@ from syncnorm.run.folder import (
 )
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
+from syncnorm.run.resume import resume_command
 from syncnorm.run.worker import Task, run_launched
 from syncnorm.train.metrics import MetricsFile, last_step
 
@@ -71,7 +72,7 @@ def run_local(task: Task) -> None:
         with interrupt.for_launcher():
             _run_with_restarts(task, folder, forks)
     except interrupt.Stopped as stopped:
-        _raise_if_stopped(folder)
+        _raise_if_stopped(folder, task.allowed)
         end = read_exit(folder)
         if end is not None and end.status == "done":
             return
@@ -112,7 +113,7 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
             partial(run_launched, task), launch.most_workers, Path(logs), forks, patience_seconds
         )
     except ChildFailedError as error:
-        _raise_if_stopped(folder)
+        _raise_if_stopped(folder, task.allowed)
         failure = root_cause(error)
         if failure.is_bad_input:
             raise ConfigError(failure.reason) from None
@@ -122,12 +123,12 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
     return None
 
 
-def _raise_if_stopped(folder: Path) -> None:
+def _raise_if_stopped(folder: Path, allowed: tuple[str, ...]) -> None:
     end = read_exit(folder)
     if end is not None and end.status == "stopped":
         raise LocalRunError(
-            f"stopped after step {end.step}: {end.reason}. To go on: the same command with "
-            f"--resume {folder}",
+            f"stopped after step {end.step}: {end.reason}. To go on: "
+            f"{resume_command(folder, allowed)}",
             RESUMABLE,
         )
 

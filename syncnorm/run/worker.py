@@ -24,6 +24,7 @@ from syncnorm.run.folder import (
     lock,
     make_run_folder,
     remove_unstarted,
+    write_config,
 )
 from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
@@ -183,6 +184,8 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
         try:
             mine, is_new = _choose_folder(task, launched)
             held = lock(mine)
+            # A resumed run may have more epochs, or other workers.
+            write_config(task.config, mine)
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
             mine = error
