@@ -67,7 +67,14 @@ def _syncnorm(
 
 @app.command()
 def train(
-    config: _Config,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML file, or the name of a packed configuration such as digits. With "
+            "--resume, the run's own if left out.",
+        ),
+    ] = None,
     overrides: _Overrides = None,
     dry: Annotated[
         bool,
@@ -87,12 +94,13 @@ def train(
     """
     from syncnorm.run.dry_run import dry_run
     from syncnorm.run.local import run_local
+    from syncnorm.run.resume import choose_config
     from syncnorm.run.worker import Task, run_worker
     from syncnorm.train.config.callables import check_callables
     from syncnorm.train.config.file import load_config
 
-    arguments = overrides or []
-    task = Task(load_config(config, arguments), Path(config).stem, resume, tuple(allow or ()))
+    source, arguments = choose_config(config, overrides or [], resume)
+    task = Task(load_config(source, arguments), Path(source).stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
     launched = read_launched()
     add_working_folder_to_path()

@@ -32,6 +32,31 @@ Entries = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
+class Left:
+    """Names of a state dict and a model that do not go together."""
+
+    missing: tuple[str, ...] = ()
+    """The model's, for which the state has nothing."""
+    unexpected: tuple[str, ...] = ()
+    """The state's, which the model does not have."""
+    reshaped: tuple[str, ...] = ()
+    """The names that have other shapes, with both."""
+
+    def lines(self, most: int = 3) -> list[str]:
+        """Write a line for each kind, with the number of names and the first ones."""
+        kinds = (
+            (self.missing, "of the model that the state lacks"),
+            (self.unexpected, "of the state that the model does not have"),
+            (self.reshaped, "of other shapes"),
+        )
+        return [
+            f"{len(names)} {what}: {', '.join(names[:most])}{', ...' if len(names) > most else ''}"
+            for names, what in kinds
+            if names
+        ]
+
+
+@dataclass(frozen=True)
 class Adopted:
     """A report of `adopt_state_dict`; printing it gives the text."""
 
@@ -39,6 +64,8 @@ class Adopted:
     """The library recognised for each batch norm, by qualified name."""
     notes: tuple[str, ...]
     """Values that were changed or made up, and facts that a state dict does not hold."""
+    left: Left
+    """The names that did not fit; none unless `partial`."""
 
     def __str__(self) -> str:
         kinds = sorted(set(self.layers.values()))
@@ -46,7 +73,7 @@ class Adopted:
             f"{sum(k == kind for k in self.layers.values())} batch norms as {kind}"
             for kind in kinds
         ]
-        return "\n".join((*lines, *self.notes))
+        return "\n".join((*lines, *self.notes, *self.left.lines()))
 
 
 class _Read(NamedTuple):
@@ -58,7 +85,11 @@ class _Read(NamedTuple):
 
 
 def adopt_state_dict(
-    model: nn.Module, state: Mapping[str, Any], *, source: str | None = None
+    model: nn.Module,
+    state: Mapping[str, Any],
+    *,
+    source: str | None = None,
+    partial: bool = False,
 ) -> Adopted:
     """Fill `model` from a state dict of another library: all of it, or nothing and an error.
 
@@ -80,12 +111,14 @@ def adopt_state_dict(
         state: names to tensors or arrays.
         source: "inplace_abn" must be named, since its entries are called as torch's are and mean
             something else; "torch", "keras" and "crossq" insist on theirs. None: recognised.
+        partial: True to fill what fits by name and shape, and leave the rest as it is.
 
     Returns:
-        What was recognised, changed and made up.
+        What was recognised, changed, made up and left.
 
     Raises:
-        InputError: names are missing or left over, or shapes differ. Nothing was changed.
+        InputError: names are missing or left over, or shapes differ; with `partial`, nothing fits.
+            Nothing was changed.
 
     Example:
         >>> layer = nn.BatchNorm1d(1, eps=1e-3)
@@ -103,13 +136,20 @@ def adopt_state_dict(
     for name, layer in model.named_modules(remove_duplicate=False):
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             prefix = f"{name}." if name else ""
-            read = _read(_take(entries, prefix), layer, source, name)
+            own = _take(entries, prefix)
+            if partial and not own:
+                continue
+            read = _read(own, layer, source, name)
             entries |= {prefix + key: value for key, value in read.entries.items()}
             layers[name] = read.kind
             notes += (f"{name!r}: {note}" for note in read.notes)
-    _check(entries, target)
+    if partial:
+        left, entries = _fitting(entries, target)
+    else:
+        left = Left()
+        _check(entries, target)
     model.load_state_dict(entries)
-    return Adopted(layers, tuple(notes))
+    return Adopted(layers, tuple(notes), left)
 
 
 def _tensors(state: object) -> dict[str, Any]:
@@ -304,23 +344,47 @@ def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:
     return _Read("crossq", {names.get(key, key): value for key, value in own.items()}, notes)
 
 
-def _check(entries: Entries, target: Mapping[str, Any]) -> None:
-    """Raise InputError unless these are all of the model's entries, with its shapes."""
-    faults = [
-        f"nothing for {name!r}"
-        for name in target
-        if name not in entries and not name.endswith(tuple(MODE_BUFFERS))
+def _compare(entries: Entries, target: Mapping[str, Any]) -> tuple[list[str], ...]:
+    """The names that are missing, left over, and of another shape."""
+    missing = [
+        name for name in target if name not in entries and not name.endswith(tuple(MODE_BUFFERS))
     ]
-    faults += [f"{name!r}, which the model does not have" for name in entries if name not in target]
-    faults += [
-        f"{name!r} of shape {tuple(value.shape)}, which is {tuple(target[name].shape)} in the model"
+    unexpected = [name for name in entries if name not in target]
+    reshaped = [
+        name
         for name, value in entries.items()
         if name in target and isinstance(target[name], Tensor) and not is_lazy(target[name])
         and value.shape != target[name].shape
     ]  # fmt: skip
+    return missing, unexpected, reshaped
+
+
+def _check(entries: Entries, target: Mapping[str, Any]) -> None:
+    """Raise InputError unless these are all of the model's entries, with its shapes."""
+    missing, unexpected, reshaped = _compare(entries, target)
+    faults = [f"nothing for {name!r}" for name in missing]
+    faults += [f"{name!r}, which the model does not have" for name in unexpected]
+    faults += [
+        f"{name!r} of shape {tuple(entries[name].shape)}, which is {tuple(target[name].shape)} in "
+        "the model"
+        for name in reshaped
+    ]
     if faults:
         more = f" and {len(faults) - 8} more" if len(faults) > 8 else ""
         raise InputError(
             f"`state` must have the model's entries, got {'; '.join(faults[:8])}{more}. Rename or "
             "leave out what does not fit, or fill a part of the model. Nothing was changed."
         )
+
+
+def _fitting(entries: Entries, target: Mapping[str, Any]) -> tuple[Left, Entries]:
+    """The model's entries, with those of the state that fit; and the names of those that do not."""
+    missing, unexpected, reshaped = _compare(entries, target)
+    fitting = {k: v for k, v in entries.items() if k in target and k not in reshaped}
+    if not any(name.rpartition(".")[2] != "num_batches_tracked" for name in fitting):
+        raise InputError(
+            f"`state` must have entries that fit the model, got {', '.join([*entries][:4])}, ... "
+            f"for {', '.join([*target][:4])}, .... Nothing was changed."
+        )
+    shapes = [f"{k} {tuple(entries[k].shape)} for {tuple(target[k].shape)}" for k in reshaped]
+    return Left(tuple(missing), tuple(unexpected), tuple(shapes)), {**target, **fitting}

@@ -19,6 +19,7 @@ from syncnorm.train.memory import Need, available_bytes, check_fits, estimate, f
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, training_step
+from syncnorm.train.weights import load_weights
 from syncnorm.undocumented import fake_store
 
 
@@ -64,6 +65,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     free = available_bytes(config, workers, 1)
     check_fits(need, free, 0)
     setup = make_setup(config, workers, feed, total_steps, model=model, task=learned)
+    load_weights(setup.model, config.model, workers)
     setup.ddp.register_comm_hook(None, _return_bucket)
     order = epoch_order(feed.sizes[TRAIN], config.train.seed, 1)
     indices = order[: config.train.global_batch].to(feed.index_device)

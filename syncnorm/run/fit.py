@@ -16,6 +16,7 @@ from syncnorm.run.folder import Exit, read_exit
 from syncnorm.run.given import Constant, Given, name_of
 from syncnorm.run.local import run_local
 from syncnorm.run.notebook import Follower, is_notebook
+from syncnorm.run.resume import choose_config
 from syncnorm.run.worker import Task, work_in_program
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.config.callables import GIVEN, check_callables
@@ -49,7 +50,7 @@ class Result:
 
 
 def fit(
-    config: str | Path | Mapping[str, Any],
+    config: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
     *,
     dataset: Any = None,
@@ -68,7 +69,8 @@ def fit(
 
     Args:
         config: a YAML file, the name of a packed configuration, or its keys and values. Sections
-            `data`, `model` and `task` need no name where an object is given for them.
+            `data`, `model` and `task` need no name where an object is given for them. With
+            `resume`, the run's own if left out.
         overrides: values for dotted keys, such as `{"train.lr": 0.1}`.
         dataset: a `Splits` or a `Dataset` (syncnorm.train.data), or a function that returns one:
             it is called with `data.root` and `data.options`.
@@ -92,6 +94,8 @@ def fit(
     others = [each for each in callbacks if not isinstance(each, Callback)]
     if others:
         raise ConfigError(f"`callbacks` must be Callback objects, got {types_of(others[0])}")
+    if config is None:
+        config, _ = choose_config(None, (), None if resume is None else Path(resume))
     launched = read_launched()
     follower = Follower() if launched is None and is_notebook() else None
     run = Task(

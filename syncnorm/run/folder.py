@@ -108,7 +108,7 @@ def check_resumable(config: "Config", folder: Path) -> Path:
     Raises:
         ConfigError: it is not a run's folder, or that run would have another result.
     """
-    from syncnorm.train.checkpoint.capture import different_keys
+    from syncnorm.train.checkpoint.capture import describe_differences
 
     recorded = _recorded(folder)
     if recorded is None:
@@ -116,12 +116,12 @@ def check_resumable(config: "Config", folder: Path) -> Path:
             f"`--resume` must name a run's folder, got {str(folder)!r}, which has no readable "
             "config.yaml"
         )
-    differences = different_keys(config, recorded)
+    differences = describe_differences(config, recorded)
     if differences:
         raise ConfigError(
-            f"`--resume` must name a run of the same configuration, got {str(folder)!r}, where "
-            f"{', '.join(differences)} differ. Only launch, follow, checkpoint and run_dir may "
-            "change."
+            f"`--resume` must name a run of the same configuration, got {str(folder)!r}, which "
+            f"differs: {differences}. Only launch, follow, checkpoint and run_dir may change, and "
+            "train.epochs may grow."
         )
     return folder
 
@@ -156,10 +156,10 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
 
 
 def _is_same_config(config: "Config", folder: Path) -> bool:
-    from syncnorm.train.checkpoint.capture import different_keys
+    from syncnorm.train.checkpoint.capture import describe_differences
 
     recorded = _recorded(folder)
-    return recorded is not None and not different_keys(config, recorded)
+    return recorded is not None and not describe_differences(config, recorded)
 
 
 def _candidates(root: Path, stem: str) -> itertools.chain[Path]:

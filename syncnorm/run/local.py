@@ -22,6 +22,7 @@ from syncnorm.run.folder import (
 )
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
+from syncnorm.run.resume import resume_command
 from syncnorm.run.worker import Task, run_launched
 from syncnorm.train.metrics import MetricsFile, last_step
 
@@ -65,7 +66,7 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
         with env.for_workers(folder), interrupt.for_launcher():
             _run_with_restarts(task, folder, forks)
     except interrupt.Stopped as stopped:
-        _raise_if_stopped(folder, stopped.number)
+        _raise_if_stopped(folder, task, stopped.number)
         end = read_exit(folder)
         if end is not None and end.status == "done":
             return folder
@@ -107,7 +108,7 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
             partial(run_launched, task), launch.most_workers, Path(logs), forks, patience_seconds
         )
     except ChildFailedError as error:
-        _raise_if_stopped(folder)
+        _raise_if_stopped(folder, task)
         failure = root_cause(error)
         if failure.is_bad_input:
             raise ConfigError(failure.reason) from None
@@ -117,12 +118,12 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
     return None
 
 
-def _raise_if_stopped(folder: Path, number: int | None = None) -> None:
+def _raise_if_stopped(folder: Path, task: Task, number: int | None = None) -> None:
     end = read_exit(folder)
     if end is not None and end.status == "stopped":
         raise RunStopped(
-            f"stopped after step {end.step}: {end.reason}. To go on: the same command with "
-            f"--resume {folder}",
+            f"stopped after step {end.step}: {end.reason}. To go on: "
+            f"{resume_command(folder, task.allowed)}",
             folder,
             number,
         )

@@ -25,6 +25,7 @@ from syncnorm.run.folder import (
     lock,
     make_run_folder,
     remove_unstarted,
+    write_config,
 )
 from syncnorm.run.given import Given
 from syncnorm.run.machine import choose_device
@@ -221,6 +222,8 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
         try:
             mine, is_new = _choose_folder(task, launched)
             held = lock(mine)
+            # A resumed run may have more epochs, or other workers.
+            write_config(task.config, mine)
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
             mine = error

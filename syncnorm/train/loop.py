@@ -25,7 +25,7 @@ from syncnorm.train.buffers import SharedBuffers, gather_digests
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.checkpoint.capture import Progress, capture, resume
 from syncnorm.train.checkpoint.saver import BackgroundSaver
-from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed, judged_split
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
@@ -36,8 +36,8 @@ from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
+from syncnorm.train.weights import load_weights
 
-CHECKPOINTS = "checkpoints"
 # Steps in a row that may be left out for not being finite; more are no accident.
 _MOST_SKIPPED = 10
 
@@ -186,6 +186,8 @@ def train(
         CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
     )
     resumed = resume(setup, progress, store)
+    if resumed.source is None:
+        load_weights(setup.model, config.model, workers)
     saver = None if store is None else BackgroundSaver(store)
     with Recorder(setup, folder, progress, total_steps, shows=shows) as recorder:
         run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)

@@ -134,7 +134,7 @@ def warn_of_no_pooling(model: nn.Module, norm: NormSection) -> None:
     elif not norm.mode.is_pooled:
         cause = f"norm.sync is {norm.sync}"
     else:
-        cause = f"all {len(layers)} of syncnorm's came in evaluation mode"
+        cause = f"all {len(layers)} of syncnorm's are in evaluation mode"
     _log.warning("no normalisation layer pools its statistics over the workers: %s", cause)
 
 

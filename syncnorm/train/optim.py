@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 from pydantic import BaseModel, ConfigDict, create_model
 from torch.optim import lr_scheduler
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler, SequentialLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, SequentialLR
 
 from syncnorm.train.config.section import nearest
 
@@ -217,6 +217,27 @@ def make_schedule(
     return SequentialLR(
         optimizer, [warm_up, SCHEDULERS[name](optimizer, **options)], milestones=[warmup_steps]
     )
+
+
+def follow_length(schedule: LRScheduler) -> bool:
+    """Set the rate of the step to come as the schedule's own length has it, after a restoration.
+
+    Returns:
+        False if the schedule does not depend on the run's length as our own do: one of torch's with
+        a length of its own, or before the end of a warm-up.
+    """
+    if isinstance(schedule, LambdaLR):
+        step = schedule.last_epoch
+        factors = [factor(step) for factor in schedule.lr_lambdas]
+        rates = [base * f for base, f in zip(schedule.base_lrs, factors, strict=True)]
+        for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates
+        return True
+    if isinstance(schedule, SequentialLR):
+        is_warm = schedule.last_epoch >= schedule._milestones[0]
+        return is_warm and follow_length(schedule._schedulers[1])
+    return not isinstance(schedule, OneCycleLR)
 
 
 def factor(step: int, name: str, warmup_steps: int, total_steps: int) -> float:

@@ -1,18 +1,50 @@
-"""Parameter groups of an optimizer: which parameters decay, and at which share of the rate."""
+"""The parameters that are trained, and in groups: which decay, and at which share of the rate."""
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.config.section import nearest
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.optim import OPTIMIZERS
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze, in place, the modules and the parameters whose names the expressions find.
+
+    A module is frozen whole: its parameters are not trained, and all within it is in evaluation
+    mode, so that running statistics stay.
+
+    Raises:
+        ConfigError: an expression finds nothing, or nothing is left to train.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        names = [*modules, *parameters]
+        found = [name for name in names if re.search(pattern, name)]
+        if not found:
+            raise ConfigError(
+                f"`train.freeze` must each find a module or a parameter, got {pattern!r}. "
+                f"The nearest is {nearest(pattern, names)!r}."
+            )
+        for name in found:
+            if name in modules:
+                modules[name].requires_grad_(False).eval()
+            else:
+                parameters[name].requires_grad_(False)
+    if patterns and not any(p.requires_grad for p in parameters.values()):
+        raise ConfigError(
+            f"`train.freeze` must leave a parameter to train, got {list(patterns)}, which find all "
+            f"{len(parameters)} parameters"
+        )
 
 
 def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, Any]]:

@@ -12,14 +12,14 @@ from syncnorm import recalibrate
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
 from syncnorm.train import buffers
+from syncnorm.train.checkpoint.evaluated import evaluated_state, evaluated_unsaved
 from syncnorm.train.checkpoint.snapshot import Snapshot
-from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
-from syncnorm.train.loop import CHECKPOINTS
 from syncnorm.train.placement import Workers
 from syncnorm.train.renewal import Judged
 from syncnorm.train.setup import autocast, load_feed, make_model, task_of
@@ -99,32 +99,6 @@ def recalibrate_run(
         states = snapshot.states | ({"buffers": {"model": unsaved}} if unsaved else {})
         path = store.write(replace(snapshot, tensors={"model": model.state_dict()}, states=states))
     return Recalibrated(split, before, after, path)
-
-
-def evaluated_state(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """The state of the evaluated model: of the moving average if there is one."""
-    if "ema" not in snapshot.tensors:
-        return snapshot.tensors["model"]
-    return _of_module(snapshot.tensors["ema"])
-
-
-def evaluated_unsaved(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    """The buffers of the evaluated model that its state leaves out."""
-    unsaved = snapshot.states.get("buffers", {})
-    return (
-        _of_module(unsaved.get("ema", {}))
-        if "ema" in snapshot.tensors
-        else unsaved.get("model", {})
-    )
-
-
-def _of_module(average: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = "module."
-    return {
-        name.removeprefix(prefix): value
-        for name, value in average.items()
-        if name.startswith(prefix)
-    }
 
 
 def _newest(folder: Path, workers: Workers) -> Snapshot:

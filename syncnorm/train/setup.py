@@ -34,7 +34,7 @@ from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer, warn_of_no_pooling
-from syncnorm.train.parameters import parameter_groups
+from syncnorm.train.parameters import freeze, parameter_groups
 from syncnorm.train.placement import Workers, place
 from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
@@ -241,6 +241,7 @@ def make_bare_model(
     apply_rules(model, config.norm, total_steps)
     if begin_training(model):
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
+    freeze(model, config.train.freeze)
     warn_of_no_pooling(model, config.norm)
     economise(model, config.train)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.

@@ -125,7 +125,7 @@ def main(what: str) -> None:
         results["whole"] = syncnorm.fit(CONFIG, **own)
         results["stopped"] = syncnorm.fit(CONFIG, **own, callbacks=[Points(here, stops_after=6)])
         folder = results["stopped"].folder
-        results["resumed"] = syncnorm.fit(CONFIG, **own, resume=folder)
+        results["resumed"] = syncnorm.fit(**own, resume=folder)
     elif what == "interrupt":
         config = {**CONFIG, "train": {**CONFIG["train"], "epochs": 100_000}}
         try:

@@ -161,7 +161,7 @@ def test_networks_of_transformers(tmp_path):
     ("keys", "is_frozen", "cause"),
     [
         ({}, False, None),
-        ({}, True, "all 1 of syncnorm's came in evaluation mode"),
+        ({}, True, "all 1 of syncnorm's are in evaluation mode"),
         ({"sync": "none"}, False, "norm.sync is none"),
         ({"name": "group_norm"}, False, r"there is none of syncnorm's (norm.name group_norm)"),
     ],

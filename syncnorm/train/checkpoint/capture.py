@@ -5,6 +5,7 @@ optimizer, schedule, random numbers and progress. From it a run goes on bit for 
 without it, on as many workers; on another number of workers as the same training, to rounding.
 """
 
+import logging
 import math
 import platform
 import random
@@ -13,17 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
-from syncnorm.errors import CheckpointError
+from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
-from syncnorm.train import buffers
+from syncnorm.train import buffers, optim
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import MATHEMATICS, Config
 from syncnorm.train.config.section import leaves
 from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -123,6 +128,7 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
 
     Raises:
         CheckpointError: it is of another model, or incomplete.
+        ConfigError: the run cannot have the further epochs that the configuration gives it.
     """
     try:
         unsaved = snapshot.states.get("buffers", {})
@@ -133,17 +139,48 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
             put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
         setup.optimizer.load_state_dict(snapshot.states["optimizer"])
         setup.schedule.load_state_dict(snapshot.states["schedule"])
+        _lengthen(setup, snapshot)
         if setup.scaler.is_enabled():
             load_scaler(setup.scaler, snapshot.states["scaler"], setup.workers.world_size)
         own = snapshot.states["workers"]
         if len(own) == setup.workers.world_size:
             _restore_own(setup, own[setup.workers.rank])
         progress.load_facts(snapshot.facts["position"])
+    except ConfigError:
+        raise
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"the checkpoint of step {snapshot.step} does not fit the configuration: {reason}"
         ) from error
+
+
+def _lengthen(setup: Setup, snapshot: Snapshot) -> None:
+    """Let a run that now has more epochs go on at the learning rate of the longer run.
+
+    Raises:
+        ConfigError: the schedule has an end that does not move with the run.
+    """
+    train, before = setup.config.train, _epochs(snapshot.facts["config"])
+    if before >= train.epochs:
+        return
+    old = setup.schedule.get_last_lr()[0]
+    if not optim.follow_length(setup.schedule):
+        raise ConfigError(
+            f"`train.epochs` must stay {before} with schedule {train.schedule.name}, which has a "
+            f"length of its own or is still warming up, got {train.epochs}. Begin a new run with "
+            "model.weights=RUN."
+        )
+    _log.warning(
+        "train.epochs grows from %d to %d: from step %d on all is as in a run of %d, the learning "
+        "rate %.3g (it was %.3g)",
+        before,
+        train.epochs,
+        snapshot.step + 1,
+        train.epochs,
+        setup.schedule.get_last_lr()[0],
+        old,
+    )
 
 
 @dataclass(frozen=True)
@@ -194,31 +231,51 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
 
 def check_same(config: Config, snapshot: Snapshot) -> None:
     """Raise CheckpointError unless the snapshot is of a run with the same mathematics."""
-    differences = different_keys(config, snapshot.facts.get("config"))
+    differences = describe_differences(config, snapshot.facts.get("config"))
     if differences:
         raise CheckpointError(
-            f"the checkpoint of step {snapshot.step} is of another configuration: "
-            f"{', '.join(differences)} differ"
+            f"the checkpoint of step {snapshot.step} is of another configuration: {differences}"
         )
 
 
-def different_keys(config: Config, other: Any) -> list[str]:
-    """List the dotted keys that fix the result and differ from another configuration's.
+def describe_differences(config: Config, recorded: Any) -> str:
+    """Describe what keeps a configuration from going on with a run; empty if nothing does.
+
+    Those are the keys that fix the result, with both values. `train.epochs` may be larger.
 
     Args:
-        config: one configuration.
-        other: the other one as a dict; anything else differs in "all".
+        config: to go on with.
+        recorded: the run's configuration as a dict.
     """
-    if not isinstance(other, dict):
-        return ["all"]
-    mine = _flatten(config.mathematics())
-    theirs = _flatten({name: other[name] for name in MATHEMATICS if name in other})
-    theirs = {
-        key: value
-        for key, value in theirs.items()
-        if key != "data.root" and not key.startswith("data.loader.")
-    }
-    return sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+    if not isinstance(recorded, dict):
+        return "the recorded one is no mapping"
+    mine, theirs = _flatten(config.mathematics()), _flatten(_mathematics(recorded))
+    keys = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
+    if _epochs(recorded) < config.train.epochs:
+        keys.discard("train.epochs")
+    write = strict_yaml.dump_line
+    return ", ".join(
+        f"{key}: {write(theirs.get(key))} there, {write(mine.get(key))} here"
+        for key in sorted(keys)
+    )
+
+
+def _mathematics(recorded: dict[str, Any]) -> dict[str, Any]:
+    """The sections that fix the result, with today's defaults for keys that are newer."""
+    try:
+        return Config.model_validate(recorded).mathematics()
+    except ValidationError:
+        sections = {name: recorded[name] for name in MATHEMATICS if name in recorded}
+        data = sections.get("data")
+        if isinstance(data, dict):
+            sections["data"] = {k: v for k, v in data.items() if k not in ("root", "loader")}
+        return sections
+
+
+def _epochs(recorded: dict[str, Any]) -> float:
+    train = recorded.get("train")
+    epochs = train.get("epochs") if isinstance(train, dict) else None
+    return epochs if isinstance(epochs, int) else math.inf
 
 
 def _flatten(values: dict[str, Any]) -> dict[str, Any]:

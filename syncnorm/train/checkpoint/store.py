@@ -26,6 +26,8 @@ from syncnorm.train.checkpoint.snapshot import (
 
 __all__ = ["CheckpointStore", "Snapshot"]
 
+# The folder of checkpoints within a run's folder.
+CHECKPOINTS = "checkpoints"
 BEST = "best.json"
 # Prefix of a checkpoint that is being replaced, while neither it nor its successor is in place.
 _ASIDE = ".tmp-old-"

@@ -56,9 +56,21 @@ class ModelSection(Section):
         json_schema_extra=name_or_reference_schema(MODELS, PACKAGED.pattern),
     )
     options: Options = Field(default={}, description="further arguments of a network not built in")
+    weights: LocalPath | None = Field(
+        default=None,
+        description="what a new run begins with: a file (.safetensors, .pt, .pth, .bin, .ckpt), a "
+        "folder of Hugging Face's, a checkpoint's or a run's; null: drawn from train.seed",
+    )
+    partial: bool = Field(
+        default=False,
+        description="load of `weights` what fits by name and shape, and list the rest; false: all "
+        "must fit",
+    )
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
+        if self.partial and self.weights is None:
+            raise ValueError("partial must be false without weights")
         return _check_taker(self)
 
 

@@ -101,6 +101,11 @@ class TrainSection(Section):
         "searched for in the parameter's name within the model, to a factor; the first that is "
         "found holds",
     )
+    freeze: Annotated[list[str], AfterValidator(check_patterns)] = Field(
+        default=[],
+        description="modules and parameters that are not trained: regular expressions, searched "
+        "for in their names; a module is frozen whole, and stays in evaluation mode",
+    )
     recompute: Annotated[list[str], AfterValidator(check_patterns)] = Field(
         default=[],
         description="modules whose activations are not kept but computed again in the backward "
