@@ -4,6 +4,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+import typer
+
 from syncnorm.errors import ConfigError
 
 
@@ -21,15 +23,17 @@ def choose_config(
         The path or name of the configuration, and all overrides.
 
     Raises:
-        ConfigError: there is neither.
+        BadParameter: there is neither.
+        ConfigError: the folder is not a run's.
     """
     is_named = config is not None and ("=" not in config or Path(config).exists())
     if config is not None and is_named:
         return config, list(overrides)
     if resume is None:
-        raise ConfigError(
-            "`syncnorm train` must be given a configuration, a YAML file or the name of a packed "
-            "one such as digits; with --resume RUN it is the run's own"
+        raise typer.BadParameter(
+            "must be a YAML file or the name of a packed configuration; only with --resume RUN it "
+            "may be left out",
+            param_hint="config",
         )
     path = resume / "config.yaml"
     if not path.is_file():
