@@ -53,6 +53,8 @@ def in_empty_folder(tmp_path, monkeypatch):
             ["digits", "run_dir=memory://runs", "--dry-run"],
             "`run_dir` must be a path on a file system of this machine",
         ),
+        (["--resume", "nowhere"], "`--resume` must name a run's folder, got 'nowhere'"),
+        (["digits", "model.partial=true"], "partial must be false without weights"),
         (
             ["digits", "data.root=file:///tmp"],
             "`data.root` must be a path on a file system of this machine, got 'file",
@@ -165,7 +167,8 @@ def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["train"], ["tarin", "digits"], ["train", "digits", "--epochs", "3"]]
+    "arguments",
+    [["train"], ["train", "train.lr=1"], ["tarin", "digits"], ["train", "digits", "--epochs", "3"]],
 )
 def test_wrong_usage(arguments, capsys):
     with pytest.raises(SystemExit) as caught:

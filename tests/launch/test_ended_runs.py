@@ -95,11 +95,6 @@ def worker_ids(process) -> list[int]:
     ]
 
 
-def resumed_to_the_end(folder: Path, run: Path, epochs: int, workers: int) -> CompletedProcess[str]:
-    options = [f"train.epochs={epochs}", f"launch.workers={workers}", "--resume", str(run)]
-    return commands.run([*commands.SYNCNORM, "train", "digits", *options], folder)
-
-
 def stopped_by(number: signal.Signals, command: list[str], folder: Path) -> CompletedProcess[str]:
     with commands.started(command, folder) as process:
         wait_for_first_epoch(process)
@@ -121,7 +116,7 @@ def assert_saved_and_stopped(done: CompletedProcess[str], folder: Path) -> Path:
     assert snapshot is not None
     assert snapshot.step == note["step"]
     assert done.stderr.splitlines()[-1].endswith(
-        f"saved. To go on: the same command with --resume {run.relative_to(folder)}"
+        f"saved. To go on: syncnorm train --resume {run.relative_to(folder)}"
     )
     return run
 
@@ -135,17 +130,20 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_on_another_number_of_worke
 ):
     command = [*commands.SYNCNORM, "train", "digits", "train.epochs=3"]
     run = assert_saved_and_stopped(stopped_by(signal.SIGTERM, command, tmp_path), tmp_path)
-    done = resumed_to_the_end(tmp_path, run, 3, 3)
+    options = ["--resume", str(run), "launch.workers=3", "train.epochs=4"]
+    done = commands.run([*commands.SYNCNORM, "train", *options], tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(run)
     assert [event["world_size"] for event in events(run, "start")] == [2, 3]
-    assert {event["step"] for event in events(run, "step")} == set(range(1, 70))
+    assert {event["step"] for event in events(run, "step")} == set(range(1, 93))
+    assert "train.epochs grows from 3 to 4" in done.stderr
+    assert load_config(str(run / "config.yaml")).train.epochs == 4
 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main(["train", "digits", "train.lr=0.2", "--resume", str(run)])
     assert caught.value.code == 2
-    assert "where train.epochs, train.lr differ" in capsys.readouterr().err
+    assert "which differs: train.lr: 0.1 there, 0.2 here. Only " in capsys.readouterr().err
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

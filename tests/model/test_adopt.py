@@ -300,3 +300,25 @@ def test_extra_state_is_handed_on():
     model = _WithExtraState(nn.BatchNorm1d(C))
     adopt_state_dict(model, model.state_dict())
     assert model.seen == {"made": "by hand"}
+
+
+def test_part_of_a_state_is_filled_and_the_rest_named():
+    model = nn.Sequential(nn.Linear(3, C), nn.BatchNorm1d(C), nn.BatchNorm1d(C, affine=False))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = {f"1.{name}": value for name, value in KERAS.items()}
+    state |= {"0.weight": torch.ones(9, 3), "head.bias": torch.ones(2)}
+    with pytest.raises(InputError, match=r"head\.bias"):
+        adopt_state_dict(model, state)
+    adopted = adopt_state_dict(model, state, partial=True)
+    assert adopted.layers == {"1": "keras"}
+    assert adopted.left.missing == (
+        "0.bias", "2.running_mean", "2.running_var", "2.num_batches_tracked"
+    )  # fmt: skip
+    assert adopted.left.unexpected == ("head.bias",)
+    assert adopted.left.reshaped == ("0.weight (9, 3) for (4, 3)",)
+    assert str(adopted).endswith("1 of other shapes: 0.weight (9, 3) for (4, 3)")
+    got = model.state_dict()
+    assert torch.equal(got["1.running_var"], KERAS["moving_variance"].float())
+    assert all(torch.equal(got[name], before[name]) for name in before if name[0] != "1")
+    with pytest.raises(InputError, match=re.escape("entries that fit the model, got head.bias")):
+        adopt_state_dict(model, {"head.bias": torch.ones(2)}, partial=True)

@@ -22,7 +22,7 @@ from syncnorm.train.buffers import gather_digests
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, Split
+from syncnorm.train.data.datasets import Dataset, Split, digits
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
@@ -30,9 +30,10 @@ from syncnorm.train.metrics import read_events
 from syncnorm.train.notes import Flags
 from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.placement import Workers
-from syncnorm.train.setup import Setup, make_model, make_setup
+from syncnorm.train.setup import Setup, make_bare_model, make_model, make_setup
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.task.supervised import Classify
+from syncnorm.train.weights import load_weights
 from tests.train import nets
 
 
@@ -125,6 +126,32 @@ def refused(overrides: list[str]) -> str:
             assert not list(Path(folder).iterdir())
             return str(error)
     raise AssertionError("it has trained")
+
+
+def begun_with(overrides: list[str]) -> tuple[dict[str, Tensor], list[str]]:
+    """Build the model of digits and load its weights; return its state and what was said."""
+    said = Said()
+    logging.getLogger().addHandler(said)
+    try:
+        config = load_config("digits", overrides)
+        model = make_bare_model(config, torch.device("cpu"), feed_of(digits(None), config), 1)
+        load_weights(model, config.model, workers())
+    finally:
+        logging.getLogger().removeHandler(said)
+    return model.state_dict(), said.lines
+
+
+def said_by_train(folder: str, overrides: list[str]) -> tuple[str, list[str]]:
+    """Train as `train_digits` does; return the error, if there is one, and what was said."""
+    said, text = Said(), ""
+    logging.getLogger().addHandler(said)
+    try:
+        train_digits(folder, overrides)
+    except ConfigError as error:
+        text = str(error)
+    finally:
+        logging.getLogger().removeHandler(said)
+    return text, said.lines
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
