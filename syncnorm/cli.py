@@ -58,7 +58,10 @@ def train(
             help="Take one step without the other workers, print its costs, and stop.",
         ),
     ] = False,
-    resume: Annotated[Path | None, typer.Option(help="Resume the run in this folder.")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Resume the run in this folder, or at this address."),
+    ] = None,
     allow: Annotated[
         list[str] | None,
         typer.Option(

@@ -35,6 +35,7 @@ from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
+from syncnorm.train.storage.mirror import Mirror
 
 CHECKPOINTS = "checkpoints"
 # Steps in a row that may be left out for not being finite; more are no accident.
@@ -130,6 +131,7 @@ def train(
     progress: Progress,
     watch: Watch,
     allowed: tuple[str, ...] = (),
+    mirror: Mirror | None = None,
 ) -> Outcome:
     """Train on this worker's part of every step.
 
@@ -143,6 +145,7 @@ def train(
         progress: is kept up to date.
         watch: told of progress, asked whether to stop.
         allowed: packages whose callables the configuration may name.
+        mirror: on the first worker, copies the folder to the run's store, if it has one.
 
     Raises:
         ConfigError: something in the configuration turns out not to fit; on all workers.
@@ -163,13 +166,14 @@ def train(
     )
     resumed = resume(setup, progress, store)
     saver = None if store is None else BackgroundSaver(store)
-    with Recorder(setup, folder, progress, total_steps) as recorder:
+    with Recorder(setup, folder, progress, total_steps, allowed, mirror) as recorder:
         run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
         recorder.record_start(resumed)
         is_done = _train_epochs(run)
         metrics = _final_metrics(run, is_done)
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
+        recorder.close_loggers(watch.alive)
     return Outcome(metrics, digests, is_done, _reason(run))
 
 

@@ -84,6 +84,7 @@ def check_callables(config: Config, allowed: Sequence[str]) -> None:
         ("model.name", config.model.name),
         ("data.name", config.data.name),
         ("task.name", config.task.name),
+        *(("follow.loggers", name) for name in config.follow.loggers),
     ):
         if REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name):
             check_allowed(name, allowed, key)

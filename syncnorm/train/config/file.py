@@ -119,7 +119,7 @@ def _apply(values: dict[str, Any], override: str) -> Key:
     if not equals or not all(key):
         raise ConfigError(f"{shown} must have the form section.key=value")
     value = strict_yaml.parse(text, shown)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:  # none: what has no options, such as a logger
         raise ConfigError(
             f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}"
         )
