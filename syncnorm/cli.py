@@ -84,7 +84,8 @@ def train(
         ),
     ] = False,
     resume: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="Resume the run in this folder.")
+        str | None,
+        typer.Option(metavar="RUN", help="Resume the run in this folder, or at this address."),
     ] = None,
     allow: _Allow = None,
 ) -> None:
@@ -97,10 +98,10 @@ def train(
     from syncnorm.run.resume import choose_config
     from syncnorm.run.worker import Task, run_worker
     from syncnorm.train.config.callables import check_callables
-    from syncnorm.train.config.file import load_config
+    from syncnorm.train.config.file import check
 
-    source, arguments = choose_config(config, overrides or [], resume)
-    task = Task(load_config(source, arguments), Path(source).stem, resume, tuple(allow or ()))
+    written = choose_config(config, overrides or [], resume)
+    task = Task(check(written), written.path.stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
     launched = read_launched()
     add_working_folder_to_path()

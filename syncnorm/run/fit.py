@@ -20,8 +20,7 @@ from syncnorm.run.resume import choose_config
 from syncnorm.run.worker import Task, work_in_program
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.config.callables import GIVEN, check_callables
-from syncnorm.train.config.file import check, from_values, read, set_values
-from syncnorm.train.config.schema import Config
+from syncnorm.train.config.file import Written, check, from_values, set_values
 from syncnorm.train.data.datasets import Dataset, types_of
 from syncnorm.train.data.splits import Splits
 
@@ -79,7 +78,7 @@ def fit(
         task: an object with `loss`, `metrics` and `best` (syncnorm.train.task.Task), or a function
             or class that makes one of `task.options`.
         callbacks: see `Callback`.
-        resume: the folder of the run to go on with.
+        resume: the folder or the address of the run to go on with.
         allow: packages whose callables the configuration may name.
 
     Returns:
@@ -94,14 +93,14 @@ def fit(
     others = [each for each in callbacks if not isinstance(each, Callback)]
     if others:
         raise ConfigError(f"`callbacks` must be Callback objects, got {types_of(others[0])}")
-    if config is None:
-        config, _ = choose_config(None, (), None if resume is None else Path(resume))
+    written = _written(config, resume)
+    set_values(written, {**overrides, **named})
     launched = read_launched()
     follower = Follower() if launched is None and is_notebook() else None
     run = Task(
-        _check(config, overrides, named),
-        Path(config).stem if isinstance(config, str | Path) else "fit",
-        None if resume is None else Path(resume),
+        check(written),
+        "fit" if isinstance(config, Mapping) else written.path.stem,
+        None if resume is None else str(resume),
         tuple(allow),
         Given(given, callbacks),
         shows=follower is None,
@@ -173,11 +172,9 @@ def _given(
     return callables, named
 
 
-def _check(
-    config: str | Path | Mapping[str, Any],
-    overrides: Mapping[str, Any],
-    named: Mapping[str, str],
-) -> Config:
-    written = from_values(config) if isinstance(config, Mapping) else read(str(config))
-    set_values(written, {**overrides, **named})
-    return check(written)
+def _written(config: str | Path | Mapping[str, Any] | None, resume: str | Path | None) -> Written:
+    if isinstance(config, Mapping):
+        return from_values(config)
+    return choose_config(
+        None if config is None else str(config), (), None if resume is None else str(resume)
+    )

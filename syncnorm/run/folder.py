@@ -3,6 +3,8 @@
 import fcntl
 import itertools
 import json
+import secrets
+import sys
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config import strict_yaml
+from syncnorm.train.config.section import is_url
 from syncnorm.train.files import remove, write_text_whole
+from syncnorm.train.storage import LOCAL_ROOT, write_origin
+from syncnorm.train.storage.fetch import claim, disclaim, local_copy
+from syncnorm.train.storage.mirror import open_mirror
 
 if TYPE_CHECKING:
     from syncnorm.train.config.schema import Config
@@ -50,44 +56,82 @@ def read_exit(folder: Path) -> Exit | None:
 def make_run_folder(config: "Config", name: str, launch: str | None = None) -> Path:
     """Make a new folder `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it.
 
+    Where `run_dir` is an address, the folder is `runs/NAME-DATE-TIME-HEX`, to be copied there.
+
     Args:
         config: of the run.
-        name: of the configuration.
+        name: of the configuration; a name in the configuration goes before.
         launch: identifies the launch, so that restarted workers find the folder.
 
     Raises:
         ConfigError: it cannot be made.
     """
-    stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    stem = f"{config.name or name}-{datetime.now():%Y%m%d-%H%M%S}"
+    url = None
+    if is_url(config.run_dir):
+        # Many machines may begin a run there within a second.
+        stem = f"{stem}-{secrets.token_hex(2)}"
+        url = f"{config.run_dir.rstrip('/')}/{stem}"
+        try:
+            claim(url, _config_text(config))
+        except ConfigError as error:
+            raise ConfigError(f"`run_dir` cannot be used: {error}") from None
+    root = local_root(config)
     try:
-        root = Path(config.run_dir)
         root.mkdir(parents=True, exist_ok=True)
         folder = next(path for path in _candidates(root, stem) if _is_new(path))
         if launch is not None:
             write_text_whole(folder / "launch.json", json.dumps({"launch": launch}) + "\n")
         write_config(config, folder)
+        if url is not None:
+            write_origin(folder, url)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(
-            f"`run_dir` must be a folder that can be written to, got {config.run_dir!r}: {error}"
+            f"`run_dir` must be a folder that can be written to, got {str(root)!r}: {error}"
         ) from None
     return folder
+
+
+def local_root(config: Config) -> Path:
+    """Return the folder on this machine in which the run gets its own."""
+    return LOCAL_ROOT if is_url(config.run_dir) else Path(config.run_dir)
 
 
 def remove_unstarted(folder: Path) -> None:
     """Remove a new run's folder if the run was refused before it began."""
     if not (folder / "metrics.jsonl").exists():
+        disclaim(folder)
         remove(folder)
 
 
 def write_config(config: "Config", folder: Path) -> None:
     """Write the resolved configuration, which makes a folder a run's folder."""
-    write_text_whole(folder / "config.yaml", strict_yaml.dump(config.model_dump()))
+    write_text_whole(folder / "config.yaml", _config_text(config))
+
+
+def _config_text(config: Config) -> str:
+    return strict_yaml.dump(config.model_dump())
+
+
+def upload_rest(folder: Path, config: Config) -> None:
+    """Copy a run's folder to its address once more, if it has one, as the run's workers are gone.
+
+    A fault is printed.
+    """
+    mirror = open_mirror(folder, config.checkpoint.keep, config.launch.timeout_seconds)
+    if mirror is None:
+        return
+    mirror.close()
+    while not mirror.is_over(1.0):
+        pass
+    for fault in mirror.pop_faults():
+        print(f"syncnorm: {fault}", file=sys.stderr)
 
 
 def find_relaunched(config: "Config", launch: str) -> Path | None:
     """Find the newest unfinished run of the same launch, whose workers are being restarted."""
     folders = []
-    for note in Path(config.run_dir).glob("*/launch.json"):
+    for note in local_root(config).glob("*/launch.json"):
         try:
             is_same = json.loads(note.read_text(encoding="utf-8")) == {"launch": launch}
         except (OSError, ValueError):
@@ -102,14 +146,20 @@ def find_relaunched(config: "Config", launch: str) -> Path | None:
     return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
-def check_resumable(config: "Config", folder: Path) -> Path:
-    """Return the folder if a run with this configuration can resume in it.
+def check_resumable(config: "Config", source: Path | str) -> Path:
+    """Return the folder of a run if one with this configuration can resume in it.
+
+    Args:
+        config: of the run to be.
+        source: the folder; or the address of a run, whose copy is made first.
 
     Raises:
-        ConfigError: it is not a run's folder, or that run would have another result.
+        ConfigError: it is not a run's folder, or that run would have another result; or the store
+            refuses.
     """
     from syncnorm.train.checkpoint.capture import describe_differences
 
+    folder = local_copy(source)
     recorded = _recorded(folder)
     if recorded is None:
         raise ConfigError(
@@ -120,8 +170,8 @@ def check_resumable(config: "Config", folder: Path) -> Path:
     if differences:
         raise ConfigError(
             f"`--resume` must name a run of the same configuration, got {str(folder)!r}, which "
-            f"differs: {differences}. Only launch, follow, checkpoint and run_dir may change, and "
-            "train.epochs may grow."
+            f"differs: {differences}. Only launch, follow, checkpoint, run_dir, name and tags may "
+            "change, and train.epochs may grow."
         )
     return folder
 

@@ -19,6 +19,7 @@ from syncnorm.run.folder import (
     make_run_folder,
     read_exit,
     remove_unstarted,
+    upload_rest,
 )
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
@@ -51,13 +52,14 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
     launch = task.config.launch
     device = choose_device(launch.device, 0, launch.most_workers)
     note = check_capacity(launch, device)
-    forks = can_fork(device)
-    if forks:
-        prepare_to_fork()
     if task.resume is None:
         folder = make_run_folder(task.config, task.name)
     else:
         folder = check_resumable(task.config, task.resume)
+    # Afterwards: a store that has been asked leaves threads.
+    forks = can_fork(device)
+    if forks:
+        prepare_to_fork()
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     if begin is not None:
@@ -65,6 +67,9 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
     try:
         with env.for_workers(folder), interrupt.for_launcher():
             _run_with_restarts(task, folder, forks)
+    except LocalRunError:
+        upload_rest(folder, task.config)
+        raise
     except interrupt.Stopped as stopped:
         _raise_if_stopped(folder, task, stopped.number)
         end = read_exit(folder)
@@ -73,6 +78,7 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
         status = 128 + stopped.number
         reason = f"stopped by {stopped.number.name}, without saving"
         _write_exit(reason, folder, status)
+        upload_rest(folder, task.config)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
     return folder
 

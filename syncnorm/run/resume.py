@@ -5,36 +5,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.config.file import Written, parse, read
+from syncnorm.train.config.section import is_url
 
 
-def choose_config(
-    config: str | None, overrides: Sequence[str], resume: Path | None
-) -> tuple[str, list[str]]:
-    """Choose the configuration of `syncnorm train`: the one that is named, or the run's own.
+def choose_config(config: str | None, overrides: Sequence[str], resume: str | None) -> Written:
+    """Read the configuration of `syncnorm train`: the one that is named, or the run's own.
 
     Args:
         config: the first argument, which is an override where no configuration is named.
         overrides: the others.
-        resume: the folder of the run that goes on; None for a new run.
-
-    Returns:
-        The path or name of the configuration, and all overrides.
+        resume: the folder or the address of the run that goes on; None for a new run.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or it cannot be read.
     """
-    is_named = config is not None and ("=" not in config or Path(config).exists())
-    if config is not None and is_named:
-        return config, list(overrides)
+    if config is not None and ("=" not in config or Path(config).exists()):
+        return read(config, overrides)
     if resume is None:
         raise ConfigError(
             "a run must be given a configuration, a YAML file or the name of a packed one such as "
             "digits; one that is resumed (`--resume RUN`) has its own"
         )
-    path = resume / "config.yaml"
+    overrides = [*([] if config is None else [config]), *overrides]
+    if is_url(resume):
+        from syncnorm.train.storage.fetch import read_config
+
+        # Not a copy of the run: each worker of torchrun asks for it.
+        return parse(read_config(resume), Path("config.yaml"), overrides)
+    path = Path(resume) / "config.yaml"
     if not path.is_file():
-        raise ConfigError(f"`--resume` must name a run's folder, got {str(resume)!r}")
-    return str(path), [*([] if config is None else [config]), *overrides]
+        raise ConfigError(f"`--resume` must name a run's folder, got {resume!r}")
+    return read(str(path), overrides)
 
 
 def resume_command(folder: Path, allowed: Sequence[str]) -> str:

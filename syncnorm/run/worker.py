@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -32,15 +33,21 @@ from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
+from syncnorm.train.config.section import is_url
 from syncnorm.train.loop import Outcome, Watch, train
+from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.placement import Workers
 from syncnorm.train.processes import die_with_parent
+from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import format_metric
+from syncnorm.train.waiting import wait_for_first
 
 _log = logging.getLogger(__name__)
 
 # The watchdog acts first, and writes the stacks of a stuck worker.
 _GROUP_MARGIN_SECONDS = 30.0
+# For the copy of a run that has failed, which the other workers do not wait for.
+_LAST_COPY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Task:
     Args:
         config: the same on all workers.
         name: of the configuration, for the run's folder.
-        resume: the folder of the run to resume; None for a new run.
+        resume: the folder or the address of the run to resume; None for a new run.
         allowed: packages whose callables the configuration may name.
         given: objects of a program that the configuration names besides.
         shows: True to show the progress, on standard error.
@@ -59,7 +66,7 @@ class Task:
 
     config: Config
     name: str
-    resume: Path | None = None
+    resume: Path | str | None = None
     allowed: tuple[str, ...] = ()
     given: Given = field(default_factory=Given)
     shows: bool = True
@@ -120,6 +127,9 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
     die_with_parent(launched.launcher_pid)
     workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
     with open_run_folder(task, launched) as folder:
+        if is_url(task.config.run_dir) or is_url(str(task.resume)):
+            # The machines need have no folder in common.
+            folder.mkdir(parents=True, exist_ok=True)
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         watch = SignalWatch(
             task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
@@ -150,17 +160,21 @@ def train_in(
         progress: is kept up to date; one of its own if None.
     """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
-    progress = progress or Progress()
+    progress, config = progress or Progress(), task.config
+    mirror: Mirror | None = None
+    if workers.is_first:
+        mirror = open_mirror(folder, config.checkpoint.keep, config.launch.timeout_seconds)
     try:
         callbacks = task.given.give()
         outcome = train(
-            task.config,
+            config,
             workers,
             folder,
             progress,
             watch,
             task.allowed,
             callbacks,
+            mirror=mirror,
             shows=task.shows,
         )
     except Exception as error:
@@ -168,10 +182,29 @@ def train_in(
         if workers.is_first:
             code = 2 if isinstance(error, ConfigError) else 1
             Exit("failed", f"{type(error).__name__}: {error}", progress.step, code).write(folder)
+        if mirror is not None and (folder / "metrics.jsonl").exists():
+            mirror.close()
+            mirror.is_over(_LAST_COPY_SECONDS)
         raise
     if workers.is_first:
         _exit_record(outcome, progress, watch).write(folder)
+    _finish_copy(mirror, folder, progress, watch)
     return outcome
+
+
+def _finish_copy(mirror: Mirror | None, folder: Path, progress: Progress, watch: Watch) -> None:
+    """Copy what is left to the run's address, and wait for that, but not if nothing moves.
+
+    *Collectives*: a broadcast or more; every worker must call.
+    """
+    if mirror is not None:
+        mirror.close()
+    wait_for_first(None if mirror is None else mirror.is_over, watch.alive)
+    for fault in [] if mirror is None else mirror.pop_faults():
+        _log.warning("%s", fault)
+        MetricsFile(folder / "metrics.jsonl").write_timed(
+            "fault", step=progress.step, kind="storage", message=fault
+        )
 
 
 def join(wanted_device: str, launched: Launched | None, timeout_seconds: float = 60.0) -> Workers:
@@ -211,16 +244,26 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
 
     A folder that was made here is removed if the run is refused before it begins.
 
-    *Collectives*: one all_gather_object; every worker must call.
+    *Collectives*: broadcasts and one all_gather_object; every worker must call.
 
     Raises:
         ConfigError: the workers' tasks differ, or the folder cannot be used; on all workers.
     """
     mine: Any = None
     held, is_new = None, False
+    # In a thread, for a copy from a store may take longer than the others' collectives.
+    chosen = None
     if launched.rank == 0:
+        with_thread = futures.ThreadPoolExecutor(1)
+        chosen = with_thread.submit(_choose_folder, task, launched)
+        with_thread.shutdown(wait=False)
+    wait_for_first(
+        None if chosen is None else lambda seconds: bool(futures.wait([chosen], seconds).done),
+        lambda: None,
+    )
+    if chosen is not None:
         try:
-            mine, is_new = _choose_folder(task, launched)
+            mine, is_new = chosen.result()
             held = lock(mine)
             # A resumed run may have more epochs, or other workers.
             write_config(task.config, mine)

@@ -36,6 +36,7 @@ from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
+from syncnorm.train.storage.mirror import Mirror
 from syncnorm.train.weights import load_weights
 
 # Steps in a row that may be left out for not being finite; more are no accident.
@@ -151,6 +152,7 @@ def train(
     allowed: tuple[str, ...] = (),
     callbacks: Sequence[Callback] = (),
     *,
+    mirror: Mirror | None = None,
     shows: bool = True,
 ) -> Outcome:
     """Train on this worker's part of every step.
@@ -166,6 +168,7 @@ def train(
         watch: told of progress, asked whether to stop.
         allowed: packages whose callables the configuration may name.
         callbacks: called at points of the run, the same ones on all workers.
+        mirror: on the first worker, copies the folder to the run's store, if it has one.
         shows: True to show the run on the screen.
 
     Raises:
@@ -189,7 +192,9 @@ def train(
     if resumed.source is None:
         load_weights(setup.model, config.model, workers)
     saver = None if store is None else BackgroundSaver(store)
-    with Recorder(setup, folder, progress, total_steps, shows=shows) as recorder:
+    with Recorder(
+        setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
+    ) as recorder:
         run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
         run.callbacks = callbacks
         recorder.record_start(resumed)
@@ -201,6 +206,7 @@ def train(
             callback.on_end(run, metrics)
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
+        recorder.close_loggers(watch.alive)
     return Outcome(metrics, digests, is_done, _reason(run, is_done))
 
 

@@ -1,12 +1,13 @@
-"""The record of a run while it goes on: metrics, figures on the screen, TensorBoard, a profile."""
+"""The record of a run while it goes on: metrics, the screen, loggers, a profile."""
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
+import torch.distributed as dist
 
 from syncnorm import monitor
 from syncnorm.comm import exchange
@@ -14,14 +15,20 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
 from syncnorm.train.display import Display
+from syncnorm.train.loggers import open_loggers
+from syncnorm.train.loggers.guarded import GuardedLogger
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
+from syncnorm.train.storage.mirror import Mirror
 from syncnorm.train.task.measures import format_metric
+from syncnorm.train.waiting import wait_for_first
 
 _log = logging.getLogger(__name__)
 
 PROFILED_STEPS = 5
+# For loggers of a run that ends by an error, which nobody waits for.
+_LAST_WORDS_SECONDS = 2.0
 
 
 class Recorder:
@@ -29,12 +36,19 @@ class Recorder:
 
     Every worker has one, as figures of the normalisation layers are pooled.
 
+    *Collectives*: where there are loggers, a broadcast; every worker must call.
+
     Args:
         setup: the model and its optimizer.
         folder: the run's.
         progress: of the run.
         total_steps: of the whole run.
+        allowed: packages whose loggers the configuration may name.
+        mirror: copies the run's folder to its store; on the first worker, if it has one.
         shows: True to show the run on the screen.
+
+    Raises:
+        ConfigError: a logger's package is missing, or its class; on all workers.
     """
 
     def __init__(
@@ -43,7 +57,9 @@ class Recorder:
         folder: Path,
         progress: Progress,
         total_steps: int,
+        allowed: tuple[str, ...] = (),
         *,
+        mirror: Mirror | None = None,
         shows: bool = True,
     ) -> None:
         self._setup = setup
@@ -55,9 +71,9 @@ class Recorder:
         self._display = Display(
             total_steps, done=progress.step, quiet=not (shows and self._is_first)
         )
-        self._tensorboard = None
-        if self._config.tensorboard and self._is_first:
-            self._tensorboard = _open_tensorboard(folder)
+        self._name = setup.config.name or folder.name
+        self._mirror = mirror
+        self._loggers = _open_on_first(setup, folder, allowed) if self._config.loggers else []
         self._monitor = monitor(setup.model) if self._config.layers else None
         self._profile = _Profile(self._config.profile, folder, setup.workers.rank)
         self._tally = exchange.Tally()
@@ -71,8 +87,11 @@ class Recorder:
     def __exit__(self, *_: object) -> None:
         self._profile.stop()
         self._display.__exit__()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for logger in self._loggers:
+            logger.close()
+        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+        for logger in self._loggers:
+            logger.is_over(max(0.0, deadline - time.monotonic()))
 
     def record_start(self, resumed: Resumed) -> None:
         """Record the start of this process, and where it resumes from."""
@@ -80,6 +99,8 @@ class Recorder:
         self._metrics.write_timed(
             "start",
             step=self._progress.step,
+            name=self._name,
+            tags=self._setup.config.tags,
             world_size=workers.world_size,
             device=str(workers.device.type),
             resumed_from=resumed.source,
@@ -93,6 +114,9 @@ class Recorder:
             self._display.print_line(
                 f"resumed from {resumed.source} on {workers.world_size} worker(s)"
             )
+        if self._mirror is not None:
+            self._display.print_line(f"copied to {self._mirror.url}")
+            self._mirror.request()
         for fault in resumed.faults:
             self.record_fault("checkpoint", fault)
 
@@ -100,12 +124,30 @@ class Recorder:
         self, metrics: dict[str, dict[str, float]], digests: list[str], *, is_done: bool
     ) -> None:
         """Record that the run is done, or was stopped, with the last metrics of each split."""
+        step = self._progress.step
+        figures = {
+            key: v for split, each in metrics.items() for key, v in _named(split, each).items()
+        }
         self._metrics.write_timed(
-            "end" if is_done else "stop",
-            step=self._progress.step,
-            digests=digests,
-            **{key: v for split, each in metrics.items() for key, v in _named(split, each).items()},
+            "end" if is_done else "stop", step=step, digests=digests, **figures
         )
+        self._log(step, figures)
+
+    def close_loggers(self, alive: Callable[[], None]) -> None:
+        """Let the loggers send what they have, and wait for them, not for ever.
+
+        *Collectives*: where there are loggers, broadcasts; every worker must call.
+
+        Args:
+            alive: called meanwhile.
+        """
+        if not self._config.loggers:
+            return
+        for logger in self._loggers:
+            logger.close()
+        for number in range(len(self._config.loggers)):
+            wait_for_first(self._loggers[number].is_over if self._is_first else None, alive)
+        self._record_others_faults()
 
     def record_step(self, result: StepResult, samples: int, lr: float) -> None:
         """Record a step.
@@ -118,6 +160,7 @@ class Recorder:
         self._metrics.write("step", step=step, loss=result.loss, lr=lr, **extra)
         self._display.advance(step, result.loss)
         self._profile.step(step)
+        self._record_others_faults()
         if step % self._config.every == 0:
             self._record_interval(result, lr)
 
@@ -131,7 +174,7 @@ class Recorder:
         }
         step = self._progress.step
         self._metrics.write_timed("interval", step=step, **speed)
-        self._plot(step, loss=result.loss, lr=lr, **speed)
+        self._log(step, {"loss": result.loss, "lr": lr, **speed})
         self._display.show_speed(speed["samples_per_second"], speed["exchange_share"])
         if self._monitor is not None:
             self._metrics.write("layers", step=step, **self._monitor.read())
@@ -157,7 +200,7 @@ class Recorder:
             seconds=seconds,
             **metrics,
         )
-        self._plot(progress.step, **metrics)
+        self._log(progress.step, metrics)
         epochs = self._setup.config.train.epochs
         self._display.print_line(
             f"epoch {progress.epoch}/{epochs}  step {progress.step}  loss {mean_loss:.4f}"
@@ -168,7 +211,7 @@ class Recorder:
         """Record an evaluation within an epoch."""
         step, metrics = self._progress.step, self._evaluated(split)
         self._metrics.write_timed("evaluation", step=step, **metrics)
-        self._plot(step, **metrics)
+        self._log(step, metrics)
         self._display.print_line(f"step {step}{self._describe(split)}")
 
     def _evaluated(self, split: str | None) -> dict[str, float]:
@@ -201,11 +244,20 @@ class Recorder:
                 self._metrics.write_timed(
                     "checkpoint", step=result.step, path=result.path.name, seconds=result.seconds
                 )
+                if self._mirror is not None:
+                    self._mirror.request()
 
-    def _plot(self, step: int, **values: float) -> None:
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+    def _log(self, step: int, figures: Mapping[str, float]) -> None:
+        for logger in self._loggers:
+            logger.log(step, figures)
+
+    def _record_others_faults(self) -> None:
+        """Record what loggers and the copying of the folder have come upon meanwhile."""
+        for logger in self._loggers:
+            for fault in logger.pop_faults():
+                self.record_fault("logger", fault)
+        for fault in self._mirror.pop_faults() if self._mirror is not None else ():
+            self.record_fault("storage", fault)
 
 
 def _named(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -213,15 +265,19 @@ def _named(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
     return {f"{split}_{name}": value for name, value in metrics.items()}
 
 
-def _open_tensorboard(folder: Path) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ConfigError(
-            f"`follow.tensorboard` must be false where TensorBoard is not installed: {error}. "
-            "Install it with: pip install 'syncnorm[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(folder / "tensorboard"))
+def _open_on_first(setup: Setup, folder: Path, allowed: tuple[str, ...]) -> list[GuardedLogger]:
+    """Open the loggers on the first worker; an error is raised on all."""
+    loggers: list[GuardedLogger] = []
+    fault: list[str | None] = [None]
+    if setup.workers.is_first:
+        try:
+            loggers = open_loggers(setup.config, folder, allowed)
+        except ConfigError as error:
+            fault = [str(error)]
+    dist.broadcast_object_list(fault, src=0)
+    if fault[0] is not None:
+        raise ConfigError(fault[0])
+    return loggers
 
 
 class _Profile:

@@ -46,12 +46,29 @@ def in_empty_folder(tmp_path, monkeypatch):
         ),
         (["digits", "launch.memory_gib=0.01"], "`launch.memory_gib` must be more than "),
         (
-            ["digits", "run_dir=s3://bucket/runs"],
-            "`run_dir` must be a path on a file system of this machine, got 's3:",
+            ["digits", "run_dir=nowhere://bucket/runs"],
+            "`run_dir` cannot be used: nowhere://bucket/runs/digits-",
         ),
         (
-            ["digits", "run_dir=memory://runs", "--dry-run"],
-            "`run_dir` must be a path on a file system of this machine",
+            ["digits", "run_dir=file:///tmp"],
+            "`run_dir` must be a path on a file system of this machine, got 'file",
+        ),
+        (
+            ["digits", "run_dir=s3://me:secret@bucket/runs"],
+            "`run_dir` must hold no name and no password, got s3://...@...",
+        ),
+        (
+            ["digits", "run_dir=s3://bucket/../runs"],
+            "`run_dir` must be a path or an address such as s3://bucket/runs, got 's3://bucket/..",
+        ),
+        (
+            ["digits", "name=a/b"],
+            "`name` must be at most 100 letters, digits, '.', '_' and '-' and begin with a letter",
+        ),
+        (["digits", "tags=['']"], "`tags.0` must be a word or a few, at most 64 characters, got "),
+        (
+            ["digits", "follow.loggers.wanbd={}"],
+            "must be one of tensorboard, wandb, mlflow, trackio, or package.module:callable",
         ),
         (["--resume", "nowhere"], "`--resume` must name a run's folder, got 'nowhere'"),
         (["digits", "model.partial=true"], "partial must be false without weights"),

@@ -133,7 +133,7 @@ def test_compiled_it_is_the_same_training(tmp_path):
 
 def test_profile_and_tensorboard(pool, tmp_path):
     pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
-    options = [*SHORT, "follow.profile=4", "follow.tensorboard=true", "follow.every=5"]
+    options = [*SHORT, "follow.profile=4", "follow.loggers.tensorboard={}", "follow.every=5"]
     pool(2).run(runs.train_digits, str(tmp_path), options)
     for rank in range(2):
         trace = json.loads((tmp_path / "profile" / f"rank-{rank}.json").read_text())

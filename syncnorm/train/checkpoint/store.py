@@ -116,7 +116,7 @@ class CheckpointStore:
             CheckpointError: the folder of all checkpoints is there and cannot be listed.
         """
         faults: list[str] = []
-        for _, path in sorted(self._folders().items(), reverse=True):
+        for _, path in sorted(self.folders().items(), reverse=True):
             try:
                 return self.read(path), path, faults
             except CheckpointError as error:
@@ -135,12 +135,18 @@ class CheckpointStore:
         if not _exists(path):
             return None
         mark = read_json(path, _Mark)
-        folders = self._folders()
+        folders = self.folders()
         steps = [step for step in (mark.step, mark.before) if step in folders]
         return folders[steps[0]] if steps else None
 
-    def _folders(self) -> dict[int, Path]:
-        # By step, the folder in place; or the one set aside, if a kill came while it was replaced.
+    def folders(self) -> dict[int, Path]:
+        """List the checkpoints by step, unread.
+
+        Of each the folder in place; or the one set aside, if a kill came while it was replaced.
+
+        Raises:
+            CheckpointError: the folder of all checkpoints is there and cannot be listed.
+        """
         try:
             paths = list(self.folder.iterdir())
         except FileNotFoundError:
@@ -158,7 +164,7 @@ class CheckpointStore:
         return folders
 
     def _clean(self) -> None:
-        for path in self._folders().values():
+        for path in self.folders().values():
             if path.name.startswith(_ASIDE):
                 path.rename(path.with_name(path.name.removeprefix(_ASIDE)))
         for path in self.folder.glob(".tmp-*"):
@@ -190,7 +196,7 @@ class CheckpointStore:
     def _prune(self, step: int) -> None:
         # If the mark cannot be read this raises: any of them may be the best, and all stay.
         best = self.best()
-        folders = self._folders()
+        folders = self.folders()
         for old in sorted((each for each in folders if each <= step), reverse=True)[self._keep :]:
             if folders[old] != best:
                 # Renamed first: a checkpoint that a kill left half removed would look damaged.
@@ -205,6 +211,15 @@ class _Mark(BaseModel):
 
     step: int
     before: int | None
+
+
+def read_mark(data: bytes | None) -> set[int]:
+    """Read the steps that a mark of the best names; empty without a mark that can be read."""
+    try:
+        mark = _Mark.model_validate_json(data or b"")
+    except ValueError:
+        return set()
+    return {mark.step} if mark.before is None else {mark.step, mark.before}
 
 
 def _folder_name(step: int) -> str:

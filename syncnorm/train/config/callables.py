@@ -104,6 +104,7 @@ def check_callables(config: Config, allowed: Sequence[str]) -> None:
         ("model.name", config.model.name),
         ("data.name", config.data.name),
         ("task.name", config.task.name),
+        *(("follow.loggers", name) for name in config.follow.loggers),
     ):
         is_reference = REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name)
         if is_reference and name not in _given:

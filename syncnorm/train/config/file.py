@@ -57,7 +57,11 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
 def read(source: str, overrides: Sequence[str] = ()) -> Written:
     """Read a configuration without checking its keys and values; arguments as in `load_config`."""
     path = find_config(source)
-    text = _read_text(path)
+    return parse(_read_text(path), path, overrides)
+
+
+def parse(text: str, path: Path, overrides: Sequence[str] = ()) -> Written:
+    """Parse the text of a configuration as `read` does; the path is for messages."""
     values = strict_yaml.parse(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be a mapping of sections, got {reprlib.repr(values)}")
@@ -135,7 +139,7 @@ def _apply(values: dict[str, Any], override: str) -> Key:
     if not equals or not all(key):
         raise ConfigError(f"{shown} must have the form section.key=value")
     value = strict_yaml.parse(text, shown)
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:  # none: what has no options, such as a logger
         raise ConfigError(
             f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}"
         )

@@ -17,6 +17,9 @@ from syncnorm.train.config.section import (
     Finite,
     LocalPath,
     Options,
+    PathOrUrl,
+    RunName,
+    RunTag,
     Section,
     Whole,
     check_name_or_reference,
@@ -29,6 +32,9 @@ from syncnorm.train.models import MODELS
 from syncnorm.train.packages import PACKAGED
 from syncnorm.train.task.builtin import TASKS, make_builtin
 
+# The services that figures can go to, by `syncnorm.train.loggers`.
+LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
 # The sections that fix a run's result.
 MATHEMATICS = ("model", "task", "data", "norm", "train")
 
@@ -39,6 +45,10 @@ def _known_model(name: str) -> str:
 
 def _known_dataset(name: str) -> str:
     return check_name_or_reference(name, [*DATASETS, *SOURCES])
+
+
+def _known_logger(name: str) -> str:
+    return check_name_or_reference(name, LOGGERS)
 
 
 def _known_task(name: str) -> str:
@@ -233,8 +243,11 @@ class FollowSection(Section):
         description="steps between records of speed and of the normalisation layers",
     )
     layers: bool = Field(default=True, description="record each normalisation layer's statistics")
-    tensorboard: bool = Field(
-        default=False, description="write TensorBoard files too; needs the extra tensorboard"
+    loggers: dict[Annotated[str, AfterValidator(_known_logger)], Options] = Field(
+        default={},
+        description="services that get the figures too, each with its options: "
+        f"{', '.join(LOGGERS)}, or package.module:Class, whose package must be allowed on the "
+        "command line",
     )
     profile: Whole | None = Field(
         default=None,
@@ -323,9 +336,16 @@ class Config(Section):
         default=FollowSection(), description="what is written down while it trains"
     )
     launch: LaunchSection = Field(default=LaunchSection(), description="where it is computed")
-    run_dir: LocalPath = Field(
-        default="runs", description="folder in which each run gets a folder of its own"
+    run_dir: PathOrUrl = Field(
+        default="runs",
+        description="folder in which each run gets a folder of its own; or its address in a store, "
+        "such as s3://bucket/runs, to which the folder in runs is copied; needs the extra storage",
     )
+    name: RunName | None = Field(
+        default=None,
+        description="begins the name of the run's folder; null: the configuration's name",
+    )
+    tags: list[RunTag] = Field(default=[], description="words to find the run by")
 
     @property
     def norm_batch(self) -> int:

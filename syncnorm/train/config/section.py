@@ -24,7 +24,7 @@ Whole = Annotated[int, Field(le=1_000_000_000)]
 REFERENCE = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
 
 # As a path it would make a local folder: s3://bucket becomes s3:/bucket.
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 class Section(BaseModel):
@@ -56,6 +56,60 @@ def _local_path(text: str) -> str:
 
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
+
+
+def is_url(text: str) -> bool:
+    """Return True for an address such as `s3://bucket/runs`, False for a path."""
+    return _URL.match(text) is not None
+
+
+def check_path_or_url(text: str) -> str:
+    """Return `text`; ValueError if it is neither a local path nor the address of a folder.
+
+    The address is of a store such as `s3://bucket/runs`, without a password in it.
+    """
+    found = _URL.match(text)
+    if found is None or found[1].lower() in ("file", "local"):
+        return _local_path(text)
+    rest = text[found.end() :]
+    parts = rest.rstrip("/").split("/")
+    if "@" in parts[0]:
+        # Not shown: what stands before the @ may be a password.
+        raise ValueError(
+            f"must hold no name and no password, got {found[0]}...@... Give them as the store's "
+            "own library reads them, from the environment or a file."
+        )
+    if {"", ".", ".."} & set(parts) or "::" in text or re.search(r"[\s\x00-\x1f?#*\[\]]", text):
+        raise ValueError(
+            f"must be a path or an address such as s3://bucket/runs, got {reprlib.repr(text)}"
+        )
+    return text
+
+
+PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(check_path_or_url)]
+
+
+def _run_name(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", text, re.ASCII):
+        raise ValueError(
+            "must be at most 100 letters, digits, '.', '_' and '-' and begin with a letter or a "
+            f"digit, got {reprlib.repr(text)}. It names the run's folder."
+        )
+    return text
+
+
+RunName = Annotated[str, AfterValidator(_run_name)]
+
+
+def _tag(text: str) -> str:
+    if not (1 <= len(text) <= 64 and text.isprintable()):
+        raise ValueError(
+            f"must be a word or a few, at most 64 characters, got {reprlib.repr(text)}"
+        )
+    return text
+
+
+RunTag = Annotated[str, AfterValidator(_tag)]
 
 
 _Patterns = TypeVar("_Patterns", bound=Collection[str])

@@ -192,7 +192,8 @@ def _values(kind: Mapping[str, Any]) -> str:
     if "pattern" in kind:
         return "`package.module:callable`"
     if isinstance(kind.get("additionalProperties"), dict):
-        return f"text to one of {_values(kind['additionalProperties'])}"
+        inner = _values(kind["additionalProperties"])
+        return f"text to one of {inner}" if inner else ""
     if "minimum" in kind and "maximum" in kind:
         return f"{kind['minimum']} to {kind['maximum']}"
     signs = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}

@@ -1,0 +1,78 @@
+"""A logger in a thread of its own: whatever it raises, or wherever it hangs, training goes on."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# More events than a logger that still works lets wait.
+_MOST_WAITING = 1000
+# After the last figures, for all that a logger still has to send.
+_CLOSE_SECONDS = 60.0
+
+
+class GuardedLogger:
+    """Makes a logger, feeds and closes it, in a thread. To be called from one thread.
+
+    A logger that raises is dropped; what it raised is a fault, to be read once.
+
+    Args:
+        name: for messages.
+        make: makes the logger, in its thread.
+        close_seconds: limit of the wait for its end.
+    """
+
+    def __init__(
+        self, name: str, make: Callable[[], Any], close_seconds: float = _CLOSE_SECONDS
+    ) -> None:
+        self._name, self._make = name, make
+        self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
+        self._faults: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._is_dropped = False
+        self._close_seconds, self._deadline = close_seconds, float("inf")
+        # A daemon: one that hangs must not keep the process.
+        self._thread = threading.Thread(target=self._work, name=f"syncnorm-{name}", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, figures: Mapping[str, float]) -> None:
+        """Hand figures over; nobody waits."""
+        if self._is_dropped:
+            return
+        if self._waiting.qsize() >= _MOST_WAITING:
+            self._drop(f"{_MOST_WAITING} steps behind")
+        else:
+            self._waiting.put((step, figures))
+
+    def close(self) -> None:
+        """Ask the logger to end, which it does after the figures that are waiting."""
+        if self._deadline == float("inf"):
+            self._waiting.put(None)
+            self._deadline = time.monotonic() + self._close_seconds
+
+    def is_over(self, seconds: float) -> bool:
+        """Wait so long at most; True if the logger has ended, or has had its time."""
+        self._thread.join(seconds)
+        if not self._thread.is_alive():
+            return True
+        if not self._is_dropped and time.monotonic() >= self._deadline:
+            self._drop(f"not closed within {self._close_seconds:g} seconds")
+        return self._is_dropped
+
+    def pop_faults(self) -> list[str]:
+        """Pop the messages about what went wrong."""
+        return [self._faults.get() for _ in range(self._faults.qsize())]
+
+    def _work(self) -> None:
+        try:
+            logger = self._make()
+            while (event := self._waiting.get()) is not None and not self._is_dropped:
+                logger.log(*event)
+            logger.close()
+        except (Exception, SystemExit) as error:  # of somebody else's code
+            self._drop(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+
+    def _drop(self, reason: str) -> None:
+        if not self._is_dropped:
+            self._is_dropped = True
+            self._faults.put(f"logger {self._name} is dropped, the run goes on: {reason}")

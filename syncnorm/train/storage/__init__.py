@@ -1,0 +1,67 @@
+"""Runs in a store such as S3, through fsspec.
+
+A run is local, as any other. Its folder is copied to an address (`mirror`) as it goes on, and from
+there to another machine (`fetch`). `remote` has the operations on a store.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from syncnorm.train.checkpoint.snapshot import MANIFEST
+from syncnorm.train.files import write_text_whole
+
+# In the run's folder: the address that it is copied to.
+ORIGIN = "storage.json"
+# Of runs with an address, in the working folder.
+LOCAL_ROOT = Path("runs")
+CHECKPOINTS = "checkpoints"
+
+# A file of a checkpoint in a store; its step and its own name.
+_CHECKPOINT_FILE = re.compile(
+    rf"{CHECKPOINTS}/step-([0-9]{{8,18}})/([a-z][a-z0-9_]{{0,63}}\.(safetensors|pt|json))", re.ASCII
+)
+# Files of a run that are copied as they are: before its checkpoints, and after them.
+RECORDS = ("config.yaml", "launch.json", "loggers.json", "metrics.jsonl")
+LAST_RECORDS = ("report.html", "traceback.txt", "exit.json")
+
+
+def write_origin(folder: Path, url: str) -> None:
+    """Write down the address that a run's folder is copied to."""
+    write_text_whole(folder / ORIGIN, json.dumps({"url": url}) + "\n")
+
+
+def read_origin(folder: Path) -> str | None:
+    """Read the address that a run's folder is copied to; None if there is none."""
+    try:
+        url = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["url"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return url if isinstance(url, str) else None
+
+
+def checkpoint_files(names: dict[str, int]) -> dict[int, dict[str, int]]:
+    """Sort the files of a run in a store by checkpoints.
+
+    Args:
+        names: of the files, with their sizes in bytes.
+
+    Returns:
+        By step, its files with their sizes. One without a manifest is not whole.
+    """
+    found: dict[int, dict[str, int]] = {}
+    for name, size in names.items():
+        match = _CHECKPOINT_FILE.fullmatch(name)
+        if match is not None and match[1] == f"{int(match[1]):08d}":
+            found.setdefault(int(match[1]), {})[match[2]] = size
+    return found
+
+
+def checkpoint_path(step: int, name: str = "") -> str:
+    """Return the name of a checkpoint in a store, or of a file of it."""
+    return f"{CHECKPOINTS}/step-{step:08d}/{name}"
+
+
+def is_whole(files: dict[str, int]) -> bool:
+    """Return True if a checkpoint in a store has its last file."""
+    return MANIFEST in files

@@ -1,0 +1,213 @@
+"""The copying of a run's folder to a store, in the background.
+
+The record goes first, then each checkpoint, its manifest last, then the mark of the best one, then
+the end of the run. So what the store has is at every moment a run to go on from: its newest whole
+checkpoint, and the record of every step up to that.
+"""
+
+import threading
+import time
+from pathlib import Path
+
+from syncnorm.errors import SyncnormError
+from syncnorm.train.checkpoint.snapshot import MANIFEST
+from syncnorm.train.checkpoint.store import BEST, CheckpointStore, read_mark
+from syncnorm.train.storage import (
+    CHECKPOINTS,
+    LAST_RECORDS,
+    RECORDS,
+    checkpoint_files,
+    checkpoint_path,
+    is_whole,
+    read_origin,
+)
+from syncnorm.train.storage.remote import Remote, reason
+
+# At the end, when no later save tries again.
+_LAST_TRIES = 3
+_PAUSE_SECONDS = 2.0
+
+
+class Mirror:
+    """Copies a run's folder to its address whenever it is asked to. To be called from one thread.
+
+    Args:
+        folder: of the run.
+        url: its address.
+        keep: number of the newest checkpoints to keep there, besides the best one.
+        patience_seconds: at the end, the longest time in which nothing moves.
+    """
+
+    def __init__(self, folder: Path, url: str, keep: int, patience_seconds: float = 60.0) -> None:
+        self.url = url
+        self._folder, self._keep, self._patience = folder, keep, patience_seconds
+        self._asked, self._is_ending = threading.Event(), False
+        self._faults: list[str] = []
+        self._moved_at = time.monotonic()
+        self._remote: Remote | None = None
+        # By name, size and time of the local record that was copied; by step, the manifest.
+        self._records: dict[str, tuple[int, int]] = {}
+        self._manifests: dict[int, bytes] = {}
+        # A daemon: one that hangs must not keep the process.
+        self._thread = threading.Thread(target=self._work, name="syncnorm-mirror", daemon=True)
+        self._thread.start()
+
+    def request(self) -> None:
+        """Ask for a copy of what there is by now; nobody waits."""
+        self._asked.set()
+
+    def close(self) -> None:
+        """Ask for a last copy, and for the end."""
+        self._moved()
+        self._is_ending = True
+        self._asked.set()
+
+    def is_over(self, seconds: float) -> bool:
+        """Wait so long at most; True if all is copied, or there is no hope for it."""
+        self._thread.join(seconds)
+        if not self._thread.is_alive():
+            return True
+        if time.monotonic() - self._moved_at < self._patience:
+            return False
+        self._add_fault(f"nothing has moved for {self._patience:g} seconds")
+        return True
+
+    def pop_faults(self) -> list[str]:
+        """Pop the messages about copies that failed."""
+        faults, self._faults = self._faults, []
+        return faults
+
+    def _work(self) -> None:
+        while True:
+            self._asked.wait()
+            self._asked.clear()
+            # What is there before `close` is called is in the copy that begins now.
+            is_last = self._is_ending
+            fault = self._try(_LAST_TRIES if is_last else 1, is_last)
+            if fault is not None:
+                self._add_fault(fault)
+            if is_last:
+                return
+
+    def _try(self, times: int, is_last: bool) -> str | None:
+        """Copy, so many times until it goes well; return what went wrong at last."""
+        fault = None
+        for number in range(times):
+            if number:
+                time.sleep(_PAUSE_SECONDS)
+            try:
+                self._copy(is_last)
+            except Exception as error:  # of the disk or the store
+                fault = str(error) if isinstance(error, SyncnormError) else reason(error)
+            else:
+                return None
+        return fault
+
+    def _add_fault(self, message: str) -> None:
+        after = "the next save tries again" if not self._is_ending else "what is here is whole"
+        self._faults.append(f"{self._folder} is not copied: {message}; {after}")
+
+    def _moved(self) -> None:
+        self._moved_at = time.monotonic()
+
+    def _copy(self, is_last: bool) -> None:
+        if self._remote is None:
+            self._remote = Remote(self.url)
+        remote = self._remote
+        names = remote.sizes()
+        self._moved()
+        self._copy_records(remote, RECORDS, names)
+        # Before the folders are listed: the mark names what was in place by then.
+        mark = _read(self._folder / CHECKPOINTS / BEST)
+        store = CheckpointStore(self._folder / CHECKPOINTS)
+        best = read_mark(mark)
+        local = store.folders()
+        newest = max(local, default=0)
+        # The newest first, then the best, then the others.
+        for step in sorted(local, key=lambda s: (s == newest, s in best, s), reverse=True):
+            folder = local[step]
+            self._copy_checkpoint(remote, step, folder, names)
+            if self._asked.is_set() and not is_last:
+                return  # and begin again, with what is newer
+        if mark is not None:
+            self._write_changed(remote, f"{CHECKPOINTS}/{BEST}", mark)
+        # If the mark cannot be read any of them may be the best.
+        if local and (best or mark is None):
+            self._prune(remote, newest, best)
+        self._copy_records(remote, LAST_RECORDS, names)
+
+    def _copy_records(
+        self, remote: Remote, records: tuple[str, ...], names: dict[str, int]
+    ) -> None:
+        for name in records:
+            path = self._folder / name
+            try:
+                facts = path.stat()
+                data = path.read_bytes()
+            except FileNotFoundError:
+                if name in names:  # such as the end of a run that goes on
+                    remote.remove([name])
+                continue
+            if name.endswith(".jsonl"):
+                data = data[: data.rfind(b"\n") + 1]  # without a line that is being written
+            now = (facts.st_size, facts.st_mtime_ns)
+            if self._records.get(name) != now:
+                remote.write(name, data)
+                self._records[name] = now
+                self._moved()
+
+    def _copy_checkpoint(
+        self, remote: Remote, step: int, folder: Path, names: dict[str, int]
+    ) -> None:
+        manifest = _read(folder / MANIFEST)
+        if manifest is None or self._manifests.get(step) == manifest:
+            return
+        there = checkpoint_files(names).get(step, {})
+        if is_whole(there):
+            if remote.read(checkpoint_path(step, MANIFEST)) == manifest:
+                self._manifests[step] = manifest
+                return
+            remote.remove([checkpoint_path(step, MANIFEST)])
+        try:
+            files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+            for path in files:
+                remote.upload(path, checkpoint_path(step, path.name), self._moved)
+                self._moved()
+        except Exception:
+            if _read(folder / MANIFEST) != manifest:
+                return  # removed or replaced meanwhile
+            raise
+        extra = there.keys() - {path.name for path in files} - {MANIFEST}
+        remote.remove([checkpoint_path(step, name) for name in extra])
+        remote.write(checkpoint_path(step, MANIFEST), manifest)
+        self._manifests[step] = manifest
+        self._moved()
+
+    def _write_changed(self, remote: Remote, name: str, data: bytes) -> None:
+        if remote.read(name) != data:
+            remote.write(name, data)
+            self._moved()
+
+    def _prune(self, remote: Remote, newest: int, best: set[int]) -> None:
+        """Remove old checkpoints as the store on disk does; never later ones."""
+        there = {s: files for s, files in checkpoint_files(remote.sizes()).items() if s <= newest}
+        whole = sorted((step for step, files in there.items() if is_whole(files)), reverse=True)
+        for step in there.keys() - {*whole[: self._keep], *best}:
+            # The manifest first: what is half removed must not look damaged.
+            rest = there[step].keys() - {MANIFEST}
+            remote.remove([checkpoint_path(step, name) for name in (MANIFEST, *rest)])
+            self._manifests.pop(step, None)
+            self._moved()
+
+
+def open_mirror(folder: Path, keep: int, patience_seconds: float) -> Mirror | None:
+    """Open the mirror of a run's folder, if it has an address."""
+    url = read_origin(folder)
+    return None if url is None else Mirror(folder, url, keep, patience_seconds)
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
