@@ -95,12 +95,15 @@ def train(
     """
     from syncnorm.run.dry_run import dry_run
     from syncnorm.run.local import run_local
-    from syncnorm.run.resume import choose_config
+    from syncnorm.run.resume import NoConfigError, choose_config
     from syncnorm.run.worker import Task, run_worker
     from syncnorm.train.config.callables import check_callables
     from syncnorm.train.config.file import check
 
-    written = choose_config(config, overrides or [], resume)
+    try:
+        written = choose_config(config, overrides or [], resume)
+    except NoConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="config") from None
     task = Task(check(written), written.path.stem, resume, tuple(allow or ()))
     check_callables(task.config, task.allowed)
     launched = read_launched()

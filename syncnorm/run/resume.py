@@ -9,6 +9,10 @@ from syncnorm.train.config.file import Written, parse, read
 from syncnorm.train.config.section import is_url
 
 
+class NoConfigError(ConfigError):
+    """Neither a configuration was named nor a run to go on with."""
+
+
 def choose_config(config: str | None, overrides: Sequence[str], resume: str | None) -> Written:
     """Read the configuration of `syncnorm train`: the one that is named, or the run's own.
 
@@ -18,12 +22,13 @@ def choose_config(config: str | None, overrides: Sequence[str], resume: str | No
         resume: the folder or the address of the run that goes on; None for a new run.
 
     Raises:
-        ConfigError: there is neither, or it cannot be read.
+        NoConfigError: there is neither.
+        ConfigError: it cannot be read.
     """
     if config is not None and ("=" not in config or Path(config).exists()):
         return read(config, overrides)
     if resume is None:
-        raise ConfigError(
+        raise NoConfigError(
             "a run must be given a configuration, a YAML file or the name of a packed one such as "
             "digits; one that is resumed (`--resume RUN`) has its own"
         )

@@ -3,16 +3,26 @@
 import shlex
 from pathlib import Path
 
-from syncnorm.run.resume import choose_config, resume_command
+import pytest
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.folder import write_config
+from syncnorm.run.resume import NoConfigError, choose_config, resume_command
+from syncnorm.train.config.file import check, load_config
 
 
 def test_the_configuration_is_the_runs_own_where_none_is_named(tmp_path):
-    path = tmp_path / "config.yaml"
-    path.touch()
+    write_config(load_config("digits"), tmp_path)
     given = ["launch.workers=3", "train.epochs=9"]
-    assert choose_config(given[0], given[1:], tmp_path) == (str(path), given)
-    assert choose_config(None, [], tmp_path) == (str(path), [])
-    assert choose_config("digits", given, tmp_path) == ("digits", given)
+    for words in ((given[0], given[1:]), (None, given)):
+        own = choose_config(*words, str(tmp_path))
+        assert own.path == tmp_path / "config.yaml"
+        assert (check(own).train.epochs, check(own).launch.workers) == (9, 3)
+    assert choose_config("digits", given, str(tmp_path)).path.name == "digits.yaml"
+    with pytest.raises(NoConfigError, match="must be given a configuration"):
+        choose_config("train.lr=1", [], None)
+    with pytest.raises(ConfigError, match="`--resume` must name a run's folder, got 'nowhere'"):
+        choose_config(None, [], "nowhere")
 
 
 def test_the_line_can_be_pasted():

@@ -58,9 +58,10 @@ def read_config(url: str) -> str:
         ConfigError: the store refuses or does not answer, or there is no run.
     """
     remote = within(_ANSWER_SECONDS, lambda: Remote(url.rstrip("/")), url)
-    if "config.yaml" not in within(_ANSWER_SECONDS, remote.sizes, url):
+    text = within(_ANSWER_SECONDS, lambda: remote.read("config.yaml"), url)
+    if text is None:
         raise ConfigError(f"there is no run at {url}: no config.yaml")
-    return within(_ANSWER_SECONDS, lambda: remote.read("config.yaml"), url).decode()
+    return text.decode(errors="replace")
 
 
 def local_copy(source: str | Path) -> Path:
