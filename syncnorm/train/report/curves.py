@@ -16,10 +16,13 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from syncnorm.train.report.cut import cut_far_values
+from syncnorm.train.report.hover import hover_strips
 from syncnorm.train.report.marks import draw_marks
 from syncnorm.train.report.run import Run
 from syncnorm.train.report.series import Array, points, smooth, thin
-from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, to_svg
+from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, run_group, to_svg
+from syncnorm.train.report.text import percent
 from syncnorm.train.task.measures import is_share
 
 
@@ -44,6 +47,10 @@ class Curve:
     share: bool = False
     from_zero: bool = False
     noisy: bool = True
+
+    def write(self, value: float) -> str:
+        """Write a value for people."""
+        return percent(value) if self.share else f"{value:.4g}"
 
 
 CURVES = (
@@ -94,10 +101,11 @@ def curve_figure(curve: Curve, runs: Sequence[Run]) -> Markup | None:
     figure, above, axes = _axes(len(runs) if any(run.events.marks for run in runs) else 0)
     for index, (x, y) in enumerate(series):
         _draw_curve(axes, x, y, index, curve.noisy)
-    _scale(axes, curve, finite)
     axes.set_xlim(*step_range(runs))
+    _scale(axes, curve, series, finite)
     draw_marks(above, axes, runs)
-    return to_svg(figure, curve.name.replace("_", "-"), _describe(curve, runs, series))
+    strips = hover_strips(axes, series, [run.name for run in runs], curve.write)
+    return to_svg(figure, curve.name.replace("_", "-"), _describe(curve, runs, series), strips)
 
 
 def _axes(lanes: int) -> tuple[Figure, Axes, Axes]:
@@ -123,19 +131,21 @@ def _draw_curve(axes: Axes, x: Array, y: Array, index: int, noisy: bool) -> None
     colour = run_colour(index)
     smoothed = smooth(x, y) if noisy else None
     if smoothed is not None:
-        axes.plot(*thin(x, y), color=colour, alpha=0.28, linewidth=0.7, zorder=1.9)
+        pale = {"alpha": 0.28, "linewidth": 0.7, "zorder": 1.9}
+        axes.plot(*thin(x, y), color=colour, gid=run_group(index), **pale)
         x, y = smoothed
     # a single point has no line
     axes.plot(
         *thin(x, y),
         color=colour,
+        gid=run_group(index),
         linestyle=run_dashes(index),
         marker="o" if len(x) <= 30 else "",
         markersize=2.6,
     )
 
 
-def _scale(axes: Axes, curve: Curve, finite: Array) -> None:
+def _scale(axes: Axes, curve: Curve, series: Sequence[tuple[Array, Array]], finite: Array) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("optimizer step", loc="right")
@@ -143,8 +153,11 @@ def _scale(axes: Axes, curve: Curve, finite: Array) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     if curve.from_zero:
         axes.set_ylim(0, max(1.08 * finite.max(), 1e-9))
-    if curve.log and finite.min() > 0:
+    is_log = curve.log and bool(finite.min() > 0)
+    if is_log:
         axes.set_yscale("log")
+    cut_far_values(axes, series, is_log=is_log)
+    if is_log:
         axes.yaxis.set_major_locator(LogLocator(subs=_subdivisions(*axes.get_ylim()), numticks=9))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
