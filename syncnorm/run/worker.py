@@ -33,6 +33,7 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.placement import Workers
 from syncnorm.train.processes import die_with_parent
+from syncnorm.train.report import write_own_report
 from syncnorm.train.task.measures import format_metric
 
 _log = logging.getLogger(__name__)
@@ -109,6 +110,8 @@ def work(task: Task, launched: Launched) -> int:
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
+    if workers.is_first and outcome.is_done:
+        write_own_report(folder)
     return 0 if outcome.is_done else RESUMABLE
 
 

@@ -31,6 +31,7 @@ from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_s
 from syncnorm.train.memory import check_memory
 from syncnorm.train.notes import Flags
 from syncnorm.train.placement import Workers
+from syncnorm.train.predictions import collect_predictions
 from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
@@ -170,6 +171,9 @@ def train(
         recorder.record_start(resumed)
         is_done = _train_epochs(run)
         metrics = _final_metrics(run, is_done)
+        if is_done and not run.is_new and metrics:
+            split = list(metrics)[-1]
+            recorder.record_predictions(collect_predictions(setup, feed, split, watch.alive))
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
     return Outcome(metrics, digests, is_done, _reason(run))

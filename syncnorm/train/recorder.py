@@ -14,6 +14,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
 from syncnorm.train.display import Display
+from syncnorm.train.memory import peak_memory
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
@@ -94,6 +95,11 @@ class Recorder:
             **{key: v for split, each in metrics.items() for key, v in _named(split, each).items()},
         )
 
+    def record_predictions(self, predictions: dict[str, Any] | None) -> None:
+        """Record what `collect_predictions` has found, if anything."""
+        if predictions is not None:
+            self._metrics.write("predictions", step=self._progress.step, **predictions)
+
     def record_step(self, result: StepResult, samples: int, lr: float) -> None:
         """Record a step.
 
@@ -115,6 +121,7 @@ class Recorder:
             "samples_per_second": self._samples / seconds,
             "exchange_share": min(1.0, waited / seconds),
             "seconds": seconds,
+            "memory": peak_memory(self._setup.workers.device),
         }
         step = self._progress.step
         self._metrics.write_timed("interval", step=step, **speed)

@@ -38,6 +38,7 @@ class Curve:
         share: of 1, shown in per cent.
         from_zero: start the axis at zero.
         noisy: draw a moving mean over the values.
+        unit: of what is shown, in that of the record.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Curve:
     share: bool = False
     from_zero: bool = False
     noisy: bool = True
+    unit: float = 1.0
 
     def write(self, value: float) -> str:
         """Write a value for people."""
@@ -74,15 +76,32 @@ CURVES = (
         share=True,
         from_zero=True,
     ),
+    Curve(
+        "memory",
+        "Memory",
+        "GiB at most so far: of the first worker's process, or of its tensors on a GPU",
+        from_zero=True,
+        noisy=False,
+        unit=2**30,
+    ),
     Curve("grad_norm", "Gradient norm", "of the whole gradient, before it is clipped", log=True),
 )
 
 
 def all_curves(runs: Sequence[Run]) -> list[Curve]:
     """List the curves of a page: the loss, the metrics of evaluations, and the others."""
-    names = dict.fromkeys(name for run in runs for name in run.events.metrics)
+    once = set(single_metrics(runs))
+    names = dict.fromkeys(name for run in runs for name in run.events.metrics if name not in once)
     loss, *others = CURVES
     return [loss, *map(_metric_curve, names), *others]
+
+
+def single_metrics(runs: Sequence[Run]) -> list[str]:
+    """List the metrics that no run has more than once beside others: those of the end."""
+    names = dict.fromkeys(name for run in runs for name in run.events.metrics)
+    most = {name: max(len(run.events.curve(name)) for run in runs) for name in names}
+    has_curves = any(count > 1 for count in most.values())
+    return [name for name, count in most.items() if count == 1 and has_curves]
 
 
 def _metric_curve(name: str) -> Curve:
@@ -95,6 +114,7 @@ def _metric_curve(name: str) -> Curve:
 def curve_figure(curve: Curve, runs: Sequence[Run]) -> Markup | None:
     """Draw a quantity of all runs; None if none has recorded it."""
     series = [points(run.events.curve(curve.name)) for run in runs]
+    series = [(x, y / curve.unit) for x, y in series]
     finite = np.concatenate([y[np.isfinite(y)] for _, y in series])
     if not len(finite):
         return None

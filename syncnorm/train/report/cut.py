@@ -59,7 +59,7 @@ def _mark(
     for index, (x, y) in enumerate(series):
         with np.errstate(invalid="ignore"):
             beyond = x[y > limit] if is_above else x[y < limit]
-        steps = apart([int(step) for step in beyond], axes.get_xlim()[1])
+        steps = apart([int(step) for step in beyond], 5 * axes.get_xlim()[1])
         axes.plot(
             steps,
             [place] * len(steps),
