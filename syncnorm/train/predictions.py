@@ -115,8 +115,8 @@ def _image(pixels: Tensor) -> str | None:
     pixels = pixels.float().cpu()
     if max(pixels.shape[1:]) > _MOST_PIXELS:
         scale = _MOST_PIXELS / max(pixels.shape[1:])
-        size = [max(1, round(scale * side)) for side in pixels.shape[1:]]
-        pixels = F.adaptive_avg_pool2d(pixels[None], size)[0]
+        height, width = (max(1, round(scale * side)) for side in pixels.shape[1:])
+        pixels = F.adaptive_avg_pool2d(pixels[None], (height, width))[0]
     low, high = pixels.aminmax()
     bytes_ = ((pixels - low) / (high - low).clamp(min=1e-12) * 255).nan_to_num().byte()
     return f"data:image/png;base64,{base64.b64encode(_png(bytes_)).decode()}"

@@ -151,8 +151,8 @@ def _draw_curve(axes: Axes, x: Array, y: Array, index: int, noisy: bool) -> None
     colour = run_colour(index)
     smoothed = smooth(x, y) if noisy else None
     if smoothed is not None:
-        pale = {"alpha": 0.28, "linewidth": 0.7, "zorder": 1.9}
-        axes.plot(*thin(x, y), color=colour, gid=run_group(index), **pale)
+        (pale,) = axes.plot(*thin(x, y), color=colour, gid=run_group(index), linewidth=0.7)
+        pale.set(alpha=0.28, zorder=1.9)
         x, y = smoothed
     # a single point has no line
     axes.plot(

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # What this package writes, and nothing that names an address.
 _IMAGE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]{1,12000}={0,2}")
@@ -84,15 +84,15 @@ def _sample(value: Any) -> Sample | None:
         return None
     image = value.get("image")
     is_image = isinstance(image, str) and _IMAGE.fullmatch(image)
-    is_share = type(share) in (int, float) and 0 <= share <= 1
-    return Sample(true, predicted, float(share) if is_share else 0.0, image if is_image else None)
+    sure = float(share) if isinstance(share, int | float) and 0 <= share <= 1 else 0.0
+    return Sample(true, predicted, sure, image if is_image else None)
 
 
-def _is_triple(value: Any) -> bool:
+def _is_triple(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and len(value) == 3 and all(map(_is_count, value))
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 <= value < _LARGEST
 
 
