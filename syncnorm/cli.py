@@ -145,14 +145,18 @@ def report(
         list[Path], typer.Argument(metavar="RUN", help="Folders of the runs to compare.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="Write it again while runs go on; the page reloads itself."),
+    ] = False,
 ) -> None:
     """Write an HTML page about runs: curves, layers, faults, differences of their configurations.
 
     The page is one file that loads nothing. The last line of standard output is its path.
     """
-    from syncnorm.train.report import write_report
+    from syncnorm.train.report import watch_report, write_report
 
-    print(write_report(runs, output))
+    print((watch_report if watch else write_report)(runs, output))
 
 
 @config_app.command()

@@ -1,6 +1,5 @@
 """`syncnorm train --dry-run`: one step as one of the workers, without the others."""
 
-import resource
 import sys
 import time
 from datetime import timedelta
@@ -15,7 +14,14 @@ from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN
-from syncnorm.train.memory import Need, available_bytes, check_fits, estimate, format_bytes
+from syncnorm.train.memory import (
+    Need,
+    available_bytes,
+    check_fits,
+    estimate,
+    format_bytes,
+    peak_memory,
+)
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, training_step
@@ -71,7 +77,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     indices = order[: config.train.global_batch].to(feed.index_device)
     batches = feed.batches(TRAIN, setup.forwards(indices), epoch=1)
     tally = exchange.Tally()
-    before = _peak(workers)
+    before = peak_memory(workers.device)
     started = time.perf_counter()
     training_step(setup, batches, StepBatch(indices, 1, 1))
     seconds = time.perf_counter() - started
@@ -80,7 +86,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
         *_describe_model(setup),
         f"data: {feed.describe()}, {steps_per_epoch} steps per epoch",
         f"step: {setup.describe_step()}",
-        *_describe_memory(need, free, _peak(workers) - before),
+        *_describe_memory(need, free, peak_memory(workers.device) - before),
         f"one step, the first, without waiting for others: {seconds:.2f} s",
         *_describe_messages(setup, totals),
     ]
@@ -123,11 +129,3 @@ def _describe_messages(setup: Setup, totals: dict[str, tuple[int, int]]) -> list
             "step"
         )
     return lines
-
-
-def _peak(workers: Workers) -> int:
-    """Return the peak memory of this process in bytes."""
-    if workers.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(workers.device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -92,7 +92,7 @@ def make_run_folder(config: "Config", name: str, launch: str | None = None) -> P
     return folder
 
 
-def local_root(config: Config) -> Path:
+def local_root(config: "Config") -> Path:
     """Return the folder on this machine in which the run gets its own."""
     return LOCAL_ROOT if is_url(config.run_dir) else Path(config.run_dir)
 
@@ -109,11 +109,11 @@ def write_config(config: "Config", folder: Path) -> None:
     write_text_whole(folder / "config.yaml", _config_text(config))
 
 
-def _config_text(config: Config) -> str:
+def _config_text(config: "Config") -> str:
     return strict_yaml.dump(config.model_dump())
 
 
-def upload_rest(folder: Path, config: Config) -> None:
+def upload_rest(folder: Path, config: "Config") -> None:
     """Copy a run's folder to its address once more, if it has one, as the run's workers are gone.
 
     A fault is printed.

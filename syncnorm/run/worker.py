@@ -38,6 +38,7 @@ from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.placement import Workers
 from syncnorm.train.processes import die_with_parent
+from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import format_metric
 from syncnorm.train.waiting import wait_for_first
@@ -144,6 +145,8 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
+    if workers.is_first and outcome.is_done:
+        write_own_report(folder)
     return folder, outcome, progress, watch
 
 

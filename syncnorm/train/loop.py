@@ -32,6 +32,7 @@ from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_s
 from syncnorm.train.memory import check_memory
 from syncnorm.train.notes import Flags
 from syncnorm.train.placement import Workers
+from syncnorm.train.predictions import collect_predictions
 from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
@@ -202,6 +203,9 @@ def train(
             callback.on_start(run)
         is_done = _train_epochs(run)
         metrics = _final_metrics(run, is_done)
+        if is_done and not run.is_new and metrics:
+            split = list(metrics)[-1]
+            recorder.record_predictions(collect_predictions(setup, feed, split, watch.alive))
         for callback in callbacks:
             callback.on_end(run, metrics)
         digests = gather_digests(setup.model)

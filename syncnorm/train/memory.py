@@ -12,6 +12,7 @@ the greatest part with small networks; on a GPU it lies elsewhere.
 import copy
 import logging
 import resource
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -72,6 +73,14 @@ class Need:
             f"data, {format_bytes(self.fixed)} for parameters, gradients and optimizer, and "
             f"{self.samples} samples in a forward of {format_bytes(self.per_sample)} each"
         )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Measure the peak memory of this process in bytes, on a GPU that of its tensors there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def format_bytes(count: float) -> str:

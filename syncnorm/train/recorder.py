@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from syncnorm.train.checkpoint.saver import SaveResult
 from syncnorm.train.display import Display
 from syncnorm.train.loggers import open_loggers
 from syncnorm.train.loggers.guarded import GuardedLogger
+from syncnorm.train.memory import peak_memory
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
@@ -149,6 +150,11 @@ class Recorder:
             wait_for_first(self._loggers[number].is_over if self._is_first else None, alive)
         self._record_others_faults()
 
+    def record_predictions(self, predictions: dict[str, Any] | None) -> None:
+        """Record what `collect_predictions` has found, if anything."""
+        if predictions is not None:
+            self._metrics.write("predictions", step=self._progress.step, **predictions)
+
     def record_step(self, result: StepResult, samples: int, lr: float) -> None:
         """Record a step.
 
@@ -171,6 +177,7 @@ class Recorder:
             "samples_per_second": self._samples / seconds,
             "exchange_share": min(1.0, waited / seconds),
             "seconds": seconds,
+            "memory": peak_memory(self._setup.workers.device),
         }
         step = self._progress.step
         self._metrics.write_timed("interval", step=step, **speed)

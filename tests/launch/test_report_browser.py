@@ -97,6 +97,15 @@ def test_the_policy_holds_and_is_heard(worse, what):
     assert "<title>no</title>" not in dom
 
 
+def test_a_run_is_hidden_without_a_script(page):
+    shown = screenshot(page, 1200)
+    path = page.with_name("hidden.html")
+    path.write_text(page.read_text().replace('id="show-0" checked', 'id="show-0"'))
+    hidden = screenshot(path, 1200)
+    # Its swatches stay.
+    assert 0 < count(hidden, BLUE) < count(shown, BLUE) / 2
+
+
 @pytest.mark.parametrize("width", [1200, 400])
 def test_it_is_drawn(page, width):
     image = screenshot(page, width)

@@ -16,10 +16,13 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from syncnorm.train.report.cut import cut_far_values
+from syncnorm.train.report.hover import hover_strips
 from syncnorm.train.report.marks import draw_marks
 from syncnorm.train.report.run import Run
 from syncnorm.train.report.series import Array, points, smooth, thin
-from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, to_svg
+from syncnorm.train.report.svg import WIDTH, run_colour, run_dashes, run_group, to_svg
+from syncnorm.train.report.text import percent
 from syncnorm.train.task.measures import is_share
 
 
@@ -35,6 +38,7 @@ class Curve:
         share: of 1, shown in per cent.
         from_zero: start the axis at zero.
         noisy: draw a moving mean over the values.
+        unit: of what is shown, in that of the record.
     """
 
     name: str
@@ -44,6 +48,11 @@ class Curve:
     share: bool = False
     from_zero: bool = False
     noisy: bool = True
+    unit: float = 1.0
+
+    def write(self, value: float) -> str:
+        """Write a value for people."""
+        return percent(value) if self.share else f"{value:.4g}"
 
 
 CURVES = (
@@ -67,15 +76,32 @@ CURVES = (
         share=True,
         from_zero=True,
     ),
+    Curve(
+        "memory",
+        "Memory",
+        "GiB at most so far: of the first worker's process, or of its tensors on a GPU",
+        from_zero=True,
+        noisy=False,
+        unit=2**30,
+    ),
     Curve("grad_norm", "Gradient norm", "of the whole gradient, before it is clipped", log=True),
 )
 
 
 def all_curves(runs: Sequence[Run]) -> list[Curve]:
     """List the curves of a page: the loss, the metrics of evaluations, and the others."""
-    names = dict.fromkeys(name for run in runs for name in run.events.metrics)
+    once = set(single_metrics(runs))
+    names = dict.fromkeys(name for run in runs for name in run.events.metrics if name not in once)
     loss, *others = CURVES
     return [loss, *map(_metric_curve, names), *others]
+
+
+def single_metrics(runs: Sequence[Run]) -> list[str]:
+    """List the metrics that no run has more than once beside others: those of the end."""
+    names = dict.fromkeys(name for run in runs for name in run.events.metrics)
+    most = {name: max(len(run.events.curve(name)) for run in runs) for name in names}
+    has_curves = any(count > 1 for count in most.values())
+    return [name for name, count in most.items() if count == 1 and has_curves]
 
 
 def _metric_curve(name: str) -> Curve:
@@ -88,16 +114,18 @@ def _metric_curve(name: str) -> Curve:
 def curve_figure(curve: Curve, runs: Sequence[Run]) -> Markup | None:
     """Draw a quantity of all runs; None if none has recorded it."""
     series = [points(run.events.curve(curve.name)) for run in runs]
+    series = [(x, y / curve.unit) for x, y in series]
     finite = np.concatenate([y[np.isfinite(y)] for _, y in series])
     if not len(finite):
         return None
     figure, above, axes = _axes(len(runs) if any(run.events.marks for run in runs) else 0)
     for index, (x, y) in enumerate(series):
         _draw_curve(axes, x, y, index, curve.noisy)
-    _scale(axes, curve, finite)
     axes.set_xlim(*step_range(runs))
+    _scale(axes, curve, series, finite)
     draw_marks(above, axes, runs)
-    return to_svg(figure, curve.name.replace("_", "-"), _describe(curve, runs, series))
+    strips = hover_strips(axes, series, [run.name for run in runs], curve.write)
+    return to_svg(figure, curve.name.replace("_", "-"), _describe(curve, runs, series), strips)
 
 
 def _axes(lanes: int) -> tuple[Figure, Axes, Axes]:
@@ -123,19 +151,21 @@ def _draw_curve(axes: Axes, x: Array, y: Array, index: int, noisy: bool) -> None
     colour = run_colour(index)
     smoothed = smooth(x, y) if noisy else None
     if smoothed is not None:
-        axes.plot(*thin(x, y), color=colour, alpha=0.28, linewidth=0.7, zorder=1.9)
+        (pale,) = axes.plot(*thin(x, y), color=colour, gid=run_group(index), linewidth=0.7)
+        pale.set(alpha=0.28, zorder=1.9)
         x, y = smoothed
     # a single point has no line
     axes.plot(
         *thin(x, y),
         color=colour,
+        gid=run_group(index),
         linestyle=run_dashes(index),
         marker="o" if len(x) <= 30 else "",
         markersize=2.6,
     )
 
 
-def _scale(axes: Axes, curve: Curve, finite: Array) -> None:
+def _scale(axes: Axes, curve: Curve, series: Sequence[tuple[Array, Array]], finite: Array) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel("optimizer step", loc="right")
@@ -143,8 +173,11 @@ def _scale(axes: Axes, curve: Curve, finite: Array) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     if curve.from_zero:
         axes.set_ylim(0, max(1.08 * finite.max(), 1e-9))
-    if curve.log and finite.min() > 0:
+    is_log = curve.log and bool(finite.min() > 0)
+    if is_log:
         axes.set_yscale("log")
+    cut_far_values(axes, series, is_log=is_log)
+    if is_log:
         axes.yaxis.set_major_locator(LogLocator(subs=_subdivisions(*axes.get_ylim()), numticks=9))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())

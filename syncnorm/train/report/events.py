@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.report.predictions import Predictions, read_predictions
 
 # By event, the fields that are curves over the optimizer's steps.
 _CURVES = {
     "step": ("loss", "lr", "grad_norm"),
-    "interval": ("samples_per_second", "exchange_share"),
+    "interval": ("samples_per_second", "exchange_share", "memory"),
     "epoch": (),
     "evaluation": (),
     "end": (),
@@ -26,7 +27,7 @@ _EVALUATED = ("epoch", "evaluation", "end")
 # The file may be anybody's, and names go into the page.
 _METRIC = re.compile(r"(validation|test)_[A-Za-z][\w.-]{0,60}", re.ASCII)
 _MOST_METRICS = 40
-_KNOWN = {*_CURVES, "start", "layers", "checkpoint", "fault"}
+_KNOWN = {*_CURVES, "start", "layers", "checkpoint", "fault", "predictions"}
 
 _MOST_CHARACTERS = 1000
 
@@ -65,6 +66,7 @@ class Events:
         highest_step: of all its attempts.
         attempts: first and last time of each start of the run.
         epoch_seconds: by step, how long the epoch took.
+        predictions: the last of a classifier.
         torn: lines that are no JSON object.
     """
 
@@ -76,6 +78,7 @@ class Events:
     highest_step: int = 0
     attempts: list[tuple[float, float]] = field(default_factory=list)
     epoch_seconds: dict[int, float] = field(default_factory=dict)
+    predictions: Predictions | None = None
     torn: int = 0
 
     def curve(self, name: str) -> dict[int, float]:
@@ -127,6 +130,8 @@ class Events:
             self.epoch_seconds[step] = seconds
         if kind == "layers":
             self.layers[step] = _layers(event.get("layers"))
+        if kind == "predictions":
+            self.predictions = read_predictions(event)
 
     def _add_mark(self, kind: str, step: int, event: dict[str, Any]) -> None:
         time = _finite(event.get("time"))

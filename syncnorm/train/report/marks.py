@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from syncnorm.train.report.run import Run
-from syncnorm.train.report.svg import run_colour
+from syncnorm.train.report.svg import run_colour, run_group
 
 # By kind: matplotlib's marker, the sign for it in text.
 SIGNS = {"checkpoint": ("|", "|"), "restart": (9, "▸"), "fault": ("x", "×")}
@@ -27,7 +27,7 @@ def draw_marks(above: Axes, axes: Axes, runs: Sequence[Run]) -> None:
     for index, run in enumerate(runs):
         colour = run_colour(index)
         for kind, (marker, _) in SIGNS.items():
-            steps = _apart(
+            steps = apart(
                 [mark.step for mark in run.events.marks if mark.kind == kind], axes.get_xlim()[1]
             )
             lane = [index] * len(steps)
@@ -39,11 +39,20 @@ def draw_marks(above: Axes, axes: Axes, runs: Sequence[Run]) -> None:
                 marker=marker,
                 markersize=size,
                 clip_on=False,
+                gid=run_group(index),
             )
             if kind != "checkpoint":
                 for step in steps:
-                    axes.axvline(step, color=colour, linewidth=0.8, linestyle="dashed", alpha=0.6)
+                    axes.axvline(
+                        step,
+                        color=colour,
+                        linewidth=0.8,
+                        linestyle="dashed",
+                        alpha=0.6,
+                        gid=run_group(index),
+                    )
 
 
-def _apart(steps: Sequence[int], length: float) -> list[int]:
+def apart(steps: Sequence[int], length: float) -> list[int]:
+    """Leave out marks that would look like one."""
     return sorted({round(step / length / _NEAREST): step for step in steps}.values())

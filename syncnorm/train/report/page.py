@@ -10,7 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from syncnorm import __version__
-from syncnorm.train.report.curves import all_curves, curve_figure
+from syncnorm.train.report.curves import all_curves, curve_figure, single_metrics
 from syncnorm.train.report.events import Layers, Mark
 from syncnorm.train.report.heatmaps import STATISTICS, heat_figures
 from syncnorm.train.report.marks import SIGNS
@@ -23,13 +23,13 @@ from syncnorm.train.report.summary import (
 )
 from syncnorm.train.report.svg import RUN_COLOURS, figure_style, run_dashes
 from syncnorm.train.report.text import ABSENT, clock, duration, grouped, percent, plain, rate
-from syncnorm.train.task.measures import format_value
+from syncnorm.train.task.measures import format_metric, format_value
 
 _MOST_ROWS = 200
 _DASHES = {"solid": "none", "dashed": "5 2", "dotted": "1.5 1.5", "dashdot": "5 2 1.5 2"}
 
 
-def render_page(runs: Sequence[Run]) -> str:
+def render_page(runs: Sequence[Run], refresh_seconds: int | None = None) -> str:
     """Render the page as HTML."""
     with figure_style():
         curves = [(curve, curve_figure(curve, runs)) for curve in all_curves(runs)]
@@ -40,6 +40,7 @@ def render_page(runs: Sequence[Run]) -> str:
         .from_string(_read("page.html"))
         .render(
             runs=runs,
+            refresh_seconds=refresh_seconds,
             summaries=summaries,
             best=_best(summaries),
             metric=_common_metric(summaries),
@@ -55,6 +56,11 @@ def render_page(runs: Sequence[Run]) -> str:
                 index: _layer_table(run.events.layers[max(run.events.layers)])
                 for index, run in enumerate(runs)
                 if run.events.layers
+            },
+            predictions={
+                index: run.events.predictions
+                for index, run in enumerate(runs)
+                if run.events.predictions is not None
             },
             marks=[
                 (index, row)
@@ -122,6 +128,12 @@ def _fault_kinds(each: Summary) -> str:
 
 def _notes(run: Run) -> list[str]:
     notes = []
+    once = {name: run.events.curve(name) for name in single_metrics([run])}
+    if once:
+        values = [
+            format_metric(name, value) for name, each in once.items() for value in each.values()
+        ]
+        notes.append(f"at its end: {', '.join(values)}")
     if run.status is None:
         notes.append("has no end on record: it is still running, or was killed")
     elif run.status != "done" and run.reason:

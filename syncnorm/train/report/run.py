@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ class Run:
     """Content of a run's folder.
 
     Args:
-        name: of the folder, with as many of its parents as set it apart from the others.
+        name: the configuration's, or else the folder's, with as many of its parents as set it apart
+            from the others.
         config_text: `config.yaml` as it stands there.
         config: the same, parsed.
         status: done, failed or stopped; None where no end is on record.
@@ -45,9 +46,22 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     for path, count in Counter(resolved).items():
         if count > 1:
             raise ConfigError(f"`runs` must be different folders, got {str(path)!r} {count} times.")
-    return [
-        _read_run(path, name) for path, name in zip(resolved, _short_names(resolved), strict=True)
-    ]
+    short = _short_names(resolved)
+    runs = [_read_run(path, name) for path, name in zip(resolved, short, strict=True)]
+    given = Counter(run.config.get("name") for run in runs if _is_name(run.config.get("name")))
+    return [_named(run, given) for run in runs]
+
+
+def _is_name(name: Any) -> bool:
+    return isinstance(name, str) and bool(name.strip())
+
+
+def _named(run: Run, given: Counter[Any]) -> Run:
+    """Give a run the name of its configuration, beside its folder's where others have that, too."""
+    name = run.config.get("name")
+    if not _is_name(name):
+        return run
+    return replace(run, name=name if given[name] == 1 else f"{name} ({run.name})")
 
 
 def _resolve(folder: Path) -> Path:

@@ -62,6 +62,7 @@ _STYLE: dict[Any, Any] = {
     "image.composite_image": False,
 }
 
+_RUN_GROUP = re.compile(r"run-\d+")
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 _FONT = re.compile(r"font-family: [^;]*;? ?")
 _SHORT_FONT = re.compile(r"font: (\S+px) [^;]*")
@@ -87,13 +88,19 @@ def figure_style() -> Iterator[None]:
         yield
 
 
-def to_svg(figure: Figure, key: str, label: str) -> Markup:
+def run_group(index: int) -> str:
+    """Return the name of what belongs to a run in a figure: a style can hide it."""
+    return f"run-{index}"
+
+
+def to_svg(figure: Figure, key: str, label: str, over: ET.Element | None = None) -> Markup:
     """Convert a figure to an <svg> element of HTML.
 
     Args:
         figure: drawn within `figure_style`.
         key: sets its names apart from those of the page's other figures.
         label: description for readers who cannot see the figure.
+        over: an element to be put over all others.
     """
     buffer = io.BytesIO()
     with warnings.catch_warnings():
@@ -116,6 +123,8 @@ def to_svg(figure: Figure, key: str, label: str) -> Markup:
         "class": "figure",
     }
     root.tail = None
+    if over is not None:
+        root.append(over)
     return Markup(ET.tostring(root, encoding="unicode", method="html"))
 
 
@@ -133,8 +142,10 @@ def _references(each: ET.Element) -> list[str]:
 
 
 def _rename(each: ET.Element, key: str, referred: set[str]) -> None:
-    name = each.attrib.pop("id", None)
-    if name in referred:
+    name = each.attrib.pop("id", "")
+    if _RUN_GROUP.fullmatch(name):
+        each.attrib["class"] = name
+    elif name in referred:
         each.attrib["id"] = f"{key}-{name}"
     for attribute in ("href", "clip-path"):
         text = each.attrib.get(attribute, "data:")
