@@ -22,7 +22,7 @@ from syncnorm.run.folder import (
 )
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
-from syncnorm.run.worker import Task, run_launched
+from syncnorm.run.worker import Task, print_place, run_launched
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -54,6 +54,7 @@ def run_local(task: Task) -> None:
         folder = check_resumable(task.config, task.resume)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
+    print_place(launch.most_workers, device, folder)
     env.set_for_workers(folder)
     try:
         with interrupt.for_launcher():

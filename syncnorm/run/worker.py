@@ -29,6 +29,7 @@ from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
+from syncnorm.train.header import describe_place
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.placement import Workers
 from syncnorm.train.processes import die_with_parent
@@ -38,6 +39,8 @@ _log = logging.getLogger(__name__)
 
 # The watchdog acts first, and writes the stacks of a stuck worker.
 _GROUP_MARGIN_SECONDS = 30.0
+# Of a digest; all of them are in metrics.jsonl.
+_SHOWN_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,9 @@ def work(task: Task, launched: Launched) -> int:
     workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
     with open_run_folder(task, launched) as folder:
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
+        if workers.is_first and launched.launcher_pid is None:
+            # Our own launcher has printed it before this process was there.
+            print_place(workers.world_size, workers.device, folder)
         watch = SignalWatch(
             task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
@@ -105,6 +111,8 @@ def work(task: Task, launched: Launched) -> int:
         watch.close()
         if workers.is_first:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
+            if outcome.is_done:
+                print(f"To see it: syncnorm report {folder}", file=sys.stderr, flush=True)
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
@@ -230,25 +238,25 @@ def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
     return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE)
 
 
+def print_place(count: int, device: torch.device, folder: Path) -> None:
+    """Print the first line of a run: its workers and its folder."""
+    print(describe_place(count, device, folder), file=sys.stderr, flush=True)
+
+
 def summarize(outcome: Outcome) -> list[str]:
     """Describe the result of a run for the user; the last line is the metric that decides."""
     if not outcome.is_done:
         return ["stopped, saved"]
-    digests = outcome.digests
-    lines = [
-        f"running statistics of worker {rank}: sha256 {digest}"
-        for rank, digest in enumerate(digests)
-    ]
-    if len(set(digests)) == 1:
-        lines.append(f"running statistics: equal on all {len(digests)} workers")
+    count, different = len(outcome.digests), len(set(outcome.digests))
+    if different == 1:
+        equal = "" if count == 1 else f"equal on {count} workers, "
+        lines = [f"running statistics: {equal}sha256 {outcome.digests[0][:_SHOWN_DIGITS]}"]
     else:
-        lines.append(
-            f"running statistics: different on {len(set(digests))} of {len(digests)} workers"
-        )
-        lines.append(
+        lines = [
+            f"running statistics: different on {different} of {count} workers",
             "each worker judged its share of the samples by its own; the checkpoint holds those "
-            "of worker 0"
-        )
+            "of worker 0",
+        ]
     return [
         *lines,
         *(

@@ -165,7 +165,7 @@ def train(
     saver = None if store is None else BackgroundSaver(store)
     with Recorder(setup, folder, progress, total_steps) as recorder:
         run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
-        recorder.record_start(resumed)
+        recorder.record_start(resumed, feed)
         is_done = _train_epochs(run)
         metrics = _final_metrics(run, is_done)
         digests = gather_digests(setup.model)

@@ -13,7 +13,9 @@ from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
+from syncnorm.train.data.feed import Feed
 from syncnorm.train.display import Display
+from syncnorm.train.header import describe_data, describe_model
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
@@ -42,7 +44,12 @@ class Recorder:
         self._is_first = setup.workers.is_first
         self._progress = progress
         self._metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
-        self._display = Display(total_steps, done=progress.step, quiet=not self._is_first)
+        self._display = Display(
+            total_steps,
+            done=progress.step,
+            is_pooled=setup.workers.world_size > 1,
+            quiet=not self._is_first,
+        )
         self._tensorboard = None
         if self._config.tensorboard and self._is_first:
             self._tensorboard = _open_tensorboard(folder)
@@ -62,9 +69,11 @@ class Recorder:
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def record_start(self, resumed: Resumed) -> None:
-        """Record the start of this process, and where it resumes from."""
+    def record_start(self, resumed: Resumed, feed: Feed) -> None:
+        """Record the start of this process, and where it resumes from; print what is trained."""
         workers = self._setup.workers
+        for line in (describe_model(self._setup), *describe_data(self._setup, feed)):
+            self._display.print_line(line)
         self._metrics.write_timed(
             "start",
             step=self._progress.step,
