@@ -77,7 +77,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
     lines = [
         describe_model(setup),
-        *describe_data(setup, feed),
+        describe_data(setup, feed),
         f"step: {setup.describe_step()}",
         *_describe_memory(need, free, _peak(workers) - before),
         f"one step, the first, without waiting for others: {seconds:.2f} s",

@@ -22,7 +22,7 @@ from syncnorm.run.folder import (
 )
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
-from syncnorm.run.worker import Task, print_place, run_launched
+from syncnorm.run.worker import Task, print_workers, run_launched
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -54,7 +54,7 @@ def run_local(task: Task) -> None:
         folder = check_resumable(task.config, task.resume)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
-    print_place(launch.most_workers, device, folder)
+    print_workers(launch.most_workers, device)
     env.set_for_workers(folder)
     try:
         with interrupt.for_launcher():
@@ -83,7 +83,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
-            raise LocalRunError(_record_failure(failure, folder))
+            raise LocalRunError(_record_failure(failure, task, folder))
         again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
@@ -121,8 +121,17 @@ def _raise_if_stopped(folder: Path) -> None:
         )
 
 
-def _record_failure(failure: Failure, folder: Path) -> str:
-    """Record the failure in the run's folder and return the message for the user."""
+def _record_failure(failure: Failure, task: Task, folder: Path) -> str:
+    """Record the failure in the run's folder and return the message for the user.
+
+    A run that failed before it began leaves no folder but its traceback, in place of the last one.
+    """
+    if task.resume is None and failure.traceback and not failure.is_loss:
+        remove_unstarted(folder)
+    if not folder.exists():
+        path = folder.with_name("traceback.txt")
+        path.write_text(failure.traceback, encoding="utf-8")
+        return f"{failure.reason}\n{path}"
     _write_exit(failure.reason, folder)
     if not failure.traceback:
         return f"{failure.reason}\n{folder}"

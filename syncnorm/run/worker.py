@@ -29,7 +29,7 @@ from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
-from syncnorm.train.header import describe_place
+from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.placement import Workers
 from syncnorm.train.processes import die_with_parent
@@ -101,7 +101,7 @@ def work(task: Task, launched: Launched) -> int:
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         if workers.is_first and launched.launcher_pid is None:
             # Our own launcher has printed it before this process was there.
-            print_place(workers.world_size, workers.device, folder)
+            print_workers(workers.world_size, workers.device)
         watch = SignalWatch(
             task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
@@ -238,9 +238,9 @@ def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
     return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE)
 
 
-def print_place(count: int, device: torch.device, folder: Path) -> None:
-    """Print the first line of a run: its workers and its folder."""
-    print(describe_place(count, device, folder), file=sys.stderr, flush=True)
+def print_workers(count: int, device: torch.device) -> None:
+    """Print the first line of a run."""
+    print(describe_workers(count, device), file=sys.stderr, flush=True)
 
 
 def summarize(outcome: Outcome) -> list[str]:

@@ -1,4 +1,4 @@
-"""The first lines of a run on the screen: workers, folder, model and data."""
+"""The first lines of a run on the screen: workers, model, data and folder."""
 
 from pathlib import Path
 
@@ -8,18 +8,17 @@ from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.setup import Setup
 
 
-def describe_place(count: int, device: torch.device, folder: Path) -> str:
-    """Describe where a run is computed, and its folder.
+def describe_workers(count: int, device: torch.device) -> str:
+    """Describe where a run is computed.
 
     Args:
         count: of workers.
         device: of one of them.
-        folder: of the run.
     """
     kind = device.type
     if kind == "cuda":
         kind = f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"{count} worker{'s' if count > 1 else ''} on {kind}: {folder}"
+    return f"{count} worker{'s' if count > 1 else ''} on {kind}"
 
 
 def describe_model(setup: Setup) -> str:
@@ -31,14 +30,12 @@ def describe_model(setup: Setup) -> str:
     )
 
 
-def describe_data(setup: Setup, feed: Feed) -> list[str]:
-    """Describe the data and the length of an epoch; a line more where a step takes all of it."""
-    size, batch = feed.sizes[TRAIN], setup.config.train.global_batch
-    steps = -(-size // batch)
-    lines = [f"data: {feed.describe()}, {steps} steps per epoch"]
-    if batch > size:
-        lines.append(
-            f"train.global_batch is {batch}, and there are {size} samples to train on: an epoch is "
-            "one step of them all"
-        )
-    return lines
+def describe_data(setup: Setup, feed: Feed) -> str:
+    """Describe the data, and the length of an epoch."""
+    steps = -(-feed.sizes[TRAIN] // setup.config.train.global_batch)
+    return f"data: {feed.describe()}, {steps} step{'s' if steps > 1 else ''} per epoch"
+
+
+def header(setup: Setup, feed: Feed, folder: Path) -> list[str]:
+    """Write the lines about a run that is about to train."""
+    return [describe_model(setup), describe_data(setup, feed), f"folder: {folder}"]

@@ -15,7 +15,7 @@ from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.display import Display
-from syncnorm.train.header import describe_data, describe_model
+from syncnorm.train.header import header
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
@@ -42,6 +42,7 @@ class Recorder:
         self._setup = setup
         self._config = setup.config.follow
         self._is_first = setup.workers.is_first
+        self._folder = folder
         self._progress = progress
         self._metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
         self._display = Display(
@@ -72,7 +73,7 @@ class Recorder:
     def record_start(self, resumed: Resumed, feed: Feed) -> None:
         """Record the start of this process, and where it resumes from; print what is trained."""
         workers = self._setup.workers
-        for line in (describe_model(self._setup), *describe_data(self._setup, feed)):
+        for line in header(self._setup, feed, self._folder):
             self._display.print_line(line)
         self._metrics.write_timed(
             "start",
@@ -175,11 +176,12 @@ class Recorder:
         first = next(iter((self._progress.metrics or {}).items()), None)
         return "" if split is None or first is None else f"  {split} {format_metric(*first)}"
 
-    def record_fault(self, kind: str, message: str) -> None:
-        """Record and print that something went wrong."""
+    def record_fault(self, kind: str, message: str, *, ends_run: bool = False) -> None:
+        """Record that something went wrong, and print it unless the run ends with that message."""
         _log.info("%s", message)
         self._metrics.write_timed("fault", step=self._progress.step, kind=kind, message=message)
-        self._display.print_line(message)
+        if not ends_run:
+            self._display.print_line(message)
 
     def record_unsaved(self) -> None:
         """Record that a checkpoint was left out, as the last one was still being written."""
