@@ -36,6 +36,7 @@ $(ALL): $(TRAINING) pyproject.toml constraints.txt
 	touch $@
 
 train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
+	@echo "Two workers train a small network: it shows that they compute what one does, not that they are faster."
 	$(BIN)/syncnorm train configs/digits.yaml
 
 test: $(ALL)  ## Run the tests
