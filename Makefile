@@ -24,7 +24,7 @@ $(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/n
 	On Linux, TORCH_INDEX=URL of an index with torch's CPU builds saves gigabytes.)"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --no-compile torch
-	$(PIP_INSTALL) --quiet --no-compile --editable '.[train]'
+	$(PIP_INSTALL) --no-compile --editable '.[train]'
 	@echo "Installed: $$(du -sh $(VENV) | cut -f 1) in $(VENV)."
 	touch $@
 
