@@ -11,7 +11,7 @@ from syncnorm.train.config.messages import OTHER_NAMES, _all_keys
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.show import origins
 from syncnorm.train.config.strict_yaml import dump, parse
-from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS
+from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS, arguments
 
 GOOD = """
 model: {name: digits_resnet}
@@ -31,7 +31,9 @@ def config_path(tmp_path):
 
 
 def test_other_trainers_names_lead_to_keys():
-    assert set(OTHER_NAMES.values()) <= set(_all_keys(Config))
+    of_optimizers = {each for name in OPTIMIZERS for each in arguments(name).model_fields}
+    keys = {*_all_keys(Config), *(f"train.optimizer.{each}" for each in of_optimizers)}
+    assert set(OTHER_NAMES.values()) <= keys
 
 
 def test_defaults(config_path):

@@ -131,7 +131,7 @@ def _apply(values: dict[str, Any], override: str) -> Key:
         if not isinstance(values, dict):
             raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is not a section")
     if key in OPEN_SECTIONS and isinstance(value, str):
-        # A bare name, such as train.optimizer=AdamW: the section anew, without the file's arguments.
+        # A bare name, such as train.optimizer=AdamW: the section anew, without what the file has.
         values[key[-1]] = {"name": value}
         key = (*key, "name")
     elif value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
