@@ -5,7 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 TRAINING := $(VENV)/.training
 ALL := $(VENV)/.installed
-PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+# An index that has torch's CPU builds: without one pip takes, on Linux, the build for CUDA, of several GB.
+TORCH_INDEX ?=
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
 SOURCES := syncnorm launch tests benchmarks drills examples
 
 .PHONY: help train test test-slow drill gpu lint types imports format check clean
@@ -18,19 +20,23 @@ help:  ## Show this list
 # imports. A C compiler is used if there is one. The stamp is made last, so that an interrupted install is done again; and bin/pip is there once pip
 # itself is whole.
 $(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/native/*.[ch])
+	@echo "Installing torch and the trainer into $(VENV). pip names what it downloads, with its size.$(if $(TORCH_INDEX),, \
+	On Linux, TORCH_INDEX=URL of an index with torch's CPU builds saves gigabytes.)"
 	test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) --no-compile torch
 	$(PIP_INSTALL) --no-compile --editable '.[train]'
+	@echo "Installed: $$(du -sh $(VENV) | cut -f 1) in $(VENV)."
 	touch $@
 
 # The rest, on top: other frameworks that the tests run with, and tools. The tests start many processes: here all files
 # are compiled, but for templates of packages that are no Python.
 $(ALL): $(TRAINING) pyproject.toml constraints.txt
-	$(PIP_INSTALL) --no-compile --editable '.[train,data,metrics,report,tensorboard,ray,integrations,dev]'
+	$(PIP_INSTALL) --quiet --no-compile --editable '.[train,data,metrics,report,tensorboard,ray,integrations,dev]'
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
+	@echo "Two workers train a small network: it shows that they compute what one does, not that they are faster."
 	$(BIN)/syncnorm train configs/digits.yaml
 
 test: $(ALL)  ## Run the tests

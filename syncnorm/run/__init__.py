@@ -12,7 +12,8 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
     the command                 in_process, interrupt, dry_run, recalibrate, verify, doctor
     launcher, this machine      local, processes, machine (devices, memory), failures (their cause)
     worker                      worker, watchdog (stop signals, stuck limit, log)
-    any of them                 env (environment variables), folder (a run's folder, `exit.json`)
+    any of them                 env (environment variables), folder (a run's folder, `exit.json`),
+                                errors
     doctor's two processes      loopback
 
     the command, for Ray        ray.cli, ray.client (job server), ray.submit (jobs)

@@ -14,6 +14,7 @@ from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN
+from syncnorm.train.header import describe_data, describe_model
 from syncnorm.train.memory import (
     Need,
     available_bytes,
@@ -83,8 +84,8 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     seconds = time.perf_counter() - started
     totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
     lines = [
-        *_describe_model(setup),
-        f"data: {feed.describe()}, {steps_per_epoch} steps per epoch",
+        describe_model(setup),
+        describe_data(setup, feed),
         f"step: {setup.describe_step()}",
         *_describe_memory(need, free, peak_memory(workers.device) - before),
         f"one step, the first, without waiting for others: {seconds:.2f} s",
@@ -98,15 +99,6 @@ def _return_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Futu
     done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
-
-
-def _describe_model(setup: Setup) -> list[str]:
-    parameters = [p for p in setup.model.parameters() if p.requires_grad]
-    count = sum(p.numel() for p in parameters)
-    return [
-        f"model: {setup.config.model.name}, {count} parameters trained, {len(setup.layers)} "
-        "layers of syncnorm's"
-    ]
 
 
 def _describe_memory(need: Need, free: float, grown: int) -> list[str]:

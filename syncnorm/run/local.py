@@ -24,7 +24,7 @@ from syncnorm.run.folder import (
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
-from syncnorm.run.worker import Task, run_launched
+from syncnorm.run.worker import Task, print_workers, run_launched
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -64,6 +64,8 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
         print(f"syncnorm: {note}", file=sys.stderr)
     if begin is not None:
         begin(folder)
+    if task.shows:
+        print_workers(launch.most_workers, device)
     try:
         with env.for_workers(folder), interrupt.for_launcher():
             _run_with_restarts(task, folder, forks)
@@ -96,7 +98,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
-            raise LocalRunError(_record_failure(failure, folder))
+            raise LocalRunError(_record_failure(failure, task, folder))
         again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
@@ -135,8 +137,17 @@ def _raise_if_stopped(folder: Path, task: Task, number: int | None = None) -> No
         )
 
 
-def _record_failure(failure: Failure, folder: Path) -> str:
-    """Record the failure in the run's folder and return the message for the user."""
+def _record_failure(failure: Failure, task: Task, folder: Path) -> str:
+    """Record the failure in the run's folder and return the message for the user.
+
+    A run that failed before it began leaves no folder but its traceback, in place of the last one.
+    """
+    if task.resume is None and failure.traceback and not failure.is_loss:
+        remove_unstarted(folder)
+    if not folder.exists():
+        path = folder.with_name("traceback.txt")
+        path.write_text(failure.traceback, encoding="utf-8")
+        return f"{failure.reason}\n{path}"
     _write_exit(failure.reason, folder)
     if not failure.traceback:
         return f"{failure.reason}\n{folder}"

@@ -34,6 +34,7 @@ from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
+from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.placement import Workers
@@ -49,6 +50,8 @@ _log = logging.getLogger(__name__)
 _GROUP_MARGIN_SECONDS = 30.0
 # For the copy of a run that has failed, which the other workers do not wait for.
 _LAST_COPY_SECONDS = 5.0
+# Of a digest; all of them are in metrics.jsonl.
+_SHOWN_DIGITS = 16
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,9 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
             # The machines need have no folder in common.
             folder.mkdir(parents=True, exist_ok=True)
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
+        if workers.is_first and launched.launcher_pid is None and task.shows:
+            # Our own launcher has printed it before this process was there.
+            print_workers(workers.world_size, workers.device)
         watch = SignalWatch(
             task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
@@ -142,6 +148,8 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
         watch.close()
         if workers.is_first and task.prints:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
+            if outcome.is_done:
+                print(f"To see it: syncnorm report {folder}", file=sys.stderr, flush=True)
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
@@ -320,25 +328,25 @@ def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
     return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE, metrics)
 
 
+def print_workers(count: int, device: torch.device) -> None:
+    """Print the first line of a run."""
+    print(describe_workers(count, device), file=sys.stderr, flush=True)
+
+
 def summarize(outcome: Outcome) -> list[str]:
     """Describe the result of a run for the user; the last line is the metric that decides."""
     if not outcome.is_done:
         return ["stopped, saved"]
-    digests = outcome.digests
-    lines = [
-        f"running statistics of worker {rank}: sha256 {digest}"
-        for rank, digest in enumerate(digests)
-    ]
-    if len(set(digests)) == 1:
-        lines.append(f"running statistics: equal on all {len(digests)} workers")
+    count, different = len(outcome.digests), len(set(outcome.digests))
+    if different == 1:
+        equal = "" if count == 1 else f"equal on {count} workers, "
+        lines = [f"running statistics: {equal}sha256 {outcome.digests[0][:_SHOWN_DIGITS]}"]
     else:
-        lines.append(
-            f"running statistics: different on {len(set(digests))} of {len(digests)} workers"
-        )
-        lines.append(
+        lines = [
+            f"running statistics: different on {different} of {count} workers",
             "each worker judged its share of the samples by its own; the checkpoint holds those "
-            "of worker 0"
-        )
+            "of worker 0",
+        ]
     return [
         *lines,
         *(

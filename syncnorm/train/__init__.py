@@ -14,7 +14,8 @@ A run goes through the files in this order:
     loop.py       `train`: epochs of steps, evaluation, checkpoints, until the end or a stop
     checkpoint/   capture.py gathers the state and restores it, saver.py writes in the background,
                   store.py keeps the folders, snapshot.py is the format of one
-    recorder.py   records it all: metrics.jsonl (metrics.py), the screen (display.py), TensorBoard
+    recorder.py   records it all: metrics.jsonl (metrics.py), the screen (header.py, display.py),
+                  TensorBoard
 
 Beside the path: diagnose.py (warnings of the first step, the origin of a NaN), buffers.py (a
 model's own buffers, digests), files.py (whole files or none), recalibrate.py, report/ (HTML page).

@@ -198,7 +198,7 @@ def train(
     ) as recorder:
         run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
         run.callbacks = callbacks
-        recorder.record_start(resumed)
+        recorder.record_start(resumed, feed)
         for callback in callbacks:
             callback.on_start(run)
         is_done = _train_epochs(run)
@@ -302,9 +302,10 @@ def take_step(run: Run, batches: Iterator[Any], indices: Tensor) -> tuple[StepRe
 def _handle_not_finite(run: Run, batch: StepBatch, result: StepResult) -> None:
     """Stop, or leave the step out; the same on all workers."""
     message = describe_not_finite(run.setup, run.feed, batch, result)
-    run.recorder.record_fault("not_finite", message)
+    stops = run.config.train.not_finite == "stop"
+    run.recorder.record_fault("not_finite", message, ends_run=stops)
     run.skipped += 1
-    if run.config.train.not_finite == "stop":
+    if stops:
         raise NotFiniteError(
             f"{message}. Lower train.lr, set train.clip, or leave such steps out: "
             "train.not_finite=skip."

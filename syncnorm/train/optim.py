@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, SequentialLR
 
-from syncnorm.train.config.section import nearest
+from syncnorm.train.config.section import name_hint
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
@@ -257,8 +257,7 @@ def factor(step: int, name: str, warmup_steps: int, total_steps: int) -> float:
 def _check_name(name: str, known: Mapping[str, Any]) -> str:
     if name not in known:
         raise ValueError(
-            f"must be one of {', '.join(known)}, got {reprlib.repr(name)}. "
-            f"The nearest is {nearest(name, list(known))!r}."
+            f"must be one of {', '.join(known)}, got {reprlib.repr(name)}.{name_hint(name, known)}"
         )
     return name
 

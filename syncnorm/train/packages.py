@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.section import nearest
+from syncnorm.train.config.section import name_hint
 
 # A tag of timm follows a dot; a path of transformers has a slash.
 PACKAGED = re.compile(
@@ -138,8 +138,8 @@ def _import(module: str) -> ModuleType:
 def _check_known(package: str, network: str, known: list[str]) -> None:
     if network not in known:
         raise ConfigError(
-            f"`model.name` must name a network of {package}, got {network!r}. The nearest is "
-            f"'{package}:{nearest(network, known)}'."
+            f"`model.name` must name a network of {package}, got {network!r}."
+            f"{name_hint(network, known, f'{package}:')}"
         )
 
 

@@ -14,7 +14,9 @@ from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
+from syncnorm.train.data.feed import Feed
 from syncnorm.train.display import Display
+from syncnorm.train.header import header
 from syncnorm.train.loggers import open_loggers
 from syncnorm.train.loggers.guarded import GuardedLogger
 from syncnorm.train.memory import peak_memory
@@ -66,11 +68,15 @@ class Recorder:
         self._setup = setup
         self._config = setup.config.follow
         self._is_first = setup.workers.is_first
+        self._folder = folder
         self._progress = progress
         self._total_steps = total_steps
         self._metrics = MetricsFile(folder / "metrics.jsonl" if self._is_first else None)
         self._display = Display(
-            total_steps, done=progress.step, quiet=not (shows and self._is_first)
+            total_steps,
+            done=progress.step,
+            is_pooled=setup.workers.world_size > 1,
+            quiet=not (shows and self._is_first),
         )
         self._name = setup.config.name or folder.name
         self._mirror = mirror
@@ -94,9 +100,11 @@ class Recorder:
         for logger in self._loggers:
             logger.is_over(max(0.0, deadline - time.monotonic()))
 
-    def record_start(self, resumed: Resumed) -> None:
-        """Record the start of this process, and where it resumes from."""
+    def record_start(self, resumed: Resumed, feed: Feed) -> None:
+        """Record the start of this process, and where it resumes from; print what is trained."""
         workers = self._setup.workers
+        for line in header(self._setup, feed, self._folder):
+            self._display.print_line(line)
         self._metrics.write_timed(
             "start",
             step=self._progress.step,
@@ -229,11 +237,12 @@ class Recorder:
         first = next(iter((self._progress.metrics or {}).items()), None)
         return "" if split is None or first is None else f"  {split} {format_metric(*first)}"
 
-    def record_fault(self, kind: str, message: str) -> None:
-        """Record and print that something went wrong."""
+    def record_fault(self, kind: str, message: str, *, ends_run: bool = False) -> None:
+        """Record that something went wrong, and print it unless the run ends with that message."""
         _log.info("%s", message)
         self._metrics.write_timed("fault", step=self._progress.step, kind=kind, message=message)
-        self._display.print_line(message)
+        if not ends_run:
+            self._display.print_line(message)
 
     def record_unsaved(self) -> None:
         """Record that a checkpoint was left out, as the last one was still being written."""

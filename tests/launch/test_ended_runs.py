@@ -67,7 +67,8 @@ def test_a_failing_worker_is_named_once_with_its_own_cause(tmp_path):
     command = [*commands.SYNCNORM, "train", "digits", *SHORT, *WITH_OTHER_STEPS]
     done = commands.run(command, tmp_path)
     assert done.returncode == 1
-    message, traceback = done.stderr.splitlines()
+    *header, message, traceback = done.stderr.splitlines()
+    assert len(header) == 4
     assert message == "syncnorm: worker 1 failed: RuntimeError: no step on rank 1"
     assert "in training_step" in (tmp_path / traceback).read_text()
     exit_note = json.loads((tmp_path / traceback).with_name("exit.json").read_text())
@@ -85,7 +86,8 @@ UNTIL_KILLED = [*ENDLESS, "launch.restarts=0"]
 
 
 def wait_for_first_epoch(process) -> None:
-    assert process.stderr.readline().startswith("epoch 1/")
+    while not process.stderr.readline().startswith("epoch 1/"):
+        assert process.poll() is None
 
 
 def worker_ids(process) -> list[int]:
@@ -123,6 +125,48 @@ def assert_saved_and_stopped(done: CompletedProcess[str], folder: Path) -> Path:
 
 def test_ctrl_c_saves_and_stops(tmp_path):
     assert_saved_and_stopped(stopped_by(signal.SIGINT, ENDLESS, tmp_path), tmp_path)
+
+
+JUDGED = """
+import gc, os, time
+from syncnorm.train.models import MODELS
+
+def net(**kwargs):
+    model = MODELS["digits_resnet"](**kwargs)
+    model.register_forward_pre_hook(wait)
+    return model
+
+def wait(model, inputs):
+    # Before the first step it is tried out, which is no evaluation.
+    if model.training or model.bn1.num_batches_tracked < 2 or os.environ["RANK"] != "0":
+        return
+    print("here", flush=True)
+    (watch,) = (each for each in gc.get_objects() if type(each).__name__ == "SignalWatch")
+    while watch.stop is None:
+        time.sleep(0.01)
+"""
+
+
+def test_ctrl_c_in_an_evaluation_saves_and_stops(tmp_path):
+    (tmp_path / "judged.py").write_text(JUDGED)
+    command = [*ENDLESS, "model.name=judged:net", "--allow", "judged"]
+    with commands.started(command, tmp_path) as process:
+        assert process.stdout.readline() == "here\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
+    assert "Traceback" not in err
+    assert_saved_and_stopped(CompletedProcess(command, process.returncode, out, err), tmp_path)
+
+
+def test_code_that_fails_before_the_first_step_leaves_only_its_traceback(tmp_path):
+    (tmp_path / "broken.py").write_text("def net(**kwargs): raise RuntimeError('no net')\n")
+    options = ["digits", "model.name=broken:net", "--allow", "broken"]
+    done = commands.run([*commands.SYNCNORM, "train", *options], tmp_path)
+    assert done.returncode == 1
+    *_, message, traceback = done.stderr.splitlines()
+    assert re.fullmatch(r"syncnorm: worker [01] failed: RuntimeError: no net", message)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["traceback.txt"]
+    assert "broken.py" in (tmp_path / traceback).read_text()
 
 
 def test_a_signal_saves_and_stops_and_the_run_goes_on_on_another_number_of_workers(
@@ -176,7 +220,7 @@ def test_a_stuck_worker_leaves_all_stacks(tmp_path):
     command = [*UNTIL_KILLED, *WITH_OTHER_STEPS, "launch.timeout_seconds=300"]
     done = commands.run(command, tmp_path)
     assert done.returncode == 1
-    message, folder = done.stderr.splitlines()
+    *_, message, folder = done.stderr.splitlines()
     assert re.fullmatch(
         r"syncnorm: worker [01] was stuck; where each worker was is in logs/stacks-\*.txt", message
     )

@@ -94,6 +94,7 @@ def test_a_run_that_has_not_begun_ends_in_one_line_and_on_record(tmp_path):
     assert in_the_shell(done.returncode) == 130
     (run,) = (tmp_path / "runs").iterdir()
     assert done.stderr.splitlines() == [
+        "1 worker on cpu",
         "syncnorm: stopped by SIGINT, without saving",
         str(run.relative_to(tmp_path)),
     ]

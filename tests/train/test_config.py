@@ -9,8 +9,9 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import find_config, load_config
 from syncnorm.train.config.messages import OTHER_NAMES, _all_keys
 from syncnorm.train.config.schema import Config
+from syncnorm.train.config.show import origins
 from syncnorm.train.config.strict_yaml import dump, parse
-from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS
+from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS, arguments
 
 GOOD = """
 model: {name: digits_resnet}
@@ -30,7 +31,9 @@ def config_path(tmp_path):
 
 
 def test_other_trainers_names_lead_to_keys():
-    assert set(OTHER_NAMES.values()) <= set(_all_keys(Config))
+    of_optimizers = {each for name in OPTIMIZERS for each in arguments(name).model_fields}
+    keys = {*_all_keys(Config), *(f"train.optimizer.{each}" for each in of_optimizers)}
+    assert set(OTHER_NAMES.values()) <= keys
 
 
 def test_defaults(config_path):
@@ -352,9 +355,29 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
             r"`train.schedule.name` must be one of .*, got 'stepLR'\. .* is 'StepLR'",
         ),
         (
-            "train.optimizer=AdamW",
-            r"`train.optimizer` must be a section of .* lines, got 'AdamW' \(from the command "
-            r"line\)",
+            "train.optimizer=AdamX",
+            r"`train.optimizer.name` must be one of .*, got 'AdamX'\. The nearest is 'Adam",
+        ),
+        ("train.optimizer=3", r"`train.optimizer` must be a section of .* lines, got 3"),
+        ("model=net", r"`model` must be a section .*, got 'net'\. Its name is `model.name` \(from"),
+        ("train.early_stopping=3", r"The nearest key is `train.patience`"),
+        ("train.weight_decay=1e-4", r"The nearest key is `train.optimizer.weight_decay`"),
+        ("device=cuda", r"The nearest key is `launch.device`"),
+        (
+            "train.xyzzy=1",
+            r"`train.xyzzy` is not a key\. All are listed by `syncnorm config schema`\. \(from",
+        ),
+        (
+            "data.name=imagenet",
+            r"`data.name` must be .*, got 'imagenet'\. \(from the command line\)$",
+        ),
+        (
+            "train.optimizer.bettas=[0.9, 0.99]",
+            r"is not an argument of SGD here\. `betas` is one of Adam, Adamax, AdamW, ",
+        ),
+        (
+            "train.optimizer.xyzzy=1",
+            r"`train.optimizer.xyzzy` is not an argument of SGD here\. \(from the command line\)$",
         ),
         (
             "train.optimizer.momentum.x=1",
@@ -394,7 +417,10 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
             r"override 'train.lr=a: b': the value must be a value or a list of values",
         ),
         ("launch.workers=[4, 2]", r"`launch`: workers must be \[fewest, most\], got \[4, 2\]"),
-        ("launch.workers=[1, 2, 3]", r"`launch.workers`"),
+        (
+            "launch.workers=[1, 2, 3]",
+            r"`launch.workers` must be a number or a pair \[fewest, most\], got \[1, 2, 3\]",
+        ),
         ("launch.workers=0", r"`launch.workers` must be greater than or equal to 1, got 0"),
         ("train.lr=[", r"override 'train.lr=\[': "),
         ("train.lr=!!float 1", r"override 'train.lr=!!float 1': tag .* is not allowed"),
@@ -403,6 +429,22 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
 def test_a_bad_override_is_one_message_that_names_the_key(override, message, config_path):
     with pytest.raises(ConfigError, match=message):
         load_config(str(config_path), [override])
+
+
+def test_a_bare_name_is_an_optimizer_without_the_arguments_of_the_file(config_path):
+    options = ["train.optimizer=AdamW", "train.optimizer.betas=[0.8, 0.9]", "train.schedule=linear"]
+    train = load_config(str(config_path), options).train
+    assert (train.optimizer.name, train.optimizer.options) == ("AdamW", {"betas": [0.8, 0.9]})
+    assert train.schedule.name == "linear"
+    origin = {key: origin for key, _, origin in origins(str(config_path), options)}
+    assert origin["train.optimizer.name"] == "command line"
+
+
+def test_a_name_that_is_like_a_packed_one():
+    with pytest.raises(
+        ConfigError, match=r"no configuration 'dgits'\. .* The nearest is 'digits'\.$"
+    ):
+        load_config("dgits")
 
 
 def test_a_missing_file_names_itself_and_what_is_packed(tmp_path):

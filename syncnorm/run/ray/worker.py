@@ -15,7 +15,7 @@ from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.run.ray.job import STOP, Job
 from syncnorm.run.watchdog import Watchdog, open_log
-from syncnorm.run.worker import join, open_run_folder, summarize, train_in
+from syncnorm.run.worker import join, open_run_folder, print_workers, summarize, train_in
 
 # The controller puts a file of this name into the run's folder: save and end, for the number of
 # workers is to change.
@@ -121,6 +121,8 @@ def _train(job: Job, folder: Path) -> WorkerResult:
     with open_run_folder(task, launched):
         _detach_stderr()
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
+        if workers.is_first:
+            print_workers(workers.world_size, workers.device)
         watch = RayWatch(launch.timeout_seconds, folder, workers.rank)
         try:
             outcome = train_in(folder, task, workers, watch)

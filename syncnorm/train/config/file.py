@@ -16,7 +16,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.messages import OPEN_SECTIONS, describe
 from syncnorm.train.config.schema import Config
-from syncnorm.train.config.section import Key
+from syncnorm.train.config.section import Key, name_hint
 
 # A configuration is a page; anything near this size is another kind of file.
 _MAX_BYTES = 100_000
@@ -45,7 +45,8 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> Config:
     Args:
         source: path of a YAML file, or the name of a packed one with or without `.yaml`.
         overrides: `section.key=value`, each value a YAML scalar; of two for one key the later one
-            holds. An argument of an optimizer or a schedule that the file gives is taken out by
+            holds. `train.optimizer=NAME` is the optimizer with torch's defaults. An argument of an
+            optimizer or a schedule that the file gives is taken out by
             `null`.
 
     Raises:
@@ -108,8 +109,10 @@ def find_config(source: str) -> Path:
         raise ConfigError(f"configuration {source!r} is a directory")
     if path.exists():
         raise ConfigError(f"configuration {source!r} is not a regular file")
+    hint = name_hint(path.name, packed) if path.parent == Path() else ""
     raise ConfigError(
-        f"no configuration {source!r}. Packed ones, by name: {', '.join(sorted(packed)) or 'none'}."
+        f"no configuration {source!r}. Packed ones, by name: "
+        f"{', '.join(sorted(packed)) or 'none'}.{hint}"
     )
 
 
@@ -152,7 +155,11 @@ def _set(values: dict[str, Any], key: Key, value: Any, shown: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ConfigError(f"{shown}: {'.'.join(key[:depth])} is not a section")
-    if value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
+    if key in OPEN_SECTIONS and isinstance(value, str):
+        # A bare name, such as train.optimizer=AdamW: the section anew, without what the file has.
+        values[key[-1]] = {"name": value}
+        key = (*key, "name")
+    elif value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
         del values[key[-1]]
     else:
         values[key[-1]] = value

@@ -19,14 +19,21 @@ OPEN_SECTIONS: Collection[Key] = (("train", "optimizer"), ("train", "schedule"))
 
 _MAX_PROBLEMS = 20
 
-# Names that other trainers have, which look like some other key here.
+# Names that other trainers have for a key: nothing here looks like them, or something else does.
 OTHER_NAMES: Mapping[str, str] = {
-    "batch_size": "train.global_batch",
-    "early_stopping": "train.patience",
+    **dict.fromkeys(("amp", "mixed_precision", "precision"), "train.autocast"),
+    **dict.fromkeys(("batch", "batch_size"), "train.global_batch"),
+    **dict.fromkeys(("early_stopping", "early_stopping_patience"), "train.patience"),
+    **dict.fromkeys(("gradient_clip_val", "max_grad_norm"), "train.clip"),
+    **dict.fromkeys(("devices", "gpus", "num_gpus", "num_processes"), "launch.workers"),
+    **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs"), "train.epochs"),
+    **dict.fromkeys(("out_dir", "output_dir", "save_dir"), "run_dir"),
+    "accelerator": "launch.device",
+    "gradient_accumulation_steps": "launch.micro_batch",
     "learning_rate": "train.lr",
-    "max_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
+    "momentum": "train.optimizer.momentum",
     "num_workers": "data.loader.workers",
+    "weight_decay": "train.optimizer.weight_decay",
 }
 
 
@@ -76,14 +83,20 @@ def _message(key: Key, detail: Mapping[str, Any], values: Mapping[str, Any]) -> 
             nested = key[-1].replace(".", ": {")
             return f"{name} must be written as sections in a file: `{nested}: ...`"
         case "extra_forbidden":
-            known = OTHER_NAMES.get(key[-1]) or nearest(".".join(key), list(_all_keys(Config)))
+            known = OTHER_NAMES.get(key[-1]) or nearest(".".join(key), _all_keys(Config))
+            if known is None:
+                return f"{name} is not a key. All are listed by `syncnorm config schema`."
             return f"{name} is not a key. The nearest key is `{known}`."
         case "missing" if key[:-1] in OPEN_SECTIONS:
             return f"{name} is missing, which {_named(key[:-1], values)} needs"
         case "missing":
             return f"{name} is missing"
         case "model_type":
-            return f"{name} must be a section of `key: value` lines, got {got}"
+            named = isinstance(detail["input"], str) and f"{'.'.join(key)}.name" in _all_keys(
+                Config
+            )
+            remedy = f". Its name is `{'.'.join(key)}.name`" if named else ""
+            return f"{name} must be a section of `key: value` lines, got {got}{remedy}"
         case "value_error" if not key:  # a rule between sections names its keys
             return message
         case "value_error":
@@ -149,9 +162,19 @@ def _open_remedy(
     if kind != "extra_forbidden":
         return ""
     known = [f"{dotted}.{argument}" for argument in optim.arguments(target).model_fields]
-    if not known:
-        return ". It takes none."
-    return f". The nearest key is `{nearest('.'.join(key), [*known, 'train.lr'])}`."
+    if found := nearest(".".join(key), [*known, "train.lr"] if known else []):
+        return f". The nearest key is `{found}`."
+    return f".{_argument_of_others(key)}" if known else ". It takes none."
+
+
+def _argument_of_others(key: Key) -> str:
+    """Name the classes that have an argument like this one."""
+    classes = optim.OPTIMIZERS if key[1] == "optimizer" else optim.SCHEDULERS
+    takers = {name: list(optim.arguments(name).model_fields) for name in classes}
+    found = nearest(key[2], {each for arguments in takers.values() for each in arguments})
+    if found is None:
+        return ""
+    return f" `{found}` is one of {', '.join(name for name in takers if found in takers[name])}."
 
 
 def _is_nullable(key: Key) -> bool:

@@ -7,9 +7,10 @@ unknown keys, so every `Config` is right, as far as that can be seen without dat
 computed and what is recorded, and may change when a run is resumed.
 """
 
+import reprlib
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.config.section import (
@@ -256,10 +257,19 @@ class FollowSection(Section):
     )
 
 
+def _pair(value: list[Any]) -> list[Any]:
+    if len(value) != 2:
+        raise ValueError(f"must be a number or a pair [fewest, most], got {reprlib.repr(value)}")
+    return value
+
+
 # With the tags pydantic does not report a wrong number as a wrong range, too.
 WorkerCount = Annotated[int, Field(ge=1, le=256), Tag("(number)")]
 WorkerRange = Annotated[
-    list[Annotated[int, Field(ge=1, le=256)]], Field(min_length=2, max_length=2), Tag("(range)")
+    list[Annotated[int, Field(ge=1, le=256)]],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(_pair),
+    Tag("(range)"),
 ]
 
 

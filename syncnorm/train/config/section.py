@@ -111,6 +111,8 @@ def _tag(text: str) -> str:
 
 RunTag = Annotated[str, AfterValidator(_tag)]
 
+# Names that are less alike are no slips of the pen for each other.
+_ALIKE = 0.6
 
 _Patterns = TypeVar("_Patterns", bound=Collection[str])
 
@@ -135,8 +137,8 @@ def check_name_or_reference(name: str, known: Sequence[str]) -> str:
     if name in known or REFERENCE.fullmatch(name):
         return name
     raise ValueError(
-        f"must be one of {', '.join(known)}, or package.module:callable, got {reprlib.repr(name)}. "
-        f"The nearest is {nearest(name, known)!r}."
+        f"must be one of {', '.join(known)}, or package.module:callable, got "
+        f"{reprlib.repr(name)}.{name_hint(name, known)}"
     )
 
 
@@ -155,17 +157,31 @@ def leaves(values: Mapping[str, Any], prefix: Key = ()) -> Iterator[tuple[Key, A
             yield (*prefix, name), value
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Name the entry of `known` that `name` most likely stands for.
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Name the entry of `known` that `name` most likely stands for; None if none is like it.
 
     Dotted names are compared as a whole and by their last part, so that `lrr` finds `train.lr`.
     """
     # Cut off: the comparison takes time that grows with the product of the lengths.
     start = name[:100].lower()
-    return max(known, key=lambda candidate: _likeness(start, candidate.lower()))
+    likeness = {candidate: _likeness(start, candidate.lower()) for candidate in known}
+    like = [candidate for candidate, (_, last) in likeness.items() if last >= _ALIKE]
+    return max(like, key=lambda candidate: sum(likeness[candidate]), default=None)
 
 
-def _likeness(name: str, candidate: str) -> float:
+def name_hint(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Write a sentence for the end of a message, with a blank before it, about the nearest name.
+
+    Args:
+        name: one that is not known.
+        known: the names that are.
+        prefix: stands before the name that is shown.
+    """
+    found = nearest(name, known)
+    return "" if found is None else f" The nearest is {prefix + found!r}."
+
+
+def _likeness(name: str, candidate: str) -> tuple[float, float]:
     whole = SequenceMatcher(None, name, candidate).ratio()
     last = SequenceMatcher(None, name.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-    return whole + last
+    return whole, last

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.section import nearest
+from syncnorm.train.config.section import name_hint
 
 # Where torchmetrics keeps its classes.
 _MODULES = ("classification", "regression", "segmentation", "image", "text", "audio", "")
@@ -81,8 +81,8 @@ def _make(name: str, options: Mapping[str, Any], device: torch.device) -> Any:
     }
     if name not in known:
         raise ConfigError(
-            f"`task.metrics` must name classes of torchmetrics, got {name!r}. The nearest is "
-            f"{nearest(name, list(known))!r}."
+            f"`task.metrics` must name classes of torchmetrics, got {name!r}."
+            f"{name_hint(name, known)}"
         )
     try:
         meter = known[name](**options).to(device)

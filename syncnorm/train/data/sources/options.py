@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, ValidationError, validate_call
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.section import Finite, nearest
+from syncnorm.train.config.section import Finite, name_hint
 from syncnorm.train.data.splits import Splits
 
 Share = Annotated[Finite, Field(ge=0, lt=1)]
@@ -63,7 +63,7 @@ def check_names(load: Callable[..., Any], name: str, options: Mapping[str, Any])
         if key not in parameters:
             raise ValueError(
                 f"options must be some of {', '.join(parameters)} with name {name}, got "
-                f"{reprlib.repr(key)}. The nearest is {nearest(key, list(parameters))!r}."
+                f"{reprlib.repr(key)}.{name_hint(key, parameters)}"
             )
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:

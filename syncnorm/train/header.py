@@ -1,0 +1,41 @@
+"""The first lines of a run on the screen: workers, model, data and folder."""
+
+from pathlib import Path
+
+import torch
+
+from syncnorm.train.data.feed import TRAIN, Feed
+from syncnorm.train.setup import Setup
+
+
+def describe_workers(count: int, device: torch.device) -> str:
+    """Describe where a run is computed.
+
+    Args:
+        count: of workers.
+        device: of one of them.
+    """
+    kind = device.type
+    if kind == "cuda":
+        kind = f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"{count} worker{'s' if count > 1 else ''} on {kind}"
+
+
+def describe_model(setup: Setup) -> str:
+    """Describe the size of the model, and how many layers are ours."""
+    count = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
+    return (
+        f"model: {setup.config.model.name}, {count} parameters trained, {len(setup.layers)} "
+        "layers of syncnorm's"
+    )
+
+
+def describe_data(setup: Setup, feed: Feed) -> str:
+    """Describe the data, and the length of an epoch."""
+    steps = -(-feed.sizes[TRAIN] // setup.config.train.global_batch)
+    return f"data: {feed.describe()}, {steps} step{'s' if steps > 1 else ''} per epoch"
+
+
+def header(setup: Setup, feed: Feed, folder: Path) -> list[str]:
+    """Write the lines about a run that is about to train."""
+    return [describe_model(setup), describe_data(setup, feed), f"folder: {folder}"]
