@@ -15,6 +15,8 @@ _QUANTILES = (0.02, 0.98)
 _LEAST_SPAN = 0.5
 # Values further off than so many times the common range are cut; the axis goes half of it beyond.
 _FAR, _MARGIN = 4.0, 0.5
+# Between the axis and what is not cut, as a share of the range.
+_PAD = 0.05
 
 
 def cut_far_values(axes: Axes, series: Sequence[tuple[Array, Array]], *, is_log: bool) -> None:
@@ -31,15 +33,22 @@ def cut_far_values(axes: Axes, series: Sequence[tuple[Array, Array]], *, is_log:
     span = max(high - low, _LEAST_SPAN * (1 if is_log else abs(high)), 1e-9)
     everything = np.concatenate(scaled)
     lowest, highest = float(everything.min()), float(everything.max())
-    bottom, top = axes.get_ylim()
-    if highest > high + _FAR * span:
-        top = _value(high + _MARGIN * span, is_log)
-        _mark(axes, series, highest, top, is_log=is_log, is_above=True)
-    if lowest < low - _FAR * span:
-        bottom = _value(low - _MARGIN * span, is_log)
-        _mark(axes, series, lowest, bottom, is_log=is_log, is_above=False)
-    if (bottom, top) != axes.get_ylim():
-        axes.set_ylim(bottom, top)
+    is_high, is_low = highest > high + _FAR * span, lowest < low - _FAR * span
+    if not (is_high or is_low):
+        return
+    top = high + _MARGIN * span if is_high else highest
+    bottom = low - _MARGIN * span if is_low else lowest
+    pad = _PAD * (top - bottom)
+    starts_at_zero = axes.get_ylim()[0] == 0
+    limits = (
+        0.0 if starts_at_zero else _value(bottom if is_low else bottom - pad, is_log),
+        _value(top if is_high else top + pad, is_log),
+    )
+    axes.set_ylim(*limits)
+    if is_high:
+        _mark(axes, series, highest, limits[1], is_log=is_log, is_above=True)
+    if is_low and not starts_at_zero:
+        _mark(axes, series, lowest, limits[0], is_log=is_log, is_above=False)
 
 
 def _value(scaled: float, is_log: bool) -> float:
