@@ -1,8 +1,10 @@
 """Local runs: starts workers on this machine, and starts them again after the loss of one."""
 
+import multiprocessing
 import shutil
 import sys
 import tempfile
+from concurrent import futures
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from syncnorm.run.folder import (
 )
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
-from syncnorm.run.worker import Task, run_launched
+from syncnorm.run.worker import Task, run_launched, uses_store
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -58,14 +60,10 @@ def run_local(task: Task) -> None:
     launch = task.config.launch
     device = choose_device(launch.device, 0, launch.most_workers)
     note = check_capacity(launch, device)
-    if task.resume is None:
-        folder = make_run_folder(task.config, task.name)
-    else:
-        folder = check_resumable(task.config, task.resume)
-    # Afterwards: a store that has been asked leaves threads.
     forks = can_fork(device)
     if forks:
         prepare_to_fork()
+    folder = _find_folder_apart(task) if forks and uses_store(task) else _find_folder(task)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     env.set_for_workers(folder)
@@ -85,6 +83,18 @@ def run_local(task: Task) -> None:
         _write_exit(reason, folder, status)
         upload_rest(folder, task.config)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
+
+
+def _find_folder(task: Task) -> Path:
+    if task.resume is None:
+        return make_run_folder(task.config, task.name)
+    return check_resumable(task.config, task.resume)
+
+
+def _find_folder_apart(task: Task) -> Path:
+    """Find the run's folder in a process of its own: libraries of stores leave threads behind."""
+    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(_find_folder, task).result()
 
 
 def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:

@@ -173,7 +173,7 @@ def train(
         metrics = _final_metrics(run, is_done)
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
-        recorder.close_loggers(watch.alive)
+        recorder.close_loggers(watch.alive, is_done=is_done)
     return Outcome(metrics, digests, is_done, _reason(run))
 
 
