@@ -171,6 +171,8 @@ def check_resumable(config: Config, source: Path | str) -> Path:
             f"{', '.join(differences)} differ. Only launch, follow, checkpoint, run_dir, "
             "name and tags may change."
         )
+    if is_url(str(source)):
+        claim(str(source).rstrip("/"), (folder / "config.yaml").read_text(encoding="utf-8"))
     return folder
 
 

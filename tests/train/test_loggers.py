@@ -2,13 +2,18 @@
 
 import importlib.util
 import json
+import re
 import threading
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import LOGGERS, Config
 from syncnorm.train.loggers import LoggedRun, open_loggers
 from syncnorm.train.loggers.guarded import GuardedLogger
 from tests.train import runs
@@ -133,6 +138,21 @@ def test_a_logger_that_cannot_follow_is_dropped():
     (fault,) = guarded.pop_faults()
     assert "1000 steps behind" in fault
     go.set()
+
+
+def test_the_page_is_as_it_is(tmp_path, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "loggers.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    config = load_config("digits").model_dump() | strict_yaml.parse(text, "loggers.md")
+    options = Config(**config).follow.loggers
+    assert set(LOGGERS) < set(options)
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(compile(block, "loggers.md", "exec"), names)
+    printer = names["Printer"](LoggedRun("a", (), {}, tmp_path), **options["mine.loggers:Printer"])
+    printer.log(3, {"loss": 0.5})
+    printer.close()
+    assert capsys.readouterr().out == ">  3 {'loss': 0.5}\n"
 
 
 def test_ids_of_a_folder_are_not_trusted(tmp_path):

@@ -35,7 +35,7 @@ _ANSWER_SECONDS = 60.0
 
 
 def claim(url: str, config: str) -> None:
-    """Write a new run's configuration to its address, which shows that it can be written to.
+    """Write a run's configuration to its address, which shows that it can be written to.
 
     Raises:
         ConfigError: it cannot, or the store does not answer.
