@@ -1,6 +1,7 @@
 """Local runs: starts workers on this machine, and starts them again after the loss of one."""
 
 import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
@@ -26,6 +27,7 @@ from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.worker import Task, run_launched, uses_store
 from syncnorm.train.metrics import MetricsFile, last_step
+from syncnorm.train.processes import die_with_parent
 
 # Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30
@@ -93,7 +95,9 @@ def _find_folder(task: Task) -> Path:
 
 def _find_folder_apart(task: Task) -> Path:
     """Find the run's folder in a process of its own: libraries of stores leave threads behind."""
-    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+    with futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("fork"), die_with_parent, (os.getpid(),)
+    ) as pool:
         return pool.submit(_find_folder, task).result()
 
 

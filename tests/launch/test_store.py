@@ -1,4 +1,4 @@
-"""Runs with an S3 server on this machine, by the real command."""
+"""Runs with an address, by the real command; most with an S3 server on this machine."""
 
 import json
 
@@ -11,15 +11,14 @@ from tests.launch import commands
 from tests.launch.record import digests, run_folder
 from tests.train.runs import events
 
-for package in ("moto", "flask_cors", "s3fs"):
-    pytest.importorskip(package, reason=f"{package}, for an S3 server, is not installed")
-
 SHORT = ["train.epochs=2", "train.global_batch=500", f"run_dir=s3://{BUCKET}/runs", "name=mine"]
 TRAIN = [*commands.SYNCNORM, "train", "digits", *SHORT]
 
 
 @pytest.fixture(scope="module")
 def s3():
+    for package in ("moto", "flask_cors", "s3fs"):
+        pytest.importorskip(package, reason=f"{package}, for an S3 server, is not installed")
     with local_s3() as environment:
         yield environment
 
@@ -44,6 +43,16 @@ def test_a_run_is_copied_and_goes_on_from_its_address(s3, tmp_path):
     end = read_exit(there)
     assert end is not None
     assert end.status == "done"
+
+
+def test_a_run_whose_store_ends_with_it(tmp_path):
+    """fsspec's memory is each process's own, so that this needs no server."""
+    options = ["run_dir=memory://runs", "launch.workers=1", "train.epochs=1"]
+    done = commands.run([*TRAIN, *options], tmp_path)
+    run = run_folder(tmp_path, done)
+    assert json.loads((run / "storage.json").read_text()) == {"url": f"memory://runs/{run.name}"}
+    assert "copied to memory://runs/mine-" in done.stderr
+    assert events(run, "fault") == []
 
 
 def test_torchrun_goes_on_from_an_address(s3, tmp_path):
@@ -78,6 +87,6 @@ def test_what_is_not_there_is_refused_at_once(options, message, s3, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_few_kills_while_it_is_copied(capsys):
+def test_a_few_kills_while_it_is_copied(s3, capsys):
     assert store_drill.main(["--kills", "3", "--seed", "1"]) == 0
     assert "3 of 3 kills survived" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import LOGGERS, Config
 from syncnorm.train.loggers import LoggedRun, open_loggers
+from syncnorm.train.loggers.builtin import Trackio
 from syncnorm.train.loggers.guarded import GuardedLogger
 from tests.train import runs
 
@@ -198,7 +199,17 @@ def test_mlflow_on_a_local_store(pool, tmp_path):
     ]
 
 
-def test_trackio_on_this_machine(pool, tmp_path, monkeypatch):
+def test_trackio_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))  # it reads that once, as it is imported
     pytest.importorskip("trackio", reason="trackio is not installed")
-    train(pool, tmp_path / "run", {"trackio": {"project": "syncnorm-test"}}, "name=mine")
-    assert logger_faults(tmp_path / "run") == []
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    run = LoggedRun("mine", ("a",), {"train": {"lr": 0.1}}, tmp_path)
+    for step in (1, 2):
+        logger = Trackio(run, project="x")
+        logger.log(step, {"loss": 0.5 / step})
+        logger.close()
+    assert storage.get_runs("x") == ["mine"], "the second went on in the first"
+    assert [(each["step"], each["loss"]) for each in storage.get_logs("x", "mine")] == [
+        (1, 0.5),
+        (2, 0.25),
+    ]

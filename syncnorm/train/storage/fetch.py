@@ -48,7 +48,7 @@ def disclaim(folder: Path) -> None:
     url = read_origin(folder)
     if url is not None:
         with suppress(ConfigError):
-            within(_ANSWER_SECONDS, lambda: Remote(url).remove(["config.yaml", *RECORDS]), url)
+            within(_ANSWER_SECONDS, lambda: Remote(url).remove(RECORDS), url)
 
 
 def local_copy(source: str | Path) -> Path:
