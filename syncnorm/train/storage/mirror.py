@@ -5,6 +5,7 @@ the manifest last, then the end of the run. So what the store has is at every mo
 from: its newest whole checkpoint, the best one up to that, and the record of every step up to that.
 """
 
+import queue
 import threading
 import time
 from pathlib import Path
@@ -42,7 +43,7 @@ class Mirror:
         self.url = url
         self._folder, self._keep, self._patience = folder, keep, patience_seconds
         self._asked, self._is_ending = threading.Event(), False
-        self._faults: list[str] = []
+        self._faults: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._moved_at = time.monotonic()
         self._remote: Remote | None = None
         # By name, size and time of the local record that was copied; by step, the manifest.
@@ -75,8 +76,7 @@ class Mirror:
 
     def pop_faults(self) -> list[str]:
         """Pop the messages about copies that failed."""
-        faults, self._faults = self._faults, []
-        return faults
+        return [self._faults.get() for _ in range(self._faults.qsize())]
 
     def _work(self) -> None:
         while True:
@@ -106,7 +106,7 @@ class Mirror:
 
     def _add_fault(self, message: str, is_last: bool) -> None:
         after = "what is here is whole" if is_last else "the next save tries again"
-        self._faults.append(f"{self._folder} is not copied: {message}; {after}")
+        self._faults.put(f"{self._folder} is not copied: {message}; {after}")
 
     def _moved(self) -> None:
         self._moved_at = time.monotonic()
