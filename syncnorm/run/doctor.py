@@ -34,6 +34,7 @@ _EXTRAS = {
     "train": "safetensors",
     "report": "matplotlib",
     "tensorboard": "tensorboard",
+    "storage": "fsspec",
     "ray": "ray",
 }
 

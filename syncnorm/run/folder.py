@@ -173,6 +173,8 @@ def check_resumable(config: "Config", source: Path | str) -> Path:
             f"differs: {differences}. Only launch, follow, checkpoint, run_dir, name and tags may "
             "change, and train.epochs may grow."
         )
+    if is_url(str(source)):
+        claim(str(source).rstrip("/"), (folder / "config.yaml").read_text(encoding="utf-8"))
     return folder
 
 

@@ -1,9 +1,13 @@
 """Local runs: starts workers on this machine, and starts them again after the loss of one."""
 
+import multiprocessing
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent import futures
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,11 +25,13 @@ from syncnorm.run.folder import (
     remove_unstarted,
     upload_rest,
 )
+from syncnorm.run.given import Given
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
-from syncnorm.run.worker import Task, print_workers, run_launched
+from syncnorm.run.worker import Task, print_workers, run_launched, uses_store
 from syncnorm.train.metrics import MetricsFile, last_step
+from syncnorm.train.processes import die_with_parent
 
 # Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30
@@ -52,14 +58,10 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
     launch = task.config.launch
     device = choose_device(launch.device, 0, launch.most_workers)
     note = check_capacity(launch, device)
-    if task.resume is None:
-        folder = make_run_folder(task.config, task.name)
-    else:
-        folder = check_resumable(task.config, task.resume)
-    # Afterwards: a store that has been asked leaves threads.
     forks = can_fork(device)
     if forks:
         prepare_to_fork()
+    folder = _find_folder_apart(task) if forks and uses_store(task) else _find_folder(task)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     if begin is not None:
@@ -83,6 +85,20 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
         upload_rest(folder, task.config)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
     return folder
+
+
+def _find_folder(task: Task) -> Path:
+    if task.resume is None:
+        return make_run_folder(task.config, task.name)
+    return check_resumable(task.config, task.resume)
+
+
+def _find_folder_apart(task: Task) -> Path:
+    """Find the run's folder in a process of its own: libraries of stores leave threads behind."""
+    with futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("fork"), die_with_parent, (os.getpid(),)
+    ) as pool:
+        return pool.submit(_find_folder, replace(task, given=Given())).result()
 
 
 def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:

@@ -77,6 +77,11 @@ class Task:
     prints: bool = True
 
 
+def uses_store(task: Task) -> bool:
+    """Return True if the run's folder is copied to or from a store."""
+    return is_url(task.config.run_dir) or is_url(str(task.resume))
+
+
 def run_launched(task: Task) -> NoReturn:
     """Train as the rank that the environment names, and end this process."""
     launched = read_launched()
@@ -131,7 +136,7 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
     die_with_parent(launched.launcher_pid)
     workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
     with open_run_folder(task, launched) as folder:
-        if is_url(task.config.run_dir) or is_url(str(task.resume)):
+        if uses_store(task):
             # The machines need have no folder in common.
             folder.mkdir(parents=True, exist_ok=True)
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)

@@ -210,7 +210,7 @@ def train(
             callback.on_end(run, metrics)
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
-        recorder.close_loggers(watch.alive)
+        recorder.close_loggers(watch.alive, is_done=is_done)
     return Outcome(metrics, digests, is_done, _reason(run, is_done))
 
 

@@ -30,8 +30,9 @@ from syncnorm.train.waiting import wait_for_first
 _log = logging.getLogger(__name__)
 
 PROFILED_STEPS = 5
-# For loggers of a run that ends by an error, which nobody waits for.
-_LAST_WORDS_SECONDS = 2.0
+# For loggers at the end of a run: that is done, that is asked to stop and may be killed soon, and
+# that ends by an error, which the other workers do not wait for.
+_DONE_SECONDS, _STOP_SECONDS, _ERROR_SECONDS = 120.0, 15.0, 2.0
 
 
 class Recorder:
@@ -95,10 +96,9 @@ class Recorder:
         self._profile.stop()
         self._display.__exit__()
         for logger in self._loggers:
-            logger.close()
-        deadline = time.monotonic() + _LAST_WORDS_SECONDS
+            logger.close(_ERROR_SECONDS)
         for logger in self._loggers:
-            logger.is_over(max(0.0, deadline - time.monotonic()))
+            logger.is_over(_ERROR_SECONDS)
 
     def record_start(self, resumed: Resumed, feed: Feed) -> None:
         """Record the start of this process, and where it resumes from; print what is trained."""
@@ -142,18 +142,19 @@ class Recorder:
         )
         self._log(step, figures)
 
-    def close_loggers(self, alive: Callable[[], None]) -> None:
+    def close_loggers(self, alive: Callable[[], None], *, is_done: bool) -> None:
         """Let the loggers send what they have, and wait for them, not for ever.
 
         *Collectives*: where there are loggers, broadcasts; every worker must call.
 
         Args:
             alive: called meanwhile.
+            is_done: False if the run was asked to stop.
         """
         if not self._config.loggers:
             return
         for logger in self._loggers:
-            logger.close()
+            logger.close(_DONE_SECONDS if is_done else _STOP_SECONDS)
         for number in range(len(self._config.loggers)):
             wait_for_first(self._loggers[number].is_over if self._is_first else None, alive)
         self._record_others_faults()

@@ -48,7 +48,7 @@ def test_this_machine(tmp_path):
     assert list(checks) == [
         "python", "torch", "backends", "cuda", "cores", "memory", "/dev/shm", "run folder", "disk", "fsync",
         "host name", "gloo pair", "native library", "shared messages", "extra train",
-        "extra report", "extra tensorboard", "extra ray",
+        "extra report", "extra tensorboard", "extra storage", "extra ray",
     ]  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

@@ -263,6 +263,15 @@ def watch(tmp_path, preemption):
     assert list((tmp_path / "logs").iterdir()) == []
 
 
+def test_a_job_has_the_name_of_the_configuration_and_no_address():
+    job = make_job("digits", ["name=mine", "tags=[a]"], ())
+    assert job.name == "mine"
+    assert job.submission_id.startswith("mine-")
+    assert job.submission_id[5:] == make_job("digits", [], ()).submission_id[7:]
+    with pytest.raises(ConfigError, match="`run_dir` must be a folder that all machines of the"):
+        make_job("digits", ["run_dir=s3://bucket/runs"], ())
+
+
 @pytest.mark.parametrize(
     ("name", "reason"), [(STOP, "syncnorm stop"), (RESIZE, "Ray, to change the number")]
 )

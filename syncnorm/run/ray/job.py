@@ -14,6 +14,7 @@ from syncnorm.run.worker import Task
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
+from syncnorm.train.config.section import is_url
 
 # A file of this name in the run's folder stops the job.
 STOP = "STOP"
@@ -82,9 +83,15 @@ def make_job(
     Raises:
         ConfigError: the configuration or the submission id is invalid.
     """
-    config = _absolute(load_config(source, overrides))
+    config = load_config(source, overrides)
+    if is_url(config.run_dir):
+        raise ConfigError(
+            "`run_dir` must be a folder that all machines of the cluster share, got "
+            f"{config.run_dir!r}. An address is for `syncnorm train` and torchrun."
+        )
+    config = _absolute(config)
     check_callables(config, allowed)
-    name = Path(source).stem
+    name = config.name or Path(source).stem
     submission_id = (
         submission_id
         or f"{re.sub(r'[^A-Za-z0-9_-]', '-', name).lstrip('-_') or 'run'}-{_hash(config)}"

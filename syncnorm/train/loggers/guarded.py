@@ -8,8 +8,6 @@ from typing import Any
 
 # More events than a logger that still works lets wait.
 _MOST_WAITING = 1000
-# After the last figures, for all that a logger still has to send.
-_CLOSE_SECONDS = 60.0
 
 
 class GuardedLogger:
@@ -20,17 +18,14 @@ class GuardedLogger:
     Args:
         name: for messages.
         make: makes the logger, in its thread.
-        close_seconds: limit of the wait for its end.
     """
 
-    def __init__(
-        self, name: str, make: Callable[[], Any], close_seconds: float = _CLOSE_SECONDS
-    ) -> None:
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
         self._name, self._make = name, make
         self._waiting: queue.Queue[tuple[int, Mapping[str, float]] | None] = queue.Queue()
         self._faults: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._is_dropped = False
-        self._close_seconds, self._deadline = close_seconds, float("inf")
+        self._patience, self._deadline = 0.0, float("inf")
         # A daemon: one that hangs must not keep the process.
         self._thread = threading.Thread(target=self._work, name=f"syncnorm-{name}", daemon=True)
         self._thread.start()
@@ -44,11 +39,16 @@ class GuardedLogger:
         else:
             self._waiting.put((step, figures))
 
-    def close(self) -> None:
-        """Ask the logger to end, which it does after the figures that are waiting."""
+    def close(self, patience_seconds: float) -> None:
+        """Ask the logger to end, which it does after the figures that are waiting.
+
+        Args:
+            patience_seconds: until it is left behind.
+        """
         if self._deadline == float("inf"):
             self._waiting.put(None)
-            self._deadline = time.monotonic() + self._close_seconds
+            self._patience = patience_seconds
+            self._deadline = time.monotonic() + patience_seconds
 
     def is_over(self, seconds: float) -> bool:
         """Wait so long at most; True if the logger has ended, or has had its time."""
@@ -56,7 +56,7 @@ class GuardedLogger:
         if not self._thread.is_alive():
             return True
         if not self._is_dropped and time.monotonic() >= self._deadline:
-            self._drop(f"not closed within {self._close_seconds:g} seconds")
+            self._drop(f"not closed within {self._patience:g} seconds")
         return self._is_dropped
 
     def pop_faults(self) -> list[str]:

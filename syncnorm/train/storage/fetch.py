@@ -35,7 +35,7 @@ _ANSWER_SECONDS = 60.0
 
 
 def claim(url: str, config: str) -> None:
-    """Write a new run's configuration to its address, which shows that it can be written to.
+    """Write a run's configuration to its address, which shows that it can be written to.
 
     Raises:
         ConfigError: it cannot, or the store does not answer.
@@ -48,7 +48,7 @@ def disclaim(folder: Path) -> None:
     url = read_origin(folder)
     if url is not None:
         with suppress(ConfigError):
-            within(_ANSWER_SECONDS, lambda: Remote(url).remove(["config.yaml", *RECORDS]), url)
+            within(_ANSWER_SECONDS, lambda: Remote(url).remove(RECORDS), url)
 
 
 def read_config(url: str) -> str:

@@ -1,10 +1,11 @@
 """The copying of a run's folder to a store, in the background.
 
-The record goes first, then each checkpoint, its manifest last, then the mark of the best one, then
-the end of the run. So what the store has is at every moment a run to go on from: its newest whole
-checkpoint, and the record of every step up to that.
+The record goes first, then the mark of the best checkpoint and that one, then the others, of each
+the manifest last, then the end of the run. So what the store has is at every moment a run to go on
+from: its newest whole checkpoint, the best one up to that, and the record of every step up to that.
 """
 
+import queue
 import threading
 import time
 from pathlib import Path
@@ -42,12 +43,13 @@ class Mirror:
         self.url = url
         self._folder, self._keep, self._patience = folder, keep, patience_seconds
         self._asked, self._is_ending = threading.Event(), False
-        self._faults: list[str] = []
+        self._faults: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._moved_at = time.monotonic()
         self._remote: Remote | None = None
         # By name, size and time of the local record that was copied; by step, the manifest.
         self._records: dict[str, tuple[int, int]] = {}
         self._manifests: dict[int, bytes] = {}
+        self._mark: bytes | None = None
         # A daemon: one that hangs must not keep the process.
         self._thread = threading.Thread(target=self._work, name="syncnorm-mirror", daemon=True)
         self._thread.start()
@@ -69,13 +71,12 @@ class Mirror:
             return True
         if time.monotonic() - self._moved_at < self._patience:
             return False
-        self._add_fault(f"nothing has moved for {self._patience:g} seconds")
+        self._add_fault(f"nothing has moved for {self._patience:g} seconds", is_last=True)
         return True
 
     def pop_faults(self) -> list[str]:
         """Pop the messages about copies that failed."""
-        faults, self._faults = self._faults, []
-        return faults
+        return [self._faults.get() for _ in range(self._faults.qsize())]
 
     def _work(self) -> None:
         while True:
@@ -85,7 +86,7 @@ class Mirror:
             is_last = self._is_ending
             fault = self._try(_LAST_TRIES if is_last else 1, is_last)
             if fault is not None:
-                self._add_fault(fault)
+                self._add_fault(fault, is_last)
             if is_last:
                 return
 
@@ -103,9 +104,9 @@ class Mirror:
                 return None
         return fault
 
-    def _add_fault(self, message: str) -> None:
-        after = "the next save tries again" if not self._is_ending else "what is here is whole"
-        self._faults.append(f"{self._folder} is not copied: {message}; {after}")
+    def _add_fault(self, message: str, is_last: bool) -> None:
+        after = "what is here is whole" if is_last else "the next save tries again"
+        self._faults.put(f"{self._folder} is not copied: {message}; {after}")
 
     def _moved(self) -> None:
         self._moved_at = time.monotonic()
@@ -117,20 +118,20 @@ class Mirror:
         names = remote.sizes()
         self._moved()
         self._copy_records(remote, RECORDS, names)
-        # Before the folders are listed: the mark names what was in place by then.
-        mark = _read(self._folder / CHECKPOINTS / BEST)
         store = CheckpointStore(self._folder / CHECKPOINTS)
-        best = read_mark(mark)
         local = store.folders()
+        # Read after the list: whatever is on it has been judged.
+        mark = _read(self._folder / CHECKPOINTS / BEST)
+        best = read_mark(mark)
+        if mark is not None and mark != self._mark:
+            remote.write(f"{CHECKPOINTS}/{BEST}", mark)
+            self._mark = mark
         newest = max(local, default=0)
-        # The newest first, then the best, then the others.
-        for step in sorted(local, key=lambda s: (s == newest, s in best, s), reverse=True):
-            folder = local[step]
-            self._copy_checkpoint(remote, step, folder, names)
+        # The best first: a run that goes on from a newer one does not mark it again.
+        for step in sorted(local, key=lambda s: (s in best, s == newest, s), reverse=True):
+            self._copy_checkpoint(remote, step, local[step], names)
             if self._asked.is_set() and not is_last:
                 return  # and begin again, with what is newer
-        if mark is not None:
-            self._write_changed(remote, f"{CHECKPOINTS}/{BEST}", mark)
         # If the mark cannot be read any of them may be the best.
         if local and (best or mark is None):
             self._prune(remote, newest, best)
@@ -182,11 +183,6 @@ class Mirror:
         remote.write(checkpoint_path(step, MANIFEST), manifest)
         self._manifests[step] = manifest
         self._moved()
-
-    def _write_changed(self, remote: Remote, name: str, data: bytes) -> None:
-        if remote.read(name) != data:
-            remote.write(name, data)
-            self._moved()
 
     def _prune(self, remote: Remote, newest: int, best: set[int]) -> None:
         """Remove old checkpoints as the store on disk does; never later ones."""
