@@ -171,7 +171,8 @@ def _random_numbers_kept() -> Iterator[None]:
     """Give a program back the random numbers that it would have had."""
     before = random.getstate()
     try:
-        with torch.random.fork_rng():
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(before)
