@@ -18,7 +18,7 @@ from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
 from syncnorm.train.loaded import LoadedModel, load
-from syncnorm.train.predicted import Row, masks_of, predict, rows_of
+from syncnorm.train.predicted import Row, check_rows, masks_of, predict, rows_of
 
 _BATCH = 64
 
@@ -102,7 +102,7 @@ def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]
         elif model.task == "segment":
             writer = _Masks(output)
         elif suffix in ("", ".json", ".jsonl", ".csv") and (suffix or output is None):
-            rows_of(model.task, torch.zeros(0, 1), model.signature)  # refuses other tasks
+            check_rows(model.task)
             writer = _Rows(model, output, top)
         else:
             raise ConfigError(
@@ -112,6 +112,8 @@ def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]
         yield writer
         writer.close()
     except OSError as error:
+        if output is None:
+            raise LocalRunError(f"standard output cannot be written: {error.strerror}") from None
         raise ConfigError(f"`--output` must be writable, got {str(output)!r}: {error}") from None
 
 

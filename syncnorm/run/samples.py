@@ -84,6 +84,10 @@ def _read_image(path: Path, inputs: Inputs) -> Tensor:
 
 def _read_array(path: Path, inputs: Inputs) -> Iterator[Sample]:
     values = torch.from_numpy(_load(path))
+    if inputs.mean is None and values.is_floating_point() != inputs.is_floating_point:
+        raise ConfigError(
+            f"{path}: must be {inputs.describe()}, as the data set prepares it, got {values.dtype}"
+        )
     if tuple(values.shape) == inputs.shape:
         yield Sample(str(path), None, values)
     elif tuple(values.shape[1:]) == inputs.shape:

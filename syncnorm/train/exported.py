@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import revert
-from syncnorm.errors import ConfigError, InputError
+from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.loaded import LoadedModel
 from syncnorm.train.task.supervised import call
@@ -161,7 +161,7 @@ def make_program(model: LoadedModel) -> torch.export.ExportedProgram:
             return torch.export.export(
                 network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
             )
-    except (ConfigError, InputError):
+    except ConfigError:
         raise
     except Exception as error:  # of the network's code, or of what torch cannot trace
         raise ConfigError(f"the network cannot be exported: {_first_line(error)}") from None

@@ -38,21 +38,21 @@ def rows_of(task: str, outputs: Tensor, signature: Signature, top: int = 1) -> l
         outputs: (N, ...).
         signature: names the classes.
         top: number of classes to list.
+    """
+    return _MAKERS[task](outputs, signature, top)
+
+
+def check_rows(task: str) -> None:
+    """Refuse a task whose outputs do not make rows.
 
     Raises:
-        ConfigError: there is no row for outputs of this task.
+        ConfigError: it is one.
     """
-    makers: dict[str, Callable[[Tensor, Signature, int], list[Row]]] = {
-        "classify": _classes,
-        "multilabel": _labels,
-        "regress": _values,
-    }
-    if task not in makers:
+    if task not in _MAKERS:
         raise ConfigError(
             f"`--output` must be a .npz file for task.name {task}, whose outputs are written as "
             "they are"
         )
-    return makers[task](outputs, signature, top)
 
 
 def _classes(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
@@ -84,6 +84,13 @@ def _labels(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
 def _values(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
     flat = outputs.reshape(len(outputs), -1).tolist()
     return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in flat]
+
+
+_MAKERS: dict[str, Callable[[Tensor, Signature, int], list[Row]]] = {
+    "classify": _classes,
+    "multilabel": _labels,
+    "regress": _values,
+}
 
 
 def masks_of(outputs: Tensor) -> Tensor:

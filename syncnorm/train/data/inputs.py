@@ -44,6 +44,11 @@ class Inputs(BaseModel):
         return self
 
     @property
+    def is_floating_point(self) -> bool:
+        """True if a sample is stored in floating point."""
+        return getattr(torch, self.dtype).is_floating_point
+
+    @property
     def are_images(self) -> bool:
         """True if a sample is an image of 8 bits, grey or in colour."""
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.dtype == "uint8"
@@ -89,9 +94,8 @@ class Standardise(nn.Module):
     def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
         super().__init__()
         self.inputs, self.dtype = inputs, dtype
-        self._raw_dtype: torch.dtype = getattr(torch, inputs.dtype)
         # Of a raw float64, such as a date in seconds, float32 would lose the digits that differ.
-        exact = torch.float64 if self._raw_dtype == torch.float64 else dtype
+        exact = torch.float64 if inputs.dtype == "float64" else dtype
         rest = (1,) * (len(inputs.shape) - 1)
         for name in ("mean", "std"):
             values = getattr(inputs, name)
@@ -110,7 +114,7 @@ class Standardise(nn.Module):
             raise InputError(f"`input` must be {wanted.describe()}, got shape {tuple(x.shape)}")
         if self.mean is not None:
             return ((x.to(self.mean.dtype) - self.mean) / self.std).to(self.dtype)
-        if x.is_floating_point() != self._raw_dtype.is_floating_point:
+        if x.is_floating_point() != wanted.is_floating_point:
             raise InputError(
                 f"`input` must be {wanted.describe()}, as the data set prepares it, got {x.dtype}"
             )
