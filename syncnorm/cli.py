@@ -45,6 +45,17 @@ _Allow = Annotated[
     list[str] | None,
     typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
 ]
+_Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
+_RunAllow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PACKAGE", help="A package whose callables the run's configuration may name."
+    ),
+]
+_Checkpoint = Annotated[
+    str,
+    typer.Option(help="newest, best, recalibrated, or a folder's name in the run's checkpoints."),
+]
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -120,12 +131,7 @@ def train(
 def recalibrate(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PACKAGE", help="A package whose callables the run's configuration may name."
-        ),
-    ] = None,
+    allow: _RunAllow = None,
 ) -> None:
     """Recompute the running statistics of a run on its training set, into a new checkpoint.
 
@@ -137,6 +143,97 @@ def recalibrate(
     if allow:
         add_working_folder_to_path()
     run_recalibrate(run, mix, tuple(allow or ()), read_launched())
+
+
+@app.command()
+def evaluate(
+    run: _Run,
+    split: Annotated[
+        str | None,
+        typer.Option(help="train, validation or test; the test set if there is one."),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Other data: values of the section data, such as root=DIR."
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
+    ] = None,
+    checkpoint: _Checkpoint = "newest",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    allow: _RunAllow = None,
+) -> None:
+    """Compute the metrics of a run's model, on a set of its data or on other data.
+
+    In this process, on workers that it starts, or as one worker of torchrun: the same samples
+    count.
+    """
+    from syncnorm.run.evaluate import Request, run_evaluate
+
+    if allow:
+        add_working_folder_to_path()
+    request = Request(run, split, data or (), checkpoint, tuple(allow or ()), json)
+    run_evaluate(request, workers, read_launched())
+
+
+@app.command()
+def predict(
+    run: _Run,
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Images, folders of images, .npy or .npz arrays."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".jsonl, .csv, or .npz for the outputs as they are; for masks a folder. Without "
+            "it, lines of JSON.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to list.")] = 1,
+    checkpoint: _Checkpoint = "newest",
+    allow: _RunAllow = None,
+) -> None:
+    """Predict files with a run's model.
+
+    A file that cannot be read gets a line on standard error, and the others are predicted all the
+    same: exit status 1.
+    """
+    from syncnorm.run.predict import run_predict
+
+    if allow:
+        add_working_folder_to_path()
+    run_predict(run, files, output, top, checkpoint, tuple(allow or ()))
+
+
+@app.command()
+def export(
+    run: _Run,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".safetensors for the weights; .pt2 (torch.export) or .onnx for the network from "
+            "raw inputs to outputs.",
+        ),
+    ],
+    checkpoint: _Checkpoint = "newest",
+    allow: _RunAllow = None,
+) -> None:
+    """Write a run's model for programs that do not know syncnorm, with torch's batch norms.
+
+    The last line of standard output is the file.
+    """
+    from syncnorm.run.export import run_export
+
+    if allow:
+        add_working_folder_to_path()
+    run_export(run, output, checkpoint, tuple(allow or ()))
 
 
 @app.command()

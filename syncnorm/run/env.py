@@ -241,11 +241,12 @@ def set_for_launcher(arguments: Sequence[str]) -> None:
 
 
 @contextmanager
-def for_workers(run_folder: Path) -> Iterator[None]:
+def for_workers(run_folder: Path | None = None) -> Iterator[None]:
     """Set the variables for the workers that are started inside; the user's own stay."""
     before = dict(os.environ)
     set_for_children()
-    os.environ[_RUN_FOLDER] = str(run_folder)
+    if run_folder is not None:
+        os.environ[_RUN_FOLDER] = str(run_folder)
     os.environ[_LAUNCHER] = str(os.getpid())
     try:
         yield

@@ -8,7 +8,8 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
-from syncnorm.train.recalibrate import read_run, recalibrate_run
+from syncnorm.train.loaded import read_run
+from syncnorm.train.recalibrate import recalibrate_run
 from syncnorm.train.task.measures import format_metric, format_value
 
 

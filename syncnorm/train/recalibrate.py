@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from syncnorm import recalibrate
-from syncnorm.errors import CheckpointError, ConfigError
+from syncnorm.errors import ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
-from syncnorm.train import buffers
-from syncnorm.train.checkpoint.evaluated import evaluated_state, evaluated_unsaved
-from syncnorm.train.checkpoint.snapshot import Snapshot
-from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
-from syncnorm.train.config.callables import check_callables
-from syncnorm.train.config.file import load_config
+from syncnorm.train.checkpoint.evaluated import (
+    NEWEST,
+    RECALIBRATED,
+    evaluated_unsaved,
+    load_evaluated,
+    share_evaluated,
+)
+from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
@@ -24,8 +25,6 @@ from syncnorm.train.placement import Workers
 from syncnorm.train.renewal import Judged
 from syncnorm.train.setup import autocast, load_feed, make_model, task_of
 from syncnorm.train.step import evaluate
-
-RECALIBRATED = "recalibrated"
 
 
 @dataclass(frozen=True)
@@ -45,24 +44,6 @@ class Recalibrated:
     path: Path
 
 
-def read_run(folder: Path, allowed: tuple[str, ...] = ()) -> Config:
-    """Read the configuration of a run.
-
-    Args:
-        folder: of the run.
-        allowed: packages whose callables it may name. Those that the run itself was allowed do not
-            count: the folder may be somebody else's.
-
-    Raises:
-        ConfigError: it is not a run's folder, or its configuration names code that is not allowed.
-    """
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"run {str(folder)!r} has no config.yaml. Name the folder of a run.")
-    config = load_config(str(folder / "config.yaml"))
-    check_callables(config, allowed)
-    return config
-
-
 def recalibrate_run(
     folder: Path, config: Config, workers: Workers, mix: float, allowed: tuple[str, ...] = ()
 ) -> Recalibrated:
@@ -73,22 +54,15 @@ def recalibrate_run(
 
     *Collectives*: those of `syncnorm.recalibrate` and of two evaluations; every worker must call.
     """
-    snapshot = _newest(folder, workers)
+    snapshot = share_evaluated(folder, NEWEST, workers)
     feed = load_feed(config, workers.device, allowed)
     split = judged_split(feed)
     if split is None:
         raise ConfigError("`data.name` must have a test set or a validation set to compare by")
     task = task_of(config, workers.device, feed, allowed)
     model = make_model(config, workers.device, feed, 1, allowed)
-    try:
-        unsaved = evaluated_unsaved(snapshot)
-        buffers.load(model, evaluated_state(snapshot), unsaved)
-        put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
-    except (RuntimeError, TypeError, AttributeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"{folder / CHECKPOINTS}: does not fit the run's configuration: {reason}"
-        ) from None
+    load_evaluated(model, snapshot, folder)
+    put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
     before = evaluate(task, model, feed, split, config, workers)
     with autocast(config, workers.device):
         recalibrate(Judged(model, task), _batches(feed, workers, config), mix=mix)
@@ -96,37 +70,10 @@ def recalibrate_run(
     store = CheckpointStore(folder / RECALIBRATED, keep=1)
     path = Path()
     if workers.is_first:
+        unsaved = evaluated_unsaved(snapshot)
         states = snapshot.states | ({"buffers": {"model": unsaved}} if unsaved else {})
         path = store.write(replace(snapshot, tensors={"model": model.state_dict()}, states=states))
     return Recalibrated(split, before, after, path)
-
-
-def _newest(folder: Path, workers: Workers) -> Snapshot:
-    """Read the newest good checkpoint on the first worker, and send it to all."""
-    found: list[Snapshot | ConfigError | None] = [None]
-    if workers.is_first:
-        found = [_read(folder)]
-    dist.broadcast_object_list(found, src=0)
-    (snapshot,) = found
-    if isinstance(snapshot, ConfigError):
-        raise snapshot
-    assert snapshot is not None
-    return snapshot
-
-
-def _read(folder: Path) -> Snapshot | ConfigError:
-    if not (folder / CHECKPOINTS).is_dir():
-        return ConfigError(
-            f"run {str(folder)!r} has no {CHECKPOINTS}. "
-            "Name the folder of a run that has saved one."
-        )
-    try:
-        snapshot, _, faults = CheckpointStore(folder / CHECKPOINTS).newest()
-    except (OSError, CheckpointError) as error:
-        return ConfigError(f"{folder / CHECKPOINTS}: {error}")
-    if snapshot is None:
-        return ConfigError(faults[0] if faults else f"{folder / CHECKPOINTS}: holds no checkpoint")
-    return snapshot
 
 
 def _batches(feed: Feed, workers: Workers, config: Config) -> Iterator[tuple[Any]]:

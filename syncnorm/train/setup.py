@@ -30,6 +30,7 @@ from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
 from syncnorm.train.data.feed import TRAIN, VALIDATION, Feed, LoaderFeed, MemoryFeed, judged_split
+from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
@@ -61,6 +62,7 @@ class Setup:
         layers: the network's layers that are syncnorm's.
         statistic_groups: the source of their statistics, where a step has several of each layer.
         shared_buffers: buffers that are neither a batch norm's nor each worker's own.
+        signature: the inputs and outputs of the network.
     """
 
     config: Config
@@ -75,6 +77,7 @@ class Setup:
     layers: list[SyncNorm]
     statistic_groups: StatisticGroups | None
     shared_buffers: SharedBuffers
+    signature: Signature
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -228,17 +231,7 @@ def make_bare_model(
 
     Each change to a model of the user's is logged in a line.
     """
-    seed_random(config.train.seed)
-    model = build(
-        config.model.name,
-        config.model.options,
-        allowed,
-        in_channels=data.in_channels,
-        num_classes=data.num_classes,
-        norm_layer=make_norm_layer(config.norm, total_steps),
-    )
-    fit_layers(model, config.norm, total_steps)
-    apply_rules(model, config.norm, total_steps)
+    model = make_network(config, data.signature, total_steps, allowed)
     if begin_training(model):
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
     freeze(model, config.train.freeze)
@@ -246,6 +239,24 @@ def make_bare_model(
     economise(model, config.train)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
     return model.to(device, getattr(torch, config.train.dtype))
+
+
+def make_network(
+    config: Config, signature: Signature, total_steps: int, allowed: tuple[str, ...] = ()
+) -> nn.Module:
+    """Build the network that `model` names, with the layers that `norm` names, on the CPU."""
+    seed_random(config.train.seed)
+    model = build(
+        config.model.name,
+        config.model.options,
+        allowed,
+        in_channels=signature.in_channels,
+        num_classes=signature.num_classes,
+        norm_layer=make_norm_layer(config.norm, total_steps),
+    )
+    fit_layers(model, config.norm, total_steps)
+    apply_rules(model, config.norm, total_steps)
+    return model
 
 
 def task_of(
@@ -320,6 +331,7 @@ def make_setup(
         layers=[module for module in model.modules() if isinstance(module, SyncNorm)],
         statistic_groups=statistic_groups,
         shared_buffers=SharedBuffers(model, None if average is None else average.module),
+        signature=data.signature,
     )
 
 

@@ -119,6 +119,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "world_size": setup.workers.world_size,
             "config": setup.config.model_dump(),
             "versions": versions(),
+            "signature": setup.signature.model_dump(),
         },
     )
 

@@ -92,20 +92,30 @@ def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str
     return module_name, name
 
 
-def check_callables(config: Config, allowed: Sequence[str]) -> None:
-    """Check that every callable of a configuration is allowed, before anything is started.
+def check_callables(
+    config: Config,
+    allowed: Sequence[str],
+    keys: Sequence[str] = ("model.name", "data.name", "task.name", "follow.loggers"),
+) -> None:
+    """Check that the callables of a configuration are allowed, before anything is started.
 
     Imports nothing.
+
+    Args:
+        config: that names them.
+        allowed: dotted names of packages.
+        keys: whose callables are going to be called.
 
     Raises:
         ConfigError: see `check_allowed`.
     """
-    for key, name in (
-        ("model.name", config.model.name),
-        ("data.name", config.data.name),
-        ("task.name", config.task.name),
-        *(("follow.loggers", name) for name in config.follow.loggers),
-    ):
+    sections = {
+        "model.name": [config.model.name],
+        "data.name": [config.data.name],
+        "task.name": [config.task.name],
+        "follow.loggers": list(config.follow.loggers),
+    }
+    for key, name in ((key, name) for key in keys for name in sections[key]):
         is_reference = REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name)
         if is_reference and name not in _given:
             check_allowed(name, allowed, key)

@@ -48,6 +48,7 @@ class Dataset:
         mean: (C,), float64, of the training set's pixels, as they are stored.
         std: (C,), float64, as above.
         validation: the validation set, if there is one.
+        classes: names of the classes, for predictions.
     """
 
     train: Split
@@ -56,16 +57,17 @@ class Dataset:
     mean: Tensor
     std: Tensor
     validation: Split | None = None
+    classes: Sequence[str] | None = None
 
     def to(self, device: torch.device | str) -> "Dataset":
         """Move to a device; dtypes stay."""
-        return Dataset(
-            self.train.to(device),
-            self.test.to(device),
-            self.num_classes,
-            self.mean.to(device),
-            self.std.to(device),
-            None if self.validation is None else self.validation.to(device),
+        return replace(
+            self,
+            train=self.train.to(device),
+            test=self.test.to(device),
+            mean=self.mean.to(device),
+            std=self.std.to(device),
+            validation=None if self.validation is None else self.validation.to(device),
         )
 
     def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -77,7 +79,9 @@ class Dataset:
         return (images.to(dtype) - mean) / std
 
 
-def make_dataset(train: Split, test: Split, num_classes: int) -> Dataset:
+def make_dataset(
+    train: Split, test: Split, num_classes: int, classes: Sequence[str] | None = None
+) -> Dataset:
     """Check two splits and measure the training set's mean and standard deviation (biased).
 
     The deviation of a channel whose pixels are all equal counts as 1, so that it becomes 0.
@@ -91,7 +95,7 @@ def make_dataset(train: Split, test: Split, num_classes: int) -> Dataset:
         raise ConfigError(
             f"training set: images must be finite, got mean {mean.tolist()} and std {std.tolist()}"
         )
-    return Dataset(train, test, num_classes, mean, std)
+    return Dataset(train, test, num_classes, mean, std, classes=classes)
 
 
 def checked_splits(train: Split, test: Split, num_classes: int) -> tuple[Split, Split]:
@@ -198,6 +202,31 @@ def _measure(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(is_constant, 1, std)
 
 
+_NUMERALS = tuple("0123456789")
+_CLOTHES = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+_THINGS = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 _IDX = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -250,7 +279,7 @@ def digits(root: Path | None) -> Dataset:
         everything = Split(
             torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
         )
-    return make_dataset(everything[:1437], everything[1437:], num_classes=10)
+    return make_dataset(everything[:1437], everything[1437:], 10, _NUMERALS)
 
 
 def mnist(root: Path | None) -> Dataset:
@@ -264,7 +293,7 @@ def mnist(root: Path | None) -> Dataset:
     Raises:
         ConfigError: a file is missing or damaged.
     """
-    return _load_idx(_MNIST_FILES.find(root))
+    return _load_idx(_MNIST_FILES.find(root), _NUMERALS)
 
 
 def fashion_mnist(root: Path | None) -> Dataset:
@@ -277,7 +306,7 @@ def fashion_mnist(root: Path | None) -> Dataset:
     Raises:
         ConfigError: a file is missing or damaged.
     """
-    return _load_idx(_FASHION_MNIST_FILES.find(root))
+    return _load_idx(_FASHION_MNIST_FILES.find(root), _CLOTHES)
 
 
 def cifar10(root: Path | None) -> Dataset:
@@ -301,15 +330,16 @@ def cifar10(root: Path | None) -> Dataset:
     joined = Split(
         torch.cat([split.images for split in train]), torch.cat([split.labels for split in train])
     )
-    return make_dataset(joined, test, num_classes=10)
+    return make_dataset(joined, test, 10, _THINGS)
 
 
-def _load_idx(paths: Sequence[Path]) -> Dataset:
+def _load_idx(paths: Sequence[Path], classes: Sequence[str]) -> Dataset:
     train_images, train_labels, test_images, test_labels = paths
     return make_dataset(
         _read_idx_split(train_images, train_labels),
         _read_idx_split(test_images, test_labels),
-        num_classes=10,
+        10,
+        classes,
     )
 
 

@@ -3,7 +3,7 @@
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from syncnorm.train.data import datasets
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.augmented import Augmented
 from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
+from syncnorm.train.data.inputs import Inputs, Signature
 from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
 from syncnorm.train.data.splits import Splits
@@ -36,12 +37,14 @@ class Feed(Protocol):
         index_device: of the tensors of indices that it takes.
         in_channels: of the inputs; None if it is not known.
         num_classes: of the targets; None if it is not known.
+        signature: the same, and what else a model must be used with.
     """
 
     sizes: dict[str, int]
     index_device: torch.device
     in_channels: int | None
     num_classes: int | None
+    signature: Signature
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward, on the worker's device, or a `Failure`.
@@ -83,6 +86,22 @@ class MemoryFeed:
         self.sizes = {name: len(split) for name, split in self._splits().items()}
         self.in_channels: int | None = data.train.images.shape[1]
         self.num_classes: int | None = data.num_classes
+        images = data.train.images
+        inputs = Inputs(
+            shape=tuple(images.shape[1:]),
+            dtype=_name(images.dtype),
+            mean=data.mean.tolist(),
+            std=data.std.tolist(),
+        )
+        self.signature = _signature(self, inputs, data.classes)
+
+    def standardise_as(self, inputs: Inputs) -> None:
+        """Standardise by the figures of another run's inputs."""
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64, device=self.index_device)
+            for values in (inputs.mean, inputs.std)
+        )
+        self._data = replace(self._data, mean=mean, std=std)
 
     def _splits(self) -> dict[str, datasets.Split]:
         data = self._data
@@ -162,6 +181,8 @@ class LoaderFeed:
         self.num_classes: int | None = splits.num_classes
         self._nothing: Any = None
         self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
+        inputs = splits.inputs or _as_prepared(self._nothing)
+        self.signature = _signature(self, inputs, splits.classes)
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Iterate over the batch of each forward; loader processes work ahead."""
@@ -243,6 +264,27 @@ class LoaderFeed:
             **several,
         )
         return loader, plan
+
+
+def _as_prepared(batch: Any) -> Inputs | None:
+    """Describe the inputs that a data set prepares, by a batch of them; None for no single tensor."""
+    inputs = batch[0] if isinstance(batch, list | tuple) and len(batch) == 2 else None
+    if not isinstance(inputs, Tensor) or inputs.ndim < 1:
+        return None
+    return Inputs(shape=tuple(inputs.shape[1:]), dtype=_name(inputs.dtype))
+
+
+def _signature(feed: Feed, inputs: Inputs | None, classes: Sequence[str] | None) -> Signature:
+    return Signature(
+        inputs=inputs,
+        in_channels=feed.in_channels,
+        num_classes=feed.num_classes,
+        classes=None if classes is None else tuple(map(str, classes)),
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class _Plan:

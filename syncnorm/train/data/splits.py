@@ -9,6 +9,7 @@ from torch.utils.data import Dataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.datasets import hold_out_indices
+from syncnorm.train.data.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class Splits:
         unchanged: the training set without random changes, sample by sample the same, for what is
             not training: a validation set that is cut off, the statistics of an average; None:
             `train` itself.
+        classes: names of the classes, for predictions.
+        inputs: the inputs before the data sets standardised them, so that the model can be used on
+            raw ones; None: it takes what the data sets give.
     """
 
     train: Dataset[Any]
@@ -39,6 +43,8 @@ class Splits:
     in_channels: int | None = None
     collate: Callable[[Sequence[Any]], Any] | None = None
     unchanged: Dataset[Any] | None = None
+    classes: Sequence[str] | None = None
+    inputs: Inputs | None = None
 
     def check(self) -> "Splits":
         """Return this; ConfigError unless each part is a data set with samples."""

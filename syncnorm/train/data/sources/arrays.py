@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
+from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.data.sources.files import check_not_empty, list_folder
 from syncnorm.train.data.sources.options import Classes, load_module, source
 from syncnorm.train.data.splits import Splits
@@ -181,7 +182,13 @@ def _make_splits(
     classes = _count_classes(path, {split: y.array for split, (_, y) in pairs.items()}, num_classes)
     figures = _figures(path, first_x, mean, std)
     sets: dict[str, Any] = {split: ArrayPairs(x, y, *figures) for split, (x, y) in pairs.items()}
-    return Splits(**sets, num_classes=classes, in_channels=first_x.shape[1])
+    inputs = Inputs(
+        shape=first_x.shape[1:],
+        dtype=first_x.dtype.name if hasattr(torch, first_x.dtype.name) else "float32",
+        mean=figures[0].flatten().tolist(),
+        std=figures[1].flatten().tolist(),
+    )
+    return Splits(**sets, num_classes=classes, in_channels=first_x.shape[1], inputs=inputs)
 
 
 def _check(path: Path, split: str, x: Any, y: Any, first_x: Any, first_y: Any) -> None:

@@ -107,7 +107,14 @@ def folder(
         for split, by_class in found.items()
     }
     unchanged = sets["train"].without_changes()
-    return Splits(**sets, num_classes=len(classes), in_channels=channels, unchanged=unchanged)
+    return Splits(
+        **sets,
+        num_classes=len(classes),
+        in_channels=channels,
+        unchanged=unchanged,
+        classes=classes,
+        inputs=reader.inputs,
+    )
 
 
 def _images_by_class(root: Path) -> _Found:

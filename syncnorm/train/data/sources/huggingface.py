@@ -111,6 +111,8 @@ def hf(
         **sets,
         num_classes=num_classes or _count_classes(train, target),
         in_channels=channels if has_images else _width(train[0][input]),
+        classes=getattr(train.features[target], "names", None),
+        inputs=reader.inputs if has_images else None,
     )
 
 

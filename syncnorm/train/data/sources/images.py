@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.data.sources.options import load_module
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -83,7 +84,7 @@ class ImageReader:
     def convert(self, image: Any, name: str, *, in_training: bool) -> Tensor:
         """Make a tensor of an image of Pillow's; `name` is for messages."""
         bilinear = pillow().Resampling.BILINEAR
-        image = self._coloured(image, name)
+        image = coloured(image, self.channels, name)
         if in_training and self.random_crop:
             return self._standardise(
                 image.resize((self.size, self.size), bilinear, _random_box(*image.size))
@@ -92,26 +93,61 @@ class ImageReader:
 
     def cut(self, image: Any, resampling: Any) -> Any:
         """Cut the middle square out of an image of Pillow's, and bring it to the size."""
-        return image.resize((self.size, self.size), resampling, _middle(*image.size))
+        return image.resize((self.size, self.size), resampling, _middle(*image.size, 1))
 
-    def _coloured(self, image: Any, name: str) -> Any:
-        # Pillow cuts deeper values off at 255.
-        if image.mode[0] in "IF":
-            raise ConfigError(
-                f"{name}: must have 8 bits for each channel, got mode {image.mode}. "
-                "Bring it to 8 bits, or give arrays: data.name=npz."
-            )
-        if image.mode == "P":  # colours may be transparent
-            image = image.convert("RGBA")
-        return image.convert("RGB" if self.channels == 3 else "L")
+    @property
+    def inputs(self) -> Inputs:
+        """The images as they are read, of bytes."""
+        mean, std = ([255 * value for value in values] for values in self._figures())
+        shape = self.channels, self.size, self.size
+        return Inputs(shape=shape, dtype="uint8", mean=tuple(mean), std=tuple(std))
+
+    def _figures(self) -> tuple[Sequence[float], Sequence[float]]:
+        grey = self.channels == 1
+        return (
+            self.mean or ((sum(_MEAN) / 3,) if grey else _MEAN),
+            self.std or ((sum(_STD) / 3,) if grey else _STD),
+        )
 
     def _standardise(self, image: Any) -> Tensor:
-        pixels = as_tensor(image).float() / 255  # (H, W) or (H, W, 3)
-        pixels = pixels[None] if self.channels == 1 else pixels.permute(2, 0, 1)
-        grey = self.channels == 1
-        mean = self.mean or ((sum(_MEAN) / 3,) if grey else _MEAN)
-        std = self.std or ((sum(_STD) / 3,) if grey else _STD)
-        return (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+        mean, std = (torch.tensor(values)[:, None, None] for values in self._figures())
+        return (_channels_first(image).float() / 255 - mean) / std
+
+
+def read_pixels(path: str, shape: Sequence[int]) -> Tensor:
+    """Read an image of a file as bytes (C, H, W); of another size or ratio, the middle is resized.
+
+    Raises:
+        ConfigError: it is no image.
+    """
+    channels, height, width = shape
+    image = coloured(open_image(path), channels, path)
+    if image.size != (width, height):
+        box = _middle(*image.size, width / height)
+        image = image.resize((width, height), pillow().Resampling.BILINEAR, box)
+    return _channels_first(image)
+
+
+def coloured(image: Any, channels: int, name: str) -> Any:
+    """Give an image of Pillow's 3 channels for RGB or 1 for grey; `name` is for messages.
+
+    Raises:
+        ConfigError: it has more than 8 bits for each channel.
+    """
+    # Pillow cuts deeper values off at 255.
+    if image.mode[0] in "IF":
+        raise ConfigError(
+            f"{name}: must have 8 bits for each channel, got mode {image.mode}. "
+            "Bring it to 8 bits, or give arrays: data.name=npz."
+        )
+    if image.mode == "P":  # colours may be transparent
+        image = image.convert("RGBA")
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def _channels_first(image: Any) -> Tensor:
+    pixels = as_tensor(image)  # (H, W) or (H, W, 3)
+    return pixels[None] if pixels.ndim == 2 else pixels.permute(2, 0, 1)
 
 
 def as_tensor(image: Any) -> Tensor:
@@ -130,10 +166,12 @@ def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
             left = int(torch.randint(width - w + 1, ()))
             top = int(torch.randint(height - h + 1, ()))
             return left, top, left + w, top + h
-    return _middle(width, height)  # of a very long image
+    return _middle(width, height, 1)  # of a very long image
 
 
-def _middle(width: int, height: int) -> tuple[float, float, float, float]:
-    side = min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return left, top, left + side, top + side
+def _middle(width: int, height: int, ratio: float) -> tuple[float, float, float, float]:
+    """Give left, top, right and bottom of the largest part in the middle that has a ratio."""
+    w = min(width, height * ratio)
+    h = w / ratio
+    left, top = (width - w) / 2, (height - h) / 2
+    return left, top, left + w, top + h

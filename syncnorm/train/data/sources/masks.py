@@ -115,7 +115,13 @@ def masks(
         for split, path in folders.items()
     }
     unchanged = sets["train"].without_changes()
-    return Splits(**sets, num_classes=num_classes, in_channels=channels, unchanged=unchanged)
+    return Splits(
+        **sets,
+        num_classes=num_classes,
+        in_channels=channels,
+        unchanged=unchanged,
+        inputs=reader.inputs,
+    )
 
 
 def _pairs(split: str, root: Path) -> tuple[Paths, Paths]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.data.sources.files import SPLITS, check_not_empty, is_held_out, list_folder
 from syncnorm.train.data.sources.options import Column, Share, source
 from syncnorm.train.data.splits import Splits
@@ -86,7 +87,13 @@ def csv(
         )
         for split, table in tables.items()
     }
-    return Splits(**sets, num_classes=len(classes) if classes else 1, in_channels=count)
+    return Splits(
+        **sets,
+        num_classes=len(classes) if classes else 1,
+        in_channels=count,
+        classes=classes,
+        inputs=Inputs(shape=(count,), dtype="float64", mean=mean.tolist(), std=std.tolist()),
+    )
 
 
 def _find(root: Path, test: float) -> dict[str, Path]:

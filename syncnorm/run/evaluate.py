@@ -1,0 +1,150 @@
+"""The command `syncnorm evaluate`: in this process, on workers of its own, or under torchrun."""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+
+from syncnorm.errors import ConfigError
+from syncnorm.run import env, interrupt
+from syncnorm.run.env import Launched, read_launched
+from syncnorm.run.errors import LocalRunError
+from syncnorm.run.failures import root_cause
+from syncnorm.run.in_process import errors_in_one_line
+from syncnorm.run.machine import choose_device
+from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
+from syncnorm.run.worker import join
+from syncnorm.train.config.schema import Config
+from syncnorm.train.judged import Evaluation, evaluate_run
+from syncnorm.train.loaded import read_run
+from syncnorm.train.processes import die_with_parent
+from syncnorm.train.task.measures import format_metric
+
+_PATIENCE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """An evaluation as the command line asks for it.
+
+    Args:
+        run: its folder.
+        split: train, validation or test; None: the test set, or else the validation set.
+        data: values for keys of the section `data`, such as `root=other`.
+        checkpoint: its name.
+        allowed: packages whose callables the configuration may name.
+        as_json: True to print one JSON object.
+    """
+
+    run: Path
+    split: str | None
+    data: Sequence[str]
+    checkpoint: str
+    allowed: tuple[str, ...]
+    as_json: bool
+
+
+def run_evaluate(request: Request, workers: int | None, launched: Launched | None) -> None:
+    """Evaluate a run's model, and print its metrics.
+
+    Args:
+        request: what to evaluate.
+        workers: to start on this machine; None: this process alone.
+        launched: this worker's rank; None outside a launcher.
+
+    Raises:
+        ConfigError: bad input; see `evaluate_run`.
+        LocalRunError: code that the configuration names failed, or a worker was lost.
+    """
+    _read(request)
+    if launched is not None and workers is not None:
+        raise ConfigError(
+            f"`--workers` must be left to the launcher, which started {launched.world_size}, got "
+            f"{workers}."
+        )
+    if workers is None or workers == 1:
+        with errors_in_one_line(0 if launched is None else launched.rank):
+            _print(request, _evaluate(request, launched))
+    else:
+        _start_workers(request, workers)
+
+
+def _read(request: Request) -> Config:
+    keys = [f"data.{each}" for each in request.data]
+    return read_run(request.run, request.allowed, overrides=keys)
+
+
+def _evaluate(request: Request, launched: Launched | None) -> Evaluation:
+    config = _read(request)
+    workers = join(config.launch.device, launched, config.launch.timeout_seconds)
+    try:
+        return evaluate_run(
+            request.run,
+            config,
+            workers,
+            request.split,
+            request.checkpoint,
+            request.allowed,
+            has_other_data=bool(request.data),
+        )
+    finally:
+        dist.destroy_process_group()
+
+
+def _print(request: Request, found: Evaluation) -> None:
+    if not found.is_first:
+        return
+    if request.as_json:
+        facts = {"run": str(request.run), "step": found.step, "split": found.split}
+        print(json.dumps({**facts, "samples": found.samples, "metrics": found.metrics}), flush=True)
+        return
+    for name, value in found.metrics.items():
+        print(f"{found.split} {format_metric(name, value)}", flush=True)
+
+
+def _start_workers(request: Request, count: int) -> None:
+    device = choose_device(_read(request).launch.device, 0, count)
+    forks = can_fork(device)
+    if forks:
+        prepare_to_fork()
+    logs = tempfile.mkdtemp(prefix="syncnorm-")
+    work = partial(_work, request)
+    try:
+        with env.for_workers(), interrupt.for_launcher():
+            run_processes(work, count, Path(logs), forks, _PATIENCE_SECONDS)
+    except interrupt.Stopped as stopped:
+        raise LocalRunError(f"stopped by {stopped.number.name}", 128 + stopped.number) from None
+    except ChildFailedError as error:
+        failure = root_cause(error)
+        if failure.is_bad_input:
+            raise ConfigError(failure.reason) from None
+        raise LocalRunError(failure.reason) from None
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+
+
+def _work(request: Request) -> NoReturn:
+    status = 0
+    try:
+        _evaluate_as_launched(request)
+    except Exception as error:  # the launcher reads it in the worker's error file
+        status = 2 if isinstance(error, ConfigError) else 1
+    sys.stdout.flush()
+    os._exit(status)
+
+
+@record
+def _evaluate_as_launched(request: Request) -> None:
+    launched = read_launched()
+    assert launched is not None
+    die_with_parent(launched.launcher_pid)
+    _print(request, _evaluate(request, launched))

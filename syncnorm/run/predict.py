@@ -1,0 +1,236 @@
+"""The command `syncnorm predict`: a run's model on files."""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.errors import LocalRunError
+from syncnorm.run.in_process import errors_in_one_line
+from syncnorm.run.machine import choose_device
+from syncnorm.run.samples import Sample, Unread, read_samples
+from syncnorm.train.loaded import LoadedModel, load
+from syncnorm.train.predicted import Row, check_rows, masks_of, predict, rows_of
+
+_BATCH = 64
+
+
+class Writer(Protocol):
+    """Takes the outputs of a batch."""
+
+    def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
+        """Write them."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is written at the end."""
+        ...
+
+
+def run_predict(
+    run: Path,
+    files: Sequence[Path],
+    output: Path | None,
+    top: int,
+    checkpoint: str,
+    allowed: tuple[str, ...],
+) -> None:
+    """Predict the samples of files.
+
+    Raises:
+        ConfigError: bad input; see `load`.
+        LocalRunError: some files were not predicted, each of which has had its line; or code that
+            the configuration names failed.
+    """
+    with errors_in_one_line():
+        device = choose_device("auto", 0, 1)
+        model = load(run, checkpoint=checkpoint, device=device, allow=allowed)
+        inputs = model.signature.inputs
+        if inputs is None:
+            raise ConfigError(
+                f"run {str(run)!r}: its samples are no pairs of one tensor and a target. Use "
+                "syncnorm.load, and call it as you need it."
+            )
+        failed = 0
+        with _open(model, output, top) as writer:
+            for batch in _batches(read_samples(files, inputs)):
+                failed += _predict(model, batch, writer)
+    if failed:
+        raise LocalRunError(f"{failed} of the files or samples could not be predicted")
+
+
+def _batches(read: Iterator[Sample | Unread]) -> Iterator[list[Sample | Unread]]:
+    """Group samples of one dtype, 64 at most."""
+    for _, alike in groupby(read, lambda each: isinstance(each, Sample) and each.value.dtype):
+        batch: list[Sample | Unread] = []
+        for each in alike:
+            batch.append(each)
+            if len(batch) == _BATCH:
+                yield batch
+                batch = []
+        if batch:
+            yield batch
+
+
+def _predict(model: LoadedModel, batch: Sequence[Sample | Unread], writer: Writer) -> int:
+    """Predict and write a batch; return how many failed."""
+    samples = [each for each in batch if isinstance(each, Sample)]
+    unread = [each.message for each in batch if isinstance(each, Unread)]
+    for message in unread:
+        print(f"syncnorm: {message}", file=sys.stderr)
+    if samples:
+        writer.add(samples, predict(model, torch.stack([sample.value for sample in samples])))
+    return len(unread)
+
+
+@contextmanager
+def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]:
+    """Choose a writer by the task and the name of the output."""
+    suffix = "" if output is None else output.suffix
+    try:
+        writer: Writer
+        if output is not None and suffix == ".npz":
+            writer = _Arrays(output)
+        elif model.task == "segment":
+            writer = _Masks(output)
+        elif suffix in ("", ".json", ".jsonl", ".csv") and (suffix or output is None):
+            check_rows(model.task)
+            writer = _Rows(model, output, top)
+        else:
+            raise ConfigError(
+                "`--output` must end in .jsonl, .json (an object in each line), .csv or .npz (the "
+                f"outputs as they are), got {str(output)!r}"
+            )
+        yield writer
+        writer.close()
+    except OSError as error:
+        if output is None:
+            raise LocalRunError(f"standard output cannot be written: {error.strerror}") from None
+        raise ConfigError(f"`--output` must be writable, got {str(output)!r}: {error}") from None
+
+
+def _place(sample: Sample) -> Row:
+    return {"file": sample.file} | ({} if sample.index is None else {"index": sample.index})
+
+
+class _Rows:
+    """Lines of JSON, or of comma-separated values."""
+
+    def __init__(self, model: LoadedModel, output: Path | None, top: int) -> None:
+        self._model, self._top = model, top
+        self._is_csv = output is not None and output.suffix == ".csv"
+        self._file: Any = sys.stdout
+        if output is not None:
+            self._file = output.open("w", encoding="utf-8", newline="")
+        self._table: csv.DictWriter[str] | None = None
+
+    def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
+        rows = rows_of(self._model.task, outputs, self._model.signature, self._top)
+        for sample, row in zip(samples, rows, strict=True):
+            if self._is_csv:
+                self._write_csv({"file": sample.file, "index": sample.index, **_flat(row)})
+            else:
+                self._file.write(json.dumps(_place(sample) | row, ensure_ascii=False) + "\n")
+
+    def _write_csv(self, row: Row) -> None:
+        if self._table is None:
+            self._table = csv.DictWriter(self._file, list(row))
+            self._table.writeheader()
+        self._table.writerow(row)
+
+    def close(self) -> None:
+        self._file.flush()
+        if self._file is not sys.stdout:
+            self._file.close()
+
+
+def _flat(row: Row) -> Row:
+    """Give each value of a row a column of its own; labels, whose number varies, share one."""
+    flat: Row = {key: value for key, value in row.items() if not isinstance(value, list)}
+    for number, each in enumerate(row.get("top", ())[1:], start=2):
+        flat |= {f"{key}_{number}": value for key, value in each.items()}
+    for key in ("labels", "names", "probabilities"):
+        if isinstance(row.get(key), list):
+            flat[key] = ";".join("" if one is None else str(one) for one in row[key])
+    flat |= {f"value_{number}": value for number, value in enumerate(row.get("values", ()), 1)}
+    return flat
+
+
+class _Arrays:
+    """One .npz of all outputs as they are, with the file and the index of each."""
+
+    def __init__(self, output: Path) -> None:
+        self._output = output
+        self._samples: list[Sample] = []
+        self._outputs: list[Tensor] = []
+        output.open("wb").close()  # what cannot be written shows before the work
+
+    def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
+        # Without the inputs, which are not needed any more.
+        self._samples += [Sample(each.file, each.index, torch.empty(0)) for each in samples]
+        self._outputs.append(outputs)
+
+    def close(self) -> None:
+        import numpy
+
+        outputs = torch.cat(self._outputs) if self._outputs else torch.zeros(0)
+        numpy.savez(
+            self._output,
+            outputs=outputs.numpy(),
+            files=numpy.array([sample.file for sample in self._samples], dtype=str),
+            indices=numpy.array([sample.index or 0 for sample in self._samples], dtype=int),
+        )
+
+
+class _Masks:
+    """A file of classes for each image: .png of bytes where they suffice, else .npy."""
+
+    def __init__(self, output: Path | None) -> None:
+        if output is None or output.suffix:
+            raise ConfigError(
+                "`--output` must be a folder for the masks of task.name segment, or a .npz file "
+                f"for its outputs as they are, got {'none' if output is None else str(output)!r}"
+            )
+        output.mkdir(parents=True, exist_ok=True)
+        self._folder = output
+        self._names: set[str] = set()
+
+    def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
+        for sample, mask in zip(samples, masks_of(outputs), strict=True):
+            path = self._folder / self._name(sample)
+            if mask.dtype == torch.uint8 and mask.ndim == 2:
+                path = path.with_name(f"{path.name}.png")
+                self._write_image(path, mask)
+            else:
+                path = path.with_name(f"{path.name}.npy")
+                self._write_array(path, mask)
+            print(json.dumps(_place(sample) | {"mask": str(path)}, ensure_ascii=False))
+
+    def _name(self, sample: Sample) -> str:
+        """Name a mask as its image; of two images of one name, the second gets a number."""
+        name, number = sample.stem, 2
+        while name in self._names:
+            name, number = f"{sample.stem}-{number}", number + 1
+        self._names.add(name)
+        return name
+
+    def _write_image(self, path: Path, mask: Tensor) -> None:
+        from syncnorm.train.data.sources.images import pillow
+
+        pillow().fromarray(mask.numpy()).save(path)
+
+    def _write_array(self, path: Path, mask: Tensor) -> None:
+        import numpy
+
+        numpy.save(path, mask.numpy())
+
+    def close(self) -> None:
+        pass

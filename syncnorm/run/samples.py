@@ -1,0 +1,136 @@
+"""The samples of files: images, folders of images, arrays of numpy."""
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.inputs import Inputs
+from syncnorm.train.data.sources.images import SUFFIXES, is_image, read_pixels
+
+_ARRAYS = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A sample of a file.
+
+    Args:
+        file: its path.
+        index: of the sample, in a file of several; None in a file of one.
+        value: raw, without a batch dimension.
+    """
+
+    file: str
+    index: int | None
+    value: Tensor
+
+    @property
+    def stem(self) -> str:
+        """A name for files that are made of it."""
+        stem = Path(self.file).stem
+        return stem if self.index is None else f"{stem}-{self.index}"
+
+
+@dataclass(frozen=True)
+class Unread:
+    """A file that holds no sample.
+
+    Args:
+        message: names it.
+    """
+
+    message: str
+
+
+def read_samples(files: Iterable[Path], inputs: Inputs) -> Iterator[Sample | Unread]:
+    """Yield the samples of files, in their order; of a folder the images below it, by name."""
+    for path in files:
+        if path.is_dir():
+            found = _images_below(path)
+            if not found:
+                yield Unread(f"{path}: must hold images, got none. They end in {_list(SUFFIXES)}.")
+            for each in found:
+                yield from _read(each, inputs)
+        else:
+            yield from _read(path, inputs)
+
+
+def _read(path: Path, inputs: Inputs) -> Iterator[Sample | Unread]:
+    try:
+        if path.suffix in _ARRAYS:
+            yield from _read_array(path, inputs)
+        else:
+            yield Sample(str(path), None, _read_image(path, inputs))
+    except ConfigError as error:
+        yield Unread(str(error))
+
+
+def _read_image(path: Path, inputs: Inputs) -> Tensor:
+    if not path.is_file():
+        raise ConfigError(f"{path}: must be a file, got none")
+    if not inputs.are_images or inputs.mean is None:
+        raise ConfigError(
+            f"{path}: the run's data set does not read images of files. Its inputs are "
+            f"{inputs.describe()}: give them as an array, .npy or .npz."
+        )
+    return read_pixels(str(path), inputs.shape)
+
+
+def _read_array(path: Path, inputs: Inputs) -> Iterator[Sample]:
+    values = torch.from_numpy(_load(path))
+    if inputs.mean is None and values.is_floating_point() != inputs.is_floating_point:
+        raise ConfigError(
+            f"{path}: must be {inputs.describe()}, as the data set prepares it, got {values.dtype}"
+        )
+    if tuple(values.shape) == inputs.shape:
+        yield Sample(str(path), None, values)
+    elif tuple(values.shape[1:]) == inputs.shape:
+        for index, value in enumerate(values):
+            yield Sample(str(path), index, value)
+    else:
+        raise ConfigError(
+            f"{path}: must have the shape {inputs.shape} or {inputs.describe()}, got "
+            f"{tuple(values.shape)}"
+        )
+
+
+def _load(path: Path) -> Any:
+    import numpy
+
+    try:
+        array: Any = numpy.load(path, allow_pickle=False)
+        if path.suffix == ".npz":
+            with array as archive:
+                name = "x" if "x" in archive.files else archive.files[0]
+                if name != "x" and len(archive.files) > 1:
+                    raise ValueError(f"several arrays, {_list(archive.files)}, and none named x")
+                array = archive[name]
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"an array of {array.dtype}")
+        return array
+    # A damaged file may raise anything: OSError, EOFError, zipfile.BadZipFile.
+    except Exception as error:
+        cause = " ".join(str(error).split())
+        raise ConfigError(f"{path}: must be an array of numbers, got {cause}") from None
+
+
+def _images_below(root: Path) -> list[Path]:
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [
+            Path(folder) / name
+            for name in sorted(files)
+            if is_image(name) and not name.startswith(".")
+        ]
+    return found
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)

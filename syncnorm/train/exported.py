@@ -1,0 +1,172 @@
+"""The model of a run, written for programs that do not know syncnorm.
+
+| suffix | content | read by |
+|---|---|---|
+| .safetensors | weights, under the names of torch's batch norms | safetensors |
+| .pt2 | the network from raw inputs to outputs | torch.export.load |
+| .onnx | as above | any runtime of ONNX |
+
+Each carries what a user of the model has to know, as JSON: the text `syncnorm` in the metadata of
+the first and the last, the extra file `syncnorm.json` of the other.
+"""
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from syncnorm import revert
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.inputs import Standardise
+from syncnorm.train.loaded import LoadedModel
+from syncnorm.train.task.supervised import call
+
+# torch.export takes a size of 0 or 1 for a constant.
+_EXAMPLES = 2
+
+
+class RawModel(nn.Module):
+    """A network from raw inputs to its output tensor.
+
+    Args:
+        network: as it was trained.
+        standardise: what it needs.
+    """
+
+    def __init__(self, network: nn.Module, standardise: Standardise) -> None:
+        super().__init__()
+        self.network, self.standardise = network, standardise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the outputs of a batch (N, *S)."""
+        return call(self.network, self.standardise(x))
+
+
+def export_model(model: LoadedModel, path: Path) -> None:
+    """Write a model as the suffix says, whole or not at all.
+
+    Raises:
+        ConfigError: the suffix is another, a package is missing, the file cannot be written, or the
+            network cannot be exported.
+    """
+    writers: dict[str, Callable[[LoadedModel, Path], None]] = {
+        ".safetensors": _write_safetensors,
+        ".pt2": _write_program,
+        ".onnx": _write_onnx,
+    }
+    if path.suffix not in writers:
+        raise ConfigError(f"`--output` must end in {', '.join(writers)}, got {str(path)!r}")
+    partial = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writers[path.suffix](model, partial)
+        partial.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"`--output` must be a file that can be written, got {str(path)!r}: {error}"
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def describe(model: LoadedModel) -> str:
+    """Describe a model's inputs, outputs and classes, as JSON."""
+    facts = model.signature.model_dump()
+    return json.dumps({**facts, "task": model.task, "input": "raw"})
+
+
+def plain_network(model: LoadedModel) -> nn.Module:
+    """Copy the network, with torch's batch norms in place of ours."""
+    network = copy.deepcopy(model.network)
+    # Which of torch's classes does not matter: state dicts have the same keys.
+    return revert(network, to=nn.BatchNorm2d)
+
+
+def _write_safetensors(model: LoadedModel, path: Path) -> None:
+    state = plain_network(model).state_dict()
+    # Tensors that share memory are copied: the format has none.
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    metadata = {"format": "pt", "syncnorm": describe(model)}
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def _write_program(model: LoadedModel, path: Path) -> None:
+    # It looks at the suffix.
+    named = path.with_suffix(".pt2")
+    torch.export.save(make_program(model), named, extra_files={"syncnorm.json": describe(model)})
+    named.replace(path)
+
+
+def _write_onnx(model: LoadedModel, path: Path) -> None:
+    program = make_program(model)
+    try:
+        with _quiet():
+            exported: Any = torch.onnx.export(
+                program,
+                dynamo=True,
+                verbose=False,
+                input_names=["input"],
+                output_names=["output"],
+            )
+    except ImportError as error:
+        raise ConfigError(
+            f"`--output` with .onnx needs the package {error.name}. Install it with: "
+            "pip install 'syncnorm[export]'"
+        ) from None
+    except Exception as error:  # an operator that ONNX lacks, say
+        raise ConfigError(f"the network cannot be written as ONNX: {_first_line(error)}") from None
+    exported.model.metadata_props["syncnorm"] = describe(model)
+    exported.save(path)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter from telling which packages of no use here are not installed."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def make_program(model: LoadedModel) -> torch.export.ExportedProgram:
+    """Trace the network from raw inputs to its output, for any number of samples.
+
+    Raises:
+        ConfigError: it takes no single tensor, or cannot be traced.
+    """
+    inputs = model.signature.inputs
+    if inputs is None or model.standardise is None:
+        raise ConfigError(
+            "a network can be exported where a sample of its data set is a pair of one tensor and "
+            "its target. Others can be written as .safetensors, or used by syncnorm.load."
+        )
+    # Ours evaluate as one plain operator. They take inputs of any dimension, as torch's classes do
+    # not.
+    network = copy.deepcopy(RawModel(model.network, model.standardise)).cpu().eval()
+    example = torch.zeros(_EXAMPLES, *inputs.shape, dtype=getattr(torch, inputs.dtype))
+    try:
+        with torch.no_grad():
+            return torch.export.export(
+                network, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},)
+            )
+    except ConfigError:
+        raise
+    except Exception as error:  # of the network's code, or of what torch cannot trace
+        raise ConfigError(f"the network cannot be exported: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,0 +1,125 @@
+"""The evaluation of a run's model on one of its sets, or on other data."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.checkpoint.evaluated import share_evaluated
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split
+from syncnorm.train.data.inputs import Inputs, Signature
+from syncnorm.train.loaded import make_evaluated, signature_of
+from syncnorm.train.placement import Workers
+from syncnorm.train.setup import load_feed, task_of
+from syncnorm.train.step import evaluate
+
+# Sources that take the figures to standardise by as options, in the units of their samples.
+_TAKE_FIGURES = ("npz", "npy")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of a run's model.
+
+    Args:
+        split: that they are of.
+        samples: of the split.
+        metrics: by name; the one that decides comes first.
+        step: of the checkpoint.
+        is_first: True on the worker that prints them.
+    """
+
+    split: str
+    samples: int
+    metrics: dict[str, float]
+    step: int
+    is_first: bool
+
+
+def evaluate_run(
+    folder: Path,
+    config: Config,
+    workers: Workers,
+    split: str | None,
+    checkpoint: str,
+    allowed: tuple[str, ...] = (),
+    *,
+    has_other_data: bool = False,
+) -> Evaluation:
+    """Evaluate the model of a run, each worker on its shard.
+
+    The result is that of the run's own evaluation: the same samples are counted, on any number of
+    workers.
+
+    *Collectives*: a broadcast of the checkpoint and those of `evaluate`; every worker must call.
+
+    Args:
+        folder: of the run.
+        config: of the run, perhaps with other data.
+        workers: this worker's rank and device.
+        split: its name; None: the test set, or else the validation set.
+        checkpoint: its name.
+        allowed: packages whose callables the configuration may name.
+        has_other_data: True if keys of `data` are not the run's: samples are standardised by the
+            run's figures all the same.
+
+    Raises:
+        ConfigError: bad input; on all workers.
+    """
+    snapshot = share_evaluated(folder, checkpoint, workers)
+    if has_other_data and "signature" not in snapshot.facts:
+        raise ConfigError(
+            f"`--data` must be left out for run {str(folder)!r}: it is of a version that did not "
+            "save how inputs are standardised"
+        )
+    signature = signature_of(snapshot, config, folder, allowed)
+    if has_other_data:
+        config = _with_figures(config, signature.inputs)
+    feed = load_feed(config, workers.device, allowed)
+    if has_other_data:
+        _fit(feed, signature)
+    chosen = split or (TEST if feed.sizes.get(TEST) else judged_split(feed))
+    if chosen is None or not feed.sizes.get(chosen):
+        raise ConfigError(
+            f"`--split` must be one of {', '.join(feed.sizes)}, which the data has, got "
+            f"{chosen or 'none'}"
+        )
+    task = task_of(config, workers.device, feed, allowed)
+    model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
+    metrics = evaluate(task, model, feed, chosen, config, workers)
+    return Evaluation(chosen, feed.sizes[chosen], metrics, snapshot.step, workers.is_first)
+
+
+def _with_figures(config: Config, inputs: Inputs | None) -> Config:
+    if inputs is None or inputs.mean is None or config.data.name not in _TAKE_FIGURES:
+        return config
+    figures = {"mean": list(inputs.mean), "std": list(inputs.std or ())}
+    data = config.data.model_copy(update={"options": {**config.data.options, **figures}})
+    return config.model_copy(update={"data": data})
+
+
+def _fit(feed: Feed, signature: Signature) -> None:
+    """Let a feed of other data standardise as the run does, and refuse other inputs and classes.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    found, wanted = feed.signature, signature
+    if found.classes != wanted.classes and found.classes and wanted.classes:
+        raise ConfigError(
+            f"`--data` must have the run's classes {', '.join(wanted.classes):.200}, got "
+            f"{', '.join(found.classes):.200}"
+        )
+    if found.inputs is None or wanted.inputs is None:
+        return
+    if found.inputs.shape != wanted.inputs.shape:
+        raise ConfigError(
+            f"`--data` must have samples of shape {wanted.inputs.shape}, got {found.inputs.shape}"
+        )
+    if isinstance(feed, MemoryFeed) and wanted.inputs.mean is not None:
+        feed.standardise_as(wanted.inputs)
+    elif (found.inputs.mean, found.inputs.std) != (wanted.inputs.mean, wanted.inputs.std):
+        raise ConfigError(
+            "`--data` must be standardised by the run's mean and std, got those of another "
+            "training set. Keep the run's training set beside the other samples."
+        )

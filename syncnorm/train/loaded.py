@@ -1,0 +1,178 @@
+"""The model of a run, ready to be used on raw inputs."""
+
+import logging
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.checkpoint.evaluated import NEWEST, load_evaluated, read_evaluated
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.config.callables import check_callables
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.batches import map_members, to_device
+from syncnorm.train.data.inputs import Signature, Standardise
+from syncnorm.train.setup import autocast, load_feed, make_network
+
+_log = logging.getLogger(__name__)
+
+
+class LoadedModel(nn.Module):
+    """A trained network that takes inputs as the data set gives them, bytes of images too.
+
+    Args:
+        network: as it was trained.
+        config: of its run.
+        signature: of its data.
+    """
+
+    def __init__(self, network: nn.Module, config: Config, signature: Signature) -> None:
+        super().__init__()
+        self.network, self.config, self.signature = network, config, signature
+        self.task = config.task.name
+        self.classes = signature.classes
+        dtype = getattr(torch, config.train.dtype)
+        inputs = signature.inputs
+        self.standardise = None if inputs is None else Standardise(inputs, dtype)
+        self._dtype: torch.dtype = dtype
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """Compute the network's outputs for a batch, which is moved to its device.
+
+        Raises:
+            InputError: the batch is not what the model was trained on.
+        """
+        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
+        with autocast(self.config, device):
+            if self.standardise is not None and len(inputs) == 1 and not named:
+                (x,) = inputs
+                if isinstance(x, Tensor):
+                    return self.network(self.standardise(x.to(device)))
+            prepared = map_members((inputs, named), lambda x: to_device(x, device, self._dtype))
+            return self.network(*prepared[0], **prepared[1])
+
+
+def load(
+    run: str | Path,
+    *,
+    checkpoint: str = NEWEST,
+    device: str | torch.device = "cpu",
+    allow: Sequence[str] = (),
+) -> LoadedModel:
+    """Load the model of a run in evaluation mode: of the moving average if it has one.
+
+    It takes raw inputs, a batch (N, ...) as the data set gives them, and returns what the network
+    returns. The training set is not needed, nor a process group.
+
+    Args:
+        run: the run's folder.
+        checkpoint: newest, best, recalibrated, or the name of a folder in the run's `checkpoints`.
+        device: where to put it.
+        allow: packages whose callables the run's configuration may name.
+
+    Raises:
+        ConfigError: it is not a run's folder, has no such checkpoint, names code that is not
+            allowed, or its weights do not fit.
+
+    Example:
+        >>> model = load("runs/digits-20261127-201500")  # doctest: +SKIP
+        >>> model(images).softmax(1), model.classes, model.task  # doctest: +SKIP
+    """
+    folder, allowed = Path(run), tuple(allow)
+    config = read_run(folder, allowed, ("model.name",))
+    snapshot = read_evaluated(folder, checkpoint)
+    signature = signature_of(snapshot, config, folder, allowed)
+    network = make_evaluated(config, signature, snapshot, folder, torch.device(device), allowed)
+    return LoadedModel(network, config, signature).to(device).eval()
+
+
+def read_run(
+    folder: Path,
+    allowed: tuple[str, ...] = (),
+    keys: Sequence[str] = ("model.name", "data.name", "task.name"),
+    overrides: Sequence[str] = (),
+) -> Config:
+    """Read the configuration of a run.
+
+    Args:
+        folder: of the run.
+        allowed: packages whose callables it may name. Those that the run itself was allowed do not
+            count: the folder may be somebody else's.
+        keys: whose callables are going to be called.
+        overrides: see `load_config`.
+
+    Raises:
+        ConfigError: it is not a run's folder, or its configuration names code that is not allowed.
+    """
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"run {str(folder)!r} has no config.yaml. Name the folder of a run.")
+    config = load_config(str(folder / "config.yaml"), overrides)
+    check_callables(config, allowed, keys)
+    return config
+
+
+def signature_of(
+    snapshot: Snapshot, config: Config, folder: Path, allowed: tuple[str, ...] = ()
+) -> Signature:
+    """Read the inputs and outputs of the model; of an old checkpoint, from the data set.
+
+    Raises:
+        ConfigError: they are damaged, or the data set cannot be opened.
+    """
+    facts = snapshot.facts.get("signature")
+    if facts is None:
+        try:
+            check_callables(config, allowed, ("data.name",))
+            return load_feed(config, torch.device("cpu"), allowed).signature
+        except ConfigError as error:
+            raise ConfigError(
+                f"run {str(folder)!r} is of a version that did not save how inputs are "
+                f"standardised, and its data set cannot be opened: {error}"
+            ) from None
+    try:
+        return Signature.model_validate(facts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(
+            f"run {str(folder)!r}: the checkpoint's signature cannot be used: "
+            f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        ) from None
+
+
+def make_evaluated(
+    config: Config,
+    signature: Signature,
+    snapshot: Snapshot,
+    folder: Path,
+    device: torch.device,
+    allowed: tuple[str, ...] = (),
+) -> nn.Module:
+    """Build the evaluated network of a run, in evaluation mode. No exchange.
+
+    Raises:
+        ConfigError: the weights do not fit.
+    """
+    with _random_numbers_kept():
+        network = make_network(config, signature, 1, allowed)
+    network.to(device, getattr(torch, config.train.dtype))
+    load_evaluated(network, snapshot, folder)
+    return network.eval()
+
+
+@contextmanager
+def _random_numbers_kept() -> Iterator[None]:
+    """Give a program back the random numbers that it would have had."""
+    before = random.getstate()
+    try:
+        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(before)

@@ -1,0 +1,99 @@
+"""Predictions of a run's model, as rows for people and programs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.data.inputs import Signature
+from syncnorm.train.loaded import LoadedModel
+from syncnorm.train.task.supervised import call
+
+Row = dict[str, Any]
+
+
+@torch.no_grad()
+def predict(model: LoadedModel, samples: Tensor) -> Tensor:
+    """Compute the outputs of raw samples, (N, ...), on the CPU.
+
+    Raises:
+        ConfigError: the model returns something else than one tensor.
+    """
+    outputs = call(model, samples)
+    if outputs.ndim < 1 or len(outputs) != len(samples):
+        raise ConfigError(
+            f"the model must give an output for each of {len(samples)} samples, got shape "
+            f"{tuple(outputs.shape)}. Use syncnorm.load, and call it as you need it."
+        )
+    return outputs.float().cpu() if outputs.dtype != torch.float64 else outputs.cpu()
+
+
+def rows_of(task: str, outputs: Tensor, signature: Signature, top: int = 1) -> list[Row]:
+    """Make a row of each output.
+
+    Args:
+        task: of the run: classify, multilabel or regress.
+        outputs: (N, ...).
+        signature: names the classes.
+        top: number of classes to list.
+    """
+    return _MAKERS[task](outputs, signature, top)
+
+
+def check_rows(task: str) -> None:
+    """Refuse a task whose outputs do not make rows.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if task not in _MAKERS:
+        raise ConfigError(
+            f"`--output` must be a .npz file for task.name {task}, whose outputs are written as "
+            "they are"
+        )
+
+
+def _classes(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
+    probabilities = outputs.softmax(1)
+    # By the logits, as the accuracy does it: probabilities may round to the same value.
+    best = outputs.topk(min(top, outputs.shape[1]), dim=1).indices
+    best[:, 0] = outputs.argmax(1)
+    rows = []
+    for numbers, chances in zip(best.tolist(), probabilities.gather(1, best).tolist(), strict=True):
+        several = [
+            {"class": number, "name": signature.name(number), "probability": chance}
+            for number, chance in zip(numbers, chances, strict=True)
+        ]
+        rows.append(several[0] | ({"top": several} if top > 1 else {}))
+    return rows
+
+
+def _labels(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
+    rows = []
+    for row in outputs:
+        found = (row > 0).nonzero().flatten().tolist()
+        names = [signature.name(number) for number in found]
+        rows.append(
+            {"labels": found, "names": names, "probabilities": row.sigmoid()[row > 0].tolist()}
+        )
+    return rows
+
+
+def _values(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
+    flat = outputs.reshape(len(outputs), -1).tolist()
+    return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in flat]
+
+
+_MAKERS: dict[str, Callable[[Tensor, Signature, int], list[Row]]] = {
+    "classify": _classes,
+    "multilabel": _labels,
+    "regress": _values,
+}
+
+
+def masks_of(outputs: Tensor) -> Tensor:
+    """Compute the class of each pixel: logits (N, K, *S) -> (N, *S), of bytes if they suffice."""
+    classes = outputs.argmax(1)
+    return classes.to(torch.uint8) if outputs.shape[1] <= 256 else classes.to(torch.int32)

@@ -1,0 +1,413 @@
+"""`syncnorm.load`, `evaluate`, `predict` and `export` on runs: raw inputs give what training saw."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from PIL import Image
+from torch import nn
+
+import syncnorm
+from syncnorm.cli import main
+from syncnorm.errors import ConfigError, InputError
+from syncnorm.run.folder import write_config
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.datasets import digits
+from syncnorm.train.models import MODELS
+from tests.launch import commands
+from tests.train import runs
+
+TEST = digits(None).test
+# Both layers; the first run's model is a moving average.
+RUNS = {
+    "norm": ("digits", ["train.epochs=2", "train.ema=0.9"]),
+    "renorm": ("digits_renorm", ["train.epochs=1"]),
+}
+
+
+class Made(NamedTuple):
+    folder: Path
+    metrics: dict[str, float]
+
+
+def make(pool, folder: Path, config: Config) -> Made:
+    folder.mkdir()
+    write_config(config, folder)
+    ((outcome, _),) = pool(1).run(runs.train_sections, str(folder), config.model_dump())
+    return Made(folder, outcome.metrics["test"])
+
+
+@pytest.fixture(scope="module")
+def made(pool, tmp_path_factory) -> dict[str, Made]:
+    """The runs of `RUNS`, one worker each."""
+    folder = tmp_path_factory.mktemp("use")
+    return {
+        name: make(pool, folder / name, load_config(config, overrides))
+        for name, (config, overrides) in RUNS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    """The test images as files, some of them in a folder below; and all in one array."""
+    folder = tmp_path_factory.mktemp("images")
+    for number, image in enumerate(TEST.images[:, 0].numpy()):
+        path = folder / f"{number // 100}" / f"{number:03}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    np.save(folder / "x.npy", TEST.images.numpy())
+    return folder
+
+
+def command(capfd, *arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process; its status, output and errors."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(each) for each in arguments])
+    out, err = capfd.readouterr()
+    return int(caught.value.code or 0), out, err
+
+
+def accuracy(outputs: Any) -> float:
+    classes = torch.as_tensor(outputs).argmax(1)
+    return int((classes == TEST.labels).sum()) / len(TEST)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_loaded_model_takes_raw_images(name, made):
+    before = torch.get_rng_state(), random.getstate()
+    model = syncnorm.load(made[name].folder)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert not any(module.training for module in model.modules())
+    assert accuracy(model(TEST.images)) == made[name].metrics["accuracy"] > 0.3
+    assert (model.task, model.classes) == ("classify", tuple("0123456789"))
+    assert model.config == load_config(*RUNS[name])
+    with pytest.raises(InputError, match=r"must be \(N, 1, 8, 8\) of uint8, got shape \(4, 3, 8"):
+        model(torch.zeros(4, 3, 8, 8))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_evaluate_gives_the_runs_metrics(name, made, capfd):
+    folder, metrics = made[name]
+    status, out, err = command(capfd, "evaluate", folder, "--json")
+    assert (status, err) == (0, "")
+    found = json.loads(out)
+    assert found["metrics"] == pytest.approx(metrics, rel=1e-12)
+    assert found["metrics"]["accuracy"] == metrics["accuracy"]
+    assert (found["split"], found["samples"]) == ("test", 360)
+
+
+def test_evaluate_on_several_workers_and_on_other_data(made, tmp_path, capfd):
+    folder, metrics = made["norm"]
+    whole = [*commands.SYNCNORM, "evaluate", str(folder), "--json"]
+    for several in ([*whole, "--workers", "2"], [*commands.TORCHRUN, *whole[1:]]):
+        done = commands.run(several, tmp_path)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)["metrics"]
+        assert found["accuracy"] == metrics["accuracy"]
+        assert found["loss"] == pytest.approx(metrics["loss"], rel=1e-6)
+
+    # Other data are standardised as the run's own: the same test set beside other training images.
+    other = "data.name=tests.launch.test_use:other_digits"
+    options = ["--data", other.removeprefix("data."), "--allow", "tests", "--json"]
+    status, out, err = command(capfd, "evaluate", folder, *options)
+    assert status == 0, err
+    assert json.loads(out)["metrics"]["accuracy"] == metrics["accuracy"]
+
+
+def other_digits(root):
+    from syncnorm.train.data.datasets import Split, make_dataset
+
+    data = digits(root)
+    train = Split(data.train.images[:100] * 3, data.train.labels[:100])
+    return make_dataset(train, data.test, 10)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_predictions_of_files_and_arrays_are_as_accurate(name, made, images, tmp_path, capfd):
+    folder, metrics = made[name]
+    out = tmp_path / "out.csv"
+    files = [images, images / "x.npy"]
+    assert command(capfd, "predict", folder, *files, "-o", out, "--top", "2")[0] == 0
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for some in (rows[:360], rows[360:]):
+        right = [int(row["class"]) == int(label) for row, label in zip(some, TEST.labels)]
+        assert sum(right) / 360 == metrics["accuracy"]
+    first, again = rows[3], rows[363]
+    assert first["file"] == str(images / "0" / "003.png")
+    assert (again["file"], again["index"]) == (str(images / "x.npy"), "3")
+    assert first["name"] == first["class"] == again["class"] != first["class_2"]
+    assert 1 >= float(first["probability"]) > float(first["probability_2"]) > 0
+
+
+def test_a_file_that_is_no_image_stops_no_other(made, images, tmp_path, capfd):
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    np.save(tmp_path / "rows.npy", np.zeros((2, 5)))
+    good = images / "0" / "003.png"
+    bad = [tmp_path / "text.png", tmp_path / "empty", tmp_path / "rows.npy", tmp_path / "none.jpg"]
+    status, out, err = command(capfd, "predict", made["norm"].folder, *bad, good, "--top", 3)
+    assert status == 1
+    row = json.loads(out)
+    assert row["file"] == str(good)
+    assert row["top"][0]["class"] == row["class"]
+    assert len(row["top"]) == 3
+    lines = err.splitlines()
+    assert len(lines) == 5
+    for path, line in zip(bad, lines):
+        assert line.startswith(f"syncnorm: {path}: must ")
+    assert lines[4] == "syncnorm: 4 of the files or samples could not be predicted"
+
+
+# With nothing of syncnorm's: a name that is None in sys.modules cannot be imported.
+STRANGER = """
+import json, sys
+sys.modules["syncnorm"] = None
+import numpy, torch
+folder, names = sys.argv[1], sys.argv[2:]
+x, y = numpy.load(f"{folder}/x.npy"), numpy.load(f"{folder}/y.npy")
+for name in names:
+    path = f"{folder}/{name}"
+    if name.endswith(".pt2"):
+        extra = {"syncnorm.json": ""}
+        program = torch.export.load(path, extra_files=extra)
+        run, facts = program.module(), extra["syncnorm.json"]
+    else:
+        import onnx
+        model = onnx.load(path)
+        facts = {each.key: each.value for each in model.metadata_props}["syncnorm"]
+        try:
+            import onnxruntime
+            session = onnxruntime.InferenceSession(path)
+        except ImportError:
+            from onnx.reference import ReferenceEvaluator
+            session = ReferenceEvaluator(model)
+        run = lambda x: torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
+    # Of any number of samples; one by one would give the same.
+    outputs = torch.cat([run(torch.from_numpy(part)) for part in (x[:1], x[1:60], x[60:])])
+    right = int((outputs.argmax(1) == torch.from_numpy(y)).sum())
+    print(json.dumps([right / len(x), json.loads(facts)["classes"]]))
+"""
+
+
+@pytest.fixture
+def onnx():
+    pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+    pytest.importorskip("onnx")
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_a_program_runs_without_syncnorm(suffix, made, tmp_path, capfd):
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
+        pytest.importorskip("onnx")
+    np.save(tmp_path / "x.npy", TEST.images.numpy())
+    np.save(tmp_path / "y.npy", TEST.labels.numpy())
+    for name, (folder, _) in made.items():
+        path = tmp_path / f"{name}.{suffix}"
+        assert command(capfd, "export", folder, "-o", path) == (0, f"{path}\n", "")
+    names = [f"{name}.{suffix}" for name in RUNS]
+    done = commands.run([sys.executable, "-c", STRANGER, ".", *names], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    accuracies = [metrics["accuracy"] for _, metrics in made.values()]
+    assert found == [[share, list("0123456789")] for share in accuracies]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_exported_weights_fit_plain_batch_norms(name, made, tmp_path, capfd):
+    path = tmp_path / "model.safetensors"
+    assert command(capfd, "export", made[name].folder, "-o", path)[0] == 0
+    plain = MODELS["digits_resnet"](in_channels=1, num_classes=10, norm_layer=nn.BatchNorm2d)
+    plain.load_state_dict(safetensors.torch.load_file(path))
+    with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportAttributeAccessIssue]
+        facts = json.loads(file.metadata()["syncnorm"])
+    inputs = facts["inputs"]
+    x = (TEST.images - torch.tensor(inputs["mean"])) / torch.tensor(inputs["std"])
+    assert accuracy(plain.eval()(x)) == made[name].metrics["accuracy"]
+    assert inputs["shape"] == [1, 8, 8]
+    assert inputs["dtype"] == "uint8"
+    assert facts["classes"] == list("0123456789")
+
+
+def edit_config(old: str, new: str):
+    def spoil(folder: Path) -> None:
+        path = folder / "config.yaml"
+        assert old in path.read_text()
+        path.write_text(path.read_text().replace(old, new))
+
+    return spoil
+
+
+def newer_version(folder: Path) -> None:
+    for path in folder.glob("checkpoints/*/manifest.json"):
+        path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+
+
+def damage(folder: Path) -> None:
+    for path in folder.glob("checkpoints/*/ema.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: (f / "config.yaml").unlink(), "has no config.yaml. Name the folder of a run."),
+        (lambda f: shutil.rmtree(f / "checkpoints"), "has no checkpoints. Name the folder of a"),
+        (damage, "ema.safetensors` must have the SHA-256"),
+        (newer_version, "must be as this version of syncnorm writes it: 'version': "),
+        (edit_config("digits_resnet", "os:system"), "To run its code, add --allow os."),
+        (edit_config("digits_resnet", "resnet18_cifar"), "does not fit the run's configuration: "),
+    ],
+    ids=["no config", "no checkpoint", "damage", "newer", "code", "another model"],
+)
+def test_a_run_that_is_none(spoil, message, made, images, tmp_path, capfd):
+    folder = tmp_path / "run"
+    shutil.copytree(made["norm"].folder, folder)
+    spoil(folder)
+    for arguments in (
+        ["evaluate", folder],
+        ["predict", folder, images / "x.npy"],
+        ["export", folder, "-o", tmp_path / "model.safetensors"],
+    ):
+        status, out, err = command(capfd, *arguments)
+        assert (status, out) == (2, "")
+        assert message in err
+        assert err.count("\n") == 1
+    assert not list(tmp_path.glob("*model*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "RUN", "--split", "validation"], "`--split` must be one of train, test"),
+        (["evaluate", "RUN", "--data", "nane=mnist"], "`data.nane` is not a key"),
+        (["evaluate", "RUN", "--checkpoint", "best"], "no checkpoint is marked as the best one"),
+        (["evaluate", "RUN", "--checkpoint", "recalibrated"], "Make it: syncnorm recalibrate"),
+        (
+            ["predict", "RUN", "x", "--checkpoint", "../other"],
+            "`--checkpoint` must be newest, best",
+        ),
+        (["predict", "RUN", "x", "-o", "x.txt"], "`--output` must end in .jsonl, .json"),
+        (["export", "RUN", "-o", "model.pth"], "must end in .safetensors, .pt2, .onnx, got"),
+    ],
+)
+def test_bad_input(arguments, message, made, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    words = [made["norm"].folder if word == "RUN" else word for word in arguments]
+    status, out, err = command(capfd, *words)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_an_old_checkpoint_is_completed_from_the_data_set(made, tmp_path):
+    from syncnorm.train.checkpoint.snapshot import read_snapshot, write_snapshot
+
+    folder = tmp_path / "run"
+    shutil.copytree(made["norm"].folder, folder)
+    for path in folder.glob("checkpoints/step-*"):
+        snapshot = read_snapshot(path)
+        del snapshot.facts["signature"]
+        shutil.rmtree(path)
+        write_snapshot(path, snapshot)
+    assert accuracy(syncnorm.load(folder)(TEST.images)) == made["norm"].metrics["accuracy"]
+    edit_config("name: digits\n", "name: mine:load\n")(folder)
+    with pytest.raises(ConfigError, match="did not save how inputs are standardised"):
+        syncnorm.load(folder)
+
+
+# By task, the shapes of a sample and of a target, and the network.
+TASKS = {
+    "multilabel": ((8,), (4,), "Perceptron"),
+    "regress": ((8,), (), "Perceptron"),
+    "segment": ((3, 12, 12), (12, 12), "SmallUNet"),
+}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_other_tasks(task, pool, tmp_path, capfd):
+    inputs, targets, model = TASKS[task]
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 256, (40, *inputs), dtype=np.uint8)
+    y = draw.integers(0, 2, (40, *targets))
+    y = y if task == "segment" else y.astype("float32")
+    data = tmp_path / "data.npz"
+    np.savez(data, x_train=x, y_train=y, x_test=x, y_test=y)
+    options = {"num_classes": 2} if task == "segment" else {}
+    config = Config(
+        model={"name": f"tests.train.tasks:{model}"},
+        data={"name": "npz", "root": str(data), "options": options},
+        task={"name": task},
+        train={"epochs": 1, "global_batch": 20, "lr": 0.1},
+    )  # pyright: ignore[reportArgumentType]
+    folder, metrics = make(pool, tmp_path / "run", config)
+    np.save(tmp_path / "x.npy", x)
+    raw, allow = tmp_path / "raw.npz", ["--allow", "tests"]
+    predict = ["predict", folder, tmp_path / "x.npy", *allow]
+    assert command(capfd, *predict, "-o", raw)[0] == 0
+    with np.load(raw) as file:
+        outputs = file["outputs"]
+        assert file["indices"].tolist() == list(range(40))
+    if task == "segment":
+        status, _, err = command(capfd, *predict)
+        assert status == 2
+        assert "`--output` must be a folder" in err
+        Image.fromarray(x[7].transpose(1, 2, 0)).save(tmp_path / "seven.png")
+        masks = tmp_path / "masks"
+        assert command(capfd, *predict, tmp_path / "seven.png", "-o", masks)[0] == 0
+        found = np.stack([np.asarray(Image.open(masks / f"x-{n}.png")) for n in range(40)])
+        assert (found == y).mean() == pytest.approx(metrics["accuracy"])
+        assert (np.asarray(Image.open(masks / "seven.png")) == found[7]).all()
+        return
+    status, out, err = command(capfd, *predict)
+    assert status == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
+    if task == "regress":
+        values = np.array([row["value"] for row in rows])
+        assert np.square(values - y).mean() == pytest.approx(metrics["mean_squared_error"])
+        return
+    for row, output in zip(rows, outputs, strict=True):
+        assert row["labels"] == np.flatnonzero(output > 0).tolist()
+        assert all(value > 0.5 for value in row["probabilities"])
+    right = sum(row["labels"] == np.flatnonzero(t).tolist() for row, t in zip(rows, y))
+    assert right / 40 == pytest.approx(metrics["exact_match"])
+
+
+def test_the_page_works_as_it_stands(made, images, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(made["norm"].folder, "RUN")
+    shutil.copytree(images / "0", "photos")
+    shutil.copy(images / "0" / "007.png", "one.png")
+    shutil.copy(images / "x.npy", "array.npy")
+    page = (Path(__file__).parents[2] / "docs" / "use.md").read_text()
+    lines = re.findall(r"^syncnorm (.*)$", page, flags=re.MULTILINE)
+    assert len(lines) == 7
+    for line in lines:
+        # Others start processes of their own, or need a package more; each has its test.
+        if "--workers" not in line and not line.endswith((".onnx", ".pt2")):
+            status, out, err = command(capfd, *shlex.split(line))
+            assert (status, err) == (0, ""), line
+            assert out or "-o" in line
+    assert len(Path("predictions.csv").read_text().splitlines()) == 101
+    names = {"images": TEST.images}
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert capfd.readouterr().out.startswith("classify 2 ['")
