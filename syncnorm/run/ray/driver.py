@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -33,6 +34,7 @@ from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
 from syncnorm.train.config.schema import Config
 from syncnorm.train.metrics import last_step
+from syncnorm.train.task.measures import format_metric
 
 # The watchdog of a stuck worker must act before its collectives time out.
 _GROUP_MARGIN_SECONDS = 30
@@ -75,10 +77,9 @@ def run_job(job: Job) -> int:
     env.set_for_ray_driver()
     folder = prepare_folder(job)
     if (end := read_exit(folder)) is not None and end.status == "done":
-        print(f"done already, after step {end.step}\n{folder}")
+        print("\n".join([*_describe_done(end), str(folder)]))
         return 0
-    for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
-        (folder / name).unlink(missing_ok=True)
+    _clear(folder)
     ray.init(address="auto", logging_level=logging.WARNING)
     config = job.task().config
     capacity = read_capacity(config)
@@ -89,8 +90,43 @@ def run_job(job: Job) -> int:
     return code
 
 
+def run_trial(job: Job, stop: Path) -> int:
+    """Train a trial of a sweep on the connected cluster.
+
+    Args:
+        job: the trial.
+        stop: a file that asks all trials to stop, as one in the run's folder asks this one.
+
+    Returns:
+        The exit status, as of `run_job`.
+    """
+    folder = prepare_folder(job)
+    if (end := read_exit(folder)) is not None and end.exit_code == 0:
+        return 0
+    _clear(folder)
+    # In this order: who stops makes this file before the one that was just removed.
+    if stop.exists():
+        return _stop_status(folder)
+    config = job.task().config
+    return _fit_until_done(job, config, read_capacity(config), folder, Asked(stop))
+
+
+def _clear(folder: Path) -> None:
+    for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _describe_done(end: Exit) -> list[str]:
+    metrics = [
+        f"{split} {format_metric(name, value)}"
+        for split, each in end.metrics.items()
+        for name, value in reversed(list(each.items()))
+    ]
+    return [f"done already, after step {end.step}; --id NEW runs it again", *metrics]
+
+
 def _fit_until_done(
-    job: Job, config: Config, capacity: Capacity, folder: Path, stopping: "StopHandler"
+    job: Job, config: Config, capacity: Capacity, folder: Path, stopping: "StopHandler | Asked"
 ) -> int:
     while True:
         try:
@@ -147,6 +183,22 @@ def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> Torc
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A file that asks to stop.
+
+    Args:
+        file: may appear at any time.
+    """
+
+    file: Path
+
+    @property
+    def is_asked(self) -> bool:
+        """True once the file is there."""
+        return self.file.exists()
 
 
 class StopHandler:
