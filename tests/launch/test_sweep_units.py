@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -125,7 +126,7 @@ def test_a_sweep_goes_on_with_its_own_trials_alone(tmp_path, monkeypatch):
         choose_sweep("digits", ["train.lr=0.05,0.2", *GRID[1:]], resume=folder, **options)
 
 
-def write_trial(sweep: Sweep, number: int, status: str, values: list[float], code: int = 0) -> None:
+def write_trial(sweep: Sweep, number: int, status: Any, values: list[float], code: int = 0) -> None:
     folder = prepare_folder(sweep.job(number))
     file = MetricsFile(folder / "metrics.jsonl")
     for epoch, value in enumerate(values, start=1):

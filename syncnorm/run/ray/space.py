@@ -144,13 +144,13 @@ _RANGES: dict[str, Callable[[random.Random, Any, Any], Any]] = {
 
 def _check_draw(where: str, values: Any) -> dict[str, Any]:
     kind, bounds = next(iter(values.items())) if isinstance(values, dict) and values else ("", None)
-    is_list = isinstance(bounds, list) and len(values) == 1
-    if is_list and kind == "choice" and bounds:
-        return {kind: bounds}
-    if is_list and kind in _RANGES and len(bounds) == 2:
-        least = 0 if kind == "loguniform" else -math.inf
+    if isinstance(bounds, list) and bounds and len(values) == 1:
+        if kind == "choice":
+            return {kind: bounds}
         types = (int,) if kind == "randint" else (int, float)
-        if all(type(bound) in types for bound in bounds) and least < bounds[0] <= bounds[1]:
+        least = 0 if kind == "loguniform" else -math.inf
+        are_numbers = len(bounds) == 2 and all(type(bound) in types for bound in bounds)
+        if kind in _RANGES and are_numbers and least < bounds[0] <= bounds[1]:
             return {kind: bounds}
     raise ConfigError(
         f"{where} must be a list of values, {{choice: [...]}}, or {{uniform: [low, high]}}, "

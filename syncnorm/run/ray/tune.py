@@ -36,7 +36,7 @@ from syncnorm.train.task.make import make_task
 
 # A trial's own process waits most of the time; this keeps Ray from counting a CPU for it, which its
 # workers need.
-_TRIAL_RESOURCES = {"memory": 2**20}
+_TRIAL_RESOURCES = {"memory": float(2**20)}
 _OBJECT_STORE_BYTES = 100_000_000
 _POLL_SECONDS = 0.5
 _VALUE, _EPOCH, _CODE = "value", "epoch", "exit_code"
