@@ -6,6 +6,7 @@ and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed its
 
 import os
 import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -148,6 +149,10 @@ _RAY_SWEEP = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Each trial has a record of its own.
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial reports each evaluation, and last its exit status alone.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Otherwise Tune writes to standard output, which belongs to the result.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 
@@ -174,6 +179,13 @@ def ray_sweep_environment() -> dict[str, str]:
     return {
         name: os.environ.get(name, value) for name, value in {**_RAY_DRIVER, **_RAY_SWEEP}.items()
     }
+
+
+def trial_environment() -> dict[str, str]:
+    """Return the environment of a trial's launcher, which a process of Ray's starts."""
+    # Ray sets OMP_NUM_THREADS to the number of CPUs, and the path of modules in `sys.path` alone.
+    path = os.pathsep.join(place for place in sys.path if place)
+    return {**os.environ, **_WORKER, **_MALLOC, "PYTHONPATH": path}
 
 
 def ray_worker_environment() -> dict[str, str]:

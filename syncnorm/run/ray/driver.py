@@ -12,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -79,7 +78,8 @@ def run_job(job: Job) -> int:
     if (end := read_exit(folder)) is not None and end.status == "done":
         print("\n".join([*_describe_done(end), str(folder)]))
         return 0
-    _clear(folder)
+    for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
+        (folder / name).unlink(missing_ok=True)
     ray.init(address="auto", logging_level=logging.WARNING)
     config = job.task().config
     capacity = read_capacity(config)
@@ -88,32 +88,6 @@ def run_job(job: Job) -> int:
     code = _fit_until_done(job, config, capacity, folder, stopping)
     stopping.is_over = True
     return code
-
-
-def run_trial(job: Job, stop: Path) -> int:
-    """Train a trial of a sweep on the connected cluster.
-
-    Args:
-        job: the trial.
-        stop: a file that asks all trials to stop, as one in the run's folder asks this one.
-
-    Returns:
-        The exit status, as of `run_job`.
-    """
-    folder = prepare_folder(job)
-    if (end := read_exit(folder)) is not None and end.exit_code == 0:
-        return 0
-    _clear(folder)
-    # In this order: who stops makes this file before the one that was just removed.
-    if stop.exists():
-        return _stop_status(folder)
-    config = job.task().config
-    return _fit_until_done(job, config, read_capacity(config), folder, Asked(stop))
-
-
-def _clear(folder: Path) -> None:
-    for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
-        (folder / name).unlink(missing_ok=True)
 
 
 def _describe_done(end: Exit) -> list[str]:
@@ -126,7 +100,7 @@ def _describe_done(end: Exit) -> list[str]:
 
 
 def _fit_until_done(
-    job: Job, config: Config, capacity: Capacity, folder: Path, stopping: "StopHandler | Asked"
+    job: Job, config: Config, capacity: Capacity, folder: Path, stopping: "StopHandler"
 ) -> int:
     while True:
         try:
@@ -183,22 +157,6 @@ def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> Torc
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),
     )
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A file that asks to stop.
-
-    Args:
-        file: may appear at any time.
-    """
-
-    file: Path
-
-    @property
-    def is_asked(self) -> bool:
-        """True once the file is there."""
-        return self.file.exists()
 
 
 class StopHandler:

@@ -172,5 +172,5 @@ def _describe_best(folder: Path, best: TrialResult | None, metric: str) -> list[
     value = format_value(name, best.best)
     return [
         f"best trial: {best.trial}, {_VALIDATION} {name.replace('_', ' ')} {value}",
-        f"its weights: {folder / best.trial / 'checkpoints' / 'best'}",
+        f"to begin another run with its weights: model.weights={folder / best.trial}",
     ]

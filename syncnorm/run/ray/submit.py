@@ -19,7 +19,9 @@ from syncnorm.train.metrics import last_step
 _POLL_SECONDS = 0.5
 _RUNNING = ("PENDING", "RUNNING")
 # Ray's prefix of a line that another process of the job has written.
-_FROM_WORKER = re.compile(r"^(?:\x1b\[\d+m)?\((\w+) pid=\d+(?:, ip=[^)]*)?\)(?:\x1b\[0m)? ?")
+_FROM_WORKER = re.compile(
+    r"^(?:\x1b\[\d+m)?\((?:\w+ pid=\d+(?:, ip=[^)]*)?|raylet)\)(?:\x1b\[0m)? ?"
+)
 # Log lines of Ray itself.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
 

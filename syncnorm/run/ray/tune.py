@@ -1,4 +1,4 @@
-"""The driver of a sweep: Ray Tune runs its trials, each as a job of `syncnorm.run.ray.driver`.
+"""The driver of a sweep: Ray Tune places its trials, each of them a `syncnorm train` on one node.
 
 As a Ray job: `python -m syncnorm.run.ray.tune SWEEP`. On one machine the command itself is the
 driver, of a Ray of its own.
@@ -6,13 +6,15 @@ driver, of a Ray of its own.
 
 import itertools
 import logging
+import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,20 +27,21 @@ from ray.tune.search import Searcher
 
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
-from syncnorm.run.errors import LocalRunError
+from syncnorm.run.errors import RESUMABLE, LocalRunError
 from syncnorm.run.folder import Exit
 from syncnorm.run.interrupt import STOP_SIGNALS
-from syncnorm.run.ray import driver, results
-from syncnorm.run.ray.cluster import check_capacity, read_capacity
+from syncnorm.run.ray import results
+from syncnorm.run.ray.cluster import read_capacity
 from syncnorm.run.ray.job import STOP, prepare_folder
 from syncnorm.run.ray.sweep import Sweep, write_record
+from syncnorm.train.config.schema import Config
+from syncnorm.train.processes import die_with_parent
 from syncnorm.train.task.make import make_task
 
-# A trial's own process waits most of the time; this keeps Ray from counting a CPU for it, which its
-# workers need.
-_TRIAL_RESOURCES = {"memory": float(2**20)}
 _OBJECT_STORE_BYTES = 100_000_000
 _POLL_SECONDS = 0.5
+# Of what the launcher prints, in the folder of a trial.
+_LOG = "logs/launcher.log"
 _VALUE, _EPOCH, _CODE = "value", "epoch", "exit_code"
 
 
@@ -94,9 +97,11 @@ def run_sweep(sweep: Sweep) -> int:
         ConfigError: the cluster is too small for a trial, the trials have different metrics, or a
             folder does not fit; nothing was started.
     """
+    # It misses the files of metrics that the trials write by themselves.
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
     folder = Path(sweep.folder)
     metric = _metric(sweep)
-    concurrent = _concurrent(sweep)
+    resources = _resources(sweep.config(0))
     for number in range(len(sweep.trials)):
         prepare_folder(sweep.job(number))
     (folder / STOP).unlink(missing_ok=True)
@@ -105,47 +110,78 @@ def run_sweep(sweep: Sweep) -> int:
         number for number, name in enumerate(sweep.names()) if not results.is_over(folder / name)
     ]
     if left:
-        note = f"{len(left)} of {len(sweep.trials)} trials to run, {min(concurrent, len(left))} at once"
+        note = f"{len(left)} of {len(sweep.trials)} trials to run"
         print(f"syncnorm: {note}; {folder}", file=sys.stderr, flush=True)
         with _stopping(sweep):
-            _tuner(sweep, left, metric, concurrent).fit()
+            _tuner(sweep, left, metric, resources).fit()
     found = results.read_results(sweep, metric)
     print("\n".join(results.write_results(sweep, found, metric)), flush=True)
     return results.exit_code(found)
 
 
 def run_trial(settings: dict[str, Any]) -> None:
-    """Train a trial to its end, and report each evaluation to Tune.
+    """Train a trial to its end on this node, and report each evaluation to Tune.
 
-    The trial's workers are restarted by its driver, in this process; this process by Tune. Either
-    way it goes on from its newest checkpoint.
+    Workers that are lost are started again by the trial's own launcher; if this process is lost, with
+    its node perhaps, by Tune. Either way the trial goes on from its newest checkpoint.
 
     Args:
         settings: `sweep`, as JSON; `trial`, its number; `metric`, that decides.
     """
     sweep = Sweep.from_json(settings["sweep"])
-    job = sweep.job(settings["trial"])
-    stop, folder = Path(sweep.folder) / STOP, Path(job.folder)
-    reported = 0
-    with ThreadPoolExecutor(1) as executor:
-        training = executor.submit(driver.run_trial, job, stop)
-        while not training.done():
+    stop = Path(sweep.folder) / STOP
+    folder = Path(sweep.folder) / sweep.names()[settings["trial"]]
+    is_asked, reported = False, 0
+    with _started(folder, sweep.allowed) as process:
+        while process.poll() is None:
             time.sleep(_POLL_SECONDS)
+            if stop.exists() and not is_asked:
+                is_asked = True
+                process.send_signal(signal.SIGTERM)
             values = results.validations(folder, settings["metric"]) if sweep.is_asha else []
             for epoch, value in list(enumerate(values, start=1))[reported:]:
                 tune.report({_EPOCH: epoch, _VALUE: value})
                 reported = epoch
-    tune.report({_CODE: training.result()})
+    if process.returncode not in (0, RESUMABLE) and results.read_exit(folder) is None:
+        lines = (folder / _LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        reason = lines[-1] if lines else f"status {process.returncode}"
+        Exit("failed", reason, 0, process.returncode).write(folder)
+    tune.report({_CODE: process.returncode})
 
 
-def _tuner(sweep: Sweep, left: Sequence[int], metric: str, concurrent: int) -> tune.Tuner:
+@contextmanager
+def _started(folder: Path, allowed: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the launcher of a trial, which ends with this process, however that ends."""
+    (folder / "logs").mkdir(exist_ok=True)
+    options = [word for package in allowed for word in ("--allow", package)]
+    command = [sys.executable, "-m", "syncnorm", "train", "--resume", str(folder), *options]
+    (folder / "exit.json").unlink(missing_ok=True)
+    with (folder / _LOG).open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env.trial_environment(),
+            preexec_fn=partial(die_with_parent, os.getpid()),
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _tuner(
+    sweep: Sweep, left: Sequence[int], metric: str, resources: dict[str, float]
+) -> tune.Tuner:
     restarts = sweep.config(left[0]).launch.restarts
     return tune.Tuner(
-        tune.with_resources(run_trial, _TRIAL_RESOURCES),
+        tune.with_resources(run_trial, resources),
         param_space={"sweep": sweep.to_json(), "metric": metric},
         tune_config=tune.TuneConfig(
             num_samples=len(left),
-            max_concurrent_trials=concurrent,
+            max_concurrent_trials=sweep.concurrent,
             search_alg=_Listed(sweep, left),
             scheduler=_scheduler(sweep, metric),
             trial_name_creator=_name,
@@ -177,7 +213,7 @@ class _Listed(Searcher):
     """Search that takes the trials of a list, and no more once the sweep is to stop."""
 
     def __init__(self, sweep: Sweep, left: Sequence[int]) -> None:
-        super().__init__(metric=_VALUE, mode="max")
+        super().__init__()
         self._left = iter(left)
         self._stop = Path(sweep.folder) / STOP
 
@@ -236,8 +272,6 @@ def _stopping(sweep: Sweep) -> Iterator[None]:
         for each, handler in before.items():
             signal.signal(each, handler if handler is not None else signal.SIG_DFL)
         (folder / STOP).touch()
-        for name in sweep.names():
-            (folder / name / STOP).touch()
         print("syncnorm: stopping: the trials save", file=sys.stderr, flush=True)
 
     for number in STOP_SIGNALS:
@@ -263,15 +297,23 @@ def _metric(sweep: Sweep) -> str:
     return names.pop()
 
 
-def _concurrent(sweep: Sweep) -> int:
-    """Return how many trials there is room for at once."""
-    counts = [sweep.concurrent or len(sweep.trials)]
-    for number in range(len(sweep.trials)):
-        config = sweep.config(number)
-        capacity = read_capacity(config)
-        check_capacity(config, capacity)
-        counts.append(max(1, capacity.workers // config.launch.most_workers))
-    return min(counts)
+def _resources(config: Config) -> dict[str, float]:
+    """Return what a trial takes of one node; its workers share it.
+
+    Raises:
+        ConfigError: no node has so much.
+    """
+    count = config.launch.most_workers
+    per_worker = read_capacity(config).per_worker
+    wanted = {name: number * count for name, number in per_worker.items()}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(node.get(name, 0) >= each for name, each in wanted.items()) for node in nodes):
+        each = " and ".join(f"{number:g} {name}" for name, number in wanted.items())
+        raise ConfigError(
+            f"`launch.workers` must fit on one node, as a trial's workers share it, got {count}: "
+            f"that takes {each}, and no node has so much. Set fewer: launch.workers=1."
+        )
+    return wanted
 
 
 if __name__ == "__main__":
