@@ -16,7 +16,9 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
                                 errors
     doctor's two processes      loopback
 
-    the command, for Ray        ray.cli, ray.client (job server), ray.submit (jobs)
+    the command, for Ray        ray.cli, ray.client (job server), ray.submit (jobs), ray.environment
+    sweeps                      ray.space (values of keys), ray.sweep (trials), ray.results,
+                                ray.tune (driver)
     driver of a Ray job         ray.driver, ray.cluster (capacity), ray.verify (`syncnorm verify`)
     Ray Train's controller      ray.resize (save before the number of workers changes)
     worker, thread of an actor  ray.worker

@@ -5,6 +5,8 @@ and LOCAL_WORLD_SIZE, with MASTER_ADDR and MASTER_PORT for torch.distributed its
 """
 
 import os
+import secrets
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -139,6 +141,51 @@ def set_for_ray_driver() -> None:
     """Set the variables for Ray Train in this process, which is to call it."""
     for name, value in _RAY_DRIVER.items():
         os.environ.setdefault(name, value)
+
+
+# Settings of Ray Tune, besides.
+_RAY_SWEEP = {
+    # The command itself handles Ctrl-C.
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    # Each trial has a record of its own.
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    # A trial reports each evaluation, and last its exit status alone.
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    # Otherwise Tune writes to standard output, which belongs to the result.
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+def set_for_ray_of_own() -> None:
+    """Give a Ray that this process starts for itself a token that nobody else has.
+
+    Call it before Ray is imported. Its ports listen on all interfaces.
+    """
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    # Each would make it another cluster's, or nobody's.
+    for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH"):
+        os.environ.pop(name, None)
+
+
+def set_for_ray_sweep() -> None:
+    """Set the variables for Ray Tune and Ray Train in this process, which is to call them."""
+    for name, value in ray_sweep_environment().items():
+        os.environ.setdefault(name, value)
+
+
+def ray_sweep_environment() -> dict[str, str]:
+    """Return the variables that the processes of trials need; the user's own go before them."""
+    return {
+        name: os.environ.get(name, value) for name, value in {**_RAY_DRIVER, **_RAY_SWEEP}.items()
+    }
+
+
+def trial_environment() -> dict[str, str]:
+    """Return the environment of a trial's launcher, which a process of Ray's starts."""
+    # Ray sets OMP_NUM_THREADS to the number of CPUs, and the path of modules in `sys.path` alone.
+    path = os.pathsep.join(place for place in sys.path if place)
+    return {**os.environ, **_WORKER, **_MALLOC, "PYTHONPATH": path}
 
 
 def ray_worker_environment() -> dict[str, str]:

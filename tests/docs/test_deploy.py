@@ -27,6 +27,7 @@ from tests.launch import commands
 ROOT = Path(__file__).parents[2]
 DOCKERFILE, COMPOSE = ROOT / "docker" / "Dockerfile", ROOT / "docker" / "compose.yaml"
 KUBERAY, SLURM = ROOT / "launch" / "kuberay.yaml", ROOT / "launch" / "slurm.sbatch"
+KUBERAY_GPU = ROOT / "launch" / "kuberay-gpu.yaml"
 BIN = Path(sys.executable).parent
 
 
@@ -116,7 +117,7 @@ def test_what_the_image_installs_has_pins():
         if name == "RUN" and "optional-dependencies" in text
     )
     extras = re.findall(r'extras\["(\w+)"\]', line)
-    assert set(extras) == {"train", "report", "ray"}
+    assert set(extras) == {"train", "data", "report", "ray"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pins = [
         line.split("==")[0].lower()
@@ -167,17 +168,26 @@ def test_the_compose_cluster_keeps_to_itself():
     assert compose["secrets"]["ray_token"]["file"].startswith("${RAY_AUTH_TOKEN_PATH:?")
 
 
-def ray_job() -> dict[str, Any]:
-    claim, job = yaml.safe_load_all(KUBERAY.read_text())
-    assert (claim["apiVersion"], claim["kind"]) == ("v1", "PersistentVolumeClaim")
-    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
-    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    assert claim["metadata"]["name"] == "syncnorm-runs"
+def documents(path: Path) -> dict[str, Any]:
+    """The objects of a file, by their kind and name."""
+    return {
+        f"{each['kind']} {each['metadata']['name']}": each
+        for each in yaml.safe_load_all(path.read_text())
+    }
+
+
+def ray_job(path: Path = KUBERAY) -> dict[str, Any]:
+    (job,) = (each for name, each in documents(path).items() if name.startswith("RayJob "))
+    assert job["apiVersion"] == "ray.io/v1"
     return job["spec"]
 
 
-def cluster() -> dict[str, Any]:
-    return ray_job()["rayClusterSpec"]
+def cluster(path: Path = KUBERAY) -> dict[str, Any]:
+    return ray_job(path)["rayClusterSpec"]
+
+
+def groups(path: Path) -> list[dict[str, Any]]:
+    return [cluster(path)["headGroupSpec"], *cluster(path)["workerGroupSpecs"]]
 
 
 # KubeRay 1.6, ray-operator/apis/ray/v1: rayjob_types.go, raycluster_types.go.
@@ -188,43 +198,76 @@ GROUP_FIELDS = {"rayStartParams", "template"}
 WORKERS_FIELDS = {*GROUP_FIELDS, "groupName", "replicas", "minReplicas", "maxReplicas"}
 
 
-def test_the_ray_job_has_the_fields_of_its_definition():
-    assert set(ray_job()) == JOB_FIELDS
-    assert yaml.safe_load(ray_job()["runtimeEnvYAML"]) == {
+BOTH = pytest.mark.parametrize("path", [KUBERAY, KUBERAY_GPU], ids=lambda path: path.stem)
+
+
+@BOTH
+def test_the_ray_job_has_the_fields_of_its_definition(path):
+    assert set(ray_job(path)) == JOB_FIELDS
+    assert yaml.safe_load(ray_job(path)["runtimeEnvYAML"]) == {
         "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}
     }
-    assert set(cluster()) == CLUSTER_FIELDS
-    assert cluster()["authOptions"] == {"mode": "token"}
-    assert set(cluster()["headGroupSpec"]) == GROUP_FIELDS
-    (workers,) = cluster()["workerGroupSpecs"]
+    assert set(cluster(path)) == CLUSTER_FIELDS
+    assert cluster(path)["authOptions"] == {"mode": "token"}
+    assert cluster(path)["rayVersion"] == cluster()["rayVersion"]
+    assert set(cluster(path)["headGroupSpec"]) == GROUP_FIELDS
+    (workers,) = cluster(path)["workerGroupSpecs"]
     assert set(workers) == WORKERS_FIELDS
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
-    for group in (cluster()["headGroupSpec"], workers):
+    for group in groups(path):
         # map[string]string: a number there is refused.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
 
 
-def test_the_ray_jobs_pods_are_confined_and_share_the_runs():
-    for group in (cluster()["headGroupSpec"], *cluster()["workerGroupSpecs"]):
+@BOTH
+def test_the_ray_jobs_pods_are_confined_and_share_the_runs(path):
+    for group in groups(path):
         pod = group["template"]["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
-        volumes = {volume["name"]: volume for volume in pod["volumes"]}
         (container,) = pod["containers"]
         assert container["securityContext"] == {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
         }
         assert set(container["resources"]) == {"requests", "limits"}
-        assert container["volumeMounts"] == [{"name": "runs", "mountPath": "/runs"}]
-        assert volumes["runs"]["persistentVolumeClaim"] == {"claimName": "syncnorm-runs"}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        mounts = {mount["name"]: mount for mount in container["volumeMounts"]}
+        assert set(volumes) == set(mounts)
+        assert mounts["runs"] == {"name": "runs", "mountPath": "/runs"}
+        claim = volumes["runs"]["persistentVolumeClaim"]["claimName"]
+        spec = documents(path)[f"PersistentVolumeClaim {claim}"]["spec"]
+        assert spec["accessModes"] == ["ReadWriteMany"]
 
 
-def test_the_ray_jobs_entrypoint_is_a_configuration_that_fits_the_cluster():
-    python, option, module, *arguments = shlex.split(ray_job()["entrypoint"])
+def test_the_ray_job_for_gpus_has_its_data_its_configuration_and_gpus():
+    found = documents(KUBERAY_GPU)
+    head, workers = groups(KUBERAY_GPU)
+    pod = workers["template"]["spec"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    claim = volumes["data"]["persistentVolumeClaim"]
+    assert claim["readOnly"] is True
+    assert f"PersistentVolumeClaim {claim['claimName']}" in found
+    assert f"ConfigMap {volumes['config']['configMap']['name']}" in found
+    (container,) = pod["containers"]
+    assert container["image"].endswith(":cuda")
+    for which in ("requests", "limits"):
+        number = container["resources"][which]["nvidia.com/gpu"]
+        assert number == workers["rayStartParams"]["num-gpus"]
+    assert head["rayStartParams"]["num-gpus"] == "0"
+    assert head["template"]["spec"]["volumes"] == pod["volumes"]
+
+
+@BOTH
+def test_the_ray_jobs_entrypoint_is_a_configuration_that_fits_the_cluster(path, tmp_path):
+    python, option, module, source, *overrides = shlex.split(ray_job(path)["entrypoint"])
     assert (python, option, module) == ("python", "-m", "syncnorm.run.ray.driver")
     assert (ROOT / "syncnorm" / "run" / "ray" / "driver.py").exists()
-    config = load_config(arguments[0], arguments[1:])
-    (workers,) = cluster()["workerGroupSpecs"]
+    if source.startswith("/config/"):
+        name = source.removeprefix("/config/")
+        (tmp_path / name).write_text(documents(path)["ConfigMap syncnorm-config"]["data"][name])
+        source = str(tmp_path / name)
+    config = load_config(source, overrides)
+    (workers,) = cluster(path)["workerGroupSpecs"]
     assert config.run_dir == "/runs"
     assert config.launch.fewest_workers == workers["minReplicas"]
     assert config.launch.most_workers == workers["maxReplicas"]
@@ -260,9 +303,9 @@ def test_the_ray_nodes_are_understood():
     scripts = pytest.importorskip("ray.scripts.scripts")
     services = yaml.safe_load(COMPOSE.read_text())["services"].values()
     composed = [[*service["entrypoint"], *service["command"]][2:] for service in services]
-    groups = [cluster()["headGroupSpec"], *cluster()["workerGroupSpecs"]]
     grouped = [
-        [f"--{name}={value}" for name, value in group["rayStartParams"].items()] for group in groups
+        [f"--{name}={value}" for name, value in group["rayStartParams"].items()]
+        for group in [*groups(KUBERAY), *groups(KUBERAY_GPU)]
     ]
     nodes = [scripts.start.make_context("start", arguments).params for arguments in composed]
     for arguments in grouped:

@@ -152,6 +152,8 @@ def local_cluster(
     own = {
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray takes a token that it finds in the home.
+        "RAY_AUTH_MODE": "disabled",
     }
     cluster = Cluster(
         folder,

@@ -16,6 +16,8 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[r
 from ray.job_submission import JobSubmissionClient
 
 from syncnorm.cli import main
+from syncnorm.run.folder import write_config
+from syncnorm.train.config.file import load_config
 from tests.launch import commands
 from tests.launch.ray_cluster import PATIENCE_SECONDS, wait_until
 from tests.train.runs import events
@@ -125,11 +127,35 @@ def test_two_jobs_at_once_each_as_under_torchrun(cluster, call, tmp_path):
     assert "test accuracy" in call("logs", "one").out
     # What is done stays done, and what it said before is not said again.
     again = call("submit", *SHORT, "launch.workers=2", "--id", "one")
-    assert (again.code, again.out) == (
-        0,
-        f"done already, after step 12\n{tmp_path / 'runs' / 'one'}\n",
-    )
+    assert again.code == 0
+    begin, accuracy, folder = again.out.splitlines()
+    assert begin == "done already, after step 12; --id NEW runs it again"
+    assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
+    assert folder == str(tmp_path / "runs" / "one")
     assert len(events(tmp_path / "runs" / "one", "start")) == 1
+
+
+def test_a_sweep_of_two_trials_names_the_best(call, tmp_path):
+    sweep = ["sweep", *SHORT, "data.validation=0.2", "train.lr=0.05,1e-6"]
+    done = call(*sweep)
+    assert done.code == 0, done.err
+    folder = Path(done.out.splitlines()[-1])
+    assert folder.parent == tmp_path / "runs"
+    record = json.loads((folder / "sweep.json").read_text())
+    assert record["best"] == "trial-00-lr=0.05"
+    assert [trial["status"] for trial in record["trials"]] == ["done", "done"]
+    best, other = (trial["best"] for trial in record["trials"])
+    assert best > other
+    assert re.search(
+        r"^best trial: trial-00-lr=0.05, validation accuracy \d", done.out, re.MULTILINE
+    )
+    assert "syncnorm: trial-01-lr=1e-06 done after step " in done.err
+    for name in ("trial-00-lr=0.05", "trial-01-lr=1e-06"):
+        assert len(events(folder / name, "start")) == 1
+    # What is done is not done again, and comes out the same.
+    again = call(*sweep)
+    assert (again.code, again.out) == (0, done.out)
+    assert len(events(folder / "trial-00-lr=0.05", "start")) == 1
 
 
 def by_id(cluster, *ids):
@@ -178,6 +204,19 @@ def test_too_many_workers_are_refused_with_the_numbers(call):
     )
     assert message in done.err
     assert jobs(call)["crowd"]["exit_code"] == 2
+
+
+def test_another_configuration_of_the_same_name_is_not_sent(call, tmp_path):
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    write_config(load_config("digits", []), run)
+    before = jobs(call)
+    done = call("submit", "digits", "train.lr=0.3", "--id", "mine")
+    assert (done.code, done.out) == (2, "")
+    message = "`--id` must be a new name, or that of a run of the same configuration, got 'mine': "
+    assert message in done.err
+    assert "train.lr" in done.err
+    assert jobs(call) == before
 
 
 def test_stop_saves_and_the_same_command_goes_on(cluster, call, tmp_path, undisturbed):

@@ -24,7 +24,8 @@ from syncnorm.run.folder import Exit
 from syncnorm.run.ray import cli, submit
 from syncnorm.run.ray.client import ClusterError, check_address, translated_errors
 from syncnorm.run.ray.cluster import capacity_of, check_capacity
-from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
+from syncnorm.run.ray.environment import make_runtime_env, read_resources, read_runtime_env
+from syncnorm.run.ray.job import STOP, Job, check_folder, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, RayWatch
 from syncnorm.train.config.file import load_config
@@ -225,8 +226,14 @@ def test_a_run_is_entered_again_and_by_nobody_else(tmp_path):
         prepare_folder(make_job("digits", [place, "launch.workers=4"], (), "mine"))
         == tmp_path / "mine"
     )
-    with pytest.raises(ConfigError, match=r"where train\.lr differ"):
-        prepare_folder(make_job("digits", [place, "train.lr=0.3"], (), "mine"))
+    other = make_job("digits", [place, "train.lr=0.3"], (), "mine")
+    for check in (check_folder, prepare_folder):
+        with pytest.raises(ConfigError, match=r"train\.lr") as caught:
+            check(other)
+        assert str(caught.value).startswith("`--id` must be a new name, or that of a run of the")
+        assert "got 'mine': which differs" in str(caught.value).replace(
+            "'mine': differs", "'mine': which differs"
+        )
     (tmp_path / "file").write_text("")
     with pytest.raises(
         ConfigError, match="`run_dir` must be a folder that all machines share"
@@ -353,7 +360,7 @@ test accuracy 96.67 %
 
 
 def test_a_log_is_told_without_rays_own_words(capsys):
-    lines = submit._LogLines(sys.stdout, 0)
+    lines = submit.LogLines(sys.stdout, 0)
     lines.feed(LOG[:400])
     lines.feed(LOG[400:-3])
     # The connection broke: all comes again.
@@ -367,7 +374,7 @@ def test_a_log_is_told_without_rays_own_words(capsys):
 
 
 def test_a_log_of_before_is_not_told_again(capsys):
-    lines = submit._LogLines(sys.stdout, LOG.count("\n"))
+    lines = submit.LogLines(sys.stdout, LOG.count("\n"))
     lines.restart()
     lines.feed(LOG + "new\n")
     assert capsys.readouterr() == ("new\n", "")
@@ -403,7 +410,7 @@ def test_what_is_not_packed(tmp_path, clean, token):
     # A working folder may be known by another name, too.
     (tmp_path / "alias").symlink_to(here)
     clean.chdir(tmp_path / "alias")
-    environment = submit._runtime_env(make_job("mine.yaml", [], ["mine"]))
+    environment = make_runtime_env(make_job("mine.yaml", [], ["mine"]).task().config, {})
     package = tmp_path / "package.zip"
     create_package(
         environment["working_dir"],
@@ -418,7 +425,44 @@ def test_what_is_not_packed(tmp_path, clean, token):
     assert not [name for name in names if name.startswith(("runs/", "images/", ".venv/", ".ray/"))]
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
     # Without code of the user's nothing is sent but the configuration.
-    assert "working_dir" not in submit._runtime_env(make_job("digits", [], []))
+    assert "working_dir" not in make_runtime_env(make_job("digits", [], []).task().config, {})
+
+
+def test_a_runtime_environment_of_ones_own(tmp_path, clean):
+    config = make_job("digits", [], []).task().config
+    path = tmp_path / "env.yaml"
+    path.write_text("pip: [einops]\nenv_vars: {A: b}\nexcludes: [big]\nworking_dir: code\n")
+    clean.chdir(tmp_path)
+    clean.setenv("RAY_AUTH_TOKEN_PATH", "code/token")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "token").write_text("x")
+    made = make_runtime_env(config, read_runtime_env(path))
+    assert (made["pip"], made["working_dir"]) == (["einops"], "code")
+    assert made["env_vars"] == {"A": "b", "RAY_JOB_STOP_WAIT_TIME_S": "120"}
+    assert made["excludes"][0] == "big"
+    assert "/token" in made["excludes"]
+    path.write_text("env_vars: {RAY_JOB_STOP_WAIT_TIME_S: '3'}\n")
+    with pytest.raises(ConfigError, match="must leave RAY_JOB_STOP_WAIT_TIME_S out"):
+        make_runtime_env(config, read_runtime_env(path))
+    for text in ("[1]", "env_vars: 3"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match="`--runtime-env` must hold a mapping"):
+            read_runtime_env(path)
+    with pytest.raises(ConfigError, match="nowhere"):
+        read_runtime_env(tmp_path / "nowhere")
+
+
+def test_resources_of_the_driver():
+    assert read_resources(None, None, None, None) == {}
+    assert read_resources(1, 0, 10, '{"spot": 1}') == {
+        "entrypoint_num_cpus": 1,
+        "entrypoint_num_gpus": 0,
+        "entrypoint_memory": 10,
+        "entrypoint_resources": {"spot": 1},
+    }
+    for text in ("spot", "[1]", '{"spot": "1"}'):
+        with pytest.raises(ConfigError, match="--entrypoint-resources"):
+            read_resources(None, None, None, text)
 
 
 @pytest.mark.parametrize(

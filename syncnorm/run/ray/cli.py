@@ -1,19 +1,25 @@
-"""The commands submit, status, logs, stop and list. Ray is imported only when one is called."""
+"""The commands submit, sweep, status, logs, stop and list. Ray is imported only when one is called."""
 
 import contextlib
 import json as json_format
 import sys
+import time
 from collections.abc import Iterator, Sequence
+from datetime import datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from syncnorm.errors import ConfigError
+from syncnorm.run.env import set_for_ray_of_own
+from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.interrupt import as_keyboard_interrupt
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from syncnorm.run.ray.submit import JobStatus
+    from syncnorm.run.ray.submit import Entry, JobStatus
 
 _PANEL = "On a Ray cluster"
 
@@ -34,19 +40,34 @@ _Id = Annotated[str, typer.Argument(metavar="ID", help="The job's submission id.
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (submit, status, logs, stop):
+    for command in (submit, sweep, status, logs, stop):
         app.command(rich_help_panel=_PANEL)(command)
     app.command("list", rich_help_panel=_PANEL)(list_jobs)
 
 
+_Config = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="A YAML file, or the name of a packed configuration such as digits."
+    ),
+]
+_Allow = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
+]
+_RuntimeEnv = Annotated[
+    Path | None,
+    typer.Option(
+        "--runtime-env",
+        metavar="FILE",
+        help="Ray's runtime_env for the job, as YAML or JSON: pip, env_vars, working_dir, ...",
+    ),
+]
+_Wait = Annotated[bool, typer.Option(help="Follow the job until it is over.")]
+
+
 def submit(
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG",
-            help="A YAML file, or the name of a packed configuration such as digits.",
-        ),
-    ],
+    config: _Config,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
     ] = None,
@@ -58,12 +79,21 @@ def submit(
             help="Name of the job and of its folder in run_dir; by default made from the settings.",
         ),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Follow the job until it is over.")] = True,
-    allow: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PACKAGE", help="A package whose callables the configuration may name."
-        ),
+    wait: _Wait = True,
+    allow: _Allow = None,
+    runtime_env: _RuntimeEnv = None,
+    entrypoint_num_cpus: Annotated[
+        float | None, typer.Option(min=0, help="CPUs of the job's driver, besides its workers'.")
+    ] = None,
+    entrypoint_num_gpus: Annotated[
+        float | None, typer.Option(min=0, help="GPUs of the job's driver.")
+    ] = None,
+    entrypoint_memory: Annotated[
+        int | None, typer.Option(min=0, help="Bytes of memory of the job's driver.")
+    ] = None,
+    entrypoint_resources: Annotated[
+        str | None,
+        typer.Option(metavar="JSON", help="Further resources of Ray of the job's driver."),
     ] = None,
     insecure: _Insecure = False,
     json: _Json = False,
@@ -73,28 +103,135 @@ def submit(
     The run's folder is run_dir/ID, which all machines of the cluster must share. The exit status is
     that of the run.
     """
-    from syncnorm.run.ray.job import make_job
+    from syncnorm.run.ray.environment import make_runtime_env, read_resources, read_runtime_env
+    from syncnorm.run.ray.job import check_folder, make_job
 
     job = make_job(config, overrides or [], allow or [], submission_id)
+    environment = make_runtime_env(job.task().config, read_runtime_env(runtime_env))
+    resources = read_resources(
+        entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory, entrypoint_resources
+    )
+    check_folder(job)
     with _client(address, insecure) as client:
-        from syncnorm.run.ray import submit
+        from syncnorm.run.ray.submit import Entry
 
-        old = submit.start(client, job)
-        if old is not None:
-            note = f"submitted {job.submission_id}; the run's folder is {job.folder}"
-        else:
-            note = f"{job.submission_id} is running already, with the settings that it was "
-            note += "submitted with"
-        if not wait:
-            _print_note(note)
-            _print_status(submit.get_status(client, job.submission_id), json)
-            return
-        status = _follow(client, job.submission_id, json, old or 0, note)
-        if json:
-            _print_status(status, json)
-        elif status.exit_code == 75:
-            _print_note(f"stopped after step {status.step}. To go on: the same command")
-        raise typer.Exit(1 if status.exit_code is None else status.exit_code)
+        entry = Entry(
+            job.submission_id,
+            "syncnorm.run.ray.driver",
+            job.to_json(),
+            job.name,
+            job.folder,
+            environment,
+            resources,
+        )
+        _start(client, entry, wait, json)
+
+
+def sweep(
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML file, or the name of a packed configuration. With --resume, the sweep's "
+            "own if left out.",
+        ),
+    ] = None,
+    values: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE,VALUE...", help="Values to try, or one for all trials."),
+    ] = None,
+    space: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A YAML file with ranges to draw from: docs/sweep.md."),
+    ] = None,
+    asha: Annotated[
+        bool, typer.Option("--asha", help="End trials early that fall behind (ASHA).")
+    ] = False,
+    concurrent: Annotated[
+        int | None,
+        typer.Option(min=1, help="Most trials at once; as many as there is room for if not given."),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Go on with the sweep in this folder.")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="http(s)://HOST:PORT of a Ray dashboard; runs the trials as a job of its cluster."
+        ),
+    ] = None,
+    wait: _Wait = True,
+    allow: _Allow = None,
+    runtime_env: _RuntimeEnv = None,
+    insecure: _Insecure = False,
+    json: _Json = False,
+) -> None:
+    """Train trials of a configuration that differ in some keys, by Ray Tune, and compare them.
+
+    On this machine, or as a job on a Ray cluster. Each trial is a run, with a folder in
+    run_dir/NAME-sweep-... The last line of standard output is the sweep's folder. Exit status 0 if
+    all trials are done, 1 if some have failed, 75 if it was stopped and can go on.
+    """
+    from syncnorm.run.ray.environment import make_runtime_env, read_runtime_env
+    from syncnorm.run.ray.sweep import choose_sweep
+
+    made = choose_sweep(
+        config,
+        values or [],
+        space=space,
+        allowed=allow or [],
+        is_asha=asha,
+        concurrent=concurrent,
+        resume=resume,
+        is_dated=address is None,
+    )
+    if address is None:
+        set_for_ray_of_own()
+        try:
+            from syncnorm.run.ray.tune import run_local_sweep
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] not in ("ray", "pandas", "pyarrow"):
+                raise
+            raise ConfigError("this command needs Ray: pip install 'syncnorm[ray]'") from None
+
+        if allow:
+            add_working_folder_to_path()
+        raise typer.Exit(run_local_sweep(made))
+    environment = make_runtime_env(made.config(0), read_runtime_env(runtime_env))
+    with _client(address, insecure) as client:
+        from syncnorm.run.ray.submit import Entry
+
+        entry = Entry(
+            made.submission_id,
+            "syncnorm.run.ray.tune",
+            made.to_json(),
+            made.name,
+            made.folder,
+            environment,
+        )
+        _start(client, entry, wait, json)
+
+
+def _start(client: "JobSubmissionClient", entry: "Entry", wait: bool, json: bool) -> None:
+    """Submit a job, follow it if that is wanted, and end with its exit status."""
+    from syncnorm.run.ray import submit
+
+    old = submit.start(client, entry)
+    if old is not None:
+        note = f"submitted {entry.submission_id}; its folder is {entry.folder}"
+    else:
+        note = f"{entry.submission_id} is running already, with the settings that it was "
+        note += "submitted with"
+    if not wait:
+        _print_note(note)
+        _print_status(submit.get_status(client, entry.submission_id), json)
+        return
+    status = _follow(client, entry.submission_id, json, old or 0, note)
+    if json:
+        _print_status(status, json)
+    elif status.exit_code == 75:
+        _print_note(f"stopped after step {status.step}. To go on: the same command")
+    raise typer.Exit(1 if status.exit_code is None else status.exit_code)
 
 
 def status(
@@ -155,8 +292,11 @@ def list_jobs(address: _Address = None, insecure: _Insecure = False, json: _Json
         jobs = submit.list_statuses(client)
         if json:
             print(json_format.dumps([job.as_dict() for job in jobs]))
-        for job in [] if json else jobs:
-            print(_format(job))
+            return
+        if not jobs:
+            _print_note(f"no jobs of syncnorm's on {client.get_address()}")
+        for job in jobs:
+            print(f"{_format_times(job)}  {_format(job)}")
 
 
 @contextlib.contextmanager
@@ -176,13 +316,14 @@ def _follow(
 ) -> "JobStatus":
     from syncnorm.run.ray import submit
 
+    lines = submit.LogLines(sys.stderr if json else sys.stdout, skip)
     while True:
         try:
             # Ctrl-C may come as soon as this is read.
             if note:
                 _print_note(note)
             note = ""
-            return submit.follow(client, submission_id, skip, to_stdout=not json)
+            return submit.follow(client, submission_id, lines)
         except KeyboardInterrupt:
             choice = _ask() if sys.stdin.isatty() and sys.stderr.isatty() else "d"
         if choice == "s":
@@ -236,6 +377,14 @@ def _format(status: "JobStatus") -> str:
     if status.step is not None:
         parts.append(f"step {status.step}")
     return "  ".join([*parts, *([status.reason] if status.reason else []), status.folder])
+
+
+def _format_times(status: "JobStatus") -> str:
+    """Write when a job began and how long it took so far."""
+    if status.started is None:
+        return f"{'-':<16}  {'-':>8}"
+    seconds = round((status.ended or time.time()) - status.started)
+    return f"{datetime.fromtimestamp(status.started):%Y-%m-%d %H:%M}  {timedelta(seconds=seconds)!s:>8}"
 
 
 def _print_note(text: str) -> None:

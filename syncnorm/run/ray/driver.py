@@ -33,6 +33,7 @@ from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
 from syncnorm.train.config.schema import Config
 from syncnorm.train.metrics import last_step
+from syncnorm.train.task.measures import format_metric
 
 # The watchdog of a stuck worker must act before its collectives time out.
 _GROUP_MARGIN_SECONDS = 30
@@ -75,7 +76,7 @@ def run_job(job: Job) -> int:
     env.set_for_ray_driver()
     folder = prepare_folder(job)
     if (end := read_exit(folder)) is not None and end.status == "done":
-        print(f"done already, after step {end.step}\n{folder}")
+        print("\n".join([*_describe_done(end), str(folder)]))
         return 0
     for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
         (folder / name).unlink(missing_ok=True)
@@ -87,6 +88,15 @@ def run_job(job: Job) -> int:
     code = _fit_until_done(job, config, capacity, folder, stopping)
     stopping.is_over = True
     return code
+
+
+def _describe_done(end: Exit) -> list[str]:
+    metrics = [
+        f"{split} {format_metric(name, value)}"
+        for split, each in end.metrics.items()
+        for name, value in reversed(list(each.items()))
+    ]
+    return [f"done already, after step {end.step}; --id NEW runs it again", *metrics]
 
 
 def _fit_until_done(

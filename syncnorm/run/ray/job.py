@@ -89,22 +89,56 @@ def make_job(
             "`run_dir` must be a folder that all machines of the cluster share, got "
             f"{config.run_dir!r}. An address is for `syncnorm train` and torchrun."
         )
-    config = _absolute(config)
+    config = absolute(config)
     check_callables(config, allowed)
     name = config.name or Path(source).stem
-    submission_id = (
-        submission_id
-        or f"{re.sub(r'[^A-Za-z0-9_-]', '-', name).lstrip('-_') or 'run'}-{_hash(config)}"
-    )
+    submission_id = submission_id or f"{id_of(name)}-{_hash(config)}"
+    check_id(submission_id, "--id")
+    return job_of(submission_id, name, Path(config.run_dir) / submission_id, config, allowed)
+
+
+def job_of(
+    submission_id: str, name: str, folder: Path, config: Config, allowed: Sequence[str]
+) -> Job:
+    """Make a job from a checked configuration with absolute paths."""
+    values = json.loads(config.model_dump_json())
+    return Job(submission_id, name, str(folder), values, tuple(allowed))
+
+
+def id_of(name: str) -> str:
+    """Return the name of a configuration as it may stand at the beginning of a submission id."""
+    return re.sub(r"[^A-Za-z0-9_-]", "-", name).lstrip("-_") or "run"
+
+
+def check_id(submission_id: str, option: str) -> None:
+    """Refuse a submission id that Ray, or a file system, would not take.
+
+    Raises:
+        ConfigError: with the name of the option that gave it.
+    """
     if not _ID.fullmatch(submission_id):
         raise ConfigError(
-            "`--id` must be letters, digits, '.', '_' and '-', at most 121, got "
+            f"`{option}` must be letters, digits, '.', '_' and '-', at most 121, got "
             f"{submission_id!r}. It names the run's folder too."
         )
-    folder = Path(config.run_dir) / submission_id
-    return Job(
-        submission_id, name, str(folder), json.loads(config.model_dump_json()), tuple(allowed)
-    )
+
+
+def check_folder(job: Job) -> None:
+    """Check that the run can begin or go on in its folder, as far as that is visible from here.
+
+    Raises:
+        ConfigError: it belongs to a run of another configuration.
+    """
+    folder = Path(job.folder)
+    if not (folder / "config.yaml").exists():
+        return
+    try:
+        check_resumable(job.task().config, folder)
+    except ConfigError as error:
+        raise ConfigError(
+            f"`--id` must be a new name, or that of a run of the same configuration, got "
+            f"{job.submission_id!r}: {str(error).partition(', which ')[2]}"
+        ) from None
 
 
 def prepare_folder(job: Job) -> Path:
@@ -116,7 +150,8 @@ def prepare_folder(job: Job) -> Path:
     folder = Path(job.folder)
     config = job.task().config
     if (folder / "config.yaml").exists():
-        return check_resumable(config, folder)
+        check_folder(job)
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_config(config, folder)
@@ -132,7 +167,8 @@ def _hash(config: Config) -> str:
     return hashlib.sha256(json.dumps(config.mathematics(), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def _absolute(config: Config) -> Config:
+def absolute(config: Config) -> Config:
+    """Make relative paths start at the current folder."""
     root = config.data.root
     data = config.data.model_copy(
         update={"root": None if root is None else str(Path(root).absolute())}

@@ -1,45 +1,29 @@
 """Operations on a cluster's jobs through its job server: submit, follow, stop, list."""
 
 import asyncio
-import os
 import re
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
-from syncnorm.run.env import read_cluster
 from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.folder import read_exit
 from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
-from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.metrics import last_step
 
-if TYPE_CHECKING:
-    from syncnorm.run.ray.job import Job
-
-# Least time between a stop and a kill. Workers finish their step and save, and a network file
-# system may show them the STOP file only after a minute. `stop` waits for the job's end, however
-# long that takes.
-_STOP_SECONDS = 120
 _POLL_SECONDS = 0.5
 _RUNNING = ("PENDING", "RUNNING")
 # Ray's prefix of a line that another process of the job has written.
-_FROM_WORKER = re.compile(r"^(?:\x1b\[\d+m)?\((\w+) pid=\d+(?:, ip=[^)]*)?\)(?:\x1b\[0m)? ?")
+_FROM_WORKER = re.compile(
+    r"^(?:\x1b\[\d+m)?\((?:\w+ pid=\d+(?:, ip=[^)]*)?|raylet)\)(?:\x1b\[0m)? ?"
+)
 # Log lines of Ray itself.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
-_NEVER_PACKED = (
-    "**/.git", "**/.venv", "**/venv", "**/__pycache__", "**/checkpoints", "**/.env",
-    "**/*.safetensors", "**/.ray/auth_token",
-)  # fmt: skip
-# Characters of a path that have a meaning in gitignore patterns, or are stripped at their end.
-_ESCAPED = {character: f"\\{character}" for character in "\\*?[]"} | {
-    character: f"[{character}]" for character in " \t\n"
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +39,7 @@ class JobStatus:
         step: optimizer steps on record, if the folder is visible from here.
         reason: of its end, if the folder is visible from here.
         version: of syncnorm that submitted it.
+        started, ended: seconds since 1970; None before.
     """
 
     submission_id: str
@@ -65,6 +50,8 @@ class JobStatus:
     step: int | None
     reason: str | None
     version: str
+    started: float | None = None
+    ended: float | None = None
 
     @property
     def is_over(self) -> bool:
@@ -98,7 +85,30 @@ def list_statuses(client: JobSubmissionClient) -> list[JobStatus]:
     return [_to_status(job) for job in sorted(ours, key=lambda job: job.start_time or 0)]
 
 
-def start(client: JobSubmissionClient, job: "Job") -> int | None:
+@dataclass(frozen=True)
+class Entry:
+    """What a job runs on the cluster.
+
+    Args:
+        submission_id: Ray's name of the job.
+        module: of the driver.
+        description: the driver's only argument.
+        config: name of the configuration.
+        folder: of the run, or of a sweep.
+        runtime_env: of Ray.
+        resources: of the driver, as Ray's client names them.
+    """
+
+    submission_id: str
+    module: str
+    description: str
+    config: str
+    folder: str
+    runtime_env: dict[str, Any]
+    resources: dict[str, Any] = field(default_factory=dict)
+
+
+def start(client: JobSubmissionClient, job: Entry) -> int | None:
     """Submit a job, unless it is running.
 
     A run that is submitted again resumes from its newest checkpoint.
@@ -117,13 +127,12 @@ def start(client: JobSubmissionClient, job: "Job") -> int | None:
             client.delete_job(job.submission_id)
         client.submit_job(
             # Quoted: Ray passes the entrypoint to a shell.
-            entrypoint=shlex.join(
-                ["exec", "python", "-m", "syncnorm.run.ray.driver", job.to_json()]
-            ),
+            entrypoint=shlex.join(["exec", "python", "-m", job.module, job.description]),
             submission_id=job.submission_id,
-            runtime_env=_runtime_env(job),
+            runtime_env=job.runtime_env,
+            **job.resources,
             metadata={
-                "syncnorm_config": job.name,
+                "syncnorm_config": job.config,
                 "syncnorm_folder": job.folder,
                 "syncnorm_version": __version__,
             },
@@ -131,20 +140,15 @@ def start(client: JobSubmissionClient, job: "Job") -> int | None:
     return lines
 
 
-def follow(
-    client: JobSubmissionClient, submission_id: str, skip: int = 0, to_stdout: bool = True
-) -> JobStatus:
+def follow(client: JobSubmissionClient, submission_id: str, lines: "LogLines") -> JobStatus:
     """Print the job's log until the job is over.
 
     Args:
         client: of the cluster.
         submission_id: of the job.
-        skip: number of old lines at the beginning of the log.
-        to_stdout: print the driver's lines, the result, to standard output; all others go to
-            standard error.
+        lines: what was printed before, which is not printed again.
     """
     get_status(client, submission_id)
-    lines = _LogLines(sys.stdout if to_stdout else sys.stderr, skip)
     while True:
         try:
             asyncio.run(_tail(client, submission_id, lines))
@@ -178,7 +182,12 @@ def logs(client: JobSubmissionClient, submission_id: str) -> str:
 
 def _find(client: JobSubmissionClient, submission_id: str) -> Any | None:
     with translated_errors(client.get_address()):
-        return next((job for job in client.list_jobs() if job.submission_id == submission_id), None)
+        try:
+            return client.get_job_info(submission_id)
+        except RuntimeError as error:
+            if "does not exist" not in str(error):
+                raise
+            return None
 
 
 def _to_status(job: Any) -> JobStatus:
@@ -196,7 +205,13 @@ def _to_status(job: Any) -> JobStatus:
         step=last_step(Path(folder) / "metrics.jsonl") if is_visible else None,
         reason=None if end is None or status in _RUNNING else end.reason,
         version=metadata.get("syncnorm_version", ""),
+        started=_seconds(job.start_time),
+        ended=_seconds(job.end_time),
     )
+
+
+def _seconds(milliseconds: int | None) -> float | None:
+    return milliseconds / 1000 if milliseconds else None
 
 
 def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None:
@@ -208,53 +223,12 @@ def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None
     return driver if driver in (0, 1, 2, RESUMABLE) else 1
 
 
-def _runtime_env(job: "Job") -> dict[str, Any]:
-    timeout = job.task().config.launch.timeout_seconds
-    environment: dict[str, Any] = {
-        # Ray's default of 3 seconds is too short for a save.
-        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(max(_STOP_SECONDS, round(2 * timeout)))}
-    }
-    config = job.task().config
-    if REFERENCE.fullmatch(config.model.name) or REFERENCE.fullmatch(config.data.name):
-        here = Path.cwd()
-        environment["working_dir"] = str(here)
-        environment["excludes"] = exclude_patterns(here, config.run_dir, config.data.root)
-    return environment
-
-
-def exclude_patterns(here: Path, *others: str | None) -> list[str]:
-    """Return gitignore patterns for all in the working folder that is not code.
-
-    Args:
-        here: the working folder.
-        others: folders of runs and data.
-    """
-    token, home = read_cluster().token_path, here.resolve()
-    found = set[str]()
-    for other in (*others, token):
-        if other is not None:
-            path = here / other
-            # The name as given, the link that it may be, and the target of that.
-            for name in (
-                Path(os.path.normpath(path)),
-                path.parent.resolve() / path.name,
-                path.resolve(),
-            ):
-                found |= {
-                    str(name.relative_to(root)) for root in (here, home) if root in name.parents
-                }
-    return [
-        *_NEVER_PACKED,
-        *sorted("/" + "".join(_ESCAPED.get(c, c) for c in name) for name in found),
-    ]
-
-
-class _LogLines:
+class LogLines:
     """Line splitter that prints each line once, even if the log comes again from its beginning.
 
     Args:
-        result: stream for the driver's lines.
-        printed: number of lines that were printed before.
+        result: stream for the driver's lines, the result; all others go to standard error.
+        printed: number of old lines at the beginning of the log, which are not printed.
     """
 
     def __init__(self, result: TextIO, printed: int) -> None:
@@ -296,7 +270,7 @@ def print_log_line(line: str, result: TextIO) -> None:
         print(line, file=result, flush=True)
 
 
-async def _tail(client: JobSubmissionClient, submission_id: str, lines: _LogLines) -> None:
+async def _tail(client: JobSubmissionClient, submission_id: str, lines: LogLines) -> None:
     lines.restart()
     async for text in client.tail_job_logs(submission_id):
         lines.feed(text)

@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from syncnorm.run import env
 from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
-from syncnorm.run.ray.submit import exclude_patterns, follow
+from syncnorm.run.ray.environment import exclude_patterns
+from syncnorm.run.ray.submit import LogLines, follow
 
 _PLACE_SECONDS = 60
 
@@ -47,7 +48,7 @@ def submit_verify(
         client.submit_job(
             entrypoint=shlex.join(command), submission_id=name, runtime_env=environment
         )
-    status = follow(client, name)
+    status = follow(client, name, LogLines(sys.stdout, 0))
     return 1 if status.exit_code is None else status.exit_code
 
 

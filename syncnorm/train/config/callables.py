@@ -115,7 +115,7 @@ def check_callables(
         "task.name": [config.task.name],
         "follow.loggers": list(config.follow.loggers),
     }
-    for key, name in ((key, name) for key in keys for name in sections[key]):
+    for key, name in [(each, name) for each in keys for name in sections[each]]:
         is_reference = REFERENCE.fullmatch(name) and not PACKAGED.fullmatch(name)
         if is_reference and name not in _given:
             check_allowed(name, allowed, key)
