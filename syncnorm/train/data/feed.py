@@ -90,8 +90,8 @@ class MemoryFeed:
         inputs = Inputs(
             shape=tuple(images.shape[1:]),
             dtype=_name(images.dtype),
-            mean=data.mean.tolist(),
-            std=data.std.tolist(),
+            mean=tuple(data.mean.tolist()),
+            std=tuple(data.std.tolist()),
         )
         self.signature = _signature(self, inputs, data.classes)
 

@@ -185,8 +185,8 @@ def _make_splits(
     inputs = Inputs(
         shape=first_x.shape[1:],
         dtype=first_x.dtype.name if hasattr(torch, first_x.dtype.name) else "float32",
-        mean=figures[0].flatten().tolist(),
-        std=figures[1].flatten().tolist(),
+        mean=tuple(figures[0].flatten().tolist()),
+        std=tuple(figures[1].flatten().tolist()),
     )
     return Splits(**sets, num_classes=classes, in_channels=first_x.shape[1], inputs=inputs)
 

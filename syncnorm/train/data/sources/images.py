@@ -93,7 +93,7 @@ class ImageReader:
 
     def cut(self, image: Any, resampling: Any) -> Any:
         """Cut the middle square out of an image of Pillow's, and bring it to the size."""
-        return image.resize((self.size, self.size), resampling, _middle(*image.size, 1))
+        return image.resize((self.size, self.size), resampling, _middle(image.size, 1))
 
     @property
     def inputs(self) -> Inputs:
@@ -123,7 +123,7 @@ def read_pixels(path: str, shape: Sequence[int]) -> Tensor:
     channels, height, width = shape
     image = coloured(open_image(path), channels, path)
     if image.size != (width, height):
-        box = _middle(*image.size, width / height)
+        box = _middle(image.size, width / height)
         image = image.resize((width, height), pillow().Resampling.BILINEAR, box)
     return _channels_first(image)
 
@@ -166,11 +166,12 @@ def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
             left = int(torch.randint(width - w + 1, ()))
             top = int(torch.randint(height - h + 1, ()))
             return left, top, left + w, top + h
-    return _middle(width, height, 1)  # of a very long image
+    return _middle((width, height), 1)  # of a very long image
 
 
-def _middle(width: int, height: int, ratio: float) -> tuple[float, float, float, float]:
+def _middle(size: tuple[int, int], ratio: float) -> tuple[float, float, float, float]:
     """Give left, top, right and bottom of the largest part in the middle that has a ratio."""
+    width, height = size
     w = min(width, height * ratio)
     h = w / ratio
     left, top = (width - w) / 2, (height - h) / 2

@@ -92,7 +92,9 @@ def csv(
         num_classes=len(classes) if classes else 1,
         in_channels=count,
         classes=classes,
-        inputs=Inputs(shape=(count,), dtype="float64", mean=mean.tolist(), std=std.tolist()),
+        inputs=Inputs(
+            shape=(count,), dtype="float64", mean=tuple(mean.tolist()), std=tuple(std.tolist())
+        ),
     )
 
 
