@@ -22,6 +22,8 @@ _RUNNING = ("PENDING", "RUNNING")
 _FROM_WORKER = re.compile(
     r"^(?:\x1b\[\d+m)?\((?:\w+ pid=\d+(?:, ip=[^)]*)?|raylet)\)(?:\x1b\[0m)? ?"
 )
+# A line of Ray's core, which any process of the job may write at any time, as on a busy machine.
+_OF_RAYS_CORE = re.compile(r"^\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+ [A-Z] \d+ \d+\] ")
 # Log lines of Ray itself.
 _OF_RAY = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\t|^Running entrypoint for job ")
 
@@ -264,7 +266,7 @@ def print_log_line(line: str, result: TextIO) -> None:
         # Ray's own processes warn of faults that Ray then repairs.
         if "core_worker.cc" not in plain:
             print(plain, file=sys.stderr, flush=True)
-    elif line.startswith("syncnorm: "):
+    elif line.startswith("syncnorm: ") or _OF_RAYS_CORE.match(line):
         print(line, file=sys.stderr, flush=True)
     elif not _OF_RAY.match(line):
         print(line, file=result, flush=True)
