@@ -129,7 +129,7 @@ def train(
 
 @app.command()
 def recalibrate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    run: _Run,
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
     allow: _RunAllow = None,
 ) -> None:
@@ -148,15 +148,10 @@ def recalibrate(
 @app.command()
 def evaluate(
     run: _Run,
-    split: Annotated[
-        str | None,
-        typer.Option(help="train, validation or test; the test set if there is one."),
-    ] = None,
+    split: Annotated[str | None, typer.Option(help="train, validation or test (default).")] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="Other data: values of the section data, such as root=DIR."
-        ),
+        typer.Option(metavar="KEY=VALUE", help="Other data: keys of data, such as root=DIR."),
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
@@ -190,8 +185,7 @@ def predict(
         typer.Option(
             "--output",
             "-o",
-            help=".jsonl, .csv, or .npz for the outputs as they are; for masks a folder. Without "
-            "it, lines of JSON.",
+            help=".jsonl, .csv, .npz (outputs as they are), or a folder for masks.",
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to list.")] = 1,

@@ -332,63 +332,6 @@ def test_an_old_checkpoint_is_completed_from_the_data_set(made, tmp_path):
         syncnorm.load(folder)
 
 
-# By task, the shapes of a sample and of a target, and the network.
-TASKS = {
-    "multilabel": ((8,), (4,), "Perceptron"),
-    "regress": ((8,), (), "Perceptron"),
-    "segment": ((3, 12, 12), (12, 12), "SmallUNet"),
-}
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_other_tasks(task, pool, tmp_path, capfd):
-    inputs, targets, model = TASKS[task]
-    draw = np.random.default_rng(0)
-    x = draw.integers(0, 256, (40, *inputs), dtype=np.uint8)
-    y = draw.integers(0, 2, (40, *targets))
-    y = y if task == "segment" else y.astype("float32")
-    data = tmp_path / "data.npz"
-    np.savez(data, x_train=x, y_train=y, x_test=x, y_test=y)
-    options = {"num_classes": 2} if task == "segment" else {}
-    config = Config(
-        model={"name": f"tests.train.tasks:{model}"},
-        data={"name": "npz", "root": str(data), "options": options},
-        task={"name": task},
-        train={"epochs": 1, "global_batch": 20, "lr": 0.1},
-    )  # pyright: ignore[reportArgumentType]
-    folder, metrics = make(pool, tmp_path / "run", config)
-    np.save(tmp_path / "x.npy", x)
-    raw, allow = tmp_path / "raw.npz", ["--allow", "tests"]
-    predict = ["predict", folder, tmp_path / "x.npy", *allow]
-    assert command(capfd, *predict, "-o", raw)[0] == 0
-    with np.load(raw) as file:
-        outputs = file["outputs"]
-        assert file["indices"].tolist() == list(range(40))
-    if task == "segment":
-        status, _, err = command(capfd, *predict)
-        assert status == 2
-        assert "`--output` must be a folder" in err
-        Image.fromarray(x[7].transpose(1, 2, 0)).save(tmp_path / "seven.png")
-        masks = tmp_path / "masks"
-        assert command(capfd, *predict, tmp_path / "seven.png", "-o", masks)[0] == 0
-        found = np.stack([np.asarray(Image.open(masks / f"x-{n}.png")) for n in range(40)])
-        assert (found == y).mean() == pytest.approx(metrics["accuracy"])
-        assert (np.asarray(Image.open(masks / "seven.png")) == found[7]).all()
-        return
-    status, out, err = command(capfd, *predict)
-    assert status == 0, err
-    rows = [json.loads(line) for line in out.splitlines()]
-    if task == "regress":
-        values = np.array([row["value"] for row in rows])
-        assert np.square(values - y).mean() == pytest.approx(metrics["mean_squared_error"])
-        return
-    for row, output in zip(rows, outputs, strict=True):
-        assert row["labels"] == np.flatnonzero(output > 0).tolist()
-        assert all(value > 0.5 for value in row["probabilities"])
-    right = sum(row["labels"] == np.flatnonzero(t).tolist() for row, t in zip(rows, y))
-    assert right / 40 == pytest.approx(metrics["exact_match"])
-
-
 def test_the_page_works_as_it_stands(made, images, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(made["norm"].folder, "RUN")
