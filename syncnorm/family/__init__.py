@@ -6,5 +6,6 @@ and moments over all workers with their gradients, `syncnorm.family.layer` what 
 
 from syncnorm.family.evonorm import EvoNorm
 from syncnorm.family.l1 import L1BatchNorm
+from syncnorm.family.region import RegionNorm
 
-__all__ = ["EvoNorm", "L1BatchNorm"]
+__all__ = ["EvoNorm", "L1BatchNorm", "RegionNorm"]

@@ -58,10 +58,10 @@ class EvoNorm(FamilyLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
-        (_, var, count) = pooled_moments(x, [None], self.group, self.label)
-        unbiased = var[0] * count / (count - 1).clamp(min=1)
-        self.follow(count[0], var=unbiased)
-        return self._divide(x, var[0])
+        batch = pooled_moments(x, [None], self.group, self.label)
+        (var,), (count,) = batch.var, batch.count
+        self.follow(count, var=var * count / (count - 1).clamp(min=1))
+        return self._divide(x, var)
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running variance."""

@@ -14,25 +14,50 @@ from syncnorm.errors import InputError
 from syncnorm.family.pooled import channels, widened
 
 
-class FamilyLayer(nn.Module):
+class Pooling(nn.Module):
+    """A layer that takes statistics of the batch with other workers.
+
+    Args:
+        sync: "batch": over the batches of all workers, which are one: each must call, with samples
+            or without, forward and backward; "none": each worker's own.
+        process_group: the workers; None: all of them.
+    """
+
+    def __init__(
+        self, sync: Literal["batch", "none"] = "batch", process_group: groups.Spec = None
+    ) -> None:
+        if sync not in ("batch", "none"):
+            raise InputError(f'`sync` must be "batch" or "none", got {sync!r}')
+        super().__init__()
+        self.sync = sync
+        self.workers = groups.to_handle(process_group)
+        self.label = type(self).__name__
+
+    @property
+    def group(self) -> groups.Group | None:
+        """The workers that it pools with; None: nobody."""
+        return None if self.sync == "none" else groups.statistics_group(self.workers)
+
+
+class FamilyLayer(Pooling):
     """A layer that normalises x (N, C, *S) by statistics of the batch; abstract.
 
     In evaluation it uses the running statistics. Parameters and running statistics are called as
-    BatchNorm's are. With `sync="batch"` all workers are one batch: every worker must call, with
-    samples or without, forward and backward.
+    BatchNorm's are.
 
     Args:
         num_features: channels C.
         eps: added to variances.
         momentum: weight of a batch in the running statistics.
         affine: True for a weight and a bias per channel.
-        sync: "batch": statistics over all workers; "none": each worker's own.
-        process_group: the workers; None: all of them.
+        sync, process_group: see `Pooling`.
     """
 
     weight: Tensor | None
     bias: Tensor | None
+    running_mean: Tensor
     running_var: Tensor
+    num_batches_tracked: Tensor
 
     def __init__(
         self,
@@ -47,19 +72,17 @@ class FamilyLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         functional.check_hyperparameters(num_features, eps, momentum)
-        if sync not in ("batch", "none"):
-            raise InputError(f'`sync` must be "batch" or "none", got {sync!r}')
-        super().__init__()
-        self.num_features, self.eps, self.momentum, self.sync = num_features, eps, momentum, sync
-        self.workers = groups.to_handle(process_group)
-        self.label = type(self).__name__
+        super().__init__(sync, process_group)
+        self.num_features, self.eps, self.momentum = num_features, eps, momentum
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             filled = torch.full((num_features,), value, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(filled) if affine else None)
         ones = torch.ones(num_features, device=device, dtype=dtype)
         self.register_buffer("running_mean", ones - 1)
         self.register_buffer("running_var", ones)
-        self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer(
+            "num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *S)."""
@@ -81,11 +104,6 @@ class FamilyLayer(nn.Module):
         if self.weight is not None:
             z = z * channels(self.weight, z)
         return z if self.bias is None else z + channels(self.bias, z)
-
-    @property
-    def group(self) -> groups.Group | None:
-        """The workers that it pools with; None: nobody."""
-        return None if self.sync == "none" else groups.statistics_group(self.workers)
 
     @torch.no_grad()
     def follow(self, count: Tensor, **values: Tensor) -> None:

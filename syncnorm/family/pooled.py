@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ class _PooledSum(torch.autograd.Function):
         return pooled_sum(grad, ctx.group, ctx.name), None, None
 
 
-class RegionMoments(NamedTuple):
+@dataclass(frozen=True)
+class RegionMoments:
     """Moments of R regions of a batch, over all workers; float64, with gradients."""
 
     mean: Tensor
