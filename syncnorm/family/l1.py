@@ -1,0 +1,63 @@
+"""Batch normalisation by the mean absolute deviation. arXiv:1802.09769.
+
+    s = sqrt(pi / 2) mean |x - mean|        y = (x - mean) / (s + eps) weight + bias
+
+The factor makes s the standard deviation of normal values, so that weights and learning rates of a
+batch norm fit. In evaluation mean and s are running averages.
+
+*Collectives*: two all-reduces that depend on each other, of C+1 and C numbers (s needs the mean),
+and two in the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.pooled import channels, pooled_sum
+
+_NORMAL = math.sqrt(math.pi / 2)
+
+
+class L1BatchNorm(FamilyLayer):
+    """Batch normalisation by the mean absolute deviation, over the batches of all workers.
+
+    The buffer `running_deviation` takes the place of a running variance.
+
+    Args:
+        num_features: channels C.
+        eps: added to the deviation.
+        momentum: weight of a batch in the running statistics.
+        options: see `FamilyLayer`.
+    """
+
+    running_deviation: Tensor
+
+    def __init__(
+        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Any
+    ) -> None:
+        super().__init__(num_features, eps, momentum, **options)
+        self.register_buffer("running_deviation", torch.ones_like(self.running_var))
+        del self.running_var
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalise by the batch."""
+        dims = [0, *range(2, x.ndim)]
+        count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+        local = torch.cat([x.sum(dims, dtype=torch.float64), count])
+        total = pooled_sum(local, self.group, self.label)
+        n = total[-1].clamp(min=1)
+        mean = total[:-1] / n
+        centered = x - channels(mean, x)
+        deviations = centered.abs().sum(dims, dtype=torch.float64)
+        deviation = _NORMAL * pooled_sum(deviations, self.group, self.label) / n
+        self.follow(total[-1], mean=mean, deviation=deviation)
+        return centered / channels(deviation + self.eps, x)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Normalise by the running statistics."""
+        return (x - channels(self.running_mean, x)) / channels(self.running_deviation + self.eps, x)

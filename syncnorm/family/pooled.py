@@ -1,0 +1,146 @@
+"""Sums and moments over all workers, with gradients: what the methods of the family are made of.
+
+A method says which sums travel (`pooled_sum`) or takes moments (`pooled_moments`); autograd derives
+its gradient, and the backward pass of a pooled sum is one more pooled sum.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm import ops
+from syncnorm.comm import exchange, groups
+from syncnorm.device import is_host
+from syncnorm.errors import FaultError
+from syncnorm.maths.moments import of_sums
+
+
+def pooled_sum(local: Tensor, group: groups.Group | None, name: str) -> Tensor:
+    """Sum a tensor over the workers of a group; differentiable any number of times.
+
+    *Collectives*: one all-reduce, and another for each backward pass through it; every worker must
+    call. *Gradients*: each worker gets the sum of all workers' gradients.
+
+    Args:
+        local: any shape, the same on all workers; travels as float64.
+        group: the workers; None: this one alone.
+        name: of the layer, for errors.
+
+    Returns:
+        float64, the same bits on every worker.
+    """
+    local = local.double()
+    return local if group is None else _PooledSum.apply(local, group, name)  # pyright: ignore[reportReturnType]
+
+
+class _PooledSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, group: groups.Group, name: str) -> Tensor:
+        ctx.group, ctx.name = group, name
+        return exchange.sum_(local.detach().flatten(), group, "sums", name).view(local.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return pooled_sum(grad, ctx.group, ctx.name), None, None
+
+
+@dataclass(frozen=True)
+class RegionMoments:
+    """Moments of R regions of a batch, over all workers; float64, with gradients."""
+
+    mean: Tensor
+    """(R, C); 0 where a region is empty."""
+    var: Tensor
+    """(R, C), biased; 0 where a region is empty."""
+    count: Tensor
+    """(R,), the sum of the weights; without a gradient."""
+
+
+def pooled_moments(
+    x: Tensor, weights: Sequence[Tensor | None], group: groups.Group | None, name: str
+) -> RegionMoments:
+    """Take moments of x per channel, for each of several weightings of its elements.
+
+        n = sum w        mean = sum w x / n        var = sum w (x - mean)^2 / n
+
+    *Collectives*: one all-reduce of R(2C+1) numbers, and one of 2RC in the backward pass; every
+    worker must call, with samples or without.
+
+    Args:
+        x: (N, C, *S), floating.
+        weights: R weightings, each (N, 1, *S) or None for 1 everywhere; without gradients.
+        group: the workers; None: this one alone.
+        name: of the layer, for errors.
+
+    Raises:
+        FaultError: on every worker, if a weight of one of them is negative or not finite.
+    """
+    local = []
+    for each in weights:
+        sums = ops.local_sums(x, each)
+        count = sums.sums[-1:]
+        if sums.has_fault is not None:
+            # As NaN: whose weights are wrong is known to that worker alone.
+            count = torch.where(sums.has_fault, torch.nan, count)
+        local += [sums.sums[:-1], count]
+    total = exchange.sum_(torch.cat(local), group, "moments", name).view(len(weights), -1)
+    if is_host(total) and any(map(math.isnan, total[:, -1].tolist())):
+        raise FaultError(f"`mask` must hold finite weights >= 0, in {name}. Nothing was updated.")
+    parts = [of_sums(row) for row in total]
+    mean = torch.stack([part.mean for part in parts])
+    var = torch.stack([part.var for part in parts])
+    count = torch.stack([part.count for part in parts])
+    if x.requires_grad and torch.is_grad_enabled():
+        mean, var = _Moments.apply(x, mean, var, count, group, name, *weights)  # pyright: ignore[reportGeneralTypeIssues]
+    return RegionMoments(mean, var, count)
+
+
+class _Moments(torch.autograd.Function):
+    """The gradient of moments that have been computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        count: Tensor,
+        group: groups.Group | None,
+        name: str,
+        *weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        mean, var = mean.clone(), var.clone()
+        ctx.group, ctx.name, ctx.has = group, name, [each is not None for each in weights]
+        # The mean is kept as an output, so that a second derivative goes through it, too.
+        ctx.save_for_backward(x, mean, count, *(each for each in weights if each is not None))
+        return mean, var
+
+    @staticmethod
+    def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, count, *given = ctx.saved_tensors
+        # The moments are the same on all workers: each owes its share of all workers' losses.
+        total = pooled_sum(torch.stack([grad_mean, grad_var]), ctx.group, ctx.name)
+        of_mean, of_var = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        wide, weights = widened(x), iter(given)
+        grad = torch.zeros_like(wide)
+        for region, has_weights in enumerate(ctx.has):
+            deviation = wide - channels(mean[region], wide)
+            part = channels(of_mean[region], wide) + 2 * deviation * channels(of_var[region], wide)
+            grad = grad + (part * next(weights).to(wide.dtype) if has_weights else part)
+        return grad.to(x.dtype), *[None] * (5 + len(ctx.has))
+
+
+def widened(x: Tensor) -> Tensor:
+    """Convert half types to float32, to compute in it."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def channels(values: Tensor, x: Tensor) -> Tensor:
+    """Shape per-channel values (C,) to be broadcast against x (N, C, *S), in its type."""
+    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 2))

@@ -1,0 +1,215 @@
+"""The family's methods on uneven workers equal the papers' formulas on the whole batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from syncnorm import reference
+from syncnorm.comm import exchange
+from syncnorm.errors import FaultError, InputError
+from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm
+from syncnorm.testing import shard
+
+STEPS = 20
+CHANNELS = 3
+SPLITS = [(5,), (3, 2), (5, 0), (1, 0, 4)]
+Whole = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: how its layer is made, its oracle, and the messages of a forward and backward."""
+
+    make: Callable[..., nn.Module]
+    oracle: Whole
+    messages: tuple[str, ...]
+    has_mask: bool = False
+
+
+def _evo(variant: str) -> Method:
+    return Method(
+        partial(EvoNorm, CHANNELS, variant),
+        lambda x, mask, state: reference.evo_norm(x, state, variant, 1e-5, 0.1),
+        ("moments", "sums"),
+    )
+
+
+METHODS = {
+    "evo_b0": _evo("b0"),
+    "evo_b1": _evo("b1"),
+    "evo_b2": _evo("b2"),
+    "l1": Method(
+        partial(L1BatchNorm, CHANNELS),
+        lambda x, mask, state: reference.l1_batch_norm(x, state, 1e-5, 0.1),
+        ("sums", "sums", "sums", "sums"),
+    ),
+    "region": Method(
+        partial(RegionNorm, CHANNELS),
+        lambda x, mask, state: reference.region_norm(x, mask, state, 1e-5),
+        ("moments", "sums"),
+        has_mask=True,
+    ),
+}
+
+
+def fill(layer: nn.Module) -> dict[str, Tensor]:
+    """Give the parameters values that are nothing special; the state as float64."""
+    generator = torch.Generator().manual_seed(7)
+    layer.double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += 0.3 * torch.randn(
+                parameter.shape, generator=generator, dtype=torch.float64
+            )
+    return {name: value.detach().clone() for name, value in layer.state_dict().items()}
+
+
+def data(step: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A whole batch (N, C, 4, 3) some way off 0, a mask and the cotangent."""
+    generator = torch.Generator().manual_seed(100 + step)
+    shape = (count, CHANNELS, 4, 3)
+    x = 2 * torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5
+    mask = (torch.rand(count, 1, 4, 3, generator=generator) < 0.4).double()
+    return x, mask, torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def on_rank(name: str, parts: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+    """Take steps on this rank's shards; what came out, and the layer's state."""
+    method = METHODS[name]
+    layer = method.make()
+    fill(layer)
+    steps, sent = [], []
+    for x, mask, cotangent in parts:
+        layer.zero_grad()
+        x = x.clone().requires_grad_()
+        with exchange.record() as exchanges:
+            y = layer(x, mask) if method.has_mask else layer(x)
+            y.backward(cotangent)
+        steps.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
+        sent.append(tuple(e.kind for e in exchanges))
+    return {"steps": steps, "state": layer.state_dict(), "sent": sent}
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_the_whole_batch(pool, name, sizes):
+    method = METHODS[name]
+    batches = [data(step, sum(sizes)) for step in range(STEPS)]
+    shards = [list(zip(*(shard(each, sizes) for each in batch))) for batch in batches]
+    by_rank = pool(len(sizes)).run_each(
+        on_rank, [(name, [s[r] for s in shards]) for r in range(len(sizes))]
+    )
+    state = fill(method.make())
+    names = [n for n, _ in method.make().named_parameters()]
+    for step, (x, mask, cotangent) in enumerate(batches):
+        x = x.clone().requires_grad_()
+        used = state | {n: state[n].clone().requires_grad_() for n in names}
+        y = method.oracle(x, mask, used)
+        expected = torch.autograd.grad(y, [x, *(used[n] for n in names)], cotangent)
+        state |= {n: v for n, v in used.items() if n not in names}
+        ranks = [each["steps"][step] for each in by_rank]
+        close(torch.cat([r[0] for r in ranks]), y)
+        close(torch.cat([r[1] for r in ranks]), expected[0])
+        for index, gradient in enumerate(expected[1:], start=2):
+            close(sum(r[index] for r in ranks), gradient)
+        if len(sizes) > 1:
+            assert all(each["sent"][step] == method.messages for each in by_rank)
+    for each in by_rank:
+        for key in each["state"]:
+            close(each["state"][key].double(), state[key].double())
+            assert torch.equal(each["state"][key], by_rank[0]["state"][key])
+
+
+def close(got: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_differentiates_twice(name):
+    method = METHODS[name]
+    layer = method.make()
+    fill(layer)
+    x, mask, _ = data(0, 3)
+    run = (lambda x: layer(x, mask)) if method.has_mask else layer
+    assert torch.autograd.gradcheck(run, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(run, x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_half_types_are_computed_in_float32(name, dtype):
+    method = METHODS[name]
+    layer, wide = method.make(), method.make()
+    x, mask, _ = data(0, 4)
+    x = x.to(dtype)
+    arguments = [mask] if method.has_mask else []
+    y, exact = layer(x, *arguments), wide.double()(x.double(), *arguments)
+    assert y.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["evo_b0", "evo_b1", "evo_b2", "l1"])
+def test_evaluation_uses_running_statistics_and_exchanges_nothing(name):
+    layer = METHODS[name].make()
+    fill(layer)
+    x, _, _ = data(0, 4)
+    layer(x)
+    layer.eval()
+    before = layer.state_dict()
+    with exchange.record() as exchanges:
+        whole, halves = layer(x), torch.cat([layer(x[:1]), layer(x[1:])])
+    assert not exchanges
+    torch.testing.assert_close(whole, halves)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+
+
+def test_evaluation_of_l1_on_normal_values_is_that_of_batch_norm():
+    torch.manual_seed(0)
+    x = 3 * torch.randn(20000, CHANNELS, dtype=torch.float64) + 1
+    layer = L1BatchNorm(CHANNELS, momentum=1.0)
+    plain = nn.BatchNorm1d(CHANNELS, momentum=1.0)
+    layer(x)
+    plain.double()(x)
+    torch.testing.assert_close(
+        layer.running_deviation.double(), plain.running_var.sqrt(), rtol=0.02, atol=0
+    )
+
+
+def wrong_mask(rank: int) -> str:
+    """Normalise with a mask that is wrong on rank 1 alone."""
+    layer = RegionNorm(2)
+    mask = torch.full((2, 1, 3, 3), 1.5 if rank == 1 else 1.0)
+    try:
+        layer(torch.ones(2, 2, 3, 3), mask)
+    except FaultError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_a_wrong_mask_is_the_same_error_on_every_worker(pool):
+    by_rank = pool(2).run_each(wrong_mask, [(0,), (1,)])
+    assert by_rank[0] == by_rank[1]
+    assert by_rank[0].startswith("`mask` must hold finite weights >= 0, in RegionNorm.")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EvoNorm(3, "s0"), '`variant` must be "b0", "b1" or "b2", got \'s0\''),
+        (lambda: L1BatchNorm(3, sync="lagged"), '`sync` must be "batch" or "none", got \'lagged\''),
+        (lambda: EvoNorm(3)(torch.ones(2, 3)), r"`x` must have positions, \(N, C, \*S\)"),
+        (lambda: L1BatchNorm(3)(torch.ones(2, 4)), "`x` must have num_features = 3 channels"),
+        (lambda: RegionNorm(3)(torch.ones(2, 3), torch.ones(4, 1)), "`mask` must broadcast to"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(InputError, match=message):
+        make()
