@@ -35,6 +35,7 @@ from syncnorm.run.ray.cluster import read_capacity
 from syncnorm.run.ray.job import STOP, prepare_folder
 from syncnorm.run.ray.sweep import Sweep, write_record
 from syncnorm.train.config.schema import Config
+from syncnorm.train.metrics import last_step
 from syncnorm.train.processes import die_with_parent
 from syncnorm.train.task.make import make_task
 
@@ -142,11 +143,14 @@ def run_trial(settings: dict[str, Any]) -> None:
             for epoch, value in list(enumerate(values, start=1))[reported:]:
                 tune.report({_EPOCH: epoch, _VALUE: value})
                 reported = epoch
-    if process.returncode not in (0, RESUMABLE) and results.read_exit(folder) is None:
+    code = process.returncode
+    if is_asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        reason = "asked to stop before its workers could save"
+        Exit("stopped", reason, last_step(folder / "metrics.jsonl"), RESUMABLE).write(folder)
+    elif code not in (0, RESUMABLE) and results.read_exit(folder) is None:
         lines = (folder / _LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        reason = lines[-1] if lines else f"status {process.returncode}"
-        Exit("failed", reason, 0, process.returncode).write(folder)
-    tune.report({_CODE: process.returncode})
+        Exit("failed", lines[-1] if lines else f"status {code}", 0, code).write(folder)
+    tune.report({_CODE: code})
 
 
 @contextmanager
