@@ -105,7 +105,8 @@ def run_sweep(sweep: Sweep) -> int:
     resources = _resources(sweep.config(0))
     for number in range(len(sweep.trials)):
         prepare_folder(sweep.job(number))
-    (folder / STOP).unlink(missing_ok=True)
+    for name in (STOP, "exit.json"):
+        (folder / name).unlink(missing_ok=True)
     write_record(sweep, [], None)
     left = [
         number for number, name in enumerate(sweep.names()) if not results.is_over(folder / name)
@@ -117,7 +118,12 @@ def run_sweep(sweep: Sweep) -> int:
             _tuner(sweep, left, metric, resources).fit()
     found = results.read_results(sweep, metric)
     print("\n".join(results.write_results(sweep, found, metric)), flush=True)
-    return results.exit_code(found)
+    code = results.exit_code(found)
+    over = sum(each.status in ("done", "early") for each in found)
+    steps = sum(each.step for each in found)
+    status = "done" if code == 0 else "stopped" if code == RESUMABLE else "failed"
+    Exit(status, f"{over} of {len(found)} trials are done", steps, code).write(folder)
+    return code
 
 
 def run_trial(settings: dict[str, Any]) -> None:
