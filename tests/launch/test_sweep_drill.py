@@ -11,12 +11,17 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[r
 
 from syncnorm.train.metrics import read_events
 from tests.launch import commands
-from tests.launch.ray_cluster import PATIENCE_SECONDS, local_cluster, wait_until
+from tests.launch.ray_cluster import PATIENCE_SECONDS, local_cluster
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 SWEEP = ["sweep", "digits", "train.epochs=12", "checkpoint.every=5", "data.validation=0.2"]
-SWEEP += ["train.lr=0.02,0.05,0.1", "norm.sync=batch,running", "launch.timeout_seconds=30"]
+SWEEP += [
+    "train.lr=0.02,0.05,0.1",
+    "norm.sync=batch,running",
+    "launch.timeout_seconds=30",
+    "launch.workers=1",
+]
 
 
 def steps(trial: Path) -> int:
@@ -34,8 +39,10 @@ def test_a_node_is_lost_and_all_trials_are_done(tmp_path):
         cpus=1, environment={"PYTHONPATH": str(Path(__file__).parents[2])}
     ) as cluster:
         with cluster.started(*SWEEP, folder=tmp_path) as process:
-            wait_until(
-                lambda: sum(steps(each) > 12 for each in tmp_path.glob("runs/*/trial-*")) >= 2
+            commands.wait_while_alive(
+                lambda: sum(steps(each) > 12 for each in tmp_path.glob("runs/*/trial-*")) >= 2,
+                [process],
+                PATIENCE_SECONDS,
             )
             # The second node, with all that runs on it.
             lost = cluster.nodes[1].process
@@ -57,7 +64,11 @@ def test_ctrl_c_saves_and_the_sweep_goes_on(tmp_path):
     """On this machine, without a cluster."""
     command = [*commands.SYNCNORM, *SWEEP[:4], "train.lr=0.02,0.05", "data.validation=0.2"]
     with commands.started(command, tmp_path) as process:
-        wait_until(lambda: any(steps(each) > 12 for each in tmp_path.glob("runs/*/trial-*")))
+        commands.wait_while_alive(
+            lambda: any(steps(each) > 12 for each in tmp_path.glob("runs/*/trial-*")),
+            [process],
+            PATIENCE_SECONDS,
+        )
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 75, err

@@ -35,6 +35,7 @@ from syncnorm.run.ray.cluster import read_capacity
 from syncnorm.run.ray.job import STOP, prepare_folder
 from syncnorm.run.ray.sweep import Sweep, write_record
 from syncnorm.train.config.schema import Config
+from syncnorm.train.metrics import last_step
 from syncnorm.train.processes import die_with_parent
 from syncnorm.train.task.make import make_task
 
@@ -104,7 +105,8 @@ def run_sweep(sweep: Sweep) -> int:
     resources = _resources(sweep.config(0))
     for number in range(len(sweep.trials)):
         prepare_folder(sweep.job(number))
-    (folder / STOP).unlink(missing_ok=True)
+    for name in (STOP, "exit.json"):
+        (folder / name).unlink(missing_ok=True)
     write_record(sweep, [], None)
     left = [
         number for number, name in enumerate(sweep.names()) if not results.is_over(folder / name)
@@ -116,7 +118,12 @@ def run_sweep(sweep: Sweep) -> int:
             _tuner(sweep, left, metric, resources).fit()
     found = results.read_results(sweep, metric)
     print("\n".join(results.write_results(sweep, found, metric)), flush=True)
-    return results.exit_code(found)
+    code = results.exit_code(found)
+    over = sum(each.status in ("done", "early") for each in found)
+    steps = sum(each.step for each in found)
+    status = "done" if code == 0 else "stopped" if code == RESUMABLE else "failed"
+    Exit(status, f"{over} of {len(found)} trials are done", steps, code).write(folder)
+    return code
 
 
 def run_trial(settings: dict[str, Any]) -> None:
@@ -142,11 +149,14 @@ def run_trial(settings: dict[str, Any]) -> None:
             for epoch, value in list(enumerate(values, start=1))[reported:]:
                 tune.report({_EPOCH: epoch, _VALUE: value})
                 reported = epoch
-    if process.returncode not in (0, RESUMABLE) and results.read_exit(folder) is None:
+    code = process.returncode
+    if is_asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        reason = "asked to stop before its workers could save"
+        Exit("stopped", reason, last_step(folder / "metrics.jsonl"), RESUMABLE).write(folder)
+    elif code not in (0, RESUMABLE) and results.read_exit(folder) is None:
         lines = (folder / _LOG).read_text(encoding="utf-8", errors="replace").splitlines()
-        reason = lines[-1] if lines else f"status {process.returncode}"
-        Exit("failed", reason, 0, process.returncode).write(folder)
-    tune.report({_CODE: process.returncode})
+        Exit("failed", lines[-1] if lines else f"status {code}", 0, code).write(folder)
+    tune.report({_CODE: code})
 
 
 @contextmanager
