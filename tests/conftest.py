@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -12,6 +13,8 @@ from hypothesis import HealthCheck, settings
 from syncnorm.testing import RankPool
 
 torch.set_num_threads(1)
+# A page costs a run three seconds of a core; the tests of the page ask for it.
+os.environ.setdefault("SYNCNORM_REPORT", "0")
 # A shell lets its background jobs ignore Ctrl-C, and so would all commands that the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

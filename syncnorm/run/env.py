@@ -332,6 +332,11 @@ def set_place(place: Place) -> None:
     os.environ.update({name: str(value) for name, value in values.items()})
 
 
+def writes_report() -> bool:
+    """Return False if SYNCNORM_REPORT=0: a run that is done leaves no page in its folder."""
+    return os.environ.get("SYNCNORM_REPORT", "1") != "0"
+
+
 def read_threads() -> int:
     """Read how many threads a worker computes with; 1 if the variable holds no number."""
     text = os.environ.get("OMP_NUM_THREADS", "")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.env import Launched, read_launched, set_for_nccl
+from syncnorm.run.env import Launched, read_launched, set_for_nccl, writes_report
 from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.folder import (
     Exit,
@@ -158,8 +158,6 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
-    if workers.is_first and outcome.is_done:
-        write_own_report(folder)
     return folder, outcome, progress, watch
 
 
@@ -204,8 +202,27 @@ def train_in(
         raise
     if workers.is_first:
         _exit_record(outcome, progress, watch).write(folder)
+    if outcome.is_done:
+        _write_page(folder, workers, watch)
     _finish_copy(mirror, folder, progress, watch)
     return outcome
+
+
+def _write_page(folder: Path, workers: Workers, watch: Watch) -> None:
+    """Write the run's page, on the first worker, while all of them stay alive.
+
+    *Collectives*: a broadcast or more; every worker must call.
+    """
+    page: list[futures.Future[None]] = []
+    if workers.is_first and writes_report():
+        thread = futures.ThreadPoolExecutor(1)
+        page.append(thread.submit(write_own_report, folder))
+        thread.shutdown(wait=False)
+
+    def is_written(seconds: float) -> bool:
+        return not futures.wait(page, seconds).not_done
+
+    wait_for_first(is_written if workers.is_first else None, watch.alive)
 
 
 def _finish_copy(mirror: Mirror | None, folder: Path, progress: Progress, watch: Watch) -> None:

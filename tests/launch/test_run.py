@@ -229,3 +229,11 @@ def test_a_step_that_does_not_fit_is_refused_with_its_figures(tmp_path):
     )
     assert re.fullmatch(message, done.stderr), done.stderr
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_that_is_done_leaves_its_page(tmp_path):
+    pytest.importorskip("matplotlib")
+    command = [*commands.SYNCNORM, "train", "digits", *SHORT, "launch.workers=1"]
+    done = commands.run(command, tmp_path, {"SYNCNORM_REPORT": "1"})
+    page = run_folder(tmp_path, done) / "report.html"
+    assert "Predictions" in page.read_text()
