@@ -47,7 +47,7 @@ test-slow: $(ALL)  ## Run the tests that take minutes
 
 drill: $(ALL)  ## Kill runs, nodes and wires again and again, and compare what comes of them; an hour
 	$(BIN)/python -m drills.kill_drill
-	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
+	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_sweep_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
 
 # With the torch that the machine has: it may be without a network.
 gpu:  ## Run the tests of CUDA and take the figures of this machine's GPU; 9 minutes, into build/gpu
