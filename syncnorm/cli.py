@@ -162,8 +162,7 @@ def evaluate(
 ) -> None:
     """Compute the metrics of a run's model, on a set of its data or on other data.
 
-    In this process, on workers that it starts, or as one worker of torchrun: the same samples
-    count.
+    In this process, on workers that it starts, or as one worker of torchrun, with one result.
     """
     from syncnorm.run.evaluate import Request, run_evaluate
 

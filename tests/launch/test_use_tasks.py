@@ -6,9 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from syncnorm.train.config.schema import Config
+from syncnorm.train.data.inputs import Standardise
+from syncnorm.train.data.sources.images import ImageReader, read_pixels
 from tests.launch.test_use import command, make
 
 # By task, the shapes of a sample and of a target, and the network.
@@ -66,3 +69,15 @@ def test_other_tasks(task, pool, tmp_path, capfd):
         assert all(value > 0.5 for value in row["probabilities"])
     right = sum(row["labels"] == np.flatnonzero(t).tolist() for row, t in zip(rows, y))
     assert right / 40 == pytest.approx(metrics["exact_match"])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_of_a_file_become_what_training_reads(channels, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 30, 3), dtype=np.uint8)
+    path = str(tmp_path / "wide.png")
+    Image.fromarray(pixels).save(path)
+    reader = ImageReader(12, channels, None, None)
+    raw = read_pixels(path, reader.inputs.shape)
+    assert (raw.dtype, raw.shape) == (torch.uint8, (channels, 12, 12))
+    found = Standardise(reader.inputs, torch.float32)(raw[None])[0]
+    torch.testing.assert_close(found, reader.read(path, in_training=False))
