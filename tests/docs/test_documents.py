@@ -156,7 +156,7 @@ def test_the_readmes_commands_are_understood():
         for line in block.splitlines()
         if line.startswith("syncnorm ")
     ]
-    assert [name for name, *_ in lines] == ["train", "submit", "report", "verify"]
+    assert [name for name, *_ in lines] == ["train", "submit", "report", "predict", "verify"]
     for name, *arguments in lines:
         group.commands[name].make_context(name, arguments)
 
