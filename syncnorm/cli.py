@@ -10,6 +10,7 @@ from typer.core import TyperCommand
 
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
+from syncnorm.run import use
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
@@ -44,17 +45,6 @@ _Overrides = Annotated[
 _Allow = Annotated[
     list[str] | None,
     typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
-]
-_Run = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]
-_RunAllow = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PACKAGE", help="A package whose callables the run's configuration may name."
-    ),
-]
-_Checkpoint = Annotated[
-    str,
-    typer.Option(help="newest, best, recalibrated, or a folder's name in the run's checkpoints."),
 ]
 
 
@@ -127,106 +117,7 @@ def train(
         run_worker(task, launched)
 
 
-@app.command()
-def recalibrate(
-    run: _Run,
-    mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
-    allow: _RunAllow = None,
-) -> None:
-    """Recompute the running statistics of a run on its training set, into a new checkpoint.
-
-    Runs in this process, or as one worker of torchrun. The last line of standard output is the new
-    checkpoint; the old one stays.
-    """
-    from syncnorm.run.recalibrate import run_recalibrate
-
-    if allow:
-        add_working_folder_to_path()
-    run_recalibrate(run, mix, tuple(allow or ()), read_launched())
-
-
-@app.command()
-def evaluate(
-    run: _Run,
-    split: Annotated[str | None, typer.Option(help="train, validation or test (default).")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Other data: keys of data, such as root=DIR."),
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
-    ] = None,
-    checkpoint: _Checkpoint = "newest",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    allow: _RunAllow = None,
-) -> None:
-    """Compute the metrics of a run's model, on a set of its data or on other data.
-
-    In this process, on workers that it starts, or as one worker of torchrun, with one result.
-    """
-    from syncnorm.run.evaluate import Request, run_evaluate
-
-    if allow:
-        add_working_folder_to_path()
-    request = Request(run, split, data or (), checkpoint, tuple(allow or ()), json)
-    run_evaluate(request, workers, read_launched())
-
-
-@app.command()
-def predict(
-    run: _Run,
-    files: Annotated[
-        list[Path],
-        typer.Argument(metavar="FILE", help="Images, folders of images, .npy or .npz arrays."),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help=".jsonl, .csv, .npz (outputs as they are), or a folder for masks.",
-        ),
-    ] = None,
-    top: Annotated[int, typer.Option(min=1, help="Number of classes to list.")] = 1,
-    checkpoint: _Checkpoint = "newest",
-    allow: _RunAllow = None,
-) -> None:
-    """Predict files with a run's model.
-
-    A file that cannot be read gets a line on standard error, and the others are predicted all the
-    same: exit status 1.
-    """
-    from syncnorm.run.predict import run_predict
-
-    if allow:
-        add_working_folder_to_path()
-    run_predict(run, files, output, top, checkpoint, tuple(allow or ()))
-
-
-@app.command()
-def export(
-    run: _Run,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output",
-            "-o",
-            help=".safetensors for the weights; .pt2 (torch.export) or .onnx for the network from "
-            "raw inputs to outputs.",
-        ),
-    ],
-    checkpoint: _Checkpoint = "newest",
-    allow: _RunAllow = None,
-) -> None:
-    """Write a run's model for programs that do not know syncnorm, with torch's batch norms.
-
-    The last line of standard output is the file.
-    """
-    from syncnorm.run.export import run_export
-
-    if allow:
-        add_working_folder_to_path()
-    run_export(run, output, checkpoint, tuple(allow or ()))
+use.add_commands(app)
 
 
 @app.command()

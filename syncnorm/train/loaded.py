@@ -20,6 +20,7 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import map_members, to_device
 from syncnorm.train.data.inputs import Signature, Standardise
 from syncnorm.train.setup import autocast, load_feed, make_network
+from syncnorm.train.storage.fetch import local_copy
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def load(
     returns. The training set is not needed, nor a process group.
 
     Args:
-        run: the run's folder.
+        run: the run's folder; or its address in a store, which is copied to `runs` first.
         checkpoint: newest, best, recalibrated, or the name of a folder in the run's `checkpoints`.
         device: where to put it.
         allow: packages whose callables the run's configuration may name.
@@ -85,7 +86,7 @@ def load(
         >>> model = load("runs/digits-20261127-201500")  # doctest: +SKIP
         >>> model(images).softmax(1), model.classes, model.task  # doctest: +SKIP
     """
-    folder, allowed = Path(run), tuple(allow)
+    folder, allowed = local_copy(run), tuple(allow)
     config = read_run(folder, allowed, ("model.name",))
     snapshot = read_evaluated(folder, checkpoint)
     signature = signature_of(snapshot, config, folder, allowed)

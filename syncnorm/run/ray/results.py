@@ -172,5 +172,6 @@ def _describe_best(folder: Path, best: TrialResult | None, metric: str) -> list[
     value = format_value(name, best.best)
     return [
         f"best trial: {best.trial}, {_VALIDATION} {name.replace('_', ' ')} {value}",
-        f"to begin another run with its weights: model.weights={folder / best.trial}",
+        f"to use it: syncnorm predict {folder / best.trial} FILES; to begin another run with its "
+        f"weights: model.weights={folder / best.trial}",
     ]

@@ -1,0 +1,142 @@
+"""The commands that use what a run has learnt: recalibrate, evaluate, predict, export."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.env import read_launched
+from syncnorm.run.in_process import add_working_folder_to_path
+
+_Run = Annotated[str, typer.Argument(metavar="RUN", help="The folder or the address of a run.")]
+_Allow = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="PACKAGE", help="A package whose callables the run's configuration may name."
+    ),
+]
+_Checkpoint = Annotated[
+    str,
+    typer.Option(help="newest, best, recalibrated, or a folder's name in the run's checkpoints."),
+]
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Add the commands, each of which imports its own work."""
+    for command in (recalibrate, evaluate, predict, export):
+        app.command()(command)
+
+
+def _prepare(run: str, allow: list[str] | None) -> tuple[Path, tuple[str, ...]]:
+    """Find a run's folder, and make code of the user's importable if some is allowed.
+
+    Raises:
+        ConfigError: a store refuses; or a worker of torchrun is given an address, which each of
+            them would copy to the same place.
+    """
+    from syncnorm.train.config.section import is_url
+
+    if allow:
+        add_working_folder_to_path()
+    if not is_url(run):
+        return Path(run), tuple(allow or ())
+    if read_launched() is not None:
+        raise ConfigError(f"under torchrun a run must be named by its folder, got {run!r}")
+    from syncnorm.train.storage.fetch import local_copy
+
+    return local_copy(run), tuple(allow or ())
+
+
+def recalibrate(
+    run: _Run,
+    mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
+    allow: _Allow = None,
+) -> None:
+    """Recompute the running statistics of a run on its training set, into a new checkpoint.
+
+    Runs in this process, or as one worker of torchrun. The last line of standard output is the new
+    checkpoint; the old one stays.
+    """
+    from syncnorm.run.recalibrate import run_recalibrate
+
+    folder, allowed = _prepare(run, allow)
+    run_recalibrate(folder, mix, allowed, read_launched())
+
+
+def evaluate(
+    run: _Run,
+    split: Annotated[str | None, typer.Option(help="train, validation or test (default).")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Other data: keys of data, such as root=DIR."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
+    ] = None,
+    checkpoint: _Checkpoint = "newest",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    allow: _Allow = None,
+) -> None:
+    """Compute the metrics of a run's model, on a set of its data or on other data.
+
+    In this process, on workers that it starts, or as one worker of torchrun, with one result.
+    """
+    from syncnorm.run.evaluate import Request, run_evaluate
+
+    folder, allowed = _prepare(run, allow)
+    request = Request(folder, split, data or (), checkpoint, allowed, json)
+    run_evaluate(request, workers, read_launched())
+
+
+def predict(
+    run: _Run,
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Images, folders of images, .npy or .npz arrays."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".jsonl, .csv, .npz (outputs as they are), or a folder for masks.",
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Number of classes to list.")] = 1,
+    checkpoint: _Checkpoint = "newest",
+    allow: _Allow = None,
+) -> None:
+    """Predict files with a run's model.
+
+    A file that cannot be read gets a line on standard error, and the others are predicted all the
+    same: exit status 1.
+    """
+    from syncnorm.run.predict import run_predict
+
+    folder, allowed = _prepare(run, allow)
+    run_predict(folder, files, output, top, checkpoint, allowed)
+
+
+def export(
+    run: _Run,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help=".safetensors for the weights; .pt2 (torch.export) or .onnx for the network from "
+            "raw inputs to outputs.",
+        ),
+    ],
+    checkpoint: _Checkpoint = "newest",
+    allow: _Allow = None,
+) -> None:
+    """Write a run's model for programs that do not know syncnorm, with torch's batch norms.
+
+    The last line of standard output is the file.
+    """
+    from syncnorm.run.export import run_export
+
+    folder, allowed = _prepare(run, allow)
+    run_export(folder, output, checkpoint, allowed)
