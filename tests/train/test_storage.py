@@ -299,7 +299,7 @@ def test_a_run_that_never_began_leaves_nothing_there(tmp_path, memory):
 def train_on(folder: Path, config, stop_at: int | None = None) -> None:
     progress, mirror = Progress(), open_mirror(folder, 3, 60)
     watch = runs.Free(stop_at, progress)
-    train(config, runs.workers(), folder, progress, watch, ("tests",), mirror)
+    train(config, runs.workers(), folder, progress, watch, ("tests",), mirror=mirror)
     if mirror is not None:
         mirror.close()
         assert mirror.is_over(60)
