@@ -135,9 +135,14 @@ def report(
 
     The page is one file that loads nothing. The last line of standard output is its path.
     """
+    from syncnorm.run.interrupt import as_keyboard_interrupt
     from syncnorm.train.report import watch_report, write_report
 
-    print((watch_report if watch else write_report)(runs, output))
+    if watch:
+        with as_keyboard_interrupt():
+            print(watch_report(runs, output))
+    else:
+        print(write_report(runs, output))
 
 
 @config_app.command()

@@ -1,12 +1,14 @@
 """`syncnorm.fit`: a training run from a program or a notebook."""
 
+import itertools
 import signal
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch.distributed as dist
 from torch import nn
 
 from syncnorm.errors import ConfigError
@@ -25,6 +27,8 @@ from syncnorm.train.data.datasets import Dataset, types_of
 from syncnorm.train.data.splits import Splits
 
 __all__ = ["Callback", "Result", "fit"]
+
+_calls = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,12 @@ def fit(
     run.given.give()
     check_callables(run.config, run.allowed)
     if launched is not None:
+        if dist.is_initialized():
+            raise ConfigError("`fit` makes the process group itself: call it before there is one")
+        # A second run of the same launch is another one, also after torchrun has restarted both.
+        number = next(_calls)
+        if launched.launch_id is not None:
+            launched = replace(launched, launch_id=f"{launched.launch_id} {number}")
         return _result(*work_in_program(run, launched))
     if follower is None:
         return _run(run)

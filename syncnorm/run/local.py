@@ -64,19 +64,20 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
     folder = _find_folder_apart(task) if forks and uses_store(task) else _find_folder(task)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
+    before = _stamp(folder)
     if begin is not None:
         begin(folder)
     if task.shows:
         print_workers(launch.most_workers, device)
     try:
         with env.for_workers(folder), interrupt.for_launcher():
-            _run_with_restarts(task, folder, forks)
+            _run_with_restarts(task, folder, forks, before)
     except LocalRunError:
         upload_rest(folder, task.config)
         raise
     except interrupt.Stopped as stopped:
-        _raise_if_stopped(folder, task, stopped.number)
-        end = read_exit(folder)
+        _raise_if_stopped(folder, task, before, stopped.number)
+        end = _new_exit(folder, before)
         if end is not None and end.status == "done":
             return folder
         status = 128 + stopped.number
@@ -101,12 +102,12 @@ def _find_folder_apart(task: Task) -> Path:
         return pool.submit(_find_folder, replace(task, given=Given())).result()
 
 
-def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:
+def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None) -> None:
     """Start the workers, again after the loss of one, until they are done."""
     launch = task.config.launch
     for attempt in range(launch.restarts + 1):
         try:
-            failure = _run_once(task, folder, forks)
+            failure = _run_once(task, folder, forks, before)
         except ConfigError:
             if task.resume is None:
                 remove_unstarted(folder)
@@ -122,7 +123,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool) -> None:
         print(f"syncnorm: {again}", file=sys.stderr)
 
 
-def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
+def _run_once(task: Task, folder: Path, forks: bool, before: int | None) -> Failure | None:
     """Start the workers once and wait for them; return the failure, None if they are done."""
     launch = task.config.launch
     logs = tempfile.mkdtemp(prefix="syncnorm-")
@@ -132,7 +133,7 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
             partial(run_launched, task), launch.most_workers, Path(logs), forks, patience_seconds
         )
     except ChildFailedError as error:
-        _raise_if_stopped(folder, task)
+        _raise_if_stopped(folder, task, before)
         failure = root_cause(error)
         if failure.is_bad_input:
             raise ConfigError(failure.reason) from None
@@ -142,8 +143,23 @@ def _run_once(task: Task, folder: Path, forks: bool) -> Failure | None:
     return None
 
 
-def _raise_if_stopped(folder: Path, task: Task, number: int | None = None) -> None:
-    end = read_exit(folder)
+def _stamp(folder: Path) -> int | None:
+    """Return the time of the record of an end before this one, if there is one."""
+    try:
+        return (folder / "exit.json").stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _new_exit(folder: Path, before: int | None) -> Exit | None:
+    """Read how this attempt has ended; None if what is there is the record of an earlier one."""
+    return None if _stamp(folder) == before else read_exit(folder)
+
+
+def _raise_if_stopped(
+    folder: Path, task: Task, before: int | None, number: int | None = None
+) -> None:
+    end = _new_exit(folder, before)
     if end is not None and end.status == "stopped":
         raise RunStopped(
             f"stopped after step {end.step}: {end.reason}. To go on: "

@@ -63,9 +63,16 @@ class SignalWatch(Watchdog):
         self.stop: str | None = None
         self._asked = 0.0
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._handle_signal)
+        self._before = {
+            number: signal.signal(number, self._handle_signal)
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
         super().__init__(timeout_seconds, stacks)
+
+    def leave_signals(self) -> None:
+        """Give the signals back, for a process that goes on."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         # No collective here: a worker without the signal would not take part. The stop flag in the

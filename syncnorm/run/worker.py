@@ -124,13 +124,17 @@ def work_in_program(task: Task, launched: Launched) -> tuple[Path, Exit]:
     Returns:
         The run's folder and the record of its end.
     """
-    folder, outcome, progress, watch = _work(task, launched)
-    # DDP holds the process group alive, and would end it with the interpreter.
-    gc.collect()
-    return folder, _exit_record(outcome, progress, watch)
+    try:
+        folder, outcome, progress = _work(task, launched, stays=True)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        # DDP holds the process group alive, and would end it with the interpreter.
+        gc.collect()
+    return folder, _exit_record(outcome, progress)
 
 
-def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watch]:
+def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path, Outcome, Progress]:
     # Elsewhere than on Linux, the workers of a launcher that is killed outright end by the timeouts
     # of their collectives.
     die_with_parent(launched.launcher_pid)
@@ -149,8 +153,12 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
         # From here on the folder may be removed: all workers have made their files in it.
         dist.barrier()
         progress = Progress()
-        outcome = train_in(folder, task, workers, watch, progress)
-        watch.close()
+        try:
+            outcome = train_in(folder, task, workers, watch, progress)
+        finally:
+            watch.close()
+            if stays:
+                watch.leave_signals()
         if workers.is_first and task.prints:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
             if outcome.is_done:
@@ -158,7 +166,7 @@ def _work(task: Task, launched: Launched) -> tuple[Path, Outcome, Progress, Watc
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
-    return folder, outcome, progress, watch
+    return folder, outcome, progress
 
 
 def train_in(
@@ -201,7 +209,7 @@ def train_in(
             mirror.is_over(_LAST_COPY_SECONDS)
         raise
     if workers.is_first:
-        _exit_record(outcome, progress, watch).write(folder)
+        _exit_record(outcome, progress).write(folder)
     if outcome.is_done:
         _write_page(folder, workers, watch)
     _finish_copy(mirror, folder, progress, watch)
@@ -340,14 +348,11 @@ def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
     return make_run_folder(task.config, task.name, launched.launch_id), True
 
 
-def _exit_record(outcome: Outcome, progress: Progress, watch: Watch) -> Exit:
+def _exit_record(outcome: Outcome, progress: Progress) -> Exit:
     metrics = {split: dict(each) for split, each in outcome.metrics.items()}
     if outcome.is_done:
         return Exit("done", outcome.reason, progress.step, 0, metrics)
-    asked = outcome.reason or "another worker was asked to stop"
-    if watch.stop:
-        asked = f"asked to stop by {watch.stop}"
-    return Exit("stopped", f"{asked}; saved", progress.step, RESUMABLE, metrics)
+    return Exit("stopped", f"{outcome.reason}; saved", progress.step, RESUMABLE, metrics)
 
 
 def print_workers(count: int, device: torch.device) -> None:

@@ -71,7 +71,7 @@ class Outcome:
         digests: SHA-256 of each worker's buffers, in rank order.
         is_done: True if all epochs are done; False if the run was asked to stop, and has saved its
             state.
-        reason: for being done, or of a callback of this worker's that asked to stop.
+        reason: for being done; or by whom or what the run was asked to stop.
     """
 
     metrics: Mapping[str, Mapping[str, float]]
@@ -125,7 +125,7 @@ class Run:
         """Save and end the run after the next step; one worker's word is enough. It can be resumed.
 
         Args:
-            reason: for `exit.json` and the screen.
+            reason: for `exit.json` and the result; of several workers, that of the first.
         """
         self.stop_reason = reason
 
@@ -215,8 +215,15 @@ def train(
 
 
 def _reason(run: Run, is_done: bool) -> str:
+    """Describe why the run ends, alike on all workers.
+
+    *Collectives*: of a run that was asked to stop, one gathering of who was asked.
+    """
     if not is_done:
-        return run.stop_reason or ""
+        mine = f"asked to stop by {run.watch.stop}" if run.watch.stop else run.stop_reason
+        asked: list[str | None] = [None] * run.workers.world_size
+        dist.all_gather_object(asked, mine)
+        return next(filter(None, asked), "asked to stop")
     if run.is_out_of_patience:
         return f"the last {run.progress.since_best} evaluations were no better"
     return "all epochs done"

@@ -172,7 +172,7 @@ def sweep(
     run_dir/NAME-sweep-... The last line of standard output is the sweep's folder. Exit status 0 if
     all trials are done, 1 if some have failed, 75 if it was stopped and can go on.
     """
-    from syncnorm.run.ray.environment import make_runtime_env, read_runtime_env
+    from syncnorm.run.ray.environment import make_runtime_env, names_code, read_runtime_env
     from syncnorm.run.ray.sweep import choose_sweep
 
     made = choose_sweep(
@@ -186,6 +186,14 @@ def sweep(
         is_dated=address is None,
     )
     if address is None:
+        for option, is_given in (
+            ("--json", json),
+            ("--runtime-env", runtime_env is not None),
+            ("--no-wait", not wait),
+            ("--insecure", insecure),
+        ):
+            if is_given:
+                raise ConfigError(f"`{option}` must be left out without --address")
         set_for_ray_of_own()
         try:
             from syncnorm.run.ray.tune import run_local_sweep
@@ -197,7 +205,9 @@ def sweep(
         if allow:
             add_working_folder_to_path()
         raise typer.Exit(run_local_sweep(made))
-    environment = make_runtime_env(made.config(0), read_runtime_env(runtime_env))
+    configs = [made.config(number) for number in range(len(made.trials))]
+    with_code = next(filter(names_code, configs), configs[0])
+    environment = make_runtime_env(with_code, read_runtime_env(runtime_env))
     with _client(address, insecure) as client:
         from syncnorm.run.ray.submit import Entry
 

@@ -31,6 +31,7 @@ from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity
 from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
+from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.metrics import last_step
 from syncnorm.train.task.measures import format_metric
@@ -74,8 +75,10 @@ def run_job(job: Job) -> int:
             started.
     """
     env.set_for_ray_driver()
+    epochs = _recorded_epochs(Path(job.folder))
     folder = prepare_folder(job)
-    if (end := read_exit(folder)) is not None and end.status == "done":
+    has_more = epochs is not None and job.task().config.train.epochs > epochs
+    if (end := read_exit(folder)) is not None and end.status == "done" and not has_more:
         print("\n".join([*_describe_done(end), str(folder)]))
         return 0
     for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
@@ -88,6 +91,14 @@ def run_job(job: Job) -> int:
     code = _fit_until_done(job, config, capacity, folder, stopping)
     stopping.is_over = True
     return code
+
+
+def _recorded_epochs(folder: Path) -> int | None:
+    """Read how long the run in a folder was to be; None if there is none."""
+    try:
+        return load_config(str(folder / "config.yaml")).train.epochs
+    except ConfigError:
+        return None
 
 
 def _describe_done(end: Exit) -> list[str]:

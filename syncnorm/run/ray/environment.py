@@ -67,9 +67,8 @@ def make_runtime_env(config: Config, own: Mapping[str, Any]) -> dict[str, Any]:
         )
     # Ray's default of 3 seconds is too short for a save.
     environment = {**own, "env_vars": {**variables, _STOP_VARIABLE: str(seconds)}}
-    names = (config.model.name, config.data.name, config.task.name)
     place = own.get("working_dir", str(Path.cwd()))
-    if "working_dir" in own or any(map(REFERENCE.fullmatch, names)):
+    if "working_dir" in own or names_code(config):
         environment["working_dir"] = place
     if "working_dir" in environment and "://" not in str(place):
         environment["excludes"] = [
@@ -77,6 +76,12 @@ def make_runtime_env(config: Config, own: Mapping[str, Any]) -> dict[str, Any]:
             *exclude_patterns(Path(place).absolute(), config.run_dir, config.data.root),
         ]
     return environment
+
+
+def names_code(config: Config) -> bool:
+    """Return True if a configuration names callables that are not built in."""
+    names = (config.model.name, config.data.name, config.task.name, *config.follow.loggers)
+    return any(map(REFERENCE.fullmatch, names))
 
 
 def read_resources(

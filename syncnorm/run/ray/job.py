@@ -84,11 +84,6 @@ def make_job(
         ConfigError: the configuration or the submission id is invalid.
     """
     config = load_config(source, overrides)
-    if is_url(config.run_dir):
-        raise ConfigError(
-            "`run_dir` must be a folder that all machines of the cluster share, got "
-            f"{config.run_dir!r}. An address is for `syncnorm train` and torchrun."
-        )
     config = absolute(config)
     check_callables(config, allowed)
     name = config.name or Path(source).stem
@@ -168,9 +163,24 @@ def _hash(config: Config) -> str:
 
 
 def absolute(config: Config) -> Config:
-    """Make relative paths start at the current folder."""
-    root = config.data.root
-    data = config.data.model_copy(
-        update={"root": None if root is None else str(Path(root).absolute())}
+    """Make relative paths start at the current folder.
+
+    Raises:
+        ConfigError: `run_dir` is an address.
+    """
+    if is_url(config.run_dir):
+        raise ConfigError(
+            "`run_dir` must be a folder that all machines share where Ray runs it, got "
+            f"{config.run_dir!r}. An address is for `syncnorm train` and torchrun."
+        )
+
+    def from_here(path: str | None) -> str | None:
+        return None if path is None else str(Path(path).absolute())
+
+    return config.model_copy(
+        update={
+            "run_dir": from_here(config.run_dir),
+            "data": config.data.model_copy(update={"root": from_here(config.data.root)}),
+            "model": config.model.model_copy(update={"weights": from_here(config.model.weights)}),
+        }
     )
-    return config.model_copy(update={"run_dir": str(Path(config.run_dir).absolute()), "data": data})

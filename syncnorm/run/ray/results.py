@@ -77,7 +77,10 @@ def validations(folder: Path, metric: str) -> list[float]:
 
 
 def note_early_end(folder: Path) -> None:
-    """Record that a trial fell behind, so that it does not go on later."""
+    """Record that a trial fell behind, so that it does not go on later; one that is done stays so."""
+    end = read_exit(folder)
+    if end is not None and end.status == "done":
+        return
     step = last_step(folder / "metrics.jsonl")
     Exit("stopped", _EARLY, step, 0).write(folder)
 

@@ -8,7 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.ray.job import Job, absolute, check_id, id_of, job_of
@@ -42,7 +44,7 @@ class Sweep:
     name: str
     folder: str
     base: dict[str, Any]
-    trials: list[dict[str, Any]]
+    trials: Annotated[list[dict[str, Any]], Field(min_length=1)]
     allowed: tuple[str, ...] = ()
     is_asha: bool = False
     concurrent: int | None = None
@@ -59,11 +61,12 @@ class Sweep:
             ConfigError: the text is something else.
         """
         try:
-            values = json.loads(text)
-            return Sweep(**{**values, "allowed": tuple(values["allowed"])})
-        except (ValueError, TypeError, KeyError) as error:
+            return _SWEEP.validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
             raise ConfigError(
-                f"a sweep must be JSON as `syncnorm sweep` makes it: {error}"
+                f"a sweep must be JSON as `syncnorm sweep` makes it: {place}: {first['msg']}"
             ) from None
 
     @property
@@ -97,6 +100,9 @@ class Sweep:
         return job_of(name, self.name, Path(self.folder) / name, self.config(number), self.allowed)
 
 
+_SWEEP = TypeAdapter(Sweep)
+
+
 def choose_sweep(
     source: str | None, arguments: Sequence[str], *, resume: Path | None, **options: Any
 ) -> Sweep:
@@ -116,7 +122,14 @@ def choose_sweep(
     # The folder may have been moved.
     folder = str(resume.absolute())
     base = {**recorded.base, "run_dir": str(resume.absolute().parent)}
-    found = replace(recorded, folder=folder, base=base, concurrent=options["concurrent"])
+    # What another was allowed does not count: the folder may be somebody else's.
+    found = replace(
+        recorded,
+        folder=folder,
+        base=base,
+        allowed=tuple(options["allowed"]),
+        concurrent=options["concurrent"],
+    )
     _check_trials(found)
     return found
 
@@ -162,6 +175,8 @@ def make_sweep(
     base["run_dir"] = config.run_dir
     if config.data.root is not None:
         base["data"]["root"] = config.data.root
+    if config.model.weights is not None:
+        base["model"]["weights"] = config.model.weights
     name = Path(source).stem
     stem = f"{id_of(name)}-sweep"
     if resume is not None:

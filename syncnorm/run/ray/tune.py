@@ -43,7 +43,9 @@ _OBJECT_STORE_BYTES = 100_000_000
 _POLL_SECONDS = 0.5
 # Of what the launcher prints, in the folder of a trial.
 _LOG = "logs/launcher.log"
-_VALUE, _EPOCH, _CODE = "value", "epoch", "exit_code"
+_VALUE, _EVALUATION, _CODE = "value", "evaluation", "exit_code"
+# More evaluations than any trial makes.
+_MOST = 1_000_000
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -146,9 +148,9 @@ def run_trial(settings: dict[str, Any]) -> None:
                 is_asked = True
                 process.send_signal(signal.SIGTERM)
             values = results.validations(folder, settings["metric"]) if sweep.is_asha else []
-            for epoch, value in list(enumerate(values, start=1))[reported:]:
-                tune.report({_EPOCH: epoch, _VALUE: value})
-                reported = epoch
+            for number, value in list(enumerate(values, start=1))[reported:]:
+                tune.report({_EVALUATION: number, _VALUE: value})
+                reported = number
     code = process.returncode
     if is_asked and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
         reason = "asked to stop before its workers could save"
@@ -214,9 +216,11 @@ def _name(trial: Any) -> str:
 def _scheduler(sweep: Sweep, metric: str) -> TrialScheduler | None:
     if not sweep.is_asha:
         return None
-    most = max(sweep.config(number).train.epochs for number in range(len(sweep.trials)))
     mode = "min" if metric.startswith("-") else "max"
-    return ASHAScheduler(time_attr=_EPOCH, metric=_VALUE, mode=mode, max_t=most + 1)
+    # A trial's own end is that of its epochs or its patience, not the scheduler's.
+    return ASHAScheduler(
+        time_attr=_EVALUATION, metric=_VALUE, mode=mode, max_t=_MOST, stop_last_trials=False
+    )
 
 
 class _Listed(Searcher):
@@ -276,7 +280,9 @@ class _Teller(tune.Callback):
 def _stopping(sweep: Sweep) -> Iterator[None]:
     """Let the trials save and end on the first signal to stop; a second one ends this process."""
     folder = Path(sweep.folder)
+    # One that is ignored, as under nohup, stays ignored.
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: one for number, one in before.items() if one is not signal.SIG_IGN}
 
     def stop(number: int, frame: FrameType | None) -> None:
         for each, handler in before.items():
@@ -284,7 +290,7 @@ def _stopping(sweep: Sweep) -> Iterator[None]:
         (folder / STOP).touch()
         print("syncnorm: stopping: the trials save", file=sys.stderr, flush=True)
 
-    for number in STOP_SIGNALS:
+    for number in before:
         signal.signal(number, stop)
     try:
         yield

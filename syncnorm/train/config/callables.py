@@ -28,7 +28,11 @@ _PACKAGE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 
 
 def give(callables: Mapping[str, Callable[..., Any]]) -> None:
-    """Hand over callables to this process, by the names that a configuration has for them."""
+    """Hand over callables to this process, by the names that a configuration has for them.
+
+    Those of before are forgotten: they were another run's.
+    """
+    _given.clear()
     _given.update(callables)
 
 

@@ -9,6 +9,7 @@ page needs no script, and nothing in it is loaded from elsewhere.
 import logging
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
@@ -34,15 +35,13 @@ def watch_report(
         ConfigError: as by `write_report`.
     """
     seen = None
-    try:
+    with suppress(KeyboardInterrupt):
         while any(not (run / "exit.json").exists() for run in runs):
             now = [_size(run / "metrics.jsonl") for run in runs]
             if now != seen:
                 write_report(runs, output, refresh_seconds=REFRESH_SECONDS)
                 seen = now
             wait(REFRESH_SECONDS)
-    except KeyboardInterrupt:
-        pass
     return write_report(runs, output)
 
 
