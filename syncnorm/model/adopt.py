@@ -143,6 +143,12 @@ def adopt_state_dict(
             entries |= {prefix + key: value for key, value in read.entries.items()}
             layers[name] = read.kind
             notes += (f"{name!r}: {note}" for note in read.notes)
+    # Those of a mode are left out where the model's layers have another, as layers themselves do.
+    entries = {
+        name: value
+        for name, value in entries.items()
+        if name in target or not name.endswith(tuple(MODE_BUFFERS))
+    }
     if partial:
         left, entries = _fitting(entries, target)
     else:

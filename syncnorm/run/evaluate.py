@@ -43,6 +43,7 @@ class Request:
         checkpoint: its name.
         allowed: packages whose callables the configuration may name.
         as_json: True to print one JSON object.
+        device: auto, cpu or cuda.
     """
 
     run: Path
@@ -51,6 +52,7 @@ class Request:
     checkpoint: str
     allowed: tuple[str, ...]
     as_json: bool
+    device: str = "auto"
 
 
 def run_evaluate(request: Request, workers: int | None, launched: Launched | None) -> None:
@@ -79,13 +81,15 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
 
 
 def _read(request: Request) -> Config:
+    if request.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"`--device` must be auto, cpu or cuda, got {request.device!r}")
     keys = [f"data.{each}" for each in request.data]
     return read_run(request.run, request.allowed, overrides=keys)
 
 
 def _evaluate(request: Request, launched: Launched | None) -> Evaluation:
     config = _read(request)
-    workers = join(config.launch.device, launched, config.launch.timeout_seconds)
+    workers = join(request.device, launched, config.launch.timeout_seconds)
     try:
         return evaluate_run(
             request.run,
@@ -112,7 +116,7 @@ def _print(request: Request, found: Evaluation) -> None:
 
 
 def _start_workers(request: Request, count: int) -> None:
-    device = choose_device(_read(request).launch.device, 0, count)
+    device = choose_device(request.device, 0, count)
     forks = can_fork(device)
     if forks:
         prepare_to_fork()

@@ -14,7 +14,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.section import is_url
 from syncnorm.train.files import remove, write_text_whole
-from syncnorm.train.storage import LOCAL_ROOT, write_origin
+from syncnorm.train.storage import LOCAL_ROOT, read_origin, write_origin
 from syncnorm.train.storage.fetch import claim, disclaim, local_copy
 from syncnorm.train.storage.mirror import open_mirror
 
@@ -42,7 +42,10 @@ class Exit:
 
     def write(self, folder: Path) -> None:
         """Write `exit.json`."""
-        write_text_whole(folder / "exit.json", json.dumps(asdict(self)) + "\n")
+        facts = asdict(self)
+        if not self.metrics:
+            del facts["metrics"]
+        write_text_whole(folder / "exit.json", json.dumps(facts) + "\n")
 
 
 def read_exit(folder: Path) -> Exit | None:
@@ -67,15 +70,9 @@ def make_run_folder(config: "Config", name: str, launch: str | None = None) -> P
         ConfigError: it cannot be made.
     """
     stem = f"{config.name or name}-{datetime.now():%Y%m%d-%H%M%S}"
-    url = None
     if is_url(config.run_dir):
         # Many machines may begin a run there within a second.
         stem = f"{stem}-{secrets.token_hex(2)}"
-        url = f"{config.run_dir.rstrip('/')}/{stem}"
-        try:
-            claim(url, _config_text(config))
-        except ConfigError as error:
-            raise ConfigError(f"`run_dir` cannot be used: {error}") from None
     root = local_root(config)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -83,12 +80,18 @@ def make_run_folder(config: "Config", name: str, launch: str | None = None) -> P
         if launch is not None:
             write_text_whole(folder / "launch.json", json.dumps({"launch": launch}) + "\n")
         write_config(config, folder)
-        if url is not None:
-            write_origin(folder, url)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(
             f"`run_dir` must be a folder that can be written to, got {str(root)!r}: {error}"
         ) from None
+    if is_url(config.run_dir):
+        url = f"{config.run_dir.rstrip('/')}/{folder.name}"
+        try:
+            claim(url, _config_text(config))
+            write_origin(folder, url)
+        except ConfigError as error:
+            remove(folder)
+            raise ConfigError(f"`run_dir` cannot be used: {error}") from None
     return folder
 
 
@@ -160,6 +163,11 @@ def check_resumable(config: "Config", source: Path | str) -> Path:
     from syncnorm.train.checkpoint.capture import describe_differences
 
     folder = local_copy(source)
+    if read_origin(folder) is None and is_url(config.run_dir):
+        raise ConfigError(
+            "`run_dir` must stay a folder for a run that began in one, got "
+            f"{config.run_dir!r}: {str(folder)!r} has no address that it is copied to"
+        )
     recorded = _recorded(folder)
     if recorded is None:
         raise ConfigError(

@@ -76,6 +76,8 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
         upload_rest(folder, task.config)
         raise
     except interrupt.Stopped as stopped:
+        # The workers had a limit for their last copy.
+        upload_rest(folder, task.config)
         _raise_if_stopped(folder, task, before, stopped.number)
         end = _new_exit(folder, before)
         if end is not None and end.status == "done":

@@ -83,7 +83,11 @@ def _read_image(path: Path, inputs: Inputs) -> Tensor:
 
 
 def _read_array(path: Path, inputs: Inputs) -> Iterator[Sample]:
-    values = torch.from_numpy(_load(path))
+    array = _load(path)
+    try:
+        values = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: is no array of numbers that torch has: {error}") from None
     if inputs.mean is None and values.is_floating_point() != inputs.is_floating_point:
         raise ConfigError(
             f"{path}: must be {inputs.describe()}, as the data set prepares it, got {values.dtype}"

@@ -75,6 +75,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
     ] = None,
     checkpoint: _Checkpoint = "newest",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow: _Allow = None,
 ) -> None:
@@ -85,7 +86,7 @@ def evaluate(
     from syncnorm.run.evaluate import Request, run_evaluate
 
     folder, allowed = _prepare(run, allow)
-    request = Request(folder, split, data or (), checkpoint, allowed, json)
+    request = Request(folder, split, data or (), checkpoint, allowed, json, device)
     run_evaluate(request, workers, read_launched())
 
 

@@ -67,6 +67,7 @@ def export_model(model: LoadedModel, path: Path) -> None:
     partial = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        partial.open("wb").close()  # the writers have errors of their own kinds
         writers[path.suffix](model, partial)
         partial.replace(path)
     except OSError as error:

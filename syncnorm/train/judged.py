@@ -8,6 +8,7 @@ from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split
 from syncnorm.train.data.inputs import Inputs, Signature
+from syncnorm.train.economy import set_tf32
 from syncnorm.train.loaded import make_evaluated, signature_of
 from syncnorm.train.placement import Workers
 from syncnorm.train.setup import load_feed, task_of
@@ -66,6 +67,7 @@ def evaluate_run(
     Raises:
         ConfigError: bad input; on all workers.
     """
+    set_tf32(config.train.tf32)
     snapshot = share_evaluated(folder, checkpoint, workers)
     if has_other_data and "signature" not in snapshot.facts:
         raise ConfigError(

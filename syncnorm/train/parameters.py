@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.section import nearest
+from syncnorm.train.config.section import name_hint
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.optim import OPTIMIZERS
 
@@ -32,8 +32,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
         found = [name for name in names if re.search(pattern, name)]
         if not found:
             raise ConfigError(
-                f"`train.freeze` must each find a module or a parameter, got {pattern!r}. "
-                f"The nearest is {nearest(pattern, names)!r}."
+                f"`train.freeze` must each find a module or a parameter, got {pattern!r}."
+                f"{name_hint(pattern, names)}"
             )
         for name in found:
             if name in modules:

@@ -58,8 +58,8 @@ def check_rows(task: str) -> None:
 def _classes(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
     probabilities = outputs.softmax(1)
     # By the logits, as the accuracy does it: probabilities may round to the same value.
-    best = outputs.topk(min(top, outputs.shape[1]), dim=1).indices
-    best[:, 0] = outputs.argmax(1)
+    # Of equal ones the first, which argmax takes, too.
+    best = outputs.sort(dim=1, descending=True, stable=True).indices[:, :top]
     rows = []
     for numbers, chances in zip(best.tolist(), probabilities.gather(1, best).tolist(), strict=True):
         several = [

@@ -103,6 +103,8 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
         snapshot, _, faults = CheckpointStore(path / CHECKPOINTS).newest()
         if snapshot is None:
             raise _refusal(path, faults[0] if faults else f"{CHECKPOINTS} holds none yet")
+        for fault in faults:
+            _log.warning("weights of %s: %s", path, fault)
         return evaluated_state(snapshot)
     for name in _HF_FILES:
         if (path / name).exists():

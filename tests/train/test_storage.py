@@ -334,10 +334,17 @@ def test_a_run_goes_on_from_the_store_with_the_same_bits(pool, tmp_path):
     assert alone == resumed
 
 
-def test_an_origin_is_text_or_nothing(tmp_path):
-    assert read_origin(tmp_path) is None
-    write_origin(tmp_path, URL)
-    assert read_origin(tmp_path) == URL
-    for text in ("[]", "{", '{"url": 3}'):
-        (tmp_path / "storage.json").write_text(text)
-        assert read_origin(tmp_path) is None
+def test_an_origin_is_the_address_of_this_run(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    assert read_origin(folder) is None
+    write_origin(folder, URL)
+    assert read_origin(folder) == URL
+    # A copy of the folder would replace the run in the store; somebody else's might do worse.
+    for text in (
+        *("[]", "{", '{"url": 3}', '{"url": "memory://bucket/runs/other"}'),
+        *('{"url": "file:///tmp/mine"}', '{"url": "memory://me:word@bucket/mine"}'),
+    ):
+        (folder / "storage.json").write_text(text)
+        with pytest.raises(ConfigError, match="must hold the address of a run called 'mine'"):
+            read_origin(folder)

@@ -3,6 +3,7 @@
 Options are those of the service's own call; defaults name the run and its project.
 """
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -87,7 +88,7 @@ class MLflow:
         else:
             id = self._create(run, experiment)
             values = [
-                Param(".".join(map(str, key)), str(value)[:_MLFLOW_LENGTH])
+                Param(_mlflow_name(".".join(map(str, key))), str(value)[:_MLFLOW_LENGTH])
                 for key, value in leaves(run.config)
             ]
             for start in range(0, len(values), _MLFLOW_BATCH):
@@ -100,7 +101,7 @@ class MLflow:
         experiment_id = (
             self._client.create_experiment(experiment) if found is None else found.experiment_id
         )
-        tags = dict.fromkeys(run.tags, "true")
+        tags = {"tags": ", ".join(run.tags)} if run.tags else {}
         return self._client.create_run(experiment_id, run_name=run.name, tags=tags).info.run_id
 
     def log(self, step: int, figures: Mapping[str, float]) -> None:
@@ -110,6 +111,11 @@ class MLflow:
 
     def close(self) -> None:
         self._client.set_terminated(self._id)
+
+
+def _mlflow_name(key: str) -> str:
+    """Replace what MLflow does not take in a name, such as the signs of a regular expression."""
+    return re.sub(r"[^/\w.\- ]", "_", key)
 
 
 class Trackio:

@@ -6,9 +6,13 @@ there to another machine (`fetch`). `remote` has the operations on a store.
 
 import json
 import re
+import reprlib
 from pathlib import Path
+from typing import TypeGuard
 
+from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.snapshot import MANIFEST
+from syncnorm.train.config.section import check_path_or_url, is_url
 from syncnorm.train.files import write_text_whole
 
 # In the run's folder: the address that it is copied to.
@@ -32,12 +36,34 @@ def write_origin(folder: Path, url: str) -> None:
 
 
 def read_origin(folder: Path) -> str | None:
-    """Read the address that a run's folder is copied to; None if there is none."""
+    """Read the address that a run's folder is copied to; None if there is none.
+
+    Raises:
+        ConfigError: it is not the address of this run. The folder may be somebody else's, or a copy.
+    """
     try:
         url = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["url"]
-    except (OSError, ValueError, TypeError, KeyError):
+    except FileNotFoundError:
         return None
-    return url if isinstance(url, str) else None
+    except (OSError, ValueError, TypeError, KeyError):
+        url = None
+    if not _is_address_of(url, folder):
+        raise ConfigError(
+            f"{folder / ORIGIN}: must hold the address of a run called {folder.absolute().name!r}, "
+            f"got {reprlib.repr(url)}. Remove the file to go on without a copy in a store."
+        )
+    return url
+
+
+def _is_address_of(url: object, folder: Path) -> TypeGuard[str]:
+    try:
+        return (
+            isinstance(url, str)
+            and is_url(check_path_or_url(url))
+            and url.rpartition("/")[2] == folder.absolute().name
+        )
+    except ValueError:
+        return False
 
 
 def checkpoint_files(names: dict[str, int]) -> dict[int, dict[str, int]]:

@@ -4,9 +4,11 @@ Whoever can write to a store decides what is in it. So names are checked, checkp
 those of a disk, and nothing lands outside of the run's own folder.
 """
 
+import fcntl
 import logging
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from syncnorm.errors import CheckpointError, ConfigError
@@ -51,13 +53,21 @@ def disclaim(folder: Path) -> None:
             within(_ANSWER_SECONDS, lambda: Remote(url).remove(RECORDS), url)
 
 
+def _checked(url: str) -> str:
+    try:
+        return check_path_or_url(url).rstrip("/")
+    except ValueError as error:
+        raise ConfigError(f"the address of a run {error}") from None
+
+
 def read_config(url: str) -> str:
     """Read the configuration of a run in a store.
 
     Raises:
         ConfigError: the store refuses or does not answer, or there is no run.
     """
-    remote = within(_ANSWER_SECONDS, lambda: Remote(url.rstrip("/")), url)
+    url = _checked(url)
+    remote = within(_ANSWER_SECONDS, lambda: Remote(url), url)
     text = within(_ANSWER_SECONDS, lambda: remote.read("config.yaml"), url)
     if text is None:
         raise ConfigError(f"there is no run at {url}: no config.yaml")
@@ -79,10 +89,7 @@ def local_copy(source: str | Path) -> Path:
     """
     if not is_url(str(source)):
         return Path(source)
-    try:
-        url = check_path_or_url(str(source)).rstrip("/")
-    except ValueError as error:
-        raise ConfigError(f"the address of a run {error}") from None
+    url = _checked(str(source))
     name = url.rpartition("/")[2]
     if not _NAME.fullmatch(name):
         raise ConfigError(f"the address of a run must end with its name, got {url!r}")
@@ -94,15 +101,25 @@ def local_copy(source: str | Path) -> Path:
     _check_free(folder, url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_origin(folder, url)
-        _fetch(remote, sizes, folder)
+        with _locked(LOCAL_ROOT / f".{name}.lock"):
+            write_origin(folder, url)
+            _fetch(remote, sizes, folder)
     except (OSError, StorageError) as error:
         raise ConfigError(f"run {url} cannot be copied to {str(folder)!r}: {error}") from None
     return folder
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Wait until no other command of this machine makes the same copy."""
+    with path.open("w") as file:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _check_free(folder: Path, url: str) -> None:
-    if folder.exists() and read_origin(folder) != url and any(folder.iterdir()):
+    if folder.exists() and any(folder.iterdir()) and read_origin(folder) != url:
         raise ConfigError(
             f"{str(folder)!r} is in the way of a copy of {url}: it is another run's. "
             "Go to another working folder, or move it."
@@ -120,11 +137,7 @@ def _fetch(remote: Remote, sizes: dict[str, int], folder: Path) -> None:
     for name in (*RECORDS, *LAST_RECORDS):
         if name in sizes:
             _fetch_file(remote, name, folder / name)
-    # The newest that is good, and not the older ones.
-    any(
-        step <= here or _fetch_checkpoint(remote, step, there[step], store)
-        for step in sorted(there, reverse=True)
-    )
+    # The best first: once the newest is here, nobody looks again.
     mark = remote.read(f"{CHECKPOINTS}/{BEST}") if f"{CHECKPOINTS}/{BEST}" in sizes else None
     best = read_mark(mark)
     for step in best & there.keys() - store.folders().keys():
@@ -132,6 +145,13 @@ def _fetch(remote: Remote, sizes: dict[str, int], folder: Path) -> None:
     if mark is not None and best:
         store.folder.mkdir(exist_ok=True)
         files.write_whole(store.folder / BEST, lambda file: file.write(mark))
+    # The newest that is good, and not the older ones.
+    any(
+        step <= here
+        or step in store.folders()
+        or _fetch_checkpoint(remote, step, there[step], store)
+        for step in sorted(there, reverse=True)
+    )
 
 
 def _fetch_checkpoint(

@@ -131,11 +131,13 @@ class Mirror:
         for step in sorted(local, key=lambda s: (s in best, s == newest, s), reverse=True):
             self._copy_checkpoint(remote, step, local[step], names)
             if self._asked.is_set() and not is_last:
-                return  # and begin again, with what is newer
-        # If the mark cannot be read any of them may be the best.
-        if local and (best or mark is None):
+                break  # and begin again, with what is newer
+        # If the mark cannot be read, or is in the store alone, any of them may be the best.
+        is_unmarked = mark is None and f"{CHECKPOINTS}/{BEST}" not in names
+        if local and (best or is_unmarked):
             self._prune(remote, newest, best)
-        self._copy_records(remote, LAST_RECORDS, names)
+        if is_last or not self._asked.is_set():
+            self._copy_records(remote, LAST_RECORDS, names)
 
     def _copy_records(
         self, remote: Remote, records: tuple[str, ...], names: dict[str, int]
