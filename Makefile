@@ -40,7 +40,7 @@ train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
 	$(BIN)/syncnorm train configs/digits.yaml
 
 test: $(ALL)  ## Run the tests
-	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(ALL)  ## Run the tests that take minutes
 	$(BIN)/python -m pytest -m slow

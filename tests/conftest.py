@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -54,16 +55,25 @@ LONGEST = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, where several run side by side: they share what
-    their fixtures make. The longest files come first.
-    """
-    for item in items:
-        name = "ray" if item.path.name in RAY else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(name))
+    """Put the longest files first."""
     order = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Keep the tests of a file in one process, where several run side by side: they share what
+    their fixtures make. (Marks of groups are not it: xdist 3.8 loses them under pytest 9.2.)
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "ray" if path.rpartition("/")[2] in RAY else path
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
