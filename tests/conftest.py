@@ -34,6 +34,9 @@ RAY = ("test_ray.py", "test_ray_verify.py")
 LONGEST = (
     *RAY,
     "test_ended_runs.py",
+    "test_fit.py",
+    "test_use.py",
+    "test_use_tasks.py",
     "test_run.py",
     "test_loop.py",
     "test_tasks.py",

@@ -117,9 +117,8 @@ def assert_saved_and_stopped(done: CompletedProcess[str], folder: Path) -> Path:
     snapshot, _, _ = CheckpointStore(run / "checkpoints").newest()
     assert snapshot is not None
     assert snapshot.step == note["step"]
-    assert done.stderr.splitlines()[-1].endswith(
-        f"saved. To go on: syncnorm train --resume {run.relative_to(folder)}"
-    )
+    line = f"saved. To go on: syncnorm train --resume {run.relative_to(folder)}"
+    assert line in done.stderr.splitlines()[-1]
     return run
 
 
