@@ -128,7 +128,7 @@ def test_two_jobs_at_once_each_as_under_torchrun(cluster, call, tmp_path):
     # What is done stays done, and what it said before is not said again.
     again = call("submit", *SHORT, "launch.workers=2", "--id", "one")
     assert again.code == 0
-    begin, accuracy, folder = again.out.splitlines()
+    begin, *_, accuracy, folder = again.out.splitlines()
     assert begin == "done already, after step 12; --id NEW runs it again"
     assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
     assert folder == str(tmp_path / "runs" / "one")
