@@ -308,6 +308,6 @@ def test_two_launches_do_not_share_a_folder(tmp_path):
         assert process.poll() is None
     assert done.returncode == 2
     assert (
-        done.stderr
-        == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first.\n"
+        done.stderr.splitlines()[-1]
+        == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first."
     )
