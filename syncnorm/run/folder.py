@@ -70,9 +70,15 @@ def make_run_folder(config: "Config", name: str, launch: str | None = None) -> P
         ConfigError: it cannot be made.
     """
     stem = f"{config.name or name}-{datetime.now():%Y%m%d-%H%M%S}"
+    url = None
     if is_url(config.run_dir):
-        # Many machines may begin a run there within a second.
-        stem = f"{stem}-{secrets.token_hex(2)}"
+        # Many machines may begin a run there within a second; a few on this one.
+        stem = f"{stem}-{secrets.token_hex(4)}"
+        url = f"{config.run_dir.rstrip('/')}/{stem}"
+        try:
+            claim(url, _config_text(config))
+        except ConfigError as error:
+            raise ConfigError(f"`run_dir` cannot be used: {error}") from None
     root = local_root(config)
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -80,18 +86,12 @@ def make_run_folder(config: "Config", name: str, launch: str | None = None) -> P
         if launch is not None:
             write_text_whole(folder / "launch.json", json.dumps({"launch": launch}) + "\n")
         write_config(config, folder)
+        if url is not None:
+            write_origin(folder, url)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise ConfigError(
             f"`run_dir` must be a folder that can be written to, got {str(root)!r}: {error}"
         ) from None
-    if is_url(config.run_dir):
-        url = f"{config.run_dir.rstrip('/')}/{folder.name}"
-        try:
-            claim(url, _config_text(config))
-            write_origin(folder, url)
-        except ConfigError as error:
-            remove(folder)
-            raise ConfigError(f"`run_dir` cannot be used: {error}") from None
     return folder
 
 
