@@ -93,7 +93,7 @@ def _wrong_types() -> Iterator[Case]:
         for value in wrong:
             if isinstance(value, list) and any(each.get("minItems") for each in kinds):
                 yield _case(
-                    f"type:{key}={value}", _with(key, value), f"`{key}` must have at least 2 items"
+                    f"type:{key}={value}", _with(key, value), f"`{key}` must be a number or a pair"
                 )
             else:
                 yield _case(f"type:{key}={value}", _with(key, value), f"`{key}` must be ", ", got ")
