@@ -80,7 +80,7 @@ def test_hf_trainer_digits():
 def _trained(example: str, folder: Path, metric: str) -> float:
     """Train a task of its own on two workers; the metric on the test set, in per cent."""
     output = _run(example, f"run_dir={folder}")
-    assert "running statistics: equal on all 2 workers" in output
+    assert "running statistics: equal on 2 workers" in output
     (line,) = re.findall(rf"^test {metric} .*$", output, flags=re.MULTILINE)
     (value,) = _accuracies(line)
     return value

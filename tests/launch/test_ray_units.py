@@ -275,7 +275,7 @@ def test_a_job_has_the_name_of_the_configuration_and_no_address():
     assert job.name == "mine"
     assert job.submission_id.startswith("mine-")
     assert job.submission_id[5:] == make_job("digits", [], ()).submission_id[7:]
-    with pytest.raises(ConfigError, match="`run_dir` must be a folder that all machines of the"):
+    with pytest.raises(ConfigError, match="`run_dir` must be a folder that all machines share"):
         make_job("digits", ["run_dir=s3://bucket/runs"], ())
 
 

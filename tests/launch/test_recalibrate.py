@@ -20,7 +20,7 @@ def run(tmp_path_factory) -> Path:
     short = ["train.epochs=1", "train.global_batch=128", "train.ema=0.5"]
     done = commands.run([*commands.SYNCNORM, "train", "digits_renorm", *short], folder)
     assert done.returncode == 0, done.stderr
-    assert "running statistics: equal on all 2 workers" in done.stdout
+    assert "running statistics: equal on 2 workers" in done.stdout
     return folder / done.stdout.splitlines()[-1]
 
 

@@ -146,11 +146,11 @@ def _apply(values: dict[str, Any], override: str) -> Key:
         raise ConfigError(
             f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}"
         )
-    _set(values, key, value, shown)
-    return key
+    return _set(values, key, value, shown)
 
 
-def _set(values: dict[str, Any], key: Key, value: Any, shown: str) -> None:
+def _set(values: dict[str, Any], key: Key, value: Any, shown: str) -> Key:
+    """Set a value, and return the key that it is under."""
     for depth, part in enumerate(key[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
@@ -158,11 +158,12 @@ def _set(values: dict[str, Any], key: Key, value: Any, shown: str) -> None:
     if key in OPEN_SECTIONS and isinstance(value, str):
         # A bare name, such as train.optimizer=AdamW: the section anew, without what the file has.
         values[key[-1]] = {"name": value}
-        key = (*key, "name")
-    elif value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
+        return (*key, "name")
+    if value is None and key[:-1] in OPEN_SECTIONS and key[-1] in values:
         del values[key[-1]]
     else:
         values[key[-1]] = value
+    return key
 
 
 def _split(name: str) -> Key:
