@@ -12,7 +12,7 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
     the command                 in_process, interrupt, dry_run, recalibrate, verify, doctor
     launcher, this machine      local, processes, machine (devices, memory), failures (their cause)
     worker                      worker, watchdog (stop signals, stuck limit, log)
-    any of them                 env (environment variables), folder (a run's folder, `exit.json`),
+    any of them                 env (environment variables), folder (a run's folder), ending (`exit.json`),
                                 errors
     doctor's two processes      loopback
 

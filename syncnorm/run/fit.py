@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 from syncnorm.errors import ConfigError
+from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import RunStopped
-from syncnorm.run.folder import Exit, read_exit
 from syncnorm.run.given import Constant, Given, name_of
 from syncnorm.run.local import run_local
 from syncnorm.run.notebook import Follower, is_notebook

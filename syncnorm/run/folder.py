@@ -1,62 +1,27 @@
-"""A run's folder: making and finding it, its lock, and `exit.json`, the record of its end."""
+"""A run's folder: making and finding it, its lock."""
 
 import fcntl
 import itertools
 import json
 import secrets
 import sys
-from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 from syncnorm.errors import ConfigError
+from syncnorm.run.ending import read_exit
+from syncnorm.train.checkpoint.capture import describe_differences
 from syncnorm.train.config import strict_yaml
+from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
 from syncnorm.train.files import remove, write_text_whole
 from syncnorm.train.storage import LOCAL_ROOT, read_origin, write_origin
 from syncnorm.train.storage.fetch import claim, disclaim, local_copy
 from syncnorm.train.storage.mirror import open_mirror
 
-if TYPE_CHECKING:
-    from syncnorm.train.config.schema import Config
 
-
-@dataclass(frozen=True)
-class Exit:
-    """End of a run.
-
-    Args:
-        status: done, stopped (saved, and can be resumed) or failed.
-        reason: a sentence.
-        step: optimizer steps done, as far as they are on record.
-        exit_code: of the command.
-        metrics: the last ones of each split; the one that decides comes first.
-    """
-
-    status: Literal["done", "stopped", "failed"]
-    reason: str
-    step: int
-    exit_code: int
-    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def write(self, folder: Path) -> None:
-        """Write `exit.json`."""
-        facts = asdict(self)
-        if not self.metrics:
-            del facts["metrics"]
-        write_text_whole(folder / "exit.json", json.dumps(facts) + "\n")
-
-
-def read_exit(folder: Path) -> Exit | None:
-    """Read `exit.json`; None while the run goes on, or after it was killed."""
-    try:
-        return Exit(**json.loads((folder / "exit.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None
-
-
-def make_run_folder(config: "Config", name: str, launch: str | None = None) -> Path:
+def make_run_folder(config: Config, name: str, launch: str | None = None) -> Path:
     """Make a new folder `RUN_DIR/NAME-DATE-TIME` with the resolved configuration in it.
 
     Where `run_dir` is an address, the folder is `runs/NAME-DATE-TIME-HEX`, to be copied there.
@@ -95,7 +60,7 @@ def make_run_folder(config: "Config", name: str, launch: str | None = None) -> P
     return folder
 
 
-def local_root(config: "Config") -> Path:
+def local_root(config: Config) -> Path:
     """Return the folder on this machine in which the run gets its own."""
     return LOCAL_ROOT if is_url(config.run_dir) else Path(config.run_dir)
 
@@ -107,16 +72,16 @@ def remove_unstarted(folder: Path) -> None:
         remove(folder)
 
 
-def write_config(config: "Config", folder: Path) -> None:
+def write_config(config: Config, folder: Path) -> None:
     """Write the resolved configuration, which makes a folder a run's folder."""
     write_text_whole(folder / "config.yaml", _config_text(config))
 
 
-def _config_text(config: "Config") -> str:
+def _config_text(config: Config) -> str:
     return strict_yaml.dump(config.model_dump())
 
 
-def upload_rest(folder: Path, config: "Config") -> None:
+def upload_rest(folder: Path, config: Config) -> None:
     """Copy a run's folder to its address once more, if it has one, as the run's workers are gone.
 
     A fault is printed.
@@ -131,7 +96,7 @@ def upload_rest(folder: Path, config: "Config") -> None:
         print(f"syncnorm: {fault}", file=sys.stderr)
 
 
-def find_relaunched(config: "Config", launch: str) -> Path | None:
+def find_relaunched(config: Config, launch: str) -> Path | None:
     """Find the newest unfinished run of the same launch, whose workers are being restarted."""
     folders = []
     for note in local_root(config).glob("*/launch.json"):
@@ -149,7 +114,7 @@ def find_relaunched(config: "Config", launch: str) -> Path | None:
     return max(folders, key=lambda folder: folder.stat().st_mtime, default=None)
 
 
-def check_resumable(config: "Config", source: Path | str) -> Path:
+def check_resumable(config: Config, source: Path | str) -> Path:
     """Return the folder of a run if one with this configuration can resume in it.
 
     Args:
@@ -160,8 +125,6 @@ def check_resumable(config: "Config", source: Path | str) -> Path:
         ConfigError: it is not a run's folder, or that run would have another result; or the store
             refuses.
     """
-    from syncnorm.train.checkpoint.capture import describe_differences
-
     folder = local_copy(source)
     if read_origin(folder) is None and is_url(config.run_dir):
         raise ConfigError(
@@ -215,9 +178,7 @@ def _recorded(folder: Path) -> dict[str, Any] | None:
     return recorded if isinstance(recorded, dict) else None
 
 
-def _is_same_config(config: "Config", folder: Path) -> bool:
-    from syncnorm.train.checkpoint.capture import describe_differences
-
+def _is_same_config(config: Config, folder: Path) -> bool:
     recorded = _recorded(folder)
     return recorded is not None and not describe_differences(config, recorded)
 

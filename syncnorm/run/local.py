@@ -1,12 +1,9 @@
 """Local runs: starts workers on this machine, and starts them again after the loss of one."""
 
-import multiprocessing
-import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from concurrent import futures
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,23 +12,17 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from syncnorm.errors import ConfigError
 from syncnorm.run import env, interrupt
+from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.errors import LocalRunError, RunStopped
 from syncnorm.run.failures import Failure, root_cause
-from syncnorm.run.folder import (
-    Exit,
-    check_resumable,
-    make_run_folder,
-    read_exit,
-    remove_unstarted,
-    upload_rest,
-)
+from syncnorm.run.folder import check_resumable, make_run_folder, remove_unstarted, upload_rest
 from syncnorm.run.given import Given
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
 from syncnorm.run.worker import Task, print_workers, run_launched, uses_store
 from syncnorm.train.metrics import MetricsFile, last_step
-from syncnorm.train.processes import die_with_parent
+from syncnorm.train.processes import call_apart
 
 # Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30
@@ -61,7 +52,11 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
     forks = can_fork(device)
     if forks:
         prepare_to_fork()
-    folder = _find_folder_apart(task) if forks and uses_store(task) else _find_folder(task)
+    if forks and uses_store(task):
+        # Objects of a program need not be pickled, and are not needed.
+        folder = call_apart(_find_folder, replace(task, given=Given()))
+    else:
+        folder = _find_folder(task)
     if note is not None:
         print(f"syncnorm: {note}", file=sys.stderr)
     before = _stamp(folder)
@@ -94,14 +89,6 @@ def _find_folder(task: Task) -> Path:
     if task.resume is None:
         return make_run_folder(task.config, task.name)
     return check_resumable(task.config, task.resume)
-
-
-def _find_folder_apart(task: Task) -> Path:
-    """Find the run's folder in a process of its own: libraries of stores leave threads behind."""
-    with futures.ProcessPoolExecutor(
-        1, multiprocessing.get_context("fork"), die_with_parent, (os.getpid(),)
-    ) as pool:
-        return pool.submit(_find_folder, replace(task, given=Given())).result()
 
 
 def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None) -> None:

@@ -1,15 +1,13 @@
 """The command line of a run that goes on: the configuration is the run's own."""
 
-import multiprocessing
 import shlex
-import sys
 from collections.abc import Sequence
-from concurrent import futures
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import Written, parse, read
 from syncnorm.train.config.section import is_url
+from syncnorm.train.processes import call_apart
 
 
 class NoConfigError(ConfigError):
@@ -37,26 +35,14 @@ def choose_config(config: str | None, overrides: Sequence[str], resume: str | No
         )
     overrides = [*([] if config is None else [config]), *overrides]
     if is_url(resume):
+        from syncnorm.train.storage.fetch import read_config
+
         # Not a copy of the run: each worker of torchrun asks for it.
-        return parse(_read_from_store(resume), Path("config.yaml"), overrides)
+        return parse(call_apart(read_config, resume), Path("config.yaml"), overrides)
     path = Path(resume) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"`--resume` must name a run's folder, got {resume!r}")
     return read(str(path), overrides)
-
-
-def _read_from_store(url: str) -> str:
-    """Read the configuration of a run in a store.
-
-    In a process of its own: libraries of stores leave threads behind, and then workers cannot be
-    forked.
-    """
-    from syncnorm.train.storage.fetch import read_config
-
-    if sys.platform != "linux":
-        return read_config(url)
-    with futures.ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(read_config, url).result()
 
 
 def resume_command(folder: Path, allowed: Sequence[str]) -> str:

@@ -5,10 +5,10 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
+from syncnorm.run.ending import Exit
 from syncnorm.run.env import Launched, read_launched, set_for_nccl, writes_report
 from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.folder import (
-    Exit,
     check_resumable,
     find_relaunched,
     lock,
@@ -42,7 +42,7 @@ from syncnorm.train.processes import die_with_parent
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import format_metric
-from syncnorm.train.waiting import wait_for_first
+from syncnorm.train.waiting import in_thread_of_first, wait_for_first
 
 _log = logging.getLogger(__name__)
 
@@ -125,16 +125,16 @@ def work_in_program(task: Task, launched: Launched) -> tuple[Path, Exit]:
         The run's folder and the record of its end.
     """
     try:
-        folder, outcome, progress = _work(task, launched, stays=True)
+        folder, outcome = _work(task, launched, stays=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
         # DDP holds the process group alive, and would end it with the interpreter.
         gc.collect()
-    return folder, _exit_record(outcome, progress)
+    return folder, _exit_record(outcome)
 
 
-def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path, Outcome, Progress]:
+def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path, Outcome]:
     # Elsewhere than on Linux, the workers of a launcher that is killed outright end by the timeouts
     # of their collectives.
     die_with_parent(launched.launcher_pid)
@@ -152,9 +152,8 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
         )
         # From here on the folder may be removed: all workers have made their files in it.
         dist.barrier()
-        progress = Progress()
         try:
-            outcome = train_in(folder, task, workers, watch, progress)
+            outcome = train_in(folder, task, workers, watch)
         finally:
             watch.close()
             if stays:
@@ -166,12 +165,10 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
         # A peer may still be completing the last collective.
         dist.barrier()
     dist.destroy_process_group()
-    return folder, outcome, progress
+    return folder, outcome
 
 
-def train_in(
-    folder: Path, task: Task, workers: Workers, watch: Watch, progress: Progress | None = None
-) -> Outcome:
+def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcome:
     """Train in a run's folder, and record the end in `exit.json`.
 
     Args:
@@ -179,10 +176,9 @@ def train_in(
         task: the same on all workers.
         workers: this worker's place.
         watch: gets the progress, and may ask to stop.
-        progress: is kept up to date; one of its own if None.
     """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
-    progress, config = progress or Progress(), task.config
+    progress, config = Progress(), task.config
     mirror: Mirror | None = None
     if workers.is_first:
         mirror = open_mirror(folder, config.checkpoint.keep, config.launch.timeout_seconds)
@@ -209,10 +205,10 @@ def train_in(
             mirror.is_over(_LAST_COPY_SECONDS)
         raise
     if workers.is_first:
-        _exit_record(outcome, progress).write(folder)
+        _exit_record(outcome).write(folder)
     if outcome.is_done:
         _write_page(folder, workers, watch)
-    _finish_copy(mirror, folder, progress, watch)
+    _finish_copy(mirror, folder, outcome.step, watch)
     return outcome
 
 
@@ -221,19 +217,11 @@ def _write_page(folder: Path, workers: Workers, watch: Watch) -> None:
 
     *Collectives*: a broadcast or more; every worker must call.
     """
-    page: list[futures.Future[None]] = []
-    if workers.is_first and writes_report():
-        thread = futures.ThreadPoolExecutor(1)
-        page.append(thread.submit(write_own_report, folder))
-        thread.shutdown(wait=False)
-
-    def is_written(seconds: float) -> bool:
-        return not futures.wait(page, seconds).not_done
-
-    wait_for_first(is_written if workers.is_first else None, watch.alive)
+    is_written_here = workers.is_first and writes_report()
+    in_thread_of_first(partial(write_own_report, folder) if is_written_here else None, watch.alive)
 
 
-def _finish_copy(mirror: Mirror | None, folder: Path, progress: Progress, watch: Watch) -> None:
+def _finish_copy(mirror: Mirror | None, folder: Path, step: int, watch: Watch) -> None:
     """Copy what is left to the run's address, and wait for that, but not if nothing moves.
 
     *Collectives*: a broadcast or more; every worker must call.
@@ -244,7 +232,7 @@ def _finish_copy(mirror: Mirror | None, folder: Path, progress: Progress, watch:
     for fault in [] if mirror is None else mirror.pop_faults():
         _log.warning("%s", fault)
         MetricsFile(folder / "metrics.jsonl").write_timed(
-            "fault", step=progress.step, kind="storage", message=fault
+            "fault", step=step, kind="storage", message=fault
         )
 
 
@@ -293,15 +281,8 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
     mine: Any = None
     held, is_new = None, False
     # In a thread, for a copy from a store may take longer than the others' collectives.
-    chosen = None
-    if launched.rank == 0:
-        with_thread = futures.ThreadPoolExecutor(1)
-        chosen = with_thread.submit(_choose_folder, task, launched)
-        with_thread.shutdown(wait=False)
-    wait_for_first(
-        None if chosen is None else lambda seconds: bool(futures.wait([chosen], seconds).done),
-        lambda: None,
-    )
+    choose = partial(_choose_folder, task, launched) if launched.rank == 0 else None
+    chosen = in_thread_of_first(choose, lambda: None)
     if chosen is not None:
         try:
             mine, is_new = chosen.result()
@@ -348,11 +329,11 @@ def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
     return make_run_folder(task.config, task.name, launched.launch_id), True
 
 
-def _exit_record(outcome: Outcome, progress: Progress) -> Exit:
+def _exit_record(outcome: Outcome) -> Exit:
     metrics = {split: dict(each) for split, each in outcome.metrics.items()}
     if outcome.is_done:
-        return Exit("done", outcome.reason, progress.step, 0, metrics)
-    return Exit("stopped", f"{outcome.reason}; saved", progress.step, RESUMABLE, metrics)
+        return Exit("done", outcome.reason, outcome.step, 0, metrics)
+    return Exit("stopped", f"{outcome.reason}; saved", outcome.step, RESUMABLE, metrics)
 
 
 def print_workers(count: int, device: torch.device) -> None:

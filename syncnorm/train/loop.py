@@ -71,12 +71,14 @@ class Outcome:
         digests: SHA-256 of each worker's buffers, in rank order.
         is_done: True if all epochs are done; False if the run was asked to stop, and has saved its
             state.
+        step: optimizer steps done.
         reason: for being done; or by whom or what the run was asked to stop.
     """
 
     metrics: Mapping[str, Mapping[str, float]]
     digests: list[str]
     is_done: bool
+    step: int
     reason: str = ""
 
 
@@ -211,7 +213,7 @@ def train(
         digests = gather_digests(setup.model)
         recorder.record_end(metrics, digests, is_done=is_done)
         recorder.close_loggers(watch.alive, is_done=is_done)
-    return Outcome(metrics, digests, is_done, _reason(run, is_done))
+    return Outcome(metrics, digests, is_done, progress.step, _reason(run, is_done))
 
 
 def _reason(run: Run, is_done: bool) -> str:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.distributed as dist
 
 from syncnorm import monitor
 from syncnorm.comm import exchange
-from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.capture import Progress, Resumed, versions
 from syncnorm.train.checkpoint.saver import SaveResult
 from syncnorm.train.data.feed import Feed
@@ -25,7 +23,7 @@ from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult
 from syncnorm.train.storage.mirror import Mirror
 from syncnorm.train.task.measures import format_metric
-from syncnorm.train.waiting import wait_for_first
+from syncnorm.train.waiting import from_first, wait_for_first
 
 _log = logging.getLogger(__name__)
 
@@ -285,15 +283,11 @@ def _named(split: str, metrics: Mapping[str, float]) -> dict[str, float]:
 def _open_on_first(setup: Setup, folder: Path, allowed: tuple[str, ...]) -> list[GuardedLogger]:
     """Open the loggers on the first worker; an error is raised on all."""
     loggers: list[GuardedLogger] = []
-    fault: list[str | None] = [None]
-    if setup.workers.is_first:
-        try:
-            loggers = open_loggers(setup.config, folder, allowed)
-        except ConfigError as error:
-            fault = [str(error)]
-    dist.broadcast_object_list(fault, src=0)
-    if fault[0] is not None:
-        raise ConfigError(fault[0])
+    # They stay where they are: the others get nothing but the error.
+    from_first(
+        setup.workers.is_first,
+        lambda: loggers.extend(open_loggers(setup.config, folder, allowed)),
+    )
     return loggers
 
 

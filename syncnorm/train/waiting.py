@@ -1,11 +1,65 @@
-"""Waiting on all workers for something that the first one does by itself."""
+"""What the first worker does by itself, and the others wait for."""
 
 from collections.abc import Callable
+from concurrent import futures
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from syncnorm.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+
 # Far below every time limit of a worker, which the others would reach as they wait.
 _LOOK_SECONDS = 0.3
+
+
+def from_first(is_first: bool, work: Callable[[], T]) -> T:
+    """Do something on the first worker, and return its result, or raise its error, on all.
+
+    *Collectives*: one broadcast; every worker must call.
+
+    Args:
+        is_first: True on the first worker, which alone calls `work`.
+        work: within the time limit of a collective; its result is pickled.
+
+    Raises:
+        ConfigError, CheckpointError: that of the first worker.
+    """
+    found: list[Any] = [None]
+    if is_first:
+        try:
+            found = [work()]
+        except (ConfigError, CheckpointError) as error:
+            found = [error]
+    dist.broadcast_object_list(found, src=0)
+    if isinstance(found[0], ConfigError | CheckpointError):
+        raise found[0]
+    return found[0]
+
+
+def in_thread_of_first(
+    work: Callable[[], T] | None, alive: Callable[[], None]
+) -> "futures.Future[T] | None":
+    """Do something in a thread on the first worker, however long that takes.
+
+    *Collectives*: as of `wait_for_first`; every worker must call.
+
+    Args:
+        work: None where there is nothing to do, as on all others.
+        alive: called meanwhile, on every worker.
+
+    Returns:
+        What has come of it; None where there was nothing to do.
+    """
+    if work is None:
+        wait_for_first(None, alive)
+        return None
+    thread = futures.ThreadPoolExecutor(1)
+    future = thread.submit(work)
+    thread.shutdown(wait=False)
+    wait_for_first(lambda seconds: bool(futures.wait([future], seconds).done), alive)
+    return future
 
 
 def wait_for_first(is_over: Callable[[float], bool] | None, alive: Callable[[], None]) -> None:

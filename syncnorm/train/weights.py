@@ -17,7 +17,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -29,6 +28,7 @@ from syncnorm.train.checkpoint.snapshot import MANIFEST, read_snapshot
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import ModelSection
 from syncnorm.train.placement import Workers
+from syncnorm.train.waiting import from_first
 
 _log = logging.getLogger(__name__)
 
@@ -51,17 +51,10 @@ def load_weights(model: nn.Module, section: ModelSection, workers: Workers) -> N
     """
     if section.weights is None:
         return
-    found: list[Any] = [None]
-    if workers.is_first:
-        try:
-            found = [read_weights(Path(section.weights).expanduser())]
-        except ConfigError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], ConfigError):
-        raise found[0]
+    path = Path(section.weights).expanduser()
+    found = from_first(workers.is_first, lambda: read_weights(path))
     try:
-        state = _without_prefix(found[0], model.state_dict())
+        state = _without_prefix(found, model.state_dict())
         adopted = adopt_state_dict(model, state, partial=section.partial)
     except InputError as error:
         remedy = "" if section.partial else " model.partial=true loads what fits."

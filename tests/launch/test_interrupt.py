@@ -146,6 +146,13 @@ def test_what_needs_no_tensor_starts_without_torch(arguments):
     assert (done.returncode, done.stderr) == (0, "False\n")
 
 
+def test_looking_at_jobs_needs_no_torch():
+    pytest.importorskip("ray")
+    code = "import sys, syncnorm.run.ray.submit; sys.exit('torch' in sys.modules)"
+    done = commands.run([sys.executable, "-c", code], Path.cwd())
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_version():
     done = commands.run([*commands.SYNCNORM, "--version"], Path.cwd())
     assert (done.returncode, done.stdout) == (0, f"syncnorm {__version__}\n")

@@ -20,7 +20,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
-from syncnorm.run.folder import Exit
+from syncnorm.run.ending import Exit
 from syncnorm.run.ray import cli, submit
 from syncnorm.run.ray.client import ClusterError, check_address, translated_errors
 from syncnorm.run.ray.cluster import capacity_of, check_capacity

@@ -6,7 +6,7 @@ import pytest
 
 from drills import store_drill
 from drills.local_s3 import BUCKET, local_s3
-from syncnorm.run.folder import read_exit
+from syncnorm.run.ending import read_exit
 from tests.launch import commands
 from tests.launch.record import digests, run_folder
 from tests.train.runs import events

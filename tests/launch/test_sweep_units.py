@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.folder import Exit
+from syncnorm.run.ending import Exit
 from syncnorm.run.ray import results
 from syncnorm.run.ray.job import prepare_folder
 from syncnorm.run.ray.space import Space, read_space, split_grids

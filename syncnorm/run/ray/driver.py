@@ -25,8 +25,8 @@ from ray.util.state import list_actors
 
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
+from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.errors import RESUMABLE
-from syncnorm.run.folder import Exit, read_exit
 from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity
 from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize

@@ -6,7 +6,7 @@ from pathlib import Path
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import TrainControllerState
 
-from syncnorm.run.folder import read_exit
+from syncnorm.run.ending import read_exit
 from syncnorm.run.ray.worker import RESIZE
 
 _POLL_SECONDS = 0.1

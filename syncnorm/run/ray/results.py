@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.folder import Exit, read_exit
+from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.ray.sweep import Sweep, write_record
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.metrics import last_step, read_events

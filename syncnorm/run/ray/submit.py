@@ -11,8 +11,8 @@ from typing import Any, TextIO
 
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
+from syncnorm.run.ending import read_exit
 from syncnorm.run.errors import RESUMABLE
-from syncnorm.run.folder import read_exit
 from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
 from syncnorm.train.metrics import last_step
 

@@ -27,8 +27,8 @@ from ray.tune.search import Searcher
 
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
+from syncnorm.run.ending import Exit
 from syncnorm.run.errors import RESUMABLE, LocalRunError
-from syncnorm.run.folder import Exit
 from syncnorm.run.interrupt import STOP_SIGNALS
 from syncnorm.run.ray import results
 from syncnorm.run.ray.cluster import read_capacity

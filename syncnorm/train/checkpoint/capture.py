@@ -27,6 +27,7 @@ from syncnorm.train.config.schema import MATHEMATICS, Config
 from syncnorm.train.config.section import leaves
 from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
+from syncnorm.train.waiting import from_first
 
 _log = logging.getLogger(__name__)
 
@@ -210,21 +211,17 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
     Raises:
         CheckpointError: the checkpoint is of another configuration; on all workers.
     """
-    found: list[Any] = [None]
-    if store is not None:
+
+    def read() -> tuple[Snapshot | None, str | None, list[str]]:
+        assert store is not None
         # After a kill in the last save of all, nobody else removes its remains.
         store.clean()
-        try:
-            snapshot, path, faults = store.newest()
-            if snapshot is not None:
-                check_same(setup.config, snapshot)
-            found = [(snapshot, None if path is None else path.name, faults)]
-        except CheckpointError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    if isinstance(found[0], CheckpointError):
-        raise found[0]
-    snapshot, source, faults = found[0]
+        snapshot, path, faults = store.newest()
+        if snapshot is not None:
+            check_same(setup.config, snapshot)
+        return snapshot, None if path is None else path.name, faults
+
+    snapshot, source, faults = from_first(store is not None, read)
     if snapshot is not None:
         restore(setup, progress, snapshot)
     return Resumed(source, faults)

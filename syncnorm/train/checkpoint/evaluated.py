@@ -3,7 +3,6 @@
 import logging
 from pathlib import Path
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import CheckpointError, ConfigError
@@ -11,6 +10,7 @@ from syncnorm.train import buffers
 from syncnorm.train.checkpoint.snapshot import MANIFEST, Snapshot
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.placement import Workers
+from syncnorm.train.waiting import from_first
 
 NEWEST, BEST = "newest", "best"
 # The name of a checkpoint, and of its folder, whose running statistics were computed anew.
@@ -76,18 +76,7 @@ def share_evaluated(folder: Path, checkpoint: str, workers: Workers) -> Snapshot
     Raises:
         ConfigError: see `read_evaluated`; on all workers.
     """
-    found: list[Snapshot | ConfigError | None] = [None]
-    if workers.is_first:
-        try:
-            found = [read_evaluated(folder, checkpoint)]
-        except ConfigError as error:
-            found = [error]
-    dist.broadcast_object_list(found, src=0)
-    (snapshot,) = found
-    if isinstance(snapshot, ConfigError):
-        raise snapshot
-    assert snapshot is not None
-    return snapshot
+    return from_first(workers.is_first, lambda: read_evaluated(folder, checkpoint))
 
 
 def load_evaluated(model: nn.Module, snapshot: Snapshot, folder: Path) -> None:
