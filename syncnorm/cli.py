@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
 from syncnorm.run import use
+from syncnorm.run.arguments import Allow, Config, Overrides
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
@@ -30,22 +31,6 @@ config_app = typer.Typer(
     no_args_is_help=True, help="Print a resolved configuration, or the keys and their meaning."
 )
 app.add_typer(config_app, name="config")
-
-_Config = Annotated[
-    str,
-    typer.Argument(
-        metavar="CONFIG",
-        help="A YAML file, or the name of a packed configuration such as digits.",
-    ),
-]
-_Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Replace values, such as train.lr=0.1."),
-]
-_Allow = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
-]
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -76,7 +61,7 @@ def train(
             "--resume, the run's own if left out.",
         ),
     ] = None,
-    overrides: _Overrides = None,
+    overrides: Overrides = None,
     dry: Annotated[
         bool,
         typer.Option(
@@ -88,7 +73,7 @@ def train(
         str | None,
         typer.Option(metavar="RUN", help="Resume the run in this folder, or at this address."),
     ] = None,
-    allow: _Allow = None,
+    allow: Allow = None,
 ) -> None:
     """Train on workers of this machine, or as one worker of torchrun when started by it.
 
@@ -147,8 +132,8 @@ def report(
 
 @config_app.command()
 def show(
-    config: _Config,
-    overrides: _Overrides = None,
+    config: Config,
+    overrides: Overrides = None,
 ) -> None:
     """Print the resolved configuration, with the origin of each value."""
     from syncnorm.train.config.show import show as show_config

@@ -1,10 +1,6 @@
 """The command `syncnorm evaluate`: in this process, on workers of its own, or under torchrun."""
 
 import json
-import os
-import shutil
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,17 +8,17 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
 from syncnorm.run import env, interrupt
 from syncnorm.run.env import Launched, read_launched
 from syncnorm.run.errors import LocalRunError
-from syncnorm.run.failures import root_cause
 from syncnorm.run.in_process import errors_in_one_line
+from syncnorm.run.local import run_once
 from syncnorm.run.machine import choose_device
-from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
-from syncnorm.run.worker import join
+from syncnorm.run.processes import can_fork, prepare_to_fork
+from syncnorm.run.worker import end_with, join
 from syncnorm.train.config.schema import Config
 from syncnorm.train.judged import Evaluation, evaluate_run
 from syncnorm.train.loaded import read_run
@@ -67,7 +63,7 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
         ConfigError: bad input; see `evaluate_run`.
         LocalRunError: code that the configuration names failed, or a worker was lost.
     """
-    _read(request)
+    config = _read(request)
     if launched is not None and workers is not None:
         raise ConfigError(
             f"`--workers` must be left to the launcher, which started {launched.world_size}, got "
@@ -75,9 +71,9 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
         )
     if workers is None or workers == 1:
         with errors_in_one_line(0 if launched is None else launched.rank):
-            _print(request, _evaluate(request, launched))
+            _print(request, _evaluate(request, config, launched))
     else:
-        _start_workers(request, workers)
+        _start_workers(request, config, workers)
 
 
 def _read(request: Request) -> Config:
@@ -87,8 +83,7 @@ def _read(request: Request) -> Config:
     return read_run(request.run, request.allowed, overrides=keys)
 
 
-def _evaluate(request: Request, launched: Launched | None) -> Evaluation:
-    config = _read(request)
+def _evaluate(request: Request, config: Config, launched: Launched | None) -> Evaluation:
     workers = join(request.device, launched, config.launch.timeout_seconds)
     try:
         return evaluate_run(
@@ -115,40 +110,27 @@ def _print(request: Request, found: Evaluation) -> None:
         print(f"{found.split} {format_metric(name, value)}", flush=True)
 
 
-def _start_workers(request: Request, count: int) -> None:
-    device = choose_device(request.device, 0, count)
-    forks = can_fork(device)
+def _start_workers(request: Request, config: Config, count: int) -> None:
+    forks = can_fork(choose_device(request.device, 0, count))
     if forks:
         prepare_to_fork()
-    logs = tempfile.mkdtemp(prefix="syncnorm-")
-    work = partial(_work, request)
+    work = partial(_work, request, config)
     try:
         with env.for_workers(), interrupt.for_launcher():
-            run_processes(work, count, Path(logs), forks, _PATIENCE_SECONDS)
+            failure = run_once(work, count, forks, _PATIENCE_SECONDS)
     except interrupt.Stopped as stopped:
         raise LocalRunError(f"stopped by {stopped.number.name}", 128 + stopped.number) from None
-    except ChildFailedError as error:
-        failure = root_cause(error)
-        if failure.is_bad_input:
-            raise ConfigError(failure.reason) from None
-        raise LocalRunError(failure.reason) from None
-    finally:
-        shutil.rmtree(logs, ignore_errors=True)
+    if failure is not None:
+        raise LocalRunError(failure.reason)
 
 
-def _work(request: Request) -> NoReturn:
-    status = 0
-    try:
-        _evaluate_as_launched(request)
-    except Exception as error:  # the launcher reads it in the worker's error file
-        status = 2 if isinstance(error, ConfigError) else 1
-    sys.stdout.flush()
-    os._exit(status)
+def _work(request: Request, config: Config) -> NoReturn:
+    launched = read_launched()
+    assert launched is not None
+    end_with(partial(_evaluate_as_launched, request, config, launched), launched)
 
 
 @record
-def _evaluate_as_launched(request: Request) -> None:
-    launched = read_launched()
-    assert launched is not None
+def _evaluate_as_launched(request: Request, config: Config, launched: Launched) -> None:
     die_with_parent(launched.launcher_pid)
-    _print(request, _evaluate(request, launched))
+    _print(request, _evaluate(request, config, launched))

@@ -115,14 +115,37 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
 def _run_once(task: Task, folder: Path, forks: bool, before: int | None) -> Failure | None:
     """Start the workers once and wait for them; return the failure, None if they are done."""
     launch = task.config.launch
-    logs = tempfile.mkdtemp(prefix="syncnorm-")
     patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, launch.timeout_seconds)
+    return run_once(
+        partial(run_launched, task),
+        launch.most_workers,
+        forks,
+        patience_seconds,
+        partial(_raise_if_stopped, folder, task, before),
+    )
+
+
+def run_once(
+    work: Callable[[], object],
+    count: int,
+    forks: bool,
+    patience_seconds: float,
+    look: Callable[[], None] = lambda: None,
+) -> Failure | None:
+    """Start workers on this machine, and wait for them; return the failure, None if they are done.
+
+    Args:
+        work, count, forks, patience_seconds: see `run_processes`.
+        look: called after a failure, before its cause is looked for.
+
+    Raises:
+        ConfigError: the workers refused their input.
+    """
+    logs = tempfile.mkdtemp(prefix="syncnorm-")
     try:
-        run_processes(
-            partial(run_launched, task), launch.most_workers, Path(logs), forks, patience_seconds
-        )
+        run_processes(work, count, Path(logs), forks, patience_seconds)
     except ChildFailedError as error:
-        _raise_if_stopped(folder, task, before)
+        look()
         failure = root_cause(error)
         if failure.is_bad_input:
             raise ConfigError(failure.reason) from None

@@ -6,16 +6,11 @@ from typing import Annotated
 import typer
 
 from syncnorm.errors import ConfigError
+from syncnorm.run.arguments import Allow
 from syncnorm.run.env import read_launched
 from syncnorm.run.in_process import add_working_folder_to_path
 
 _Run = Annotated[str, typer.Argument(metavar="RUN", help="The folder or the address of a run.")]
-_Allow = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="PACKAGE", help="A package whose callables the run's configuration may name."
-    ),
-]
 _Checkpoint = Annotated[
     str,
     typer.Option(help="newest, best, recalibrated, or a folder's name in the run's checkpoints."),
@@ -51,7 +46,7 @@ def _prepare(run: str, allow: list[str] | None) -> tuple[Path, tuple[str, ...]]:
 def recalibrate(
     run: _Run,
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
-    allow: _Allow = None,
+    allow: Allow = None,
 ) -> None:
     """Recompute the running statistics of a run on its training set, into a new checkpoint.
 
@@ -77,7 +72,7 @@ def evaluate(
     checkpoint: _Checkpoint = "newest",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-    allow: _Allow = None,
+    allow: Allow = None,
 ) -> None:
     """Compute the metrics of a run's model, on a set of its data or on other data.
 
@@ -106,7 +101,7 @@ def predict(
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Number of classes to list.")] = 1,
     checkpoint: _Checkpoint = "newest",
-    allow: _Allow = None,
+    allow: Allow = None,
 ) -> None:
     """Predict files with a run's model.
 
@@ -131,7 +126,7 @@ def export(
         ),
     ],
     checkpoint: _Checkpoint = "newest",
-    allow: _Allow = None,
+    allow: Allow = None,
 ) -> None:
     """Write a run's model for programs that do not know syncnorm, with torch's batch norms.
 

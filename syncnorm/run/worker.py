@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -41,7 +41,7 @@ from syncnorm.train.placement import Workers
 from syncnorm.train.processes import die_with_parent
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
-from syncnorm.train.task.measures import format_metric
+from syncnorm.train.task.measures import describe_metrics
 from syncnorm.train.waiting import in_thread_of_first, wait_for_first
 
 _log = logging.getLogger(__name__)
@@ -91,8 +91,18 @@ def run_launched(task: Task) -> NoReturn:
 
 def run_worker(task: Task, launched: Launched) -> NoReturn:
     """Train by `work`, and end this process with the status of the command."""
+    end_with(partial(work, task, launched), launched)
+
+
+def end_with(work: Callable[[], int | None], launched: Launched) -> NoReturn:
+    """Work as one worker, and end this process with the status of the command.
+
+    Args:
+        work: under torch's `record`; returns the status.
+        launched: by whom.
+    """
     try:
-        status: int = work(task, launched)  # pyright: ignore[reportAssignmentType] record declares that it may be None
+        status = work() or 0
     except Exception as error:
         if launched.launcher_pid is None and not isinstance(error, ConfigError):
             raise
@@ -357,9 +367,5 @@ def summarize(outcome: Outcome) -> list[str]:
         ]
     return [
         *lines,
-        *(
-            f"{split} {format_metric(name, value)}"
-            for split, metrics in outcome.metrics.items()
-            for name, value in reversed(list(metrics.items()))
-        ),
+        *describe_metrics(outcome.metrics),
     ]

@@ -7,11 +7,12 @@ import time
 from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from syncnorm.errors import ConfigError
+from syncnorm.run.arguments import Allow, Config
 from syncnorm.run.env import set_for_ray_of_own
 from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.interrupt import as_keyboard_interrupt
@@ -19,7 +20,9 @@ from syncnorm.run.interrupt import as_keyboard_interrupt
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-    from syncnorm.run.ray.submit import Entry, JobStatus
+    from syncnorm.run.ray.job import Job
+    from syncnorm.run.ray.submit import JobStatus
+    from syncnorm.run.ray.sweep import Sweep
 
 _PANEL = "On a Ray cluster"
 
@@ -45,16 +48,6 @@ def add_commands(app: typer.Typer) -> None:
     app.command("list", rich_help_panel=_PANEL)(list_jobs)
 
 
-_Config = Annotated[
-    str,
-    typer.Argument(
-        metavar="CONFIG", help="A YAML file, or the name of a packed configuration such as digits."
-    ),
-]
-_Allow = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PACKAGE", help="A package whose callables the configuration may name."),
-]
 _RuntimeEnv = Annotated[
     Path | None,
     typer.Option(
@@ -67,7 +60,7 @@ _Wait = Annotated[bool, typer.Option(help="Follow the job until it is over.")]
 
 
 def submit(
-    config: _Config,
+    config: Config,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
     ] = None,
@@ -80,7 +73,7 @@ def submit(
         ),
     ] = None,
     wait: _Wait = True,
-    allow: _Allow = None,
+    allow: Allow = None,
     runtime_env: _RuntimeEnv = None,
     entrypoint_num_cpus: Annotated[
         float | None, typer.Option(min=0, help="CPUs of the job's driver, besides its workers'.")
@@ -113,18 +106,7 @@ def submit(
     )
     check_folder(job)
     with _client(address, insecure) as client:
-        from syncnorm.run.ray.submit import Entry
-
-        entry = Entry(
-            job.submission_id,
-            "syncnorm.run.ray.driver",
-            job.to_json(),
-            job.name,
-            job.folder,
-            environment,
-            resources,
-        )
-        _start(client, entry, wait, json)
+        _start(client, "syncnorm.run.ray.driver", job, environment, wait, json, resources)
 
 
 def sweep(
@@ -161,7 +143,7 @@ def sweep(
         ),
     ] = None,
     wait: _Wait = True,
-    allow: _Allow = None,
+    allow: Allow = None,
     runtime_env: _RuntimeEnv = None,
     insecure: _Insecure = False,
     json: _Json = False,
@@ -209,34 +191,37 @@ def sweep(
     with_code = next(filter(names_code, configs), configs[0])
     environment = make_runtime_env(with_code, read_runtime_env(runtime_env))
     with _client(address, insecure) as client:
-        from syncnorm.run.ray.submit import Entry
-
-        entry = Entry(
-            made.submission_id,
-            "syncnorm.run.ray.tune",
-            made.to_json(),
-            made.name,
-            made.folder,
-            environment,
-        )
-        _start(client, entry, wait, json)
+        _start(client, "syncnorm.run.ray.tune", made, environment, wait, json)
 
 
-def _start(client: "JobSubmissionClient", entry: "Entry", wait: bool, json: bool) -> None:
+def _start(
+    client: "JobSubmissionClient",
+    module: str,
+    work: "Job | Sweep",
+    environment: dict[str, Any],
+    wait: bool,
+    json: bool,
+    resources: dict[str, Any] | None = None,
+) -> None:
     """Submit a job, follow it if that is wanted, and end with its exit status."""
     from syncnorm.run.ray import submit
 
-    old = submit.start(client, entry)
+    id = work.submission_id
+    old = submit.start(
+        client,
+        submit.Entry(
+            id, module, work.to_json(), work.name, work.folder, environment, resources or {}
+        ),
+    )
     if old is not None:
-        note = f"submitted {entry.submission_id}; its folder is {entry.folder}"
+        note = f"submitted {id}; its folder is {work.folder}"
     else:
-        note = f"{entry.submission_id} is running already, with the settings that it was "
-        note += "submitted with"
+        note = f"{id} is running already, with the settings that it was submitted with"
     if not wait:
         _print_note(note)
-        _print_status(submit.get_status(client, entry.submission_id), json)
+        _print_status(submit.get_status(client, id), json)
         return
-    status = _follow(client, entry.submission_id, json, old or 0, note)
+    status = _follow(client, id, json, old or 0, note)
     if json:
         _print_status(status, json)
     elif status.exit_code == 75:

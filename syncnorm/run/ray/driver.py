@@ -34,7 +34,7 @@ from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.metrics import last_step
-from syncnorm.train.task.measures import format_metric
+from syncnorm.train.task.measures import describe_metrics
 
 # The watchdog of a stuck worker must act before its collectives time out.
 _GROUP_MARGIN_SECONDS = 30
@@ -102,12 +102,8 @@ def _recorded_epochs(folder: Path) -> int | None:
 
 
 def _describe_done(end: Exit) -> list[str]:
-    metrics = [
-        f"{split} {format_metric(name, value)}"
-        for split, each in end.metrics.items()
-        for name, value in reversed(list(each.items()))
-    ]
-    return [f"done already, after step {end.step}; --id NEW runs it again", *metrics]
+    begin = f"done already, after step {end.step}; --id NEW runs it again"
+    return [begin, *describe_metrics(end.metrics)]
 
 
 def _fit_until_done(

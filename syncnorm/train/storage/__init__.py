@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.snapshot import MANIFEST
+from syncnorm.train.checkpoint.store import CHECKPOINTS
 from syncnorm.train.config.section import check_path_or_url, is_url
 from syncnorm.train.files import write_text_whole
 
@@ -19,7 +20,6 @@ from syncnorm.train.files import write_text_whole
 ORIGIN = "storage.json"
 # Of runs with an address, in the working folder.
 LOCAL_ROOT = Path("runs")
-CHECKPOINTS = "checkpoints"
 
 # A file of a checkpoint in a store; its step and its own name.
 _CHECKPOINT_FILE = re.compile(

@@ -14,10 +14,9 @@ from pathlib import Path
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.train import files
 from syncnorm.train.checkpoint.snapshot import MANIFEST
-from syncnorm.train.checkpoint.store import BEST, CheckpointStore, read_mark
+from syncnorm.train.checkpoint.store import BEST, CHECKPOINTS, CheckpointStore, read_mark
 from syncnorm.train.config.section import check_path_or_url, is_url
 from syncnorm.train.storage import (
-    CHECKPOINTS,
     LAST_RECORDS,
     LOCAL_ROOT,
     RECORDS,

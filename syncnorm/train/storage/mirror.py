@@ -12,9 +12,8 @@ from pathlib import Path
 
 from syncnorm.errors import SyncnormError
 from syncnorm.train.checkpoint.snapshot import MANIFEST
-from syncnorm.train.checkpoint.store import BEST, CheckpointStore, read_mark
+from syncnorm.train.checkpoint.store import BEST, CHECKPOINTS, CheckpointStore, read_mark
 from syncnorm.train.storage import (
-    CHECKPOINTS,
     LAST_RECORDS,
     RECORDS,
     checkpoint_files,

@@ -35,7 +35,6 @@ class Remote:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._files, self._root = _open(self.url)
-        self._is_made = False
 
     def sizes(self) -> dict[str, int]:
         """List all files in the folder, with their sizes in bytes; empty if it is not there."""

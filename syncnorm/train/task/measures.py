@@ -92,6 +92,15 @@ def format_metric(name: str, value: float) -> str:
     return f"{name.replace('_', ' ')} {format_value(name, value)}"
 
 
+def describe_metrics(metrics: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Write a line for each metric of each split; the one that decides is the last of its split."""
+    return [
+        f"{split} {format_metric(name, value)}"
+        for split, each in metrics.items()
+        for name, value in reversed(list(each.items()))
+    ]
+
+
 def format_value(name: str, value: float) -> str:
     """Write the value of a metric for people, a share in per cent."""
     return f"{100 * value:.2f} %" if is_share(name) and 0 <= value <= 1 else f"{value:.4g}"
