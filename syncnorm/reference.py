@@ -6,7 +6,6 @@ gradients come from autograd through these lines.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +42,7 @@ def moments(x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tens
         zero = x.sum(dims) * 0.0
         return n, zero, zero
     mean = (w * x).sum(dims) / n
-    var = (w * (x - _channels(mean, x)) ** 2).sum(dims) / n
+    var = (w * (x - channels(mean, x)) ** 2).sum(dims) / n
     return n, mean, var
 
 
@@ -61,10 +60,10 @@ def batch_norm(
     algorithm 1.
     """
     n, mean, var = moments(x, mask)
-    xhat = _standardised(x, n, mean, var, eps)
+    xhat = standardised(x, n, mean, var, eps)
     if running is not None:
         _update(running, n, mean.detach(), var.detach(), momentum)
-    return _affine(xhat, weight, bias)
+    return affine(xhat, weight, bias)
 
 
 def batch_renorm(
@@ -87,10 +86,10 @@ def batch_renorm(
     sigma = (running.var + eps).sqrt()
     sigma_b = (var + eps).sqrt()
     if n == 0:  # r = 1 and d = 0
-        return _affine(x.double() * 0.0, weight, bias)
+        return affine(x.double() * 0.0, weight, bias)
     r = (sigma_b.detach() / sigma).clip(1 / r_max, r_max)
     d = ((mean.detach() - running.mean) / sigma).clip(-d_max, d_max)
-    xhat = _standardised(x, n, mean, var, eps) * _channels(r, x) + _channels(d, x)
+    xhat = standardised(x, n, mean, var, eps) * channels(r, x) + channels(d, x)
     before = running.var
     _update(running, n, mean.detach(), var.detach(), momentum)
     if running_average == "std" and n > 1:
@@ -98,7 +97,7 @@ def batch_renorm(
         sigma = (before + eps).sqrt()
         sigma = sigma + factor * (sigma_b.detach() - sigma)
         running.var = (sigma**2 - eps).clip(min=0.0)
-    return _affine(xhat, weight, bias)
+    return affine(xhat, weight, bias)
 
 
 class LaggedBatchNorm:
@@ -138,10 +137,10 @@ class LaggedBatchNorm:
         if not self.waits:
             assert self.average is not None
             mean, var = self.average
-        xhat = (x - _channels(mean, x)) / (_channels(var, x) + self.eps).sqrt()
+        xhat = (x - channels(mean, x)) / (channels(var, x) + self.eps).sqrt()
         if not self.waits:
             xhat = self._correct_gradient(xhat, weight, mask)
-        y = _affine(xhat, weight, bias)
+        y = affine(xhat, weight, bias)
         if y.requires_grad:
             y.register_hook(lambda g: self._see(g, xhat.detach(), n))
         return y
@@ -166,9 +165,9 @@ class LaggedBatchNorm:
     def _correct_gradient(self, xhat: Tensor, weight: Tensor, mask: Tensor | None) -> Tensor:
         """xhat itself, whose gradient is lessened by weight * w * (a + xhat b)."""
         assert self.gradient is not None
-        a, b = (_channels(t, xhat) for t in self.gradient)
+        a, b = (channels(t, xhat) for t in self.gradient)
         w = torch.ones_like(xhat) if mask is None else mask.double()
-        lessening = _channels(weight.detach().double(), xhat) * w * (a + xhat.detach() * b)
+        lessening = channels(weight.detach().double(), xhat) * w * (a + xhat.detach() * b)
         through = xhat * 1.0
         through.register_hook(lambda g: g - lessening)
         return through
@@ -186,8 +185,8 @@ def batch_norm_inference(
     eps: float = 1e-5,
 ) -> Tensor:
     """Normalisation by the running statistics."""
-    xhat = (x.double() - _channels(running.mean, x)) / (_channels(running.var, x) + eps).sqrt()
-    return _affine(xhat, weight, bias)
+    xhat = (x.double() - channels(running.mean, x)) / (channels(running.var, x) + eps).sqrt()
+    return affine(xhat, weight, bias)
 
 
 def _update(
@@ -201,70 +200,22 @@ def _update(
             running.var = running.var + factor * (var * n / (n - 1) - running.var)
 
 
-def _standardised(x: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
+def standardised(x: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps); 0 in a channel where a single value counts, which says nothing
     about scale.
     """
-    xhat = (x.double() - _channels(mean, x)) / (_channels(var, x) + eps).sqrt()
-    return torch.where(_channels((n <= 1) & (var == 0), x), 0.0, xhat)
+    xhat = (x.double() - channels(mean, x)) / (channels(var, x) + eps).sqrt()
+    return torch.where(channels((n <= 1) & (var == 0), x), 0.0, xhat)
 
 
-def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = xhat
     if weight is not None:
-        y = y * _channels(weight.double(), y)
+        y = y * channels(weight.double(), y)
     if bias is not None:
-        y = y + _channels(bias.double(), y)
+        y = y + channels(bias.double(), y)
     return y
 
 
-def _channels(t: Tensor, x: Tensor) -> Tensor:
+def channels(t: Tensor, x: Tensor) -> Tensor:
     return t.view(1, -1, *[1] * (x.ndim - 2))
-
-
-def evo_norm(
-    x: Tensor, state: dict[str, Tensor], variant: str, eps: float, momentum: float
-) -> Tensor:
-    """EvoNorm-B0, B1 or B2 in training mode; updates `state`. arXiv:2004.02967, table 1."""
-    x = x.double()
-    n, _, var = moments(x, None)
-    mean_square = x.flatten(2).square().mean(2)  # (N, C)
-    instance_var = mean_square - x.flatten(2).mean(2) ** 2
-    shape = (*mean_square.shape, *[1] * (x.ndim - 2))
-    if variant == "b0":
-        other = _channels(state["v"], x) * x + (instance_var + eps).sqrt().view(shape)
-    elif variant == "b1":
-        other = (x + 1) * (mean_square + eps).sqrt().view(shape)
-    else:
-        other = (mean_square + eps).sqrt().view(shape) - x
-    left = (_channels(var, x) + eps).sqrt().expand_as(x)
-    y = x / torch.where(left > other, left, other)
-    if n > 0:
-        unbiased = var.detach() * n / (n - 1).clip(min=1)
-        state["running_var"] += momentum * (unbiased - state["running_var"])
-        state["num_batches_tracked"] += 1
-    return _affine(y, state["weight"], state["bias"])
-
-
-def l1_batch_norm(x: Tensor, state: dict[str, Tensor], eps: float, momentum: float) -> Tensor:
-    """Normalisation by the mean absolute deviation; updates `state`. arXiv:1802.09769."""
-    x = x.double()
-    n, mean, _ = moments(x, None)
-    centered = x - _channels(mean, x)
-    deviation = centered.abs().transpose(0, 1).flatten(1).sum(1) / n * math.sqrt(math.pi / 2)
-    if n > 0:
-        for name, value in (("mean", mean), ("deviation", deviation)):
-            running = state[f"running_{name}"]
-            running += momentum * (value.detach() - running)
-        state["num_batches_tracked"] += 1
-    return _affine(centered / (_channels(deviation, x) + eps), state["weight"], state["bias"])
-
-
-def region_norm(x: Tensor, mask: Tensor, state: dict[str, Tensor], eps: float) -> Tensor:
-    """Normalisation of a mask and its complement apart. arXiv:1911.10375, section 3."""
-    x = x.double()
-    y = torch.zeros_like(x)
-    for region, weight, bias in zip((mask, 1 - mask), state["weight"], state["bias"]):
-        n, mean, var = moments(x, region)
-        y = y + region * _affine(_standardised(x, n, mean, var, eps), 1 + weight, bias)
-    return y

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from syncnorm import reference
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm
+from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm, reference
 from syncnorm.testing import shard
 
 STEPS = 20
