@@ -137,6 +137,15 @@ class SyncNorm(_BatchNorm):
         """The name of the mode: "batch", "running", "lagged" or "none"."""
         return self.sync_mode.name
 
+    @property
+    def is_pooled(self) -> bool:
+        """True if workers exchange statistics."""
+        return self.sync_mode.is_pooled
+
+    def settle(self) -> None:
+        """Bring the running statistics up to date, before they are read. Starts no exchange."""
+        self.statistics.settle()
+
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
     ) -> Tensor:

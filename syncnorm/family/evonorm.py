@@ -56,6 +56,13 @@ class EvoNorm(FamilyLayer):
             v = nn.Parameter(torch.ones_like(self.running_var))
         self.register_parameter("v", v)
 
+    def extra_repr(self) -> str:
+        """Describe the arguments."""
+        return f"{super().extra_repr()}, variant={self.variant!r}"
+
+    def message_sizes(self) -> list[int]:
+        return [2 * self.num_features + 1, 2 * self.num_features]
+
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         batch = pooled_moments(x, [None], self.group, self.label)

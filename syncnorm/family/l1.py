@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_sum
 
 _NORMAL = math.sqrt(math.pi / 2)
@@ -43,6 +44,20 @@ class L1BatchNorm(FamilyLayer):
         super().__init__(num_features, eps, momentum, **options)
         self.register_buffer("running_deviation", torch.ones_like(self.running_var))
         del self.running_var
+
+    def message_sizes(self) -> list[int]:
+        channels = self.num_features
+        return [channels + 1, channels, channels, channels + 1]
+
+    def take(self, layer: _BatchNorm) -> None:
+        super().take(layer)
+        if layer.running_var is not None:
+            self.running_deviation.copy_(layer.running_var.sqrt())
+
+    def as_batch_norm(self) -> PlainBatchNorm:
+        # A batch norm divides by the root of var + eps.
+        var = (self.running_deviation.double() + self.eps).square() - self.eps
+        return PlainBatchNorm(self.running_mean, var, self.weight, self.bias)
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""

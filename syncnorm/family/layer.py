@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.pooled import channels, widened
+
+_HALF_TYPES = (torch.float16, torch.bfloat16)
 
 
 class Pooling(nn.Module):
@@ -32,11 +36,75 @@ class Pooling(nn.Module):
         self.sync = sync
         self.workers = groups.to_handle(process_group)
         self.label = type(self).__name__
+        """Its name in errors; `prepare_ddp` makes it the name within the model."""
+        self.is_frozen = False
+        """True within `frozen_statistics`: nothing that is kept between steps moves."""
+
+    @property
+    def is_pooled(self) -> bool:
+        """True if workers exchange statistics."""
+        return self.sync != "none"
 
     @property
     def group(self) -> groups.Group | None:
         """The workers that it pools with; None: nobody."""
-        return None if self.sync == "none" else groups.statistics_group(self.workers)
+        return groups.statistics_group(self.workers) if self.is_pooled else None
+
+    @abstractmethod
+    def message_sizes(self) -> list[int]:
+        """Count the numbers in each message of a training step, forward, then backward."""
+
+    def settle(self) -> None:
+        """Apply what is under way, before statistics are read. Starts no exchange."""
+
+    def discard(self) -> None:
+        """Forget what is under way, before statistics are replaced. Starts no exchange."""
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; statistics are up to date when training ends."""
+        if not mode:
+            self.settle()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # What is under way belongs to the old tensors, and no statistic loses digits.
+        self.settle()
+        buffers = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, now in self._buffers.items():
+            before = buffers[name]
+            if now is not None and before is not None and now.dtype in _HALF_TYPES:
+                self._buffers[name] = before.to(now.device)
+        return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        self.settle()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.discard()
+        super()._load_from_state_dict(*args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Nothing is under way in a copy.
+        self.settle()
+        return dict(self.__dict__)
+
+    @property
+    def process_group(self) -> groups.Spec:
+        """The workers to pool over, as they were given."""
+        return groups.to_user(self.workers)
+
+
+class PlainBatchNorm(NamedTuple):
+    """What a batch norm of torch's needs to evaluate as a layer does, with its eps."""
+
+    mean: Tensor
+    var: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
 
 
 class FamilyLayer(Pooling):
@@ -48,7 +116,7 @@ class FamilyLayer(Pooling):
     Args:
         num_features: channels C.
         eps: added to variances.
-        momentum: weight of a batch in the running statistics.
+        momentum: weight of a batch in the running statistics; None: their average over all batches.
         affine: True for a weight and a bias per channel.
         sync, process_group: see `Pooling`.
     """
@@ -63,7 +131,7 @@ class FamilyLayer(Pooling):
         self,
         num_features: int,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         affine: bool = True,
         *,
         sync: Literal["batch", "none"] = "batch",
@@ -77,7 +145,8 @@ class FamilyLayer(Pooling):
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             filled = torch.full((num_features,), value, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(filled) if affine else None)
-        ones = torch.ones(num_features, device=device, dtype=dtype)
+        wide = torch.float32 if dtype in _HALF_TYPES else dtype
+        ones = torch.ones(num_features, device=device, dtype=wide)
         self.register_buffer("running_mean", ones - 1)
         self.register_buffer("running_var", ones)
         self.register_buffer(
@@ -88,6 +157,8 @@ class FamilyLayer(Pooling):
         """Normalise x, (N, C, *S)."""
         functional.check_input(x, self.num_features)
         wide = widened(x)
+        if not self.training:
+            self.settle()
         z = self.normalize(wide) if self.training else self.evaluate(wide)
         return self.scale(z).to(x.dtype)
 
@@ -105,6 +176,17 @@ class FamilyLayer(Pooling):
             z = z * channels(self.weight, z)
         return z if self.bias is None else z + channels(self.bias, z)
 
+    def take(self, layer: _BatchNorm) -> None:
+        """Take over a batch norm's parameters, the same objects, and its running statistics."""
+        self.weight, self.bias = layer.weight, layer.bias
+        for name, buffer in layer.named_buffers(recurse=False):
+            if name in self._buffers:
+                self.get_buffer(name).copy_(buffer)
+
+    def as_batch_norm(self) -> PlainBatchNorm | None:
+        """Find the batch norm that evaluates as this layer does; None: there is none."""
+        return None
+
     @torch.no_grad()
     def follow(self, count: Tensor, **values: Tensor) -> None:
         """Move running statistics towards a batch's; they stay where the batch is empty.
@@ -113,10 +195,15 @@ class FamilyLayer(Pooling):
             count: of the batch's values, ().
             values: by the names of the buffers without `running_`, (C,).
         """
+        if self.is_frozen:
+            return
         self.num_batches_tracked += (count > 0).to(torch.int64)
+        rate = 1 / self.num_batches_tracked.clamp(min=1).double()
+        if self.momentum is not None:
+            rate.fill_(self.momentum)
         for name, value in values.items():
             running = getattr(self, f"running_{name}")
-            moved = torch.lerp(running.double(), value.detach(), self.momentum)
+            moved = torch.lerp(running.double(), value.detach(), rate)
             running.copy_(torch.where(count > 0, moved, running.double()))
 
     def extra_repr(self) -> str:

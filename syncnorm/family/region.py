@@ -54,6 +54,9 @@ class RegionNorm(Pooling):
             value = nn.Parameter(torch.zeros(2, num_features)) if affine else None
             self.register_parameter(name, value)
 
+    def message_sizes(self) -> list[int]:
+        return [2 * (2 * self.num_features + 1), 4 * self.num_features]
+
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Normalise x.
 

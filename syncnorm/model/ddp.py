@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import undocumented
 from syncnorm.comm import agreement, exchange, groups
+from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard
@@ -58,33 +59,33 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
             in our place; or home-made layers with running statistics, which stay local; or DDP has
             wrapped it already.
     """
-    ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm)}
+    ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm | Pooling)}
     among = groups.existing_group(process_group)
     for said in (replaced(model), stays_local(home_made(model)), _wrapped(model)):
         if said is not None:
             warnings.warn(said, stacklevel=2)
     _share_group(ours.values(), process_group)
     if among is not None and len(groups.ranks(among)) > 1:
-        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.sync_mode.is_pooled]
+        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.is_pooled]
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
-        layer.label, layer.is_prepared = name or layer.label, True
-        layer.statistics.settle()
-        if layer.sync_mode.is_pooled:
-            exchange.make_room(groups.statistics_group(layer.workers), 2 * layer.num_features + 1)
-    _attach(model, ours)
+        layer.label = name or layer.label
+        layer.settle()
+        if layer.is_pooled:
+            exchange.make_room(groups.statistics_group(layer.workers), _largest_message(layer))
+    _attach(model, {name: m for name, m in ours.items() if isinstance(m, SyncNorm)})
     if among is not None:
         _keep_from_ddp(model, _buffer_names(ours))
         _give_state_of_rank_zero(model, among)
     return model
 
 
-def _share_group(layers: Iterable[SyncNorm], process_group: groups.Spec) -> None:
+def _share_group(layers: Iterable[SyncNorm | Pooling], process_group: groups.Spec) -> None:
     """Have layers without a process group pool over `process_group`, if it is not all workers."""
     kept = groups.to_handle(process_group)
     if isinstance(kept, groups.GivenGroup) and len(kept.members.members) < dist.get_world_size():
         for layer in layers:
-            if layer.workers is None and layer.sync_mode.is_pooled:
+            if layer.workers is None and layer.is_pooled:
                 layer.workers = kept
 
 
@@ -152,8 +153,14 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
 register_module_module_registration_hook(_when_wrapped)
 
 
-def _kind(layer: SyncNorm) -> str:
+def _kind(layer: SyncNorm | Pooling) -> str:
+    if isinstance(layer, Pooling):
+        return f"{type(layer).__name__}({layer.extra_repr()})"
     return f"{type(layer).__name__}({layer.num_features}, sync={layer.sync!r})"
+
+
+def _largest_message(layer: SyncNorm | Pooling) -> int:
+    return max(layer.message_sizes()) if isinstance(layer, Pooling) else 2 * layer.num_features + 1
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -191,6 +198,7 @@ def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     """Attach layers of one mode and one process group to each other."""
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
     for name, layer in layers.items():
+        layer.is_prepared = True
         if not layer.statistics.is_attached:
             members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer

@@ -20,6 +20,7 @@ from torch.utils.data.distributed import DistributedSampler
 from syncnorm import observed
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.class_swap import Request
 from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
@@ -30,7 +31,7 @@ from syncnorm.module import SyncNorm
 from syncnorm.statistics.batch import Batch
 from syncnorm.statistics.source import Mode
 
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm)
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, Pooling)
 # Below 8 values sigma_B is over 10 % too small on average. With 4 samples per statistic ImageNet
 # loses 4 points against 32, of which renormalisation wins back 2 (Ioffe 2017, section 4.2).
 _FEW_VALUES, _FEW_SAMPLES = 8, 4
@@ -53,7 +54,10 @@ class Row:
     values: int | None = None
     """Per channel and statistic: samples times positions, the fewest of several calls."""
     messages: int | None = None
-    """Exchanges of this layer alone in a training step, forward and backward, all blocking."""
+    """Exchanges of this layer alone in a training step, forward and backward.
+
+    They are waited for at once, but for those that a method of the family has no hurry for.
+    """
     bytes: int | None = None
     """Sent by one worker in these, and in the messages that the layer shares with others."""
     clock: int | None = None
@@ -195,12 +199,25 @@ class _Part(NamedTuple):
     """The part of a layer in the messages of a step."""
 
     mode: Mode
+    """For a layer of the family, "batch", with sizes of its own."""
     rule: groups.Rule | groups.NotMember
     workers: int
     """Number that take part."""
     channels: int
     calls: int
     """In a forward."""
+    own: tuple[int, ...] | None = None
+    """Numbers in each message of a layer of the family."""
+
+    def own_sizes(self) -> list[int]:
+        """Count the numbers in each message that the layer sends alone."""
+        if self.own is not None:
+            return [*self.own] * self.calls
+        return [*self.mode.own_sizes(self.channels, self.calls)]
+
+    def largest(self) -> int:
+        """Count the numbers in the largest message of the layer."""
+        return 2 * self.channels + 1 if self.own is None else max(self.own)
 
 
 def _explain(
@@ -213,6 +230,8 @@ def _explain(
 ) -> tuple[_Part | None, Row, list[str]]:
     """The layer's part in the messages, its row, and its lints."""
     row = Row(name, _class_name(layer), _becomes(layer))
+    if isinstance(layer, Pooling):
+        return _explain_family(layer, row, shapes, is_frozen, world)
     if not isinstance(layer, _BatchNorm) or row.convert.startswith("refused"):
         return None, row, []
     if is_frozen:
@@ -240,6 +259,24 @@ def _explain(
         return None, row, []
     calls = 1 if shapes is None else len(shapes)
     return _Part(mode, groups.rule_of(kept), group, layer.num_features, calls), row, []
+
+
+def _explain_family(
+    layer: Pooling, row: Row, shapes: list[Shape] | None, is_frozen: bool, world: int
+) -> tuple[_Part | None, Row, list[str]]:
+    if is_frozen:
+        return None, replace(row, advice="frozen: in evaluation mode while the model trains"), []
+    group = groups.least_size(layer.workers, world) if layer.is_pooled else 1
+    workers = group or 1
+    row = replace(row, sync=layer.sync, workers=workers)
+    if shapes:
+        least = min(shapes, key=lambda shape: shape[0] * math.prod(shape[2:]))
+        row = replace(
+            row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:])
+        )
+    calls = 1 if shapes is None else len(shapes)
+    sizes = tuple(layer.message_sizes())
+    return _Part(Batch(), groups.rule_of(layer.workers), workers, 0, calls, sizes), row, []
 
 
 def _class_name(layer: nn.Module) -> str:
@@ -270,7 +307,7 @@ def _least_sizes(parts: Iterable[_Part]) -> dict[Any, int]:
     least: dict[Any, int] = {}
     for part in parts:
         if part.mode.is_pooled:
-            size = exchange.size_of(2 * part.channels + 1)
+            size = exchange.size_of(part.largest())
             least[part.rule] = max(least.get(part.rule, 0), size)
     return least
 
@@ -279,7 +316,7 @@ def _traffic(part: _Part, room: int) -> tuple[int, int]:
     """A layer's own exchanges in a step, and its numbers in these and in shared ones."""
     if part.workers == 1:
         return 0, 0
-    own = [exchange.size_of(size, room) for size in part.mode.own_sizes(part.channels, part.calls)]
+    own = [exchange.size_of(size, room) for size in part.own_sizes()]
     return len(own), sum(own) + sum(part.mode.flat_sizes([part.channels], 0))
 
 
@@ -289,8 +326,7 @@ def _totals(parts: list[_Part], least: Mapping[Any, int]) -> tuple[int, int]:
     together: dict[tuple[str, Any, int], list[_Part]] = {}
     for part in parts:
         if part.workers > 1:
-            own = part.mode.own_sizes(part.channels, part.calls)
-            sizes += [exchange.size_of(size, least[part.rule]) for size in own]
+            sizes += [exchange.size_of(size, least[part.rule]) for size in part.own_sizes()]
             together.setdefault((part.mode.name, part.rule, part.workers), []).append(part)
     for (_, rule, workers), some in together.items():
         flat = some[0].mode.flat_sizes([part.channels for part in some], workers)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import check_covers
 from syncnorm.module import Freeze, SyncNorm
 
@@ -48,12 +49,19 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """
     check_covers(model, "frozen_statistics")
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
+    family = [m for m in model.modules() if isinstance(m, Pooling)]
     before = [layer.freeze for layer in layers]
+    was_frozen = [layer.is_frozen for layer in family]
     for layer in layers:
         layer.statistics.settle()
         layer.freeze = Freeze()
+    for layer in family:
+        layer.settle()
+        layer.is_frozen = True
     try:
         yield
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer.freeze = was
+        for layer, was in zip(family, was_frozen, strict=True):
+            layer.is_frozen = was

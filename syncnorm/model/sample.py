@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from syncnorm import observed
 from syncnorm.errors import InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.batch import Local
 
@@ -80,7 +81,7 @@ def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(_evaluating_untouched(model))
         for module in model.modules():
-            if isinstance(module, (_BatchNorm, _DropoutNd)):
+            if isinstance(module, _BatchNorm | _DropoutNd | Pooling):
                 stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
         call(model, sample, "sample")
     return seen
@@ -90,6 +91,9 @@ def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]
 def _evaluating_untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; modes, buffers, pending updates and random state are restored at the end."""
     modes = {m: m.training for m in model.modules()}
+    family = {m: m.sync for m in modes if isinstance(m, Pooling)}
+    for layer in family:
+        layer.settle()
     buffers = [
         (m, name, b, b.clone()) for m in modes for name, b in m._buffers.items() if b is not None
     ]
@@ -102,8 +106,12 @@ def _evaluating_untouched(model: nn.Module) -> Iterator[None]:
                 module.training = False
             for layer in sources:
                 layer.statistics = Local()
+            for layer in family:
+                layer.sync = "none"
             yield
         finally:
+            for layer, sync in family.items():
+                layer.sync = sync
             for layer, source in sources.items():
                 layer.statistics = source
             for module, mode in modes.items():

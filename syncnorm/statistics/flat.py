@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.comm.inflight import InFlight
@@ -91,8 +91,8 @@ def title(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def device_of(layer: SyncNorm) -> torch.device:
-    """The device of the layer's sums. Waits for nothing."""
+def device_of(layer: nn.Module) -> torch.device:
+    """The device of a layer's sums. Waits for nothing."""
     tensors = (*dict.values(layer._buffers), *layer._parameters.values())
     return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 
 # By a buffer's name in the model, the module that has it and its name there. The slot stays when
@@ -210,7 +211,7 @@ def _ignored_by_ddp(model: nn.Module) -> set[str]:
 
 
 def _is_pooled(layer: nn.Module) -> bool:
-    return isinstance(layer, SyncNorm) and layer.sync_mode.is_pooled
+    return isinstance(layer, SyncNorm | Pooling) and layer.is_pooled
 
 
 def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError
+from syncnorm.family.layer import Pooling
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
 from syncnorm.placement import place_local
@@ -225,6 +226,8 @@ def _trial_copy(model: nn.Module) -> nn.Module | None:
     for layer in trial.modules():
         if isinstance(layer, SyncNorm):
             layer.use_mode(mode_of("none"))
+        elif isinstance(layer, Pooling):
+            layer.sync = "none"
     return trial
 
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from syncnorm.comm import exchange
+from syncnorm.comm import exchange, groups
+from syncnorm.comm.inflight import log_of
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm, reference
 from syncnorm.testing import shard
@@ -93,6 +94,11 @@ def on_rank(name: str, parts: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, 
             y.backward(cotangent)
         steps.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
         sent.append(tuple(e.kind for e in exchanges))
+        if exchanges:
+            room = log_of(groups.statistics_group(None)).room
+            assert [e.numel for e in exchanges] == [
+                exchange.size_of(count, room) for count in layer.message_sizes()
+            ]
     return {"steps": steps, "state": layer.state_dict(), "sent": sent}
 
 

@@ -15,7 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import observed
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
+from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.model.convert import family
 from syncnorm.model.convert.class_swap import LazySyncNorm, Request, original_of, swap_back, swap_in
 from syncnorm.model.convert.others import home_made, is_home_made, stays_local
 from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
@@ -31,7 +33,7 @@ _KEPT = ("num_features", "affine", "bias", "track_running_stats", "device", "dty
 
 def convert(
     module: nn.Module,
-    to: type[SyncNorm] = SyncBatchNorm,
+    to: type[SyncNorm] | type[FamilyLayer] = SyncBatchNorm,
     *,
     process_group: groups.Spec = None,
     select: Select | None = None,
@@ -65,12 +67,18 @@ def convert(
     - layers of ours keep what no option says, but lose what ties them to others: `prepare_ddp`
       comes after `convert`.
 
+    A layer of the family (`syncnorm.family`) is another method, not a batch norm that pools: new
+    layers take the places of the old ones. They share weight and bias with them, begin with their
+    running statistics, and have eps and a momentum other than 0.1 from them. Hooks and subclasses
+    with a forward of their own are refused.
+
     *Collectives*: none. Every worker must convert alike.
 
     Args:
         module: a model, or a batch norm; not (part of) what DistributedDataParallel or FSDP has
             wrapped.
-        to: SyncBatchNorm or SyncBatchRenorm.
+        to: SyncBatchNorm, SyncBatchRenorm, or a layer of `syncnorm.family` that takes the place of
+            a batch norm.
         process_group: the workers to pool over.
         select: which layers; (qualified name, layer) -> bool, or a regular expression to be found
             in the name. A layer with several names is chosen if one of them is. None: all.
@@ -78,7 +86,8 @@ def convert(
             running_average.
 
     Returns:
-        `module`. (The table is a function of its own, so that `model = convert(model)` goes on
+        `module`; the new layer, if it is a batch norm that becomes a layer of the family. (The
+        table is a function of its own, so that `model = convert(model)` goes on
         working, and so that it can be had later, from a copy or from an unpickled model too.)
 
     Raises:
@@ -96,6 +105,8 @@ def convert(
         <class 'torch.nn.modules.batchnorm.BatchNorm2d'>
     """
     _check_target(to, options)
+    if issubclass(to, FamilyLayer):
+        return _replace(module, to, process_group, select, options)
     request = Request(to, groups.to_handle(process_group), options)
     layers = {
         layer: names
@@ -115,6 +126,31 @@ def convert(
         if said is not None:
             warnings.warn(said, stacklevel=2)
     return module
+
+
+def _replace(
+    module: nn.Module,
+    to: type[FamilyLayer],
+    process_group: groups.Spec,
+    select: Select | None,
+    options: dict[str, Any],
+) -> nn.Module:
+    """Put layers of the family in the places of batch norms: of all, or of none and an error."""
+    layers = {
+        layer: names
+        for layer, names in _select(_named(module), select).items()
+        if isinstance(layer, _BatchNorm)
+    }
+    faults = {
+        names[0]: why
+        for layer, names in layers.items()
+        if (why := family.own_reason(layer) or wrapped(module, layer))
+    }
+    _refuse(faults, "replaced")
+    news = {layer: family.make(layer, to, process_group, options) for layer in layers}
+    done = family.put(module, news)
+    remove_deserted(done)
+    return done
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None) -> nn.Module:
@@ -158,6 +194,8 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     dimensions its input has, as torch's classes do: it becomes a `to`. (Where a model needs
     several, revert its parts.)
 
+    A layer of the family becomes a new batch norm that evaluates as it does, if there is one.
+
     *Collectives*: none. Every worker must revert alike. To train on under DistributedDataParallel,
     wrap anew.
 
@@ -166,11 +204,11 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
         to: torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d, for layers that were built as ours.
 
     Returns:
-        `module`.
+        `module`; the new layer, if it is one of the family.
 
     Raises:
-        InputError: a layer was built as ours and `to` is not given, or it is wrapped. Nothing was
-            changed.
+        InputError: a layer was built as ours and `to` is not given, it is wrapped, or it is one of
+            the family and no batch norm evaluates as it does. Nothing was changed.
 
     Example:
         >>> import torch
@@ -193,18 +231,25 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
         for layer, names in layers.items()
         if (why := born_reason(layer, to) or wrapped(module, layer))
     }
+    replaced = {m: names for m, names in _named(module).items() if isinstance(m, FamilyLayer)}
+    faults |= {
+        names[0]: why
+        for layer, names in replaced.items()
+        if (why := family.back_reason(layer, to) or wrapped(module, layer))
+    }
     _refuse(faults, "reverted")
     ignored = {
         f"{name}.{key}".lstrip(".")
-        for m, names in layers.items()
+        for m, names in (layers | replaced).items()
         for name in names
         for key in m._buffers
     }
     for layer in layers:
         swap_back(layer, to)
-    remove_deserted(module)
-    let_broadcast(module, ignored)
-    return module
+    done = family.put(module, {m: family.make_batch_norm(m, to) for m in replaced})
+    remove_deserted(done)
+    let_broadcast(done, ignored)
+    return done
 
 
 def conversion_table(module: nn.Module) -> str:
@@ -246,13 +291,18 @@ def _change(before: float | None, after: float | None) -> str:
     return f"{after} as it was" if before == after else f"{before} -> {after}"
 
 
-def _check_target(to: type[SyncNorm], options: dict[str, Any]) -> None:
+def _check_target(to: type[SyncNorm] | type[FamilyLayer], options: dict[str, Any]) -> None:
     """Raise InputError unless `to` can be built with these options."""
-    if to not in (SyncBatchNorm, SyncBatchRenorm):
+    if isinstance(to, type) and issubclass(to, FamilyLayer) and to is not FamilyLayer:
+        known = family.option_names(to)
+    elif to in (SyncBatchNorm, SyncBatchRenorm):
+        known = {*inspect.signature(to).parameters}
+    else:
         raise InputError(
-            f"`to` must be SyncBatchNorm or SyncBatchRenorm, got {to!r}. Pass the class."
+            "`to` must be SyncBatchNorm, SyncBatchRenorm or a layer of syncnorm.family, got "
+            f"{to!r}. Pass the class."
         )
-    names = inspect.signature(to).parameters.keys() - {"process_group", *_KEPT}
+    names = known - {"process_group", *_KEPT}
     for name in options.keys() - names:
         if name in _KEPT:
             raise InputError(

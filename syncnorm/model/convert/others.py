@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from syncnorm.errors import InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.class_swap import LazySyncNorm
 from syncnorm.module import SyncNorm
 
@@ -27,7 +28,7 @@ def is_home_made(layer: nn.Module) -> bool:
     Layers that only apply statistics do not count: their weight is a buffer, or their name says
     "frozen".
     """
-    if isinstance(layer, _NormBase) or type(layer).__module__.startswith(
+    if isinstance(layer, _NormBase | Pooling) or type(layer).__module__.startswith(
         ("torch.nn.", "torch.ao.")
     ):
         return False
@@ -76,7 +77,7 @@ def check_covers(model: nn.Module, what: str) -> None:
     if not others:
         return
     remedy = "convert(model) makes torch's batch norms layers of ours."
-    if not any(isinstance(m, SyncNorm) for m in model.modules()):
+    if not any(isinstance(m, SyncNorm | Pooling) for m in model.modules()):
         raise InputError(
             f"`model` must have layers of ours for {what}, got only {_listed(others)}. {remedy}"
         )

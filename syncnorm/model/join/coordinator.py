@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.comm import exchange, groups, inflight
 from syncnorm.errors import ExchangeError, FaultError, InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.model.join.ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.join.handover import Handover, Stateful
 from syncnorm.module import SyncNorm
@@ -41,7 +42,7 @@ class Part:
 
     number: int
     """Its index in messages."""
-    layers: list[SyncNorm]
+    layers: list[SyncNorm | Pooling]
     reductions: Reductions | None
 
     def flags(self, module: nn.Module) -> int:
@@ -66,7 +67,7 @@ class Coordinator:
         self._members = groups.ranks(group)
         self._device = groups.device_for(group)
         self._parts: list[Part] = []
-        self._layers: list[SyncNorm] = []
+        self._layers: list[SyncNorm | Pooling] = []
         self._stateful: list[Stateful] = []
         self._skips_headers = False
         self._num_present = len(self._members)
@@ -82,7 +83,7 @@ class Coordinator:
 
     @contextmanager
     def register(
-        self, model: nn.Module, layers: list[SyncNorm], stateful: Sequence[Stateful]
+        self, model: nn.Module, layers: list[SyncNorm | Pooling], stateful: Sequence[Stateful]
     ) -> Iterator[None]:
         """Coordinate the forwards of `model` within the block; hand its state over at the end."""
         before = len(self._parts), len(self._layers), len(self._stateful)
@@ -106,7 +107,7 @@ class Coordinator:
             ):
                 del some[count:]
 
-    def _hook(self, module: nn.Module, layers: list[SyncNorm]) -> Any:
+    def _hook(self, module: nn.Module, layers: list[SyncNorm | Pooling]) -> Any:
         part = Part(len(self._parts), layers, None)
         if isinstance(module, DistributedDataParallel):
             part.reductions = Reductions(module, partial(self._on_reduction, part), self._share)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 
 
@@ -51,14 +52,14 @@ class Handover:
     is_giver: bool
     is_late: bool
 
-    def give(self, layers: Sequence[SyncNorm], stateful: Sequence[Stateful]) -> None:
+    def give(self, layers: Sequence[SyncNorm | Pooling], stateful: Sequence[Stateful]) -> None:
         """Hand over the running statistics of the layers, and the states.
 
         Raises:
             InputError: a state cannot be read by the receivers; the same on all workers.
         """
         for layer in layers:
-            layer.statistics.settle()
+            layer.settle()
         buffers = [b for layer in layers for b in layer.buffers(recurse=False)]
         if buffers:
             wide = torch.cat([b.detach().to(self.device, torch.float64).flatten() for b in buffers])

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import undocumented
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.model.join.coordinator import Coordinator
 from syncnorm.model.join.handover import Stateful, check
 from syncnorm.module import SyncNorm
@@ -74,7 +75,7 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
         ...     y = layer(torch.randn(8, 3))
     """
     is_ddp = isinstance(model, DistributedDataParallel)
-    layers = [m for m in model.modules() if isinstance(m, SyncNorm) and m.sync_mode.is_pooled]
+    layers = [m for m in model.modules() if isinstance(m, SyncNorm | Pooling) and m.is_pooled]
     group = groups.statistics_group(model.process_group if is_ddp else None)
     _check(layers, group)
     check(stateful)
@@ -91,9 +92,9 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
         coordinator.match_others()
 
 
-def _check(layers: list[SyncNorm], group: groups.Group | None) -> None:
+def _check(layers: list[SyncNorm | Pooling], group: groups.Group | None) -> None:
     for layer in layers:
-        if not layer.sync_mode.allows_join:
+        if isinstance(layer, SyncNorm) and not layer.sync_mode.allows_join:
             raise InputError(
                 '`sync` must be "batch", "running" or "none" where workers may run out of data, '
                 f'got "{layer.sync}" in {layer.label!r}. Give the workers equally many batches, '

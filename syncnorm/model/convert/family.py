@@ -1,0 +1,146 @@
+"""Conversion of batch norms into layers of the family, and back: new layers in their places."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
+from torch.nn.utils import parametrize
+
+from syncnorm.comm import groups
+from syncnorm.family.layer import FamilyLayer
+from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.model.convert.adapters import has_torchs_forward, own_class
+from syncnorm.model.convert.class_swap import LazySyncNorm, original_of
+from syncnorm.module import SyncNorm
+
+_ORIGINAL = "_syncnorm_original"
+
+
+class Original(NamedTuple):
+    """The batch norm that a layer of the family has replaced."""
+
+    cls: type[_BatchNorm]
+    eps: float
+    momentum: float | None
+    counted: int
+    """Batches that it had counted."""
+
+
+def own_reason(layer: _BatchNorm) -> str | None:
+    """Find why a batch norm cannot be replaced; None if it can."""
+    if isinstance(layer, LazySyncNorm | _LazyNormBase) or parametrize.is_parametrized(layer):
+        return "is lazy or parametrized"
+    if not isinstance(layer, SyncNorm) and not has_torchs_forward(own_class(layer)):
+        return f"is a {own_class(layer).__name__}, whose own forward would be lost"
+    if isinstance(layer, SyncNorm) and own_class(layer) not in (SyncBatchNorm, SyncBatchRenorm):
+        return f"is a {own_class(layer).__name__}, whose own methods would be lost"
+    if layer.running_mean is None or layer.running_var is None:
+        return "keeps no running statistics"
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        return "has hooks, which a new layer does not have"
+    return None
+
+
+def make(
+    layer: _BatchNorm, to: type[FamilyLayer], process_group: groups.Spec, options: dict[str, Any]
+) -> FamilyLayer:
+    """Make the layer that takes the place of a batch norm."""
+    if isinstance(layer, SyncNorm):
+        layer.settle()
+    kept: dict[str, Any] = {"eps": layer.eps}
+    if layer.momentum != 0.1:  # torch's default says nothing about another method's
+        kept["momentum"] = layer.momentum
+    mean = layer.running_mean
+    assert mean is not None
+    is_affine = layer.weight is not None
+    new = to(
+        layer.num_features,
+        **{**kept, **options},
+        affine=is_affine,
+        process_group=process_group,
+        device=mean.device,
+        dtype=layer.weight.dtype if is_affine else mean.dtype,
+    )
+    with torch.no_grad():
+        new.take(layer)
+    counted = 0
+    if layer.num_batches_tracked is not None:
+        counted = int(layer.num_batches_tracked)
+        new.num_batches_tracked.zero_()  # the method's own clock begins
+    setattr(new, _ORIGINAL, Original(_torchs(layer), layer.eps, layer.momentum, counted))
+    return new.train(layer.training)
+
+
+def _torchs(layer: _BatchNorm) -> type[_BatchNorm]:
+    original = original_of(layer)
+    return own_class(layer) if original is None else original.cls
+
+
+def put(module: nn.Module, news: Mapping[Any, nn.Module]) -> nn.Module:
+    """Put new layers in the places of old ones, under all their names; return the module."""
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in news:
+                setattr(parent, name, news[child])
+    return news.get(module, module)
+
+
+def back_reason(layer: FamilyLayer, to: type[_BatchNorm] | None) -> str | None:
+    """Find why a layer of the family cannot become a batch norm; None if it can."""
+    if layer.as_batch_norm() is None:
+        return f"is a {type(layer).__name__}, which no batch norm evaluates as"
+    was: Original | None = getattr(layer, _ORIGINAL, None)
+    if to is None and (was is None or issubclass(was.cls, SyncNorm)):
+        return "was built as one of ours: `to` must say what it shall be"
+    return None
+
+
+def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNorm:
+    """Make the batch norm of torch's that evaluates as a layer of the family does."""
+    layer.settle()
+    plain = layer.as_batch_norm()
+    assert plain is not None
+    was: Original | None = getattr(layer, _ORIGINAL, None)
+    cls = was.cls if was is not None and not issubclass(was.cls, SyncNorm) else to
+    assert cls is not None
+    is_affine = plain.weight is not None
+    new = cls(
+        layer.num_features,
+        layer.eps,
+        layer.momentum if was is None else was.momentum,
+        affine=is_affine,
+        device=plain.mean.device,
+        dtype=layer.running_mean.dtype,
+    )
+    with torch.no_grad():
+        assert new.running_mean is not None
+        assert new.running_var is not None
+        assert new.num_batches_tracked is not None
+        new.running_mean.copy_(plain.mean)
+        new.running_var.copy_(plain.var)
+        new.num_batches_tracked.copy_(layer.num_batches_tracked)
+        if was is not None:
+            new.num_batches_tracked += was.counted
+        if plain.weight is not None:
+            new.register_parameter("weight", _parameter(plain.weight))
+        new.register_parameter("bias", None if plain.bias is None else _parameter(plain.bias))
+    return new.train(layer.training)
+
+
+def _parameter(value: torch.Tensor) -> nn.Parameter:
+    return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+
+
+def option_names(to: type[FamilyLayer]) -> set[str]:
+    """Collect the names of the arguments of a layer and of its base."""
+    names: set[str] = set()
+    for cls in (to, FamilyLayer):
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
+                names.add(name)
+    return names - {"self"}

@@ -1,0 +1,259 @@
+"""Layers of the family in a model: conversion and back, DDP, freezing, explain, join."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncnorm import (
+    SyncBatchNorm,
+    convert,
+    explain,
+    frozen_statistics,
+    join,
+    prepare_ddp,
+    revert,
+    scale_loss,
+)
+from syncnorm.comm import exchange
+from syncnorm.errors import FaultError, InputError
+from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm
+from syncnorm.testing import shard
+
+
+def network(norm: Any = nn.BatchNorm2d) -> nn.Sequential:
+    """A network of two layers with a norm in between, the same on every worker."""
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.Flatten(), nn.Linear(12, 2)
+    ).double()
+
+
+def batch(count: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(11)
+    return torch.randn(count, 2, 6, 6, generator=generator, dtype=torch.float64)
+
+
+def test_convert_puts_a_layer_in_the_place_and_keeps_its_parameters():
+    model = network()
+    model(batch())
+    old = model[1]
+    assert convert(model, L1BatchNorm) is model
+    new = model[1]
+    assert isinstance(new, L1BatchNorm)
+    assert new.weight is old.weight
+    assert new.bias is old.bias
+    assert torch.equal(new.running_mean, old.running_mean)
+    torch.testing.assert_close(new.running_deviation, old.running_var.sqrt())
+    assert int(new.num_batches_tracked) == 0
+    assert new.running_mean.dtype == torch.float64
+
+
+def test_convert_has_options_and_keeps_eps_and_an_uncommon_momentum():
+    model = nn.Sequential(nn.BatchNorm1d(3, eps=1e-3), nn.BatchNorm1d(3, momentum=0.3))
+    convert(model, L1BatchNorm, sync="none")
+    assert [(m.eps, m.momentum, m.sync) for m in model] == [
+        (1e-3, 0.1, "none"),
+        (1e-5, 0.3, "none"),
+    ]
+    model = convert(nn.Sequential(nn.BatchNorm1d(3)), L1BatchNorm, momentum=0.5)
+    assert model[0].momentum == 0.5
+
+
+def test_convert_replaces_one_layer_under_all_its_names_and_follows_select():
+    shared = nn.BatchNorm1d(3)
+    model = nn.Sequential(shared, nn.Sequential(shared), nn.BatchNorm1d(3))
+    convert(model, L1BatchNorm, select=lambda name, layer: name != "2")
+    assert model[0] is model[1][0]
+    assert isinstance(model[0], L1BatchNorm)
+    assert type(model[2]) is nn.BatchNorm1d
+
+
+def test_convert_of_a_batch_norm_itself_returns_the_new_layer():
+    assert isinstance(convert(nn.BatchNorm1d(3), EvoNorm, variant="b1"), EvoNorm)
+
+
+@pytest.mark.parametrize("first", [None, SyncBatchNorm])
+def test_revert_evaluates_as_before_and_has_counted_all(first):
+    model = network()
+    model(batch())
+    if first is not None:
+        convert(model, first)
+    convert(model, L1BatchNorm)
+    for _ in range(3):
+        model(batch())
+    expected = model.eval()(batch())
+    weight = model[1].weight
+    assert revert(model) is model
+    assert type(model[1]) is nn.BatchNorm2d
+    assert model[1].weight is weight
+    assert int(model[1].num_batches_tracked) == 4
+    torch.testing.assert_close(model(batch()), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_revert_of_a_layer_that_was_built_needs_to():
+    model = network(L1BatchNorm)
+    with pytest.raises(InputError, match="`to` must say what it shall be"):
+        revert(model)
+    assert type(revert(model, to=nn.BatchNorm2d)[1]) is nn.BatchNorm2d
+
+
+def test_revert_refuses_what_no_batch_norm_evaluates_as():
+    model = network(EvoNorm)
+    with pytest.raises(InputError, match="'1' is a EvoNorm, which no batch norm evaluates as"):
+        revert(model, to=nn.BatchNorm2d)
+    assert isinstance(model[1], EvoNorm)
+
+
+class Special(nn.BatchNorm2d):
+    """A batch norm with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) + 1
+
+
+def hooked() -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(4)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Special(4), "is a Special, whose own forward would be lost"),
+        (nn.LazyBatchNorm2d(), "is lazy or parametrized"),
+        (nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
+        (hooked(), "has hooks, which a new layer does not have"),
+    ],
+)
+def test_convert_refuses_what_would_be_lost(layer, message):
+    model = nn.Sequential(nn.BatchNorm2d(4), layer)
+    with pytest.raises(InputError, match=message):
+        convert(model, L1BatchNorm)
+    assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_convert_names_the_option_that_was_meant():
+    with pytest.raises(InputError, match=r"Did you mean `variant`\?"):
+        convert(nn.BatchNorm1d(3), EvoNorm, variants="b0")
+    with pytest.raises(InputError, match=r"a layer of syncnorm\.family, got"):
+        convert(nn.BatchNorm1d(3), RegionNorm)
+
+
+def test_half_precision_keeps_the_statistics_in_float32():
+    layer = L1BatchNorm(3).half()
+    assert layer.weight.dtype == torch.float16
+    assert layer.running_mean.dtype == layer.running_deviation.dtype == torch.float32
+    layer(torch.randn(4, 3).half())
+    assert L1BatchNorm(3, dtype=torch.bfloat16).running_mean.dtype == torch.float32
+
+
+def test_cumulative_momentum_is_the_average_over_all_batches():
+    layer = L1BatchNorm(2, momentum=None).double()
+    means = []
+    for step in range(3):
+        x = torch.randn(6, 2, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        layer(x)
+        means.append(x.mean(0))
+    torch.testing.assert_close(layer.running_mean, torch.stack(means).mean(0))
+
+
+def test_frozen_statistics_do_not_move():
+    model = network(L1BatchNorm)
+    before = copy.deepcopy(model.state_dict())
+    with frozen_statistics(model):
+        model(batch())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    model(batch())
+    assert int(model[1].num_batches_tracked) == 1
+
+
+def on_ddp(parts: Tensor, kind: str) -> dict[str, Any]:
+    """Take a step with DDP, in which rank 0 alone has other statistics before."""
+    cls = {"l1": L1BatchNorm, "evo": EvoNorm}[kind]
+    model = network(cls)
+    if dist.get_rank() == 0:
+        model[1].running_mean += 2.0
+    model = DistributedDataParallel(prepare_ddp(model))
+    with exchange.record() as exchanges:
+        loss = model(parts).square().mean()
+        scale_loss(loss, len(parts)).backward()
+    sizes = [e.numel for e in exchanges if e.kind != "count"]
+    bare = model.module
+    return {
+        "label": bare[1].label,
+        "state": bare.state_dict(),
+        "gradients": [p.grad for p in bare.parameters()],
+        "sizes": sizes,
+        "expected": [exchange.size_of(n) for n in bare[1].message_sizes()],
+        "explained": explain(bare, batch(2)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["l1", "evo"])
+def test_a_step_with_ddp_is_the_step_on_the_whole_batch(pool, kind):
+    x = batch()
+    by_rank = pool(2).run_each(on_ddp, [(part, kind) for part in shard(x, (3, 2))])
+    alone = network({"l1": L1BatchNorm, "evo": EvoNorm}[kind])
+    alone[1].running_mean += 2.0
+    alone(x).square().mean().backward()
+    for each in by_rank:
+        assert each["label"] == "1"
+        for got, parameter in zip(each["gradients"], alone.parameters(), strict=True):
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-10, atol=1e-10)
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(each["state"][key], value, rtol=1e-10, atol=1e-10)
+        # Another test's model may have made the room of the pool's group larger.
+        assert all(got >= size for got, size in zip(each["sizes"], each["expected"], strict=True))
+        row = each["explained"].rows[0]
+        assert (row.layer, row.sync, row.workers, row.samples) == ("1", "batch", 2, 4)
+        assert row.messages == len(each["sizes"])
+
+
+def test_explain_counts_the_messages_of_the_family():
+    said = explain(network(EvoNorm), batch(2), world_size=4)
+    row = said.rows[0]
+    assert (row.now, row.convert, row.sync) == ("EvoNorm", "unchanged", "batch")
+    assert (row.workers, row.samples, row.values, row.messages) == (4, 8, 128, 2)
+    assert (said.messages, said.bytes) == (2, 8 * (10 + 10))
+    assert not said.lints
+
+
+def with_other_variant() -> str:
+    model = network(lambda c: EvoNorm(c, "b0" if dist.get_rank() == 0 else "b1"))
+    try:
+        prepare_ddp(model)
+    except FaultError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+def test_workers_with_other_layers_are_told(pool):
+    first, second = pool(2).run(with_other_variant)
+    assert first == second
+    assert "must have the same layers" in first
+
+
+def joined(count: int) -> dict[str, Tensor]:
+    """Train on `count` batches, fewer than another worker's, perhaps."""
+    model = DistributedDataParallel(prepare_ddp(network(L1BatchNorm)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with join(model, optimizer):
+        for _ in range(count):
+            optimizer.zero_grad()
+            scale_loss(model(batch(2)).square().mean(), 2).backward()
+            optimizer.step()
+    return dict(model.module.state_dict())
+
+
+def test_join_takes_the_family_along(pool):
+    first, second = pool(2).run_each(joined, [(3,), (1,)])
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert int(first["1.num_batches_tracked"]) == 3
