@@ -4,13 +4,16 @@ import logging
 import math
 import re
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert
 from syncnorm.errors import ConfigError, InputError
+from syncnorm.family import METHODS
+from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.model.convert.adapters import has_torchs_forward, own_class
 from syncnorm.module import SyncNorm
 from syncnorm.train.config.norm import NormName, NormSection
@@ -69,6 +72,9 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
             return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels, eps=norm.eps)
         case "frozen":
             return partial(FrozenBatchNorm, eps=norm.eps)
+        case method:
+            own = norm.options if method == norm.name else {}
+            return partial(METHODS[method], sync=norm.sync, **(options | own))
 
 
 # By name, a class that recognises the layers of `make_norm_layer`; those of batch_norm cannot be
@@ -79,6 +85,7 @@ _CLASS: dict[NormName, type[nn.Module]] = {
     "sync_batch_renorm": SyncNorm,
     "group_norm": nn.GroupNorm,
     "frozen": FrozenBatchNorm,
+    **dict.fromkeys(cast("dict[NormName, Any]", METHODS), FamilyLayer),
 }
 
 
@@ -96,7 +103,7 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
         if isinstance(m, _BatchNorm | _CLASS[norm.name])
     }
     theirs = {name: m for name, m in found.items() if not isinstance(m, _CLASS[norm.name])}
-    is_ours = _CLASS[norm.name] is SyncNorm
+    is_ours = _CLASS[norm.name] in (SyncNorm, FamilyLayer)
     if len(theirs) < len(found):
         local = [name for name, m in theirs.items() if m.training]
         if is_ours and norm.mode.is_pooled and local:
@@ -112,7 +119,7 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
                 "with, or set norm.name=batch_norm, which leaves a model as it is."
             )
         return
-    if is_ours:
+    if _CLASS[norm.name] is SyncNorm:
         _convert(model, norm, total_steps)
     else:
         for name, layer in theirs.items():
@@ -126,8 +133,8 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
 
 def warn_of_no_pooling(model: nn.Module, norm: NormSection) -> None:
     """Say in a line if no normalisation layer of a model, ready for training, pools anything."""
-    layers = [module for module in model.modules() if isinstance(module, SyncNorm)]
-    if any(layer.training and layer.sync_mode.is_pooled for layer in layers):
+    layers = [module for module in model.modules() if isinstance(module, SyncNorm | Pooling)]
+    if any(layer.training and layer.is_pooled for layer in layers):
         return
     if not layers:
         cause = f"there is none of syncnorm's (norm.name {norm.name})"
@@ -170,7 +177,7 @@ def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm | nn.GroupNorm)
+        if isinstance(module, _BatchNorm | nn.GroupNorm | FamilyLayer)
     }
     for pattern in norm.rules:
         if not any(re.search(pattern, name) for name in layers):
@@ -193,9 +200,11 @@ def _replace(
     kind: NormName,
 ) -> None:
     """Replace a layer by one of this kind, with its parameters and running statistics."""
-    assert isinstance(layer, _BatchNorm | nn.GroupNorm)
+    assert isinstance(layer, _BatchNorm | nn.GroupNorm | FamilyLayer)
     cls = own_class(layer)
-    if isinstance(layer, nn.GroupNorm):
+    if isinstance(layer, FamilyLayer):
+        channels, is_plain = layer.num_features, True
+    elif isinstance(layer, nn.GroupNorm):
         channels, is_plain = layer.num_channels, cls.forward is nn.GroupNorm.forward
     else:
         is_ours = cls in (SyncBatchNorm, SyncBatchRenorm)
@@ -206,8 +215,11 @@ def _replace(
             "whose own forward would be lost. Leave it out of the rules."
         )
     other = make_norm_layer(norm, total_steps, kind)(channels)
-    kept = dict(layer.named_parameters())
-    if isinstance(layer, _BatchNorm) and isinstance(other, _BatchNorm):
+    kept = {key: value for key, value in layer.named_parameters() if key in ("weight", "bias")}
+    if isinstance(layer, _BatchNorm) and isinstance(other, FamilyLayer):
+        with torch.no_grad():
+            other.take(layer)
+    elif isinstance(layer, _BatchNorm) and isinstance(other, _BatchNorm):
         kept |= {
             key: b for key, b in layer.named_buffers() if key in ("running_mean", "running_var")
         }

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from syncnorm import prepare_ddp
 from syncnorm.comm import groups
 from syncnorm.errors import ConfigError
+from syncnorm.family.layer import Pooling
 from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, place_local
@@ -74,7 +75,7 @@ class Setup:
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
     average: MovingAverage | None
-    layers: list[SyncNorm]
+    layers: list[SyncNorm | Pooling]
     statistic_groups: StatisticGroups | None
     shared_buffers: SharedBuffers
     signature: Signature
@@ -118,7 +119,7 @@ class Setup:
     def flush_statistics(self) -> None:
         """Bring all running statistics up to date. Starts no exchange."""
         for layer in self.layers:
-            layer.statistics.settle()
+            layer.settle()
 
     def copy_buffers(self) -> list[Tensor]:
         """Copy the model's buffers, for `restore_buffers`."""
@@ -328,7 +329,7 @@ def make_setup(
         schedule,
         make_scaler(train.autocast, workers),
         average,
-        layers=[module for module in model.modules() if isinstance(module, SyncNorm)],
+        layers=[m for m in model.modules() if isinstance(m, SyncNorm | Pooling)],
         statistic_groups=statistic_groups,
         shared_buffers=SharedBuffers(model, None if average is None else average.module),
         signature=data.signature,

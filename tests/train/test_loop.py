@@ -129,6 +129,7 @@ KINDS = {
     "local": ["norm.sync=none"],
     "groups": ["train.norm_batch=10", "launch.micro_batch=10"],
     "noise": ["model.name=tests.train.nets:Noisy"],
+    "family": ["norm.name=l1_batch_norm"],
     "frozen": ["train.freeze=[conv1, layer2, fc.bias]"],
     "modes": ["model.name=tests.train.nets:Freezing"],
     "own buffers": ["model.name=tests.train.nets:Remembering"],

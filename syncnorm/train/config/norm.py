@@ -1,15 +1,19 @@
 """The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
 from syncnorm import RenormSchedule
+from syncnorm.errors import InputError
+from syncnorm.family import METHODS
 from syncnorm.statistics import MODES
 from syncnorm.statistics.source import Mode
 from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
 
-NormName = Literal["batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen"]
+NormName = Literal[
+    "batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen", "l1_batch_norm"
+]
 
 
 class RenormSection(Section):
@@ -57,7 +61,7 @@ class NormSection(Section):
         default="sync_batch_norm",
         description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, "
         "with the statistics of each worker's forward; group_norm has up to 32 groups; frozen is a "
-        "batch norm that only evaluates",
+        "batch norm that only evaluates; the others are methods of syncnorm.family",
     )
     rules: Annotated[dict[str, NormName], AfterValidator(check_patterns)] = Field(
         default={},
@@ -77,6 +81,9 @@ class NormSection(Section):
     )
     eps: Finite = Field(default=1e-5, gt=0, description="added to the variance")
     renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
+    options: dict[str, Any] = Field(
+        default={}, description="arguments of the layer, where name is a method of syncnorm.family"
+    )
 
     @property
     def mode(self) -> type[Mode]:
@@ -90,7 +97,8 @@ class NormSection(Section):
 
     @model_validator(mode="after")
     def _keys_have_a_use(self) -> Self:
-        if not self.names & {"sync_batch_norm", "sync_batch_renorm"}:
+        pooled = {"sync_batch_norm", "sync_batch_renorm", *METHODS}
+        if not self.names & pooled:
             if self.mode.is_pooled and "sync" in self.model_fields_set:
                 raise ValueError(
                     f"sync must be none with name {self.name}, got {self.sync!r}. Use name "
@@ -98,9 +106,30 @@ class NormSection(Section):
                 )
             # So that the run's config.yaml has the value that holds, and can be read again.
             object.__setattr__(self, "sync", "none")
+        self._fit_the_family()
         if "sync_batch_renorm" not in self.names and self.renorm != RenormSection():
             raise ValueError(
                 f"renorm must be left out with name {self.name}. It belongs to name "
                 "sync_batch_renorm."
             )
         return self
+
+    def _fit_the_family(self) -> None:
+        """Check the keys that mean something else, or nothing, to a method of the family."""
+        methods = self.names & METHODS.keys()
+        if methods and self.sync not in ("batch", "none"):
+            raise ValueError(
+                f"sync must be batch or none with {', '.join(sorted(methods))}, got {self.sync!r}"
+            )
+        if self.options and self.name not in METHODS:
+            raise ValueError(
+                f"options must be left out with name {self.name}, got {self.options}. They are "
+                f"arguments of {', '.join(METHODS)}."
+            )
+        if self.name in METHODS:
+            try:
+                METHODS[self.name](1, **self.options)
+            except (InputError, TypeError) as error:
+                raise ValueError(
+                    f"options must be arguments of {self.name}, got {self.options}: {error}"
+                ) from None

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from syncnorm.family import METHODS
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.config.section import (
     REFERENCE,
@@ -378,5 +379,11 @@ class Config(Section):
                 f"`train.norm_batch` must be null with norm.sync {self.norm.sync}, got "
                 f"{self.train.norm_batch}. Only sync batch takes statistics over a number of "
                 "samples that the configuration fixes."
+            )
+        methods = self.norm.names & METHODS.keys()
+        if self.is_grouped and methods:
+            raise ValueError(
+                f"`train.norm_batch` must be null with {', '.join(sorted(methods))}, got "
+                f"{self.train.norm_batch}. A method of the family has one statistic a step."
             )
         return self

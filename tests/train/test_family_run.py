@@ -1,0 +1,84 @@
+"""Runs whose layers are methods of the family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from syncnorm.errors import ConfigError
+from syncnorm.family import METHODS, L1BatchNorm
+from syncnorm.train.config.norm import NormSection
+from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
+from tests.train import nets, runs
+from tests.train.test_loop import FEW, last, run
+
+# Steps of 79 samples, of which every fifth has one: all shards of it but the first are empty.
+RAGGED = [FEW, "train.dtype=float64", "train.global_batch=79", "train.epochs=2", "train.lr=0.02"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_is_the_same_on_one_worker_and_two(pool, tmp_path, method):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    options = [*RAGGED, f"norm.name={method}"]
+    run(pool, 1, alone, options)
+    outcome = run(pool, 2, together, options)[0]
+    assert len(set(outcome.digests)) == 1
+    for one, many in zip(runs.events(alone, "step"), runs.events(together, "step"), strict=True):
+        assert many["loss"] == pytest.approx(one["loss"], rel=1e-11)
+    state, expected = last(together).tensors["model"], last(alone).tensors["model"]
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_have_the_options_of_the_config():
+    section = NormSection(name="l1_batch_norm", momentum=0.3, eps=1e-3, options={"affine": False})
+    layer = make_norm_layer(section, 100)(4)
+    assert isinstance(layer, L1BatchNorm)
+    assert (layer.momentum, layer.eps, layer.weight, layer.sync) == (0.3, 1e-3, None, "batch")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sync": "running"}, "sync must be batch or none with l1_batch_norm, got 'running'"),
+        ({"options": {"window": 3}}, "options must be arguments of l1_batch_norm, got"),
+        ({"name": "group_norm", "options": {"a": 1}}, "options must be left out with name group"),
+    ],
+)
+def test_what_does_not_fit_is_refused(options, message):
+    with pytest.raises(ValidationError, match=message):
+        NormSection(**{"name": "l1_batch_norm", **options})
+
+
+def test_statistics_over_parts_of_a_step_are_refused(pool, tmp_path):
+    with pytest.raises(Exception, match="must be null with l1_batch_norm, got 10"):
+        run(
+            pool,
+            1,
+            tmp_path,
+            [*RAGGED, "norm.name=l1_batch_norm", "train.norm_batch=10", "train.global_batch=40"],
+        )
+
+
+def test_a_network_with_batch_norms_gets_the_method_with_their_statistics(caplog):
+    model = nets.own_norms(1, 10)
+    fit_layers(model, NormSection(name="l1_batch_norm"), 100)
+    assert type(model[1]) is type(model[5]) is L1BatchNorm
+    assert torch.equal(model[1].weight, torch.full_like(model[1].weight, 0.5))
+    assert torch.equal(model[1].running_mean, torch.full_like(model[1].running_mean, 0.1))
+    assert caplog.messages == [
+        "the model makes no layer with norm_layer: its 2 batch norms are l1_batch_norm now"
+    ]
+
+
+def test_a_network_without_a_layer_to_replace_is_refused():
+    with pytest.raises(ConfigError, match=r"batch norms where norm.name is l1_batch_norm"):
+        fit_layers(nets.no_norms(1, 10), NormSection(name="l1_batch_norm"), 100)
+
+
+def test_a_rule_puts_a_method_at_a_place_and_another_layer_in_its_place():
+    model = nn.Sequential(L1BatchNorm(3), L1BatchNorm(3))
+    apply_rules(model, NormSection(name="l1_batch_norm", rules={"1": "group_norm"}), 100)
+    assert [type(m) for m in model] == [L1BatchNorm, nn.GroupNorm]
