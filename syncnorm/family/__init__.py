@@ -4,8 +4,23 @@ Each file is one method: which sums travel, what becomes of them. `syncnorm.fami
 and moments over all workers with their gradients, `syncnorm.family.layer` what layers share.
 """
 
+from syncnorm.family.balanced import BalancedBatchNorm, tasks_of
+from syncnorm.family.channel import BatchChannelNorm, EstimatedBatchNorm
 from syncnorm.family.evonorm import EvoNorm
 from syncnorm.family.l1 import L1BatchNorm
+from syncnorm.family.membrane import FoldedThreshold, MembranePotentialBatchNorm
+from syncnorm.family.momentum import momentum_at
 from syncnorm.family.region import RegionNorm
 
-__all__ = ["EvoNorm", "L1BatchNorm", "RegionNorm"]
+__all__ = [
+    "BalancedBatchNorm",
+    "BatchChannelNorm",
+    "EstimatedBatchNorm",
+    "EvoNorm",
+    "FoldedThreshold",
+    "L1BatchNorm",
+    "MembranePotentialBatchNorm",
+    "RegionNorm",
+    "momentum_at",
+    "tasks_of",
+]

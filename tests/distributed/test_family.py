@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from syncnorm.comm import exchange, groups
 from syncnorm.comm.inflight import log_of
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm, reference
+from syncnorm.family import (
+    BalancedBatchNorm,
+    BatchChannelNorm,
+    EstimatedBatchNorm,
+    EvoNorm,
+    L1BatchNorm,
+    MembranePotentialBatchNorm,
+    RegionNorm,
+    reference,
+)
 from syncnorm.testing import shard
 
 STEPS = 20
@@ -31,6 +40,18 @@ class Method:
     oracle: Whole
     messages: tuple[str, ...]
     has_mask: bool = False
+    convert: Callable[[Tensor], Tensor] = staticmethod(lambda mask: mask)
+    """What the layer is given in place of a mask."""
+    is_derivative: bool = True
+    """False where the backward pass is not the derivative of the forward pass."""
+
+    def arguments(self, mask: Tensor) -> list[Tensor]:
+        return [self.convert(mask)] if self.has_mask else []
+
+
+def tasks_from(mask: Tensor) -> Tensor:
+    """A task for each sample, one of three, by what the mask covers."""
+    return mask.flatten(1).sum(1).to(torch.int64) % 3
 
 
 def _evo(variant: str) -> Method:
@@ -55,6 +76,37 @@ METHODS = {
         lambda x, mask, state: reference.region_norm(x, mask, state, 1e-5),
         ("moments", "sums"),
         has_mask=True,
+    ),
+    "estimated": Method(
+        partial(EstimatedBatchNorm, CHANNELS),
+        lambda x, mask, state: reference.estimated_batch_norm(x, state, 1e-5, 0.1),
+        ("moments",),
+        is_derivative=False,
+    ),
+    "batch_channel": Method(
+        partial(BatchChannelNorm, CHANNELS, 3),
+        lambda x, mask, state: reference.batch_channel_norm(x, state, 3, False, 1e-5, 0.1),
+        ("moments", "sums"),
+    ),
+    "estimated_channel": Method(
+        partial(BatchChannelNorm, CHANNELS, estimate=True),
+        lambda x, mask, state: reference.batch_channel_norm(x, state, 1, True, 1e-5, 0.1),
+        ("moments",),
+        is_derivative=False,
+    ),
+    "membrane": Method(
+        partial(MembranePotentialBatchNorm, CHANNELS),
+        lambda x, mask, state: reference.membrane_batch_norm(x, state, 1e-5, 0.1),
+        ("moments", "sums"),
+    ),
+    "balanced": Method(
+        partial(BalancedBatchNorm, CHANNELS, num_tasks=4, kappa=0.4),
+        lambda x, mask, state: reference.balanced_batch_norm(
+            x, tasks_from(mask), state, 0.4, 1e-5, 0.1
+        )[0],
+        ("sums", "sums"),
+        has_mask=True,
+        convert=tasks_from,
     ),
 }
 
@@ -90,7 +142,7 @@ def on_rank(name: str, parts: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, 
         layer.zero_grad()
         x = x.clone().requires_grad_()
         with exchange.record() as exchanges:
-            y = layer(x, mask) if method.has_mask else layer(x)
+            y = layer(x, *method.arguments(mask))
             y.backward(cotangent)
         steps.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
         sent.append(tuple(e.kind for e in exchanges))
@@ -136,13 +188,16 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].is_derivative])
 def test_differentiates_twice(name):
     method = METHODS[name]
     layer = method.make()
     fill(layer)
     x, mask, _ = data(0, 3)
-    run = (lambda x: layer(x, mask)) if method.has_mask else layer
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, *method.arguments(mask))
+
     assert torch.autograd.gradcheck(run, x.requires_grad_())
     assert torch.autograd.gradgradcheck(run, x)
 
@@ -154,21 +209,21 @@ def test_half_types_are_computed_in_float32(name, dtype):
     layer, wide = method.make(), method.make()
     x, mask, _ = data(0, 4)
     x = x.to(dtype)
-    arguments = [mask] if method.has_mask else []
+    arguments = method.arguments(mask)
     y, exact = layer(x, *arguments), wide.double()(x.double(), *arguments)
     assert y.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["evo_b0", "evo_b1", "evo_b2", "l1"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "region"])
 def test_evaluation_uses_running_statistics_and_exchanges_nothing(name):
     layer = METHODS[name].make()
     fill(layer)
     x, _, _ = data(0, 4)
     layer(x)
     layer.eval()
-    before = layer.state_dict()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
     with exchange.record() as exchanges:
         whole, halves = layer(x), torch.cat([layer(x[:1]), layer(x[1:])])
     assert not exchanges

@@ -1,0 +1,49 @@
+"""Batch normalisation on the family's moments: the base of methods that add something to it.
+
+    y = (x - mean) / sqrt(var + eps) weight + bias
+
+mean and var, which is biased, are those of a channel over the batch. In evaluation they are the
+running ones, which follow the mean and the unbiased variance. arXiv:1502.03167, algorithm 1. A
+batch of a single value says nothing about scale, and leaves the running variance alone.
+
+*Collectives*: one all-reduce of 2C+1 numbers, one of 2C in the backward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.pooled import channels, pooled_moments
+
+
+class PooledBatchNorm(FamilyLayer):
+    """Batch normalisation over the batches of all workers, with the arguments of `FamilyLayer`.
+
+    For itself `syncnorm.SyncBatchNorm` does the same and more.
+    """
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalise by the batch."""
+        batch = pooled_moments(x, [None], self.group, self.label)
+        (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
+        unbiased = var * count / (count - 1).clamp(min=1)
+        self.follow(count, mean=mean, var=torch.where(count > 1, unbiased, self.running_var))
+        return self.standardize(x, mean, var)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Normalise by the running statistics."""
+        return self.standardize(x, self.running_mean, self.running_var)
+
+    def standardize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Subtract a mean and divide by the root of a variance, both (C,)."""
+        return (x - channels(mean, x)) * channels((var + self.eps).rsqrt(), x)
+
+    def message_sizes(self) -> list[int]:
+        """Count the numbers of each message of a step."""
+        return [2 * self.num_features + 1, 2 * self.num_features]
+
+    def as_batch_norm(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
+        """Give what a plain batch norm needs to evaluate equally."""
+        return self.running_mean, self.running_var, self.weight, self.bias
