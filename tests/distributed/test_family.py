@@ -25,6 +25,7 @@ from syncnorm.family import (
     reference,
 )
 from syncnorm.testing import shard
+from tests.distributed.planted_family import DEFECTS
 
 STEPS = 20
 CHANNELS = 3
@@ -154,15 +155,24 @@ def on_rank(name: str, parts: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, 
     return {"steps": steps, "state": layer.state_dict(), "sent": sent}
 
 
-@pytest.mark.parametrize("sizes", SPLITS, ids=str)
-@pytest.mark.parametrize("name", METHODS)
-def test_equals_the_whole_batch(pool, name, sizes):
-    method = METHODS[name]
-    batches = [data(step, sum(sizes)) for step in range(STEPS)]
+def on_rank_with_defect(
+    name: str, defect: str, parts: list[tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, Any]:
+    """As `on_rank`, with a defect planted in the method."""
+    with DEFECTS[name, defect]():
+        return on_rank(name, parts)
+
+
+def sharded(steps: int, sizes: tuple[int, ...]) -> tuple[list[Any], list[list[Any]]]:
+    """The batches of steps, and by rank its shards of them."""
+    batches = [data(step, sum(sizes)) for step in range(steps)]
     shards = [list(zip(*(shard(each, sizes) for each in batch))) for batch in batches]
-    by_rank = pool(len(sizes)).run_each(
-        on_rank, [(name, [s[r] for s in shards]) for r in range(len(sizes))]
-    )
+    return batches, [[s[r] for s in shards] for r in range(len(sizes))]
+
+
+def compare(name: str, batches: list[Any], by_rank: list[dict[str, Any]]) -> None:
+    """Assert that what came out on the ranks is the oracle's on the whole batches."""
+    method = METHODS[name]
     state = fill(method.make())
     names = [n for n, _ in method.make().named_parameters()]
     for step, (x, mask, cotangent) in enumerate(batches):
@@ -176,12 +186,28 @@ def test_equals_the_whole_batch(pool, name, sizes):
         close(torch.cat([r[1] for r in ranks]), expected[0])
         for index, gradient in enumerate(expected[1:], start=2):
             close(sum(r[index] for r in ranks), gradient)
-        if len(sizes) > 1:
+        if len(by_rank) > 1:
             assert all(each["sent"][step] == method.messages for each in by_rank)
     for each in by_rank:
         for key in each["state"]:
             close(each["state"][key].double(), state[key].double())
             assert torch.equal(each["state"][key], by_rank[0]["state"][key])
+
+
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_the_whole_batch(pool, name, sizes):
+    batches, parts = sharded(STEPS, sizes)
+    by_rank = pool(len(sizes)).run_each(on_rank, [(name, part) for part in parts])
+    compare(name, batches, by_rank)
+
+
+@pytest.mark.parametrize(("name", "defect"), DEFECTS)
+def test_a_planted_defect_is_seen(pool, name, defect):
+    batches, parts = sharded(3, (3, 2))
+    by_rank = pool(2).run_each(on_rank_with_defect, [(name, defect, part) for part in parts])
+    with pytest.raises(AssertionError):
+        compare(name, batches, by_rank)
 
 
 def close(got: Tensor, expected: Tensor) -> None:
