@@ -11,6 +11,11 @@ from syncnorm.family.l1 import L1BatchNorm
 from syncnorm.family.membrane import FoldedThreshold, MembranePotentialBatchNorm
 from syncnorm.family.momentum import momentum_at
 from syncnorm.family.region import RegionNorm
+from syncnorm.family.standardised import (
+    ScaledWeightStandardization,
+    WeightStandardization,
+    standardize_weights,
+)
 
 __all__ = [
     "BalancedBatchNorm",
@@ -21,6 +26,9 @@ __all__ = [
     "L1BatchNorm",
     "MembranePotentialBatchNorm",
     "RegionNorm",
+    "ScaledWeightStandardization",
+    "WeightStandardization",
     "momentum_at",
+    "standardize_weights",
     "tasks_of",
 ]

@@ -94,9 +94,7 @@ def batch_channel_norm(
     return (y + state["group_bias"].view(1, -1, 1)).reshape(z.shape)
 
 
-def membrane_batch_norm(
-    x: Tensor, state: dict[str, Tensor], eps: float, momentum: float
-) -> Tensor:
+def membrane_batch_norm(x: Tensor, state: dict[str, Tensor], eps: float, momentum: float) -> Tensor:
     """Batch normalisation of the potential of a time step; updates `state`. arXiv:2308.08359."""
     return affine(_by_batch(x, state, eps, momentum), state["weight"], state["bias"])
 
@@ -114,15 +112,13 @@ def balanced_batch_norm(
     arXiv:2310.08855. A task that is not in the batch has no weight.
     """
     x = x.double()
-    per_sample = [(x[i].flatten(1), int(tasks[i])) for i in range(x.shape[0])]
-    present = sorted({t for _, t in per_sample})
-    n = {t: sum(other == t for _, other in per_sample) for t in present}
-    total = sum(state["psi"][t].exp() + n[t] for t in present)
-    w = [(state["psi"][t].exp() + n[t]) / total / n[t] for _, t in per_sample]
-    mean = sum(w_i * x_i.mean(1) for w_i, (x_i, _) in zip(w, per_sample))
-    var = sum(
-        w_i * (x_i - mean[:, None]).square().mean(1) for w_i, (x_i, _) in zip(w, per_sample)
-    )
+    present = tasks.unique().tolist()
+    n = {t: int((tasks == t).sum()) for t in present}
+    concentration = {t: state["psi"][t].exp() + n[t] for t in present}
+    total = torch.stack([*concentration.values()]).sum()
+    w = torch.stack([concentration[t] / total / n[t] for t in tasks.tolist()])[:, None]
+    mean = (w * x.flatten(2).mean(2)).sum(0)
+    var = (w * (x - channels(mean, x)).square().flatten(2).mean(2)).sum(0)
     state["num_batches_tracked"] += 1
     eta = momentum**kappa
     for _ in range(int(state["num_batches_tracked"]) - 1):

@@ -41,13 +41,14 @@ class Method:
     oracle: Whole
     messages: tuple[str, ...]
     has_mask: bool = False
-    convert: Callable[[Tensor], Tensor] = staticmethod(lambda mask: mask)
-    """What the layer is given in place of a mask."""
+    convert: Callable[[Tensor], Tensor] | None = None
+    """What becomes of the mask before the layer is given it."""
     is_derivative: bool = True
     """False where the backward pass is not the derivative of the forward pass."""
 
     def arguments(self, mask: Tensor) -> list[Tensor]:
-        return [self.convert(mask)] if self.has_mask else []
+        given = mask if self.convert is None else self.convert(mask)
+        return [given] if self.has_mask else []
 
 
 def tasks_from(mask: Tensor) -> Tensor:
