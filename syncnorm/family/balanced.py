@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
-from syncnorm.family.momentum import check_kappa, momentum_at
+from syncnorm.family.momentum import momentum_at
 from syncnorm.family.pooled import channels, pooled_sum
 
 
@@ -48,7 +48,7 @@ class BalancedBatchNorm(PooledBatchNorm):
         num_tasks: tasks T, seen or to come.
         kappa: in [0, 1], from a cumulative average to an exponential one; see `momentum_at`.
         eps: added to variances.
-        momentum: weight of a batch in an exponential average.
+        momentum: weight of a batch in an exponential average; None: a cumulative one.
         options: see `FamilyLayer`.
     """
 
@@ -58,13 +58,14 @@ class BalancedBatchNorm(PooledBatchNorm):
         num_tasks: int = 1,
         kappa: float = 1.0,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, **options)
         if num_tasks < 1:
             raise InputError(f"`num_tasks` must be at least 1, got {num_tasks}. Count all tasks.")
-        check_kappa(kappa)
+        if momentum is not None:
+            momentum_at(1, momentum, kappa)  # checks them
         self.num_tasks, self.kappa = num_tasks, kappa
         self.psi = nn.Parameter(self.running_mean.new_zeros(num_tasks))
         self.tasks: Tensor | None = None
@@ -153,20 +154,25 @@ class BalancedBatchNorm(PooledBatchNorm):
     def follow(self, count: Tensor, **values: Tensor) -> None:
         """Move running statistics towards a batch's by the momentum of the step."""
         constant = self.momentum
-        step = self.num_batches_tracked + (count > 0)
-        self.momentum = momentum_at(step, constant, self.kappa)  # pyright: ignore[reportAttributeAccessIssue]
+        if constant is not None:
+            step = self.num_batches_tracked + (count > 0)
+            self.momentum = momentum_at(step, constant, self.kappa)  # pyright: ignore[reportAttributeAccessIssue]
         try:
             super().follow(count, **values)
         finally:
             self.momentum = constant
 
     def message_sizes(self) -> list[int]:
-        """Count the numbers of each message of a step."""
+        """Count the numbers in each message of a training step, forward, then backward."""
         return 2 * [self.num_tasks * (2 * self.num_features + 1)]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step leaves has a graph, and cannot be copied.
-        return {**self.__dict__, "_batch": None}
+        return {**super().__getstate__(), "_batch": None}
+
+    def extra_repr(self) -> str:
+        """Describe the arguments."""
+        return f"{super().extra_repr()}, num_tasks={self.num_tasks}, kappa={self.kappa}"
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_moments
 
 
@@ -41,9 +41,9 @@ class PooledBatchNorm(FamilyLayer):
         return (x - channels(mean, x)) * channels((var + self.eps).rsqrt(), x)
 
     def message_sizes(self) -> list[int]:
-        """Count the numbers of each message of a step."""
+        """Count the numbers in each message of a training step, forward, then backward."""
         return [2 * self.num_features + 1, 2 * self.num_features]
 
-    def as_batch_norm(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None:
-        """Give what a plain batch norm needs to evaluate equally."""
-        return self.running_mean, self.running_var, self.weight, self.bias
+    def as_batch_norm(self) -> PlainBatchNorm | None:
+        """Find the batch norm that evaluates as this layer does."""
+        return PlainBatchNorm(self.running_mean, self.running_var, self.weight, self.bias)

@@ -53,7 +53,7 @@ class EstimatedBatchNorm(PooledBatchNorm):
         return by_estimates(self, x)
 
     def message_sizes(self) -> list[int]:
-        """Count the numbers of each message of a step."""
+        """Count the numbers in each message of a training step."""
         return super().message_sizes()[:1]
 
 
@@ -78,7 +78,7 @@ class BatchChannelNorm(PooledBatchNorm):
         num_groups: int | None = None,
         estimate: bool = False,
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, **options)
@@ -110,11 +110,15 @@ class BatchChannelNorm(PooledBatchNorm):
         return z
 
     def message_sizes(self) -> list[int]:
-        """Count the numbers of each message of a step."""
+        """Count the numbers in each message of a training step."""
         return super().message_sizes()[:1] if self.estimate else super().message_sizes()
 
     def as_batch_norm(self) -> None:
-        """Say that no plain batch norm evaluates equally."""
+        """Say that there is no batch norm that evaluates as this layer does."""
+
+    def extra_repr(self) -> str:
+        """Describe the arguments."""
+        return f"{super().extra_repr()}, num_groups={self.num_groups}, estimate={self.estimate}"
 
 
 def by_estimates(layer: PooledBatchNorm, x: Tensor) -> Tensor:

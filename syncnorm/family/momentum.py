@@ -30,19 +30,19 @@ def momentum_at(step: int | Tensor, momentum: float, kappa: float) -> Tensor:
 
     Returns:
         (), float64.
+
+    Raises:
+        InputError: an argument is out of its range.
     """
-    check_kappa(kappa)
-    earlier = torch.as_tensor(step, dtype=torch.float64).clamp(min=1) - 1
-    ratio = (1 - momentum) ** kappa
-    power = ratio**earlier
-    series = earlier if ratio == 1 else (1 - power) / (1 - ratio)
-    return 1 / (series + power * momentum**-kappa)
-
-
-def check_kappa(kappa: float) -> None:
-    """Raise InputError unless kappa is in [0, 1]."""
     if not 0 <= kappa <= 1:
         raise InputError(
             f"`kappa` must be in [0, 1], from a cumulative average to an exponential one, got "
             f"{kappa}."
         )
+    if not 0 < momentum <= 1:
+        raise InputError(f"`momentum` must be in (0, 1] to adapt, got {momentum}. Try 0.1.")
+    earlier = torch.as_tensor(step, dtype=torch.float64).clamp(min=1) - 1
+    ratio = (1 - momentum) ** kappa
+    power = ratio**earlier
+    series = earlier if ratio == 1 else (1 - power) / (1 - ratio)
+    return 1 / (series + power * momentum**-kappa)

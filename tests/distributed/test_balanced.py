@@ -84,6 +84,15 @@ def test_one_task_is_batch_norm(tasks):
     close(made()(x, tasks), plain(x))
 
 
+def test_without_a_momentum_the_running_statistics_are_cumulative():
+    layer, same = made(momentum=None, kappa=0.7), made(kappa=0.0)
+    for count in (6, 5, 4):
+        x, tasks, _ = data(count)
+        layer(x, tasks)
+        same(x, tasks)
+    close(layer.running_var, same.running_var)
+
+
 def test_a_far_running_mean_costs_no_digits():
     x, tasks, _ = data(6)
     layer, exact = made().float(), made()
@@ -161,6 +170,10 @@ def test_other_layers_take_the_momentum_of_a_step(make):
         (lambda: BalancedBatchNorm(3, 0), "`num_tasks` must be at least 1, got 0"),
         (lambda: BalancedBatchNorm(3, 2, kappa=1.5), r"`kappa` must be in \[0, 1\].*got 1.5"),
         (lambda: momentum_at(1, 0.1, -0.5), r"`kappa` must be in \[0, 1\].*got -0.5"),
+        (
+            lambda: BalancedBatchNorm(3, momentum=0),
+            r"`momentum` must be in \(0, 1\] to adapt, got 0",
+        ),
         (
             lambda: BalancedBatchNorm(3, 2)(torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)),
             r"`tasks` must have a task for each sample of x, \(2,\), got shape \(3,\)",
