@@ -2,6 +2,7 @@
 
 Each file is one method: which sums travel, what becomes of them. `syncnorm.family.pooled` has sums
 and moments over all workers with their gradients, `syncnorm.family.layer` what layers share.
+`syncnorm.family.plain` has baselines without batch statistics.
 """
 
 from syncnorm.family.balanced import BalancedBatchNorm, tasks_of

@@ -80,6 +80,7 @@ class BalancedBatchNorm(PooledBatchNorm):
             tasks: (N,), in 0 ... T-1; None: those of `tasks_of`, or else one task. Training only.
 
         Raises:
+            InputError: `tasks` has another length than x.
             FaultError: on every worker, if a task of one of them is out of range. (On CUDA the
                 output is NaN instead, and the running statistics keep still.)
         """

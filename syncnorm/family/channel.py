@@ -1,4 +1,4 @@
-"""Batch norm by estimates, and batch-channel normalisation. arXiv:1903.10520, section 4.
+"""Batch norm by estimates, and batch-channel normalisation. arXiv:1903.10520.
 
 Estimated batch norm, for batches that are too small to tell a variance:
 
@@ -20,8 +20,9 @@ mean_g and var_g are those of a sample's group of channels over all their positi
 *Collectives*: the batch norm sends 2C+1 numbers, and 2C in the backward pass; with estimates the
 latter is not sent. Groups of channels lie within a worker.
 
-Sources: the paper's algorithm 1; the code in github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
-Its running variance is biased, as here for estimates; for batch statistics ours is torch's.
+Sources: the paper; github.com/joe-siyuan-qiao/Batch-Channel-Normalization, whose steps and their
+order are followed for estimates. With batch statistics the running variance follows the unbiased
+one, as torch's does.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 mean and the biased var are those of the I weights that make one output, over all dimensions of W
 but the first. `gain` is a parameter per output; gamma, a constant, keeps the variance through the
-activation in front: sqrt(2 / (1 - 1 / pi)) = 1.7139... for ReLU. Whatever follows the training sees
-W'; W itself is the parameter.
+activation in front: sqrt(2 / (1 - 1 / pi)) = 1.7139... for ReLU. The layer computes with W';
+W itself is the parameter.
 
 Sources: plain, arXiv:1903.10520, to go with batch-channel or group normalisation; the authors' code
 takes the unbiased variance. Scaled, arXiv:2101.08692, section 4, and arXiv:2102.06171, for networks

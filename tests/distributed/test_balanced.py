@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import SyncBatchNorm
+from syncnorm import SyncBatchNorm, prepare_ddp, scale_loss
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family import BalancedBatchNorm, EvoNorm, momentum_at, reference, tasks_of
 from syncnorm.testing import shard
@@ -59,6 +60,42 @@ def test_the_term_of_the_loss_equals_the_whole_batch(pool, sizes):
 
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(5)
+    layers = nn.Linear(2, CHANNELS), made(kappa=0.5), nn.ReLU(), nn.Linear(CHANNELS, 2)
+    return nn.Sequential(*layers).double()
+
+
+def train(model: nn.Module, x: Tensor, tasks: Tensor) -> dict[str, Tensor]:
+    """Take three steps; the state after them."""
+    bare = getattr(model, "module", model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        with tasks_of(model, tasks):
+            loss = model(x).square().mean() if len(x) else model(x).sum()
+        loss = scale_loss(loss, len(x)) if model is not bare else loss
+        (loss + 0.2 * bare[1].balance_loss()).backward()
+        optimizer.step()
+    return bare.state_dict()
+
+
+def on_ddp(x: Tensor, tasks: Tensor) -> dict[str, Tensor]:
+    return train(DistributedDataParallel(prepare_ddp(network())), x, tasks)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2), (5, 0)], ids=str)
+def test_training_with_ddp_is_that_on_the_whole_batch(pool, sizes):
+    x, tasks, _ = data(5)
+    x = x[:, :2, 0]
+    by_rank = pool(2).run_each(on_ddp, list(zip(shard(x, sizes), shard(tasks, sizes))))
+    alone = train(network(), x, tasks)
+    assert (alone["1.psi"] - network()[1].psi).abs()[[0, 1, 3]].min() > 1e-4
+    for each in by_rank:
+        for key, value in alone.items():
+            close(each[key].double(), value.double())
 
 
 def test_equals_the_authors_formula_where_every_task_is_there():

@@ -1,4 +1,4 @@
-"""Adaptive gradient clipping, for networks without normalisation. arXiv:2102.06171, section 4.1.
+"""Adaptive gradient clipping, for networks without normalisation. arXiv:2102.06171, section 4.
 
     G_i <- clip max(|W_i|, eps) / |G_i| G_i    where |G_i| > clip max(|W_i|, eps)
 

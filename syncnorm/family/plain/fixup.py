@@ -36,9 +36,9 @@ def fixup_(branches: Sequence[Sequence[nn.Module]], classifier: nn.Linear) -> No
         InputError: a branch is empty, or has something else than convolutions and linear layers.
 
     Example:
-        >>> convolutions = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)]
-        >>> fixup_([convolutions], nn.Linear(4, 10))
-        >>> convolutions[1].weight.abs().max().item()
+        >>> branch = [torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3)]
+        >>> fixup_([branch], torch.nn.Linear(4, 10))
+        >>> branch[1].weight.abs().max().item()
         0.0
     """
     for branch in branches:
