@@ -7,8 +7,8 @@ Estimated batch norm, for batches that are too small to tell a variance:
 
 E_B is an average over the batch, mean_B that of x. The deviations are from the estimate as it was
 before the batch. What normalises is the estimate that has followed the batch, so the forward waits
-for its message. The estimates are constants in the backward pass. s is `momentum`: the authors' code
-has their training loop lower it, so set the attribute as you go.
+for its message. The estimates are constants in the backward pass. s is `momentum`: in the authors'
+code the training loop sets it, so set the attribute as you go.
 
 Batch-channel normalisation is a batch norm (or an estimated one), with its weight and bias, and
 then a normalisation of groups of channels within each sample, with a weight and a bias per group:
