@@ -2,19 +2,49 @@
 
 Each file is one method: which sums travel, what becomes of them. `syncnorm.family.pooled` has sums
 and moments over all workers with their gradients, `syncnorm.family.layer` what layers share.
+`syncnorm.family.plain` has baselines without batch statistics.
 """
 
 from collections.abc import Callable
 
+from syncnorm.family.balanced import BalancedBatchNorm, tasks_of
+from syncnorm.family.channel import BatchChannelNorm, EstimatedBatchNorm
 from syncnorm.family.evonorm import EvoNorm
 from syncnorm.family.l1 import L1BatchNorm
 from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.membrane import FoldedThreshold, MembranePotentialBatchNorm
+from syncnorm.family.momentum import momentum_at
 from syncnorm.family.region import RegionNorm
+from syncnorm.family.standardised import (
+    ScaledWeightStandardization,
+    WeightStandardization,
+    standardize_weights,
+)
 
-__all__ = ["METHODS", "EvoNorm", "L1BatchNorm", "RegionNorm"]
+__all__ = [
+    "METHODS",
+    "BalancedBatchNorm",
+    "BatchChannelNorm",
+    "EstimatedBatchNorm",
+    "EvoNorm",
+    "FoldedThreshold",
+    "L1BatchNorm",
+    "MembranePotentialBatchNorm",
+    "RegionNorm",
+    "ScaledWeightStandardization",
+    "WeightStandardization",
+    "momentum_at",
+    "standardize_weights",
+    "tasks_of",
+]
 
-METHODS: dict[str, Callable[..., FamilyLayer]] = {"l1_batch_norm": L1BatchNorm}
+METHODS: dict[str, Callable[..., FamilyLayer]] = {
+    "batch_channel_norm": BatchChannelNorm,
+    "estimated_batch_norm": EstimatedBatchNorm,
+    "l1_batch_norm": L1BatchNorm,
+}
 """By name, the methods that take the place of a batch norm: from a number of channels to a layer.
 
-EvoNorm takes an activation's place too, and RegionNorm needs a mask.
+Others take an activation's place too (EvoNorm), or need more than x: a mask (RegionNorm), tasks
+(BalancedBatchNorm), time steps (MembranePotentialBatchNorm).
 """

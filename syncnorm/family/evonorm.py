@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
-from syncnorm.family.pooled import channels, pooled_moments
+from syncnorm.family.pooled import channels, pooled_moments, unbiased
 
 
 class EvoNorm(FamilyLayer):
@@ -67,7 +67,7 @@ class EvoNorm(FamilyLayer):
         """Normalise by the batch."""
         batch = pooled_moments(x, [None], self.group, self.label)
         (var,), (count,) = batch.var, batch.count
-        self.follow(count, var=var * count / (count - 1).clamp(min=1))
+        self.follow(count, var=unbiased(var, count, self.running_var))
         return self._divide(x, var)
 
     def evaluate(self, x: Tensor) -> Tensor:

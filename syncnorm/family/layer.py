@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional
+from syncnorm import functional, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.pooled import channels, widened
@@ -195,16 +195,20 @@ class FamilyLayer(Pooling):
             count: of the batch's values, ().
             values: by the names of the buffers without `running_`, (C,).
         """
-        if self.is_frozen:
+        # Activation checkpointing repeats a forward that has been counted.
+        if self.is_frozen or ops.is_recomputing():
             return
         self.num_batches_tracked += (count > 0).to(torch.int64)
-        rate = 1 / self.num_batches_tracked.clamp(min=1).double()
-        if self.momentum is not None:
-            rate.fill_(self.momentum)
+        rate = self.rate()
         for name, value in values.items():
             running = getattr(self, f"running_{name}")
             moved = torch.lerp(running.double(), value.detach(), rate)
             running.copy_(torch.where(count > 0, moved, running.double()))
+
+    def rate(self) -> Tensor:
+        """Weigh the batch that has just been counted in the running statistics, (), float64."""
+        step = self.num_batches_tracked.clamp(min=1).double()
+        return 1 / step if self.momentum is None else torch.full_like(step, self.momentum)
 
     def extra_repr(self) -> str:
         """Describe the arguments."""

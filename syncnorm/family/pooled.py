@@ -136,6 +136,11 @@ class _Moments(torch.autograd.Function):
         return grad.to(x.dtype), *[None] * (5 + len(ctx.has))
 
 
+def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:
+    """Make a biased variance unbiased; a single value says nothing about it, and has another."""
+    return torch.where(count > 1, var * count / (count - 1).clamp(min=1), otherwise)
+
+
 def widened(x: Tensor) -> Tensor:
     """Convert half types to float32, to compute in it."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -22,9 +22,14 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from syncnorm import revert
 from syncnorm.errors import ConfigError
+from syncnorm.family.layer import FamilyLayer
+from syncnorm.model.convert.adapters import own_class, set_class
+from syncnorm.model.convert.family import put
+from syncnorm.module import SyncNorm
 from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.loaded import LoadedModel
 from syncnorm.train.task.supervised import call
@@ -85,10 +90,23 @@ def describe(model: LoadedModel) -> str:
 
 
 def plain_network(model: LoadedModel) -> nn.Module:
-    """Copy the network, with torch's batch norms in place of ours."""
+    """Copy the network, with torch's batch norms in place of ours, and plain weights.
+
+    Layers of the family that no batch norm evaluates as stay what they are.
+    """
     network = copy.deepcopy(model.network)
-    # Which of torch's classes does not matter: state dicts have the same keys.
-    return revert(network, to=nn.BatchNorm2d)
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module):
+            # A copy shares the class made for the original, from which torch would remove a name.
+            set_class(module, own_class(module))
+            for name in [*module.parametrizations]:  # pyright: ignore[reportGeneralTypeIssues, reportCallIssue]
+                parametrize.remove_parametrizations(module, name)
+    for layer in list(network.modules()):
+        has_plain = isinstance(layer, FamilyLayer) and layer.as_batch_norm() is not None
+        if isinstance(layer, SyncNorm) or has_plain:
+            # Which of torch's classes does not matter: state dicts have the same keys.
+            network = put(network, {layer: revert(layer, to=nn.BatchNorm2d)})
+    return network
 
 
 def _write_safetensors(model: LoadedModel, path: Path) -> None:

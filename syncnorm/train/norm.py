@@ -9,14 +9,16 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrizations, parametrize
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert
 from syncnorm.errors import ConfigError, InputError
-from syncnorm.family import METHODS
+from syncnorm.family import METHODS, standardize_weights
 from syncnorm.family.layer import FamilyLayer, Pooling
+from syncnorm.family.plain import BASELINES, ChannelRMSNorm, Derf, DynamicTanh, NoNorm
 from syncnorm.model.convert.adapters import has_torchs_forward, own_class
 from syncnorm.module import SyncNorm
-from syncnorm.train.config.norm import NormName, NormSection
+from syncnorm.train.config.norm import NormName, NormSection, WeightName
 from syncnorm.train.models import NormLayer
 
 _log = logging.getLogger(__name__)
@@ -68,13 +70,13 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
                 "running_average": norm.renorm.running_average,
             }
             return partial(SyncBatchRenorm, sync=norm.sync, **renorm, **options)
-        case "group_norm":
-            return lambda channels: nn.GroupNorm(math.gcd(32, channels), channels, eps=norm.eps)
         case "frozen":
             return partial(FrozenBatchNorm, eps=norm.eps)
-        case method:
+        case method if method in METHODS:
             own = norm.options if method == norm.name else {}
             return partial(METHODS[method], sync=norm.sync, **(options | own))
+        case baseline:
+            return lambda channels: BASELINES[baseline](channels, norm.eps)
 
 
 # By name, a class that recognises the layers of `make_norm_layer`; those of batch_norm cannot be
@@ -83,10 +85,17 @@ _CLASS: dict[NormName, type[nn.Module]] = {
     "batch_norm": nn.Module,
     "sync_batch_norm": SyncNorm,
     "sync_batch_renorm": SyncNorm,
-    "group_norm": nn.GroupNorm,
     "frozen": FrozenBatchNorm,
     **dict.fromkeys(cast("dict[NormName, Any]", METHODS), FamilyLayer),
+    "group_norm": nn.GroupNorm,
+    "layer_norm": nn.GroupNorm,
+    "rms_norm": ChannelRMSNorm,
+    "instance_norm": nn.GroupNorm,
+    "dynamic_tanh": DynamicTanh,
+    "derf": Derf,
+    "none": NoNorm,
 }
+_NORMS = (_BatchNorm, nn.GroupNorm, FamilyLayer, ChannelRMSNorm, DynamicTanh, Derf, NoNorm)
 
 
 def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
@@ -174,11 +183,7 @@ def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
     Raises:
         ConfigError: a rule finds no normalisation layer, or one that does more than normalise.
     """
-    layers = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm | nn.GroupNorm | FamilyLayer)
-    }
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
     for pattern in norm.rules:
         if not any(re.search(pattern, name) for name in layers):
             raise ConfigError(
@@ -200,15 +205,11 @@ def _replace(
     kind: NormName,
 ) -> None:
     """Replace a layer by one of this kind, with its parameters and running statistics."""
-    assert isinstance(layer, _BatchNorm | nn.GroupNorm | FamilyLayer)
-    cls = own_class(layer)
-    if isinstance(layer, FamilyLayer):
-        channels, is_plain = layer.num_features, True
-    elif isinstance(layer, nn.GroupNorm):
+    cls, channels, is_plain = own_class(layer), getattr(layer, "num_features", 0), True
+    if isinstance(layer, nn.GroupNorm):
         channels, is_plain = layer.num_channels, cls.forward is nn.GroupNorm.forward
-    else:
-        is_ours = cls in (SyncBatchNorm, SyncBatchRenorm)
-        channels, is_plain = layer.num_features, is_ours or has_torchs_forward(cls)
+    elif isinstance(layer, _BatchNorm):
+        is_plain = cls in (SyncBatchNorm, SyncBatchRenorm) or has_torchs_forward(cls)
     if not is_plain:
         raise ConfigError(
             f"`norm` must exchange layers that only normalise, got {name!r}, a {cls.__name__}, "
@@ -224,8 +225,8 @@ def _replace(
             key: b for key, b in layer.named_buffers() if key in ("running_mean", "running_var")
         }
     state = other.state_dict()
-    for key, value in kept.items():
-        state[key].copy_(value.data)
+    for key in kept.keys() & state.keys():
+        state[key].copy_(kept[key].data)
     if not isinstance(layer, FrozenBatchNorm):
         other.train(layer.training)
     model.set_submodule(name, other)
@@ -237,3 +238,32 @@ def _kind(name: str, norm: NormSection) -> NormName:
         if re.search(pattern, name):
             return kind
     return norm.name
+
+
+def reparametrize(model: nn.Module, weights: WeightName | None) -> None:
+    """Have all convolutions of a model compute with weights that are normalised.
+
+    Raises:
+        ConfigError: there is no convolution, or one that is parametrized already.
+    """
+    if weights is None:
+        return
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    if not layers or any(map(parametrize.is_parametrized, layers)):
+        found = "one that is parametrized" if layers else "none"
+        raise ConfigError(
+            f"`model.name` must have plain convolutions where norm.weights is {weights}, got "
+            f"{found}"
+        )
+    match weights:
+        case "weight_norm":
+            for layer in layers:
+                parametrizations.weight_norm(layer)
+        case "spectral_norm":
+            for layer in layers:
+                parametrizations.spectral_norm(layer)
+        case "standardized":
+            standardize_weights(model)
+        case "scaled_standardized":
+            # Of a ReLU in front.
+            standardize_weights(model, scaled=True, gamma=math.sqrt(2 / (1 - 1 / math.pi)))

@@ -35,7 +35,13 @@ from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
-from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer, warn_of_no_pooling
+from syncnorm.train.norm import (
+    apply_rules,
+    fit_layers,
+    make_norm_layer,
+    reparametrize,
+    warn_of_no_pooling,
+)
 from syncnorm.train.parameters import freeze, parameter_groups
 from syncnorm.train.placement import Workers, place
 from syncnorm.train.scaling import make_scaler
@@ -257,6 +263,7 @@ def make_network(
     )
     fit_layers(model, config.norm, total_steps)
     apply_rules(model, config.norm, total_steps)
+    reparametrize(model, config.norm.weights)
     return model
 
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from syncnorm import accumulate
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError
+from syncnorm.family.plain import clip_gradients_adaptively_
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, shard
@@ -269,10 +270,15 @@ def _scale_gradient(setup: Setup, notes: Notes, samples: int) -> float:
 
 
 def _clip(setup: Setup) -> float | None:
-    """Clip the gradient's norm, which is the same on all workers.
+    """Clip the gradient, which is the same on all workers; return its norm, if that has a bound.
 
-    The host waits for the backward pass: the norm decides whether the optimizer steps.
+    The host waits for the backward pass then: the norm decides whether the optimizer steps.
     """
+    adaptive = setup.config.train.adaptive_clip
+    if adaptive is not None:
+        linear = [m for m in setup.model.modules() if isinstance(m, nn.Linear)]
+        last = set(linear[-1].parameters()) if linear else set()
+        clip_gradients_adaptively_((p for p in setup.model.parameters() if p not in last), adaptive)
     bound = setup.config.train.clip
     if bound is None:
         return None

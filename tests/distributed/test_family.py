@@ -14,8 +14,18 @@ from torch import Tensor, nn
 from syncnorm.comm import exchange, groups
 from syncnorm.comm.inflight import log_of
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm, reference
+from syncnorm.family import (
+    BalancedBatchNorm,
+    BatchChannelNorm,
+    EstimatedBatchNorm,
+    EvoNorm,
+    L1BatchNorm,
+    MembranePotentialBatchNorm,
+    RegionNorm,
+    reference,
+)
 from syncnorm.testing import shard
+from tests.distributed.planted_family import DEFECTS
 
 STEPS = 20
 CHANNELS = 3
@@ -31,6 +41,19 @@ class Method:
     oracle: Whole
     messages: tuple[str, ...]
     has_mask: bool = False
+    convert: Callable[[Tensor], Tensor] | None = None
+    """What becomes of the mask before the layer is given it."""
+    is_derivative: bool = True
+    """False where the backward pass is not the derivative of the forward pass."""
+
+    def arguments(self, mask: Tensor) -> list[Tensor]:
+        given = mask if self.convert is None else self.convert(mask)
+        return [given] if self.has_mask else []
+
+
+def tasks_from(mask: Tensor) -> Tensor:
+    """A task for each sample, one of three, by what the mask covers."""
+    return mask.flatten(1).sum(1).to(torch.int64) % 3
 
 
 def _evo(variant: str) -> Method:
@@ -55,6 +78,37 @@ METHODS = {
         lambda x, mask, state: reference.region_norm(x, mask, state, 1e-5),
         ("moments", "sums"),
         has_mask=True,
+    ),
+    "estimated": Method(
+        partial(EstimatedBatchNorm, CHANNELS),
+        lambda x, mask, state: reference.estimated_batch_norm(x, state, 1e-5, 0.1),
+        ("moments",),
+        is_derivative=False,
+    ),
+    "batch_channel": Method(
+        partial(BatchChannelNorm, CHANNELS, 3),
+        lambda x, mask, state: reference.batch_channel_norm(x, state, 3, False, 1e-5, 0.1),
+        ("moments", "sums"),
+    ),
+    "estimated_channel": Method(
+        partial(BatchChannelNorm, CHANNELS, estimate=True),
+        lambda x, mask, state: reference.batch_channel_norm(x, state, 1, True, 1e-5, 0.1),
+        ("moments",),
+        is_derivative=False,
+    ),
+    "membrane": Method(
+        partial(MembranePotentialBatchNorm, CHANNELS),
+        lambda x, mask, state: reference.membrane_batch_norm(x, state, 1e-5, 0.1),
+        ("moments", "sums"),
+    ),
+    "balanced": Method(
+        partial(BalancedBatchNorm, CHANNELS, num_tasks=4, kappa=0.4),
+        lambda x, mask, state: reference.balanced_batch_norm(
+            x, tasks_from(mask), state, 0.4, 1e-5, 0.1
+        )[0],
+        ("sums", "sums"),
+        has_mask=True,
+        convert=tasks_from,
     ),
 }
 
@@ -90,7 +144,7 @@ def on_rank(name: str, parts: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, 
         layer.zero_grad()
         x = x.clone().requires_grad_()
         with exchange.record() as exchanges:
-            y = layer(x, mask) if method.has_mask else layer(x)
+            y = layer(x, *method.arguments(mask))
             y.backward(cotangent)
         steps.append([y.detach(), x.grad, *(p.grad for p in layer.parameters())])
         sent.append(tuple(e.kind for e in exchanges))
@@ -102,15 +156,24 @@ def on_rank(name: str, parts: list[tuple[Tensor, Tensor, Tensor]]) -> dict[str, 
     return {"steps": steps, "state": layer.state_dict(), "sent": sent}
 
 
-@pytest.mark.parametrize("sizes", SPLITS, ids=str)
-@pytest.mark.parametrize("name", METHODS)
-def test_equals_the_whole_batch(pool, name, sizes):
-    method = METHODS[name]
-    batches = [data(step, sum(sizes)) for step in range(STEPS)]
+def on_rank_with_defect(
+    name: str, defect: str, parts: list[tuple[Tensor, Tensor, Tensor]]
+) -> dict[str, Any]:
+    """As `on_rank`, with a defect planted in the method."""
+    with DEFECTS[name, defect]():
+        return on_rank(name, parts)
+
+
+def sharded(steps: int, sizes: tuple[int, ...]) -> tuple[list[Any], list[list[Any]]]:
+    """The batches of steps, and by rank its shards of them."""
+    batches = [data(step, sum(sizes)) for step in range(steps)]
     shards = [list(zip(*(shard(each, sizes) for each in batch))) for batch in batches]
-    by_rank = pool(len(sizes)).run_each(
-        on_rank, [(name, [s[r] for s in shards]) for r in range(len(sizes))]
-    )
+    return batches, [[s[r] for s in shards] for r in range(len(sizes))]
+
+
+def compare(name: str, batches: list[Any], by_rank: list[dict[str, Any]]) -> None:
+    """Assert that what came out on the ranks is the oracle's on the whole batches."""
+    method = METHODS[name]
     state = fill(method.make())
     names = [n for n, _ in method.make().named_parameters()]
     for step, (x, mask, cotangent) in enumerate(batches):
@@ -124,7 +187,7 @@ def test_equals_the_whole_batch(pool, name, sizes):
         close(torch.cat([r[1] for r in ranks]), expected[0])
         for index, gradient in enumerate(expected[1:], start=2):
             close(sum(r[index] for r in ranks), gradient)
-        if len(sizes) > 1:
+        if len(by_rank) > 1:
             assert all(each["sent"][step] == method.messages for each in by_rank)
     for each in by_rank:
         for key in each["state"]:
@@ -132,17 +195,36 @@ def test_equals_the_whole_batch(pool, name, sizes):
             assert torch.equal(each["state"][key], by_rank[0]["state"][key])
 
 
+@pytest.mark.parametrize("sizes", SPLITS, ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_the_whole_batch(pool, name, sizes):
+    batches, parts = sharded(STEPS, sizes)
+    by_rank = pool(len(sizes)).run_each(on_rank, [(name, part) for part in parts])
+    compare(name, batches, by_rank)
+
+
+@pytest.mark.parametrize(("name", "defect"), DEFECTS)
+def test_a_planted_defect_is_seen(pool, name, defect):
+    batches, parts = sharded(3, (3, 2))
+    by_rank = pool(2).run_each(on_rank_with_defect, [(name, defect, part) for part in parts])
+    with pytest.raises(AssertionError):
+        compare(name, batches, by_rank)
+
+
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].is_derivative])
 def test_differentiates_twice(name):
     method = METHODS[name]
     layer = method.make()
     fill(layer)
     x, mask, _ = data(0, 3)
-    run = (lambda x: layer(x, mask)) if method.has_mask else layer
+
+    def run(x: Tensor) -> Tensor:
+        return layer(x, *method.arguments(mask))
+
     assert torch.autograd.gradcheck(run, x.requires_grad_())
     assert torch.autograd.gradgradcheck(run, x)
 
@@ -154,21 +236,21 @@ def test_half_types_are_computed_in_float32(name, dtype):
     layer, wide = method.make(), method.make()
     x, mask, _ = data(0, 4)
     x = x.to(dtype)
-    arguments = [mask] if method.has_mask else []
+    arguments = method.arguments(mask)
     y, exact = layer(x, *arguments), wide.double()(x.double(), *arguments)
     assert y.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("name", ["evo_b0", "evo_b1", "evo_b2", "l1"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "region"])
 def test_evaluation_uses_running_statistics_and_exchanges_nothing(name):
     layer = METHODS[name].make()
     fill(layer)
     x, _, _ = data(0, 4)
     layer(x)
     layer.eval()
-    before = layer.state_dict()
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
     with exchange.record() as exchanges:
         whole, halves = layer(x), torch.cat([layer(x[:1]), layer(x[1:])])
     assert not exchanges

@@ -245,6 +245,7 @@ def test_links_and_files_exist(document):
         "functional",
         "layers",
         "comm.tally",
+        "family.plain.fixup",
         "maths.renorm",
         "model.accumulate",
         "model.gather",

@@ -112,6 +112,15 @@ def wait_for_the_end(folder: Path, stubborn: int, number: int) -> None:
         signal.pause()
 
 
+@pytest.fixture
+def heeds_hangup():
+    """A SIGHUP that is not ignored, as it is where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeds_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_all(tmp_path, number):
     work = partial(wait_for_the_end, tmp_path, -1, number)
@@ -121,6 +130,7 @@ def test_a_signal_ends_all(tmp_path, number):
     assert_are_gone(tmp_path)
 
 
+@pytest.mark.usefixtures("heeds_hangup")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_second_signal_at_once_is_the_same(number):
     """What saves after the first is not cut off."""

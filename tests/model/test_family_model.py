@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import (
     SyncBatchNorm,
@@ -23,7 +24,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import EvoNorm, L1BatchNorm, RegionNorm
+from syncnorm.family import METHODS, EvoNorm, L1BatchNorm, RegionNorm
 from syncnorm.testing import shard
 
 
@@ -257,3 +258,33 @@ def test_join_takes_the_family_along(pool):
     first, second = pool(2).run_each(joined, [(3,), (1,)])
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert int(first["1.num_batches_tracked"]) == 3
+
+
+@pytest.mark.parametrize("is_reentrant", [True, False])
+@pytest.mark.parametrize("name", METHODS)
+def test_activation_checkpointing_changes_nothing(name, is_reentrant):
+    results = []
+    for checkpoints in (True, False):
+        layer = METHODS[name](4).double()
+        kept = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(6, 4, 3, 3, generator=generator, dtype=torch.float64) + 1
+            cotangent = torch.randn(x.shape, generator=generator, dtype=torch.float64)
+            x.requires_grad_()
+            if checkpoints:
+                y = checkpoint(layer, x, use_reentrant=is_reentrant)
+            else:
+                y = layer(x)
+            y.backward(cotangent)
+            kept += [y.detach(), x.grad]
+        results.append([*kept, *(p.grad for p in layer.parameters()), *layer.state_dict().values()])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_single_value_leaves_the_running_variance_alone():
+    layer = EvoNorm(2)
+    layer(torch.ones(1, 2, 1))
+    assert layer.running_var.tolist() == [1.0, 1.0]
+    assert int(layer.num_batches_tracked) == 1

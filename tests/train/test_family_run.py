@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import ConfigError
 from syncnorm.family import METHODS, L1BatchNorm
+from syncnorm.family.plain import BASELINES
 from syncnorm.train.config.norm import NormSection
+from syncnorm.train.exported import plain_network
+from syncnorm.train.loaded import load
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
 from tests.train import nets, runs
 from tests.train.test_loop import FEW, last, run
@@ -30,6 +36,52 @@ def test_a_run_is_the_same_on_one_worker_and_two(pool, tmp_path, method):
     state, expected = last(together).tensors["model"], last(alone).tensors["model"]
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
+
+
+# What normalises without batch statistics.
+OTHERS = {
+    **{name: [f"norm.name={name}"] for name in BASELINES},
+    **{
+        name: ["norm.name=none", f"norm.weights={name}", "train.adaptive_clip=0.1"]
+        for name in ("weight_norm", "spectral_norm", "standardized", "scaled_standardized")
+    },
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_baselines_train_and_their_runs_load(pool, tmp_path, kind):
+    options = [FEW, "train.epochs=1", "train.global_batch=79", "norm.sync=none", *OTHERS[kind]]
+    folder = tmp_path / "run"
+    run(pool, 1, folder, options)
+    losses = [event["loss"] for event in runs.events(folder, "step")]
+    assert len(losses) == 5
+    assert all(torch.tensor(losses).isfinite())
+    (folder / "config.yaml").write_text(json.dumps(last(folder).facts["config"]))
+    model = load(folder, allow=["tests"])
+    assert not any(isinstance(m, _BatchNorm) for m in model.modules())
+    plain = plain_network(model)
+    x = torch.randn(3, 1, 8, 8)
+    torch.testing.assert_close(plain(x), model.network(x), rtol=1e-5, atol=1e-5)
+    assert not [key for key in plain.state_dict() if "parametrizations" in key]
+
+
+def test_gradients_are_clipped_by_their_weights(pool, tmp_path):
+    """In a step that is far too large, weights move by a thousandth of their norms."""
+    options = [FEW, "train.epochs=1", "train.global_batch=400", "train.lr=1"]
+    options += ["train.optimizer.momentum=0", "train.optimizer.weight_decay=0"]
+    states = {}
+    for name, more in (("free", []), ("clipped", ["train.adaptive_clip=0.001"])):
+        run(pool, 1, tmp_path / name, [*options, *more])
+        states[name] = last(tmp_path / name).tensors["model"]
+    run(pool, 1, tmp_path / "still", [*options, "train.lr=1e-12"])
+    start = last(tmp_path / "still").tensors["model"]
+
+    def moved(name: str, key: str) -> float:
+        return ((states[name][key] - start[key]).norm() / start[key].norm()).item()
+
+    weight = "layer1.0.conv1.weight"
+    assert moved("clipped", weight) < 1.01e-3 < moved("free", weight)
+    assert moved("clipped", "fc.weight") == pytest.approx(moved("free", "fc.weight"), rel=1e-5)
 
 
 def test_layers_have_the_options_of_the_config():

@@ -12,8 +12,22 @@ from syncnorm.statistics.source import Mode
 from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
 
 NormName = Literal[
-    "batch_norm", "sync_batch_norm", "sync_batch_renorm", "group_norm", "frozen", "l1_batch_norm"
+    "batch_norm",
+    "sync_batch_norm",
+    "sync_batch_renorm",
+    "frozen",
+    "batch_channel_norm",
+    "estimated_batch_norm",
+    "l1_batch_norm",
+    "group_norm",
+    "layer_norm",
+    "rms_norm",
+    "instance_norm",
+    "dynamic_tanh",
+    "derf",
+    "none",
 ]
+WeightName = Literal["weight_norm", "spectral_norm", "standardized", "scaled_standardized"]
 
 
 class RenormSection(Section):
@@ -60,8 +74,9 @@ class NormSection(Section):
     name: NormName = Field(
         default="sync_batch_norm",
         description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, "
-        "with the statistics of each worker's forward; group_norm has up to 32 groups; frozen is a "
-        "batch norm that only evaluates; the others are methods of syncnorm.family",
+        "with the statistics of each worker's forward; frozen is a batch norm that only evaluates; "
+        "the next three are methods of syncnorm.family, and those from group_norm on, which has up "
+        "to 32 groups, use no batch statistics",
     )
     rules: Annotated[dict[str, NormName], AfterValidator(check_patterns)] = Field(
         default={},
@@ -83,6 +98,12 @@ class NormSection(Section):
     renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")
     options: dict[str, Any] = Field(
         default={}, description="arguments of the layer, where name is a method of syncnorm.family"
+    )
+
+    weights: WeightName | None = Field(
+        default=None,
+        description="what the weights of all convolutions are normalised by, besides; null: "
+        "nothing",
     )
 
     @property

@@ -80,6 +80,12 @@ class TrainSection(Section):
     clip: Finite | None = Field(
         default=None, gt=0, description="largest norm of the whole gradient; null: any"
     )
+    adaptive_clip: Finite | None = Field(
+        default=None,
+        gt=0,
+        description="largest ratio of a unit's gradient norm to its weight norm, for networks "
+        "without normalisation (0.01); the last linear layer is left out; null: any",
+    )
     ema: Finite | None = Field(
         default=None,
         gt=0,

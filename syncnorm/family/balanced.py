@@ -1,0 +1,184 @@
+"""Batch norm that balances the tasks of continual learning, AdaB2N. arXiv:2310.08855.
+
+With n_t samples of task t in the batch and a parameter psi_t for each task:
+
+    p_t = (exp(psi_t) + n_t) / sum over the tasks in the batch of (exp(psi) + n)
+    w_i = p_t / n_t for a sample i of task t
+    mean = sum_i w_i E_s x_i        var = sum_i w_i E_s (x_i - mean)^2
+    y = (x - mean) / sqrt(var + eps) weight + bias
+
+E_s is the average over a sample's positions. Running statistics follow mean and var, which is not
+made unbiased, with the weight `momentum_at` of the step. The loss has a further term, here
+`balance_loss`, that holds mean and var close to the running statistics; psi learns by both.
+
+Deviation: in the authors' code a task that has been seen and has no sample in the batch keeps its
+exp(psi) in the sum, as if it had a mean and a deviation of 0, and mean and var become too small.
+Here tasks that are not in the batch have no part in p, so that the weights sum to 1. Both are the
+same where every task is there, and a network need not be told of a task's end.
+
+*Collectives*: one all-reduce of T(2C+1) numbers, the counts and sums of T tasks, and one in the
+backward pass: the weights need the counts of all workers, and counts that went first would be a
+second message to wait for. `balance_loss` has no more.
+
+Sources: the paper; github.com/lvyilin/AdaB2N.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.device import is_host
+from syncnorm.errors import FaultError, InputError
+from syncnorm.family.batch import PooledBatchNorm
+from syncnorm.family.momentum import momentum_at
+from syncnorm.family.pooled import channels, pooled_sum
+
+
+class BalancedBatchNorm(PooledBatchNorm):
+    """Batch normalisation that weights tasks, over the batches of all workers.
+
+    Args:
+        num_features: channels C.
+        num_tasks: tasks T, seen or to come.
+        kappa: in [0, 1], from a cumulative average to an exponential one; see `momentum_at`.
+        eps: added to variances.
+        momentum: weight of a batch in an exponential average; None: a cumulative one.
+        options: see `FamilyLayer`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        num_tasks: int = 1,
+        kappa: float = 1.0,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, **options)
+        if num_tasks < 1:
+            raise InputError(f"`num_tasks` must be at least 1, got {num_tasks}. Count all tasks.")
+        if momentum is not None:
+            momentum_at(1, momentum, kappa)  # checks them
+        self.num_tasks, self.kappa = num_tasks, kappa
+        self.psi = nn.Parameter(self.running_mean.new_zeros(num_tasks))
+        self.tasks: Tensor | None = None
+        """The tasks of the samples that come; see `tasks_of`."""
+        self._batch: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor, tasks: Tensor | None = None) -> Tensor:
+        """Normalise x.
+
+        Args:
+            x: (N, C, *S).
+            tasks: (N,), in 0 ... T-1; None: those of `tasks_of`, or else one task. Training only.
+
+        Raises:
+            InputError: `tasks` has another length than x.
+            FaultError: on every worker, if a task of one of them is out of range. (On CUDA the
+                output is NaN instead, and the running statistics keep still.)
+        """
+        self._batch = None
+        if tasks is None:
+            return super().forward(x)
+        with tasks_of(self, tasks):
+            return super().forward(x)
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalise by the batch, its tasks balanced."""
+        count, first, second = self._task_sums(x)
+        is_there = count > 0
+        shares = (self.psi.double().exp() + count) * is_there
+        shares = shares / shares.sum().clamp(min=1)
+        # About the running mean, of each task and then together.
+        weights = shares / count.clamp(min=1)
+        shift, square = weights @ first, weights @ second
+        mean, var = self.running_mean.double() + shift, (square - shift.square()).clamp(min=0)
+        self._batch = mean, var
+        self.follow(count.sum(), mean=mean, var=var)
+        return self.standardize(x, mean, var)
+
+    def _task_sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count samples by task, (T,), and add their mean deviations and squares, (T, C)."""
+        tasks = x.new_zeros(len(x), dtype=torch.int64) if self.tasks is None else self.tasks
+        if tasks.shape != (len(x),):
+            raise InputError(
+                f"`tasks` must have a task for each sample of x, ({len(x)},), got shape "
+                f"{tuple(tasks.shape)}."
+            )
+        numbers = torch.arange(self.num_tasks, device=x.device)
+        members = (tasks == numbers[:, None]).double()  # (T, N)
+        # In float64: a running mean far from the batch's would cost digits of the variance.
+        wide = x.double()
+        deviation = wide - channels(self.running_mean, wide)
+        deviation = deviation.reshape(*x.shape[:2], math.prod(x.shape[2:]))
+        first, second = deviation.mean(2), deviation.square().mean(2)
+        # As NaN: whose tasks are wrong is known to that worker alone.
+        is_wrong = members.sum() != len(x)
+        count = members.sum(1, keepdim=True).masked_fill(is_wrong, torch.nan)
+        local = torch.cat([count, members @ first, members @ second], 1)
+        total = pooled_sum(local, self.group, self.label)
+        count, first, second = total.split((1, self.num_features, self.num_features), 1)
+        if is_host(count) and count[0].isnan():
+            raise FaultError(
+                f"`tasks` must be in 0 ... {self.num_tasks - 1}, in {self.label}. Nothing was "
+                "updated."
+            )
+        return count.detach()[:, 0], first, second
+
+    def balance_loss(self) -> Tensor:
+        """Give the term of the loss that holds the last batch close to the running statistics.
+
+            mean over channels of (mean - running_mean)^2 + (var - running_var)^2
+
+        The running statistics have followed the batch, and are constants. Add it, times the lambda
+        of the paper, to the loss of every worker: it is the same on all, and an average of
+        gradients over the workers counts it once.
+
+        Raises:
+            InputError: no training forward came before.
+        """
+        if self._batch is None:
+            raise InputError(
+                "`balance_loss` must follow a training forward, got none. Call the layer first."
+            )
+        mean, var = self._batch
+        drift = (mean - self.running_mean).square() + (var - self.running_var).square()
+        return drift.mean()
+
+    def rate(self) -> Tensor:
+        """Weigh the batch that has just been counted by the momentum of the step."""
+        if self.momentum is None:
+            return super().rate()
+        return momentum_at(self.num_batches_tracked, self.momentum, self.kappa)
+
+    def message_sizes(self) -> list[int]:
+        """Count the numbers in each message of a training step, forward, then backward."""
+        return 2 * [self.num_tasks * (2 * self.num_features + 1)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a step leaves has a graph, and cannot be copied.
+        return {**super().__getstate__(), "_batch": None}
+
+    def extra_repr(self) -> str:
+        """Describe the arguments."""
+        return f"{super().extra_repr()}, num_tasks={self.num_tasks}, kappa={self.kappa}"
+
+
+@contextmanager
+def tasks_of(model: nn.Module, tasks: Tensor) -> Iterator[None]:
+    """Tell all `BalancedBatchNorm` of a model the tasks, (N,), of the samples that it is given."""
+    layers = [m for m in model.modules() if isinstance(m, BalancedBatchNorm)]
+    for layer in layers:
+        layer.tasks = tasks
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.tasks = None
