@@ -37,7 +37,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PAGES = ["computed", "failures", "modes", "sampler"]
+PAGES = ["computed", "failures", "family", "modes", "sampler"]
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -82,7 +82,7 @@ def run_the_blocks(page: str) -> str:
     """On a worker: the page's Python blocks one after the other, with what they take for granted."""
     batches = [(torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)) for _ in range(2)]
     plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 2))
-    model = plain if page == "modes" else syncnorm.prepare_ddp(syncnorm.convert(plain))
+    model = plain if page in ("family", "modes") else syncnorm.prepare_ddp(syncnorm.convert(plain))
     names = {name: getattr(syncnorm, name) for name in syncnorm.__all__} | {
         "DistributedDataParallel": DistributedDataParallel,
         "syncnorm": syncnorm,
@@ -110,8 +110,9 @@ def run_the_blocks(page: str) -> str:
 def test_the_pages_blocks_run(page, pool):
     one, other = pool(2).run(run_the_blocks, page)
     assert one == other
-    assert one[0] == {"computed": "2", "failures": "1", "modes": "3", "sampler": "2"}[page]
-    assert "SyncBatchNorm(8" in one
+    blocks = {"computed": "2", "failures": "1", "family": "2", "modes": "3", "sampler": "2"}
+    assert one[0] == blocks[page]
+    assert ("BatchRMSNorm(8" if page == "family" else "SyncBatchNorm(8") in one
 
 
 def _training_commands() -> list[str]:
