@@ -28,6 +28,8 @@ OTHER_NAMES: Mapping[str, str] = {
     **dict.fromkeys(("devices", "gpus", "num_gpus", "num_processes"), "launch.workers"),
     **dict.fromkeys(("max_epochs", "num_epochs", "num_train_epochs"), "train.epochs"),
     **dict.fromkeys(("out_dir", "output_dir", "save_dir"), "run_dir"),
+    **dict.fromkeys(("logger", "mlflow", "report_to", "tensorboard", "wandb"), "follow.loggers"),
+    **dict.fromkeys(("init_from", "pretrained", "pretrained_model"), "model.weights"),
     "accelerator": "launch.device",
     "gradient_accumulation_steps": "launch.micro_batch",
     "learning_rate": "train.lr",
