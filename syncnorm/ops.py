@@ -214,6 +214,10 @@ class Statistic(NamedTuple):
     reference: kernels.Reference | None = None
     """The reference of r and d where the kernel that normalises is to compute them."""
 
+    def again(self) -> Statistic:
+        """The same for a repetition of the call, whose gradient means are counted in no step."""
+        return self._replace(gradient_means=self.gradient_means.again())
+
 
 def pooled_statistic(
     local: LocalSums, group: groups.Group | None, name: str, *, is_averaged: bool = False

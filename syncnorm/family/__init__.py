@@ -12,26 +12,35 @@ from syncnorm.family.channel import BatchChannelNorm, EstimatedBatchNorm
 from syncnorm.family.evonorm import EvoNorm
 from syncnorm.family.l1 import L1BatchNorm
 from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.mabn import MABN, CentredWeight
 from syncnorm.family.membrane import FoldedThreshold, MembranePotentialBatchNorm
 from syncnorm.family.momentum import momentum_at
+from syncnorm.family.online import OnlineNorm
+from syncnorm.family.power import PowerNorm
 from syncnorm.family.region import RegionNorm
 from syncnorm.family.standardised import (
     ScaledWeightStandardization,
     WeightStandardization,
     standardize_weights,
 )
+from syncnorm.family.unified import UnifiedNorm
 
 __all__ = [
+    "MABN",
     "METHODS",
     "BalancedBatchNorm",
     "BatchChannelNorm",
+    "CentredWeight",
     "EstimatedBatchNorm",
     "EvoNorm",
     "FoldedThreshold",
     "L1BatchNorm",
     "MembranePotentialBatchNorm",
+    "OnlineNorm",
+    "PowerNorm",
     "RegionNorm",
     "ScaledWeightStandardization",
+    "UnifiedNorm",
     "WeightStandardization",
     "momentum_at",
     "standardize_weights",

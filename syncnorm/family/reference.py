@@ -8,6 +8,7 @@ a method has a gradient of its own, that stands here as its paper gives it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -153,3 +154,207 @@ def _by_estimates(x: Tensor, state: dict[str, Tensor], eps: float, momentum: flo
         mean += momentum * (batch_mean - mean)
         state["num_batches_tracked"] += 1
     return (x - channels(mean, x)) / (channels(var, x) + eps).sqrt()
+
+
+def power_norm(
+    x: Tensor,
+    mask: Tensor | None,
+    state: dict[str, Tensor],
+    *,
+    eps: float = 1e-5,
+    alpha: float = 0.9,
+    beta: float = 0.9,
+    warmup: int,
+    groups: int = 1,
+) -> Tensor:
+    """Power normalisation in training mode; moves `state`. arXiv:2003.07845, algorithm 2."""
+    x = x.double()
+    if groups:
+        grouped = x.view(x.shape[0], groups, -1, *x.shape[2:])
+        x = (grouped / (grouped.square().mean(2, keepdim=True) + eps).sqrt()).view(x.shape)
+    w, n = _weights(x, mask)
+    if n == 0:
+        return affine(x, state["weight"], state["bias"])
+    step = state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+    psi, nu = state["running_square"], state["nu"]
+    q = _sum(w * x.detach().square()) / n
+    used = q if step <= warmup else psi
+    if step <= warmup:
+        psi = psi * (step - 1) / step + q / step
+    state["running_square"] = alpha * psi + (1 - alpha) * q
+    sigma = channels((used + eps).sqrt(), x)
+    z = x.detach() / sigma
+
+    def gradient(g: Tensor) -> Tensor:
+        approximate = g - w * channels(nu, x) * z
+        gamma, big_lambda = _sum(w * z * z) / n, _sum(g * z) / n
+        state["nu"] = state["nu"] + (1 - beta) * (big_lambda - nu * gamma)
+        return approximate / sigma
+
+    return affine(_with_gradient(x, z, gradient), state["weight"], state["bias"])
+
+
+def mabn(
+    x: Tensor,
+    mask: Tensor | None,
+    state: dict[str, Tensor],
+    *,
+    eps: float = 1e-5,
+    momentum: float = 0.02,
+    warmup: int,
+    renorm_after: int,
+    lagged: bool,
+) -> Tensor:
+    """MABN in training mode; moves `state`. arXiv:2001.06838, as in its authors' code."""
+    x = x.double()
+    w, n = _weights(x, mask)
+    step = state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+    squares, running = state["squares"].clone(), state["running_square"]
+    before, c_before = squares.mean(0), state["gradients"].mean(0)
+    is_alone = step <= len(squares) or step < warmup
+    squares[step % len(squares)] = q = _sum(w * x.detach().square()) / n
+    s2 = q if is_alone else squares.mean(0)
+    used = before if lagged and not is_alone else s2
+    r = ((used + eps) / (running + eps)).sqrt().clip(0.2, 5)
+    if step <= max(renorm_after, warmup):
+        r = torch.ones_like(r)
+    state["squares"], state["running_square"] = squares, (1 - momentum) * running + momentum * s2
+    sigma = channels((used + eps).sqrt(), x)
+    z = x.detach() / sigma
+
+    def gradient(g: Tensor) -> Tensor:
+        gradients = state["gradients"].clone()
+        gradients[step % len(gradients)] = b = _sum(g * z) / n
+        state["gradients"] = gradients
+        c = b if is_alone else c_before if lagged else gradients.mean(0)
+        return (g - w * channels(c, x) * z) / sigma
+
+    return affine(channels(r, x) * _with_gradient(x, z, gradient), state["weight"], state["bias"])
+
+
+def unified_norm(
+    x: Tensor,
+    mask: Tensor | None,
+    state: dict[str, Tensor],
+    *,
+    eps: float = 1e-5,
+    momentum: float = 0.1,
+    warmup: int,
+    renorm_after: int,
+    outlier_filtration: bool,
+    lagged: bool,
+) -> Tensor:
+    """UN in training mode; moves `state`. arXiv:2208.01313, as in its authors' code."""
+    x = x.double()
+    w, n = _weights(x, mask)
+    step = state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+    squares, running, ema = state["squares"].clone(), state["running_square"], state["gradient"]
+    before = squares.log().mean(0).exp()
+    is_alone = is_warm = bool(step <= len(squares) or step < warmup)
+    recorded = squares.sqrt().var()
+    squares[step % len(squares)] = q = _sum(w * x.detach().square()) / n
+    is_outlier = False
+    if outlier_filtration and not is_warm:
+        gap = squares.mean(0) - squares.log().mean(0).exp()
+        if bool((gap > len(squares) * recorded).any()):
+            squares[step % len(squares)] = running
+            is_outlier = is_alone = True
+    s2 = q if is_alone else squares.log().mean(0).exp()
+    used = before if lagged and not is_warm else s2
+    r = ((used + eps) / (running + eps)).sqrt().clip(0.2, 5)
+    if step <= max(renorm_after, warmup) or (is_outlier and not lagged):
+        r = torch.ones_like(r)
+    state["squares"], state["running_square"] = squares, (1 - momentum) * running + momentum * s2
+    sigma = channels((used + eps).sqrt(), x)
+    z = x.detach() / sigma
+
+    def gradient(g: Tensor) -> Tensor:
+        g = g * channels(r, x)
+        b, last = _sum(g * z) / n, state["gradient"]
+        gradients = state["gradients"].clone()
+        gradients[step % len(gradients)] = last if is_outlier else b
+        mean = b if is_alone else gradients.mean(0)
+        state["gradients"] = gradients
+        state["gradient"] = (1 - momentum) * last + momentum * mean
+        c = mean if is_outlier else state["gradient"]
+        c = ema if lagged and not is_warm else c
+        return (g - w * channels(c, x) * z) / sigma
+
+    return affine(_with_gradient(x, z, gradient), state["weight"], state["bias"])
+
+
+def online_norm(
+    x: Tensor,
+    state: dict[str, Tensor],
+    sizes: tuple[int, ...],
+    *,
+    eps: float = 1e-5,
+    alpha: float = 0.999,
+    beta: float = 0.99,
+    guard: str | None,
+    average_every: int,
+) -> Tensor:
+    """Online normalisation in training mode; moves `state`. arXiv:1905.05894, section 3.
+
+    The batch is that of several workers, the first of which has `sizes[0]` samples, and so on.
+    Each goes through its own; state["workers"], (W, 4, C), has what each knows.
+    """
+    x = x.double()
+    names = ("running_mean", "running_var", "u", "v")
+    if "workers" not in state:
+        state["workers"] = torch.stack([state[n] for n in names]).repeat(len(sizes), 1, 1)
+    known, share = state["workers"].clone(), torch.tensor(sizes, dtype=torch.float64) / len(x)
+    step = state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+    averages = len(sizes) > 1 and step % average_every == 0
+    worker_of = [worker for worker, size in enumerate(sizes) for _ in range(size)]
+    y, sigmas = torch.empty_like(x), []
+    for t, worker in enumerate(worker_of):
+        mu = x[t].detach().flatten(1).mean(1)
+        v = x[t].detach().flatten(1).var(1, unbiased=False)
+        m, var = known[worker, 0].clone(), known[worker, 1].clone()
+        sigmas.append(channels((var + eps).sqrt(), x)[0])
+        y[t] = (x[t].detach() - channels(m, x)[0]) / sigmas[t]
+        known[worker, 0] = alpha * m + (1 - alpha) * mu
+        known[worker, 1] = alpha * var + (1 - alpha) * v + alpha * (1 - alpha) * (mu - m) ** 2
+    if averages:
+        mean = (share[:, None] * known[:, 0]).sum(0)
+        known[:, 1] = (share[:, None] * (known[:, 1] + (known[:, 0] - mean) ** 2)).sum(0)
+        known[:, 0] = mean
+
+    def gradient(g: Tensor) -> Tensor:
+        dx = torch.empty_like(g)
+        for t, worker in enumerate(worker_of):
+            u, v = known[worker, 2].clone(), known[worker, 3].clone()
+            h = g[t] - (1 - beta) * channels(v, x)[0] * y[t]
+            known[worker, 3] = v + (h * y[t]).flatten(1).mean(1)
+            dx[t] = h / sigmas[t] - (1 - beta) * channels(u, x)[0]
+            known[worker, 2] = u + dx[t].flatten(1).mean(1)
+        if averages:
+            known[:, 2:] = (share[:, None, None] * known[:, 2:]).sum(0)
+        state["workers"] = known
+        state.update(zip(names, known[0]))
+        return dx
+
+    z = affine(_with_gradient(x, y, gradient), state["weight"], state["bias"])
+    if guard == "layer_scaling":
+        return z / (z.square().flatten(1).mean(1) + eps).sqrt().view(-1, *[1] * (x.ndim - 1))
+    return z if guard is None else z.clip(-5, 5)
+
+
+def _weights(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The mask as w, (N, 1, *S), and n = sum w."""
+    w = torch.ones_like(x[:, :1]) if mask is None else mask.double()
+    return w, w.sum()
+
+
+def _sum(t: Tensor) -> Tensor:
+    """The sums (C,) of t (N, C, *S)."""
+    return t.transpose(0, 1).flatten(1).sum(1)
+
+
+def _with_gradient(x: Tensor, value: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value, by which x has the gradient that is said."""
+    z = value + (x - x.detach())
+    if z.requires_grad:
+        z.register_hook(gradient)
+    return z

@@ -15,14 +15,24 @@ with its exchange.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, Self, TypeVar
 
-from syncnorm import undocumented
-from syncnorm.ops import Statistic
+from torch import nn
 
-if TYPE_CHECKING:
-    from syncnorm.module import SyncNorm
+from syncnorm import ops, undocumented
+
+
+class Repeatable(Protocol):
+    """What a call of a layer saw: all that a repetition needs of it."""
+
+    def again(self) -> Self:
+        """The same, for a repetition of the call, which belongs to no step."""
+        ...
+
+
+R = TypeVar("R", bound=Repeatable)
 
 # Under this name a checkpoint has what its layers saw.
 _CALLS = "_syncnorm_calls"
@@ -32,19 +42,35 @@ _CALLS = "_syncnorm_calls"
 class _Calls:
     """The calls of one layer in one checkpoint."""
 
-    statistics: list[Statistic] = field(default_factory=list)
+    statistics: list[Any] = field(default_factory=list)
     backward_pass: int | None = None
     """The backward pass that has repeated some of them last."""
     repeated: int = 0
     """The number of them that it has repeated."""
 
 
-def keep(layer: SyncNorm, statistic: Statistic) -> None:
+def begin(layer: nn.Module, first: Callable[[], R]) -> tuple[R, bool]:
+    """Call `first`, which exchanges and updates, unless this forward repeats one that has.
+
+    Returns:
+        What the call saw, and True if this is a repetition, which is to change nothing.
+    """
+    is_repeated = ops.is_recomputing()
+    kept = find(layer) if is_repeated else None
+    if kept is not None:
+        return kept, True
+    seen = first()
+    if not is_repeated and ops.may_be_repeated():
+        keep(layer, seen)
+    return seen, False
+
+
+def keep(layer: nn.Module, statistic: Repeatable) -> None:
     """Keep the statistic of a first forward in all checkpoints that it runs in."""
     _add(layer, statistic, [each for each, is_again in undocumented.checkpoints() if not is_again])
 
 
-def find(layer: SyncNorm) -> Statistic | None:
+def find(layer: nn.Module) -> Any | None:
     """The statistic of the forward that the present one repeats; None if that is not known.
 
     A checkpoint within the repeated one, which is a new object each time, keeps it again.
@@ -69,11 +95,10 @@ def find(layer: SyncNorm) -> Statistic | None:
     return None
 
 
-def _add(layer: SyncNorm, statistic: Statistic, checkpoints: list[Any]) -> None:
+def _add(layer: nn.Module, statistic: Repeatable, checkpoints: list[Any]) -> None:
     if not checkpoints:
         return
-    # Gradient means of no step: a repeated call is counted in none.
-    again = statistic._replace(gradient_means=statistic.gradient_means.again())
+    again = statistic.again()
     for each in checkpoints:
         if not hasattr(each, _CALLS):
             setattr(each, _CALLS, {})

@@ -15,22 +15,28 @@ from syncnorm.comm import exchange, groups
 from syncnorm.comm.inflight import log_of
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family import (
+    MABN,
     BalancedBatchNorm,
     BatchChannelNorm,
     EstimatedBatchNorm,
     EvoNorm,
     L1BatchNorm,
     MembranePotentialBatchNorm,
+    OnlineNorm,
+    PowerNorm,
     RegionNorm,
+    UnifiedNorm,
     reference,
 )
 from syncnorm.testing import shard
-from tests.distributed.planted_family import DEFECTS
+from tests.distributed import planted_averages, planted_family
 
 STEPS = 20
 CHANNELS = 3
 SPLITS = [(5,), (3, 2), (5, 0), (1, 0, 4)]
-Whole = Callable[[Tensor, Tensor, dict[str, Tensor]], Tensor]
+DEFECTS = planted_family.DEFECTS | planted_averages.DEFECTS
+Whole = Callable[..., Tensor]
+"""Takes the batch, the mask, and the layer's state, which it moves."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Method:
     """What becomes of the mask before the layer is given it."""
     is_derivative: bool = True
     """False where the backward pass is not the derivative of the forward pass."""
+    knows_shards: bool = False
+    """True if the oracle takes the sizes of the shards, too."""
 
     def arguments(self, mask: Tensor) -> list[Tensor]:
         given = mask if self.convert is None else self.convert(mask)
@@ -61,6 +69,53 @@ def _evo(variant: str) -> Method:
         partial(EvoNorm, CHANNELS, variant),
         lambda x, mask, state: reference.evo_norm(x, state, variant, 1e-5, 0.1),
         ("moments", "sums"),
+    )
+
+
+def _power(**options: Any) -> Method:
+    return Method(
+        partial(PowerNorm, CHANNELS, warmup=6, **options),
+        lambda x, mask, state: reference.power_norm(
+            x, mask, state, warmup=6, groups=options.get("scaling_groups", 1)
+        ),
+        ("moments", "gradients"),
+        has_mask=True,
+        is_derivative=False,
+    )
+
+
+def _mabn(*, lagged: bool) -> Method:
+    options = {"warmup": 5, "renorm_after": 7, "lagged": lagged}
+    return Method(
+        partial(MABN, CHANNELS, window=3, **options),
+        lambda x, mask, state: reference.mabn(x, mask, state, **options),
+        ("moments", "gradients"),
+        has_mask=True,
+        is_derivative=False,
+    )
+
+
+def _unified(*, outlier_filtration: bool, lagged: bool) -> Method:
+    options = {"warmup": 5, "renorm_after": 7, "lagged": lagged}
+    options["outlier_filtration"] = outlier_filtration
+    return Method(
+        partial(UnifiedNorm, CHANNELS, window=3, **options),
+        lambda x, mask, state: reference.unified_norm(x, mask, state, **options),
+        ("moments", "gradients"),
+        has_mask=True,
+        is_derivative=False,
+    )
+
+
+def _online(guard: str | None) -> Method:
+    return Method(
+        partial(OnlineNorm, CHANNELS, guard=guard),
+        lambda x, mask, state, sizes: reference.online_norm(
+            x, state, sizes, guard=guard, average_every=1
+        ),
+        ("moments", "gradients"),
+        is_derivative=False,
+        knows_shards=True,
     )
 
 
@@ -110,6 +165,15 @@ METHODS = {
         has_mask=True,
         convert=tasks_from,
     ),
+    "power": _power(),
+    "power_plain": _power(scaling_groups=0),
+    "mabn": _mabn(lagged=False),
+    "mabn_lagged": _mabn(lagged=True),
+    "unified": _unified(outlier_filtration=False, lagged=False),
+    "unified_filtered": _unified(outlier_filtration=True, lagged=False),
+    "unified_lagged": _unified(outlier_filtration=True, lagged=True),
+    "online": _online("layer_scaling"),
+    "online_clamped": _online("clamp"),
 }
 
 
@@ -171,7 +235,9 @@ def sharded(steps: int, sizes: tuple[int, ...]) -> tuple[list[Any], list[list[An
     return batches, [[s[r] for s in shards] for r in range(len(sizes))]
 
 
-def compare(name: str, batches: list[Any], by_rank: list[dict[str, Any]]) -> None:
+def compare(
+    name: str, sizes: tuple[int, ...], batches: list[Any], by_rank: list[dict[str, Any]]
+) -> None:
     """Assert that what came out on the ranks is the oracle's on the whole batches."""
     method = METHODS[name]
     state = fill(method.make())
@@ -179,7 +245,7 @@ def compare(name: str, batches: list[Any], by_rank: list[dict[str, Any]]) -> Non
     for step, (x, mask, cotangent) in enumerate(batches):
         x = x.clone().requires_grad_()
         used = state | {n: state[n].clone().requires_grad_() for n in names}
-        y = method.oracle(x, mask, used)
+        y = method.oracle(x, mask, used, *([sizes] if method.knows_shards else []))
         expected = torch.autograd.grad(y, [x, *(used[n] for n in names)], cotangent)
         state |= {n: v for n, v in used.items() if n not in names}
         ranks = [each["steps"][step] for each in by_rank]
@@ -200,15 +266,16 @@ def compare(name: str, batches: list[Any], by_rank: list[dict[str, Any]]) -> Non
 def test_equals_the_whole_batch(pool, name, sizes):
     batches, parts = sharded(STEPS, sizes)
     by_rank = pool(len(sizes)).run_each(on_rank, [(name, part) for part in parts])
-    compare(name, batches, by_rank)
+    compare(name, sizes, batches, by_rank)
 
 
 @pytest.mark.parametrize(("name", "defect"), DEFECTS)
 def test_a_planted_defect_is_seen(pool, name, defect):
-    batches, parts = sharded(3, (3, 2))
+    sizes = (3, 2)
+    batches, parts = sharded(STEPS, sizes)
     by_rank = pool(2).run_each(on_rank_with_defect, [(name, defect, part) for part in parts])
     with pytest.raises(AssertionError):
-        compare(name, batches, by_rank)
+        compare(name, sizes, batches, by_rank)
 
 
 def close(got: Tensor, expected: Tensor) -> None:

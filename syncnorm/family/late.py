@@ -1,0 +1,109 @@
+"""Sums over the workers that nobody waits for in the step that sends them.
+
+They are applied before the next training forward, and before anybody reads the statistics. What is
+wrong with one is raised in the next training forward, when all workers are there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.comm import exchange
+from syncnorm.comm.inflight import InFlight
+from syncnorm.device import is_host
+from syncnorm.errors import FaultError
+from syncnorm.family.layer import Pooling
+
+
+class LateSums:
+    """The sums of one layer that are under way. Copies and pickles with none."""
+
+    def __init__(self) -> None:
+        self._under_way: deque[tuple[exchange.Pending, Callable[[Tensor], None]]] = deque()
+        self._mixed: InFlight | None = None
+        self._has_fault = False
+
+    def send(
+        self, sums: Tensor, layer: Pooling, kind: str, apply: Callable[[Tensor], None]
+    ) -> None:
+        """Start to sum over the layer's workers.
+
+        *Collectives*: one asynchronous all-reduce; every worker must call.
+
+        Args:
+            sums: float64, the last number a count.
+            layer: whose workers, and whose name in errors.
+            kind: what is sent, see `syncnorm.comm.exchange`.
+            apply: called with the total, after those that were sent before.
+        """
+        pending = exchange.start_sum(sums, layer.group, kind, layer.label)
+        self._under_way.append((pending, apply))
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait for what is under way and apply it. Starts no exchange, and raises no fault."""
+        while self._under_way:
+            pending, apply = self._under_way.popleft()
+            total = pending.wait()
+            if pending.mixed is not None:
+                self._mixed = pending.mixed
+            elif is_faulty(total):
+                self._has_fault = True
+            else:
+                apply(total)
+
+    def begin(self, layer: Pooling) -> None:
+        """Begin a training forward: settle, and raise what was wrong. Every worker must call.
+
+        Raises:
+            FaultError: some worker's data was at fault.
+            ExchangeError: some worker sent something else than the others.
+        """
+        self.settle()
+        mixed, self._mixed = self._mixed, None
+        if mixed is not None and layer.group is not None:
+            exchange.raise_mixed(mixed, layer.group)
+        has_fault, self._has_fault = self._has_fault, False
+        if has_fault:
+            raise mask_fault(layer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.settle()
+        return {**self.__dict__, "_mixed": None}
+
+
+def keep(layer: Pooling, total: Tensor, **values: Tensor) -> None:
+    """Write buffers of a layer that follow a sum over the workers.
+
+    They stay where nobody has samples, and where a sum is not finite, as in a step that gradient
+    scaling gives up.
+
+    Args:
+        layer: that has the buffers.
+        total: the sum, its count last.
+        values: by name.
+    """
+    is_new = (total[-1] > 0) & total.isfinite().all()
+    for name, value in values.items():
+        buffer = layer.get_buffer(name)
+        buffer.copy_(torch.where(is_new, value, buffer.double()))
+
+
+def is_faulty(total: Tensor) -> bool:
+    """True if the count, the last number, is none: some worker's mask was wrong.
+
+    On other devices nobody looks; statistics stay where the count is not above 0.
+    """
+    return is_host(total) and bool(total[-1].isnan())
+
+
+def mask_fault(layer: Pooling) -> FaultError:
+    """Make the error of a wrong mask, the same on all workers."""
+    return FaultError(
+        f"`mask` must hold finite weights >= 0, in {layer.label}. No statistics were updated."
+    )

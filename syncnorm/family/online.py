@@ -1,0 +1,220 @@
+"""Online normalisation: each sample by the statistics of those before it. arXiv:1905.05894.
+
+With mu_t and v_t the mean and variance of sample t over its positions, per channel, and decays a:
+
+    y_t = (x_t - m) / sqrt(var + eps)               by m and var before the sample
+    var <- a var + (1 - a) v_t + a (1 - a) (mu_t - m)^2          m <- a m + (1 - a) mu_t
+
+and in the backward pass, in the same order, with b its decay and g_t = dL/dy_t:
+
+    h_t = g_t - (1 - b) v y_t                       v <- v + mean(h_t y_t)
+    dx_t = h_t / sqrt(var + eps) - (1 - b) u        u <- u + mean(dx_t)
+
+so that gradients are orthogonal to 1 and y in the long run. Weight and bias follow, and then a guard
+against errors of the estimates: `"layer_scaling"`, the paper's, divides a sample by its root mean
+square over all channels and positions; `"clamp"`, that of the authors' later code
+(Cerebras/online-normalization), clamps to [-5, 5].
+
+Each worker goes through its own samples. After every `average_every` steps m, var, u and v become
+the averages over the workers, weighted by the samples that each had in the step; var is the total
+variance, mean var + mean m^2 - (mean m)^2. In between the workers' statistics differ. A recurrence
+over all workers' samples in turn would make every worker wait for every other, for each sample.
+
+*Collectives*: in a step that averages, one all-reduce of 2C+1 numbers in each pass, which nobody
+waits for: they are applied before the next training forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncnorm.autograd import ANCHOR
+from syncnorm.errors import InputError
+from syncnorm.family import recurrence
+from syncnorm.family.late import LateSums, keep
+from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
+from syncnorm.family.pooled import channels
+from syncnorm.family.surrogate import mean_of, once_differentiated
+from syncnorm.statistics import repeated
+from syncnorm.undocumented import disable_dynamo
+
+Guard = Literal["layer_scaling", "clamp"]
+_LARGEST = 5.0
+
+
+class Start(NamedTuple):
+    """Where a training forward begins."""
+
+    mean: Tensor
+    var: Tensor
+    averages: bool
+    """True if its step ends with an average over the workers."""
+    is_frozen: bool
+
+    def again(self) -> Start:
+        """Return itself: a repeated forward begins there, too."""
+        return self
+
+
+class OnlineNorm(FamilyLayer):
+    """Online normalisation of x (N, C, *S), with averages over the workers.
+
+    Args:
+        num_features: channels C.
+        eps: added to variances.
+        momentum: 1 - a, weight of a sample in the running statistics.
+        affine: True for a weight and a bias per channel.
+        gradient_momentum: 1 - b, weight of a sample in the gradient's statistics.
+        guard: "layer_scaling", "clamp", or None: nothing, then evaluation is an affine map by
+            channel.
+        average_every: steps between two averages over the workers, at least 1.
+        options: `sync`, `process_group`, `device` and `dtype`, see `FamilyLayer`.
+    """
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.001,
+        affine: bool = True,
+        *,
+        gradient_momentum: float = 0.01,
+        guard: Guard | None = "layer_scaling",
+        average_every: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, **options)
+        for name, value in (("momentum", momentum), ("gradient_momentum", gradient_momentum)):
+            if value is None or not 0 < value < 1:
+                raise InputError(
+                    f"`{name}` must be in (0, 1), got {value}. It is the weight of a sample."
+                )
+        if guard not in ("layer_scaling", "clamp", None):
+            raise InputError(f'`guard` must be "layer_scaling", "clamp" or None, got {guard!r}')
+        if average_every < 1:
+            raise InputError(f"`average_every` must be at least 1, got {average_every}")
+        self.gradient_momentum, self.guard, self.average_every = (
+            gradient_momentum,
+            guard,
+            average_every,
+        )
+        self.register_buffer("u", torch.zeros_like(self.running_mean))
+        self.register_buffer("v", torch.zeros_like(self.running_mean))
+        self.late = LateSums()
+
+    def extra_repr(self) -> str:
+        """Describe the arguments."""
+        return (
+            f"{super().extra_repr()}, gradient_momentum={self.gradient_momentum}, "
+            f"guard={self.guard!r}, average_every={self.average_every}"
+        )
+
+    def message_sizes(self) -> list[int]:
+        return [2 * self.num_features + 1, 2 * self.num_features + 1]
+
+    @disable_dynamo
+    def normalize(self, x: Tensor) -> Tensor:
+        start, is_repeated = repeated.begin(self, self._begin)
+        y: Tensor = _Online.apply(x, self, start, is_repeated, ANCHOR)  # pyright: ignore[reportAssignmentType]
+        return y
+
+    @torch.no_grad()
+    def _begin(self) -> Start:
+        self.late.begin(self)
+        averages = not self.is_frozen and self.group is not None
+        if averages and self.average_every > 1:
+            averages = (int(self.num_batches_tracked) + 1) % self.average_every == 0
+        if not self.is_frozen:
+            # Whether other workers have samples is not known.
+            self.num_batches_tracked += 1
+        mean, var = self.running_mean.double(), self.running_var.double()
+        return Start(mean.clone(), var.clone(), averages, self.is_frozen)
+
+    def average_moments(self, samples: int) -> None:
+        """Start to average mean and variance over the workers, by this one's samples."""
+        mean, var = self.running_mean.double(), self.running_var.double()
+        self._send(samples, "moments", [mean, var + mean.square()], self._follow_moments)
+
+    def average_gradients(self, samples: int) -> None:
+        """Start to average u and v over the workers."""
+        self._send(samples, "gradients", [self.u, self.v], self._follow_gradients)
+
+    def _send(
+        self, samples: int, kind: str, values: list[Tensor], apply: Callable[[Tensor], None]
+    ) -> None:
+        each = torch.cat(values).double()
+        self.late.send(samples * torch.cat([each, torch.ones_like(each[:1])]), self, kind, apply)
+
+    def _follow_moments(self, total: Tensor) -> None:
+        mean, square = mean_of(total).chunk(2)
+        var = (square - mean.square()).clamp(min=0)
+        keep(self, total, running_mean=mean, running_var=var)
+
+    def _follow_gradients(self, total: Tensor) -> None:
+        u, v = mean_of(total).chunk(2)
+        keep(self, total, u=u, v=v)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        invstd = (self.running_var.double() + self.eps).rsqrt()
+        return (x - channels(self.running_mean, x)) * channels(invstd, x)
+
+    def scale(self, z: Tensor) -> Tensor:
+        y = super().scale(z)
+        if self.guard == "layer_scaling":
+            squares = y.square().mean(tuple(range(1, y.ndim)), keepdim=True)
+            return y * (squares + self.eps).rsqrt()
+        return y if self.guard is None else y.clamp(-_LARGEST, _LARGEST)
+
+    def settle(self) -> None:
+        self.late.settle()
+
+    def discard(self) -> None:
+        self.settle()
+
+    def as_batch_norm(self) -> PlainBatchNorm | None:
+        if self.guard is not None:
+            return None
+        return PlainBatchNorm(self.running_mean, self.running_var, self.weight, self.bias)
+
+
+class _Online(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layer: OnlineNorm, start: Start, is_repeated: bool, anchor: Tensor
+    ) -> Tensor:
+        assert layer.momentum is not None
+        y, invstd, mean, var = recurrence.forward(
+            x, start.mean, start.var, layer.momentum, layer.eps
+        )
+        ctx.save_for_backward(y, invstd)
+        ctx.layer, ctx.start = layer, start
+        if not (is_repeated or start.is_frozen):
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(var)
+            if start.averages:
+                layer.average_moments(len(x))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, invstd = ctx.saved_tensors
+        layer: OnlineNorm = ctx.layer
+        with torch.no_grad():
+            grad_input, u, v = recurrence.backward(
+                grad, y, invstd, layer.u, layer.v, layer.gradient_momentum
+            )
+            if not ctx.start.is_frozen:
+                # A step that gradient scaling gives up leaves nothing.
+                is_new = u.isfinite().all() & v.isfinite().all()
+                layer.u.copy_(torch.where(is_new, u, layer.u.double()))
+                layer.v.copy_(torch.where(is_new, v, layer.v.double()))
+                if ctx.start.averages:
+                    layer.average_gradients(len(y))
+        return once_differentiated(grad_input, grad, y), None, None, None, None

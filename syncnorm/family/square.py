@@ -1,0 +1,126 @@
+"""What layers share that divide by a root mean square, see `syncnorm.family.surrogate`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import functional, ops
+from syncnorm.comm import exchange
+from syncnorm.device import is_host
+from syncnorm.family.late import LateSums, is_faulty, mask_fault
+from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
+from syncnorm.family.pooled import channels, widened
+from syncnorm.family.surrogate import Call, divide
+from syncnorm.statistics import repeated
+from syncnorm.undocumented import disable_dynamo
+
+
+class SquareNorm(FamilyLayer):
+    """A layer that divides x (N, C, *S) by a root mean square; abstract.
+
+    The buffer `running_square`, of the mean square, takes the place of running mean and variance.
+    """
+
+    running_square: Tensor
+
+    def __init__(
+        self, num_features: int, eps: float, momentum: float | None, affine: bool, **options: Any
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, **options)
+        self.register_buffer("running_square", torch.ones_like(self.running_var))
+        del self.running_mean, self.running_var
+        self.late = LateSums()
+        self._is_warmed_up = False
+
+    def message_sizes(self) -> list[int]:
+        return [self.num_features + 1, self.num_features + 1]
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Normalise x.
+
+        Args:
+            x: (N, C, *S).
+            mask: weights >= 0, broadcastable to (N, 1, *S), of the elements in the statistics of
+                training; None: all 1.
+
+        Raises:
+            InputError: the mask does not broadcast.
+            FaultError: on every worker, if a weight of one of them is negative or not finite; in
+                the next training forward where nobody waits for the statistics of this one.
+        """
+        functional.check_input(x, self.num_features)
+        weights = None if mask is None else functional.expand_mask(mask, x)
+        if not self.training:
+            self.settle()
+        wide = self.prepare(widened(x))
+        z = self.normalize(wide, weights) if self.training else self.evaluate(wide)
+        return self.scale(z).to(x.dtype)
+
+    def prepare(self, x: Tensor) -> Tensor:
+        """Transform x before all else."""
+        return x
+
+    @disable_dynamo
+    def normalize(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
+        local = ops.local_sums(x, weights)
+
+        @torch.no_grad()
+        def first() -> Call:
+            self.late.begin(self)
+            squares, count = local.sums[self.num_features :].split([self.num_features, 1])
+            if local.has_fault is not None:
+                # As a count of NaN: whose weights are wrong is known to that worker alone.
+                count = torch.where(local.has_fault, torch.nan, count)
+            return self.begin(torch.cat([squares, count]))
+
+        call, _ = repeated.begin(self, first)
+        return divide(x, local.mask, call, self.eps)
+
+    @abstractmethod
+    def begin(self, sums: Tensor) -> Call:
+        """Begin a training forward: send this worker's [sum w x^2, sum w], (C + 1,)."""
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        return x * channels((self.running_square.double() + self.eps).rsqrt(), x)
+
+    def is_warming_up(self, steps: int) -> bool:
+        """True in the first `steps` training forwards that had samples."""
+        # On other devices nobody looks at the counter once it is over.
+        if is_host(self.num_batches_tracked) or not self._is_warmed_up:
+            self._is_warmed_up = int(self.num_batches_tracked) >= steps
+        return not self._is_warmed_up
+
+    def pool(self, sums: Tensor, kind: str) -> Tensor:
+        """Sum over the workers, and wait for it; the last number is a count."""
+        total = exchange.sum_(sums, self.group, kind, self.label)
+        if is_faulty(total):
+            raise mask_fault(self)
+        return total
+
+    def weight_of(self, step: Tensor) -> Tensor:
+        """Find the weight of a step, which count from 1, in what is averaged over steps."""
+        step = step.double()
+        return 1 / step if self.momentum is None else torch.full_like(step, self.momentum)
+
+    def settle(self) -> None:
+        self.late.settle()
+
+    def discard(self) -> None:
+        self.settle()
+        self._is_warmed_up = False
+
+    def take(self, layer: _BatchNorm) -> None:
+        super().take(layer)
+        # The batch norm's steps were none of this method.
+        self.num_batches_tracked.zero_()
+        if layer.running_mean is not None and layer.running_var is not None:
+            self.running_square.copy_(layer.running_var + layer.running_mean.square())
+
+    def as_batch_norm(self) -> PlainBatchNorm | None:
+        square = self.running_square
+        return PlainBatchNorm(torch.zeros_like(square), square, self.weight, self.bias)

@@ -1,0 +1,97 @@
+"""The gradient that is no derivative, of layers that divide by a root mean square.
+
+    z = x / sqrt(square + eps)        dx = (g - w c z) / sqrt(square + eps)        g = dL/dz
+
+square and c are per channel, and constants of the call; w are the weights of the mask. With the
+batch's own mean square and c = sum g z / n, n = sum w, this is the derivative: the sum is over all
+outputs, and the correction of an element has its weight. A method takes averages over steps
+instead: each says which, and where the batch's sums go.
+
+Averages of gradients have the scale of the loss. Where that changes (gradient scaling, or another
+number of workers under DistributedDataParallel), they follow within the steps that they average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from syncnorm.autograd import ANCHOR
+from syncnorm.errors import InputError
+from syncnorm.family.pooled import channels
+
+
+class Call(NamedTuple):
+    """A training forward: what it divides by, and how its gradient is corrected."""
+
+    square: Tensor
+    """(C,), float64."""
+    correction: Callable[[Tensor], Tensor]
+    """Takes this worker's sum g z, (C,), in the backward pass; returns c, (C,)."""
+    gain: Tensor | None = None
+    """What the output is multiplied by, (C,); a constant to autograd. None: 1."""
+    gradient_gain: Tensor | None = None
+    """What g is multiplied by before all else, (C,). None: 1."""
+
+    def again(self) -> Call:
+        """Return itself: a repeated forward has the same numbers, and one backward pass."""
+        return self
+
+
+def mean_of(total: Tensor) -> Tensor:
+    """The means of sums with their count behind them; 0 where the count is 0."""
+    return total[:-1] / total[-1].clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def divide(x: Tensor, weights: Tensor | None, call: Call, eps: float) -> Tensor:
+    """Divide x (N, C, *S) by a call's root mean square. Takes part in every backward pass."""
+    scale = (call.square + eps).rsqrt()
+    z: Tensor = _Divide.apply(x, weights, scale, call, ANCHOR)  # pyright: ignore[reportAssignmentType]
+    return z if call.gain is None else z * channels(call.gain, z)
+
+
+class _Divide(torch.autograd.Function):
+    """z = x / sqrt(square + eps), and the corrected gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor | None, scale: Tensor, call: Call, anchor: Tensor
+    ) -> Tensor:
+        z = x * channels(scale, x)
+        ctx.save_for_backward(z, scale, weights, call.gradient_gain)
+        ctx.correction = call.correction
+        return z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        z, scale, weights, gain = ctx.saved_tensors
+        with torch.no_grad():
+            wanted = grad if gain is None else grad * channels(gain, z)
+            local = (wanted * z).sum([0, *range(2, z.ndim)], dtype=torch.float64)
+            correction = z * channels(ctx.correction(local), z)
+            if weights is not None:
+                correction = correction * weights.to(z.dtype)
+            grad_input = (wanted - correction) * channels(scale, z)
+        return once_differentiated(grad_input, grad, z), None, None, None, None
+
+
+def once_differentiated(grad_input: Tensor, *sources: Tensor) -> Tensor:
+    """Return a gradient that is no derivative, as one that cannot be differentiated."""
+    return _NoSecond.apply(grad_input, *sources)  # pyright: ignore[reportReturnType]
+
+
+class _NoSecond(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, grad_input: Tensor, *sources: Tensor) -> Tensor:
+        return grad_input.view_as(grad_input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise InputError(
+            "the gradient of this layer must not be differentiated, got a second backward pass "
+            "through it. It is made of averages over steps and is no derivative of the output; "
+            "take a layer whose gradient is one, such as SyncBatchNorm."
+        )

@@ -1,0 +1,99 @@
+"""Methods with averages over steps in a model: training with DDP, join, conversion, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from syncnorm import join, prepare_ddp, scale_loss
+from syncnorm.family import MABN, OnlineNorm, PowerNorm, UnifiedNorm
+from syncnorm.testing import shard
+
+STEPS = 8
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "power": partial(PowerNorm, warmup=3),
+    "mabn": partial(MABN, window=2, warmup=3, renorm_after=4),
+    "unified": partial(UnifiedNorm, window=2, warmup=3, lagged=True),
+    "online": OnlineNorm,
+}
+OF_GRADIENTS = ("nu", "gradients", "gradient")
+
+
+def network(name: str | None) -> nn.Sequential:
+    """A network with two norms, the same on every worker."""
+    torch.manual_seed(3)
+    norm = nn.BatchNorm2d if name is None else NORMS[name]
+    return nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), norm(4), nn.ReLU(), nn.Conv2d(4, 4, 3), norm(4), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(16, 2)),
+    ).double()
+
+
+def batch(step: int, count: int = 5) -> Tensor:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(count, 2, 6, 6, generator=generator, dtype=torch.float64)
+
+
+def trained(name: str, parts: list[Tensor], is_parallel: bool) -> dict[str, Tensor]:
+    model = bare = network(name)
+    if is_parallel:
+        model = DistributedDataParallel(prepare_ddp(bare))
+    optimizer = torch.optim.SGD(bare.parameters(), 0.05)
+    for x in parts:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        (scale_loss(loss, len(x)) if is_parallel else loss).backward()
+        optimizer.step()
+    return dict(bare.state_dict())
+
+
+@pytest.mark.parametrize("name", ["power", "mabn", "unified"])
+def test_training_with_ddp_is_training_on_the_whole_batches(pool, name):
+    batches = [batch(step) for step in range(STEPS)]
+    parts = [shard(x, (3, 2)) for x in batches]
+    by_rank = pool(2).run_each(trained, [(name, [p[r] for p in parts], True) for r in range(2)])
+    for key, value in trained(name, batches, is_parallel=False).items():
+        # DDP averages over the workers after the backward pass, which has their sum.
+        scale = 2 if key.split(".")[1] in OF_GRADIENTS else 1
+        torch.testing.assert_close(by_rank[0][key], value * scale, rtol=1e-10, atol=1e-10)
+        assert torch.equal(by_rank[0][key], by_rank[1][key])
+
+
+def joined(name: str, count: int) -> dict[str, Tensor]:
+    """Train on `count` batches, fewer than another worker's, perhaps."""
+    model = DistributedDataParallel(prepare_ddp(network(name)))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with join(model, optimizer):
+        for step in range(count):
+            optimizer.zero_grad()
+            scale_loss(model(batch(step, 2)).square().mean(), 2).backward()
+            optimizer.step()
+    return dict(model.module.state_dict())
+
+
+@pytest.mark.parametrize("counts", [(6, 4), (5, 1)], ids=str)
+@pytest.mark.parametrize("name", NORMS)
+def test_join(pool, name, counts):
+    first, second = pool(2).run_each(joined, [(name, count) for count in counts])
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert int(first["1.num_batches_tracked"]) == counts[0]
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_compiled_code_calls_them(name):
+    plain, model = network(name), network(name)
+    compiled = torch.compile(model, backend="eager")
+    for step in range(5):
+        y, expected = compiled(batch(step)), plain(batch(step))
+        y.square().sum().backward()
+        expected.square().sum().backward()
+        assert torch.equal(y, expected)
+    for one, two in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
+        assert torch.equal(one, two)
+    for one, two in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(one.grad, two.grad)
