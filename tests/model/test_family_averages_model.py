@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import join, prepare_ddp, scale_loss
+from syncnorm import convert, join, prepare_ddp, revert, scale_loss
 from syncnorm.family import MABN, OnlineNorm, PowerNorm, UnifiedNorm
 from syncnorm.testing import shard
 
@@ -82,6 +83,29 @@ def test_join(pool, name, counts):
     first, second = pool(2).run_each(joined, [(name, count) for count in counts])
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert int(first["1.num_batches_tracked"]) == counts[0]
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (MABN, {}),
+        (UnifiedNorm, {}),
+        (PowerNorm, {"scaling_groups": 0}),
+        (OnlineNorm, {"guard": None}),
+    ],
+)
+def test_convert_and_revert(cls: type, options: dict[str, Any]):
+    model = network(None)
+    for step in range(3):
+        model(batch(step))
+    weight = model[1].weight
+    convert(model, cls, **options)
+    for step in range(3):
+        model(batch(step)).sum().backward()
+    expected = model.eval()(batch(9))
+    assert type(revert(model)[1]) is nn.BatchNorm2d
+    assert model[1].weight is weight
+    torch.testing.assert_close(model(batch(9)), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", NORMS)
