@@ -51,6 +51,10 @@ METHODS: dict[str, Callable[..., FamilyLayer]] = {
     "batch_channel_norm": BatchChannelNorm,
     "estimated_batch_norm": EstimatedBatchNorm,
     "l1_batch_norm": L1BatchNorm,
+    "mabn": MABN,
+    "online_norm": OnlineNorm,
+    "power_norm": PowerNorm,
+    "unified_norm": UnifiedNorm,
 }
 """By name, the methods that take the place of a batch norm: from a number of channels to a layer.
 

@@ -39,6 +39,11 @@ class Pooling(nn.Module):
         """Its name in errors; `prepare_ddp` makes it the name within the model."""
         self.is_frozen = False
         """True within `frozen_statistics`: nothing that is kept between steps moves."""
+        self.gradient_scale = 1
+        """What gradients are divided by when they are averaged: the workers of `prepare_ddp`.
+
+        What is kept of gradients is kept without it, and holds for any number of workers.
+        """
 
     @property
     def is_pooled(self) -> bool:

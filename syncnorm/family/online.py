@@ -207,9 +207,11 @@ class _Online(torch.autograd.Function):
         y, invstd = ctx.saved_tensors
         layer: OnlineNorm = ctx.layer
         with torch.no_grad():
+            scale = layer.gradient_scale
             grad_input, u, v = recurrence.backward(
-                grad, y, invstd, layer.u, layer.v, layer.gradient_momentum
+                grad / scale, y, invstd, layer.u, layer.v, layer.gradient_momentum
             )
+            grad_input = grad_input * scale
             if not ctx.start.is_frozen:
                 # A step that gradient scaling gives up leaves nothing.
                 is_new = u.isfinite().all() & v.isfinite().all()

@@ -79,7 +79,7 @@ class SquareNorm(FamilyLayer):
             return self.begin(torch.cat([squares, count]))
 
         call, _ = repeated.begin(self, first)
-        return divide(x, local.mask, call, self.eps)
+        return divide(x, local.mask, call, self.eps, self.gradient_scale)
 
     @abstractmethod
     def begin(self, sums: Tensor) -> Call:

@@ -7,8 +7,9 @@ batch's own mean square and c = sum g z / n, n = sum w, this is the derivative: 
 outputs, and the correction of an element has its weight. A method takes averages over steps
 instead: each says which, and where the batch's sums go.
 
-Averages of gradients have the scale of the loss. Where that changes (gradient scaling, or another
-number of workers under DistributedDataParallel), they follow within the steps that they average.
+Averages of gradients have the scale of the loss. Where that changes, as with gradient scaling, they
+follow within the steps that they average. That DistributedDataParallel averages over the workers is
+reckoned with: they hold for another number of workers, too.
 """
 
 from __future__ import annotations
@@ -46,10 +47,20 @@ def mean_of(total: Tensor) -> Tensor:
     return total[:-1] / total[-1].clamp(min=torch.finfo(torch.float64).tiny)
 
 
-def divide(x: Tensor, weights: Tensor | None, call: Call, eps: float) -> Tensor:
-    """Divide x (N, C, *S) by a call's root mean square. Takes part in every backward pass."""
+def divide(
+    x: Tensor, weights: Tensor | None, call: Call, eps: float, gradient_scale: float = 1
+) -> Tensor:
+    """Divide x (N, C, *S) by a call's root mean square. Takes part in every backward pass.
+
+    Args:
+        x: (N, C, *S).
+        weights: the mask's, or None.
+        call: see there.
+        eps: added to the mean square.
+        gradient_scale: what the gradient will be divided by, see `Pooling.gradient_scale`.
+    """
     scale = (call.square + eps).rsqrt()
-    z: Tensor = _Divide.apply(x, weights, scale, call, ANCHOR)  # pyright: ignore[reportAssignmentType]
+    z: Tensor = _Divide.apply(x, weights, scale, call, gradient_scale, ANCHOR)  # pyright: ignore[reportAssignmentType]
     return z if call.gain is None else z * channels(call.gain, z)
 
 
@@ -58,11 +69,17 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor | None, scale: Tensor, call: Call, anchor: Tensor
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor | None,
+        scale: Tensor,
+        call: Call,
+        gradient_scale: float,
+        anchor: Tensor,
     ) -> Tensor:
         z = x * channels(scale, x)
         ctx.save_for_backward(z, scale, weights, call.gradient_gain)
-        ctx.correction = call.correction
+        ctx.correction, ctx.gradient_scale = call.correction, gradient_scale
         return z
 
     @staticmethod
@@ -71,11 +88,12 @@ class _Divide(torch.autograd.Function):
         with torch.no_grad():
             wanted = grad if gain is None else grad * channels(gain, z)
             local = (wanted * z).sum([0, *range(2, z.ndim)], dtype=torch.float64)
-            correction = z * channels(ctx.correction(local), z)
+            c = ctx.correction(local / ctx.gradient_scale) * ctx.gradient_scale
+            correction = z * channels(c, z)
             if weights is not None:
                 correction = correction * weights.to(z.dtype)
             grad_input = (wanted - correction) * channels(scale, z)
-        return once_differentiated(grad_input, grad, z), None, None, None, None
+        return once_differentiated(grad_input, grad, z), *[None] * 5
 
 
 def once_differentiated(grad_input: Tensor, *sources: Tensor) -> Tensor:

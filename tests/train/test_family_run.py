@@ -24,10 +24,19 @@ from tests.train.test_loop import FEW, last, run
 RAGGED = [FEW, "train.dtype=float64", "train.global_batch=79", "train.epochs=2", "train.lr=0.02"]
 
 
-@pytest.mark.parametrize("method", METHODS)
+# So that a run gets past the steps in which a batch's own statistics are used.
+_WINDOW = ["norm.options.window=2", "norm.options.warmup=3", "norm.options.renorm_after=4"]
+OPTIONS = {
+    "mabn": _WINDOW,
+    "power_norm": ["norm.options.warmup=3"],
+    "unified_norm": _WINDOW,
+}
+
+
+@pytest.mark.parametrize("method", METHODS.keys() - {"online_norm"})
 def test_a_run_is_the_same_on_one_worker_and_two(pool, tmp_path, method):
     alone, together = tmp_path / "alone", tmp_path / "together"
-    options = [*RAGGED, f"norm.name={method}"]
+    options = [*RAGGED, f"norm.name={method}", *OPTIONS.get(method, [])]
     run(pool, 1, alone, options)
     outcome = run(pool, 2, together, options)[0]
     assert len(set(outcome.digests)) == 1
@@ -36,6 +45,13 @@ def test_a_run_is_the_same_on_one_worker_and_two(pool, tmp_path, method):
     state, expected = last(together).tensors["model"], last(alone).tensors["model"]
     for key, value in expected.items():
         torch.testing.assert_close(state[key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_workers_of_online_norm_agree_at_the_end(pool, tmp_path):
+    """Their statistics are of their own samples, and of all workers' once they are averaged."""
+    outcome = run(pool, 2, tmp_path / "run", [*RAGGED, "norm.name=online_norm"])[0]
+    assert len(set(outcome.digests)) == 1
+    assert runs.events(tmp_path / "run", "step")[-1]["loss"] < 2.3
 
 
 # What normalises without batch statistics.

@@ -130,6 +130,7 @@ KINDS = {
     "groups": ["train.norm_batch=10", "launch.micro_batch=10"],
     "noise": ["model.name=tests.train.nets:Noisy"],
     "family": ["norm.name=l1_batch_norm"],
+    "late sums": ["norm.name=power_norm", "norm.options.warmup=5", "norm.options.scaling_groups=4"],
     "frozen": ["train.freeze=[conv1, layer2, fc.bias]"],
     "modes": ["model.name=tests.train.nets:Freezing"],
     "own buffers": ["model.name=tests.train.nets:Remembering"],

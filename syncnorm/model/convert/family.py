@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
 from syncnorm.comm import groups
+from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.adapters import has_torchs_forward, own_class
@@ -53,7 +54,8 @@ def make(
     if isinstance(layer, SyncNorm):
         layer.settle()
     kept: dict[str, Any] = {"eps": layer.eps}
-    if layer.momentum != 0.1:  # torch's default says nothing about another method's
+    # torch's default says nothing about another method's, nor does one for batches about samples.
+    if layer.momentum != 0.1 and not issubclass(to, OnlineNorm):
         kept["momentum"] = layer.momentum
     mean = layer.running_mean
     assert mean is not None
@@ -115,7 +117,7 @@ def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNo
         layer.momentum if was is None else was.momentum,
         affine=is_affine,
         device=plain.mean.device,
-        dtype=layer.running_mean.dtype,
+        dtype=plain.mean.dtype,
     )
     with torch.no_grad():
         assert new.running_mean is not None

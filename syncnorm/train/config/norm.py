@@ -19,6 +19,10 @@ NormName = Literal[
     "batch_channel_norm",
     "estimated_batch_norm",
     "l1_batch_norm",
+    "mabn",
+    "online_norm",
+    "power_norm",
+    "unified_norm",
     "group_norm",
     "layer_norm",
     "rms_norm",
@@ -28,6 +32,9 @@ NormName = Literal[
     "none",
 ]
 WeightName = Literal["weight_norm", "spectral_norm", "standardized", "scaled_standardized"]
+
+# So many that any sensible number of groups divides them.
+_CHANNELS = 960
 
 
 class RenormSection(Section):
@@ -75,7 +82,7 @@ class NormSection(Section):
         default="sync_batch_norm",
         description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, "
         "with the statistics of each worker's forward; frozen is a batch norm that only evaluates; "
-        "the next three are methods of syncnorm.family, and those from group_norm on, which has up "
+        "the next seven are methods of syncnorm.family, and those from group_norm on, which has up "
         "to 32 groups, use no batch statistics",
     )
     rules: Annotated[dict[str, NormName], AfterValidator(check_patterns)] = Field(
@@ -149,7 +156,7 @@ class NormSection(Section):
             )
         if self.name in METHODS:
             try:
-                METHODS[self.name](1, **self.options)
+                METHODS[self.name](_CHANNELS, **self.options)
             except (InputError, TypeError) as error:
                 raise ValueError(
                     f"options must be arguments of {self.name}, got {self.options}: {error}"
