@@ -70,8 +70,7 @@ def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Modul
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
         layer.label = name or layer.label
-        if isinstance(layer, Pooling):
-            layer.gradient_scale = 1 if among is None else len(groups.ranks(among))
+        layer.gradient_scale = 1 if among is None else len(groups.ranks(among))
         layer.settle()
         if layer.is_pooled:
             exchange.make_room(groups.statistics_group(layer.workers), _largest_message(layer))
