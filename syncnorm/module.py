@@ -153,8 +153,8 @@ class SyncNorm(_BatchNorm):
     ) -> Tensor:
         """Normalise x, shape (N, C, *S), by batch or running statistics.
 
-        The mask holds weights >= 0, broadcastable to (N, 1, *S), for training only. `input` is
-        torch's name for x.
+        The mask holds weights >= 0, broadcastable to (N, 1, *S), for statistics of the batch only.
+        `input` is torch's name for x.
         """
         if type(x) is not Tensor and isinstance(x, observed.Proxy):
             return observed.module_call(self, x, mask)
@@ -164,7 +164,13 @@ class SyncNorm(_BatchNorm):
         weights = None if mask is None else functional.expand_mask(mask, x)
         if self.training:
             return self.statistics.forward(self, x, weights)
-        self.statistics.settle()
+        return self.statistics.evaluate(self, x, weights)
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Normalise x by the running statistics, or by the local batch without them.
+
+        Called by the source, for an evaluation forward.
+        """
         return functional.evaluate(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )

@@ -92,6 +92,24 @@ def pooled_moments(
     total = exchange.sum_(torch.cat(local), group, "moments", name).view(len(weights), -1)
     if is_host(total) and any(map(math.isnan, total[:, -1].tolist())):
         raise FaultError(f"`mask` must hold finite weights >= 0, in {name}. Nothing was updated.")
+    return moments_of_sums(x, weights, total, group, name)
+
+
+def moments_of_sums(
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    total: Tensor,
+    group: groups.Group | None,
+    name: str,
+) -> RegionMoments:
+    """Finish the moments of which all workers' sums are there, with gradients.
+
+    *Collectives*: one all-reduce of 2RC numbers in the backward pass.
+
+    Args:
+        x, weights, group, name: see `pooled_moments`.
+        total: (R, 2C+1), [sum w x, sum w x^2, sum w] over all workers, float64.
+    """
     parts = [of_sums(row) for row in total]
     mean = torch.stack([part.mean for part in parts])
     var = torch.stack([part.var for part in parts])

@@ -17,6 +17,7 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.model.convert.others import has_own_forward
 from syncnorm.model.modes import evaluating
 from syncnorm.model.sample import call
 from syncnorm.module import SyncNorm
@@ -186,10 +187,7 @@ def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> I
     def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         keep(ops.local_sums(args[0] if args else next(iter(kwargs.values())), None).sums)
 
-    is_plain = type(layer).forward in (
-        _BatchNorm.forward,
-        nn.SyncBatchNorm.forward,
-    ) and "forward" not in vars(layer)
+    is_plain = not has_own_forward(layer)
     hook = None if is_plain else layer.register_forward_pre_hook(collect, with_kwargs=True)
     if is_plain:
         layer.forward = normalize

@@ -42,6 +42,9 @@ class Accumulating(Source):
             return unexchanged_statistic(local, layer.label)
         return self.source.statistic(layer, local)
 
+    def evaluate(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        return self.source.evaluate(layer, x, mask)
+
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         if local.observer is None:
             self.total = batch if self.total is None else merge(self.total, batch)

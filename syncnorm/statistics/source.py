@@ -10,7 +10,7 @@ what the running statistics should follow:
 
 A mode is a fact about a layer; it is one of `syncnorm.statistics.MODES` and alone knows its name,
 its buffers and what it sends. A source is what a layer of that mode is given, and may be lent
-another one for a while (within `accumulate`, by `recalibrate`).
+another one for a while (within `accumulate` and `evaluation_statistics`, by `recalibrate`).
 """
 
 from __future__ import annotations
@@ -71,6 +71,11 @@ class Source(ABC):
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         """The training forward, as a whole or in parts that have a statistic each."""
         return layer.train_forward(x, mask)
+
+    def evaluate(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The evaluation forward. *Collectives*: none, but by a source that is lent for them."""
+        self.settle()
+        return layer.evaluate(x)
 
     def settle(self) -> None:  # noqa: B027 nothing to do for most
         """Bring the running statistics up to date, before they are read or written.

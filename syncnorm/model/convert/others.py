@@ -37,6 +37,12 @@ def is_home_made(layer: nn.Module) -> bool:
     return not is_frozen and not buffers.isdisjoint(_MEANS) and not buffers.isdisjoint(_SCALES)
 
 
+def has_own_forward(layer: nn.Module) -> bool:
+    """True if a batch norm does not run torch's forward, but its class's or instance's own."""
+    theirs = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+    return type(layer).forward not in theirs or "forward" in vars(layer)
+
+
 def kind_of(layer: nn.Module) -> str:
     """The name of a layer's class, also where torch.jit has compiled it."""
     return getattr(layer, "original_name", type(layer).__name__)
