@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ElasticBatchSampler",
     "Lagged",
+    "Mix",
+    "Prior",
     "RenormSchedule",
     "SyncBatchNorm",
     "SyncBatchRenorm",
@@ -21,6 +23,7 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "debug",
+    "evaluation_statistics",
     "explain",
     "frozen_statistics",
     "functional",

@@ -11,6 +11,7 @@ from syncnorm.model.adopt import adopt_state_dict
 from syncnorm.model.convert.adapters import register_adapter
 from syncnorm.model.convert.convert import conversion_table, convert, convert_sync_batchnorm, revert
 from syncnorm.model.ddp import prepare_ddp, scale_loss
+from syncnorm.model.evaluation import Mix, Prior, evaluation_statistics
 from syncnorm.model.explain import explain
 from syncnorm.model.frozen import frozen_statistics
 from syncnorm.model.gather import gather
@@ -22,6 +23,8 @@ from syncnorm.model.sampler import ElasticBatchSampler
 __all__ = [
     "ElasticBatchSampler",
     "Lagged",
+    "Mix",
+    "Prior",
     "RenormSchedule",
     "SyncBatchNorm",
     "SyncBatchRenorm",
@@ -31,6 +34,7 @@ __all__ = [
     "convert",
     "convert_sync_batchnorm",
     "debug",
+    "evaluation_statistics",
     "explain",
     "frozen_statistics",
     "functional",

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
+from syncnorm.model.evaluation import Choice, Mix, Prior
 from syncnorm.run import env, interrupt
 from syncnorm.run.env import Launched, read_launched
 from syncnorm.run.errors import LocalRunError
@@ -26,6 +27,7 @@ from syncnorm.train.processes import die_with_parent
 from syncnorm.train.task.measures import format_metric
 
 _PATIENCE_SECONDS = 30.0
+_NUMBERED = {"mix": Mix, "prior": Prior}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Request:
         allowed: packages whose callables the configuration may name.
         as_json: True to print one JSON object.
         device: auto, cpu or cuda.
+        statistics: running, batch, mix:WEIGHT or prior:SAMPLES.
     """
 
     run: Path
@@ -49,6 +52,7 @@ class Request:
     allowed: tuple[str, ...]
     as_json: bool
     device: str = "auto"
+    statistics: str = "running"
 
 
 def run_evaluate(request: Request, workers: int | None, launched: Launched | None) -> None:
@@ -79,8 +83,29 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
 def _read(request: Request) -> Config:
     if request.device not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"`--device` must be auto, cpu or cuda, got {request.device!r}")
+    _statistics(request.statistics)
     keys = [f"data.{each}" for each in request.data]
     return read_run(request.run, request.allowed, overrides=keys)
+
+
+def _statistics(text: str) -> Choice:
+    """Read what `--statistics` names.
+
+    Raises:
+        ConfigError: it names nothing.
+    """
+    name, _, number = text.partition(":")
+    try:
+        if name in _NUMBERED and number:
+            return _NUMBERED[name](float(number))
+    except ValueError as error:  # no number, or one out of range
+        raise ConfigError(f"`--statistics` of {text!r}: {error}") from None
+    if text not in ("running", "batch"):
+        raise ConfigError(
+            "`--statistics` must be running, batch, mix:WEIGHT (of the running ones) or "
+            f"prior:SAMPLES, got {text!r}"
+        )
+    return text
 
 
 def _evaluate(request: Request, config: Config, launched: Launched | None) -> Evaluation:
@@ -94,6 +119,7 @@ def _evaluate(request: Request, config: Config, launched: Launched | None) -> Ev
             request.checkpoint,
             request.allowed,
             has_other_data=bool(request.data),
+            statistics=_statistics(request.statistics),
         )
     finally:
         dist.destroy_process_group()

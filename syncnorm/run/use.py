@@ -71,6 +71,14 @@ def evaluate(
     ] = None,
     checkpoint: _Checkpoint = "newest",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    statistics: Annotated[
+        str,
+        typer.Option(
+            metavar="WHICH",
+            help="What batch norms normalise by: running, batch, mix:0.7 (running ones have this "
+            "weight) or prior:16 (they count as so many samples).",
+        ),
+    ] = "running",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     allow: Allow = None,
 ) -> None:
@@ -81,7 +89,7 @@ def evaluate(
     from syncnorm.run.evaluate import Request, run_evaluate
 
     folder, allowed = _prepare(run, allow)
-    request = Request(folder, split, data or (), checkpoint, allowed, json, device)
+    request = Request(folder, split, data or (), checkpoint, allowed, json, device, statistics)
     run_evaluate(request, workers, read_launched())
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
+from syncnorm.model.evaluation import Choice
 from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split
@@ -46,11 +47,12 @@ def evaluate_run(
     allowed: tuple[str, ...] = (),
     *,
     has_other_data: bool = False,
+    statistics: Choice = "running",
 ) -> Evaluation:
     """Evaluate the model of a run, each worker on its shard.
 
     The result is that of the run's own evaluation: the same samples are counted, on any number of
-    workers.
+    workers. With other statistics it is that of batches as large as a step's.
 
     *Collectives*: a broadcast of the checkpoint and those of `evaluate`; every worker must call.
 
@@ -63,6 +65,7 @@ def evaluate_run(
         allowed: packages whose callables the configuration may name.
         has_other_data: True if keys of `data` are not the run's: samples are standardised by the
             run's figures all the same.
+        statistics: what batch norms normalise by.
 
     Raises:
         ConfigError: bad input; on all workers.
@@ -88,7 +91,7 @@ def evaluate_run(
         )
     task = task_of(config, workers.device, feed, allowed)
     model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
-    metrics = evaluate(task, model, feed, chosen, config, workers)
+    metrics = evaluate(task, model, feed, chosen, config, workers, statistics=statistics)
     return Evaluation(chosen, feed.sizes[chosen], metrics, snapshot.step, workers.is_first)
 
 

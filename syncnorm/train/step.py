@@ -27,6 +27,7 @@ from syncnorm import accumulate
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError
 from syncnorm.family.plain import clip_gradients_adaptively_
+from syncnorm.model.evaluation import Choice, evaluation_statistics
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, shard
@@ -294,12 +295,14 @@ def evaluate(
     config: Config,
     workers: Workers,
     alive: Callable[[], object] = lambda: None,
+    statistics: Choice = "running",
 ) -> dict[str, float]:
     """Compute the task's metrics over a split, each worker on its shard.
 
     Each module keeps its mode. The metric that decides comes first.
 
-    *Collectives*: a gathering of failures, and one of sums and counts; every worker must call.
+    *Collectives*: a gathering of failures, and one of sums and counts; those of
+    `evaluation_statistics` in each forward, if it is not by running ones. Every worker must call.
 
     Args:
         task: what is measured.
@@ -310,29 +313,54 @@ def evaluate(
         config: of the run.
         workers: this worker's rank and device.
         alive: called after each batch.
+        statistics: to normalise by. With others than "running" a batch is that of a training step,
+            in the order of the split, whatever the number of workers.
 
     Raises:
         ConfigError: samples cannot be read, or workers measure different things, on all workers;
             or, on this one, the task gives something else than sums and counts.
     """
-    # No more than a worker has in training.
-    chunk = -(-config.train.global_batch // workers.world_size)
-    chunk = min(chunk, config.launch.micro_batch or chunk)
-    mine = shard(feed.sizes[split], workers.rank, workers.world_size)
-    indices = torch.arange(mine.start, mine.stop, device=feed.index_device)
-    forwards = indices.split(chunk) if len(indices) else ()
+    is_pooled = statistics != "running"
+    cut = _shards_of_batches if is_pooled else _chunks_of_shard
+    forwards = cut(feed.sizes[split], config, workers, feed.index_device)
     measures, failure = Measures(), ""
     meters: Meters | None = getattr(task, "meters", None)
     if meters is not None:
         meters.reset()
-    with evaluating(model), autocast(config, workers.device):
-        for batch in feed.batches(split, forwards):
+    with (
+        evaluating(model),
+        evaluation_statistics(model, statistics),
+        autocast(config, workers.device),
+    ):
+        for number, batch in enumerate(feed.batches(split, forwards), start=1):
             if isinstance(batch, Failure):
-                failure = batch.message
-                break
+                failure = failure or batch.message
+                # The layers of the others wait for those of this worker.
+                if not is_pooled or number > len(forwards):
+                    break
+                batch = batch.instead
             measures.add(task.metrics(model, batch))
             alive()
     raise_failure(failure)
     first = task.best.removeprefix("-")
     metrics = measures.gather() | ({} if meters is None else meters.gather())
     return dict(sorted(metrics.items(), key=lambda item: item[0] != first))
+
+
+def _chunks_of_shard(
+    size: int, config: Config, workers: Workers, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Cut this worker's shard of a split into forwards, no larger than those of training."""
+    chunk = -(-config.train.global_batch // workers.world_size)
+    chunk = min(chunk, config.launch.micro_batch or chunk)
+    mine = shard(size, workers.rank, workers.world_size)
+    indices = torch.arange(mine.start, mine.stop, device=device)
+    return indices.split(chunk) if len(indices) else ()
+
+
+def _shards_of_batches(
+    size: int, config: Config, workers: Workers, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Cut a split into batches as large as a step's, and take this worker's shard of each."""
+    batches = torch.arange(size, device=device).split(config.train.global_batch)
+    return tuple(each[shard(len(each), workers.rank, workers.world_size)] for each in batches)

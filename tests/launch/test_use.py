@@ -129,6 +129,24 @@ def test_evaluate_on_several_workers_and_on_other_data(made, tmp_path, capfd):
     assert json.loads(out)["metrics"]["accuracy"] == metrics["accuracy"]
 
 
+def test_evaluate_by_other_statistics(made, tmp_path, capfd):
+    folder, metrics = made["renorm"]
+    losses = {"running": metrics["loss"]}
+    for statistics in ("batch", "mix:0.7", "prior:16"):
+        options = ["evaluate", str(folder), "--json", "--statistics", statistics]
+        status, out, err = command(capfd, *options)
+        assert (status, err) == (0, "")
+        found = json.loads(out)["metrics"]
+        losses[statistics] = found["loss"]
+    assert len({round(loss, 4) for loss in losses.values()}) == 4
+    # 360 samples in batches of 64: the last has 40, of which each of 2 workers has 20.
+    done = commands.run([*commands.SYNCNORM, *options, "--workers", "2"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)["metrics"]
+    assert again["accuracy"] == found["accuracy"]
+    assert again["loss"] == pytest.approx(found["loss"], rel=1e-6)
+
+
 def other_digits(root):
     from syncnorm.train.data.datasets import Split, make_dataset
 
@@ -296,6 +314,9 @@ def test_a_run_that_is_none(spoil, message, made, images, tmp_path, capfd):
     ("arguments", "message"),
     [
         (["evaluate", "RUN", "--split", "validation"], "`--split` must be one of train, test"),
+        (["evaluate", "RUN", "--statistics", "mix"], "must be running, batch, mix:WEIGHT (of"),
+        (["evaluate", "RUN", "--statistics", "mix:2"], "'mix:2': `source` must be in [0, 1], got"),
+        (["evaluate", "RUN", "--statistics", "prior:few"], "could not convert string to float"),
         (["evaluate", "RUN", "--data", "nane=mnist"], "`data.nane` is not a key"),
         (["evaluate", "RUN", "--checkpoint", "best"], "no checkpoint is marked as the best one"),
         (["evaluate", "RUN", "--checkpoint", "recalibrated"], "Make it: syncnorm recalibrate"),
