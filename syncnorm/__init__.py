@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from syncnorm.train.loaded import load as load
 
 __all__ = [
+    "SAM",
     "ElasticBatchSampler",
     "Lagged",
     "Mix",
@@ -36,6 +37,7 @@ __all__ = [
     "register_adapter",
     "revert",
     "scale_loss",
+    "train_only_norms",
 ]
 __version__ = "0.1.0"
 

@@ -17,10 +17,13 @@ from syncnorm.model.frozen import frozen_statistics
 from syncnorm.model.gather import gather
 from syncnorm.model.join.join import join
 from syncnorm.model.monitor import monitor
+from syncnorm.model.norm_parameters import train_only_norms
 from syncnorm.model.recalibrate import recalibrate
 from syncnorm.model.sampler import ElasticBatchSampler
+from syncnorm.model.sharpness import SAM
 
 __all__ = [
+    "SAM",
     "ElasticBatchSampler",
     "Lagged",
     "Mix",
@@ -47,4 +50,5 @@ __all__ = [
     "register_adapter",
     "revert",
     "scale_loss",
+    "train_only_norms",
 ]

@@ -83,7 +83,9 @@ def oracle(layer: Any, x: Tensor, mask: Tensor | None, choice: Any) -> Tensor:
     return y if layer.weight is None else y * layer.weight.view(shape) + layer.bias.view(shape)
 
 
-def run(kind: str, choice: Any, x: Tensor, mask: Tensor | None, cotangent: Tensor) -> dict[str, Any]:
+def run(
+    kind: str, choice: Any, x: Tensor, mask: Tensor | None, cotangent: Tensor
+) -> dict[str, Any]:
     """Evaluate this rank's shard with gradients, and without."""
     model = prepare_ddp(make(kind))
     before = state_of(model)
@@ -112,7 +114,8 @@ def compare(pool, kind: str, choice: Any, sizes: tuple[int, ...], has_mask: bool
     x, mask, cotangent = data(sum(sizes))
     masks = shard(mask, sizes) if has_mask else [None] * len(sizes)
     ranks = pool(len(sizes)).run_each(
-        run, [(kind, choice, *each) for each in zip(shard(x, sizes), masks, shard(cotangent, sizes))]
+        run,
+        [(kind, choice, *each) for each in zip(shard(x, sizes), masks, shard(cotangent, sizes))],
     )
     layer = make(kind)[0]
     x.requires_grad_()
@@ -138,7 +141,10 @@ def test_equals_the_whole_batch(pool, choice, sizes, has_mask):
             assert torch.equal(rank["again"], rank["plain"])
         elif len(sizes) > 1:
             assert [kind for kind, _ in rank["sent"]] == ["moments", "sums"]
-            assert rank["sent"] == [("moments", exchange.size_of(room)), ("sums", exchange.size_of(2 * C))]
+            assert rank["sent"] == [
+                ("moments", exchange.size_of(room)),
+                ("sums", exchange.size_of(2 * C)),
+            ]
             assert rank["quiet"] == rank["sent"][:1]
 
 
@@ -161,16 +167,16 @@ MOMENTS = evaluation.moments_of_sums
 
 @pytest.mark.parametrize("defect", ["no gradient of the moments", "not pooled", "other weight"])
 def test_a_planted_defect_is_seen(pool, defect):
-    with pytest.raises(AssertionError):
-        x, _, cotangent = data()
-        ranks = pool(2).run_each(
-            planted, [(defect, *each) for each in zip(shard(x, (3, 2)), shard(cotangent, (3, 2)))]
-        )
-        x.requires_grad_()
-        y = oracle(make("batch")[0], x, None, Mix(0.7))
-        (dx,) = torch.autograd.grad(y, x, cotangent)
-        assert_close(torch.cat([r["y"] for r in ranks]), y, torch.float64, "y")
-        assert_close(torch.cat([r["dx"] for r in ranks]), dx, torch.float64, "dx")
+    x, _, cotangent = data()
+    ranks = pool(2).run_each(
+        planted, [(defect, *each) for each in zip(shard(x, (3, 2)), shard(cotangent, (3, 2)))]
+    )
+    x.requires_grad_()
+    y = oracle(make("batch")[0], x, None, Mix(0.7))
+    (dx,) = torch.autograd.grad(y, x, cotangent)
+    is_same = torch.allclose(torch.cat([r["y"] for r in ranks]), y)
+    assert is_same == (defect == "no gradient of the moments")
+    assert not torch.allclose(torch.cat([r["dx"] for r in ranks]), dx)
 
 
 def planted(defect: str, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
@@ -312,7 +318,7 @@ def test_copies_and_pickles_of_the_block_are_not_part_of_it():
     model, x = make("batch"), data()[0]
     plain = model(x)
     with evaluation_statistics(model, "batch"):
-        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
             assert torch.equal(other(x), plain)
         with accumulate(model):
             assert not torch.allclose(model(x), plain)

@@ -338,8 +338,11 @@ def test_public_names():
     assert set(syncnorm.__all__) <= set(dir(syncnorm))
     assert not hasattr(syncnorm, "sync_batch_norm")
     assert syncnorm.__all__ == [
+        "SAM",
         "ElasticBatchSampler",
         "Lagged",
+        "Mix",
+        "Prior",
         "RenormSchedule",
         "SyncBatchNorm",
         "SyncBatchRenorm",
@@ -349,6 +352,7 @@ def test_public_names():
         "convert",
         "convert_sync_batchnorm",
         "debug",
+        "evaluation_statistics",
         "explain",
         "frozen_statistics",
         "functional",
@@ -361,6 +365,7 @@ def test_public_names():
         "register_adapter",
         "revert",
         "scale_loss",
+        "train_only_norms",
     ]
     assert functional.__all__ == ["sync_batch_norm", "sync_batch_renorm"]
 
