@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
-from torch.utils.data.distributed import DistributedSampler
 
 from syncnorm import observed
 from syncnorm.comm import exchange, groups
@@ -26,6 +25,7 @@ from syncnorm.model.convert.class_swap import Request
 from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
 from syncnorm.model.convert.refuse import reason
 from syncnorm.model.ddp import replaced
+from syncnorm.model.lints import decay_lints, model_lints, recorded_calls, sampler_lints
 from syncnorm.model.sample import Shape, record_shapes
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.batch import Batch
@@ -109,13 +109,15 @@ def explain(
     *,
     readings: Mapping[str, Mapping[str, float | None]] | None = None,
     loader: DataLoader[Any] | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Explanation:
     """Describe each normalisation layer: conversion, pooling, traffic and values per statistic.
 
         values per statistic = N * prod(S) * workers that share it
 
     The model stays as it is: the sample passes once in evaluation mode without gradients; modes,
-    buffers and random numbers are put back. (Forward hooks of the model's own run.)
+    buffers and random numbers are put back. (Forward hooks of the model's own run.) Where dropout
+    comes before a batch norm it passes twice more, for the variances with dropout and without.
 
     *Collectives*: none, whatever the layers; one worker may call alone.
 
@@ -128,6 +130,8 @@ def explain(
         readings: `monitor(model).read()["layers"]`, for the share of the variance that lies between
             workers.
         loader: of the training data; its sampler is inspected, not iterated.
+        optimizer: of the training, for the effective learning rates of weights that decay directly
+            before a batch norm; needs a sample.
 
     Returns:
         The rows, lints and totals; print it.
@@ -153,8 +157,12 @@ def explain(
     layers = {
         name: m for name, m in model.named_modules() if isinstance(m, _NORMS) or is_home_made(m)
     }
-    seen = None if sample is None else record_shapes(model, sample)
-    lints = [] if seen is None else _dropout_lints(model, seen)
+    seen, lints = None, []
+    if sample is not None:
+        with recorded_calls(model) as calls:
+            seen = record_shapes(model, sample)
+        lints += model_lints(model, calls, sample)
+        lints += [] if optimizer is None else decay_lints(model, calls, optimizer)
     switch = replaced(model)
     lints += [] if switch is None else [switch]
     local = stays_local(
@@ -165,7 +173,7 @@ def explain(
         }
     )
     lints += [] if local is None else [local]
-    lints += [] if loader is None else _sampler_lints(loader)
+    lints += [] if loader is None else sampler_lints(loader)
     world = world_size or len(groups.ranks(groups.existing_group(None)))
     is_alone = world_size is None and world == 1
     rows, parts = [], {}
@@ -182,17 +190,6 @@ def explain(
         messages, numbers = _traffic(part, least.get(part.rule, 0))
         rows[number] = replace(rows[number], messages=messages, bytes=8 * numbers)
     return Explanation(rows, lints, *_totals(list(parts.values()), least), is_alone and bool(parts))
-
-
-def _sampler_lints(loader: DataLoader[Any]) -> list[str]:
-    sampler = loader.sampler
-    if not isinstance(sampler, DistributedSampler) or not sampler.shuffle or sampler.epoch != 0:
-        return []
-    return [
-        "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls set_epoch: "
-        "every epoch has the same order and the same samples together in a statistic. Call "
-        "loader.sampler.set_epoch(epoch) before each."
-    ]
 
 
 class _Part(NamedTuple):
@@ -361,22 +358,6 @@ def mean_ratio(values: int) -> float:
     if values < 2:
         return 0.0
     return math.sqrt(2 / values) * math.exp(math.lgamma(values / 2) - math.lgamma((values - 1) / 2))
-
-
-def _dropout_lints(model: nn.Module, seen: list[tuple[nn.Module, Shape]]) -> list[str]:
-    """A warning for each dropout that runs before a batch norm."""
-    names = {m: name for name, m in model.named_modules()}
-    order = [m for m, _ in seen]
-    lints = {}
-    for i, module in enumerate(order):
-        after = next((m for m in order[i + 1 :] if isinstance(m, _BatchNorm)), None)
-        if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
-            lints[module] = (
-                f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics "
-                "hold a variance that evaluation does not have. Move it behind the last batch "
-                "normalisation."
-            )
-    return list(lints.values())
 
 
 def _text(value: object) -> str:

@@ -79,7 +79,7 @@ def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]
         seen.append((module, tuple(x.shape)))
 
     with ExitStack() as stack, torch.no_grad():
-        stack.enter_context(_evaluating_untouched(model))
+        stack.enter_context(evaluating_untouched(model))
         for module in model.modules():
             if isinstance(module, _BatchNorm | _DropoutNd | Pooling):
                 stack.callback(module.register_forward_pre_hook(record, with_kwargs=True).remove)
@@ -88,7 +88,7 @@ def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]
 
 
 @contextmanager
-def _evaluating_untouched(model: nn.Module) -> Iterator[None]:
+def evaluating_untouched(model: nn.Module) -> Iterator[None]:
     """Evaluation mode; modes, buffers, pending updates and random state are restored at the end."""
     modes = {m: m.training for m in model.modules()}
     family = {m: m.sync for m in modes if isinstance(m, Pooling)}

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import SyncnormError
+from syncnorm.model.lints import Call, decay_lints, model_lints, recorded_calls
 from syncnorm.train import buffers
 from syncnorm.train.data.batches import tensors_of
 from syncnorm.train.data.feed import TRAIN, Feed
@@ -30,11 +31,17 @@ class NotFiniteError(SyncnormError):
 def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Flags) -> StepResult:
     """Take the first `training_step` of a process, and warn of what it alone can show.
 
-    That is parameters without a part in the loss, and buffers of the model's own that change.
+    That is parameters without a part in the loss, buffers of the model's own that change, and what
+    `syncnorm.model.lints` finds in the order of the layers.
     """
     slots = setup.shared_buffers.slots
     before = {name: value.clone() for name, value in buffers.values(slots).items()}
-    result = training_step(setup, batches, batch, flags)
+    with _recorded(setup) as calls:
+        result = training_step(setup, batches, batch, flags)
+    for lint in model_lints(setup.model, calls):
+        _log.warning("%s", lint)
+    for lint in decay_lints(setup.model, calls, setup.optimizer):
+        _log.info("%s", lint)
     unused = [
         name for name, p in setup.model.named_parameters() if p.requires_grad and p.grad is None
     ]
@@ -57,6 +64,11 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
             _join(changed),
         )
     return result
+
+
+def _recorded(setup: Setup) -> AbstractContextManager[list[Call]]:
+    # Hooks that come and go would have a compiled model compiled anew.
+    return nullcontext([]) if setup.config.train.compile else recorded_calls(setup.model)
 
 
 def _join(names: list[str]) -> str:

@@ -57,6 +57,17 @@ class Noisy(nn.Module):
         return self.fc(self.dropout(self.bn(self.conv(x)).relu().mean((2, 3))))
 
 
+class Backwards(Noisy):
+    """Dropout before a batch norm, and another at the end."""
+
+    def __init__(self, in_channels: int, num_classes: int, norm_layer) -> None:
+        super().__init__(in_channels, num_classes, norm_layer)
+        self.last = norm_layer(num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fc(self.bn(self.dropout(self.conv(x))).relu().mean((2, 3))))
+
+
 def few_digits(root: Path | None) -> Dataset:
     """A part of the digits: 317 = 4 * 79 + 1 to train, 80 to test."""
     data = digits(root)

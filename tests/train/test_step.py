@@ -179,6 +179,18 @@ SHARED = "center, shift, is_bright, seen, queue, first"
             ["is put into training mode"],
         ),
         (
+            ["model.name=tests.train.nets:Noisy", "launch.micro_batch=3", "norm.sync=running"],
+            ["dropout at dropout: its noise"],
+        ),
+        (
+            ["model.name=tests.train.nets:Backwards"],
+            [
+                "dropout at dropout: its noise",
+                "dropout at 'dropout' runs before 'bn': training statistics hold a variance",
+                "batch norm 'last' is the last layer before the loss",
+            ],
+        ),
+        (
             ["model.name=tests.train.nets:Routed"],
             [UNUSED],
         ),

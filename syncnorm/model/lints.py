@@ -1,0 +1,220 @@
+"""Likely mistakes round batch norms, found in the order in which modules are called, or in a loader.
+
+Each function gives sentences for a person, none where there is nothing to say.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.optim import Optimizer
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
+
+from syncnorm import observed, ops
+from syncnorm.family.layer import Pooling
+from syncnorm.model.norm_parameters import is_norm
+from syncnorm.model.sample import call, evaluating_untouched
+
+_BATCH_NORMS = (_BatchNorm, Pooling)
+
+
+class Call(NamedTuple):
+    """A call of a module."""
+
+    module: nn.Module
+    fed_by: nn.Module | None
+    """The module whose output it was given, untouched; None: it was given something else."""
+
+
+@contextmanager
+def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
+    """Record the calls of modules that have parameters, or no modules in them.
+
+    Of the first forward within the block, without what activation checkpointing repeats.
+    """
+    calls: list[Call] = []
+    # By identity: a dead tensor's number may be another's.
+    outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
+
+    is_over = False
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if is_over or ops.is_recomputing():
+            return
+        x = next(iter((*args, *kwargs.values())), None)
+        known, source = outputs.get(id(x), (lambda: None, None))
+        calls.append(Call(module, source if x is not None and known() is x else None))
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and not is_over:
+            outputs[id(output)] = weakref.ref(output), module
+
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        nonlocal is_over
+        is_over = True
+
+    with ExitStack() as stack:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)) or not any(module.children()):
+                stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after).remove)
+        stack.callback(model.register_forward_hook(end).remove)
+        yield calls
+
+
+def model_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -> list[str]:
+    """All lints of a model's structure.
+
+    Args:
+        model: the one that was called.
+        calls: of one forward.
+        sample: the argument of that forward, for figures; None: there are none.
+    """
+    return [*dropout_lints(model, calls, sample), *head_lints(model, calls)]
+
+
+def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -> list[str]:
+    """Name each dropout that runs before a batch norm, and the variances there.
+
+    Li et al., arXiv:1801.05134: the variance that training sees is not that of evaluation.
+    """
+    names = _names(model)
+    order = [each.module for each in calls]
+    pairs: dict[nn.Module, nn.Module] = {}
+    for i, module in enumerate(order):
+        after = next((m for m in order[i + 1 :] if isinstance(m, _BATCH_NORMS)), None)
+        if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
+            pairs[module] = after
+    figures = _variances(model, pairs, sample) if pairs and sample is not None else {}
+    return [
+        f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics hold a "
+        f"variance that evaluation does not have{figures.get(after, '')}. Move it behind the last "
+        "batch normalisation."
+        for module, after in pairs.items()
+    ]
+
+
+def _variances(
+    model: nn.Module, pairs: dict[nn.Module, nn.Module], sample: Any
+) -> dict[nn.Module, str]:
+    """Say the variance of a batch norm's input with dropout and without, on the sample."""
+    found: dict[nn.Module, list[float]] = {norm: [] for norm in pairs.values()}
+    for is_on in (True, False):
+        seen: dict[nn.Module, float] = {}
+
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            if observed.observer(x) is not None:
+                return
+            by_channel = x.detach().transpose(0, 1).flatten(1).double()
+            seen[module] = by_channel.var(1, correction=0).mean().item()  # noqa: B023 this round's
+
+        with ExitStack() as stack, torch.no_grad():
+            stack.enter_context(evaluating_untouched(model))
+            for dropout in pairs:
+                dropout.training = is_on
+            for norm in found:
+                stack.callback(norm.register_forward_pre_hook(look, with_kwargs=True).remove)
+            call(model, sample, "sample")
+        for norm, variance in seen.items():
+            found[norm].append(variance)
+    return {
+        norm: f", {on:.3g} against {off:.3g} on the sample (ratio {off / on:.2f})"
+        for norm, (on, off) in ((norm, pair) for norm, pair in found.items() if pair)
+        if on > 0
+    }
+
+
+def head_lints(model: nn.Module, calls: Sequence[Call]) -> list[str]:
+    """Name a batch norm that is the last of the layers, after some that learn."""
+    layers = [
+        each.module
+        for each in calls
+        if any(True for _ in each.module.parameters(recurse=False))
+        or isinstance(each.module, _BATCH_NORMS)
+    ]
+    is_last = layers and isinstance(layers[-1], _BATCH_NORMS) and _takes_batch(model, layers[-1])
+    if not is_last or all(is_norm(layer) for layer in layers):
+        return []
+    return [
+        f"batch norm {_names(model)[layers[-1]]!r} is the last layer before the loss: the mean and "
+        "variance of an output over a batch are its bias and weight, whatever the targets are, and "
+        "a sample's output depends on the others. End with a layer that has no batch norm behind "
+        "it, unless that is meant."
+    ]
+
+
+def decay_lints(model: nn.Module, calls: Sequence[Call], optimizer: Optimizer) -> list[str]:
+    """Show the effective learning rates of weights directly before batch norms, where they decay.
+
+    BN(a w) = BN(w), so a step turns w by lr / ||w||^2 times the gradient at ||w|| = 1: decay changes
+    that rate, not the function. van Laarhoven, arXiv:1706.05350.
+    """
+    groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+    rates: dict[str, float] = {}
+    decays: set[float] = set()
+    for each in calls:
+        weight = None if each.fed_by is None else getattr(each.fed_by, "weight", None)
+        if not isinstance(each.module, _BATCH_NORMS) or not _takes_batch(model, each.module):
+            continue
+        group = groups.get(weight) if isinstance(weight, nn.Parameter) else None
+        if weight is None or group is None or weight.ndim < 2 or not group.get("weight_decay"):
+            continue
+        decays.add(float(group["weight_decay"]))
+        square = weight.detach().double().square().sum().item()
+        rates[_names(model)[each.fed_by]] = float(group["lr"]) / square if square else float("inf")
+    if not rates:
+        return []
+    shown = sorted(rates, key=lambda name: rates[name])
+    least, most = shown[0], shown[-1]
+    values = f"{rates[least]:.3g} at {least!r}"
+    values += f" to {rates[most]:.3g} at {most!r}" if len(shown) > 1 else ""
+    return [
+        f"weight decay {', '.join(f'{each:g}' for each in sorted(decays))} acts on {len(rates)} "
+        "weight(s) directly before batch norms, whose scale has no part in the output: what it "
+        f"sets is their effective learning rate lr / ||w||^2, now {values}. It grows as they "
+        "shrink; watch it, or leave these weights out of the decay."
+    ]
+
+
+def sampler_lints(loader: DataLoader[Any]) -> list[str]:
+    """Name a sampler of training data that gives the same order in every epoch.
+
+    The same samples then share their statistics every time, which distorts the loss that is
+    minimised: Wu, Yun and Sra, arXiv:2302.12444.
+    """
+    batches = loader.batch_sampler
+    if type(batches) is not BatchSampler:
+        return []
+    sampler, always = batches.sampler, "every epoch has the same order and the same samples "
+    always += "together in a statistic"
+    if isinstance(sampler, DistributedSampler) and sampler.shuffle:
+        if sampler.epoch != 0:
+            return []
+        return [
+            "the loader's DistributedSampler is at epoch 0, and stays there if nobody calls "
+            f"set_epoch: {always}. Call loader.sampler.set_epoch(epoch) before each."
+        ]
+    if isinstance(sampler, DistributedSampler | SequentialSampler):
+        return [
+            f"the loader's {type(sampler).__name__} does not shuffle: {always}. Give the loader "
+            "shuffle=True, or the sampler, if it is of training data."
+        ]
+    return []
+
+
+def _takes_batch(model: nn.Module, norm: nn.Module) -> bool:
+    """False if a batch norm is frozen: in evaluation mode while the model trains."""
+    return norm.training or not model.training
+
+
+def _names(model: nn.Module) -> dict[nn.Module | None, str]:
+    return {module: name for name, module in model.named_modules()}
