@@ -11,11 +11,12 @@ from syncnorm.model.adopt import adopt_state_dict
 from syncnorm.model.convert.adapters import register_adapter
 from syncnorm.model.convert.convert import conversion_table, convert, convert_sync_batchnorm, revert
 from syncnorm.model.ddp import prepare_ddp, scale_loss
-from syncnorm.model.evaluation import Mix, Prior, evaluation_statistics
+from syncnorm.model.evaluation import evaluation_statistics
 from syncnorm.model.explain import explain
 from syncnorm.model.frozen import frozen_statistics
 from syncnorm.model.gather import gather
 from syncnorm.model.join.join import join
+from syncnorm.model.mixed import Mix, Prior
 from syncnorm.model.monitor import monitor
 from syncnorm.model.norm_parameters import train_only_norms
 from syncnorm.model.recalibrate import recalibrate

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.family.pooled import channels, pooled_moments, unbiased
@@ -65,10 +66,16 @@ class EvoNorm(FamilyLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
-        batch = pooled_moments(x, [None], self.group, self.label)
-        (var,), (count,) = batch.var, batch.count
-        self.follow(count, var=unbiased(var, count, self.running_var))
-        return self._divide(x, var)
+        count, batch = self.batch_statistics(x, self.group)
+        self.follow(count, var=unbiased(batch["var"], count, self.running_var))
+        return self._divide(x, batch["var"])
+
+    def batch_statistics(
+        self, x: Tensor, group: groups.Group | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take what a batch is normalised by: its count, and its biased variance as `var`."""
+        batch = pooled_moments(x, [None], group, self.label)
+        return batch.count[0], {"var": batch.var[0]}
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running variance."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_sum
 
@@ -61,18 +62,27 @@ class L1BatchNorm(FamilyLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
+        count, batch = self.batch_statistics(x, self.group)
+        self.follow(count, **batch)
+        return self._divide(x, **batch)
+
+    def batch_statistics(
+        self, x: Tensor, group: groups.Group | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take what a batch is normalised by: its count, and `mean` and `deviation`."""
         dims = [0, *range(2, x.ndim)]
         count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
         local = torch.cat([x.sum(dims, dtype=torch.float64), count])
-        total = pooled_sum(local, self.group, self.label)
+        total = pooled_sum(local, group, self.label)
         n = total[-1].clamp(min=1)
         mean = total[:-1] / n
-        centered = x - channels(mean, x)
-        deviations = centered.abs().sum(dims, dtype=torch.float64)
-        deviation = _NORMAL * pooled_sum(deviations, self.group, self.label) / n
-        self.follow(total[-1], mean=mean, deviation=deviation)
-        return centered / channels(deviation + self.eps, x)
+        deviations = (x - channels(mean, x)).abs().sum(dims, dtype=torch.float64)
+        deviation = _NORMAL * pooled_sum(deviations, group, self.label) / n
+        return total[-1], {"mean": mean, "deviation": deviation}
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running statistics."""
-        return (x - channels(self.running_mean, x)) / channels(self.running_deviation + self.eps, x)
+        return self._divide(x, self.running_mean, self.running_deviation)
+
+    def _divide(self, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
+        return (x - channels(mean, x)) / channels(deviation + self.eps, x)

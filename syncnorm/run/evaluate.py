@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
-from syncnorm.model.evaluation import Choice, Mix, Prior
+from syncnorm.model.mixed import Choice, Mix, Prior
 from syncnorm.run import env, interrupt
 from syncnorm.run.env import Launched, read_launched
 from syncnorm.run.errors import LocalRunError

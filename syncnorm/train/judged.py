@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
-from syncnorm.model.evaluation import Choice
+from syncnorm.model.mixed import Choice
 from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split

@@ -6,14 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from syncnorm.errors import ConfigError
+from syncnorm.model.norm_parameters import norm_parameters
 from syncnorm.train.config.section import name_hint
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.optim import OPTIMIZERS
-
-_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -73,8 +71,7 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
 
 def _undecayed(model: nn.Module) -> set[nn.Parameter]:
     """Find biases, parameters of normalisation layers, and others of one dimension."""
-    norms = [p for m in model.modules() if isinstance(m, _NORMS) for p in m.parameters(False)]
-    return set(norms) | {
+    return {*norm_parameters(model).values()} | {
         p for name, p in model.named_parameters() if p.ndim < 2 or name.split(".")[-1] == "bias"
     }
 

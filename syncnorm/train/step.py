@@ -27,7 +27,8 @@ from syncnorm import accumulate
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError
 from syncnorm.family.plain import clip_gradients_adaptively_
-from syncnorm.model.evaluation import Choice, evaluation_statistics
+from syncnorm.model.evaluation import evaluation_statistics
+from syncnorm.model.mixed import Choice
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, shard

@@ -408,7 +408,9 @@ def test_not_within_accumulate(sync):
     for change in (revert, lambda model: convert(model, SyncBatchRenorm)):
         with accumulate(model):
             model(torch.randn(6, 4))
-            with pytest.raises(InputError, match="'0' is used by accumulate, evaluation_statistics or"):
+            with pytest.raises(
+                InputError, match="'0' is used by accumulate, evaluation_statistics or"
+            ):
                 change(model)
         with (
             frozen_statistics(model),

@@ -24,8 +24,9 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import EvoNorm
-from syncnorm.model import evaluation
+from syncnorm.family import EvoNorm, L1BatchNorm
+from syncnorm.family.layer import FamilyLayer
+from syncnorm.model import mixed
 from syncnorm.testing import assert_close, shard
 from tests.model.parts import state_of
 
@@ -162,7 +163,7 @@ def local(sums: Any, group: Any, name: str) -> Tensor:
     return sums.sums
 
 
-MOMENTS = evaluation.moments_of_sums
+MOMENTS = mixed.moments_of_sums
 
 
 @pytest.mark.parametrize("defect", ["no gradient of the moments", "not pooled", "other weight"])
@@ -183,9 +184,9 @@ def planted(defect: str, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
     """Evaluate with one thing wrong."""
     with pytest.MonkeyPatch.context() as patch:
         if defect == "no gradient of the moments":
-            patch.setattr(evaluation, "moments_of_sums", detached)
+            patch.setattr(mixed, "moments_of_sums", detached)
         elif defect == "not pooled":
-            patch.setattr(evaluation.ops, "pooled_sums", local)
+            patch.setattr(mixed.ops, "pooled_sums", local)
         choice = Mix(0.3) if defect == "other weight" else Mix(0.7)
         return run("batch", choice, x, None, cotangent)
 
@@ -326,6 +327,73 @@ def test_copies_and_pickles_of_the_block_are_not_part_of_it():
             convert(model, SyncBatchRenorm)
 
 
+def family_batch(name: str, x: Tensor) -> dict[str, Tensor]:
+    """What the family's layers normalise a batch by."""
+    mean = x.mean((0, 2, 3))
+    centered = x - mean.view(1, C, 1, 1)
+    if name == "l1":
+        deviation = (torch.pi / 2) ** 0.5 * centered.abs().mean((0, 2, 3))
+        return {"running_mean": mean, "running_deviation": deviation}
+    return {"running_var": centered.square().mean((0, 2, 3))}
+
+
+def make_family(name: str) -> nn.Module:
+    torch.manual_seed(3)
+    layer = (L1BatchNorm if name == "l1" else EvoNorm)(C, sync="none").double()
+    for _ in range(3):
+        layer(torch.randn(6, C, 4, 2, dtype=torch.float64))
+    return layer.eval()
+
+
+def run_family(name: str, choice: Any, x: Tensor, cotangent: Tensor) -> list[Any]:
+    layer = make_family(name)
+    before = state_of(layer)
+    x = x.clone().requires_grad_()
+    with evaluation_statistics(layer, choice), exchange.record() as made:
+        y = layer(x)
+        y.backward(cotangent)
+        layer.train()
+        with pytest.raises(InputError, match="must be in evaluation mode"):
+            layer(x)
+        layer.eval()
+    assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
+    assert not {"evaluate", "normalize"} & vars(layer).keys()
+    return [y.detach(), x.grad, [p.grad for p in layer.parameters()], len(made)]
+
+
+@pytest.mark.parametrize("choice", ["running", "batch", Mix(0.7), Prior(4)], ids=str)
+@pytest.mark.parametrize("name", ["l1", "evo"])
+def test_layers_of_the_family(pool, name, choice):
+    x, _, cotangent = data()
+    sizes = (1, 0, 4)
+    ranks = pool(3).run_each(
+        run_family,
+        [(name, choice, *each) for each in zip(shard(x, sizes), shard(cotangent, sizes))],
+    )
+    layer = make_family(name)
+    a = {"running": 1.0, "batch": 0.0, Mix(0.7): 0.7, Prior(4): 4 / 9}[choice]
+    x.requires_grad_()
+    mixed = {
+        key: a * layer.get_buffer(key) + (1 - a) * value
+        for key, value in family_batch(name, x).items()
+    }
+    y = torch.func.functional_call(layer, mixed, x)
+    dx, *dp = torch.autograd.grad(y, [x, *layer.parameters()], cotangent)
+    assert_close(torch.cat([r[0] for r in ranks]), y, torch.float64, "y")
+    assert_close(torch.cat([r[1] for r in ranks]), dx, torch.float64, "dx")
+    for number, expected in enumerate(dp):
+        assert_close(sum(r[2][number] for r in ranks), expected, torch.float64, "dp")
+    assert {r[3] for r in ranks} == {
+        0 if choice == "running" else {"l1": 4, "evo": 2}[name] + isinstance(choice, Prior)
+    }
+    if choice == "batch":
+        assert_close(y, layer.train()(x), torch.float64, "a training forward")
+
+
+class Unknown(FamilyLayer):
+    """A method that does not say what it normalises by."""
+
+
 class OwnForward(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) * 2
@@ -335,8 +403,8 @@ class OwnForward(nn.BatchNorm2d):
     ("model", "choice", "message"),
     [
         (SyncBatchNorm(C), "mix", '`statistics` must be "running", "batch", a Mix or a Prior, got \'mix\''),
-        (nn.Sequential(OwnForward(C)), "batch", "must have batch norms of syncnorm's or torch's own forward, got ['0']"),
-        (nn.Sequential(EvoNorm(C)), "batch", "must have batch norms of syncnorm's or torch's own forward, got ['0']"),
+        (nn.Sequential(OwnForward(C)), "batch", "must have batch norms whose statistics can be chosen, got ['0']"),
+        (nn.Sequential(Unknown(C)), "batch", "must have batch norms whose statistics can be chosen, got ['0']"),
         (nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False)), Prior(2),
          "`statistics` must be \"batch\" for layers without running statistics, got Prior(samples=2) for ['0']"),
     ],

@@ -8,11 +8,17 @@ import pytest
 import safetensors.torch
 import torch
 
+from syncnorm import SyncBatchNorm
+from syncnorm.model.norm_parameters import norm_parameters
 from syncnorm.train.checkpoint.evaluated import evaluated_state
+from syncnorm.train.models import MODELS
+from syncnorm.train.parameters import freeze
 from tests.train import runs
 from tests.train.test_loop import FEW, assert_same_bits, curve, last, run
 
 TINY = [FEW, "train.epochs=1", "train.global_batch=110"]
+# That of docs/weights.md.
+ALL_BUT_NORMS = r"^(?!.*(bn|norm|downsample\.1)).*\.(weight|bias)$"
 FROZEN = "train.freeze=[^conv1, ^bn1, 'layer1$', '^fc.bias']"
 
 
@@ -188,6 +194,16 @@ def test_what_is_frozen_stays_and_the_rest_is_trained(pool, tmp_path):
         assert same == frozen
     assert {"bn1", "layer1", "layer1.0.bn2"} <= set(snapshot.facts["in_evaluation"])
     assert "layer2.0.bn1" not in snapshot.facts["in_evaluation"]
+
+
+@pytest.mark.parametrize("name", ["digits_resnet", "resnet50_imagenet"])
+@pytest.mark.parametrize("patterns", [[r"conv\d$", r"downsample\.0$", "^fc$"], [ALL_BUT_NORMS]])
+def test_normalisation_layers_alone_are_trained(name, patterns):
+    model = MODELS[name](in_channels=1, num_classes=10, norm_layer=SyncBatchNorm)
+    freeze(model, patterns)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {*norm_parameters(model)}
+    assert all(m.training for m in model.modules() if isinstance(m, SyncBatchNorm))
 
 
 @pytest.mark.parametrize(

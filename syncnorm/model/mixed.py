@@ -1,0 +1,155 @@
+"""Evaluation forwards by the statistics of the batch, or by a mix of them and the running ones.
+
+    mean = a running_mean + (1 - a) mean_batch        var = a running_var + (1 - a) var_batch
+    y = (x - mean) / sqrt(var + eps) * weight + bias
+
+a is the weight of the source, whose running statistics these are: 1 is evaluation as ever, 0 that
+of a training forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import functional, observed, ops
+from syncnorm.comm import exchange, groups
+from syncnorm.errors import InputError
+from syncnorm.family.layer import FamilyLayer
+from syncnorm.family.pooled import channels, moments_of_sums, widened
+from syncnorm.ops import LocalSums
+
+
+@dataclass(frozen=True)
+class Mix:
+    """A mix of running and batch statistics, as in alpha-BN.
+
+    Args:
+        source: weight of the running statistics, in [0, 1]; the paper's alpha.
+
+    References:
+        You, Li and Zhao, Test-time Batch Statistics Calibration, arXiv:2110.04065. Deviation: the
+        variance of the batch is the biased one, which normalises in training. Some published code
+        gives alpha to the batch.
+    """
+
+    source: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.source <= 1:
+            raise InputError(
+                f"`source` must be in [0, 1], got {self.source}. It is the weight of the running "
+                "statistics."
+            )
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Running statistics that count as much as so many samples: a = N / (N + n).
+
+    n is the number of samples of the batch on all workers.
+
+    Args:
+        samples: N, >= 0.
+
+    References:
+        Schneider et al., Improving robustness against common corruptions by covariate shift
+        adaptation, arXiv:2006.16971, section 2. Deviation: the biased variance, as for `Mix`.
+    """
+
+    samples: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.samples < float("inf"):
+            raise InputError(
+                f"`samples` must be finite and >= 0, got {self.samples}. The running statistics "
+                "count as much as so many samples."
+            )
+
+
+Choice = str | Mix | Prior
+"""What evaluation normalises by: "running", "batch", a `Mix` or a `Prior`."""
+
+
+@dataclass(frozen=True)
+class How:
+    """A choice of statistics, and the workers that share a batch."""
+
+    statistics: Choice
+    group: groups.Group | None
+
+    def evaluate(self, layer: _BatchNorm, x: Tensor, mask: Tensor | None, name: str) -> Tensor:
+        """The evaluation forward of a layer."""
+        if self.statistics == "running" or observed.observer(x) == observed.FAKE:
+            return _by(layer, x, layer.running_mean, layer.running_var)
+        local = ops.local_sums(x, mask)
+        if local.observer is not None:
+            raise observed.refuse(local.observer, name)
+        mean, var, a = self._batch(x, local, name)
+        if a is not None:
+            assert layer.running_mean is not None
+            assert layer.running_var is not None
+            mean = torch.lerp(mean, layer.running_mean.double(), a)
+            var = torch.lerp(var, layer.running_var.double(), a)
+        if not torch.is_grad_enabled():
+            return _by(layer, x, mean, var)
+        scale = (var + layer.eps).rsqrt()
+        scale = scale if layer.weight is None else scale * layer.weight.double()
+        wide = widened(x)
+        y = (wide - channels(mean, wide)) * channels(scale, wide)
+        y = y if layer.bias is None else y + channels(layer.bias, wide)
+        return y.to(x.dtype)
+
+    def _batch(
+        self, x: Tensor, local: LocalSums, name: str
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The batch's mean and variance, and the weight of the running statistics, (); None: 0."""
+        samples = torch.full((1,), float(x.shape[0]), dtype=torch.float64, device=x.device)
+        is_prior = isinstance(self.statistics, Prior)
+        message = torch.cat([samples, local.sums]) if is_prior else local.sums
+        total = ops.pooled_sums(local._replace(sums=message), self.group, name)
+        if torch.is_grad_enabled() and self.group is not None and not x.requires_grad:
+            # Whether x needs a gradient may differ between workers; the exchange must not.
+            x = x.detach().requires_grad_()
+        sums = total[is_prior:].view(1, -1)
+        batch = moments_of_sums(x, [local.mask], sums, self.group, name)
+        (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
+        if self.statistics == "batch":
+            # A spread that is not known gives the bias.
+            return mean, var.masked_fill((count <= 1) & (var == 0), torch.inf), None
+        return mean, var, self._source_weight(count, total[0])
+
+    def _source_weight(self, count: Tensor, samples: Tensor) -> Tensor:
+        """The weight of the running statistics, (), float64: 1 where nothing counts."""
+        a = torch.zeros_like(count)
+        if isinstance(self.statistics, Mix):
+            a = torch.full_like(count, self.statistics.source)
+        elif isinstance(self.statistics, Prior):
+            a = self.statistics.samples / (self.statistics.samples + samples)
+        return torch.where(count > 0, a, 1.0)
+
+    def evaluate_family(self, layer: FamilyLayer, x: Tensor) -> Tensor:
+        """The evaluation forward of a layer of the family, before weight and bias."""
+        by_running = type(layer).evaluate
+        if self.statistics == "running" or observed.observer(x) == observed.FAKE:
+            return by_running(layer, x)
+        count, batch = layer.batch_statistics(x, self.group)  # pyright: ignore[reportCallIssue]
+        samples = torch.full((), float(x.shape[0]), dtype=torch.float64, device=x.device)
+        if isinstance(self.statistics, Prior):
+            samples = exchange.sum_(samples.view(1), self.group, "sums", layer.label)[0]
+        a = self._source_weight(count, samples)
+        before = {f"running_{name}": layer.get_buffer(f"running_{name}") for name in batch}
+        try:
+            for name, value in batch.items():
+                kept = before[f"running_{name}"].double()
+                layer._buffers[f"running_{name}"] = torch.lerp(value, kept, a)
+            return by_running(layer, x)
+        finally:
+            layer._buffers.update(before)
+
+
+def _by(layer: _BatchNorm, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    return functional.evaluate(x, mean, var, layer.weight, layer.bias, layer.eps)
