@@ -110,7 +110,7 @@ def run_the_blocks(page: str) -> str:
 def test_the_pages_blocks_run(page, pool):
     one, other = pool(2).run(run_the_blocks, page)
     assert one == other
-    blocks = {"computed": "2", "failures": "1", "family": "2", "modes": "3", "sampler": "2"}
+    blocks = {"computed": "2", "failures": "1", "family": "2", "modes": "5", "sampler": "2"}
     assert one[0] == blocks[page]
     assert ("BatchRMSNorm(8" if page == "family" else "SyncBatchNorm(8") in one
 
