@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import scale_loss
+from syncnorm import SyncBatchNorm, scale_loss
+from syncnorm.comm import exchange
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation
 from syncnorm.placement import shard
@@ -22,6 +24,7 @@ from syncnorm.train.buffers import gather_digests
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
+from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.datasets import Dataset, Split, digits
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
 from syncnorm.train.diagnose import first_step
@@ -205,6 +208,28 @@ def evaluate_sign(
     model = Sign()
     metrics = evaluate(Classify(), model, feed, TEST, config, workers())
     return metrics, in_evaluation(model), model.merging.is_merged
+
+
+class OneUnreadable(MemoryFeed):
+    """The second batch of rank 1 cannot be read; after it none can."""
+
+    def batches(self, split: str, forwards: Any, epoch: int = 0) -> Any:
+        for number, batch in enumerate(super().batches(split, forwards, epoch)):
+            if dist.get_rank() != 1 or number < 1:
+                yield batch
+                continue
+            while True:
+                yield Failure("unreadable", self.load(split, torch.zeros(0, dtype=torch.long)))
+
+
+def evaluate_unreadable(statistics: str) -> tuple[str, int]:
+    """Evaluate where rank 1 cannot read; the error, and the exchanges of the layers."""
+    config = load_config("digits", ["train.global_batch=4"])
+    feed = OneUnreadable(images_and_labels(10), config, torch.device("cpu"))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), SyncBatchNorm(4))
+    with exchange.record() as made, pytest.raises(ConfigError) as caught:
+        evaluate(Classify(), model, feed, TEST, config, workers(), statistics=statistics)
+    return str(caught.value), sum(each.kind == "moments" for each in made)
 
 
 def feed_of(data: Dataset, config: Config) -> MemoryFeed:

@@ -165,6 +165,14 @@ def test_buffers_of_ones_own_are_those_that_plain_ddp_gives(pool):
     assert first[2]["center"].abs().max() > 0
 
 
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_samples_that_one_worker_cannot_read_end_an_evaluation_on_all(pool, statistics):
+    first, second = pool(2).run(runs.evaluate_unreadable, statistics)
+    assert first == second
+    # The test set's batches; the layers of the other worker were not left waiting.
+    assert first == ("unreadable (worker 1)", 0 if statistics == "running" else 3)
+
+
 UNUSED = "loss of step 1, which are left as they are in such steps: unused.weight, unused.bias"
 SHARED = "center, shift, is_bright, seen, queue, first"
 
