@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_moments, unbiased
 
@@ -25,10 +26,17 @@ class PooledBatchNorm(FamilyLayer):
 
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
-        batch = pooled_moments(x, [None], self.group, self.label)
-        (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
+        count, batch = self.batch_statistics(x, self.group)
+        mean, var = batch["mean"], batch["var"]
         self.follow(count, mean=mean, var=unbiased(var, count, self.running_var))
         return self.standardize(x, mean, var)
+
+    def batch_statistics(
+        self, x: Tensor, group: groups.Group | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take a batch's count, and its mean and biased variance, as `mean` and `var`."""
+        batch = pooled_moments(x, [None], group, self.label)
+        return batch.count[0], {"mean": batch.mean[0], "var": batch.var[0]}
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running statistics."""
