@@ -87,7 +87,10 @@ class How:
             return _by(layer, x, layer.running_mean, layer.running_var)
         local = ops.local_sums(x, mask)
         if local.observer is not None:
-            raise observed.refuse(local.observer, name)
+            raise InputError(
+                f'`statistics` must be "running" under {local.observer}, got {self.statistics!r} '
+                f"for {name}: an exchange would be no part of it. Leave the block first."
+            )
         mean, var, a = self._batch(x, local, name)
         if a is not None:
             assert layer.running_mean is not None

@@ -322,6 +322,25 @@ def test_blocks_end_where_they_should(kind):
     assert "forward" not in vars(model[0])
 
 
+@pytest.mark.parametrize("kind", ["batch", "torch"])
+def test_compiled_models_take_part_in_the_block(kind):
+    model, x = make(kind), data()[0]
+    compiled = torch.compile(model, backend="eager")
+    plain = compiled(x)
+    with evaluation_statistics(model, Mix(0.5)):
+        assert_close(compiled(x), oracle(model[0], x, None, Mix(0.5)), torch.float64, "y")
+    assert torch.equal(compiled(x), plain)
+
+
+def test_under_a_transform_it_is_an_error():
+    layer, x = make("batch")[0], data()[0]
+    message = re.escape(
+        "`statistics` must be \"running\" under a transform of torch.func, got 'batch'"
+    )
+    with evaluation_statistics(layer, "batch"), pytest.raises(InputError, match=message):
+        torch.func.vmap(layer)(x[:, None])
+
+
 def test_copies_and_pickles_of_the_block_are_not_part_of_it():
     model, x = make("batch"), data()[0]
     plain = model(x)

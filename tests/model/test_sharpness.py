@@ -184,6 +184,27 @@ def test_micro_batches_belong_into_the_closure():
         sam.step(closure)
 
 
+def one_step(sync: str) -> tuple[list[int], dict[str, Tensor]]:
+    """A step of layers that act together and of one of the family; their counters."""
+    model = convert(make(), sync=sync)
+    model.insert(8, L1BatchNorm(4).double())
+    model = prepare_ddp(model)
+    ddp = DistributedDataParallel(model)
+    sam = SAM(optimizer_of(model), ddp, RHO)
+    for step in range(2):
+        x, y = data(step, 3)
+        sam.step(partial(scaled, ddp, x, y))
+    counters = [int(model[i].num_batches_tracked) for i in (1, 6, 8)]
+    return counters, {key: p.detach() for key, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_layers_that_act_together_and_the_familys_follow_once_a_step(pool, sync):
+    (counters, first), (others, second) = pool(2).run(one_step, sync)
+    assert counters == others == [2, 2, 2]
+    assert all(torch.equal(p, second[key]) for key, p in first.items())
+
+
 @pytest.mark.parametrize("overflows", [False, True])
 def test_a_scaler(overflows):
     """The scale has no part in the direction; a step that overflows is left out."""
