@@ -147,6 +147,31 @@ def test_evaluate_by_other_statistics(made, tmp_path, capfd):
     assert again["loss"] == pytest.approx(found["loss"], rel=1e-6)
 
 
+def test_statistics_of_the_batch_mend_other_light(made, capfd):
+    """Images of less contrast, more light and noise: what alpha-BN and its kin are for."""
+    folder, metrics = made["norm"]
+    other = ["--data", "name=tests.launch.test_use:dim_digits", "--allow", "tests", "--json"]
+    accuracies = {}
+    for statistics in ("running", "mix:0.5", "batch"):
+        status, out, err = command(capfd, "evaluate", folder, "--statistics", statistics, *other)
+        assert status == 0, err
+        accuracies[statistics] = json.loads(out)["metrics"]["accuracy"]
+    assert metrics["accuracy"] > 0.9
+    assert accuracies["running"] < 0.5
+    assert accuracies["running"] + 0.2 < accuracies["mix:0.5"]
+    assert accuracies["batch"] > 0.7
+
+
+def dim_digits(root):
+    from syncnorm.train.data.datasets import Split, make_dataset
+
+    data = digits(root)
+    noise = torch.randn(data.test.images.shape, generator=torch.Generator().manual_seed(0))
+    images = 0.4 * data.test.images.float() + 4 + 2 * noise
+    train = Split(data.train.images.float(), data.train.labels)
+    return make_dataset(train, Split(images, data.test.labels), 10)
+
+
 def other_digits(root):
     from syncnorm.train.data.datasets import Split, make_dataset
 
