@@ -15,7 +15,7 @@ from syncnorm import functional
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
-from syncnorm.model.convert.others import has_own_forward
+from syncnorm.model.convert.others import has_own_forward, is_home_made
 from syncnorm.model.mixed import Choice, How, Mix, Prior
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
@@ -75,7 +75,7 @@ def evaluation_statistics(
             f'{statistics!r}. The default is "batch".'
         )
     kinds = _BatchNorm | FamilyLayer
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, kinds)}
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, kinds) or is_home_made(m)}
     _check(layers, statistics)
     how = How(statistics, groups.statistics_group(process_group))
     with ExitStack() as stack:
@@ -85,7 +85,7 @@ def evaluation_statistics(
             elif isinstance(layer, FamilyLayer):
                 stack.enter_context(_put(layer, "evaluate", _Family(layer, how)))
                 stack.enter_context(_put(layer, "normalize", partial(_refuse, layer.label)))
-            elif isinstance(layer, _BatchNorm):
+            elif isinstance(layer, _BatchNorm) and not _has_own_way(layer):
                 stack.enter_context(_put(layer, "forward", _Theirs(layer, name, how)))
         yield
 
@@ -124,7 +124,8 @@ def _has_own_way(layer: nn.Module) -> bool:
         return not hasattr(layer, "batch_statistics")
     # A block around this one is no way of the layer's own.
     is_lent = isinstance(vars(layer).get("forward"), _Theirs)
-    return not isinstance(layer, SyncNorm) and has_own_forward(layer) and not is_lent
+    is_own = not isinstance(layer, _BatchNorm) or (has_own_forward(layer) and not is_lent)
+    return is_own and not isinstance(layer, SyncNorm)
 
 
 class _Lent(Source):

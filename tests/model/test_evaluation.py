@@ -35,7 +35,7 @@ from syncnorm.family import (
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.model import mixed
 from syncnorm.testing import assert_close, shard
-from tests.model.parts import state_of
+from tests.model.parts import HomeMade, state_of
 
 C = 3
 SPLITS = [(5,), (3, 2), (5, 0), (1, 0, 4)]
@@ -433,6 +433,9 @@ def test_layers_of_the_family(pool, name, choice):
 class Unknown(FamilyLayer):
     """A method that does not say what it normalises by."""
 
+    def evaluate(self, x: Tensor) -> Tensor:
+        return x / 2
+
 
 class OwnForward(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
@@ -445,6 +448,7 @@ class OwnForward(nn.BatchNorm2d):
         (SyncBatchNorm(C), "mix", '`statistics` must be "running", "batch", a Mix or a Prior, got \'mix\''),
         (nn.Sequential(OwnForward(C)), "batch", "must have batch norms whose statistics can be chosen, got ['0']"),
         (nn.Sequential(Unknown(C)), "batch", "must have batch norms whose statistics can be chosen, got ['0']"),
+        (nn.Sequential(HomeMade(C)), Mix(0.5), "must have batch norms whose statistics can be chosen, got ['0']"),
         (nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False)), Prior(2),
          "`statistics` must be \"batch\" for layers without running statistics, got Prior(samples=2) for ['0']"),
     ],
@@ -452,6 +456,14 @@ class OwnForward(nn.BatchNorm2d):
 def test_what_is_refused(model, choice, message):
     with pytest.raises(InputError, match=re.escape(message)), evaluation_statistics(model, choice):
         raise AssertionError("the block must not begin")
+
+
+@pytest.mark.parametrize("layer", [OwnForward(C), HomeMade(C), Unknown(C)], ids=type)
+def test_those_evaluate_as_ever_by_running_statistics(layer):
+    layer, x = layer.double().eval(), data()[0]
+    plain = layer(x)
+    with evaluation_statistics(layer, "running"):
+        assert torch.equal(layer(x), plain)
 
 
 @pytest.mark.parametrize("kind", ["batch", "torch", "lagged"])
