@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from syncnorm.autograd import ANCHOR
+from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family import recurrence
 from syncnorm.family.late import LateSums, keep
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels
+from syncnorm.family.pooled import channels, pooled_moments
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
 from syncnorm.undocumented import disable_dynamo
@@ -160,6 +161,13 @@ class OnlineNorm(FamilyLayer):
     def _follow_gradients(self, total: Tensor) -> None:
         u, v = mean_of(total).chunk(2)
         keep(self, total, u=u, v=v)
+
+    def batch_statistics(
+        self, x: Tensor, group: groups.Group | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take the count, mean and biased variance of a batch, which training does not need."""
+        batch = pooled_moments(x, [None], group, self.label)
+        return batch.count[0], {"mean": batch.mean[0], "var": batch.var[0]}
 
     def evaluate(self, x: Tensor) -> Tensor:
         invstd = (self.running_var.double() + self.eps).rsqrt()

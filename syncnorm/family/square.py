@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional, ops
-from syncnorm.comm import exchange
+from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.family.late import LateSums, is_faulty, mask_fault
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels, widened
+from syncnorm.family.pooled import channels, pooled_moments, widened
 from syncnorm.family.surrogate import Call, divide
 from syncnorm.statistics import repeated
 from syncnorm.undocumented import disable_dynamo
@@ -84,6 +84,13 @@ class SquareNorm(FamilyLayer):
     @abstractmethod
     def begin(self, sums: Tensor) -> Call:
         """Begin a training forward: send this worker's [sum w x^2, sum w], (C + 1,)."""
+
+    def batch_statistics(
+        self, x: Tensor, group: groups.Group | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take a batch's count, and its mean square as `square`, with the gradient that it has."""
+        batch = pooled_moments(x, [None], group, self.label)
+        return batch.count[0], {"square": batch.var[0] + batch.mean[0].square()}
 
     def evaluate(self, x: Tensor) -> Tensor:
         return x * channels((self.running_square.double() + self.eps).rsqrt(), x)

@@ -42,9 +42,9 @@ def evaluation_statistics(
 
     *Collectives*: for each forward of a layer one all-reduce of 2C+1 numbers, 2C+2 with `Prior`,
     none with "running"; in grad mode one of 2C in the backward pass. A layer of the family sends
-    what it sends in training, and with `Prior` one number more. Every worker must call as often,
-    with samples or without; a forward that activation checkpointing repeats exchanges again.
-    `process_group=1` keeps each worker's batch its own.
+    one number in a message more with `Prior`, and `L1BatchNorm` two messages each way. Every worker
+    must call as often, with samples or without; a forward that activation checkpointing repeats
+    exchanges again. `process_group=1` keeps each worker's batch its own.
 
     *Gradients*: through the batch's statistics, times 1 - a; of weight and bias local sums, as in
     training. Of any order.
@@ -202,7 +202,7 @@ class _Family:
         return self.how.evaluate_family(self.layer, x)
 
 
-def _refuse(name: str, x: Tensor) -> Tensor:
+def _refuse(name: str, *_: Any) -> Tensor:
     raise _training(name)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,12 +26,16 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family import (
+    MABN,
     BalancedBatchNorm,
     BatchChannelNorm,
     EstimatedBatchNorm,
     EvoNorm,
     L1BatchNorm,
     MembranePotentialBatchNorm,
+    OnlineNorm,
+    PowerNorm,
+    UnifiedNorm,
 )
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.model import mixed
@@ -360,7 +365,13 @@ FAMILY = {
     "estimated": EstimatedBatchNorm,
     "membrane": MembranePotentialBatchNorm,
     "balanced": BalancedBatchNorm,
+    "online": OnlineNorm,
+    "power": partial(PowerNorm, scaling_groups=0),
+    "unified": UnifiedNorm,
+    "mabn": MABN,
 }
+# Of these a training forward is no evaluation by the batch's statistics.
+OTHERWISE = ("estimated", "balanced", "online", "power", "unified", "mabn")
 
 
 def family_batch(name: str, x: Tensor) -> dict[str, Tensor]:
@@ -371,6 +382,8 @@ def family_batch(name: str, x: Tensor) -> dict[str, Tensor]:
         deviation = (torch.pi / 2) ** 0.5 * centered.abs().mean((0, 2, 3))
         return {"running_mean": mean, "running_deviation": deviation}
     var = centered.square().mean((0, 2, 3))
+    if name in ("power", "unified", "mabn"):
+        return {"running_square": x.square().mean((0, 2, 3))}
     return {"running_var": var} if name == "evo" else {"running_mean": mean, "running_var": var}
 
 
@@ -426,7 +439,7 @@ def test_layers_of_the_family(pool, name, choice):
     assert {r[3] for r in ranks} == {
         0 if choice == "running" else (4 if name == "l1" else 2) + isinstance(choice, Prior)
     }
-    if choice == "batch" and name not in ("estimated", "balanced"):
+    if choice == "batch" and name not in OTHERWISE:
         assert_close(y, layer.train()(x), torch.float64, "a training forward")
 
 
