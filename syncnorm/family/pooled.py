@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from syncnorm import ops
+from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError
@@ -36,18 +37,18 @@ def pooled_sum(local: Tensor, group: groups.Group | None, name: str) -> Tensor:
         float64, the same bits on every worker.
     """
     local = local.double()
-    return local if group is None else _PooledSum.apply(local, group, name)  # pyright: ignore[reportReturnType]
+    return local if group is None else _PooledSum.apply(local, group, name, ANCHOR)  # pyright: ignore[reportReturnType]
 
 
 class _PooledSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, local: Tensor, group: groups.Group, name: str) -> Tensor:
+    def forward(ctx: Any, local: Tensor, group: groups.Group, name: str, anchor: Tensor) -> Tensor:
         ctx.group, ctx.name = group, name
         return exchange.sum_(local.detach().flatten(), group, "sums", name).view(local.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return pooled_sum(grad, ctx.group, ctx.name), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return pooled_sum(grad, ctx.group, ctx.name), None, None, None
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,10 @@ def moments_of_sums(
     mean = torch.stack([part.mean for part in parts])
     var = torch.stack([part.var for part in parts])
     count = torch.stack([part.count for part in parts])
-    if x.requires_grad and torch.is_grad_enabled():
-        mean, var = _Moments.apply(x, mean, var, count, group, name, *weights)  # pyright: ignore[reportGeneralTypeIssues]
+    # Whether x needs a gradient may be known to this worker alone; each takes part in the backward
+    # pass.
+    if torch.is_grad_enabled() and (x.requires_grad or group is not None):
+        mean, var = _Moments.apply(x, mean, var, count, group, name, ANCHOR, *weights)  # pyright: ignore[reportGeneralTypeIssues]
     return RegionMoments(mean, var, count)
 
 
@@ -131,6 +134,7 @@ class _Moments(torch.autograd.Function):
         count: Tensor,
         group: groups.Group | None,
         name: str,
+        anchor: Tensor,
         *weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         mean, var = mean.clone(), var.clone()
@@ -151,7 +155,7 @@ class _Moments(torch.autograd.Function):
             deviation = wide - channels(mean[region], wide)
             part = channels(of_mean[region], wide) + 2 * deviation * channels(of_var[region], wide)
             grad = grad + (part * next(weights).to(wide.dtype) if has_weights else part)
-        return grad.to(x.dtype), *[None] * (5 + len(ctx.has))
+        return grad.to(x.dtype), *[None] * (6 + len(ctx.has))
 
 
 def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:

@@ -114,9 +114,6 @@ class How:
         is_prior = isinstance(self.statistics, Prior)
         message = torch.cat([samples, local.sums]) if is_prior else local.sums
         total = ops.pooled_sums(local._replace(sums=message), self.group, name)
-        if torch.is_grad_enabled() and self.group is not None and not x.requires_grad:
-            # Whether x needs a gradient may differ between workers; the exchange must not.
-            x = x.detach().requires_grad_()
         sums = total[is_prior:].view(1, -1)
         batch = moments_of_sums(x, [local.mask], sums, self.group, name)
         (mean,), (var,), (count,) = batch.mean, batch.var, batch.count

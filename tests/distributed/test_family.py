@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.comm import exchange, groups
@@ -367,3 +368,24 @@ def test_a_wrong_mask_is_the_same_error_on_every_worker(pool):
 def test_bad_input(make, message):
     with pytest.raises(InputError, match=message):
         make()
+
+
+def without_a_gradient(name: str) -> list[str]:
+    """Take a step in which only rank 0's input needs a gradient, and no parameter does."""
+    method = METHODS[name]
+    layer = method.make()
+    fill(layer)
+    layer.requires_grad_(False)
+    x, mask, _ = data(0, 2)
+    given = method.arguments(mask)
+    with exchange.record() as exchanges:
+        y = layer(x.requires_grad_(dist.get_rank() == 0), *given)
+        if y.requires_grad:  # what has no backward message need not
+            y.sum().backward()
+    return [e.kind for e in exchanges]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_all_take_part_in_a_backward_pass_that_only_one_needs(pool, name):
+    first, second = pool(2).run(without_a_gradient, name)
+    assert first == second == [*METHODS[name].messages]

@@ -245,6 +245,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, tmp_path
     options = [FEW, "train.epochs=2", "train.global_batch=110", "checkpoint.every=1"]
     run(pool, 2, tmp_path / "whole", options)
     run(pool, 2, tmp_path / "hurt", options, stop_at=4, rank=0)
+    # A busy machine may leave out a step whose turn comes while the one before is being written.
+    before = sorted(path.name for path in (tmp_path / "hurt" / "checkpoints").glob("step-*"))[-2]
     with (tmp_path / "hurt" / "checkpoints" / "step-00000004" / "optimizer.pt").open("r+b") as file:
         file.truncate(100)
     run(pool, 2, tmp_path / "hurt", options)
@@ -253,7 +255,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, tmp_path
     assert "optimizer.pt" in fault["message"]
     assert [e["resumed_from"] for e in runs.events(tmp_path / "hurt", "start")] == [
         None,
-        "step-00000003",
+        before,
     ]
 
 
