@@ -12,12 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import ops
-from syncnorm.comm import exchange, groups
+from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import has_own_forward
+from syncnorm.model.failing import sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.sample import call
 from syncnorm.module import SyncNorm
@@ -215,21 +216,9 @@ def _pool(
     sums: list[Tensor], failure: Exception | None, group: groups.Group | None
 ) -> list[Moments]:
     """The moments over all workers, from one all-reduce; an error is raised on all of them."""
-    members = groups.ranks(group)
-    failures = torch.zeros(len(members), dtype=torch.float64, device=sums[0].device)
-    failures[members.index(groups.rank())] = failure is not None
-    message = exchange.sum_(
-        torch.cat([*(s.to(sums[0].device) for s in sums), failures]), group, "population"
-    )
-    *pooled, failures = message.split([*(s.numel() for s in sums), len(members)])
-    if failure is not None:
-        raise failure
-    failed = [rank for rank, has in zip(members, failures.tolist(), strict=True) if has]
-    if failed:
-        raise FaultError(
-            "`batches` must pass through the model on every worker, got an error on rank(s) "
-            f"{failed}. Nothing was changed; see the error there."
-        )
+    message = torch.cat([s.to(sums[0].device) for s in sums])
+    message = sum_unless_failed(message, failure, group, "population")
+    pooled = message.split([s.numel() for s in sums])
     population = [of_sums(s) for s in pooled]
     if all(batch.count == 0 for batch in population):
         raise FaultError(

@@ -1,0 +1,332 @@
+"""The paths of a network's channels: which axes of which tensors belong to one set of channels."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm.errors import InputError
+
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (*_CONVS, *_TRANSPOSED, nn.Linear)
+_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+
+# What treats all channels alike, by modules, functions and methods of tensors.
+_ALIKE_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity),
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Softmax, nn.LogSoftmax),
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
+)
+_ALIKE_FUNCTIONS: set[Any] = {
+    *(F.relu, F.relu_, torch.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu),
+    *(F.mish, F.softplus, F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, torch.sigmoid),
+    *(F.tanh, torch.tanh, F.dropout, F.dropout2d, F.softmax, torch.softmax, F.log_softmax),
+    *(torch.log_softmax, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d),
+    *(F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+}
+_ALIKE_METHODS = {"relu", "relu_", "tanh", "sigmoid", "contiguous", "clone", "detach"}
+_JOINING: set[Any] = {
+    *(operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul),
+    *(operator.imul, torch.mul, operator.truediv, "add", "add_", "mul", "mul_", "sub"),
+}
+_MEANS: set[Any] = {torch.mean, torch.amax, "mean", "amax"}
+_FLATTENING: set[Any] = {torch.flatten, "flatten"}
+_VIEWS: set[Any] = {"view", "reshape", torch.reshape}
+
+
+class Place(NamedTuple):
+    """An axis of a tensor that runs over a set of channels."""
+
+    tensor: str
+    """The name of the parameter or buffer, as in the state dict."""
+    axis: int
+    block: int
+    """The number of neighbours along the axis that belong to one channel: of maps, if flattened."""
+
+
+class Channels:
+    """A set of channels, and where it appears.
+
+    Attributes:
+        size: the number of channels; 0 where it is not known: of an input.
+        is_fixed: True for inputs and outputs, whose order means something.
+        places: in the order of the forward.
+    """
+
+    def __init__(self, size: int = 0, is_fixed: bool = False) -> None:
+        self.size, self.is_fixed = size, is_fixed
+        self.places: list[Place] = []
+
+
+class Call(NamedTuple):
+    """A convolution, linear layer or batch norm, as the forward calls it."""
+
+    name: str
+    module: nn.Module
+    is_normalised: bool
+    """True if nothing but batch norms takes its output."""
+    is_output: bool
+    """True if its output comes to be the network's with nothing that has parameters between."""
+
+
+class _Value(NamedTuple):
+    """What is known of a tensor: its set of channels, and its form."""
+
+    channels: int
+    form: str
+    """"input", "plain" (N, C), "spatial" (N, C, *S) or "flat" (N, C * S)."""
+
+
+class _Tracer(fx.Tracer):
+    """Leaves batch norms whole, those of other libraries too."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+
+
+def channels(model: nn.Module) -> list[Channels]:
+    """Find the sets of channels whose order is free. Nothing is computed.
+
+    Channels that are added to each other are one set; so are those on both sides of a normalisation
+    layer or an activation.
+
+    Raises:
+        InputError: the network cannot be traced, or does something that is not understood.
+    """
+    reader = _Reader(model)
+    for node in _trace(model).nodes:
+        reader.read(node)
+    return reader.sets()
+
+
+def calls(model: nn.Module) -> list[Call]:
+    """Find the convolutions, linear layers and batch norms, in the order of the forward.
+
+    Raises:
+        InputError: the network cannot be traced, calls one of them twice, or has one whose weight
+            is computed from something else.
+    """
+    graph = _trace(model)
+    modules = {
+        node: model.get_submodule(str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+    }
+    last = _last(graph, modules)
+    found: dict[nn.Module, Call] = {}
+    for node, module in modules.items():
+        if not isinstance(module, (*LAYERS, _BatchNorm)):
+            continue
+        name = str(node.target)
+        if module in found:
+            raise InputError(f"`model` must call each layer once, got two calls of {name!r}")
+        if isinstance(module, LAYERS) and "weight" not in dict(module.named_parameters()):
+            raise InputError(
+                f"`model` must hold its weights as parameters, got a computed one in {name!r}. "
+                "Remove the parametrisation."
+            )
+        is_normalised = all(isinstance(modules.get(user), _BatchNorm) for user in node.users)
+        found[module] = Call(name, module, is_normalised, node in last)
+    return list(found.values())
+
+
+def _trace(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:
+        raise InputError(
+            f"`model` must be traceable by torch.fx, got {type(model).__name__}: {error}"
+        ) from error
+
+
+def _last(graph: fx.Graph, modules: dict[fx.Node, nn.Module]) -> set[fx.Node]:
+    """The nodes from which a path without parameters leads to an output."""
+    last: set[fx.Node] = set()
+    ahead = [node for node in graph.nodes if node.op == "output"]
+    while ahead:
+        node = ahead.pop()
+        if node in last:
+            continue
+        last.add(node)
+        if node not in modules or not any(True for _ in modules[node].parameters()):
+            ahead += node.all_input_nodes
+    return last
+
+
+class _Reader:
+    """Follows the tensors of a traced network from operation to operation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        self.names = {id(tensor): name for name, tensor in self.tensors.items()}
+        self.all: list[Channels] = []
+        self.parent: list[int] = []
+        self.at: dict[tuple[str, int], int] = {}
+        self.values: dict[fx.Node, _Value | None] = {}
+
+    def read(self, node: fx.Node) -> None:
+        """Find out the value of a node from those before it."""
+        tensors = [self.values[each] for each in node.all_input_nodes]
+        known = [each for each in tensors if each is not None]
+        if node.op == "placeholder":
+            self.values[node] = _Value(self.new(is_fixed=True), "input")
+        elif node.op == "output":
+            for value in known:
+                self.all[self.find(value.channels)].is_fixed = True
+            self.values[node] = None
+        elif node.op == "get_attr":
+            raise self.refusal(node, "a parameter that no layer of torch.nn holds")
+        elif not known or node.target in ("size", "dim") or node.target is getattr:
+            self.values[node] = None  # numbers, such as a size
+        elif node.op == "call_module":
+            self.values[node] = self.through_module(node, known)
+        else:
+            self.values[node] = self.through_function(node, known)
+
+    def through_module(self, node: fx.Node, known: list[_Value]) -> _Value:
+        name = str(node.target)
+        module = self.model.get_submodule(name)
+        if len(known) != 1:
+            raise self.refusal(node, "a layer of several inputs")
+        (x,) = known
+        if isinstance(module, LAYERS):
+            return self.through_layer(node, name, module, x)
+        if isinstance(module, _NORMS):
+            return self.through_norm(node, name, module, x)
+        if isinstance(module, nn.PReLU):
+            return self.per_channel(node, name, module, x) if module.num_parameters > 1 else x
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
+            return self.flattened(x)
+        if isinstance(module, _ALIKE_MODULES):
+            return x
+        raise self.refusal(node, f"a layer of {type(module).__name__}")
+
+    def through_layer(self, node: fx.Node, name: str, module: Any, x: _Value) -> _Value:
+        is_linear = isinstance(module, nn.Linear)
+        outwards = 1 if isinstance(module, _TRANSPOSED) else 0
+        if is_linear and x.form == "spatial":
+            raise self.refusal(node, "a linear layer of maps that were not flattened")
+        groups = 1 if is_linear else module.groups
+        inputs = module.in_features if is_linear else module.in_channels
+        outputs = module.out_features if is_linear else module.out_channels
+        if groups == 1:
+            self.put(node, x, module.weight, 1 - outwards, inputs)
+            y = _Value(self.new(outputs), "plain" if is_linear else "spatial")
+            self.put(node, y, module.weight, outwards, outputs)
+        elif groups == inputs == outputs and x.form != "input":  # depthwise
+            y = x
+            self.put(node, y, module.weight, 0, outputs)
+        else:
+            raise self.refusal(node, f"a convolution of {groups} groups")
+        if module.bias is not None:
+            self.put(node, y, module.bias, 0, outputs)
+        return y
+
+    def through_norm(self, node: fx.Node, name: str, module: Any, x: _Value) -> _Value:
+        if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
+            raise self.refusal(node, f"a group norm of {module.num_groups} groups")
+        if isinstance(module, nn.LayerNorm):
+            if len(module.normalized_shape) != 1 or x.form not in ("plain", "input"):
+                raise self.refusal(node, "a layer norm over more than channels")
+        return self.per_channel(node, name, module, x)
+
+    def per_channel(self, node: fx.Node, name: str, module: nn.Module, x: _Value) -> _Value:
+        """Note all tensors of a module that have a number for each channel."""
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.ndim == 1:
+                self.put(node, x, tensor, 0, len(tensor))
+        return x
+
+    def through_function(self, node: fx.Node, known: list[_Value]) -> _Value:
+        x, target = known[0], node.target
+        if target in _JOINING:
+            for other in known[1:]:
+                if "input" not in (x.form, other.form) and x.form != other.form:
+                    raise self.refusal(node, f"{x.form} and {other.form} tensors joined")
+                self.join(node, x.channels, other.channels)
+            return x
+        if len(known) == 1:
+            if target in _ALIKE_FUNCTIONS or target in _ALIKE_METHODS:
+                return x
+            if target in _FLATTENING and self.options(node, "start_dim", "end_dim") in (
+                [1],
+                [1, -1],
+            ):
+                return self.flattened(x)
+            if target in _VIEWS and node.args[-1] == -1 and len(node.args) == 3:
+                return self.flattened(x)
+            if target in _MEANS and x.form == "spatial" and self.is_spatial(node):
+                return _Value(x.channels, "plain")
+        raise self.refusal(node, f"an operation {getattr(target, '__name__', target)}")
+
+    def options(self, node: fx.Node, *names: str) -> list[Any]:
+        """The arguments after the first, given by position or by these names."""
+        return [*node.args[1:], *(node.kwargs[name] for name in names if name in node.kwargs)]
+
+    def is_spatial(self, node: fx.Node) -> bool:
+        given = self.options(node, "dim")
+        axes = given[0] if given and isinstance(given[0], tuple | list) else given[:1]
+        return bool(axes) and all(isinstance(a, int) and (a in (-1, -2) or a >= 2) for a in axes)
+
+    def flattened(self, x: _Value) -> _Value:
+        return _Value(x.channels, "flat" if x.form in ("spatial", "flat") else x.form)
+
+    def put(self, node: fx.Node, x: _Value, tensor: Tensor, axis: int, length: int) -> None:
+        """Note that an axis of a tensor runs over the channels of x."""
+        channels = self.all[self.find(x.channels)]
+        channels.size = channels.size or length
+        block, rest = divmod(length, channels.size)
+        if not channels.is_fixed and (rest or (block != 1 and x.form != "flat")):
+            raise self.refusal(node, f"{length} features of {channels.size} channels")
+        name = self.names.get(id(tensor))
+        if name is None:
+            raise self.refusal(node, "a weight that is computed from something else")
+        place = Place(name, axis, block)
+        if place[:2] in self.at:  # a layer that is called again, or a tensor of two layers
+            self.join(node, x.channels, self.at[place[:2]])
+            return
+        self.at[place[:2]] = x.channels
+        channels.places.append(place)
+
+    def new(self, size: int = 0, is_fixed: bool = False) -> int:
+        self.all.append(Channels(size, is_fixed))
+        self.parent.append(len(self.parent))
+        return len(self.parent) - 1
+
+    def find(self, number: int) -> int:
+        while self.parent[number] != number:
+            number = self.parent[number]
+        return number
+
+    def join(self, node: fx.Node, first: int, second: int) -> None:
+        """Make two sets of channels one."""
+        kept, gone = sorted((self.find(first), self.find(second)))
+        if kept == gone:
+            return
+        a, b = self.all[kept], self.all[gone]
+        if a.size and b.size and a.size != b.size:
+            raise self.refusal(node, f"{a.size} and {b.size} channels joined")
+        self.parent[gone] = kept
+        a.size, a.is_fixed = a.size or b.size, a.is_fixed or b.is_fixed
+        a.places += b.places
+
+    def sets(self) -> list[Channels]:
+        """The sets of channels whose order is free."""
+        whole = [each for n, each in enumerate(self.all) if self.find(n) == n]
+        return [each for each in whole if not each.is_fixed and each.places]
+
+    def refusal(self, node: fx.Node, what: str) -> InputError:
+        return InputError(
+            "`model` must be made of convolutions, linear layers, normalisation layers, "
+            f"activations, pools, flattening and sums, got {what} at {node.format_node()}"
+        )
