@@ -76,9 +76,7 @@ def check_alike(*models: nn.Module) -> None:
     """
     first, *others = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in models)
     for other in others:
-        differing = sorted(
-            name for name in first | other if first.get(name) != other.get(name)
-        )
+        differing = sorted(name for name in first | other if first.get(name) != other.get(name))
         if differing:
             name = differing[0]
             raise InputError(

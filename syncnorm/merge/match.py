@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.errors import InputError
-from syncnorm.merge.graph import Channels, Place, channels
+from syncnorm.merge.channels import Channels, Place, channels
 from syncnorm.merge.interpolate import bare, check_alike
 
 Orders = list[Tensor]
@@ -53,7 +53,9 @@ def match_weights(a: nn.Module, b: nn.Module, *, seed: int = 0) -> nn.Module:
     a, b = bare(a), bare(b)
     check_alike(a, b)
     sets = channels(b)
-    return permute(b, sets, _orders(dict(a.named_parameters()), dict(b.named_parameters()), sets, seed))
+    return permute(
+        b, sets, _orders(dict(a.named_parameters()), dict(b.named_parameters()), sets, seed)
+    )
 
 
 @torch.no_grad()
@@ -68,9 +70,7 @@ def permute(model: nn.Module, sets: list[Channels], orders: Orders) -> nn.Module
     return permuted
 
 
-def _orders(
-    a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels], seed: int
-) -> Orders:
+def _orders(a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels], seed: int) -> Orders:
     """Find the orders by coordinate descent."""
     matching = _Matching(a, b, sets)
     for number in range(len(sets)):
@@ -78,17 +78,16 @@ def _orders(
     generator = torch.Generator().manual_seed(seed)
     is_moving = True
     while is_moving:
-        order = torch.randperm(len(sets), generator=generator).tolist()
-        is_moving = any([matching.improve(number) for number in order])
+        is_moving = False
+        for number in torch.randperm(len(sets), generator=generator).tolist():
+            is_moving |= matching.improve(number)
     return matching.orders
 
 
 class _Matching:
     """Orders that get better one set of channels at a time."""
 
-    def __init__(
-        self, a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels]
-    ) -> None:
+    def __init__(self, a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels]) -> None:
         self.sets = sets
         self.orders = [torch.arange(each.size) for each in sets]
         self.is_done = [False] * len(sets)

@@ -11,10 +11,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import InputError
+from syncnorm.merge.calls import LAYERS, TRANSPOSED, trace
 
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (*_CONVS, *_TRANSPOSED, nn.Linear)
 _NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
 
 # What treats all channels alike, by modules, functions and methods of tensors.
@@ -67,30 +65,12 @@ class Channels:
         self.places: list[Place] = []
 
 
-class Call(NamedTuple):
-    """A convolution, linear layer or batch norm, as the forward calls it."""
-
-    name: str
-    module: nn.Module
-    is_normalised: bool
-    """True if nothing but batch norms takes its output."""
-    is_output: bool
-    """True if its output comes to be the network's with nothing that has parameters between."""
-
-
 class _Value(NamedTuple):
     """What is known of a tensor: its set of channels, and its form."""
 
     channels: int
     form: str
     """"input", "plain" (N, C), "spatial" (N, C, *S) or "flat" (N, C * S)."""
-
-
-class _Tracer(fx.Tracer):
-    """Leaves batch norms whole, those of other libraries too."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def channels(model: nn.Module) -> list[Channels]:
@@ -103,63 +83,9 @@ def channels(model: nn.Module) -> list[Channels]:
         InputError: the network cannot be traced, or does something that is not understood.
     """
     reader = _Reader(model)
-    for node in _trace(model).nodes:
+    for node in trace(model).nodes:
         reader.read(node)
     return reader.sets()
-
-
-def calls(model: nn.Module) -> list[Call]:
-    """Find the convolutions, linear layers and batch norms, in the order of the forward.
-
-    Raises:
-        InputError: the network cannot be traced, calls one of them twice, or has one whose weight
-            is computed from something else.
-    """
-    graph = _trace(model)
-    modules = {
-        node: model.get_submodule(str(node.target))
-        for node in graph.nodes
-        if node.op == "call_module"
-    }
-    last = _last(graph, modules)
-    found: dict[nn.Module, Call] = {}
-    for node, module in modules.items():
-        if not isinstance(module, (*LAYERS, _BatchNorm)):
-            continue
-        name = str(node.target)
-        if module in found:
-            raise InputError(f"`model` must call each layer once, got two calls of {name!r}")
-        if isinstance(module, LAYERS) and "weight" not in dict(module.named_parameters()):
-            raise InputError(
-                f"`model` must hold its weights as parameters, got a computed one in {name!r}. "
-                "Remove the parametrisation."
-            )
-        is_normalised = all(isinstance(modules.get(user), _BatchNorm) for user in node.users)
-        found[module] = Call(name, module, is_normalised, node in last)
-    return list(found.values())
-
-
-def _trace(model: nn.Module) -> fx.Graph:
-    try:
-        return _Tracer().trace(model)
-    except Exception as error:
-        raise InputError(
-            f"`model` must be traceable by torch.fx, got {type(model).__name__}: {error}"
-        ) from error
-
-
-def _last(graph: fx.Graph, modules: dict[fx.Node, nn.Module]) -> set[fx.Node]:
-    """The nodes from which a path without parameters leads to an output."""
-    last: set[fx.Node] = set()
-    ahead = [node for node in graph.nodes if node.op == "output"]
-    while ahead:
-        node = ahead.pop()
-        if node in last:
-            continue
-        last.add(node)
-        if node not in modules or not any(True for _ in modules[node].parameters()):
-            ahead += node.all_input_nodes
-    return last
 
 
 class _Reader:
@@ -213,7 +139,7 @@ class _Reader:
 
     def through_layer(self, node: fx.Node, name: str, module: Any, x: _Value) -> _Value:
         is_linear = isinstance(module, nn.Linear)
-        outwards = 1 if isinstance(module, _TRANSPOSED) else 0
+        outwards = 1 if isinstance(module, TRANSPOSED) else 0
         if is_linear and x.form == "spatial":
             raise self.refusal(node, "a linear layer of maps that were not flattened")
         groups = 1 if is_linear else module.groups
@@ -235,9 +161,10 @@ class _Reader:
     def through_norm(self, node: fx.Node, name: str, module: Any, x: _Value) -> _Value:
         if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
             raise self.refusal(node, f"a group norm of {module.num_groups} groups")
-        if isinstance(module, nn.LayerNorm):
-            if len(module.normalized_shape) != 1 or x.form not in ("plain", "input"):
-                raise self.refusal(node, "a layer norm over more than channels")
+        if isinstance(module, nn.LayerNorm) and (
+            len(module.normalized_shape) != 1 or x.form not in ("plain", "input")
+        ):
+            raise self.refusal(node, "a layer norm over more than channels")
         return self.per_channel(node, name, module, x)
 
     def per_channel(self, node: fx.Node, name: str, module: nn.Module, x: _Value) -> _Value:
