@@ -172,14 +172,11 @@ def _solve(
                 add(sums, layer, x, leaving(model, step.name, batch))
     except Exception as error:  # sent to the other workers, then raised
         failure = error
-    gram, cross, _ = Sums.views(_pooled(message, failure, group, "least squares"), outputs, d)
-    rho = ridge * gram.diagonal().mean()
-    root, is_singular = torch.linalg.cholesky_ex(gram + rho * torch.eye(d).to(gram))
-    if not is_singular:
-        solution = torch.cholesky_solve((cross + rho * average).T, root).T
-        if layer.bias is not None:
-            layer.bias.copy_(solution[:, -1])
-        layer.weight.copy_(solution[:, : layer.weight[0].numel()].view_as(layer.weight))
+    pooled = Sums.views(_pooled(message, failure, group, "least squares"), outputs, d)
+    solution = pooled.solve(average, ridge)
+    if layer.bias is not None:
+        layer.bias.copy_(solution[:, -1])
+    layer.weight.copy_(solution[:, : layer.weight[0].numel()].view_as(layer.weight))
 
 
 def _pooled(

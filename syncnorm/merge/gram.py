@@ -31,6 +31,17 @@ class Sums(NamedTuple):
         gram, cross, columns = message.split([d * d, outputs * d, 1])
         return cls(gram.view(d, d), cross.view(outputs, d), columns)
 
+    def solve(self, average: Tensor, ridge: float) -> Tensor:
+        """The weight (C, d) that fits best; the average where the matrix cannot be inverted."""
+        rho = ridge * self.gram.diagonal().mean()
+        matrix = self.gram + rho * torch.eye(len(self.gram)).to(self.gram)
+        root, has_failed = torch.linalg.cholesky_ex(matrix)
+        pivots = root.diagonal().square()
+        least = torch.finfo(torch.float64).eps * len(matrix) * matrix.diagonal().max()
+        if has_failed or pivots.min() <= least:
+            return average
+        return torch.cholesky_solve((self.cross + rho * average).T, root).T
+
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     """Weight and bias as one matrix (C, d), in float64."""

@@ -75,8 +75,8 @@ def repair(
     References:
         Jordan et al., REPAIR, arXiv:2211.08403, its two equations for mean and deviation, and
         KellerJordan/REPAIR, whose notebooks for networks with batch norms re-estimate their
-        statistics. Deviations: moments are merged by count, not averaged over batches; the small
-        number in the denominator is 1e-12, not 1e-5.
+        statistics. Deviations: moments are merged by count, not averaged over batches; all
+        variances are divided by the count; the small number in the denominator is 1e-12, not 1e-5.
     """
     check_alpha(alpha)
     bare_model, a, b = bare(model), bare(a), bare(b)
@@ -98,8 +98,8 @@ def repair(
         targets = _targets(a, b, bared, batches, alpha, groups.statistics_group(process_group))
     with _followed(bare_model, bared, targets) as norms:
         recalibrate(bare_model, batches, process_group=process_group)
-    for each, norm in zip(bared, norms, strict=True):
-        _fold(each.module, norm)
+    for each, norm, target in zip(bared, norms, targets, strict=True):
+        _fold(each.module, norm, target)
     return model
 
 
@@ -108,6 +108,8 @@ class _Target(NamedTuple):
 
     mean: Tensor
     std: Tensor
+    count: Tensor
+    """Values per channel, (); the same in all three networks."""
 
 
 def _check(each: Call) -> None:
@@ -151,13 +153,13 @@ def _targets(
         )
     pairs = zip(moments[: len(bared)], moments[len(bared) :], strict=True)
     return [
-        _Target(torch.lerp(p.mean, q.mean, alpha), torch.lerp(_std(p), _std(q), alpha))
+        _Target(torch.lerp(p.mean, q.mean, alpha), torch.lerp(_std(p), _std(q), alpha), p.count)
         for p, q in pairs
     ]
 
 
 def _std(moments: Any) -> Tensor:
-    return (moments.m2 / (moments.count - 1)).sqrt()
+    return moments.var.sqrt()
 
 
 def _zeros(layer: nn.Module) -> Tensor:
@@ -213,17 +215,17 @@ def _followed(
             model.set_submodule(each.name, each.module)
 
 
-def _fold(layer: Any, norm: _Follower) -> None:
+def _fold(layer: Any, norm: _Follower, target: _Target) -> None:
     """Fold a batch norm of running statistics into the layer before it."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    var = norm.running_var.double() * (target.count - 1) / target.count
     # A channel that never varies has no deviation to be rescaled.
-    scale = torch.where(scale.isfinite() & (norm.running_var > 0), scale, 1.0)
+    scale = torch.where(var > 0, target.std / (var + norm.eps).sqrt(), 1.0)
     axis = 1 if isinstance(layer, TRANSPOSED) else 0
     shape = [-1 if axis == dim else 1 for dim in range(layer.weight.ndim)]
     layer.weight.copy_(layer.weight.double() * scale.view(shape))
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros_like(norm.bias), layer.weight.requires_grad)
-    mean = norm.running_mean.double()
-    layer.bias.copy_((layer.bias.double() - mean) * scale + norm.bias.double())
+    shift = (layer.bias.double() - norm.running_mean.double()) * scale
+    layer.bias.copy_(shift + target.mean)
