@@ -108,8 +108,8 @@ class _Target(NamedTuple):
 
     mean: Tensor
     std: Tensor
-    count: Tensor
-    """Values per channel, (); the same in all three networks."""
+    values: Tensor
+    """The number of values of a channel, (); the same in all three networks."""
 
 
 def _check(each: Call) -> None:
@@ -219,7 +219,7 @@ def _fold(layer: Any, norm: _Follower, target: _Target) -> None:
     """Fold a batch norm of running statistics into the layer before it."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    var = norm.running_var.double() * (target.count - 1) / target.count
+    var = norm.running_var.double() * (target.values - 1) / target.values
     # A channel that never varies has no deviation to be rescaled.
     scale = torch.where(var > 0, target.std / (var + norm.eps).sqrt(), 1.0)
     axis = 1 if isinstance(layer, TRANSPOSED) else 0
