@@ -8,6 +8,7 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import InputError
+from syncnorm.family.layer import Pooling
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -26,10 +27,10 @@ class Call(NamedTuple):
 
 
 class _Tracer(fx.Tracer):
-    """Leaves batch norms whole, those of other libraries too."""
+    """Leaves normalisation layers whole, those of other libraries too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, _BatchNorm) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (_BatchNorm, Pooling)) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(model: nn.Module) -> fx.Graph:

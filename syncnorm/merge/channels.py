@@ -9,11 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.errors import InputError
+from syncnorm.family import EvoNorm, L1BatchNorm
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, trace
 
-_NORMS = (_BatchNorm, nn.GroupNorm, nn.LayerNorm, nn.modules.instancenorm._InstanceNorm)
+_NORMS = (
+    *(_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm),
+    *(EvoNorm, L1BatchNorm),
+)
 
 # What treats all channels alike, by modules, functions and methods of tensors.
 _ALIKE_MODULES = (

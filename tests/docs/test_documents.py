@@ -37,7 +37,7 @@ DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
-PAGES = ["computed", "failures", "family", "modes", "sampler"]
+PAGES = ["computed", "failures", "family", "merge", "modes", "sampler"]
 
 
 def _blocks(text: str, language: str) -> list[str]:
@@ -87,6 +87,8 @@ def run_the_blocks(page: str) -> str:
         "DistributedDataParallel": DistributedDataParallel,
         "syncnorm": syncnorm,
         "model": model,
+        "a": model,
+        "b": model,
         "layer": syncnorm.SyncBatchNorm(3),
         "sample": batches[0][0],
         "batches": batches,
@@ -110,7 +112,7 @@ def run_the_blocks(page: str) -> str:
 def test_the_pages_blocks_run(page, pool):
     one, other = pool(2).run(run_the_blocks, page)
     assert one == other
-    blocks = {"computed": "2", "failures": "1", "family": "2", "modes": "5", "sampler": "2"}
+    blocks = dict(zip(PAGES, "212252", strict=True))
     assert one[0] == blocks[page]
     assert ("BatchRMSNorm(8" if page == "family" else "SyncBatchNorm(8") in one
 
@@ -254,6 +256,7 @@ def test_links_and_files_exist(document):
         "model.recalibrate",
         "model.sampler",
         "model.convert.convert",
+        "merge.interpolate",
         "model.adopt",
         "model.convert.adapters",
     ],

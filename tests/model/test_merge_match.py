@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm
 from syncnorm.errors import InputError
+from syncnorm.family import EvoNorm, L1BatchNorm
 from syncnorm.merge import channels as channels_module
 from syncnorm.merge import interpolate, match_weights
 from syncnorm.merge.channels import channels
@@ -80,6 +81,10 @@ NETWORKS = {
         *(nn.Flatten(1), nn.Linear(6, 4)),
     ),
     "basic blocks": lambda: _resnet(BasicBlock, SyncBatchNorm),
+    "the family's layers": lambda: nn.Sequential(
+        *(nn.Conv2d(2, 5, 3), EvoNorm(5), nn.Conv2d(5, 6, 3), L1BatchNorm(6), nn.ReLU()),
+        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+    ),
     "bottlenecks": lambda: _resnet(Bottleneck, nn.BatchNorm2d),
 }
 
