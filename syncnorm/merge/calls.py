@@ -30,7 +30,9 @@ class _Tracer(fx.Tracer):
     """Leaves normalisation layers whole, those of other libraries too."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (_BatchNorm, Pooling)) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, (_BatchNorm, Pooling)) or super().is_leaf_module(
+            m, module_qualified_name
+        )
 
 
 def trace(model: nn.Module) -> fx.Graph:

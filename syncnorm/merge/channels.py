@@ -15,16 +15,15 @@ from syncnorm.errors import InputError
 from syncnorm.family import EvoNorm, L1BatchNorm
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, trace
 
-_NORMS = (
-    *(_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm),
-    *(EvoNorm, L1BatchNorm),
-)
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, EvoNorm, L1BatchNorm)
 
 # What treats all channels alike, by modules, functions and methods of tensors.
 _ALIKE_MODULES = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
     *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity),
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Softmax, nn.LogSoftmax),
+)
+_POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
     *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
@@ -33,8 +32,11 @@ _ALIKE_FUNCTIONS: set[Any] = {
     *(F.relu, F.relu_, torch.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu),
     *(F.mish, F.softplus, F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, torch.sigmoid),
     *(F.tanh, torch.tanh, F.dropout, F.dropout2d, F.softmax, torch.softmax, F.log_softmax),
-    *(torch.log_softmax, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d),
-    *(F.avg_pool3d, F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
+    torch.log_softmax,
+}
+_POOLING: set[Any] = {
+    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
 }
 _ALIKE_METHODS = {"relu", "relu_", "tanh", "sigmoid", "contiguous", "clone", "detach"}
 _JOINING: set[Any] = {
@@ -76,6 +78,8 @@ class _Value(NamedTuple):
     channels: int
     form: str
     """"input", "plain" (N, C), "spatial" (N, C, *S) or "flat" (N, C * S)."""
+    dims: int = 0
+    """The number of dimensions S."""
 
 
 def channels(model: nn.Module) -> list[Channels]:
@@ -125,34 +129,38 @@ class _Reader:
             self.values[node] = self.through_function(node, known)
 
     def through_module(self, node: fx.Node, known: list[_Value]) -> _Value:
-        name = str(node.target)
-        module = self.model.get_submodule(name)
+        module = self.model.get_submodule(str(node.target))
         if len(known) != 1:
             raise self.refusal(node, "a layer of several inputs")
         (x,) = known
         if isinstance(module, LAYERS):
-            return self.through_layer(node, name, module, x)
+            return self.through_layer(node, module, x)
         if isinstance(module, _NORMS):
-            return self.through_norm(node, name, module, x)
+            return self.through_norm(node, module, x)
         if isinstance(module, nn.PReLU):
-            return self.per_channel(node, name, module, x) if module.num_parameters > 1 else x
+            return self.per_channel(node, module, x) if module.num_parameters > 1 else x
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return self.flattened(x)
-        if isinstance(module, _ALIKE_MODULES):
+        if isinstance(module, _ALIKE_MODULES) or (
+            isinstance(module, _POOLS) and x.form in ("spatial", "input")
+        ):
             return x
         raise self.refusal(node, f"a layer of {type(module).__name__}")
 
-    def through_layer(self, node: fx.Node, name: str, module: Any, x: _Value) -> _Value:
+    def through_layer(self, node: fx.Node, module: Any, x: _Value) -> _Value:
         is_linear = isinstance(module, nn.Linear)
         outwards = 1 if isinstance(module, TRANSPOSED) else 0
         if is_linear and x.form == "spatial":
             raise self.refusal(node, "a linear layer of maps that were not flattened")
+        if not is_linear and x.form not in ("spatial", "input"):
+            raise self.refusal(node, "a convolution of what is no map")
         groups = 1 if is_linear else module.groups
         inputs = module.in_features if is_linear else module.in_channels
         outputs = module.out_features if is_linear else module.out_channels
         if groups == 1:
             self.put(node, x, module.weight, 1 - outwards, inputs)
-            y = _Value(self.new(outputs), "plain" if is_linear else "spatial")
+            dims = module.weight.ndim - 2
+            y = _Value(self.new(outputs), "spatial" if dims else "plain", dims)
             self.put(node, y, module.weight, outwards, outputs)
         elif groups == inputs == outputs and x.form != "input":  # depthwise
             y = x
@@ -163,20 +171,26 @@ class _Reader:
             self.put(node, y, module.bias, 0, outputs)
         return y
 
-    def through_norm(self, node: fx.Node, name: str, module: Any, x: _Value) -> _Value:
+    def through_norm(self, node: fx.Node, module: Any, x: _Value) -> _Value:
         if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
             raise self.refusal(node, f"a group norm of {module.num_groups} groups")
         if isinstance(module, nn.LayerNorm) and (
             len(module.normalized_shape) != 1 or x.form not in ("plain", "input")
         ):
             raise self.refusal(node, "a layer norm over more than channels")
-        return self.per_channel(node, name, module, x)
+        return self.per_channel(node, module, x)
 
-    def per_channel(self, node: fx.Node, name: str, module: nn.Module, x: _Value) -> _Value:
-        """Note all tensors of a module that have a number for each channel."""
+    def per_channel(self, node: fx.Node, module: Any, x: _Value) -> _Value:
+        """Note all tensors of a module that have a number for each channel on their last axis."""
+        size = next(
+            getattr(module, name)
+            for name in ("num_features", "num_channels", "num_parameters", "normalized_shape")
+            if hasattr(module, name)
+        )
+        (size,) = size if isinstance(size, tuple) else (size,)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.ndim == 1:
-                self.put(node, x, tensor, 0, len(tensor))
+            if tensor.is_floating_point() and tensor.ndim and tensor.shape[-1] == size:
+                self.put(node, x, tensor, tensor.ndim - 1, size)
         return x
 
     def through_function(self, node: fx.Node, known: list[_Value]) -> _Value:
@@ -195,9 +209,13 @@ class _Reader:
                 [1, -1],
             ):
                 return self.flattened(x)
-            if target in _VIEWS and node.args[-1] == -1 and len(node.args) == 3:
+            if target in _POOLING and x.form in ("spatial", "input"):
+                return x
+            # A view of a size and -1.
+            sizes = node.args[1:]
+            if target in _VIEWS and sizes[1:] == (-1,) and isinstance(sizes[0], fx.Node):
                 return self.flattened(x)
-            if target in _MEANS and x.form == "spatial" and self.is_spatial(node):
+            if target in _MEANS and x.form == "spatial" and self.is_over_maps(node, x.dims):
                 return _Value(x.channels, "plain")
         raise self.refusal(node, f"an operation {getattr(target, '__name__', target)}")
 
@@ -205,10 +223,17 @@ class _Reader:
         """The arguments after the first, given by position or by these names."""
         return [*node.args[1:], *(node.kwargs[name] for name in names if name in node.kwargs)]
 
-    def is_spatial(self, node: fx.Node) -> bool:
-        given = self.options(node, "dim")
-        axes = given[0] if given and isinstance(given[0], tuple | list) else given[:1]
-        return bool(axes) and all(isinstance(a, int) and (a in (-1, -2) or a >= 2) for a in axes)
+    def is_over_maps(self, node: fx.Node, dims: int) -> bool:
+        """True if a mean is over all dimensions after the channels', which are then gone."""
+        given = self.options(node, "dim")[:1]
+        axes = given[0] if given and isinstance(given[0], tuple | list) else given
+        if (
+            node.kwargs.get("keepdim")
+            or len(node.args) > 2
+            or not all(isinstance(axis, int) for axis in axes)
+        ):
+            return False
+        return {axis % (2 + dims) for axis in axes} == set(range(2, 2 + dims))
 
     def flattened(self, x: _Value) -> _Value:
         return _Value(x.channels, "flat" if x.form in ("spatial", "flat") else x.form)

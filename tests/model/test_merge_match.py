@@ -81,9 +81,10 @@ NETWORKS = {
         *(nn.Flatten(1), nn.Linear(6, 4)),
     ),
     "basic blocks": lambda: _resnet(BasicBlock, SyncBatchNorm),
+    "lagged": lambda: _resnet(BasicBlock, lambda c: SyncBatchNorm(c, sync="lagged")),
     "the family's layers": lambda: nn.Sequential(
         *(nn.Conv2d(2, 5, 3), EvoNorm(5), nn.Conv2d(5, 6, 3), L1BatchNorm(6), nn.ReLU()),
-        *(nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(6, 4)),
+        *(Mean((-1, -2)), nn.Linear(6, 4)),
     ),
     "bottlenecks": lambda: _resnet(Bottleneck, nn.BatchNorm2d),
 }
@@ -94,9 +95,9 @@ def _network(name: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = NETWORKS[name]().double().eval()
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.ndim == 1:
+        if tensor.is_floating_point() and (tensor.ndim == 1 or "lagged" in key):
             tensor.copy_(torch.rand_like(tensor) + 0.5)
-        elif "num_batches" not in key:
+        elif tensor.is_floating_point():
             tensor.mul_(2.0)
     return model
 
@@ -202,6 +203,15 @@ class Transposing(nn.Module):
         return x.transpose(1, 2)
 
 
+class Mean(nn.Module):
+    def __init__(self, axis: int | tuple[int, ...]) -> None:
+        super().__init__()
+        self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.axis)
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -213,6 +223,9 @@ class Branching(nn.Module):
         ([nn.Conv2d(4, 4, 1), Transposing()], "got an operation transpose at"),
         ([nn.Conv2d(4, 4, 1, groups=2)], "got a convolution of 2 groups at"),
         ([nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)], "got a group norm of 2 groups at"),
+        ([nn.Linear(4, 4), nn.MaxPool1d(2)], "got a layer of MaxPool1d at"),
+        ([nn.Linear(4, 4), nn.Conv1d(4, 4, 1)], "got a convolution of what is no map at"),
+        ([nn.Conv1d(4, 4, 1), Mean(-2)], "got an operation mean at"),
         ([nn.Conv2d(4, 4, 1), nn.LSTM(4, 4)], "got a layer of LSTM at"),
         ([nn.Conv2d(4, 4, 1), nn.Linear(4, 4)], "of maps that were not flattened at"),
         ([nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(6, 4)], "got 6 features of 4 channels at"),
