@@ -1,16 +1,16 @@
-"""Accuracy of networks made of two: between seeds, and of two that were fine-tuned from one.
+"""Accuracy of one network made of two: of different seeds, and fine-tuned from one.
 
-    python -m benchmarks.merge DATA_FOLDER [seeds]
+    python -m benchmarks.merge DATA_FOLDER
 
-Fashion-MNIST, residual networks of three stages, in one process on one thread.
+Fashion-MNIST, residual networks of three stages and one of plain convolutions, in one process on one
+thread.
 """
 
 from __future__ import annotations
 
 import copy
-import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,19 +22,18 @@ from syncnorm import SyncBatchNorm, recalibrate
 from syncnorm.merge import chain_of_merges, interpolate, match_weights, repair
 from syncnorm.train.models import BasicBlock, ResNet
 
-WIDTHS, STEPS, TUNING_STEPS, BATCH = (32, 64, 128), 800, 200, 64
+STEPS, BASE_STEPS, TUNING_STEPS, BATCH = 800, 400, 200, 64
 SAMPLES = 1000
-HALVES = ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9))
 
-Data = tuple[Tensor, Tensor, Tensor, Tensor]
+Data = tuple[Tensor, Tensor]
 
 
-def network() -> ResNet:
-    """Seven 3x3 convolutions on maps of 14x14, 7x7 and 4x4."""
+def residual(width: int) -> ResNet:
+    """Seven 3x3 convolutions with batch norms, on maps of 14x14, 7x7 and 4x4."""
     model = ResNet(
         BasicBlock,
         (1, 1, 1),
-        WIDTHS,
+        (width, 2 * width, 4 * width),
         "cifar",
         in_channels=1,
         num_classes=fashion.CLASSES,
@@ -44,18 +43,28 @@ def network() -> ResNet:
     return model
 
 
-def plain() -> nn.Sequential:
-    """Convolutions without any normalisation layer."""
+def plain(width: int) -> nn.Sequential:
+    """Four 3x3 convolutions without any normalisation."""
     layers: list[nn.Module] = []
-    for before, after, stride in ((1, 64, 2), (64, 64, 1), (64, 128, 2), (128, 128, 1)):
-        layers += [nn.Conv2d(before, after, 3, stride, padding=1), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    for before, after, stride in ((1, 1, 2), (1, 1, 1), (1, 2, 2), (2, 2, 1)):
+        inputs = before * width if layers else 1
+        layers += [nn.Conv2d(inputs, after * width, 3, stride, padding=1), nn.ReLU()]
+        nn.init.kaiming_normal_(layers[-2].weight)
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, fashion.CLASSES)
+    )
 
 
-def train(
-    model: nn.Module, images: Tensor, labels: Tensor, seed: int, steps: int, lr: float
-) -> None:
+NETWORKS = {
+    "residual, batch norm, widths 16 to 64": lambda: residual(16),
+    "residual, batch norm, widths 32 to 128": lambda: residual(32),
+    "four convolutions, no norm, widths 32 and 64": lambda: plain(32),
+}
+
+
+def train(model: nn.Module, data: Data, seed: int, steps: int, lr: float) -> nn.Module:
     """SGD with momentum; the learning rate falls linearly to 0."""
+    images, labels = data
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     g = torch.Generator().manual_seed(seed)
@@ -66,65 +75,57 @@ def train(
         F.cross_entropy(model(images[index]), labels[index]).backward()
         optimizer.step()
         schedule.step()
+    return model
 
 
-def accuracy(model: nn.Module, data: Data) -> float:
-    """On the test set, in %."""
-    return 100 * fashion.correct(model, data[2], data[3]) / len(data[3])
+def accuracy(model: nn.Module, *tests: Data) -> str:
+    """On each test set, in %."""
+    return " / ".join(f"{100 * fashion.correct(model, *t) / len(t[1]):.1f}" for t in tests)
 
 
-def some(images: Tensor, seed: int) -> list[Tensor]:
+def some(images: Tensor) -> list[Tensor]:
     """Batches of training images, drawn at random."""
-    g = torch.Generator().manual_seed(seed)
+    g = torch.Generator().manual_seed(0)
     return list(images[torch.randperm(len(images), generator=g)[:SAMPLES]].split(250))
 
 
-def between_seeds(make: Callable[[], nn.Module], lr: float, seed: int, data: Data) -> list[float]:
+def between_seeds(make, training: Data, test: Data) -> list[str]:
     """Both ends; then their middle: as it is, repaired, matched, matched and repaired."""
     models = []
-    for each in (2 * seed, 2 * seed + 1):
-        torch.manual_seed(each)
-        models.append(make())
-        train(models[-1], data[0], data[1], each, STEPS, lr)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(train(make(), training, seed, STEPS, 0.1))
     a, b = models
-    batches = some(data[0], seed)
-    row = [accuracy(a, data), accuracy(b, data)]
+    row = [accuracy(a, test), accuracy(b, test)]
     for other in (b, match_weights(a, b)):
         middle = interpolate(a, other)
-        row.append(accuracy(middle, data))
-        row.append(accuracy(repair(middle, a, other, batches), data))
+        row.append(accuracy(middle, test))
+        row.append(accuracy(repair(middle, a, other, some(training[0])), test))
     return row
 
 
-def fine_tuned(make: Callable[[], nn.Module], lr: float, seed: int, data: Data) -> list[float]:
-    """Both networks, each fine-tuned on half the labels; then what is made of them."""
-    torch.manual_seed(100 + seed)
-    base = make()
-    train(base, data[0], data[1], 100 + seed, STEPS // 2, lr)
-    models, batches = [], []
-    for half in HALVES:
-        images, labels = (part[fashion.of_labels(data[1], half)] for part in data[:2])
-        models.append(copy.deepcopy(base))
-        train(models[-1], images, labels, seed, TUNING_STEPS, lr / 2)
-        batches.append(some(images, seed))
+def fine_tuned(base: nn.Module, tasks: Sequence[Data], tests: Sequence[Data]) -> list[str]:
+    """The network before; both that were fine-tuned from it; what is made of them."""
+    models = [train(copy.deepcopy(base), task, 0, TUNING_STEPS, 0.05) for task in tasks]
+    batches = [some(images) for images, _ in tasks]
     everything = [torch.cat(pair) for pair in zip(*batches, strict=True)]
-    has_norms = any(isinstance(each, SyncBatchNorm) for each in base.modules())
     average = interpolate(*models)
-    row = [
-        accuracy(base, data),
-        *(accuracy(each, data) for each in models),
-        accuracy(average, data),
-    ]
-    row.append(accuracy(recalibrate(average, everything), data) if has_norms else float("nan"))
-    row.append(accuracy(chain_of_merges(models, batches), data))
-    return row
+    row = [accuracy(each, *tests) for each in (base, *models, average)]
+    row.append(accuracy(recalibrate(average, everything), *tests))
+    return [*row, accuracy(chain_of_merges(models, batches), *tests)]
 
 
-def _print(title: str, columns: str, rows: dict[str, list[list[float]]]) -> None:
-    print(f"\n{title}\n\n| network | {columns} |\n|{'---|' * (columns.count('|') + 2)}")
-    for name, seeds in rows.items():
-        means = [statistics.mean(values) for values in zip(*seeds, strict=True)]
-        print(f"| {name} | {' | '.join('' if m != m else f'{m:.1f}' for m in means)} |", flush=True)
+def _rotated(data: Data) -> Data:
+    return data[0].rot90(1, (2, 3)).contiguous(), data[1]
+
+
+def _of(data: Data, labels: tuple[int, ...]) -> Data:
+    index = fashion.of_labels(data[1], labels)
+    return data[0][index], data[1][index]
+
+
+def _print(*cells: str) -> None:
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -132,25 +133,32 @@ def main() -> None:
     if len(sys.argv) < 2:
         raise SystemExit(__doc__)
     torch.set_num_threads(1)
-    seeds = range(int(sys.argv[2]) if len(sys.argv) > 2 else 1)
-    data = fashion.load(Path(sys.argv[1]))
-    networks = {"residual, batch norm": (network, 0.1), "four convolutions": (plain, 0.05)}
-    print(f"Test accuracy in %, mean of {len(seeds)} seed(s), torch {torch.__version__}")
-    _print(
-        f"The middle of two networks of different seeds, {STEPS} steps of {BATCH} each",
-        "one | other | middle | repaired | matched | matched and repaired",
-        {
-            name: [between_seeds(*each, seed, data) for seed in seeds]
-            for name, each in networks.items()
-        },
+    images, labels, *others = fashion.load(Path(sys.argv[1]))
+    training, test = (images, labels), (others[0], others[1])
+    print(
+        f"Test accuracy in %; one run; {SAMPLES} images for statistics; torch {torch.__version__}"
     )
+    print(f"\nTwo networks of different seeds, {STEPS} steps of {BATCH} each\n")
     _print(
-        f"Two networks from one, {TUNING_STEPS} steps on labels 0, 2, 4, 6, 8 and on 1, 3, 5, 7, 9",
-        "before | one | other | average | average, recalibrated | chain of merges",
-        {
-            name: [fine_tuned(*each, seed, data) for seed in seeds]
-            for name, each in networks.items()
-        },
+        *("network", "one", "other", "middle", "repaired", "matched", "matched and repaired"),
+    )
+    _print(*["---"] * 7)
+    for name, make in NETWORKS.items():
+        _print(name, *between_seeds(make, training, test))
+    print(f"\nTwo residual networks (32 to 128), {TUNING_STEPS} steps from one of {BASE_STEPS}\n")
+    _print(
+        *("tasks", "before", "one", "other", "average", "average, recalibrated"),
+        "chain of merges",
+    )
+    _print(*["---"] * 7)
+    torch.manual_seed(100)
+    base = train(residual(32), training, 100, BASE_STEPS, 0.1)
+    halves = [_of(training, half) for half in ((0, 2, 4, 6, 8), (1, 3, 5, 7, 9))]
+    _print("even labels, odd labels; on all labels", *fine_tuned(base, halves, [test]))
+    turned = [training, _rotated(training)]
+    _print(
+        "upright, rotated by 90 degrees; on each",
+        *fine_tuned(base, turned, [test, _rotated(test)]),
     )
 
 
