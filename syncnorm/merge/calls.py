@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
+from syncnorm.model.modes import evaluating
 
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -50,33 +51,38 @@ def trace(model: nn.Module) -> fx.Graph:
 
 
 def calls(model: nn.Module) -> list[Call]:
-    """Find the convolutions, linear layers and batch norms, in the order of the forward.
+    """Find the convolutions, linear layers and batch norms, in the order of evaluation's forward.
 
     Raises:
-        InputError: the network cannot be traced, calls one of them twice, or has one whose weight
-            is computed from something else.
+        InputError: the network cannot be traced, calls one of them twice, has two of one weight, or
+            one whose weight is computed from something else.
     """
-    graph = trace(model)
+    with evaluating(model):
+        graph = trace(model)
     modules = {
         node: model.get_submodule(str(node.target))
         for node in graph.nodes
         if node.op == "call_module"
     }
     last = _last(graph, modules)
-    found: dict[nn.Module, Call] = {}
+    found: dict[object, Call] = {}
     for node, module in modules.items():
         if not isinstance(module, (*LAYERS, _BatchNorm)):
             continue
         name = str(node.target)
-        if module in found:
-            raise InputError(f"`model` must call each layer once, got two calls of {name!r}")
-        if isinstance(module, LAYERS) and "weight" not in dict(module.named_parameters()):
+        weight = dict(module.named_parameters()).get("weight")
+        if isinstance(module, LAYERS) and weight is None:
             raise InputError(
                 f"`model` must hold its weights as parameters, got a computed one in {name!r}. "
                 "Remove the parametrisation."
             )
+        key = module if weight is None else weight
+        if key in found:
+            raise InputError(
+                f"`model` must use each weight once, got {found[key].name!r} again at {name!r}"
+            )
         is_normalised = all(isinstance(modules.get(user), _BatchNorm) for user in node.users)
-        found[module] = Call(name, module, is_normalised, node in last)
+        found[key] = Call(name, module, is_normalised, node in last)
     return list(found.values())
 
 

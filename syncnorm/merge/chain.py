@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -101,7 +101,7 @@ def _check(models: list[nn.Module], batches: Sequence[Iterable[Any]], ridge: flo
             "`models` must be two or more, with one of `batches` for each, got "
             f"{len(models)} and {len(batches)}"
         )
-    if any(iter(each) is each for each in batches):
+    if any(isinstance(each, Iterator) for each in batches):
         raise InputError(
             "`batches` must be there to be gone through for each layer, got an iterator. Give "
             "lists or loaders."

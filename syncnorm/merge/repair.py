@@ -90,7 +90,7 @@ def repair(
         _check(each)
     targets = []
     if bared:
-        if iter(batches) is batches:
+        if isinstance(batches, Iterator):
             raise InputError(
                 "`batches` must be there to be gone through twice, got an iterator. Give a list or "
                 "a loader."

@@ -316,6 +316,12 @@ def test_no_data_anywhere(pool, kind):
     )
 
 
+def _tied() -> nn.Module:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    return model
+
+
 class Twice(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -331,7 +337,8 @@ class Twice(nn.Module):
         (_bare(0), [], 2.0, r"`alpha` must be in \[0, 1\], got 2.0"),
         (_bare(0), iter([]), 0.5, "gone through twice, got an iterator"),
         (nn.Linear(2, 2), [], 0.5, "got none in Linear"),
-        (Twice(), [], 0.5, "got two calls of 'layer'"),
+        (_tied(), [], 0.5, "each weight once, got '0' again at '1'"),
+        (Twice(), [], 0.5, "each weight once, got 'layer' again at 'layer'"),
         (
             nn.Sequential(nn.ConvTranspose1d(2, 2, 1, groups=2), nn.ReLU(), nn.Linear(2, 2)),
             [],
