@@ -12,10 +12,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.errors import InputError
-from syncnorm.family import EvoNorm, L1BatchNorm
+from syncnorm.family.layer import FamilyLayer
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, trace
 
-_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, EvoNorm, L1BatchNorm)
+_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, FamilyLayer)
 
 # What treats all channels alike, by modules, functions and methods of tensors.
 _ALIKE_MODULES = (
@@ -172,8 +172,10 @@ class _Reader:
         return y
 
     def through_norm(self, node: fx.Node, module: Any, x: _Value) -> _Value:
-        if isinstance(module, nn.GroupNorm) and module.num_groups not in (1, module.num_channels):
-            raise self.refusal(node, f"a group norm of {module.num_groups} groups")
+        for name in ("num_groups", "scaling_groups"):
+            groups = getattr(module, name, 1)
+            if groups > 1 and groups != getattr(module, "num_channels", 1):
+                raise self.refusal(node, f"a layer of {type(module).__name__} of {groups} groups")
         if isinstance(module, nn.LayerNorm) and (
             len(module.normalized_shape) != 1 or x.form not in ("plain", "input")
         ):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm
 from syncnorm.errors import InputError
-from syncnorm.family import EvoNorm, L1BatchNorm
+from syncnorm.family import MABN, EvoNorm, L1BatchNorm, PowerNorm
 from syncnorm.merge import channels as channels_module
 from syncnorm.merge import interpolate, match_weights
 from syncnorm.merge.channels import channels
@@ -84,6 +84,7 @@ NETWORKS = {
     "lagged": lambda: _resnet(BasicBlock, lambda c: SyncBatchNorm(c, sync="lagged")),
     "the family's layers": lambda: nn.Sequential(
         *(nn.Conv2d(2, 5, 3), EvoNorm(5), nn.Conv2d(5, 6, 3), L1BatchNorm(6), nn.ReLU()),
+        *(nn.Conv2d(6, 5, 2), MABN(5), nn.ReLU(), nn.Conv2d(5, 6, 1), PowerNorm(6), nn.ReLU()),
         *(Mean((-1, -2)), nn.Linear(6, 4)),
     ),
     "bottlenecks": lambda: _resnet(Bottleneck, nn.BatchNorm2d),
@@ -94,8 +95,9 @@ def _network(name: str, seed: int = 0) -> nn.Module:
     """In evaluation, with statistics and parameters that are no channel's default."""
     torch.manual_seed(seed)
     model = NETWORKS[name]().double().eval()
+    buffers = dict(model.named_buffers())
     for key, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and (tensor.ndim == 1 or "lagged" in key):
+        if tensor.is_floating_point() and (tensor.ndim == 1 or key in buffers):
             tensor.copy_(torch.rand_like(tensor) + 0.5)
         elif tensor.is_floating_point():
             tensor.mul_(2.0)
@@ -222,7 +224,11 @@ class Branching(nn.Module):
     [
         ([nn.Conv2d(4, 4, 1), Transposing()], "got an operation transpose at"),
         ([nn.Conv2d(4, 4, 1, groups=2)], "got a convolution of 2 groups at"),
-        ([nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)], "got a group norm of 2 groups at"),
+        ([nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)], "got a layer of GroupNorm of 2 groups at"),
+        (
+            [nn.Conv2d(4, 4, 1), PowerNorm(4, scaling_groups=2)],
+            "got a layer of PowerNorm of 2 groups at",
+        ),
         ([nn.Linear(4, 4), nn.MaxPool1d(2)], "got a layer of MaxPool1d at"),
         ([nn.Linear(4, 4), nn.Conv1d(4, 4, 1)], "got a convolution of what is no map at"),
         ([nn.Conv1d(4, 4, 1), Mean(-2)], "got an operation mean at"),
