@@ -45,8 +45,8 @@ def chain_of_merges(
     cannot be inverted.
 
     Running statistics of a batch norm become those of what comes to it in the merged network, over
-    all batches. All other parameters and buffers are averages, among them grouped, transposed and
-    three-dimensional convolutions.
+    all batches. All other parameters and buffers are averages, among them grouped and transposed
+    convolutions.
 
     *Collectives*: for each layer one all-reduce of d^2 + C d + 1 numbers (d: numbers of unfolded
     input, with that of the bias; C: outputs), for each batch norm one of 2C + 1, and in each a
@@ -124,9 +124,7 @@ def _average(models: list[nn.Module]) -> nn.Module:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (
-        isinstance(layer, CONVS) and layer.groups == 1 and not isinstance(layer, nn.Conv3d)
-    )
+    return isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1)
 
 
 def _follow(

@@ -16,7 +16,7 @@ Orders = list[Tensor]
 
 
 @torch.no_grad()
-def match_weights(a: nn.Module, b: nn.Module, *, seed: int = 0) -> nn.Module:
+def match_weights(a: nn.Module, b: nn.Module) -> nn.Module:
     """Put the channels of `b` in the order in which its weights agree best with those of `a`.
 
         maximise <theta_a, pi(theta_b)> over pi
@@ -34,7 +34,6 @@ def match_weights(a: nn.Module, b: nn.Module, *, seed: int = 0) -> nn.Module:
     Args:
         a: stays as it is.
         b: of the same architecture; stays as it is.
-        seed: of the order in which sets are gone through.
 
     Returns:
         A copy of `b`, permuted.
@@ -53,9 +52,7 @@ def match_weights(a: nn.Module, b: nn.Module, *, seed: int = 0) -> nn.Module:
     a, b = bare(a), bare(b)
     check_alike(a, b)
     sets = channels(b)
-    return permute(
-        b, sets, _orders(dict(a.named_parameters()), dict(b.named_parameters()), sets, seed)
-    )
+    return permute(b, sets, _orders(dict(a.named_parameters()), dict(b.named_parameters()), sets))
 
 
 @torch.no_grad()
@@ -70,12 +67,13 @@ def permute(model: nn.Module, sets: list[Channels], orders: Orders) -> nn.Module
     return permuted
 
 
-def _orders(a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels], seed: int) -> Orders:
+def _orders(a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels]) -> Orders:
     """Find the orders by coordinate descent."""
     matching = _Matching(a, b, sets)
     for number in range(len(sets)):
         matching.improve(number, is_first=True)
-    generator = torch.Generator().manual_seed(seed)
+    # The same order on all workers.
+    generator = torch.Generator().manual_seed(0)
     is_moving = True
     while is_moving:
         is_moving = False

@@ -15,7 +15,7 @@ from syncnorm import SyncBatchNorm
 from syncnorm.comm import exchange
 from syncnorm.comm.exchange import size_of
 from syncnorm.errors import FaultError, InputError
-from syncnorm.merge import chain_of_merges, interpolate
+from syncnorm.merge import chain_of_merges, gram, interpolate
 from syncnorm.testing import assert_close
 
 SPLITS = [(5,), (3, 2), (5, 0), (1, 0, 4)]
@@ -238,6 +238,25 @@ def test_batches_in_pieces(monkeypatch):
     whole = chain_of_merges(models, batches, ridge=RIDGE)
     monkeypatch.setattr("syncnorm.merge.gram._ROOM", 1)
     _compare(chain_of_merges(models, batches, ridge=RIDGE).state_dict(), whole.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(5, 4), (2, 3, 5)),
+        (nn.Conv1d(3, 4, 3, stride=2, padding=1, dilation=2), (2, 3, 11)),
+        (nn.Conv2d(3, 4, (2, 3), padding="same", padding_mode="reflect"), (2, 3, 6, 5)),
+        (nn.Conv3d(2, 4, (1, 2, 3), stride=(1, 2, 1), padding=(0, 1, 1)), (2, 2, 3, 4, 5)),
+    ],
+    ids=str,
+)
+def test_a_layer_is_its_weight_times_what_is_unfolded(layer, shape):
+    layer.double()
+    x = torch.randn(shape, dtype=torch.float64)
+    y = layer(x)
+    expected = y if isinstance(layer, nn.Linear) else y.movedim(1, -1)
+    got = gram._unfolded(layer, x) @ layer.weight.flatten(1).T + layer.bias
+    torch.testing.assert_close(got, expected.reshape(-1, 4), rtol=1e-13, atol=1e-13)
 
 
 def _failing(what: str) -> str:
