@@ -1,4 +1,4 @@
-"""The commands that use what a run has learnt: recalibrate, evaluate, predict, export."""
+"""The commands that use what a run has learnt: recalibrate, evaluate, predict, export, merge."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ _Checkpoint = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands, each of which imports its own work."""
-    for command in (recalibrate, evaluate, predict, export):
+    for command in (recalibrate, evaluate, predict, export, merge):
         app.command()(command)
 
 
@@ -144,3 +144,22 @@ def export(
 
     folder, allowed = _prepare(run, allow)
     run_export(folder, output, checkpoint, allowed)
+
+
+def merge(
+    run: _Run,
+    other: Annotated[str, typer.Argument(metavar="OTHER", help="A run of the same model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The new run's folder.")],
+    alpha: Annotated[float, typer.Option(help="Share of OTHER, in [0, 1].")] = 0.5,
+    match: Annotated[bool, typer.Option(help="Put OTHER's channels in the order of RUN's.")] = True,
+    allow: Allow = None,
+) -> None:
+    """Merge two runs' models into a new run, which evaluate, predict and export take.
+
+    Weights are interpolated; running statistics are computed on RUN's training set. Runs in this
+    process, or as one worker of torchrun. The last line of standard output is the new folder.
+    """
+    from syncnorm.run.merge import run_merge
+
+    (first, allowed), (second, _) = _prepare(run, allow), _prepare(other, allow)
+    run_merge((first, second), output, alpha, match, allowed, read_launched())

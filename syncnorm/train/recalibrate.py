@@ -65,7 +65,7 @@ def recalibrate_run(
     put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
     before = evaluate(task, model, feed, split, config, workers)
     with autocast(config, workers.device):
-        recalibrate(Judged(model, task), _batches(feed, workers, config), mix=mix)
+        recalibrate(Judged(model, task), share_of_batches(feed, workers, config), mix=mix)
     after = evaluate(task, model, feed, split, config, workers)
     store = CheckpointStore(folder / RECALIBRATED, keep=1)
     path = Path()
@@ -76,7 +76,7 @@ def recalibrate_run(
     return Recalibrated(split, before, after, path)
 
 
-def _batches(feed: Feed, workers: Workers, config: Config) -> Iterator[tuple[Any]]:
+def share_of_batches(feed: Feed, workers: Workers, config: Config) -> Iterator[tuple[Any]]:
     """This worker's share of the batches; sharing them out otherwise changes rounding alone."""
     indices = torch.arange(feed.sizes[TRAIN], device=feed.index_device)
     mine = indices.split(config.train.global_batch)[workers.rank :: workers.world_size]

@@ -1,0 +1,51 @@
+"""The command `syncnorm merge`: in this process, or as one worker of torchrun."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+
+from syncnorm.errors import ConfigError
+from syncnorm.run.env import Launched
+from syncnorm.run.folder import write_config
+from syncnorm.run.in_process import errors_in_one_line
+from syncnorm.run.worker import join
+from syncnorm.train.loaded import read_run
+from syncnorm.train.merged import merge_runs
+from syncnorm.train.task.measures import format_metric, format_value
+
+
+def run_merge(
+    folders: tuple[Path, Path],
+    output: Path,
+    alpha: float,
+    is_matched: bool,
+    allowed: tuple[str, ...],
+    launched: Launched | None,
+) -> None:
+    """Merge two runs into a new one, and print the metrics of all three.
+
+    Raises:
+        ConfigError: `alpha` is out of range, `output` is there, or the runs cannot be merged.
+        LocalRunError: code that the configuration names failed.
+    """
+    if not 0 <= alpha <= 1:
+        raise ConfigError(f"`--alpha` must be in [0, 1], got {alpha}. 1 is all of the second run.")
+    if output.exists():
+        raise ConfigError(f"`--output` must be a new folder, got {str(output)!r}, which is there")
+    first, second = (read_run(folder, allowed) for folder in folders)
+    workers = join(first.launch.device, launched)
+    try:
+        with errors_in_one_line(workers.rank):
+            result = merge_runs(
+                folders, (first, second), output, alpha, is_matched, workers, allowed
+            )
+        if workers.is_first:
+            # Last: it makes the folder a run's.
+            write_config(first, output)
+            a, b, merged = result.metrics
+            for name, value in a.items():
+                others = f"{format_value(name, b[name])}, merged {format_value(name, merged[name])}"
+                print(f"{result.split} {format_metric(name, value)} and {others}")
+            print(output, flush=True)
+    finally:
+        dist.destroy_process_group()

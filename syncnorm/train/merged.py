@@ -1,0 +1,95 @@
+"""One network of those of two runs, in a checkpoint of its own."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm import recalibrate
+from syncnorm.errors import ConfigError, InputError
+from syncnorm.merge import interpolate, match_weights
+from syncnorm.train.checkpoint.evaluated import NEWEST, share_evaluated
+from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.feed import judged_split
+from syncnorm.train.loaded import make_evaluated, signature_of
+from syncnorm.train.placement import Workers
+from syncnorm.train.recalibrate import share_of_batches
+from syncnorm.train.renewal import Judged
+from syncnorm.train.setup import autocast, load_feed, task_of
+from syncnorm.train.step import evaluate
+
+
+@dataclass(frozen=True)
+class Merged:
+    """Metrics of both runs and of the merged network.
+
+    Args:
+        split: that they are of.
+        metrics: of the first run, the second and the merged network, by name.
+    """
+
+    split: str
+    metrics: tuple[dict[str, float], dict[str, float], dict[str, float]]
+
+
+def merge_runs(
+    folders: tuple[Path, Path],
+    configs: tuple[Config, Config],
+    output: Path,
+    alpha: float,
+    is_matched: bool,
+    workers: Workers,
+    allowed: tuple[str, ...] = (),
+) -> Merged:
+    """Interpolate the evaluated models of two runs, and write a checkpoint below `output`.
+
+    Running statistics are re-estimated on the first run's training set, of which each worker has
+    its share.
+
+    *Collectives*: two broadcasts, one all-reduce of `syncnorm.recalibrate` and those of three
+    evaluations; every worker must call.
+
+    Raises:
+        ConfigError: the runs differ in network or inputs, or cannot be merged; on all workers.
+    """
+    config = configs[0]
+    snapshots = [share_evaluated(folder, NEWEST, workers) for folder in folders]
+    signatures = [
+        signature_of(snapshot, each, folder, allowed)
+        for snapshot, each, folder in zip(snapshots, configs, folders, strict=True)
+    ]
+    if configs[0].model != configs[1].model or signatures[0] != signatures[1]:
+        raise ConfigError(
+            f"runs {str(folders[0])!r} and {str(folders[1])!r} must be of one `model`, trained on "
+            "inputs that were standardised alike, and on the same classes"
+        )
+    feed = load_feed(config, workers.device, allowed)
+    split = judged_split(feed)
+    if split is None:
+        raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+    a, b = (
+        make_evaluated(each, signatures[0], snapshot, folder, workers.device, allowed)
+        for each, snapshot, folder in zip(configs, snapshots, folders, strict=True)
+    )
+    try:
+        merged = interpolate(a, match_weights(a, b) if is_matched else b, alpha)
+    except InputError as error:
+        raise ConfigError(str(error)) from None
+    task = task_of(config, workers.device, feed, allowed)
+    if _has_statistics(merged):
+        with autocast(config, workers.device):
+            recalibrate(Judged(merged, task), share_of_batches(feed, workers, config))
+    first, second, third = (
+        evaluate(task, each, feed, split, config, workers) for each in (a, b, merged)
+    )
+    if workers.is_first:
+        # What the optimizer had is of neither.
+        snapshot = replace(snapshots[0], tensors={"model": merged.state_dict()}, states={})
+        CheckpointStore(output / CHECKPOINTS).write(snapshot)
+    return Merged(split, (first, second, third))
+
+
+def _has_statistics(model: nn.Module) -> bool:
+    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())

@@ -1,0 +1,113 @@
+"""The command `syncnorm merge` on the folders of real runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import syncnorm
+from syncnorm.cli import main
+from syncnorm.merge import interpolate, match_weights
+from syncnorm.run.folder import write_config
+from syncnorm.train.config.file import load_config
+from tests.launch import commands
+from tests.train import runs
+
+
+@pytest.fixture(scope="module")
+def made(pool, tmp_path_factory) -> list[Path]:
+    """Two runs of different seeds, one worker each; and one that says it is of another model."""
+    root = tmp_path_factory.mktemp("merge")
+    folders = []
+    for seed, name in enumerate("ab"):
+        config = load_config("digits", ["train.epochs=3", f"train.seed={seed}"])
+        folder = root / name
+        folder.mkdir()
+        write_config(config, folder)
+        pool(1).run(runs.train_sections, str(folder), config.model_dump())
+        folders.append(folder)
+    shutil.copytree(folders[0], root / "c")
+    text = (root / "c" / "config.yaml").read_text()
+    (root / "c" / "config.yaml").write_text(text.replace("digits_resnet", "resnet18_cifar"))
+    folders.append(root / "c")
+    return folders
+
+
+def command(capfd, *arguments: object) -> tuple[int, list[str], str]:
+    with pytest.raises(SystemExit) as caught:
+        main([str(each) for each in arguments])
+    out, err = capfd.readouterr()
+    return int(caught.value.code or 0), out.splitlines(), err
+
+
+def _accuracies(lines: list[str]) -> list[float]:
+    (found,) = (
+        re.fullmatch(r"test accuracy ([\d.]+) % and ([\d.]+) %, merged ([\d.]+) %", line)
+        for line in lines
+        if "accuracy" in line
+    )
+    assert found is not None
+    return [float(each) for each in found.groups()]
+
+
+def test_a_merged_run_is_a_run(made, tmp_path, capfd):
+    a, b, _ = made
+    output = tmp_path / "merged"
+    status, lines, err = command(capfd, "merge", a, b, "-o", output, "--alpha", "0.25")
+    assert (status, err) == (0, "")
+    assert lines[-1] == str(output)
+    first, second, merged = _accuracies(lines)
+    assert min(first, second) > 80
+
+    networks = [syncnorm.load(each).network for each in (a, b, output)]
+    expected = interpolate(networks[0], match_weights(*networks[:2]), 0.25).state_dict()
+    got = networks[2].state_dict()
+    assert got.keys() == expected.keys()
+    differing = {name for name, value in got.items() if not torch.equal(value, expected[name])}
+    assert differing == {name for name in got if "running" in name}
+
+    status, lines, err = command(capfd, "evaluate", output, "--json")
+    assert (status, err) == (0, "")
+    assert 100 * json.loads(lines[0])["metrics"]["accuracy"] == pytest.approx(merged, abs=0.006)
+
+
+def test_on_two_workers_without_matching(made, tmp_path, capfd):
+    a, b, _ = made
+    status, lines, _ = command(capfd, "merge", a, b, "-o", tmp_path / "one", "--no-match")
+    assert status == 0
+    words = ["-m", "syncnorm", "merge", a, b, "-o", tmp_path / "two", "--no-match"]
+    done = commands.run([*commands.TORCHRUN, *map(str, words)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert _accuracies(done.stdout.splitlines()) == _accuracies(lines)
+    one, two = (syncnorm.load(tmp_path / name).network.state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_merged_with_itself_stays_what_it_is(made, tmp_path, capfd):
+    output = tmp_path / "merged"
+    status, lines, _ = command(capfd, "merge", made[0], made[0], "-o", output)
+    assert status == 0
+    first, second, merged = _accuracies(lines)
+    assert first == second
+    assert abs(merged - first) < 5
+
+
+def test_bad_input(made, tmp_path, capfd):
+    a, b, c = made
+    refused = {
+        (a, b, "-o", a): f"`--output` must be a new folder, got '{a}', which is there",
+        (a, b, "-o", tmp_path / "x", "--alpha", "2"): "`--alpha` must be in [0, 1], got 2.0",
+        (a, c, "-o", tmp_path / "x"): f"runs '{a}' and '{c}' must be of one `model`",
+        (a, tmp_path / "y", "-o", tmp_path / "x"): "has no config.yaml",
+    }
+    for arguments, message in refused.items():
+        status, _, err = command(capfd, "merge", *arguments)
+        assert status == 2
+        assert message in err
+    assert not (tmp_path / "x").exists()
