@@ -2,50 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.errors import InputError
-from syncnorm.family.layer import FamilyLayer
+from syncnorm.merge import operations
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, trace
-
-_NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm, FamilyLayer)
-
-# What treats all channels alike, by modules, functions and methods of tensors.
-_ALIKE_MODULES = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
-    *(nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Identity),
-    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.Softmax, nn.LogSoftmax),
-)
-_POOLS = (
-    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
-    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
-    *(nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d),
-)
-_ALIKE_FUNCTIONS: set[Any] = {
-    *(F.relu, F.relu_, torch.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.silu),
-    *(F.mish, F.softplus, F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid, torch.sigmoid),
-    *(F.tanh, torch.tanh, F.dropout, F.dropout2d, F.softmax, torch.softmax, F.log_softmax),
-    torch.log_softmax,
-}
-_POOLING: set[Any] = {
-    *(F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
-    *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
-}
-_ALIKE_METHODS = {"relu", "relu_", "tanh", "sigmoid", "contiguous", "clone", "detach"}
-_JOINING: set[Any] = {
-    *(operator.add, operator.iadd, torch.add, operator.sub, torch.sub, operator.mul),
-    *(operator.imul, torch.mul, operator.truediv, "add", "add_", "mul", "mul_", "sub"),
-}
-_MEANS: set[Any] = {torch.mean, torch.amax, "mean", "amax"}
-_FLATTENING: set[Any] = {torch.flatten, "flatten"}
-_VIEWS: set[Any] = {"view", "reshape", torch.reshape}
 
 
 class Place(NamedTuple):
@@ -135,14 +98,14 @@ class _Reader:
         (x,) = known
         if isinstance(module, LAYERS):
             return self.through_layer(node, module, x)
-        if isinstance(module, _NORMS):
+        if isinstance(module, operations.NORMS):
             return self.through_norm(node, module, x)
         if isinstance(module, nn.PReLU):
             return self.per_channel(node, module, x) if module.num_parameters > 1 else x
         if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) == (1, -1):
             return self.flattened(x)
-        if isinstance(module, _ALIKE_MODULES) or (
-            isinstance(module, _POOLS) and x.form in ("spatial", "input")
+        if isinstance(module, operations.ALIKE_MODULES) or (
+            isinstance(module, operations.POOLS) and x.form in ("spatial", "input")
         ):
             return x
         raise self.refusal(node, f"a layer of {type(module).__name__}")
@@ -197,27 +160,31 @@ class _Reader:
 
     def through_function(self, node: fx.Node, known: list[_Value]) -> _Value:
         x, target = known[0], node.target
-        if target in _JOINING:
+        if target in operations.JOINING:
             for other in known[1:]:
                 if "input" not in (x.form, other.form) and x.form != other.form:
                     raise self.refusal(node, f"{x.form} and {other.form} tensors joined")
                 self.join(node, x.channels, other.channels)
             return x
         if len(known) == 1:
-            if target in _ALIKE_FUNCTIONS or target in _ALIKE_METHODS:
+            if target in operations.ALIKE_FUNCTIONS or target in operations.ALIKE_METHODS:
                 return x
-            if target in _FLATTENING and self.options(node, "start_dim", "end_dim") in (
+            if target in operations.FLATTENING and self.options(node, "start_dim", "end_dim") in (
                 [1],
                 [1, -1],
             ):
                 return self.flattened(x)
-            if target in _POOLING and x.form in ("spatial", "input"):
+            if target in operations.POOLING and x.form in ("spatial", "input"):
                 return x
             # A view of a size and -1.
             sizes = node.args[1:]
-            if target in _VIEWS and sizes[1:] == (-1,) and isinstance(sizes[0], fx.Node):
+            if target in operations.VIEWS and sizes[1:] == (-1,) and isinstance(sizes[0], fx.Node):
                 return self.flattened(x)
-            if target in _MEANS and x.form == "spatial" and self.is_over_maps(node, x.dims):
+            if (
+                target in operations.MEANS
+                and x.form == "spatial"
+                and self.is_over_maps(node, x.dims)
+            ):
                 return _Value(x.channels, "plain")
         raise self.refusal(node, f"an operation {getattr(target, '__name__', target)}")
 
