@@ -27,6 +27,7 @@ class LateSums:
         self._under_way: deque[tuple[exchange.Pending, Callable[[Tensor], None]]] = deque()
         self._mixed: InFlight | None = None
         self._has_fault = False
+        self._is_settling = False
 
     def send(
         self, sums: Tensor, layer: Pooling, kind: str, apply: Callable[[Tensor], None]
@@ -46,16 +47,25 @@ class LateSums:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Wait for what is under way and apply it. Starts no exchange, and raises no fault."""
-        while self._under_way:
-            pending, apply = self._under_way.popleft()
-            total = pending.wait()
-            if pending.mixed is not None:
-                self._mixed = pending.mixed
-            elif is_faulty(total):
-                self._has_fault = True
-            else:
-                apply(total)
+        """Wait for what is under way and apply it. Starts no exchange, and raises no fault.
+
+        What is applied may look at buffers, which settle when they are looked at.
+        """
+        if self._is_settling:
+            return
+        self._is_settling = True
+        try:
+            while self._under_way:
+                pending, apply = self._under_way.popleft()
+                total = pending.wait()
+                if pending.mixed is not None:
+                    self._mixed = pending.mixed
+                elif is_faulty(total):
+                    self._has_fault = True
+                else:
+                    apply(total)
+        finally:
+            self._is_settling = False
 
     def begin(self, layer: Pooling) -> None:
         """Begin a training forward: settle, and raise what was wrong. Every worker must call.

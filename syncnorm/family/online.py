@@ -15,13 +15,14 @@ against errors of the estimates: `"layer_scaling"`, the paper's, divides a sampl
 square over all channels and positions; `"clamp"`, that of the authors' later code
 (Cerebras/online-normalization), clamps to [-5, 5].
 
-Each worker goes through its own samples. After every `average_every` steps m, var, u and v become
-the averages over the workers, weighted by the samples that each had in the step; var is the total
+Each worker goes through its own samples. After every step m, var, u and v become the averages over
+the workers, weighted by the samples that each had in the step; var is the total
 variance, mean var + mean m^2 - (mean m)^2. In between the workers' statistics differ. A recurrence
 over all workers' samples in turn would make every worker wait for every other, for each sample.
 
-*Collectives*: in a step that averages, one all-reduce of 2C+1 numbers in each pass, which nobody
-waits for: they are applied before the next training forward.
+*Collectives*: one all-reduce of 2C+1 numbers in each pass, which nobody waits for: they are applied
+before the next training forward. What has moved meanwhile, by another call of the step, keeps its
+move.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_moments
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
+from syncnorm.statistics.buffers import CurrentBuffers
 from syncnorm.undocumented import disable_dynamo
 
 Guard = Literal["layer_scaling", "clamp"]
@@ -53,7 +55,7 @@ class Start(NamedTuple):
     mean: Tensor
     var: Tensor
     averages: bool
-    """True if its step ends with an average over the workers."""
+    """True if the workers average what they have at its end."""
     is_frozen: bool
 
     def again(self) -> Start:
@@ -72,7 +74,6 @@ class OnlineNorm(FamilyLayer):
         gradient_momentum: 1 - b, weight of a sample in the gradient's statistics.
         guard: "layer_scaling", "clamp", or None: nothing, then evaluation is an affine map by
             channel.
-        average_every: steps between two averages over the workers, at least 1.
         options: `sync`, `process_group`, `device` and `dtype`, see `FamilyLayer`.
     """
 
@@ -88,7 +89,6 @@ class OnlineNorm(FamilyLayer):
         *,
         gradient_momentum: float = 0.01,
         guard: Guard | None = "layer_scaling",
-        average_every: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, **options)
@@ -99,22 +99,17 @@ class OnlineNorm(FamilyLayer):
                 )
         if guard not in ("layer_scaling", "clamp", None):
             raise InputError(f'`guard` must be "layer_scaling", "clamp" or None, got {guard!r}')
-        if average_every < 1:
-            raise InputError(f"`average_every` must be at least 1, got {average_every}")
-        self.gradient_momentum, self.guard, self.average_every = (
-            gradient_momentum,
-            guard,
-            average_every,
-        )
+        self.gradient_momentum, self.guard = gradient_momentum, guard
         self.register_buffer("u", torch.zeros_like(self.running_mean))
         self.register_buffer("v", torch.zeros_like(self.running_mean))
         self.late = LateSums()
+        CurrentBuffers.put_into(self, self.late)
 
     def extra_repr(self) -> str:
         """Describe the arguments."""
         return (
             f"{super().extra_repr()}, gradient_momentum={self.gradient_momentum}, "
-            f"guard={self.guard!r}, average_every={self.average_every}"
+            f"guard={self.guard!r}"
         )
 
     def message_sizes(self) -> list[int]:
@@ -130,8 +125,6 @@ class OnlineNorm(FamilyLayer):
     def _begin(self) -> Start:
         self.late.begin(self)
         averages = not self.is_frozen and self.group is not None
-        if averages and self.average_every > 1:
-            averages = (int(self.num_batches_tracked) + 1) % self.average_every == 0
         if not self.is_frozen:
             # Whether other workers have samples is not known.
             self.num_batches_tracked += 1
@@ -141,26 +134,32 @@ class OnlineNorm(FamilyLayer):
     def average_moments(self, samples: int) -> None:
         """Start to average mean and variance over the workers, by this one's samples."""
         mean, var = self.running_mean.double(), self.running_var.double()
-        self._send(samples, "moments", [mean, var + mean.square()], self._follow_moments)
 
-    def average_gradients(self, samples: int) -> None:
-        """Start to average u and v over the workers."""
-        self._send(samples, "gradients", [self.u, self.v], self._follow_gradients)
+        def follow(total: Tensor) -> None:
+            m, square = mean_of(total).chunk(2)
+            pooled = (square - m.square()).clamp(min=0)
+            running_var = moved(self.running_var, var, pooled).clamp(min=0)
+            keep(
+                self,
+                total,
+                running_mean=moved(self.running_mean, mean, m),
+                running_var=running_var,
+            )
 
-    def _send(
-        self, samples: int, kind: str, values: list[Tensor], apply: Callable[[Tensor], None]
-    ) -> None:
-        each = torch.cat(values).double()
+        self._send(samples, "moments", torch.cat([mean, var + mean.square()]), follow)
+
+    def average_gradients(self, samples: int, sent: Tensor) -> None:
+        """Start to average [u, v], (2C,), over the workers."""
+
+        def follow(total: Tensor) -> None:
+            now = torch.cat([self.u, self.v])
+            u, v = moved(now, sent, mean_of(total)).chunk(2)
+            keep(self, total, u=u, v=v)
+
+        self._send(samples, "gradients", sent, follow)
+
+    def _send(self, samples: int, kind: str, each: Tensor, apply: Callable[[Tensor], None]) -> None:
         self.late.send(samples * torch.cat([each, torch.ones_like(each[:1])]), self, kind, apply)
-
-    def _follow_moments(self, total: Tensor) -> None:
-        mean, square = mean_of(total).chunk(2)
-        var = (square - mean.square()).clamp(min=0)
-        keep(self, total, running_mean=mean, running_var=var)
-
-    def _follow_gradients(self, total: Tensor) -> None:
-        u, v = mean_of(total).chunk(2)
-        keep(self, total, u=u, v=v)
 
     def batch_statistics(
         self, x: Tensor, group: groups.Group | None
@@ -204,8 +203,10 @@ class _Online(torch.autograd.Function):
         ctx.save_for_backward(y, invstd)
         ctx.layer, ctx.start = layer, start
         if not (is_repeated or start.is_frozen):
-            layer.running_mean.copy_(mean)
-            layer.running_var.copy_(var)
+            # Values that are not finite leave nothing.
+            is_new = mean.isfinite().all() & var.isfinite().all()
+            layer.running_mean.copy_(torch.where(is_new, mean, start.mean))
+            layer.running_var.copy_(torch.where(is_new, var, start.var))
             if start.averages:
                 layer.average_moments(len(x))
         return y
@@ -216,15 +217,23 @@ class _Online(torch.autograd.Function):
         layer: OnlineNorm = ctx.layer
         with torch.no_grad():
             scale = layer.gradient_scale
+            # Taken from the dict, past what would wait for the message of the forward.
+            kept_u, kept_v = (dict.__getitem__(layer._buffers, name) for name in ("u", "v"))
             grad_input, u, v = recurrence.backward(
-                grad / scale, y, invstd, layer.u, layer.v, layer.gradient_momentum
+                grad / scale, y, invstd, kept_u, kept_v, layer.gradient_momentum
             )
             grad_input = grad_input * scale
             if not ctx.start.is_frozen:
                 # A step that gradient scaling gives up leaves nothing.
                 is_new = u.isfinite().all() & v.isfinite().all()
-                layer.u.copy_(torch.where(is_new, u, layer.u.double()))
-                layer.v.copy_(torch.where(is_new, v, layer.v.double()))
+                kept_u.copy_(torch.where(is_new, u, kept_u.double()))
+                kept_v.copy_(torch.where(is_new, v, kept_v.double()))
                 if ctx.start.averages:
-                    layer.average_gradients(len(y))
+                    layer.average_gradients(len(y), torch.cat([kept_u, kept_v]).double())
         return once_differentiated(grad_input, grad, y), None, None, None, None
+
+
+def moved(now: Tensor, sent: Tensor, average: Tensor) -> Tensor:
+    """Move a value, float64, by as much as what was sent has to move to its average."""
+    # The average itself where nothing has moved, so that workers have the same bits.
+    return torch.where(now == sent, average, now.double() + (average - sent))

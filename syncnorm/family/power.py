@@ -38,7 +38,7 @@ from syncnorm.errors import InputError
 from syncnorm.family.late import keep
 from syncnorm.family.layer import PlainBatchNorm
 from syncnorm.family.square import SquareNorm
-from syncnorm.family.surrogate import Call, mean_of
+from syncnorm.family.surrogate import Call, mean_of, square_of
 
 
 class PowerNorm(SquareNorm):
@@ -101,9 +101,11 @@ class PowerNorm(SquareNorm):
 
     def begin(self, sums: Tensor) -> Call:
         is_frozen = self.is_frozen
+        # Looked at before anything is sent: a buffer that is looked at waits.
+        nu = self.nu.to(torch.float64, copy=True)
         if self.is_warming_up(self.warmup):
             total = self.pool(sums, "moments")
-            square = mean_of(total)
+            square = square_of(total)
             if not is_frozen:
                 self._follow_square(total, is_warming_up=True)
         else:
@@ -112,7 +114,6 @@ class PowerNorm(SquareNorm):
                 self.late.send(
                     sums, self, "moments", partial(self._follow_square, is_warming_up=False)
                 )
-        nu = self.nu.to(torch.float64, copy=True)
         squares_of_z = sums[:-1] / (square + self.eps)
 
         def correction(local: Tensor) -> Tensor:

@@ -292,7 +292,6 @@ def online_norm(
     alpha: float = 0.999,
     beta: float = 0.99,
     guard: str | None,
-    average_every: int,
 ) -> Tensor:
     """Online normalisation in training mode; moves `state`. arXiv:1905.05894, section 3.
 
@@ -304,8 +303,8 @@ def online_norm(
     if "workers" not in state:
         state["workers"] = torch.stack([state[n] for n in names]).repeat(len(sizes), 1, 1)
     known, share = state["workers"].clone(), torch.tensor(sizes, dtype=torch.float64) / len(x)
-    step = state["num_batches_tracked"] = state["num_batches_tracked"] + 1
-    averages = len(sizes) > 1 and step % average_every == 0
+    state["num_batches_tracked"] = state["num_batches_tracked"] + 1
+    averages = len(sizes) > 1
     worker_of = [worker for worker, size in enumerate(sizes) for _ in range(size)]
     y, sigmas = torch.empty_like(x), []
     for t, worker in enumerate(worker_of):

@@ -17,6 +17,7 @@ from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_moments, widened
 from syncnorm.family.surrogate import Call, divide
 from syncnorm.statistics import repeated
+from syncnorm.statistics.buffers import CurrentBuffers
 from syncnorm.undocumented import disable_dynamo
 
 
@@ -35,7 +36,10 @@ class SquareNorm(FamilyLayer):
         self.register_buffer("running_square", torch.ones_like(self.running_var))
         del self.running_mean, self.running_var
         self.late = LateSums()
+        CurrentBuffers.put_into(self, self.late)
         self._is_warmed_up = False
+        self._forwards_left = 0
+        """For how many forwards the warm-up goes on at least."""
 
     def message_sizes(self) -> list[int]:
         return [self.num_features + 1, self.num_features + 1]
@@ -97,9 +101,12 @@ class SquareNorm(FamilyLayer):
 
     def is_warming_up(self, steps: int) -> bool:
         """True in the first `steps` training forwards that had samples."""
-        # On other devices nobody looks at the counter once it is over.
-        if is_host(self.num_batches_tracked) or not self._is_warmed_up:
-            self._is_warmed_up = int(self.num_batches_tracked) >= steps
+        # On other devices the counter is not looked at while it cannot tell anything new.
+        is_due = not self._is_warmed_up and self._forwards_left <= 0
+        if is_host(self.num_batches_tracked) or is_due:
+            left = steps - int(self.num_batches_tracked)
+            self._is_warmed_up, self._forwards_left = left <= 0, left
+        self._forwards_left -= 1
         return not self._is_warmed_up
 
     def pool(self, sums: Tensor, kind: str) -> Tensor:
@@ -119,7 +126,7 @@ class SquareNorm(FamilyLayer):
 
     def discard(self) -> None:
         self.settle()
-        self._is_warmed_up = False
+        self._is_warmed_up, self._forwards_left = False, 0
 
     def take(self, layer: _BatchNorm) -> None:
         super().take(layer)

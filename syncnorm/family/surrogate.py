@@ -44,7 +44,12 @@ class Call(NamedTuple):
 
 def mean_of(total: Tensor) -> Tensor:
     """The means of sums with their count behind them; 0 where the count is 0."""
-    return total[:-1] / total[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(total[-1] > 0, total[:-1] / total[-1], 0.0)
+
+
+def square_of(total: Tensor) -> Tensor:
+    """The mean squares to divide by; where nothing counts infinity, so that z is 0."""
+    return torch.where(total[-1] > 0, mean_of(total), torch.inf)
 
 
 def divide(
@@ -77,15 +82,16 @@ class _Divide(torch.autograd.Function):
         gradient_scale: float,
         anchor: Tensor,
     ) -> Tensor:
-        z = x * channels(scale, x)
-        ctx.save_for_backward(z, scale, weights, call.gradient_gain)
+        # Not the output, which an activation may write over.
+        ctx.save_for_backward(x, scale, weights, call.gradient_gain)
         ctx.correction, ctx.gradient_scale = call.correction, gradient_scale
-        return z
+        return x * channels(scale, x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        z, scale, weights, gain = ctx.saved_tensors
+        x, scale, weights, gain = ctx.saved_tensors
         with torch.no_grad():
+            z = x * channels(scale, x)
             wanted = grad if gain is None else grad * channels(gain, z)
             local = (wanted * z).sum([0, *range(2, z.ndim)], dtype=torch.float64)
             c = ctx.correction(local / ctx.gradient_scale) * ctx.gradient_scale
@@ -93,7 +99,7 @@ class _Divide(torch.autograd.Function):
             if weights is not None:
                 correction = correction * weights.to(z.dtype)
             grad_input = (wanted - correction) * channels(scale, z)
-        return once_differentiated(grad_input, grad, z), *[None] * 5
+        return once_differentiated(grad_input, grad, x), *[None] * 5
 
 
 def once_differentiated(grad_input: Tensor, *sources: Tensor) -> Tensor:

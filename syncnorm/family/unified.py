@@ -5,7 +5,8 @@
     c <- c + momentum (mean of the last M b - c)    before dx, b = mean(g z)
 
 s2 is the geometric mean of the mean squares of x in the last M steps, in the warm-up the batch's
-own. r acts on the gradient alone (see `syncnorm.family.window`). No mean is subtracted. Evaluation
+own; a channel that is 0 throughout one of them has the mean 0, and is divided by sqrt(eps) alone,
+as in the authors' code. r acts on the gradient alone (see `syncnorm.family.window`). No mean is subtracted. Evaluation
 divides by the root of `running_square`.
 
 With `outlier_filtration` a step whose arithmetic mean A and geometric mean G over the window have

@@ -175,6 +175,8 @@ class WindowNorm(SquareNorm):
         squares = torch.where(slot & is_outlier, self.running_square, squares)
         is_alone = is_alone | is_outlier
         square = torch.where(is_alone, q, self.average(squares))
+        # Where nothing counts z is 0.
+        square = torch.where(total[-1] > 0, square, torch.inf)
         return Step(number, slot, is_alone, is_outlier, squares, square)
 
     def _keep_step(self, total: Tensor, step: Step) -> None:

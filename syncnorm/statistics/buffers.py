@@ -8,13 +8,19 @@ and is not overwritten by it later.
 from __future__ import annotations
 
 from collections.abc import ItemsView, Iterable, ValuesView
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
-    from syncnorm.statistics.source import Source
+
+
+class Settling(Protocol):
+    """What has updates under way."""
+
+    def settle(self) -> None:
+        """Apply them. May wait, but never starts an exchange."""
 
 
 class CurrentBuffers(dict[str, "Tensor | None"]):
@@ -25,10 +31,10 @@ class CurrentBuffers(dict[str, "Tensor | None"]):
     waiting.
     """
 
-    source: Source | None = None
+    source: Settling | None = None
 
     @classmethod
-    def put_into(cls, layer: SyncNorm, source: Source) -> None:
+    def put_into(cls, layer: nn.Module, source: Settling) -> None:
         buffers = cls(layer._buffers)
         buffers.source = source
         layer.__dict__["_buffers"] = buffers

@@ -96,7 +96,7 @@ def mean_of_variances() -> AbstractContextManager[Any]:
         keep(layer, total, running_mean=mean, running_var=var)
 
     def average(layer: OnlineNorm, samples: int) -> None:
-        values = [layer.running_mean, layer.running_var]
+        values = torch.cat([layer.running_mean, layer.running_var]).double()
         layer._send(samples, "moments", values, partial(follow, layer))
 
     return patch.object(OnlineNorm, "average_moments", average)

@@ -111,9 +111,7 @@ def _unified(*, outlier_filtration: bool, lagged: bool) -> Method:
 def _online(guard: str | None) -> Method:
     return Method(
         partial(OnlineNorm, CHANNELS, guard=guard),
-        lambda x, mask, state, sizes: reference.online_norm(
-            x, state, sizes, guard=guard, average_every=1
-        ),
+        lambda x, mask, state, sizes: reference.online_norm(x, state, sizes, guard=guard),
         ("moments", "gradients"),
         is_derivative=False,
         knows_shards=True,

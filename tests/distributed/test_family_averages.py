@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from syncnorm import frozen_statistics, undocumented
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import MABN, OnlineNorm, PowerNorm, UnifiedNorm, reference
+from syncnorm.family import MABN, OnlineNorm, PowerNorm, UnifiedNorm
 from syncnorm.testing import shard
 from tests.distributed.test_family import close, data, fill
 
@@ -300,43 +300,101 @@ def test_masks_of_any_type(kind):
     assert torch.equal(x.grad, expected.grad)
 
 
-def averaged_every(every: int, parts: list[tuple[Tensor, Tensor]]) -> list[Any]:
-    layer = OnlineNorm(C, momentum=0.05, guard=None, average_every=every)
-    fill(layer)
-    came_out: list[Any] = []
-    for x, cotangent in parts:
-        x = x.clone().requires_grad_()
-        with exchange.record() as exchanges:
-            y = layer(x)
-            y.backward(cotangent)
-        state = {name: value.clone() for name, value in layer.state_dict().items()}
-        came_out.append((y.detach(), x.grad, state, len(exchanges)))
-    return came_out
+def all_masked(name: str) -> list[Tensor]:
+    """Take a step in the warm-up in which nothing counts on any worker."""
+    layer = LAYERS[name]()
+    x, _, _ = data(0, 2)
+    x = x.requires_grad_()
+    y = layer.double()(x, torch.zeros(2, 1, *x.shape[2:]))
+    y.sum().backward()
+    return [y.detach(), x.grad, torch.tensor(int(layer.num_batches_tracked))]
 
 
-@pytest.mark.parametrize("sizes", [(3, 2), (1, 0, 4)])
-def test_online_averages_every_so_many_steps(pool, sizes):
-    every = 3
-    batches = [(x, g) for x, _, g in (data(step, 5) for step in range(7))]
-    parts = [list(zip(*(shard(each, sizes) for each in batch))) for batch in batches]
-    by_rank = pool(len(sizes)).run_each(
-        averaged_every, [(every, [part[r] for part in parts]) for r in range(len(sizes))]
-    )
-    layer = OnlineNorm(C, momentum=0.05, guard=None, average_every=every)
-    state = fill(layer)
-    for step, (x, cotangent) in enumerate(batches):
-        x = x.clone().requires_grad_()
-        y = reference.online_norm(x, state, sizes, alpha=0.95, guard=None, average_every=every)
-        (expected,) = torch.autograd.grad(y, x, cotangent)
-        ranks = [each[step] for each in by_rank]
-        close(torch.cat([r[0] for r in ranks]), y)
-        close(torch.cat([r[1] for r in ranks]), expected)
-        is_average = (step + 1) % every == 0
-        for known, (_, _, own, sent) in zip(state["workers"], ranks, strict=True):
-            assert sent == (2 if is_average else 0)
-            for name, value in zip(("running_mean", "running_var", "u", "v"), known, strict=True):
-                close(own[name], value)
-        assert is_average == torch.equal(ranks[0][2]["u"], ranks[1][2]["u"])
+@pytest.mark.parametrize("name", ["power", "mabn", "unified"])
+def test_where_nothing_counts_the_output_is_the_bias(pool, name):
+    for y, gradient, steps in pool(2).run(all_masked, name):
+        assert torch.equal(y, torch.zeros_like(y))
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+        assert steps == 0
+
+
+def poisoned(is_bad: bool) -> dict[str, Tensor]:
+    """Take steps of an online layer, one of which has a value that is not finite on rank 1."""
+    layer = OnlineNorm(C, guard=None).double()
+    for step in range(3):
+        x, _, _ = data(step, 2)
+        if is_bad and dist.get_rank() == 1 and step == 1:
+            x[0, 0, 0, 0] = torch.inf
+        layer(x)
+    return dict(layer.state_dict())
+
+
+def test_a_value_that_is_not_finite_leaves_nothing_in_online_statistics(pool):
+    first, second = pool(2).run(poisoned, True)
+    assert all(first[key].isfinite().all() for key in first)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def written() -> list[Tensor]:
+    """Write a statistic, and read one, while sums are under way."""
+    layer = OnlineNorm(C, guard=None).double()
+    layer(data(0, 2)[0])
+    read = layer.running_mean.clone()
+    layer(data(1, 2)[0])
+    layer.running_mean.fill_(5.0)
+    layer.eval()(data(2, 2)[0])
+    return [read, layer.running_mean.clone()]
+
+
+def test_who_reads_or_writes_a_statistic_finds_the_last_step_in_it(pool):
+    first, second = pool(2).run(written)
+    assert torch.equal(first[0], second[0]), "the average over the workers"
+    assert all((each[1] == 5).all() for each in (first, second))
+
+
+def two_backwards() -> Tensor:
+    """Two forwards before their backward passes."""
+    layer = OnlineNorm(C, guard=None, gradient_momentum=0.5).double()
+    x, _, cotangent = data(0, 2)
+    ys = [layer(x.clone().requires_grad_()) for _ in range(2)]
+    for y in ys:
+        y.backward(cotangent * 100)
+    return layer.u.clone()
+
+
+def test_what_moves_while_an_average_is_under_way_keeps_its_move(pool):
+    together = pool(2).run(two_backwards)
+    (alone,) = pool(1).run(two_backwards)
+    # All workers have the same data, so the average is each one's own.
+    for each in together:
+        close(each, alone)
+
+
+@pytest.mark.parametrize("name", ["power", "mabn", "unified"])
+def test_an_activation_may_write_over_the_output(name):
+    make = LAYERS[name]
+    gradients = []
+    for in_place in (True, False):
+        layer = type(make())(C, affine=False, warmup=2).double()
+        x, _, cotangent = data(0, 3)
+        x.requires_grad_()
+        torch.nn.ReLU(inplace=in_place)(layer(x)).backward(cotangent)
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_the_counter_is_looked_at_when_it_can_tell_something(monkeypatch):
+    """As on a device whose numbers the host would have to wait for."""
+    monkeypatch.setattr("syncnorm.family.square.is_host", lambda _: False)
+    layer = PowerNorm(C, warmup=4).double()
+    kinds = []
+    for step in range(7):
+        looked = layer._forwards_left
+        kinds.append((layer.is_warming_up(4), looked <= 0))
+        if step != 2:  # a step without samples
+            layer.num_batches_tracked += 1
+    assert [warms for warms, _ in kinds] == [True] * 5 + [False] * 2
+    assert [looks for _, looks in kinds] == [True, False, False, False, True, True, True]
 
 
 @pytest.mark.parametrize(
@@ -345,7 +403,7 @@ def test_online_averages_every_so_many_steps(pool, sizes):
         ("power", "gradient_momentum=0.1, warmup=4, scaling_groups=1"),
         ("mabn_lagged", "window=2, warmup=5, renorm_after=5, lagged=True"),
         ("unified", "renorm_after=5, lagged=False, outlier_filtration=False"),
-        ("online", "gradient_momentum=0.01, guard='layer_scaling', average_every=1"),
+        ("online", "gradient_momentum=0.01, guard='layer_scaling'"),
     ],
 )
 def test_a_layer_says_on_what_workers_must_agree(name, said):
@@ -360,7 +418,6 @@ def test_a_layer_says_on_what_workers_must_agree(name, said):
         (partial(MABN, 4, window=1), "`window` must be at least 2, got 1"),
         (partial(OnlineNorm, 4, momentum=None), r"`momentum` must be in \(0, 1\), got None"),
         (partial(OnlineNorm, 4, guard="other"), "`guard` must be .*, got 'other'"),
-        (partial(OnlineNorm, 4, average_every=0), "`average_every` must be at least 1, got 0"),
     ],
 )
 def test_bad_arguments(make, message):
