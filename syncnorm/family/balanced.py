@@ -33,11 +33,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm import ops
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
 from syncnorm.family.pooled import channels, pooled_sum
+from syncnorm.statistics import repeated
+from syncnorm.undocumented import disable_dynamo
 
 
 class BalancedBatchNorm(PooledBatchNorm):
@@ -80,55 +83,62 @@ class BalancedBatchNorm(PooledBatchNorm):
             tasks: (N,), in 0 ... T-1; None: those of `tasks_of`, or else one task. Training only.
 
         Raises:
-            InputError: `tasks` has another length than x.
-            FaultError: on every worker, if a task of one of them is out of range. (On CUDA the
-                output is NaN instead, and the running statistics keep still.)
+            FaultError: on every worker, if one of them has a task out of range, or another number
+                of tasks than samples. (On CUDA the output is NaN instead, and the running
+                statistics keep still.)
         """
-        self._batch = None
         if tasks is None:
             return super().forward(x)
         with tasks_of(self, tasks):
             return super().forward(x)
 
+    @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch, its tasks balanced."""
-        count, first, second = self._task_sums(x)
+        is_repeated = ops.is_recomputing()
+        if not is_repeated:
+            self._batch = None
+        # A forward may be repeated when `tasks_of` is over and the running mean has moved on.
+        tasks, pivot = repeated.same(
+            self, lambda: (self.tasks, self.running_mean.to(torch.float64, copy=True))
+        )
+        count, first, second = self._task_sums(x, tasks, pivot)
         is_there = count > 0
         shares = (self.psi.double().exp() + count) * is_there
         shares = shares / shares.sum().clamp(min=1)
-        # About the running mean, of each task and then together.
+        # About the pivot, of each task and then together.
         weights = shares / count.clamp(min=1)
         shift, square = weights @ first, weights @ second
-        mean, var = self.running_mean.double() + shift, (square - shift.square()).clamp(min=0)
-        self._batch = mean, var
+        mean, var = pivot + shift, (square - shift.square()).clamp(min=0)
+        if not is_repeated:
+            self._batch = mean, var
         self.follow(count.sum(), mean=mean, var=var)
         return self.standardize(x, mean, var)
 
-    def _task_sums(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _task_sums(
+        self, x: Tensor, tasks: Tensor | None, pivot: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Count samples by task, (T,), and add their mean deviations and squares, (T, C)."""
-        tasks = x.new_zeros(len(x), dtype=torch.int64) if self.tasks is None else self.tasks
-        if tasks.shape != (len(x),):
-            raise InputError(
-                f"`tasks` must have a task for each sample of x, ({len(x)},), got shape "
-                f"{tuple(tasks.shape)}."
-            )
+        is_right_shape = tasks is None or tasks.shape == (len(x),)
+        if tasks is None or not is_right_shape:
+            tasks = x.new_zeros(len(x), dtype=torch.int64)
         numbers = torch.arange(self.num_tasks, device=x.device)
         members = (tasks == numbers[:, None]).double()  # (T, N)
         # In float64: a running mean far from the batch's would cost digits of the variance.
         wide = x.double()
-        deviation = wide - channels(self.running_mean, wide)
+        deviation = wide - channels(pivot, wide)
         deviation = deviation.reshape(*x.shape[:2], math.prod(x.shape[2:]))
         first, second = deviation.mean(2), deviation.square().mean(2)
         # As NaN: whose tasks are wrong is known to that worker alone.
-        is_wrong = members.sum() != len(x)
+        is_wrong = (members.sum() != len(x)) | (not is_right_shape)
         count = members.sum(1, keepdim=True).masked_fill(is_wrong, torch.nan)
         local = torch.cat([count, members @ first, members @ second], 1)
-        total = pooled_sum(local, self.group, self.label)
+        total = pooled_sum(local, self.group, self)
         count, first, second = total.split((1, self.num_features, self.num_features), 1)
         if is_host(count) and count[0].isnan():
             raise FaultError(
-                f"`tasks` must be in 0 ... {self.num_tasks - 1}, in {self.label}. Nothing was "
-                "updated."
+                f"`tasks` must be in 0 ... {self.num_tasks - 1}, one for each sample of x, in "
+                f"{self.label}; some worker's are not. Nothing was updated."
             )
         return count.detach()[:, 0], first, second
 
@@ -142,13 +152,18 @@ class BalancedBatchNorm(PooledBatchNorm):
         gradients over the workers counts it once.
 
         Raises:
-            InputError: no training forward came before.
+            InputError: no training forward came before, or gradients were off in it.
         """
         if self._batch is None:
             raise InputError(
                 "`balance_loss` must follow a training forward, got none. Call the layer first."
             )
         mean, var = self._batch
+        if torch.is_grad_enabled() and self.psi.requires_grad and not mean.requires_grad:
+            raise InputError(
+                "`balance_loss` must follow a forward that has a gradient, got one under `no_grad` "
+                "or in a re-entrant checkpoint. Use `checkpoint(..., use_reentrant=False)`."
+            )
         drift = (mean - self.running_mean).square() + (var - self.running_var).square()
         return drift.mean()
 
@@ -175,10 +190,11 @@ class BalancedBatchNorm(PooledBatchNorm):
 def tasks_of(model: nn.Module, tasks: Tensor) -> Iterator[None]:
     """Tell all `BalancedBatchNorm` of a model the tasks, (N,), of the samples that it is given."""
     layers = [m for m in model.modules() if isinstance(m, BalancedBatchNorm)]
+    before = [layer.tasks for layer in layers]
     for layer in layers:
         layer.tasks = tasks
     try:
         yield
     finally:
-        for layer in layers:
-            layer.tasks = None
+        for layer, tasks_before in zip(layers, before, strict=True):
+            layer.tasks = tasks_before

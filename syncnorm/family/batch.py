@@ -16,6 +16,7 @@ from torch import Tensor
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_moments, unbiased
+from syncnorm.undocumented import disable_dynamo
 
 
 class PooledBatchNorm(FamilyLayer):
@@ -24,6 +25,7 @@ class PooledBatchNorm(FamilyLayer):
     For itself `syncnorm.SyncBatchNorm` does the same and more.
     """
 
+    @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)
@@ -35,7 +37,7 @@ class PooledBatchNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take a batch's count, and its mean and biased variance, as `mean` and `var`."""
-        batch = pooled_moments(x, [None], group, self.label)
+        batch = pooled_moments(x, [None], group, self)
         return batch.count[0], {"mean": batch.mean[0], "var": batch.var[0]}
 
     def evaluate(self, x: Tensor) -> Tensor:

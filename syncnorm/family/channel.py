@@ -36,6 +36,8 @@ from torch import Tensor, nn
 from syncnorm.errors import InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.pooled import channels, pooled_moments
+from syncnorm.statistics import repeated
+from syncnorm.undocumented import disable_dynamo
 
 
 class EstimatedBatchNorm(PooledBatchNorm):
@@ -49,6 +51,7 @@ class EstimatedBatchNorm(PooledBatchNorm):
         options: see `FamilyLayer`.
     """
 
+    @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Have the estimates follow the batch, and normalise by them."""
         return by_estimates(self, x)
@@ -95,6 +98,7 @@ class BatchChannelNorm(PooledBatchNorm):
             value = None if like is None else nn.Parameter(like.detach()[:num_groups].clone())
             self.register_parameter(name, value)
 
+    @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch or by estimates."""
         return by_estimates(self, x) if self.estimate else super().normalize(x)
@@ -124,9 +128,11 @@ class BatchChannelNorm(PooledBatchNorm):
 
 def by_estimates(layer: PooledBatchNorm, x: Tensor) -> Tensor:
     """Have a layer's running statistics follow the batch, and normalise by them."""
-    batch = pooled_moments(x.detach(), [None], layer.group, layer.label)
+    batch = pooled_moments(x.detach(), [None], layer.group, layer)
     (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
     # E_B (x - estimate)^2, from moments about the batch's own mean.
     about_estimate = var + (mean - layer.running_mean).square()
     layer.follow(count, mean=mean, var=about_estimate)
-    return layer.evaluate(x)
+    # A repeated forward finds estimates that have moved on.
+    seen = repeated.same(layer, lambda: (layer.running_mean.clone(), layer.running_var.clone()))
+    return layer.standardize(x, *seen)

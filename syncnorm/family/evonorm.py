@@ -23,6 +23,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.family.pooled import channels, pooled_moments, unbiased
+from syncnorm.undocumented import disable_dynamo
 
 
 class EvoNorm(FamilyLayer):
@@ -64,6 +65,7 @@ class EvoNorm(FamilyLayer):
     def message_sizes(self) -> list[int]:
         return [2 * self.num_features + 1, 2 * self.num_features]
 
+    @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)
@@ -74,7 +76,7 @@ class EvoNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take what a batch is normalised by: its count, and its biased variance as `var`."""
-        batch = pooled_moments(x, [None], group, self.label)
+        batch = pooled_moments(x, [None], group, self)
         return batch.count[0], {"var": batch.var[0]}
 
     def evaluate(self, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import channels, pooled_sum
+from syncnorm.undocumented import disable_dynamo
 
 _NORMAL = math.sqrt(math.pi / 2)
 
@@ -60,6 +61,7 @@ class L1BatchNorm(FamilyLayer):
         var = (self.running_deviation.double() + self.eps).square() - self.eps
         return PlainBatchNorm(self.running_mean, var, self.weight, self.bias)
 
+    @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)
@@ -73,11 +75,11 @@ class L1BatchNorm(FamilyLayer):
         dims = [0, *range(2, x.ndim)]
         count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
         local = torch.cat([x.sum(dims, dtype=torch.float64), count])
-        total = pooled_sum(local, group, self.label)
+        total = pooled_sum(local, group, self)
         n = total[-1].clamp(min=1)
         mean = total[:-1] / n
         deviations = (x - channels(mean, x)).abs().sum(dims, dtype=torch.float64)
-        deviation = _NORMAL * pooled_sum(deviations, group, self.label) / n
+        deviation = _NORMAL * pooled_sum(deviations, group, self) / n
         return total[-1], {"mean": mean, "deviation": deviation}
 
     def evaluate(self, x: Tensor) -> Tensor:

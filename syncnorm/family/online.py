@@ -165,7 +165,7 @@ class OnlineNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take the count, mean and biased variance of a batch, which training does not need."""
-        batch = pooled_moments(x, [None], group, self.label)
+        batch = pooled_moments(x, [None], group, self)
         return batch.count[0], {"mean": batch.mean[0], "var": batch.var[0]}
 
     def evaluate(self, x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 A method says which sums travel (`pooled_sum`) or takes moments (`pooled_moments`); autograd derives
 its gradient, and the backward pass of a pooled sum is one more pooled sum.
+
+A forward that activation checkpointing repeats takes the totals of the first, and exchanges nothing.
+So workers may differ in what they checkpoint.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,9 +23,13 @@ from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError
 from syncnorm.maths.moments import of_sums
+from syncnorm.statistics import repeated
+
+if TYPE_CHECKING:
+    from syncnorm.family.layer import Pooling
 
 
-def pooled_sum(local: Tensor, group: groups.Group | None, name: str) -> Tensor:
+def pooled_sum(local: Tensor, group: groups.Group | None, layer: Pooling) -> Tensor:
     """Sum a tensor over the workers of a group; differentiable any number of times.
 
     *Collectives*: one all-reduce, and another for each backward pass through it; every worker must
@@ -31,24 +38,46 @@ def pooled_sum(local: Tensor, group: groups.Group | None, name: str) -> Tensor:
     Args:
         local: any shape, the same on all workers; travels as float64.
         group: the workers; None: this one alone.
-        name: of the layer, for errors.
+        layer: the layer that sums.
 
     Returns:
         float64, the same bits on every worker.
     """
     local = local.double()
-    return local if group is None else _PooledSum.apply(local, group, name, ANCHOR)  # pyright: ignore[reportReturnType]
+    if group is None:
+        return local
+    total = repeated.same(layer, lambda: _sum(local, group, "sums", layer.label))
+    return _PooledSum.apply(local, total, group, layer.label, ANCHOR)  # pyright: ignore[reportReturnType]
+
+
+def _sum_of_gradients(grad: Tensor, group: groups.Group | None, name: str) -> Tensor:
+    """Sum gradients over the workers of a group, as `pooled_sum`.
+
+    Under a kind of its own: a worker's forward must not meet the backward pass of another.
+    """
+    grad = grad.double()
+    if group is None:
+        return grad
+    return _PooledSum.apply(grad, _sum(grad, group, "gradients", name), group, name, ANCHOR)  # pyright: ignore[reportReturnType]
+
+
+def _sum(local: Tensor, group: groups.Group, kind: str, name: str) -> Tensor:
+    return exchange.sum_(local.detach().flatten(), group, kind, name).view(local.shape)
 
 
 class _PooledSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, group: groups.Group, name: str, anchor: Tensor) -> Tensor:
-        ctx.group, ctx.name = group, name
-        return exchange.sum_(local.detach().flatten(), group, "sums", name).view(local.shape)
+    """The gradient of a sum that has been exchanged."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return pooled_sum(grad, ctx.group, ctx.name), None, None, None
+    def forward(
+        ctx: Any, local: Tensor, total: Tensor, group: groups.Group, name: str, anchor: Tensor
+    ) -> Tensor:
+        ctx.group, ctx.name = group, name
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _sum_of_gradients(grad, ctx.group, ctx.name), None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -64,7 +93,7 @@ class RegionMoments:
 
 
 def pooled_moments(
-    x: Tensor, weights: Sequence[Tensor | None], group: groups.Group | None, name: str
+    x: Tensor, weights: Sequence[Tensor | None], group: groups.Group | None, layer: Pooling
 ) -> RegionMoments:
     """Take moments of x per channel, for each of several weightings of its elements.
 
@@ -77,11 +106,19 @@ def pooled_moments(
         x: (N, C, *S), floating.
         weights: R weightings, each (N, 1, *S) or None for 1 everywhere; without gradients.
         group: the workers; None: this one alone.
-        name: of the layer, for errors.
+        layer: the layer that takes them.
 
     Raises:
         FaultError: on every worker, if a weight of one of them is negative or not finite.
     """
+    total = repeated.same(layer, lambda: _total(x, weights, group, layer.label))
+    return moments_of_sums(x, weights, total, group, layer.label)
+
+
+def _total(
+    x: Tensor, weights: Sequence[Tensor | None], group: groups.Group | None, name: str
+) -> Tensor:
+    """Sum [w x, w x^2, w] for each weighting over all workers, (R, 2C+1)."""
     local = []
     for each in weights:
         sums = ops.local_sums(x, each)
@@ -93,7 +130,7 @@ def pooled_moments(
     total = exchange.sum_(torch.cat(local), group, "moments", name).view(len(weights), -1)
     if is_host(total) and any(map(math.isnan, total[:, -1].tolist())):
         raise FaultError(f"`mask` must hold finite weights >= 0, in {name}. Nothing was updated.")
-    return moments_of_sums(x, weights, total, group, name)
+    return total
 
 
 def moments_of_sums(
@@ -108,7 +145,8 @@ def moments_of_sums(
     *Collectives*: one all-reduce of 2RC numbers in the backward pass.
 
     Args:
-        x, weights, group, name: see `pooled_moments`.
+        x, weights, group: see `pooled_moments`.
+        name: of the layer, for errors.
         total: (R, 2C+1), [sum w x, sum w x^2, sum w] over all workers, float64.
     """
     parts = [of_sums(row) for row in total]
@@ -147,7 +185,7 @@ class _Moments(torch.autograd.Function):
     def backward(ctx: Any, grad_mean: Tensor, grad_var: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, count, *given = ctx.saved_tensors
         # The moments are the same on all workers: each owes its share of all workers' losses.
-        total = pooled_sum(torch.stack([grad_mean, grad_var]), ctx.group, ctx.name)
+        total = _sum_of_gradients(torch.stack([grad_mean, grad_var]), ctx.group, ctx.name)
         of_mean, of_var = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
         wide, weights = widened(x), iter(given)
         grad = torch.zeros_like(wide)

@@ -22,6 +22,7 @@ from syncnorm import functional
 from syncnorm.comm import groups
 from syncnorm.family.layer import Pooling
 from syncnorm.family.pooled import channels, pooled_moments, widened
+from syncnorm.undocumented import disable_dynamo
 
 
 class RegionNorm(Pooling):
@@ -71,8 +72,11 @@ class RegionNorm(Pooling):
         functional.check_input(x, self.num_features)
         inside = functional.expand_mask(mask, x)
         regions = (inside, 1 - inside)
-        wide = widened(x)
-        batch = pooled_moments(wide, regions, self.group, self.label)
+        return self._normalize(widened(x), regions).to(x.dtype)
+
+    @disable_dynamo
+    def _normalize(self, wide: Tensor, regions: tuple[Tensor, Tensor]) -> Tensor:
+        batch = pooled_moments(wide, regions, self.group, self)
         y = torch.zeros_like(wide)
         for number, region in enumerate(regions):
             invstd = (batch.var[number] + self.eps).rsqrt()
@@ -80,4 +84,4 @@ class RegionNorm(Pooling):
             if self.weight is not None and self.bias is not None:
                 z = z * (1 + channels(self.weight[number], z)) + channels(self.bias[number], z)
             y = y + region.to(wide.dtype) * z
-        return y.to(x.dtype)
+        return y

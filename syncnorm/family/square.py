@@ -93,7 +93,7 @@ class SquareNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take a batch's count, and its mean square as `square`, with the gradient that it has."""
-        batch = pooled_moments(x, [None], group, self.label)
+        batch = pooled_moments(x, [None], group, self)
         return batch.count[0], {"square": batch.var[0] + batch.mean[0].square()}
 
     def evaluate(self, x: Tensor) -> Tensor:

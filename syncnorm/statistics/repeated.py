@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 from torch import nn
 
@@ -33,6 +33,7 @@ class Repeatable(Protocol):
 
 
 R = TypeVar("R", bound=Repeatable)
+T = TypeVar("T")
 
 # Under this name a checkpoint has what its layers saw.
 _CALLS = "_syncnorm_calls"
@@ -60,9 +61,26 @@ def begin(layer: nn.Module, first: Callable[[], R]) -> tuple[R, bool]:
     if kept is not None:
         return kept, True
     seen = first()
-    if not is_repeated and ops.may_be_repeated():
+    if is_repeated is False and ops.may_be_repeated():
         keep(layer, seen)
     return seen, False
+
+
+@dataclass(frozen=True)
+class _Value(Generic[T]):
+    value: T
+
+    def again(self) -> Self:
+        return self
+
+
+def same(layer: nn.Module, first: Callable[[], T]) -> T:
+    """Call `first`, unless this forward repeats one that has: then give what it gave.
+
+    A value that is kept must have no graph, and nobody may change it in place.
+    """
+    kept, _ = begin(layer, lambda: _Value(first()))
+    return kept.value
 
 
 def keep(layer: nn.Module, statistic: Repeatable) -> None:

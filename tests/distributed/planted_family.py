@@ -24,7 +24,7 @@ def about_its_own_mean() -> Iterator[None]:
     """The estimate of the variance follows deviations from the batch's mean."""
 
     def by_estimates(layer: batch.PooledBatchNorm, x: Tensor) -> Tensor:
-        moments = channel.pooled_moments(x.detach(), [None], layer.group, layer.label)
+        moments = channel.pooled_moments(x.detach(), [None], layer.group, layer)
         layer.follow(moments.count[0], mean=moments.mean[0], var=moments.var[0])
         return layer.evaluate(x)
 

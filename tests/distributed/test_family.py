@@ -69,7 +69,7 @@ def _evo(variant: str) -> Method:
     return Method(
         partial(EvoNorm, CHANNELS, variant),
         lambda x, mask, state: reference.evo_norm(x, state, variant, 1e-5, 0.1),
-        ("moments", "sums"),
+        ("moments", "gradients"),
     )
 
 
@@ -125,12 +125,12 @@ METHODS = {
     "l1": Method(
         partial(L1BatchNorm, CHANNELS),
         lambda x, mask, state: reference.l1_batch_norm(x, state, 1e-5, 0.1),
-        ("sums", "sums", "sums", "sums"),
+        ("sums", "sums", "gradients", "gradients"),
     ),
     "region": Method(
         partial(RegionNorm, CHANNELS),
         lambda x, mask, state: reference.region_norm(x, mask, state, 1e-5),
-        ("moments", "sums"),
+        ("moments", "gradients"),
         has_mask=True,
     ),
     "estimated": Method(
@@ -142,7 +142,7 @@ METHODS = {
     "batch_channel": Method(
         partial(BatchChannelNorm, CHANNELS, 3),
         lambda x, mask, state: reference.batch_channel_norm(x, state, 3, False, 1e-5, 0.1),
-        ("moments", "sums"),
+        ("moments", "gradients"),
     ),
     "estimated_channel": Method(
         partial(BatchChannelNorm, CHANNELS, estimate=True),
@@ -153,14 +153,14 @@ METHODS = {
     "membrane": Method(
         partial(MembranePotentialBatchNorm, CHANNELS),
         lambda x, mask, state: reference.membrane_batch_norm(x, state, 1e-5, 0.1),
-        ("moments", "sums"),
+        ("moments", "gradients"),
     ),
     "balanced": Method(
         partial(BalancedBatchNorm, CHANNELS, num_tasks=4, kappa=0.4),
         lambda x, mask, state: reference.balanced_batch_norm(
             x, tasks_from(mask), state, 0.4, 1e-5, 0.1
         )[0],
-        ("sums", "sums"),
+        ("sums", "gradients"),
         has_mask=True,
         convert=tasks_from,
     ),

@@ -70,7 +70,7 @@ def test_time_steps_equal_the_whole_batch(pool, sizes):
     for each in by_rank:
         close(each["state"]["running_var"], state["running_var"])
         assert each["state"]["num_batches_tracked"] == TIMES
-        assert each["sent"] == ["moments"] * TIMES + ["sums"] * TIMES
+        assert each["sent"] == ["moments"] * TIMES + ["gradients"] * TIMES
 
 
 def close(got: Tensor, expected: Tensor) -> None:

@@ -153,10 +153,10 @@ def test_equals_the_whole_batch(pool, choice, sizes, has_mask):
             assert rank["sent"] == rank["quiet"] == []
             assert torch.equal(rank["again"], rank["plain"])
         elif len(sizes) > 1:
-            assert [kind for kind, _ in rank["sent"]] == ["moments", "sums"]
+            assert [kind for kind, _ in rank["sent"]] == ["moments", "gradients"]
             assert rank["sent"] == [
                 ("moments", exchange.size_of(room)),
-                ("sums", exchange.size_of(2 * C)),
+                ("gradients", exchange.size_of(2 * C)),
             ]
             assert rank["quiet"] == rank["sent"][:1]
 
@@ -215,7 +215,7 @@ def uneven_gradients(x: Tensor) -> list[str]:
 def test_workers_may_differ_in_what_needs_a_gradient(pool):
     x, _, _ = data()
     by_rank = pool(2).run_each(uneven_gradients, [(part,) for part in shard(x, (3, 2))])
-    assert by_rank == [["moments", "sums"]] * 2
+    assert by_rank == [["moments", "gradients"]] * 2
 
 
 def test_differentiates_twice():
