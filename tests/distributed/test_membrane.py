@@ -90,7 +90,7 @@ def other_times(rank: int) -> str:
 def test_other_numbers_of_time_steps_are_an_error_on_every_worker(pool):
     by_rank = pool(2).run_each(other_times, [(0,), (1,)])
     assert by_rank[0] == by_rank[1]
-    forward, backward = f"moments, {2 * CHANNELS + 1} float64", f"sums, {2 * CHANNELS} float64"
+    forward, backward = f"moments, {2 * CHANNELS + 1} float64", f"gradients, {2 * CHANNELS} float64"
     assert forward in by_rank[0]
     assert backward in by_rank[0]
 
