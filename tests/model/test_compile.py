@@ -370,12 +370,14 @@ class _Operators(TorchDispatchMode):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
 @KINDS
-def test_inductor_fuses_and_is_right_at_a_large_mean(options):
+def test_inductor_fuses_and_is_right_at_a_large_mean(options, monkeypatch):
     from torch._inductor import metrics
 
     block = _Block(make_layer(CHANNELS, **options))
     x = torch.randn(4, CHANNELS, 9, 9, requires_grad=True)
-    with _Operators() as eager:
+    with monkeypatch.context() as patched, _Operators() as eager:
+        # The operators that are compiled, not the C that runs in their place.
+        patched.setattr("syncnorm.maths.kernels.of_device", lambda *_: None)
         block(x).sum().backward()
     metrics.reset()
     _compiled(block, "inductor")(x).sum().backward()
