@@ -112,7 +112,9 @@ class BalancedBatchNorm(PooledBatchNorm):
         mean, var = pivot + shift, (square - shift.square()).clamp(min=0)
         if not is_repeated:
             self._batch = mean, var
-        self.follow(count.sum(), mean=mean, var=var)
+        # A single value says nothing about scale.
+        has_several = count.sum() * math.prod(x.shape[2:]) > 1
+        self.follow(count.sum(), mean=mean, var=torch.where(has_several, var, self.running_var))
         return self.standardize(x, mean, var)
 
     def _task_sums(

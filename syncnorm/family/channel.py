@@ -66,7 +66,8 @@ class BatchChannelNorm(PooledBatchNorm):
 
     Args:
         num_features: channels C.
-        num_groups: groups of channels; None: 32, or the largest divisor of 32 that divides C.
+        num_groups: groups of channels; None: 32, or the largest divisor of 32 that divides C. A
+            group of a single value, as on (N, C) with C groups, is 0 once it is normalised.
         estimate: True for the estimated batch norm, False for batch statistics.
         eps: added to variances, of the batch and of groups.
         momentum: weight of a batch in the running statistics; see `EstimatedBatchNorm`.

@@ -65,7 +65,9 @@ class L1BatchNorm(FamilyLayer):
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)
-        self.follow(count, **batch)
+        # A single value says nothing about scale.
+        known = torch.where(count > 1, batch["deviation"], self.running_deviation)
+        self.follow(count, mean=batch["mean"], deviation=known)
         return self._divide(x, **batch)
 
     def batch_statistics(

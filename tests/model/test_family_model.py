@@ -24,7 +24,14 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import METHODS, EvoNorm, L1BatchNorm, RegionNorm
+from syncnorm.family import (
+    METHODS,
+    BalancedBatchNorm,
+    BatchChannelNorm,
+    EvoNorm,
+    L1BatchNorm,
+    RegionNorm,
+)
 from syncnorm.testing import shard
 
 
@@ -283,8 +290,10 @@ def test_activation_checkpointing_changes_nothing(name, is_reentrant):
         torch.testing.assert_close(got, expected)
 
 
-def test_a_single_value_leaves_the_running_variance_alone():
-    layer = EvoNorm(2)
+@pytest.mark.parametrize("cls", [EvoNorm, L1BatchNorm, BalancedBatchNorm, BatchChannelNorm])
+def test_a_single_value_leaves_the_running_scale_alone(cls):
+    layer = cls(2) if cls is not BatchChannelNorm else cls(2, num_groups=1)
     layer(torch.ones(1, 2, 1))
-    assert layer.running_var.tolist() == [1.0, 1.0]
+    name = "running_deviation" if cls is L1BatchNorm else "running_var"
+    assert layer.get_buffer(name).tolist() == [1.0, 1.0]
     assert int(layer.num_batches_tracked) == 1
