@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
+from syncnorm.device import is_host
 from syncnorm.errors import InputError
 from syncnorm.undocumented import (
     FakeTensor,
@@ -68,6 +69,11 @@ def is_fake(module: nn.Module) -> bool:
     """True if the module's own tensors have no numbers."""
     tensors = (*module.buffers(recurse=False), *module.parameters(recurse=False))
     return any(observer(t) == FAKE for t in tensors[:1])
+
+
+def is_readable(t: Tensor) -> bool:
+    """True if t has numbers, and they may be looked at without a wait for a device."""
+    return is_host(t) and observer(t) != FAKE
 
 
 def refuse(who: str, name: str) -> InputError:

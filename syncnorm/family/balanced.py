@@ -33,8 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm import ops
-from syncnorm.device import is_host
+from syncnorm import observed, ops
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
@@ -137,7 +136,7 @@ class BalancedBatchNorm(PooledBatchNorm):
         local = torch.cat([count, members @ first, members @ second], 1)
         total = pooled_sum(local, self.group, self)
         count, first, second = total.split((1, self.num_features, self.num_features), 1)
-        if is_host(count) and count[0].isnan():
+        if observed.is_readable(count) and count[0].isnan():
             raise FaultError(
                 f"`tasks` must be in 0 ... {self.num_tasks - 1}, one for each sample of x, in "
                 f"{self.label}; some worker's are not. Nothing was updated."

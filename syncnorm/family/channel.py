@@ -76,6 +76,7 @@ class BatchChannelNorm(PooledBatchNorm):
 
     group_weight: Tensor | None
     group_bias: Tensor | None
+    ones = PooledBatchNorm.ones | {"group_weight"}
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class EvoNorm(FamilyLayer):
     """
 
     v: Tensor | None
+    ones = FamilyLayer.ones | {"v"}
 
     def __init__(
         self,
@@ -65,6 +66,12 @@ class EvoNorm(FamilyLayer):
     def message_sizes(self) -> list[int]:
         return [2 * self.num_features + 1, 2 * self.num_features]
 
+    def check(self, x: Tensor) -> None:
+        """Raise InputError for an input without positions, before any exchange."""
+        super().check(x)
+        if x.ndim < 3:
+            raise InputError(f"`x` must have positions, (N, C, *S), got shape {tuple(x.shape)}")
+
     @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
@@ -84,8 +91,6 @@ class EvoNorm(FamilyLayer):
         return self._divide(x, self.running_var)
 
     def _divide(self, x: Tensor, var: Tensor) -> Tensor:
-        if x.ndim < 3:
-            raise InputError(f"`x` must have positions, (N, C, *S), got shape {tuple(x.shape)}")
         positions = tuple(range(2, x.ndim))
         if self.v is not None:
             spread = x.var(positions, unbiased=False, keepdim=True)

@@ -39,6 +39,7 @@ class L1BatchNorm(FamilyLayer):
     """
 
     running_deviation: Tensor
+    ones = FamilyLayer.ones | {"running_deviation"}
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Any

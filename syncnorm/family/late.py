@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from syncnorm import observed
 from syncnorm.comm import exchange
 from syncnorm.comm.inflight import InFlight
-from syncnorm.device import is_host
 from syncnorm.errors import FaultError
 from syncnorm.family.layer import Pooling
 
@@ -109,7 +109,7 @@ def is_faulty(total: Tensor) -> bool:
 
     On other devices nobody looks; statistics stay where the count is not above 0.
     """
-    return is_host(total) and bool(total[-1].isnan())
+    return observed.is_readable(total) and bool(total[-1].isnan())
 
 
 def mask_fault(layer: Pooling) -> FaultError:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, ops
+from syncnorm import functional, observed, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.pooled import channels, widened
@@ -51,9 +51,15 @@ class Pooling(nn.Module):
         return self.sync != "none"
 
     @property
+    def has_common_statistics(self) -> bool:
+        """True if what is kept between steps is the same on all workers at every step's end."""
+        return self.is_pooled
+
+    @property
     def group(self) -> groups.Group | None:
-        """The workers that it pools with; None: nobody."""
-        return groups.statistics_group(self.workers) if self.is_pooled else None
+        """The workers that it pools with; None: nobody. Fake tensors have nothing to exchange."""
+        is_alone = not self.is_pooled or observed.is_fake(self)
+        return None if is_alone else groups.statistics_group(self.workers)
 
     @abstractmethod
     def message_sizes(self) -> list[int]:
@@ -93,9 +99,9 @@ class Pooling(nn.Module):
         super()._load_from_state_dict(*args)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Nothing is under way in a copy.
+        # Nothing is under way in a copy, and it is in none of the blocks that the layer is in.
         self.settle()
-        return dict(self.__dict__)
+        return {**self.__dict__, "is_frozen": False}
 
     @property
     def process_group(self) -> groups.Spec:
@@ -110,6 +116,10 @@ class PlainBatchNorm(NamedTuple):
     var: Tensor
     weight: Tensor | None
     bias: Tensor | None
+
+
+Chosen = Callable[["FamilyLayer", Tensor, tuple[Tensor | None, ...]], Tensor]
+"""What normalises in place of a layer: from the layer, x and weights that it has been given."""
 
 
 class FamilyLayer(Pooling):
@@ -131,6 +141,10 @@ class FamilyLayer(Pooling):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    chosen: Chosen | None = None
+    """Set within `evaluation_statistics`, where it takes the place of `normalize` and `evaluate`."""
+    ones: ClassVar[frozenset[str]] = frozenset({"weight", "running_var"})
+    """The parameters and buffers that begin at 1; all others begin at 0."""
 
     def __init__(
         self,
@@ -160,12 +174,20 @@ class FamilyLayer(Pooling):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *S)."""
-        functional.check_input(x, self.num_features)
-        wide = widened(x)
+        self.check(x)
         if not self.training:
             self.settle()
-        z = self.normalize(wide) if self.training else self.evaluate(wide)
-        return self.scale(z).to(x.dtype)
+        return self.scale(self.standardized(widened(x))).to(x.dtype)
+
+    def check(self, x: Tensor) -> None:
+        """Raise InputError for an input of another shape, before any exchange."""
+        functional.check_input(x, self.num_features)
+
+    def standardized(self, x: Tensor, *weights: Tensor | None) -> Tensor:
+        """Normalise as the mode says, or as `evaluation_statistics` does."""
+        if self.chosen is not None:
+            return self.chosen(self, x, weights)
+        return self.normalize(x, *weights) if self.training else self.evaluate(x)
 
     @abstractmethod
     def normalize(self, x: Tensor) -> Tensor:
@@ -214,6 +236,25 @@ class FamilyLayer(Pooling):
         """Weigh the batch that has just been counted in the running statistics, (), float64."""
         step = self.num_batches_tracked.clamp(min=1).double()
         return 1 / step if self.momentum is None else torch.full_like(step, self.momentum)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set parameters and statistics to their initial values, after `to_empty` too."""
+        for name, parameter in self.named_parameters(recurse=False):
+            parameter.fill_(name in self.ones)
+        self.reset_running_stats()
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Set what is kept between steps to its initial values."""
+        self.discard()
+        for name, buffer in self.named_buffers(recurse=False):
+            buffer.fill_(name in self.ones)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state.pop("chosen", None)
+        return state
 
     def extra_repr(self) -> str:
         """Describe the arguments."""

@@ -112,6 +112,11 @@ class OnlineNorm(FamilyLayer):
             f"guard={self.guard!r}"
         )
 
+    @property
+    def has_common_statistics(self) -> bool:
+        # Between two averages each worker has those of its own samples.
+        return False
+
     def message_sizes(self) -> list[int]:
         return [2 * self.num_features + 1, 2 * self.num_features + 1]
 

@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from syncnorm import ops
+from syncnorm import observed, ops
 from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
-from syncnorm.device import is_host
 from syncnorm.errors import FaultError
-from syncnorm.maths.moments import of_sums
+from syncnorm.maths.moments import Moments, Unread, of_sums
 from syncnorm.statistics import repeated
 
 if TYPE_CHECKING:
@@ -128,7 +127,7 @@ def _total(
             count = torch.where(sums.has_fault, torch.nan, count)
         local += [sums.sums[:-1], count]
     total = exchange.sum_(torch.cat(local), group, "moments", name).view(len(weights), -1)
-    if is_host(total) and any(map(math.isnan, total[:, -1].tolist())):
+    if observed.is_readable(total) and any(map(math.isnan, total[:, -1].tolist())):
         raise FaultError(f"`mask` must hold finite weights >= 0, in {name}. Nothing was updated.")
     return total
 
@@ -149,7 +148,8 @@ def moments_of_sums(
         name: of the layer, for errors.
         total: (R, 2C+1), [sum w x, sum w x^2, sum w] over all workers, float64.
     """
-    parts = [of_sums(row) for row in total]
+    kind = Moments if observed.is_readable(total) else Unread
+    parts = [of_sums(row, kind) for row in total]
     mean = torch.stack([part.mean for part in parts])
     var = torch.stack([part.var for part in parts])
     count = torch.stack([part.count for part in parts])

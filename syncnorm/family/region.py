@@ -34,6 +34,7 @@ class RegionNorm(Pooling):
         affine: True for a weight, which begins at 0, and a bias per region and channel, (2, C): of
             the mask first.
         sync, process_group: see `Pooling`.
+        device, dtype: of weight and bias.
     """
 
     weight: Tensor | None
@@ -47,13 +48,26 @@ class RegionNorm(Pooling):
         *,
         sync: Literal["batch", "none"] = "batch",
         process_group: groups.Spec = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         functional.check_hyperparameters(num_features, eps, 0.1)
         super().__init__(sync, process_group)
         self.num_features, self.eps = num_features, eps
         for name in ("weight", "bias"):
-            value = nn.Parameter(torch.zeros(2, num_features)) if affine else None
-            self.register_parameter(name, value)
+            value = torch.zeros(2, num_features, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(value) if affine else None)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Set weight and bias to their initial values, after `to_empty` too."""
+        for parameter in self.parameters(recurse=False):
+            parameter.zero_()
+
+    def extra_repr(self) -> str:
+        """Describe the arguments."""
+        is_affine = self.weight is not None
+        return f"{self.num_features}, eps={self.eps}, affine={is_affine}, sync={self.sync!r}"
 
     def message_sizes(self) -> list[int]:
         return [2 * (2 * self.num_features + 1), 4 * self.num_features]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, ops
+from syncnorm import functional, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.family.late import LateSums, is_faulty, mask_fault
@@ -28,6 +28,7 @@ class SquareNorm(FamilyLayer):
     """
 
     running_square: Tensor
+    ones = FamilyLayer.ones | {"running_square"}
 
     def __init__(
         self, num_features: int, eps: float, momentum: float | None, affine: bool, **options: Any
@@ -57,13 +58,12 @@ class SquareNorm(FamilyLayer):
             FaultError: on every worker, if a weight of one of them is negative or not finite; in
                 the next training forward where nobody waits for the statistics of this one.
         """
-        functional.check_input(x, self.num_features)
+        self.check(x)
         weights = None if mask is None else functional.expand_mask(mask, x)
         if not self.training:
             self.settle()
         wide = self.prepare(widened(x))
-        z = self.normalize(wide, weights) if self.training else self.evaluate(wide)
-        return self.scale(z).to(x.dtype)
+        return self.scale(self.standardized(wide, weights)).to(x.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Transform x before all else."""
@@ -90,17 +90,19 @@ class SquareNorm(FamilyLayer):
         """Begin a training forward: send this worker's [sum w x^2, sum w], (C + 1,)."""
 
     def batch_statistics(
-        self, x: Tensor, group: groups.Group | None
+        self, x: Tensor, group: groups.Group | None, weights: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take a batch's count, and its mean square as `square`, with the gradient that it has."""
-        batch = pooled_moments(x, [None], group, self)
+        batch = pooled_moments(x, [weights], group, self)
         return batch.count[0], {"square": batch.var[0] + batch.mean[0].square()}
 
     def evaluate(self, x: Tensor) -> Tensor:
         return x * channels((self.running_square.double() + self.eps).rsqrt(), x)
 
     def is_warming_up(self, steps: int) -> bool:
-        """True in the first `steps` training forwards that had samples."""
+        """True in the first `steps` training forwards that had samples, and for fake tensors."""
+        if observed.is_fake(self):
+            return True
         # On other devices the counter is not looked at while it cannot tell anything new.
         is_due = not self._is_warmed_up and self._forwards_left <= 0
         if is_host(self.num_batches_tracked) or is_due:

@@ -34,10 +34,11 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
     Raises:
         InputError: the model is already accumulating; or its training forwards update running
-            statistics, and none of ours.
+            statistics, and none of batch norms of ours.
 
     Warns:
-        UserWarning: they update some that are not ours, too; these go on following every forward.
+        UserWarning: they update some of other layers, too, such as those of `syncnorm.family`;
+            these go on following every forward.
 
     Example:
         >>> from syncnorm import SyncBatchNorm
@@ -48,7 +49,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         >>> int(layer.num_batches_tracked)
         1
     """
-    check_covers(model, "accumulate")
+    check_covers(model, "accumulate", acts_on_family=False)
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
     sources = {id(m.statistics): m.statistics for m in layers}.values()
     if any(source.is_accumulating for source in sources):

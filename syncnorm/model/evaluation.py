@@ -83,10 +83,12 @@ def evaluation_statistics(
             if isinstance(layer, SyncNorm):
                 stack.enter_context(_put(layer, "statistics", _Lent(layer.statistics, how)))
             elif isinstance(layer, FamilyLayer):
-                stack.enter_context(_put(layer, "evaluate", _Family(layer, how)))
-                stack.enter_context(_put(layer, "normalize", partial(_refuse, layer.label)))
+                stack.enter_context(_put(layer, "chosen", _Family(how)))
             elif isinstance(layer, _BatchNorm) and not _has_own_way(layer):
                 stack.enter_context(_put(layer, "forward", _Theirs(layer, name, how)))
+                # What copies and pickles ask an object for, also where it is an attribute of its
+                # own.
+                stack.enter_context(_put(layer, "__getstate__", partial(_state_outside, layer)))
         yield
 
 
@@ -105,6 +107,16 @@ def _put(layer: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 def _check(layers: dict[str, Any], statistics: Choice) -> None:
+    bare = [
+        f"{name!r} ({type(layer).__name__})"
+        for name, layer in layers.items()
+        if isinstance(layer, FamilyLayer) and _has_own_way(layer)
+    ]
+    if bare and statistics != "running":
+        raise InputError(
+            "`model` must have layers of syncnorm.family with a method `batch_statistics`, which "
+            f'takes those of a batch, got {", ".join(bare)}. Write it, or choose "running".'
+        )
     own = [name for name, layer in layers.items() if _has_own_way(layer)]
     if own and statistics != "running":
         raise InputError(
@@ -191,19 +203,25 @@ class _Theirs:
         return self.how.evaluate(self.layer, input, None, self.name)
 
 
-class _Family:
-    """The `evaluate` of a layer of the family within the block."""
+def _state_outside(layer: nn.Module) -> Any:
+    """The state of a layer of torch's for a copy, which is no part of the block."""
+    state = type(layer).__getstate__(layer)
+    if isinstance(state, dict):  # else there are slots, and they are next to it
+        return {k: v for k, v in state.items() if k not in ("forward", "__getstate__")}
+    return state
 
-    def __init__(self, layer: FamilyLayer, how: How) -> None:
-        self.layer, self.how = layer, how
+
+class _Family:
+    """What normalises in place of a layer of the family within the block."""
+
+    def __init__(self, how: How) -> None:
+        self.how = how
 
     @disable_dynamo
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.how.evaluate_family(self.layer, x)
-
-
-def _refuse(name: str, *_: Any) -> Tensor:
-    raise _training(name)
+    def __call__(self, layer: FamilyLayer, x: Tensor, weights: tuple[Tensor | None, ...]) -> Tensor:
+        if layer.training:
+            raise _training(layer.label)
+        return self.how.evaluate_family(layer, x, weights)
 
 
 def _training(name: str) -> InputError:

@@ -47,7 +47,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         >>> int(layer.num_batches_tracked)
         0
     """
-    check_covers(model, "frozen_statistics")
+    check_covers(model, "frozen_statistics", acts_on_family=True)
     layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
     family = [m for m in model.modules() if isinstance(m, Pooling)]
     before = [layer.freeze for layer in layers]

@@ -131,12 +131,13 @@ class How:
             a = self.statistics.samples / (self.statistics.samples + samples)
         return torch.where(count > 0, a, 1.0)
 
-    def evaluate_family(self, layer: FamilyLayer, x: Tensor) -> Tensor:
+    def evaluate_family(
+        self, layer: FamilyLayer, x: Tensor, weights: tuple[Tensor | None, ...]
+    ) -> Tensor:
         """The evaluation forward of a layer of the family, before weight and bias."""
-        by_running = type(layer).evaluate
         if self.statistics == "running" or observed.observer(x) == observed.FAKE:
-            return by_running(layer, x)
-        count, batch = layer.batch_statistics(x, self.group)  # pyright: ignore[reportCallIssue]
+            return layer.evaluate(x)
+        count, batch = layer.batch_statistics(x, self.group, *weights)  # pyright: ignore[reportCallIssue]
         samples = torch.full((), float(x.shape[0]), dtype=torch.float64, device=x.device)
         if isinstance(self.statistics, Prior):
             samples = exchange.sum_(samples.view(1), self.group, "sums", layer.label)[0]
@@ -146,7 +147,7 @@ class How:
             for name, value in batch.items():
                 kept = before[f"running_{name}"].double()
                 layer._buffers[f"running_{name}"] = torch.lerp(value, kept, a)
-            return by_running(layer, x)
+            return layer.evaluate(x)
         finally:
             layer._buffers.update(before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
-from syncnorm.model.convert.others import has_own_forward
+from syncnorm.model.convert.others import family_of, has_own_forward, listed
 from syncnorm.model.failing import sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.sample import call
@@ -50,6 +51,7 @@ def recalibrate(
         model: changed in place: running statistics of BatchNorm layers, ours and torch's, that keep
             them. Layers that are in evaluation mode while `model` trains are frozen and left alone.
             Parameters, counters, modes and gradients stay as they are.
+            Layers of `syncnorm.family` keep theirs, and normalise by them.
         batches: arguments for `model`: a tensor, a mapping (keyword arguments), or a tuple or list
             that begins with what the model requires (its first element, where that is one
             argument).
@@ -63,6 +65,9 @@ def recalibrate(
         InputError: `mix` is out of range, or there is no layer to recalibrate.
         FaultError: no worker had a batch, or the forward failed on another one (the failing one
             raises its own error); on all workers, and nothing was changed.
+
+    Warns:
+        UserWarning: there are layers of `syncnorm.family` besides, which stay as they are.
 
     Example:
         >>> from syncnorm import SyncBatchNorm
@@ -81,6 +86,13 @@ def recalibrate(
     # DDP's own forward would exchange, but workers have different numbers of batches.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers(bare)
+    left = {n: m for n, m in family_of(bare).items() if m.training or not bare.training}
+    if left:
+        warnings.warn(
+            "recalibrate leaves the running statistics of layers of syncnorm.family as they are: "
+            f"{listed(left)}. Those follow training forwards alone.",
+            stacklevel=3,
+        )
     group = groups.statistics_group(process_group)
     sums, failure = _collect(bare, layers, batches)
     population = _pool(sums, failure, group)

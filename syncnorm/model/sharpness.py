@@ -78,7 +78,8 @@ class SAM:
             )
         chosen = norm_parameters(model).values() if parameters is None else parameters
         self.optimizer, self.model, self.rho = optimizer, model, rho
-        self.parameters = [*chosen]
+        # A parameter that several layers share once: it moves once.
+        self.parameters = [*dict.fromkeys(chosen)]
         if not self.parameters:
             raise InputError(
                 "`parameters` must hold a parameter to perturb, got none. Without normalisation "

@@ -4,8 +4,9 @@ All workers go on with the first worker's, as under plain DistributedDataParalle
 before each forward; here they are sent after each step, so that evaluations, averages and
 checkpoints see the same ones, too.
 
-Not among them are the statistics of batch norms, which are pooled or each worker's own, and buffers
-that the model has told DistributedDataParallel to ignore, which are each worker's own.
+Not among them are the statistics of batch norms and of `syncnorm.family`, which are pooled or each
+worker's own, and buffers that the model has told DistributedDataParallel to ignore, which are each
+worker's own.
 
 `gather_digests` shows at the end of a run on which workers all buffers are the same.
 """
@@ -26,6 +27,7 @@ from syncnorm.module import SyncNorm
 # By a buffer's name in the model, the module that has it and its name there. The slot stays when
 # the model puts another tensor into it.
 Slots = dict[str, tuple[nn.Module, str]]
+_NORMS = (_BatchNorm, Pooling)
 
 
 def shared_slots(model: nn.Module) -> Slots:
@@ -34,7 +36,7 @@ def shared_slots(model: nn.Module) -> Slots:
     return {
         name: slot
         for name, slot in _all_slots(model).items()
-        if not isinstance(slot[0], _BatchNorm) and name not in ignored
+        if not isinstance(slot[0], _NORMS) and name not in ignored
     }
 
 
@@ -44,7 +46,7 @@ def local_slots(model: nn.Module) -> Slots:
     return {
         name: (module, key)
         for name, (module, key) in _all_slots(model).items()
-        if (not _is_pooled(module) if isinstance(module, _BatchNorm) else name in ignored)
+        if (not _is_common(module) if isinstance(module, _NORMS) else name in ignored)
     }
 
 
@@ -210,8 +212,11 @@ def _ignored_by_ddp(model: nn.Module) -> set[str]:
     }
 
 
-def _is_pooled(layer: nn.Module) -> bool:
-    return isinstance(layer, SyncNorm | Pooling) and layer.is_pooled
+def _is_common(layer: nn.Module) -> bool:
+    """True if the statistics of a layer are the same on all workers."""
+    if isinstance(layer, Pooling):
+        return layer.has_common_statistics
+    return isinstance(layer, SyncNorm) and layer.is_pooled
 
 
 def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

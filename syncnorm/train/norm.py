@@ -3,6 +3,7 @@
 import logging
 import math
 import re
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Self, cast
 
@@ -73,10 +74,13 @@ def make_norm_layer(norm: NormSection, total_steps: int, name: NormName | None =
         case "frozen":
             return partial(FrozenBatchNorm, eps=norm.eps)
         case method if method in METHODS:
-            own = norm.options if method == norm.name else {}
-            return partial(METHODS[method], sync=norm.sync, **(options | own))
+            return partial(METHODS[method], **(norm.arguments | _own_options(norm, method)))
         case baseline:
             return lambda channels: BASELINES[baseline](channels, norm.eps)
+
+
+def _own_options(norm: NormSection, method: str) -> dict[str, Any]:
+    return norm.options if method == norm.name else {}
 
 
 # By name, a class that recognises the layers of `make_norm_layer`; those of batch_norm cannot be
@@ -128,7 +132,7 @@ def fit_layers(model: nn.Module, norm: NormSection, total_steps: int) -> None:
                 "with, or set norm.name=batch_norm, which leaves a model as it is."
             )
         return
-    if _CLASS[norm.name] is SyncNorm:
+    if is_ours:
         _convert(model, norm, total_steps)
     else:
         for name, layer in theirs.items():
@@ -154,19 +158,25 @@ def warn_of_no_pooling(model: nn.Module, norm: NormSection) -> None:
     _log.warning("no normalisation layer pools its statistics over the workers: %s", cause)
 
 
-def _convert(model: nn.Module, norm: NormSection, total_steps: int) -> None:
-    layer = make_norm_layer(norm, total_steps)
+def _convert(
+    model: nn.Module,
+    norm: NormSection,
+    total_steps: int,
+    name: NormName | None = None,
+    select: Callable[[str, nn.Module], bool] | None = None,
+) -> None:
+    """Make batch norms layers of this kind, ours or the family's, by `syncnorm.convert`."""
+    layer = make_norm_layer(norm, total_steps, name)
     assert isinstance(layer, partial)
     options = dict(layer.keywords)
-    if norm.eps == NormSection.model_fields["eps"].default:
+    is_said = "eps" in _own_options(norm, name or norm.name)
+    if norm.eps == NormSection.model_fields["eps"].default and not is_said:
         del options["eps"]  # pretrained weights may want another
     try:
-        convert(
-            model, SyncBatchNorm if norm.name == "sync_batch_norm" else SyncBatchRenorm, **options
-        )
+        convert(model, cast("Any", layer.func), select=select, **options)
     except InputError as error:
         raise ConfigError(
-            f"`model.name` must give a model that norm.name {norm.name} fits: {error}"
+            f"`model.name` must give a model that norm.name {name or norm.name} fits: {error}"
         ) from None
 
 
@@ -215,11 +225,17 @@ def _replace(
             f"`norm` must exchange layers that only normalise, got {name!r}, a {cls.__name__}, "
             "whose own forward would be lost. Leave it out of the rules."
         )
+    is_frozen = isinstance(layer, FrozenBatchNorm)
+    if isinstance(layer, _BatchNorm) and kind in METHODS and not is_frozen:
+        _convert(model, norm, total_steps, kind, lambda _, m: m is layer)
+        return
     other = make_norm_layer(norm, total_steps, kind)(channels)
     kept = {key: value for key, value in layer.named_parameters() if key in ("weight", "bias")}
     if isinstance(layer, _BatchNorm) and isinstance(other, FamilyLayer):
         with torch.no_grad():
             other.take(layer)
+        other.requires_grad_(True)
+        other.num_batches_tracked.zero_()
     elif isinstance(layer, _BatchNorm) and isinstance(other, _BatchNorm):
         kept |= {
             key: b for key, b in layer.named_buffers() if key in ("running_mean", "running_var")
@@ -227,7 +243,7 @@ def _replace(
     state = other.state_dict()
     for key in kept.keys() & state.keys():
         state[key].copy_(kept[key].data)
-    if not isinstance(layer, FrozenBatchNorm):
+    if not is_frozen:
         other.train(layer.training)
     model.set_submodule(name, other)
 

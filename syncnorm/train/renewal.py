@@ -32,7 +32,8 @@ def renew_statistics(
     """Give the moving average, if there is one, the statistics of its own activations.
 
     They are those of up to 8192 samples, as an evaluation sees them, the first in the order of the
-    epoch; the same on any number of workers, to rounding.
+    epoch; the same on any number of workers, to rounding. Methods of `syncnorm.family` keep the
+    average of theirs.
 
     *Collectives*: the sum of `syncnorm.recalibrate`, and a gathering of failures; every worker must
     call.

@@ -20,6 +20,7 @@ from syncnorm import prepare_ddp
 from syncnorm.comm import groups
 from syncnorm.errors import ConfigError
 from syncnorm.family.layer import Pooling
+from syncnorm.model.convert.others import family_of, listed
 from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, place_local
@@ -308,6 +309,12 @@ def make_setup(
     average = None
     if train.ema is not None:
         average = MovingAverage(model, train.ema)
+        if family := family_of(model):
+            _log.warning(
+                "the moving average keeps averages of the statistics of %s, and gets none of its "
+                "own for them",
+                listed(family),
+            )
     if train.compile:
         model.compile()
     ddp = DistributedDataParallel(

@@ -460,7 +460,7 @@ class OwnForward(nn.BatchNorm2d):
     [
         (SyncBatchNorm(C), "mix", '`statistics` must be "running", "batch", a Mix or a Prior, got \'mix\''),
         (nn.Sequential(OwnForward(C)), "batch", "must have batch norms whose statistics can be chosen, got ['0']"),
-        (nn.Sequential(Unknown(C)), "batch", "must have batch norms whose statistics can be chosen, got ['0']"),
+        (nn.Sequential(Unknown(C)), "batch", "`batch_statistics`, which takes those of a batch, got '0' (Unknown)"),
         (nn.Sequential(HomeMade(C)), Mix(0.5), "must have batch norms whose statistics can be chosen, got ['0']"),
         (nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False)), Prior(2),
          "`statistics` must be \"batch\" for layers without running statistics, got Prior(samples=2) for ['0']"),

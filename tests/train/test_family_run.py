@@ -101,10 +101,10 @@ def test_gradients_are_clipped_by_their_weights(pool, tmp_path):
 
 
 def test_layers_have_the_options_of_the_config():
-    section = NormSection(name="l1_batch_norm", momentum=0.3, eps=1e-3, options={"affine": False})
+    section = NormSection(name="l1_batch_norm", momentum=0.3, options={"eps": 1e-3})
     layer = make_norm_layer(section, 100)(4)
     assert isinstance(layer, L1BatchNorm)
-    assert (layer.momentum, layer.eps, layer.weight, layer.sync) == (0.3, 1e-3, None, "batch")
+    assert (layer.momentum, layer.eps, layer.sync) == (0.3, 1e-3, "batch")
 
 
 @pytest.mark.parametrize(

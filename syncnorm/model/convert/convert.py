@@ -69,8 +69,9 @@ def convert(
 
     A layer of the family (`syncnorm.family`) is another method, not a batch norm that pools: new
     layers take the places of the old ones. They share weight and bias with them, begin with their
-    running statistics, and have eps and a momentum other than 0.1 from them. Hooks and subclasses
-    with a forward of their own are refused.
+    running statistics, and have eps and a momentum other than its default from them. Where weight
+    and bias are frozen, all parameters are. Hooks and subclasses with a forward of their own are
+    refused.
 
     *Collectives*: none. Every worker must convert alike.
 
@@ -147,7 +148,13 @@ def _replace(
         if (why := family.own_reason(layer) or wrapped(module, layer))
     }
     _refuse(faults, "replaced")
-    news = {layer: family.make(layer, to, process_group, options) for layer in layers}
+    news: dict[nn.Module, FamilyLayer] = {}
+    for layer, names in layers.items():
+        try:
+            news[layer] = family.make(layer, to, process_group, options)
+        except InputError as error:
+            faults[names[0]] = f"breaks a rule: {error}"
+    _refuse(faults, "replaced")
     done = family.put(module, news)
     remove_deserted(done)
     return done
@@ -314,7 +321,8 @@ def _check_target(to: type[SyncNorm] | type[FamilyLayer], options: dict[str, Any
             f"`{name}` must be an option of {to.__name__} ({', '.join(sorted(names))}), got "
             f"{options[name]!r}. Did you mean `{near[0]}`?"
         )
-    to(1, **options)
+    if not issubclass(to, FamilyLayer):  # which may have a rule about the number of channels
+        to(1, **options)
 
 
 def _named(module: nn.Module) -> dict[nn.Module, list[str]]:

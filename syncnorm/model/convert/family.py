@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.utils import parametrize
 
+from syncnorm import observed
 from syncnorm.comm import groups
 from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
@@ -42,7 +43,8 @@ def own_reason(layer: _BatchNorm) -> str | None:
         return f"is a {own_class(layer).__name__}, whose own methods would be lost"
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+    # Those of forwards, backwards and state dicts.
+    if any(kept for name, kept in vars(layer).items() if name.endswith("_hooks")):
         return "has hooks, which a new layer does not have"
     return None
 
@@ -54,8 +56,9 @@ def make(
     if isinstance(layer, SyncNorm):
         layer.settle()
     kept: dict[str, Any] = {"eps": layer.eps}
-    # torch's default says nothing about another method's, nor does one for batches about samples.
-    if layer.momentum != 0.1 and not issubclass(to, OnlineNorm):
+    # A default says nothing about another method's, nor does one for batches about samples.
+    default = 0.01 if isinstance(layer, SyncBatchRenorm) else 0.1
+    if layer.momentum != default and not issubclass(to, OnlineNorm):
         kept["momentum"] = layer.momentum
     mean = layer.running_mean
     assert mean is not None
@@ -70,9 +73,12 @@ def make(
     )
     with torch.no_grad():
         new.take(layer)
+    if is_affine and not any(p.requires_grad for p in layer.parameters(recurse=False)):
+        # What a method has besides is frozen as well.
+        new.requires_grad_(False)
     counted = 0
     if layer.num_batches_tracked is not None:
-        counted = int(layer.num_batches_tracked)
+        counted = 0 if observed.is_fake(layer) else int(layer.num_batches_tracked)
         new.num_batches_tracked.zero_()  # the method's own clock begins
     setattr(new, _ORIGINAL, Original(_torchs(layer), layer.eps, layer.momentum, counted))
     return new.train(layer.training)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from syncnorm.errors import InputError
-from syncnorm.family.layer import Pooling
+from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.model.convert.class_swap import LazySyncNorm
 from syncnorm.module import SyncNorm
 
@@ -58,15 +58,18 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
     if not layers:
         return None
     return (
-        f"`model` keeps running statistics in layers of its own, {_listed(layers)}: convert leaves "
+        f"`model` keeps running statistics in layers of its own, {listed(layers)}: convert leaves "
         "them alone, each worker has statistics of its own batches, and DistributedDataParallel "
         "overwrites them with rank 0's unless it is told not to. Build such layers on "
         "torch.nn.BatchNorm1d, 2d or 3d, or on syncnorm.functional.sync_batch_norm."
     )
 
 
-def check_covers(model: nn.Module, what: str) -> None:
+def check_covers(model: nn.Module, what: str, *, acts_on_family: bool) -> None:
     """Check that `what`, which acts on our layers only, leaves out no other training statistics.
+
+    Args:
+        acts_on_family: True if it acts on layers of the family, too.
 
     Raises:
         InputError: there is no layer of ours, and there are others that training forwards would
@@ -80,18 +83,37 @@ def check_covers(model: nn.Module, what: str) -> None:
         for name, m in model.named_modules()
         if m.training and (_updates(m) or is_home_made(m)) and not isinstance(m, SyncNorm)
     }
+    remedy = "convert(model) makes torch's batch norms layers of ours."
+    family = {} if acts_on_family else {n: m for n, m in family_of(model).items() if m.training}
+    if family:
+        others |= family
+        remedy = f"Methods of syncnorm.family know no {what}; SyncBatchNorm and SyncBatchRenorm do."
     if not others:
         return
-    remedy = "convert(model) makes torch's batch norms layers of ours."
-    if not any(isinstance(m, SyncNorm | Pooling) for m in model.modules()):
+    ours = SyncNorm | Pooling if acts_on_family else SyncNorm
+    if not any(isinstance(m, ours) for m in model.modules()):
         raise InputError(
-            f"`model` must have layers of ours for {what}, got only {_listed(others)}. {remedy}"
+            f"`model` must have layers of ours for {what}, got only {listed(others)}. {remedy}"
         )
     warnings.warn(
-        f"{what} leaves out layers of `model` that are not ours: {_listed(others)}. Their running "
-        f"statistics follow every training forward. {remedy}",
+        f"{what} leaves out layers of `model` that are no batch norms of ours: {listed(others)}. "
+        f"Their running statistics follow every training forward. {remedy}",
         stacklevel=4,
     )
+
+
+def family_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of the family that keep running statistics, by name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, FamilyLayer)}
+
+
+def listed(layers: dict[str, nn.Module]) -> str:
+    """Names and classes of layers, for a sentence."""
+    named = [
+        f"{name!r} ({kind_of(m)})" if name else f"a {kind_of(m)} itself"
+        for name, m in [*layers.items()][:6]
+    ]
+    return ", ".join(named) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
 
 
 def _updates(layer: nn.Module) -> bool:
@@ -103,11 +125,3 @@ def _updates(layer: nn.Module) -> bool:
         and layer.track_running_stats
         and layer.running_mean is not None
     )
-
-
-def _listed(layers: dict[str, nn.Module]) -> str:
-    named = [
-        f"{name!r} ({kind_of(m)})" if name else f"a {kind_of(m)} itself"
-        for name, m in [*layers.items()][:6]
-    ]
-    return ", ".join(named) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")

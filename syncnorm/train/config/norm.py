@@ -33,6 +33,8 @@ NormName = Literal[
 ]
 WeightName = Literal["weight_norm", "spectral_norm", "standardized", "scaled_standardized"]
 
+# Arguments of a layer that are no options: other keys say them, or the network does.
+_NO_OPTIONS = {"num_features", "affine", "sync", "process_group", "device", "dtype"}
 # So many that any sensible number of groups divides them.
 _CHANNELS = 960
 
@@ -119,6 +121,12 @@ class NormSection(Section):
         return MODES[self.sync]
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that a layer of the family gets besides its options."""
+        momentum = {} if self.momentum is None else {"momentum": self.momentum}
+        return {"sync": self.sync, "eps": self.eps, **momentum}
+
+    @property
     def names(self) -> set[str]:
         """Every kind of layer that may be made."""
         return {self.name, *self.rules.values()}
@@ -154,10 +162,23 @@ class NormSection(Section):
                 f"options must be left out with name {self.name}, got {self.options}. They are "
                 f"arguments of {', '.join(METHODS)}."
             )
-        if self.name in METHODS:
+        if self.name in METHODS and (wrong := self.options.keys() & _NO_OPTIONS):
+            raise ValueError(
+                f"options must leave out {', '.join(sorted(wrong))} with name {self.name}, got "
+                f"{self.options}. norm.sync says what is pooled; the rest is the network's."
+            )
+        for name in sorted(methods):
+            own = self.options if name == self.name else {}
             try:
-                METHODS[self.name](_CHANNELS, **self.options)
+                METHODS[name](_CHANNELS, **own)
             except (InputError, TypeError) as error:
                 raise ValueError(
-                    f"options must be arguments of {self.name}, got {self.options}: {error}"
+                    f"options must be arguments of {name}, got {own}: {error}"
+                ) from None
+            try:
+                METHODS[name](_CHANNELS, **(self.arguments | own))
+            except InputError as error:
+                raise ValueError(
+                    f"eps and momentum must be such as {name} takes, got {self.eps} and "
+                    f"{self.momentum}: {error}"
                 ) from None
