@@ -261,7 +261,7 @@ BAD_TEXTS = [
     ),
     (
         GOOD + "norm: {rules: {'a.b': frosen}}",
-        r"`norm.rules.a.b` must be 'batch_norm', .* or 'frozen', got 'frosen'",
+        r"`norm.rules.a.b` must be 'batch_norm', .* or 'none', got 'frosen'",
     ),
     (GOOD + "norm: {rules: frozen}", r"`norm.rules` must be a mapping, got 'frozen'"),
     (
