@@ -1,0 +1,129 @@
+"""The table and the page of `benchmarks.regimes`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from benchmarks.study import spread
+
+if TYPE_CHECKING:
+    from benchmarks.regimes import Cells, Plan
+
+# An accuracy for a run whose loss was not finite: that of a guess among ten classes.
+GUESS = 0.1
+_ROW, _WIDTH = 0.27, 2.1
+"""Inches of a row and of a column in a figure."""
+
+
+def write(out: Path, cells: Cells, plan: Plan, rates: dict[str, float]) -> str:
+    """Write `table.md` and `page.html` into a folder; return the text of the former."""
+    lines = [describe(plan, rates)]
+    for network, rows in cells.items():
+        lines += ["", f"{network.replace('_', ' ').capitalize()} network:", "", *table(rows)]
+    text = "\n".join(lines)
+    (out / "table.md").write_text(text + "\n")
+    (out / "page.html").write_text(page(text, cells))
+    return text
+
+
+def describe(plan: Plan, rates: dict[str, float]) -> str:
+    """Describe in words what was trained."""
+    chosen = ", ".join(f"{rate:g} ({network.replace('_', ' ')})" for network, rate in rates.items())
+    return (
+        f"Test accuracy in %, mean and half the range over seeds; n: seeds that all rows of the "
+        f"column have. {plan.data}, {plan.samples} training samples, {plan.epochs} epochs of "
+        f"steps of 64, SGD with momentum, cosine schedule with the learning rate that is best for "
+        f"batch norm over the step: {chosen or 'not chosen yet'}. A loss that is not finite counts "
+        f"as {100 * GUESS:.0f} %, with *. torch {torch.__version__}, one thread a worker."
+    )
+
+
+def table(rows: dict[str, dict[str, dict[int, float | None]]]) -> list[str]:
+    """The lines of a table in Markdown; columns without a whole seed are left out."""
+    seen = list(dict.fromkeys(column for cells in rows.values() for column in cells))
+    if not seen:
+        return ["no column is complete yet"]
+    numbers = [max(len(cells.get(column, ())) for cells in rows.values()) for column in seen]
+    heads = [f"{column} (n {number})" for column, number in zip(seen, numbers)]
+    lines = [f"| normalisation | {' | '.join(heads)} |", "|---" * (len(seen) + 1) + "|"]
+    for row, cells in rows.items():
+        if cells:
+            texts = [cell(cells[column]) if column in cells else "" for column in seen]
+            lines.append(f"| {row} | {' | '.join(texts)} |")
+    return lines
+
+
+def cell(accuracies: Mapping[int, float | None]) -> str:
+    """Write mean and spread in %, with a star if a loss was not finite."""
+    values = shown(accuracies)
+    middle, half = spread(values)
+    star = "*" if None in accuracies.values() else ""
+    return f"{100 * middle:.1f}{star}" + (f" ±{100 * half:.1f}" if len(values) > 1 else "")
+
+
+def shown(accuracies: Mapping[int, float | None]) -> dict[int, float]:
+    """Accuracies, with that of a guess where there is none."""
+    return {seed: GUESS if value is None else value for seed, value in accuracies.items()}
+
+
+def page(text: str, cells: Cells) -> str:
+    """One HTML page: a figure for each network, and the text of the table."""
+    # Here, because only the page needs matplotlib.
+    from syncnorm.train.report.svg import figure_style
+
+    style = files("syncnorm.train.report").joinpath("page.css").read_text()
+    parts = []
+    for network, rows in cells.items():
+        with figure_style():
+            parts.append(
+                f"<section><h2>{escape(network.replace('_', ' '))}</h2>"
+                f'<figure class="card wide">{_figure(network, rows)}</figure></section>'
+            )
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>Normalisation by regime</title><style>{style}</style></head><body><main>"
+        "<header><h1>Normalisation by what the workers see</h1><p>Test accuracy in %. Dots are "
+        "seeds, bars their means; the dashed line is batch norm over the whole step.</p></header>"
+        f"{''.join(parts)}<section><h2>Table</h2><pre>{escape(text)}</pre></section></main></body>"
+        "</html>\n"
+    )
+
+
+def _figure(network: str, rows: dict[str, dict[str, dict[int, float | None]]]) -> str:
+    from matplotlib.figure import Figure
+
+    from syncnorm.train.report.svg import MUTED, run_colour, to_svg
+
+    names = [row for row, cells in rows.items() if cells]
+    columns = list(dict.fromkeys(column for row in names for column in rows[row]))
+    if not columns:
+        return "no column is complete yet"
+    figure = Figure((1.8 + _WIDTH * len(columns), 0.9 + _ROW * len(names)), layout="constrained")
+    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    for axes, column in zip(panels, columns):
+        for place, row in enumerate(names):
+            if column not in rows[row]:
+                continue
+            values = [100 * value for value in shown(rows[row][column]).values()]
+            middle, colour = sum(values) / len(values), run_colour(1 if place else 0)
+            axes.barh(place, middle, color=colour, height=0.55, alpha=0.35)
+            axes.plot(values, [place] * len(values), "o", color=colour, markersize=3)
+            axes.text(
+                2, place, f"{middle:.1f}", color=MUTED, fontsize=8, verticalalignment="center"
+            )
+            if not place:
+                axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle="dashed")
+        axes.set_title(column, fontsize=8.5, color=MUTED)
+        axes.set_xlim(0, 100)
+        axes.set_yticks(range(len(names)), names)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.grid(visible=False, axis="y")
+        axes.grid(visible=True, axis="x")
+    return str(to_svg(figure, network, f"Test accuracy by normalisation, {network} network"))

@@ -1,0 +1,134 @@
+"""Studies of small trainings: what stands for live workers, what is kept, what is compared."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks import regimes, regimes_page, study
+from benchmarks.regimes import COLUMNS, NETWORKS, ROWS, TARGET, Plan
+from benchmarks.study import Job, Study
+
+PLAN = Plan("nowhere", "digits", 192, 2, 2, NETWORKS)
+OPENED = ["norm.renorm.warmup_steps=0", "norm.renorm.r_steps=1", "norm.renorm.d_steps=1"]
+
+
+def job(network: str, options: tuple[str, ...], workers: int, *more: str) -> Job:
+    """A run on digits, each part of whose steps has labels of its own."""
+    base = PLAN.base(network, 0, 0.05)
+    if network != "convolutional":
+        base = (*base, "model.options.side=8")
+    shards = COLUMNS["sharded labels, 4 workers"].options
+    return Job((*base, "train.dtype=float64", "data.root=null", *shards, *options, *more), workers)
+
+
+def train(pool, a_job: Job) -> study.Result:
+    result = pool(a_job.workers).run(study.train, a_job)[0]
+    assert result["step"] == 6
+    return result
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    ("row", "live"),
+    [
+        (TARGET, ROWS["batch norm, pooled"].options),
+        ("batch norm, lagged", ROWS["batch norm, lagged"].options),
+        ("renorm, pooled", ROWS["renorm, pooled"].options),
+        (
+            "renorm, running",
+            ("norm.name=sync_batch_renorm", "norm.sync=running", "norm.momentum=0.1"),
+        ),
+        ("l1 batch norm", ROWS["l1 batch norm"].options),
+    ],
+)
+def test_one_process_stands_for_four_workers(pool, row, live, network):
+    """In losses and, by the running statistics, in the evaluation."""
+    opened = OPENED if row.startswith("renorm") else []
+    alone = [option.format(part=16) for option in ROWS[row].options]
+    one = train(pool, job(network, tuple(alone), 1, *opened))
+    many = train(pool, job(network, live, 4, *opened))
+    assert many["losses"] == one["losses"]
+    assert (many["accuracy"], many["validation"]) == (one["accuracy"], one["validation"])
+
+
+def test_local_statistics_are_another_training(pool):
+    local = train(pool, job("convolutional", ROWS["batch norm, local"].options, 4))
+    pooled = train(pool, job("convolutional", ROWS["batch norm, pooled"].options, 4))
+    assert local["losses"] != pooled["losses"]
+
+
+def test_corrections_have_a_part_in_what_is_compared(pool):
+    alone = [option.format(part=16) for option in ROWS["renorm, running"].options]
+    opened, closed = (
+        train(pool, job("convolutional", tuple(alone), 1, *more)) for more in (OPENED, [])
+    )
+    assert opened["losses"] != closed["losses"]
+
+
+def test_a_run_that_has_a_result_is_not_made_again(tmp_path, monkeypatch):
+    made = []
+
+    class Pool:
+        def run(self, function, a_job):
+            made.append(a_job)
+            return [{"accuracy": 0.5}]
+
+    monkeypatch.setattr(Study, "_pool", lambda self, workers: Pool())
+    jobs = [Job(("a=1",)), Job(("a=2",)), Job(("a=1",))]
+    with Study(tmp_path, minutes=1) as first:
+        assert first.run(jobs[:1])
+    with (tmp_path / study.RESULTS).open("a") as file:
+        file.write('{"key": "torn')
+    with Study(tmp_path, minutes=1) as second:
+        assert second.run(jobs)
+    with Study(tmp_path, minutes=0) as third:
+        assert third.run(jobs)
+        assert not third.run([Job(("a=3",))])
+    assert made == jobs[:2]
+    assert len((tmp_path / study.RESULTS).read_text().splitlines()) == 3
+
+
+def test_rows_are_compared_over_the_same_seeds(tmp_path):
+    rates = dict.fromkeys(NETWORKS, 0.1)
+    study_of = Study(tmp_path, minutes=0)
+    blocks = list(PLAN.blocks(rates))
+    # Of the second seed one run of the last block is missing.
+    cut = blocks.index((1, "sharded labels, 4 workers", "convolutional"))
+    for seed, column, network in blocks[: cut + 1]:
+        for row, each in PLAN.block(seed, column, network, 0.1).items():
+            if (seed, column, network) != blocks[cut] or row != "none":
+                accuracy = None if row == "none" else 0.8 + 0.01 * seed
+                study_of.results[each.key] = {"accuracy": accuracy}
+    cells = regimes.collect(study_of, PLAN, rates)
+    local = cells["convolutional"]["batch norm, local"]
+    assert local["label groups, 4 workers"] == {0: 0.8, 1: 0.81}
+    assert local["sharded labels, 4 workers"] == {0: 0.8}
+    text = regimes_page.write(tmp_path, cells, PLAN, rates)
+    line = next(line for line in text.splitlines() if line.startswith("| batch norm, local"))
+    assert line.split(" | ")[1:4] == ["80.5 ±0.5", "80.5 ±0.5", "80.0"]
+    assert "| none | 10.0* ±0.0 |" in text
+    assert text in (tmp_path / "table.md").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<svg") == 2
+    assert "http" not in page.replace("http://www.w3.org", "")
+
+
+def test_what_does_not_depend_on_the_workers_is_trained_once():
+    def made(row: str, column: str) -> Job | None:
+        return PLAN.job("convolutional", row, column, 0, 0.1)
+
+    assert made(TARGET, "iid, 2 workers") == made(TARGET, "4 samples")
+    assert made("batch norm, local", "iid, 2 workers") != made(
+        "batch norm, local", "iid, 4 workers"
+    )
+    few = made("batch norm, local", "4 samples")
+    assert few is not None
+    assert "train.norm_batch=4" in few.options
+    assert few.workers == 1
+    assert made("batch norm, pooled", "4 samples") is None
+    for network in NETWORKS:
+        for seed, column, _ in PLAN.blocks({network: 0.1}):
+            for each in PLAN.block(seed, column, network, 0.1).values():
+                assert json.loads(each.key)[1] in (1, 2, 4)
