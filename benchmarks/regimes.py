@@ -4,7 +4,7 @@
 
 DATA_FOLDER holds the files of Fashion-MNIST, MNIST or CIFAR-10, whichever `--data` names. Every row
 and column is a list of overrides of a configuration of the trainer. All rows have one schedule; its
-learning rate is the one of five at which batch norm over the whole step is best on validation
+learning rate is the one of six at which batch norm over the whole step is best on validation
 samples, iid. Results are lines of OUT/results.jsonl, and what is there is not made again: call it
 as often as there is time. Runs go seed by seed, and within a seed column by column, with all rows
 of a column one after the other; a seed counts in a column once all rows have it. So a study that
@@ -33,7 +33,7 @@ from syncnorm.family import METHODS
 
 BATCH = 64
 NETWORKS = ("convolutional", "fully_connected")
-RATES = (0.02, 0.05, 0.1, 0.2, 0.5)
+RATES = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Of the runs that choose the learning rate; no seed of the study.
 CHOOSING_SEED = 1000
 

@@ -60,7 +60,8 @@ def train(job: Job) -> Result:
 
     Returns:
         `accuracy` on the test set and `validation` accuracy, shares of 1, None of a run whose loss
-        was not finite; `step`, the last; `losses`, the means of each tenth of the run.
+        was not finite; `step`, the last; `losses`, the means of each tenth of the run; `seen`, the
+        validation accuracies on the way.
     """
     # Whether layers pool is what a study compares.
     logging.getLogger("syncnorm").setLevel(logging.ERROR)
@@ -71,6 +72,7 @@ def train(job: Job) -> Result:
     total = math.ceil(feed.sizes[TRAIN] / batch) * len(epochs)
     setup = make_setup(config, workers, feed, total, ALLOWED)
     losses: list[float] = []
+    seen: list[float] = []
     orders = (training_order(config, feed, epoch).split(batch) for epoch in epochs)
     steps = ((epoch, some) for epoch, order in zip(epochs, orders) for some in order)
     for epoch, indices in steps:
@@ -78,17 +80,18 @@ def train(job: Job) -> Result:
         result = training_step(setup, batches, StepBatch(indices, epoch, len(losses) + 1))
         losses.append(result.loss)
         if not result.was_taken:
-            return {"accuracy": None, "validation": None, "step": len(losses)}
+            return {"accuracy": None, "validation": None, "step": len(losses), "seen": seen}
         if job.every and len(losses) % job.every == 0:
-            seen = _accuracy(setup, feed, VALIDATION)
-            if seen >= job.until:
-                return {"validation": seen, "step": len(losses), "reached": True}
+            seen.append(_accuracy(setup, feed, VALIDATION))
+            if seen[-1] >= job.until:
+                break
     tenth = max(1, len(losses) // 10)
     return {
         "accuracy": _accuracy(setup, feed, TEST),
         "validation": _accuracy(setup, feed, VALIDATION),
         "step": len(losses),
         "losses": [round(statistics.mean(some), 4) for some in _chunks(losses, tenth)],
+        "seen": seen,
     }
 
 

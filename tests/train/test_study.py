@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import regimes, regimes_page, study
+from benchmarks import regimes, regimes_page, steps_to_accuracy, study
 from benchmarks.regimes import COLUMNS, NETWORKS, ROWS, TARGET, Plan
 from benchmarks.study import Job, Study
 
@@ -91,7 +91,7 @@ def test_a_run_that_has_a_result_is_not_made_again(tmp_path, monkeypatch):
 
 
 def test_rows_are_compared_over_the_same_seeds(tmp_path):
-    rates = dict.fromkeys(NETWORKS, 0.1)
+    rates: dict[str, float] = dict.fromkeys(NETWORKS, 0.1)
     study_of = Study(tmp_path, minutes=0)
     blocks = list(PLAN.blocks(rates))
     # Of the second seed one run of the last block is missing.
@@ -132,3 +132,41 @@ def test_what_does_not_depend_on_the_workers_is_trained_once():
         for seed, column, _ in PLAN.blocks({network: 0.1}):
             for each in PLAN.block(seed, column, network, 0.1).values():
                 assert json.loads(each.key)[1] in (1, 2, 4)
+
+
+def test_steps_are_those_at_which_an_accuracy_was_seen_first(tmp_path, monkeypatch):
+    """Without a norm the best is 0.7, at the fourth look; with it that is seen at the second."""
+    made: list[Job] = []
+
+    def run(self, jobs):
+        for each in jobs:
+            made.append(each)
+            seen = [0.1, 0.4, 0.6, 0.7, 0.65]
+            if "norm.name=sync_batch_norm" in each.options:
+                seen = [0.5, 0.72]
+            self.results[each.key] = {"seen": seen, "accuracy": seen[-1]}
+        return True
+
+    monkeypatch.setattr(Study, "run", run)
+    plan = PLAN._replace(data="fashion_mnist")
+    found = steps_to_accuracy.find(Study(tmp_path, 1), plan, "sigmoid")
+    assert found is not None
+    assert found.wanted == {0: 0.7, 1: 0.7}
+    # All rates are as good here, so the first is taken.
+    assert found.rate == steps_to_accuracy.RATES[0]
+    assert found.steps["none", 1] == {0: 128, 1: 128}
+    assert found.steps["batch norm", 5] == {0: 64, 1: 64}
+    lines = steps_to_accuracy.table("sigmoid", found)
+    assert "| batch norm | 30 x | 64, 64 | 2.0 |" in lines
+    assert {each.until for each in made} == {2.0, 0.7}
+
+
+def test_what_is_not_reached_and_what_fails_are_said():
+    steps: dict[tuple[str, int], dict[int, int | None]]
+    steps = {(norm, n): {0: 64} for norm in ("none", "batch norm") for n in (1, 5, 30)}
+    steps["none", 30] = {0: None}
+    steps["none", 5] = {0: None}
+    found = steps_to_accuracy.Found(0.1, {0: 0.8}, steps, {("none", 30, 0)})
+    lines = steps_to_accuracy.table("sigmoid", found)
+    assert "| none | 30 x | not finite |  |" in lines
+    assert "| none | 5 x | not reached |  |" in lines
