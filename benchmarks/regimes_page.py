@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 
 # An accuracy for a run whose loss was not finite: that of a guess among ten classes.
 GUESS = 0.1
-_ROW, _WIDTH = 0.27, 2.1
-"""Inches of a row and of a column in a figure."""
+_ROW, _WIDTH, _ABREAST = 0.24, 1.75, 5
+"""Inches of a row and of a panel in a figure, and panels side by side."""
 
 
 def write(out: Path, cells: Cells, plan: Plan, rates: dict[str, float]) -> str:
     """Write `table.md` and `page.html` into a folder; return the text of the former."""
-    lines = [describe(plan, rates)]
+    about = describe(plan, rates)
+    lines = [about]
     for network, rows in cells.items():
         lines += ["", f"{network.replace('_', ' ').capitalize()} network:", "", *table(rows)]
     text = "\n".join(lines)
     (out / "table.md").write_text(text + "\n")
-    (out / "page.html").write_text(page(text, cells))
+    (out / "page.html").write_text(page(about, cells))
     return text
 
 
@@ -72,8 +73,8 @@ def shown(accuracies: Mapping[int, float | None]) -> dict[int, float]:
     return {seed: GUESS if value is None else value for seed, value in accuracies.items()}
 
 
-def page(text: str, cells: Cells) -> str:
-    """One HTML page: a figure for each network, and the text of the table."""
+def page(about: str, cells: Cells) -> str:
+    """One HTML page: a figure and a table for each network."""
     # Here, because only the page needs matplotlib.
     from syncnorm.train.report.svg import figure_style
 
@@ -83,7 +84,8 @@ def page(text: str, cells: Cells) -> str:
         with figure_style():
             parts.append(
                 f"<section><h2>{escape(network.replace('_', ' '))}</h2>"
-                f'<figure class="card wide">{_figure(network, rows)}</figure></section>'
+                f'<figure class="card wide">{_figure(network, rows)}</figure>'
+                f'<div class="scroll" tabindex="0">{_html(table(rows))}</div></section>'
             )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -91,9 +93,19 @@ def page(text: str, cells: Cells) -> str:
         f"<title>Normalisation by regime</title><style>{style}</style></head><body><main>"
         "<header><h1>Normalisation by what the workers see</h1><p>Test accuracy in %. Dots are "
         "seeds, bars their means; the dashed line is batch norm over the whole step.</p></header>"
-        f"{''.join(parts)}<section><h2>Table</h2><pre>{escape(text)}</pre></section></main></body>"
-        "</html>\n"
+        f"{''.join(parts)}<footer>{escape(about)}</footer></main></body></html>\n"
     )
+
+
+def _html(lines: list[str]) -> str:
+    """Convert a table of Markdown."""
+    if len(lines) == 1:
+        return escape(lines[0])
+    rows = [line.strip("| ").split(" | ") for line in (lines[0], *lines[2:])]
+    texts = []
+    for tag, row in zip(["th"] + ["td"] * len(lines), rows):
+        texts.append("".join(f"<{tag}>{escape(each)}</{tag}>" for each in row))
+    return f"<table>{''.join(f'<tr>{text}</tr>' for text in texts)}</table>"
 
 
 def _figure(network: str, rows: dict[str, dict[str, dict[int, float | None]]]) -> str:
@@ -105,9 +117,14 @@ def _figure(network: str, rows: dict[str, dict[str, dict[int, float | None]]]) -
     columns = list(dict.fromkeys(column for row in names for column in rows[row]))
     if not columns:
         return "no column is complete yet"
-    figure = Figure((1.8 + _WIDTH * len(columns), 0.9 + _ROW * len(names)), layout="constrained")
-    panels = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
+    high, wide = -(-len(columns) // _ABREAST), min(_ABREAST, len(columns))
+    size = 1.8 + _WIDTH * wide, high * (0.6 + _ROW * len(names))
+    figure = Figure(size, layout="constrained")
+    panels = list(figure.subplots(high, wide, sharey=True, squeeze=False).flat)
+    for axes in panels:
+        axes.set_axis_off()
     for axes, column in zip(panels, columns):
+        axes.set_axis_on()
         for place, row in enumerate(names):
             if column not in rows[row]:
                 continue
@@ -121,7 +138,8 @@ def _figure(network: str, rows: dict[str, dict[str, dict[int, float | None]]]) -
             if not place:
                 axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle="dashed")
         axes.set_title(column, fontsize=8.5, color=MUTED)
-        axes.set_xlim(0, 100)
+        axes.set_xlim(0, 104)
+        axes.set_xticks([0, 50, 100])
         axes.set_yticks(range(len(names)), names)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
