@@ -115,6 +115,17 @@ def test_rows_are_compared_over_the_same_seeds(tmp_path):
     assert "http" not in page.replace("http://www.w3.org", "")
 
 
+def test_the_lowest_rate_that_is_about_best_is_chosen(tmp_path):
+    study_of = Study(tmp_path, minutes=1)
+    for network, best in zip(NETWORKS, (0.5, 0.02)):
+        for rate, each in PLAN.choices(network).items():
+            accuracy = None if rate == 1.0 else 0.85 - 0.03 * (rate != best)
+            study_of.results[each.key] = {"validation": accuracy}
+    higher = PLAN.choices("fully_connected")[0.05].key
+    study_of.results[higher] = {"validation": 0.859}
+    assert regimes.choose(study_of, PLAN) == {"convolutional": 0.5, "fully_connected": 0.02}
+
+
 def test_what_does_not_depend_on_the_workers_is_trained_once():
     def made(row: str, column: str) -> Job | None:
         return PLAN.job("convolutional", row, column, 0, 0.1)
