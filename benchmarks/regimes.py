@@ -3,12 +3,14 @@
     python -m benchmarks.regimes DATA_FOLDER OUT [--data fashion_mnist] [--minutes 60] [--seeds 3]
 
 DATA_FOLDER holds the files of Fashion-MNIST, MNIST or CIFAR-10, whichever `--data` names. Every row
-and column is a list of overrides of a configuration of the trainer. All rows have one schedule; its
+and column is a list of overrides of a configuration of the trainer. All rows have one schedule. Its
 learning rate is the lowest of six at which batch norm over the whole step is within a point of its
-best on 2,048 validation samples, iid: less is their scatter. Results are lines of OUT/results.jsonl, and what is there is not made again: call it
-as often as there is time. Runs go seed by seed, and within a seed column by column, with all rows
-of a column one after the other; a seed counts in a column once all rows have it. So a study that
-is cut short compares rows over the same seeds. Writes OUT/table.md and OUT/page.html.
+best on 2,048 validation samples, iid: less is their scatter.
+
+Results are lines of OUT/results.jsonl, and what is there is not made again: call it as often as
+there is time. Runs go seed by seed, and within a seed column by column, with all rows of a column
+one after the other; a seed counts in a column once all rows have it. So a study that is cut short
+compares rows over the same seeds. Writes OUT/table.md and OUT/page.html.
 
 A step has 64 samples. Rows whose statistics are over the whole step, or over none, do not depend on
 the number of workers, and are made in one process; so is renormalisation by statistics of each

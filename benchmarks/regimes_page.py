@@ -40,8 +40,8 @@ def describe(plan: Plan, rates: dict[str, float]) -> str:
         f"Test accuracy in %, mean and half the range over seeds; n: seeds that all rows of the "
         f"column have. {plan.data}, {plan.samples} training samples, {plan.epochs} epochs of "
         f"steps of 64, SGD with momentum, cosine schedule with the lowest learning rate that is "
-        f"within a point of the best for batch norm over the step: {chosen or 'not chosen yet'}. A loss that is not finite counts "
-        f"as {100 * GUESS:.0f} %, with *. torch {torch.__version__}, one thread a worker."
+        f"within a point of the best for batch norm over the step: {chosen or 'not chosen yet'}. A "
+        f"loss that is not finite counts as {100 * GUESS:.0f} %, with *. torch {torch.__version__}, one thread a worker."
     )
 
 
