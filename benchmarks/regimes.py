@@ -12,12 +12,12 @@ there is time. Runs go seed by seed, and within a seed column by column, with al
 one after the other; a seed counts in a column once all rows have it. So a study that is cut short
 compares rows over the same seeds. Writes OUT/table.md and OUT/page.html.
 
-A step has 64 samples. Rows whose statistics are over the whole step, or over none, do not depend on
-the number of workers, and are made in one process; so is renormalisation by statistics of each
-worker's part with pooled running statistics, which `train.norm_batch` gives in one process, too
-(`tests/train/test_study.py` holds both against live workers). The rows "local" and "pooled" are
-made on as many live workers as the column says. In the columns of 2 and 4 samples statistics are
-over that many in one process, as on 32 and 16 workers with pooled running statistics.
+A step has 64 samples. What is provably the same is made in one process (`tests/train/test_study.py`
+holds it against live workers): statistics over the whole step, lagged ones, or none, which do not
+depend on the number of workers; renormalisation by each worker's part with pooled running
+statistics, which `train.norm_batch` gives; and workers that share nothing, each with its statistics
+and its share of the tests. The row "pooled" is made on as many live workers as the column says. In
+the columns of 2 and 4 samples statistics are over that many, with pooled running statistics.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Row(NamedTuple):
     """A normalisation.
 
     Args:
-        options: overrides; `{part}` in one stands for the samples of a worker.
+        options: overrides; `{part}` in one stands for the samples of a worker, `{workers}` for the
+            number of workers.
         is_live: True if it is made on as many workers as the column says.
         few: overrides for the columns of few samples, if they are others; None: it has no part
             there.
@@ -63,14 +64,16 @@ def _ours(name: str, sync: str, *more: str) -> tuple[str, ...]:
 
 
 _PARTS = "train.norm_batch={part}"
-_LOCAL = ("norm.name=batch_norm", "norm.sync=none", "norm.momentum=0.1")
+_APART = "model.options.workers={workers}"
 TARGET = "batch norm over the step"
 ROWS: dict[str, Row] = {
     TARGET: Row(_ours("sync_batch_norm", "batch")),
-    "batch norm, local": Row(_LOCAL, True, _ours("sync_batch_norm", "batch", _PARTS)),
+    "batch norm, local": Row(
+        _ours("batch_norm", "none", _APART), few=_ours("sync_batch_norm", "batch", _PARTS)
+    ),
     "batch norm, pooled": Row(_ours("sync_batch_norm", "batch"), True, None),
     "batch norm, lagged": Row(_ours("sync_batch_norm", "lagged")),
-    "renorm, local": Row(_ours("sync_batch_renorm", "none"), True, None),
+    "renorm, local": Row(_ours("sync_batch_renorm", "none", _APART), few=None),
     "renorm, running": Row(_ours("sync_batch_renorm", "batch", _PARTS)),
     "renorm, pooled": Row(_ours("sync_batch_renorm", "batch")),
     **{
@@ -163,7 +166,7 @@ class Plan(NamedTuple):
             if kind.few is None:
                 return None
             options, workers = kind.few or kind.options, 1
-        options = tuple(option.format(part=seen.part) for option in options)
+        options = tuple(option.format(part=seen.part, workers=seen.workers) for option in options)
         return Job((*self.base(network, seed, rate), *seen.options, *options), workers)
 
     def choices(self, network: str) -> dict[float, Job]:

@@ -15,11 +15,47 @@ from syncnorm.train.data.datasets import DATASETS, Dataset
 from syncnorm.train.models import NormLayer
 
 
-def convolutional(in_channels: int, num_classes: int, norm_layer: NormLayer) -> nn.Sequential:
+class PerWorker(nn.Module):
+    """Several workers' layers with statistics of their own, in one process.
+
+    In training the batch is cut into as many parts, of equal size, and each is normalised by its
+    worker's layer. In evaluation `worker` says whose statistics hold. Weight and bias are shared.
+
+    Args:
+        norm_layer: makes a layer without exchanges.
+        channels: of the input.
+        workers: how many there are.
+    """
+
+    def __init__(self, norm_layer: NormLayer, channels: int, workers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(norm_layer(channels) for _ in range(workers))
+        for layer in self.layers:
+            layer.weight, layer.bias = self.layers[0].weight, self.layers[0].bias
+        self.worker = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return self.layers[self.worker](x)
+        parts = x.chunk(len(self.layers))
+        return torch.cat([layer(part) for layer, part in zip(self.layers, parts, strict=True)])
+
+
+def _of_workers(norm_layer: NormLayer, workers: int) -> NormLayer:
+    if workers == 1:
+        return norm_layer
+    return lambda channels: PerWorker(norm_layer, channels, workers)
+
+
+def convolutional(
+    in_channels: int, num_classes: int, norm_layer: NormLayer, workers: int = 1
+) -> nn.Sequential:
     """Three convolutions of 16, 32 and 64 channels, each halving the image.
 
     (N, in_channels, H, W) -> (N, num_classes). Convolutions have a bias, for rows without a norm.
+    With several `workers` each has its own statistics.
     """
+    norm_layer = _of_workers(norm_layer, workers)
     layers: list[nn.Module] = []
     for before, after in ((in_channels, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(before, after, 3, 2, padding=1), norm_layer(after), nn.ReLU()]
@@ -31,9 +67,11 @@ def fully_connected(
     num_classes: int,
     norm_layer: NormLayer,
     side: int = 28,
+    workers: int = 1,
     bend: Callable[[], nn.Module] = nn.ReLU,
 ) -> nn.Sequential:
     """Three hidden layers of 128: (N, in_channels, side, side) -> (N, num_classes)."""
+    norm_layer = _of_workers(norm_layer, workers)
     layers: list[nn.Module] = [nn.Flatten()]
     for before in (in_channels * side**2, 128, 128):
         layers += [nn.Linear(before, 128), norm_layer(128), bend()]
@@ -44,7 +82,7 @@ def sigmoid(
     in_channels: int, num_classes: int, norm_layer: NormLayer, side: int = 28
 ) -> nn.Sequential:
     """`fully_connected` with the sigmoids of the 2015 paper's first experiment."""
-    return fully_connected(in_channels, num_classes, norm_layer, side, nn.Sigmoid)
+    return fully_connected(in_channels, num_classes, norm_layer, side, bend=nn.Sigmoid)
 
 
 class Mean(nn.Module):

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from benchmarks.small_nets import PerWorker
+from syncnorm.placement import shard, size
 from syncnorm.testing import RankPool
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION
@@ -96,8 +98,22 @@ def train(job: Job) -> Result:
 
 
 def _accuracy(setup: Setup, feed: Any, split: str) -> float:
+    """Measure accuracy; workers in one process have a shard each, and their own statistics."""
     setup.flush_statistics()
-    return evaluate(setup.task, setup.model, feed, split, setup.config, setup.workers)["accuracy"]
+    apart = [module for module in setup.model.modules() if isinstance(module, PerWorker)]
+    if not apart:
+        return _measure(setup, feed, split, setup.workers)
+    number, right = len(apart[0].layers), 0.0
+    for rank in range(number):
+        for each in apart:
+            each.worker = rank
+        share = size(shard(feed.sizes[split], rank, number)) / feed.sizes[split]
+        right += share * _measure(setup, feed, split, Workers(rank, number, setup.workers.device))
+    return right
+
+
+def _measure(setup: Setup, feed: Any, split: str, workers: Workers) -> float:
+    return evaluate(setup.task, setup.model, feed, split, setup.config, workers)["accuracy"]
 
 
 def _chunks(values: list[float], size: int) -> Iterator[list[float]]:

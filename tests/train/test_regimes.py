@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,9 +18,11 @@ from syncnorm.errors import ConfigError
 from syncnorm.placement import epoch_order, shard
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.regimes import drifting, grouped, sharded, training_order
+from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.setup import load_feed
 from tests.train import runs
+from tests.train.files import targets_of, write_csv, write_folder
 from tests.train.test_loop import FEW, curve, run
 
 REGIMES = {
@@ -249,6 +252,32 @@ def test_labels_are_those_of_the_samples_that_are_left():
     assert kept is not None
     assert len(kept) == 9
     assert splits.hold_out(0.5).known_labels() is kept  # it has a validation set already
+
+
+def test_labels_of_files_are_known(tmp_path):
+    """Those of images in folders, of arrays and of a table, as each sample has them."""
+    write_folder(tmp_path / "folder", ["b/1.png", "a/1.png", "b/2.png"])
+    arrays = {"x_train": np.random.rand(4, 2, 3), "y_train": np.array([2, 0, 1, 2])}
+    np.savez(tmp_path / "some.npz", x_train=arrays["x_train"], y_train=arrays["y_train"])
+    (tmp_path / "npy").mkdir()
+    for name, array in arrays.items():
+        np.save(tmp_path / "npy" / f"{name}.npy", array)
+    write_csv(tmp_path / "some.csv", [["x", "target"], [1, "dog"], [2, "cat"], [3, "dog"]])
+    found = [
+        SOURCES["folder"](tmp_path / "folder", size=4),
+        SOURCES["npz"](tmp_path / "some.npz"),
+        SOURCES["npy"](tmp_path / "npy"),
+        SOURCES["csv"](tmp_path / "some.csv", target="target"),
+    ]
+    for splits, wanted in zip(found, ([0, 1, 1], [2, 0, 1, 2], [2, 0, 1, 2], [1, 0, 1])):
+        labels = splits.known_labels()
+        assert labels is not None
+        assert labels.tolist() == wanted == [int(target) for target in targets_of(splits.train)]
+
+
+def test_targets_that_are_no_labels_are_none_that_are_known(tmp_path):
+    np.savez(tmp_path / "some.npz", x_train=np.random.rand(4, 2, 3), y_train=np.random.rand(4))
+    assert SOURCES["npz"](tmp_path / "some.npz").known_labels() is None
 
 
 CPU = torch.device("cpu")
