@@ -20,6 +20,7 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.data.regimes import drifting, grouped, sharded, training_order
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
+from syncnorm.train.header import describe_data
 from syncnorm.train.setup import load_feed
 from tests.train import runs
 from tests.train.files import targets_of, write_csv, write_folder
@@ -183,6 +184,14 @@ def test_a_stopped_run_goes_on_with_the_same_samples(pool, tmp_path, regime):
     run(pool, 2, tmp_path / "cut", options, stop_at=7)
     run(pool, 2, tmp_path / "cut", options)
     assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("regime", "end"), [("iid", "per epoch"), ("drift", ", regime drift")])
+def test_the_first_lines_say_the_order(regime, end):
+    config = load_config("digits", REGIMES[regime])
+    feed = load_feed(config, CPU)
+    line = describe_data(SimpleNamespace(config=config), feed)  # pyright: ignore[reportArgumentType]
+    assert line.endswith(end)
 
 
 def test_parts_are_as_many_as_statistics_unless_given():

@@ -9,6 +9,7 @@ import pytest
 from benchmarks import regimes, regimes_page, steps_to_accuracy, study
 from benchmarks.regimes import COLUMNS, NETWORKS, ROWS, TARGET, Plan
 from benchmarks.study import Job, Study
+from syncnorm.train.config.file import load_config
 
 PLAN = Plan("nowhere", "digits", 192, 2, 2, NETWORKS)
 OPENED = ["norm.renorm.warmup_steps=0", "norm.renorm.r_steps=1", "norm.renorm.d_steps=1"]
@@ -153,10 +154,18 @@ def test_what_does_not_depend_on_the_workers_is_trained_once():
     assert "train.norm_batch=4" in few.options
     assert few.workers == 1
     assert made("batch norm, pooled", "4 samples") is None
-    for network in NETWORKS:
-        for seed, column, _ in PLAN.blocks({network: 0.1}):
-            for each in PLAN.block(seed, column, network, 0.1).values():
-                assert json.loads(each.key)[1] in (1, 2, 4)
+
+
+def test_every_cell_is_a_configuration():
+    plan = PLAN._replace(data="fashion_mnist", seeds=1)
+    jobs: set[Job] = set()
+    for seed, column, network in plan.blocks(dict.fromkeys(NETWORKS, 0.1)):
+        jobs.update(plan.block(seed, column, network, 0.1).values())
+    for each in jobs:
+        load_config("digits", each.options)
+        assert json.loads(each.key)[1] in (1, 2, 4)
+    # Those that need them alone are made on live workers.
+    assert sum(each.workers > 1 for each in jobs) == 7 * len(NETWORKS)
 
 
 def test_steps_are_those_at_which_an_accuracy_was_seen_first(tmp_path, monkeypatch):
