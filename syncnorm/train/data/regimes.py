@@ -10,11 +10,12 @@ samples need not be equal.
                     cut into blocks of B/(P k). A part takes the first k blocks of different labels,
                     a block's place being that of its first sample in o. What is left once fewer
                     than k labels have a block comes last, by o. (Ioffe 2017, arXiv:1702.03275,
-                    section 4.3: 16 labels, 2 samples of each.)
+                    takes 16 labels, 2 samples of each.)
     sharded_labels  Part p of every step is taken, by o, from shard p of the training set. Shards
                     are cut from the samples in order of their labels, then of their numbers, so a
                     shard has few labels, and the same ones for good. They have as many samples as
-                    their part has in an epoch. (McMahan et al. 2017, arXiv:1602.05629, section 3.)
+                    their part has in an epoch. (McMahan et al. 2017, arXiv:1602.05629, cut shards
+                    so, and give two to each worker.)
     drift           Labels arrive and leave in their order: of C labels the samples of number c are
                     spread over that half of an epoch which begins at c/(C - 1) of the first half.
                     A sample's key is c/(C - 1) + (its place in o)/N, and the smallest comes first.
