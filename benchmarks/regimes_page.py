@@ -132,8 +132,10 @@ def _figure(network: str, rows: dict[str, dict[str, dict[int, float | None]]]) -
             middle, colour = sum(values) / len(values), run_colour(1 if place else 0)
             axes.barh(place, middle, color=colour, height=0.55, alpha=0.35)
             axes.plot(values, [place] * len(values), "o", color=colour, markersize=3)
+            # Within the bar, unless a dot would cover it.
+            left = 2 if min(values) > 25 else max(values) + 4
             axes.text(
-                2, place, f"{middle:.1f}", color=MUTED, fontsize=8, verticalalignment="center"
+                left, place, f"{middle:.1f}", color=MUTED, fontsize=8, verticalalignment="center"
             )
             if not place:
                 axes.axvline(middle, color=MUTED, linewidth=0.8, linestyle="dashed")
