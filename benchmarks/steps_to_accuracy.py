@@ -56,32 +56,61 @@ def job(plan: Plan, network: str, norm: str, seed: int, rate: float, until: floa
     return Job((*options, *NORMS[norm]), 1, EVERY, until)
 
 
-def find(study: Study, plan: Plan, network: str) -> Found | None:
-    """Make a network's runs; None if there was no time to choose its rate."""
-    choices = {rate: job(plan, network, "none", CHOOSING_SEED, rate) for rate in RATES}
-    if not study.run(choices.values()):
-        return None
-    best = {rate: max(study.results[each.key]["seen"], default=0) for rate, each in choices.items()}
-    found = Found(max(best, key=lambda rate: best[rate]), {}, {}, set())
-    for seed in range(plan.seeds):
-        first = job(plan, network, "none", seed, found.rate)
-        if not study.run([first]):
+def choose(study: Study, plan: Plan) -> dict[str, float]:
+    """Choose the rate of each network that there is time for: the best one without a norm."""
+    rates = {}
+    for network in plan.networks:
+        choices = {rate: job(plan, network, "none", CHOOSING_SEED, rate) for rate in RATES}
+        if not study.run(choices.values()):
             break
-        found.wanted[seed] = wanted = max(study.results[first.key]["seen"])
-        for norm in NORMS:
-            for factor in FACTORS:
-                is_first = (norm, factor) == ("none", 1)
-                each = (
-                    first
-                    if is_first
-                    else job(plan, network, norm, seed, found.rate * factor, wanted)
-                )
-                if not study.run([each]):
-                    return found
-                result = study.results[each.key]
-                found.steps.setdefault((norm, factor), {})[seed] = steps_to(result, wanted)
-                if result["accuracy"] is None:
-                    found.fails.add((norm, factor, seed))
+        best = {
+            rate: max(study.results[each.key]["seen"], default=0) for rate, each in choices.items()
+        }
+        rates[network] = max(best, key=lambda rate: best[rate])
+    return rates
+
+
+def make(study: Study, plan: Plan, network: str, rate: float, seed: int) -> bool:
+    """Make the runs of a seed; False if the budget ends before."""
+    first = job(plan, network, "none", seed, rate)
+    if not study.run([first]):
+        return False
+    others = jobs(plan, network, rate, seed, max(study.results[first.key]["seen"]))
+    return study.run(others.values())
+
+
+def jobs(
+    plan: Plan, network: str, rate: float, seed: int, wanted: float
+) -> dict[tuple[str, int], Job]:
+    """The runs of a seed, by norm and factor; the first goes on beyond the accuracy wanted."""
+    first = {("none", 1): job(plan, network, "none", seed, rate)}
+    cells = [(norm, factor) for norm in NORMS for factor in FACTORS]
+    return first | {
+        (norm, factor): job(plan, network, norm, seed, rate * factor, wanted)
+        for norm, factor in cells[1:]
+    }
+
+
+def collect(study: Study, plan: Plan, network: str, rate: float) -> Found:
+    """Collect the results of all seeds whose runs have all been made."""
+    found = Found(rate, {}, {}, set())
+    for seed in range(plan.seeds):
+        first = study.result(job(plan, network, "none", seed, rate))
+        if first is None:
+            continue
+        wanted = max(first["seen"])
+        results = {
+            cell: study.result(each)
+            for cell, each in jobs(plan, network, rate, seed, wanted).items()
+        }
+        if None in results.values():
+            continue
+        found.wanted[seed] = wanted
+        for cell, result in results.items():
+            assert result is not None
+            found.steps.setdefault(cell, {})[seed] = steps_to(result, wanted)
+            if result["accuracy"] is None:
+                found.fails.add((*cell, seed))
     return found
 
 
@@ -93,11 +122,11 @@ def steps_to(result: Result, wanted: float) -> int | None:
 
 
 def table(network: str, found: Found) -> list[str]:
-    """The lines of a network's table, over the seeds that all its runs have."""
-    whole = [s for s in found.wanted if all(s in steps for steps in found.steps.values())]
-    if len(found.steps) < len(NORMS) * len(FACTORS) or not whole:
+    """The lines of a network's table."""
+    whole = list(found.wanted)
+    if not whole:
         return [f"{network}: no seed is complete yet"]
-    middle, half = spread({seed: found.wanted[seed] for seed in whole})
+    middle, half = spread(found.wanted)
     lines = [
         f"{network.capitalize()} network, rate {found.rate:g}, to {100 * middle:.1f} % "
         f"±{100 * half:.1f}, n {len(whole)}:",
@@ -106,12 +135,11 @@ def table(network: str, found: Found) -> list[str]:
         "|---|---|---|---|",
     ]
     for (norm, factor), by_seed in found.steps.items():
-        steps = {seed: by_seed[seed] for seed in whole}
         texts = [
             "not finite" if (norm, factor, s) in found.fails else f"{n or 'not reached'}"
-            for s, n in steps.items()
+            for s, n in by_seed.items()
         ]
-        base, known = found.steps["none", 1], [n for n in steps.values() if n]
+        base, known = found.steps["none", 1], [n for n in by_seed.values() if n]
         ratio = (
             ""
             if len(known) < len(whole)
@@ -139,9 +167,14 @@ def main() -> None:
         f"{given.data}, {given.samples} training samples, steps of 64, accuracy every {EVERY}."
     ]
     with Study(given.out, given.minutes) as study:
-        for network in NETWORKS:
-            found = find(study, plan, network)
-            lines += ["", *(["no rate chosen yet"] if found is None else table(network, found))]
+        rates = choose(study, plan)
+        seeds = ((seed, network) for seed in range(plan.seeds) for network in rates)
+        is_whole = len(rates) == len(NETWORKS) and all(
+            make(study, plan, network, rates[network], seed) for seed, network in seeds
+        )
+        for network, rate in rates.items():
+            lines += ["", *table(network, collect(study, plan, network, rate))]
+    lines += [] if is_whole else ["", "partial: call it again to go on"]
     text = "\n".join(lines)
     (given.out / "table.md").write_text(text + "\n")
     print(text)

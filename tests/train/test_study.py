@@ -182,9 +182,12 @@ def test_steps_are_those_at_which_an_accuracy_was_seen_first(tmp_path, monkeypat
         return True
 
     monkeypatch.setattr(Study, "run", run)
-    plan = PLAN._replace(data="fashion_mnist")
-    found = steps_to_accuracy.find(Study(tmp_path, 1), plan, "sigmoid")
-    assert found is not None
+    plan = PLAN._replace(data="fashion_mnist", networks=("sigmoid",))
+    study_of = Study(tmp_path, 1)
+    rates = steps_to_accuracy.choose(study_of, plan)
+    for seed in (0, 1):
+        assert steps_to_accuracy.make(study_of, plan, "sigmoid", rates["sigmoid"], seed)
+    found = steps_to_accuracy.collect(study_of, plan, "sigmoid", rates["sigmoid"])
     assert found.wanted == {0: 0.7, 1: 0.7}
     # All rates are as good here, so the first is taken.
     assert found.rate == steps_to_accuracy.RATES[0]
@@ -193,6 +196,10 @@ def test_steps_are_those_at_which_an_accuracy_was_seen_first(tmp_path, monkeypat
     lines = steps_to_accuracy.table("sigmoid", found)
     assert "| batch norm | 30 x | 64, 64 | 2.0 |" in lines
     assert {each.until for each in made} == {2.0, 0.7}
+    # A seed counts once all its runs are made.
+    del study_of.results[made[-1].key]
+    found = steps_to_accuracy.collect(study_of, plan, "sigmoid", rates["sigmoid"])
+    assert list(found.wanted) == [0]
 
 
 def test_what_is_not_reached_and_what_fails_are_said():
