@@ -132,6 +132,17 @@ def parts_of(step: Tensor, parts: int) -> list[Tensor]:
     return [step[shard(len(step), number, parts)] for number in range(parts)]
 
 
+def test_any_order_is_not_sharded():
+    """With as many shards as labels each part has one label; in any order it has several."""
+    labels, order = labels_of([40] * 5), epoch_order(200, 0, 1)
+    held = {
+        name: [len(labels[some].unique()) for step in each.split(50) for some in parts_of(step, 5)]
+        for name, each in (("sharded", sharded(order, labels, 50, 5)), ("any", order))
+    }
+    assert set(held["sharded"]) == {1}
+    assert min(held["any"]) > 1
+
+
 def test_labels_arrive_one_after_the_other():
     labels = labels_of([100, 20, 50, 100, 30])
     order = drifting(epoch_order(300, 0, 1), labels)
