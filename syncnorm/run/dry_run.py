@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 
 from syncnorm.comm import exchange
-from syncnorm.placement import epoch_order
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.worker import Task
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN
+from syncnorm.train.data.regimes import training_order
 from syncnorm.train.header import describe_data, describe_model
 from syncnorm.train.memory import (
     Need,
@@ -74,7 +74,7 @@ def _describe(task: Task, config: Config, workers: Workers) -> str:
     setup = make_setup(config, workers, feed, total_steps, model=model, task=learned)
     load_weights(setup.model, config.model, workers)
     setup.ddp.register_comm_hook(None, _return_bucket)
-    order = epoch_order(feed.sizes[TRAIN], config.train.seed, 1)
+    order = training_order(config, feed, 1)
     indices = order[: config.train.global_batch].to(feed.index_device)
     batches = feed.batches(TRAIN, setup.forwards(indices), epoch=1)
     tally = exchange.Tally()

@@ -31,9 +31,13 @@ def describe_model(setup: Setup) -> str:
 
 
 def describe_data(setup: Setup, feed: Feed) -> str:
-    """Describe the data, and the length of an epoch."""
-    steps = -(-feed.sizes[TRAIN] // setup.config.train.global_batch)
-    return f"data: {feed.describe()}, {steps} step{'s' if steps > 1 else ''} per epoch"
+    """Describe the data, the length of an epoch, and an order that is not just any."""
+    steps, regime = (
+        -(-feed.sizes[TRAIN] // setup.config.train.global_batch),
+        setup.config.data.regime,
+    )
+    order = "" if regime == "iid" else f", regime {regime}"
+    return f"data: {feed.describe()}, {steps} step{'s' if steps > 1 else ''} per epoch{order}"
 
 
 def header(setup: Setup, feed: Feed, folder: Path) -> list[str]:

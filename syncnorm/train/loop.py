@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError, SyncnormError
-from syncnorm.placement import epoch_order
 from syncnorm.train.buffers import SharedBuffers, gather_digests
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.checkpoint.capture import Progress, capture, resume
@@ -28,6 +27,7 @@ from syncnorm.train.checkpoint.saver import BackgroundSaver
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed, judged_split
+from syncnorm.train.data.regimes import training_order
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory
 from syncnorm.train.notes import Flags
@@ -248,7 +248,7 @@ def _train_epochs(run: Run) -> bool:
 def _train_epoch(run: Run) -> bool:
     """Train on the rest of an epoch, and evaluate; False if the run ends here."""
     progress, train = run.progress, run.config.train
-    order = epoch_order(run.feed.sizes[TRAIN], train.seed, progress.epoch)  # (N,)
+    order = training_order(run.config, run.feed, progress.epoch)  # (N,)
     order = order.to(run.feed.index_device)
     steps = order.split(train.global_batch)[progress.step_in_epoch :]
     forwards = (forward for indices in steps for forward in run.setup.forwards(indices))

@@ -33,6 +33,7 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
 from syncnorm.train.data.feed import TRAIN, VALIDATION, Feed, LoaderFeed, MemoryFeed, judged_split
 from syncnorm.train.data.inputs import Signature
+from syncnorm.train.data.regimes import check_regime
 from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
@@ -177,6 +178,7 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
         feed = MemoryFeed(hold_out(data, config.data.validation), config, device)
     else:
         feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
+    check_regime(config, feed)
     if config.train.global_batch > feed.sizes[TRAIN]:
         _log.warning(
             "train.global_batch is %d, and the training set has %d samples: each epoch is one step "

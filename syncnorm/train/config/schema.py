@@ -194,12 +194,42 @@ class DataSection(Section):
         description="share of the training set that is set apart for validation, where the data "
         "set has no validation set of its own; always the same samples",
     )
+    regime: Literal["iid", "label_groups", "sharded_labels", "drift"] = Field(
+        default="iid",
+        description="order of the training samples: iid, any; label_groups, each part of a step "
+        "holds part_labels labels, equally often; sharded_labels, each part of a step has labels "
+        "of its own for good; drift, labels arrive and leave in their order in each epoch",
+    )
+    parts: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="parts of a step for label_groups and sharded_labels, neighbouring samples, "
+        "as many in each, such as the number of workers with statistics of their own; a divisor "
+        "of train.global_batch; null: as many as there are statistics in a step",
+    )
+    part_labels: Whole | None = Field(
+        default=None,
+        ge=1,
+        description="labels in each part of a step, with label_groups; a divisor of the part's "
+        "number of samples",
+    )
     loader: LoaderSection = Field(
         default=LoaderSection(), description="loading of samples that do not lie in memory"
     )
     options: Options = Field(
         default={}, description="further arguments of a callable or of a format"
     )
+
+    @model_validator(mode="after")
+    def _regime_has_its_keys(self) -> Self:
+        if self.parts is not None and self.regime in ("iid", "drift"):
+            raise ValueError(f"parts must be null with regime {self.regime}, got {self.parts}")
+        if (self.regime == "label_groups") != (self.part_labels is not None):
+            wanted = "a number" if self.regime == "label_groups" else "null"
+            raise ValueError(
+                f"part_labels must be {wanted} with regime {self.regime}, got {self.part_labels}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _options_have_a_taker(self) -> Self:
@@ -364,6 +394,11 @@ class Config(Section):
         return self.train.norm_batch or self.train.global_batch
 
     @property
+    def parts(self) -> int:
+        """Parts of a step, for regimes that have some."""
+        return self.data.parts or self.train.global_batch // self.norm_batch
+
+    @property
     def is_grouped(self) -> bool:
         """True if a step has several statistics of each layer."""
         return self.norm_batch < self.train.global_batch
@@ -371,6 +406,26 @@ class Config(Section):
     def mathematics(self) -> dict[str, Any]:
         """The sections that fix a run's result; a run can be resumed with others changed."""
         return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root", "loader"}})
+
+    @model_validator(mode="after")
+    def _parts_are_whole(self) -> Self:
+        regime, parts, batch = self.data.regime, self.parts, self.train.global_batch
+        if batch % parts:
+            raise ValueError(
+                f"`data.parts` must be a divisor of train.global_batch = {batch}, got {parts}"
+            )
+        if regime == "sharded_labels" and parts == 1:
+            raise ValueError(
+                "`data.parts` must be at least 2 with data.regime sharded_labels, got "
+                f"{self.data.parts} with 1 statistic in a step. It is the number of shards."
+            )
+        labels = self.data.part_labels
+        if labels is not None and (batch // parts) % labels:
+            raise ValueError(
+                f"`data.part_labels` must be a divisor of the {batch // parts} samples in a part "
+                f"of a step, got {labels}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _statistics_are_pooled(self) -> Self:

@@ -38,6 +38,8 @@ class Feed(Protocol):
         in_channels: of the inputs; None if it is not known.
         num_classes: of the targets; None if it is not known.
         signature: the same, and what else a model must be used with.
+        labels: (N,), int64, on the CPU, of the training set; None if they are not known before
+            samples are read.
     """
 
     sizes: dict[str, int]
@@ -45,6 +47,7 @@ class Feed(Protocol):
     in_channels: int | None
     num_classes: int | None
     signature: Signature
+    labels: Tensor | None
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Yield the batch of each forward, on the worker's device, or a `Failure`.
@@ -86,6 +89,7 @@ class MemoryFeed:
         self.sizes = {name: len(split) for name, split in self._splits().items()}
         self.in_channels: int | None = data.train.images.shape[1]
         self.num_classes: int | None = data.num_classes
+        self.labels: Tensor | None = data.train.labels.cpu()
         images = data.train.images
         inputs = Inputs(
             shape=tuple(images.shape[1:]),
@@ -179,6 +183,7 @@ class LoaderFeed:
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
         self.num_classes: int | None = splits.num_classes
+        self.labels = splits.known_labels()
         self._nothing: Any = None
         self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
         inputs = splits.inputs or _as_prepared(self._nothing)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -34,6 +35,8 @@ class Splits:
         classes: names of the classes, for predictions.
         inputs: the inputs before the data sets standardised them, so that the model can be used on
             raw ones; None: it takes what the data sets give.
+        labels: of the training samples, whole numbers, for `data.regime`; None: those in the
+            attribute `targets` of `train`, as torchvision's data sets have it, if there are some.
     """
 
     train: Dataset[Any]
@@ -45,6 +48,24 @@ class Splits:
     unchanged: Dataset[Any] | None = None
     classes: Sequence[str] | None = None
     inputs: Inputs | None = None
+    labels: Sequence[int] | Tensor | None = None
+
+    def known_labels(self) -> Tensor | None:
+        """Return the training samples' labels, (N,), int64; None if they are not known.
+
+        Raises:
+            ConfigError: `labels` are given, but are not one whole number for each sample.
+        """
+        given = getattr(self.train, "targets", None) if self.labels is None else self.labels
+        labels, count = _whole_numbers(given), len(cast(Any, self.train))
+        if labels is not None and len(labels) == count:
+            return labels
+        if self.labels is None:
+            return None
+        raise ConfigError(
+            f"`data.name` must return labels that are whole numbers, one for each of {count} "
+            f"training samples, got a {type(given).__name__} of {len(self.labels)}"
+        )
 
     def check(self) -> "Splits":
         """Return this; ConfigError unless each part is a data set with samples."""
@@ -70,12 +91,25 @@ class Splits:
             return self
         kept, held = hold_out_indices(len(cast(Any, self.train)), share)
         unchanged = self.train if self.unchanged is None else self.unchanged
+        labels = self.known_labels()
         return replace(
             self,
             train=_Part(self.train, kept),
             validation=_Part(unchanged, held),
             unchanged=_Part(unchanged, kept),
+            labels=None if labels is None else labels[kept],
         )
+
+
+def _whole_numbers(values: Any) -> Tensor | None:
+    """Return a sequence of whole numbers as int64; None if it is none."""
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex():
+        return None
+    return numbers.long()
 
 
 def _check_part(name: str, data: Any) -> None:

@@ -188,7 +188,14 @@ def _make_splits(
         mean=tuple(figures[0].flatten().tolist()),
         std=tuple(figures[1].flatten().tolist()),
     )
-    return Splits(**sets, num_classes=classes, in_channels=first_x.shape[1], inputs=inputs)
+    has_labels = first_y.ndim == 1 and first_y.dtype.kind != "f"
+    return Splits(
+        **sets,
+        num_classes=classes,
+        in_channels=first_x.shape[1],
+        inputs=inputs,
+        labels=first_y.astype("int64") if has_labels else None,
+    )
 
 
 def _check(path: Path, split: str, x: Any, y: Any, first_x: Any, first_y: Any) -> None:

@@ -38,19 +38,19 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, paths: Paths, labels: Tensor, reader: ImageReader, *, in_training: bool
     ) -> None:
-        self._paths, self._labels = paths, labels
+        self._paths, self.targets = paths, labels
         self._reader, self._in_training = reader, in_training
 
     def without_changes(self) -> "ImageFolder":
         """The same images, not changed at random."""
-        return ImageFolder(self._paths, self._labels, self._reader, in_training=False)
+        return ImageFolder(self._paths, self.targets, self._reader, in_training=False)
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image = self._reader.read(self._paths[index], in_training=self._in_training)
-        return image, int(self._labels[index])
+        return image, int(self.targets[index])
 
 
 @source

@@ -92,6 +92,7 @@ def csv(
         num_classes=len(classes) if classes else 1,
         in_channels=count,
         classes=classes,
+        labels=sets["train"].tensors[1] if classes else None,
         inputs=Inputs(
             shape=(count,), dtype="float64", mean=tuple(mean.tolist()), std=tuple(std.tolist())
         ),
