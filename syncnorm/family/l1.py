@@ -58,9 +58,10 @@ class L1BatchNorm(FamilyLayer):
             self.running_deviation.copy_(layer.running_var.sqrt())
 
     def as_batch_norm(self) -> PlainBatchNorm:
-        # A batch norm divides by the root of var + eps.
-        var = (self.running_deviation.double() + self.eps).square() - self.eps
-        return PlainBatchNorm(self.running_mean, var, self.weight, self.bias)
+        # A batch norm divides by the root of var + eps; here that of (deviation + eps)^2.
+        deviation = self.running_deviation.double()
+        var = deviation * (deviation + 2 * self.eps)
+        return PlainBatchNorm(self.running_mean, var, self.weight, self.bias, self.eps**2)
 
     @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:

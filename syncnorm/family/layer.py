@@ -110,12 +110,14 @@ class Pooling(nn.Module):
 
 
 class PlainBatchNorm(NamedTuple):
-    """What a batch norm of torch's needs to evaluate as a layer does, with its eps."""
+    """What a batch norm of torch's needs to evaluate as a layer does."""
 
     mean: Tensor
     var: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    eps: float | None = None
+    """None: that of the layer."""
 
 
 Chosen = Callable[["FamilyLayer", Tensor, tuple[Tensor | None, ...]], Tensor]
@@ -164,7 +166,7 @@ class FamilyLayer(Pooling):
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             filled = torch.full((num_features,), value, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(filled) if affine else None)
-        wide = torch.float32 if dtype in _HALF_TYPES else dtype
+        wide = torch.float32 if (dtype or torch.get_default_dtype()) in _HALF_TYPES else dtype
         ones = torch.ones(num_features, device=device, dtype=wide)
         self.register_buffer("running_mean", ones - 1)
         self.register_buffer("running_var", ones)

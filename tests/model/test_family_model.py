@@ -105,6 +105,14 @@ def test_revert_evaluates_as_before_and_has_counted_all(first):
     torch.testing.assert_close(model(batch()), expected, rtol=1e-12, atol=1e-12)
 
 
+def test_revert_of_a_dead_channel_evaluates_as_before():
+    layer = L1BatchNorm(2, eps=1e-8)
+    layer.running_deviation.zero_()
+    x = torch.tensor([[1e-9, 0.0]])
+    expected = layer.eval()(x)
+    torch.testing.assert_close(revert(layer, to=nn.BatchNorm1d)(x), expected)
+
+
 def test_revert_of_a_layer_that_was_built_needs_to():
     model = network(L1BatchNorm)
     with pytest.raises(InputError, match="`to` must say what it shall be"):

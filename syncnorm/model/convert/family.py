@@ -119,7 +119,7 @@ def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNo
     is_affine = plain.weight is not None
     new = cls(
         layer.num_features,
-        layer.eps,
+        layer.eps if plain.eps is None else plain.eps,
         layer.momentum if was is None else was.momentum,
         affine=is_affine,
         device=plain.mean.device,
