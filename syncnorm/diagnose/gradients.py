@@ -1,0 +1,127 @@
+"""The gradient by depth, effective learning rates, and the angle of weights and gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from syncnorm.diagnose.observe import listening, watched
+from syncnorm.diagnose.problem import Problem, norm
+
+_WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def measure_gradients(problem: Problem) -> dict[str, Any]:
+    """Measure the gradient of each convolution and linear layer, in the order of construction.
+
+        activation   = sqrt(sum over samples of ||d loss_i / d output||^2 / samples)
+        gradient     = ||d loss / d W||            weight = ||W||
+        update_ratio = lr gradient / weight        effective_lr = lr / weight^2
+        cosine       = <W, d loss / d W> / (weight gradient)
+        slope        = least-squares slope of log2(activation) by layer, towards the output
+
+    d loss_i is the gradient of a sample's loss, in a loss that is a sum over samples. The cosine is
+    0 for weights straight in front of a layer that normalises by the batch, which does not see
+    their length (but for eps): `is_invariant` says for which ones that should hold.
+
+    *Collectives*: those of a gradient over all batches, and one sum of 2 numbers per layer; every
+    worker must call.
+
+    Returns:
+        "norm" of the whole gradient, "loss", "slope", "ratio" of activation first to last, "layers".
+
+    References:
+        van Laarhoven, L2 Regularization versus Batch and Weight Normalization, arXiv:1706.05350,
+        section 3, for the effective learning rate; Yang et al., A Mean Field Theory of Batch
+        Normalization, arXiv:1902.08129, for gradients that grow with depth.
+    """
+    layers = {n: m for n, m in problem.model.named_modules() if isinstance(m, _WEIGHTED)}
+    squares = {name: problem.zeros(2) for name in layers}
+    with _watching(problem, layers, squares):
+        loss, gradient = problem.gradient(problem.everything)
+    pooled = problem.sum(torch.cat([*squares.values(), problem.zeros(1)]), "activation gradients")
+    scale = math.fsum(max(each.values(), default=0.0) for each in problem.counts)
+    samples = float(problem.sizes.sum())
+    found: dict[str, dict[str, Any]] = {}
+    for (name, layer), (square, followed) in zip(
+        layers.items(), pooled[:-1].view(-1, 2).tolist(), strict=True
+    ):
+        # Each sample's loss has the weight 1 / count.
+        activation = scale * math.sqrt(square / samples) if samples else 0.0
+        found[name] = {"activation": activation, "is_invariant": followed > 0}
+        found[name] |= _weight(problem, layer, gradient.get(f"{name}.weight"))
+    logs = [math.log2(e["activation"]) for e in found.values() if e["activation"] > 0]
+    return {
+        "norm": norm(gradient),
+        "loss": loss,
+        "slope": slope(logs),
+        "ratio": 2 ** (logs[0] - logs[-1]) if logs and abs(logs[0] - logs[-1]) < 1000 else None,
+        "layers": found,
+    }
+
+
+def _weight(problem: Problem, layer: Any, gradient: Tensor | None) -> dict[str, float | None]:
+    if gradient is None:
+        return dict.fromkeys(("gradient", "weight", "update_ratio", "effective_lr", "cosine"))
+    weight = layer.weight.detach().double().to(gradient.device)
+    size, length = float(gradient.norm()), float(weight.norm())
+    product = float((weight * gradient).sum())
+    return {
+        "gradient": size,
+        "weight": length,
+        "update_ratio": problem.lr * size / length if length else None,
+        "effective_lr": problem.lr / length**2 if length else None,
+        "cosine": product / (size * length) if size * length else None,
+    }
+
+
+@contextmanager
+def _watching(
+    problem: Problem, layers: dict[str, Any], squares: dict[str, Tensor]
+) -> Iterator[None]:
+    """Add up the squares of the outputs' gradients, and count outputs that are normalised."""
+    outputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    norms = watched(problem.model)
+
+    def add(name: str, gradient: Tensor) -> None:
+        squares[name][0] += gradient.double().square().sum()
+
+    def after(name: str, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: add(name, gradient))
+            # Kept, so that its memory is not used again.
+            outputs[_identity(output)] = name, output.detach()
+
+    def before(norm_name: str, x: Tensor) -> None:
+        name, _ = outputs.get(_identity(x), ("", x))
+        if name and norms[norm_name].training and len(x):
+            squares[name][1] += 1
+
+    with ExitStack() as stack:
+        stack.enter_context(listening(problem.model, before))
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(lambda m, a, y, name=name: after(name, y))
+            stack.callback(handle.remove)
+        handle = problem.model.register_forward_pre_hook(lambda m, a: outputs.clear())
+        stack.callback(handle.remove)
+        yield
+
+
+def _identity(x: Tensor) -> tuple[int, int]:
+    """The memory of a tensor, and how often it was changed in place."""
+    return x.data_ptr(), x._version
+
+
+def slope(values: list[float]) -> float | None:
+    """Fit a line through (0, v0), (1, v1), ...; None for fewer than two values."""
+    n = len(values)
+    if n < 2:
+        return None
+    centre, mean = (n - 1) / 2, math.fsum(values) / n
+    above = math.fsum((i - centre) * (v - mean) for i, v in enumerate(values))
+    return above / math.fsum((i - centre) ** 2 for i in range(n))

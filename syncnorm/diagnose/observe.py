@@ -1,0 +1,144 @@
+"""Sums of what enters the normalisation layers, part by part, over all workers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from syncnorm.diagnose.problem import Forward, Problem
+from syncnorm.family.layer import Pooling
+from syncnorm.module import SyncNorm
+
+Receive = Callable[[str, Forward, int, Tensor], object]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What has entered one layer, in float64.
+
+    Args:
+        count: values per channel of each batch and part, (K, P).
+        total: sum of x - pivot, (K, P, C).
+        square: sum of (x - pivot)^2, (K, P, C).
+        pivot: (C,).
+    """
+
+    count: Tensor
+    total: Tensor
+    square: Tensor
+    pivot: Tensor
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance over everything, (C,) each."""
+        return moments(self.count.sum(), self.total.sum((0, 1)), self.square.sum((0, 1)), self)
+
+
+def moments(count: Tensor, total: Tensor, square: Tensor, of: Sums) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, from sums about the pivot."""
+    n = count.clamp(min=1)
+    mean = total / n
+    return of.pivot + mean, (square / n - mean.square()).clamp(min=0)
+
+
+def watched(model: nn.Module) -> dict[str, Any]:
+    """Find the layers that normalise by statistics of the batch, by name."""
+    return {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, _BatchNorm) or (isinstance(m, Pooling) and hasattr(m, "num_features"))
+    }
+
+
+def pools(layer: nn.Module) -> bool:
+    """True if a layer normalises by statistics of all workers."""
+    if isinstance(layer, SyncNorm):
+        return layer.sync_mode.normalizes_pooled
+    return isinstance(layer, Pooling) and layer.is_pooled
+
+
+@contextmanager
+def listening(model: nn.Module, receive: Callable[[str, Tensor], object]) -> Iterator[None]:
+    """Call `receive` with the name and the input of each layer of `watched` before its forward."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            receive(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+
+        return before
+
+    with ExitStack() as stack:
+        for name, layer in watched(model).items():
+            handle = layer.register_forward_pre_hook(hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def observe(
+    problem: Problem, batches: Sequence[int], *, with_noise: bool = False
+) -> tuple[float, dict[str, Sums]]:
+    """Compute the loss normalised by batches, and the sums of what enters each layer.
+
+    *Collectives*: those of the forwards, and one sum of P (2C + 1) numbers for each layer and batch
+    and 1; every worker must call.
+
+    Returns:
+        The loss, and the sums by layer.
+    """
+    layers, places = watched(problem.model), {number: k for k, number in enumerate(batches)}
+    size = len(batches), problem.parts
+    sums = {n: problem.zeros(*size, 2 * m.num_features + 1) for n, m in layers.items()}
+    pivots = {name: pivot_of(layer, problem) for name, layer in layers.items()}
+    seen: list[tuple[str, Tensor]] = []
+    loss, counts = problem.zeros(1), problem.total(batches)
+
+    def receive(name: str, x: Tensor) -> None:
+        seen.append((name, x.double().movedim(1, -1).flatten(1, -2) if x.ndim > 2 else x.double()))
+
+    with problem.training(with_noise=with_noise), listening(problem.model, receive):
+        for number, forward, terms in problem.losses(batches):
+            loss += problem.share(terms, counts).double()
+            for name, x in seen:
+                for part, values in split(x, forward):
+                    rows = values.reshape(-1, values.shape[-1]) - pivots[name]
+                    n = rows.new_full((1,), len(rows))
+                    found = torch.cat([n, rows.sum(0), rows.square().sum(0)])
+                    sums[name][places[number], part] += found
+            seen.clear()
+    message = torch.cat([loss, *(each.flatten() for each in sums.values())])
+    value, *parts = problem.sum(message, "activations").split(
+        [1, *(each.numel() for each in sums.values())]
+    )
+    pooled = {}
+    for (name, like), flat in zip(sums.items(), parts, strict=True):
+        channels = layers[name].num_features
+        count, total, square = flat.view_as(like).split([1, channels, channels], -1)
+        pooled[name] = Sums(count.squeeze(-1), total, square, pivots[name])
+    return value.item(), pooled
+
+
+def pivot_of(layer: Any, problem: Problem) -> Tensor:
+    """The running mean, which is the same on all workers; 0 where there is none, or it is broken."""
+    mean = getattr(layer, "running_mean", None)
+    if mean is None:
+        return problem.zeros(layer.num_features)
+    return mean.detach().to(problem.device, torch.float64).nan_to_num(0.0, 0.0, 0.0)
+
+
+def split(x: Tensor, forward: Forward) -> list[tuple[int, Tensor]]:
+    """Cut what a layer gets into the parts of the batch: x, (N, ...), N a multiple of the samples.
+
+    What cannot be cut (a layer that sees neither samples nor rows of samples) goes to the first.
+    """
+    samples = sum(forward.parts.values())
+    times = len(x) // samples if samples else 0
+    if not samples or times * samples != len(x):
+        return [(next(iter(forward.parts)), x)] if forward.parts else []
+    pieces = x.split([times * size for size in forward.parts.values()])
+    return list(zip(forward.parts, pieces, strict=True))

@@ -1,0 +1,161 @@
+"""Where the variance lies, and how far running statistics are from those of the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from syncnorm.diagnose.observe import Sums, observe, pools, watched
+from syncnorm.diagnose.problem import Problem
+from syncnorm.diagnose.state import is_noise, kept
+from syncnorm.model.modes import evaluating
+
+_FLAT = 1e-2
+
+
+def measure_statistics(problem: Problem) -> dict[str, Any]:
+    """Compare the parts of batches, and running statistics with those of the data.
+
+        between_share  = sum over batches, channels of (m2 - sum over parts of m2) / (m2 + n eps)
+        chance_share   = (parts - 1) / (samples - 1): its expectation where samples lie anywhere
+        part_gaps      = RMS over channels of (mean of the part - mean) / sqrt(var + eps)
+        mean_gap       = RMS over channels of (running_mean - mean) / sqrt(var + eps)
+        var_gap        = RMS over channels of log((running_var + eps) / (var + eps)) / 2
+        flat_share     = share of channels with var < eps / 100
+
+    mean and var are those of all batches, as training normalises the layers before; `loss` is that
+    of training, of evaluation, and of evaluation by mean and var. values is the number per channel
+    in a statistic.
+
+    *Statistics*: those of the training, running statistics frozen. m2 is the sum of squared
+    deviations, a part what one worker of the training has, on however many workers this is computed.
+
+    *Collectives*: those of three passes and of `observe` (four and two with dropout); every worker
+    must call.
+
+    Returns:
+        "loss", "samples" of a statistic, "layers" by name. "noise_ratio" is the variance with
+        dropout over that without it, None without dropout: it alone depends on the workers.
+
+    References:
+        Wu and Johnson, Rethinking "Batch" in BatchNorm, arXiv:2105.07576, section 3, for the gap of
+        running statistics; Li et al., arXiv:1801.05134, for the shift of variance by dropout.
+    """
+    loss, sums = observe(problem, problem.everything)
+    noisy: dict[str, Sums] = {}
+    if any(is_noise(m) and getattr(m, "p", 1) for m in problem.model.modules()):
+        _, noisy = observe(problem, problem.everything, with_noise=True)
+    with population(problem, sums), evaluating(problem.model):
+        by_population = _evaluated(problem)
+    return {
+        "loss": {
+            "training": loss,
+            "evaluation": problem.evaluation_loss,
+            "population": by_population,
+        },
+        "parts": problem.parts,
+        "samples": problem.samples,
+        "layers": {name: _figures(problem, name, sums[name], noisy.get(name)) for name in sums},
+    }
+
+
+@contextmanager
+def population(problem: Problem, sums: dict[str, Sums]) -> Iterator[None]:
+    """Have running statistics be those of the data within the block.
+
+    The variance is the unbiased one. Frozen layers, and running statistics by other names, stay.
+    """
+    layers = {n: m for n, m in watched(problem.model).items() if n not in problem.frozen}
+    buffers = {f"{n}.{b}": v for n, m in layers.items() for b, v in m.named_buffers(recurse=False)}
+    with kept(buffers), torch.no_grad():
+        for name in layers:
+            n = sums[name].count.sum()
+            mean, var = sums[name].moments()
+            values = {"mean": mean, "var": var * n / (n - 1).clamp(min=1)}
+            for each, value in values.items():
+                if f"{name}.running_{each}" in buffers and n > 0:
+                    buffers[f"{name}.running_{each}"].copy_(value)
+        yield
+
+
+def _evaluated(problem: Problem) -> float:
+    loss, counts = problem.zeros(1), problem.total(problem.everything)
+    with torch.no_grad():
+        for _, _, terms in problem.losses(problem.everything):
+            loss += problem.share(terms, counts).double()
+    return problem.sum(loss, "evaluation loss").item()
+
+
+def _figures(
+    problem: Problem, name: str, sums: Sums, noisy: Sums | None
+) -> dict[str, float | int | bool | list[float] | None]:
+    layer = watched(problem.model)[name]
+    eps, n = float(getattr(layer, "eps", 0.0)), sums.count
+    mean, var = sums.moments()
+    sigma = (var + eps).sqrt()
+    samples = problem.sizes.sum(1)
+    present = (problem.sizes > 0).sum(1)
+    chance = ((present - 1) / (samples - 1).clamp(min=1)).mean().item() if len(samples) else 0.0
+    known = n.sum((0,)) > 0  # (P,)
+    gaps = (_part_means(sums) - mean) / sigma  # (P, C)
+    noise = None
+    if noisy is not None:
+        noise = _finite(((noisy.moments()[1] + eps) / (var + eps)).mean())
+    values = n.sum(1).min() / samples.min().clamp(min=1) * problem.samples
+    return {
+        "between_share": _finite(_between(sums, eps)),
+        "chance_share": chance,
+        "part_gaps": torch.where(known, _rms(gaps), 0.0).tolist(),
+        **_running_gaps(layer, mean, var, n.sum(), eps),
+        "flat_share": _finite((var < _FLAT * eps).double().mean()),
+        "values": _finite(values),
+        "noise_ratio": noise,
+        "momentum": getattr(layer, "momentum", None),
+        "is_frozen": name in problem.frozen,
+        "is_pooled": pools(layer),
+    }
+
+
+def _between(sums: Sums, eps: float) -> Tensor:
+    """The share of the variance that lies between the parts of a batch, ()."""
+    n = sums.count.clamp(min=1).unsqueeze(-1)  # (K, P, 1)
+    within = (sums.square - sums.total.square() / n).clamp(min=0).sum(1)  # (K, C)
+    count, total, square = (each.sum(1) for each in (sums.count, sums.total, sums.square))
+    m2 = (square - total.square() / count.clamp(min=1).unsqueeze(-1)).clamp(min=0)
+    between = (m2 - within).clamp(min=0).sum(0)
+    return (between / (m2.sum(0) + count.sum() * eps)).mean()
+
+
+def _part_means(sums: Sums) -> Tensor:
+    n = sums.count.sum(0).clamp(min=1).unsqueeze(-1)
+    return sums.pivot + sums.total.sum(0) / n
+
+
+def _running_gaps(
+    layer: Any, mean: Tensor, var: Tensor, count: Tensor, eps: float
+) -> dict[str, float | None]:
+    running_mean = getattr(layer, "running_mean", None)
+    running_var = getattr(layer, "running_var", None)
+    if running_mean is None or running_var is None or not count > 0:
+        return {"mean_gap": None, "var_gap": None}
+    running_mean, running_var = running_mean.double(), running_var.double()
+    logs = ((running_var + eps) / (var + eps)).log() / 2
+    return {
+        "mean_gap": _finite(_rms((running_mean - mean) / (var + eps).sqrt())),
+        "var_gap": _finite(_rms(logs)),
+    }
+
+
+def _rms(values: Tensor) -> Tensor:
+    """Root mean square over the last dimension."""
+    return values.square().mean(-1).sqrt()
+
+
+def _finite(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None

@@ -1,0 +1,303 @@
+"""Each measure against what its definition gives by hand, on one worker."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from syncnorm import SyncBatchNorm
+from syncnorm.diagnose import Forward, Problem, diagnose, shift, surface
+from syncnorm.diagnose.covariate import measure_covariate_shift
+from syncnorm.diagnose.gradients import measure_gradients, slope
+from syncnorm.diagnose.shift import measure_shift
+from syncnorm.diagnose.smoothness import measure_smoothness
+from syncnorm.diagnose.statistics import measure_statistics
+from syncnorm.diagnose.surface import measure_surface
+from syncnorm.errors import FaultError, InputError
+from tests.diagnose import cases
+
+PARTS = (3, 2, 4)
+EPS = 1e-5
+
+
+def _begun(problem: Problem) -> Problem:
+    problem.begin()
+    return problem
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return cases.network(nn.BatchNorm2d)
+
+
+@pytest.fixture
+def problem(model) -> Problem:
+    return _begun(cases.problem_of(model, [cases.samples(9)], PARTS))
+
+
+def _plain_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, dict[str, Tensor]]:
+    copy = cases.network(nn.BatchNorm2d)
+    copy.load_state_dict(model.state_dict())
+    copy.train()
+    loss = F.cross_entropy(copy(x), y)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in copy.named_parameters()}
+
+
+def test_shares_and_gaps_by_hand(model, problem):
+    x, y = cases.samples(9)
+    h = model[0](x)  # what enters the first norm
+    c = h.transpose(0, 1).flatten(1)
+    mean, var = c.mean(1), c.var(1, correction=0)
+    found = measure_statistics(problem)
+    layer = found["layers"]["1"]
+    pieces = [p.transpose(0, 1).flatten(1) for p in h.split(PARTS)]
+    within = sum(((p - p.mean(1, keepdim=True)) ** 2).sum(1) for p in pieces)
+    m2 = var * c.shape[1]
+    share = ((m2 - within) / (m2 + c.shape[1] * EPS)).mean().item()
+    sigma = (var + EPS).sqrt()
+    gaps = [((p.mean(1) - mean) / sigma).square().mean().sqrt().item() for p in pieces]
+    assert layer["between_share"] == pytest.approx(share, rel=1e-9)
+    assert layer["chance_share"] == pytest.approx(2 / 8)
+    assert layer["part_gaps"] == pytest.approx(gaps, rel=1e-9)
+    gap = ((0.3 - mean) / sigma).square().mean().sqrt().item()
+    assert layer["mean_gap"] == pytest.approx(gap, rel=1e-9)
+    log = (((1 + EPS) / (var + EPS)).log() / 2).square().mean().sqrt().item()
+    assert layer["var_gap"] == pytest.approx(log, rel=1e-9)
+    assert layer["values"] == 9 * 16
+    assert not layer["is_pooled"]
+
+
+def test_losses_in_three_modes_by_hand(model, problem):
+    x, y = cases.samples(9)
+    found = measure_statistics(problem)["loss"]
+    with torch.no_grad():
+        evaluation = F.cross_entropy(model.eval()(x), y).item()
+        training = F.cross_entropy(model.train()(x), y).item()
+        # Momentum 1 makes the running statistics those of this batch.
+        for norm in (model[1], model[4]):
+            norm.momentum = 1.0
+        model(x)
+        population = F.cross_entropy(model.eval()(x), y).item()
+    assert found["evaluation"] == pytest.approx(evaluation, rel=1e-12)
+    assert found["training"] == pytest.approx(training, rel=1e-12)
+    assert found["population"] == pytest.approx(population, rel=1e-12)
+    assert abs(evaluation - population) > 1e-3
+
+
+def test_gradients_by_depth_by_hand(model, problem):
+    x, y = cases.samples(9)
+    found = measure_gradients(problem)
+    loss, gradient = _plain_gradient(model, x, y)
+    assert found["loss"] == pytest.approx(loss, rel=1e-12)
+    for name in ("0", "3", "7"):
+        weight, g = model[int(name)].weight, gradient[f"{name}.weight"]
+        layer = found["layers"][name]
+        assert layer["gradient"] == pytest.approx(g.norm().item(), rel=1e-9)
+        assert layer["weight"] == pytest.approx(weight.norm().item(), rel=1e-9)
+        assert layer["effective_lr"] == pytest.approx(0.1 / weight.norm().item() ** 2)
+        ratio = 0.1 * (g.norm() / weight.norm()).item()
+        assert layer["update_ratio"] == pytest.approx(ratio, rel=1e-9)
+    # A loss that is a sum over samples: the last layer's output is the loss's input.
+    model.train()
+    out = model(x).detach().requires_grad_()
+    F.cross_entropy(out, y, reduction="sum").backward()
+    by_hand = (out.grad.square().sum() / 9).sqrt().item()
+    assert found["layers"]["7"]["activation"] == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_weights_in_front_of_a_norm_are_orthogonal_to_their_gradient(problem):
+    layers = measure_gradients(problem)["layers"]
+    assert [layers[name]["is_invariant"] for name in ("0", "3", "7")] == [True, True, False]
+    assert abs(layers["0"]["cosine"]) < 1e-4 > abs(layers["3"]["cosine"])
+    assert abs(layers["7"]["cosine"]) > 1e-2
+
+
+def test_a_relu_in_place_between_a_convolution_and_a_norm_is_seen():
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3)
+    ).double()
+    problem = _begun(cases.problem_of(model, [cases.samples(9)], PARTS))
+    assert not measure_gradients(problem)["layers"]["0"]["is_invariant"]
+
+
+def test_slope():
+    assert slope([1.0, 3.0, 5.0, 7.0]) == pytest.approx(2.0)
+    assert slope([1.0]) is None
+
+
+class Quadratic(nn.Module):
+    """The loss is w A w / 2 for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64))
+        self.a = torch.diag(torch.tensor([1.0, 9.0, 4.0], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.w @ self.a @ self.w / 2).expand(len(x))
+
+
+def _mean(model, batch):
+    return {"": (model(batch).sum(), float(len(batch)))}
+
+
+def test_smoothness_of_a_quadratic_is_its_curvature():
+    model, x = Quadratic(), torch.zeros(4, 1)
+    before = model.w.detach().clone()
+    problem = Problem(
+        model, _mean, [[Forward(x, {0: 4})]], parts=1, samples=4, lr=0.05
+    )  # fmt: skip
+    problem.begin()
+    found = measure_smoothness(problem, (1.0, 2.0))
+    g = model.a @ before
+    curvature = ((model.a @ g).norm() / g.norm()).item()
+    assert found["smoothness"] == pytest.approx(curvature, rel=1e-9)
+    assert found["norm"] == pytest.approx(g.norm().item(), rel=1e-12)
+    change = (0.05 * model.a @ g).norm().item()
+    assert found["predictiveness"] == pytest.approx([change, 2 * change], rel=1e-9)
+    losses = [(w @ model.a @ w / 2).item() for w in (before - a * g for a in (0.05, 0.1))]
+    assert found["losses"] == pytest.approx(losses, rel=1e-9)
+    assert found["loss_range"] == pytest.approx([min(losses), max(losses)], rel=1e-9)
+    assert torch.equal(model.w, before)
+
+
+def test_divergence_of_normal_distributions():
+    def normal(mean, var):
+        return torch.tensor([mean], dtype=torch.float64), torch.tensor([var], dtype=torch.float64)
+
+    # D(N(1, 4) || N(0, 1)) = log(1/2) + (4 + 1) / 2 - 1/2
+    found = shift.gaussian_divergence(normal(1.0, 4.0), normal(0.0, 1.0), 0.0)
+    assert found.item() == pytest.approx(-math.log(2) + 2)
+    assert shift.gaussian_divergence(normal(1.0, 4.0), normal(1.0, 4.0), EPS).item() == 0
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randn(2, 200_000, generator=generator, dtype=torch.float64)
+    values = drawn * torch.tensor([[1.2], [1.0]]) + torch.tensor([[0.3], [0.0]])
+    counts = [torch.histc(v, shift.BINS, -4.8, 4.8)[None] for v in values]
+    exact = shift.gaussian_divergence(normal(0.3, 1.44), normal(0.0, 1.0), 0.0).item()
+    assert shift.histogram_divergence(*counts).item() == pytest.approx(exact, rel=0.05)
+
+
+def test_shift_is_none_from_itself_and_grows_with_the_weights(problem, model):
+    same = cases.network(nn.BatchNorm2d)
+    layers = measure_shift(problem, same)["layers"]
+    assert layers["1"]["gaussian"]["max"] == pytest.approx(0, abs=1e-12)
+    assert layers["1"]["histogram"]["max"] == pytest.approx(0, abs=1e-12)
+    with torch.no_grad():
+        same[0].weight.mul_(2)
+    layers = measure_shift(problem, same)["layers"]
+    x, _ = cases.samples(9)
+    c = model[0](x).transpose(0, 1).flatten(1)
+    mean, var = c.mean(1), c.var(1, correction=0)
+    ratio = (4 * var + EPS) / (var + EPS)
+    by_hand = -ratio.log() / 2 + (ratio + mean.square() / (var + EPS)) / 2 - 0.5
+    assert layers["1"]["gaussian"]["max"] == pytest.approx(by_hand.max().item(), rel=1e-9)
+    assert layers["1"]["histogram"]["max"] > 0.1
+    assert torch.equal(model[0].weight * 2, same[0].weight)
+
+
+def test_covariate_shift_by_hand(model, problem):
+    x, y = cases.samples(9)
+    _, g = _plain_gradient(model, x, y)
+    found = measure_covariate_shift(problem, most=99)
+    moved = cases.network(nn.BatchNorm2d)
+    names = list(g)
+    first = names.index("7.weight")
+    with torch.no_grad():
+        for name, p in moved.named_parameters():
+            if names.index(name) < first:
+                p -= 0.1 * g[name]
+    _, there = _plain_gradient(moved, x, y)
+    change = torch.cat([(g[n] - there[n]).flatten() for n in ("7.weight", "7.bias")]).norm().item()
+    assert found["gradients"]["7"]["change"] == pytest.approx(change, rel=1e-9)
+    assert 0.5 < found["gradients"]["7"]["cosine"] < 1
+    assert list(found["gradients"]) == ["1", "3", "4", "7"]
+    # The first layer's weights move, so what enters the first norm does; 0 before them.
+    old, new = (m[0](x).transpose(0, 1).flatten(1) for m in (model, moved))
+    drift = (new.mean(1) - old.mean(1)) / (old.var(1, correction=0) + EPS).sqrt()
+    by_hand = drift.square().mean().sqrt().item()
+    assert found["inputs"]["1"]["mean_drift"] == pytest.approx(by_hand, rel=1e-9)
+
+
+def test_some_layers_stand_for_all(problem):
+    assert list(measure_covariate_shift(problem, most=2)["gradients"]) == ["1", "7"]
+
+
+def test_the_surface_has_the_losses_of_the_three_modes_in_its_middle(problem):
+    found = measure_surface(problem, points=3)
+    losses = measure_statistics(problem)["loss"]
+    assert found["axis"] == [-1.0, 0.0, 1.0]
+    middle = {mode: values[1][1] for mode, values in found["modes"].items()}
+    assert middle["evaluation"] == pytest.approx(losses["evaluation"], rel=1e-12)
+    assert middle["batch"] == pytest.approx(losses["training"], rel=1e-12)
+    assert middle["recalibrated"] == pytest.approx(losses["population"], rel=1e-12)
+    corner = found["modes"]["batch"][0][2]
+    model = cases.network(nn.BatchNorm2d)
+    directions = [surface.random_direction(problem, seed) for seed in (1, 2)]
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p += directions[1][name] - directions[0][name]
+        x, y = cases.samples(9)
+        assert corner == pytest.approx(F.cross_entropy(model.train()(x), y).item(), rel=1e-9)
+
+
+def test_filters_of_a_direction_are_as_long_as_the_weights():
+    weight = torch.randn(4, 3, 2, 2, dtype=torch.float64)
+    direction = surface.filter_normalised(torch.randn_like(weight), weight)
+    assert torch.allclose(direction.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1))
+    assert not surface.filter_normalised(torch.ones(3), torch.ones(3)).any()
+
+
+def test_an_error_leaves_the_model_as_it_was(model):
+    problem = _begun(cases.problem_of(model, [cases.samples(9)], PARTS))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    model[1].eval()
+
+    def tick(cost):
+        calls.append(cost)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+
+    calls: list[int] = []
+    problem.tick = tick
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(problem)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model.training and not model[1].training
+
+
+def test_the_cost_is_what_is_ticked():
+    model = cases.network(SyncBatchNorm)
+    done: list[int] = []
+    problem = cases.problem_of(model, [cases.samples(9), cases.samples(9, 1)], PARTS)
+    expected: dict[str, int] = {}
+
+    def begin(costs, seconds):
+        expected.update(costs)
+        assert seconds > 0
+        problem.tick = done.append
+
+    diagnose(problem, cases.network(SyncBatchNorm, 1), begin=begin)
+    # A model of few layers has fewer groups of parameters than could be chosen.
+    assert sum(done) == sum(expected.values()) - 3 * (6 - 4)
+
+
+def test_bad_arguments_are_refused(model):
+    problem = cases.problem_of(model, [cases.samples(9)], PARTS)
+    with pytest.raises(InputError, match=r"`only` must be some of statistics.*got 'colour'"):
+        diagnose(problem, only=["colour"])
+    with pytest.raises(InputError, match="'shift', which needs an earlier checkpoint"):
+        diagnose(problem, only=["shift"])
+    with pytest.raises(InputError, match="at least one batch, got none"):
+        cases.problem_of(model, [], PARTS)
+
+
+def test_what_a_norm_of_torchs_refuses_is_raised_before_anything_is_measured():
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), nn.BatchNorm1d(3)).double()
+    problem = cases.problem_of(model, [cases.samples(3)], (2, 1), pooled=False)
+    with pytest.raises(FaultError, match="rank 0: ValueError: Expected more than 1 value"):
+        diagnose(problem)
