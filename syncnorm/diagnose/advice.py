@@ -191,8 +191,8 @@ def _not_invariant(measures: Measures) -> Iterator[str]:
         worst = max(above, key=lambda name: above[name])
         yield (
             f"{worst} is followed by a normalisation, and its gradient should be orthogonal to its "
-            f"weights, but their cosine is {above[worst]:.2g}{_more(above)}: its outputs are small "
-            "against eps, or the normalisation's gradient is not that of its output."
+            f"weights, but their cosine is {above[worst]:.2g}{_more(above)}: that normalisation's "
+            "gradient leaves out its statistics, or they are not those of the batch."
         )
 
 
