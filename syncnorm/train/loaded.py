@@ -160,7 +160,7 @@ def make_evaluated(
     Raises:
         ConfigError: the weights do not fit.
     """
-    with _random_numbers_kept():
+    with random_numbers_kept():
         network = make_network(config, signature, 1, allowed)
     network.to(device, getattr(torch, config.train.dtype))
     load_evaluated(network, snapshot, folder)
@@ -168,7 +168,7 @@ def make_evaluated(
 
 
 @contextmanager
-def _random_numbers_kept() -> Iterator[None]:
+def random_numbers_kept() -> Iterator[None]:
     """Give a program back the random numbers that it would have had."""
     before = random.getstate()
     try:

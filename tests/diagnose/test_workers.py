@@ -22,7 +22,7 @@ def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _differences(one: Any, other: Any) -> list[str]:
+def differences(one: Any, other: Any) -> list[str]:
     first, second = dict(_numbers(one)), dict(_numbers(other))
     assert first.keys() == second.keys()
     return [
@@ -47,7 +47,7 @@ def test_one_worker_finds_what_three_find(pool, name, parts):
     for world_size in (2, 3):
         for found, was_kept in pool(world_size).run(cases.everything_of, parts, name):
             assert was_kept
-            assert _differences(found, alone) == []
+            assert differences(found, alone) == []
     assert sum(1 for _, value in _numbers(alone) if isinstance(value, float)) > 200
 
 
@@ -58,7 +58,7 @@ def test_one_worker_finds_what_three_find(pool, name, parts):
 def test_a_sum_that_is_left_out_is_noticed(pool, what):
     alone, _ = cases.everything_of((3, 2), "pooled")
     found = pool(2).run(cases.everything_of, (3, 2), "pooled", what)
-    assert any(_differences(each, alone) for each, _ in found)
+    assert any(differences(each, alone) for each, _ in found)
 
 
 def test_a_failure_of_one_worker_is_raised_by_all(pool):
