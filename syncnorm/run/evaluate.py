@@ -5,28 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError
 from syncnorm.model.mixed import Choice, Mix, Prior
-from syncnorm.run import env, interrupt
-from syncnorm.run.env import Launched, read_launched
-from syncnorm.run.errors import LocalRunError
-from syncnorm.run.in_process import errors_in_one_line
-from syncnorm.run.local import run_once
-from syncnorm.run.machine import choose_device
-from syncnorm.run.processes import can_fork, prepare_to_fork
-from syncnorm.run.worker import end_with, join
+from syncnorm.run.env import Launched
+from syncnorm.run.own_workers import check_device, run_on
+from syncnorm.run.worker import join
 from syncnorm.train.config.schema import Config
 from syncnorm.train.judged import Evaluation, evaluate_run
 from syncnorm.train.loaded import read_run
-from syncnorm.train.processes import die_with_parent
 from syncnorm.train.task.measures import format_metric
 
-_PATIENCE_SECONDS = 30.0
 _NUMBERED = {"mix": Mix, "prior": Prior}
 
 
@@ -67,22 +58,12 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
         ConfigError: bad input; see `evaluate_run`.
         LocalRunError: code that the configuration names failed, or a worker was lost.
     """
-    config = _read(request)
-    if launched is not None and workers is not None:
-        raise ConfigError(
-            f"`--workers` must be left to the launcher, which started {launched.world_size}, got "
-            f"{workers}."
-        )
-    if workers is None or workers == 1:
-        with errors_in_one_line(0 if launched is None else launched.rank):
-            _print(request, _evaluate(request, config, launched))
-    else:
-        _start_workers(request, config, workers)
+    work = partial(_evaluate_and_print, request, _read(request))
+    run_on(work, workers, launched, request.device)
 
 
 def _read(request: Request) -> Config:
-    if request.device not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"`--device` must be auto, cpu or cuda, got {request.device!r}")
+    check_device(request.device)
     _statistics(request.statistics)
     keys = [f"data.{each}" for each in request.data]
     return read_run(request.run, request.allowed, overrides=keys)
@@ -106,6 +87,10 @@ def _statistics(text: str) -> Choice:
             f"prior:SAMPLES, got {text!r}"
         )
     return text
+
+
+def _evaluate_and_print(request: Request, config: Config, launched: Launched | None) -> None:
+    _print(request, _evaluate(request, config, launched))
 
 
 def _evaluate(request: Request, config: Config, launched: Launched | None) -> Evaluation:
@@ -134,29 +119,3 @@ def _print(request: Request, found: Evaluation) -> None:
         return
     for name, value in found.metrics.items():
         print(f"{found.split} {format_metric(name, value)}", flush=True)
-
-
-def _start_workers(request: Request, config: Config, count: int) -> None:
-    forks = can_fork(choose_device(request.device, 0, count))
-    if forks:
-        prepare_to_fork()
-    work = partial(_work, request, config)
-    try:
-        with env.for_workers(), interrupt.for_launcher():
-            failure = run_once(work, count, forks, _PATIENCE_SECONDS)
-    except interrupt.Stopped as stopped:
-        raise LocalRunError(f"stopped by {stopped.number.name}", 128 + stopped.number) from None
-    if failure is not None:
-        raise LocalRunError(failure.reason)
-
-
-def _work(request: Request, config: Config) -> NoReturn:
-    launched = read_launched()
-    assert launched is not None
-    end_with(partial(_evaluate_as_launched, request, config, launched), launched)
-
-
-@record
-def _evaluate_as_launched(request: Request, config: Config, launched: Launched) -> None:
-    die_with_parent(launched.launcher_pid)
-    _print(request, _evaluate(request, config, launched))

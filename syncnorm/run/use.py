@@ -1,4 +1,4 @@
-"""The commands that use what a run has learnt: recalibrate, evaluate, predict, export, merge."""
+"""The commands that use what a run has learnt: diagnose, recalibrate, evaluate, predict and more."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ _Checkpoint = Annotated[
 
 def add_commands(app: typer.Typer) -> None:
     """Add the commands, each of which imports its own work."""
-    for command in (recalibrate, evaluate, predict, export, merge):
+    for command in (recalibrate, evaluate, diagnose, predict, export, merge):
         app.command()(command)
 
 
@@ -91,6 +91,37 @@ def evaluate(
     folder, allowed = _prepare(run, allow)
     request = Request(folder, split, data or (), checkpoint, allowed, json, device, statistics)
     run_evaluate(request, workers, read_launched())
+
+
+def diagnose(
+    run: _Run,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A,B",
+            help="Some of statistics, gradients, smoothness, shift, covariate, surface; all if not "
+            "given.",
+        ),
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches to look at, at most.")] = 4,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
+    ] = None,
+    checkpoint: _Checkpoint = "newest",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    allow: Allow = None,
+) -> None:
+    """Measure how a run trains, and say what stands out: statistics, gradients, loss surface.
+
+    Writes diagnosis.json and diagnosis.html into the run's folder, whose path is the last line of
+    standard output; advice comes before it.
+    """
+    from syncnorm.run.diagnose import Request, run_diagnose
+
+    folder, allowed = _prepare(run, allow)
+    names = None if only is None else [name.strip() for name in only.split(",")]
+    request = Request(folder, checkpoint, names, batches, allowed, device)
+    run_diagnose(request, workers, read_launched())
 
 
 def predict(

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from syncnorm import prepare_ddp
 from syncnorm.diagnose import Forward, Problem, advise, diagnose
 from syncnorm.errors import ConfigError, InputError
-from syncnorm.placement import epoch_order, shard, size
-from syncnorm.train.checkpoint.evaluated import load_evaluated, share_evaluated
+from syncnorm.placement import epoch_order, size
+from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed
-from syncnorm.train.economy import set_tf32
 from syncnorm.train.data.inputs import Signature
+from syncnorm.train.economy import set_tf32
 from syncnorm.train.loaded import make_evaluated, random_numbers_kept, signature_of
 from syncnorm.train.parameters import freeze
 from syncnorm.train.parts import Part, Plan, plan_step
