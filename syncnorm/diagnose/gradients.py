@@ -89,7 +89,7 @@ def _watching(
     norms = watched(problem.model)
 
     def add(name: str, gradient: Tensor) -> None:
-        squares[name][0] += gradient.double().square().sum()
+        squares[name][0] += (gradient.double() / problem.scale).square().sum()
 
     def after(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:

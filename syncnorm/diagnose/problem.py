@@ -51,6 +51,8 @@ class Problem:
         samples: of one statistic of the training.
         lr: learning rate, the unit of steps along the gradient.
         frozen: names of modules that the training keeps in evaluation mode.
+        scale: of losses in backward passes: the number of workers after `prepare_ddp`, whose layers
+            may hold averages of gradients that DistributedDataParallel averages.
         process_group: the workers, see `syncnorm.groups`.
         tick: called after each pass over a forward with its cost: 1, or 3 with a backward.
     """
@@ -65,6 +67,7 @@ class Problem:
         samples: int,
         lr: float,
         frozen: Collection[str] = (),
+        scale: int = 1,
         process_group: groups.Spec = None,
         tick: Callable[[int], object] = lambda cost: None,
     ) -> None:
@@ -72,7 +75,7 @@ class Problem:
             raise InputError("`batches` must be at least one batch, got none")
         self.model, self.loss, self.batches = model, loss, batches
         self.parts, self.samples, self.lr = parts, samples, lr
-        self.frozen = frozenset(frozen)
+        self.frozen, self.scale = frozenset(frozen), scale
         self.group = groups.statistics_group(process_group)
         self.tick = tick
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -216,12 +219,14 @@ class Problem:
                 loss += share.detach().double()
                 if not share.requires_grad:
                     continue
-                # A sum's gradient: nothing is left to scale.
+                # Summed, not averaged: shards may be uneven.
                 Shard.scaled_losses += 1
-                found = torch.autograd.grad(share, list(parameters.values()), allow_unused=True)
+                found = torch.autograd.grad(
+                    share * self.scale, list(parameters.values()), allow_unused=True
+                )
                 for each, part in zip(total.values(), found, strict=True):
                     if part is not None:
-                        each += part
+                        each += part.double() / self.scale
                 self.tick(2)
         message = torch.cat([loss, *(each.flatten().to(self.device) for each in total.values())])
         value, *parts = self.sum(message, "gradient").split(

@@ -124,6 +124,7 @@ def diagnose_run(
         samples=plan.smallest,
         lr=_rate(config, snapshot),
         frozen=snapshot.facts.get("in_evaluation", ()),
+        scale=workers.world_size,
     )
 
     def start(costs: dict[str, int], seconds: float) -> None:

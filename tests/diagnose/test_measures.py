@@ -49,7 +49,7 @@ def _plain_gradient(model: nn.Module, x: Tensor, y: Tensor) -> tuple[float, dict
 
 
 def test_shares_and_gaps_by_hand(model, problem):
-    x, y = cases.samples(9)
+    x, _ = cases.samples(9)
     h = model[0](x)  # what enters the first norm
     c = h.transpose(0, 1).flatten(1)
     mean, var = c.mean(1), c.var(1, correction=0)
@@ -267,7 +267,8 @@ def test_an_error_leaves_the_model_as_it_was(model):
     with pytest.raises(KeyboardInterrupt):
         diagnose(problem)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
-    assert model.training and not model[1].training
+    assert model.training
+    assert not model[1].training
 
 
 def test_the_cost_is_what_is_ticked():
