@@ -37,8 +37,8 @@ def measure_gradients(problem: Problem) -> dict[str, Any]:
 
     References:
         van Laarhoven, L2 Regularization versus Batch and Weight Normalization, arXiv:1706.05350,
-        section 3, for the effective learning rate; Yang et al., A Mean Field Theory of Batch
-        Normalization, arXiv:1902.08129, for gradients that grow with depth.
+        for the effective learning rate; Yang et al., A Mean Field Theory of Batch Normalization,
+        arXiv:1902.08129, for gradients that grow with depth.
     """
     layers = {n: m for n, m in problem.model.named_modules() if isinstance(m, _WEIGHTED)}
     squares = {name: problem.zeros(2) for name in layers}

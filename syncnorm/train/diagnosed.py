@@ -82,7 +82,7 @@ def diagnose_run(
     allowed: tuple[str, ...] = (),
     begin: Begin = lambda costs, seconds: lambda cost: None,
 ) -> RunDiagnosis:
-    """Diagnose the evaluated model of a run on the first batches of its epoch, augmented as there.
+    """Diagnose the evaluated model of a run on some batches of its epoch, augmented as there.
 
     Nothing of the run changes. The early model of "shift" is the initial one.
 
@@ -180,7 +180,7 @@ def _loss(config: Config, task: Task, workers: Workers) -> Callable[[nn.Module, 
 def _load(
     feed: Feed, config: Config, snapshot: Snapshot, workers: Workers, plan: Plan, count: int
 ) -> list[list[Forward]]:
-    """Load this worker's forwards of the first batches of the checkpoint's epoch.
+    """Load this worker's forwards of some batches of the checkpoint's epoch.
 
     Raises:
         ConfigError: samples cannot be read; on all workers.
@@ -188,7 +188,10 @@ def _load(
     epoch = max(1, int(snapshot.facts.get("position", {}).get("epoch", 1)))
     order = epoch_order(feed.sizes[TRAIN], config.train.seed, epoch).to(feed.index_device)
     step = min(config.train.global_batch, len(order))
-    batches = order.split(step)[: max(1, min(count, len(order) // step))]
+    whole = len(order) // step
+    number = min(count, whole)
+    # Spread over the epoch, whose beginning may be unlike its end.
+    batches = [order.split(step)[whole * i // number] for i in range(number)]
     mine = plan.of_worker(workers.rank, workers.world_size)
     forwards = [
         (number, {p: size(cut) for p, cut in parts.items()}, _chosen(indices, parts))

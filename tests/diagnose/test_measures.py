@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -302,3 +304,10 @@ def test_what_a_norm_of_torchs_refuses_is_raised_before_anything_is_measured():
     problem = cases.problem_of(model, [cases.samples(3)], (2, 1), pooled=False)
     with pytest.raises(FaultError, match="rank 0: ValueError: Expected more than 1 value"):
         diagnose(problem)
+
+
+def test_the_pages_example_runs(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "diagnose.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "docs/diagnose.md", "exec"), {})
+    assert abs(float(capsys.readouterr().out.splitlines()[0])) < 1e-3
