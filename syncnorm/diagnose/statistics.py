@@ -118,6 +118,7 @@ def _figures(
         "momentum": getattr(layer, "momentum", None),
         "is_frozen": name in problem.frozen,
         "is_pooled": pools(layer),
+        "pools_running": bool(getattr(layer, "is_pooled", False)),
     }
 
 

@@ -73,6 +73,24 @@ def _small_momentum() -> Problem:
     return problem
 
 
+def _statistics_of_one_worker() -> Problem:
+    """Local layers, evaluated by the first worker's running statistics, which saw dark images."""
+
+    def data(seed: int) -> tuple[Tensor, Tensor]:
+        x, y = _labelled(seed=seed)
+        x[:16] -= 3
+        return x, y
+
+    sets = [data(seed) for seed in (0, 1)]
+    model = _with_statistics_of(cases.network(nn.BatchNorm2d), sets)
+    with torch.no_grad():
+        model[7].weight.mul_(10)
+        # The model has learnt these labels.
+        sets = [(x, model.eval()(x).argmax(1)) for x, _ in sets]
+    _with_statistics_of(model, [(x[:16], y) for x, y in sets])
+    return cases.problem_of(model, sets, PARTS, pooled=False, lr=1e-6)
+
+
 def _dropout() -> Problem:
     sets = [_labelled(seed=seed) for seed in (0, 1)]
     inner = cases.network()
@@ -151,6 +169,11 @@ SITUATIONS: dict[str, tuple[Callable[[], Problem], set[str], str]] = {
         _small_momentum,
         {"running statistics"},
         r"1's are .* standard deviations off.*evaluation has a loss.*momentum than 0\.001",
+    ),
+    "statistics of one worker": (
+        _statistics_of_one_worker,
+        {"running statistics"},
+        r"or pool them \(norm.sync: running, or batch\): each worker's follow its own",
     ),
     "dropout": (_dropout, {"dropout"}, r"in front of 5 1\.\d\d times as large"),
     "dead channels": (_dead_channels, {"dead channels"}, r"^50 % of the channels in front of 1 "),

@@ -118,3 +118,20 @@ def test_a_step_is_taken_apart_as_its_workers_had_it():
     assert _plan(local, 2, "norm.sync=none", "launch.micro_batch=10") == [[10]] * 4
     # A layer of the user's own pools, whatever norm says.
     assert _plan(pooled, 2, "norm.name=batch_norm", "norm.sync=none") == [[20, 20]]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rules"),
+    [
+        (["norm.momentum=0.001"], ["running statistics"]),
+        (["train.norm_batch=4"], ["few samples"]),
+        ([], []),
+    ],
+    ids=["small momentum", "small statistics", "nothing"],
+)
+def test_advice_about_runs_whose_fault_is_known(pool, tmp_path, overrides, rules):
+    folder, config = str(tmp_path / "run"), ["train.epochs=2", *overrides]
+    pool(2).run(runs.train_digits, folder, config)
+    only = ["statistics", "gradients", "smoothness"]
+    for found in pool(2).run(diagnosed, folder, config, only):
+        assert [each["rule"] for each in found["advice"]] == rules
