@@ -51,6 +51,7 @@ def _between_workers(measures: Measures) -> Iterator[str]:
         if not each["is_pooled"]
         and not each["is_frozen"]
         and each["between_share"] is not None
+        and each["chance_share"] is not None
         and each["chance_share"] < 1
     }
     above = {name: value for name, value in excess.items() if value > _BETWEEN}
@@ -177,7 +178,7 @@ def _odd_worker(measures: Measures) -> Iterator[str]:
         worst = max(range(len(gaps)), key=lambda part: gaps[part])
         others = max(gaps[:worst] + gaps[worst + 1 :])
         # The odd one pulls the mean away from the others, each by its share.
-        pulled = gaps[worst] / (len(gaps) - 1) + each["chance_share"] ** 0.5
+        pulled = gaps[worst] / (len(gaps) - 1) + (each["chance_share"] or 0.0) ** 0.5
         if gaps[worst] > _OUTLIER and others <= pulled and others < gaps[worst] / 1.5:
             yield (
                 f"worker {worst}'s data differ from the others': in front of {name} its mean is "

@@ -26,12 +26,14 @@ class Sums:
         count: values per channel of each batch and part, (K, P).
         total: sum of x - pivot, (K, P, C).
         square: sum of (x - pivot)^2, (K, P, C).
+        by_sample: sum over samples of (sum of x - pivot)^2 / values of the sample, (K, P, C).
         pivot: (C,).
     """
 
     count: Tensor
     total: Tensor
     square: Tensor
+    by_sample: Tensor
     pivot: Tensor
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -85,7 +87,7 @@ def observe(
 ) -> tuple[float, dict[str, Sums]]:
     """Compute the loss normalised by batches, and the sums of what enters each layer.
 
-    *Collectives*: those of the forwards, and one sum of P (2C + 1) numbers for each layer and batch
+    *Collectives*: those of the forwards, and one sum of P (3C + 1) numbers for each layer and batch
     and 1; every worker must call.
 
     Returns:
@@ -93,24 +95,18 @@ def observe(
     """
     layers, places = watched(problem.model), {number: k for k, number in enumerate(batches)}
     size = len(batches), problem.parts
-    sums = {n: problem.zeros(*size, 2 * m.num_features + 1) for n, m in layers.items()}
+    sums = {n: problem.zeros(*size, 3 * m.num_features + 1) for n, m in layers.items()}
     pivots = {name: pivot_of(layer, problem) for name, layer in layers.items()}
-    seen: list[tuple[str, Tensor]] = []
     loss, counts = problem.zeros(1), problem.total(batches)
 
     def receive(name: str, x: Tensor) -> None:
-        seen.append((name, x.double().movedim(1, -1).flatten(1, -2) if x.ndim > 2 else x.double()))
+        number, forward = problem.under_way
+        for part, values in split(x.double().movedim(1, -1), forward):
+            sums[name][places[number], part] += _sums(values - pivots[name])
 
     with problem.training(with_noise=with_noise), listening(problem.model, receive):
-        for number, forward, terms in problem.losses(batches):
+        for _, _, terms in problem.losses(batches):
             loss += problem.share(terms, counts).double()
-            for name, x in seen:
-                for part, values in split(x, forward):
-                    rows = values.reshape(-1, values.shape[-1]) - pivots[name]
-                    n = rows.new_full((1,), len(rows))
-                    found = torch.cat([n, rows.sum(0), rows.square().sum(0)])
-                    sums[name][places[number], part] += found
-            seen.clear()
     message = torch.cat([loss, *(each.flatten() for each in sums.values())])
     value, *parts = problem.sum(message, "activations").split(
         [1, *(each.numel() for each in sums.values())]
@@ -118,8 +114,8 @@ def observe(
     pooled = {}
     for (name, like), flat in zip(sums.items(), parts, strict=True):
         channels = layers[name].num_features
-        count, total, square = flat.view_as(like).split([1, channels, channels], -1)
-        pooled[name] = Sums(count.squeeze(-1), total, square, pivots[name])
+        count, total, square, by_sample = flat.view_as(like).split([1, *[channels] * 3], -1)
+        pooled[name] = Sums(count.squeeze(-1), total, square, by_sample, pivots[name])
     return value.item(), pooled
 
 
@@ -132,13 +128,22 @@ def pivot_of(layer: Any, problem: Problem) -> Tensor:
 
 
 def split(x: Tensor, forward: Forward) -> list[tuple[int, Tensor]]:
-    """Cut what a layer gets into the parts of the batch: x, (N, ...), N a multiple of the samples.
+    """Cut what a layer gets, (N, ..., C), into the parts of the batch: each (samples, values, C).
 
-    What cannot be cut (a layer that sees neither samples nor rows of samples) goes to the first.
+    N is a multiple of the samples. What cannot be cut (a layer that sees neither samples nor rows
+    of samples) goes to the first part.
     """
-    samples = sum(forward.parts.values())
+    samples, channels = sum(forward.parts.values()), x.shape[-1]
     times = len(x) // samples if samples else 0
     if not samples or times * samples != len(x):
-        return [(next(iter(forward.parts)), x)] if forward.parts else []
-    pieces = x.split([times * size for size in forward.parts.values()])
-    return list(zip(forward.parts, pieces, strict=True))
+        whole = x.reshape(-1, 1, channels)
+        return [(next(iter(forward.parts)), whole)] if forward.parts else []
+    cut = x.reshape(samples, -1, channels).split(list(forward.parts.values()))
+    return list(zip(forward.parts, cut, strict=True))
+
+
+def _sums(values: Tensor) -> Tensor:
+    """Sum (samples, values, C): the count, and by channel sums, squares, and squares of samples."""
+    of_samples = values.sum(1).square().sum(0) / max(1, values.shape[1])
+    count = values.new_full((1,), values.shape[0] * values.shape[1])
+    return torch.cat([count, values.sum((0, 1)), values.square().sum((0, 1)), of_samples])

@@ -83,6 +83,8 @@ class Problem:
         """By batch, the count of each term over all workers; known after `begin`."""
         self.sizes = self.zeros(len(batches), parts)
         """Samples of each batch and part, (K, P); known after `begin`."""
+        self.under_way = 0, Forward(None, {})
+        """The batch and the forward that the model is at, for hooks."""
         self.evaluation_loss = math.nan
         """Over all batches, in evaluation mode."""
 
@@ -169,6 +171,7 @@ class Problem:
         """Compute the terms of each forward of these batches, in whatever mode the model is."""
         for number in batches:
             for order, forward in enumerate(self.batches[number]):
+                self.under_way = number, forward
                 with seeded(1000 * number + order):
                     terms = self.loss(self.model, forward.batch)
                 yield number, forward, terms

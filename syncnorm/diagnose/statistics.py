@@ -22,7 +22,8 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
     """Compare the parts of batches, and running statistics with those of the data.
 
         between_share  = sum over batches, channels of (m2 - sum over parts of m2) / (m2 + n eps)
-        chance_share   = (parts - 1) / (samples - 1): its expectation where samples lie anywhere
+        chance_share   = the same of (parts - 1) / (samples - 1) m2 of the samples' means: what to
+                         expect where samples are shared out at random
         part_gaps      = RMS over channels of (mean of the part - mean) / sqrt(var + eps)
         mean_gap       = RMS over channels of (running_mean - mean) / sqrt(var + eps)
         var_gap        = RMS over channels of log((running_var + eps) / (var + eps)) / 2
@@ -99,8 +100,7 @@ def _figures(
     mean, var = sums.moments()
     sigma = (var + eps).sqrt()
     samples = problem.sizes.sum(1)
-    present = (problem.sizes > 0).sum(1)
-    chance = ((present - 1) / (samples - 1).clamp(min=1)).mean().item() if len(samples) else 0.0
+    between, chance = _between(problem, sums, eps)
     known = n.sum((0,)) > 0  # (P,)
     gaps = (_part_means(sums) - mean) / sigma  # (P, C)
     noise = None
@@ -108,8 +108,8 @@ def _figures(
         noise = _finite(((noisy.moments()[1] + eps) / (var + eps)).mean())
     values = n.sum(1).min() / samples.min().clamp(min=1) * problem.samples
     return {
-        "between_share": _finite(_between(sums, eps)),
-        "chance_share": chance,
+        "between_share": _finite(between),
+        "chance_share": _finite(chance),
         "part_gaps": torch.where(known, _rms(gaps), 0.0).tolist(),
         **_running_gaps(layer, mean, var, n.sum(), eps),
         "flat_share": _finite((var < _FLAT * eps).double().mean()),
@@ -122,14 +122,21 @@ def _figures(
     }
 
 
-def _between(sums: Sums, eps: float) -> Tensor:
-    """The share of the variance that lies between the parts of a batch, ()."""
+def _between(problem: Problem, sums: Sums, eps: float) -> tuple[Tensor, Tensor]:
+    """The share of the variance that lies between the parts of a batch, and that by chance, ()."""
     n = sums.count.clamp(min=1).unsqueeze(-1)  # (K, P, 1)
     within = (sums.square - sums.total.square() / n).clamp(min=0).sum(1)  # (K, C)
-    count, total, square = (each.sum(1) for each in (sums.count, sums.total, sums.square))
-    m2 = (square - total.square() / count.clamp(min=1).unsqueeze(-1)).clamp(min=0)
+    count, total, square, by_sample = (
+        each.sum(1) for each in (sums.count, sums.total, sums.square, sums.by_sample)
+    )
+    of_mean = total.square() / count.clamp(min=1).unsqueeze(-1)
+    m2, between_samples = (square - of_mean).clamp(min=0), (by_sample - of_mean).clamp(min=0)
+    all_of_it = m2.sum(0) + count.sum() * eps
+    parts, samples = (problem.sizes > 0).sum(1), problem.sizes.sum(1)
+    odds = (parts - 1).clamp(min=0) / (samples - 1).clamp(min=1)  # (K,)
+    chance = (odds.unsqueeze(-1) * between_samples).sum(0)
     between = (m2 - within).clamp(min=0).sum(0)
-    return (between / (m2.sum(0) + count.sum() * eps)).mean()
+    return (between / all_of_it).mean(), (chance / all_of_it).mean()
 
 
 def _part_means(sums: Sums) -> Tensor:

@@ -64,7 +64,10 @@ def test_shares_and_gaps_by_hand(model, problem):
     sigma = (var + EPS).sqrt()
     gaps = [((p.mean(1) - mean) / sigma).square().mean().sqrt().item() for p in pieces]
     assert layer["between_share"] == pytest.approx(share, rel=1e-9)
-    assert layer["chance_share"] == pytest.approx(2 / 8)
+    means = h.mean((2, 3))  # (9, 4)
+    of_samples = 16 * ((means - mean) ** 2).sum(0)
+    chance = (2 / 8 * of_samples / (m2 + c.shape[1] * EPS)).mean().item()
+    assert layer["chance_share"] == pytest.approx(chance, rel=1e-9)
     assert layer["part_gaps"] == pytest.approx(gaps, rel=1e-9)
     gap = ((0.3 - mean) / sigma).square().mean().sqrt().item()
     assert layer["mean_gap"] == pytest.approx(gap, rel=1e-9)
@@ -72,6 +75,20 @@ def test_shares_and_gaps_by_hand(model, problem):
     assert layer["var_gap"] == pytest.approx(log, rel=1e-9)
     assert layer["values"] == 9 * 16
     assert not layer["is_pooled"]
+
+
+def test_samples_shared_out_at_random_have_the_share_of_chance(model):
+    x, y = cases.samples(60)
+    x = x + 3 * torch.randn(60, 1, 1, 1, generator=torch.Generator().manual_seed(1))
+    shares, chances = [], []
+    for seed in range(40):
+        order = torch.randperm(60, generator=torch.Generator().manual_seed(seed))
+        problem = _begun(cases.problem_of(model, [(x[order], y[order])], (10, 20, 30)))
+        layer = measure_statistics(problem)["layers"]["1"]
+        shares.append(layer["between_share"])
+        chances.append(layer["chance_share"])
+    assert max(chances) == pytest.approx(min(chances))
+    assert sum(shares) / 40 == pytest.approx(chances[0], rel=0.25)
 
 
 def test_losses_in_three_modes_by_hand(model, problem):
