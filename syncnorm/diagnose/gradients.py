@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.diagnose.observe import listening, watched
 from syncnorm.diagnose.problem import Problem, norm
+from syncnorm.module import SyncNorm
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
 
@@ -26,8 +28,8 @@ def measure_gradients(problem: Problem) -> dict[str, Any]:
         slope        = least-squares slope of log2(activation) by layer, towards the output
 
     d loss_i is the gradient of a sample's loss, in a loss that is a sum over samples. The cosine is
-    0 for weights straight in front of a layer that normalises by the batch, which does not see
-    their length (but for eps): `is_invariant` says for which ones that should hold.
+    0 for weights straight in front of a batch norm, which does not see their length (but for eps):
+    `is_invariant` says for which ones that should hold.
 
     *Collectives*: those of a gradient over all batches, and one sum of 2 numbers per layer; every
     worker must call.
@@ -99,7 +101,7 @@ def _watching(
 
     def before(norm_name: str, x: Tensor) -> None:
         name, _ = outputs.get(_identity(x), ("", x))
-        if name and norms[norm_name].training and len(x):
+        if name and _is_by_batch(norms[norm_name]) and len(x):
             squares[name][1] += 1
 
     with ExitStack() as stack:
@@ -110,6 +112,12 @@ def _watching(
         handle = problem.model.register_forward_pre_hook(lambda m, a: outputs.clear())
         stack.callback(handle.remove)
         yield
+
+
+def _is_by_batch(layer: nn.Module) -> bool:
+    """True for batch norms in training; not for layers that normalise by averages."""
+    is_lagged = isinstance(layer, SyncNorm) and not layer.sync_mode.normalizes_by_batch
+    return isinstance(layer, _BatchNorm) and layer.training and not is_lagged
 
 
 def _identity(x: Tensor) -> tuple[int, int]:

@@ -72,8 +72,10 @@ def test_three_workers_find_what_one_finds(pool, tmp_path, variant):
         assert each["is_pooled"] == (variant in ("batch", "lagged", "average") or "norm" in variant)
         assert 0 <= each["between_share"] < 0.3
     for each in alone["measures"]["gradients"]["layers"].values():
-        if each["is_invariant"] and variant != "lagged":
+        if each["is_invariant"]:
             assert abs(each["cosine"]) < 1e-2
+    invariant = [e["is_invariant"] for e in alone["measures"]["gradients"]["layers"].values()]
+    assert sum(invariant) == (0 if variant in ("lagged", "groups") else 9)
 
 
 def test_every_measure_of_a_run(pool, tmp_path):
