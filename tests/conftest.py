@@ -39,6 +39,7 @@ LONGEST = (
     "test_use_tasks.py",
     "test_run.py",
     "test_loop.py",
+    "test_diagnosed.py",
     "test_tasks.py",
     "test_sampler.py",
     "test_optimisation.py",

@@ -21,14 +21,11 @@ from tests.train import runs
 SMALL = ["train.epochs=1", "train.global_batch=40", "train.dtype=float64", "data.augment.crop=1"]
 VARIANTS = {
     "batch": [],
-    "norm batches": ["train.norm_batch=20"],
     "many norm batches": ["train.norm_batch=10"],
-    "local": ["norm.sync=none"],
     "micro batches": ["norm.sync=none", "launch.micro_batch=10"],
     "running": ["norm.name=sync_batch_renorm", "norm.sync=running"],
     "lagged": ["norm.sync=lagged", "train.lr=0.03"],
     "torch": ["norm.name=batch_norm", "norm.sync=none"],
-    "groups": ["norm.name=group_norm", "norm.sync=none"],
     "average": ["train.ema=0.9"],
 }
 
@@ -63,11 +60,9 @@ def test_three_workers_find_what_one_finds(pool, tmp_path, variant):
     assert alone["batches"] == 2
     assert alone["samples"] == 40
     layers = alone["measures"]["statistics"]["layers"]
-    assert len(layers) == (0 if variant == "groups" else 9)
-    assert alone["measures"]["statistics"]["samples"] == {
-        "norm batches": 20, "many norm batches": 10, "local": 20, "micro batches": 10,
-        "running": 20, "torch": 20, "groups": 20,
-    }.get(variant, 40)  # fmt: skip
+    assert len(layers) == 9
+    smallest = {"many norm batches": 10, "micro batches": 10, "running": 20, "torch": 20}
+    assert alone["measures"]["statistics"]["samples"] == smallest.get(variant, 40)
     for each in layers.values():
         assert each["is_pooled"] == (variant in ("batch", "lagged", "average") or "norm" in variant)
         assert 0 <= each["between_share"] < 0.3
@@ -75,7 +70,7 @@ def test_three_workers_find_what_one_finds(pool, tmp_path, variant):
         if each["is_invariant"]:
             assert abs(each["cosine"]) < 1e-2
     invariant = [e["is_invariant"] for e in alone["measures"]["gradients"]["layers"].values()]
-    assert sum(invariant) == (0 if variant in ("lagged", "groups") else 9)
+    assert sum(invariant) == (0 if variant == "lagged" else 9)
 
 
 def test_every_measure_of_a_run(pool, tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, PercentFormatter
 
 from syncnorm.train.report.svg import WIDTH, run_colour, to_svg
 from syncnorm.train.report.text import plain, shorten
@@ -56,6 +56,10 @@ def by_layer(
         )
     if log:
         axes.set_xscale("log")
+        positive = [value for value in known if value > 0]
+        # A short axis with powers of ten alone would have one label, or none.
+        subs = (1.0,) if max(positive) > 100 * min(positive) else (1.0, 2.0, 5.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=9))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     else:
