@@ -16,8 +16,8 @@ class Exchange(NamedTuple):
     kind: str
     """The payload: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments",
     "all gradients" of a model; "population" of `recalibrate`, "targets" and "least squares" of
-    `merge`, "monitor" of `monitor`, "agreement" before anything is pooled, "join" of `join`; "no
-    data" for the zeros of a rank that has none."""
+    `merge`, "monitor" of `monitor`, "diagnosis" of `diagnose`, "agreement" before anything is pooled,
+    "join" of `join`; "no data" for the zeros of a rank that has none."""
     numel: int
     """Float64 numbers sent, identity and padding included (see `exchange.size_of`)."""
     seconds: float

@@ -6,6 +6,7 @@ returns plain numbers, the same on all workers and on any number of them.
     problem     batches and passes: losses and gradients of all workers together
     state       the model as it was, whatever a measure has done to it
     observe     sums of what enters the normalisation layers
+    population  statistics of the data in place of running ones
     diagnosis   all measures, one after the other, and the time that they will take
     advice      sentences from the numbers
 """

@@ -194,16 +194,12 @@ class Problem:
         return torch.stack(shares).sum() if shares else torch.zeros((), device=self.device)
 
     @torch.no_grad()
-    def training_loss(self, batches: Sequence[int], *, with_noise: bool = False) -> float:
-        """Compute the loss normalised by batches.
-
-        *Collectives*: those of the forwards, and one sum of 1 number; every worker must call.
-        """
-        counts, loss = self.total(batches), self.zeros(1)
-        with self.training(with_noise=with_noise):
-            for _, _, terms in self.losses(batches):
-                loss += self.share(terms, counts).double()
-        return self.sum(loss, "training loss").item()
+    def local_loss(self, batches: Sequence[int]) -> Tensor:
+        """Compute this worker's share of the loss over batches, in whatever mode the model is, ()."""
+        loss, counts = self.zeros(1), self.total(batches)
+        for _, _, terms in self.losses(batches):
+            loss += self.share(terms, counts).double()
+        return loss[0]
 
     def gradient(self, batches: Sequence[int]) -> tuple[float, Gradient]:
         """Compute the loss normalised by batches, and its gradient in float64.

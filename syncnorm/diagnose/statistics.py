@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from syncnorm.diagnose.observe import Sums, observe, pools, watched
+from syncnorm.diagnose.population import population
 from syncnorm.diagnose.problem import Problem
-from syncnorm.diagnose.state import is_noise, kept
+from syncnorm.diagnose.state import is_noise
 from syncnorm.model.modes import evaluating
 
 _FLAT = 1e-2
@@ -52,7 +51,8 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
     if any(is_noise(m) and getattr(m, "p", 1) for m in problem.model.modules()):
         _, noisy = observe(problem, problem.everything, with_noise=True)
     with population(problem, sums), evaluating(problem.model):
-        by_population = _evaluated(problem)
+        local = problem.local_loss(problem.everything)
+    by_population = problem.sum(local.view(1), "evaluation loss").item()
     return {
         "loss": {
             "training": loss,
@@ -63,33 +63,6 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
         "samples": problem.samples,
         "layers": {name: _figures(problem, name, sums[name], noisy.get(name)) for name in sums},
     }
-
-
-@contextmanager
-def population(problem: Problem, sums: dict[str, Sums]) -> Iterator[None]:
-    """Have running statistics be those of the data within the block.
-
-    The variance is the unbiased one. Frozen layers, and running statistics by other names, stay.
-    """
-    layers = {n: m for n, m in watched(problem.model).items() if n not in problem.frozen}
-    buffers = {f"{n}.{b}": v for n, m in layers.items() for b, v in m.named_buffers(recurse=False)}
-    with kept(buffers), torch.no_grad():
-        for name in layers:
-            n = sums[name].count.sum()
-            mean, var = sums[name].moments()
-            values = {"mean": mean, "var": var * n / (n - 1).clamp(min=1)}
-            for each, value in values.items():
-                if f"{name}.running_{each}" in buffers and n > 0:
-                    buffers[f"{name}.running_{each}"].copy_(value)
-        yield
-
-
-def _evaluated(problem: Problem) -> float:
-    loss, counts = problem.zeros(1), problem.total(problem.everything)
-    with torch.no_grad():
-        for _, _, terms in problem.losses(problem.everything):
-            loss += problem.share(terms, counts).double()
-    return problem.sum(loss, "evaluation loss").item()
 
 
 def _figures(

@@ -10,7 +10,7 @@ from torch import Tensor
 from syncnorm.diagnose.observe import observe
 from syncnorm.diagnose.problem import Gradient, Problem
 from syncnorm.diagnose.smoothness import shifted
-from syncnorm.diagnose.statistics import population
+from syncnorm.diagnose.population import population
 from syncnorm.model.modes import evaluating
 
 POINTS = 7
@@ -48,9 +48,10 @@ def measure_surface(problem: Problem, points: int = POINTS, seed: int = 0) -> di
             with shifted(problem.parameters, by):
                 loss, sums = observe(problem, [0])
                 batch.append(loss)
-                local.append(_evaluated(problem))
-                with population(problem, sums):
-                    local.append(_evaluated(problem))
+                with evaluating(problem.model):
+                    local.append(problem.local_loss([0]))
+                    with population(problem, sums):
+                        local.append(problem.local_loss([0]))
     pooled = problem.sum(torch.stack(local), "surface").view(-1, 2)
     columns = dict(zip(MODES, (pooled[:, 0].tolist(), batch, pooled[:, 1].tolist()), strict=True))
     return {
@@ -79,12 +80,3 @@ def filter_normalised(direction: Tensor, weight: Tensor) -> Tensor:
     rows = direction.flatten(1).norm(dim=1), weight.flatten(1).norm(dim=1)
     ratio = rows[1] / (rows[0] + 1e-10)
     return direction * ratio.view(-1, *[1] * (weight.ndim - 1))
-
-
-def _evaluated(problem: Problem) -> Tensor:
-    """This worker's share of the loss in evaluation mode, ()."""
-    loss, counts = problem.zeros(1), problem.total([0])
-    with torch.no_grad(), evaluating(problem.model):
-        for _, _, terms in problem.losses([0]):
-            loss += problem.share(terms, counts).double()
-    return loss[0]

@@ -1,0 +1,31 @@
+"""Statistics of the data in place of running ones, for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from syncnorm.diagnose.observe import Sums, watched
+from syncnorm.diagnose.problem import Problem
+from syncnorm.diagnose.state import kept
+
+
+@contextmanager
+def population(problem: Problem, sums: dict[str, Sums]) -> Iterator[None]:
+    """Have running statistics be those of the data within the block.
+
+    The variance is the unbiased one. Frozen layers, and running statistics by other names, stay.
+    """
+    layers = {n: m for n, m in watched(problem.model).items() if n not in problem.frozen}
+    buffers = {f"{n}.{b}": v for n, m in layers.items() for b, v in m.named_buffers(recurse=False)}
+    with kept(buffers), torch.no_grad():
+        for name in layers:
+            n = sums[name].count.sum()
+            mean, var = sums[name].moments()
+            values = {"mean": mean, "var": var * n / (n - 1).clamp(min=1)}
+            for each, value in values.items():
+                if f"{name}.running_{each}" in buffers and n > 0:
+                    buffers[f"{name}.running_{each}"].copy_(value)
+        yield
