@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from syncnorm.diagnose.observe import observe
+from syncnorm.diagnose.population import population
 from syncnorm.diagnose.problem import Gradient, Problem
 from syncnorm.diagnose.smoothness import shifted
-from syncnorm.diagnose.population import population
 from syncnorm.model.modes import evaluating
 
 POINTS = 7
