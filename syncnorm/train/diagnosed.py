@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from syncnorm import prepare_ddp
 from syncnorm.diagnose import Forward, Problem, advise, diagnose
 from syncnorm.errors import ConfigError, InputError
-from syncnorm.placement import epoch_order, size
+from syncnorm.placement import size
 from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.data.inputs import Signature
+from syncnorm.train.data.regimes import training_order
 from syncnorm.train.economy import set_tf32
 from syncnorm.train.loaded import make_evaluated, random_numbers_kept, signature_of
 from syncnorm.train.parameters import freeze
@@ -186,7 +187,7 @@ def _load(
         ConfigError: samples cannot be read; on all workers.
     """
     epoch = max(1, int(snapshot.facts.get("position", {}).get("epoch", 1)))
-    order = epoch_order(feed.sizes[TRAIN], config.train.seed, epoch).to(feed.index_device)
+    order = training_order(config, feed, epoch).to(feed.index_device)
     step = min(config.train.global_batch, len(order))
     whole = len(order) // step
     number = min(count, whole)

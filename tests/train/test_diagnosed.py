@@ -19,6 +19,8 @@ from tests.diagnose.test_workers import differences
 from tests.train import runs
 
 SMALL = ["train.epochs=1", "train.global_batch=40", "train.dtype=float64", "data.augment.crop=1"]
+# Each worker has half of the labels, and statistics of its own.
+SHARDED = ["norm.sync=none", "data.regime=sharded_labels", "data.parts=2"]
 VARIANTS = {
     "batch": [],
     "many norm batches": ["train.norm_batch=10"],
@@ -122,9 +124,10 @@ def test_a_step_is_taken_apart_as_its_workers_had_it():
     [
         (["norm.momentum=0.001"], ["running statistics"]),
         (["train.norm_batch=4"], ["few samples"]),
+        (SHARDED, ["running statistics"]),
         ([], []),
     ],
-    ids=["small momentum", "small statistics", "nothing"],
+    ids=["small momentum", "small statistics", "sharded labels", "nothing"],
 )
 def test_advice_about_runs_whose_fault_is_known(pool, tmp_path, overrides, rules):
     folder, config = str(tmp_path / "run"), ["train.epochs=2", *overrides]
