@@ -68,7 +68,17 @@ class Normalize(torch.autograd.Function):
     # With ctx as an argument: a separate setup_context costs more per call than the C-sized
     # arithmetic.
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, mean, invstd, mask, gradient_means):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        anchor: Tensor,
+        mean: Tensor,
+        invstd: Tensor,
+        mask: Tensor | None,
+        gradient_means: GradientMeans,
+    ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, invstd, mask)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.gradient_means = gradient_means
@@ -77,7 +87,9 @@ class Normalize(torch.autograd.Function):
         return kernels.normalize(x, mean, scale, shift)
 
     @staticmethod
-    def backward(ctx, grad_output):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad_output: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, weight, mean, invstd, mask = ctx.saved_tensors
         who = observed.observer(grad_output)
         if who is not None and who != observed.FAKE:

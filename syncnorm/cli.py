@@ -19,7 +19,7 @@ from syncnorm.run.ray import cli
 
 # Nothing above imports torch, which takes seconds of a core: each command imports its own work.
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="syncnorm",
     no_args_is_help=True,
     add_completion=False,
@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-config_app = typer.Typer(
+config_app: typer.Typer = typer.Typer(
     no_args_is_help=True, help="Print a resolved configuration, or the keys and their meaning."
 )
 app.add_typer(config_app, name="config")

@@ -8,6 +8,7 @@ y a call leaves what it was made by: mean, m2 and invstd, and r and d of batch r
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +52,15 @@ class FusedNormalize(torch.autograd.Function):
     """y = (x - mean) * invstd * r * weight + d * weight + bias, and its gradient."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, anchor, mask, call):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        anchor: Tensor,
+        mask: Tensor | None,
+        call: Call,
+    ) -> Tensor:
         y, rows = call.kernels.normalize(x, call.batch, weight, bias, call.eps, call.reference)
         call.rows = rows
         ctx.save_for_backward(x, weight, rows, mask)
@@ -60,7 +69,9 @@ class FusedNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, g: Tensor
+    ) -> tuple[Tensor | None, ...]:
         x, weight, rows, mask = ctx.saved_tensors
         who = observed.observer(g)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()

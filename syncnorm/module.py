@@ -67,6 +67,10 @@ def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
 class SyncNorm(_BatchNorm):
     """Base class of SyncBatchNorm and SyncBatchRenorm; abstract."""
 
+    label: str
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
     averages_std = False
     """True if the running variance follows by its root, the standard deviation."""
     statistics: Source

@@ -170,6 +170,8 @@ class PooledMeans:
         shard: whose unevenness to notice in the backward pass; None: nobody's.
     """
 
+    n: float | Tensor
+
     def __init__(
         self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None
     ) -> None:

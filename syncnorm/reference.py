@@ -112,6 +112,13 @@ class LaggedBatchNorm:
     batch instead, as batch norm does. Call `step` once between steps; until then nothing moves.
     """
 
+    backward_rate: float
+    eps: float
+    forward_rate: float
+    max_drift: float
+    running: RunningStatistics
+    waits: bool
+
     def __init__(
         self, channels: int, forward_rate: float, backward_rate: float, max_drift: float, eps: float
     ) -> None:

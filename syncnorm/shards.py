@@ -19,7 +19,7 @@ class Shard:
 
     scaled_losses = 0
     """Number of losses that this process has scaled, by `scale_loss` or in its way."""
-    has_warned = False
+    has_warned: bool = False
     """True if this process has warned. Once is enough."""
 
     def __init__(self, count: Tensor) -> None:
@@ -69,6 +69,8 @@ class LateShard(Shard):
 
     The backward pass notes whether a loss was scaled before it.
     """
+
+    is_due: bool
 
     def __init__(self, count: Tensor, name: str) -> None:
         super().__init__(count)

@@ -142,6 +142,10 @@ class RankFailure(SyncnormError):
         silent: ranks that did not answer.
     """
 
+    answers: Mapping[int, Any]
+    failures: Mapping[int, str]
+    silent: list[int]
+
     def __init__(
         self,
         message: str,

@@ -43,7 +43,7 @@ class NaiveSyncBatchNorm(nn.BatchNorm2d):
         assert self.momentum is not None
         with torch.no_grad():
             n = input.numel() / input.shape[1] * dist.get_world_size()
-            self.running_mean += self.momentum * (mean - self.running_mean)
-            self.running_var += self.momentum * (var * n / (n - 1) - self.running_var)
+            self.running_mean.add_(self.momentum * (mean - self.running_mean))
+            self.running_var.add_(self.momentum * (var * n / (n - 1) - self.running_var))
         scale = (self.weight * torch.rsqrt(var + self.eps)).view(face)
         return input * scale + (self.bias.view(face) - mean.view(face) * scale)

@@ -38,6 +38,10 @@ class GivenGroup:
     Copies in this process share it; a pickle holds the ranks of its members.
     """
 
+    members: Ranks
+    is_world: bool
+    name: str
+
     def __init__(self, given: Group | DeviceMesh, group: Group) -> None:
         self.given = given
         self.group = group

@@ -39,6 +39,9 @@ class GroupLog:
     Does not hold the group: torch must be able to end it.
     """
 
+    members: list[int]
+    timeout_seconds: float
+
     def __init__(self, group: dist.ProcessGroup) -> None:
         timeout = undocumented.timeout_of(group)
         self.members = dist.get_process_group_ranks(group)
@@ -90,6 +93,9 @@ class InFlight:
         name: the layer, or whatever else is exchanged for.
         count: numbers of the payload.
     """
+
+    call: int
+    began: float
 
     def __init__(
         self, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int

@@ -125,6 +125,13 @@ def _start_of(pid: int) -> str:
 class Message:
     """A message of this member that is on its way."""
 
+    segment: Segment
+    number: int
+    total: Tensor
+    count: int
+    is_done: bool
+    is_same: bool
+
     __slots__ = ("count", "is_done", "is_same", "number", "segment", "total")
 
     def __init__(self, segment: Segment, number: int, total: Tensor) -> None:

@@ -54,6 +54,10 @@ class BalancedBatchNorm(PooledBatchNorm):
         options: see `FamilyLayer`.
     """
 
+    kappa: float
+    num_tasks: int
+    psi: nn.Parameter
+
     def __init__(
         self,
         num_features: int,

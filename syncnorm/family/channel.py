@@ -28,7 +28,7 @@ one, as torch's does.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +76,9 @@ class BatchChannelNorm(PooledBatchNorm):
 
     group_weight: Tensor | None
     group_bias: Tensor | None
-    ones = PooledBatchNorm.ones | {"group_weight"}
+    estimate: bool
+    num_groups: int
+    ones: ClassVar[frozenset[str]] = PooledBatchNorm.ones | {"group_weight"}
 
     def __init__(
         self,

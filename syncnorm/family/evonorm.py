@@ -14,7 +14,7 @@ evaluation var is the running variance, which follows the unbiased one. No mean 
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class EvoNorm(FamilyLayer):
     """
 
     v: Tensor | None
-    ones = FamilyLayer.ones | {"v"}
+    ones: ClassVar[frozenset[str]] = FamilyLayer.ones | {"v"}
 
     def __init__(
         self,

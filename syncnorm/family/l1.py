@@ -12,7 +12,7 @@ and two in the backward pass.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ class L1BatchNorm(FamilyLayer):
     """
 
     running_deviation: Tensor
-    ones = FamilyLayer.ones | {"running_deviation"}
+    ones: ClassVar[frozenset[str]] = FamilyLayer.ones | {"running_deviation"}
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Any

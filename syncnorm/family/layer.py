@@ -27,6 +27,9 @@ class Pooling(nn.Module):
         process_group: the workers; None: all of them.
     """
 
+    workers: groups.GroupHandle
+    label: str
+
     def __init__(
         self, sync: Literal["batch", "none"] = "batch", process_group: groups.Spec = None
     ) -> None:
@@ -143,6 +146,9 @@ class FamilyLayer(Pooling):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    eps: float
+    momentum: float | None
+    num_features: int
     chosen: Chosen | None = None
     """Set within `evaluation_statistics`, where it takes the place of `normalize` and `evaluate`."""
     ones: ClassVar[frozenset[str]] = frozenset({"weight", "running_var"})

@@ -79,6 +79,9 @@ class OnlineNorm(FamilyLayer):
 
     u: Tensor
     v: Tensor
+    average_every: int
+    gradient_momentum: float
+    late: LateSums
 
     def __init__(
         self,
@@ -132,7 +135,7 @@ class OnlineNorm(FamilyLayer):
         averages = not self.is_frozen and self.group is not None
         if not self.is_frozen:
             # Whether other workers have samples is not known.
-            self.num_batches_tracked += 1
+            self.num_batches_tracked.add_(1)
         mean, var = self.running_mean.double(), self.running_var.double()
         return Start(mean.clone(), var.clone(), averages, self.is_frozen)
 

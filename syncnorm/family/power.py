@@ -57,6 +57,8 @@ class PowerNorm(SquareNorm):
     """
 
     nu: Tensor
+    gradient_momentum: float
+    warmup: int
 
     def __init__(
         self,

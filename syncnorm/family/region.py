@@ -39,6 +39,8 @@ class RegionNorm(Pooling):
 
     weight: Tensor | None
     bias: Tensor | None
+    eps: float
+    num_features: int
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,7 +28,8 @@ class SquareNorm(FamilyLayer):
     """
 
     running_square: Tensor
-    ones = FamilyLayer.ones | {"running_square"}
+    late: LateSums
+    ones: ClassVar[frozenset[str]] = FamilyLayer.ones | {"running_square"}
 
     def __init__(
         self, num_features: int, eps: float, momentum: float | None, affine: bool, **options: Any

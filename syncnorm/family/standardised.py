@@ -50,6 +50,10 @@ class ScaledWeightStandardization(nn.Module):
         eps: the least I var.
     """
 
+    eps: float
+    gamma: float
+    gain: nn.Parameter
+
     def __init__(self, outputs: int, gamma: float = 1.0, eps: float = 1e-4) -> None:
         super().__init__()
         self.gamma, self.eps = gamma, eps

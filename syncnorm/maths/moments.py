@@ -87,11 +87,13 @@ class Raw(Moments):
         sums: [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
     """
 
+    count: Tensor
+
     def __init__(self, sums: Tensor) -> None:
         self._sums = sums
         self._finished: Tensor | tuple[Tensor, Tensor] | None = None
         self.count = sums[-1]
-        self.n = self.count.item() if is_host(sums) else self.count
+        self.n: float | Tensor = self.count.item() if is_host(sums) else self.count
 
     @property
     def packed(self) -> tuple[Tensor, bool]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +19,10 @@ from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard
 
+_Model = TypeVar("_Model", bound=nn.Module)
 
-def prepare_ddp(model: nn.Module, process_group: groups.Spec = None) -> nn.Module:
+
+def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
     - Compares the layers of all workers, and the workers that each pools over.

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, Pooling)
 
@@ -33,7 +37,7 @@ def is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in own)
 
 
-def train_only_norms(model: nn.Module) -> nn.Module:
+def train_only_norms(model: _Model) -> _Model:
     """Freeze all parameters but those of normalisation layers.
 
     Modes stay as they are, so that batch norms go on taking statistics. With

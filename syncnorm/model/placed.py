@@ -27,6 +27,8 @@ class Placed:
         layers: that have several statistics in a step, by name; or none.
     """
 
+    is_stand_in: bool
+
     def __init__(self, sampler: ElasticBatchSampler, layers: dict[str, SyncNorm]) -> None:
         self.is_stand_in = False
         """True if this worker's batch has no weight."""

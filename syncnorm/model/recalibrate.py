@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,11 +26,13 @@ from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source, untraced_forward
 
+_Model = TypeVar("_Model", bound=nn.Module)
+
 
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module, batches: Iterable[Any], *, process_group: groups.Spec = None, mix: float = 1.0
-) -> nn.Module:
+    model: _Model, batches: Iterable[Any], *, process_group: groups.Spec = None, mix: float = 1.0
+) -> _Model:
     """Replace the running statistics by those of all workers' batches, weighted by count.
 
         running <- (1 - mix) * running + mix * population        population: mean, and m2 / (n - 1)

@@ -88,6 +88,14 @@ class ElasticBatchSampler(Sampler[list[int]]):
         [[[0, 1], [3]], [[2], [4]]]
     """
 
+    global_batch: int
+    size: int
+    norm_batch: int
+    seed: int
+    shuffle: bool
+    epoch: int
+    step: int
+
     def __init__(
         self,
         size: int,

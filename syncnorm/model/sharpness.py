@@ -61,6 +61,11 @@ class SAM:
         arXiv:2010.01412, equation 2. Deviation: no small number is added to the norm.
     """
 
+    model: nn.Module
+    optimizer: Optimizer
+    rho: float
+    parameters: list[nn.Parameter]
+
     def __init__(
         self,
         optimizer: Optimizer,

@@ -30,6 +30,8 @@ class Stopped(Exception):
         number: of the signal.
     """
 
+    number: signal.Signals
+
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = signal.Signals(number)

@@ -41,6 +41,8 @@ class FlatMessage:
             them meanwhile.
     """
 
+    layers: list[SyncNorm]
+
     def __init__(
         self,
         layers: Mapping[str, SyncNorm],

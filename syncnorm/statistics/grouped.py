@@ -35,6 +35,8 @@ class StatisticGroups(Source):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    pool: Pool
+
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         sync = next(iter(layers.values())).sync
         self.pool = Pool(self, layers, sync)

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 class LaggedAverages(Mode):
     """The mode; its options are those of `Lagged`."""
 
+    options: Lagged
+
     name: ClassVar[str] = "lagged"
     normalizes_by_batch: ClassVar[bool] = False
     allows_join: ClassVar[bool] = False
@@ -115,6 +117,8 @@ class LaggedMeans:
         count: values per channel on this worker, shape ().
         backward: the backward pass that the call belongs to, and is counted in; None: none.
     """
+
+    number: int
 
     def __init__(
         self,
@@ -197,6 +201,8 @@ class PooledLagged(Source):
     Args:
         layers: by name, in the same order on all workers, over the same process group.
     """
+
+    pool: Pool
 
     forward = untraced_forward
 

@@ -83,6 +83,8 @@ class Pool:
             followed them.
     """
 
+    names: dict[SyncNorm, str]
+
     def __init__(
         self,
         source: Source,

@@ -29,6 +29,8 @@ class PooledRunning(Source):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    pool: Pool
+
     forward = untraced_forward
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:

@@ -48,6 +48,8 @@ class Together(Protocol):
 class Steps:
     """Tells a source where the steps of its model begin and end."""
 
+    is_open: bool
+
     def __init__(self, source: Together) -> None:
         self.source = source
         self.is_held = False

@@ -34,7 +34,7 @@ class MovingAverage(AveragedModel):
         else:
             for averages, values in _grouped(mine, theirs):
                 self.multi_avg_fn(averages, values, self.n_averaged)
-        self.n_averaged += 1
+        self.n_averaged.add_(1)
 
 
 def _grouped(

@@ -92,6 +92,8 @@ class SharedBuffers:
         average: its moving average, if there is one.
     """
 
+    slots: Slots
+
     def __init__(self, model: nn.Module, average: nn.Module | None = None) -> None:
         self.slots = shared_slots(model)
         self._device = _device(model)

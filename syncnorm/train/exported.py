@@ -46,6 +46,9 @@ class RawModel(nn.Module):
         standardise: what it needs.
     """
 
+    network: nn.Module
+    standardise: Standardise
+
     def __init__(self, network: nn.Module, standardise: Standardise) -> None:
         super().__init__()
         self.network, self.standardise = network, standardise

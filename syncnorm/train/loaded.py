@@ -34,6 +34,13 @@ class LoadedModel(nn.Module):
         signature: of its data.
     """
 
+    config: Config
+    network: nn.Module
+    signature: Signature
+    task: str
+    classes: tuple[str, ...] | None
+    standardise: Standardise | None
+
     def __init__(self, network: nn.Module, config: Config, signature: Signature) -> None:
         super().__init__()
         self.network, self.config, self.signature = network, config, signature

@@ -37,6 +37,12 @@ class BasicBlock(nn.Module):
     (N, in_channels, H, W) -> (N, width, H/stride, W/stride).
     """
 
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    conv2: nn.Conv2d
+    bn2: nn.Module
+    downsample: nn.Module | None
+
     expansion = 1
 
     def __init__(self, in_channels: int, width: int, stride: int, norm_layer: NormLayer) -> None:
@@ -61,6 +67,14 @@ class Bottleneck(nn.Module):
 
     The stride sits in the 3x3 convolution, as in torchvision, not in the first 1x1 as in the paper.
     """
+
+    conv1: nn.Conv2d
+    bn1: nn.Module
+    conv2: nn.Conv2d
+    bn2: nn.Module
+    conv3: nn.Conv2d
+    bn3: nn.Module
+    downsample: nn.Module | None
 
     expansion = 4
 
@@ -97,6 +111,11 @@ class ResNet(nn.Module):
         num_classes: number of logits.
         norm_layer: from a number of channels to a layer.
     """
+
+    conv1: nn.Conv2d
+    maxpool: nn.Identity | nn.MaxPool2d
+    bn1: nn.Module
+    fc: nn.Linear
 
     def __init__(
         self,

@@ -64,6 +64,8 @@ def renew_statistics(
 class Judged(nn.Module):
     """A network called as the task calls it."""
 
+    training: bool
+
     def __init__(self, model: nn.Module, task: Task) -> None:
         super().__init__()
         self.model = model

@@ -51,6 +51,9 @@ class Context:
     """
 
     under_test: LayerUnderTest
+    device: torch.device
+    rank: int
+    world_size: int
 
     def __init__(
         self,

@@ -79,6 +79,13 @@ class Oracle:
         options: as the layer got them.
     """
 
+    bounds: Any | None
+    running_average: Any
+    eps: Any
+    momentum: Any
+    bias: Tensor | None
+    weight: Tensor | None
+
     def __init__(self, under_test: LayerUnderTest, channels: int, options: dict[str, Any]) -> None:
         self.running: reference.RunningStatistics | None = initial_statistics(under_test, channels)
         self.bounds = options.get("bounds", BOUNDS) if under_test.is_renorm else None

@@ -127,6 +127,11 @@ class LaunchedRunner:
             check; prints the report and ends the process.
     """
 
+    backend: str
+    device: str
+    world_size: int
+    is_lost: bool
+
     def __init__(
         self,
         context: Context,

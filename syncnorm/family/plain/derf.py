@@ -21,6 +21,8 @@ class Derf(DynamicTanh):
         alpha: initial slope.
     """
 
+    shift: nn.Parameter
+
     def __init__(self, num_features: int, alpha: float = 0.5) -> None:
         super().__init__(num_features, alpha)
         self.shift = nn.Parameter(torch.zeros(1))

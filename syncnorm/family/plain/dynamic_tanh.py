@@ -22,6 +22,10 @@ class DynamicTanh(nn.Module):
         alpha: initial slope.
     """
 
+    alpha: nn.Parameter
+    weight: nn.Parameter
+    bias: nn.Parameter
+
     def __init__(self, num_features: int, alpha: float = 0.5) -> None:
         super().__init__()
         self.num_features = num_features

@@ -64,6 +64,8 @@ def _zero_(layer: nn.Module) -> None:
 class ScalarScale(nn.Module):
     """A scalar multiplier, from 1."""
 
+    scale: nn.Parameter
+
     def __init__(self) -> None:
         super().__init__()
         self.scale = nn.Parameter(torch.ones(1))
@@ -75,6 +77,8 @@ class ScalarScale(nn.Module):
 
 class ScalarBias(nn.Module):
     """A scalar bias, from 0."""
+
+    bias: nn.Parameter
 
     def __init__(self) -> None:
         super().__init__()

@@ -22,6 +22,10 @@ class ChannelRMSNorm(nn.Module):
         eps: added to mean squares.
     """
 
+    eps: float
+    num_features: int
+    weight: nn.Parameter
+
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         functional.check_hyperparameters(num_features, eps, None)
         super().__init__()

@@ -215,7 +215,8 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
     class that the lazy layer would have become, converts that, and runs the converted layer.
     """
 
-    cls_to_become = None
+    cls_to_become: Any = None
+    num_features: int
     pending: Pending
 
     def initialize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -26,11 +26,40 @@ from syncnorm.module import SyncNorm
 from syncnorm.statistics.steps import remove_deserted
 
 Select = str | Callable[[str, nn.Module], bool]
+_Model = TypeVar("_Model", bound=nn.Module)
+_Layer = TypeVar("_Layer", bound=SyncNorm | FamilyLayer)
 
 # Facts of the layer that is converted, not options.
 _KEPT = ("num_features", "affine", "bias", "track_running_stats", "device", "dtype")
 
 
+# A model stays what it is; a batch norm that is the module itself becomes another layer.
+@overload
+def convert(
+    module: _BatchNorm,
+    *,
+    process_group: groups.Spec = None,
+    select: Select | None = None,
+    **options: Any,
+) -> SyncBatchNorm: ...
+@overload
+def convert(
+    module: _BatchNorm,
+    to: type[_Layer],
+    *,
+    process_group: groups.Spec = None,
+    select: Select | None = None,
+    **options: Any,
+) -> _Layer: ...
+@overload
+def convert(
+    module: _Model,
+    to: type[SyncNorm] | type[FamilyLayer] = SyncBatchNorm,
+    *,
+    process_group: groups.Spec = None,
+    select: Select | None = None,
+    **options: Any,
+) -> _Model: ...
 def convert(
     module: nn.Module,
     to: type[SyncNorm] | type[FamilyLayer] = SyncBatchNorm,
@@ -160,6 +189,10 @@ def _replace(
     return done
 
 
+@overload
+def convert_sync_batchnorm(module: _BatchNorm, process_group: groups.Spec = None) -> SyncNorm: ...
+@overload
+def convert_sync_batchnorm(module: _Model, process_group: groups.Spec = None) -> _Model: ...
 def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None) -> nn.Module:
     """Under torch's name: make the batch norms of `module` SyncBatchNorm, ours, in place.
 
@@ -189,6 +222,10 @@ def convert_sync_batchnorm(module: nn.Module, process_group: groups.Spec = None)
     )
 
 
+@overload
+def revert(module: SyncNorm | FamilyLayer, *, to: type[_BatchNorm] | None = None) -> _BatchNorm: ...
+@overload
+def revert(module: _Model, *, to: type[_BatchNorm] | None = None) -> _Model: ...
 def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Module:
     """Undo `convert`, in place: each layer gets its former class and keeps what it has learnt.
 

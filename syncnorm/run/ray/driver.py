@@ -174,8 +174,8 @@ class StopHandler:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.is_asked = False
-        self.is_over = False
+        self.is_asked: bool = False
+        self.is_over: bool = False
         self._folder = folder
         # After ray.init, which installs a handler of its own.
         signal.signal(signal.SIGTERM, self._handle_signal)

@@ -8,7 +8,7 @@ import reprlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
@@ -30,7 +30,9 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 class Section(BaseModel):
     """A group of keys. Strict: "3" is no integer, and neither is true."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False
+    )
 
 
 def _keyword_arguments(options: Any) -> Any:

@@ -1,6 +1,6 @@
 """The section `train` of a configuration: the optimisation."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -11,7 +11,9 @@ from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
 class OptimizerSection(Section):
     """An optimizer of torch.optim; every further key is an argument of it."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="allow", frozen=True, strict=True, allow_inf_nan=False
+    )
 
     name: Annotated[str, AfterValidator(optim.check_optimizer_name)] = Field(
         default="SGD",
@@ -33,7 +35,9 @@ class OptimizerSection(Section):
 class ScheduleSection(Section):
     """The schedule of the learning rate; every further key is an argument of a class of torch's."""
 
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        extra="allow", frozen=True, strict=True, allow_inf_nan=False
+    )
 
     name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
         default="cosine",

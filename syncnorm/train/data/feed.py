@@ -82,6 +82,9 @@ def judged_split(feed: Feed) -> str | None:
 class MemoryFeed:
     """Images in memory, gathered, standardised and augmented on the worker's device."""
 
+    sizes: dict[str, int]
+    signature: Signature
+
     def __init__(self, data: datasets.Dataset, config: Config, device: torch.device) -> None:
         self._data = data.to(device)
         self._config = config
@@ -161,6 +164,10 @@ class LoaderFeed:
         config: of the run.
         device: of the batches.
     """
+
+    sizes: dict[str, int]
+    index_device: torch.device
+    signature: Signature
 
     def __init__(self, splits: Splits, config: Config, device: torch.device) -> None:
         self._config, self._device = config, device

@@ -1,6 +1,6 @@
 """The samples that a run's model takes, as they are before they are standardised."""
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -20,7 +20,7 @@ class Inputs(BaseModel):
         std: as above.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     shape: tuple[int, ...]
     dtype: str
@@ -68,7 +68,7 @@ class Signature(BaseModel):
         classes: their names.
     """
 
-    model_config = ConfigDict(frozen=True)
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True)
 
     inputs: Inputs | None = None
     in_channels: int | None = Field(default=None, ge=1)
@@ -90,6 +90,8 @@ class Standardise(nn.Module):
 
     mean: Tensor
     std: Tensor
+    dtype: torch.dtype
+    inputs: Inputs
 
     def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
         super().__init__()

@@ -32,6 +32,8 @@ class Remote:
         ConfigError: the store is unknown, or its package is missing.
     """
 
+    url: str
+
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._files, self._root = _open(self.url)

@@ -27,6 +27,8 @@ class Mapped:
     Where it goes to another process it is opened anew: numpy would send its content.
     """
 
+    array: Any
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self.array = _read(path, "r")

@@ -1,0 +1,64 @@
+"""The package's types are complete, and a strictly checked program can use them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+USE = Path(__file__).with_name("typed_use.py")
+# Its bases are mmengine's, which have no types.
+UNTYPED = ("syncnorm.integrations.mmengine.",)
+
+
+def check(folder: Path, *arguments: str) -> dict[str, Any]:
+    """Run basedpyright in a folder without the repository's settings, on the tree's package."""
+    binaries = Path(sys.executable).parent
+    # It asks the first `python` of PATH where packages are, whatever its options say.
+    path = f"{binaries}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        [str(binaries / "basedpyright"), "--outputjson", *arguments],
+        cwd=folder,
+        env={**os.environ, "PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    return json.loads(done.stdout)
+
+
+def strictly(folder: Path, text: str) -> list[str]:
+    """What strict mode says about a program."""
+    (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    (folder / "use.py").write_text(text)
+    said = check(folder, "use.py")["generalDiagnostics"]
+    return [f"{each['range']['start']['line'] + 1}: {each['message']}" for each in said]
+
+
+def test_every_public_type_is_known(tmp_path):
+    said = check(tmp_path, "--verifytypes", "syncnorm", "--ignoreexternal")["typeCompleteness"]
+    assert Path(said["packageRootDirectory"]) == ROOT / "syncnorm"
+    assert len(said["symbols"]) > 3000
+    vague = [
+        f"{symbol['name']}: {each['message']}"
+        for symbol in said["symbols"]
+        if not symbol["isTypeKnown"] and not symbol["name"].startswith(UNTYPED)
+        for each in symbol["diagnostics"]
+        if each["severity"] == "error"
+    ]
+    assert vague == []
+
+
+def test_a_program_in_strict_mode_can_use_them(tmp_path):
+    assert strictly(tmp_path, USE.read_text()) == []
+
+
+def test_a_lost_type_is_found(tmp_path):
+    text = USE.read_text().replace("convert(Net())", "nn.Module.train(Net())", 1)
+    assert "Net" in "\n".join(strictly(tmp_path, text))
