@@ -8,9 +8,9 @@ ALL := $(VENV)/.installed
 # An index that has torch's CPU builds: without one pip takes, on Linux, the build for CUDA, of several GB.
 TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
-SOURCES := syncnorm launch tests benchmarks drills examples
+SOURCES := syncnorm launch tests benchmarks drills examples tools noxfile.py
 
-.PHONY: help train test test-slow drill gpu lint types imports format check clean
+.PHONY: help train test test-slow drill gpu lint types imports format check matrix release clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -31,7 +31,7 @@ $(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/n
 # The rest, on top: other frameworks that the tests run with, and tools. The tests start many processes: here all files
 # are compiled, but for templates of packages that are no Python.
 $(ALL): $(TRAINING) pyproject.toml constraints.txt
-	$(PIP_INSTALL) --quiet --no-compile --editable '.[train,data,metrics,report,tensorboard,ray,integrations,dev]'
+	$(PIP_INSTALL) --quiet --no-compile --editable '.[all,integrations,dev]'
 	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
@@ -69,5 +69,12 @@ format: $(ALL)  ## Format the code
 
 check: lint types imports test  ## Everything that a change must pass: format, lint, types, imports, tests
 
+matrix: $(ALL)  ## Try the lowest, the pinned and the newest versions of what each extra brings; an hour
+	$(BIN)/nox
+
+release: $(ALL)  ## Build sdist and wheel into dist, check them, and write the version's notes
+	rm -rf dist
+	$(BIN)/python -m tools.release dist
+
 clean:  ## Remove the environment and what tools left behind
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist .nox .pytest_cache .ruff_cache .hypothesis .import_linter_cache

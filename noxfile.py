@@ -1,0 +1,118 @@
+"""Tests with the lowest, the pinned and the newest versions of what each extra brings.
+
+`make matrix` runs all, `nox --session 'versions(lowest, train)'` one; docs/versions.md has what was
+seen. torch is that of constraints.txt, or the one named behind `--`: on Linux another one may be a
+build for CUDA, of several GB.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+]
+TOOLS = ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"]
+# Of each part: its extras, what else its tests import, and the tests that use its packages most.
+PARTS = {
+    "train": (
+        ["train"],
+        [],
+        [
+            "tests/train/test_config.py",
+            "tests/train/test_config_show.py",
+            "tests/train/test_strict_yaml.py",
+            "tests/train/test_checkpoint.py",
+            "tests/train/test_snapshot.py",
+            "tests/train/test_callables.py",
+            "tests/launch/test_use.py",
+            "tests/launch/test_bad_input.py",
+        ],
+    ),
+    "extras": (
+        ["train", "data", "metrics", "report", "export", "merge", "tensorboard", "storage"],
+        ["onnxruntime"],
+        [
+            "tests/train/test_report.py",
+            "tests/train/test_report_safe.py",
+            "tests/train/test_loggers.py",
+            "tests/train/test_tasks.py",
+            "tests/train/test_files.py",
+            "tests/train/test_storage.py",
+            "tests/model/test_export.py",
+            "tests/model/test_merge_match.py",
+        ],
+    ),
+    "integrations": (
+        ["train", "integrations"],
+        ["accelerate", "transformers"],
+        [
+            "tests/model/test_lightning.py",
+            "tests/model/test_accelerate.py",
+            "tests/model/test_hf_trainer.py",
+            "tests/model/test_crossq.py",
+            "tests/model/test_mmengine.py",
+        ],
+    ),
+    "ray": (
+        ["train", "ray"],
+        [],
+        ["tests/launch/test_ray_units.py", "tests/launch/test_sweep_units.py"],
+    ),
+}
+
+nox.options.sessions = ["versions"]
+
+
+def lowest(needed: list[str]) -> list[str]:
+    """Requirements for exactly the lowest versions that satisfy all of these."""
+    floors: dict[str, str] = {}
+    for each in needed:
+        name, _, version = each.partition(">=")
+        if name not in floors or _numbers(floors[name]) < _numbers(version):
+            floors[name] = version
+    return [f"{name}=={version}" if version else name for name, version in floors.items()]
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(each) for each in re.findall(r"\d+", version)]
+
+
+def requirements(part: str) -> list[str]:
+    """What a part and its tests import of other packages, as pyproject.toml asks for it."""
+    extras, others, _ = PARTS[part]
+    dev = {re.split(r"[\[>=;]", each)[0]: each for each in EXTRAS["dev"]}
+    named = [dev.get(name, name) for name in others]
+    return [each for extra in extras for each in EXTRAS[extra]] + named
+
+
+@nox.session(venv_backend="venv")
+@nox.parametrize("part", list(PARTS))
+@nox.parametrize("which", ["lowest", "pinned", "newest"])
+def versions(session: nox.Session, which: str, part: str) -> None:
+    """Install one part in an environment of its own, and run its tests."""
+    needed = requirements(part)
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    torch = f"torch=={session.posargs[0]}" if session.posargs else _line_of("torch", pins)
+    constraints = Path(session.create_tmp()) / "constraints.txt"
+    more: list[str] = []
+    if which == "lowest":
+        needed = lowest(needed)
+    elif which == "pinned":
+        more = (ROOT / "docker" / "constraints.txt").read_text().splitlines()
+    kept = [line for line in more if line.strip() and not line.startswith(("#", "torch=="))]
+    constraints.write_text("\n".join([torch, *kept]) + "\n")
+    session.install("--constraint", str(constraints), torch, *needed, *TOOLS)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    tests = ["-q", "-m", "not slow", "-p", "no:cacheprovider", *PARTS[part][2]]
+    session.run("python", "-m", "pytest", *tests, env=environment)
+
+
+def _line_of(name: str, pins: list[str]) -> str:
+    (found,) = (line for line in pins if line.startswith(f"{name}=="))
+    return found

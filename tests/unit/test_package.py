@@ -1,0 +1,130 @@
+"""What pyproject.toml says about the package is so, and a release is made of what is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import syncnorm
+from tools import release
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
+OWN = EXTRAS.keys() - {"dev", "all"}
+# The module of a package that is called otherwise, or that torch imports where it is asked to.
+MODULES = {
+    "onnxscript": "torch.onnx",
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "sb3-contrib": "sb3_contrib",
+    "tensorboard": "torch.utils.tensorboard",
+}
+# Modules that a package of an extra brings, and clients of services that a user has or has not.
+BROUGHT = {"markupsafe": "jinja2", "requests": "ray"}
+USERS = {"IPython", "mlflow", "trackio", "wandb"}
+
+
+def name_of(requirement: str) -> str:
+    """The package that is required."""
+    return re.split(r"[\[<>=!~; ]", requirement)[0]
+
+
+def modules_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
+    """The modules that code imports by a statement (True) or may import by a string (False)."""
+    if isinstance(tree, ast.If) and ast.unparse(tree.test).endswith("TYPE_CHECKING"):
+        return
+    if isinstance(tree, ast.Import):
+        yield from ((alias.name, True) for alias in tree.names)
+    elif isinstance(tree, ast.ImportFrom):
+        yield tree.module or "", True
+    elif isinstance(tree, ast.Attribute) and ast.unparse(tree).startswith("torch."):
+        yield ast.unparse(tree), False
+    elif isinstance(tree, ast.Constant) and isinstance(tree.value, str):
+        yield tree.value, False
+    for child in ast.iter_child_nodes(tree):
+        yield from modules_of(child)
+
+
+FOUND = {
+    found
+    for path in (ROOT / "syncnorm").rglob("*.py")
+    for found in modules_of(ast.parse(path.read_text()))
+}
+
+
+@pytest.mark.parametrize("extra", sorted(OWN))
+def test_an_extra_holds_only_what_a_line_imports(extra):
+    names = {name for name, _ in FOUND}
+    for requirement in EXTRAS[extra]:
+        module = MODULES.get(name_of(requirement), name_of(requirement))
+        assert any(name == module or name.startswith(f"{module}.") for name in names), requirement
+
+
+def test_every_import_is_in_an_extra():
+    packages = {name_of(each) for extra in OWN for each in EXTRAS[extra]}
+    known = {MODULES.get(name, name) for name in packages} | USERS | {"syncnorm", "torch"}
+    known |= {module for module, by in BROUGHT.items() if by in packages}
+    tops = {name.partition(".")[0] for name, by_statement in FOUND if by_statement}
+    assert tops - known - sys.stdlib_module_names == set()
+
+
+def test_all_holds_every_extra_but_other_frameworks_and_tools():
+    (line,) = EXTRAS["all"]
+    assert line.removeprefix("syncnorm[").removesuffix("]").split(",") == [
+        extra for extra in EXTRAS if extra in OWN - {"integrations"}
+    ]
+
+
+def test_every_requirement_has_one_floor_and_no_ceiling():
+    for extra in EXTRAS.keys() - {"all"}:
+        for requirement in EXTRAS[extra]:
+            assert re.fullmatch(
+                r"[\w.\-]+(\[[\w,]+\])?>=\d[\d.]*(; sys_platform == 'linux')?", requirement
+            )
+
+
+def test_the_version_stands_in_one_place():
+    assert PROJECT["project"]["dynamic"] == ["version"]
+    assert "version" not in PROJECT["project"]
+    assert ROOT / PROJECT["tool"]["hatch"]["version"]["path"] == ROOT / "syncnorm/__init__.py"
+    assert release.version() == syncnorm.__version__
+
+
+def test_the_changelog_has_notes_of_this_version():
+    notes = release.notes((ROOT / "CHANGELOG.md").read_text(), syncnorm.__version__)
+    assert notes.startswith("- ")
+    assert "\n## " not in notes
+
+
+def test_notes_are_one_versions():
+    text = "# Changelog\n\n## 1.1 (unreleased)\n\n- new\n\n## 1.0 (2026-01-31)\n\n- old\n"
+    assert release.notes(text, "1.1") == "- new\n"
+    assert release.notes(text, "1.0") == "- old\n"
+    assert [release.is_dated(text, each) for each in ("1.1", "1.0")] == [False, True]
+    with pytest.raises(ValueError, match=r"`## 2\.0`, got 1\.1, 1\.0"):
+        release.notes(text, "2.0")
+
+
+def test_a_release_begins_in_an_empty_folder(tmp_path):
+    (tmp_path / "old.whl").touch()
+    with pytest.raises(FileExistsError, match="must be empty"):
+        release.build(tmp_path)
+
+
+def test_the_sdist_has_all_that_the_repository_tracks():
+    included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    tops = {path.strip("/") for path in included} | {"pyproject.toml"}
+    done = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip("this is no clone: git says " + done.stderr.strip())
+    assert {name.partition("/")[0] for name in done.stdout.splitlines()} == tops

@@ -1,0 +1,80 @@
+"""Build the sdist, the wheel from it, check both, and write the notes of the version.
+
+`python -m tools.release [FOLDER]`, or `make release`. It needs the extra `dev`, and uploads nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def version(root: Path = ROOT) -> str:
+    """The version, from its only place."""
+    text = (root / "syncnorm" / "__init__.py").read_text()
+    (found,) = re.findall(r'^__version__ = "(.+)"$', text, flags=re.MULTILINE)
+    return found
+
+
+def notes(changelog: str, number: str) -> str:
+    """What CHANGELOG.md says about a version, its heading left out.
+
+    Raises:
+        ValueError: it says nothing.
+    """
+    parts = re.split(r"^## ", changelog, flags=re.MULTILINE)[1:]
+    for part in parts:
+        heading, _, text = part.partition("\n")
+        if heading.split()[0] == number and text.strip():
+            return text.strip() + "\n"
+    known = ", ".join(part.split()[0] for part in parts)
+    raise ValueError(f"CHANGELOG.md must have a section `## {number}`, got {known}. Write it.")
+
+
+def is_dated(changelog: str, number: str) -> bool:
+    """True if the version's heading gives its day: `## 1.2.3 (2026-01-31)`."""
+    heading = rf"^## {re.escape(number)} \(\d{{4}}-\d\d-\d\d\)$"
+    return re.search(heading, changelog, flags=re.MULTILINE) is not None
+
+
+def build(folder: Path) -> list[Path]:
+    """Make the sdist, and the wheel from what the sdist holds, in an empty folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder} must be empty. Remove what is there.")
+    _run("build", "--no-isolation", "--outdir", str(folder), str(ROOT))
+    return sorted(folder.iterdir())
+
+
+def check(files: list[Path]) -> None:
+    """Check the metadata of both and the files of the wheel."""
+    _run("twine", "check", "--strict", *map(str, files))
+    _run("check_wheel_contents", *(str(file) for file in files if file.suffix == ".whl"))
+
+
+def _run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+
+
+def main(arguments: list[str]) -> None:
+    """Build, check, and write the notes beside."""
+    folder = Path(*arguments) if arguments else ROOT / "dist"
+    number = version()
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    text = notes(changelog, number)
+    files = build(folder.absolute())
+    check(files)
+    path = folder / f"notes-{number}.md"
+    path.write_text(text)
+    for each in (*files, path):
+        print(f"{each.stat().st_size / 1e6:7.2f} MB  {each}")
+    if not is_dated(changelog, number):
+        print(f"CHANGELOG.md calls {number} unreleased: give it its day before you upload.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
