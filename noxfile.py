@@ -1,6 +1,6 @@
 """Tests with the lowest, the pinned and the newest versions of what each extra brings.
 
-`make matrix` runs all, `nox --session 'versions(lowest, train)'` one; docs/versions.md has what was
+`make matrix` runs all, `nox --keywords 'lowest and train'` one; docs/versions.md has what was
 seen. torch is that of constraints.txt, or the one named behind `--`: on Linux another one may be a
 build for CUDA, of several GB.
 """
