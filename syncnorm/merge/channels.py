@@ -30,6 +30,9 @@ class Channels:
         places: in the order of the forward.
     """
 
+    size: int
+    is_fixed: bool
+
     def __init__(self, size: int = 0, is_fixed: bool = False) -> None:
         self.size, self.is_fixed = size, is_fixed
         self.places: list[Place] = []
