@@ -60,7 +60,7 @@ PARTS = {
         ],
     ),
     "ray": (
-        ["train", "ray"],
+        ["train", "report", "ray"],
         [],
         ["tests/launch/test_ray_units.py", "tests/launch/test_sweep_units.py"],
     ),
