@@ -190,7 +190,7 @@ class LoaderFeed:
         self.index_device = torch.device("cpu")
         self.in_channels: int | None = splits.in_channels
         self.num_classes: int | None = splits.num_classes
-        self.labels = splits.known_labels()
+        self.labels: Tensor | None = splits.known_labels()
         self._nothing: Any = None
         self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
         inputs = splits.inputs or _as_prepared(self._nothing)

@@ -38,7 +38,8 @@ class ImageFolder(Dataset[tuple[Tensor, int]]):
     def __init__(
         self, paths: Paths, labels: Tensor, reader: ImageReader, *, in_training: bool
     ) -> None:
-        self._paths, self.targets = paths, labels
+        self._paths = paths
+        self.targets: Tensor = labels
         self._reader, self._in_training = reader, in_training
 
     def without_changes(self) -> "ImageFolder":
