@@ -57,6 +57,20 @@ class Problem:
         tick: called after each pass over a forward with its cost: 1, or 3 with a backward.
     """
 
+    model: nn.Module
+    loss: Loss
+    batches: Sequence[Sequence[Forward]]
+    parts: int
+    samples: int
+    lr: float
+    frozen: frozenset[str]
+    scale: int
+    group: groups.Group | None
+    device: torch.device
+    sizes: Tensor
+    evaluation_loss: float
+    under_way: tuple[int, Forward]
+
     def __init__(
         self,
         model: nn.Module,
