@@ -119,8 +119,6 @@ class SyncNorm(_BatchNorm):
         """Its name in errors; `prepare_ddp` makes it the name within the model."""
         self.is_prepared = False
         """Set by `prepare_ddp`: gradients are averaged over the workers."""
-        self.gradient_scale = 1
-        """What they are divided by then: what is kept of gradients is kept without it."""
         mean, var = self.running_mean, self.running_var
         if mean is not None and var is not None and mean.dtype in HALF_TYPES:
             self.running_mean, self.running_var = mean.float(), var.float()

@@ -73,7 +73,8 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
         layer.label = name or layer.label
-        layer.gradient_scale = 1 if among is None else len(groups.ranks(among))
+        if isinstance(layer, Pooling):
+            layer.gradient_scale = 1 if among is None else len(groups.ranks(among))
         layer.settle()
         if layer.is_pooled:
             exchange.make_room(groups.statistics_group(layer.workers), _largest_message(layer))

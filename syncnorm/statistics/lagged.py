@@ -239,7 +239,6 @@ class PooledLagged(Source):
         kept = _rules(own.mean).snapshot(own.mean, own.var, own.gradient)
         of_moments = 2 * layer.num_features + 1
         batch, estimate = Packed(kept[:of_moments]), kept[of_moments:].view(2, -1)
-        estimate = estimate * layer.gradient_scale
         if self._is_waiting(layer):
             batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(batch, group, layer.label)
@@ -310,8 +309,7 @@ class PooledLagged(Source):
         """Keep a backward pass's [sum g, sum g xhat], shape (2, C), and count for the message."""
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
-        sums = local.flatten() / layer.gradient_scale
-        name, new = self.pool.names[layer], torch.cat([sums, count.view(1)])
+        name, new = self.pool.names[layer], torch.cat([local.flatten(), count.view(1)])
         kept[name] = kept[name] + new if name in kept else new
 
     def note_arrival(self, backward: Backward | None, number: int) -> None:
