@@ -66,7 +66,16 @@ def train(job: Job) -> Result:
         validation accuracies on the way.
     """
     # Whether layers pool is what a study compares.
-    logging.getLogger("syncnorm").setLevel(logging.ERROR)
+    log = logging.getLogger("syncnorm")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return _train(job)
+    finally:
+        log.setLevel(level)
+
+
+def _train(job: Job) -> Result:
     config = load_config("digits", job.options)
     workers = Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     feed = load_feed(config, workers.device, ALLOWED)

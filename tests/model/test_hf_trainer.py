@@ -43,6 +43,9 @@ def train(is_converted: bool) -> dict[str, Tensor]:
         set_seed,
     )
 
+    # Another test of this process may have left a state of one process.
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     # What torchrun sets; the process group is there already, so nobody connects to the port.
     there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
