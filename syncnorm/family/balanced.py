@@ -172,11 +172,11 @@ class BalancedBatchNorm(PooledBatchNorm):
         drift = (mean - self.running_mean).square() + (var - self.running_var).square()
         return drift.mean()
 
-    def rate(self) -> Tensor:
-        """Weigh the batch that has just been counted by the momentum of the step."""
+    def rate(self, step: Tensor) -> Tensor:
+        """Weigh a step by its momentum."""
         if self.momentum is None:
-            return super().rate()
-        return momentum_at(self.num_batches_tracked, self.momentum, self.kappa)
+            return super().rate(step)
+        return momentum_at(step, self.momentum, self.kappa)
 
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step, forward, then backward."""

@@ -212,10 +212,13 @@ class FamilyLayer(Pooling):
         return z if self.bias is None else z + channels(self.bias, z)
 
     def take(self, layer: _BatchNorm) -> None:
-        """Take over a batch norm's parameters, the same objects, and its running statistics."""
+        """Take over a batch norm's parameters, the same objects, and its running statistics.
+
+        Its steps were none of this method: they are not counted.
+        """
         self.weight, self.bias = layer.weight, layer.bias
         for name, buffer in layer.named_buffers(recurse=False):
-            if name in self._buffers:
+            if name in self._buffers and name != "num_batches_tracked":
                 self.get_buffer(name).copy_(buffer)
 
     def as_batch_norm(self) -> PlainBatchNorm | None:
@@ -234,15 +237,15 @@ class FamilyLayer(Pooling):
         if self.is_frozen or ops.is_recomputing():
             return
         self.num_batches_tracked += (count > 0).to(torch.int64)
-        rate = self.rate()
+        rate = self.rate(self.num_batches_tracked)
         for name, value in values.items():
             running = getattr(self, f"running_{name}")
             moved = torch.lerp(running.double(), value.detach(), rate)
             running.copy_(torch.where(count > 0, moved, running.double()))
 
-    def rate(self) -> Tensor:
-        """Weigh the batch that has just been counted in the running statistics, (), float64."""
-        step = self.num_batches_tracked.clamp(min=1).double()
+    def rate(self, step: Tensor) -> Tensor:
+        """Weigh a step, which count from 1, in what is averaged over steps, (), float64."""
+        step = step.clamp(min=1).double()
         return 1 / step if self.momentum is None else torch.full_like(step, self.momentum)
 
     @torch.no_grad()

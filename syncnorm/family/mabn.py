@@ -52,20 +52,10 @@ class MABN(WindowNorm):
         *,
         window: int = 16,
         warmup: int = 100,
-        renorm_after: int = 1000,
-        lagged: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            window=window,
-            warmup=warmup,
-            renorm_after=renorm_after,
-            lagged=lagged,
-            **options,
+            num_features, eps, momentum, affine, window=window, warmup=warmup, **options
         )
 
     def average(self, squares: Tensor) -> Tensor:

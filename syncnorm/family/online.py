@@ -34,12 +34,12 @@ import torch
 from torch import Tensor
 
 from syncnorm.autograd import ANCHOR
-from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family import recurrence
+from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.late import LateSums, keep
-from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels, pooled_moments
+from syncnorm.family.layer import PlainBatchNorm
+from syncnorm.family.pooled import channels
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
@@ -63,7 +63,7 @@ class Start(NamedTuple):
         return self
 
 
-class OnlineNorm(FamilyLayer):
+class OnlineNorm(PooledBatchNorm):
     """Online normalisation of x (N, C, *S), with averages over the workers.
 
     Args:
@@ -169,13 +169,6 @@ class OnlineNorm(FamilyLayer):
     def _send(self, samples: int, kind: str, each: Tensor, apply: Callable[[Tensor], None]) -> None:
         self.late.send(samples * torch.cat([each, torch.ones_like(each[:1])]), self, kind, apply)
 
-    def batch_statistics(
-        self, x: Tensor, group: groups.Group | None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take the count, mean and biased variance of a batch, which training does not need."""
-        batch = pooled_moments(x, [None], group, self)
-        return batch.count[0], {"mean": batch.mean[0], "var": batch.var[0]}
-
     def evaluate(self, x: Tensor) -> Tensor:
         invstd = (self.running_var.double() + self.eps).rsqrt()
         return (x - channels(self.running_mean, x)) * channels(invstd, x)
@@ -194,9 +187,7 @@ class OnlineNorm(FamilyLayer):
         self.settle()
 
     def as_batch_norm(self) -> PlainBatchNorm | None:
-        if self.guard is not None:
-            return None
-        return PlainBatchNorm(self.running_mean, self.running_var, self.weight, self.bias)
+        return super().as_batch_norm() if self.guard is None else None
 
 
 class _Online(torch.autograd.Function):

@@ -128,7 +128,7 @@ class PowerNorm(SquareNorm):
 
     def _follow_square(self, total: Tensor, is_warming_up: bool) -> None:
         step = self.num_batches_tracked + 1
-        rate = self.weight_of(step)
+        rate = self.rate(step)
         if is_warming_up and self.momentum is not None:
             rate = rate + (1 - rate) / step
         moved = torch.lerp(self.running_square.double(), mean_of(total), rate)

@@ -119,11 +119,6 @@ class SquareNorm(FamilyLayer):
             raise mask_fault(self)
         return total
 
-    def weight_of(self, step: Tensor) -> Tensor:
-        """Find the weight of a step, which count from 1, in what is averaged over steps."""
-        step = step.double()
-        return 1 / step if self.momentum is None else torch.full_like(step, self.momentum)
-
     def settle(self) -> None:
         self.late.settle()
 
@@ -133,8 +128,6 @@ class SquareNorm(FamilyLayer):
 
     def take(self, layer: _BatchNorm) -> None:
         super().take(layer)
-        # The batch norm's steps were none of this method.
-        self.num_batches_tracked.zero_()
         if layer.running_mean is not None and layer.running_var is not None:
             self.running_square.copy_(layer.running_var + layer.running_mean.square())
 

@@ -63,21 +63,11 @@ class UnifiedNorm(WindowNorm):
         *,
         window: int = 4,
         warmup: int = 4000,
-        renorm_after: int = 1000,
         outlier_filtration: bool = False,
-        lagged: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(
-            num_features,
-            eps,
-            momentum,
-            affine,
-            window=window,
-            warmup=warmup,
-            renorm_after=renorm_after,
-            lagged=lagged,
-            **options,
+            num_features, eps, momentum, affine, window=window, warmup=warmup, **options
         )
         self.outlier_filtration = outlier_filtration
         self.register_buffer("gradient", torch.zeros_like(self.running_square))
@@ -100,7 +90,7 @@ class UnifiedNorm(WindowNorm):
         entry = torch.where(step.is_outlier, last, b)
         gradients = torch.where(step.slot, entry, self.gradients.double())
         mean = torch.where(step.is_alone, b, gradients.mean(0))
-        gradient = torch.lerp(last, mean, self.weight_of(step.number))
+        gradient = torch.lerp(last, mean, self.rate(step.number))
         c = torch.where(step.is_outlier, mean, gradient)
         return c, {"gradients": gradients, "gradient": gradient}
 

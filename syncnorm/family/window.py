@@ -81,8 +81,8 @@ class WindowNorm(SquareNorm):
         *,
         window: int,
         warmup: int,
-        renorm_after: int,
-        lagged: bool,
+        renorm_after: int = 1000,
+        lagged: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, **options)
@@ -184,7 +184,7 @@ class WindowNorm(SquareNorm):
         return Step(number, slot, is_alone, is_outlier, squares, square)
 
     def _keep_step(self, total: Tensor, step: Step) -> None:
-        running = torch.lerp(self.running_square.double(), step.square, self.weight_of(step.number))
+        running = torch.lerp(self.running_square.double(), step.square, self.rate(step.number))
         keep(
             self,
             total,

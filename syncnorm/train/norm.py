@@ -235,7 +235,6 @@ def _replace(
         with torch.no_grad():
             other.take(layer)
         other.requires_grad_(True)
-        other.num_batches_tracked.zero_()
     elif isinstance(layer, _BatchNorm) and isinstance(other, _BatchNorm):
         kept |= {
             key: b for key, b in layer.named_buffers() if key in ("running_mean", "running_var")

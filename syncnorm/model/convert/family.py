@@ -76,10 +76,8 @@ def make(
     if is_affine and not any(p.requires_grad for p in layer.parameters(recurse=False)):
         # What a method has besides is frozen as well.
         new.requires_grad_(False)
-    counted = 0
-    if layer.num_batches_tracked is not None:
-        counted = 0 if observed.is_fake(layer) else int(layer.num_batches_tracked)
-        new.num_batches_tracked.zero_()  # the method's own clock begins
+    tracked = layer.num_batches_tracked
+    counted = 0 if tracked is None or observed.is_fake(layer) else int(tracked)
     setattr(new, _ORIGINAL, Original(_torchs(layer), layer.eps, layer.momentum, counted))
     return new.train(layer.training)
 
@@ -145,9 +143,9 @@ def _parameter(value: torch.Tensor) -> nn.Parameter:
 
 
 def option_names(to: type[FamilyLayer]) -> set[str]:
-    """Collect the names of the arguments of a layer and of its base."""
+    """Collect the names of the arguments of a layer and of its bases."""
     names: set[str] = set()
-    for cls in (to, FamilyLayer):
+    for cls in to.__mro__[: to.__mro__.index(FamilyLayer) + 1]:
         for name, parameter in inspect.signature(cls.__init__).parameters.items():
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
                 names.add(name)
