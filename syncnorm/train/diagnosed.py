@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from syncnorm import prepare_ddp
 from syncnorm.diagnose import Forward, Problem, advise, diagnose
 from syncnorm.errors import ConfigError, InputError
+from syncnorm.family.layer import Pooling
 from syncnorm.placement import size
 from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
@@ -117,15 +118,20 @@ def diagnose_run(
     parts = int(snapshot.facts.get("world_size", workers.world_size))
     samples = min(config.train.global_batch, feed.sizes[TRAIN])
     plan = plan_step(config, model, task, parts, samples)
+    model = prepare_ddp(model)
+    for layer in model.modules():
+        if isinstance(layer, Pooling):
+            layer.gradient_scale = parts
     problem = Problem(
-        prepare_ddp(model),
+        model,
         _loss(config, task, workers),
         _load(feed, config, snapshot, workers, plan, count),
         parts=parts,
         samples=plan.smallest,
         lr=_rate(config, snapshot),
         frozen=snapshot.facts.get("in_evaluation", ()),
-        scale=workers.world_size,
+        # Of the training, whose lagged layers keep averages of gradients with it.
+        scale=parts,
     )
 
     def start(costs: dict[str, int], seconds: float) -> None:
