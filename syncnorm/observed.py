@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy, Tracer
 
-from syncnorm.device import is_host
+from syncnorm.device import first_tensor, is_host
 from syncnorm.errors import InputError
 from syncnorm.undocumented import (
     FakeTensor,
@@ -67,9 +67,7 @@ def _name(t: Tensor) -> str | None:
 
 def is_fake(module: nn.Module) -> bool:
     """True if the module's own tensors have no numbers."""
-    # Past what would wait for sums that are under way.
-    tensors = (*dict.values(module._buffers), *module._parameters.values())
-    first = next((t for t in tensors if t is not None), None)
+    first = first_tensor(module)
     return first is not None and observer(first) == FAKE
 
 

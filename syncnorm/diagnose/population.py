@@ -9,7 +9,7 @@ import torch
 
 from syncnorm.diagnose.observe import Sums, watched
 from syncnorm.diagnose.problem import Problem
-from syncnorm.diagnose.state import kept
+from syncnorm.model.modes import kept
 
 
 @contextmanager

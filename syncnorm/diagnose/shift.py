@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from syncnorm.diagnose.observe import listening, observe, watched
 from syncnorm.diagnose.problem import Problem
-from syncnorm.diagnose.state import kept
+from syncnorm.model.modes import kept
 
 # An odd number: a channel that has one value has it in the middle of a bin.
 BINS, _WIDTH, _PRIOR = 63, 8.0, 0.5

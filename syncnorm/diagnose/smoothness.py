@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.diagnose.problem import Gradient, Problem, difference, norm
-from syncnorm.diagnose.state import kept
+from syncnorm.model.modes import kept
 
 STEPS = (0.5, 1.0, 2.0, 4.0)
 """Steps along the gradient, in learning rates."""

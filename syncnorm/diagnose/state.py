@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from syncnorm.family.layer import Pooling
 from syncnorm.model.frozen import frozen_statistics
-from syncnorm.model.modes import evaluating, put_modes
+from syncnorm.model.modes import evaluating, kept, put_modes
 from syncnorm.module import SyncNorm
 
 
@@ -56,18 +56,6 @@ def seeded(seed: int) -> Iterator[None]:
             yield
     finally:
         random.setstate(before)
-
-
-@contextmanager
-def kept(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Put the values of these tensors back after the block; yields copies of them."""
-    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-    try:
-        yield copies
-    finally:
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(copies[name])
 
 
 def is_noise(module: nn.Module) -> bool:

@@ -27,6 +27,7 @@ class Pooling(nn.Module):
         process_group: the workers; None: all of them.
     """
 
+    num_features: int
     workers: groups.GroupHandle
     label: str
 

@@ -84,7 +84,7 @@ def standardize_weights(model: nn.Module, scaled: bool = False, gamma: float = 1
     Raises:
         InputError: there is no convolution.
     """
-    found = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    found = convolutions(model)
     if not found:
         raise InputError(
             f"`model` must have a convolution, got {type(model).__name__} without one. Register "
@@ -96,6 +96,11 @@ def standardize_weights(model: nn.Module, scaled: bool = False, gamma: float = 1
             own = ScaledWeightStandardization(layer.out_channels, gamma).to(layer.weight)
         parametrize.register_parametrization(layer, "weight", own)
     return model
+
+
+def convolutions(model: nn.Module) -> list[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
+    """List the convolutions of a model, without transposed ones."""
+    return [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
 
 
 def _centered(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ from syncnorm.model.ddp import replaced
 from syncnorm.model.lints import decay_lints, model_lints, recorded_calls, sampler_lints
 from syncnorm.model.sample import Shape, record_shapes
 from syncnorm.module import SyncNorm
+from syncnorm.statistics import mode_of
 from syncnorm.statistics.batch import Batch
 from syncnorm.statistics.source import Mode
 
@@ -196,25 +197,14 @@ class _Part(NamedTuple):
     """The part of a layer in the messages of a step."""
 
     mode: Mode
-    """For a layer of the family, "batch", with sizes of its own."""
     rule: groups.Rule | groups.NotMember
     workers: int
     """Number that take part."""
     channels: int
-    calls: int
-    """In a forward."""
-    own: tuple[int, ...] | None = None
-    """Numbers in each message of a layer of the family."""
-
-    def own_sizes(self) -> list[int]:
-        """Count the numbers in each message that the layer sends alone."""
-        if self.own is not None:
-            return [*self.own] * self.calls
-        return [*self.mode.own_sizes(self.channels, self.calls)]
-
-    def largest(self) -> int:
-        """Count the numbers in the largest message of the layer."""
-        return 2 * self.channels + 1 if self.own is None else max(self.own)
+    own: list[int]
+    """Numbers in each message that the layer sends alone."""
+    largest: int
+    """Numbers in the largest message that it may send."""
 
 
 def _explain(
@@ -227,14 +217,15 @@ def _explain(
 ) -> tuple[_Part | None, Row, list[str]]:
     """The layer's part in the messages, its row, and its lints."""
     row = Row(name, _class_name(layer), _becomes(layer))
-    if isinstance(layer, Pooling):
-        return _explain_family(layer, row, shapes, is_frozen, world)
-    if not isinstance(layer, _BatchNorm) or row.convert.startswith("refused"):
+    if not isinstance(layer, _BatchNorm | Pooling) or row.convert.startswith("refused"):
         return None, row, []
     if is_frozen:
         return None, replace(row, advice="frozen: in evaluation mode while the model trains"), []
-    is_ours = isinstance(layer, SyncNorm)
-    mode, kept = (layer.sync_mode, layer.workers) if is_ours else (Batch(), None)
+    mode, kept = Batch(), None
+    if isinstance(layer, SyncNorm):
+        mode, kept = layer.sync_mode, layer.workers
+    elif isinstance(layer, Pooling):
+        mode, kept = mode_of(layer.sync), layer.workers
     row = replace(row, sync=mode.name)
     try:
         group = groups.least_size(kept, world) if mode.is_pooled else 1
@@ -250,30 +241,17 @@ def _explain(
         row = replace(
             row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:])
         )
-        may_pool = workers < world or is_alone
-        row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), may_pool))
-    if group is None or not layer.num_features:
+        if isinstance(layer, _BatchNorm):
+            may_pool = workers < world or is_alone
+            row = replace(row, advice=_advice(row, isinstance(layer, SyncBatchRenorm), may_pool))
+    channels, calls = layer.num_features, 1 if shapes is None else len(shapes)
+    if group is None or not channels:
         return None, row, []
-    calls = 1 if shapes is None else len(shapes)
-    return _Part(mode, groups.rule_of(kept), group, layer.num_features, calls), row, []
-
-
-def _explain_family(
-    layer: Pooling, row: Row, shapes: list[Shape] | None, is_frozen: bool, world: int
-) -> tuple[_Part | None, Row, list[str]]:
-    if is_frozen:
-        return None, replace(row, advice="frozen: in evaluation mode while the model trains"), []
-    group = groups.least_size(layer.workers, world) if layer.is_pooled else 1
-    workers = group or 1
-    row = replace(row, sync=layer.sync, workers=workers)
-    if shapes:
-        least = min(shapes, key=lambda shape: shape[0] * math.prod(shape[2:]))
-        row = replace(
-            row, samples=least[0] * workers, values=least[0] * workers * math.prod(least[2:])
-        )
-    calls = 1 if shapes is None else len(shapes)
-    sizes = tuple(layer.message_sizes())
-    return _Part(Batch(), groups.rule_of(layer.workers), workers, 0, calls, sizes), row, []
+    own, largest = [*mode.own_sizes(channels, calls)], 2 * channels + 1
+    if isinstance(layer, Pooling):
+        sizes = layer.message_sizes()
+        own, largest = sizes * calls, max(sizes)
+    return _Part(mode, groups.rule_of(kept), group, channels, own, largest), row, []
 
 
 def _class_name(layer: nn.Module) -> str:
@@ -304,7 +282,7 @@ def _least_sizes(parts: Iterable[_Part]) -> dict[Any, int]:
     least: dict[Any, int] = {}
     for part in parts:
         if part.mode.is_pooled:
-            size = exchange.size_of(part.largest())
+            size = exchange.size_of(part.largest)
             least[part.rule] = max(least.get(part.rule, 0), size)
     return least
 
@@ -313,7 +291,7 @@ def _traffic(part: _Part, room: int) -> tuple[int, int]:
     """A layer's own exchanges in a step, and its numbers in these and in shared ones."""
     if part.workers == 1:
         return 0, 0
-    own = [exchange.size_of(size, room) for size in part.own_sizes()]
+    own = [exchange.size_of(size, room) for size in part.own]
     return len(own), sum(own) + sum(part.mode.flat_sizes([part.channels], 0))
 
 
@@ -323,7 +301,7 @@ def _totals(parts: list[_Part], least: Mapping[Any, int]) -> tuple[int, int]:
     together: dict[tuple[str, Any, int], list[_Part]] = {}
     for part in parts:
         if part.workers > 1:
-            sizes += [exchange.size_of(size, least[part.rule]) for size in part.own_sizes()]
+            sizes += [exchange.size_of(size, least[part.rule]) for size in part.own]
             together.setdefault((part.mode.name, part.rule, part.workers), []).append(part)
     for (_, rule, workers), some in together.items():
         flat = some[0].mode.flat_sizes([part.channels for part in some], workers)

@@ -1,11 +1,15 @@
-"""Training and evaluation modes of single modules: set, saved and restored."""
+"""Modes of single modules, and values of tensors: set, saved and restored."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+K = TypeVar("K")
 
 
 def begin_training(model: nn.Module) -> bool:
@@ -62,3 +66,15 @@ def put_in_evaluation(model: nn.Module, names: Iterable[str]) -> None:
     """Put the modules of these names into evaluation mode, and all others into training mode."""
     frozen = set(names)
     put_modes({module: name not in frozen for name, module in model.named_modules()})
+
+
+@contextmanager
+def kept(tensors: Mapping[K, Tensor]) -> Iterator[dict[K, Tensor]]:
+    """Put the values of these tensors back after the block; yields copies of them."""
+    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    try:
+        yield copies
+    finally:
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(copies[name])

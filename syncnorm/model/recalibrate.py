@@ -20,7 +20,7 @@ from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
 from syncnorm.model.failing import sum_unless_failed
-from syncnorm.model.modes import evaluating
+from syncnorm.model.modes import evaluating, kept
 from syncnorm.model.sample import call
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
@@ -176,7 +176,7 @@ def _collecting_ours(layer: SyncNorm, keep: Callable[[Tensor], object]) -> Itera
     source, layer.statistics = layer.statistics, _Recording(keep)
     seen = layer.seen
     schedule = getattr(layer, "schedule", None)
-    with _buffers_put_back(layer):
+    with kept(dict(layer.named_buffers(recurse=False))):
         if isinstance(layer, SyncBatchRenorm):
             # Renormalisation off. Nothing of the old statistics may come through, not even NaN.
             layer.schedule = RenormSchedule.constant(1.0, 0.0)
@@ -206,7 +206,7 @@ def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> I
     hook = None if is_plain else layer.register_forward_pre_hook(collect, with_kwargs=True)
     if is_plain:
         layer.forward = normalize
-    with _buffers_put_back(layer):
+    with kept(dict(layer.named_buffers(recurse=False))):
         try:
             yield
         finally:
@@ -214,16 +214,6 @@ def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> I
                 del layer.forward
             else:
                 hook.remove()
-
-
-@contextmanager
-def _buffers_put_back(layer: _BatchNorm) -> Iterator[None]:
-    before = [b.clone() for b in layer.buffers(recurse=False)]
-    try:
-        yield
-    finally:
-        for buffer, value in zip(layer.buffers(recurse=False), before, strict=True):
-            buffer.copy_(value)
 
 
 def _pool(

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from syncnorm.errors import InputError
 from syncnorm.model.frozen import frozen_statistics
+from syncnorm.model.modes import kept
 from syncnorm.model.norm_parameters import norm_parameters
 
 
@@ -124,24 +125,20 @@ class SAM:
     @contextmanager
     def _perturbed(self) -> Iterator[None]:
         """Be at w + e within the block, then at w to the bit."""
-        moved = [(p, p.grad, p.detach().clone()) for p in self.parameters if p.grad is not None]
+        moved = {p: p.grad for p in self.parameters if p.grad is not None}
         if not moved:
             raise InputError(
                 "`closure` must call backward, got no gradient of a parameter to perturb. Give "
                 "parameters that have a part in the loss."
             )
-        norm = get_total_norm([gradient for _, gradient, _ in moved])
+        norm = get_total_norm([*moved.values()])
         factor = torch.where(norm.isfinite() & (norm > 0), self.rho / norm, 0.0)
-        try:
+        with kept({parameter: parameter for parameter in moved}):
             with torch.no_grad():
-                for parameter, gradient, _ in moved:
+                for parameter, gradient in moved.items():
                     # Not multiplied where nothing moves: 0 times infinity.
                     parameter.add_(torch.where(factor > 0, gradient * factor, 0.0))
             yield
-        finally:
-            with torch.no_grad():
-                for parameter, _, before in moved:
-                    parameter.copy_(before)
 
     def _all(self) -> Iterator[Tensor]:
         yield from self.model.parameters()

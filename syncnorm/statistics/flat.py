@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.comm.inflight import InFlight
-from syncnorm.device import is_host
+from syncnorm.device import first_tensor, is_host
 from syncnorm.statistics.buffers import Marks, mark
 
 if TYPE_CHECKING:
@@ -95,8 +95,8 @@ def title(names: Sequence[str]) -> str:
 
 def device_of(layer: nn.Module) -> torch.device:
     """The device of a layer's sums. Waits for nothing."""
-    tensors = (*dict.values(layer._buffers), *layer._parameters.values())
-    return next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+    first = first_tensor(layer)
+    return torch.device("cpu") if first is None else first.device
 
 
 def zeros(size: int, device: torch.device) -> Tensor:

@@ -17,6 +17,7 @@ from syncnorm.errors import ConfigError, InputError
 from syncnorm.family import METHODS, standardize_weights
 from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.family.plain import BASELINES, ChannelRMSNorm, Derf, DynamicTanh, NoNorm
+from syncnorm.family.standardised import convolutions
 from syncnorm.model.convert.adapters import has_torchs_forward, own_class
 from syncnorm.module import SyncNorm
 from syncnorm.train.config.norm import NormName, NormSection, WeightName
@@ -263,7 +264,7 @@ def reparametrize(model: nn.Module, weights: WeightName | None) -> None:
     """
     if weights is None:
         return
-    layers = [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    layers = convolutions(model)
     if not layers or any(map(parametrize.is_parametrized, layers)):
         found = "one that is parametrized" if layers else "none"
         raise ConfigError(

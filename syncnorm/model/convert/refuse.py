@@ -59,7 +59,10 @@ def _class_to_be(layer: _BatchNorm) -> type[Any]:
 
 def _busy(layer: SyncNorm) -> str | None:
     if layer.statistics.is_busy:
-        return "is used by accumulate, evaluation_statistics or recalibrate; wait for the end of its block"
+        return (
+            "is used by accumulate, evaluation_statistics or recalibrate; wait for the end of its "
+            "block"
+        )
     return (
         None
         if layer.freeze is None
