@@ -215,21 +215,27 @@ def collect(study: Study, plan: Plan, rates: dict[str, float]) -> Cells:
     return cells
 
 
-def main() -> None:
+def begin(description: str | None, minutes: float) -> argparse.ArgumentParser:
+    """Prepare this process for a study, and make a parser with the arguments that studies share."""
     paired.fix_allocator()
     # DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("root", metavar="DATA_FOLDER")
     parser.add_argument("out", metavar="OUT", type=Path)
     parser.add_argument(
         "--data", default="fashion_mnist", choices=["fashion_mnist", "mnist", "cifar10"]
     )
-    parser.add_argument("--minutes", type=float, default=60.0, help="after which no run begins")
+    parser.add_argument("--minutes", type=float, default=minutes, help="after which no run begins")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--samples", type=int, default=8192, help="of the training set")
+    return parser
+
+
+def main() -> None:
+    parser = begin(__doc__, minutes=60.0)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, choices=NETWORKS)
     given = parser.parse_args()

@@ -14,13 +14,9 @@ Results are kept as by `benchmarks.regimes`, seed by seed; writes OUT/table.md.
 
 from __future__ import annotations
 
-import argparse
-import os
-from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import paired
-from benchmarks.regimes import CHOOSING_SEED, Plan
+from benchmarks.regimes import CHOOSING_SEED, Plan, begin
 from benchmarks.study import Job, Result, Study, spread
 
 NETWORKS = ("convolutional", "sigmoid")
@@ -150,18 +146,7 @@ def table(network: str, found: Found) -> list[str]:
 
 
 def main() -> None:
-    paired.fix_allocator()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("root", metavar="DATA_FOLDER")
-    parser.add_argument("out", metavar="OUT", type=Path)
-    parser.add_argument("--data", default="fashion_mnist")
-    parser.add_argument("--minutes", type=float, default=30.0, help="after which no run begins")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=8192, help="of the training set")
-    given = parser.parse_args()
+    given = begin(__doc__, minutes=30.0).parse_args()
     plan = Plan(given.root, given.data, given.samples, EPOCHS, given.seeds, NETWORKS)
     lines = [
         f"{given.data}, {given.samples} training samples, steps of 64, accuracy every {EVERY}."

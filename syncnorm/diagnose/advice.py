@@ -54,14 +54,13 @@ def _between_workers(measures: Measures) -> Iterator[str]:
         and each["chance_share"] is not None
         and each["chance_share"] < 1
     }
-    above = {name: value for name, value in excess.items() if value > _BETWEEN}
-    if above:
-        worst = max(above, key=lambda name: above[name])
+    if found := _worst(excess, _BETWEEN):
+        worst, _, more = found
         each = _layers(measures)[worst]
         yield (
             f"{_percent(each['between_share'])} of {worst}'s variance lies between workers, where "
             f"samples shared out at random would leave {_percent(each['chance_share'])}"
-            f"{_more(above)}: pool it (norm.sync: batch), or let every worker see all data."
+            f"{more}: pool it (norm.sync: batch), or let every worker see all data."
         )
 
 
@@ -71,12 +70,11 @@ def _running_lag(measures: Measures) -> Iterator[str]:
     if now is None or then is None or now - then <= max(_LOSS, _LOSS_SHARE * abs(then)):
         return
     gaps = {name: _gap(e) for name, e in _layers(measures).items() if not e["is_frozen"]}
-    above = {name: value for name, value in gaps.items() if value > _LAG}
-    if above:
-        worst = max(above, key=lambda name: above[name])
+    if found := _worst(gaps, _LAG):
+        worst, gap, more = found
         yield (
-            f"running statistics are not those of the data: {worst}'s are {above[worst]:.2g} "
-            f"standard deviations off{_more(above)}, and evaluation has a loss of {now:.3g}, with "
+            f"running statistics are not those of the data: {worst}'s are {gap:.2g} "
+            f"standard deviations off{more}, and evaluation has a loss of {now:.3g}, with "
             f"the data's {then:.3g}. Recalibrate (syncnorm recalibrate RUN), or "
             f"{_way_to_follow(measures, _layers(measures)[worst])}."
         )
@@ -92,12 +90,11 @@ def _way_to_follow(measures: Measures, layer: Mapping[str, Any]) -> str:
 
 def _frozen_far_off(measures: Measures) -> Iterator[str]:
     gaps = {name: _gap(e) for name, e in _layers(measures).items() if e["is_frozen"]}
-    above = {name: value for name, value in gaps.items() if value > _FROZEN_GAP}
-    if above:
-        worst = max(above, key=lambda name: above[name])
+    if found := _worst(gaps, _FROZEN_GAP):
+        worst, gap, more = found
         yield (
-            f"{worst} is frozen, and its running statistics are {above[worst]:.2g} standard "
-            f"deviations from the data's{_more(above)}: recalibrate before it is frozen, or train "
+            f"{worst} is frozen, and its running statistics are {gap:.2g} standard "
+            f"deviations from the data's{more}: recalibrate before it is frozen, or train "
             "it, too."
         )
 
@@ -115,23 +112,21 @@ def _few_samples(measures: Measures) -> Iterator[str]:
 
 def _noise_in_front(measures: Measures) -> Iterator[str]:
     ratios = {n: e["noise_ratio"] for n, e in _layers(measures).items() if e["noise_ratio"]}
-    above = {name: value for name, value in ratios.items() if value > 1 + _NOISE}
-    if above:
-        worst = max(above, key=lambda name: above[name])
+    if found := _worst(ratios, 1 + _NOISE):
+        worst, ratio, more = found
         yield (
-            f"dropout makes the variance in front of {worst} {above[worst]:.2f} times as large in "
-            f"training as in evaluation{_more(above)}: put it behind the last normalisation."
+            f"dropout makes the variance in front of {worst} {ratio:.2f} times as large in "
+            f"training as in evaluation{more}: put it behind the last normalisation."
         )
 
 
 def _flat_channels(measures: Measures) -> Iterator[str]:
     shares = {name: each["flat_share"] or 0.0 for name, each in _layers(measures).items()}
-    above = {name: value for name, value in shares.items() if value > _FLAT}
-    if above:
-        worst = max(above, key=lambda name: above[name])
+    if found := _worst(shares, _FLAT):
+        worst, share, more = found
         yield (
-            f"{_percent(above[worst])} of the channels in front of {worst} are the same for all "
-            f"samples{_more(above)}: they are dead. A lower learning rate or another "
+            f"{_percent(share)} of the channels in front of {worst} are the same for all "
+            f"samples{more}: they are dead. A lower learning rate or another "
             "initialisation keeps them alive; what stays dead may be pruned."
         )
 
@@ -194,12 +189,11 @@ def _not_invariant(measures: Measures) -> Iterator[str]:
         for name, each in measures.get("gradients", {}).get("layers", {}).items()
         if each["is_invariant"] and each["cosine"] is not None
     }
-    above = {name: value for name, value in cosines.items() if value > _COSINE}
-    if above:
-        worst = max(above, key=lambda name: above[name])
+    if found := _worst(cosines, _COSINE):
+        worst, cosine, more = found
         yield (
             f"{worst} is followed by a normalisation, and its gradient should be orthogonal to its "
-            f"weights, but their cosine is {above[worst]:.2g}{_more(above)}: that normalisation's "
+            f"weights, but their cosine is {cosine:.2g}{more}: that normalisation's "
             "gradient leaves out its statistics, or they are not those of the batch."
         )
 
@@ -231,6 +225,15 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _more(above: Mapping[str, float]) -> str:
-    more = len(above) - 1
-    return f" (and so for {more} other layer{'s' if more > 1 else ''})" if more else ""
+def _worst(values: Mapping[str, float], bound: float) -> tuple[str, float, str] | None:
+    """Find the layer with the largest value, if that is above a bound.
+
+    Returns:
+        Its name, its value, and a clause about the others above the bound.
+    """
+    above = {name: value for name, value in values.items() if value > bound}
+    if not above:
+        return None
+    worst, more = max(above, key=lambda name: above[name]), len(above) - 1
+    others = f" (and so for {more} other layer{'s' if more > 1 else ''})" if more else ""
+    return worst, above[worst], others

@@ -8,6 +8,7 @@ import logging
 import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,13 @@ class Setup:
     def evaluated_model(self) -> nn.Module:
         """The network that is evaluated: the moving average, if there is one."""
         return self.model if self.average is None else self.average.module
+
+    @cached_property
+    def before_the_last_linear(self) -> list[nn.Parameter]:
+        """The parameters but those of the last linear layer."""
+        linear = [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        last = set(linear[-1].parameters()) if linear else set()
+        return [p for p in self.model.parameters() if p not in last]
 
     def placement(self, count: int) -> Placement:
         """Place a step of `count` samples: this worker's forwards, and who shares a statistic."""

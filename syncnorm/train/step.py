@@ -278,9 +278,7 @@ def _clip(setup: Setup) -> float | None:
     """
     adaptive = setup.config.train.adaptive_clip
     if adaptive is not None:
-        linear = [m for m in setup.model.modules() if isinstance(m, nn.Linear)]
-        last = set(linear[-1].parameters()) if linear else set()
-        clip_gradients_adaptively_((p for p in setup.model.parameters() if p not in last), adaptive)
+        clip_gradients_adaptively_(setup.before_the_last_linear, adaptive)
     bound = setup.config.train.clip
     if bound is None:
         return None
