@@ -326,11 +326,9 @@ def evaluate(
     meters: Meters | None = getattr(task, "meters", None)
     if meters is not None:
         meters.reset()
-    with (
-        evaluating(model),
-        evaluation_statistics(model, statistics),
-        autocast(config, workers.device),
-    ):
+    # By running statistics layers evaluate as they are: nothing is lent, and compiled code holds.
+    chosen = evaluation_statistics(model, statistics) if is_pooled else nullcontext()
+    with evaluating(model), chosen, autocast(config, workers.device):
         for number, batch in enumerate(feed.batches(split, forwards), start=1):
             if isinstance(batch, Failure):
                 failure = failure or batch.message
