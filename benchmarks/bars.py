@@ -1,4 +1,4 @@
-"""Draw docs/accuracy.svg, the README's picture, from a table of docs/results.md.
+"""Draw docs/accuracy.svg, the README's picture, from a table of docs/results/regimes.md.
 
     python -m benchmarks.bars
 
@@ -26,7 +26,7 @@ TEXT, LOCAL, OURS = "#73797f", "#8a9097", "#3b82c4"
 
 
 def accuracies(results: str) -> dict[str, float]:
-    """Test accuracy in % by the first cell of its row, from the text of docs/results.md."""
+    """Test accuracy in % by the first cell of its row, from the text of docs/results/regimes.md."""
     rows = re.findall(r"^\| (.+?) \| (\d+\.\d)\b", results, flags=re.MULTILINE)
     return {name: float(value) for name, value in rows if name in ROWS}
 
@@ -55,5 +55,5 @@ def draw(values: dict[str, float]) -> str:
 
 
 if __name__ == "__main__":
-    PICTURE.write_text(draw(accuracies((DOCS / "results.md").read_text())))
+    PICTURE.write_text(draw(accuracies((DOCS / "results" / "regimes.md").read_text())))
     print(PICTURE)

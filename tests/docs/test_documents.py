@@ -29,13 +29,13 @@ from syncnorm.cli import app
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text()
-RESULTS = (ROOT / "docs" / "results.md").read_text()
+RESULTS = "\n".join(path.read_text() for path in (ROOT / "docs" / "results").glob("*.md"))
 BIN = Path(sys.executable).parent
 # --standalone: a free port instead of torchrun's fixed one
 TORCHRUN = ["torchrun", "--standalone"]
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PAGES = ["computed", "failures", "family", "merge", "modes", "sampler"]
 
