@@ -146,7 +146,9 @@ def main(what: str) -> None:
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     else:
         results["torchrun"] = syncnorm.fit(CONFIG, **own)
-    print(json.dumps({name: asdict(result) for name, result in results.items()}, default=str))
+    told = json.dumps({name: asdict(result) for name, result in results.items()}, default=str)
+    # With its end in one piece: the workers of torchrun write into one pipe.
+    sys.stdout.write(f"{told}\n")
 
 
 if __name__ == "__main__":
