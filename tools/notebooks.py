@@ -35,7 +35,11 @@ def notebook(text: str) -> NotebookNode:
     code = "".join(text.splitlines(keepends=True)[first.end_lineno :])
     made = jupytext.reads(code, fmt="py:percent")
     made.cells.insert(0, NotebookNode(cell_type="markdown", metadata={}, source=words, id="title"))
-    made.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    made.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     return made
 
 

@@ -25,9 +25,9 @@ def _section(command: Any, context: Context, level: int) -> Iterator[str]:
         yield f"\n{'#' * (level - 1)} {context.command_path}\n"
         yield f"```text\n{usage}\n```\n"
         yield command.help + "\n"
-        records = [each.get_help_record(context) for each in command.get_params(context)]
+        records = [each.get_help_record(context) for each in command.params]
         for names, text in filter(None, records):
-            yield f"`{names}`\n: {text or '(as it says)'}\n"
+            yield f"`{names}`\n: {text}\n"
     if isinstance(command, TyperGroup):
         for name in command.list_commands(context):
             each = command.get_command(context, name)

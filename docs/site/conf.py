@@ -6,6 +6,9 @@ lead elsewhere still answer.
 
 import sys
 from pathlib import Path
+from typing import Any
+
+from pygments.lexers.shell import BashLexer
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
@@ -55,6 +58,7 @@ intersphinx_mapping = {
 }
 intersphinx_disabled_reftypes = ["std:*"]
 
+smartquotes = False  # it would make one dash of the two before an option
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_typehints_format = "short"
@@ -90,3 +94,8 @@ html_show_sphinx = False
 html_show_copyright = False
 html_theme_options = {"navigation_with_keys": True}
 pygments_style = "friendly"
+
+
+def setup(app: Any) -> None:
+    """Colour commands as such: they have no prompt here, by which a lexer could know them."""
+    app.add_lexer("console", BashLexer)

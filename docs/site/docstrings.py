@@ -20,6 +20,7 @@ EMPHASIS = re.compile(r"\*[A-Z][A-Za-z, ]+\*")
 MARK = re.compile(r"[*|]|(?<=\w)_(?!\w)")
 # A colon in an attribute's first line, before which napoleon would look for a type.
 HIDDEN = "\ue000"
+BEGIN, END = "\ue001", "\ue002"  # of code
 SECTION = re.compile(r"[A-Z]\w+:$")
 
 
@@ -46,14 +47,18 @@ def as_rst(lines: list[str]) -> list[str]:
 def _inline(text: str) -> str:
     parts = CODE.split(text)
     plain, code = map(_escape, parts[::2]), map(_code, parts[1::2])
-    return "".join(piece for pair in zip(plain, [*code, ""]) for piece in pair)
+    joined = "".join(piece for pair in zip(plain, [*code, ""]) for piece in pair)
+    # A mark must not touch a word: an escaped space parts them, and is not shown.
+    return re.sub(rf"(?<=\w){BEGIN}", r"\\ ", re.sub(rf"{END}(?=\w)", r"\\ ", joined)).translate(
+        {ord(BEGIN): None, ord(END): None}
+    )
 
 
 def _code(text: str) -> str:
     text = re.sub(r"\s+", " ", text)
     if text in BARE:
-        return rf":py:obj:`{text} <{BARE[text]}>`\ "
-    return rf"``{text}``\ "
+        return f"{BEGIN}:py:obj:`{text} <{BARE[text]}>`{END}"
+    return f"{BEGIN}``{text}``{END}"
 
 
 def _escape(text: str) -> str:

@@ -1,10 +1,11 @@
 """The examples as pages, and those with cells as notebooks beside them."""
 
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from sphinx import addnodes
 from myst_parser.parsers.sphinx_ import MystParser
+from sphinx import addnodes
 
 from tools import notebooks
 
@@ -32,7 +33,7 @@ def hand_out(app: Any, document: nodes.document) -> None:
 def write(app: Any, error: Exception | None) -> None:
     """Write the notebooks beside their pages."""
     if error is None and app.builder.format == "html":
-        notebooks.write(app.outdir / "examples")
+        notebooks.write(Path(app.outdir) / "examples")
 
 
 def setup(app: Any) -> dict[str, bool]:

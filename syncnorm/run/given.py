@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -62,7 +62,7 @@ def _pack(name: str, part: Any) -> bytes:
     class Pickler(cloudpickle.Pickler):
         # Code that says `self.classes` seems to cloudpickle to mean torch.classes, whose type it
         # does not know for a module's.
-        dispatch_table = {
+        dispatch_table: ClassVar[Mapping[type, Callable[[Any], Any]]] = {
             **cloudpickle.Pickler.dispatch_table,
             **{type(each): _by_name for each in (torch.classes, torch.ops)},
         }

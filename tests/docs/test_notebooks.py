@@ -24,7 +24,9 @@ def run(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         made, timeout=900, resources={"metadata": {"path": str(folder)}}
     )
     client.execute()
-    printed = [each.text for cell in made.cells for each in cell.get("outputs", []) if "text" in each]
+    printed = [
+        each.text for cell in made.cells for each in cell.get("outputs", []) if "text" in each
+    ]
     return "".join(printed)
 
 
@@ -51,7 +53,7 @@ def test_finetune_convert(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, metric", [("segmentation", "mean_iou"), ("detection", "f1")])
+@pytest.mark.parametrize(("name", "metric"), [("segmentation", "mean_iou"), ("detection", "f1")])
 def test_the_trainers(name, metric, tmp_path, monkeypatch):
     output = run(name, tmp_path, monkeypatch)
     value = re.search(rf"'{metric}': (\d\.\d+)", output)

@@ -96,7 +96,11 @@ def test_the_commands_run_as_they_stand(tmp_path):
         for name, text in files.items():
             (tmp_path / name).write_text(text)
         launcher, *arguments = command.replace("torchrun ", "torchrun --standalone ").split()
-        modules = {"torchrun": ["-m", "torch.distributed.run"], "python": [], "syncnorm": ["-m", "syncnorm"]}
+        modules = {
+            "torchrun": ["-m", "torch.distributed.run"],
+            "python": [],
+            "syncnorm": ["-m", "syncnorm"],
+        }
         done = subprocess.run(
             [sys.executable, *modules[launcher], *arguments],
             cwd=tmp_path,
