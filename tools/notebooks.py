@@ -32,7 +32,7 @@ def notebook(text: str) -> NotebookNode:
     assert first.end_lineno is not None
     title, _, rest = docstring.partition("\n")
     words = f"# {title.rstrip('.')}\n{rest}"
-    code = "".join(text.splitlines(keepends=True)[first.end_lineno :])
+    code = "".join(text.splitlines(keepends=True)[first.end_lineno :]).lstrip()
     made = jupytext.reads(code, fmt="py:percent")
     made.cells.insert(0, NotebookNode(cell_type="markdown", metadata={}, source=words, id="title"))
     made.metadata["kernelspec"] = {

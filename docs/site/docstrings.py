@@ -75,8 +75,8 @@ def rewrite(app: Any, what: str, name: str, object_: Any, options: Any, lines: l
 
 
 def restore(app: Any, what: str, name: str, object_: Any, options: Any, lines: list[str]) -> None:
-    """Undo what was hidden from napoleon."""
-    lines[:] = [line.replace(HIDDEN, ":") for line in lines]
+    """Undo what was hidden from napoleon, and what it writes between a name and its words."""
+    lines[:] = [line.replace(HIDDEN, ":").replace("** -- ", "** \N{EN DASH} ") for line in lines]
 
 
 def setup(app: Any) -> dict[str, bool]:
