@@ -67,8 +67,9 @@ autodoc_inherit_docstrings = False
 nitpick_ignore_regex = [
     # Type variables, which a reader understands without a page.
     ("py:class", r"syncnorm\..*\._\w+"),
-    # torch documents no page for the base of its batch norms.
+    # torch's own pages have no entry for the base of its batch norms, nor for process groups.
     ("py:class", r"torch\.nn\.modules\.batchnorm\._BatchNorm"),
+    ("py:class", r"torch\.distributed\.distributed_c10d\.ProcessGroup"),
     # What the package works with itself: signatures name it, no program makes one.
     (
         "py:class",

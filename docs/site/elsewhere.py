@@ -12,7 +12,6 @@ from docutils import nodes
 # By where they are implemented, which is what a signature has.
 PUBLIC = {
     "torch.amp.grad_scaler.GradScaler": "torch.amp.GradScaler",
-    "torch.distributed.distributed_c10d.ProcessGroup": "torch.distributed.ProcessGroup",
     "torch.nn.modules.linear.Linear": "torch.nn.Linear",
     "torch.nn.modules.module.Module": "torch.nn.Module",
     "torch.nn.parameter.Parameter": "torch.nn.parameter.Parameter",
