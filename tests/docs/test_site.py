@@ -82,6 +82,9 @@ def documented(site: Path) -> set[str]:
     return {name for kind, names in inventory.items() if kind.startswith("py:") for name in names}
 
 
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # of other libraries, as they are imported
 def test_every_public_name_is_in_the_reference(site):
     names = public_names()
     assert len(names) > 90
