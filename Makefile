@@ -8,9 +8,9 @@ ALL := $(VENV)/.installed
 # An index that has torch's CPU builds: without one pip takes, on Linux, the build for CUDA, of several GB.
 TORCH_INDEX ?=
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt $(addprefix --extra-index-url ,$(TORCH_INDEX))
-SOURCES := syncnorm launch tests benchmarks drills examples tools noxfile.py
+SOURCES := syncnorm launch tests benchmarks drills examples tools docs/site noxfile.py
 
-.PHONY: help train test test-slow drill gpu lint types imports format check matrix release clean
+.PHONY: help train test test-slow drill gpu lint types imports format check docs docs-links matrix release clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -68,6 +68,14 @@ format: $(ALL)  ## Format the code
 	$(BIN)/ruff check --fix $(SOURCES)
 
 check: lint types imports test  ## Everything that a change must pass: format, lint, types, imports, tests
+
+# Names of torch and Python lead to pages that are written out in docs/site: no network is needed.
+docs: $(ALL)  ## Build the documentation site into build/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -n -q -c docs/site -d build/doctrees . build/docs
+	@echo "The site begins at build/docs/index.html."
+
+docs-links: $(ALL)  ## Ask the web whether the addresses in the documentation still answer
+	$(BIN)/python -m sphinx -q -b linkcheck -c docs/site -d build/doctrees . build/docs-links
 
 matrix: $(ALL)  ## Try the lowest, the pinned and the newest versions of what each extra brings; an hour
 	$(BIN)/nox

@@ -2,8 +2,12 @@
 
     python -m syncnorm train examples/detection.yaml --allow examples
 
-The configuration names `load`, `Detector` and `make_task`. The second head normalises over the
-boxes of all workers, of which one worker may have none.
+The configuration names `load`, `Detector` and `make_task`. As a program or a notebook it trains by
+`syncnorm.fit`, from its own last lines:
+
+    python examples/detection.py
+
+The second head normalises over the boxes of all workers, of which one worker may have none.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import syncnorm
 from syncnorm.train.data.splits import Splits
 
 NormLayer = Callable[[int], nn.Module]
@@ -23,6 +28,7 @@ Cells = tuple[Tensor, Tensor, Tensor]
 Sample = tuple[Tensor, Tensor, Tensor]
 
 
+# %%
 class Rectangles(Dataset[Sample]):
     """Images of bright (class 1) and dark (class 2) rectangles: none, one or two of them.
 
@@ -69,6 +75,7 @@ def load(root: object, count: int = 400, size: int = 32) -> Splits:
     return Splits(parts[0], test, parts[1], num_classes=3, in_channels=1, collate=collate)
 
 
+# %%
 class Detector(nn.Module):
     """A class for each cell of a map, and a box for some of the cells.
 
@@ -118,6 +125,7 @@ class Detector(nn.Module):
         return logits, cells, self.boxes(torch.cat(rows, 1))
 
 
+# %%
 class Detection:
     """The loss of both heads, each over what it counts; and how many boxes are found."""
 
@@ -194,3 +202,17 @@ def _overlap(first: Tensor, second: Tensor) -> Tensor:
     both = (high - low).clamp(min=0).prod(1)
     areas = [(boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(1) for boxes in (first, second)]
     return both / (areas[0] + areas[1] - both).clamp(min=1e-9)
+
+
+# %%
+if __name__ == "__main__":
+    result = syncnorm.fit(
+        {
+            "train": {"epochs": 6, "global_batch": 16, "lr": 0.01, "optimizer": {"name": "AdamW"}},
+            "launch": {"workers": 2},
+        },
+        dataset=load,
+        model=Detector,
+        task=Detection(box_weight=2.0),
+    )
+    print(result.folder, result.metrics["test"])

@@ -2,8 +2,13 @@
 
     python -m syncnorm train examples/segmentation.yaml --allow examples
 
-The configuration names `load` and `UNet`. Statistics are pooled and random numbers are drawn by
-sample, so the run is the same on any number of workers.
+The configuration names `load` and `UNet`. As a program or a notebook it trains by `syncnorm.fit`,
+from its own last lines:
+
+    python examples/segmentation.py
+
+Statistics are pooled and random numbers are drawn by sample, so the run is the same on any number
+of workers.
 """
 
 from collections.abc import Callable
@@ -12,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+import syncnorm
 from syncnorm.train.data.splits import Splits
 
 NormLayer = Callable[[int], nn.Module]
 IGNORED = 255  # of the mask; task.name segment leaves such pixels out of its loss and metrics
 
 
+# %%
 class Shapes(Dataset[tuple[Tensor, Tensor]]):
     """Images of a disc (class 1) and a square (class 2) before noise (class 0).
 
@@ -66,6 +73,7 @@ def load(root: object, count: int = 400, size: int = 32) -> Splits:
     )
 
 
+# %%
 class UNet(nn.Module):
     """Two steps down and up again, with the finer maps joined in on the way."""
 
@@ -94,3 +102,17 @@ class UNet(nn.Module):
         coarse = self.coarse(self.down(middle))
         middle = self.middle_again(torch.cat([middle, self.up(coarse)], 1))
         return self.head(self.fine_again(torch.cat([fine, self.up(middle)], 1)))
+
+
+# %%
+if __name__ == "__main__":
+    result = syncnorm.fit(
+        {
+            "task": {"name": "segment"},
+            "train": {"epochs": 4, "global_batch": 16, "lr": 0.1, "optimizer": {"momentum": 0.9}},
+            "launch": {"workers": 2},
+        },
+        dataset=load,
+        model=UNet,
+    )
+    print(result.folder, result.metrics["test"])

@@ -53,6 +53,7 @@ LONGEST = (
     "test_verify.py",
     "test_command.py",
     "test_interrupt.py",
+    "test_site.py",
     "test_report_browser.py",
     "test_examples.py",
     "test_device_course.py",

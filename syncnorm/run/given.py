@@ -1,10 +1,14 @@
 """Objects that a program hands over to the workers of its run: data, model, task, callbacks."""
 
 import copy
+import io
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from importlib import import_module
+from types import ModuleType
+from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from syncnorm.errors import ConfigError
@@ -55,14 +59,28 @@ class Given:
 def _pack(name: str, part: Any) -> bytes:
     import cloudpickle
 
+    class Pickler(cloudpickle.Pickler):
+        # Code that says `self.classes` seems to cloudpickle to mean torch.classes, whose type it
+        # does not know for a module's.
+        dispatch_table: ClassVar[Mapping[type, Callable[[Any], Any]]] = {
+            **cloudpickle.Pickler.dispatch_table,
+            **{type(each): _by_name for each in (torch.classes, torch.ops)},
+        }
+
+    packed = io.BytesIO()
     try:
-        return cloudpickle.dumps(part)
+        Pickler(packed).dump(part)
+        return packed.getvalue()
     except Exception as error:  # an object may raise anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(
             f"{name.removeprefix(f'{GIVEN}:')} cannot be sent to the workers: {reason}. Give a "
             "function that makes it."
         ) from None
+
+
+def _by_name(module: ModuleType) -> tuple[Callable[[str], ModuleType], tuple[str]]:
+    return import_module, (module.__name__,)
 
 
 def name_of(what: str, given: Any) -> str:

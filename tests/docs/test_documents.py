@@ -6,15 +6,18 @@ import contextlib
 import doctest
 import importlib
 import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 from torch.nn.modules import _functions
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +28,9 @@ from typer.main import get_command
 import syncnorm
 from benchmarks import bars
 from syncnorm.cli import app
+from syncnorm.errors import ConfigError
+from syncnorm.run.ray.space import read_space
+from syncnorm.train.config.file import load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -34,7 +40,16 @@ BIN = Path(sys.executable).parent
 # --standalone: a free port instead of torchrun's fixed one
 TORCHRUN = ["torchrun", "--standalone"]
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "launch/README.md")),
+    *(
+        ROOT / name
+        for name in (
+            "README.md",
+            "CONTRIBUTING.md",
+            "CHANGELOG.md",
+            "SECURITY.md",
+            "launch/README.md",
+        )
+    ),
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 PAGES = ["computed", "failures", "family", "merge", "modes", "sampler"]
@@ -150,18 +165,95 @@ def test_a_model_and_data_of_your_own_as_the_page_says(tmp_path):
     assert "data: 192 training and 64 test images of 3x16x16" in out
 
 
-def test_the_readmes_commands_are_understood():
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    lines = [
+def _commands(document: Path) -> list[list[str]]:
+    """The page's commands of ours, as words."""
+    return [
         shlex.split(line, comments=True)[1:]
-        for block in _blocks(README, "console")
+        for block in _blocks(document.read_text(), "console")
         for line in block.splitlines()
         if line.startswith("syncnorm ")
     ]
-    assert [name for name, *_ in lines] == ["train", "submit", "report", "predict", "verify"]
+
+
+@pytest.mark.parametrize(
+    "document", [each for each in DOCUMENTS if _commands(each)], ids=lambda p: p.stem
+)
+def test_the_commands_are_understood(document, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").touch()
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    lines = _commands(document)
+    if document.name == "README.md":
+        assert [name for name, *_ in lines] == ["train", "submit", "report", "predict", "verify"]
     for name, *arguments in lines:
-        group.commands[name].make_context(name, arguments)
+        context = group.commands[name].make_context(name, list(arguments))
+        if context.params.get("config") == "digits" and name == "train":
+            load_config("digits", context.params["overrides"] or [])
+
+
+def test_a_command_that_is_not_understood_is_an_error():
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    with pytest.raises(Exception, match="No such option"):
+        group.commands["train"].make_context("train", ["digits", "--epocs", "3"])
+    with pytest.raises(ConfigError, match=r"train\.epocs"):
+        load_config("digits", ["train.epocs=3"])
+
+
+@pytest.mark.parametrize("page", ["weights"])
+def test_the_pages_keys_are_keys(page):
+    blocks = _blocks((ROOT / "docs" / f"{page}.md").read_text(), "yaml")
+    assert blocks
+    for block in blocks:
+        keys = {
+            f"{section}.{key}={json.dumps(value)}"
+            for section, values in yaml.safe_load(block).items()
+            for key, value in values.items()
+        }
+        load_config("digits", list(keys))
+
+
+def test_the_sweeps_space_is_one(tmp_path):
+    (block,) = _blocks((ROOT / "docs" / "sweep.md").read_text(), "yaml")
+    (tmp_path / "space.yaml").write_text(block)
+    assert len(read_space(tmp_path / "space.yaml").trials()) == 16
+
+
+def test_a_data_set_and_a_task_of_ones_own_are_what_the_trainer_takes():
+    data, task = (
+        {"F": F, "Scans": lambda path: TensorDataset(torch.arange(4.0 if path.name else 0))}
+        for _ in range(2)
+    )
+    for page, names in (("data", data), ("tasks", task)):
+        (block,) = _blocks((ROOT / "docs" / f"{page}.md").read_text(), "python")
+        exec(compile(block, f"docs/{page}.md", "exec"), names)
+    splits = data["load"](Path("scans")).check()
+    assert (len(splits.train), splits.num_classes) == (4, 5)
+    batch = types.SimpleNamespace(images=torch.eye(3), labels=torch.tensor([0, 1, 1]))
+    detect = task["Detect"]()
+    loss, count = detect.loss(nn.Identity(), batch)
+    assert (count, loss.shape) == (3, ())
+    right, of = detect.metrics(nn.Identity(), batch)[detect.best]
+    assert (int(right), of) == (2, 3)
+
+
+def test_every_page_with_python_has_a_test_that_runs_it():
+    """Here, or in the file beside its name."""
+    elsewhere = {
+        "diagnose": "diagnose/test_measures.py",
+        "fit": "launch/test_fit.py",
+        "loggers": "train/test_loggers.py",
+        "migrate": "docs/test_migrate.py",
+        "recipes": "docs/test_recipes.py",
+        "tutorial": "docs/test_tutorial.py",
+        "use": "launch/test_use.py",
+    }
+    have = {path.stem for path in DOCUMENTS if "```python\n" in path.read_text()}
+    assert have - {"README"} == {*PAGES, "train", "data", "tasks", *elsewhere}
+    for page, file in elsewhere.items():
+        text = (ROOT / "tests" / file).read_text()
+        assert re.search(rf"docs/{page}\.md|\"docs\" / \"{page}\.md\"", text), file
 
 
 def _proofs(text: str) -> list[tuple[str, str]]:

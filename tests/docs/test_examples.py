@@ -46,6 +46,7 @@ def test_ddp():
     assert accuracy > 85.0
 
 
+@pytest.mark.slow  # its notebook is not: it has the same lines
 def test_finetune_convert():
     output = _run("finetune_convert.py")
     pretrained, plain, renormalised, loaded = _accuracies(output)
@@ -99,7 +100,7 @@ def test_segmentation(tmp_path):
 @pytest.mark.slow
 def test_crossq_pendulum():
     pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed")
-    output = _run("crossq_pendulum.py", "2500")
+    output = _run("crossq_pendulum.py")
     assert "CrossQRenorm(" in output
     before, after = (
         float(r) for r in re.findall(r"episode return \w+ 2500 steps: (-?\d+)", output)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,23 @@ class Net(nn.Module):
 result = syncnorm.fit("digits", {"train.epochs": 1, "train.global_batch": 256}, model=Net)
 print(result.folder, result.is_done, result.metrics["test"]["accuracy"])
 """
+
+
+def test_a_class_is_sent_whose_attributes_have_names_of_torchs_modules():
+    """In a process without the class: cloudpickle sends what is in `__main__` as code."""
+    code = (
+        "import pickle, torch\n"
+        "from syncnorm.run.given import Given\n"
+        "class Net(torch.nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        return torch.relu(x) if self.ops else self.classes\n"
+        "given = pickle.loads(pickle.dumps(Given({'given:model': Net})))\n"
+        "given.give()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_in_a_notebook_the_progress_is_below_the_cell(tmp_path, monkeypatch):
