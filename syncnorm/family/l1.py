@@ -5,7 +5,7 @@
 The factor makes s the standard deviation of normal values, so that weights and learning rates of a
 batch norm fit. In evaluation mean and s are running averages.
 
-*Collectives*: two all-reduces that depend on each other, of C+1 and C numbers (s needs the mean),
+*Collectives*: two all-reduces that depend on each other, of 2C+1 and C numbers (s needs the mean),
 and two in the backward pass.
 """
 
@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels, pooled_sum
+from syncnorm.family.passes import affine, blocks, channels
+from syncnorm.family.pooled import pooled_moments, pooled_sum
+from syncnorm.maths import kernels
 from syncnorm.undocumented import disable_dynamo
 
 _NORMAL = math.sqrt(math.pi / 2)
@@ -50,7 +52,7 @@ class L1BatchNorm(FamilyLayer):
 
     def message_sizes(self) -> list[int]:
         channels = self.num_features
-        return [channels + 1, channels, channels, channels + 1]
+        return [2 * channels + 1, channels, channels, 2 * channels]
 
     def take(self, layer: _BatchNorm) -> None:
         super().take(layer)
@@ -76,19 +78,47 @@ class L1BatchNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take what a batch is normalised by: its count, and `mean` and `deviation`."""
-        dims = [0, *range(2, x.ndim)]
-        count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
-        local = torch.cat([x.sum(dims, dtype=torch.float64), count])
-        total = pooled_sum(local, group, self)
-        n = total[-1].clamp(min=1)
-        mean = total[:-1] / n
-        deviations = (x - channels(mean, x)).abs().sum(dims, dtype=torch.float64)
-        deviation = _NORMAL * pooled_sum(deviations, group, self) / n
-        return total[-1], {"mean": mean, "deviation": deviation}
+        batch = pooled_moments(x, [None], group, self)
+        (mean,), (count,) = batch.mean, batch.count
+        total = pooled_sum(_Deviations.apply(x, mean), group, self)  # pyright: ignore[reportArgumentType]
+        return count, {"mean": mean, "deviation": _NORMAL * total / count.clamp(min=1)}
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running statistics."""
         return self._divide(x, self.running_mean, self.running_deviation)
 
     def _divide(self, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        return (x - channels(mean, x)) / channels(deviation + self.eps, x)
+        scale = 1 / (deviation.double() + self.eps)
+        return affine(x, mean, scale if self.weight is None else scale * self.weight, self.bias)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Leave z alone, to which weight and bias have been applied."""
+        return z
+
+
+class _Deviations(torch.autograd.Function):
+    """The sums of |x - mean|, (C,), float64; a function of x and mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor) -> Tensor:
+        total = x.new_zeros(2, x.shape[1], dtype=torch.float64)
+        for (block,) in blocks(x):
+            total += kernels.backward_sums(_sign(block, mean), block, mean).view(2, -1)
+        # Of signs, and of deviations times their signs.
+        signs, deviations = total
+        ctx.save_for_backward(x, mean, signs)
+        return deviations.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, signs = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _sign(x.detach(), mean.detach()) * channels(grad, x), -grad * signs
+        grad_x = torch.empty_like(x)
+        for out, block in blocks(grad_x, x):
+            torch.mul(_sign(block, mean), channels(grad, x), out=out)
+        return grad_x, -grad * signs
+
+
+def _sign(x: Tensor, mean: Tensor) -> Tensor:
+    return (x - channels(mean, x)).sign_()

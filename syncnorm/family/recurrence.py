@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncnorm.family.passes import per_sample
+
 
 def forward(
     x: Tensor, mean: Tensor, var: Tensor, rate: float, eps: float
@@ -66,8 +68,3 @@ def over_positions(x: Tensor) -> Tensor:
     if x.ndim == 2:
         return x.double()
     return x.mean(tuple(range(2, x.ndim)), dtype=torch.float64)
-
-
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """Shape values (N, C) to be broadcast against x (N, C, *S), in its type."""
-    return values.to(x.dtype).view(*values.shape, *[1] * (x.ndim - 2))

@@ -69,7 +69,7 @@ def _evo(variant: str) -> Method:
     return Method(
         partial(EvoNorm, CHANNELS, variant),
         lambda x, mask, state: reference.evo_norm(x, state, variant, 1e-5, 0.1),
-        ("moments", "gradients"),
+        ("sums", "gradients"),
     )
 
 
@@ -125,7 +125,7 @@ METHODS = {
     "l1": Method(
         partial(L1BatchNorm, CHANNELS),
         lambda x, mask, state: reference.l1_batch_norm(x, state, 1e-5, 0.1),
-        ("sums", "sums", "gradients", "gradients"),
+        ("moments", "sums", "gradients", "gradients"),
     ),
     "region": Method(
         partial(RegionNorm, CHANNELS),
