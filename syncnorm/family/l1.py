@@ -5,7 +5,7 @@
 The factor makes s the standard deviation of normal values, so that weights and learning rates of a
 batch norm fit. In evaluation mean and s are running averages.
 
-*Collectives*: two all-reduces that depend on each other, of 2C+1 and C numbers (s needs the mean),
+*Collectives*: two all-reduces that depend on each other, of C+1 and C numbers (s needs the mean),
 and two in the backward pass.
 """
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.passes import affine, blocks, channels
-from syncnorm.family.pooled import pooled_moments, pooled_sum
-from syncnorm.maths import kernels
+from syncnorm.family.passes import affine, blocks, by_channel, channels
+from syncnorm.family.pooled import pooled_sum
 from syncnorm.undocumented import disable_dynamo
 
 _NORMAL = math.sqrt(math.pi / 2)
@@ -52,7 +52,7 @@ class L1BatchNorm(FamilyLayer):
 
     def message_sizes(self) -> list[int]:
         channels = self.num_features
-        return [2 * channels + 1, channels, channels, 2 * channels]
+        return [channels + 1, channels, channels, channels + 1]
 
     def take(self, layer: _BatchNorm) -> None:
         super().take(layer)
@@ -78,8 +78,10 @@ class L1BatchNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take what a batch is normalised by: its count, and `mean` and `deviation`."""
-        batch = pooled_moments(x, [None], group, self)
-        (mean,), (count,) = batch.mean, batch.count
+        count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
+        total = pooled_sum(torch.cat([_Sums.apply(x), count]), group, self)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        count = total[-1].detach()
+        mean = total[:-1] / count.clamp(min=1)
         total = pooled_sum(_Deviations.apply(x, mean), group, self)  # pyright: ignore[reportArgumentType]
         return count, {"mean": mean, "deviation": _NORMAL * total / count.clamp(min=1)}
 
@@ -96,29 +98,40 @@ class L1BatchNorm(FamilyLayer):
         return z
 
 
+class _Sums(torch.autograd.Function):
+    """The sums of x, (C,), float64; a function of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.new_empty(()).expand_as(x)
+        return ops.local_sums(x, None).sums[: x.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return channels(grad, ctx.x).expand_as(ctx.x)
+
+
 class _Deviations(torch.autograd.Function):
     """The sums of |x - mean|, (C,), float64; a function of x and mean."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mean: Tensor) -> Tensor:
-        total = x.new_zeros(2, x.shape[1], dtype=torch.float64)
-        for (block,) in blocks(x):
-            total += kernels.backward_sums(_sign(block, mean), block, mean).view(2, -1)
-        # Of signs, and of deviations times their signs.
-        signs, deviations = total
+        sums = x.new_zeros(2, 1, x.shape[1], dtype=torch.float64)
+        for block, centre, signs, deviations in blocks(x, channels(mean, x), *sums):
+            centred = block - centre
+            signs += by_channel(centred.sign())
+            deviations += by_channel(centred.abs_())
+        signs, deviations = sums[:, 0].clone()
         ctx.save_for_backward(x, mean, signs)
-        return deviations.clone()
+        return deviations
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, signs = ctx.saved_tensors
+        centre, factor = channels(mean, x), channels(grad, x)
         if torch.is_grad_enabled():
-            return _sign(x.detach(), mean.detach()) * channels(grad, x), -grad * signs
+            return (x - centre).detach().sign() * factor, -grad * signs
         grad_x = torch.empty_like(x)
-        for out, block in blocks(grad_x, x):
-            torch.mul(_sign(block, mean), channels(grad, x), out=out)
+        for out, block, middle, times in blocks(grad_x, x, centre, factor):
+            torch.sub(block, middle, out=out).sign_().mul_(times)
         return grad_x, -grad * signs
-
-
-def _sign(x: Tensor, mean: Tensor) -> Tensor:
-    return (x - channels(mean, x)).sign_()

@@ -39,7 +39,7 @@ from syncnorm.family import recurrence
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.late import LateSums, keep
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.passes import affine
+from syncnorm.family.passes import affine, by_own_rms
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
@@ -175,8 +175,7 @@ class OnlineNorm(PooledBatchNorm):
     def scale(self, z: Tensor) -> Tensor:
         y = FamilyLayer.scale(self, z)
         if self.guard == "layer_scaling":
-            squares = y.square().mean(tuple(range(1, y.ndim)), keepdim=True)
-            return y * (squares + self.eps).rsqrt()
+            return by_own_rms(y, tuple(range(1, y.ndim)), self.eps)
         return y if self.guard is None else y.clamp(-_LARGEST, _LARGEST)
 
     def settle(self) -> None:

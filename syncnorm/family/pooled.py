@@ -21,8 +21,7 @@ from syncnorm import observed, ops
 from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
-from syncnorm.family.passes import channels
-from syncnorm.maths import kernels
+from syncnorm.family.passes import affine_map, channels
 from syncnorm.maths.moments import Moments, Unread, of_sums
 from syncnorm.statistics import repeated
 
@@ -202,7 +201,7 @@ def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) scale + shift; a function of all of them where gradients are differentiated."""
     if torch.is_grad_enabled():
         return (x - channels(mean, x)) * channels(scale, x) + channels(shift, x)
-    return kernels.normalize(x, mean, scale, shift)
+    return affine_map(x, mean, scale, shift)
 
 
 def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:

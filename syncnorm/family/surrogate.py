@@ -22,6 +22,7 @@ from torch import Tensor
 
 from syncnorm.autograd import ANCHOR
 from syncnorm.errors import InputError
+from syncnorm.family.passes import affine_map, products
 from syncnorm.maths import kernels
 
 
@@ -84,23 +85,20 @@ class _Divide(torch.autograd.Function):
         # Not the output, which an activation may write over.
         ctx.save_for_backward(x, scale, weights, call.gain, call.gradient_gain)
         ctx.correction, ctx.gradient_scale = call.correction, gradient_scale
-        nothing, factor = torch.zeros_like(scale), scale if call.gain is None else scale * call.gain
-        return kernels.normalize(x, nothing, factor, nothing)
+        return affine_map(x, None, scale if call.gain is None else scale * call.gain, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, scale, weights, gain, gradient_gain = ctx.saved_tensors
         with torch.no_grad():
-            nothing, gained = torch.zeros_like(scale), torch.ones_like(scale)
+            gained = torch.ones_like(scale)
             for each in (gain, gradient_gain):
                 gained = gained if each is None else gained * each
-            _, products = kernels.backward_sums(grad, x, nothing).chunk(2)
             # Of the gained gradient times z.
-            local = gained * scale * products
+            local = gained * scale * products(grad, x, None)[1]
             c = ctx.correction(local / ctx.gradient_scale) * ctx.gradient_scale
-            b = c * scale / gained
-            factor = gained * scale
-            grad_input = kernels.backward_input(grad, x, nothing, factor, nothing, b, weights)
+            zeros, b = torch.zeros_like(c), c * scale / gained
+            grad_input = kernels.backward_input(grad, x, zeros, gained * scale, zeros, b, weights)
         return once_differentiated(grad_input, grad, x), *[None] * 5
 
 

@@ -125,7 +125,7 @@ METHODS = {
     "l1": Method(
         partial(L1BatchNorm, CHANNELS),
         lambda x, mask, state: reference.l1_batch_norm(x, state, 1e-5, 0.1),
-        ("moments", "sums", "gradients", "gradients"),
+        ("sums", "sums", "gradients", "gradients"),
     ),
     "region": Method(
         partial(RegionNorm, CHANNELS),

@@ -62,7 +62,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "region": OfRegions,
 }
 KINDS = {
-    "l1": ["moments", "sums", "gradients", "gradients"],
+    "l1": ["sums", "sums", "gradients", "gradients"],
     "evo": ["sums", "gradients"],
     "balanced": ["sums", "gradients"],
     "estimated": ["moments"],
