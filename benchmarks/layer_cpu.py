@@ -1,16 +1,19 @@
 """Forward and backward of one layer on a CPU, 2 gloo workers with one thread each.
 
-    python -m benchmarks.layer_cpu [rounds]
+    python -m benchmarks.layer_cpu [rounds] [--family]
 
 Compares, in interleaved rounds on the same data: torch.nn.BatchNorm (local statistics),
 SyncBatchNorm without and with its two messages, and a pooled layer written with plain
-differentiable operators.
+differentiable operators. With `--family`, the layers of `syncnorm.family` and SyncBatchNorm, all
+with their messages.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +24,10 @@ from torch import Tensor, nn
 from benchmarks import paired
 from syncnorm import SyncBatchNorm
 from syncnorm.bench.naive import NaiveSyncBatchNorm
+from syncnorm.family import METHODS, BalancedBatchNorm, EvoNorm, RegionNorm
 
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (16, 512, 7, 7), (200_000, 64)]
+FAMILY_SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14)]
 WORKERS = 2
 
 
@@ -30,6 +35,41 @@ def _cases() -> list[tuple[tuple[int, ...], bool]]:
     return [
         (shape, last) for shape in SHAPES for last in ([False, True] if len(shape) > 2 else [False])
     ]
+
+
+def _of_family(x: Tensor, g: Tensor) -> dict[str, Callable[[], None]]:
+    channels = x.shape[1]
+    tasks = torch.arange(len(x)) % 4
+    mask = torch.rand(len(x), 1, *x.shape[2:]) < 0.3
+    calls: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
+        "SyncBatchNorm": (SyncBatchNorm(channels), ()),
+        **{method.__name__: (method(channels), ()) for method in METHODS.values()},
+        "BalancedBatchNorm, 4 tasks": (BalancedBatchNorm(channels, 4), (tasks,)),
+        "RegionNorm": (RegionNorm(channels), (mask,)),
+        **{f"EvoNorm, {v}": (EvoNorm(channels, v), ()) for v in ("b0", "b1", "b2")},
+    }
+
+    def step(layer: nn.Module, more: tuple[Tensor, ...]) -> None:
+        x.grad = None
+        layer(x, *more).backward(g)
+
+    return {name: partial(step, *call) for name, call in calls.items()}
+
+
+def _print_family(rounds: int) -> None:
+    found: dict[str, list[str]] = {}
+    for shape in FAMILY_SHAPES:
+        # The same on all workers: tasks and masks are drawn, too.
+        torch.manual_seed(0)
+        x = torch.randn(shape).requires_grad_()
+        seconds = paired.rounds(_of_family(x, torch.randn(shape)), rounds)
+        for name, each in seconds.items():
+            found.setdefault(name, []).append(str(paired.ratio(each, seconds["SyncBatchNorm"])))
+    if dist.get_rank() == 0:
+        print(f"| time / SyncBatchNorm | {' | '.join(map(str, FAMILY_SHAPES))} |")
+        print("|---" * (1 + len(FAMILY_SHAPES)) + "|")
+        for name, cells in found.items():
+            print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def _candidates(x: Tensor, g: Tensor) -> dict:
@@ -49,12 +89,14 @@ def _candidates(x: Tensor, g: Tensor) -> dict:
     return {name: (lambda layer=layer: step(layer)) for name, layer in layers.items()}
 
 
-def _worker(rank: int, folder: str, rounds: int) -> None:
+def _worker(rank: int, folder: str, rounds: int, family: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS
     )
-    for shape, channels_last in _cases():
+    if family:
+        _print_family(rounds)
+    for shape, channels_last in [] if family else _cases():
         x = torch.randn(shape, generator=torch.Generator().manual_seed(rank))
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -82,20 +124,26 @@ def _print_row(
 
 def main() -> None:
     paired.fix_allocator()
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 31
-    print(f"{WORKERS} workers, one thread each, {rounds} rounds; median ratio [95 % interval]")
-    print(f"torch {torch.__version__}; {paired.settings()}")
-    columns = [
-        "shape per worker",
-        "layout",
-        "ours without messages / local",
-        "ours / local",
-        "plain / local",
-    ]
-    print(f"| {' | '.join([*columns, 'plain / ours', 'page faults'])} |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("rounds", nargs="?", type=int, default=31)
+    parser.add_argument("--family", action="store_true")
+    given = parser.parse_args()
+    print(
+        f"{WORKERS} workers, one thread each, {given.rounds} rounds; median ratio [95 % interval]"
+    )
+    print(f"torch {torch.__version__}; {paired.settings()}", flush=True)
+    if not given.family:
+        columns = [
+            "shape per worker",
+            "layout",
+            "ours without messages / local",
+            "ours / local",
+            "plain / local",
+        ]
+        print(f"| {' | '.join([*columns, 'plain / ours', 'page faults'])} |")
+        print("|---|---|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, rounds), nprocs=WORKERS)
+        mp.spawn(_worker, (folder, given.rounds, given.family), nprocs=WORKERS)
 
 
 if __name__ == "__main__":

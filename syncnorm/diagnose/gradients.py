@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.diagnose.observe import listening, watched
 from syncnorm.diagnose.problem import Problem, norm
+from syncnorm.model.makers import Makers
 from syncnorm.module import SyncNorm
 
 _WEIGHTED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -87,7 +88,7 @@ def _watching(
     problem: Problem, layers: dict[str, Any], squares: dict[str, Tensor]
 ) -> Iterator[None]:
     """Add up the squares of the outputs' gradients, and count outputs that are normalised."""
-    outputs: dict[tuple[int, int], tuple[str, Tensor]] = {}
+    makers: Makers[str] = Makers()
     norms = watched(problem.model)
 
     def add(name: str, gradient: Tensor) -> None:
@@ -96,12 +97,11 @@ def _watching(
     def after(name: str, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: add(name, gradient))
-            # Kept, so that its memory is not used again.
-            outputs[_identity(output)] = name, output.detach()
+            makers.note(output, name)
 
     def before(norm_name: str, x: Tensor) -> None:
-        name, _ = outputs.get(_identity(x), ("", x))
-        if name and _is_by_batch(norms[norm_name]) and len(x):
+        name = makers.maker_of(x)
+        if name is not None and _is_by_batch(norms[norm_name]) and len(x):
             squares[name][1] += 1
 
     with ExitStack() as stack:
@@ -109,8 +109,6 @@ def _watching(
         for name, layer in layers.items():
             handle = layer.register_forward_hook(lambda m, a, y, name=name: after(name, y))
             stack.callback(handle.remove)
-        handle = problem.model.register_forward_pre_hook(lambda m, a: outputs.clear())
-        stack.callback(handle.remove)
         yield
 
 
@@ -118,11 +116,6 @@ def _is_by_batch(layer: nn.Module) -> bool:
     """True for batch norms in training; not for layers that normalise by averages."""
     is_lagged = isinstance(layer, SyncNorm) and not layer.sync_mode.normalizes_by_batch
     return isinstance(layer, _BatchNorm) and layer.training and not is_lagged
-
-
-def _identity(x: Tensor) -> tuple[int, int]:
-    """The memory of a tensor, and how often it was changed in place."""
-    return x.data_ptr(), x._version
 
 
 def slope(values: list[float]) -> float | None:

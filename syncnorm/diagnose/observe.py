@@ -70,7 +70,7 @@ def listening(model: nn.Module, receive: Callable[[str, Tensor], object]) -> Ite
 
     def hook(name: str) -> Callable[..., None]:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            receive(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+            receive(name, args[0] if args else next(iter(kwargs.values())))
 
         return before
 

@@ -37,7 +37,8 @@ from syncnorm import observed, ops
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
-from syncnorm.family.pooled import channels, pooled_sum
+from syncnorm.family.passes import sample_sums
+from syncnorm.family.pooled import pooled_sum
 from syncnorm.statistics import repeated
 from syncnorm.undocumented import disable_dynamo
 
@@ -101,18 +102,15 @@ class BalancedBatchNorm(PooledBatchNorm):
         is_repeated = ops.is_recomputing()
         if not is_repeated:
             self._batch = None
-        # A forward may be repeated when `tasks_of` is over and the running mean has moved on.
-        tasks, pivot = repeated.same(
-            self, lambda: (self.tasks, self.running_mean.to(torch.float64, copy=True))
-        )
-        count, first, second = self._task_sums(x, tasks, pivot)
+        # A forward may be repeated when `tasks_of` is over.
+        tasks = repeated.same(self, lambda: self.tasks)
+        count, first, second = self._task_sums(x, tasks)
         is_there = count > 0
         shares = (self.psi.double().exp() + count) * is_there
         shares = shares / shares.sum().clamp(min=1)
-        # About the pivot, of each task and then together.
         weights = shares / count.clamp(min=1)
-        shift, square = weights @ first, weights @ second
-        mean, var = pivot + shift, (square - shift.square()).clamp(min=0)
+        mean, square = weights @ first, weights @ second
+        var = (square - mean.square()).clamp(min=0)
         if not is_repeated:
             self._batch = mean, var
         # A single value says nothing about scale.
@@ -120,20 +118,14 @@ class BalancedBatchNorm(PooledBatchNorm):
         self.follow(count.sum(), mean=mean, var=torch.where(has_several, var, self.running_var))
         return self.standardize(x, mean, var)
 
-    def _task_sums(
-        self, x: Tensor, tasks: Tensor | None, pivot: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Count samples by task, (T,), and add their mean deviations and squares, (T, C)."""
+    def _task_sums(self, x: Tensor, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Count samples by task, (T,), and add the means of x and of x^2 of each, (T, C)."""
         is_right_shape = tasks is None or tasks.shape == (len(x),)
         if tasks is None or not is_right_shape:
             tasks = x.new_zeros(len(x), dtype=torch.int64)
         numbers = torch.arange(self.num_tasks, device=x.device)
         members = (tasks == numbers[:, None]).double()  # (T, N)
-        # In float64: a running mean far from the batch's would cost digits of the variance.
-        wide = x.double()
-        deviation = wide - channels(pivot, wide)
-        deviation = deviation.reshape(*x.shape[:2], math.prod(x.shape[2:]))
-        first, second = deviation.mean(2), deviation.square().mean(2)
+        first, second = sample_sums(x) / math.prod(x.shape[2:])
         # As NaN: whose tasks are wrong is known to that worker alone.
         is_wrong = (members.sum() != len(x)) | (not is_right_shape)
         count = members.sum(1, keepdim=True).masked_fill(is_wrong, torch.nan)
@@ -183,8 +175,8 @@ class BalancedBatchNorm(PooledBatchNorm):
         return 2 * [self.num_tasks * (2 * self.num_features + 1)]
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a step leaves has a graph, and cannot be copied.
-        return {**super().__getstate__(), "_batch": None}
+        # What a step leaves has a graph, and cannot be copied; a copy is in no block of `tasks_of`.
+        return {**super().__getstate__(), "_batch": None, "tasks": None}
 
     def extra_repr(self) -> str:
         """Describe the arguments."""

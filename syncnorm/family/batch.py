@@ -15,7 +15,8 @@ from torch import Tensor
 
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels, pooled_moments, unbiased
+from syncnorm.family.passes import affine
+from syncnorm.family.pooled import pooled_moments, unbiased
 from syncnorm.undocumented import disable_dynamo
 
 
@@ -45,8 +46,13 @@ class PooledBatchNorm(FamilyLayer):
         return self.standardize(x, self.running_mean, self.running_var)
 
     def standardize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-        """Subtract a mean and divide by the root of a variance, both (C,)."""
-        return (x - channels(mean, x)) * channels((var + self.eps).rsqrt(), x)
+        """Subtract a mean, divide by the root of a variance, both (C,), apply weight and bias."""
+        invstd = (var.double() + self.eps).rsqrt()
+        return affine(x, mean, invstd if self.weight is None else invstd * self.weight, self.bias)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Leave z alone, to which `standardize` has applied weight and bias."""
+        return z
 
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step, forward, then backward."""

@@ -35,7 +35,8 @@ from torch import Tensor, nn
 
 from syncnorm.errors import InputError
 from syncnorm.family.batch import PooledBatchNorm
-from syncnorm.family.pooled import channels, pooled_moments
+from syncnorm.family.passes import affine
+from syncnorm.family.pooled import pooled_moments
 from syncnorm.statistics import repeated
 from syncnorm.undocumented import disable_dynamo
 
@@ -108,15 +109,15 @@ class BatchChannelNorm(PooledBatchNorm):
         return by_estimates(self, x) if self.estimate else super().normalize(x)
 
     def scale(self, z: Tensor) -> Tensor:
-        """Apply weight and bias, then normalise groups of channels, with theirs."""
+        """Normalise groups of channels, and apply their weight and bias."""
         # Not by the function of torch.nn, which raises on a worker that has a single value.
-        z = torch.group_norm(super().scale(z), self.num_groups, eps=self.eps)
+        z = torch.group_norm(z, self.num_groups, eps=self.eps)
         width = self.num_features // self.num_groups
-        if self.group_weight is not None:
-            z = z * channels(self.group_weight.repeat_interleave(width), z)
-        if self.group_bias is not None:
-            z = z + channels(self.group_bias.repeat_interleave(width), z)
-        return z
+        weight, bias = (
+            None if each is None else each.repeat_interleave(width)
+            for each in (self.group_weight, self.group_bias)
+        )
+        return affine(z, None, weight, bias)
 
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step."""

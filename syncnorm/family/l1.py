@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels, pooled_sum
+from syncnorm.family.passes import affine, blocks, by_channel, channels
+from syncnorm.family.pooled import pooled_sum
 from syncnorm.undocumented import disable_dynamo
 
 _NORMAL = math.sqrt(math.pi / 2)
@@ -76,19 +78,60 @@ class L1BatchNorm(FamilyLayer):
         self, x: Tensor, group: groups.Group | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Take what a batch is normalised by: its count, and `mean` and `deviation`."""
-        dims = [0, *range(2, x.ndim)]
         count = torch.full((1,), x.numel() / x.shape[1], dtype=torch.float64, device=x.device)
-        local = torch.cat([x.sum(dims, dtype=torch.float64), count])
-        total = pooled_sum(local, group, self)
-        n = total[-1].clamp(min=1)
-        mean = total[:-1] / n
-        deviations = (x - channels(mean, x)).abs().sum(dims, dtype=torch.float64)
-        deviation = _NORMAL * pooled_sum(deviations, group, self) / n
-        return total[-1], {"mean": mean, "deviation": deviation}
+        total = pooled_sum(torch.cat([_Sums.apply(x), count]), group, self)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        count = total[-1].detach()
+        mean = total[:-1] / count.clamp(min=1)
+        total = pooled_sum(_Deviations.apply(x, mean), group, self)  # pyright: ignore[reportArgumentType]
+        return count, {"mean": mean, "deviation": _NORMAL * total / count.clamp(min=1)}
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running statistics."""
         return self._divide(x, self.running_mean, self.running_deviation)
 
     def _divide(self, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        return (x - channels(mean, x)) / channels(deviation + self.eps, x)
+        scale = 1 / (deviation.double() + self.eps)
+        return affine(x, mean, scale if self.weight is None else scale * self.weight, self.bias)
+
+    def scale(self, z: Tensor) -> Tensor:
+        """Leave z alone, to which weight and bias have been applied."""
+        return z
+
+
+class _Sums(torch.autograd.Function):
+    """The sums of x, (C,), float64; a function of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.x = x.new_empty(()).expand_as(x)
+        return ops.local_sums(x, None).sums[: x.shape[1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return channels(grad, ctx.x).expand_as(ctx.x)
+
+
+class _Deviations(torch.autograd.Function):
+    """The sums of |x - mean|, (C,), float64; a function of x and mean."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor) -> Tensor:
+        sums = x.new_zeros(2, 1, x.shape[1], dtype=torch.float64)
+        for block, centre, signs, deviations in blocks(x, channels(mean, x), *sums):
+            centred = block - centre
+            signs += by_channel(centred.sign())
+            deviations += by_channel(centred.abs_())
+        signs, deviations = sums[:, 0].clone()
+        ctx.save_for_backward(x, mean, signs)
+        return deviations
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, signs = ctx.saved_tensors
+        centre, factor = channels(mean, x), channels(grad, x)
+        if torch.is_grad_enabled():
+            return (x - centre).detach().sign() * factor, -grad * signs
+        grad_x = torch.empty_like(x)
+        for out, block, middle, times in blocks(grad_x, x, centre, factor):
+            torch.sub(block, middle, out=out).sign_().mul_(times)
+        return grad_x, -grad * signs

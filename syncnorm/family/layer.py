@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import functional, observed, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
-from syncnorm.family.pooled import channels, widened
+from syncnorm.family.passes import affine
+from syncnorm.family.pooled import widened
 
 _HALF_TYPES = (torch.float16, torch.bfloat16)
 
@@ -208,9 +209,7 @@ class FamilyLayer(Pooling):
 
     def scale(self, z: Tensor) -> Tensor:
         """Apply weight and bias."""
-        if self.weight is not None:
-            z = z * channels(self.weight, z)
-        return z if self.bias is None else z + channels(self.bias, z)
+        return affine(z, None, self.weight, self.bias)
 
     def take(self, layer: _BatchNorm) -> None:
         """Take over a batch norm's parameters, the same objects, and its running statistics.

@@ -38,8 +38,8 @@ from syncnorm.errors import InputError
 from syncnorm.family import recurrence
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.late import LateSums, keep
-from syncnorm.family.layer import PlainBatchNorm
-from syncnorm.family.pooled import channels
+from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
+from syncnorm.family.passes import affine, by_own_rms
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
@@ -170,14 +170,12 @@ class OnlineNorm(PooledBatchNorm):
         self.late.send(samples * torch.cat([each, torch.ones_like(each[:1])]), self, kind, apply)
 
     def evaluate(self, x: Tensor) -> Tensor:
-        invstd = (self.running_var.double() + self.eps).rsqrt()
-        return (x - channels(self.running_mean, x)) * channels(invstd, x)
+        return affine(x, self.running_mean, (self.running_var.double() + self.eps).rsqrt(), None)
 
     def scale(self, z: Tensor) -> Tensor:
-        y = super().scale(z)
+        y = FamilyLayer.scale(self, z)
         if self.guard == "layer_scaling":
-            squares = y.square().mean(tuple(range(1, y.ndim)), keepdim=True)
-            return y * (squares + self.eps).rsqrt()
+            return by_own_rms(y, tuple(range(1, y.ndim)), self.eps)
         return y if self.guard is None else y.clamp(-_LARGEST, _LARGEST)
 
     def settle(self) -> None:

@@ -21,6 +21,7 @@ from syncnorm import observed, ops
 from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
+from syncnorm.family.passes import affine_map, channels
 from syncnorm.maths.moments import Moments, Unread, of_sums
 from syncnorm.statistics import repeated
 
@@ -187,13 +188,20 @@ class _Moments(torch.autograd.Function):
         # The moments are the same on all workers: each owes its share of all workers' losses.
         total = _sum_of_gradients(torch.stack([grad_mean, grad_var]), ctx.group, ctx.name)
         of_mean, of_var = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-        wide, weights = widened(x), iter(given)
-        grad = torch.zeros_like(wide)
-        for region, has_weights in enumerate(ctx.has):
-            deviation = wide - channels(mean[region], wide)
-            part = channels(of_mean[region], wide) + 2 * deviation * channels(of_var[region], wide)
-            grad = grad + (part * next(weights).to(wide.dtype) if has_weights else part)
+        wide, weights, grad = widened(x), iter(given), None
+        for *row, has_weights in zip(mean, 2 * of_var, of_mean, ctx.has, strict=True):
+            part = _affine(wide, *row)
+            part = part * next(weights).to(wide.dtype) if has_weights else part
+            grad = part if grad is None else grad + part
+        assert grad is not None
         return grad.to(x.dtype), *[None] * (6 + len(ctx.has))
+
+
+def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """(x - mean) scale + shift; a function of all of them where gradients are differentiated."""
+    if torch.is_grad_enabled():
+        return (x - channels(mean, x)) * channels(scale, x) + channels(shift, x)
+    return affine_map(x, mean, scale, shift)
 
 
 def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:
@@ -204,8 +212,3 @@ def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:
 def widened(x: Tensor) -> Tensor:
     """Convert half types to float32, to compute in it."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def channels(values: Tensor, x: Tensor) -> Tensor:
-    """Shape per-channel values (C,) to be broadcast against x (N, C, *S), in its type."""
-    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 2))

@@ -37,6 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm.errors import InputError
 from syncnorm.family.late import keep
 from syncnorm.family.layer import PlainBatchNorm
+from syncnorm.family.passes import by_own_rms
 from syncnorm.family.square import SquareNorm
 from syncnorm.family.surrogate import Call, mean_of, square_of
 
@@ -98,8 +99,7 @@ class PowerNorm(SquareNorm):
         if not self.scaling_groups:
             return x
         grouped = x.unflatten(1, (self.scaling_groups, -1))
-        mean_square = grouped.square().mean(2, keepdim=True)
-        return (grouped * (mean_square + self.eps).rsqrt()).flatten(1, 2)
+        return by_own_rms(grouped, (2,), self.eps).flatten(1, 2)
 
     def begin(self, sums: Tensor) -> Call:
         is_frozen = self.is_frozen

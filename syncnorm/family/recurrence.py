@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+from syncnorm.family.passes import blocks, over_positions, per_sample
 
 
 def forward(
@@ -14,13 +18,16 @@ def forward(
     Returns:
         y; 1 / sqrt(var + eps) before each sample, (N, C); mean and var after the last, (C,).
     """
-    mu = over_positions(x)
-    v = over_positions((x - per_sample(mu, x)).square())
+    mu, v = x.new_zeros(2, *x.shape[:2], dtype=torch.float64)
+    for block, mean_of, var_of in blocks(x, mu, v):
+        mean_of.copy_(over_positions(block) / _places(x))
+        var_of.copy_(over_positions((block - per_sample(mean_of, x)).square_()) / _places(x))
     means = scan(1 - rate, rate * mu, mean)
     spread = rate * v + (1 - rate) * rate * (mu - means[:-1]).square()
     variances = scan(1 - rate, spread, var)
-    invstd = (variances[:-1] + eps).rsqrt()
-    y = (x - per_sample(means[:-1], x)) * per_sample(invstd, x)
+    invstd, y = (variances[:-1] + eps).rsqrt(), torch.empty_like(x)
+    for out, block, m, s in blocks(y, x, per_sample(means[:-1], x), per_sample(invstd, x)):
+        torch.sub(block, m, out=out).mul_(s)
     return y, invstd, means[-1], variances[-1]
 
 
@@ -32,10 +39,23 @@ def backward(
     Returns:
         The gradient of x; u and v after the last sample, (C,).
     """
-    along_y = scan(1 - rate * over_positions(y.square()), over_positions(grad * y), v)
-    h = (grad - rate * per_sample(along_y[:-1], y) * y) * per_sample(invstd, y)
-    along_1 = scan(1 - rate, over_positions(h), u)
-    return h - rate * per_sample(along_1[:-1], y), along_1[-1], along_y[-1]
+    squares, products, means = y.new_zeros(3, *y.shape[:2], dtype=torch.float64)
+    for g, block, square, product in blocks(grad, y, squares, products):
+        square.copy_(over_positions(block.square()) / _places(y))
+        product.copy_(over_positions(g * block) / _places(y))
+    along_y = scan(1 - rate * squares, products, v)
+    grad_x, left, factor = torch.empty_like(y), rate * along_y[:-1], per_sample(invstd, y)
+    for out, mean, g, block, a, b in blocks(grad_x, means, grad, y, per_sample(left, y), factor):
+        torch.sub(g, block * a, out=out).mul_(b)
+        mean.copy_(over_positions(out) / _places(y))
+    along_1 = scan(1 - rate, means, u)
+    for out, a in blocks(grad_x, per_sample(rate * along_1[:-1], y)):
+        out -= a
+    return grad_x, along_1[-1], along_y[-1]
+
+
+def _places(x: Tensor) -> int:
+    return max(1, math.prod(x.shape[2:]))
 
 
 def scan(factors: Tensor | float, terms: Tensor, start: Tensor) -> Tensor:
@@ -59,15 +79,3 @@ def scan(factors: Tensor | float, terms: Tensor, start: Tensor) -> Tensor:
         factors = torch.cat([factors[:reach], factors[reach:] * factors[:-reach]])
         reach *= 2
     return torch.cat([start[None], factors * start + terms])
-
-
-def over_positions(x: Tensor) -> Tensor:
-    """Take the means (N, C) of x (N, C, *S) over its positions; float64."""
-    if x.ndim == 2:
-        return x.double()
-    return x.mean(tuple(range(2, x.ndim)), dtype=torch.float64)
-
-
-def per_sample(values: Tensor, x: Tensor) -> Tensor:
-    """Shape values (N, C) to be broadcast against x (N, C, *S), in its type."""
-    return values.to(x.dtype).view(*values.shape, *[1] * (x.ndim - 2))

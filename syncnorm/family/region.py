@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from syncnorm import functional
 from syncnorm.comm import groups
 from syncnorm.family.layer import Pooling
-from syncnorm.family.pooled import channels, pooled_moments, widened
+from syncnorm.family.passes import affine
+from syncnorm.family.pooled import pooled_moments, widened
 from syncnorm.undocumented import disable_dynamo
 
 
@@ -95,9 +96,9 @@ class RegionNorm(Pooling):
         batch = pooled_moments(wide, regions, self.group, self)
         y = torch.zeros_like(wide)
         for number, region in enumerate(regions):
-            invstd = (batch.var[number] + self.eps).rsqrt()
-            z = (wide - channels(batch.mean[number], wide)) * channels(invstd, wide)
+            scale, shift = (batch.var[number] + self.eps).rsqrt(), None
             if self.weight is not None and self.bias is not None:
-                z = z * (1 + channels(self.weight[number], z)) + channels(self.bias[number], z)
+                scale, shift = scale * (1 + self.weight[number]), self.bias[number]
+            z = affine(wide, batch.mean[number], scale, shift)
             y = y + region.to(wide.dtype) * z
         return y

@@ -14,7 +14,8 @@ from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.family.late import LateSums, is_faulty, mask_fault
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.pooled import channels, pooled_moments, widened
+from syncnorm.family.passes import affine
+from syncnorm.family.pooled import pooled_moments, widened
 from syncnorm.family.surrogate import Call, divide
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
@@ -98,7 +99,7 @@ class SquareNorm(FamilyLayer):
         return batch.count[0], {"square": batch.var[0] + batch.mean[0].square()}
 
     def evaluate(self, x: Tensor) -> Tensor:
-        return x * channels((self.running_square.double() + self.eps).rsqrt(), x)
+        return affine(x, None, (self.running_square.double() + self.eps).rsqrt(), None)
 
     def is_warming_up(self, steps: int) -> bool:
         """True in the first `steps` training forwards that had samples, and for fake tensors."""

@@ -23,6 +23,9 @@ from torch.nn.utils import parametrize
 
 from syncnorm.errors import InputError
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""The plain convolutions; transposed ones have their outputs in another dimension."""
+
 
 class WeightStandardization(nn.Module):
     """A parametrization: each output's weights have mean 0 and variance 1.
@@ -100,7 +103,7 @@ def standardize_weights(model: nn.Module, scaled: bool = False, gamma: float = 1
 
 def convolutions(model: nn.Module) -> list[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     """List the convolutions of a model, without transposed ones."""
-    return [m for m in model.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)]
+    return [m for m in model.modules() if isinstance(m, CONVOLUTIONS)]
 
 
 def _centered(weight: Tensor) -> tuple[Tensor, Tensor]:

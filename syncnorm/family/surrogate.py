@@ -22,7 +22,8 @@ from torch import Tensor
 
 from syncnorm.autograd import ANCHOR
 from syncnorm.errors import InputError
-from syncnorm.family.pooled import channels
+from syncnorm.family.passes import affine_map, products
+from syncnorm.maths import kernels
 
 
 class Call(NamedTuple):
@@ -65,12 +66,11 @@ def divide(
         gradient_scale: what the gradient will be divided by, see `Pooling.gradient_scale`.
     """
     scale = (call.square + eps).rsqrt()
-    z: Tensor = _Divide.apply(x, weights, scale, call, gradient_scale, ANCHOR)  # pyright: ignore[reportAssignmentType]
-    return z if call.gain is None else z * channels(call.gain, z)
+    return _Divide.apply(x, weights, scale, call, gradient_scale, ANCHOR)  # pyright: ignore[reportReturnType]
 
 
 class _Divide(torch.autograd.Function):
-    """z = x / sqrt(square + eps), and the corrected gradient."""
+    """z = x / sqrt(square + eps), times the gain, and the corrected gradient."""
 
     @staticmethod
     def forward(
@@ -83,22 +83,22 @@ class _Divide(torch.autograd.Function):
         anchor: Tensor,
     ) -> Tensor:
         # Not the output, which an activation may write over.
-        ctx.save_for_backward(x, scale, weights, call.gradient_gain)
+        ctx.save_for_backward(x, scale, weights, call.gain, call.gradient_gain)
         ctx.correction, ctx.gradient_scale = call.correction, gradient_scale
-        return x * channels(scale, x)
+        return affine_map(x, None, scale if call.gain is None else scale * call.gain, None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, scale, weights, gain = ctx.saved_tensors
+        x, scale, weights, gain, gradient_gain = ctx.saved_tensors
         with torch.no_grad():
-            z = x * channels(scale, x)
-            wanted = grad if gain is None else grad * channels(gain, z)
-            local = (wanted * z).sum([0, *range(2, z.ndim)], dtype=torch.float64)
+            gained = torch.ones_like(scale)
+            for each in (gain, gradient_gain):
+                gained = gained if each is None else gained * each
+            # Of the gained gradient times z.
+            local = gained * scale * products(grad, x, None)[1]
             c = ctx.correction(local / ctx.gradient_scale) * ctx.gradient_scale
-            correction = z * channels(c, z)
-            if weights is not None:
-                correction = correction * weights.to(z.dtype)
-            grad_input = (wanted - correction) * channels(scale, z)
+            zeros, b = torch.zeros_like(c), c * scale / gained
+            grad_input = kernels.backward_input(grad, x, zeros, gained * scale, zeros, b, weights)
         return once_differentiated(grad_input, grad, x), *[None] * 5
 
 

@@ -9,11 +9,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
+from syncnorm.family.standardised import CONVOLUTIONS
 from syncnorm.model.modes import evaluating
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-LAYERS = (*CONVS, *TRANSPOSED, nn.Linear)
+LAYERS = (*CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 class Call(NamedTuple):

@@ -14,8 +14,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
+from syncnorm.family.standardised import CONVOLUTIONS
 from syncnorm.maths.moments import of_sums
-from syncnorm.merge.calls import CONVS, Call, calls
+from syncnorm.merge.calls import Call, calls
 from syncnorm.merge.gram import Sums, add, arriving, leaving, with_bias
 from syncnorm.merge.interpolate import bare, check_alike
 from syncnorm.model.failing import sum_unless_failed
@@ -124,7 +125,7 @@ def _average(models: list[nn.Module]) -> nn.Module:
 
 
 def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or (isinstance(layer, CONVS) and layer.groups == 1)
+    return isinstance(layer, nn.Linear) or (isinstance(layer, CONVOLUTIONS) and layer.groups == 1)
 
 
 def _follow(

@@ -44,7 +44,7 @@ def evaluation_statistics(
     none with "running"; in grad mode one of 2C in the backward pass. A layer of the family sends
     one number in a message more with `Prior`, and `L1BatchNorm` two messages each way. Every worker
     must call as often, with samples or without; a forward that activation checkpointing repeats
-    exchanges again. `process_group=1` keeps each worker's batch its own.
+    within the block exchanges nothing. `process_group=1` keeps each worker's batch its own.
 
     *Gradients*: through the batch's statistics, times 1 - a; of weight and bias local sums, as in
     training. Of any order.

@@ -5,7 +5,6 @@ Each function gives sentences for a person, none where there is nothing to say.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from syncnorm import observed, ops
 from syncnorm.family.layer import Pooling
+from syncnorm.model.makers import Makers
 from syncnorm.model.norm_parameters import is_norm
 from syncnorm.model.sample import call, evaluating_untouched
 
@@ -41,21 +41,18 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
     Of the first forward within the block, without what activation checkpointing repeats.
     """
     calls: list[Call] = []
-    # By identity: a dead tensor's number may be another's.
-    outputs: dict[int, tuple[weakref.ref[Tensor], nn.Module]] = {}
-
+    makers: Makers[nn.Module] = Makers()
     is_over = False
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if is_over or ops.is_recomputing():
             return
         x = next(iter((*args, *kwargs.values())), None)
-        known, source = outputs.get(id(x), (lambda: None, None))
-        calls.append(Call(module, source if x is not None and known() is x else None))
+        calls.append(Call(module, makers.maker_of(x)))
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, Tensor) and not is_over:
-            outputs[id(output)] = weakref.ref(output), module
+        if not is_over:
+            makers.note(output, module)
 
     def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         nonlocal is_over

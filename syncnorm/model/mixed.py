@@ -21,6 +21,7 @@ from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.family.pooled import channels, moments_of_sums, widened
 from syncnorm.ops import LocalSums
+from syncnorm.statistics import repeated
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class How:
                 f'`statistics` must be "running" under {local.observer}, got {self.statistics!r} '
                 f"for {name}: an exchange would be no part of it. Leave the block first."
             )
-        mean, var, a = self._batch(x, local, name)
+        mean, var, a = self._batch(layer, x, local, name)
         if a is not None:
             assert layer.running_mean is not None
             assert layer.running_var is not None
@@ -107,13 +108,14 @@ class How:
         return y.to(x.dtype)
 
     def _batch(
-        self, x: Tensor, local: LocalSums, name: str
+        self, layer: _BatchNorm, x: Tensor, local: LocalSums, name: str
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The batch's mean and variance, and the weight of the running statistics, (); None: 0."""
         samples = torch.full((1,), float(x.shape[0]), dtype=torch.float64, device=x.device)
         is_prior = isinstance(self.statistics, Prior)
-        message = torch.cat([samples, local.sums]) if is_prior else local.sums
-        total = ops.pooled_sums(local._replace(sums=message), self.group, name)
+        sent = torch.cat([samples, local.sums]) if is_prior else local.sums
+        message = local._replace(sums=sent)
+        total = repeated.same(layer, lambda: ops.pooled_sums(message, self.group, name))
         sums = total[is_prior:].view(1, -1)
         batch = moments_of_sums(x, [local.mask], sums, self.group, name)
         (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
@@ -140,7 +142,10 @@ class How:
         count, batch = layer.batch_statistics(x, self.group, *weights)  # pyright: ignore[reportCallIssue]
         samples = torch.full((), float(x.shape[0]), dtype=torch.float64, device=x.device)
         if isinstance(self.statistics, Prior):
-            samples = exchange.sum_(samples.view(1), self.group, "sums", layer.label)[0]
+            local = samples.view(1)
+            (samples,) = repeated.same(
+                layer, lambda: exchange.sum_(local, self.group, "sums", layer.label)
+            )
         a = self._source_weight(count, samples)
         before = {f"running_{name}": layer.get_buffer(f"running_{name}") for name in batch}
         try:

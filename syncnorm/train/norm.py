@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert
 from syncnorm.errors import ConfigError, InputError
-from syncnorm.family import METHODS, standardize_weights
+from syncnorm.family import METHODS, CentredWeight, standardize_weights
 from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.family.plain import BASELINES, ChannelRMSNorm, Derf, DynamicTanh, NoNorm
 from syncnorm.family.standardised import convolutions
@@ -278,6 +278,9 @@ def reparametrize(model: nn.Module, weights: WeightName | None) -> None:
         case "spectral_norm":
             for layer in layers:
                 parametrizations.spectral_norm(layer)
+        case "centred":
+            for layer in layers:
+                parametrize.register_parametrization(layer, "weight", CentredWeight())
         case "standardized":
             standardize_weights(model)
         case "scaled_standardized":

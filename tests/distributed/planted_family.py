@@ -10,7 +10,7 @@ from unittest.mock import PropertyMock, patch
 import torch
 from torch import Tensor
 
-from syncnorm.family import balanced, batch, channel
+from syncnorm.family import balanced, batch, channel, evonorm, l1, region
 from syncnorm.family.layer import Pooling
 
 
@@ -83,7 +83,66 @@ def momentum_alone() -> AbstractContextManager[Any]:
     return patch.object(balanced, "momentum_at", lambda step, momentum, kappa: momentum)
 
 
+@contextmanager
+def constant_variance() -> Iterator[None]:
+    """The gradient leaves out that the batch's variance is a function of x."""
+    true = evonorm._gradient
+
+    def gradient(*arguments: Tensor) -> tuple[Tensor, ...]:
+        of_x, of_left, *others = true(*arguments)
+        return of_x, torch.zeros_like(of_left), *others
+
+    with patch.object(evonorm, "_gradient", gradient):
+        yield
+
+
+def own_variance_unused() -> AbstractContextManager[Any]:
+    """A sample's deviation is the root of its mean square."""
+    true = evonorm.sample_sums
+
+    def sample_sums(x: Tensor) -> Tensor:
+        return true(x) * torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1)
+
+    return patch.object(evonorm, "sample_sums", sample_sums)
+
+
+def mean_deviation_as_it_is() -> AbstractContextManager[Any]:
+    """The mean absolute deviation is not made a standard deviation."""
+    return patch.object(l1, "_NORMAL", 1.0)
+
+
+def constant_mean() -> AbstractContextManager[Any]:
+    """The gradient leaves out that the deviations are from a mean, which is a function of x."""
+    true = l1.pooled_sum
+
+    def pooled_sum(local: Tensor, *arguments: Any) -> Tensor:
+        total = true(local, *arguments)
+        return total.detach() + 0 * total if len(local) % 2 == 0 else total
+
+    return patch.object(l1, "pooled_sum", pooled_sum)
+
+
+def regions_together() -> AbstractContextManager[Any]:
+    """Both regions are normalised by the statistics of the whole."""
+    true = region.pooled_moments
+
+    def pooled_moments(x: Tensor, weights: Any, *arguments: Any) -> Any:
+        return true(x, [torch.ones_like(each) for each in weights], *arguments)
+
+    return patch.object(region, "pooled_moments", pooled_moments)
+
+
 DEFECTS: dict[tuple[str, str], Callable[[], AbstractContextManager[Any]]] = {
+    ("evo_b0", "unpooled"): unpooled,
+    ("evo_b0", "constant_variance"): constant_variance,
+    ("evo_b0", "own_variance_unused"): own_variance_unused,
+    ("evo_b1", "constant_variance"): constant_variance,
+    ("evo_b2", "constant_variance"): constant_variance,
+    ("l1", "unpooled"): unpooled,
+    ("l1", "mean_deviation_as_it_is"): mean_deviation_as_it_is,
+    ("l1", "constant_mean"): constant_mean,
+    ("region", "unpooled"): unpooled,
+    ("region", "regions_together"): regions_together,
     ("estimated", "unpooled"): unpooled,
     ("estimated", "about_its_own_mean"): about_its_own_mean,
     ("estimated", "estimates_before"): estimates_before,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -178,6 +179,17 @@ def test_a_block_within_another_gives_back_the_tasks_of_the_outer_one():
         layer(x, torch.zeros_like(tasks))
         assert layer.tasks is tasks
     assert layer.tasks is None
+
+
+def test_copies_and_pickles_of_the_block_are_not_part_of_it():
+    x, tasks, _ = data(6)
+    layer = made()
+    alone = copy.deepcopy(layer)(x)
+    with tasks_of(layer, tasks):
+        others = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))  # noqa: S301
+        assert not torch.equal(layer(x), alone)
+    for other in others:
+        assert torch.equal(other(x), alone)
 
 
 def test_a_layer_that_has_taken_a_step_is_copied_without_its_graph():

@@ -27,6 +27,7 @@ from syncnorm.family import (
     PowerNorm,
     RegionNorm,
     UnifiedNorm,
+    passes,
     reference,
 )
 from syncnorm.testing import shard
@@ -69,7 +70,7 @@ def _evo(variant: str) -> Method:
     return Method(
         partial(EvoNorm, CHANNELS, variant),
         lambda x, mask, state: reference.evo_norm(x, state, variant, 1e-5, 0.1),
-        ("moments", "gradients"),
+        ("sums", "gradients"),
     )
 
 
@@ -307,6 +308,29 @@ def test_half_types_are_computed_in_float32(name, dtype):
     assert y.dtype == dtype
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(y.double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+@pytest.mark.parametrize("block", [8, 80], ids=["of channels", "of samples"])
+@pytest.mark.parametrize("name", METHODS)
+def test_small_blocks_and_channels_last_are_the_same(monkeypatch, name, block, is_last):
+    by_block = []
+    for size in (passes._BLOCK, block):
+        monkeypatch.setattr(passes, "_BLOCK", size)
+        layer, came_out = METHODS[name].make(), []
+        fill(layer)
+        for step in range(2):
+            x, mask, cotangent = data(step, 5)
+            if is_last and size == block:
+                x, cotangent = (
+                    t.contiguous(memory_format=torch.channels_last) for t in (x, cotangent)
+                )
+            y = layer(x.requires_grad_(), *METHODS[name].arguments(mask))
+            y.backward(cotangent)
+            came_out += [y, x.grad]
+        by_block.append([*came_out, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    for one, other in zip(*by_block, strict=True):
+        close(other, one)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "region"])

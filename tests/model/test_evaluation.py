@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import (
     Mix,
@@ -325,6 +326,32 @@ def test_blocks_end_where_they_should(kind):
     assert not torch.allclose(batch, plain)
     assert torch.equal(model(x), plain)
     assert "forward" not in vars(model[0])
+
+
+def repeated(
+    name: str, choice: Any, x: Tensor, cotangent: Tensor, is_repeated: bool = True
+) -> list[Any]:
+    """Evaluate with gradients, rank 1 within a checkpoint: output, gradient and messages."""
+    layer = make_family(name) if name in FAMILY else make(name)[0]
+    x = x.clone().requires_grad_()
+    with evaluation_statistics(layer, choice), exchange.record() as sent:
+        is_again = is_repeated and dist.get_rank() == 1
+        y = checkpoint(layer, x, use_reentrant=False) if is_again else layer(x)
+        y.backward(cotangent)
+    return [y.detach(), x.grad, [each.kind for each in sent]]
+
+
+@pytest.mark.parametrize("choice", [Mix(0.7), Prior(4)], ids=str)
+@pytest.mark.parametrize("name", ["batch", "torch", "l1", "evo", "channel"])
+def test_a_forward_that_one_worker_repeats_exchanges_nothing(pool, name, choice):
+    x, _, cotangent = data()
+    parts = [*zip(shard(x, (3, 2)), shard(cotangent, (3, 2)))]
+    again = pool(2).run_each(repeated, [(name, choice, *each) for each in parts])
+    plain = pool(2).run_each(repeated, [(name, choice, *each, False) for each in parts])
+    for got, expected in zip(again, plain, strict=True):
+        assert_close(got[0], expected[0], torch.float64, "y")
+        assert_close(got[1], expected[1], torch.float64, "dx")
+    assert again[0][2] == again[1][2] == plain[1][2]
 
 
 @pytest.mark.parametrize("kind", ["batch", "torch"])

@@ -107,14 +107,16 @@ def test_convert_and_revert(cls: type, options: dict[str, Any]):
 
 @pytest.mark.parametrize("name", NORMS)
 def test_compiled_code_calls_them(name):
+    # But for rounding: compiled code has weight and bias in operators of its own.
+    same = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
     plain, model = network(name), network(name)
     compiled = torch.compile(model, backend="eager")
     for step in range(5):
         y, expected = compiled(batch(step)), plain(batch(step))
         y.square().sum().backward()
         expected.square().sum().backward()
-        assert torch.equal(y, expected)
+        same(y, expected)
     for one, two in zip(model.state_dict().values(), plain.state_dict().values(), strict=True):
-        assert torch.equal(one, two)
+        same(one, two)
     for one, two in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(one.grad, two.grad)
+        same(one.grad, two.grad)

@@ -63,6 +63,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 KINDS = {
     "l1": ["sums", "sums", "gradients", "gradients"],
+    "evo": ["sums", "gradients"],
     "balanced": ["sums", "gradients"],
     "estimated": ["moments"],
     "estimated_channel": ["moments"],

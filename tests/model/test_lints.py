@@ -15,6 +15,7 @@ from torch.utils.data.distributed import DistributedSampler
 from syncnorm import ElasticBatchSampler, SyncBatchNorm, explain
 from syncnorm.family import EvoNorm
 from syncnorm.model.lints import decay_lints, head_lints, model_lints, recorded_calls
+from syncnorm.model.makers import Makers
 
 X = torch.randn(64, 3, generator=torch.Generator().manual_seed(0))
 
@@ -167,6 +168,17 @@ def test_it_is_the_order_of_execution_and_of_one_forward():
     ]  # fmt: skip
     assert [each.fed_by for each in calls] == [None, model.straight, None, None, model.second]
     assert head_lints(model, calls) == []
+
+
+def test_a_view_is_the_tensor_and_what_was_written_to_is_not():
+    makers: Makers[str] = Makers()
+    for leaf in (torch.ones(2, 3), torch.ones(2, 3, requires_grad=True)):
+        x = leaf * 2
+        makers.note(x, "made")
+        assert makers.maker_of(x) == makers.maker_of(x.flatten()) == "made"
+        assert makers.maker_of(x[:1]) is makers.maker_of(x.clone()) is makers.maker_of(None) is None
+        torch.relu_(x)
+        assert makers.maker_of(x) is None
 
 
 def test_what_checkpointing_repeats_is_no_call():

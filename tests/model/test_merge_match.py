@@ -249,6 +249,17 @@ def test_what_is_not_understood_is_refused(layers, message):
         match_weights(model, model)
 
 
+def test_a_part_that_can_be_traced_is_matched_within_a_network_that_cannot():
+    name = next(iter(NETWORKS))
+    model = nn.Sequential(_network(name), Branching())
+    shuffled = copy.deepcopy(model)
+    shuffled[0] = _shuffled(model[0])
+    shuffled[0] = match_weights(model[0], shuffled[0])
+    state = shuffled.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(shuffled(_images()), model(_images()))
+
+
 def test_other_architectures_and_a_missing_package(monkeypatch):
     small, large = nn.Linear(3, 2), nn.Linear(3, 4)
     with pytest.raises(InputError, match=r"got 'bias' with shapes \(2,\) and \(4,\), and 1 other"):

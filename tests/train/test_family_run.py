@@ -59,7 +59,13 @@ OTHERS = {
     **{name: [f"norm.name={name}"] for name in BASELINES},
     **{
         name: ["norm.name=none", f"norm.weights={name}", "train.adaptive_clip=0.1"]
-        for name in ("weight_norm", "spectral_norm", "standardized", "scaled_standardized")
+        for name in (
+            "weight_norm",
+            "spectral_norm",
+            "centred",
+            "standardized",
+            "scaled_standardized",
+        )
     },
 }
 

@@ -31,7 +31,9 @@ NormName = Literal[
     "derf",
     "none",
 ]
-WeightName = Literal["weight_norm", "spectral_norm", "standardized", "scaled_standardized"]
+WeightName = Literal[
+    "weight_norm", "spectral_norm", "centred", "standardized", "scaled_standardized"
+]
 
 # Arguments of a layer that are no options: other keys say them, or the network does.
 _NO_OPTIONS = {"num_features", "affine", "sync", "process_group", "device", "dtype"}
