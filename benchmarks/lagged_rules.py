@@ -197,9 +197,7 @@ class Layer(nn.Module):
             ahead = 1 / self.rule.forward_rate
             mean, log = past["M"] + ahead * past["dM"], past["L"] + ahead * past["dL"]
         else:
-            s, t = (
-                (past.coefficient("M"), past.coefficient("L")) if kind == "regressed" else (1, 1)
-            )
+            s, t = (past.coefficient("M"), past.coefficient("L")) if kind == "regressed" else (1, 1)
             mean = past["M"] + s * (m - past["m"])
             log = past["L"] + t * ((v + EPS).log() - past["l"])
         return mean.expand_as(m), (log.exp() - EPS).clamp(min=0).expand_as(v)
@@ -208,7 +206,7 @@ class Layer(nn.Module):
         self, M: Tensor, V: Tensor, m: Tensor, v: Tensor, used: tuple[Tensor, Tensor]
     ) -> None:
         past, rate, (mean, var) = self.forward_averages, self.rule.forward_rate, used
-        L, l = (V + EPS).log(), (v + EPS).log()
+        L, own = (V + EPS).log(), (v + EPS).log()
         for old, new in zip(self.running, (M, V), strict=True):
             old += MOMENTUM * (new - old)
         drift = ((M - mean).abs() / (var + EPS).sqrt()).maximum((L - (var + EPS).log()).abs() / 2)
@@ -217,18 +215,16 @@ class Layer(nn.Module):
         self.waits = self.waits | (len(self.waited) < self.rule.first_steps)
         if past:
             past.regress("M", M - past["M"], m - past["m"], 1 / (V + EPS))
-            past.regress("L", L - past["L"], l - past["l"])
+            past.regress("L", L - past["L"], own - past["l"])
             past.follow(SLOW, dM=M - past["last M"], dL=L - past["last L"])
         else:
             past.follow(SLOW, dM=torch.zeros_like(M), dL=torch.zeros_like(L))
-        past.follow(rate, M=M, V=V, L=L, m=m, l=l)
+        past.follow(rate, M=M, V=V, L=L, m=m, l=own)
         past.follow(1.0, **{"last M": M, "last L": L})
 
     def gradient_means(self, g: Tensor, xhat: Tensor) -> tuple[Tensor, Tensor]:
         """What the gradient is corrected by, (K, C) each; the averages move on at once."""
-        a, b, u, q = (
-            each.double().mean((1, 3)) for each in (g, g * xhat, xhat, xhat * xhat)
-        )
+        a, b, u, q = (each.double().mean((1, 3)) for each in (g, g * xhat, xhat, xhat * xhat))
         A, B = a.mean(0), b.mean(0)
         kind, past, rate = self.rule.gradient, self.backward_averages, self.rule.backward_rate
         if kind == "batch" or not past:
@@ -306,9 +302,9 @@ def main() -> None:
     )
     given = parser.parse_args()
     torch.set_num_threads(1)
-    images, labels, *tests = fashion.load(given.root)
+    images, labels, test_images, test_labels = fashion.load(given.root)
     kept = epoch_order(len(labels), 0, 0)[:SAMPLES]
-    data = images[kept], labels[kept], *tests
+    data = images[kept], labels[kept], test_images, test_labels
     print("| network | learning rate | rule | accuracy | each seed | waited |")
     print("|---|---|---|---|---|---|", flush=True)
     for network in given.networks:

@@ -59,6 +59,10 @@ def test_a_rule_is_that_of_the_layer_of_its_name(name, other):
     assert name == BATCH_NORM or 0 < sum(layer.waited[2:]) < STEPS - 2, "the guard must fire, too"
 
 
+# These drift too much here, or have too few steps, ever to stop waiting.
+ALWAYS_WAIT = {BATCH_NORM, "lagged, guard at 0.1", "lagged, 20 steps pooled at first"}
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_each_rule_departs_from_batch_norm_unless_it_waits(name):
     apart = [
@@ -68,7 +72,7 @@ def test_each_rule_departs_from_batch_norm_unless_it_waits(name):
         )
     ]
     assert not apart[0], "the first step waits"
-    assert any(apart) == (name != BATCH_NORM)
+    assert any(apart) == (name not in ALWAYS_WAIT)
 
 
 def _shift(name: str) -> float:
@@ -85,9 +89,9 @@ def test_what_is_left_of_gradients_has_no_part_along_a_shift():
 def test_a_regression_sees_a_change_that_all_workers_share():
     """Statistics of the same step, for inputs that move by as much on each worker."""
     layer = _rule("regressed, residuals")
-    for step in range(30):
-        g = torch.Generator().manual_seed(1)
-        x = torch.randn(4 * WORKERS, CHANNELS, 6, generator=g) + 0.2 * step
-        y = layer(x)
+    x = torch.randn(4 * WORKERS, CHANNELS, 6, generator=torch.Generator().manual_seed(1))
     expected = (x - x.mean((0, 2), keepdim=True)) / x.std((0, 2), correction=0, keepdim=True)
-    torch.testing.assert_close(y.detach(), expected, rtol=1e-3, atol=1e-3)
+    for step in range(30):
+        y = layer(x + 0.2 * step).detach()
+        torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3)
+    assert sum(layer.waited) < 30, "nothing is shown by a step that waits"
