@@ -108,8 +108,8 @@ class LaggedBatchNorm:
         dx = weight / sqrt(v + eps) * (g - w (a + xhat b)),   xhat = (x - m) / sqrt(v + eps)
 
     m, v: average of the batch moments up to the last step; a, b: average of mean g and mean g xhat
-    up to the last step. A step whose `waits` is set (the first, and any after a drift) uses its own
-    batch instead, as batch norm does. Call `step` once between steps; until then nothing moves.
+    up to the last step. A step whose `waits` is set (the first two, and any after a drift) uses its
+    own batch instead, as batch norm does. Call `step` once between steps; until then nothing moves.
     """
 
     backward_rate: float
@@ -161,7 +161,8 @@ class LaggedBatchNorm:
             m, v = self.average or (mean, var)
             distance = (mean - m).abs() / (v + self.eps).sqrt()
             ratio = ((var + self.eps) / (v + self.eps)).log().abs() / 2
-            self.waits = bool(torch.maximum(distance, ratio).max() > self.max_drift)
+            drift = torch.maximum(distance, ratio).max()
+            self.waits = self.average is None or bool(drift > self.max_drift)
             self.average = (m + self.forward_rate * (mean - m), v + self.forward_rate * (var - v))
         if self._seen is not None and n > 0:
             rate = 1.0 if self.gradient is None else self.backward_rate

@@ -7,6 +7,8 @@
 
 No step waits for its own exchange. The drift is that of a step's pooled moments from the average
 which that step used. A layer whose drift exceeds `max_drift` waits for pooling in the next step.
+It waits in its first two steps, too: in the first there is no average, and the second is apart from
+the first one's by the first change of the weights, a large one, which no drift has shown before.
 All of it is computed from pooled numbers, so all ranks decide the same.
 """
 
@@ -30,7 +32,7 @@ class Lagged:
         backward_rate: weight of the newest pooled gradient means in theirs, in (0, 1].
         max_drift: distance of a step's pooled moments from the average that it used, in standard
             deviations or half log-ratios of variance, beyond which a layer waits for pooling in the
-            next step; >= 0. Infinity turns the guard off.
+            next step; >= 0. Infinity turns the guard off, but for the first two steps.
 
     Raises:
         InputError: a value is out of range.
@@ -96,7 +98,7 @@ def follow_moments_(
     is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
     is_new, is_first = (batch.count > 0) & is_finite, updates == 0
     old_mean, old_var = mean.double(), var.double()
-    has_drifted = (drift(batch, old_mean, old_var, eps) > options.max_drift) & ~is_first
+    has_drifted = (drift(batch, old_mean, old_var, eps) > options.max_drift) | is_first
     waits.copy_(torch.where(is_new, has_drifted, waits | ~is_finite))
     rate = _rate(updates, options.forward_rate)
     mean.copy_(torch.where(is_new, old_mean + rate * (batch.mean - old_mean), old_mean))

@@ -438,7 +438,7 @@ int syncnorm_follow_moments(const double *numbers, int is_raw, long channels, do
     is_finite &= isfinite(new_mean[c]) && isfinite(m2[c]);
   }
   if (b.n > 0 && is_finite) {
-    *waits = drift > max_drift && *updates;
+    *waits = drift > max_drift || !*updates;
     if (!*updates) rate = 1;
     for (long c = 0; c < channels; c++)
       mean[c] += rate * (new_mean[c] - mean[c]), var[c] += rate * (m2[c] * b.inverse - var[c]);

@@ -3,7 +3,7 @@
 A layer normalises by an average of the pooled moments up to the last step, and corrects its
 gradient by an average of the pooled gradient means up to the last step. Two flat asynchronous
 messages a step keep these up to date for all layers. A layer that drifts (see
-`syncnorm.maths.lagged`) waits for pooling in the next step, as in the first.
+`syncnorm.maths.lagged`) waits for pooling in the next step, as in the first two.
 
 As with `sync="batch"`, every worker must take the backward pass of the same calls. The message of
 the backward pass leaves when each call of the step has been through it; where that cannot be

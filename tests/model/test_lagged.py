@@ -171,7 +171,7 @@ def test_equals_the_rule_in_one_process(pool, oracle, sizes):
                 got[name], value, rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
             )
         assert {name for name in got if "lagged" in name and "updates" not in name} <= state.keys()
-    fired = [any(w) for w in waits[1:]]
+    fired = [any(w) for w in waits[2:]]
     assert any(fired), "the guard must fire"
     assert not all(fired), "and not always"
 
@@ -186,6 +186,22 @@ def test_two_messages_a_step_and_two_per_waiting_layer(pool, oracle):
             gradients = [("gradients", room)] * sum(waiting)
             flat_gradients = [("all gradients", exchange.size_of(together))]
             assert record == moments + flat + [("count", room)] + gradients + flat_gradients, step
+
+
+def _waits_of_quiet_steps() -> list[int]:
+    """How often a layer that never drifts waits, by step."""
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync=Lagged(max_drift=float("inf")))))
+    waits = []
+    for _ in range(4):
+        with exchange.record() as record:
+            model(torch.randn(5, 3)).square().mean().backward()
+        waits.append(sum(e.kind in ("moments", "gradients") for e in record))
+    return waits
+
+
+def test_the_first_two_steps_wait(pool):
+    """The first change of the weights is apart from any drift that was seen."""
+    assert pool(2).run(_waits_of_quiet_steps) == [[2, 2, 0, 0]] * 2
 
 
 @pytest.mark.parametrize("sizes", [(9,), (2, 6, 1)], ids=str)

@@ -188,13 +188,14 @@ def _lagged() -> tuple[dict[str, Any], dict[str, Tensor]]:
     layer = SyncBatchNorm(4, sync=Lagged(max_drift=math.inf), dtype=torch.float64)
     model = prepare_ddp(nn.Sequential(layer))
     watch = monitor(model)
-    for batch in (uneven_batch(8, 0), 1.5 * uneven_batch(10, 1)):
+    # The first two are waited for.
+    for batch in (uneven_batch(8, 0), uneven_batch(8, 0), 1.5 * uneven_batch(10, 1)):
         model(batch.tensor_split(2)[dist.get_rank()]).sin().sum().backward()
     return watch.read()["layers"]["0"], state_of(model)
 
 
 def test_lagged_layers_are_compared_by_the_average_they_used(pool):
-    """In the second step that is the first one's moments; count and share are the batch's own."""
+    """In the third step that is the first two's moments; count and share are the batch's own."""
     for got, state in pool(2).run(_lagged):
         gaps = _gaps(uneven_batch(8, 0), state["0.running_mean"], state["0.running_var"])
         share = _between_share((1.5 * uneven_batch(10, 1)).tensor_split(2))

@@ -243,7 +243,7 @@ def follow_moments(
     number = tl.load(updates)
     weight = tl.where(number == 0, 1.0, float64_of(rate))
     is_new = tl.where(n > 0, 1 - has_fault, 0)
-    has_drifted = tl.where(number == 0, 0, (farthest > float64_of(max_drift)).to(tl.int32))
+    has_drifted = tl.where(number == 0, 1, (farthest > float64_of(max_drift)).to(tl.int32))
     before = tl.load(waits).to(tl.int32)
     # All threads have read what is written below.
     tl.debug_barrier()
