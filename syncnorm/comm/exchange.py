@@ -103,7 +103,7 @@ def sum_(
     if segment is not None:
         flight, sent = _send(segment, message, group, kind, name)
         with flight:
-            is_same = sent.wait(_timeout_seconds(flight))
+            is_same = sent.wait(flight.timeout_seconds)
         flight.finish(message)
         count_exchange(kind, flight.size, start)
         if not is_same:
@@ -144,13 +144,8 @@ def _send(
         size, identity = size_of(count, log_of(group).room), _identity(kind, name, count)
     flight = _begin("sum", size, group, kind, name, count)
     with flight:
-        sent = segment.send(message, size, identity, _timeout_seconds(flight))
+        sent = segment.send(message, size, identity, flight.timeout_seconds)
     return flight, sent
-
-
-def _timeout_seconds(flight: InFlight) -> float:
-    seconds = debug.debug_timeout_seconds() if debug.is_debug() else None
-    return flight.log.timeout_seconds if seconds is None else seconds
 
 
 def _begin_sum(
@@ -225,7 +220,7 @@ class Pending:
             flight, self._flight = self._flight, None
             (wire, self._wire), (sent, self._sent) = (self._wire, None), (self._sent, None)
             with flight:
-                is_same = sent is None or sent.wait(_timeout_seconds(flight))
+                is_same = sent is None or sent.wait(flight.timeout_seconds)
                 if wire is not None and isinstance(flight.work, dist.Work):
                     _wait(flight.work)
             flight.finish(self._message)
@@ -307,6 +302,7 @@ def _begin(
         announce(op, size, group)
     flight = InFlight(size, group, kind, name, count)
     if debug.is_debug():
+        flight.timeout_seconds = debug.debug_timeout_seconds() or flight.timeout_seconds
         consensus = Consensus(flight, group)
         flight.diagnose = consensus.diagnose
         with flight:
