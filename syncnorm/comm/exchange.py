@@ -101,8 +101,9 @@ def sum_(
     start = time.perf_counter()
     segment = _segment_for(message, group)
     if segment is not None:
-        flight, sent = _send(segment, message, group, kind, name)
+        flight, identity = _begin_shared(message, group, kind, name)
         with flight:
+            sent = segment.send(message, flight.size, identity, flight.timeout_seconds)
             is_same = sent.wait(flight.timeout_seconds)
         flight.finish(message)
         count_exchange(kind, flight.size, start)
@@ -132,20 +133,17 @@ def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | 
     return shared.segment_of(group) if is_host(message) else None
 
 
-def _send(
-    segment: shared.Segment, message: Tensor, group: dist.ProcessGroup, kind: str, name: str
-) -> tuple[InFlight, shared.Message]:
-    """Send a message through shared memory. Its identity stands beside the payload there."""
+def _begin_shared(
+    message: Tensor, group: dist.ProcessGroup, kind: str, name: str
+) -> tuple[InFlight, int]:
+    """Begin a sum through shared memory, where the identity stands beside the payload."""
     assert message.dtype == torch.float64
     count = message.numel()
     if kind == NO_DATA:
         size, identity = count, 0
     else:
         size, identity = size_of(count, log_of(group).room), _identity(kind, name, count)
-    flight = _begin("sum", size, group, kind, name, count)
-    with flight:
-        sent = segment.send(message, size, identity, flight.timeout_seconds)
-    return flight, sent
+    return _begin("sum", size, group, kind, name, count), identity
 
 
 def _begin_sum(
@@ -250,7 +248,9 @@ def start_sum(
     start = time.perf_counter()
     segment = _segment_for(message, group)
     if segment is not None:
-        flight, sent = _send(segment, message, group, kind, name)
+        flight, identity = _begin_shared(message, group, kind, name)
+        with flight:
+            sent = segment.send(message, flight.size, identity, flight.timeout_seconds)
         flight.work = sent
         count_exchange(kind, flight.size, start)
         return Pending(message, None, flight, sent)

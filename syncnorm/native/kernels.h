@@ -37,7 +37,7 @@ typedef uint16_t full_shorts __attribute__((vector_size(4 * LANES)));
 #define UNITS 64
 /* Bytes that a pass asks for before their turn. Processors stop asking by themselves at the end of a page, and wait
    for the lines that they write to as for those that they read. */
-#define AHEAD 4096
+#define FETCH_AHEAD 4096
 #define ALIGNMENT 64 /* of what is read again and again: a line of the cache */
 
 typedef struct {
@@ -58,8 +58,8 @@ typedef struct {
 
 static inline long channel_of(const layout *at, long column) { return column / at->inner % at->channels; }
 
-static inline void will_read(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + AHEAD), 0); }
-static inline void will_write(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + AHEAD), 1); }
+static inline void will_read(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + FETCH_AHEAD), 0); }
+static inline void will_write(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + FETCH_AHEAD), 1); }
 
 static inline double lanes(doubles v) {
   double s = 0;
