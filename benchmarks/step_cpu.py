@@ -1,8 +1,8 @@
 """Time of a whole training step on a CPU, by normalisation layer.
 
-    python -m benchmarks.step_cpu [rounds]
+    python -m benchmarks.step_cpu [rounds [workers]]
 
-ResNet-18 under DDP, 32 images of 64x64 on each of 2 gloo workers with one thread each. Models that
+ResNet-18 under DDP, 32 images of 64x64 on each of 2 gloo workers with one thread each, or of more. Models that
 differ in their normalisation layer alone take turns; ratios are to local BatchNorm within a round.
 """
 
@@ -24,7 +24,7 @@ from benchmarks import paired
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.train.models import MODELS
 
-WORKERS, BATCH, SIZE = 2, 32, 64
+BATCH, SIZE = 32, 64
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "local BatchNorm2d": nn.BatchNorm2d,
@@ -52,10 +52,10 @@ def _step(norm: Callable[[int], nn.Module], rank: int) -> Callable[[], None]:
     return step
 
 
-def _worker(rank: int, folder: str, rounds: int) -> None:
+def _worker(rank: int, folder: str, rounds: int, workers: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS
+        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=workers
     )
     steps = {name: _step(norm, rank) for name, norm in NORMS.items()}
     faults = paired.page_faults()
@@ -74,14 +74,15 @@ def _worker(rank: int, folder: str, rounds: int) -> None:
 def main() -> None:
     paired.fix_allocator()
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 41
+    workers = int(sys.argv[2]) if len(sys.argv) > 2 else 2
     print(
-        f"{WORKERS} workers, one thread each, {rounds} rounds; torch {torch.__version__}; "
+        f"{workers} workers, one thread each, {rounds} rounds; torch {torch.__version__}; "
         f"{paired.settings()}"
     )
     print("| normalisation | step time / local, median [95 % interval] | median ms |")
     print("|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, rounds), nprocs=WORKERS)
+        mp.spawn(_worker, (folder, rounds, workers), nprocs=workers)
 
 
 if __name__ == "__main__":

@@ -101,9 +101,10 @@ def sum_(
     start = time.perf_counter()
     segment = _segment_for(message, group)
     if segment is not None:
-        flight, sent = _send(segment, message, group, kind, name)
+        flight, identity = _begin_shared(message, group, kind, name)
         with flight:
-            is_same = sent.wait(_timeout_seconds(flight))
+            sent = segment.send(message, flight.size, identity, flight.timeout_seconds)
+            is_same = sent.wait(flight.timeout_seconds)
         flight.finish(message)
         count_exchange(kind, flight.size, start)
         if not is_same:
@@ -132,25 +133,17 @@ def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | 
     return shared.segment_of(group) if is_host(message) else None
 
 
-def _send(
-    segment: shared.Segment, message: Tensor, group: dist.ProcessGroup, kind: str, name: str
-) -> tuple[InFlight, shared.Message]:
-    """Send a message through shared memory. Its identity stands beside the payload there."""
+def _begin_shared(
+    message: Tensor, group: dist.ProcessGroup, kind: str, name: str
+) -> tuple[InFlight, int]:
+    """Begin a sum through shared memory, where the identity stands beside the payload."""
     assert message.dtype == torch.float64
     count = message.numel()
     if kind == NO_DATA:
         size, identity = count, 0
     else:
         size, identity = size_of(count, log_of(group).room), _identity(kind, name, count)
-    flight = _begin("sum", size, group, kind, name, count)
-    with flight:
-        sent = segment.send(message, size, identity, _timeout_seconds(flight))
-    return flight, sent
-
-
-def _timeout_seconds(flight: InFlight) -> float:
-    seconds = debug.debug_timeout_seconds() if debug.is_debug() else None
-    return flight.log.timeout_seconds if seconds is None else seconds
+    return _begin("sum", size, group, kind, name, count), identity
 
 
 def _begin_sum(
@@ -225,7 +218,7 @@ class Pending:
             flight, self._flight = self._flight, None
             (wire, self._wire), (sent, self._sent) = (self._wire, None), (self._sent, None)
             with flight:
-                is_same = sent is None or sent.wait(_timeout_seconds(flight))
+                is_same = sent is None or sent.wait(flight.timeout_seconds)
                 if wire is not None and isinstance(flight.work, dist.Work):
                     _wait(flight.work)
             flight.finish(self._message)
@@ -255,7 +248,9 @@ def start_sum(
     start = time.perf_counter()
     segment = _segment_for(message, group)
     if segment is not None:
-        flight, sent = _send(segment, message, group, kind, name)
+        flight, identity = _begin_shared(message, group, kind, name)
+        with flight:
+            sent = segment.send(message, flight.size, identity, flight.timeout_seconds)
         flight.work = sent
         count_exchange(kind, flight.size, start)
         return Pending(message, None, flight, sent)
@@ -307,6 +302,7 @@ def _begin(
         announce(op, size, group)
     flight = InFlight(size, group, kind, name, count)
     if debug.is_debug():
+        flight.timeout_seconds = debug.debug_timeout_seconds() or flight.timeout_seconds
         consensus = Consensus(flight, group)
         flight.diagnose = consensus.diagnose
         with flight:

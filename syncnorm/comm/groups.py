@@ -129,14 +129,14 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
         _check_alone(handle)
         return None
     parent, rule = parent_and_rule(handle)
-    backend = dist.get_backend_config(parent)
+    backend, workers = dist.get_backend_config(parent), _workers()
     if isinstance(rule, Ranks):
         members = rule.members
-        if (backend, members) not in _workers().made:
+        if (backend, members) not in workers.made:
             _make_among(rule, handle, parent)
     else:
-        members = _workers().mine.get((backend, rule)) or _resolve(rule, parent)
-    return None if len(members) == 1 else _workers().made[backend, members]
+        members = workers.mine.get((backend, rule)) or _resolve(rule, parent)
+    return None if len(members) == 1 else workers.made[backend, members]
 
 
 def least_size(handle: GroupHandle, world_size: int) -> int | None:

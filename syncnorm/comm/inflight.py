@@ -103,6 +103,8 @@ class InFlight:
         log = log_of(group)
         log.calls[kind, name] += 1
         self.log = log
+        self.timeout_seconds = log.timeout_seconds
+        """The time to wait for other ranks through shared memory; debug mode may set another."""
         self.kind = kind
         self.name = name
         self.call = log.calls[kind, name]

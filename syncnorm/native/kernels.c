@@ -209,7 +209,8 @@ static int map(const void *x, const void *g, const void *mask, void *out, int ty
   const element *e = &elements[type];
   void *narrow = 0;
   if (e->bytes != sizeof(double)) {
-    if (!(narrow = malloc(4 * channels * e->bytes))) return 1;
+    size_t size = 4 * channels * e->bytes + ALIGNMENT - 1;
+    if (!(narrow = aligned_alloc(ALIGNMENT, size - size % ALIGNMENT))) return 1;
     elements[0].narrow(coefficients, narrow, (g ? 4 : 3) * channels);
     p.coefficients = narrow;
   }

@@ -35,6 +35,10 @@ typedef uint16_t full_shorts __attribute__((vector_size(4 * LANES)));
 /* Elements that are worth a unit of work, and units at most. */
 #define GRAIN 65536
 #define UNITS 64
+/* Bytes that a pass asks for before their turn. Processors stop asking by themselves at the end of a page, and wait
+   for the lines that they write to as for those that they read. */
+#define FETCH_AHEAD 4096
+#define ALIGNMENT 64 /* of what is read again and again: a line of the cache */
 
 typedef struct {
   long outer, channels, inner; /* of the tensor */
@@ -53,6 +57,9 @@ typedef struct {
 } pass;
 
 static inline long channel_of(const layout *at, long column) { return column / at->inner % at->channels; }
+
+static inline void will_read(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + FETCH_AHEAD), 0); }
+static inline void will_write(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + FETCH_AHEAD), 1); }
 
 static inline double lanes(doubles v) {
   double s = 0;

@@ -28,6 +28,8 @@ static inline void NAME(run_sums)(const T *x, const T *g, const W *w, long n, do
   doubles s0 = {0}, s1 = {0}, p0 = {0}, p1 = {0};
   long i = 0;
   for (; i + 2 * LANES <= n; i += 2 * LANES) {
+    will_read(x + i);
+    if (has_g) will_read(g + i);
     doubles b0 = NAME(wide)(x + i), b1 = NAME(wide)(x + i + LANES);
     doubles a0 = has_g ? NAME(wide)(g + i) : b0, a1 = has_g ? NAME(wide)(g + i + LANES) : b1;
     if (has_w) a0 *= NAME(some_wide)(w + i), a1 *= NAME(some_wide)(w + i + LANES);
@@ -56,6 +58,8 @@ static inline void NAME(column_sums)(const T *x, const T *g, const W *w, long ro
       doubles s0 = {0}, s1 = {0}, p0 = {0}, p1 = {0}, before;
       for (long r = first; r < last; r++) {
         long i = r * width + k;
+        will_read(x + i);
+        if (has_g) will_read(g + i);
         doubles b0 = NAME(wide)(x + i), b1 = NAME(wide)(x + i + LANES);
         doubles a0 = has_g ? NAME(wide)(g + i) : b0, a1 = has_g ? NAME(wide)(g + i + LANES) : b1;
         if (has_w) a0 *= (double)w[r], a1 *= (double)w[r];
@@ -162,9 +166,12 @@ static inline void NAME(plane_map)(const pass *p, long chunk, long group, int ha
       T *out = (T *)p->out + at0;
       W k0 = k[c], k1 = k[at->channels + c], k2 = k[2 * at->channels + c], k3 = has_g ? k[3 * at->channels + c] : 0;
       WS v0 = k0 - (WS){0}, v1 = k1 - (WS){0}, v2 = k2 - (WS){0}, v3 = k3 - (WS){0}, none = {0};
-      for (; i + MANY <= at->inner; i += MANY)
+      for (; i + MANY <= at->inner; i += MANY) {
+        will_read(x + i), will_write(out + i);
+        if (has_g) will_read(g + i);
         STOREF(out + i, NAME(values)(LOADF(x + i), has_g ? LOADF(g + i) : none, has_w ? NAME(some)(w + i) : none, v0, v1, v2,
                                      v3, has_g, has_w));
+      }
       for (; i < at->inner; i++)
         STORE(out + i, NAME(value)(LOAD(x + i), has_g ? LOAD(g + i) : 0, has_w ? w[i] : 0, k0, k1, k2, k3, has_g, has_w));
     }
@@ -176,10 +183,14 @@ static inline void NAME(tile_map)(const pass *p, long chunk, long tile, int has_
   long rows = at->outer / at->repeat, r0 = rows * chunk / at->chunks, r1 = rows * (chunk + 1) / at->chunks;
   long rest = at->outer * at->channels * at->inner - rows * at->width - first; /* elements of a last, partial row */
   const W *k = p->coefficients;
-  W c[4][TILE];
-  for (long j = 0; j < columns; j++) {
-    long channel = channel_of(at, first + j);
-    for (int each = 0; each < (has_g ? 4 : 3); each++) c[each][j] = k[each * at->channels + channel];
+  /* A column of its own for each channel: as they are. Else a row of them is written out. */
+  W table[4][TILE];
+  const W *c[4] = {table[0], table[1], table[2], table[3]};
+  int each_is_own = at->repeat == 1 && at->inner == 1, many = has_g ? 4 : 3;
+  for (int i = 0; each_is_own && i < many; i++) c[i] = k + i * at->channels + first;
+  for (long j = 0, channel = channel_of(at, first), left = at->inner; !each_is_own && j < columns; j++) {
+    for (int i = 0; i < many; i++) table[i][j] = k[i * at->channels + channel];
+    if (--left == 0) left = at->inner, channel = channel + 1 < at->channels ? channel + 1 : 0;
   }
   if (chunk == at->chunks - 1 && rest > 0) r1++;
   for (long r = r0; r < r1; r++) {
@@ -188,9 +199,12 @@ static inline void NAME(tile_map)(const pass *p, long chunk, long tile, int has_
     T *out = (T *)p->out + i;
     W w = has_w ? ((const W *)p->mask)[r] : 0;
     WS ws = w - (WS){0}, none = {0};
-    for (; j + MANY <= n; j += MANY)
+    for (; j + MANY <= n; j += MANY) {
+      will_read(x + j), will_write(out + j);
+      if (has_g) will_read(g + j);
       STOREF(out + j, NAME(values)(LOADF(x + j), has_g ? LOADF(g + j) : none, ws, NAME(some)(c[0] + j), NAME(some)(c[1] + j),
                                    NAME(some)(c[2] + j), has_g ? NAME(some)(c[3] + j) : none, has_g, has_w));
+    }
     for (; j < n; j++)
       STORE(out + j, NAME(value)(LOAD(x + j), has_g ? LOAD(g + j) : 0, w, c[0][j], c[1][j], c[2][j], has_g ? c[3][j] : 0, has_g,
                                  has_w));

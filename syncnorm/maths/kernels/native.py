@@ -77,9 +77,11 @@ def _types() -> set[torch.dtype]:
 def is_usable(*tensors: Tensor | None) -> bool:
     """True if the native library is there and knows all of the tensors, which are in memory."""
     types = _types()
-    return bool(types) and all(
-        t is None or (type(t) in _PLAIN and t.dtype in types) for t in tensors
-    )
+    # A loop: a generator would be a Python call for each tensor, in every forward.
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or t.dtype not in types):
+            return False
+    return bool(types)
 
 
 def _call(name: str, *args: Any) -> None:
@@ -147,7 +149,8 @@ def normalize(
     x, _, sizes = _dense(x)
     y = torch.empty_like(x)
     numbers, is_raw = batch.packed
-    weight, bias = (t if t is None else t.contiguous() for t in (weight, bias))
+    weight = weight if weight is None else weight.contiguous()
+    bias = bias if bias is None else bias.contiguous()
     to, kept = (None, ()) if reference is None else _reference(reference)
     rows = torch.empty(_ROWS if to is None else _CORRECTED_ROWS, sizes[2], dtype=torch.float64)
     _call(
