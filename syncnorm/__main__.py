@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from syncnorm.run import env
+from syncnorm import system
 
 # What the extra `train` brings. Commands that need another extra name it themselves.
 _TRAIN = ("numpy", "pydantic", "rich", "safetensors", "typer", "yaml")
@@ -20,11 +20,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; those of the process if None.
     """
+    if refusal := system.refusal("the command"):
+        print(f"syncnorm: {refusal}", file=sys.stderr)
+        sys.exit(2)
     # Python's own handler would print a traceback. A signal that a launcher ignores stays ignored.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if arguments is None:
+        from syncnorm.run import env
+
         env.set_for_launcher(sys.argv[1:])
     try:
         from syncnorm.cli import main as run

@@ -18,20 +18,23 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from multiprocessing import forkserver, resource_tracker, util
+from multiprocessing import resource_tracker, util
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from syncnorm import system
 from syncnorm.comm import inflight
 from syncnorm.errors import SyncnormError
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 
 class Tolerance(NamedTuple):
@@ -210,7 +213,11 @@ class RankPool:
                     daemon=True,
                 )
                 # The server takes its time, and Ctrl-C must not wait for that.
-                with contextlib.nullcontext() if _is_served(context) else _no_interrupt():
+                with (
+                    contextlib.nullcontext()
+                    if _is_served(context)
+                    else system.blocked([signal.SIGINT])
+                ):
                     process.start()
                 self._processes.append(process)
                 there.close()
@@ -306,29 +313,22 @@ def _context(device: str) -> ForkServerContext | SpawnContext:
     Not on CUDA, which cannot be used in a fork if an import has asked it for its devices.
     """
     # Started with the first process otherwise, and lets the signal through that is blocked.
-    resource_tracker.ensure_running()
-    if sys.platform != "linux" or device != "cpu":
+    if system.is_posix():
+        resource_tracker.ensure_running()
+    if not system.is_linux() or device != "cpu":
         return multiprocessing.get_context("spawn")
+    from multiprocessing import forkserver
+
     context = multiprocessing.get_context("forkserver")
     # DDP and the optimizers import torch's compiler.
     context.set_forkserver_preload([__name__, "syncnorm._public", "torch._dynamo"])
-    with _no_interrupt():
+    with system.blocked([signal.SIGINT]):
         forkserver.ensure_running()
     return context
 
 
 def _is_served(context: ForkServerContext | SpawnContext) -> bool:
     return context.get_start_method() == "forkserver"
-
-
-@contextlib.contextmanager
-def _no_interrupt() -> Iterator[None]:
-    """Block Ctrl-C in what is started here: it is its parent that ends it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(
@@ -342,7 +342,7 @@ def _serve(
     environment: Mapping[str, str],
 ) -> None:
     # As the server has it, unless that is somebody else's.
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    system.block([signal.SIGINT])
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -6,12 +6,12 @@ import os
 import platform
 import statistics
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from syncnorm import system
 from syncnorm.bench import paired
 from syncnorm.bench.candidates import LOCAL, Candidate
 from syncnorm.bench.cases import Case
@@ -167,12 +167,7 @@ def machine(device: str) -> str:
     """The processor's or the card's name."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).name
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return system.processor() or platform.processor() or platform.machine()
 
 
 def cores() -> int:

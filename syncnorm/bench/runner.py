@@ -12,8 +12,9 @@ from syncnorm.bench.candidates import LOCAL, Candidate
 from syncnorm.bench.cases import MODELS, Case
 from syncnorm.bench.report import CaseResult, Cut, Report, Result, summarise
 from syncnorm.bench.worker import LEAST_ROUNDS, Prepared
+from syncnorm.system import free_memory
 from syncnorm.testing import RankFailure, RankPool
-from syncnorm.train.memory import format_bytes, free_memory
+from syncnorm.train.memory import format_bytes
 
 # For a call on a busy machine; compiling a model takes minutes there.
 _CALL_SECONDS, _COMPILE_SECONDS = 120.0, 900.0

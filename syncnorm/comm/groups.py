@@ -15,7 +15,6 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -43,6 +42,7 @@ from syncnorm.comm.world import (
     ranks,
 )
 from syncnorm.errors import InputError
+from syncnorm.system import boot_id
 from syncnorm.undocumented import timeout_of
 
 __all__ = [
@@ -268,7 +268,4 @@ def machine_id() -> str:
 
     It is that of the running kernel's boot; the host's name where the system has none.
     """
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
+    return boot_id() or socket.gethostname()

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm import native, undocumented
+from syncnorm import native, system, undocumented
 
 _DONE, _NOT_YET, _MIXED, _BROKEN, _LEFT = range(5)
 _SPIN_SECONDS = 50e-6
@@ -74,7 +74,7 @@ def refusal() -> str:
     """The reason why this process sends nothing over shared memory; empty if it can."""
     if os.environ.get("SYNCNORM_SHARED_MEMORY", "1") == "0":
         return "turned off by SYNCNORM_SHARED_MEMORY=0"
-    if sys.platform != "linux":
+    if not system.is_linux():
         return f"not on {sys.platform}"
     if _functions() is None:
         return f"the native library is not used: {native.load().detail}"
@@ -322,7 +322,7 @@ def negotiate(group: dist.ProcessGroup, machine: str) -> None:
         except OSError as error:
             why = str(error)
     try:
-        cores = tuple(sorted(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else ()
+        cores = system.usable_cores()
         digest = "" if why else native.build.digest()
         mine = _Facts(why, machine, digest, os.getpid(), _start_of(os.getpid()), cores, fd, token)
         said = _gather(mine, group)

@@ -26,3 +26,7 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
 
 Exit status: 0 done, 1 failed, 2 bad input, 75 saved and resumable, 128 + n ended by signal n.
 """
+
+from syncnorm.system import require_posix
+
+require_posix("syncnorm.run")

@@ -26,8 +26,8 @@ from syncnorm import native
 from syncnorm.comm import shared
 from syncnorm.run.env import Tuning, read_tuning
 from syncnorm.run.loopback import try_loopback
-from syncnorm.run.machine import count_cores
-from syncnorm.train.memory import GIB, free_memory
+from syncnorm.system import count_cores, free_memory
+from syncnorm.train.memory import GIB
 
 # The package whose version stands for each extra.
 _EXTRAS = {

@@ -1,6 +1,5 @@
 """A run's folder: making and finding it, its lock."""
 
-import fcntl
 import itertools
 import json
 import secrets
@@ -9,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from syncnorm import system
 from syncnorm.errors import ConfigError
 from syncnorm.run.ending import read_exit
 from syncnorm.train.checkpoint.capture import describe_differences
@@ -157,7 +157,7 @@ def lock(folder: Path) -> Any:
     """
     file = (folder / "run.lock").open("w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(file.fileno())
     except BlockingIOError:
         file.close()
         raise ConfigError(

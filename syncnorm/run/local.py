@@ -21,8 +21,8 @@ from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
 from syncnorm.run.worker import Task, print_workers, run_launched, uses_store
+from syncnorm.system import call_apart
 from syncnorm.train.metrics import MetricsFile, last_step
-from syncnorm.train.processes import call_apart
 
 # Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30

@@ -1,23 +1,11 @@
 """Resources of this machine that workers share: cores, CUDA devices, memory."""
 
-import os
-from pathlib import Path
-
 import torch
 
 from syncnorm.errors import ConfigError
+from syncnorm.system import count_cores, free_memory, resident_memory
 from syncnorm.train.config.schema import LaunchSection
-from syncnorm.train.memory import GIB, format_bytes, free_memory, resident_memory
-
-
-def count_cores() -> float:
-    """Count the cores that this process may use, within a container's quota."""
-    number = float(len(os.sched_getaffinity(0)))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        return min(number, int(quota) / int(period))
-    except (OSError, ValueError):  # no cgroup, or no quota ("max")
-        return number
+from syncnorm.train.memory import GIB, format_bytes
 
 
 def choose_device(wanted: str, local_rank: int, local_world_size: int) -> torch.device:

@@ -15,7 +15,7 @@ from syncnorm.run.local import run_once
 from syncnorm.run.machine import choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork
 from syncnorm.run.worker import end_with
-from syncnorm.train.processes import die_with_parent
+from syncnorm.system import die_with_parent
 
 _PATIENCE_SECONDS = 30.0
 Work = Callable[[Launched | None], object]

@@ -11,10 +11,8 @@ import os
 import platform
 import signal
 import socket
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +22,7 @@ import numpy as np
 import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from syncnorm import system
 from syncnorm.run import env
 from syncnorm.run.interrupt import STOP_SIGNALS, Stopped
 
@@ -46,9 +45,7 @@ def can_fork(device: torch.device) -> bool:
     Threads do not live on in a fork, and locks that they hold stay locked. CUDA cannot be used in a
     fork of a process that has asked it for its devices.
     """
-    if sys.platform != "linux" or device.type != "cpu":
-        return False
-    return len(list(Path("/proc/self/task").iterdir())) == 1
+    return system.is_linux() and device.type == "cpu" and not system.has_threads()
 
 
 def prepare_to_fork() -> None:
@@ -88,7 +85,7 @@ def run_processes(
     started: list[BaseProcess] = []
     try:
         # A signal waits until this process knows whom to pass it on to, and a worker how to take it.
-        with _blocked(STOP_SIGNALS):
+        with system.blocked(STOP_SIGNALS):
             for place in places:
                 process = context.Process(
                     target=_begin, args=(work, place), name=f"worker-{place.rank}"
@@ -123,10 +120,8 @@ def _begin(work: Callable[[], object], place: env.Place) -> None:
         # What the launcher ignores, as under nohup, stays ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    # The name of the process in `top`, where there is one.
-    with suppress(OSError):
-        Path("/proc/self/comm").write_text(f"syncnorm-{place.rank}", encoding="ascii")
+    system.unblock(STOP_SIGNALS)
+    system.name_process(f"syncnorm-{place.rank}")
     env.set_place(place)
     # A fork has the number that its launcher imported torch with.
     torch.set_num_threads(env.read_threads())
@@ -177,12 +172,3 @@ def _free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         return listener.getsockname()[1]
-
-
-@contextmanager
-def _blocked(signals: Sequence[signal.Signals]) -> Iterator[None]:
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from syncnorm.errors import ConfigError
+from syncnorm.system import call_apart
 from syncnorm.train.config.file import Written, parse, read
 from syncnorm.train.config.section import is_url
-from syncnorm.train.processes import call_apart
 
 
 class NoConfigError(ConfigError):

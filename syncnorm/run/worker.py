@@ -31,6 +31,7 @@ from syncnorm.run.folder import (
 from syncnorm.run.given import Given
 from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
+from syncnorm.system import die_with_parent
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
@@ -38,7 +39,6 @@ from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.placement import Workers
-from syncnorm.train.processes import die_with_parent
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import describe_metrics

@@ -22,3 +22,7 @@ model's own buffers, digests), files.py (whole files or none), recalibrate.py, r
 
 `syncnorm.run` starts the processes that call `loop.train`.
 """
+
+from syncnorm.system import require_posix
+
+require_posix("syncnorm.train")

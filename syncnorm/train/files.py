@@ -2,13 +2,14 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
+
+from syncnorm import system
 
 
 def open_to_write(path: Path) -> BinaryIO:
@@ -93,10 +94,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
-        # Closing alone does not do: a process forked meanwhile has the descriptor too, and with it
-        # the lock.
         with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            system.unlock(descriptor)
         os.close(descriptor)
 
 
@@ -106,7 +105,7 @@ def _not_regular(path: Path) -> OSError:
 
 def _lock(descriptor: int, folder: Path) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(descriptor)
     except BlockingIOError as error:
         raise BlockingIOError(error.errno, "Somebody else is writing there", str(folder)) from None
     except OSError:

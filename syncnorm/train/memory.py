@@ -11,18 +11,16 @@ the greatest part with small networks; on a GPU it lies elsewhere.
 
 import copy
 import logging
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from syncnorm import system
 from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError
 from syncnorm.family.layer import Pooling
@@ -80,8 +78,7 @@ def peak_memory(device: torch.device) -> int:
     """Measure the peak memory of this process in bytes, on a GPU that of its tensors there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return system.peak_resident_memory()
 
 
 def format_bytes(count: float) -> str:
@@ -150,7 +147,7 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
     # Before the process is measured: the first optimizer imports much.
     fixed = parameters * (2 + _states_per_parameter(config))
     # The process has the parameters already, which `fixed` counts.
-    process = 0 if workers.device.type == "cuda" else max(resident_memory() - parameters, 0)
+    process = 0 if workers.device.type == "cuda" else max(system.resident_memory() - parameters, 0)
     is_cuda = workers.device.type == "cuda"
     with torch.random.fork_rng(devices=[workers.device] if is_cuda else []):
         per_sample = _try_step(config, workers, feed, model, task)
@@ -303,32 +300,4 @@ def available_bytes(config: Config, workers: Workers, started: int) -> float:
         return config.launch.memory_gib * GIB
     if workers.device.type == "cuda":
         return torch.cuda.mem_get_info(workers.device)[0]
-    return (free_memory() + started * resident_memory()) / workers.local_world_size
-
-
-def resident_memory() -> int:
-    """The resident memory of this process, in bytes; 0 where it is not known."""
-    try:
-        return (
-            int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-            * resource.getpagesize()
-        )
-    except (OSError, ValueError):
-        return 0
-
-
-def free_memory() -> float:
-    """Free memory of this machine or of its control group, in bytes; infinite if not known."""
-    limits = [float("inf")]
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        limits += [
-            int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")
-        ]
-        group = Path("/sys/fs/cgroup")
-        bound = (group / "memory.max").read_text(encoding="ascii").strip()
-        if bound.isdecimal():
-            limits.append(int(bound) - int((group / "memory.current").read_text(encoding="ascii")))
-    except (OSError, ValueError):
-        pass
-    return min(limits)
+    return (system.free_memory() + started * system.resident_memory()) / workers.local_world_size

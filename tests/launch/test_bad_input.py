@@ -15,9 +15,9 @@ from syncnorm.run import machine
 from syncnorm.run.env import Launched
 from syncnorm.run.machine import check_free_memory, core_warning
 from syncnorm.run.worker import Task, open_run_folder
+from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import LaunchSection
-from syncnorm.train.memory import resident_memory
 from tests.launch import commands
 
 

@@ -10,11 +10,12 @@ from torch import nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.errors import ConfigError
+from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.norm import NormSection
 from syncnorm.train.data.datasets import digits
 from syncnorm.train.data.feed import MemoryFeed
-from syncnorm.train.memory import Need, check_fits, estimate, resident_memory
+from syncnorm.train.memory import Need, check_fits, estimate
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
 from syncnorm.train.placement import Workers

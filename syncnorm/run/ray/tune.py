@@ -34,9 +34,9 @@ from syncnorm.run.ray import results
 from syncnorm.run.ray.cluster import read_capacity
 from syncnorm.run.ray.job import STOP, prepare_folder
 from syncnorm.run.ray.sweep import Sweep, write_record
+from syncnorm.system import die_with_parent
 from syncnorm.train.config.schema import Config
 from syncnorm.train.metrics import last_step
-from syncnorm.train.processes import die_with_parent
 from syncnorm.train.task.make import make_task
 
 _OBJECT_STORE_BYTES = 100_000_000

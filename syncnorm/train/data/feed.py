@@ -1,7 +1,6 @@
 """The batches of a run: from images in memory, or through torch's DataLoader."""
 
 import signal
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from syncnorm.errors import ConfigError
+from syncnorm.system import block, die_with_parent, is_linux
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data import datasets
 from syncnorm.train.data.augment import augment
@@ -23,7 +23,6 @@ from syncnorm.train.data.inputs import Inputs, Signature
 from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
 from syncnorm.train.data.splits import Splits
-from syncnorm.train.processes import die_with_parent
 
 TRAIN, VALIDATION, TEST = "train", "validation", "test"
 _Use = tuple[str, bool]
@@ -264,7 +263,7 @@ class LoaderFeed:
                 "persistent_workers": stays,
                 "worker_init_fn": _begin_loading,
                 # Nothing is imported again, and a data set need not be pickled.
-                "multiprocessing_context": "fork" if sys.platform == "linux" else None,
+                "multiprocessing_context": "fork" if is_linux() else None,
             }
         loader = DataLoader(
             dataset,
@@ -342,7 +341,7 @@ def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
 def _begin_loading(worker: int) -> None:
     """Live as long as the worker does, whoever asks all processes to stop: it finishes its step."""
     die_with_parent()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    block([signal.SIGTERM, signal.SIGINT])
 
 
 def describe_sizes(sizes: Mapping[str, int]) -> str:

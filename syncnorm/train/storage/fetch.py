@@ -4,13 +4,13 @@ Whoever can write to a store decides what is in it. So names are checked, checkp
 those of a disk, and nothing lands outside of the run's own folder.
 """
 
-import fcntl
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from syncnorm import system
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.train import files
 from syncnorm.train.checkpoint.snapshot import MANIFEST
@@ -113,7 +113,7 @@ def _locked(path: Path) -> Iterator[None]:
     """Wait until no other command of this machine makes the same copy."""
     with path.open("w") as file:
         with suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
+            system.lock(file.fileno(), waits=True)
         yield
 
 
