@@ -1,5 +1,8 @@
 """Build the sdist, the wheel from it, check both, and write the notes of the version.
 
+Beside them come a list of what the image holds, in CycloneDX's form, and the licenses of all
+packages that the extras bring.
+
 `python -m tools.release [FOLDER]`, or `make release`. It needs the extra `dev`, and uploads nothing.
 """
 
@@ -9,6 +12,8 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+from tools import licenses
 
 ROOT = Path(__file__).parents[1]
 
@@ -56,8 +61,22 @@ def check(files: list[Path]) -> None:
     _run("check_wheel_contents", *(str(file) for file in files if file.suffix == ".whl"))
 
 
-def _run(module: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
+def list_image(path: Path) -> None:
+    """Write the packages of the image, with hashes where they have any, as CycloneDX JSON."""
+    hashed, constraints = (
+        (ROOT / "docker" / name).read_text() for name in ("hashes.txt", "constraints.txt")
+    )
+    torch = [line for line in constraints.splitlines() if line.startswith("torch==")]
+    _run(
+        *("cyclonedx_py", "requirements", "-", "--output-reproducible", "--of", "JSON"),
+        *("-o", str(path)),
+        text="\n".join([hashed, *torch]),
+    )
+
+
+def _run(module: str, *arguments: str, text: str | None = None) -> None:
+    command = [sys.executable, "-m", module, *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, input=text, text=True)
 
 
 def main(arguments: list[str]) -> None:
@@ -68,9 +87,14 @@ def main(arguments: list[str]) -> None:
     text = notes(changelog, number)
     files = build(folder.absolute())
     check(files)
-    path = folder / f"notes-{number}.md"
-    path.write_text(text)
-    for each in (*files, path):
+    written, image, allowed = (
+        folder / name
+        for name in (f"notes-{number}.md", f"image-{number}.cdx.json", f"licenses-{number}.md")
+    )
+    written.write_text(text)
+    list_image(image.absolute())
+    allowed.write_text(licenses.table(["all"])[0])
+    for each in (*files, written, image, allowed):
         print(f"{each.stat().st_size / 1e6:7.2f} MB  {each}")
     if not is_dated(changelog, number):
         print(f"CHANGELOG.md calls {number} unreleased: give it its day before you upload.")

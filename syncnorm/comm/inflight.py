@@ -103,7 +103,7 @@ class InFlight:
         log = log_of(group)
         log.calls[kind, name] += 1
         self.log = log
-        self.timeout_seconds = log.timeout_seconds
+        self.timeout_seconds: float = log.timeout_seconds
         """The time to wait for other ranks through shared memory; debug mode may set another."""
         self.kind = kind
         self.name = name

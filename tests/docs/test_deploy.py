@@ -23,6 +23,7 @@ from typer.main import get_command
 from syncnorm.cli import app
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
+from tools import hashes
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE, COMPOSE = ROOT / "docker" / "Dockerfile", ROOT / "docker" / "compose.yaml"
@@ -97,10 +98,7 @@ def test_every_copied_path_exists_and_reaches_the_build():
 def test_dependencies_come_before_the_source_and_nothing_runs_as_root():
     base = [name + " " + text for stage, name, text in instructions() if stage == "base"]
     assert not any("COPY" in line and "syncnorm" in line for line in base)
-    assert any(
-        line.startswith("RUN") and "pip install --constraint constraints.txt" in line
-        for line in base
-    )
+    assert any(line.startswith("RUN pip install --require-hashes") for line in base)
     for stage in ("cpu", "cuda"):
         lines = [(name, text) for each, name, text in instructions() if each == stage]
         assert [text for name, text in lines if name == "USER"] == ["1000"]
@@ -109,24 +107,29 @@ def test_dependencies_come_before_the_source_and_nothing_runs_as_root():
     assert [text for _, name, text in instructions() if name == "ENTRYPOINT"] == ['["syncnorm"]']
 
 
-def test_what_the_image_installs_has_pins():
-    """Of the extras that the Dockerfile names, `report` among them: runs lie in the image's volume."""
-    (line,) = (
-        text
-        for _, name, text in instructions()
-        if name == "RUN" and "optional-dependencies" in text
+def test_what_the_image_installs_has_pins_and_hashes():
+    """Of four extras, `report` among them: runs lie in the image's volume."""
+    constraints, hashed, build = (
+        (DOCKERFILE.parent / name).read_text()
+        for name in ("constraints.txt", "hashes.txt", "build.txt")
     )
-    extras = re.findall(r'extras\["(\w+)"\]', line)
-    assert set(extras) == {"train", "data", "report", "ray"}
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    pins = [
-        line.split("==")[0].lower()
-        for line in (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]
-    ]
+    assert hashes.pins(hashed) == hashes.pins(constraints)
+    pinned = {hashes.canonical(name) for name in hashes.pins(constraints)}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = project["project"]["optional-dependencies"]
     for requirement in (
-        each for extra in extras for each in project["optional-dependencies"][extra]
+        each for name in ("train", "data", "report", "ray") for each in extras[name]
     ):
-        assert re.split(r"[\[>=]", requirement)[0] in pins, requirement
+        assert hashes.canonical(re.split(r"[\[>=]", requirement)[0]) in pinned, requirement
+    for requirement in project["build-system"]["requires"]:
+        assert re.split("[>=]", requirement)[0] in hashes.pins(build)
+    line = re.compile(r"#.*|[\w.-]+==[\w.+!]+ \\|    --hash=sha256:[0-9a-f]{64}( \\)?")
+    assert [each for each in (hashed + build).splitlines() if not line.fullmatch(each)] == []
+    # But for torch, whose hash is the builder's to give, and the wheel that was built before.
+    installs = [text for _, name, text in instructions() if name == "RUN" and "pip install" in text]
+    others = [text for text in installs if "--require-hashes" not in text]
+    assert all("torch" in text or text.endswith("dist/*.whl") for text in others)
+    assert len(installs) - len(others) == 2
 
 
 def test_versions_agree():
@@ -147,7 +150,9 @@ def test_versions_agree():
     assert cluster()["rayVersion"] == pins["ray"]
     assert all(re.fullmatch(r"\d[\w.]*", version) for version in pins.values())
     images = [text.split(" AS ")[0] for _, name, text in instructions() if name == "FROM"]
-    assert {image for image in images if ":" in image} == {"python:3.11.15-slim-bookworm"}
+    # A release gives the digest of this tag.
+    (image,) = (image for image in images if ":" in image)
+    assert image == "python:3.11.15-slim-bookworm${BASE_DIGEST:+@$BASE_DIGEST}"
 
 
 def test_the_compose_cluster_keeps_to_itself():
@@ -403,11 +408,14 @@ def test_the_install_lines_of_the_cpu_image_run_in_a_clean_environment(tmp_path)
         timeout=900,
         check=True,
     )
-    pins = (ROOT / "docker" / "constraints.txt").read_text().splitlines()[1:]
-    # Every version is one that was asked for.
-    assert sorted(line.replace("+cpu", "") for line in installed.stdout.splitlines()) == sorted(
-        pins
-    )
+    # Every version is one that was asked for; the wheel's stage is apart in the image, not here.
+    pins: dict[str, str] = {"torch": _installed_torch()}
+    for name in ("constraints.txt", "build.txt"):
+        pins |= hashes.pins((ROOT / "docker" / name).read_text())
+    found = dict(line.split("==") for line in installed.stdout.splitlines())
+    assert {hashes.canonical(each): version for each, version in found.items()} == {
+        hashes.canonical(each): version for each, version in pins.items()
+    }
 
 
 # As since Slurm 22.05: not told, it gives a task one CPU.

@@ -266,7 +266,8 @@ def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path, undi
     assert curves[0] == curves[1]
     starts = events(interrupted, "start")
     assert len(starts) == 2
-    assert starts[1]["step"] in (20, 23, 30, 40)
+    # A save that was under way is lost, and one before it counts.
+    assert starts[1]["step"] in (10, 20, 23, 30, 40)
     assert digests(undisturbed[1]) == [
         line.split()[-1] for line in out.splitlines() if "sha256" in line
     ]

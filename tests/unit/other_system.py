@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import pathlib
 import signal
-import socket
 import sys
 import sysconfig
 from multiprocessing import resource_tracker
@@ -56,7 +55,6 @@ def become(name: str) -> None:
         _drop(signal, each)
     for each in NO_MODULES:
         sys.modules[each] = None  # pyright: ignore[reportArgumentType] not to be imported
-    _drop(socket, "AF_UNIX")
     for each in ("ForkContext", "ForkServerContext"):
         _drop(multiprocessing.context, each)
     os.environ["SYNCNORM_NATIVE"] = "0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import syncnorm
-from tools import release
+from tools import hashes, licenses, release
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -128,3 +129,21 @@ def test_the_sdist_has_all_that_the_repository_tracks():
     if done.returncode:
         pytest.skip("this is no clone: git says " + done.stderr.strip())
     assert {name.partition("/")[0] for name in done.stdout.splitlines()} == tops
+
+
+def test_the_list_of_the_image_has_its_packages_and_their_hashes(tmp_path):
+    release.list_image(tmp_path / "image.json")
+    listed = json.loads((tmp_path / "image.json").read_text())["components"]
+    pins = hashes.pins((ROOT / "docker" / "constraints.txt").read_text())
+    versions = {each["name"]: each["version"] for each in listed}
+    assert versions.items() >= pins.items()
+    assert versions.keys() - pins.keys() == {"torch"}
+    hashed = {each["name"] for each in listed if "hashes" in str(each.get("externalReferences"))}
+    assert hashed == pins.keys()
+
+
+def test_all_that_the_extras_bring_names_its_license():
+    table, silent = licenses.table(["all"])
+    assert silent == []
+    assert "| torch |" in table
+    assert len(table.splitlines()) > 50
