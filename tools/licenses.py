@@ -7,7 +7,7 @@ they are installed in this environment. The exit status is 1 if a package names 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection
 from email.message import Message
 from importlib.metadata import Distribution, distribution
 
@@ -17,12 +17,16 @@ from packaging.utils import canonicalize_name
 _CLASSIFIER = "License :: "
 
 
-def closure(extras: Iterable[str], root: str = "syncnorm") -> dict[str, Distribution]:
+def closure(extras: Collection[str], root: str = "syncnorm") -> dict[str, Distribution]:
     """All distributions that a package with extras needs on this system, itself left out, by name.
 
     Raises:
+        ValueError: there is no such extra.
         PackageNotFoundError: one is not installed.
     """
+    known = distribution(root).metadata.get_all("Provides-Extra") or []
+    if unknown := set(extras) - set(known):
+        raise ValueError(f"extras must be among {', '.join(known)}, got {', '.join(unknown)}")
     found: dict[str, Distribution] = {}
     seen: set[tuple[str, str]] = set()
     left = [(canonicalize_name(root), extra) for extra in ("", *extras)]
@@ -53,7 +57,7 @@ def license_of(metadata: Message) -> str:
     return lines[0].strip() if lines else ""
 
 
-def table(extras: Iterable[str], root: str = "syncnorm") -> tuple[str, list[str]]:
+def table(extras: Collection[str], root: str = "syncnorm") -> tuple[str, list[str]]:
     """A table of packages, versions and licenses; and the packages that name no license."""
     rows, silent = ["| package | version | license |", "|---|---|---|"], []
     for name, found in closure(extras, root).items():
