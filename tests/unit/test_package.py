@@ -147,5 +147,5 @@ def test_all_that_the_extras_bring_names_its_license():
     assert silent == []
     assert "| torch |" in table
     assert len(table.splitlines()) > 50
-    with pytest.raises(ValueError, match="must be among .*train.*, got trian"):
+    with pytest.raises(ValueError, match=r"must be among .*train.*, got trian"):
         licenses.table(["trian"])
