@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import shutil
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -43,13 +42,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site as `make docs` builds it; a warning is an error."""
     folder = tmp_path_factory.mktemp("site")
     command = ["-m", "sphinx", "-W", "--keep-going", "-n", "-q", "-c", "docs/site"]
-    done = subprocess.run(
-        [sys.executable, *command, "-d", str(folder / "doctrees"), ".", str(folder / "html")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1200,
-        check=False,
+    done = commands.run(
+        [sys.executable, *command, "-d", str(folder / "doctrees"), ".", str(folder / "html")], ROOT
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "html"

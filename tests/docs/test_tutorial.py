@@ -6,7 +6,6 @@ import contextlib
 import io
 import re
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -14,6 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+
+from tests.launch import commands
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "tutorial.md").read_text()
@@ -101,14 +102,7 @@ def test_the_commands_run_as_they_stand(tmp_path):
             "python": [],
             "syncnorm": ["-m", "syncnorm"],
         }
-        done = subprocess.run(
-            [sys.executable, *modules[launcher], *arguments],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
-            check=False,
-        )
+        done = commands.run([sys.executable, *modules[launcher], *arguments], tmp_path)
         assert done.returncode == 0, done.stderr
         # Two workers may write one line between them.
         lines = re.sub(r"(?<=\d)worker", "\nworker", done.stdout).splitlines()

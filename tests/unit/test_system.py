@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from syncnorm import system
+from tests.launch import commands
 from tests.unit import other_system
 
 ROOT = Path(__file__).parents[2]
@@ -84,14 +84,10 @@ def test_a_use_in_another_place_is_found(path, text, found):
 
 def play(name: str, folder: Path, *more: str) -> dict[str, list]:
     """What came of the uses of a process that plays a system."""
-    done = subprocess.run(
+    done = commands.run(
         [sys.executable, "-m", "tests.unit.other_system", name, str(folder), *more],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+        ROOT,
+        {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -138,14 +134,10 @@ def test_a_training_works_on_macos(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "from tests.unit.other_system import become\nbecome('darwin')\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "syncnorm", "train", "digits", "train.epochs=1"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
+    done = commands.run(
+        [*commands.SYNCNORM, "train", "digits", "train.epochs=1"],
+        tmp_path,
+        {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
     )
     assert done.returncode == 0, done.stderr
     assert "test accuracy" in done.stdout
