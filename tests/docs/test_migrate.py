@@ -18,6 +18,7 @@ from torch import nn
 import syncnorm
 from syncnorm import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert import adapters
+from tests.frameworks import import_or_skip
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "migrate.md").read_text()
@@ -53,7 +54,7 @@ def _run(block: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     if needs and needs[1] == "detectron2":
         _detectron2(monkeypatch)
     elif needs:
-        pytest.importorskip(needs[1], reason=f"{needs[1]} is not installed")
+        import_or_skip(needs[1])
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     state = nn.Sequential(nn.BatchNorm2d(4)).state_dict()
     keras = {"gamma": torch.ones(4), "beta": torch.zeros(4)}

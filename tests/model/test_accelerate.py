@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from syncnorm import convert, prepare_ddp, revert, scale_loss
+from tests.frameworks import frameworks
 from tests.model.whole import LR, SIZES, largest_difference, net, shards, train_alone
 
-pytest.importorskip("accelerate", reason="accelerate is not installed")
+with_frameworks = frameworks("accelerate")
 
 
 def train(is_converted: bool) -> tuple[dict[str, Tensor], str]:

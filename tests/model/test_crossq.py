@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
+from tests.frameworks import frameworks
 
-pytest.importorskip("sb3_contrib", reason="sb3-contrib is not installed")
+with_frameworks = frameworks("sb3_contrib")
 
 WARMUP, N, C = 3, 64, 4
 

@@ -6,17 +6,16 @@ import os
 import tempfile
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from syncnorm import convert, prepare_ddp, revert
+from tests.frameworks import frameworks
 from tests.model.whole import largest_difference
 
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+with_frameworks = frameworks("transformers", "accelerate")
 STEPS, BATCH = 3, 8
 
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert, scale_loss
+from tests.frameworks import frameworks
 from tests.model.lightning_workers import kept_workers
 from tests.model.whole import LR, SIZES, largest_difference, net, shards, train_alone
 
-pytest.importorskip("lightning", reason="lightning is not installed")
+with_frameworks = frameworks("lightning")
 
 
 def fit(

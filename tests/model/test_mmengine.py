@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert, revert, scale_loss
+from tests.frameworks import frameworks
 from tests.model.whole import LR, SIZES, largest_difference, net, shards, train_alone
 
-pytest.importorskip("mmengine.model", reason="mmengine is not installed")
+with_frameworks = frameworks("mmengine.model")
 
 
 def build_norm_layer(cfg: dict[str, Any], num_features: int) -> nn.Module:
