@@ -180,6 +180,19 @@ def store_of(group: dist.ProcessGroup) -> dist.Store:  # pyright: ignore[reportP
     return c10d._get_process_group_store(group)
 
 
+def gloo_beside(group: dist.ProcessGroup, name: str, rank: int, size: int) -> dist.ProcessGroup:
+    """Connect `size` members of `group` over gloo, with its timeout; all of them call.
+
+    Returns:
+        A process group that torch does not know. It has the methods of one, such as `allreduce`, and
+        ends when nobody holds it.
+    """
+    store = dist.PrefixStore(name, store_of(group))  # pyright: ignore[reportPrivateImportUsage]
+    timeout = timeout_of(group)
+    more = {} if timeout is None else {"timeout": timeout}
+    return dist.ProcessGroupGloo(store, rank, size, **more)  # pyright: ignore[reportPrivateImportUsage, reportReturnType, reportArgumentType]
+
+
 def fake_store() -> dist.Store:  # pyright: ignore[reportPrivateImportUsage]
     """The Store of the backend "fake", by which one rank runs without the others: sends nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore  # which registers the backend

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm import debug, shared
+from syncnorm.comm import debug, hosts, shared
 from syncnorm.comm.consensus import NO_DATA, Consensus, at_different_places
 from syncnorm.comm.handles import NamedGroup
 from syncnorm.comm.inflight import InFlight, log_of, reset_calls
@@ -48,7 +48,8 @@ __all__ = [
 
 Announce = Callable[[str, int, dist.ProcessGroup], None]
 announcers: list[Announce] = []
-"""Called before each exchange with "sum" or "gather", the numbers sent and the group, for `join`."""
+"""Called before each exchange with its way, the numbers sent and the group, for `join`. The ways are
+"sum" and "gather", collectives of torch.distributed, and "native sum", which is none."""
 
 
 def size_of(count: int, room: int = 0) -> int:
@@ -110,9 +111,13 @@ def sum_(
         if not is_same:
             raise_mixed(flight, group)
         return sent.total
-    flight, wire = _begin_sum(message, group, kind, name)
+    levels = _levels_for(message, group)
+    flight, wire = _begin_sum(message, group, kind, name, "native sum" if levels else "sum")
     with flight:
-        _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
+        if levels is None:
+            _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
+        else:
+            wire = levels.sum_(wire, flight.timeout_seconds)
     flight.finish(wire)
     count_exchange(kind, flight.size, start)
     total, is_same = _unpack(wire, message, kind, name)
@@ -133,6 +138,13 @@ def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | 
     return shared.segment_of(group) if is_host(message) else None
 
 
+def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | None:
+    """The two levels of a group on several hosts; None where messages go by torch.distributed."""
+    if not is_host(message) or log_of(group).is_on_one_level:
+        return None
+    return hosts.levels_of(group)
+
+
 def _begin_shared(
     message: Tensor, group: dist.ProcessGroup, kind: str, name: str
 ) -> tuple[InFlight, int]:
@@ -143,11 +155,11 @@ def _begin_shared(
         size, identity = count, 0
     else:
         size, identity = size_of(count, log_of(group).room), _identity(kind, name, count)
-    return _begin("sum", size, group, kind, name, count), identity
+    return _begin("native sum", size, group, kind, name, count), identity
 
 
 def _begin_sum(
-    message: Tensor, group: dist.ProcessGroup, kind: str, name: str
+    message: Tensor, group: dist.ProcessGroup, kind: str, name: str, way: str = "sum"
 ) -> tuple[InFlight, Tensor]:
     """Begin a sum of [payload (count), identity and padding (size - count)].
 
@@ -162,7 +174,7 @@ def _begin_sum(
         wire = torch.cat(
             [message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))]
         )
-    return _begin("sum", wire.numel(), group, kind, name, count), wire
+    return _begin(way, wire.numel(), group, kind, name, count), wire
 
 
 def _unpack(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, bool]:
@@ -240,6 +252,9 @@ def start_sum(
 ) -> Pending:
     """Start to sum `message` (float64) over `group`.
 
+    It goes by one level, also where the members of `group` are on several hosts: gloo's threads
+    carry it on while this one computes.
+
     *Collectives*: one asynchronous all-reduce of `size_of(message.numel(), room)` float64 numbers;
     every member must call.
     """
@@ -296,10 +311,10 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
 
 
 def _begin(
-    op: str, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
+    way: str, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
 ) -> InFlight:
     for announce in announcers:
-        announce(op, size, group)
+        announce(way, size, group)
     flight = InFlight(size, group, kind, name, count)
     if debug.is_debug():
         flight.timeout_seconds = debug.debug_timeout_seconds() or flight.timeout_seconds

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from syncnorm.comm import exchange, naming, rules, shared
+from syncnorm.comm import exchange, hosts, naming, rules
 from syncnorm.comm.handles import (
     GivenGroup,
     GroupHandle,
@@ -214,7 +214,7 @@ def make_all(keys: Sequence[GroupKey], parent: Group) -> None:
             with naming.explain_absence(range(dist.get_world_size())):
                 made = dist.new_group(list(members), timeout=timeout_of(parent), backend=backend)
                 if isinstance(made, Group):
-                    shared.negotiate(made, machine_id())
+                    hosts.negotiate(made, machine_id())
             workers.made_by_all.add((backend, members))
             if isinstance(made, Group):
                 workers.made[backend, members] = made
@@ -245,7 +245,7 @@ def _make_among(rule: Ranks, handle: GroupHandle, parent: Group) -> None:
             use_local_synchronization=True,
         )
         assert isinstance(group, Group)
-        shared.negotiate(group, machine_id())
+        hosts.negotiate(group, machine_id())
     _workers().made[backend, rule.members] = group
 
 

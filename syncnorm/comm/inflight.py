@@ -54,6 +54,8 @@ class GroupLog:
         """The number of exchanges that were agreed upon (debug mode)."""
         self.room = 0
         """The least size of a sum over the group (see `syncnorm.comm.exchange.make_room`)."""
+        self.is_on_one_level = False
+        """True while all members send by torch.distributed, whatever `hosts` has made."""
 
     @property
     def margin_seconds(self) -> float:

@@ -1,9 +1,9 @@
 """Sums through memory that the workers of one host share, by the native library.
 
-Each statistics group of one host has a segment of its own, made when the group is. It has no name
-in the file system: the first member makes it (a memfd), the others open it through that process's
-folder in /proc, and it goes with the last process that has it mapped. Where any member cannot have
-it, all of them send over gloo.
+The members of a statistics group that are on one host have a segment of their own, made when the
+group is (see `hosts`). It has no name in the file system: the first of them makes it (a memfd), the
+others open it through that process's folder in /proc, and it goes with the last process that has it
+mapped.
 """
 
 from __future__ import annotations
@@ -26,16 +26,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm import native, system, undocumented
+from syncnorm import native, system
 
 _DONE, _NOT_YET, _MIXED, _BROKEN, _LEFT = range(5)
 _SPIN_SECONDS = 50e-6
 # Between two looks at signals, at the clock and at whether the others live.
 _NAP_SECONDS = 0.05
+FORKED = "a forked process has no part in its parent's groups"
 
 
-class _Facts(NamedTuple):
-    """One member's part in the negotiation."""
+class Facts(NamedTuple):
+    """One member's part in the negotiation of `hosts`."""
 
     refusal: str
     """The reason why this member has no shared memory; empty if it has."""
@@ -46,7 +47,7 @@ class _Facts(NamedTuple):
     """The start of this process, by which a later one of its number is told from it."""
     cores: tuple[int, ...]
     fd: int
-    """Of the first member: the open segment."""
+    """The open segment that it has made; that of a host's first member is used."""
     token: str
 
 
@@ -79,7 +80,7 @@ def refusal() -> str:
     if _functions() is None:
         return f"the native library is not used: {native.load().detail}"
     try:
-        fd, token = _make(2)
+        fd, token = make(2)
         try:
             os.close(_open(os.getpid(), fd, token))
         finally:
@@ -89,7 +90,7 @@ def refusal() -> str:
     return ""
 
 
-def _make(members: int) -> tuple[int, str]:
+def make(members: int) -> tuple[int, str]:
     """Make a segment; returns its file and its token."""
     library = _functions()
     assert library is not None
@@ -113,7 +114,12 @@ def _open(pid: int, fd: int, token: str) -> int:
     return os.open(path, os.O_RDWR | os.O_CLOEXEC)
 
 
-def _start_of(pid: int) -> str:
+def numbering() -> str:
+    """An identifier of the numbering of processes that this one is in, of which a host may have many."""
+    return str(Path("/proc/self/ns/pid").readlink())
+
+
+def start_of(pid: int) -> str:
     """The start of a live process; empty if it has ended, also where nobody has heard yet."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -160,7 +166,7 @@ class Message:
 class Segment:
     """One member's view of the memory that a group shares."""
 
-    def __init__(self, handle: int, me: int, peers: list[_Facts], members: list[int]) -> None:
+    def __init__(self, handle: int, me: int, peers: list[Facts], members: list[int]) -> None:
         library = _functions()
         assert library is not None
         self._library = library
@@ -176,6 +182,7 @@ class Segment:
         self._close = weakref.finalize(self, library.close, handle)
         # Threads may still look at it then; the process ends anyway.
         self._close.atexit = False
+        _live.add(self)
 
     def forget(self) -> None:
         """Leave it to the parent, in a forked child: there the memory is not mapped."""
@@ -183,31 +190,41 @@ class Segment:
         self._handle = None
         self._lock = threading.Lock()
 
-    def send(self, message: Tensor, size: int, identity: int, seconds: float) -> Message:
+    def send(
+        self, message: Tensor, size: int, identity: int, seconds: float, *, is_zero: bool = False
+    ) -> Message:
         """Publish a message, of which `size` and `identity` are to be the same on all members.
+
+        Args:
+            is_zero: nothing is to be added to the sum; `message` gives its shape.
 
         Raises:
             RuntimeError: see `Message.wait`; earlier messages may have to be waited for.
         """
         message = message.contiguous()
         if size > self.capacity:
-            return self._send_pieces(message, size, identity, seconds)
-        return self._send_piece(message, size, identity, seconds)
+            return self._send_pieces(message, size, identity, seconds, is_zero)
+        return self._send_piece(message, size, identity, seconds, is_zero)
 
-    def _send_piece(self, message: Tensor, size: int, identity: int, seconds: float) -> Message:
+    def _send_piece(
+        self, message: Tensor, size: int, identity: int, seconds: float, is_zero: bool
+    ) -> Message:
         sent = Message(self, 0, torch.empty_like(message))
         with self._lock:
             while len(self._unsummed) >= self._ahead:
                 self._finish_oldest(seconds)
+            count = 0 if is_zero else sent.count
             sent.number = self._library.send(
-                self._handle, message.data_ptr(), sent.count, size, identity
+                self._handle, message.data_ptr(), count, size, identity
             )
             if sent.number < 0:
                 raise RuntimeError(self._words(_BROKEN))
             self._unsummed.append(sent)
         return sent
 
-    def _send_pieces(self, message: Tensor, size: int, identity: int, seconds: float) -> Message:
+    def _send_pieces(
+        self, message: Tensor, size: int, identity: int, seconds: float, is_zero: bool
+    ) -> Message:
         """Send and sum a message that is larger than a buffer, piece by piece.
 
         All members make equally many pieces, or see by the first one that they do not agree.
@@ -216,7 +233,7 @@ class Segment:
         for start in range(0, size, self.capacity):
             piece = flat[start : start + self.capacity]
             # No larger than a buffer; `size` is that of the whole, for the comparison.
-            sent = self._send_piece(piece, size, identity, seconds)
+            sent = self._send_piece(piece, size, identity, seconds, is_zero)
             whole.is_same = sent.wait(seconds)
             if not whole.is_same:
                 break
@@ -273,14 +290,14 @@ class Segment:
 
     def _gone(self) -> list[int]:
         """The members whose processes have ended."""
-        return [r for r, peer in enumerate(self._peers) if _start_of(peer.pid) != peer.started]
+        return [r for r, peer in enumerate(self._peers) if start_of(peer.pid) != peer.started]
 
     def _names(self, members: list[int]) -> str:
         return f"rank(s) {', '.join(str(self._members[r]) for r in members)}"
 
     def _words(self, state: int, message: Message | None = None) -> str:
         if self._handle is None:
-            return "a forked process has no part in its parent's groups"
+            return FORKED
         if gone := self._gone():
             return f"remote process exited: {self._names(gone)}"
         if state == _LEFT and message is not None:
@@ -290,13 +307,18 @@ class Segment:
 
 
 # By their groups, and held by nothing else for long: a mapping goes when its group does.
-_segments: weakref.WeakKeyDictionary[dist.ProcessGroup, Segment] = weakref.WeakKeyDictionary()
+segments: weakref.WeakKeyDictionary[dist.ProcessGroup, Segment] = weakref.WeakKeyDictionary()
+"""The segments of groups whose members are all on this host."""
 
-segment_of: Callable[[dist.ProcessGroup], Segment | None] = _segments.get
+segment_of: Callable[[dist.ProcessGroup], Segment | None] = segments.get
+
+
+# For forked children.
+_live: weakref.WeakSet[Segment] = weakref.WeakSet()
 
 
 def _forget_all() -> None:
-    for segment in list(_segments.values()):
+    for segment in list(_live):
         segment.forget()
 
 
@@ -304,52 +326,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_all)
 
 
-def negotiate(group: dist.ProcessGroup, machine: str) -> None:
-    """Have the members of a new group share memory, if all of them can.
+def map_first(me: int, said: list[Facts], fd: int) -> int | None:
+    """Map the segment of the first of a host's members; None if it cannot be had.
 
-    *Collectives*: two gathers of objects over `group`, where that sends the CPU's tensors by gloo;
-    every member must call.
+    Args:
+        me: the place of this one among them.
+        said: the facts of each.
+        fd: the segment that this one has made.
     """
-    types = undocumented.device_types(group)
-    if "cpu" not in types or undocumented.backend_for(group, torch.device("cpu")) != "gloo":
-        return
-    members = dist.get_process_group_ranks(group)
-    me = dist.get_group_rank(group, dist.get_rank())
-    why, fd, token = refusal(), -1, ""
-    if not why and me == 0:
-        try:
-            fd, token = _make(len(members))
-        except OSError as error:
-            why = str(error)
-    try:
-        cores = system.usable_cores()
-        digest = "" if why else native.build.digest()
-        mine = _Facts(why, machine, digest, os.getpid(), _start_of(os.getpid()), cores, fd, token)
-        said = _gather(mine, group)
-        if any(f.refusal or (f.machine, f.digest) != said[0][1:3] or not f.started for f in said):
-            return
-        handle = _map(me, said, fd)
-        try:
-            if all(_gather(handle is not None, group)):
-                assert handle is not None
-                _segments[group], handle = Segment(handle, me, said, members), None
-        finally:
-            if handle is not None and (library := _functions()) is not None:
-                library.close(handle)
-    finally:
-        if fd >= 0:
-            os.close(fd)
-
-
-def _gather(mine: Any, group: dist.ProcessGroup) -> list[Any]:
-    # Not an exchange of `exchange`: it is part of making the group, which nobody counts.
-    said: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(said, mine, group=group)
-    return said
-
-
-def _map(me: int, said: list[_Facts], fd: int) -> int | None:
-    """Map the first member's segment; None if it cannot be had."""
     library = _functions()
     assert library is not None
     first = said[0]
@@ -373,3 +357,10 @@ def _map(me: int, said: list[_Facts], fd: int) -> int | None:
             if me:
                 os.close(own)
     return None
+
+
+def close(handle: int) -> None:
+    """Unmap what `map_first` has mapped, where no `Segment` has taken it over."""
+    library = _functions()
+    assert library is not None
+    library.close(handle)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm.comm import exchange, shared
+from syncnorm.comm import exchange
 from syncnorm.comm.groups import Group
 from syncnorm.undocumented import TorchDispatchMode
 
@@ -22,15 +22,15 @@ _NO_MESSAGE = ("wait_tensor",)
 def counted(size: Callable[[Tensor], int] = Tensor.numel) -> Iterator[list[tuple[str, int]]]:
     """Collect the collectives made within the block: name, and the size of what was sent.
 
-    Those that our layers send over shared memory are no operators; they are announced.
+    Those that our layers send through the native library are no operators; they are announced.
 
     Args:
         size: of a tensor; its number of elements if not given.
     """
     mode = _Counting(size)
 
-    def announce(op: str, numbers: int, group: Group) -> None:
-        if op == "sum" and shared.segment_of(group) is not None:
+    def announce(way: str, numbers: int, _: Group) -> None:
+        if way == "native sum":
             sent = torch.empty(numbers, dtype=torch.float64, device="meta")
             mode.seen.append(("allreduce", size(sent)))
 

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from syncnorm import SyncBatchNorm, native, undocumented
-from syncnorm.comm import exchange, groups, shared
+from syncnorm.comm import exchange, groups, hosts, shared
 from syncnorm.errors import ExchangeError
 from syncnorm.native import build
 from syncnorm.testing import RankFailure, RankPool
@@ -250,7 +250,7 @@ def _makes_groups(number: int) -> list[tuple[int, int]]:
     assert world is not None
     for _ in range(number):
         group = dist.new_group([0, 1])
-        shared.negotiate(group, groups.machine_id())
+        hosts.negotiate(group, groups.machine_id())
         assert shared.segment_of(group) is not None
         assert exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments").item() == 2
         dist.barrier()
@@ -273,9 +273,9 @@ def test_groups_that_have_gone_leave_nothing():
 def _fails_between_the_gathers() -> int:
     group = dist.new_group([0, 1])
     if dist.get_rank() == 1:
-        shared._map = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        shared.map_first = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RuntimeError):
-        shared.negotiate(group, groups.machine_id())
+        hosts.negotiate(group, groups.machine_id())
     assert shared.segment_of(group) is None
     return sum("memfd:syncnorm" in path for path in _traces()[1])
 
@@ -289,7 +289,7 @@ def test_a_member_that_ends_while_the_group_is_made_leaves_no_mapping():
 def _sums_by_threads() -> tuple[bool, int]:
     """Sums of a thread for each of two groups; a child of a fork meanwhile is refused at once."""
     made = [groups.statistics_group(), dist.new_group([0, 1])]
-    shared.negotiate(made[1], groups.machine_id())
+    hosts.negotiate(made[1], groups.machine_id())
     assert all(shared.segment_of(group) is not None for group in made)
     sums: list[list[float]] = [[], []]
 

@@ -28,7 +28,7 @@ from syncnorm.statistics.flat import device_of
 from syncnorm.undocumented import after_backward, disable_dynamo
 
 _NEXT, _SUM, _GATHER, _REDUCE = 1, 2, 3, 4
-_CODES = {"sum": _SUM, "gather": _GATHER}
+_CODES = {"sum": _SUM, "native sum": _SUM, "gather": _GATHER}
 # A header's code is preceded by the numbers of reductions, each a digit of this base.
 _BASE = 64
 # Flags take this many values. The number of the forward's part is multiplied by it.
@@ -151,7 +151,7 @@ class Coordinator:
         if self._unannounced:
             self._send_header(_REDUCE, 0)
 
-    def announce(self, op: str, size: int, group: groups.Group) -> None:
+    def announce(self, way: str, size: int, group: groups.Group) -> None:
         """Send a header before an exchange, once a worker has run out."""
         if self._skips_headers:
             return
@@ -161,7 +161,7 @@ class Coordinator:
                 f"ranks {groups.ranks(group)} in an exchange. Make it outside of the block."
             )
         if self._has_absent:
-            self._send_header(_CODES[op], size)
+            self._send_header(_CODES[way], size)
 
     def abort(self, error: Exception) -> None:
         """Report an error that ends the block here to all others, in place of a header."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import undocumented
-from syncnorm.comm import exchange, groups
+from syncnorm.comm import exchange, groups, inflight
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.join.coordinator import Coordinator
@@ -145,9 +145,13 @@ def _coordinator(group: groups.Group) -> Iterator[Coordinator]:
         return
     coordinator = Coordinator(group)
     _open.append(coordinator)
+    # A worker that raises starts a header for which it does not wait (`abort`), which meets a sum of
+    # the others.
+    inflight.log_of(group).is_on_one_level = True
     exchange.announcers.append(coordinator.announce)
     try:
         yield coordinator
     finally:
+        inflight.log_of(group).is_on_one_level = False
         exchange.announcers.remove(coordinator.announce)
         _open.remove(coordinator)

@@ -1,0 +1,217 @@
+"""Groups whose members are on several hosts: sums on two levels, their errors, and who agrees.
+
+A member's host is what it says: here they share this machine, and say what a test tells them.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from datetime import timedelta
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm import SyncBatchNorm, debug, undocumented
+from syncnorm.comm import exchange, groups, hosts, inflight, shared
+from syncnorm.comm.groups import Group
+from syncnorm.errors import ExchangeError
+from syncnorm.testing import RankFailure, RankPool
+
+pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+WORLD = 4
+
+
+def _group(layout: str, seconds: float = 60.0) -> Group:
+    """A group of all ranks, each on the host of its letter."""
+    group = dist.new_group(list(range(len(layout))), timeout=timedelta(seconds=seconds))
+    assert isinstance(group, Group)
+    hosts.negotiate(group, layout[dist.get_rank()])
+    return group
+
+
+def _message(number: int, size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(100 * number + dist.get_rank())
+    return torch.randn(size, dtype=torch.float64, generator=generator)
+
+
+def _sums(layout: str) -> tuple[list[Tensor], list[Tensor], list[tuple[str, int]]]:
+    """Sums of many sizes, with one that is started and waited for later; those of gloo; the counts."""
+    group = _group(layout)
+    assert hosts.levels_of(group) is not None
+    assert shared.segment_of(group) is None
+    with exchange.record() as made:
+        later = exchange.start_sum(_message(9, 5), group, "moments", "b")
+        sizes = [1, 3, 9, 5000, 2, (1 << 20) + 4]
+        sums = [exchange.sum_(_message(n, s), group, "moments", "a") for n, s in enumerate(sizes)]
+        sums.append(later.wait())
+    wires = [_message(n, s) for n, s in enumerate(sizes)] + [_message(9, 5)]
+    for wire in wires:
+        dist.all_reduce(wire)
+    return sums, wires, [each[:2] for each in made]
+
+
+@pytest.mark.parametrize("layout", ["aabb", "abab", "abbb", "aabc"])
+def test_sums_are_those_of_gloo_and_the_same_on_all(pool, layout):
+    (first, plain, made), *others = pool(WORLD).run(_sums, layout)
+    for mine, expected in zip(first, plain, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-12)
+    for sums, _, counts in others:
+        assert all(torch.equal(a, b) for a, b in zip(sums, first, strict=True))
+        assert (
+            counts
+            == made
+            == [("moments", exchange.size_of(n)) for n in (5, 1, 3, 9, 5000, 2, (1 << 20) + 4)]
+        )
+
+
+def _ways(layout: str) -> tuple[bool, bool]:
+    group = _group(layout)
+    one = torch.ones(1, dtype=torch.float64)
+    assert exchange.sum_(one, group, "moments").item() == WORLD
+    return shared.segment_of(group) is not None, hosts.levels_of(group) is not None
+
+
+def _breaks(layout: str, what: str, ranks: list[int]) -> tuple[bool, bool]:
+    def fail(*_: object) -> None:
+        raise OSError(what) if what == "_open" else RuntimeError(what)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() in ranks:
+            patch.setattr(shared if what == "_open" else undocumented, what, fail)
+        return _ways(layout)
+
+
+def test_one_host_and_hosts_of_one_member_have_one_level(pool):
+    assert pool(WORLD).run(_ways, "aaaa") == [(True, False)] * WORLD
+    assert pool(WORLD).run(_ways, "abcd") == [(False, False)] * WORLD
+
+
+def test_all_use_gloo_where_one_cannot_do_its_part(pool):
+    """One that cannot have the memory of its host; first members that do not meet."""
+    assert pool(WORLD).run(_breaks, "aabb", "_open", [3]) == [(False, False)] * WORLD
+    assert pool(WORLD).run(_breaks, "aabb", "gloo_beside", [0, 2]) == [(False, False)] * WORLD
+    assert pool(WORLD).run(_breaks, "aabb", "_open", []) == [(False, True)] * WORLD
+
+
+def _turned_off(rank: int) -> tuple[bool, bool]:
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == rank:
+            patch.setenv("SYNCNORM_SHARED_MEMORY", "0")
+        return _ways("aabb")
+
+
+def test_all_use_gloo_where_one_is_told_to(pool):
+    assert pool(WORLD).run(_turned_off, 1) == [(False, False)] * WORLD
+
+
+def _different(odd: int, size: int, name: str) -> str:
+    group = _group("aabb")
+    if dist.get_rank() == odd:
+        message, label = torch.ones(size, dtype=torch.float64), name
+    else:
+        message, label = torch.ones(3, dtype=torch.float64), "a"
+    exchange.make_room(group, 60)
+    with pytest.raises(ExchangeError) as caught:
+        exchange.sum_(message, group, "moments", label)
+    after = exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments", "b")
+    return f"{caught.value} {after.item():g}"
+
+
+@pytest.mark.parametrize("odd", range(WORLD))
+def test_other_messages_are_one_error_on_all_hosts_and_the_group_goes_on(pool, odd):
+    for size, name in ((50, "a"), (3, "c")):
+        first, *others = pool(WORLD).run(_different, odd, size, name)
+        assert others == [first] * 3
+        assert f"rank {odd} at call 1 of '{name}' (training forward, moments, {size} float" in first
+        assert "of 'a' (training forward, moments, 3 float64)" in first
+        assert first.endswith(f" {WORLD}")
+
+
+def _different_within() -> str:
+    """Sizes that differ in one host, with no room made: the first of each host has that of all."""
+    group = _group("aabb")
+    size = 50 if dist.get_rank() == 3 else 3
+    with pytest.raises(ExchangeError) as caught:
+        exchange.sum_(torch.ones(size, dtype=torch.float64), group, "moments", "a")
+    return str(caught.value)
+
+
+def test_another_size_in_one_host_is_one_error_on_all(pool):
+    first, *others = pool(WORLD).run(_different_within)
+    assert others == [first] * 3
+    assert "rank 3 at call 1 of 'a' (training forward, moments, 50 float64)" in first
+
+
+class _Error(NamedTuple):
+    text: str
+    seconds: float
+
+
+def _error(group: Group) -> _Error:
+    start = time.monotonic()
+    with pytest.raises(ExchangeError) as caught:
+        exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments", "a")
+    return _Error(str(caught.value), time.monotonic() - start)
+
+
+def _kill_self(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _outlives(dead: int, when: str) -> list[_Error]:
+    """One rank is killed before its second sum, or between the exchange of hosts and its answer."""
+    group, one = _group("aabb"), torch.ones(1, dtype=torch.float64)
+    assert exchange.sum_(one, group, "moments", "a").item() == WORLD
+    if dist.get_rank() == dead:
+        if when == "before":
+            _kill_self()
+        levels = hosts.levels_of(group)
+        assert levels is not None
+        between = levels._sum_between
+        levels._sum_between = lambda *args: _kill_self(between(*args))  # pyright: ignore
+    first: list[_Error] = []
+    if when == "after" and dist.get_rank() >= 2:
+        # The other host has the sum.
+        assert exchange.sum_(one, group, "moments", "a").item() == WORLD
+    else:
+        first.append(_error(group))
+    return [*first, _error(group)]
+
+
+@pytest.mark.parametrize(("dead", "when"), [(0, "before"), (1, "before"), (0, "after")])
+def test_a_dead_member_is_an_error_on_all_hosts_at_once_and_later_sums_fail(dead, when):
+    with RankPool(WORLD) as ranks, pytest.raises(RankFailure) as caught:
+        ranks.run(_outlives, dead, when)
+    assert set(caught.value.failures) == {dead}
+    for rank, errors in caught.value.answers.items():
+        assert len(errors) == (1 if when == "after" and rank >= 2 else 2)
+        for error in errors:
+            assert f"of ranks [0, 1, 2, 3], got an error on rank {rank} at call " in error.text
+            # The pool's timeout is 60 s.
+            assert error.seconds < 20
+    same_host = caught.value.answers[1 - dead]
+    assert f"remote process exited: rank(s) {dead}." in same_host[0].text
+
+
+def _late(late: int) -> _Error:
+    group = _group("aabb", seconds=3.0)
+    exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments", "a")
+    store = undocumented.world_store()
+    if dist.get_rank() == late:
+        store.wait([f"late {late} {rank}" for rank in range(WORLD) if rank != late])
+    error = _error(group)
+    store.set(f"late {late} {dist.get_rank()}", "")
+    return error
+
+
+@pytest.mark.parametrize("late", [0, 3])
+def test_a_late_member_is_an_error_on_all_hosts_within_the_timeout(pool, late):
+    for rank, error in enumerate(pool(WORLD).run(_late, late)):
+        assert f"got an error on rank {rank} at call 2 of 'a'" in error.text
+        assert error.seconds < 20
