@@ -8,8 +8,11 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -17,11 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm import SyncBatchNorm, debug, undocumented
+from syncnorm import debug, undocumented
 from syncnorm.comm import exchange, groups, hosts, inflight, shared
 from syncnorm.comm.groups import Group
 from syncnorm.errors import ExchangeError
 from syncnorm.testing import RankFailure, RankPool
+from tests.distributed import steps
+from tests.model import test_join, test_join_loops
 
 pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
 WORLD = 4
@@ -215,3 +220,119 @@ def test_a_late_member_is_an_error_on_all_hosts_within_the_timeout(pool, late):
     for rank, error in enumerate(pool(WORLD).run(_late, late)):
         assert f"got an error on rank {rank} at call 2 of 'a'" in error.text
         assert error.seconds < 20
+
+
+def _say(layout: str) -> None:
+    """Have every group from now on find its members on these hosts."""
+    groups.machine_id = lambda: layout[dist.get_rank()]
+
+
+@pytest.fixture(scope="module")
+def two_hosts() -> Iterator[RankPool]:
+    with RankPool(WORLD) as ranks:
+        ranks.run(_say, "aabb")
+        yield ranks
+
+
+def test_layers_on_two_hosts_equal_the_oracle_with_one_exchange_a_pass(two_hosts):
+    batches = [steps.Batch.random((9, 4, 3), torch.float32, seed=seed) for seed in (0, 1)]
+    sizes = [4, 0, 3, 2]
+    got = steps.run_steps(two_hosts, batches, sizes)
+    steps.check_against_oracle(got, batches, sizes)
+    for outcomes in got:
+        assert all(o.exchanges == [("moments", 10), ("gradients", 10)] for o in outcomes)
+
+
+def test_uneven_data_on_two_hosts(two_hosts):
+    counts = [3, 1, 0, 2]
+    got = two_hosts.run(test_join._on_worker, counts)
+    test_join._compare(got, test_join._on_one(counts), counts)
+
+
+def test_an_error_of_one_worker_in_join_is_told_to_those_of_the_other_host(two_hosts):
+    *others, last = two_hosts.run(test_join_loops._failed, "one", [0, 2, 2, 2])
+    words = "ExchangeError: the block of `join` must end alike on all workers that have data"
+    assert others.pop(2) == "ValueError: a user's own"
+    assert all(said.startswith(words) for said in [*others, last])
+
+
+def _skips_in_debug_mode() -> str:
+    group = groups.statistics_group()
+    assert group is not None
+    assert hosts.levels_of(group) is not None
+    with debug(timeout_seconds=20), pytest.raises(ExchangeError) as caught:
+        name = "b" if dist.get_rank() == 3 else "a"
+        exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments", name)
+    return str(caught.value)
+
+
+def test_debug_mode_tells_who_is_where_on_two_hosts():
+    with RankPool(WORLD) as ranks:
+        ranks.run(_say, "aabb")
+        first, *others = ranks.run(_skips_in_debug_mode)
+    assert others == [first] * 3
+    assert "rank 3 at call 1 of 'b' (training forward, moments, 1 float64)" in first
+
+
+def _interrupted() -> str:
+    """Ctrl-C on a first member while it waits for its host."""
+    group, one, rank = _group("aabb"), torch.ones(1, dtype=torch.float64), dist.get_rank()
+    store = undocumented.world_store()
+    if rank == 0:
+        # A pool's ranks block it.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+        with pytest.raises(KeyboardInterrupt):
+            exchange.sum_(one, group, "moments", "a")
+        store.set("interrupted", "")
+    elif rank == 1:
+        store.wait(["interrupted"])
+    return _error(group).text
+
+
+def test_after_an_interrupt_nobody_takes_one_sum_for_another():
+    with RankPool(WORLD) as ranks:
+        texts = ranks.run(_interrupted)
+    assert "an earlier exchange of this group broke" in texts[0]
+    assert "another member has given up" in texts[1]
+    assert all("got an error on rank" in text for text in texts)
+
+
+def _in_a_child() -> tuple[float, int]:
+    group, one = _group("aabb"), torch.ones(1, dtype=torch.float64)
+    child = os.fork()
+    if child == 0:
+        try:
+            exchange.sum_(one, group, "moments", "child")
+        except ExchangeError as error:
+            os._exit(0 if shared.FORKED in str(error) else 1)
+        os._exit(2)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return exchange.sum_(one, group, "moments").item(), status
+
+
+def test_a_forked_child_is_refused_and_its_parent_goes_on(two_hosts):
+    assert two_hosts.run(_in_a_child) == [(WORLD, 0)] * WORLD
+
+
+def _goes(layout: str) -> tuple[int, int]:
+    """Mappings and threads of a group, once it has gone."""
+    before = len(list(Path("/proc/self/task").iterdir()))
+    group = _group(layout)
+    exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments")
+    dist.barrier()
+    dist.destroy_process_group(group)
+    del group
+    gc.collect()
+    maps = sum("memfd:syncnorm" in line for line in Path("/proc/self/maps").read_text().split("\n"))
+    return maps, len(list(Path("/proc/self/task").iterdir())) - before
+
+
+def test_a_group_that_has_gone_leaves_nothing():
+    with RankPool(WORLD) as ranks:
+        # gloo's threads outlive none of its groups, but that of the first may be the device's own.
+        ranks.run(_goes, "aabb")
+        for maps, threads in ranks.run(_goes, "aabb"):
+            assert maps == 0
+            assert threads <= 0
