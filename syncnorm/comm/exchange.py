@@ -117,7 +117,7 @@ def sum_(
         if levels is None:
             _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
         else:
-            wire = levels.sum_(wire, flight.timeout_seconds)
+            wire = levels.sum_(wire, flight.timeout_seconds, _wait)
     flight.finish(wire)
     count_exchange(kind, flight.size, start)
     total, is_same = _unpack(wire, message, kind, name)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,11 +41,15 @@ class TwoLevels:
         self._is_over = False
         self._pid = os.getpid()
 
-    def sum_(self, message: Tensor, seconds: float) -> Tensor:
+    def sum_(self, message: Tensor, seconds: float, wait: Callable[[dist.Work], None]) -> Tensor:
         """Sum `message`, which may be overwritten: the same bits on all members.
 
         Each number is added up in the order of the members within a host, and by gloo between hosts.
         If members of a host send different sizes, the result is NaN on all members of all hosts.
+
+        Args:
+            seconds: to wait for members of this host.
+            wait: waits for the sum between hosts.
 
         Raises:
             RuntimeError: a member has ended, or not come within `seconds`. From then on every sum
@@ -55,24 +58,24 @@ class TwoLevels:
         if os.getpid() != self._pid:
             raise RuntimeError(shared.FORKED)
         if self._is_over:
-            raise RuntimeError("an earlier exchange of this group broke")
+            raise RuntimeError("Connection closed by peer: an earlier exchange of this group broke")
         try:
-            return self._sum(message, seconds)
+            return self._sum(message, seconds, wait)
         except BaseException:
             # An interrupt, too: whoever goes on would be one message ahead of the others.
             self._give_up()
             raise
 
-    def _sum(self, message: Tensor, seconds: float) -> Tensor:
+    def _sum(self, message: Tensor, seconds: float, wait: Callable[[dist.Work], None]) -> Tensor:
         within, size, is_first = self._within, message.numel(), self._between is not None
         if within is None:
-            return self._sum_between(message, seconds)
+            return self._sum_between(message, wait)
         part = within.send(message, size, 0, seconds)
         is_same = part.wait(seconds)
         # The other hosts hear of it by the sum, this one has seen it.
         total = part.total if is_same else message.fill_(torch.nan)
         if is_first:
-            self._sum_between(total, seconds)
+            self._sum_between(total, wait)
         if not is_same:
             return total
         patience = seconds + _MARGIN_SECONDS
@@ -80,11 +83,11 @@ class TwoLevels:
         answer.wait(patience)
         return answer.total
 
-    def _sum_between(self, total: Tensor, seconds: float) -> Tensor:
+    def _sum_between(self, total: Tensor, wait: Callable[[dist.Work], None]) -> Tensor:
         assert self._between is not None
         work = self._between.allreduce([total])
         try:
-            work.wait(timedelta(seconds=seconds))
+            wait(work)
         finally:
             # An error holds this frame, and with it the connections that `_give_up` is to close.
             del work

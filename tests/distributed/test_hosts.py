@@ -24,6 +24,7 @@ from syncnorm import debug, undocumented
 from syncnorm.comm import exchange, groups, hosts, inflight, shared
 from syncnorm.comm.groups import Group
 from syncnorm.errors import ExchangeError
+from syncnorm.run.failures import is_peer_loss
 from syncnorm.testing import RankFailure, RankPool
 from tests.distributed import steps
 from tests.model import test_join, test_join_loops
@@ -200,6 +201,7 @@ def test_a_dead_member_is_an_error_on_all_hosts_at_once_and_later_sums_fail(dead
             assert f"of ranks [0, 1, 2, 3], got an error on rank {rank} at call " in error.text
             # The pool's timeout is 60 s.
             assert error.seconds < 20
+            assert is_peer_loss(error.text)
     same_host = caught.value.answers[1 - dead]
     assert f"remote process exited: rank(s) {dead}." in same_host[0].text
 
@@ -220,6 +222,7 @@ def test_a_late_member_is_an_error_on_all_hosts_within_the_timeout(pool, late):
     for rank, error in enumerate(pool(WORLD).run(_late, late)):
         assert f"got an error on rank {rank} at call 2 of 'a'" in error.text
         assert error.seconds < 20
+        assert is_peer_loss(error.text)
 
 
 def _say(layout: str) -> None:
