@@ -187,7 +187,14 @@ def _outlives(dead: int, when: str) -> list[_Error]:
         assert exchange.sum_(one, group, "moments", "a").item() == WORLD
     else:
         first.append(_error(group))
-    return [*first, _error(group)]
+    last = _error(group)
+    # Else the end of one that has raised would tell the others.
+    store = undocumented.world_store()
+    store.set(f"raised {dist.get_rank()}", "")
+    store.wait(
+        [f"raised {rank}" for rank in range(WORLD) if rank != dist.get_rank() and rank != dead]
+    )
+    return [*first, last]
 
 
 @pytest.mark.parametrize(("dead", "when"), [(0, "before"), (1, "before"), (0, "after")])
@@ -304,11 +311,16 @@ def test_after_an_interrupt_nobody_takes_one_sum_for_another():
 
 def _in_a_child() -> tuple[float, int]:
     group, one = _group("aabb"), torch.ones(1, dtype=torch.float64)
+    levels = hosts.levels_of(group)
+    assert levels is not None
     child = os.fork()
     if child == 0:
         try:
             exchange.sum_(one, group, "moments", "child")
         except ExchangeError as error:
+            # The memory is not mapped here.
+            levels._within = None
+            gc.collect()
             os._exit(0 if shared.FORKED in str(error) else 1)
         os._exit(2)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -245,6 +245,10 @@ def _about_groups() -> dict[str, object]:
         "members": undocumented.members_of_groups(),
         "own groups": undocumented.count_own_groups(),
     }
+    beside = undocumented.gloo_beside(pair, "beside", 1 - rank, 2)
+    total = torch.full((2,), rank + 1.0, dtype=torch.float64)
+    beside.allreduce([total]).wait()
+    found["beside"] = (beside.rank(), beside.options._timeout, total.tolist())  # pyright: ignore[reportAttributeAccessIssue]
     # Only on rank 1: torch's count of groups made goes on as before.
     if rank == 1:
         with undocumented.numbering_groups_from(1000):
@@ -259,7 +263,8 @@ def _about_groups() -> dict[str, object]:
 def test_groups():
     with RankPool(2, timeout_seconds=60.0) as ranks:
         zero, one = ranks.run(_about_groups)
-    for found in (zero, one):
+    for rank, found in enumerate((zero, one)):
+        assert found["beside"] == (1 - rank, timedelta(seconds=7), [3, 3])
         assert found["timeouts"] == [timedelta(seconds=60), timedelta(seconds=7)]
         assert "cpu" in found["devices"]
         assert found["backend"] == "gloo"
