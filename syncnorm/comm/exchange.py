@@ -140,9 +140,8 @@ def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | 
 
 def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | None:
     """The two levels of a group on several hosts; None where messages go by torch.distributed."""
-    if not is_host(message) or log_of(group).is_on_one_level:
-        return None
-    return hosts.levels_of(group)
+    levels = hosts.levels_of(group) if is_host(message) else None
+    return None if levels is None or log_of(group).is_on_one_level else levels
 
 
 def _begin_shared(

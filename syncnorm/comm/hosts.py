@@ -85,12 +85,7 @@ class TwoLevels:
 
     def _sum_between(self, total: Tensor, wait: Callable[[dist.Work], None]) -> Tensor:
         assert self._between is not None
-        work = self._between.allreduce([total])
-        try:
-            wait(work)
-        finally:
-            # An error holds this frame, and with it the connections that `_give_up` is to close.
-            del work
+        wait(self._between.allreduce([total]))
         return total
 
     def _give_up(self) -> None:
@@ -98,6 +93,7 @@ class TwoLevels:
         self._is_over = True
         if self._within is not None:
             self._within.give_up()
+        # Its connections close with it.
         self._between = None
 
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm import debug, undocumented
-from syncnorm.comm import exchange, groups, hosts, inflight, shared
+from syncnorm.comm import exchange, groups, hosts, shared
 from syncnorm.comm.groups import Group
 from syncnorm.errors import ExchangeError
 from syncnorm.run.failures import is_peer_loss
@@ -270,8 +270,8 @@ def _skips_in_debug_mode() -> str:
     group = groups.statistics_group()
     assert group is not None
     assert hosts.levels_of(group) is not None
+    name = "b" if dist.get_rank() == 3 else "a"
     with debug(timeout_seconds=20), pytest.raises(ExchangeError) as caught:
-        name = "b" if dist.get_rank() == 3 else "a"
         exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments", name)
     return str(caught.value)
 
