@@ -156,14 +156,14 @@ def _share(
 ) -> None:
     """Share memory in each host, and connect the hosts, unless any member fails in its part."""
     (host,) = (members for members in hosts if me in members)
+    is_first = len(hosts) > 1 and me == host[0]
     handle = between = None
-    if len(host) > 1:
-        handle = shared.map_first(host.index(me), [said[member] for member in host], fd)
-    if len(hosts) > 1 and me == host[0]:
-        between = _connect(group, hosts.index(host), len(hosts))
-    is_ready = (handle is not None) == (len(host) > 1)
-    is_ready &= (between is not None) == (len(hosts) > 1 and me == host[0])
     try:
+        if len(host) > 1:
+            handle = shared.map_first(host.index(me), [said[member] for member in host], fd)
+        if is_first:
+            between = _connect(group, hosts.index(host), len(hosts))
+        is_ready = (handle is not None or len(host) == 1) and (between is not None or not is_first)
         if not all(_gather(is_ready, group)):
             return
         segment = None
