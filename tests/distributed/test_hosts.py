@@ -26,6 +26,7 @@ from syncnorm.comm.groups import Group
 from syncnorm.errors import ExchangeError
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.testing import RankFailure, RankPool
+from syncnorm.verify import collectives
 from tests.distributed import steps
 from tests.model import test_join, test_join_loops
 
@@ -251,6 +252,18 @@ def test_layers_on_two_hosts_equal_the_oracle_with_one_exchange_a_pass(two_hosts
     steps.check_against_oracle(got, batches, sizes)
     for outcomes in got:
         assert all(o.exchanges == [("moments", 10), ("gradients", 10)] for o in outcomes)
+
+
+def _collectives() -> list[tuple[str, int]]:
+    group, one = groups.statistics_group(), torch.ones(1, dtype=torch.float64)
+    with collectives.counted() as seen:
+        exchange.sum_(one, group, "moments")
+        exchange.start_sum(one, group, "moments").wait()
+    return seen
+
+
+def test_a_sum_on_either_level_counts_as_one_collective(two_hosts):
+    assert two_hosts.run(_collectives) == [[("allreduce", 2)] * 2] * WORLD
 
 
 def test_uneven_data_on_two_hosts(two_hosts):
