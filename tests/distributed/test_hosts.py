@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -231,6 +231,54 @@ def test_a_late_member_is_an_error_on_all_hosts_within_the_timeout(pool, late):
         assert f"got an error on rank {rank} at call 2 of 'a'" in error.text
         assert error.seconds < 20
         assert is_peer_loss(error.text)
+
+
+def _waits_for_later() -> _Error:
+    """The last rank is in a sum that it waits for later, the others in one that they wait for."""
+    group, one = _group("aabb", seconds=3.0), torch.ones(1, dtype=torch.float64)
+    if dist.get_rank() < WORLD - 1:
+        return _error(group)
+    start, pending = time.monotonic(), exchange.start_sum(one, group, "moments", "a")
+    with pytest.raises(ExchangeError) as caught:
+        pending.wait()
+    return _Error(str(caught.value), time.monotonic() - start)
+
+
+def test_sums_of_two_ways_are_an_error_within_the_timeout(pool):
+    for rank, error in enumerate(pool(WORLD).run(_waits_for_later)):
+        assert f"got an error on rank {rank} at call 1 of 'a'" in error.text
+        assert error.seconds < 20
+
+
+def _hangs() -> _Error:
+    """The first member of a host has the sum of all, and does not give it to its host."""
+    group, rank = _group("aabb", seconds=3.0), dist.get_rank()
+    levels, store = hosts.levels_of(group), undocumented.world_store()
+    assert levels is not None
+    if rank >= 2:
+        exchange.sum_(torch.ones(1, dtype=torch.float64), group, "moments", "a")
+        return _Error("", 0.0)
+    if rank == 0:
+        between = levels._sum_between
+
+        def then_hang(*args: Any) -> Tensor:
+            total = between(*args)
+            store.wait(["hangs no more"])
+            return total
+
+        levels._sum_between = then_hang  # pyright: ignore[reportAttributeAccessIssue]
+        return _error(group)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hosts, "_MARGIN_SECONDS", 0.5)
+        error = _error(group)
+    store.set("hangs no more", "")
+    return error
+
+
+def test_a_first_member_that_hangs_is_named_by_its_host(pool):
+    first, second, *_ = pool(WORLD).run(_hangs)
+    assert "Timed out waiting 3.5 s for rank(s) 0." in second.text
+    assert "another member has given up" in first.text
 
 
 def _say(layout: str) -> None:
