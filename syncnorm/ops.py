@@ -74,14 +74,14 @@ def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalS
     """
     who, is_repeated = observed.observer(x), is_recomputing()
     own = kernels.of_device(x, mask, *others) if who is None else None
+    if own is not None:
+        sums, fault = own.moments(x, mask), None
+        if mask is not None and (is_host(x) or debug.is_debug()):
+            fault = sums[-1].isnan()
+            if is_host(x) and fault:
+                return _cleaned_sums(own, x, mask, fault, is_repeated)
+        return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
     with torch.no_grad():
-        if own is not None:
-            sums, fault = own.moments(x, mask), None
-            if mask is not None and (is_host(x) or debug.is_debug()):
-                fault = sums[-1].isnan()
-                if is_host(x) and fault:
-                    return _cleaned_sums(own, x, mask, fault, is_repeated)
-            return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
@@ -186,16 +186,14 @@ class PooledMeans:
         return self.group is None
 
     def __call__(self, local: Tensor) -> Tensor:
-        return self._total(local) * reciprocal(self.n)
+        total, _ = self.totals(local)
+        return total * reciprocal(self.n)
 
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self._total(local), self._batch.count
-
-    def _total(self, local: Tensor) -> Tensor:
         total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
             self.shard.check(self.n, groups.ranks(self.group), self.name)
-        return total
+        return total, self._batch.count
 
     def of_second(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
@@ -367,7 +365,7 @@ def may_be_repeated() -> bool:
     Non-reentrant checkpointing sets hooks on what autograd saves; the re-entrant kind runs the
     first forward inside an autograd Function, where forward-mode gradients are off.
     """
-    return undocumented.has_saved_tensor_hooks() or not (
+    return undocumented.saved_tensor_hooks() is not None or not (
         torch.is_grad_enabled() and undocumented.is_forward_mode_enabled()
     )
 
@@ -412,8 +410,7 @@ def train_forward(
     if local.is_repeated is None:
         statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
     if not local.is_repeated:
-        with torch.no_grad():
-            follow(local, statistic)
+        follow(local, statistic)
     return y, local, statistic
 
 
@@ -437,12 +434,13 @@ def update_running_(
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
         own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
-    factor = average_factor(counter, batch, momentum)
-    update_running_mean_(running_mean, batch, factor)
-    if is_std:
-        renorm.update_running_std_(running_var, batch, eps, factor)
-    else:
-        update_running_var_(running_var, batch, factor)
+    with torch.no_grad():
+        factor = average_factor(counter, batch, momentum)
+        update_running_mean_(running_mean, batch, factor)
+        if is_std:
+            renorm.update_running_std_(running_var, batch, eps, factor)
+        else:
+            update_running_var_(running_var, batch, factor)
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:
