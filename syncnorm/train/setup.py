@@ -401,5 +401,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def seed_random(seed: int) -> None:
     """Seed torch's random numbers and Python's: a callable of the user's may draw from either."""
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: of each kind of device that is not there it keeps the seed and the stack
+    # of the call, in case that it comes, which takes as long as several layers.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)
