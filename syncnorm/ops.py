@@ -24,7 +24,7 @@ from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
-from syncnorm.fused import Call, FusedNormalize
+from syncnorm.fused import Call, apply_fused
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
     Moments,
@@ -115,19 +115,29 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             since looking costs a host synchronisation; otherwise the output is NaN and the buffers
             keep still.
     """
+    sums = _exchange(local, group, name)
+    if local.is_repeated is not None:
+        _check(sums, sums[-1].item() if is_host(sums) else sums[-1], local, group, name)
+    return sums
+
+
+def _exchange(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
     sums = local.sums
     if local.has_fault is not None:
         # A fault travels as a count of NaN: whether somebody has a mask is known to that worker
         # alone.
         sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
-    sums = exchange.sum_(sums, group, "moments", name)
-    if local.is_repeated is None:
-        return sums
+    return exchange.sum_(sums, group, "moments", name)
+
+
+def _check(
+    sums: Tensor, n: float | Tensor, local: LocalSums, group: groups.Group | None, name: str
+) -> None:
+    """Raise if some worker's data is at fault; where a look would wait, in debug mode only."""
     is_debug = debug.is_debug()
-    is_looked_at = is_host(sums) or is_debug
-    if is_looked_at and (math.isnan(sums[-1].item()) or (is_debug and not sums.isfinite().all())):
+    is_looked_at = is_debug or not isinstance(n, Tensor)
+    if is_looked_at and (math.isnan(n) or (is_debug and not sums.isfinite().all())):
         _raise_fault(local, group, name)
-    return sums
 
 
 def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:
@@ -227,8 +237,12 @@ def pooled_statistic(
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
     shards are noticed.
     """
-    kind = Unread if local.is_repeated is None else Moments
-    batch = of_sums(pooled_sums(local, group, name), kind)
+    sums = _exchange(local, group, name)
+    if local.is_repeated is None:
+        batch = of_sums(sums, Unread)
+    else:
+        batch = Raw(sums)
+        _check(sums, batch.n, local, group, name)
     # A forward that is repeated comes after the loss was scaled.
     is_noticed = is_averaged and group is not None and local.is_repeated is False
     shard = Shard(local.sums[-1]) if is_noticed else None
@@ -337,7 +351,7 @@ def normalize_by(
     if reference is not None:
         check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
     call = Call(own, batch, eps, reference, statistic.gradient_means)
-    y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
+    y = apply_fused(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
     if isinstance(batch, Raw):
         batch.finish(call.rows)
     if reference is not None:

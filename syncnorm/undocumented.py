@@ -99,6 +99,15 @@ def after_backward(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` where no transform of torch.func is active.
+
+    Without a look at each argument for what a transform may have left behind, which takes as long
+    as a small layer's arithmetic.
+    """
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # Observers of operators. Every call of a layer asks these: they are torch's own functions.
 
 has_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active

@@ -127,7 +127,7 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
         # Of another type, since it is only passed on to `exchange.sum_`.
         return to_name(process_group)  # pyright: ignore[reportReturnType]
     handle = to_handle(process_group)
-    if not is_initialized():
+    if dist.group.WORLD is None:
         _check_alone(handle)
         return None
     workers = _workers()
