@@ -112,7 +112,8 @@ class Setup:
     def forwards(self, indices: Tensor) -> list[Tensor]:
         """List the indices of each of this worker's forwards in a step over `indices`, (N,)."""
         rounds = self.placement(len(indices)).rounds
-        return [torch.cat([indices[part] for part in parts]) for parts in rounds]
+        taken = [[indices[part] for part in parts] for parts in rounds]
+        return [torch.cat(some) if len(some) > 1 else some[0] for some in taken]
 
     def set_norm_batches(self, placement: Placement, parts: tuple[slice, ...]) -> None:
         """Tell the layers over which samples the next forward's statistics are taken."""
