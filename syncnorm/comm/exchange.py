@@ -272,7 +272,7 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
 
 
 def _begin(op: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> InFlight:
-    assert op == "gather" or message.dtype == torch.float64
+    assert message.dtype == torch.float64
     log, count = log_of(group), message.numel()
     envelope = _envelope(op, kind, name, count, log.room)
     for announce in announcers:
