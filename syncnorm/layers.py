@@ -116,9 +116,6 @@ class SyncBatchNorm(SyncNorm):
             sync=sync,
         )
 
-    def new_statistic(self, local: LocalSums) -> Statistic:
-        return self._ask_source(local)
-
 
 class SyncBatchRenorm(SyncNorm):
     """Batch renormalisation with statistics pooled over the workers.
@@ -234,7 +231,7 @@ class SyncBatchRenorm(SyncNorm):
 
     def new_statistic(self, local: LocalSums) -> Statistic:
         before = self._before(local)
-        return functional.correct(self._ask_source(local), local, self.eps, before)
+        return functional.correct(super().new_statistic(local), local, self.eps, before)
 
     def _before(self, local: LocalSums) -> kernels.Reference:
         """The reference of r and d. Looked at before any exchange."""

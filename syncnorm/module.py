@@ -6,7 +6,6 @@ What a layer normalises a batch by comes from its `statistics`, see `syncnorm.st
 from __future__ import annotations
 
 import inspect
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn, Self
 
@@ -197,11 +196,8 @@ class SyncNorm(_BatchNorm):
                 return kept
         return self.new_statistic(local)
 
-    @abstractmethod
     def new_statistic(self, local: LocalSums) -> Statistic:
         """The statistic to normalise a batch by. Here workers exchange."""
-
-    def _ask_source(self, local: LocalSums) -> Statistic:
         statistic = self.statistics.statistic(self, local)
         functional.check_count(statistic, self._warn_once)
         return statistic
@@ -215,7 +211,8 @@ class SyncNorm(_BatchNorm):
                 self.statistics.record(self, local, statistic.batch)
             return
         if local.is_repeated is False:
-            self.seen = Seen(local.sums, statistic.batch, statistic.correction)
+            # Past torch's own `__setattr__`, which looks for parameters and modules.
+            vars(self)["seen"] = Seen(local.sums, statistic.batch, statistic.correction)
         self.statistics.record(self, local, statistic.batch)
 
     def update_running(self, batch: Moments, momentum: float | None) -> None:
@@ -224,16 +221,10 @@ class SyncNorm(_BatchNorm):
         For those who own the layer's statistics.
         """
         is_tracking = self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
-        if is_tracking and self.running_mean is not None and self.running_var is not None:
-            ops.update_running_(
-                self.running_mean,
-                self.running_var,
-                self.num_batches_tracked,
-                batch,
-                momentum,
-                self.eps,
-                is_std=self.averages_std,
-            )
+        mean, var = self.running_mean, self.running_var
+        if is_tracking and mean is not None and var is not None:
+            counter, is_std = self.num_batches_tracked, self.averages_std
+            ops.update_running_(mean, var, counter, batch, momentum, self.eps, is_std=is_std)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode; running statistics are up to date when training ends."""

@@ -24,7 +24,7 @@ from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
-from syncnorm.fused import Call, FusedNormalize
+from syncnorm.fused import Call, apply_fused
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
     Moments,
@@ -74,14 +74,14 @@ def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalS
     """
     who, is_repeated = observed.observer(x), is_recomputing()
     own = kernels.of_device(x, mask, *others) if who is None else None
+    if own is not None:
+        sums, fault = own.moments(x, mask), None
+        if mask is not None and (is_host(x) or debug.is_debug()):
+            fault = sums[-1].isnan()
+            if is_host(x) and fault:
+                return _cleaned_sums(own, x, mask, fault, is_repeated)
+        return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
     with torch.no_grad():
-        if own is not None:
-            sums, fault = own.moments(x, mask), None
-            if mask is not None and (is_host(x) or debug.is_debug()):
-                fault = sums[-1].isnan()
-                if is_host(x) and fault:
-                    return _cleaned_sums(own, x, mask, fault, is_repeated)
-            return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
@@ -115,19 +115,29 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             since looking costs a host synchronisation; otherwise the output is NaN and the buffers
             keep still.
     """
+    sums = _exchange(local, group, name)
+    if local.is_repeated is not None:
+        _check(sums, sums[-1].item() if is_host(sums) else sums[-1], local, group, name)
+    return sums
+
+
+def _exchange(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
     sums = local.sums
     if local.has_fault is not None:
         # A fault travels as a count of NaN: whether somebody has a mask is known to that worker
         # alone.
         sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
-    sums = exchange.sum_(sums, group, "moments", name)
-    if local.is_repeated is None:
-        return sums
+    return exchange.sum_(sums, group, "moments", name)
+
+
+def _check(
+    sums: Tensor, n: float | Tensor, local: LocalSums, group: groups.Group | None, name: str
+) -> None:
+    """Raise if some worker's data is at fault; where a look would wait, in debug mode only."""
     is_debug = debug.is_debug()
-    is_looked_at = is_host(sums) or is_debug
-    if is_looked_at and (math.isnan(sums[-1].item()) or (is_debug and not sums.isfinite().all())):
+    is_looked_at = is_debug or not isinstance(n, Tensor)
+    if is_looked_at and (math.isnan(n) or (is_debug and not sums.isfinite().all())):
         _raise_fault(local, group, name)
-    return sums
 
 
 def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:
@@ -186,16 +196,14 @@ class PooledMeans:
         return self.group is None
 
     def __call__(self, local: Tensor) -> Tensor:
-        return self._total(local) * reciprocal(self.n)
+        total, _ = self.totals(local)
+        return total * reciprocal(self.n)
 
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self._total(local), self._batch.count
-
-    def _total(self, local: Tensor) -> Tensor:
         total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
             self.shard.check(self.n, groups.ranks(self.group), self.name)
-        return total
+        return total, self._batch.count
 
     def of_second(self, local: Tensor) -> Tensor:
         return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
@@ -229,8 +237,12 @@ def pooled_statistic(
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
     shards are noticed.
     """
-    kind = Unread if local.is_repeated is None else Moments
-    batch = of_sums(pooled_sums(local, group, name), kind)
+    sums = _exchange(local, group, name)
+    if local.is_repeated is None:
+        batch = of_sums(sums, Unread)
+    else:
+        batch = Raw(sums)
+        _check(sums, batch.n, local, group, name)
     # A forward that is repeated comes after the loss was scaled.
     is_noticed = is_averaged and group is not None and local.is_repeated is False
     shard = Shard(local.sums[-1]) if is_noticed else None
@@ -339,7 +351,7 @@ def normalize_by(
     if reference is not None:
         check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
     call = Call(own, batch, eps, reference, statistic.gradient_means)
-    y = FusedNormalize.apply(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
+    y = apply_fused(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
     if isinstance(batch, Raw):
         batch.finish(call.rows)
     if reference is not None:
@@ -367,7 +379,7 @@ def may_be_repeated() -> bool:
     Non-reentrant checkpointing sets hooks on what autograd saves; the re-entrant kind runs the
     first forward inside an autograd Function, where forward-mode gradients are off.
     """
-    return undocumented.has_saved_tensor_hooks() or not (
+    return undocumented.saved_tensor_hooks() is not None or not (
         torch.is_grad_enabled() and undocumented.is_forward_mode_enabled()
     )
 
@@ -412,8 +424,7 @@ def train_forward(
     if local.is_repeated is None:
         statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
     if not local.is_repeated:
-        with torch.no_grad():
-            follow(local, statistic)
+        follow(local, statistic)
     return y, local, statistic
 
 
@@ -437,12 +448,13 @@ def update_running_(
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
         own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
-    factor = average_factor(counter, batch, momentum)
-    update_running_mean_(running_mean, batch, factor)
-    if is_std:
-        renorm.update_running_std_(running_var, batch, eps, factor)
-    else:
-        update_running_var_(running_var, batch, factor)
+    with torch.no_grad():
+        factor = average_factor(counter, batch, momentum)
+        update_running_mean_(running_mean, batch, factor)
+        if is_std:
+            renorm.update_running_std_(running_var, batch, eps, factor)
+        else:
+            update_running_var_(running_var, batch, factor)
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:

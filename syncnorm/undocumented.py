@@ -44,14 +44,14 @@ forward_mode_level: Callable[[], int] = partial(attrgetter("_current_level"), fo
 """The number of nested `torch.autograd.forward_ad.dual_level`, less one."""
 
 
-def _saved_tensor_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
-    """The innermost pair of hooks on what autograd saves: pack and unpack."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)  # pyright: ignore[reportAttributeAccessIssue]
+saved_tensor_hooks: Callable[[], tuple[Callable[..., Any], Callable[..., Any]] | None] = partial(
+    torch._C._autograd._top_saved_tensors_default_hooks,  # pyright: ignore[reportAttributeAccessIssue]
+    True,
+)
+"""The innermost pair of hooks on what autograd saves, pack and unpack; None without.
 
-
-def has_saved_tensor_hooks() -> bool:
-    """True where hooks are set on what autograd saves, as by non-reentrant checkpointing."""
-    return _saved_tensor_hooks() is not None
+Non-reentrant checkpointing sets such hooks.
+"""
 
 
 def checkpoints() -> Iterator[tuple[Any, bool]]:
@@ -62,7 +62,7 @@ def checkpoints() -> Iterator[tuple[Any, bool]]:
     kind it is torch's frame; for the re-entrant kind, of torch and of others, the context of the
     autograd Function. Looks through the Python stack, which costs some ten microseconds.
     """
-    hooks = _saved_tensor_hooks()
+    hooks = saved_tensor_hooks()
     found = None if hooks is None else _closed_over(hooks[0], "frame")
     if isinstance(found, _CheckpointFrame):
         yield found, False
@@ -97,6 +97,15 @@ def _closed_over(function: Any, name: str) -> Any:
 def after_backward(callback: Callable[[], None]) -> None:
     """Call back at the end of the running backward pass, before DDP waits for its reductions."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` where no transform of torch.func is active.
+
+    Without a look at each argument for what a transform may have left behind, which takes as long
+    as a small layer's arithmetic.
+    """
+    return super(torch.autograd.Function, function).apply  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # Observers of operators. Every call of a layer asks these: they are torch's own functions.

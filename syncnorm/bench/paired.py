@@ -27,6 +27,7 @@ def rounds(
     count: int,
     warm_up: int = 3,
     goes_on: Callable[[int], bool] = lambda done: True,
+    line_up: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in each round; the order rotates from round to round.
 
@@ -35,6 +36,8 @@ def rounds(
         count: of rounds, at most.
         warm_up: rounds before these.
         goes_on: called before each round with the number of those that count so far; False ends.
+        line_up: called before each candidate, outside of its time. Of workers that have just run
+            what has no messages one is ahead, and the other's delay is none of what comes next.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -43,6 +46,7 @@ def rounds(
             break
         shift = turn % len(names)
         for name in names[shift:] + names[:shift]:
+            line_up()
             start = time.perf_counter()
             candidates[name]()
             if turn >= warm_up:

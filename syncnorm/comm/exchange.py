@@ -100,42 +100,40 @@ def sum_(
     if isinstance(group, NamedGroup):
         return torch.ops.syncnorm.sum(message, group.name, kind, name)  # of comm.compiled
     start = time.perf_counter()
-    segment = _segment_for(message, group)
+    segment = shared.segment_of(group) if is_host(message) else None
+    levels = _levels_for(message, group) if segment is None else None
+    way = "native sum" if segment or levels else "sum"
+    flight = _begin(way, message, group, kind, name)
     if segment is not None:
-        flight, identity = _begin_shared(message, group, kind, name)
         with flight:
-            sent = segment.send(message, flight.size, identity, flight.timeout_seconds)
-            is_same = sent.wait(flight.timeout_seconds)
+            total, is_same = segment.sum(message, *flight.envelope, flight.timeout_seconds)
         flight.finish(message)
         count_exchange(kind, flight.size, start)
-        if not is_same:
-            raise_mixed(flight, group)
-        return sent.total
-    levels = _levels_for(message, group)
-    flight, wire = _begin_sum(message, group, kind, name, "native sum" if levels else "sum")
-    with flight:
-        if levels is None:
-            _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
-        else:
-            wire = levels.sum_(wire, flight.timeout_seconds, _wait)
-    flight.finish(wire)
-    count_exchange(kind, flight.size, start)
-    total, is_same = _unpack(wire, message, kind, name)
+    else:
+        wire = _wire(message, flight)
+        with flight:
+            if levels is None:
+                _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
+            else:
+                wire = levels.sum_(wire, flight.timeout_seconds, _wait)
+        flight.finish(wire)
+        count_exchange(kind, flight.size, start)
+        total, is_same = _unpack(wire, message, flight)
     if not is_same:
         raise_mixed(flight, group)
     return total
 
 
 @functools.lru_cache(maxsize=4096)
-def _identity(kind: str, name: str, count: int) -> int:
-    """Hash to 38 bits: the sum of equal ones is exact in float64 for up to 32768 ranks."""
+def _envelope(way: str, kind: str, name: str, count: int, room: int) -> tuple[int, int]:
+    """The size of a message and its identity; 0 where it has none.
+
+    A hash to 38 bits: the sum of equal ones is exact in float64 for up to 32768 ranks.
+    """
+    if way == "gather" or kind == NO_DATA:
+        return count, 0
     digest = hashlib.blake2b(f"{count} {kind} of {name}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 27 | 1 << 37
-
-
-def _segment_for(message: Tensor, group: dist.ProcessGroup) -> shared.Segment | None:
-    """The memory that the group shares; None where messages go by torch.distributed."""
-    return shared.segment_of(group) if is_host(message) else None
+    return size_of(count, room), int.from_bytes(digest, "big") >> 27 | 1 << 37
 
 
 def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | None:
@@ -144,47 +142,27 @@ def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | 
     return None if levels is None or log_of(group).is_on_one_level else levels
 
 
-def _begin_shared(
-    message: Tensor, group: dist.ProcessGroup, kind: str, name: str
-) -> tuple[InFlight, int]:
-    """Begin a sum through shared memory, where the identity stands beside the payload."""
-    assert message.dtype == torch.float64
-    count = message.numel()
-    if kind == NO_DATA:
-        size, identity = count, 0
-    else:
-        size, identity = size_of(count, log_of(group).room), _identity(kind, name, count)
-    return _begin("native sum", size, group, kind, name, count), identity
-
-
-def _begin_sum(
-    message: Tensor, group: dist.ProcessGroup, kind: str, name: str, way: str = "sum"
-) -> tuple[InFlight, Tensor]:
-    """Begin a sum of [payload (count), identity and padding (size - count)].
+def _wire(message: Tensor, flight: InFlight) -> Tensor:
+    """[payload (count), identity and padding (size - count)], as torch.distributed sends them.
 
     A rank without data sends zeros in place of all of it, whatever the others send.
     """
-    assert message.dtype == torch.float64
-    count = message.numel()
-    if kind == NO_DATA:
-        wire = message
-    else:
-        tail = size_of(count, log_of(group).room) - count
-        wire = torch.cat(
-            [message.reshape(-1), message.new_full((tail,), _identity(kind, name, count))]
-        )
-    return _begin(way, wire.numel(), group, kind, name, count), wire
+    size, identity = flight.envelope
+    if not identity:
+        return message
+    tail = message.new_full((size - message.numel(),), identity)
+    return torch.cat([message.reshape(-1), tail])
 
 
-def _unpack(wire: Tensor, message: Tensor, kind: str, name: str) -> tuple[Tensor, bool]:
+def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bool]:
     """Return the sum, and False if a rank is seen to have sent another kind or name.
 
     Outside of debug mode nobody looks on CUDA, which would have to wait: the sum is NaN then.
     """
-    if kind == NO_DATA:
+    _, identity = flight.envelope
+    if not identity:
         return wire, True
-    count = message.numel()
-    total, identity = wire[:count].view(message.shape), _identity(kind, name, count)
+    total = wire[: message.numel()].view(message.shape)
     if is_host(wire) or debug.is_debug():
         return total, math.fmod(wire[-1].item(), identity) == 0
     return total.masked_fill_(torch.remainder(wire[-1], identity) != 0, torch.nan), True
@@ -236,7 +214,7 @@ class Pending:
             if sent is not None:
                 self._message = sent.total
             elif wire is not None:
-                self._message, is_same = _unpack(wire, self._message, flight.kind, flight.name)
+                self._message, is_same = _unpack(wire, self._message, flight)
             self.mixed = None if is_same else flight
             add_time(flight.kind, start)
         return self._message
@@ -260,19 +238,19 @@ def start_sum(
     if group is None:
         return Pending(message)
     start = time.perf_counter()
-    segment = _segment_for(message, group)
+    segment = shared.segment_of(group) if is_host(message) else None
+    flight = _begin("native sum" if segment else "sum", message, group, kind, name)
+    wire, sent = None, None
     if segment is not None:
-        flight, identity = _begin_shared(message, group, kind, name)
         with flight:
-            sent = segment.send(message, flight.size, identity, flight.timeout_seconds)
+            sent = segment.send(message, *flight.envelope, flight.timeout_seconds)
         flight.work = sent
-        count_exchange(kind, flight.size, start)
-        return Pending(message, None, flight, sent)
-    flight, wire = _begin_sum(message, group, kind, name)
-    with flight:
-        flight.work = dist.all_reduce(wire, group=group, async_op=True)
+    else:
+        wire = _wire(message, flight)
+        with flight:
+            flight.work = dist.all_reduce(wire, group=group, async_op=True)
     count_exchange(kind, flight.size, start)
-    return Pending(message, wire, flight)
+    return Pending(message, wire, flight, sent)
 
 
 def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: str = "") -> Tensor:
@@ -283,7 +261,7 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
     if group is None:
         return message.unsqueeze(0)
     start = time.perf_counter()
-    flight = _begin("gather", message.numel(), group, kind, name, message.numel())
+    flight = _begin("gather", message, group, kind, name)
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     with flight:
         _wait(dist.all_gather(parts, message, group=group, async_op=debug.is_debug()))
@@ -309,12 +287,13 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
     return [bytes(row.tolist()).rstrip(b"\0")[:-1].decode() for row in rows]
 
 
-def _begin(
-    way: str, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
-) -> InFlight:
+def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> InFlight:
+    assert message.dtype == torch.float64
+    log, count = log_of(group), message.numel()
+    envelope = _envelope(way, kind, name, count, log.room)
     for announce in announcers:
-        announce(way, size, group)
-    flight = InFlight(size, group, kind, name, count)
+        announce(way, envelope[0], group)
+    flight = InFlight(envelope, log, kind, name, count)
     if debug.is_debug():
         flight.timeout_seconds = debug.debug_timeout_seconds() or flight.timeout_seconds
         consensus = Consensus(flight, group)

@@ -86,6 +86,8 @@ class _Workers:
     """Groups that every rank has taken part in making, members or not; the same on all ranks."""
     mine: dict[tuple[str, Rule], tuple[int, ...]] = field(default_factory=dict)
     """The part that this rank is in, by backend and rule."""
+    keys: dict[GroupHandle, GroupKey] = field(default_factory=dict)
+    """The groups of rules that were asked for before. Every exchange of a layer asks."""
     machines: list[str] = field(default_factory=list)
     """The machine of each rank, once exchanged."""
 
@@ -125,18 +127,25 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
         # Of another type, since it is only passed on to `exchange.sum_`.
         return to_name(process_group)  # pyright: ignore[reportReturnType]
     handle = to_handle(process_group)
-    if not is_initialized():
+    if dist.group.WORLD is None:
         _check_alone(handle)
         return None
-    parent, rule = parent_and_rule(handle)
-    backend, workers = dist.get_backend_config(parent), _workers()
-    if isinstance(rule, Ranks):
-        members = rule.members
-        if (backend, members) not in workers.made:
-            _make_among(rule, handle, parent)
-    else:
-        members = workers.mine.get((backend, rule)) or _resolve(rule, parent)
-    return None if len(members) == 1 else workers.made[backend, members]
+    workers = _workers()
+    key = workers.keys.get(handle)
+    if key is None:
+        parent, rule = parent_and_rule(handle)
+        backend = dist.get_backend_config(parent)
+        if isinstance(rule, Ranks):
+            members = rule.members
+            if (backend, members) not in workers.made:
+                _make_among(rule, handle, parent)
+        else:
+            members = workers.mine.get((backend, rule)) or _resolve(rule, parent)
+        key = backend, members
+        # What a user has made may end, and be made again.
+        if not isinstance(handle, GivenGroup | Ranks):
+            workers.keys[handle] = key
+    return None if len(key[1]) == 1 else workers.made[key]
 
 
 def least_size(handle: GroupHandle, world_size: int) -> int | None:

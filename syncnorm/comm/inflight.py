@@ -89,8 +89,8 @@ class InFlight:
     """One exchange of this process. As a context, it turns errors into `ExchangeError`.
 
     Args:
-        size: numbers sent, identity and padding included.
-        group: the ranks.
+        envelope: numbers sent, identity and padding included; and the identity, 0 if it has none.
+        log: of the group.
         kind: the payload, see `Exchange`.
         name: the layer, or whatever else is exchanged for.
         count: numbers of the payload.
@@ -100,17 +100,16 @@ class InFlight:
     began: float
 
     def __init__(
-        self, size: int, group: dist.ProcessGroup, kind: str, name: str, count: int
+        self, envelope: tuple[int, int], log: GroupLog, kind: str, name: str, count: int
     ) -> None:
-        log = log_of(group)
-        log.calls[kind, name] += 1
+        self.call = log.calls[kind, name] = log.calls[kind, name] + 1
         self.log = log
         self.timeout_seconds: float = log.timeout_seconds
         """The time to wait for other ranks through shared memory; debug mode may set another."""
         self.kind = kind
         self.name = name
-        self.call = log.calls[kind, name]
-        self.size = size
+        self.envelope = envelope
+        self.size = envelope[0]
         self.count = count
         self.began = time.monotonic()
         self.is_reported = False

@@ -203,27 +203,42 @@ class Segment:
         """
         message = message.contiguous()
         if size > self.capacity:
-            return self._send_pieces(message, size, identity, seconds, is_zero)
-        return self._send_piece(message, size, identity, seconds, is_zero)
+            return self._send_pieces(message, size, identity, seconds, is_zero=is_zero)
+        with self._lock:
+            return self._send_piece(message, size, identity, seconds, is_zero=is_zero)
+
+    def sum(self, message: Tensor, size: int, identity: int, seconds: float) -> tuple[Tensor, bool]:
+        """Publish a message and wait: the sum, and False if some members sent another payload.
+
+        Raises:
+            RuntimeError: see `Message.wait`.
+        """
+        message = message.contiguous()
+        if size > self.capacity:
+            sent = self._send_pieces(message, size, identity, seconds)
+        else:
+            with self._lock:
+                sent = self._send_piece(message, size, identity, seconds)
+                while not sent.is_done:
+                    self._finish_oldest(seconds)
+        return sent.total, sent.is_same
 
     def _send_piece(
-        self, message: Tensor, size: int, identity: int, seconds: float, is_zero: bool
+        self, message: Tensor, size: int, identity: int, seconds: float, *, is_zero: bool = False
     ) -> Message:
+        """Publish what fits a buffer; called with the lock."""
+        while len(self._unsummed) >= self._ahead:
+            self._finish_oldest(seconds)
         sent = Message(self, 0, torch.empty_like(message))
-        with self._lock:
-            while len(self._unsummed) >= self._ahead:
-                self._finish_oldest(seconds)
-            count = 0 if is_zero else sent.count
-            sent.number = self._library.send(
-                self._handle, message.data_ptr(), count, size, identity
-            )
-            if sent.number < 0:
-                raise RuntimeError(self._words(_BROKEN))
-            self._unsummed.append(sent)
+        count = 0 if is_zero else sent.count
+        sent.number = self._library.send(self._handle, message.data_ptr(), count, size, identity)
+        if sent.number < 0:
+            raise RuntimeError(self._words(_BROKEN))
+        self._unsummed.append(sent)
         return sent
 
     def _send_pieces(
-        self, message: Tensor, size: int, identity: int, seconds: float, is_zero: bool
+        self, message: Tensor, size: int, identity: int, seconds: float, *, is_zero: bool = False
     ) -> Message:
         """Send and sum a message that is larger than a buffer, piece by piece.
 
@@ -233,7 +248,8 @@ class Segment:
         for start in range(0, size, self.capacity):
             piece = flat[start : start + self.capacity]
             # No larger than a buffer; `size` is that of the whole, for the comparison.
-            sent = self._send_piece(piece, size, identity, seconds, is_zero)
+            with self._lock:
+                sent = self._send_piece(piece, size, identity, seconds, is_zero=is_zero)
             whole.is_same = sent.wait(seconds)
             if not whole.is_same:
                 break
@@ -256,32 +272,23 @@ class Segment:
         self._library.give_up(self._handle)
 
     def _finish_oldest(self, seconds: float) -> None:
-        message = self._unsummed[0]
-        state = self._sum(message)
-        if state == _NOT_YET:
-            state = self._wait(message, seconds)
+        """Sum the message that was sent first; called with the lock."""
+        message, deadline = self._unsummed[0], time.monotonic() + seconds
+        what = self._handle, message.number, message.total.data_ptr(), message.count
+        while (state := self._library.sum(*what)) == _NOT_YET:
+            # One that has the sum may end at once, and then the others have it as well.
+            if self._gone() and self._missing(message):
+                state = _LEFT
+                break
+            if time.monotonic() > deadline and (late := self._missing(message)):
+                self.give_up()
+                raise RuntimeError(f"Timed out waiting {seconds:g} s for {self._names(late)}")
         if state in (_BROKEN, _LEFT):
             words = self._words(state, message)
             self.give_up()
             raise RuntimeError(words)
         message.is_same, message.is_done = state == _DONE, True
         self._unsummed.popleft()
-
-    def _sum(self, message: Message) -> int:
-        return self._library.sum(
-            self._handle, message.number, message.total.data_ptr(), message.count
-        )
-
-    def _wait(self, message: Message, seconds: float) -> int:
-        deadline = time.monotonic() + seconds
-        while (state := self._sum(message)) == _NOT_YET:
-            # One that has the sum may end at once, and then the others have it as well.
-            if self._gone() and self._missing(message):
-                return _LEFT
-            if time.monotonic() > deadline and (late := self._missing(message)):
-                self.give_up()
-                raise RuntimeError(f"Timed out waiting {seconds:g} s for {self._names(late)}")
-        return state
 
     def _missing(self, message: Message) -> list[int]:
         flags = ctypes.create_string_buffer(len(self._members))

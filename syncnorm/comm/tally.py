@@ -66,7 +66,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._totals: dict[str, Total] = {}
-        _tallies.add(self)
+        _tallies.append(weakref.ref(self, _tallies.remove))
 
     def add(self, kind: str, count: int, numbers: int, seconds: float) -> None:
         self._totals.setdefault(kind, Total()).add(count, numbers, seconds)
@@ -77,19 +77,25 @@ class Tally:
         return totals
 
 
-_tallies: weakref.WeakSet[Tally] = weakref.WeakSet()
+# A list, as every exchange looks through it: to iterate over a WeakSet takes longer than to count.
+_tallies: list[weakref.ref[Tally]] = []
+
+
+def _add(kind: str, count: int, numbers: int, seconds: float) -> None:
+    for each in tuple(_tallies):
+        if (tally := each()) is not None:
+            tally.add(kind, count, numbers, seconds)
 
 
 def count_exchange(kind: str, size: int, start: float) -> None:
     """Count an exchange of `size` numbers that the caller has waited for since `start`."""
-    done = Exchange(kind, size, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
     for exchanges in _records:
-        exchanges.append(done)
-    for tally in _tallies:
-        tally.add(kind, 1, done.numel, done.seconds)
+        exchanges.append(Exchange(kind, size, seconds))
+    if _tallies:
+        _add(kind, 1, size, seconds)
 
 
 def add_time(kind: str, start: float) -> None:
     """Add the time since `start` to that of an exchange that is counted already."""
-    for tally in _tallies:
-        tally.add(kind, 0, 0, time.perf_counter() - start)
+    _add(kind, 0, 0, time.perf_counter() - start)

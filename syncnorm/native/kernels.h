@@ -58,7 +58,10 @@ typedef struct {
 
 static inline long channel_of(const layout *at, long column) { return column / at->inner % at->channels; }
 
-static inline void will_read(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + FETCH_AHEAD), 0); }
+static inline void will_read_after(const void *p, uintptr_t bytes) {
+  __builtin_prefetch((const void *)((uintptr_t)p + bytes), 0);
+}
+static inline void will_read(const void *p) { will_read_after(p, FETCH_AHEAD); }
 static inline void will_write(const void *p) { __builtin_prefetch((const void *)((uintptr_t)p + FETCH_AHEAD), 1); }
 
 static inline double lanes(doubles v) {

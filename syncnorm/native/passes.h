@@ -52,14 +52,16 @@ static inline void NAME(run_sums)(const T *x, const T *g, const W *w, long n, do
 /* The same for each of `columns` columns of `rows` rows; w has a weight for each row. */
 static inline void NAME(column_sums)(const T *x, const T *g, const W *w, long rows, long width, long columns,
                                      double *sum, double *product, int has_g, int has_w) {
+  /* The rows after these: the same columns of these are about to be read. */
+  uintptr_t next = ROWS * width * sizeof(T), ahead = next > FETCH_AHEAD ? next : FETCH_AHEAD;
   for (long first = 0; first < rows; first += ROWS) {
     long last = first + ROWS < rows ? first + ROWS : rows, k = 0;
     for (; k + 2 * LANES <= columns; k += 2 * LANES) {
       doubles s0 = {0}, s1 = {0}, p0 = {0}, p1 = {0}, before;
       for (long r = first; r < last; r++) {
         long i = r * width + k;
-        will_read(x + i);
-        if (has_g) will_read(g + i);
+        will_read_after(x + i, ahead);
+        if (has_g) will_read_after(g + i, ahead);
         doubles b0 = NAME(wide)(x + i), b1 = NAME(wide)(x + i + LANES);
         doubles a0 = has_g ? NAME(wide)(g + i) : b0, a1 = has_g ? NAME(wide)(g + i + LANES) : b1;
         if (has_w) a0 *= (double)w[r], a1 *= (double)w[r];

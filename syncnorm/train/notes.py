@@ -79,9 +79,9 @@ class PendingNotes:
         with self._aside():
             payload = torch.zeros(size, dtype=torch.float64, device=loss.device)
             # Filled rather than assigned: that would copy a number from the host, and wait.
-            payload[0].fill_(float(flags.stop))
-            payload[1].fill_(float(flags.save))
-            payload[2].fill_(float(flags.failed))
+            for place, is_set in enumerate((flags.stop, flags.save, flags.failed)):
+                if is_set:
+                    payload[place].fill_(1.0)
             mine = payload[3 + rank :: self._world_size]
             mine[0].copy_(loss)
             if isinstance(count, Tensor):

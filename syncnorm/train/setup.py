@@ -112,7 +112,8 @@ class Setup:
     def forwards(self, indices: Tensor) -> list[Tensor]:
         """List the indices of each of this worker's forwards in a step over `indices`, (N,)."""
         rounds = self.placement(len(indices)).rounds
-        return [torch.cat([indices[part] for part in parts]) for parts in rounds]
+        taken = [[indices[part] for part in parts] for parts in rounds]
+        return [torch.cat(some) if len(some) > 1 else some[0] for some in taken]
 
     def set_norm_batches(self, placement: Placement, parts: tuple[slice, ...]) -> None:
         """Tell the layers over which samples the next forward's statistics are taken."""
@@ -401,5 +402,9 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 
 def seed_random(seed: int) -> None:
     """Seed torch's random numbers and Python's: a callable of the user's may draw from either."""
-    torch.manual_seed(seed)
+    # Not torch.manual_seed: of each kind of device that is not there it keeps the seed and the stack
+    # of the call, in case that it comes, which takes as long as several layers.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
     random.seed(seed)

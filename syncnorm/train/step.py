@@ -147,7 +147,7 @@ def _compute_gradient(
     """Run this worker's forwards and backwards; DDP sums the gradients during the last backward."""
     samples = len(batch.indices)
     placement = setup.placement(samples)
-    loss = torch.zeros((), dtype=torch.float64, device=setup.workers.device)
+    loss: Tensor | None = None
     count: Number = 0
     failure, pending = "", None
     with _one_update(setup, placement):
@@ -159,8 +159,9 @@ def _compute_gradient(
                     failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
                 total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
                 share = total / samples
-                loss += share.detach()
-                count = count + counted
+                mine = share.detach().double()
+                # An operator less in a step of one forward.
+                loss, count = (mine, counted) if loss is None else (loss + mine, count + counted)
                 if is_last:  # the notes travel while the backward pass runs
                     flags = replace(flags, failed=bool(failure))
                     pending = PendingNotes(setup, loss, count, flags)

@@ -35,8 +35,10 @@ def test_the_interval_covers_the_median_in_95_of_100_samples():
 def test_candidates_take_turns_in_an_order_that_rotates():
     order: list[str] = []
     turns = {name: lambda name=name: order.append(name) for name in "abc"}
-    seconds = paired.rounds(turns, 3, warm_up=1, goes_on=lambda done: done < 2)
-    assert "".join(order) == "abc" + "bca" + "cab"
+    seconds = paired.rounds(
+        turns, 3, warm_up=1, goes_on=lambda done: done < 2, line_up=lambda: order.append("|")
+    )
+    assert "".join(order) == "|a|b|c" + "|b|c|a" + "|c|a|b"
     assert {name: len(times) for name, times in seconds.items()} == {"a": 2, "b": 2, "c": 2}
 
 

@@ -58,8 +58,26 @@ def test_forward_mode_level():
         assert undocumented.forward_mode_level() == 0
 
 
+def test_a_plain_apply_is_a_functions_own():
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, times):
+            ctx.times = times
+            return x * times
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * ctx.times, None
+
+    x = torch.ones(3, requires_grad=True)
+    y = undocumented.plain_apply(Scaled)(x, 2.0)
+    y.backward(torch.arange(3.0))
+    assert y.tolist() == [2.0] * 3
+    assert x.grad.tolist() == [0.0, 2.0, 4.0]
+
+
 def test_saved_tensor_hooks():
-    probe = Probe(undocumented.has_saved_tensor_hooks)
+    probe = Probe(lambda: undocumented.saved_tensor_hooks() is not None)
     probe(torch.ones(3))
     with save_on_cpu():
         probe(torch.ones(3))

@@ -575,7 +575,7 @@ class NewStatistics(SyncBatchRenorm):
 
     @torch.no_grad()
     def new_statistic(self, local: LocalSums) -> Statistic:
-        statistic = self._ask_source(local)
+        statistic = SyncNorm.new_statistic(self, local)
         mean, var = self.running_mean.clone(), self.running_var.clone()
         self.update_running(statistic.batch, self.momentum)
         self.num_batches_tracked -= int(statistic.batch.n > 0)

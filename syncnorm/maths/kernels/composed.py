@@ -22,6 +22,7 @@ from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
 from syncnorm.maths.precision import sum_dtype
 
 
+@torch.no_grad()
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """Raw sums of one worker, shape (2C+1,).
 

@@ -84,9 +84,8 @@ def is_usable(*tensors: Tensor | None) -> bool:
     return bool(types)
 
 
-def _call(name: str, *args: Any) -> None:
-    if getattr(_functions(), name)(*args):
-        raise MemoryError(f"{name} of the native kernels found no memory for its sums")
+def _no_memory(name: str) -> MemoryError:
+    return MemoryError(f"{name} of the native kernels found no memory for its sums")
 
 
 def _dense(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int, int]]:
@@ -106,20 +105,20 @@ def _like(t: Tensor, is_rows: bool) -> Tensor:
     return t if layout.is_rows(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _weights(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """The mask in the type of the arithmetic, with its samples and places in order."""
+def _weights(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int | None]:
+    """The mask in the type of the arithmetic, with its samples and places in order; its pointer."""
     if mask is None:
-        return None
-    return mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+        return None, None
+    w = mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    return w, w.data_ptr()
 
 
-def _pointer(t: Tensor | None) -> int | None:
-    return None if t is None else t.data_ptr()
-
-
-def _row(t: Tensor | None) -> tuple[int | None, int]:
-    """Pointer and type of a (C,) tensor."""
-    return (None, 0) if t is None else (t.data_ptr(), _TYPES[t.dtype])
+def _rows(*vectors: Tensor | None) -> list[int | None]:
+    """Pointer and type of each (C,) tensor."""
+    flat: list[int | None] = []
+    for t in vectors:
+        flat += (None, 0) if t is None else (t.data_ptr(), _TYPES[t.dtype])
+    return flat
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -128,11 +127,11 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     The count is NaN where a weight is negative or not finite.
     """
     x, _, sizes = _dense(x)
-    w = _weights(mask, x)
+    _kept, w = _weights(mask, x)
     sums = torch.empty(2 * sizes[2] + 1, dtype=torch.float64)
-    _call(
-        "moments", x.data_ptr(), *sizes, _pointer(w), sums.data_ptr(), torch.get_num_threads()
-    )  # fmt: skip
+    threads = torch.get_num_threads()
+    if _functions().moments(x.data_ptr(), *sizes, w, sums.data_ptr(), threads):
+        raise _no_memory("moments")
     return sums
 
 
@@ -153,10 +152,12 @@ def normalize(
     bias = bias if bias is None else bias.contiguous()
     to, kept = (None, ()) if reference is None else _reference(reference)
     rows = torch.empty(_ROWS if to is None else _CORRECTED_ROWS, sizes[2], dtype=torch.float64)
-    _call(
-        "normalize", x.data_ptr(), y.data_ptr(), *sizes, numbers.data_ptr(), is_raw, *_row(weight),
-        *_row(bias), eps, rows.data_ptr(), to, torch.get_num_threads(),
+    failed = _functions().normalize(
+        x.data_ptr(), y.data_ptr(), *sizes, numbers.data_ptr(), is_raw,
+        *_rows(weight, bias), eps, rows.data_ptr(), to, torch.get_num_threads(),
     )  # fmt: skip
+    if failed:
+        raise _no_memory("normalize")
     del kept
     return (y if x is given else torch.empty_like(given).copy_(y)), rows
 
@@ -195,11 +196,12 @@ def update_running_(
     numbers, is_raw = batch.packed
     mean, var = running_mean.contiguous(), running_var.contiguous()
     count = None if counter is None else counter.to("cpu", torch.int64)
-    _call(
-        "update_running",
-        *_row(mean), *_row(var), _pointer(count), numbers.data_ptr(), is_raw, mean.numel(),
-        float("nan") if momentum is None else momentum, eps, is_std,
+    failed = _functions().update_running(
+        *_rows(mean, var), None if count is None else count.data_ptr(), numbers.data_ptr(), is_raw,
+        mean.numel(), float("nan") if momentum is None else momentum, eps, is_std,
     )  # fmt: skip
+    if failed:
+        raise _no_memory("update_running")
     if mean is not running_mean:
         running_mean.copy_(mean)
     if var is not running_var:
@@ -223,10 +225,12 @@ def backward_sums(
     local = torch.empty(2, channels, dtype=torch.float64)
     dweight = None if weight_dtype is None else torch.empty(channels, dtype=weight_dtype)
     dbias = None if bias_dtype is None else torch.empty(channels, dtype=bias_dtype)
-    _call(
-        "backward_sums", g.data_ptr(), x.data_ptr(), *sizes, rows.data_ptr(), rows.shape[0] > _ROWS,
-        local.data_ptr(), *_row(dweight), *_row(dbias), torch.get_num_threads(),
+    failed = _functions().backward_sums(
+        g.data_ptr(), x.data_ptr(), *sizes, rows.data_ptr(), rows.shape[0] > _ROWS,
+        local.data_ptr(), *_rows(dweight, dbias), torch.get_num_threads(),
     )  # fmt: skip
+    if failed:
+        raise _no_memory("backward_sums")
     return local, dweight, dbias
 
 
@@ -242,15 +246,17 @@ def backward_input(
     """The gradient of x, in its type and layout; `totals` are to be divided by n, or by nothing."""
     given = x
     x, is_rows, sizes = _dense(x)
-    g, w = _like(g, is_rows), _weights(mask, x)
+    g, (_kept, w) = _like(g, is_rows), _weights(mask, x)
     weight = weight if weight is None else weight.contiguous()
     totals = totals.contiguous()
     dx = torch.empty_like(x)
-    _call(
-        "backward_input", g.data_ptr(), x.data_ptr(), dx.data_ptr(), *sizes, _pointer(w),
-        rows.data_ptr(), rows.shape[0] > _ROWS, *_row(weight), totals.data_ptr(), _pointer(n),
+    failed = _functions().backward_input(
+        g.data_ptr(), x.data_ptr(), dx.data_ptr(), *sizes, w, rows.data_ptr(),
+        rows.shape[0] > _ROWS, *_rows(weight), totals.data_ptr(), None if n is None else n.data_ptr(),
         torch.get_num_threads(),
     )  # fmt: skip
+    if failed:
+        raise _no_memory("backward_input")
     return dx if x is given else torch.empty_like(given).copy_(dx)
 
 
@@ -270,17 +276,19 @@ def follow_moments_(
 ) -> None:
     """Move the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
     numbers, is_raw = batch.packed
-    _call(
-        "follow_moments", numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
+    failed = _functions().follow_moments(
+        numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
         waits.data_ptr(), eps, options.max_drift, options.forward_rate,
     )  # fmt: skip
+    if failed:
+        raise _no_memory("follow_moments")
     mark_written(mean, var, updates, waits)
 
 
 def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: Lagged) -> None:
     """Move the averages of gradient means, as of `syncnorm.maths.lagged`."""
-    _call(
-        "follow_gradients", sums.data_ptr(), gradient.shape[1], gradient.data_ptr(), updates.data_ptr(),
+    _functions().follow_gradients(
+        sums.data_ptr(), gradient.shape[1], gradient.data_ptr(), updates.data_ptr(),
         options.backward_rate,
     )  # fmt: skip
     mark_written(gradient, updates)
