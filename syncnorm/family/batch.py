@@ -11,11 +11,12 @@ batch of a single value says nothing about scale, and leaves the running varianc
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor
 
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments, unbiased
 from syncnorm.undocumented import disable_dynamo
 
@@ -25,6 +26,8 @@ class PooledBatchNorm(FamilyLayer):
 
     For itself `syncnorm.SyncBatchNorm` does the same and more.
     """
+
+    scales_at_once: ClassVar[bool] = True
 
     @disable_dynamo
     def normalize(self, x: Tensor) -> Tensor:
@@ -47,12 +50,7 @@ class PooledBatchNorm(FamilyLayer):
 
     def standardize(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
         """Subtract a mean, divide by the root of a variance, both (C,), apply weight and bias."""
-        invstd = (var.double() + self.eps).rsqrt()
-        return affine(x, mean, invstd if self.weight is None else invstd * self.weight, self.bias)
-
-    def scale(self, z: Tensor) -> Tensor:
-        """Leave z alone, to which `standardize` has applied weight and bias."""
-        return z
+        return self.scale(x, mean, (var.double() + self.eps).rsqrt())
 
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step, forward, then backward."""

@@ -108,7 +108,7 @@ class BatchChannelNorm(PooledBatchNorm):
         """Normalise by the batch or by estimates."""
         return by_estimates(self, x) if self.estimate else super().normalize(x)
 
-    def scale(self, z: Tensor) -> Tensor:
+    def finish(self, z: Tensor) -> Tensor:
         """Normalise groups of channels, and apply their weight and bias."""
         # Not by the function of torch.nn, which raises on a worker that has a single value.
         z = torch.group_norm(z, self.num_groups, eps=self.eps)

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
-from syncnorm.family.passes import affine, blocks, by_channel, channels
+from syncnorm.family.passes import blocks, by_channel, channels
 from syncnorm.family.pooled import pooled_sum
 from syncnorm.undocumented import disable_dynamo
 
@@ -42,6 +42,7 @@ class L1BatchNorm(FamilyLayer):
 
     running_deviation: Tensor
     ones: ClassVar[frozenset[str]] = FamilyLayer.ones | {"running_deviation"}
+    scales_at_once: ClassVar[bool] = True
 
     def __init__(
         self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Any
@@ -90,12 +91,7 @@ class L1BatchNorm(FamilyLayer):
         return self._divide(x, self.running_mean, self.running_deviation)
 
     def _divide(self, x: Tensor, mean: Tensor, deviation: Tensor) -> Tensor:
-        scale = 1 / (deviation.double() + self.eps)
-        return affine(x, mean, scale if self.weight is None else scale * self.weight, self.bias)
-
-    def scale(self, z: Tensor) -> Tensor:
-        """Leave z alone, to which weight and bias have been applied."""
-        return z
+        return self.scale(x, mean, 1 / (deviation.double() + self.eps))
 
 
 class _Sums(torch.autograd.Function):

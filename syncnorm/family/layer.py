@@ -12,7 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional, observed, ops
 from syncnorm.comm import groups
-from syncnorm.errors import InputError
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import widened
 
@@ -35,8 +34,7 @@ class Pooling(nn.Module):
     def __init__(
         self, sync: Literal["batch", "none"] = "batch", process_group: groups.Spec = None
     ) -> None:
-        if sync not in ("batch", "none"):
-            raise InputError(f'`sync` must be "batch" or "none", got {sync!r}')
+        functional.check_choice("sync", sync, ("batch", "none"))
         super().__init__()
         self.sync = sync
         self.workers = groups.to_handle(process_group)
@@ -155,6 +153,8 @@ class FamilyLayer(Pooling):
     """Set within `evaluation_statistics`, where it takes the place of `normalize` and `evaluate`."""
     ones: ClassVar[frozenset[str]] = frozenset({"weight", "running_var"})
     """The parameters and buffers that begin at 1; all others begin at 0."""
+    scales_at_once: ClassVar[bool] = False
+    """True if `normalize` and `evaluate` apply weight and bias, by `scale`."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class FamilyLayer(Pooling):
         self.check(x)
         if not self.training:
             self.settle()
-        return self.scale(self.standardized(widened(x))).to(x.dtype)
+        return self.finish(self.standardized(widened(x))).to(x.dtype)
 
     def check(self, x: Tensor) -> None:
         """Raise InputError for an input of another shape, before any exchange."""
@@ -207,9 +207,15 @@ class FamilyLayer(Pooling):
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running statistics."""
 
-    def scale(self, z: Tensor) -> Tensor:
-        """Apply weight and bias."""
-        return affine(z, None, self.weight, self.bias)
+    def finish(self, z: Tensor) -> Tensor:
+        """Apply weight and bias, unless `normalize` and `evaluate` have done so."""
+        return z if self.scales_at_once else self.scale(z)
+
+    def scale(self, x: Tensor, mean: Tensor | None = None, by: Tensor | None = None) -> Tensor:
+        """Apply weight and bias to (x - mean) by, in one pass; both (C,), None: 0 and 1."""
+        weight = self.weight
+        factor = by if weight is None else weight if by is None else by * weight
+        return affine(x, mean, factor, self.bias)
 
     def take(self, layer: _BatchNorm) -> None:
         """Take over a batch norm's parameters, the same objects, and its running statistics.

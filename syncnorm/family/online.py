@@ -28,7 +28,7 @@ move.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ from syncnorm.errors import InputError
 from syncnorm.family import recurrence
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.late import LateSums, keep
-from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
+from syncnorm.family.layer import PlainBatchNorm
 from syncnorm.family.passes import affine, by_own_rms
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
@@ -77,6 +77,7 @@ class OnlineNorm(PooledBatchNorm):
         options: `sync`, `process_group`, `device` and `dtype`, see `FamilyLayer`.
     """
 
+    scales_at_once: ClassVar[bool] = False
     u: Tensor
     v: Tensor
     average_every: int
@@ -172,8 +173,8 @@ class OnlineNorm(PooledBatchNorm):
     def evaluate(self, x: Tensor) -> Tensor:
         return affine(x, self.running_mean, (self.running_var.double() + self.eps).rsqrt(), None)
 
-    def scale(self, z: Tensor) -> Tensor:
-        y = FamilyLayer.scale(self, z)
+    def finish(self, z: Tensor) -> Tensor:
+        y = super().finish(z)
         if self.guard == "layer_scaling":
             return by_own_rms(y, tuple(range(1, y.ndim)), self.eps)
         return y if self.guard is None else y.clamp(-_LARGEST, _LARGEST)

@@ -65,7 +65,7 @@ class SquareNorm(FamilyLayer):
         if not self.training:
             self.settle()
         wide = self.prepare(widened(x))
-        return self.scale(self.standardized(wide, weights)).to(x.dtype)
+        return self.finish(self.standardized(wide, weights)).to(x.dtype)
 
     def prepare(self, x: Tensor) -> Tensor:
         """Transform x before all else."""

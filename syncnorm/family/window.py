@@ -66,11 +66,10 @@ class WindowNorm(SquareNorm):
     squares: Tensor
     gradients: Tensor
     renorms_output: ClassVar[bool]
+    """True if r multiplies the output; else it multiplies g alone."""
     renorm_after: int
     warmup: int
     window: int
-
-    """True if r multiplies the output; else it multiplies g alone."""
 
     def __init__(
         self,
