@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -19,7 +18,7 @@ from syncnorm.model.convert.others import has_own_forward, is_home_made
 from syncnorm.model.mixed import Choice, How, Mix, Prior
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.source import Source
+from syncnorm.statistics.source import Lent, Source
 from syncnorm.undocumented import disable_dynamo
 
 
@@ -81,7 +80,7 @@ def evaluation_statistics(
     with ExitStack() as stack:
         for name, layer in layers.items():
             if isinstance(layer, SyncNorm):
-                stack.enter_context(_put(layer, "statistics", _Lent(layer.statistics, how)))
+                stack.enter_context(_put(layer, "statistics", _Ours(layer.statistics, how)))
             elif isinstance(layer, FamilyLayer):
                 stack.enter_context(_put(layer, "chosen", _Family(how)))
             elif isinstance(layer, _BatchNorm) and not _has_own_way(layer):
@@ -107,20 +106,19 @@ def _put(layer: nn.Module, name: str, value: object) -> Iterator[None]:
 
 
 def _check(layers: dict[str, Any], statistics: Choice) -> None:
-    bare = [
-        f"{name!r} ({type(layer).__name__})"
-        for name, layer in layers.items()
-        if isinstance(layer, FamilyLayer) and _has_own_way(layer)
-    ]
-    if bare and statistics != "running":
-        raise InputError(
-            "`model` must have layers of syncnorm.family with a method `batch_statistics`, which "
-            f'takes those of a batch, got {", ".join(bare)}. Write it, or choose "running".'
-        )
-    own = [name for name, layer in layers.items() if _has_own_way(layer)]
+    own = {name: layer for name, layer in layers.items() if _has_own_way(layer)}
     if own and statistics != "running":
+        family = [
+            f"{n!r} ({type(m).__name__})" for n, m in own.items() if isinstance(m, FamilyLayer)
+        ]
+        if family:
+            raise InputError(
+                "`model` must have layers of syncnorm.family with a method `batch_statistics`, "
+                f"which takes those of a batch, got {', '.join(family)}. Write it, or choose "
+                '"running".'
+            )
         raise InputError(
-            f"`model` must have batch norms whose statistics can be chosen, got {own}, which "
+            f"`model` must have batch norms whose statistics can be chosen, got {[*own]}, which "
             "evaluate in ways of their own. convert(model) makes them layers of ours where it can."
         )
     bare = [name for name, layer in layers.items() if getattr(layer, "running_mean", 0) is None]
@@ -140,7 +138,7 @@ def _has_own_way(layer: nn.Module) -> bool:
     return is_own and not isinstance(layer, SyncNorm)
 
 
-class _Lent(Source):
+class _Ours(Lent):
     """A layer's own source, except that it evaluates as the block says.
 
     Args:
@@ -148,15 +146,9 @@ class _Lent(Source):
         how: the block's choice.
     """
 
-    is_lent = True
-
     def __init__(self, source: Source, how: How) -> None:
-        self.source = source
+        super().__init__(source)
         self.how = how
-
-    @property
-    def is_accumulating(self) -> bool:
-        return self.source.is_accumulating
 
     @disable_dynamo
     def evaluate(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -169,24 +161,6 @@ class _Lent(Source):
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         raise _training(layer.label)
-
-    def settle(self) -> None:
-        self.source.settle()
-
-    def discard(self, layer: SyncNorm) -> None:
-        self.source.discard(layer)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        # A copy made within the block is not part of it.
-        return copy.deepcopy(self.source, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Nor is what is loaded from a pickle.
-        return _itself, (self.source,)
-
-
-def _itself(source: Source) -> Source:
-    return source
 
 
 class _Theirs:

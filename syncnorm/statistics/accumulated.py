@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from syncnorm.maths.moments import Moments, merge
 from syncnorm.ops import LocalSums, Statistic, unexchanged_statistic
-from syncnorm.statistics.source import Source
+from syncnorm.statistics.source import Lent, Source
 from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class Accumulating(Source):
-    """A layer's own source, except that what it records is merged and kept.
-
-    Args:
-        source: the layer's own.
-    """
-
-    is_lent = True
+class Accumulating(Lent):
+    """A layer's own source, except that what it records is merged and kept."""
 
     @property
     def is_accumulating(self) -> bool:
         return True
 
     def __init__(self, source: Source) -> None:
-        self.source = source
+        super().__init__(source)
         self.total: Moments | None = None
 
     @disable_dynamo
@@ -49,26 +42,11 @@ class Accumulating(Source):
         if local.observer is None:
             self.total = batch if self.total is None else merge(self.total, batch)
 
-    def settle(self) -> None:
-        self.source.settle()
-
     def discard(self, layer: SyncNorm) -> None:
         self.total = None
-        self.source.discard(layer)
+        super().discard(layer)
 
     def apply(self, layer: SyncNorm) -> None:
         """Have the running statistics follow all that was recorded."""
         if self.total is not None:
             layer.update_running(self.total, layer.momentum)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
-        # A copy made within the block is not part of it.
-        return copy.deepcopy(self.source, memo)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Nor is what is loaded from a pickle.
-        return _itself, (self.source,)
-
-
-def _itself(source: Source) -> Source:
-    return source

@@ -15,6 +15,7 @@ another one for a while (within `accumulate` and `evaluation_statistics`, by `re
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -88,6 +89,41 @@ class Source(ABC):
 
     def release(self, layer: SyncNorm) -> None:  # noqa: B027 nothing to do for most
         """Detach a layer, up to date, that is about to become another. Every worker must call."""
+
+
+class Lent(Source):
+    """A layer's own source for the length of a block, which a subclass changes in part.
+
+    A copy or a pickle that is made within the block has the layer's own: it is no part of the block.
+
+    Args:
+        source: the layer's own.
+    """
+
+    is_lent = True
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    @property
+    def is_accumulating(self) -> bool:
+        return self.source.is_accumulating
+
+    def settle(self) -> None:
+        self.source.settle()
+
+    def discard(self, layer: SyncNorm) -> None:
+        self.source.discard(layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Source:
+        return copy.deepcopy(self.source, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self.source,)
+
+
+def _itself(source: Source) -> Source:
+    return source
 
 
 @disable_dynamo
