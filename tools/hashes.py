@@ -25,9 +25,8 @@ _HEAD = "# Written by `python -m tools.hashes`: a wheel of each architecture, or
 
 
 def pins(text: str) -> dict[str, str]:
-    """The version of each package that a file of pip's names, torch left out."""
-    found = re.findall(r"^([\w.\-]+)==([\w.+!]+)", text, flags=re.MULTILINE)
-    return {name: version for name, version in found if name != "torch"}
+    """The version of each package that a file of pip's names."""
+    return dict(re.findall(r"^([\w.\-]+)==([\w.+!]+)", text, flags=re.MULTILINE))
 
 
 def canonical(name: str) -> str:
@@ -79,6 +78,7 @@ def main() -> None:
     """Write both files."""
     for target, source in FILES.items():
         versions = pins((DOCKER / source).read_text())
+        versions.pop("torch", None)
         found = [look_up(architecture, versions) for architecture in ARCHITECTURES]
         (DOCKER / target).write_text(requirements(versions, found))
 

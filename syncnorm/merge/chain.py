@@ -18,7 +18,7 @@ from syncnorm.family.standardised import CONVOLUTIONS
 from syncnorm.maths.moments import of_sums
 from syncnorm.merge.calls import Call, calls
 from syncnorm.merge.gram import Sums, add, arriving, leaving, with_bias
-from syncnorm.merge.interpolate import bare, check_alike
+from syncnorm.merge.interpolate import bare, check_alike, tensors
 from syncnorm.model.failing import sum_unless_failed
 from syncnorm.model.modes import evaluating
 
@@ -112,7 +112,7 @@ def _check(models: list[nn.Module], batches: Sequence[Iterable[Any]], ridge: flo
 
 def _average(models: list[nn.Module]) -> nn.Module:
     merged = copy.deepcopy(models[0])
-    states = [each.state_dict() for each in models]
+    states = [tensors(each) for each in models]
     merged.load_state_dict(
         {
             name: torch.stack([s[name].to(each.device).double() for s in states]).mean(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.errors import InputError
@@ -43,14 +43,19 @@ def interpolate(a: nn.Module, b: nn.Module, alpha: float = 0.5) -> nn.Module:
     a, b = bare(a), bare(b)
     check_alike(a, b)
     mixed = copy.deepcopy(a)
-    others = b.state_dict()
+    others = tensors(b)
     values = {
         name: torch.lerp(each.double(), others[name].to(each.device).double(), alpha).to(each.dtype)
-        for name, each in a.state_dict().items()
+        for name, each in tensors(a).items()
         if each.is_floating_point()
     }
     mixed.load_state_dict(values, strict=False)
     return mixed
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a network, but for what modules keep besides tensors (`get_extra_state`)."""
+    return {k: v for k, v in model.state_dict().items() if isinstance(v, Tensor)}
 
 
 def check_alpha(alpha: float) -> None:
@@ -74,7 +79,7 @@ def check_alike(*models: nn.Module) -> None:
     Raises:
         InputError: they differ.
     """
-    first, *others = ({k: tuple(v.shape) for k, v in m.state_dict().items()} for m in models)
+    first, *others = ({k: tuple(v.shape) for k, v in tensors(m).items()} for m in models)
     for other in others:
         differing = sorted(name for name in first | other if first.get(name) != other.get(name))
         if differing:

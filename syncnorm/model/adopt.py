@@ -251,10 +251,12 @@ def _read(own: Entries, layer: _BatchNorm, source: str | None, name: str) -> _Re
         return read._replace(
             notes=(*read.notes, "num_batches_tracked = 0, since the state has no counter")
         )
-    counted = int(read.entries.get("num_batches_tracked", torch.zeros(())))
-    if isinstance(layer, SyncBatchRenorm) and kind == "torch" and counted:
+    clock = read.entries.get("num_batches_tracked", torch.zeros(()))
+    # A clock of another shape is refused later, with all that does not fit.
+    has_run = clock.numel() == 1 and bool(clock > 0)
+    if isinstance(layer, SyncBatchRenorm) and kind == "torch" and has_run:
         note = (
-            f"the schedule's clock stands at {counted}; if that was batch normalisation, set "
+            f"the schedule's clock stands at {int(clock)}; if that was batch normalisation, set "
             "num_batches_tracked to 0"
         )
         return read._replace(notes=(*read.notes, note))

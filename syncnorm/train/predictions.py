@@ -17,13 +17,17 @@ from syncnorm.placement import shard
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import Feed
+from syncnorm.train.report.predictions import (
+    MOST_CLASSES,
+    MOST_PAIRS,
+    SHOWN_RIGHT,
+    SHOWN_WRONG,
+)
 from syncnorm.train.setup import Setup
 from syncnorm.train.task.supervised import Classify, pair_of
 
 # So that its time does not grow with the set, nor the record with classes and images.
 _MOST_SAMPLES, _MOST_AT_ONCE = 8192, 64
-_MOST_CLASSES, _MOST_PAIRS = 32, 64
-_SHOWN_WRONG, _SHOWN_RIGHT = 12, 4
 _MOST_PIXELS = 32
 
 
@@ -62,7 +66,7 @@ def collect_predictions(
         "split": split,
         "count": sum(pairs.values()),
         **_describe_confusion(pairs, classes),
-        "samples": wrong[:_SHOWN_WRONG] + right[:_SHOWN_RIGHT],
+        "samples": wrong[:SHOWN_WRONG] + right[:SHOWN_RIGHT],
     }
 
 
@@ -72,7 +76,7 @@ def _judge(
     """Predict this worker's samples: how often which for which, some samples, the classes."""
     counts: Counter[tuple[int, int]] = Counter()
     shown: list[dict[str, Any]] = []
-    left, classes = {True: _SHOWN_RIGHT, False: _SHOWN_WRONG}, 0
+    left, classes = {True: SHOWN_RIGHT, False: SHOWN_WRONG}, 0
     model, task = setup.evaluated_model, setup.task
     assert isinstance(task, Classify)
     with evaluating(model), setup.autocast():
@@ -101,11 +105,11 @@ def _sample(inputs: Any, index: int, true: int, predicted: int, sure: float) -> 
 
 
 def _describe_confusion(pairs: Counter[tuple[int, int]], classes: int) -> dict[str, Any]:
-    if classes <= _MOST_CLASSES:
+    if classes <= MOST_CLASSES:
         rows = range(classes)
         return {"confusion": [[pairs[true, found] for found in rows] for true in rows]}
     wrong = Counter({pair: count for pair, count in pairs.items() if pair[0] != pair[1]})
-    return {"confused": [[*pair, count] for pair, count in wrong.most_common(_MOST_PAIRS)]}
+    return {"confused": [[*pair, count] for pair, count in wrong.most_common(MOST_PAIRS)]}
 
 
 def _image(pixels: Tensor) -> str | None:

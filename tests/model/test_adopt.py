@@ -205,6 +205,11 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
     ),
     (_without(CROSSQ, "ra_var"), None, "nothing for '1.running_var'"),
     (
+        TORCH | {"num_batches_tracked": torch.ones(2)},
+        None,
+        "got '1.num_batches_tracked' of shape (2,), which is () in the model",
+    ),
+    (
         CROSSQ,
         "torch",
         "`source` must be what the state is of, got 'torch' for '1' with ['bias', 'ra_mean', "

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from syncnorm import SyncBatchNorm
 from syncnorm.errors import InputError
 from syncnorm.family import MABN, EvoNorm, L1BatchNorm, PowerNorm
+from syncnorm.merge import chain_of_merges, interpolate, match_weights
 from syncnorm.merge import channels as channels_module
-from syncnorm.merge import interpolate, match_weights
 from syncnorm.merge.channels import channels
 from syncnorm.merge.match import permute
 from syncnorm.train.models import BasicBlock, Bottleneck, ResNet
@@ -280,6 +280,22 @@ def test_interpolation(alpha):
         if value.is_floating_point():
             value = (1 - alpha) * value + alpha * b.state_dict()[name]
         torch.testing.assert_close(mixed[name], value, rtol=1e-14, atol=1e-14)
+
+
+class _WithExtraState(nn.Linear):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+def test_what_modules_keep_besides_tensors_is_that_of_the_first():
+    a, b = _WithExtraState(3, 2), _WithExtraState(3, 2)
+    a.number, b.number = 1, 2
+    batches = [[torch.randn(5, 3)], [torch.randn(5, 3)]]
+    for merged in (interpolate(a, b), chain_of_merges([a, b], batches)):
+        assert merged.get_extra_state() == {"number": 1}
 
 
 @pytest.mark.parametrize("alpha", [-0.1, 1.5, float("nan")])

@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 # What this package writes, and nothing that names an address.
 _IMAGE = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]{1,12000}={0,2}")
-_MOST_CLASSES, _MOST_PAIRS, _MOST_SAMPLES = 32, 64, 16
+MOST_CLASSES, MOST_PAIRS, SHOWN_WRONG, SHOWN_RIGHT = 32, 64, 12, 4
 _LARGEST = 10**12
 
 
@@ -55,7 +55,7 @@ def read_predictions(event: dict[str, Any]) -> Predictions | None:
     split, count = event.get("split"), event.get("count")
     if split not in ("validation", "test") or not _is_count(count):
         return None
-    samples = map(_sample, _list(event.get("samples"))[:_MOST_SAMPLES])
+    samples = map(_sample, _list(event.get("samples"))[: SHOWN_WRONG + SHOWN_RIGHT])
     return Predictions(
         split,
         count,
@@ -63,7 +63,7 @@ def read_predictions(event: dict[str, Any]) -> Predictions | None:
         [
             (true, predicted, number)
             for true, predicted, number in filter(_is_triple, _list(event.get("confused")))
-        ][:_MOST_PAIRS],
+        ][:MOST_PAIRS],
         [sample for sample in samples if sample is not None],
     )
 
@@ -73,7 +73,7 @@ def _matrix(value: Any) -> list[list[int]]:
     is_matrix = all(
         isinstance(row, list) and len(row) == len(rows) and all(map(_is_count, row)) for row in rows
     )
-    return rows if is_matrix and len(rows) <= _MOST_CLASSES else []
+    return rows if is_matrix and len(rows) <= MOST_CLASSES else []
 
 
 def _sample(value: Any) -> Sample | None:
