@@ -23,9 +23,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import CheckpointError, ConfigError, InputError
 from syncnorm.model.adopt import adopt_state_dict
-from syncnorm.train.checkpoint.evaluated import evaluated_state
+from syncnorm.train.checkpoint.evaluated import evaluated_state, read_evaluated
 from syncnorm.train.checkpoint.snapshot import MANIFEST, read_snapshot
-from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
+from syncnorm.train.checkpoint.store import CHECKPOINTS
 from syncnorm.train.config.schema import ModelSection
 from syncnorm.train.placement import Workers
 from syncnorm.train.waiting import from_first
@@ -93,12 +93,10 @@ def _read_folder(path: Path) -> dict[str, Tensor]:
     if (path / MANIFEST).exists():
         return evaluated_state(read_snapshot(path))
     if (path / CHECKPOINTS).is_dir():
-        snapshot, _, faults = CheckpointStore(path / CHECKPOINTS).newest()
-        if snapshot is None:
-            raise _refusal(path, faults[0] if faults else f"{CHECKPOINTS} holds none yet")
-        for fault in faults:
-            _log.warning("weights of %s: %s", path, fault)
-        return evaluated_state(snapshot)
+        try:
+            return evaluated_state(read_evaluated(path))
+        except ConfigError as error:
+            raise _refusal(path, str(error)) from None
     for name in _HF_FILES:
         if (path / name).exists():
             return _read_file(path / name)

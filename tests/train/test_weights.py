@@ -164,7 +164,7 @@ def bad_weights(folder: Path, kind: str, state: dict[str, torch.Tensor]) -> Path
         ("none", "it has no state dict"),
         ("empty", "no model.safetensors or pytorch_model.bin there"),
         ("escape", "'../w.bin' is no name of a file beside it"),
-        ("unsaved", "checkpoints holds none yet"),
+        ("unsaved", "checkpoints: holds no checkpoint"),
         ("nothing fits", "nothing for 'conv1.weight'"),
     ],
 )
