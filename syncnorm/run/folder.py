@@ -13,7 +13,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.ending import read_exit
 from syncnorm.train.checkpoint.capture import describe_differences
 from syncnorm.train.config import strict_yaml
-from syncnorm.train.config.schema import Config
+from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.section import is_url
 from syncnorm.train.files import remove, write_text_whole
 from syncnorm.train.storage import LOCAL_ROOT, read_origin, write_origin
@@ -141,8 +141,8 @@ def check_resumable(config: Config, source: Path | str) -> Path:
     if differences:
         raise ConfigError(
             f"`--resume` must name a run of the same configuration, got {str(folder)!r}, which "
-            f"differs: {differences}. Only launch, follow, checkpoint, run_dir, name and tags may "
-            "change, and train.epochs may grow."
+            f"differs: {differences}. Only {', '.join(CHANGEABLE)} may change, and train.epochs may "
+            "grow."
         )
     if is_url(str(source)):
         claim(str(source).rstrip("/"), (folder / "config.yaml").read_text(encoding="utf-8"))

@@ -1,14 +1,16 @@
 """Finding, reading, overriding and checking a configuration."""
 
+import re
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.checkpoint.capture import describe_differences
 from syncnorm.train.config.file import find_config, load_config
 from syncnorm.train.config.messages import OTHER_NAMES, _all_keys
-from syncnorm.train.config.schema import Config
+from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.show import origins
 from syncnorm.train.config.strict_yaml import dump, parse
 from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS, arguments
@@ -477,3 +479,24 @@ def test_not_a_page(tmp_path):
     path.write_bytes(b" " * 100_001)
     with pytest.raises(ConfigError, match=rf"{path}: larger than 100000 bytes"):
         load_config(str(path))
+
+
+def test_what_may_change_when_a_run_goes_on_is_what_the_refusal_and_the_pages_name():
+    others = {
+        "launch": "launch.workers=7",
+        "follow": "follow.every=7",
+        "checkpoint": "checkpoint.keep=7",
+        "run_dir": "run_dir=elsewhere",
+        "name": "name=other",
+        "tags": 'tags=["other"]',
+        "data.root": "data.root=other",
+        "data.loader": "data.loader.workers=7",
+    }
+    assert others.keys() == {*CHANGEABLE}
+    recorded = load_config("digits").model_dump()
+    assert describe_differences(load_config("digits", [*others.values()]), recorded) == ""
+    assert describe_differences(load_config("digits", ["data.validation=0.5"]), recorded)
+    for page in ("weights.md", "train.md"):
+        text = " ".join((Path(__file__).parents[2] / "docs" / page).read_text().split())
+        (named,) = re.findall(r"[.:] ((?:`[a-z._]+`(?:, | and ))+`[a-z._]+`) may change,", text)
+        assert {*re.findall(r"`([a-z._]+)`", named)} == {*CHANGEABLE}

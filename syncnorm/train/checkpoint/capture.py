@@ -23,7 +23,7 @@ from syncnorm.train import buffers, optim
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config import strict_yaml
-from syncnorm.train.config.schema import MATHEMATICS, Config
+from syncnorm.train.config.schema import MATHEMATICS, WHEREABOUTS, Config
 from syncnorm.train.config.section import leaves
 from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
@@ -266,7 +266,7 @@ def _mathematics(recorded: dict[str, Any]) -> dict[str, Any]:
         sections = {name: recorded[name] for name in MATHEMATICS if name in recorded}
         data = sections.get("data")
         if isinstance(data, dict):
-            sections["data"] = {k: v for k, v in data.items() if k not in ("root", "loader")}
+            sections["data"] = {k: v for k, v in data.items() if k not in WHEREABOUTS}
         return sections
 
 

@@ -39,6 +39,8 @@ LOGGERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 # The sections that fix a run's result.
 MATHEMATICS = ("model", "task", "data", "norm", "train")
+# Of `data`, what has no part in it.
+WHEREABOUTS = ("root", "loader")
 
 
 def _known_model(name: str) -> str:
@@ -405,7 +407,7 @@ class Config(Section):
 
     def mathematics(self) -> dict[str, Any]:
         """The sections that fix a run's result; a run can be resumed with others changed."""
-        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {"root", "loader"}})
+        return self.model_dump(include=set(MATHEMATICS), exclude={"data": {*WHEREABOUTS}})
 
     @model_validator(mode="after")
     def _parts_are_whole(self) -> Self:
@@ -442,3 +444,10 @@ class Config(Section):
                 f"{self.train.norm_batch}. A method of the family has one statistic a step."
             )
         return self
+
+
+# What may be another when a run goes on. `train.epochs` may grow besides.
+CHANGEABLE = (
+    *(name for name in Config.model_fields if name not in MATHEMATICS),
+    *(f"data.{name}" for name in WHEREABOUTS),
+)
