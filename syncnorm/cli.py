@@ -77,7 +77,7 @@ def train(
 ) -> None:
     """Train on workers of this machine, or as one worker of torchrun when started by it.
 
-    The last two lines of standard output are the test accuracy and the run's folder.
+    The last two lines of standard output are the metric that decides and the run's folder.
     """
     from syncnorm.run.dry_run import dry_run
     from syncnorm.run.local import run_local

@@ -101,6 +101,10 @@ def test_null_takes_an_argument_of_the_file_out(config_path):
         ConfigError, match=r"take out what is the file's with `train.optimizer.nesterov=null`\.$"
     ):
         load_config(str(config_path), overrides)
+    # What the command line gives is not the file's.
+    with pytest.raises(ConfigError, match=r"train\.optimizer\.x` is not an arg") as caught:
+        load_config(str(config_path), [*overrides[:1], "train.optimizer.x.y=1"])
+    assert "optimizer.x=null" not in str(caught.value)
     config = load_config(str(config_path), [*overrides, "train.optimizer.nesterov=null"])
     assert (config.train.optimizer.name, config.train.optimizer.options) == ("AdamW", {})
 

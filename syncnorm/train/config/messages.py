@@ -148,14 +148,16 @@ def _open_remedy(
     """Write a remedy for arguments that do not fit the class that their section names."""
     section = key[:2]
     target, dotted = _named(section, values), ".".join(section)
-    if (*section, "name") in overridden and key not in overridden:
+    # An argument may be given by a key within it.
+    given = {other[:3] for other in overridden}
+    if (*section, "name") in given and key[:3] not in given:
         if kind == "missing" and len(key) == 3:
             return f". Add `{'.'.join(key)}=...`."
         written = [name for name in _section(section, values) if name not in ("name", "warmup")]
         unfit = [
             name
             for name in written
-            if (*section, name) not in overridden and name in (key[2:] or written)
+            if (*section, name) not in given and name in (key[2:] or written)
         ]
         if not unfit:
             return ""
