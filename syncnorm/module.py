@@ -19,6 +19,7 @@ from syncnorm.errors import InputError
 from syncnorm.maths import renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
+from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics import MODES, mode_of, repeated
 from syncnorm.statistics.buffers import LoadedMark
@@ -51,7 +52,6 @@ class Freeze:
 
 # The buffers of all modes.
 MODE_BUFFERS = {name for mode in MODES.values() for name in mode().buffer_names}
-HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:

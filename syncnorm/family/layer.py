@@ -14,8 +14,7 @@ from syncnorm import functional, observed, ops
 from syncnorm.comm import groups
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import widened
-
-_HALF_TYPES = (torch.float16, torch.bfloat16)
+from syncnorm.maths.precision import HALF_TYPES
 
 
 class Pooling(nn.Module):
@@ -87,7 +86,7 @@ class Pooling(nn.Module):
         super()._apply(fn, recurse)
         for name, now in self._buffers.items():
             before = buffers[name]
-            if now is not None and before is not None and now.dtype in _HALF_TYPES:
+            if now is not None and before is not None and now.dtype in HALF_TYPES:
                 self._buffers[name] = before.to(now.device)
         return self
 
@@ -174,7 +173,7 @@ class FamilyLayer(Pooling):
         for name, value in (("weight", 1.0), ("bias", 0.0)):
             filled = torch.full((num_features,), value, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(filled) if affine else None)
-        wide = torch.float32 if (dtype or torch.get_default_dtype()) in _HALF_TYPES else dtype
+        wide = torch.float32 if (dtype or torch.get_default_dtype()) in HALF_TYPES else dtype
         ones = torch.ones(num_features, device=device, dtype=wide)
         self.register_buffer("running_mean", ones - 1)
         self.register_buffer("running_var", ones)

@@ -23,6 +23,7 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
 from syncnorm.family.passes import affine_map, channels
 from syncnorm.maths.moments import Moments, Unread, of_sums
+from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.statistics import repeated
 
 if TYPE_CHECKING:
@@ -211,4 +212,4 @@ def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:
 
 def widened(x: Tensor) -> Tensor:
     """Convert half types to float32, to compute in it."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return x.float() if x.dtype in HALF_TYPES else x

@@ -1,8 +1,10 @@
-"""The type of sums and coefficients on a device."""
+"""The types of half precision, and the type of sums and coefficients on a device."""
 
 from __future__ import annotations
 
 import torch
+
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def sum_dtype(device: torch.device) -> torch.dtype:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import layout
+from syncnorm.maths.precision import HALF_TYPES
 
-_HALF = (torch.bfloat16, torch.float16)
 # The type that the arithmetic is done in: at least float32.
-_WIDE = dict.fromkeys((*_HALF, torch.float32), torch.float32) | {torch.float64: torch.float64}
+_WIDE = dict.fromkeys((*HALF_TYPES, torch.float32), torch.float32) | {torch.float64: torch.float64}
 # sqrt(1/2), exact in float32.
 _SCATTER = 11_863_283 / 2**24
 _PIVOT_ELEMENTS = 8
@@ -87,7 +87,7 @@ def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]
     and a long sum drifts. Times an odd factor their last bits are scattered, and the roundings
     cancel.
     """
-    is_half = v.dtype in _HALF
+    is_half = v.dtype in HALF_TYPES
     cut = layout.Cut.of(v)
     xs = cut.blocks(v)
     ws = [None] * len(xs) if w is None else cut.blocks(w)

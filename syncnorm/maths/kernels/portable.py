@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import layout, traced
-from syncnorm.maths.precision import sum_dtype
+from syncnorm.maths.precision import HALF_TYPES, sum_dtype
 
 # Where batch norm takes half types with float32 coefficients. "meta" stands for CUDA; tensors of a
 # CPU come from tests.
 _HAVE_OPERATORS = ("cuda", "meta", "cpu")
-_HALF = (torch.bfloat16, torch.float16)
 _PIVOT_SAMPLES = 8
 # A run has at most about so many values: in planes, and in rows, which the operator of a CPU adds
 # one by one.
@@ -47,7 +46,7 @@ def centred_sums(
         return _centred_sums_by_slices(x, mask, count)
     if mask is not None:
         return _weighted_sums(x, mask.to(_wide_dtype(x)), count)
-    if x.dtype in _HALF:
+    if x.dtype in HALF_TYPES:
         # Their sums are all but exact in float32, and so no pivot is needed.
         runs, dims = _runs(x)
         mean = runs.sum(dims, dtype=torch.float32).double()
@@ -133,7 +132,7 @@ def backward_input(
         return grad_input
     wide, minus = _wide_dtype(x), -scale
     mask = None if mask is None else mask.to(wide)
-    if x.dtype not in _HALF:
+    if x.dtype not in HALF_TYPES:
         *affine, factor = _wide([mean, b * minus, a * minus, torch.ones_like(mean), scale], x)
         _affine_into_(grad_input, x, *affine)
         if mask is not None:
@@ -155,7 +154,7 @@ def backward_input(
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
     """The type that the arithmetic is done in: at least float32."""
-    return torch.float32 if x.dtype in _HALF else x.dtype
+    return torch.float32 if x.dtype in HALF_TYPES else x.dtype
 
 
 def _wide(coefficients: list[Tensor], x: Tensor) -> Sequence[Tensor]:

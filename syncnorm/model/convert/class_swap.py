@@ -18,8 +18,9 @@ from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from syncnorm import functional, observed
 from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
+from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.model.convert.adapters import over, own_class, set_class, their_class
-from syncnorm.module import HALF_TYPES, SyncNorm
+from syncnorm.module import SyncNorm
 
 # Attributes of torch's layers that a swap may set to another value.
 _SHARED = ("momentum", "eps", "workers", "sync_mode")
