@@ -186,7 +186,8 @@ def running_digest(model: nn.Module) -> str:
     model.state_dict()
     for name, buffer in sorted(model.named_buffers(), key=lambda named: named[0]):
         digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
-        digest.update(buffer.detach().cpu().contiguous().numpy().tobytes())
+        # By its bytes: numpy does not know all types, such as what autocast leaves.
+        digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

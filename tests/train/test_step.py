@@ -10,6 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from syncnorm.train.average import MovingAverage
+from syncnorm.train.buffers import running_digest
 from syncnorm.train.setup import seed_random
 from tests.train import runs
 
@@ -238,3 +239,17 @@ def test_digests_tell_workers_apart(pool, shift_by_rank, different):
     first, *others = pool(3).run(runs.digests_of, shift_by_rank)
     assert all(digests == first for digests in others)
     assert len(set(first)) == different
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float64, torch.complex64, torch.bool], ids=str
+)
+def test_a_digest_is_of_buffers_of_any_type(dtype):
+    """As autocast may leave them: what it cannot read would end a run that is done as a failure."""
+    model = nn.Module()
+    for name, shape in (("table", (2, 3)), ("count", ()), ("queue", (0, 3))):
+        model.register_buffer(name, torch.ones(shape).to(dtype))
+    before = running_digest(model)
+    assert running_digest(model) == before
+    model.get_buffer("table")[1, 2] = 0
+    assert running_digest(model) != before
