@@ -187,7 +187,8 @@ def running_digest(model: nn.Module) -> str:
     for name, buffer in sorted(model.named_buffers(), key=lambda named: named[0]):
         digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}\n".encode())
         # By its bytes: numpy does not know all types, such as what autocast leaves.
-        digest.update(buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        whole = buffer.detach().cpu().contiguous().reshape(-1)
+        digest.update(whole.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
