@@ -7,6 +7,7 @@ y a call leaves what it was made by: mean, m2 and invstd, and r and d of batch r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -90,7 +91,7 @@ class FusedNormalize(torch.autograd.Function):
 
 
 # The kernels are given nothing that a transform looks at.
-apply_fused = plain_apply(FusedNormalize)
+apply_fused: Callable[..., Any] = plain_apply(FusedNormalize)
 
 
 def _differentiable(

@@ -109,7 +109,7 @@ class InFlight:
         self.kind = kind
         self.name = name
         self.envelope = envelope
-        self.size = envelope[0]
+        self.size: int = envelope[0]
         self.count = count
         self.began = time.monotonic()
         self.is_reported = False
