@@ -2,7 +2,7 @@
 
 `make matrix` runs all, `nox --keywords 'lowest and train'` one; docs/versions.md has what was
 seen. torch is that of constraints.txt, or the one named behind `--`: on Linux another one may be a
-build for CUDA, of several GB.
+build for CUDA, of several GB. `--force-python 3.13` takes another Python, which must be in PATH.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text
 TOOLS = ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"]
 # Of each part: its extras, what else its tests import, and the tests that use its packages most.
 PARTS = {
+    "torch": (
+        ["train"],
+        ["scipy"],
+        ["tests/unit", "tests/distributed", "tests/model"],
+    ),
     "train": (
         ["train"],
         [],
