@@ -1,7 +1,7 @@
 """Measure what an installation costs: each extra from the built wheel, in an empty environment.
 
-`python -m tools.installs [EXTRA ...]` prints a table for these extras, for all but those of other
-tools if none is named: what pip downloads, what it puts into the environment, and the seconds to a
+`python -m tools.installs [EXTRA ...]` prints a table for these extras, for `none` and all but `dev`
+if none is named: what pip downloads, what it puts into the environment, and the seconds to a
 first use. torch is that of constraints.txt, wherever pip finds it. Files are compiled when they are
 first imported, as `make` has it, which is a part of the first use.
 """
@@ -55,7 +55,7 @@ PHOTOS = ["data.name=folder", "data.root=photos", "data.options.size=8", "data.o
 # The extra, those it needs besides, what its first use is, and the commands of it. RUN is the folder
 # of the run that was trained before.
 USES: dict[str, tuple[list[str], str, list[list[str]]]] = {
-    "": ([], "a converted model trains 3 steps", [["python", "-c", CONVERT]]),
+    "none": ([], "a converted model trains 3 steps", [["python", "-c", CONVERT]]),
     "train": ([], "`syncnorm train digits train.epochs=1`, 2 workers", [TRAIN]),
     "data": (
         ["train"],
@@ -111,8 +111,8 @@ def size(*paths: Path) -> int:
 def measure(extra: str, wheel: Path, folder: Path) -> str:
     """Install and use an extra in an empty folder; a row of the table."""
     besides, words, commands = USES[extra]
-    extras = ",".join([*besides, extra] if extra else [])
-    wanted = f"{wheel}[{extras}]" if extras else str(wheel)
+    extras = f"[{','.join([*besides, extra])}]" if extra != "none" else ""
+    wanted = f"{wheel}{extras}"
     downloads, environment, place = (folder / name for name in ("downloads", "env", "place"))
     place.mkdir()
     constraints = ["--constraint", str(ROOT / "constraints.txt")]
@@ -128,10 +128,9 @@ def measure(extra: str, wheel: Path, folder: Path) -> str:
         runs = sorted(str(each) for each in place.glob("runs/*"))
         arguments = [runs[-1] if each == "RUN" else each for each in arguments]
         used_in += _run([environment / "bin" / program, *arguments], place)
-    name = f"`syncnorm[{extras}]`" if extras else "`syncnorm`"
-    cells = [f"{size(downloads) / 1e6:.0f} MB", f"{installed / 1e6:.0f} MB"]
+    cells = [f"`syncnorm{extras}`", f"{size(downloads) / 1e6:.0f} MB", f"{installed / 1e6:.0f} MB"]
     cells += [f"{installed_in:.0f} s", f"{words}: {used_in:.0f} s"]
-    return f"| {' | '.join([name, *cells])} |"
+    return f"| {' | '.join(cells)} |"
 
 
 def _run(command: Sequence[str | Path], folder: Path = ROOT) -> float:
