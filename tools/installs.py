@@ -2,18 +2,21 @@
 
 `python -m tools.installs [EXTRA ...]` prints a table for these extras, for `none` and all but `dev`
 if none is named: what pip downloads, what it puts into the environment, and the seconds to a
-first use. torch is that of constraints.txt, wherever pip finds it. Files are compiled when they are
-first imported, as `make` has it, which is a part of the first use.
+first use, in brackets those of CPU that it took: the former depend on what else runs. torch is that
+of constraints.txt, wherever pip finds it. Files are compiled when they are first imported, as `make`
+has it, which is a part of the first use.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tools import release
@@ -102,6 +105,29 @@ USES: dict[str, tuple[list[str], str, list[list[str]]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """How long something took: by the clock, and of the CPU in all its processes."""
+
+    clock: float = 0.0
+    cpu: float = 0.0
+
+    @classmethod
+    def now(cls) -> Seconds:
+        """The clock, and what processes that have ended took."""
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return cls(time.monotonic(), used.ru_utime + used.ru_stime)
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.clock + other.clock, self.cpu + other.cpu)
+
+    def __sub__(self, other: Seconds) -> Seconds:
+        return Seconds(self.clock - other.clock, self.cpu - other.cpu)
+
+    def __str__(self) -> str:
+        return f"{self.clock:.0f} s ({self.cpu:.0f} s)"
+
+
 def size(*paths: Path) -> int:
     """The bytes of files and of the files in folders."""
     files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
@@ -123,19 +149,19 @@ def measure(extra: str, wheel: Path, folder: Path) -> str:
     pip += ["-q", "--no-index", "--no-compile", "--find-links", downloads, *constraints]
     installed_in = _run([*pip, wanted])
     installed = size(environment / "lib") - before
-    used_in = 0.0
+    used_in = Seconds()
     for program, *arguments in commands:
         runs = sorted(str(each) for each in place.glob("runs/*"))
         arguments = [runs[-1] if each == "RUN" else each for each in arguments]
         used_in += _run([environment / "bin" / program, *arguments], place)
     cells = [f"`syncnorm{extras}`", f"{size(downloads) / 1e6:.0f} MB", f"{installed / 1e6:.0f} MB"]
-    cells += [f"{installed_in:.0f} s", f"{words}: {used_in:.0f} s"]
+    cells += [str(installed_in), f"{words}: {used_in}"]
     return f"| {' | '.join(cells)} |"
 
 
-def _run(command: Sequence[str | Path], folder: Path = ROOT) -> float:
+def _run(command: Sequence[str | Path], folder: Path = ROOT) -> Seconds:
     """Run a command; the seconds it took. What it prints is shown if it fails."""
-    began = time.monotonic()
+    began = Seconds.now()
     done = subprocess.run(
         list(map(str, command)),
         cwd=folder,
@@ -148,7 +174,7 @@ def _run(command: Sequence[str | Path], folder: Path = ROOT) -> float:
     if done.returncode:
         print(done.stdout, file=sys.stderr)
         done.check_returncode()
-    return time.monotonic() - began
+    return Seconds.now() - began
 
 
 def main(extras: list[str]) -> None:
