@@ -1,8 +1,9 @@
 """Tests with the lowest, the pinned and the newest versions of what each extra brings.
 
 `make matrix` runs all, `nox --keywords 'lowest and train'` one; docs/versions.md has what was
-seen. torch is that of constraints.txt, or the one named behind `--`: on Linux another one may be a
-build for CUDA, of several GB. `--force-python 3.13` takes another Python, which must be in PATH.
+seen. torch is that of constraints.txt, for the part `torch` the lowest and the newest, too, or the
+one named behind `--`: on Linux another one may be a build for CUDA, of several GB.
+`--force-python 3.13` takes another Python, which must be in PATH.
 """
 
 from __future__ import annotations
@@ -14,9 +15,8 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-    "optional-dependencies"
-]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 TOOLS = ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"]
 # Of each part: its extras, what else its tests import, and the tests that use its packages most.
 PARTS = {
@@ -128,7 +128,11 @@ def versions(session: nox.Session, which: str, part: str) -> None:
     """Install one part in an environment of its own, and run its tests."""
     needed = requirements(part)
     pins = (ROOT / "constraints.txt").read_text().splitlines()
-    torch = f"torch=={session.posargs[0]}" if session.posargs else _line_of("torch", pins)
+    torch = _line_of("torch", pins)
+    if part == "torch" and which != "pinned":
+        (torch,) = PROJECT["dependencies"] if which == "newest" else lowest(PROJECT["dependencies"])
+    if session.posargs:
+        torch = f"torch=={session.posargs[0]}"
     constraints = Path(session.create_tmp()) / "constraints.txt"
     more: list[str] = []
     if which == "lowest":
