@@ -116,7 +116,7 @@ def _numbers(version: str) -> list[int]:
 def requirements(part: str) -> list[str]:
     """What a part and its tests import of other packages, as pyproject.toml asks for it."""
     extras, others, _ = PARTS[part]
-    dev = {re.split(r"[\[>=;]", each)[0]: each for each in EXTRAS["dev"]}
+    dev: dict[str, str] = {re.split(r"[\[>=;]", each)[0]: each for each in EXTRAS["dev"]}
     named = [dev.get(name, name) for name in others]
     return [each for extra in extras for each in EXTRAS[extra]] + named
 
