@@ -15,7 +15,7 @@ import pytest
 from hatchling.builders.sdist import SdistBuilder
 
 import syncnorm
-from tools import hashes, licenses, release
+from tools import hashes, installs, licenses, release
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -124,6 +124,14 @@ def test_classifiers_name_the_pythons_and_systems_that_were_tried():
     systems = {f"Operating System :: POSIX :: {system}"}
     of_versions = re.compile(r"Programming Language :: Python :: 3\.|Operating System ::")
     assert {each for each in named if of_versions.match(each)} == pythons | systems
+
+
+def test_the_cost_of_every_extra_is_measured():
+    assert installs.USES.keys() == EXTRAS.keys() - {"dev"} | {"none"}
+    for extra, (besides, words, _) in installs.USES.items():
+        extras = "" if extra == "none" else f"[{','.join([*besides, extra])}]"
+        row = rf"^\| `syncnorm{re.escape(extras)}` \|.*\| {re.escape(words)}: \d+ s "
+        assert re.search(row, VERSIONS, flags=re.MULTILINE), extra
 
 
 def test_the_version_stands_in_one_place():
