@@ -19,7 +19,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 TOOLS = ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"]
 # Of each part: its extras, what else its tests import, and the tests that use its packages most.
-PARTS = {
+PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "torch": (
         ["train"],
         ["scipy"],
@@ -116,7 +116,7 @@ def _numbers(version: str) -> list[int]:
 def requirements(part: str) -> list[str]:
     """What a part and its tests import of other packages, as pyproject.toml asks for it."""
     extras, others, _ = PARTS[part]
-    dev: dict[str, str] = {re.split(r"[\[>=;]", each)[0]: each for each in EXTRAS["dev"]}
+    dev = {re.split(r"[\[>=;]", each)[0]: each for each in EXTRAS["dev"]}
     named = [dev.get(name, name) for name in others]
     return [each for extra in extras for each in EXTRAS[extra]] + named
 
