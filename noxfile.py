@@ -1,8 +1,9 @@
 """Tests with the lowest, the pinned and the newest versions of what each extra brings.
 
 `make matrix` runs all, `nox --keywords 'lowest and train'` one; docs/versions.md has what was
-seen. torch is that of constraints.txt, or the one named behind `--`: on Linux another one may be a
-build for CUDA, of several GB.
+seen. torch is that of constraints.txt, for the part `torch` the lowest and the newest, too, or the
+one named behind `--`: on Linux another one may be a build for CUDA, of several GB.
+`--force-python 3.13` takes another Python, which must be in PATH.
 """
 
 from __future__ import annotations
@@ -14,12 +15,41 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
-EXTRAS: dict[str, list[str]] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
-    "optional-dependencies"
-]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS: dict[str, list[str]] = PROJECT["optional-dependencies"]
 TOOLS = ["pytest", "pytest-timeout", "hypothesis", "scikit-learn", "pillow"]
 # Of each part: its extras, what else its tests import, and the tests that use its packages most.
-PARTS = {
+PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "torch": (
+        ["train"],
+        ["scipy"],
+        [
+            "tests/unit/test_undocumented.py",
+            "tests/unit/test_layers.py",
+            "tests/unit/test_kernels.py",
+            "tests/unit/test_native.py",
+            "tests/unit/test_portable.py",
+            "tests/distributed/test_groups.py",
+            "tests/distributed/test_faults.py",
+            "tests/distributed/test_double_backward.py",
+            "tests/distributed/test_shared_memory.py",
+            "tests/distributed/test_sync_batch_norm.py",
+            "tests/distributed/test_sync_batch_renorm.py",
+            "tests/distributed/test_what_torchs_suite_checks.py",
+            "tests/model/test_compile.py",
+            "tests/model/test_ddp.py",
+            "tests/model/test_convert.py",
+            "tests/model/test_convert_layers.py",
+            "tests/model/test_checkpointing.py",
+            "tests/model/test_transforms.py",
+            "tests/model/test_tools.py",
+            "tests/model/test_around.py",
+            "tests/model/test_export.py",
+            "tests/model/test_accumulate.py",
+            "tests/model/test_frozen.py",
+            "tests/model/test_lagged.py",
+        ],
+    ),
     "train": (
         ["train"],
         [],
@@ -98,7 +128,11 @@ def versions(session: nox.Session, which: str, part: str) -> None:
     """Install one part in an environment of its own, and run its tests."""
     needed = requirements(part)
     pins = (ROOT / "constraints.txt").read_text().splitlines()
-    torch = f"torch=={session.posargs[0]}" if session.posargs else _line_of("torch", pins)
+    torch = _line_of("torch", pins)
+    if part == "torch" and which != "pinned":
+        (torch,) = PROJECT["dependencies"] if which == "newest" else lowest(PROJECT["dependencies"])
+    if session.posargs:
+        torch = f"torch=={session.posargs[0]}"
     constraints = Path(session.create_tmp()) / "constraints.txt"
     more: list[str] = []
     if which == "lowest":
@@ -107,7 +141,8 @@ def versions(session: nox.Session, which: str, part: str) -> None:
         more = (ROOT / "docker" / "constraints.txt").read_text().splitlines()
     kept = [line for line in more if line.strip() and not line.startswith(("#", "torch=="))]
     constraints.write_text("\n".join([torch, *kept]) + "\n")
-    session.install("--constraint", str(constraints), torch, *needed, *TOOLS)
+    # Not compiled: torch brings thousands of files that no test imports.
+    session.install("--no-compile", "--constraint", str(constraints), torch, *needed, *TOOLS)
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     tests = ["-q", "-m", "not slow", "-p", "no:cacheprovider", *PARTS[part][2]]
     session.run("python", "-m", "pytest", *tests, env=environment)

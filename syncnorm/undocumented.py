@@ -69,12 +69,13 @@ def checkpoints() -> Iterator[tuple[Any, bool]]:
     stack = sys._getframe(1)
     while stack is not None:
         code = stack.f_code
-        if code is _CHECKPOINT:
+        # `checkpoint` itself, or since torch 2.15 what it calls.
+        if code.co_filename == _CHECKPOINT_FILE and "gen" in code.co_varnames:
             frame = getattr(stack.f_locals.get("gen"), "gi_frame", None)
             first = None if frame is None else frame.f_locals.get("new_frame")
             if first is not None and first is not found:
                 yield first, False
-        elif code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINT.co_filename:
+        elif code.co_name == "unpack_hook" and code.co_filename == _CHECKPOINT_FILE:
             if "frame" in stack.f_locals:
                 yield stack.f_locals["frame"], True
         elif code.co_name in ("forward", "backward") and "self" not in code.co_varnames:
@@ -85,7 +86,7 @@ def checkpoints() -> Iterator[tuple[Any, bool]]:
         stack = stack.f_back
 
 
-_CHECKPOINT = inspect.unwrap(checkpoint).__code__
+_CHECKPOINT_FILE = inspect.unwrap(checkpoint).__code__.co_filename
 
 
 def _closed_over(function: Any, name: str) -> Any:

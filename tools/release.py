@@ -40,10 +40,25 @@ def notes(changelog: str, number: str) -> str:
     raise ValueError(f"CHANGELOG.md must have a section `## {number}`, got {known}. Write it.")
 
 
-def is_dated(changelog: str, number: str) -> bool:
-    """True if the version's heading gives its day: `## 1.2.3 (2026-01-31)`."""
+def missing(changelog: str, number: str, dockerfile: str) -> list[str]:
+    """List what the repository lacks that only a releaser can give, a sentence for each.
+
+    These are the day in the version's heading, `## 1.2.3 (2026-01-31)`, and the digest of the base
+    image.
+    """
+    found = []
     heading = rf"^## {re.escape(number)} \(\d{{4}}-\d\d-\d\d\)$"
-    return re.search(heading, changelog, flags=re.MULTILINE) is not None
+    if not re.search(heading, changelog, flags=re.MULTILINE):
+        found.append(f"CHANGELOG.md calls {number} unreleased. Give it its day.")
+    (digest,) = re.findall(r'^ARG BASE_DIGEST="(.*)"$', dockerfile, flags=re.MULTILINE)
+    (tag,) = re.findall(r"^FROM (.+)\$\{BASE_DIGEST", dockerfile, flags=re.MULTILINE)
+    if not re.fullmatch(r"sha256:[0-9a-f]{64}", digest):
+        found.append(
+            f"BASE_DIGEST of docker/Dockerfile must be sha256:..., got {digest!r}: the image would "
+            f"begin with whatever {tag} is on the day. Write there the digest that `docker buildx "
+            f"imagetools inspect {tag}` prints."
+        )
+    return found
 
 
 def build(folder: Path) -> list[Path]:
@@ -96,8 +111,8 @@ def main(arguments: list[str]) -> None:
     allowed.write_text(licenses.table(["all"])[0])
     for each in (*files, written, image, allowed):
         print(f"{each.stat().st_size / 1e6:7.2f} MB  {each}")
-    if not is_dated(changelog, number):
-        print(f"CHANGELOG.md calls {number} unreleased: give it its day before you upload.")
+    for each in missing(changelog, number, (ROOT / "docker" / "Dockerfile").read_text()):
+        print(f"Before you upload: {each}")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hatchling.builders.sdist import SdistBuilder
 
 import syncnorm
-from tools import hashes, licenses, release
+from tools import hashes, installs, licenses, release
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+VERSIONS = (ROOT / "docs" / "versions.md").read_text()
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 OWN = EXTRAS.keys() - {"dev", "all"}
 # The module of a package that is called otherwise, or that torch imports where it is asked to.
@@ -92,6 +94,46 @@ def test_every_requirement_has_one_floor_and_no_ceiling():
             )
 
 
+def test_floors_are_the_same_wherever_they_are_named():
+    python = PROJECT["project"]["requires-python"].removeprefix(">=")
+    (torch,) = (each.removeprefix("torch>=") for each in PROJECT["project"]["dependencies"])
+    tools = PROJECT["tool"]
+    assert tools["ruff"]["target-version"] == "py" + python.replace(".", "")
+    assert tools["basedpyright"]["pythonVersion"] == python
+    for path, sentence in (
+        ("README.md", f"needs Python {python}, torch {torch} or later"),
+        ("docs/versions.md", f"needs Python {python} or later and torch {torch} or later"),
+        ("CONTRIBUTING.md", f"The oldest that is supported, {torch}, and the newest"),
+        ("Makefile", f"Needs Python >= {python} with"),
+        ("syncnorm/run/doctor.py", f"Use Python {python} or later."),
+        ("syncnorm/run/doctor.py", f"pip install 'torch>={torch}'"),
+    ):
+        assert sentence in (ROOT / path).read_text(), path
+    # Those of which the page says what happens below.
+    floors = {(name_of(each), each.partition(">=")[2]) for some in EXTRAS.values() for each in some}
+    rows = re.findall(r"^\| ([a-z-]+)(?:, .*?)? \| ([\d.]+) \|", VERSIONS, flags=re.MULTILINE)
+    assert len(rows) > 5
+    assert set(rows) - floors == set()
+
+
+def test_classifiers_name_the_pythons_and_systems_that_were_tried():
+    named = PROJECT["project"]["classifiers"]
+    tried = set(re.findall(r"^\| (3\.\d+)\.\d+ \|", VERSIONS, flags=re.MULTILINE))
+    (system,) = re.findall(r"^Only (\w+) has been tried", VERSIONS, flags=re.MULTILINE)
+    pythons = {f"Programming Language :: Python :: {each}" for each in tried}
+    systems = {f"Operating System :: POSIX :: {system}"}
+    of_versions = re.compile(r"Programming Language :: Python :: 3\.|Operating System ::")
+    assert {each for each in named if of_versions.match(each)} == pythons | systems
+
+
+def test_the_cost_of_every_extra_is_measured():
+    assert installs.USES.keys() == EXTRAS.keys() - {"dev"} | {"none"}
+    for extra, (besides, words, _) in installs.USES.items():
+        extras = "" if extra == "none" else f"[{','.join([*besides, extra])}]"
+        row = rf"^\| `syncnorm{re.escape(extras)}` \|.*\| {re.escape(words)}: \d+ s "
+        assert re.search(row, VERSIONS, flags=re.MULTILINE), extra
+
+
 def test_the_version_stands_in_one_place():
     assert PROJECT["project"]["dynamic"] == ["version"]
     assert "version" not in PROJECT["project"]
@@ -109,9 +151,21 @@ def test_notes_are_one_versions():
     text = "# Changelog\n\n## 1.1 (unreleased)\n\n- new\n\n## 1.0 (2026-01-31)\n\n- old\n"
     assert release.notes(text, "1.1") == "- new\n"
     assert release.notes(text, "1.0") == "- old\n"
-    assert [release.is_dated(text, each) for each in ("1.1", "1.0")] == [False, True]
     with pytest.raises(ValueError, match=r"`## 2\.0`, got 1\.1, 1\.0"):
         release.notes(text, "2.0")
+
+
+def test_what_a_releaser_still_has_to_give():
+    changelog = "# Changelog\n\n## 1.1 (unreleased)\n\n- new\n\n## 1.0 (2026-01-31)\n\n- old\n"
+    dockerfile = 'ARG TORCH_INDEX=""\nARG BASE_DIGEST="{}"\nFROM python:3.11-slim${{BASE_DIGEST}}\n'
+    digest = "sha256:" + "0f" * 32
+    assert release.missing(changelog, "1.0", dockerfile.format(digest)) == []
+    (undated,) = release.missing(changelog, "1.1", dockerfile.format(digest))
+    assert undated.startswith("CHANGELOG.md calls 1.1 unreleased")
+    for wrong in ("", "sha256:0f", digest.upper()):
+        (unfixed,) = release.missing(changelog, "1.0", dockerfile.format(wrong))
+        assert f"BASE_DIGEST of docker/Dockerfile must be sha256:..., got {wrong!r}" in unfixed
+        assert "python:3.11-slim" in unfixed
 
 
 def test_a_release_begins_in_an_empty_folder(tmp_path):
@@ -121,14 +175,15 @@ def test_a_release_begins_in_an_empty_folder(tmp_path):
 
 
 def test_the_sdist_has_all_that_the_repository_tracks():
-    included = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
-    tops = {path.strip("/") for path in included} | {"pyproject.toml"}
     done = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if done.returncode:
         pytest.skip("this is no clone: git says " + done.stderr.strip())
-    assert {name.partition("/")[0] for name in done.stdout.splitlines()} == tops
+    files = SdistBuilder(str(ROOT)).recurse_included_files()
+    # Besides, hatchling adds what it builds from.
+    held = {Path(each.distribution_path).as_posix() for each in files} | {"pyproject.toml"}
+    assert set(done.stdout.splitlines()) - held == set()
 
 
 def test_the_list_of_the_image_has_its_packages_and_their_hashes(tmp_path):
