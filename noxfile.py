@@ -50,6 +50,16 @@ PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
             "tests/model/test_lagged.py",
         ],
     ),
+    "triton": (
+        ["train", "cuda"],
+        [],
+        [
+            "tests/unit/test_triton.py",
+            "tests/unit/test_triton_cubins.py",
+            "tests/model/test_budgets.py",
+            "tests/distributed/test_device_course.py",
+        ],
+    ),
     "train": (
         ["train"],
         [],
