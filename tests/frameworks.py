@@ -1,5 +1,5 @@
-"""Other frameworks that some tests run with: where one is missing they skip, and none is imported while tests are
-collected.
+"""Other frameworks that some tests run with: where one is missing they skip, and none is imported
+while tests are collected.
 """
 
 from __future__ import annotations

@@ -48,8 +48,8 @@ __all__ = [
 
 Announce = Callable[[str, int, dist.ProcessGroup], None]
 announcers: list[Announce] = []
-"""Called before each exchange with its way, the numbers sent and the group, for `join`. The ways are
-"sum" and "gather", collectives of torch.distributed, and "native sum", which is none."""
+"""Called before each exchange with its way, the numbers sent and the group, for `join`. The ways
+are "sum" and "gather", collectives of torch.distributed, and "native sum", which is none."""
 
 
 def size_of(count: int, room: int = 0) -> int:

@@ -115,7 +115,7 @@ def _open(pid: int, fd: int, token: str) -> int:
 
 
 def numbering() -> str:
-    """An identifier of the numbering of processes that this one is in, of which a host may have many."""
+    """An identifier of this process's numbering of processes, of which a host may have many."""
     return str(Path("/proc/self/ns/pid").readlink())
 
 
