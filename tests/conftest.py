@@ -12,6 +12,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from syncnorm.testing import RankPool
+from tests.launch import forked
 
 torch.set_num_threads(1)
 # A page costs a run three seconds of a core; the tests of the page ask for it.
@@ -79,6 +80,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "ray" if path.rpartition("/")[2] in RAY else path
 
     return ByFile(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def server() -> None:
+    """The process whose forks are commands and ranks; it imports torch while the first tests run."""
+    forked.serve()
 
 
 @pytest.fixture(scope="session")

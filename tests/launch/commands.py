@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from tests.launch.forked import Forked
 
 SYNCNORM = [sys.executable, "-m", "syncnorm"]
 # --standalone: a free port instead of torchrun's fixed one
@@ -28,21 +31,29 @@ _LAUNCHER_VARIABLES = (
 @contextlib.contextmanager
 def started(
     command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[subprocess.Popen[str]]:
-    """Start a command in `folder`; on the way out it and its process group are ended."""
-    inherited = {
-        name: value for name, value in os.environ.items() if name not in _LAUNCHER_VARIABLES
-    }
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**inherited, **(environment or {})},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+) -> Iterator[Any]:
+    """Start a command in `folder`; on the way out it and its process group are ended.
+
+    A module of Python's is a fork of a process that has imported torch. With a PYTHONPATH of its
+    own, which is read where Python starts, it is a new Python.
+    """
+    own = {**(environment or {})}
+    whole = {name: each for name, each in os.environ.items() if name not in _LAUNCHER_VARIABLES}
+    whole.update(own)
+    process: Any
+    if list(command[:2]) == [sys.executable, "-m"] and "PYTHONPATH" not in own:
+        process = Forked(command[2:], folder, whole)
+    else:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=whole,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
     try:
         yield process
     finally:

@@ -24,7 +24,7 @@ PATH = {"PYTHONPATH": str(ROOT)}
 
 def run_program(what: str, folder: Path) -> tuple[dict[str, Any], str]:
     """Run the program in a folder; what it printed as JSON, and its standard error."""
-    done = commands.run([sys.executable, *PROGRAM, what], folder, PATH)
+    done = commands.run([sys.executable, *PROGRAM, what], folder)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout), done.stderr
 

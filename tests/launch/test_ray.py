@@ -18,7 +18,7 @@ from ray.job_submission import JobSubmissionClient
 from syncnorm.cli import main
 from syncnorm.run.folder import write_config
 from syncnorm.train.config.file import load_config
-from tests.launch import commands
+from tests.launch import commands, record
 from tests.launch.ray_cluster import PATIENCE_SECONDS, wait_until
 from tests.train.runs import events
 
@@ -33,11 +33,8 @@ LONGER = ["digits", "train.epochs=8", "checkpoint.every=10"]
 def undisturbed(tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
     """LONGER on two workers of this machine, without Ray."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    command = [*commands.SYNCNORM, "train", *LONGER]
-    with commands.started(command, folder) as process:
-        done = CompletedProcess(command, 0, *process.communicate(timeout=PATIENCE_SECONDS))
-    assert process.returncode == 0, done.stderr
-    return folder / done.stdout.splitlines()[-1], done
+    done = commands.run([*commands.SYNCNORM, "train", *LONGER], folder)
+    return record.run_folder(folder, done), done
 
 
 @dataclass(frozen=True)
@@ -96,16 +93,15 @@ def jobs(call) -> dict[str, dict]:
     return {job["submission_id"]: job for job in json.loads(listed.out)}
 
 
-def test_two_jobs_at_once_each_as_under_torchrun(cluster, call, tmp_path):
+def test_two_jobs_at_once_each_as_on_one_machine(cluster, call, tmp_path):
     ids = ("one", "two")
     for name in ids:
         submitted = call("submit", *SHORT, "launch.workers=2", "--id", name, "--no-wait", "--json")
         assert submitted.code == 0, submitted.err
         assert json.loads(submitted.out)["folder"] == str(tmp_path / "runs" / name)
     followed = [call("logs", "--follow", name) for name in ids]
-    command = [*commands.TORCHRUN, "-m", "syncnorm", "train", *SHORT]
-    with commands.started(command, tmp_path, {"OMP_NUM_THREADS": "1"}) as process:
-        out, _ = process.communicate(timeout=PATIENCE_SECONDS)
+    alone = commands.run([*commands.SYNCNORM, "train", *SHORT], tmp_path)
+    expected = record.run_folder(tmp_path, alone)
     for name, done in zip(ids, followed):
         run = tmp_path / "runs" / name
         assert done.code == 0, done.err
@@ -115,9 +111,9 @@ def test_two_jobs_at_once_each_as_under_torchrun(cluster, call, tmp_path):
         assert re.search(r"^epoch 1/1  step 12  loss ", done.err, re.MULTILINE)
         (start,) = events(run, "start")
         assert start["world_size"] == 2
-        assert digests(done.out) == digests(out)
+        assert digests(done.out) == digests(alone.stdout)
         assert len(set(digests(done.out))) == 1
-        assert curve(run) == curve(tmp_path / out.splitlines()[-1])
+        assert curve(run) == curve(expected)
     one, two = ((job.start_time, job.end_time) for job in by_id(cluster, *ids))
     assert max(one[0], two[0]) < min(one[1], two[1]), "they did not run at once"
 
@@ -219,20 +215,22 @@ def test_another_configuration_of_the_same_name_is_not_sent(call, tmp_path):
     assert jobs(call) == before
 
 
-def test_stop_saves_and_the_same_command_goes_on(cluster, call, tmp_path, undisturbed):
-    submit = ["submit", *LONGER, "launch.workers=2", "--id", "stopped"]
-    run = tmp_path / "runs" / "stopped"
+def test_killed_stopped_and_gone_on_with_the_run_is_the_same(cluster, call, tmp_path, undisturbed):
+    submit = ["submit", *LONGER, "launch.workers=2", "--id", "disturbed"]
+    run = tmp_path / "runs" / "disturbed"
     assert call(*submit, "--no-wait").code == 0
     with (
         cluster.started(*submit, folder=tmp_path) as detached,
         cluster.started(*submit, folder=tmp_path) as follower,
     ):
         for process in (detached, follower):
-            assert process.stderr.readline().startswith("syncnorm: stopped is running already")
+            assert process.stderr.readline().startswith("syncnorm: disturbed is running already")
         # Ctrl-C where nobody can be asked leaves the job alone.
         detached.send_signal(signal.SIGINT)
-        wait_until(lambda: last_step(run) >= 15)
-        stopped = call("stop", "stopped")
+        wait_until(lambda: last_step(run) >= 25)
+        os.kill(commands.holder(run / "logs" / "rank-1.log"), signal.SIGKILL)
+        wait_until(lambda: len(events(run, "start")) == 2)
+        stopped = call("stop", "disturbed")
         _, err = follower.communicate(timeout=PATIENCE_SECONDS)
         _, detached_err = detached.communicate(timeout=PATIENCE_SECONDS)
     note = json.loads((run / "exit.json").read_text())
@@ -242,27 +240,13 @@ def test_stop_saves_and_the_same_command_goes_on(cluster, call, tmp_path, undist
     assert f"stopped after step {note['step']}, saved." in stopped.err
     assert follower.returncode == 75, err
     assert detached.returncode == 0
-    assert "To stop it: syncnorm stop stopped" in detached_err
-    assert jobs(call)["stopped"]["exit_code"] == 75
+    assert "To stop it: syncnorm stop disturbed" in detached_err
+    assert jobs(call)["disturbed"]["exit_code"] == 75
 
     done = call(*submit)
     assert done.code == 0, done.err
-    assert [event["step"] for event in events(run, "start")] == [0, note["step"]]
-    assert curve(run) == curve(undisturbed[0])
-    assert digests(done.out) == digests(undisturbed[1].stdout)
-
-
-def test_a_killed_worker_is_started_again_and_the_run_is_the_same(call, tmp_path, undisturbed):
-    run = tmp_path / "runs" / "killed"
-    submit = ["submit", *LONGER, "launch.workers=2", "--id", "killed"]
-    assert call(*submit, "--no-wait").code == 0
-    wait_until(lambda: last_step(run) >= 25)
-    os.kill(commands.holder(run / "logs" / "rank-1.log"), signal.SIGKILL)
-    done = call(*submit)
-    assert done.code == 0, done.err
-    starts = [event["step"] for event in events(run, "start")]
-    assert len(starts) == 2
-    assert 20 <= starts[1] < 184
+    first, again, last = (event["step"] for event in events(run, "start"))
+    assert first == 0 < 10 <= again <= last == note["step"]
     assert curve(run) == curve(undisturbed[0])
     assert digests(done.out) == digests(undisturbed[1].stdout)
 
