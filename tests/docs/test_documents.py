@@ -31,14 +31,15 @@ from syncnorm.cli import app
 from syncnorm.errors import ConfigError
 from syncnorm.run.ray.space import read_space
 from syncnorm.train.config.file import load_config
+from tests.launch import commands
+from tests.launch.record import digests, run_folder
+from tests.train.runs import events
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 GUARANTEES = (ROOT / "docs" / "guarantees.md").read_text()
 RESULTS = "\n".join(path.read_text() for path in (ROOT / "docs" / "results").glob("*.md"))
 BIN = Path(sys.executable).parent
-# --standalone: a free port instead of torchrun's fixed one
-TORCHRUN = ["torchrun", "--standalone"]
 DOCUMENTS = [
     *(
         ROOT / name
@@ -59,17 +60,15 @@ def _blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def _run(command: list[str], cwd: Path) -> str:
-    done = subprocess.run(
-        [str(BIN / command[0]), *command[1:]],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
+def _run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    if command[0] == "torchrun":
+        words = [sys.executable, "-m", "torch.distributed.run", "--standalone", *command[1:]]
+    else:
+        words = [str(BIN / command[0]), *command[1:]]
+    # Without it torchrun says that it sets it.
+    done = commands.run(words, cwd, {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    return done
 
 
 def test_the_readme_is_short_and_says_at_once_how_to_install():
@@ -82,10 +81,8 @@ def test_the_readme_example_runs_as_it_stands(tmp_path):
     assert len([line for line in example.splitlines() if line]) <= 14
     (tmp_path / "example.py").write_text(example)
     # A file for each worker's output, which would mingle on one screen.
-    _run(
-        [*TORCHRUN, "--nproc-per-node", "2", "--redirects", "1", "--log-dir", "logs", "example.py"],
-        tmp_path,
-    )
+    options = ["--nproc-per-node", "2", "--redirects", "1", "--log-dir", "logs"]
+    _run(["torchrun", *options, "example.py"], tmp_path)
     first, second = (
         next(tmp_path.glob(f"logs/*/attempt_0/{rank}/stdout.log")).read_text() for rank in (0, 1)
     )
@@ -147,20 +144,40 @@ def _training_commands() -> list[str]:
     return commands
 
 
+SHORT = ["train.epochs=1", "train.global_batch=128"]
+
+
+@pytest.fixture(scope="module")
+def local(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """`syncnorm train digits` on two workers, in short."""
+    folder = tmp_path_factory.mktemp("local")
+    return folder, commands.run([*commands.SYNCNORM, "train", "digits", *SHORT], folder)
+
+
 @pytest.mark.parametrize("command", _training_commands())
-def test_the_documented_training_commands_run(command, tmp_path):
-    """As they stand, but for one epoch, a folder of their own and a free port."""
-    short = ["train.epochs=1", f"run_dir={tmp_path}"]
-    words = shlex.split(command)
-    out = _run([*(TORCHRUN if words[0] == "torchrun" else words[:1]), *words[1:], *short], ROOT)
-    assert re.search(r"^test accuracy \d+\.\d\d %$", out, flags=re.MULTILINE)
+def test_the_documented_training_commands_run(command, tmp_path, local):
+    """As they stand, but for one epoch and a folder of their own. Under torchrun it is the same
+    run as without.
+    """
+    words = [*shlex.split(command), *SHORT, f"run_dir={tmp_path}"]
+    done = _run(words, ROOT)
+    assert re.search(r"^test accuracy \d+\.\d\d %$", done.stdout, flags=re.MULTILINE)
+    if words[0] == "torchrun":
+        assert digests(done) == digests(local[1]) != []
+        run = run_folder(tmp_path, done)
+        assert events(run, "step") == events(run_folder(*local), "step")
+        assert done.stderr.count("2 workers on cpu\nmodel: digits_resnet, ") == 1
+        exit_note = json.loads((run / "exit.json").read_text())
+        assert (exit_note["status"], exit_note["step"]) == ("done", 12)
 
 
 def test_a_model_and_data_of_your_own_as_the_page_says(tmp_path):
     text = (ROOT / "docs" / "train.md").read_text()
     (block,), (command,) = _blocks(text, "python"), _blocks(text, "console")
     (tmp_path / "mine.py").write_text(block)
-    out = _run([*shlex.split(command), "--dry-run"], tmp_path)
+    out = _run([*shlex.split(command), "--dry-run"], tmp_path).stdout
     assert "model: mine:model, 258 parameters trained, 1 layers of syncnorm's" in out
     assert "data: 192 training and 64 test images of 3x16x16" in out
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def _run(name: str, *arguments: str) -> str:
+def _run(name: str, *arguments: str, workers: int | None = None) -> str:
     """By the first command of its docstring, with this Python, and a free port instead of
     torchrun's fixed one.
     """
@@ -29,6 +29,8 @@ def _run(name: str, *arguments: str) -> str:
         *command[1:],
         *arguments,
     ]
+    if workers is not None:
+        started[started.index("--nproc-per-node") + 1] = str(workers)
     done = subprocess.run(
         started, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
@@ -42,7 +44,7 @@ def _accuracies(output: str) -> list[float]:
 
 
 def test_ddp():
-    (accuracy,) = _accuracies(_run("ddp.py"))
+    (accuracy,) = _accuracies(_run("ddp.py", workers=2))
     assert accuracy > 85.0
 
 

@@ -141,7 +141,7 @@ def main(what: str) -> None:
             if name == "refused":
                 callback.lock = threading.Lock()
             try:
-                syncnorm.fit(CONFIG, **own, callbacks=[callback])
+                syncnorm.fit(CONFIG, {"launch.workers": 1}, **own, callbacks=[callback])
             except syncnorm.errors.SyncnormError as error:
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     else:

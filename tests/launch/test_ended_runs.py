@@ -245,57 +245,64 @@ def test_a_killed_worker_is_named(tmp_path):
     assert "syncnorm: worker 0 was killed by SIGKILL" in err
 
 
-@pytest.mark.parametrize("launcher", ["ours", "torchrun"])
-def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path, undisturbed, launcher):
-    command = [*commands.SYNCNORM, "train", *LONGER]
-    environment = {}
-    if launcher == "torchrun":
-        command = [*commands.TORCHRUN, "--max-restarts", "3", "-m", "syncnorm", "train", *LONGER]
-        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-    with commands.started(command, tmp_path, environment) as process:
-        while not process.stderr.readline().startswith("epoch 1/"):
-            assert process.poll() is None
-        os.kill(worker_ids(process)[-1], signal.SIGKILL)
-        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
-    assert process.returncode == 0, err
-    interrupted = tmp_path / out.splitlines()[-1]
+def assert_same(run: Path, undisturbed: tuple[Path, CompletedProcess[str]], out: str) -> None:
+    """The run is LONGER's to the bit, though it was disturbed."""
     expected = run_folder(*undisturbed)
-    curves = [
-        {e["step"]: e["loss"] for e in events(run, "step")} for run in (expected, interrupted)
-    ]
+    curves = [{e["step"]: e["loss"] for e in events(each, "step")} for each in (expected, run)]
     assert curves[0] == curves[1]
-    starts = events(interrupted, "start")
-    assert len(starts) == 2
-    # A save that was under way is lost, and one before it counts.
-    assert starts[1]["step"] in (10, 20, 23, 30, 40)
     assert digests(undisturbed[1]) == [
         line.split()[-1] for line in out.splitlines() if "sha256" in line
     ]
-    if launcher == "ours":
-        (fault,) = events(interrupted, "fault")
-        assert "worker 1 was killed by SIGKILL; starting again (1 of 3)" in fault["message"]
 
 
-def test_torchrun_stops_and_the_same_launch_goes_on(tmp_path, monkeypatch):
+# A save that was under way is lost, and one before it counts.
+SAVED = (10, 20, 23, 30, 40)
+
+
+def test_a_killed_worker_is_started_again_and_the_run_is_the_same(tmp_path, undisturbed):
+    with commands.started([*commands.SYNCNORM, "train", *LONGER], tmp_path) as process:
+        wait_for_first_epoch(process)
+        os.kill(worker_ids(process)[-1], signal.SIGKILL)
+        out, err = process.communicate(timeout=commands.DEADLINE_SECONDS)
+    assert process.returncode == 0, err
+    run = tmp_path / out.splitlines()[-1]
+    assert_same(run, undisturbed, out)
+    first, again = (event["step"] for event in events(run, "start"))
+    assert first == 0
+    assert again in SAVED
+    (fault,) = events(run, "fault")
+    assert "worker 1 was killed by SIGKILL; starting again (1 of 3)" in fault["message"]
+
+
+def test_torchrun_starts_a_killed_worker_again_and_the_same_launch_goes_on(
+    tmp_path, undisturbed, monkeypatch
+):
     rendezvous = ["--rdzv-id", "mine", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *rendezvous]
-    command += ["-m", "syncnorm", "train", "digits", "train.epochs=4"]
-    with commands.started(command, tmp_path) as process:
-        while not process.stderr.readline().startswith("epoch 1/"):
+    command += ["--max-restarts", "3", "-m", "syncnorm", "train", *LONGER]
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    with commands.started(command, tmp_path, environment) as process:
+        wait_for_first_epoch(process)
+        os.kill(worker_ids(process)[-1], signal.SIGKILL)
+        # It goes on before the end of an epoch that it had begun.
+        while not process.stderr.readline().startswith("epoch 2/"):
             assert process.poll() is None
         process.terminate()
         process.communicate(timeout=commands.DEADLINE_SECONDS)
     (run,) = (tmp_path / "runs").iterdir()
     note = json.loads((run / "exit.json").read_text())
     assert (note["status"], note["exit_code"]) == ("stopped", 75)
-    done = commands.run(command, tmp_path)
+    done = commands.run(command, tmp_path, environment)
     assert run_folder(tmp_path, done) == run
-    assert [event["step"] for event in events(run, "start")] == [0, note["step"]]
+    first, again, last = (event["step"] for event in events(run, "start"))
+    assert (first, last) == (0, note["step"])
+    assert again in SAVED
     assert json.loads((run / "exit.json").read_text())["status"] == "done"
+    assert_same(run, undisturbed, done.stdout)
 
     # A launch of the same name after the end is another run.
     monkeypatch.chdir(tmp_path)
-    config = load_config("digits", ["train.epochs=4"])
+    config = load_config("digits", LONGER[1:])
     assert find_relaunched(config, "mine") is None
     (run / "exit.json").unlink()
     assert find_relaunched(config, "mine") == run.relative_to(tmp_path)

@@ -172,7 +172,7 @@ def test_the_program_of_the_page_runs(tmp_path):
         r"```python\n(.*?)```", (ROOT / "docs" / "fit.md").read_text(), flags=re.DOTALL
     )
     (tmp_path / "program.py").write_text(program)
-    done = commands.run([sys.executable, "program.py"], tmp_path, PATH)
+    done = commands.run([sys.executable, "-m", "program"], tmp_path)
     assert done.returncode == 0, done.stderr
     assert re.match(r"runs/fit-\d+-\d+ ", done.stdout)
     assert "'validation': {'accuracy': " in done.stdout
@@ -193,7 +193,8 @@ class Net(nn.Module):
     def forward(self, x):
         return self.last(self.norm(self.first(x)).relu().mean((2, 3)))
 
-result = syncnorm.fit("digits", {"train.epochs": 1, "train.global_batch": 256}, model=Net)
+short = {"train.epochs": 1, "train.global_batch": 256, "launch.workers": 1}
+result = syncnorm.fit("digits", short, model=Net)
 print(result.folder, result.is_done, result.metrics["test"]["accuracy"])
 """
 

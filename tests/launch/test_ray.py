@@ -93,29 +93,40 @@ def jobs(call) -> dict[str, dict]:
     return {job["submission_id"]: job for job in json.loads(listed.out)}
 
 
-def test_two_jobs_at_once_each_as_on_one_machine(cluster, call, tmp_path):
-    ids = ("one", "two")
-    for name in ids:
-        submitted = call("submit", *SHORT, "launch.workers=2", "--id", name, "--no-wait", "--json")
+BREAKS = """
+import os
+import torch
+from syncnorm.train.models import MODELS
+
+class Breaks(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.net, self.calls = net, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 5 and os.environ["RANK"] == "1":
+            raise RuntimeError("no forward on rank 1")
+        return self.net(x)
+
+def net(**kwargs):
+    return Breaks(MODELS["digits_resnet"](**kwargs))
+"""
+
+
+def test_two_jobs_at_once_of_which_one_fails(cluster, call, tmp_path):
+    (tmp_path / "mine.py").write_text(BREAKS)
+    fails = ["model.name=mine:net", "--allow", "mine"]
+    for name, more in (("one", []), ("mine", fails)):
+        options = [*SHORT, *more, "launch.workers=2", "--id", name, "--no-wait", "--json"]
+        submitted = call("submit", *options)
         assert submitted.code == 0, submitted.err
         assert json.loads(submitted.out)["folder"] == str(tmp_path / "runs" / name)
-    followed = [call("logs", "--follow", name) for name in ids]
-    alone = commands.run([*commands.SYNCNORM, "train", *SHORT], tmp_path)
-    expected = record.run_folder(tmp_path, alone)
-    for name, done in zip(ids, followed):
-        run = tmp_path / "runs" / name
-        assert done.code == 0, done.err
-        *_, accuracy, folder = done.out.splitlines()
-        assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
-        assert folder == str(run)
-        assert re.search(r"^epoch 1/1  step 12  loss ", done.err, re.MULTILINE)
-        (start,) = events(run, "start")
-        assert start["world_size"] == 2
-        assert digests(done.out) == digests(alone.stdout)
-        assert len(set(digests(done.out))) == 1
-        assert curve(run) == curve(expected)
-    one, two = ((job.start_time, job.end_time) for job in by_id(cluster, *ids))
-    assert max(one[0], two[0]) < min(one[1], two[1]), "they did not run at once"
+    done, failed = (call("logs", "--follow", name) for name in ("one", "mine"))
+    one, mine = ((job.start_time, job.end_time) for job in by_id(cluster, "one", "mine"))
+    assert max(one[0], mine[0]) < min(one[1], mine[1]), "they did not run at once"
+    check_as_on_one_machine(done, tmp_path)
+    check_failure(failed, tmp_path / "runs" / "mine")
 
     seen = json.loads(call("status", "one", "--json").out)
     assert seen["status"] == "SUCCEEDED"
@@ -131,9 +142,38 @@ def test_two_jobs_at_once_each_as_on_one_machine(cluster, call, tmp_path):
     assert len(events(tmp_path / "runs" / "one", "start")) == 1
 
 
+def check_as_on_one_machine(done: Called, folder: Path) -> None:
+    """The job `one` is the run that two workers of one machine make."""
+    alone = commands.run([*commands.SYNCNORM, "train", *SHORT], folder)
+    run = folder / "runs" / "one"
+    assert done.code == 0, done.err
+    *_, accuracy, last = done.out.splitlines()
+    assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
+    assert last == str(run)
+    assert re.search(r"^epoch 1/1  step 12  loss ", done.err, re.MULTILINE)
+    (start,) = events(run, "start")
+    assert start["world_size"] == 2
+    assert digests(done.out) == digests(alone.stdout)
+    assert len(set(digests(done.out))) == 1
+    assert curve(run) == curve(record.run_folder(folder, alone))
+
+
+def check_failure(done: Called, run: Path) -> None:
+    """It is told once, by the worker that failed, and not tried again: it would fail again."""
+    assert (done.code, done.out) == (1, "")
+    assert (
+        done.err.splitlines()[-1]
+        == f"syncnorm: worker 1 failed: RuntimeError: no forward on rank 1; {run}/traceback.txt"
+    )
+    assert done.err.count("no forward on rank 1") == 1, done.err
+    assert "in forward" in (run / "traceback.txt").read_text()
+    note = json.loads((run / "exit.json").read_text())
+    assert note["reason"] == "worker 1 failed: RuntimeError: no forward on rank 1"
+    assert len(events(run, "start")) == 1
+
+
 def test_a_sweep_of_two_trials_names_the_best(call, tmp_path):
-    sweep = ["sweep", *SHORT, "data.validation=0.2", "train.lr=0.05,1e-6"]
-    done = call(*sweep)
+    done = call("sweep", *SHORT, "data.validation=0.2", "train.lr=0.05,1e-6")
     assert done.code == 0, done.err
     folder = Path(done.out.splitlines()[-1])
     assert folder.parent == tmp_path / "runs"
@@ -148,10 +188,6 @@ def test_a_sweep_of_two_trials_names_the_best(call, tmp_path):
     assert "syncnorm: trial-01-lr=1e-06 done after step " in done.err
     for name in ("trial-00-lr=0.05", "trial-01-lr=1e-06"):
         assert len(events(folder / name, "start")) == 1
-    # What is done is not done again, and comes out the same.
-    again = call(*sweep)
-    assert (again.code, again.out) == (0, done.out)
-    assert len(events(folder / "trial-00-lr=0.05", "start")) == 1
 
 
 def by_id(cluster, *ids):
@@ -249,44 +285,3 @@ def test_killed_stopped_and_gone_on_with_the_run_is_the_same(cluster, call, tmp_
     assert first == 0 < 10 <= again <= last == note["step"]
     assert curve(run) == curve(undisturbed[0])
     assert digests(done.out) == digests(undisturbed[1].stdout)
-
-
-def test_code_of_the_working_folder_runs_and_its_failure_is_told_once(call, tmp_path):
-    (tmp_path / "mine.py").write_text(
-        "import os\n"
-        "import torch\n"
-        "from syncnorm.train.models import MODELS\n"
-        "class Breaks(torch.nn.Module):\n"
-        "    def __init__(self, net):\n"
-        "        super().__init__()\n"
-        "        self.net, self.calls = net, 0\n"
-        "    def forward(self, x):\n"
-        "        self.calls += 1\n"
-        "        if self.calls > 5 and os.environ['RANK'] == '1':\n"
-        "            raise RuntimeError('no forward on rank 1')\n"
-        "        return self.net(x)\n"
-        "def net(**kwargs):\n"
-        "    return Breaks(MODELS['digits_resnet'](**kwargs))\n"
-    )
-    done = call(
-        "submit",
-        *SHORT,
-        "model.name=mine:net",
-        "launch.workers=2",
-        "--allow",
-        "mine",
-        "--id",
-        "mine",
-    )
-    assert (done.code, done.out) == (1, "")
-    run = tmp_path / "runs" / "mine"
-    assert (
-        done.err.splitlines()[-1]
-        == f"syncnorm: worker 1 failed: RuntimeError: no forward on rank 1; {run}/traceback.txt"
-    )
-    assert done.err.count("no forward on rank 1") == 1, done.err
-    assert "in forward" in (run / "traceback.txt").read_text()
-    note = json.loads((run / "exit.json").read_text())
-    assert note["reason"] == "worker 1 failed: RuntimeError: no forward on rank 1"
-    # Code that fails would fail again.
-    assert len(events(run, "start")) == 1

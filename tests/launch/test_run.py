@@ -15,7 +15,7 @@ from syncnorm.cli import main
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
-from tests.launch.record import digests, run_folder
+from tests.launch.record import run_folder
 from tests.train.runs import events
 
 ROOT = Path(__file__).parents[2]
@@ -81,24 +81,8 @@ def test_both_workers_have_the_same_running_statistics(local):
     assert line in local[1].stdout.splitlines()
 
 
-def test_torchrun_gives_the_same_run(local, tmp_path):
-    command = [
-        *commands.TORCHRUN,
-        str(ROOT / "launch" / "torchrun.py"),
-        str(ROOT / "configs" / "digits.yaml"),
-        *SHORT,
-    ]
-    done = commands.run(command, tmp_path)
-    ours, theirs = (events(run_folder(*run), "step") for run in (local, (tmp_path, done)))
-    assert ours == theirs
-    assert digests(done) == digests(local[1]) != []
-    assert done.stderr.count("2 workers on cpu\nmodel: digits_resnet, ") == 1
-    exit_note = json.loads((run_folder(tmp_path, done) / "exit.json").read_text())
-    assert (exit_note["status"], exit_note["step"]) == ("done", 12)
-
-
-def test_torchrun_on_the_module_and_local_statistics(local, tmp_path):
-    command = [*commands.TORCHRUN, "-m", "syncnorm", "train", "digits", *SHORT, "norm.sync=none"]
+def test_local_statistics_are_different_ones(local, tmp_path):
+    command = [*commands.SYNCNORM, "train", "digits", *SHORT, "norm.sync=none"]
     done = commands.run(command, tmp_path)
     (end,), (pooled,) = (events(run_folder(*run), "end") for run in ((tmp_path, done), local))
     first, second = end["digests"]

@@ -1,6 +1,8 @@
 """Runs with an address, by the real command; most with an S3 server on this machine."""
 
 import json
+from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -23,26 +25,47 @@ def s3():
         yield environment
 
 
-def test_a_run_is_copied_and_goes_on_from_its_address(s3, tmp_path):
-    done = commands.run(TRAIN, tmp_path, s3)
-    run = run_folder(tmp_path, done)
-    url = f"s3://{BUCKET}/runs/{run.name}"
-    assert json.loads((run / "storage.json").read_text()) == {"url": url}
-    assert f"copied to {url}" in done.stderr
+@pytest.fixture(scope="module")
+def copied(s3, tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
+    """A run's folder, and the command that made it."""
+    folder = tmp_path_factory.mktemp("copied")
+    done = commands.run(TRAIN, folder, s3)
+    return run_folder(folder, done), done
+
+
+def address(run: Path) -> str:
+    return f"s3://{BUCKET}/runs/{run.name}"
+
+
+def test_a_run_is_copied_and_goes_on_from_its_address(s3, copied, tmp_path):
+    run, done = copied
+    assert json.loads((run / "storage.json").read_text()) == {"url": address(run)}
+    assert f"copied to {address(run)}" in done.stderr
     assert events(run, "fault") == []
 
-    empty = tmp_path / "empty"
-    empty.mkdir()
     # Nothing is left to do, so all that it has is from the store.
-    again = commands.run([*TRAIN, "--resume", url], empty, s3)
-    assert again.returncode == 0, again.stderr
-    there = run_folder(empty, again)
+    again = commands.run([*TRAIN, "--resume", address(run)], tmp_path, s3)
+    there = run_folder(tmp_path, again)
     assert there.name == run.name
     assert digests(again) == digests(done)
     assert events(there, "step") == events(run, "step")
     end = read_exit(there)
     assert end is not None
     assert end.status == "done"
+
+
+def test_torchrun_goes_on_from_an_address(s3, copied, tmp_path):
+    run, _ = copied
+    module = [*commands.TORCHRUN, "-m", "syncnorm", "train", "digits", *SHORT]
+    longer = [*module, "train.epochs=3", "--resume", address(run)]
+    done = commands.run(longer, tmp_path, s3)
+    there = run_folder(tmp_path, done)
+    steps = events(run, "step")
+    assert events(there, "start")[-1]["step"] == len(steps)
+    assert events(there, "step")[: len(steps)] == steps
+    assert len(events(there, "step")) == len(steps) * 3 // 2
+    assert f"copied to {address(run)}" in done.stderr
+    assert events(there, "fault") == []
 
 
 def test_a_run_whose_store_ends_with_it(tmp_path):
@@ -53,16 +76,6 @@ def test_a_run_whose_store_ends_with_it(tmp_path):
     assert json.loads((run / "storage.json").read_text()) == {"url": f"memory://runs/{run.name}"}
     assert "copied to memory://runs/mine-" in done.stderr
     assert events(run, "fault") == []
-
-
-def test_torchrun_goes_on_from_an_address(s3, tmp_path):
-    module = [*commands.TORCHRUN, "-m", "syncnorm", "train", "digits", *SHORT]
-    done = commands.run(module, tmp_path, s3)
-    run = run_folder(tmp_path, done)
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    again = commands.run([*module, "--resume", f"s3://{BUCKET}/runs/{run.name}"], empty, s3)
-    assert events(run_folder(empty, again), "step") == events(run, "step")
 
 
 @pytest.mark.parametrize(

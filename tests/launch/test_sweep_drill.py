@@ -82,3 +82,7 @@ def test_ctrl_c_saves_and_the_sweep_goes_on(tmp_path):
     record = json.loads((folder / "sweep.json").read_text())
     assert [trial["status"] for trial in record["trials"]] == ["done"] * 2
     assert any(each[-1] > 0 for each in map(starts, folder.glob("trial-*")))
+    # What is done is not done again, and comes out the same.
+    before = list(map(starts, folder.glob("trial-*")))
+    assert commands.run(again, tmp_path).stdout == out
+    assert list(map(starts, folder.glob("trial-*"))) == before
