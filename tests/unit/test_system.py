@@ -87,7 +87,7 @@ def play(name: str, folder: Path, *more: str) -> dict[str, list]:
     done = commands.run(
         [sys.executable, "-m", "tests.unit.other_system", name, str(folder), *more],
         ROOT,
-        {"OMP_NUM_THREADS": "1"},
+        {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

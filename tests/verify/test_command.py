@@ -116,7 +116,7 @@ def test_under_torchrun_its_workers_are_those_that_verify(tmp_path):
         "--layer",
         "syncnorm:SyncBatchRenorm",
     ]
-    done = commands.run(command, tmp_path, HERE)
+    done = commands.run(command, tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert (found["workers"], found["exit_status"]) == (2, 0)
