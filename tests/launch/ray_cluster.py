@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from syncnorm import system
 from tests.launch import commands
 
 # The machine may be busy with other things.
@@ -113,6 +114,8 @@ class Cluster:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                # The rest of a node dies with this command.
+                preexec_fn=system.die_with_parent,
             )
         self.nodes.append(Node(process, ip))
         return self.nodes[-1]
