@@ -146,6 +146,27 @@ def test_a_failing_worker_stops_all_and_nothing_is_changed(pool):
     assert "shapes cannot be multiplied" in answers[1][0]
 
 
+def _not_finite(kind: str, value: float) -> tuple[str, bool]:
+    model, batches = _model(kind), _batches()
+    if dist.get_rank() == 1:
+        batches[2][3, 1] = value
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        recalibrate(model, batches)
+        message = "no error"
+    except FaultError as error:
+        message = str(error)
+    return message, all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "value"), [("torch", torch.nan), ("renorm", torch.inf)])
+def test_statistics_that_are_not_finite_replace_none(pool, kind, value):
+    answers = pool(2).run(_not_finite, kind, value)
+    words = "activations must be finite, got NaN or infinity at '1' on some worker. Look at"
+    assert answers == [(answers[0][0], True)] * 2
+    assert answers[0][0].startswith(words)
+
+
 def _without_data() -> str:
     try:
         recalibrate(_model("running"), [])
