@@ -194,7 +194,10 @@ def test_classes_of_numbers_are_in_their_order(tmp_path):
             ["2", "1.00", "01", "1.0", "10", "1e0", "1"],
             ["01", "1", "1.0", "1.00", "1e0", "2", "10"],
         ),
-        (["9", "nan", *map(str, range(9))], [*map(str, range(10)), "nan"]),
+        (
+            ["nan", "9", "-nan", "NaN", *map(str, range(9))],
+            ["-nan", *map(str, range(10)), "NaN", "nan"],
+        ),
     ],
     ids=["equal numbers", "none"],
 )
