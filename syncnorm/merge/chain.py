@@ -21,6 +21,7 @@ from syncnorm.merge.gram import Sums, add, arriving, leaving, with_bias
 from syncnorm.merge.interpolate import bare, check_alike, tensors
 from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
+from syncnorm.model.sample import check_batches
 
 
 @torch.no_grad()
@@ -107,6 +108,8 @@ def _check(models: list[nn.Module], batches: Sequence[Iterable[Any]], ridge: flo
             "`batches` must be there to be gone through for each layer, got an iterator. Give "
             "lists or loaders."
         )
+    for each in batches:
+        check_batches(each)
     check_alike(*models)
 
 

@@ -19,7 +19,7 @@ from syncnorm.merge.interpolate import bare, check_alike, check_alpha
 from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.recalibrate import recalibrate
-from syncnorm.model.sample import call
+from syncnorm.model.sample import call, check_batches
 
 
 @torch.no_grad()
@@ -79,6 +79,7 @@ def repair(
         variances are divided by the count; the small number in the denominator is 1e-12, not 1e-5.
     """
     check_alpha(alpha)
+    check_batches(batches)
     bare_model, a, b = bare(model), bare(a), bare(b)
     check_alike(bare_model, a, b)
     bared = [

@@ -21,7 +21,7 @@ from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
 from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating, kept
-from syncnorm.model.sample import call
+from syncnorm.model.sample import call, check_batches
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source, untraced_forward
@@ -64,7 +64,8 @@ def recalibrate(
         `model`.
 
     Raises:
-        InputError: `mix` is out of range, or there is no layer to recalibrate.
+        InputError: `mix` is out of range, `batches` is a single one, or there is no layer to
+            recalibrate.
         FaultError: no worker had a batch, what comes to a layer is not finite, or the forward failed
             on another worker (the failing one raises its own error); on all workers, and nothing
             was changed.
@@ -86,6 +87,7 @@ def recalibrate(
     """
     if not 0 < mix <= 1:
         raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
+    check_batches(batches)
     # DDP's own forward would exchange, but workers have different numbers of batches.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers(bare)

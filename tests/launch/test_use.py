@@ -102,6 +102,12 @@ def test_a_loaded_model_takes_raw_images(name, made):
     assert model.config == load_config(*RUNS[name])
     with pytest.raises(InputError, match=r"must be \(N, 1, 8, 8\) of uint8, got shape \(4, 3, 8"):
         model(torch.zeros(4, 3, 8, 8))
+    # By whatever name, and beside whatever else, they are standardised.
+    raw = TEST.images.float()
+    assert torch.equal(model(x=raw), model(TEST.images))
+    for others, got in (((raw, raw), 2), ((), 0), ((raw.numpy(),), 0)):
+        with pytest.raises(InputError, match=rf"of uint8, in one tensor, got {got}"):
+            model(*others)
 
 
 @pytest.mark.parametrize("name", RUNS)

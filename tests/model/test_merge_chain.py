@@ -299,6 +299,7 @@ def test_faults_of_one_worker_are_raised_by_all(pool, what, first, second):
         ([_mlp(0), _mlp(1)], [[]], 0.0, "got 2 and 1"),
         ([_mlp(0)], [[]], 0.0, "got 1 and 1"),
         ([_mlp(0), _mlp(1)], [[], iter([])], 0.0, "for each layer, got an iterator"),
+        ([_mlp(0), _mlp(1)], torch.ones(2, 5, 2, 5, 5), 0.0, "of batches, got one Tensor"),
         ([_mlp(0), _maps(1)], [[], []], 0.0, "of one architecture, got '0.weight'"),
     ],
 )

@@ -342,6 +342,7 @@ class Twice(nn.Module):
     [
         (_bare(0), [], 2.0, r"`alpha` must be in \[0, 1\], got 2.0"),
         (_bare(0), iter([]), 0.5, "gone through twice, got an iterator"),
+        (_bare(0), torch.ones(3, 2, 4, 4), 0.5, "an iterable of batches, got one Tensor"),
         (nn.Linear(2, 2), [], 0.5, "got none in Linear"),
         (_tied(), [], 0.5, "each weight once, got '0' again at '1'"),
         (Twice(), [], 0.5, "each weight once, got 'layer' again at 'layer'"),

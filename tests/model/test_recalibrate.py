@@ -196,6 +196,13 @@ def test_no_data_anywhere(pool):
         ),
         (lambda: recalibrate(nn.Linear(3, 3), []), "got none in Linear"),
         (
+            lambda: recalibrate(
+                nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)), torch.randn(4, 1, 3, 3)
+            ),
+            "`batches` must be an iterable of batches, got one Tensor. Give a list of it",
+        ),
+        (lambda: recalibrate(nn.BatchNorm1d(3), {"x": torch.ones(2, 3)}), "got one dict"),
+        (
             lambda: recalibrate(nn.BatchNorm1d(3, track_running_stats=False), []),
             "got none in BatchNorm1d",
         ),
