@@ -67,18 +67,18 @@ class LoadedModel(nn.Module):
         self, device: torch.device, *inputs: Any, **named: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Standardise the tensor among the arguments, whatever else there is."""
+        standardise = self.standardise
         found = sum(isinstance(each, Tensor) for each in (*inputs, *named.values()))
-        if self.standardise is None or (found != 1 and self.standardise.inputs.mean is None):
+        if standardise is None or (found != 1 and standardise.inputs.mean is None):
             return inputs, named
         if found != 1:
             raise InputError(
-                f"`input` must be {self.standardise.inputs.describe()}, in one tensor, got {found}. "
+                f"`input` must be {standardise.inputs.describe()}, in one tensor, got {found}. "
                 "torch.as_tensor makes one of an array; `network` takes what is standardised."
             )
 
         def change(value: Any) -> Any:
-            is_it = isinstance(value, Tensor) and self.standardise is not None
-            return self.standardise(value.to(device)) if is_it else value
+            return standardise(value.to(device)) if isinstance(value, Tensor) else value
 
         return tuple(map(change, inputs)), {name: change(each) for name, each in named.items()}
 
