@@ -8,11 +8,13 @@ one named behind `--`: on Linux another one may be a build for CUDA, of several 
 
 from __future__ import annotations
 
-import re
 import tomllib
 from pathlib import Path
 
 import nox
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 ROOT = Path(__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -111,22 +113,23 @@ nox.options.sessions = ["versions"]
 
 def lowest(needed: list[str]) -> list[str]:
     """Requirements for exactly the lowest versions that satisfy all of these."""
-    floors: dict[str, str] = {}
-    for each in needed:
-        name, _, version = each.partition(">=")
-        if name not in floors or _numbers(floors[name]) < _numbers(version):
-            floors[name] = version
-    return [f"{name}=={version}" if version else name for name, version in floors.items()]
+    highest: dict[str, Requirement] = {}
+    for each in map(Requirement, needed):
+        if each.name not in highest or _floor(highest[each.name]) < _floor(each):
+            highest[each.name] = each
+    for each in highest.values():
+        each.specifier = SpecifierSet(f"=={_floor(each)}" if each.specifier else "")
+    return [str(each) for each in highest.values()]
 
 
-def _numbers(version: str) -> list[int]:
-    return [int(each) for each in re.findall(r"\d+", version)]
+def _floor(requirement: Requirement) -> Version:
+    return max((Version(each.version) for each in requirement.specifier), default=Version("0"))
 
 
 def requirements(part: str) -> list[str]:
     """What a part and its tests import of other packages, as pyproject.toml asks for it."""
     extras, others, _ = PARTS[part]
-    dev = {re.split(r"[\[>=;]", each)[0]: each for each in EXTRAS["dev"]}
+    dev = {Requirement(each).name: each for each in EXTRAS["dev"]}
     named = [dev.get(name, name) for name in others]
     return [each for extra in extras for each in EXTRAS[extra]] + named
 

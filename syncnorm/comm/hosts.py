@@ -114,13 +114,8 @@ def negotiate(group: dist.ProcessGroup, machine: str) -> None:
     if "cpu" not in types or undocumented.backend_for(group, torch.device("cpu")) != "gloo":
         return
     me = dist.get_group_rank(group, dist.get_rank())
-    why, fd, token = shared.refusal(), -1, ""
-    if not why:
-        try:
-            # Each may be the first of its host.
-            fd, token = shared.make(dist.get_world_size(group))
-        except OSError as error:
-            why = str(error)
+    # Each may be the first of its host.
+    why, fd, token = shared.offer(dist.get_world_size(group))
     try:
         said = _gather(_facts(why, machine, fd, token), group)
         hosts = _by_host(said)

@@ -73,37 +73,33 @@ def _functions() -> Any:
 
 def refusal() -> str:
     """The reason why this process sends nothing over shared memory; empty if it can."""
+    why, fd, _ = offer(2)
+    if not why:
+        os.close(fd)
+    return why
+
+
+def offer(members: int) -> tuple[str, int, str]:
+    """Make a segment that others can open: its file and its token, after the reason if there is none."""
     if os.environ.get("SYNCNORM_SHARED_MEMORY", "1") == "0":
-        return "turned off by SYNCNORM_SHARED_MEMORY=0"
+        return "turned off by SYNCNORM_SHARED_MEMORY=0", -1, ""
     if not system.is_linux():
-        return f"not on {sys.platform}"
-    if _functions() is None:
-        return f"the native library is not used: {native.load().detail}"
-    try:
-        fd, token = make(2)
-        try:
-            os.close(_open(os.getpid(), fd, token))
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return f"no segment can be made: {error}"
-    return ""
-
-
-def make(members: int) -> tuple[int, str]:
-    """Make a segment; returns its file and its token."""
+        return f"not on {sys.platform}", -1, ""
     library = _functions()
-    assert library is not None
-    token = f"syncnorm-{secrets.token_hex(12)}"
-    fd = os.memfd_create(token, os.MFD_CLOEXEC)
+    if library is None:
+        return f"the native library is not used: {native.load().detail}", -1, ""
+    token, fd = f"syncnorm-{secrets.token_hex(12)}", -1
     try:
+        fd = os.memfd_create(token, os.MFD_CLOEXEC)
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, library.bytes(members))
         os.pwrite(fd, token.encode(), 0)
-    except OSError:
-        os.close(fd)
-        raise
-    return fd, token
+        os.close(_open(os.getpid(), fd, token))
+    except OSError as error:
+        if fd >= 0:
+            os.close(fd)
+        return f"no segment can be made: {error}", -1, ""
+    return "", fd, token
 
 
 def _open(pid: int, fd: int, token: str) -> int:

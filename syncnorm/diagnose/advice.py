@@ -44,6 +44,16 @@ def advise(measures: Measures) -> list[Advice]:
     return [Advice(name, text) for name, rule in RULES.items() for text in rule(measures)]
 
 
+def _not_finite(measures: Measures) -> Iterator[str]:
+    loss = measures.get("statistics", {}).get("loss", {})
+    if "population" in loss and loss["population"] is None:
+        yield (
+            "the loss is NaN or infinite by the data's own statistics: weights or samples are, or "
+            "activations overflow. Diagnose an earlier checkpoint (--checkpoint), and look at the "
+            "samples; lower train.lr, or set train.clip."
+        )
+
+
 def _between_workers(measures: Measures) -> Iterator[str]:
     excess = {
         name: (each["between_share"] - each["chance_share"]) / (1 - each["chance_share"])
@@ -67,7 +77,15 @@ def _between_workers(measures: Measures) -> Iterator[str]:
 def _running_lag(measures: Measures) -> Iterator[str]:
     loss = measures.get("statistics", {}).get("loss", {})
     now, then = loss.get("evaluation"), loss.get("population")
-    if now is None or then is None or now - then <= max(_LOSS, _LOSS_SHARE * abs(then)):
+    if then is None:
+        return
+    if now is None:
+        yield (
+            "evaluation has a loss of NaN or infinity by the running statistics, and of "
+            f"{then:.3g} by the data's. Recalibrate (syncnorm recalibrate RUN)."
+        )
+        return
+    if now - then <= max(_LOSS, _LOSS_SHARE * abs(then)):
         return
     gaps = {name: _gap(e) for name, e in _layers(measures).items() if not e["is_frozen"]}
     if found := _worst(gaps, _LAG):
@@ -168,7 +186,7 @@ def _rate_too_large(measures: Measures) -> Iterator[str]:
 def _odd_worker(measures: Measures) -> Iterator[str]:
     for name, each in _layers(measures).items():
         gaps = each["part_gaps"]
-        if len(gaps) < 3:
+        if len(gaps) < 3 or None in gaps:
             continue
         worst = max(range(len(gaps)), key=lambda part: gaps[part])
         others = max(gaps[:worst] + gaps[worst + 1 :])
@@ -199,6 +217,7 @@ def _not_invariant(measures: Measures) -> Iterator[str]:
 
 
 RULES: dict[str, Rule] = {
+    "not finite": _not_finite,
     "between workers": _between_workers,
     "odd worker": _odd_worker,
     "running statistics": _running_lag,

@@ -131,8 +131,13 @@ class Problem:
                 else was exchanged.
         """
         found: list[dict[str, tuple[float, float]]] = [{} for _ in self.batches]
+        sizes = self.zeros(len(found), self.parts)
         error = ""
         try:
+            for number, forwards in enumerate(self.batches):
+                for forward in forwards:
+                    for part, size in forward.parts.items():
+                        sizes[number, part] += size
             with evaluating(self.model), torch.no_grad():
                 for number, _, terms in self.losses(self.everything):
                     for name, (total, count) in terms.items():
@@ -144,11 +149,6 @@ class Problem:
             error = f"{type(caught).__name__}: {caught}"
         names = self._agree({name for each in found for name in each}, error)
         sums = [[each.get(name, (0.0, 0.0)) for name in names] for each in found]
-        sizes = self.zeros(len(found), self.parts)
-        for number, forwards in enumerate(self.batches):
-            for forward in forwards:
-                for part, size in forward.parts.items():
-                    sizes[number, part] += size
         message = torch.tensor(sums, dtype=torch.float64, device=self.device).flatten()
         flat = self.sum(torch.cat([sizes.flatten(), message]), "losses")
         self.sizes = flat[: sizes.numel()].view_as(sizes)

@@ -50,8 +50,8 @@ def measure_smoothness(problem: Problem, steps: Sequence[float] = STEPS) -> dict
         "loss": mean("loss"),
         "norm": mean("norm"),
         "losses": [sum(row["losses"][i] for row in rows) / len(rows) for i in range(len(steps))],
-        "loss_range": [mean("losses", min), mean("losses", max)],
-        "predictiveness": [mean("changes", min), mean("changes", max)],
+        "loss_range": [mean("losses", _least), mean("losses", _most)],
+        "predictiveness": [mean("changes", _least), mean("changes", _most)],
         "smoothness": mean("smoothness"),
     }
 
@@ -67,15 +67,25 @@ def _along(problem: Problem, number: int, steps: Sequence[float]) -> dict[str, A
         change = norm(difference(gradient, g))
         losses.append(there)
         changes.append(change)
-        if a * length > 0:
+        if a * length != 0:  # NaN counts
             ratios.append(change / (a * length))
     return {
         "loss": loss,
         "norm": length,
         "losses": losses,
         "changes": changes,
-        "smoothness": max(ratios),
+        "smoothness": _most(ratios),
     }
+
+
+def _least(values: Sequence[float]) -> float:
+    """The smallest value; NaN if one is, which Python's own may pass over."""
+    return torch.tensor(values, dtype=torch.float64).min().item()
+
+
+def _most(values: Sequence[float]) -> float:
+    """The largest value; NaN if one is."""
+    return torch.tensor(values, dtype=torch.float64).max().item()
 
 
 @contextmanager

@@ -43,6 +43,7 @@ class EvoNorm(FamilyLayer):
 
     v: Tensor | None
     ones: ClassVar[frozenset[str]] = FamilyLayer.ones | {"v"}
+    scales_at_once: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -111,49 +112,89 @@ class EvoNorm(FamilyLayer):
             offset = (square + self.eps).sqrt()
             slope = offset if self.variant == "b1" else torch.full_like(offset, -1)
         left = channels((var.double() + self.eps).sqrt(), x)
-        return _Divide.apply(x, left, per_sample(slope, x), per_sample(offset, x))  # pyright: ignore[reportReturnType]
+        weight, bias = (
+            x.new_full((1,) * x.ndim, neutral) if each is None else channels(each, x)
+            for each, neutral in ((self.weight, 1.0), (self.bias, 0.0))
+        )
+        y: Tensor = _Divide.apply(  # pyright: ignore[reportAssignmentType]
+            x, left, per_sample(slope, x), per_sample(offset, x), weight, bias
+        )
+        return y
 
 
 class _Divide(torch.autograd.Function):
-    """x / max(left, slope x + offset), a function of all of them.
+    """x / max(left, slope x + offset) weight + bias, a function of all of them.
 
-    left is (1, C, 1, ...), slope and offset are (N, C, 1, ...), in the type of x.
+    left, weight and bias are (1, C, 1, ...), slope and offset (N, C, 1, ...), in the type of x.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, left: Tensor, slope: Tensor, offset: Tensor) -> Tensor:
-        ctx.save_for_backward(x, left, slope, offset)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        left: Tensor,
+        slope: Tensor,
+        offset: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, left, slope, offset, weight)
         y = torch.empty_like(x)
-        for out, block, least, a, b in blocks(y, x, left, slope, offset):
+        for out, block, least, a, b, w, shift in blocks(y, x, left, slope, offset, weight, bias):
             torch.maximum(torch.mul(block, a, out=out).add_(b), least, out=out)
-            torch.div(block, out, out=out)
+            torch.div(block, out, out=out).mul_(w).add_(shift)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, left, slope, offset = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            of_x, *others = _gradient(grad, x, left, slope, offset)
-        else:
-            of_x = torch.empty_like(x)
-            others = x.new_zeros(3, *x.shape[:2], dtype=torch.float64)
-            for *outs, g, block, least, a, b in blocks(of_x, *others, grad, x, left, slope, offset):
-                for out, value in zip(outs, _gradient(g, block, least, a, b), strict=True):
-                    out.copy_(value)
-        of_left, of_slope, of_offset = (per_sample(each, x) for each in others)
-        return of_x, of_left.sum(0, keepdim=True), of_slope, of_offset
+        x, *others = ctx.saved_tensors
+        gradient = _gradient if torch.is_grad_enabled() else _gradient_in_blocks
+        of_x, of_left, of_slope, of_offset, *of_affine = gradient(grad, x, *others)
+        of_slope, of_offset = per_sample(of_slope, x), per_sample(of_offset, x)
+        of_left, *of_affine = (channels(each.sum(0), x) for each in (of_left, *of_affine))
+        return of_x, of_left, of_slope, of_offset, *of_affine
+
+
+def _gradient_in_blocks(
+    grad: Tensor, x: Tensor, left: Tensor, slope: Tensor, offset: Tensor, weight: Tensor
+) -> tuple[Tensor, ...]:
+    """As `_gradient`, without a graph: over blocks that fit a cache, in two buffers."""
+    of_x, sums = torch.empty_like(x), x.new_zeros(5, *x.shape[:2], dtype=torch.float64)
+    for out, of_left, of_slope, of_offset, of_weight, of_bias, g, block, least, a, b, w in blocks(
+        of_x, *sums, grad, x, left, slope, offset, weight
+    ):
+        of_bias.copy_(over_positions(g))
+        divisor = torch.mul(block, a).add_(b)
+        torch.maximum(divisor, least, out=divisor)
+        torch.div(g, divisor, out=out)
+        product = torch.mul(out, block)
+        of_weight.copy_(over_positions(product))
+        # Of the other sign and without the weight, below, too.
+        of_divisor = product.div_(divisor)
+        of_left.copy_(over_positions(of_divisor))
+        # 1 where right is larger: by a sign, which takes a CPU much less time than a comparison.
+        of_right = divisor.sub_(least).sign_().mul_(of_divisor)
+        of_offset.copy_(over_positions(of_right))
+        of_slope.copy_(over_positions(torch.mul(of_right, block, out=of_divisor)))
+        out.sub_(of_right.mul_(a)).mul_(w)
+    of_left, of_slope, of_offset = -sums[:3] * weight.double().flatten()
+    return of_x, of_left - of_offset, of_slope, of_offset, *sums[3:]
 
 
 def _gradient(
-    grad: Tensor, x: Tensor, left: Tensor, slope: Tensor, offset: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, and of left, slope and offset by sample; functions of all arguments."""
+    grad: Tensor, x: Tensor, left: Tensor, slope: Tensor, offset: Tensor, weight: Tensor
+) -> tuple[Tensor, ...]:
+    """The gradients of x, and by sample those of left, slope, offset, weight and bias.
+
+    Functions of all arguments.
+    """
     right = slope * x + offset
     divisor = torch.maximum(right, left)
     direct = grad / divisor
-    of_divisor = -direct * x / divisor
-    # 1 where right is larger: by a sign, which takes a CPU much less time than a comparison.
+    product = direct * x
+    of_divisor = -weight * product / divisor
     of_right = (right - left).relu().sign() * of_divisor
     of_slope, of_offset = over_positions(of_right * x), over_positions(of_right)
     of_left = over_positions(of_divisor) - of_offset
-    return direct + of_right * slope, of_left, of_slope, of_offset
+    of_x = weight * direct + of_right * slope
+    return of_x, of_left, of_slope, of_offset, over_positions(product), over_positions(grad)

@@ -85,13 +85,23 @@ def standardize_weights(model: nn.Module, scaled: bool = False, gamma: float = 1
         The model.
 
     Raises:
-        InputError: there is no convolution.
+        InputError: there is no convolution, or one has a parametrized weight; nothing was changed.
     """
     found = convolutions(model)
     if not found:
         raise InputError(
             f"`model` must have a convolution, got {type(model).__name__} without one. Register "
             "WeightStandardization on the layers that are meant."
+        )
+    twice = [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, CONVOLUTIONS) and parametrize.is_parametrized(m, "weight")
+    ]
+    if twice:
+        raise InputError(
+            f"`model` must have plain weights, got parametrized ones at {twice}. They would be "
+            "standardised on top of that: remove the parametrizations."
         )
     for layer in found:
         own = WeightStandardization()

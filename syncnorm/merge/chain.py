@@ -19,8 +19,9 @@ from syncnorm.maths.moments import of_sums
 from syncnorm.merge.calls import Call, calls
 from syncnorm.merge.gram import Sums, add, arriving, leaving, with_bias
 from syncnorm.merge.interpolate import bare, check_alike, tensors
-from syncnorm.model.failing import sum_unless_failed
+from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
+from syncnorm.model.sample import check_batches
 
 
 @torch.no_grad()
@@ -49,9 +50,9 @@ def chain_of_merges(
     all batches. All other parameters and buffers are averages, among them grouped and transposed
     convolutions.
 
-    *Collectives*: for each layer one all-reduce of d^2 + C d + 1 numbers (d: numbers of unfolded
-    input, with that of the bias; C: outputs), for each batch norm one of 2C + 1, and in each a
-    number for each worker. Every worker must call, with any number of batches of each network, also
+    *Collectives*: for each layer one all-reduce of d^2 + C d numbers (d: numbers of unfolded input,
+    with that of the bias; C: outputs) and one for each network, for each batch norm one of 2C + 1,
+    and in each a number for each worker. Every worker must call, with any number of batches of each network, also
     none: the result depends on the set of samples, not on which worker had them, to rounding.
 
     Args:
@@ -68,8 +69,8 @@ def chain_of_merges(
     Raises:
         InputError: `ridge` is out of range, the networks differ or cannot be traced by torch.fx,
             or `batches` does not hold a list or a loader for each network.
-        FaultError: no worker had a batch, a forward failed on another one, or activations are not
-            finite; on all workers.
+        FaultError: no worker had a batch of some network, a forward failed on another worker, or
+            activations are not finite; on all workers.
 
     References:
         Buzzega et al., Rethinking Layer-wise Model Merging through Chain of Merges,
@@ -107,6 +108,8 @@ def _check(models: list[nn.Module], batches: Sequence[Iterable[Any]], ridge: flo
             "`batches` must be there to be gone through for each layer, got an iterator. Give "
             "lists or loaders."
         )
+    for each in batches:
+        check_batches(each)
     check_alike(*models)
 
 
@@ -142,7 +145,9 @@ def _follow(
             sums += ops.local_sums(arriving(merged, step.name, batch), None).sums
     except Exception as error:  # sent to the other workers, then raised
         failure = error
-    population = of_sums(_pooled(sums, failure, group, "population"))
+    population = of_sums(_pooled(sums, failure, group, "population", step.name))
+    if population.count == 0:
+        raise FaultError("`batches` must hold data on at least one worker, got none")
     norm.running_mean.copy_(population.mean)
     if population.count > 1:
         norm.running_var.copy_(population.m2 / (population.count - 1))
@@ -161,17 +166,25 @@ def _solve(
     outputs = len(layer.weight)
     average = with_bias(layer.weight, layer.bias)
     d = average.shape[1]
-    message = torch.zeros(d * d + outputs * d + 1, dtype=torch.float64, device=layer.weight.device)
+    size = d * d + outputs * d + len(models)
+    message = torch.zeros(size, dtype=torch.float64, device=layer.weight.device)
     sums = Sums.views(message, outputs, d)
     failure = None
     try:
-        for model, each in zip(models, batches, strict=True):
+        for number, (model, each) in enumerate(zip(models, batches, strict=True)):
             for batch in each:
                 x = arriving(merged, step.name, batch)
-                add(sums, layer, x, leaving(model, step.name, batch))
+                add(sums, layer, x, leaving(model, step.name, batch), number)
     except Exception as error:  # sent to the other workers, then raised
         failure = error
-    pooled = Sums.views(_pooled(message, failure, group, "least squares"), outputs, d)
+    total = _pooled(message, failure, group, "least squares", step.name)
+    pooled = Sums.views(total, outputs, d)
+    missing = (pooled.columns == 0).nonzero().flatten().tolist()
+    if missing:
+        raise FaultError(
+            "`batches` must hold data of each network on at least one worker, got none of network "
+            f"{', '.join(map(str, missing))}, counted from 0. The merged one would leave it out."
+        )
     solution = pooled.solve(average, ridge)
     if layer.bias is not None:
         layer.bias.copy_(solution[:, -1])
@@ -179,12 +192,9 @@ def _solve(
 
 
 def _pooled(
-    message: Tensor, failure: Exception | None, group: groups.Group | None, kind: str
+    message: Tensor, failure: Exception | None, group: groups.Group | None, kind: str, name: str
 ) -> Tensor:
-    """Sum over the workers; the last number is the count."""
+    """Sum over the workers what comes to a layer of this name."""
     total = sum_unless_failed(message, failure, group, kind)
-    if total[-1] == 0:
-        raise FaultError("`batches` must hold data on at least one worker, got none")
-    if not total.isfinite().all():
-        raise FaultError("activations must be finite, got NaN or infinity on some worker")
+    check_finite([(name, total)])
     return total

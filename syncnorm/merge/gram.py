@@ -23,12 +23,14 @@ class Sums(NamedTuple):
     cross: Tensor
     """sum_i Y_i Xhat_i^T, (C, d)."""
     columns: Tensor
-    """The number of columns of Xhat, (1,)."""
+    """The numbers of columns of each Xhat_i, (networks,)."""
 
     @classmethod
     def views(cls, message: Tensor, outputs: int, d: int) -> Sums:
-        """The parts of a message of d^2 + outputs d + 1 numbers."""
-        gram, cross, columns = message.split([d * d, outputs * d, 1])
+        """The parts of a message of d^2 + outputs d numbers, and one for each network."""
+        gram, cross, columns = message.split(
+            [d * d, outputs * d, message.numel() - d * d - outputs * d]
+        )
         return cls(gram.view(d, d), cross.view(outputs, d), columns)
 
     def solve(self, average: Tensor, ridge: float) -> Tensor:
@@ -49,8 +51,8 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return columns if bias is None else torch.cat([columns, bias.double()[:, None]], 1)
 
 
-def add(sums: Sums, layer: Any, x: Tensor, y: Tensor) -> None:
-    """Add a batch: x comes to the merged layer, y leaves that of a network."""
+def add(sums: Sums, layer: Any, x: Tensor, y: Tensor, network: int) -> None:
+    """Add a batch: x comes to the merged layer, y leaves that of a network of this number."""
     outputs, d = sums.cross.shape
     per_sample = d * max(1, y[:1].numel() // outputs)
     for few_x, few_y in zip(
@@ -63,7 +65,7 @@ def add(sums: Sums, layer: Any, x: Tensor, y: Tensor) -> None:
         targets = moved.reshape(-1, outputs).double()
         sums.gram.addmm_(rows.T, rows)
         sums.cross.addmm_(targets.T, rows)
-        sums.columns.add_(len(rows))
+        sums.columns[network] += len(rows)
 
 
 def _unfolded(layer: Any, x: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def match_weights(a: nn.Module, b: nn.Module) -> nn.Module:
 
     Raises:
         InputError: the networks differ in architecture, cannot be traced, hold something that is
-            not understood, or scipy is not installed.
+            not understood, weights are not finite, or scipy is not installed.
 
     References:
         Ainsworth et al., Git Re-Basin, arXiv:2209.04836, section 3.2 and algorithm 1. Deviations:
@@ -92,6 +92,13 @@ class _Matching:
         names = {place.tensor for each in sets for place in each.places}
         self.a = {name: each.double() for name, each in a.items() if name in names}
         self.b = {name: b[name].double() for name in self.a}
+        for network, weights in (("a", self.a), ("b", self.b)):
+            for name, each in weights.items():
+                if not each.isfinite().all():
+                    raise InputError(
+                        f"`{network}` must have finite weights, got NaN or infinity in {name!r}. Take "
+                        "an earlier checkpoint."
+                    )
         self.on: dict[str, list[tuple[int, Place]]] = {name: [] for name in self.a}
         for number, each in enumerate(sets):
             for place in each.places:
@@ -134,7 +141,10 @@ class _Matching:
     def agreement(self, number: int) -> float:
         """The inner product of all tensors in which a set appears."""
         total = 0.0
-        for name in {place.tensor for place in self.sets[number].places} & self.on.keys():
+        # In one order: sums of other orders differ in their last bits.
+        for name in dict.fromkeys(place.tensor for place in self.sets[number].places):
+            if name not in self.on:
+                continue
             moved = self.b[name]
             for other, place in self.on[name]:
                 moved = _reordered(moved, place, self.orders[other])

@@ -16,10 +16,10 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import of_sums
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, Call, calls
 from syncnorm.merge.interpolate import bare, check_alike, check_alpha
-from syncnorm.model.failing import sum_unless_failed
+from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.recalibrate import recalibrate
-from syncnorm.model.sample import call
+from syncnorm.model.sample import call, check_batches
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def repair(
     Raises:
         InputError: `alpha` is out of range, the networks differ, cannot be traced by torch.fx or
             have nothing to repair, or `batches` can be gone through once only.
-        FaultError: no worker had a batch, or the forward failed on another one; on all workers, and
-            nothing was changed.
+        FaultError: no worker had a batch, what comes to a layer is not finite, or the forward failed
+            on another worker; on all workers, and nothing was changed.
 
     References:
         Jordan et al., REPAIR, arXiv:2211.08403, its two equations for mean and deviation, and
@@ -79,6 +79,7 @@ def repair(
         variances are divided by the count; the small number in the denominator is 1e-12, not 1e-5.
     """
     check_alpha(alpha)
+    check_batches(batches)
     bare_model, a, b = bare(model), bare(a), bare(b)
     check_alike(bare_model, a, b)
     bared = [
@@ -146,7 +147,9 @@ def _targets(
     device = sums[0][0].device
     message = torch.cat([total.to(device) for totals in sums for total in totals])
     message = sum_unless_failed(message, failure, group, "targets")
-    moments = [of_sums(each) for each in message.split([len(t) for ts in sums for t in ts])]
+    pooled = message.split([len(t) for ts in sums for t in ts])
+    check_finite(zip([each.name for each in bared] * 2, pooled, strict=True))
+    moments = [of_sums(each) for each in pooled]
     if all(each.count == 0 for each in moments):
         raise FaultError(
             "`batches` must hold data on at least one worker, got none. Nothing was changed."

@@ -14,6 +14,7 @@ The entries of each batch norm are recognised by their names:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -328,12 +329,17 @@ def _debiased(averages: Entries, name: str) -> Tensor | None:
     value, weight = averages.get(name), averages.get(f"{name}_weight")
     if value is None or weight is None:
         return value
-    if not weight > 0:
+    if weight.numel() != 1:
+        raise InputError(
+            f"`state` must hold one number as {name}_weight, got shape {tuple(weight.shape)}. Give "
+            "the layer's own entry. Nothing was changed."
+        )
+    if not 0 < weight < math.inf:
         raise InputError(
             f"`state` must hold averages of something, got {name}_weight = {float(weight):g}. "
-            "Train first."
+            "Train first. Nothing was changed."
         )
-    return value / weight
+    return value / weight.reshape(())
 
 
 def _read_crossq(own: Entries, layer: _BatchNorm) -> _Read:

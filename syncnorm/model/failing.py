@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
+
+
+class NotFiniteFault(FaultError):
+    """Activations are NaN or infinite on some worker; raised by all."""
+
+
+def check_finite(totals: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse sums over all workers that are not finite.
+
+    Args:
+        totals: each with the name of its layer.
+
+    Raises:
+        NotFiniteFault: some are not; the same on all workers.
+    """
+    for name, total in totals:
+        if not total.isfinite().all():
+            raise NotFiniteFault(
+                f"activations must be finite, got NaN or infinity at {name!r} on some worker. Look "
+                "at the samples, and at the model's weights. Nothing was changed."
+            )
 
 
 def sum_unless_failed(

@@ -19,9 +19,9 @@ from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
-from syncnorm.model.failing import sum_unless_failed
+from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating, kept
-from syncnorm.model.sample import call
+from syncnorm.model.sample import call, check_batches
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source, untraced_forward
@@ -64,9 +64,11 @@ def recalibrate(
         `model`.
 
     Raises:
-        InputError: `mix` is out of range, or there is no layer to recalibrate.
-        FaultError: no worker had a batch, or the forward failed on another one (the failing one
-            raises its own error); on all workers, and nothing was changed.
+        InputError: `mix` is out of range, `batches` is a single one, or there is no layer to
+            recalibrate.
+        FaultError: no worker had a batch, what comes to a layer is not finite, or the forward failed
+            on another worker (the failing one raises its own error); on all workers, and nothing
+            was changed.
 
     Warns:
         UserWarning: there are layers of `syncnorm.family` besides, which stay as they are.
@@ -85,6 +87,7 @@ def recalibrate(
     """
     if not 0 < mix <= 1:
         raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
+    check_batches(batches)
     # DDP's own forward would exchange, but workers have different numbers of batches.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers(bare)
@@ -96,21 +99,21 @@ def recalibrate(
             stacklevel=3,
         )
     group = groups.statistics_group(process_group)
-    sums, failure = _collect(bare, layers, batches)
-    population = _pool(sums, failure, group)
-    for layer, batch in zip(layers, population, strict=True):
+    sums, failure = _collect(bare, [*layers.values()], batches)
+    population = _pool(dict(zip(layers, sums, strict=True)), failure, group)
+    for layer, batch in zip(layers.values(), population, strict=True):
         _blend(layer, batch, mix)
     return model
 
 
-def _layers(model: nn.Module) -> list[_BatchNorm]:
-    layers = [
-        m
-        for m in model.modules()
+def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
+    layers = {
+        name: m
+        for name, m in model.named_modules()
         if isinstance(m, _BatchNorm)
         and m.running_mean is not None
         and (m.training or not model.training)
-    ]
+    }
     if not layers:
         raise InputError(
             "`model` must have a BatchNorm layer that keeps running statistics and is not frozen, "
@@ -217,12 +220,14 @@ def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> I
 
 
 def _pool(
-    sums: list[Tensor], failure: Exception | None, group: groups.Group | None
+    sums: dict[str, Tensor], failure: Exception | None, group: groups.Group | None
 ) -> list[Moments]:
     """The moments over all workers, from one all-reduce; an error is raised on all of them."""
-    message = torch.cat([s.to(sums[0].device) for s in sums])
+    device = next(iter(sums.values())).device
+    message = torch.cat([s.to(device) for s in sums.values()])
     message = sum_unless_failed(message, failure, group, "population")
-    pooled = message.split([s.numel() for s in sums])
+    pooled = message.split([s.numel() for s in sums.values()])
+    check_finite(zip(sums, pooled, strict=True))
     population = [of_sums(s) for s in pooled]
     if all(batch.count == 0 for batch in population):
         raise FaultError(

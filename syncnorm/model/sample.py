@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
@@ -55,6 +55,19 @@ def call(model: nn.Module, batch: Any, argument: str) -> None:
             "or a mapping by name."
         ) from None
     model(*args, **kwargs)
+
+
+def check_batches(batches: object) -> None:
+    """Refuse a single batch in the place of several: its samples would be taken for batches.
+
+    Raises:
+        InputError: it is a tensor or a mapping.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        raise InputError(
+            f"`batches` must be an iterable of batches, got one {type(batches).__name__}. Give a "
+            "list of it."
+        )
 
 
 def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]]:

@@ -1,11 +1,12 @@
 """`exit.json`, the record of a run's end. Light: commands that only look at runs import no torch."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from syncnorm.train.files import write_text_whole
+from syncnorm.train.metrics import json_value
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,18 @@ class Exit:
         facts = asdict(self)
         if not self.metrics:
             del facts["metrics"]
-        write_text_whole(folder / "exit.json", json.dumps(facts) + "\n")
+        text = json.dumps(json_value(facts), allow_nan=False)
+        write_text_whole(folder / "exit.json", text + "\n")
 
 
 def read_exit(folder: Path) -> Exit | None:
     """Read `exit.json`; None while the run goes on, or after it was killed."""
     try:
-        return Exit(**json.loads((folder / "exit.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+        end = Exit(**json.loads((folder / "exit.json").read_text(encoding="utf-8")))
+        metrics = {
+            split: {name: float(value) for name, value in each.items()}
+            for split, each in end.metrics.items()
+        }
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
+    return replace(end, metrics=metrics)

@@ -16,6 +16,7 @@ from syncnorm.run.worker import join
 from syncnorm.train.config.schema import Config
 from syncnorm.train.judged import Evaluation, evaluate_run
 from syncnorm.train.loaded import read_run
+from syncnorm.train.metrics import json_value
 from syncnorm.train.task.measures import format_metric
 
 _NUMBERED = {"mix": Mix, "prior": Prior}
@@ -115,7 +116,8 @@ def _print(request: Request, found: Evaluation) -> None:
         return
     if request.as_json:
         facts = {"run": str(request.run), "step": found.step, "split": found.split}
-        print(json.dumps({**facts, "samples": found.samples, "metrics": found.metrics}), flush=True)
+        facts |= {"samples": found.samples, "metrics": json_value(found.metrics)}
+        print(json.dumps(facts, allow_nan=False), flush=True)
         return
     for name, value in found.metrics.items():
         print(f"{found.split} {format_metric(name, value)}", flush=True)

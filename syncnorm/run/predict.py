@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -84,11 +85,33 @@ def _predict(model: LoadedModel, batch: Sequence[Sample | Unread], writer: Write
     """Predict and write a batch; return how many failed."""
     samples = [each for each in batch if isinstance(each, Sample)]
     unread = [each.message for each in batch if isinstance(each, Unread)]
+    if samples:
+        outputs = predict(model, torch.stack([sample.value for sample in samples]))
+        if not isinstance(writer, _Arrays):
+            lost = _without_numbers(outputs)
+            unread += [_describe_lost(samples[number]) for number in lost]
+            kept = [number for number in range(len(samples)) if number not in lost]
+            samples, outputs = [samples[number] for number in kept], outputs[kept]
+        if samples:
+            writer.add(samples, outputs)
     for message in unread:
         print(f"syncnorm: {message}", file=sys.stderr)
-    if samples:
-        writer.add(samples, predict(model, torch.stack([sample.value for sample in samples])))
     return len(unread)
+
+
+def _without_numbers(outputs: Tensor) -> list[int]:
+    """Find the rows of which no prediction can be made; a logit of -inf rules its class out."""
+    is_number = outputs.reshape(len(outputs), -1) < math.inf
+    return (~is_number.all(1)).nonzero().flatten().tolist()
+
+
+def _describe_lost(sample: Sample) -> str:
+    where = "" if sample.index is None else f", sample {sample.index}"
+    return (
+        f"{sample.file}{where}: must have outputs that are numbers, got nan or inf. Look at the "
+        "sample; if all are so, take another --checkpoint. With --output FILE.npz they are "
+        "written as they are."
+    )
 
 
 @contextmanager

@@ -94,7 +94,7 @@ def _read_array(path: Path, inputs: Inputs) -> Iterator[Sample]:
         )
     if tuple(values.shape) == inputs.shape:
         yield Sample(str(path), None, values)
-    elif tuple(values.shape[1:]) == inputs.shape:
+    elif tuple(values.shape[1:]) == inputs.shape and len(values):
         for index, value in enumerate(values):
             yield Sample(str(path), index, value)
     else:
@@ -111,6 +111,8 @@ def _load(path: Path) -> Any:
         array: Any = numpy.load(path, allow_pickle=False)
         if path.suffix == ".npz":
             with array as archive:
+                if not archive.files:
+                    raise ValueError("an archive of none")
                 name = "x" if "x" in archive.files else archive.files[0]
                 if name != "x" and len(archive.files) > 1:
                     raise ValueError(f"several arrays, {_list(archive.files)}, and none named x")

@@ -11,7 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.checkpoint.evaluated import NEWEST, load_evaluated, read_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.callables import check_callables
@@ -59,12 +59,28 @@ class LoadedModel(nn.Module):
         """
         device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
         with autocast(self.config, device):
-            if self.standardise is not None and len(inputs) == 1 and not named:
-                (x,) = inputs
-                if isinstance(x, Tensor):
-                    return self.network(self.standardise(x.to(device)))
-            prepared = map_members((inputs, named), lambda x: to_device(x, device, self._dtype))
+            args, kwargs = self._standardised(device, *inputs, **named)
+            prepared = map_members((args, kwargs), lambda x: to_device(x, device, self._dtype))
             return self.network(*prepared[0], **prepared[1])
+
+    def _standardised(
+        self, device: torch.device, *inputs: Any, **named: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Standardise the tensor among the arguments, whatever else there is."""
+        standardise = self.standardise
+        found = sum(isinstance(each, Tensor) for each in (*inputs, *named.values()))
+        if standardise is None or (found != 1 and standardise.inputs.mean is None):
+            return inputs, named
+        if found != 1:
+            raise InputError(
+                f"`input` must be {standardise.inputs.describe()}, in one tensor, got {found}. "
+                "torch.as_tensor makes one of an array; `network` takes what is standardised."
+            )
+
+        def change(value: Any) -> Any:
+            return standardise(value.to(device)) if isinstance(value, Tensor) else value
+
+        return tuple(map(change, inputs)), {name: change(each) for name, each in named.items()}
 
 
 def load(

@@ -39,7 +39,7 @@ class MetricsFile:
         if self._path is None or not events:
             return
         text = "".join(
-            json.dumps({"event": event, **_json_value(values)}, allow_nan=False) + "\n"
+            json.dumps({"event": event, **json_value(values)}, allow_nan=False) + "\n"
             for event, values in events
         )
         try:
@@ -88,11 +88,10 @@ def _close_torn_line(path: Path) -> None:
             file.write(b"\n")
 
 
-def _json_value(value: Any) -> Any:
-    # JSON has no infinities: a loss that is not finite becomes "nan" or "inf", which float() reads
-    # back.
+def json_value(value: Any) -> Any:
+    """Write numbers that JSON does not have as "nan", "inf" and "-inf", which float() reads."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {name: _json_value(one) for name, one in value.items()}
-    return [_json_value(one) for one in value] if isinstance(value, list | tuple) else value
+        return {name: json_value(one) for name, one in value.items()}
+    return [json_value(one) for one in value] if isinstance(value, list | tuple) else value

@@ -5,6 +5,7 @@ its variances are too large, and the more so the longer the average reaches back
 judged, the averaged network sees part of the training set, and gets the statistics of that.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import recalibrate
+from syncnorm.model.failing import NotFiniteFault
 from syncnorm.placement import epoch_order
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import raise_failure
 from syncnorm.train.task import Task
+
+_log = logging.getLogger(__name__)
 
 # So that its time does not grow with the training set.
 _MOST_SAMPLES = 8192
@@ -33,7 +37,7 @@ def renew_statistics(
 
     They are those of up to 8192 samples, as an evaluation sees them, the first in the order of the
     epoch; the same on any number of workers, to rounding. Methods of `syncnorm.family` keep the
-    average of theirs.
+    average of theirs. Where activations are not finite nothing changes, and a warning says so.
 
     *Collectives*: the sum of `syncnorm.recalibrate`, and a gathering of failures; every worker must
     call.
@@ -56,8 +60,11 @@ def renew_statistics(
             yield (batch,)
             alive()
 
-    with setup.autocast():
-        recalibrate(Judged(setup.average.module, setup.task), batches())
+    try:
+        with setup.autocast():
+            recalibrate(Judged(setup.average.module, setup.task), batches())
+    except NotFiniteFault as fault:
+        _log.warning("the moving average keeps its running statistics: %s", fault)
     raise_failure(failures[-1])
 
 

@@ -126,14 +126,18 @@ class Breaks(nn.Module):
         return x
 
 
-def failing() -> str:
-    """Diagnose a model that fails on the last rank; return the error."""
+def failing(what: str) -> str:
+    """Diagnose a model that fails on the last rank, or parts that are not there; return the error."""
     x, y = samples(5)
     world = groups.statistics_group()
     rank, size = groups.rank(), len(groups.ranks(world))
     x[-1] = 1000.0
     model = nn.Sequential(Breaks(), network())
     problem = problem_of(model, [(x, y)], (2, 2, 1), rank=rank, world_size=size)
+    if what == "part":
+        problem.model = network()
+        if rank == size - 1:
+            problem.batches = [[Forward(problem.batches[0][0].batch, {3: 1})]]
     try:
         diagnose(problem)
     except FaultError as error:

@@ -163,6 +163,14 @@ def _wrong_gradient() -> Problem:
     return cases.problem_of(model, sets, PARTS, pooled=False, lr=1e-4)
 
 
+def _spoilt(name: str) -> Problem:
+    """A number is NaN."""
+    problem = _healthy()
+    with torch.no_grad():
+        problem.model.state_dict()[name].view(-1)[0] = torch.nan
+    return problem
+
+
 SITUATIONS: dict[str, tuple[Callable[[], Problem], set[str], str]] = {
     "sharded labels": (_sharded_labels, {"between workers"}, r"% of 1's variance.*pool it"),
     "small momentum": (
@@ -186,6 +194,12 @@ SITUATIONS: dict[str, tuple[Callable[[], Problem], set[str], str]] = {
         _wrong_gradient,
         {"invariance"},
         r"^0 is followed by a normalisation.*their cosine is 0\.\d+",
+    ),
+    "a weight is NaN": (lambda: _spoilt("0.weight"), {"not finite"}, "^the loss is NaN or inf"),
+    "running statistics are NaN": (
+        lambda: _spoilt("4.running_var"),
+        {"running statistics"},
+        r"a loss of NaN or infinity by the running statistics, and of \d.* by the data's",
     ),
 }
 
@@ -227,6 +241,13 @@ def test_running_statistics_that_lag_without_harm_are_passed_over():
 
 def test_every_rule_has_its_situation():
     assert {rule for _, rules, _ in SITUATIONS.values() for rule in rules} == RULES.keys()
+
+
+def test_what_is_not_finite_is_no_figure():
+    """Not 0, which would be a loss without any curvature."""
+    found = _measured(_spoilt("0.weight"))["smoothness"]
+    assert found["smoothness"] is None
+    assert found["loss_range"] == found["predictiveness"] == [None, None]
 
 
 def test_no_measure_no_advice():

@@ -61,6 +61,11 @@ def test_a_sum_that_is_left_out_is_noticed(pool, what):
     assert any(differences(each, alone) for each, _ in found)
 
 
-def test_a_failure_of_one_worker_is_raised_by_all(pool):
-    for text in pool(3).run(cases.failing):
-        assert text.endswith("got an error on rank 2: ValueError: too large 3")
+@pytest.mark.parametrize(
+    ("what", "error"),
+    [("model", "ValueError: too large"), ("part", "IndexError: index 3 is out of bounds")],
+)
+def test_a_failure_of_one_worker_is_raised_by_all(pool, what, error):
+    for text in pool(3).run(cases.failing, what):
+        assert f"got an error on rank 2: {error}" in text
+        assert text.endswith(" 3")

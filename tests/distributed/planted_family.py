@@ -92,7 +92,7 @@ def constant_variance() -> Iterator[None]:
         of_x, of_left, *others = true(*arguments)
         return of_x, torch.zeros_like(of_left), *others
 
-    with patch.object(evonorm, "_gradient", gradient):
+    with patch.multiple(evonorm, _gradient=gradient, _gradient_in_blocks=gradient):
         yield
 
 

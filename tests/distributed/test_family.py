@@ -296,6 +296,17 @@ def test_differentiates_twice(name):
     assert torch.autograd.gradgradcheck(run, x)
 
 
+def test_evonorm_without_weight_and_bias_is_that_with_1_and_0():
+    x, _, cotangent = data(0, 3)
+    found = []
+    for affine in (True, False):
+        layer, again = EvoNorm(CHANNELS, affine=affine).double(), x.clone().requires_grad_()
+        y = layer(again)
+        found.append([y, *torch.autograd.grad(y, [again, layer.v], cotangent)])
+    for one, other in zip(*found, strict=True):
+        close(other, one)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", METHODS)
 def test_half_types_are_computed_in_float32(name, dtype):

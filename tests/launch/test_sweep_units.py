@@ -117,8 +117,10 @@ def test_a_sweep_goes_on_with_its_own_trials_alone(tmp_path, monkeypatch):
         choose_sweep(None, [], resume=None, **options)
     sweep = make_sweep("digits", GRID)
     Path(sweep.folder).mkdir(parents=True)
-    write_record(sweep, [], None)
+    write_record(sweep, [{"metrics": {"test": {"loss": float("nan")}}}], None)
     folder = Path(sweep.folder)
+    # As JSON has it, for programs of other languages.
+    json.loads((folder / "sweep.json").read_text(), parse_constant=pytest.fail)
     found = choose_sweep(None, [], resume=folder, **options)
     assert (found.trials, found.folder, found.concurrent) == (sweep.trials, sweep.folder, 3)
     assert choose_sweep("digits", GRID, resume=folder, **options).trials == sweep.trials

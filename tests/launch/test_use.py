@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import random
 import re
 import shlex
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +25,9 @@ from torch import nn
 import syncnorm
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError, InputError
+from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import write_config
+from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import digits
@@ -98,6 +102,12 @@ def test_a_loaded_model_takes_raw_images(name, made):
     assert model.config == load_config(*RUNS[name])
     with pytest.raises(InputError, match=r"must be \(N, 1, 8, 8\) of uint8, got shape \(4, 3, 8"):
         model(torch.zeros(4, 3, 8, 8))
+    # By whatever name, and beside whatever else, they are standardised.
+    raw = TEST.images.float()
+    assert torch.equal(model(x=raw), model(TEST.images))
+    for others, got in (((raw, raw), 2), ((), 0), ((raw.numpy(),), 0)):
+        with pytest.raises(InputError, match=rf"of uint8, in one tensor, got {got}"):
+            model(*others)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -202,8 +212,11 @@ def test_a_file_that_is_no_image_stops_no_other(made, images, tmp_path, capfd):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "empty").mkdir()
     np.save(tmp_path / "rows.npy", np.zeros((2, 5)))
+    np.save(tmp_path / "none.npy", np.zeros((0, 1, 8, 8)))
+    np.savez(tmp_path / "none.npz")
     good = images / "0" / "003.png"
-    bad = [tmp_path / "text.png", tmp_path / "empty", tmp_path / "rows.npy", tmp_path / "none.jpg"]
+    names = ("text.png", "empty", "rows.npy", "none.jpg", "none.npy", "none.npz")
+    bad = [tmp_path / name for name in names]
     status, out, err = command(capfd, "predict", made["norm"].folder, *bad, good, "--top", 3)
     assert status == 1
     row = json.loads(out)
@@ -211,10 +224,54 @@ def test_a_file_that_is_no_image_stops_no_other(made, images, tmp_path, capfd):
     assert row["top"][0]["class"] == row["class"]
     assert len(row["top"]) == 3
     lines = err.splitlines()
-    assert len(lines) == 5
+    assert len(lines) == 7
     for path, line in zip(bad, lines):
         assert line.startswith(f"syncnorm: {path}: must ")
-    assert lines[4] == "syncnorm: 4 of the files or samples could not be predicted"
+    assert lines[4].endswith("got (0, 1, 8, 8)")
+    assert lines[5].endswith("must be an array of numbers, got an archive of none")
+    assert lines[6] == "syncnorm: 6 of the files or samples could not be predicted"
+
+
+def test_outputs_that_are_no_numbers_are_no_prediction(made, tmp_path, capfd):
+    """Not the first class, and not NaN, which JSON does not have."""
+    x = TEST.images[:3].double().numpy()
+    x[1, 0, 2, 3] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    status, out, err = command(capfd, "predict", made["norm"].folder, tmp_path / "x.npy")
+    assert status == 1
+    assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 2]
+    line, last = err.splitlines()
+    assert line.startswith(f"syncnorm: {tmp_path / 'x.npy'}, sample 1: must have outputs that are")
+    assert last == "syncnorm: 1 of the files or samples could not be predicted"
+    output = tmp_path / "out.npz"
+    assert command(capfd, "predict", made["norm"].folder, tmp_path / "x.npy", "-o", output)[0] == 0
+    assert np.isnan(np.load(output)["outputs"]).any(1).tolist() == [False, True, False]
+
+
+def test_a_metric_that_is_no_number_is_written_as_json_has_it(made, tmp_path, capfd):
+    """Of a model whose weights are NaN; in `exit.json`, too."""
+    folder = tmp_path / "run"
+    shutil.copytree(made["renorm"].folder, folder)
+    store = CheckpointStore(folder / "checkpoints")
+    snapshot, path, _ = store.newest()
+    assert snapshot is not None
+    assert path is not None
+    model = {
+        name: t * torch.nan if t.is_floating_point() else t
+        for name, t in snapshot.tensors["model"].items()
+    }
+    shutil.rmtree(path)
+    store.write(replace(snapshot, tensors={**snapshot.tensors, "model": model}))
+    status, out, err = command(capfd, "evaluate", folder, "--json")
+    assert status == 0, err
+    assert json.loads(out, parse_constant=pytest.fail)["metrics"]["loss"] == "nan"
+
+    Exit("done", "", 3, 0, {"test": {"loss": math.nan, "accuracy": 0.5}}).write(folder)
+    json.loads((folder / "exit.json").read_text(), parse_constant=pytest.fail)
+    end = read_exit(folder)
+    assert end is not None
+    assert math.isnan(end.metrics["test"]["loss"])
+    assert end.metrics["test"]["accuracy"] == 0.5
 
 
 # With nothing of syncnorm's: a name that is None in sys.modules cannot be imported.

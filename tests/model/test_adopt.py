@@ -231,6 +231,19 @@ REFUSED: list[tuple[dict[str, Any], str | None, str]] = [
         None,
         "got renorm_mean_weight = 0. Train first.",
     ),
+    (
+        RENORM | {k: v / 0 for k, v in WEIGHTS.items()},
+        None,
+        "got renorm_mean_weight = inf. Train first.",
+    ),
+    *(
+        (
+            RENORM | {k: v.expand(shape) for k, v in WEIGHTS.items()},
+            None,
+            f"must hold one number as renorm_mean_weight, got shape {shape}. Give",
+        )
+        for shape in ((2,), (0,), (C,))
+    ),
 ]
 
 

@@ -152,7 +152,7 @@ def test_whoever_has_which_samples(pool, kind, split):
     for index, layer in enumerate(expected):
         if index in SOLVED[kind]:
             c, d = _matrix(layer).shape
-            needed.append(("least squares", size_of(d * d + c * d + 1 + len(split))))
+            needed.append(("least squares", size_of(d * d + c * d + 2 + len(split))))
         elif index in NORMS[kind]:
             needed.append(("population", size_of(2 * layer.num_features + 1 + len(split))))
     for state, messages, is_untouched in answers:
@@ -268,6 +268,8 @@ def _failing(what: str) -> str:
             batches[1][0][0] = torch.nan
     if what == "no data":
         batches = [[], []]
+    if what == "no data of one":
+        batches[1] = []
     try:
         chain_of_merges(models, batches)
         return "no error"
@@ -281,6 +283,7 @@ def _failing(what: str) -> str:
         ("shape", "got an error on rank(s) [1]", "shapes cannot be multiplied"),
         ("nan", "must be finite, got NaN or infinity", "must be finite, got NaN or infinity"),
         ("no data", "on at least one worker, got none", "on at least one worker, got none"),
+        ("no data of one", "got none of network 1, counted", "got none of network 1, counted"),
     ],
 )
 def test_faults_of_one_worker_are_raised_by_all(pool, what, first, second):
@@ -296,6 +299,7 @@ def test_faults_of_one_worker_are_raised_by_all(pool, what, first, second):
         ([_mlp(0), _mlp(1)], [[]], 0.0, "got 2 and 1"),
         ([_mlp(0)], [[]], 0.0, "got 1 and 1"),
         ([_mlp(0), _mlp(1)], [[], iter([])], 0.0, "for each layer, got an iterator"),
+        ([_mlp(0), _mlp(1)], torch.ones(2, 5, 2, 5, 5), 0.0, "of batches, got one Tensor"),
         ([_mlp(0), _maps(1)], [[], []], 0.0, "of one architecture, got '0.weight'"),
     ],
 )

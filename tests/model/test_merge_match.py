@@ -271,6 +271,17 @@ def test_other_architectures_and_a_missing_package(monkeypatch):
         match_weights(_network("mlp"), _network("mlp"))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(value):
+    networks = [_network("mlp"), _network("mlp")]
+    for number, name in enumerate("ab"):
+        with torch.no_grad():
+            networks[number][4].weight[1, 2] = value
+        with pytest.raises(InputError, match=f"`{name}` must have finite weights.* in '4.weight'"):
+            match_weights(*networks)
+        networks[0] = _network("mlp")
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 1.0])
 def test_interpolation(alpha):
     a, b = _network("basic blocks"), _network("basic blocks", seed=3)

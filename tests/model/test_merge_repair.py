@@ -277,11 +277,11 @@ def test_channels_that_never_vary_are_shifted():
     assert model[0].bias[1].item() == pytest.approx(3.0, abs=1e-12)
 
 
-def _failing(bad_rank: int) -> tuple[str, bool]:
+def _failing(bad_rank: int, value: float = 0.0) -> tuple[str, bool]:
     a, b = _bare(0), _bare(1)
     model, batches = interpolate(a, b), _batches()
     if dist.get_rank() == bad_rank:
-        batches[2] = batches[2][:, :1]
+        batches[2] = batches[2][:, :1] if value == 0 else batches[2] * value
     before = copy.deepcopy(model.state_dict())
     try:
         repair(model, a, b, batches)
@@ -297,6 +297,12 @@ def test_a_failing_worker_stops_all_and_nothing_is_changed(pool):
     assert answers[0] == answers[2]
     assert "got an error on rank(s) [1]. Nothing was changed" in answers[0][0]
     assert "to have 2 channels, but got 1" in answers[1][0]
+
+
+def test_targets_that_are_not_finite_are_none(pool):
+    answers = pool(2).run(_failing, 1, torch.inf)
+    assert answers == [(answers[0][0], True)] * 2
+    assert answers[0][0].startswith("activations must be finite, got NaN or infinity at '0' on")
 
 
 def _without_data(kind: str) -> str:
@@ -336,6 +342,7 @@ class Twice(nn.Module):
     [
         (_bare(0), [], 2.0, r"`alpha` must be in \[0, 1\], got 2.0"),
         (_bare(0), iter([]), 0.5, "gone through twice, got an iterator"),
+        (_bare(0), torch.ones(3, 2, 4, 4), 0.5, "an iterable of batches, got one Tensor"),
         (nn.Linear(2, 2), [], 0.5, "got none in Linear"),
         (_tied(), [], 0.5, "each weight once, got '0' again at '1'"),
         (Twice(), [], 0.5, "each weight once, got 'layer' again at 'layer'"),

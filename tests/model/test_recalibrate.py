@@ -146,6 +146,27 @@ def test_a_failing_worker_stops_all_and_nothing_is_changed(pool):
     assert "shapes cannot be multiplied" in answers[1][0]
 
 
+def _not_finite(kind: str, value: float) -> tuple[str, bool]:
+    model, batches = _model(kind), _batches()
+    if dist.get_rank() == 1:
+        batches[2][3, 1] = value
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    try:
+        recalibrate(model, batches)
+        message = "no error"
+    except FaultError as error:
+        message = str(error)
+    return message, all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("kind", "value"), [("torch", torch.nan), ("renorm", torch.inf)])
+def test_statistics_that_are_not_finite_replace_none(pool, kind, value):
+    answers = pool(2).run(_not_finite, kind, value)
+    words = "activations must be finite, got NaN or infinity at '1' on some worker. Look at"
+    assert answers == [(answers[0][0], True)] * 2
+    assert answers[0][0].startswith(words)
+
+
 def _without_data() -> str:
     try:
         recalibrate(_model("running"), [])
@@ -174,6 +195,13 @@ def test_no_data_anywhere(pool):
             r"`mix` must be in \(0, 1\], got nan",
         ),
         (lambda: recalibrate(nn.Linear(3, 3), []), "got none in Linear"),
+        (
+            lambda: recalibrate(
+                nn.Sequential(nn.Conv2d(1, 3, 1), nn.BatchNorm2d(3)), torch.randn(4, 1, 3, 3)
+            ),
+            "`batches` must be an iterable of batches, got one Tensor. Give a list of it",
+        ),
+        (lambda: recalibrate(nn.BatchNorm1d(3), {"x": torch.ones(2, 3)}), "got one dict"),
         (
             lambda: recalibrate(nn.BatchNorm1d(3, track_running_stats=False), []),
             "got none in BatchNorm1d",

@@ -268,3 +268,19 @@ def test_an_average_of_statistics_is_not_that_of_the_averaged_network(pool):
     for world_size in (2, 3):
         for buffers, _ in pool(world_size).run(averaged, 0.95, True):
             torch.testing.assert_close(buffers, expected, rtol=1e-9, atol=1e-12)
+
+
+def renewed_without_numbers() -> tuple[bool, bool]:
+    setup, feed, _ = take_steps(["train.ema=0.9"], 2)
+    assert setup.average is not None
+    average = setup.average.module
+    with torch.no_grad():
+        next(average.parameters()).fill_(torch.nan)
+    before = copy.deepcopy(list(average.buffers()))
+    renew_statistics(setup, feed, 1)
+    pairs = list(zip(average.buffers(), before, strict=True))
+    return all(torch.equal(*pair) for pair in pairs), all(b.isfinite().all() for b in before)
+
+
+def test_an_average_that_is_not_finite_keeps_its_statistics_and_the_run_goes_on(pool):
+    assert pool(2).run(renewed_without_numbers) == [(True, True)] * 2

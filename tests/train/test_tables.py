@@ -187,6 +187,26 @@ def test_classes_of_numbers_are_in_their_order(tmp_path):
     assert splits.test is None
 
 
+@pytest.mark.parametrize(
+    ("labels", "ordered"),
+    [
+        (
+            ["2", "1.00", "01", "1.0", "10", "1e0", "1"],
+            ["01", "1", "1.0", "1.00", "1e0", "2", "10"],
+        ),
+        (
+            ["nan", "9", "-nan", "NaN", *map(str, range(9))],
+            ["-nan", *map(str, range(10)), "NaN", "nan"],
+        ),
+    ],
+    ids=["equal numbers", "none"],
+)
+def test_the_order_of_classes_is_that_of_every_process(tmp_path, labels, ordered):
+    """Also where numbers alone do not tell: the order of a set differs between processes."""
+    rows = [["x", "y"], *([n, label] for n, label in enumerate(labels))]
+    assert csv(write_csv(tmp_path / "some.csv", rows), target="y").classes == ordered
+
+
 def test_a_table_of_numbers_to_learn(tmp_path):
     path = write_csv(tmp_path / "some.csv", [["y", "x"], [0.5, 1], [-2, 3]])
     splits = csv(path, target="y", kind="regress")

@@ -165,6 +165,10 @@ def test_fixup_moves_a_network_from_its_start():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (
+            lambda: fixup_([], nn.Linear(2, 2)),
+            "`branches` must hold the residual branches, got none",
+        ),
         (lambda: fixup_([[]], nn.Linear(2, 2)), r"`branches` must hold .* got a branch of \[\]"),
         (
             lambda: fixup_([[nn.Linear(2, 2), nn.ReLU()]], nn.Linear(2, 2)),

@@ -86,6 +86,14 @@ def test_a_models_convolutions_train_standardised_and_become_plain_again(scaled)
     torch.testing.assert_close(model(x), y)
 
 
+def test_weights_are_not_standardised_twice():
+    model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.Conv1d(3, 4, 1))
+    standardize_weights(model[1])
+    with pytest.raises(InputError, match=r"must have plain weights, got .* at \['1'\]"):
+        standardize_weights(model)
+    assert not parametrize.is_parametrized(model[0])
+
+
 def test_a_model_without_a_convolution_is_an_error():
     with pytest.raises(InputError, match="`model` must have a convolution, got Linear without one"):
         standardize_weights(nn.Linear(2, 2))

@@ -33,7 +33,7 @@ def fixup_(branches: Sequence[Sequence[nn.Module]], classifier: nn.Linear) -> No
         classifier: the last layer.
 
     Raises:
-        InputError: a branch is empty, or has something else than convolutions and linear layers.
+        InputError: there is no branch, one is empty, or has something else than convolutions and linear layers.
 
     Example:
         >>> branch = [torch.nn.Conv2d(4, 4, 3), torch.nn.Conv2d(4, 4, 3)]
@@ -41,6 +41,11 @@ def fixup_(branches: Sequence[Sequence[nn.Module]], classifier: nn.Linear) -> No
         >>> branch[1].weight.abs().max().item()
         0.0
     """
+    if not branches:
+        raise InputError(
+            "`branches` must hold the residual branches, got none: the classification layer alone "
+            "would become 0. Name each branch's layers with weights."
+        )
     for branch in branches:
         if not branch or not all(isinstance(layer, _LAYERS) for layer in branch):
             names = [type(layer).__name__ for layer in branch]

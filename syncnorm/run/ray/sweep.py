@@ -20,6 +20,7 @@ from syncnorm.train.config.file import Written, check, read, set_values
 from syncnorm.train.config.schema import MATHEMATICS, Config
 from syncnorm.train.data.datasets import DATASETS
 from syncnorm.train.files import write_text_whole
+from syncnorm.train.metrics import json_value
 
 RECORD = "sweep.json"
 _LONGEST_NAME = 100
@@ -209,8 +210,9 @@ def read_sweep(folder: Path) -> Sweep | None:
 
 def write_record(sweep: Sweep, results: Sequence[Mapping[str, Any]], best: str | None) -> None:
     """Write `sweep.json`: what was asked for, and what came of it so far."""
-    record = {"sweep": asdict(sweep), "trials": list(results), "best": best}
-    write_text_whole(Path(sweep.folder) / RECORD, json.dumps(record, indent=1) + "\n")
+    record = json_value({"sweep": asdict(sweep), "trials": list(results), "best": best})
+    text = json.dumps(record, indent=1, allow_nan=False)
+    write_text_whole(Path(sweep.folder) / RECORD, text + "\n")
 
 
 def _check_trials(sweep: Sweep) -> None:

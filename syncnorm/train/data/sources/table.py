@@ -217,11 +217,15 @@ def _matrix(table: _Table, count: int) -> Tensor:
 
 
 def _classes(targets: Sequence[str]) -> list[str]:
-    names = set(targets)
+    # By name first: the order of a set is each process's own.
+    names = sorted(set(targets))
     try:
-        return sorted(names, key=float)
+        numbers = {name: float(name) for name in names}
     except ValueError:
-        return sorted(names)
+        return names
+    if any(map(math.isnan, numbers.values())):  # there is no order of numbers with it
+        return names
+    return sorted(names, key=lambda name: numbers[name])
 
 
 def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
