@@ -22,6 +22,7 @@ from syncnorm import (
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
 from tests.as_device import as_device, call_as_device
+from tests.covering import covering
 from tests.distributed.steps import Batch, check_against_oracle, train_step
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -34,10 +35,15 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("sizes", [(6,), (4, 2), (3, 0, 3), (1, 1, 1)], ids=str)
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    *covering(
+        dtype=DTYPES,
+        masked=[False, True],
+        sizes=[(6,), (4, 2), (3, 0, 3), (1, 1, 1)],
+        options=OPTIONS,
+    ),
+    ids=str,
+)
 def test_equals_the_oracle(pool, dtype, masked, sizes, options):
     _check_against_oracle(pool, "composed", dtype, masked, sizes, options)
 

@@ -13,8 +13,8 @@ from drills.fuzz import Runner, drill, first_failure, sequences, shorten
 from drills.fuzz_calls import CALLS, Calls, draw_calls
 from tests.distributed import planted
 
-# As many as bring every kind of call 50 times; the drill plays more.
-SEQUENCES = 150
+# As many as bring every kind of call 20 times; the drill plays more.
+SEQUENCES = 60
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def test_sequences_of_calls_equal_the_oracle(runner):
     assert tally.first is None, f"{tally.first.sequence}\n" + "\n".join(tally.first.problems)
     assert tally.calls == SEQUENCES * CALLS
     # A kind of call that never came would be a claim that nothing backs.
-    missing = [kind for kind in KINDS if tally.kinds[kind] < 50]
+    missing = [kind for kind in KINDS if tally.kinds[kind] < 20]
     assert not missing
 
 
@@ -53,7 +53,7 @@ def drawn(draw: st.DrawFn) -> Calls:
 
 
 @settings(
-    max_examples=100,
+    max_examples=40,
     database=None,
     derandomize=True,
     suppress_health_check=[

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from syncnorm import SyncBatchNorm
 from syncnorm.testing import TOLERANCES
+from tests.covering import covering
 from tests.distributed.steps import (
     Batch,
     check_against_oracle,
@@ -35,10 +36,17 @@ SPATIAL = [(), (7,), (5, 4), (3, 2, 4)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("spatial", SPATIAL, ids=lambda s: f"{len(s) + 2}d")
-@pytest.mark.parametrize("sizes", SPLITS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    *covering(
+        # They choose the kernel.
+        ("dtype", "spatial", "channels_last"),
+        dtype=DTYPES,
+        sizes=SPLITS,
+        spatial=SPATIAL,
+        channels_last=[False, True],
+    ),
+    ids=str,
+)
 def test_equals_the_whole_batch(pool, dtype, sizes, spatial, channels_last):
     batches = [
         Batch.random((sum(sizes), 5, *spatial), dtype, channels_last=channels_last, seed=seed)
@@ -48,10 +56,16 @@ def test_equals_the_whole_batch(pool, dtype, sizes, spatial, channels_last):
     check_against_oracle(by_rank, batches, sizes)
 
 
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize("sizes", [(6,), (4, 2), (5, 0, 3), (2, 1, 4, 1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("spatial", SPATIAL, ids=lambda s: f"{len(s) + 2}d")
+@pytest.mark.parametrize(
+    *covering(
+        ("dtype", "spatial", "channels_last"),
+        spatial=SPATIAL,
+        dtype=DTYPES,
+        sizes=[(6,), (4, 2), (5, 0, 3), (2, 1, 4, 1)],
+        channels_last=[False, True],
+    ),
+    ids=str,
+)
 def test_a_mask_weights_elements_by_frequency(pool, spatial, dtype, sizes, channels_last):
     batch = Batch.random(
         (sum(sizes), 3, *spatial), dtype, masked=True, channels_last=channels_last, seed=2

@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import RenormSchedule, SyncBatchRenorm, prepare_ddp, reference
 from syncnorm.testing import assert_close, shard
+from tests.covering import covering
 from tests.distributed.steps import (
     Batch,
     check_against_oracle,
@@ -22,10 +23,15 @@ SPLITS = [(6,), (4, 2), (6, 0), (3, 0, 3), (1, 1, 1), (7, 0, 1, 0)]
 BOUNDS = [(1.0, 0.0), (1.2, 0.2), (50.0, 50.0), (float("inf"), float("inf"))]
 
 
-@pytest.mark.parametrize("bounds", BOUNDS, ids=str)
-@pytest.mark.parametrize("spatial", [(), (5, 4)], ids=str)
-@pytest.mark.parametrize("sizes", SPLITS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    *covering(
+        dtype=[torch.float64, torch.float32, torch.bfloat16],
+        sizes=SPLITS,
+        spatial=[(), (5, 4)],
+        bounds=BOUNDS,
+    ),
+    ids=str,
+)
 def test_equals_the_whole_batch(pool, dtype, sizes, spatial, bounds):
     batches = [
         Batch.random((sum(sizes), 5, *spatial), dtype, masked=seed == 1, seed=seed)

@@ -12,11 +12,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import SyncBatchNorm, prepare_ddp, scale_loss
 from syncnorm.testing import RankPool
-from syncnorm.train.models import MODELS
+from syncnorm.train.models import BasicBlock, ResNet
 
 
 def resnet18(norm_layer: Callable[[int], nn.Module]) -> nn.Module:
-    return MODELS["resnet18_cifar"](in_channels=3, num_classes=10, norm_layer=norm_layer)
+    """ResNet-18 with an eighth of its channels."""
+    shape = {"in_channels": 3, "num_classes": 10, "norm_layer": norm_layer}
+    return ResNet(BasicBlock, (2, 2, 2, 2), (8, 16, 32, 64), "cifar", **shape)
 
 
 def batches(steps: int, size: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:

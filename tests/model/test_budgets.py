@@ -21,6 +21,7 @@ from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.comm import exchange
 from syncnorm.testing import RankPool
 from tests.as_device import as_device
+from tests.covering import covering
 from tests.unit.budgets import Log, size_of
 
 pytest.importorskip("triton", reason="needs Triton")
@@ -162,11 +163,17 @@ class _Body(nn.Module):
         return [layer(x, mask) for layer, x in zip(self.layers, xs, strict=True)]
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
-@pytest.mark.parametrize("how", LAYOUTS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
-@pytest.mark.parametrize("sync", ["batch", "running", "none", "lagged"])
+@pytest.mark.parametrize(
+    *covering(
+        ("sync", "is_renorm", "masked"),
+        sync=list(BUDGETS),
+        is_renorm=[False, True],
+        dtype=[torch.float32, torch.bfloat16],
+        how=LAYOUTS,
+        masked=[False, True],
+    ),
+    ids=str,
+)
 def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
     """By the difference of a model of three layers and one of a single layer."""
     one, three = (

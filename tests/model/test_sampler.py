@@ -33,6 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "side by side": {"norm_batch": 4},
     "rounds": {"norm_batch": 6, "micro_batch": 6},
 }
+# Eight epochs.
+STEPS = 40
 
 
 def samplers(size: int, global_batch: int, world_size: int, **options: Any) -> list[Any]:
@@ -88,12 +90,12 @@ def test_the_cursor_counts_what_is_done_not_what_is_drawn():
 
 @pytest.fixture(scope="module")
 def whole(pool):
-    """A hundred steps of each kind on one worker."""
-    return {name: pool(1).run(train, options, 100)[0] for name, options in OPTIONS.items()}
+    """Steps of each kind on one worker."""
+    return {name: pool(1).run(train, options, STEPS)[0] for name, options in OPTIONS.items()}
 
 
 def test_whole_batches_train_as_torch_does(whole):
-    assert gap(whole["whole"], train_alone(100)) <= 1e-12
+    assert gap(whole["whole"], train_alone(STEPS)) <= 1e-12
     # The negative control: statistics over other samples are another curve.
     assert gap(whole["side by side"], whole["whole"]) > 1e-3
 
@@ -101,7 +103,7 @@ def test_whole_batches_train_as_torch_does(whole):
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_the_curve_is_the_same_on_any_number_of_workers(pool, whole, world_size, name):
-    results = pool(world_size).run(train, OPTIONS[name], 100)
+    results = pool(world_size).run(train, OPTIONS[name], STEPS)
     assert max(gap(each, whole[name]) for each in results) <= 1e-12
     # Stand-ins took part where the last step of an epoch has fewer samples than workers.
     assert (0 in results[-1].drawn) == (world_size > 2)
@@ -110,10 +112,10 @@ def test_the_curve_is_the_same_on_any_number_of_workers(pool, whole, world_size,
 @pytest.mark.parametrize("name", OPTIONS)
 def test_stopped_on_four_workers_it_goes_on_with_three_and_two(pool, whole, name):
     # In the middle of an epoch, and with samples that loaders have fetched ahead.
-    first = pool(4).run(train, OPTIONS[name], 33, None, 2)[0]
-    assert first.sampler["step"] == 33 % 5
+    first = pool(4).run(train, OPTIONS[name], 13, None, 1)[0]
+    assert first.sampler["step"] == 13 % 5
     for world_size in (3, 2):
-        last = pool(world_size).run(train, OPTIONS[name], 67, first, 2)[0]
+        last = pool(world_size).run(train, OPTIONS[name], STEPS - 13, first, 1)[0]
         joined = last._replace(losses=first.losses + last.losses)
         assert gap(joined, whole[name]) <= 1e-12
 

@@ -18,10 +18,19 @@ from syncnorm.train.exported import plain_network
 from syncnorm.train.loaded import load
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
 from tests.train import nets, runs
-from tests.train.test_loop import FEW, last, run
+from tests.train.test_loop import FEW, THIN, last, run
 
 # Steps of 79 samples, of which every fifth has one: all shards of it but the first are empty.
-RAGGED = [FEW, "train.dtype=float64", "train.global_batch=79", "train.epochs=2", "train.lr=0.02"]
+RAGGED = [
+    FEW,
+    THIN,
+    "train.dtype=float64",
+    "train.global_batch=79",
+    "train.epochs=2",
+    "train.lr=0.02",
+]
+
+WIDE = "model.name=digits_resnet"
 
 
 # So that a run gets past the steps in which a batch's own statistics are used.
@@ -49,7 +58,7 @@ def test_a_run_is_the_same_on_one_worker_and_two(pool, tmp_path, method):
 
 def test_workers_of_online_norm_agree_at_the_end(pool, tmp_path):
     """Their statistics are of their own samples, and of all workers' once they are averaged."""
-    outcome = run(pool, 2, tmp_path / "run", [*RAGGED, "norm.name=online_norm"])[0]
+    outcome = run(pool, 2, tmp_path / "run", [*RAGGED, WIDE, "norm.name=online_norm"])[0]
     assert len(set(outcome.digests)) == 1
     assert runs.events(tmp_path / "run", "step")[-1]["loss"] < 2.3
 

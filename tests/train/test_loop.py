@@ -14,9 +14,17 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train import runs
 
 FEW = "data.name=tests.train.nets:few_digits"
+THIN = "model.name=tests.train.nets:thin"
 # 317 = 4 * 79 + 1: the fifth step of an epoch has one sample, so all shards of it but the first
 # are empty.
-RAGGED = [FEW, "train.dtype=float64", "train.global_batch=79", "train.epochs=2", "train.lr=0.02"]
+RAGGED = [
+    FEW,
+    THIN,
+    "train.dtype=float64",
+    "train.global_batch=79",
+    "train.epochs=2",
+    "train.lr=0.02",
+]
 
 
 def run(pool, workers: int, folder: Path, options: list[str], **stop) -> tuple:
@@ -113,11 +121,11 @@ def test_what_a_run_leaves(pool, tmp_path, norm, different):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "metrics.jsonl"}
 
 
-# Eight steps an epoch, of 40 samples and, the last, of 37.
+# Four steps an epoch, of 80 samples and, the last, of 77.
 SHORT = [
     FEW,
     "train.epochs=2",
-    "train.global_batch=40",
+    "train.global_batch=80",
     "train.ema=0.9",
     "follow.every=3",
     "checkpoint.every=2",
@@ -127,10 +135,10 @@ KINDS = {
     "hidden renorm": ["norm.name=sync_batch_renorm", "norm.sync=running", "norm.renorm.d_max=1"],
     "lagged": ["norm.sync=lagged"],
     "local": ["norm.sync=none"],
-    "groups": ["train.norm_batch=10", "launch.micro_batch=10"],
+    "groups": ["train.norm_batch=20", "launch.micro_batch=20"],
     "noise": ["model.name=tests.train.nets:Noisy"],
     "family": ["norm.name=l1_batch_norm"],
-    "late sums": ["norm.name=power_norm", "norm.options.warmup=5", "norm.options.scaling_groups=4"],
+    "late sums": ["norm.name=power_norm", "norm.options.warmup=3", "norm.options.scaling_groups=4"],
     "frozen": ["train.freeze=[conv1, layer2, fc.bias]"],
     "modes": ["model.name=tests.train.nets:Freezing"],
     "own buffers": ["model.name=tests.train.nets:Remembering"],
@@ -166,22 +174,24 @@ KINDS = {
 def test_a_stopped_run_goes_on_to_the_same_bits(pool, tmp_path, kind, world_size):
     """Stopped in the first epoch by the last worker, and in the second at an epoch's end."""
     options = [*SHORT, *KINDS[kind]]
+    if not any(each.startswith("model.name=") for each in options):
+        options.append(THIN)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(pool, world_size, whole, options)
-    for stop_at, done in ((3, False), (8, False), (None, True)):
+    for stop_at, done in ((2, False), (4, False), (None, True)):
         outcome, position = run(
             pool, world_size, parts, options, stop_at=stop_at, rank=world_size - 1
         )
         assert outcome.is_done == done
-        assert position.step == (stop_at or 16)
+        assert position.step == (stop_at or 8)
     assert curve(parts) == curve(whole)
     got, expected = last(parts), last(whole)
-    assert got.step == expected.step == 16
+    assert got.step == expected.step == 8
     assert_same_bits(got.tensors, expected.tensors)
     assert_same_bits(got.states, expected.states)
     assert got.facts == expected.facts
     resumed = [event["resumed_from"] for event in runs.events(parts, "start")]
-    assert resumed == [None, "step-00000003", "step-00000008"]
+    assert resumed == [None, "step-00000002", "step-00000004"]
 
 
 def test_the_average_of_a_buffer_that_has_grown_starts_again():
@@ -221,6 +231,7 @@ def test_a_model_that_comes_in_evaluation_mode_is_trained(pool, tmp_path):
 def test_a_run_stopped_on_four_workers_goes_on_with_two_and_three(pool, tmp_path):
     options = [
         FEW,
+        THIN,
         "train.dtype=float64",
         "train.epochs=2",
         "train.global_batch=40",

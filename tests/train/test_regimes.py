@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,7 +25,7 @@ from syncnorm.train.header import describe_data
 from syncnorm.train.setup import load_feed
 from tests.train import runs
 from tests.train.files import targets_of, write_csv, write_folder
-from tests.train.test_loop import FEW, curve, run
+from tests.train.test_loop import FEW, THIN, curve, run
 
 REGIMES = {
     "iid": [],
@@ -164,37 +165,63 @@ def test_one_label_is_no_drift_to_speak_of():
     )
 
 
-EXACT = [FEW, "train.dtype=float64", "train.global_batch=72", "train.epochs=2", "train.lr=0.02"]
+EXACT = [
+    FEW,
+    THIN,
+    "train.dtype=float64",
+    "train.global_batch=72",
+    "train.epochs=2",
+    "train.lr=0.02",
+]
 LOCAL = "train.norm_batch=18"
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "iid"])
-def test_the_run_is_the_same_on_any_number_of_workers(pool, tmp_path, regime, world_size):
+# The number of workers on which each is tried in a short run of the tests.
+FAST = {"label_groups": 4, "sharded_labels": 3, "drift": 2}
+
+
+@pytest.fixture(scope="module")
+def alone(pool, tmp_path_factory) -> Callable[[str], list[float]]:
+    """alone(regime): the curve of a run on one worker, made once."""
+    made: dict[str, list[float]] = {}
+
+    def get(regime: str) -> list[float]:
+        if regime not in made:
+            folder = tmp_path_factory.mktemp("alone")
+            run(pool, 1, folder, [*EXACT, *REGIMES[regime], LOCAL])
+            made[regime] = curve(folder)
+        return made[regime]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("regime", "world_size"),
+    [
+        pytest.param(regime, size, marks=[] if size == FAST[regime] else [pytest.mark.slow])
+        for regime in FAST
+        for size in (2, 3, 4)
+    ],
+)
+def test_the_run_is_the_same_on_any_number_of_workers(pool, alone, tmp_path, regime, world_size):
     """With statistics of each part, and steps of 72 samples, of which every fifth has 29."""
+    run(pool, world_size, tmp_path, [*EXACT, *REGIMES[regime], LOCAL])
+    assert curve(tmp_path) == pytest.approx(alone(regime), rel=1e-11)
+    assert len(alone(regime)) == 10
+
+
+def test_a_regime_changes_the_run(alone):
+    assert len({tuple(alone(regime)) for regime in REGIMES}) == len(REGIMES)
+
+
+@pytest.mark.parametrize("regime", FAST)
+def test_a_stopped_run_goes_on_with_the_same_samples(pool, alone, tmp_path, regime):
     options = [*EXACT, *REGIMES[regime], LOCAL]
-    alone, together = tmp_path / "alone", tmp_path / "together"
-    run(pool, 1, alone, options)
-    run(pool, world_size, together, options)
-    assert curve(together) == pytest.approx(curve(alone), rel=1e-11)
-    assert len(curve(alone)) == 10
-
-
-def test_a_regime_changes_the_run(pool, tmp_path):
-    losses = {}
-    for regime, options in REGIMES.items():
-        run(pool, 1, tmp_path / regime, [*EXACT, *options, LOCAL, "train.epochs=1"])
-        losses[regime] = tuple(curve(tmp_path / regime))
-    assert len(set(losses.values())) == len(REGIMES)
-
-
-@pytest.mark.parametrize("regime", [name for name in REGIMES if name != "iid"])
-def test_a_stopped_run_goes_on_with_the_same_samples(pool, tmp_path, regime):
-    options = [*EXACT, *REGIMES[regime], LOCAL]
-    run(pool, 2, tmp_path / "whole", options)
-    run(pool, 2, tmp_path / "cut", options, stop_at=7)
-    run(pool, 2, tmp_path / "cut", options)
-    assert curve(tmp_path / "cut") == curve(tmp_path / "whole")
+    run(pool, 2, tmp_path, options, stop_at=7)
+    run(pool, 2, tmp_path, options)
+    assert curve(tmp_path) == pytest.approx(alone(regime), rel=1e-11)
+    resumed = [event["resumed_from"] for event in runs.events(tmp_path, "start")]
+    assert resumed == [None, "step-00000007"]
 
 
 @pytest.mark.parametrize(("regime", "end"), [("iid", "per epoch"), ("drift", ", regime drift")])

@@ -19,7 +19,7 @@ def sections(net: str, source: str, learned: dict[str, Any] | None = None, **cha
         "model": {"name": f"{TASKS}:{net}"},
         "data": {"name": f"{TASKS}:{source}"},
         "task": learned or {},
-        "train": {"epochs": 8, "global_batch": 24, "lr": 0.02, "dtype": "float64"},
+        "train": {"epochs": 3, "global_batch": 24, "lr": 0.02, "dtype": "float64"},
         "norm": {"momentum": 0.1},
     }
     for name, section in changes.items():
@@ -32,8 +32,8 @@ FOLDER = {
     "options": {"size": 10, "random_crop": True, "test": 0.2},
     "loader": {"workers": 1},
 }
-# 61 samples make three steps an epoch, the last of 13; 33 epochs of them are 99 steps.
-LONG = {"train": {"epochs": 33}}
+# 61 samples make three steps an epoch, the last of 13.
+LONG = {"train": {"epochs": 10}}
 KINDS = {
     "rows": sections("Perceptron", "rows"),
     "rows, loader processes": sections("Perceptron", "rows", data={"loader": {"workers": 1}}),
@@ -60,12 +60,12 @@ KINDS = {
     "average": sections("Perceptron", "rows", train={"ema": 0.9, "clip": 1.0}),
     "contrast": sections("Perceptron", "rows", {"name": f"{TASKS}:Contrast"}),
     # Their files are made by the fixture `images`.
-    "image folder": sections("SmallNet", "rows", data=FOLDER, train={"epochs": 50}),
+    "image folder": sections("SmallNet", "rows", data=FOLDER, train={"epochs": 15}),
     "image folder, mixed": sections(
         "SmallNet",
         "rows",
         data={**FOLDER, "augment": {"crop": 1, "flip": True, "mixup": 0.4, "cutmix": 1.0}},
-        train={"epochs": 50},
+        train={"epochs": 15},
     ),
     "masks": sections("SmallUNet", "shapes", {"name": "segment"}, **LONG),
     "boxes": sections("TwoHeads", "boxes", {"name": f"{TASKS}:Detect"}, **LONG),
@@ -73,7 +73,7 @@ KINDS = {
         "SmallUNet",
         "shapes",
         {"name": "segment"},
-        train={"epochs": 33, "norm_batch": 6},
+        train={"epochs": 10, "norm_batch": 6},
         launch={"micro_batch": 6},
     ),
 }
@@ -149,7 +149,7 @@ def alone(pool, configured, tmp_path_factory):
 )
 def test_the_curve_is_that_of_one_worker(pool, alone, configured, tmp_path, kind, world_size):
     expected = losses(alone(kind))
-    assert len(expected) >= 99
+    assert len(expected) >= 30
     assert min(expected) < 0.9 * expected[0], "the run must go somewhere"
     first, *others = pool(world_size).run(runs.train_sections, str(tmp_path), configured(kind))
     assert all(other == first for other in others)
@@ -164,7 +164,7 @@ def test_the_curve_is_that_of_one_worker(pool, alone, configured, tmp_path, kind
 def test_a_run_stopped_on_four_workers_goes_on_with_two_and_three(
     pool, alone, configured, tmp_path, kind
 ):
-    for world_size, stop_at in ((4, 37), (2, 60), (3, None)):
+    for world_size, stop_at in ((4, 10), (2, 20), (3, None)):
         pool(world_size).run(runs.train_sections, str(tmp_path), configured(kind), stop_at)
     assert gap(losses(tmp_path), losses(alone(kind))) <= 1e-12
     starts = [event["world_size"] for event in runs.events(tmp_path, "start")]
@@ -288,7 +288,8 @@ def test_metrics_of_torchmetrics_are_those_of_the_whole_set(pool, tmp_path):
     task = {"metrics": metrics, "best": "MulticlassF1Score"}
     changes = {"train": {"epochs": 1, "lr": 0.5}, "data": {"validation": 0.3}}
     evaluated = []
-    for world_size in (1, 3):
+    # No more processes than must import torchmetrics.
+    for world_size in (1, 2):
         folder = tmp_path / str(world_size)
         folder.mkdir()
         (outcome, progress), *_ = pool(world_size).run(

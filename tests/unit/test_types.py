@@ -33,12 +33,16 @@ def check(folder: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
-def strictly(folder: Path, text: str) -> list[str]:
-    """What strict mode says about a program."""
+def strictly(folder: Path, **programs: str) -> dict[str, list[str]]:
+    """What strict mode says about each program."""
     (folder / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
-    (folder / "use.py").write_text(text)
-    said = check(folder, "use.py")["generalDiagnostics"]
-    return [f"{each['range']['start']['line'] + 1}: {each['message']}" for each in said]
+    for name, text in programs.items():
+        (folder / f"{name}.py").write_text(text)
+    said: dict[str, list[str]] = {name: [] for name in programs}
+    for each in check(folder, *(f"{name}.py" for name in programs))["generalDiagnostics"]:
+        line = each["range"]["start"]["line"] + 1
+        said[Path(each["file"]).stem].append(f"{line}: {each['message']}")
+    return said
 
 
 def test_every_public_type_is_known(tmp_path):
@@ -56,10 +60,9 @@ def test_every_public_type_is_known(tmp_path):
     assert not vague, "\n".join(vague)
 
 
-def test_a_program_in_strict_mode_can_use_them(tmp_path):
-    assert strictly(tmp_path, USE.read_text()) == []
-
-
-def test_a_lost_type_is_found(tmp_path):
-    text = USE.read_text().replace("convert(Net())", "nn.Module.train(Net())", 1)
-    assert "Net" in "\n".join(strictly(tmp_path, text))
+def test_a_program_in_strict_mode_can_use_them_and_a_lost_type_is_found(tmp_path):
+    text = USE.read_text()
+    lost = text.replace("convert(Net())", "nn.Module.train(Net())", 1)
+    said = strictly(tmp_path, whole=text, lost=lost)
+    assert said["whole"] == []
+    assert "Net" in "\n".join(said["lost"])
