@@ -65,7 +65,7 @@ KINDS = {
         "SmallNet",
         "rows",
         data={**FOLDER, "augment": {"crop": 1, "flip": True, "mixup": 0.4, "cutmix": 1.0}},
-        train={"epochs": 15},
+        train={"epochs": 15, "lr": 0.1},
     ),
     "masks": sections("SmallUNet", "shapes", {"name": "segment"}, **LONG),
     "boxes": sections("TwoHeads", "boxes", {"name": f"{TASKS}:Detect"}, **LONG),
