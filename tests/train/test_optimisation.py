@@ -27,6 +27,7 @@ from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, make_setup
 from syncnorm.train.step import StepResult, training_step
 from tests.train import runs
+from tests.train.test_loop import THIN
 from tests.train.test_options import needed
 
 MODEL = MODELS["digits_resnet"]
@@ -181,7 +182,7 @@ def take_steps(
     workers = Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     data = type(data)(data.train[:samples], data.test[:80], 10, data.mean, data.std)
     feed = MemoryFeed(data, config, workers.device)
-    setup = make_setup(config, workers, feed, steps)
+    setup = make_setup(config, workers, feed, steps, ("tests",))
     results = [
         runs.take_whole_step(setup, feed, step, training_step) for step in range(1, steps + 1)
     ]
@@ -191,7 +192,7 @@ def take_steps(
 def with_float16(first_scale: float, options: list[str]):
     """Of each step the loss, the norm, and what was done; the scale and the schedule at last."""
     with mock.patch.object(scaling, "_FIRST_SCALE", first_scale):
-        setup, _, results = take_steps(["train.autocast=float16", "train.clip=9", *options], 5)
+        setup, _, results = take_steps([THIN, "train.autocast=float16", "train.clip=9", *options], 5)
     return (
         [(r.loss, r.grad_norm, r.was_taken, r.has_overflowed) for r in results],
         setup.scaler.get_scale() * setup.workers.world_size,
@@ -243,7 +244,7 @@ def test_a_gradient_that_is_not_finite_at_any_scale_is_no_overflow(world_size):
 
 def averaged(decay: float, renews: bool) -> tuple[list[torch.Tensor], float]:
     """The averaged network's statistics, and how far its logits are from those by population's."""
-    options = [f"train.ema={decay}", "train.dtype=float64", "train.norm_batch=20"]
+    options = [THIN, f"train.ema={decay}", "train.dtype=float64", "train.norm_batch=20"]
     setup, feed, _ = take_steps(options, 20)
     assert setup.average is not None
     if renews:
