@@ -125,8 +125,13 @@ def test_a_worker_may_repeat_alone_and_exchanges_nothing(pool, name, kind):
         assert got[1] == expected[1] == (2 * forward + 2 * backward) * 2
 
 
-@pytest.mark.parametrize("kind", ["compiled", "compiled, reentrant"])
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *((name, "compiled") for name in LAYERS),
+        *((name, "compiled, reentrant") for name in ("l1", "estimated", "region")),
+    ],
+)
 def test_compiled_code_within_a_checkpoint(pool, name, kind):
     plain = pool(2).run(one_forward, name)
     for got, expected in zip(pool(2).run(alone, name, kind), plain, strict=True):

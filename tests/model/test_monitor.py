@@ -33,7 +33,7 @@ from syncnorm import (
     prepare_ddp,
 )
 from syncnorm.comm import exchange, tally
-from syncnorm.train.models import MODELS
+from tests.model.curves import resnet18
 from tests.model.parts import state_of, uneven_batch
 
 NAMES = ("count", "between_share", "mean_gap", "var_gap", "r_clipped", "d_clipped")
@@ -474,7 +474,7 @@ def _operators(norm: str, is_watched: bool) -> tuple[int, int]:
         "norm": SyncBatchNorm,
         "renorm": lambda channels: SyncBatchRenorm(channels, schedule=BOUNDS),
     }[norm]
-    model = MODELS["resnet18_cifar"](in_channels=3, num_classes=10, norm_layer=make)
+    model = resnet18(make)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     watch = monitor(model) if is_watched else None
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)

@@ -262,7 +262,8 @@ def one_step(
     Returns:
         The last result, the parameters and the buffers.
     """
-    config = load_config("digits", ["train.dtype=float64", "norm.momentum=0.1", *overrides])
+    options = ["train.dtype=float64", "norm.momentum=0.1", "model.name=tests.train.nets:thin"]
+    config = load_config("digits", [*options, *overrides])
     feed = feed_of(images_and_labels(count), config)
     setup = make_setup(config, workers(), feed, 10, ("tests",))
     for step in range(1, steps + 1):

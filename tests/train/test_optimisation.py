@@ -192,7 +192,9 @@ def take_steps(
 def with_float16(first_scale: float, options: list[str]):
     """Of each step the loss, the norm, and what was done; the scale and the schedule at last."""
     with mock.patch.object(scaling, "_FIRST_SCALE", first_scale):
-        setup, _, results = take_steps([THIN, "train.autocast=float16", "train.clip=9", *options], 5)
+        setup, _, results = take_steps(
+            [THIN, "train.autocast=float16", "train.clip=9", *options], 5
+        )
     return (
         [(r.loss, r.grad_norm, r.was_taken, r.has_overflowed) for r in results],
         setup.scaler.get_scale() * setup.workers.world_size,

@@ -22,6 +22,7 @@ from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_bare_model, task_of
 from tests.launch import commands
 from tests.train import nets, runs
+from tests.train.test_loop import THIN
 
 SHORT = ["train.epochs=1", "train.global_batch=128"]
 
@@ -105,7 +106,7 @@ def test_autocast_computes_in_bfloat16(pool, tmp_path):
     losses = []
     for name, options in (("wide", []), ("narrow", ["train.autocast=bfloat16"])):
         (tmp_path / name).mkdir()
-        pool(1).run(runs.train_digits, str(tmp_path / name), [*SHORT, *options])
+        pool(1).run(runs.train_digits, str(tmp_path / name), [*SHORT, THIN, *options])
         losses.append(runs.events(tmp_path / name, "step")[0]["loss"])
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)
     assert abs(losses[0] - losses[1]) > 1e-5 * losses[0]

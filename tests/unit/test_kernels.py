@@ -11,6 +11,7 @@ from syncnorm.maths import kernels
 from syncnorm.maths.kernels import cpu, layout, portable, traced
 from syncnorm.maths.moments import of_sums
 from syncnorm.testing import assert_close
+from tests.covering import covering
 
 # One shape for every way of cutting a tensor into blocks, and the odd ones.
 SHAPES = [
@@ -27,7 +28,10 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["cpu", "portable", "portable in slices", "traced"])
+IMPLEMENTATIONS = ["cpu", "portable", "portable in slices", "traced"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch) -> ModuleType:
     used = {"cpu": cpu, "traced": traced}.get(request.param, portable)
     monkeypatch.setattr(kernels, "_implementation", lambda x: used)
@@ -45,9 +49,17 @@ def _arrange(x: torch.Tensor, how: str) -> torch.Tensor:
     return x.contiguous()
 
 
-@pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    *covering(
+        ("implementation", "shape", "how"),
+        implementation=IMPLEMENTATIONS,
+        shape=SHAPES,
+        masked=[False, True],
+        how=["contiguous", "channels_last", "strided"],
+    ),
+    ids=str,
+    indirect=["implementation"],
+)
 def test_equal_to_float64(implementation, shape, masked, how):
     generator = torch.Generator().manual_seed(0)
     x = _arrange(torch.randn(shape, generator=generator) * 2 + 3, how)
