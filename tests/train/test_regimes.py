@@ -177,7 +177,7 @@ LOCAL = "train.norm_batch=18"
 
 
 # The number of workers on which each is tried in a short run of the tests.
-FAST = {"label_groups": 4, "sharded_labels": 3, "drift": 2}
+FAST = {"label_groups": 4, "sharded_labels": 3, "drift": 3}
 
 
 @pytest.fixture(scope="module")
