@@ -18,17 +18,7 @@ from syncnorm.train.exported import plain_network
 from syncnorm.train.loaded import load
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
 from tests.train import nets, runs
-from tests.train.test_loop import FEW, THIN, last, run
-
-# Steps of 79 samples, of which every fifth has one: all shards of it but the first are empty.
-RAGGED = [
-    FEW,
-    THIN,
-    "train.dtype=float64",
-    "train.global_batch=79",
-    "train.epochs=2",
-    "train.lr=0.02",
-]
+from tests.train.test_loop import FEW, RAGGED, last, run
 
 WIDE = "model.name=digits_resnet"
 
