@@ -132,8 +132,6 @@ def shard(batch: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     return [part.clone(memory_format=torch.preserve_format) for part in batch.split(list(sizes))]
 
 
-# What the server of the ranks imports, for all of them. DDP and the optimizers import torch's compiler.
-PRELOADED = ["syncnorm._public", "torch._dynamo"]
 # Until the ranks have imported what they need, on a machine however busy.
 _START_SECONDS = 600.0
 
@@ -322,7 +320,8 @@ def _context(device: str) -> ForkServerContext | SpawnContext:
     from multiprocessing import forkserver
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, *PRELOADED])
+    # DDP and the optimizers import torch's compiler.
+    context.set_forkserver_preload([__name__, "syncnorm._public", "torch._dynamo"])
     with system.blocked([signal.SIGINT]):
         forkserver.ensure_running()
     return context

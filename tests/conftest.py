@@ -11,13 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from syncnorm import testing
 from syncnorm.testing import RankPool
 from tests.launch import forked
 
 torch.set_num_threads(1)
-# Else each rank would: what a first compilation imports takes it a second.
-testing.PRELOADED += ["tests.train.runs", "syncnorm.verify", "torch._dynamo.backends.debugging"]
 # A page costs a run three seconds of a core; the tests of the page ask for it.
 os.environ.setdefault("SYNCNORM_REPORT", "0")
 # A shell lets its background jobs ignore Ctrl-C, and so would all commands that the tests start.

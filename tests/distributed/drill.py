@@ -6,6 +6,7 @@ pool, and starting from nothing takes seconds.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import threading
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from syncnorm import SyncBatchNorm, debug, prepare_ddp, testing
+from syncnorm import SyncBatchNorm, debug, prepare_ddp
 from syncnorm.errors import ExchangeError
 
 WORLD = 3
@@ -75,7 +76,7 @@ def run(job: Job) -> dict[int, Report]:
     Raises:
         AssertionError: a rank neither reported nor died in time.
     """
-    context = testing._context("cpu")
+    context = multiprocessing.get_context("forkserver")  # the one of tests/launch/forked.py
     store = None
     if not job.store_on_rank_zero:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

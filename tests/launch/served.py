@@ -6,7 +6,15 @@ from syncnorm.run import env
 
 # Some is read where torch is imported.
 env.set_for_launcher(["train"])
-for name in ("torch._dynamo", "torch.distributed.run", "syncnorm.testing", "syncnorm._public"):
-    importlib.import_module(name)
-for name in ("syncnorm.cli", "syncnorm.run.local", "syncnorm.train.loop"):
+for name in (
+    "torch._dynamo",
+    "torch._dynamo.backends.debugging",  # of a first compilation
+    "torch.distributed.run",
+    "syncnorm._public",
+    "syncnorm.cli",
+    "syncnorm.run.local",
+    "syncnorm.testing",
+    "syncnorm.verify",
+    "tests.train.runs",
+):
     importlib.import_module(name)
