@@ -2,9 +2,9 @@
 
 A training forward is three steps, in `syncnorm.ops`:
 
-    local = local_sums(x, mask)            this worker's sum wx, sum wx^2, sum w: one pass over x
+    local = local_sums(x, mask, ...)       this worker's sum wx, sum wx^2, sum w: one pass over x
     statistic = ...                        all workers' sums, by one all-reduce: mean and variance
-    y = normalize(x, weight, bias, ...)    one pass over x; backward: one all-reduce
+    y, _ = normalize_batch(x, ...)         one pass over x; backward: one all-reduce
 
 Where to look on:
 

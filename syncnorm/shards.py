@@ -45,8 +45,7 @@ class Shard:
     def compare(self, n: float, ranks: list[int], name: str) -> None:
         """Warn if this worker's count is not the mean one."""
         count = self._count.item()
-        # Sums of fractional weights are rounded.
-        if not n > 0 or math.isclose(count * len(ranks), n, rel_tol=1e-9):
+        if _is_mean(count, n, len(ranks)):
             return
         Shard.has_warned = True
         warnings.warn(
@@ -62,6 +61,20 @@ class Shard:
             UnevenShardsWarning,
             stacklevel=2,
         )
+
+
+def uneven_shard(count: Tensor, n: float, workers: int) -> Shard | None:
+    """The shard of one of `workers` that pool a count of `n`; None if it is the mean one.
+
+    Whoever has warned looks no more.
+    """
+    return None if Shard.has_warned or _is_mean(count.item(), n, workers) else Shard(count)
+
+
+def _is_mean(count: float, n: float, workers: int) -> bool:
+    """True if `count` is an equal part of n, also of one that is 0 or a fault."""
+    # Sums of fractional weights are rounded.
+    return not n > 0 or math.isclose(count * workers, n, rel_tol=1e-9)
 
 
 class LateShard(Shard):

@@ -149,9 +149,14 @@ class InFlight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Name the layer and call in torch.distributed's error; in debug mode, the ranks gone."""
-        if error is None:
-            return
+        if error is not None:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Mark it as over. Of an error of torch.distributed's raise one that names layer and call.
+
+        In debug mode that names the ranks that are gone.
+        """
         self._is_over, self.work = True, None
         diagnose, self.diagnose = self.diagnose, None
         if not isinstance(error, RuntimeError) or isinstance(error, ExchangeError):

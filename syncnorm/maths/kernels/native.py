@@ -75,11 +75,11 @@ def _types() -> set[torch.dtype]:
 
 
 def is_usable(*tensors: Tensor | None) -> bool:
-    """True if the native library is there and knows all of the tensors, which are in memory."""
+    """True if the native library is there, and the tensors are in memory and of kinds it knows."""
     types = _types()
     # A loop: a generator would be a Python call for each tensor, in every forward.
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.dtype not in types):
+        if t is not None and not (type(t) in _PLAIN and t.dtype in types and t.is_cpu):
             return False
     return bool(types)
 
@@ -105,10 +105,8 @@ def _like(t: Tensor, is_rows: bool) -> Tensor:
     return t if layout.is_rows(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _weights(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int | None]:
+def _weights(mask: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """The mask in the type of the arithmetic, with its samples and places in order; its pointer."""
-    if mask is None:
-        return None, None
     w = mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     return w, w.data_ptr()
 
@@ -127,7 +125,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     The count is NaN where a weight is negative or not finite.
     """
     x, _, sizes = _dense(x)
-    _kept, w = _weights(mask, x)
+    _kept, w = (None, None) if mask is None else _weights(mask, x)
     sums = torch.empty(2 * sizes[2] + 1, dtype=torch.float64)
     threads = torch.get_num_threads()
     if _functions().moments(x.data_ptr(), *sizes, w, sums.data_ptr(), threads):
@@ -246,7 +244,8 @@ def backward_input(
     """The gradient of x, in its type and layout; `totals` are to be divided by n, or by nothing."""
     given = x
     x, is_rows, sizes = _dense(x)
-    g, (_kept, w) = _like(g, is_rows), _weights(mask, x)
+    g = _like(g, is_rows)
+    _kept, w = (None, None) if mask is None else _weights(mask, x)
     weight = weight if weight is None else weight.contiguous()
     totals = totals.contiguous()
     dx = torch.empty_like(x)
