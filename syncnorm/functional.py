@@ -200,7 +200,10 @@ def _train(
 ) -> Tensor:
     """The training forward of a function."""
     local = ops.local_sums(x, mask, weight, bias)
-    statistic = ops.statistic_over(local, process_group, name)
+    if local.observer is not None:
+        statistic = ops.observed_statistic(local, process_group, name)
+    else:
+        statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), name)
     check_count(statistic, warn_single_value)
     if before is not None:
         statistic = correct(statistic, local, eps, before)

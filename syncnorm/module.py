@@ -221,9 +221,11 @@ class SyncNorm(_BatchNorm):
         For those who own the layer's statistics.
         """
         is_tracking = self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
-        mean, var = self.running_mean, self.running_var
+        # Past `CurrentBuffers`: what was under way is done, or is this.
+        own, is_std = self._buffers, self.averages_std
+        mean, var = dict.get(own, "running_mean"), dict.get(own, "running_var")
         if is_tracking and mean is not None and var is not None:
-            counter, is_std = self.num_batches_tracked, self.averages_std
+            counter = dict.get(own, "num_batches_tracked")
             ops.update_running_(mean, var, counter, batch, momentum, self.eps, is_std=is_std)
 
     def train(self, mode: bool = True) -> Self:

@@ -37,7 +37,7 @@ from syncnorm.maths.moments import (
     update_running_mean_,
     update_running_var_,
 )
-from syncnorm.shards import Shard, uneven_shard
+from syncnorm.shards import Shard, is_uneven
 
 _MAX_DIMS = 8
 
@@ -80,7 +80,8 @@ def local_sums(
     Raises:
         InputError: they are on several devices.
     """
-    who, is_repeated = observed.observer(x), is_recomputing()
+    who = observed.observer(x)
+    is_repeated = None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
     own = kernels.of_device(x, mask, weight, bias) if who is None else None
     if own is not kernels.native:  # whose tensors are all in memory
         check_devices(x, mask=mask, weight=weight, bias=bias)
@@ -257,27 +258,20 @@ def pooled_statistic(
         _check(sums, local, group, name)
     # A forward that is repeated comes after the loss was scaled.
     if is_averaged and group is not None and not local.is_repeated and not isinstance(n, Tensor):
-        shard = uneven_shard(local.sums[-1], n, group.size())
+        count = local.sums[-1]
+        shard = Shard(count) if is_uneven(count, n, group.size()) else None
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 
-def statistic_over(
-    local: LocalSums,
-    process_group: groups.Spec | groups.GroupHandle,
-    name: str,
-    *,
-    is_averaged: bool = False,
+def observed_statistic(
+    local: LocalSums, process_group: groups.Spec | groups.GroupHandle, name: str
 ) -> Statistic:
-    """The moments of the batch over all workers of `process_group`, as `pooled_statistic`.
+    """The moments of the batch where something looks at operators, and would not see an exchange.
 
     Raises:
-        InputError: something looks at operators, which would not see the exchange. (Fake tensors
-            have none to make.)
+        InputError: there are others in `process_group` to exchange with. (Fake tensors have nothing
+            to exchange.)
     """
-    if local.observer is None:
-        return pooled_statistic(
-            local, groups.statistics_group(process_group), name, is_averaged=is_averaged
-        )
     if local.observer != observed.FAKE and not _is_alone(process_group):
         raise observed.refuse(local.observer, name)
     return local_statistic(local, name)

@@ -44,9 +44,9 @@ class Shard:
 
     def compare(self, n: float, ranks: list[int], name: str) -> None:
         """Warn if this worker's count is not the mean one."""
-        count = self._count.item()
-        if _is_mean(count, n, len(ranks)):
+        if not is_uneven(self._count, n, len(ranks)):
             return
+        count = self._count.item()
         Shard.has_warned = True
         warnings.warn(
             f"workers should hold equal shards, or scale their losses: rank {groups.rank()} had "
@@ -63,18 +63,10 @@ class Shard:
         )
 
 
-def uneven_shard(count: Tensor, n: float, workers: int) -> Shard | None:
-    """The shard of one of `workers` that pool a count of `n`; None if it is the mean one.
-
-    Whoever has warned looks no more.
-    """
-    return None if Shard.has_warned or _is_mean(count.item(), n, workers) else Shard(count)
-
-
-def _is_mean(count: float, n: float, workers: int) -> bool:
-    """True if `count` is an equal part of n, also of one that is 0 or a fault."""
+def is_uneven(count: Tensor, n: float, workers: int) -> bool:
+    """True if one worker's count is not the mean one; False where all have none, or at a fault."""
     # Sums of fractional weights are rounded.
-    return not n > 0 or math.isclose(count * workers, n, rel_tol=1e-9)
+    return n > 0 and not math.isclose(count.item() * workers, n, rel_tol=1e-9)
 
 
 class LateShard(Shard):

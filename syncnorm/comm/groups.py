@@ -126,7 +126,7 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
     if torch.compiler.is_compiling():
         # Of another type, since it is only passed on to `exchange.sum_`.
         return to_name(process_group)  # pyright: ignore[reportReturnType]
-    handle = to_handle(process_group)
+    handle = None if process_group is None else to_handle(process_group)
     if dist.group.WORLD is None:
         _check_alone(handle)
         return None

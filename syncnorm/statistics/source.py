@@ -140,7 +140,7 @@ class Unattached(Source):
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
-            return ops.statistic_over(local, layer.workers, layer.label)
+            return ops.observed_statistic(local, layer.workers, layer.label)
         if groups.statistics_group(layer.workers) is None:
             return ops.local_statistic(local, layer.label)
         raise InputError(
