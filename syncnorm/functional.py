@@ -205,7 +205,9 @@ def _train(
     else:
         statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), name)
     check_count(statistic, warn_single_value)
-    if before is not None:
+    if before is not None and local.kernels is not None:
+        statistic = statistic._replace(reference=before)
+    elif before is not None:
         statistic = correct(statistic, local, eps, before)
     y, statistic = ops.normalize_batch(x, weight, bias, statistic, eps, local)
     if not local.is_repeated:
@@ -217,9 +219,10 @@ def _train(
 def correct(
     statistic: Statistic, local: LocalSums, eps: float, before: kernels.Reference
 ) -> Statistic:
-    """The statistic with the correction of renormalisation against the running statistics."""
-    if local.kernels is not None:
-        return statistic._replace(reference=before)
+    """The statistic with the correction of renormalisation against the running statistics.
+
+    For a call whose kernels do not see to that.
+    """
     mean, var, bounds = before
     assert not isinstance(bounds, kernels.Scheduled)
     r, d = renorm.correction(statistic.batch, mean, var, eps, *bounds)

@@ -69,14 +69,21 @@ class Unread(Moments):
 
 
 class Packed(Moments):
-    """Moments [mean, m2, n] in one tensor, shape (2C+1,), float64."""
-
-    _is_read: ClassVar[bool] = False
+    """Moments [mean, m2, n] in one tensor, shape (2C+1,), float64; taken apart if somebody looks."""
 
     def __init__(self, packed: Tensor) -> None:
-        channels = packed.numel() // 2
-        super().__init__(packed[-1], packed[:channels], packed[channels:-1])
         self.packed = packed, False
+        self.count = self.n = packed[-1]
+
+    @property
+    def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        packed, _ = self.packed
+        return packed[: packed.numel() // 2]
+
+    @property
+    def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        packed, _ = self.packed
+        return packed[packed.numel() // 2 : -1]
 
 
 class Raw(Moments):

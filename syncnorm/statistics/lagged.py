@@ -118,7 +118,7 @@ class LaggedMeans:
         layer: the layer.
         estimate: its average gradient means, shape (2, C).
         pooled: what pools them now; None: nothing, the average is used.
-        count: values per channel on this worker, shape ().
+        count: values per channel on this worker, shape (1,).
         backward: the backward pass that the call belongs to, and is counted in; None: none.
     """
 
@@ -239,7 +239,7 @@ class PooledLagged(Source):
         if not self._steps.is_open:
             self.pool.check_outside(layer, local)
             self.settle()
-        group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1], None
+        group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
         own = _Buffers.of(layer)
         rules = kernels.of_channels(own.mean) or lagged
         # Copies: the averages move on before the backward pass if somebody settles.
@@ -316,7 +316,7 @@ class PooledLagged(Source):
         """Keep a backward pass's [sum g, sum g xhat], shape (2, C), and count for the message."""
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
-        name, new = self.pool.names[layer], torch.cat([local.flatten(), count.view(1)])
+        name, new = self.pool.names[layer], torch.cat([local.flatten(), count])
         kept[name] = kept[name] + new if name in kept else new
 
     def note_arrival(self, backward: Backward | None, number: int) -> None:
