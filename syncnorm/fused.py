@@ -21,7 +21,6 @@ from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
 from syncnorm.undocumented import plain_apply
 
-
 # Of what follows x, weight and bias among the arguments below.
 _NO_GRADIENTS = (None,) * 7
 

@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from syncnorm import SyncBatchNorm, native, undocumented
+from syncnorm import native, undocumented
 from syncnorm.comm import exchange, groups, hosts, shared
 from syncnorm.errors import ExchangeError
 from syncnorm.native import build

@@ -25,7 +25,12 @@ from syncnorm.testing import RankPool
 
 _FOLDER = str(Path(syncnorm.__file__).parent)
 # For each mode calls of a layer in a step, forward and backward, and operators.
-MOST = {"batch": (40, 14, 15), "none": (35, 10, 11), "running": (37, 10, 13), "lagged": (56, 12, 23)}
+MOST = {
+    "batch": (40, 14, 15),
+    "none": (35, 10, 11),
+    "running": (37, 10, 13),
+    "lagged": (56, 12, 23),
+}
 # More of them if it renormalises.
 MOST_OF_RENORM = (7, 0, 3)
 

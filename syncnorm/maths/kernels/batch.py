@@ -51,5 +51,5 @@ def mark_written(*tensors: Tensor | None) -> None:
     written: list[Tensor] = []
     for t in tensors:
         if t is not None and not t.is_inference():
-            written.append(t)  # noqa: PERF401
+            written.append(t)
     increment_version(written)
