@@ -272,9 +272,9 @@ def observed_statistic(
         InputError: there are others in `process_group` to exchange with. (Fake tensors have nothing
             to exchange.)
     """
-    if local.observer != observed.FAKE and not _is_alone(process_group):
-        raise observed.refuse(local.observer, name)
-    return local_statistic(local, name)
+    if local.observer != observed.FAKE and _is_alone(process_group):
+        return local_statistic(local, name)
+    return unexchanged_statistic(local, name)
 
 
 def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
