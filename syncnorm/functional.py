@@ -199,16 +199,19 @@ def _train(
     update: Callable[[Moments], None],
 ) -> Tensor:
     """The training forward of a function."""
-
-    def statistic_of(local: LocalSums) -> Statistic:
-        statistic = ops.statistic_over(local, process_group, name)
-        check_count(statistic, warn_single_value)
-        return statistic if before is None else correct(statistic, local, eps, before)
-
-    def follow(local: LocalSums, statistic: Statistic) -> None:
+    local = ops.local_sums(x, mask, weight, bias)
+    if local.observer is not None:
+        statistic = ops.observed_statistic(local, process_group, name)
+    else:
+        statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), name)
+    check_count(statistic, warn_single_value)
+    if before is not None and local.kernels is not None:
+        statistic = statistic._replace(reference=before)
+    elif before is not None:
+        statistic = correct(statistic, local, eps, before)
+    y, statistic = ops.normalize_batch(x, weight, bias, statistic, eps, local)
+    if not local.is_repeated:
         update(statistic.batch)
-
-    y, _, _ = ops.train_forward(x, mask, weight, bias, eps, statistic_of, follow)
     return y
 
 
@@ -216,9 +219,10 @@ def _train(
 def correct(
     statistic: Statistic, local: LocalSums, eps: float, before: kernels.Reference
 ) -> Statistic:
-    """The statistic with the correction of renormalisation against the running statistics."""
-    if local.kernels is not None:
-        return statistic._replace(reference=before)
+    """The statistic with the correction of renormalisation against the running statistics.
+
+    For a call whose kernels do not see to that.
+    """
     mean, var, bounds = before
     assert not isinstance(bounds, kernels.Scheduled)
     r, d = renorm.correction(statistic.batch, mean, var, eps, *bounds)
@@ -324,7 +328,7 @@ def check_bounds(
             torch.compiler.is_compiling() or observed.observer(value) is not None
         ):
             continue
-        is_free = not isinstance(value, Tensor) or is_host(value) or debug.is_debug()
+        is_free = not isinstance(value, Tensor) or is_host(value) or debug.is_on
         if is_free and not value >= least:
             raise InputError(
                 f"`{name}` must be >= {least:g}, got {float(value):g}. Correct the schedule."
@@ -404,9 +408,9 @@ def check_count(statistic: Statistic, warn: Callable[[], None]) -> None:
     if isinstance(statistic.batch, Unread):
         return
     # A weight of 1 may also be that of several values.
-    is_looked_at = not isinstance(n, Tensor) or debug.is_debug()
+    is_looked_at = not isinstance(n, Tensor) or debug.is_on
     if is_looked_at and n == 1 and not statistic.batch.m2.any():
-        if debug.is_debug() and (statistic.is_pooled or not groups.is_shared()):
+        if debug.is_on and (statistic.is_pooled or not groups.is_shared()):
             raise FaultError(
                 "`x` must give a statistic more than one value per channel, got a total weight of "
                 "1 over all workers. "

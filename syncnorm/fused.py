@@ -2,7 +2,8 @@
 
 It is `syncnorm.autograd.Normalize` with the arithmetic of (C,)-sized numbers moved into the kernels
 (see `syncnorm.maths.kernels.composed`), which a GPU would otherwise spend most launches on. Beside
-y a call leaves what it was made by: mean, m2 and invstd, and r and d of batch renormalisation.
+y a call leaves what it was made by in the batch's `rows`: mean, m2 and invstd, and r and d of batch
+renormalisation.
 """
 
 from __future__ import annotations
@@ -20,34 +21,8 @@ from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
 from syncnorm.undocumented import plain_apply
 
-
-class Call:
-    """One call of a layer: what it is given besides tensors, and what it leaves.
-
-    Args:
-        kernels: the device's kernels.
-        batch: the moments to normalise by.
-        eps: added to the variance.
-        reference: what renormalisation corrects towards; None: nothing.
-        gradient_means: pools gradient sums in the backward pass.
-    """
-
-    rows: Tensor
-    """What y was made by, set by the forward: see `syncnorm.maths.kernels.composed`."""
-
-    def __init__(
-        self,
-        kernels: ModuleType,
-        batch: Moments,
-        eps: float,
-        reference: Reference | None,
-        gradient_means: GradientMeans,
-    ) -> None:
-        self.kernels = kernels
-        self.batch = batch
-        self.eps = eps
-        self.reference = reference
-        self.gradient_means = gradient_means
+# Of what follows x, weight and bias among the arguments below.
+_NO_GRADIENTS = (None,) * 7
 
 
 class FusedNormalize(torch.autograd.Function):
@@ -61,12 +36,15 @@ class FusedNormalize(torch.autograd.Function):
         bias: Tensor | None,
         anchor: Tensor,
         mask: Tensor | None,
-        call: Call,
+        kernels: ModuleType,
+        batch: Moments,
+        eps: float,
+        reference: Reference | None,
+        gradient_means: GradientMeans,
     ) -> Tensor:
-        y, rows = call.kernels.normalize(x, call.batch, weight, bias, call.eps, call.reference)
-        call.rows = rows
-        ctx.save_for_backward(x, weight, rows, mask)
-        ctx.kernels, ctx.gradient_means = call.kernels, call.gradient_means
+        y, batch.rows = kernels.normalize(x, batch, weight, bias, eps, reference)
+        ctx.save_for_backward(x, weight, batch.rows, mask)
+        ctx.kernels, ctx.gradient_means = kernels, gradient_means
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -79,7 +57,7 @@ class FusedNormalize(torch.autograd.Function):
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_seen or (who is not None and who != observed.FAKE):
             grads = _differentiable(ctx, g, x, weight, rows, mask, who)
-            return *grads, None, None, None
+            return *grads, *_NO_GRADIENTS
         local, grad_weight, grad_bias = ctx.kernels.backward_sums(
             g, x, rows, None if weight is None else weight.dtype, ctx.bias_dtype
         )
@@ -87,7 +65,7 @@ class FusedNormalize(torch.autograd.Function):
         grad_input = None
         if ctx.needs_input_grad[0]:
             grad_input = ctx.kernels.backward_input(g, x, rows, weight, totals, n, mask)
-        return grad_input, grad_weight, grad_bias, None, None, None
+        return grad_input, grad_weight, grad_bias, *_NO_GRADIENTS
 
 
 # The kernels are given nothing that a transform looks at.

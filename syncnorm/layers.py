@@ -2,9 +2,9 @@
 
 A training forward is three steps, in `syncnorm.ops`:
 
-    local = local_sums(x, mask)            this worker's sum wx, sum wx^2, sum w: one pass over x
+    local = local_sums(x, mask, ...)       this worker's sum wx, sum wx^2, sum w: one pass over x
     statistic = ...                        all workers' sums, by one all-reduce: mean and variance
-    y = normalize(x, weight, bias, ...)    one pass over x; backward: one all-reduce
+    y, _ = normalize_batch(x, ...)         one pass over x; backward: one all-reduce
 
 Where to look on:
 
@@ -231,7 +231,10 @@ class SyncBatchRenorm(SyncNorm):
 
     def new_statistic(self, local: LocalSums) -> Statistic:
         before = self._before(local)
-        return functional.correct(super().new_statistic(local), local, self.eps, before)
+        statistic = super().new_statistic(local)
+        if local.kernels is not None:
+            return statistic._replace(reference=before)
+        return functional.correct(statistic, local, self.eps, before)
 
     def _before(self, local: LocalSums) -> kernels.Reference:
         """The reference of r and d. Looked at before any exchange."""
@@ -239,7 +242,10 @@ class SyncBatchRenorm(SyncNorm):
             # Of a forward that was not kept: the last one's.
             *_, mean, var, r_max, d_max = self.seen.correction
             return kernels.Reference(mean, var, (r_max, d_max))
-        mean, var, step = self.running_mean, self.running_var, self.num_batches_tracked
+        self.statistics.settle()
+        own = self._buffers  # past `CurrentBuffers`, which would settle at each look
+        mean, var = dict.get(own, "running_mean"), dict.get(own, "running_var")
+        step = dict.get(own, "num_batches_tracked")
         if mean is None or var is None:
             raise self._without("running_mean" if mean is None else "running_var")
         if local.kernels is None:

@@ -181,20 +181,19 @@ class SyncNorm(_BatchNorm):
 
         Called by the source, for a batch or for each of its parts.
         """
-        y, local, statistic = ops.train_forward(
-            x, mask, self.weight, self.bias, self.eps, self._statistic_of, self._follow
-        )
+        weight, bias = self.weight, self.bias
+        local = ops.local_sums(x, mask, weight, bias)
+        statistic = None
+        if local.is_repeated and local.observer is None:
+            statistic = repeated.find(self)
+        if statistic is None:
+            statistic = self.new_statistic(local)
+        y, statistic = ops.normalize_batch(x, weight, bias, statistic, self.eps, local)
+        if not local.is_repeated and self.freeze is None:
+            self._follow(local, statistic)
         if local.is_repeated is False and local.observer is None and ops.may_be_repeated():
             repeated.keep(self, statistic)
         return y
-
-    def _statistic_of(self, local: LocalSums) -> Statistic:
-        """That of the batch, or of the forward that is repeated."""
-        if local.is_repeated and local.observer is None:
-            kept = repeated.find(self)
-            if kept is not None:
-                return kept
-        return self.new_statistic(local)
 
     def new_statistic(self, local: LocalSums) -> Statistic:
         """The statistic to normalise a batch by. Here workers exchange."""
@@ -203,9 +202,10 @@ class SyncNorm(_BatchNorm):
         return statistic
 
     def _follow(self, local: LocalSums, statistic: Statistic) -> None:
-        """Have the running statistics follow, now or when their source says so."""
-        if self.freeze is not None:
-            return
+        """Have the running statistics follow, now or when their source says so.
+
+        Called after each forward that is not frozen and no repetition.
+        """
         if local.observer is not None:
             with observed.updating(local.observer, self.label):
                 self.statistics.record(self, local, statistic.batch)
@@ -221,9 +221,11 @@ class SyncNorm(_BatchNorm):
         For those who own the layer's statistics.
         """
         is_tracking = self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
-        mean, var = self.running_mean, self.running_var
+        # Past `CurrentBuffers`: what was under way is done, or is this.
+        own, is_std = self._buffers, self.averages_std
+        mean, var = dict.get(own, "running_mean"), dict.get(own, "running_var")
         if is_tracking and mean is not None and var is not None:
-            counter, is_std = self.num_batches_tracked, self.averages_std
+            counter = dict.get(own, "num_batches_tracked")
             ops.update_running_(mean, var, counter, batch, momentum, self.eps, is_std=is_std)
 
     def train(self, mode: bool = True) -> Self:

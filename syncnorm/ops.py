@@ -1,10 +1,11 @@
-"""The three operations that every normalisation layer is made of, and the forward made of them.
+"""The three operations that every training forward is made of.
 
-    local = local_sums(x, mask)                                   one pass over x
+    local = local_sums(x, mask, weight, bias)                     one pass over x
     statistic = pooled_statistic(local, group)                    one exchange of 2C+1 numbers
-    y = normalize(x, weight, bias, statistic, eps, local.mask)    backward: one exchange of 2C
+    y, statistic = normalize_batch(x, weight, bias, statistic, eps, local)
+                                                                  backward: one exchange of 2C
 
-`normalize` differentiates through the moments too: to autograd they are part of it, so a layer may
+The last differentiates through the moments too: to autograd they are part of it, so a layer may
 fold any constant factors into `weight` and `bias` (batch renormalisation does) and needs no
 backward of its own.
 """
@@ -12,7 +13,6 @@ backward of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
-from syncnorm.fused import Call, apply_fused
+from syncnorm.fused import apply_fused
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
     Moments,
@@ -37,7 +37,7 @@ from syncnorm.maths.moments import (
     update_running_mean_,
     update_running_var_,
 )
-from syncnorm.shards import Shard
+from syncnorm.shards import Shard, is_uneven
 
 _MAX_DIMS = 8
 
@@ -67,16 +67,27 @@ class LocalSums(NamedTuple):
     """The kernels that finish the statistic themselves; None where it is finished here."""
 
 
-def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> LocalSums:
-    """The raw sums of this worker's batch; mask (N, 1, *S) or None. No exchange, no gradient.
+def local_sums(
+    x: Tensor, mask: Tensor | None, weight: Tensor | None = None, bias: Tensor | None = None
+) -> LocalSums:
+    """The raw sums of this worker's batch. No exchange, no gradient.
 
-    `others` are the tensors that x will be normalised with.
+    Args:
+        x: shape (N, C, *S).
+        mask: weights (N, 1, *S) or None.
+        weight, bias: what x will be normalised with, (C,) or None.
+
+    Raises:
+        InputError: they are on several devices.
     """
-    who, is_repeated = observed.observer(x), is_recomputing()
-    own = kernels.of_device(x, mask, *others) if who is None else None
+    who = observed.observer(x)
+    is_repeated = None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
+    own = kernels.of_device(x, mask, weight, bias) if who is None else None
+    if own is not kernels.native:  # whose tensors are all in memory
+        check_devices(x, mask=mask, weight=weight, bias=bias)
     if own is not None:
         sums, fault = own.moments(x, mask), None
-        if mask is not None and (is_host(x) or debug.is_debug()):
+        if mask is not None and (is_host(x) or debug.is_on):
             fault = sums[-1].isnan()
             if is_host(x) and fault:
                 return _cleaned_sums(own, x, mask, fault, is_repeated)
@@ -115,28 +126,26 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             since looking costs a host synchronisation; otherwise the output is NaN and the buffers
             keep still.
     """
-    sums = _exchange(local, group, name)
-    if local.is_repeated is not None:
-        _check(sums, sums[-1].item() if is_host(sums) else sums[-1], local, group, name)
+    message = local.sums if local.has_fault is None else _with_fault(local)
+    sums = exchange.sum_(message, group, "moments", name)
+    if local.is_repeated is not None and (debug.is_on or is_host(sums)):
+        _check(sums, local, group, name)
     return sums
 
 
-def _exchange(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
-    sums = local.sums
-    if local.has_fault is not None:
-        # A fault travels as a count of NaN: whether somebody has a mask is known to that worker
-        # alone.
-        sums = torch.cat([sums[:-1], torch.where(local.has_fault, torch.nan, sums[-1:])])
-    return exchange.sum_(sums, group, "moments", name)
+def _with_fault(local: LocalSums) -> Tensor:
+    """The sums, with a count of NaN for a fault.
+
+    So it travels: whether somebody has a mask is known to that worker alone.
+    """
+    assert local.has_fault is not None
+    count = torch.where(local.has_fault, torch.nan, local.sums[-1:])
+    return torch.cat([local.sums[:-1], count])
 
 
-def _check(
-    sums: Tensor, n: float | Tensor, local: LocalSums, group: groups.Group | None, name: str
-) -> None:
-    """Raise if some worker's data is at fault; where a look would wait, in debug mode only."""
-    is_debug = debug.is_debug()
-    is_looked_at = is_debug or not isinstance(n, Tensor)
-    if is_looked_at and (math.isnan(n) or (is_debug and not sums.isfinite().all())):
+def _check(sums: Tensor, local: LocalSums, group: groups.Group | None, name: str) -> None:
+    """Raise if some worker's data is at fault. Looks at values."""
+    if math.isnan(sums[-1]) or (debug.is_on and not sums.isfinite().all()):
         _raise_fault(local, group, name)
 
 
@@ -177,7 +186,7 @@ class PooledMeans:
         batch: the pooled moments.
         group: the workers; None: this one.
         name: the layer, for errors.
-        shard: whose unevenness to notice in the backward pass; None: nobody's.
+        shard: one whose unevenness is to be noticed in the backward pass; None: none.
     """
 
     n: float | Tensor
@@ -237,38 +246,35 @@ def pooled_statistic(
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
     shards are noticed.
     """
-    sums = _exchange(local, group, name)
+    message = local.sums if local.has_fault is None else _with_fault(local)
+    sums = exchange.sum_(message, group, "moments", name)
     if local.is_repeated is None:
         batch = of_sums(sums, Unread)
-    else:
-        batch = Raw(sums)
-        _check(sums, batch.n, local, group, name)
+        return Statistic(batch, PooledMeans(batch, group, name), group is not None)
+    batch, shard = Raw(sums), None
+    n = batch.n
+    # Where a look at the count would wait, it is looked at in debug mode only.
+    if debug.is_on or (not isinstance(n, Tensor) and math.isnan(n)):
+        _check(sums, local, group, name)
     # A forward that is repeated comes after the loss was scaled.
-    is_noticed = is_averaged and group is not None and local.is_repeated is False
-    shard = Shard(local.sums[-1]) if is_noticed else None
+    if is_averaged and group is not None and not local.is_repeated and not isinstance(n, Tensor):
+        count = local.sums[-1]
+        shard = Shard(count) if is_uneven(count, n, group.size()) else None
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 
-def statistic_over(
-    local: LocalSums,
-    process_group: groups.Spec | groups.GroupHandle,
-    name: str,
-    *,
-    is_averaged: bool = False,
+def observed_statistic(
+    local: LocalSums, process_group: groups.Spec | groups.GroupHandle, name: str
 ) -> Statistic:
-    """The moments of the batch over all workers of `process_group`, as `pooled_statistic`.
+    """The moments of the batch where something looks at operators, and would not see an exchange.
 
     Raises:
-        InputError: something looks at operators, which would not see the exchange. (Fake tensors
-            have none to make.)
+        InputError: there are others in `process_group` to exchange with. (Fake tensors have nothing
+            to exchange.)
     """
-    if local.observer is None:
-        return pooled_statistic(
-            local, groups.statistics_group(process_group), name, is_averaged=is_averaged
-        )
-    if local.observer != observed.FAKE and not _is_alone(process_group):
-        raise observed.refuse(local.observer, name)
-    return local_statistic(local, name)
+    if local.observer != observed.FAKE and _is_alone(process_group):
+        return local_statistic(local, name)
+    return unexchanged_statistic(local, name)
 
 
 def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
@@ -331,31 +337,35 @@ def normalize(
     )
 
 
-def normalize_by(
-    own: ModuleType,
+def normalize_batch(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     statistic: Statistic,
     eps: float,
-    mask: Tensor | None,
+    local: LocalSums,
 ) -> tuple[Tensor, Statistic]:
-    """`normalize` by kernels of the device of x, r and d included: y, and the statistic with them.
+    """`normalize` the x of a training forward, r and d included: y, and the statistic with them.
 
-    They go through all that is (C,)-sized themselves, so that a call is a few launches.
+    The running statistics are to follow that one. Kernels that made the sums go through all that is
+    (C,)-sized themselves, so that a call is a few launches.
     """
+    own = local.kernels
+    if own is None:
+        y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
+        if local.is_repeated is None:
+            statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
+        return y, statistic
     batch, reference = statistic.batch, statistic.reference
     if statistic.correction is not None:  # of a call that is repeated
         *_, running_mean, running_var, r_max, d_max = statistic.correction
         reference = kernels.Reference(running_mean, running_var, (r_max, d_max))
     if reference is not None:
         check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
-    call = Call(own, batch, eps, reference, statistic.gradient_means)
-    y = apply_fused(x, weight, bias, _anchor(weight, bias, statistic), mask, call)
-    if isinstance(batch, Raw):
-        batch.finish(call.rows)
+    anchor, means = _anchor(weight, bias, statistic), statistic.gradient_means
+    y = apply_fused(x, weight, bias, anchor, local.mask, own, batch, eps, reference, means)
     if reference is not None:
-        _, _, _, r, d, running_mean, running_var, r_max, d_max = call.rows.unbind()
+        _, _, _, r, d, running_mean, running_var, r_max, d_max = batch.rows.unbind()
         statistic = statistic._replace(
             correction=renorm.Correction(r, d, running_mean, running_var, r_max[0], d_max[0])
         )
@@ -392,42 +402,6 @@ def is_recomputing() -> bool | None:
     return None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
 
 
-def train_forward(
-    x: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    statistic_of: Callable[[LocalSums], Statistic],
-    follow: Callable[[LocalSums, Statistic], None],
-) -> tuple[Tensor, LocalSums, Statistic]:
-    """The training forward of every layer and function: local sums, a statistic, y.
-
-    Args:
-        x: shape (N, C, *S).
-        mask: weights (N, 1, *S) or None.
-        weight, bias: (C,) or None.
-        eps: added to the variance.
-        statistic_of: gives the statistic to normalise by; here workers exchange.
-        follow: has the running statistics follow; not called for a forward that is repeated.
-
-    Returns:
-        y, and what it was made of.
-    """
-    check_devices(x, mask=mask, weight=weight, bias=bias)
-    local = local_sums(x, mask, weight, bias)
-    statistic = statistic_of(local)
-    if local.kernels is None:
-        y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
-    else:
-        y, statistic = normalize_by(local.kernels, x, weight, bias, statistic, eps, local.mask)
-    if local.is_repeated is None:
-        statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
-    if not local.is_repeated:
-        follow(local, statistic)
-    return y, local, statistic
-
-
 def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
@@ -443,9 +417,10 @@ def update_running_(
     With `is_std` the standard deviation follows, by the biased variance, else the unbiased
     variance. See `syncnorm.maths.moments` for what a batch of one value or none changes.
     """
-    own = kernels.of_channels(running_mean)
-    if own is not None and not isinstance(batch, Unread):
+    own = kernels.of_channels(running_mean, running_var, batch.count)
+    if own is not kernels.native:
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
+    if own is not None and not isinstance(batch, Unread):
         own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
     with torch.no_grad():

@@ -44,10 +44,9 @@ class Shard:
 
     def compare(self, n: float, ranks: list[int], name: str) -> None:
         """Warn if this worker's count is not the mean one."""
-        count = self._count.item()
-        # Sums of fractional weights are rounded.
-        if not n > 0 or math.isclose(count * len(ranks), n, rel_tol=1e-9):
+        if not is_uneven(self._count, n, len(ranks)):
             return
+        count = self._count.item()
         Shard.has_warned = True
         warnings.warn(
             f"workers should hold equal shards, or scale their losses: rank {groups.rank()} had "
@@ -62,6 +61,12 @@ class Shard:
             UnevenShardsWarning,
             stacklevel=2,
         )
+
+
+def is_uneven(count: Tensor, n: float, workers: int) -> bool:
+    """True if one worker's count is not the mean one; False where all have none, or at a fault."""
+    # Sums of fractional weights are rounded.
+    return n > 0 and not math.isclose(count.item() * workers, n, rel_tol=1e-9)
 
 
 class LateShard(Shard):

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 from syncnorm import device
+from syncnorm.comm import shared
 from syncnorm.maths import kernels
 
 
@@ -25,6 +26,8 @@ def as_device(name: str = "composed") -> Iterator[None]:
 
             stack.enter_context(interpreted())
         stack.enter_context(mock.patch.object(device, "_HOSTS", ()))
+        stack.enter_context(mock.patch.object(kernels.native, "_types", return_value=()))
+        stack.enter_context(mock.patch.object(shared, "segment_of", return_value=None))
         stack.enter_context(mock.patch.object(kernels, "_preferred", return_value=own))
         yield
 

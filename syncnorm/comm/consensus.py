@@ -65,7 +65,7 @@ class Consensus:
 
     @property
     def timeout_seconds(self) -> float:
-        return debug.debug_timeout_seconds() or self._flight.log.timeout_seconds
+        return debug.wait_seconds or self._flight.log.timeout_seconds
 
     def agree(self) -> None:
         """Return once all members are about to make this exchange; else raise the same on all."""

@@ -8,18 +8,11 @@ from contextlib import contextmanager
 
 from syncnorm.errors import InputError
 
-_enabled = os.environ.get("SYNCNORM_DEBUG", "0") not in ("", "0")
-_timeout_seconds: float | None = None
-
-
-def is_debug() -> bool:
-    """True in debug mode, which must be on or off on all ranks alike."""
-    return _enabled
-
-
-def debug_timeout_seconds() -> float | None:
-    """The time that debug mode waits for a rank; None for the process group's timeout."""
-    return _timeout_seconds
+# Attributes: every exchange of a layer asks.
+is_on: bool = os.environ.get("SYNCNORM_DEBUG", "0") not in ("", "0")
+"""True in debug mode, which must be on or off on all ranks alike."""
+wait_seconds: float | None = None
+"""The time that debug mode waits for a rank; None for the process group's timeout."""
 
 
 @contextmanager
@@ -46,18 +39,18 @@ def debug(enabled: bool = True, *, timeout_seconds: float | None = None) -> Iter
 
     Example:
         >>> with debug(timeout_seconds=30):
-        ...     is_debug()
+        ...     is_on
         True
     """
-    global _enabled, _timeout_seconds
+    global is_on, wait_seconds
     if timeout_seconds is not None and not timeout_seconds > 0:
         raise InputError(
             f"`timeout_seconds` must be > 0, got {timeout_seconds}. None waits as the process "
             "group does."
         )
-    before = _enabled, _timeout_seconds
-    _enabled, _timeout_seconds = enabled, timeout_seconds
+    before = is_on, wait_seconds
+    is_on, wait_seconds = enabled, timeout_seconds
     try:
         yield
     finally:
-        _enabled, _timeout_seconds = before
+        is_on, wait_seconds = before

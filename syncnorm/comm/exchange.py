@@ -21,11 +21,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from syncnorm.comm import debug, hosts, shared
+from syncnorm.comm import debug, hosts, shared, tally
 from syncnorm.comm.consensus import NO_DATA, Consensus, at_different_places
 from syncnorm.comm.handles import NamedGroup
 from syncnorm.comm.inflight import InFlight, log_of, reset_calls
-from syncnorm.comm.tally import Exchange, Tally, Total, add_time, count_exchange, record
+from syncnorm.comm.tally import Exchange, Tally, Total, record
 from syncnorm.comm.world import device_for, ranks
 from syncnorm.device import is_host
 from syncnorm.errors import ExchangeError
@@ -100,28 +100,39 @@ def sum_(
     if isinstance(group, NamedGroup):
         return torch.ops.syncnorm.sum(message, group.name, kind, name)  # of comm.compiled
     start = time.perf_counter()
-    segment = shared.segment_of(group) if is_host(message) else None
-    levels = _levels_for(message, group) if segment is None else None
-    way = "native sum" if segment or levels else "sum"
-    flight = _begin(way, message, group, kind, name)
-    if segment is not None:
-        with flight:
-            total, is_same = segment.sum(message, *flight.envelope, flight.timeout_seconds)
-        flight.finish(message)
-        count_exchange(kind, flight.size, start)
+    segment = shared.segment_of(group) if message.is_cpu else None
+    if segment is None:
+        flight, total, is_same = _sum_by_torch(message, group, kind, name)
     else:
-        wire = _wire(message, flight)
-        with flight:
-            if levels is None:
-                _wait(dist.all_reduce(wire, group=group, async_op=debug.is_debug()))
-            else:
-                wire = levels.sum_(wire, flight.timeout_seconds, _wait)
-        flight.finish(wire)
-        count_exchange(kind, flight.size, start)
-        total, is_same = _unpack(wire, message, flight)
+        flight = _begin("native sum", message, group, kind, name)
+        # Neither `with flight` nor `flight.finish`: they would be a tenth of a small layer's calls.
+        try:
+            total, is_same = segment.sum(message, *flight.envelope, flight.timeout_seconds)
+        except BaseException as error:
+            flight.fail(error)
+            raise
+        flight.is_finished, flight.diagnose = True, None
+    if tally.watchers:
+        tally.tell(kind, 1, flight.size, start)
     if not is_same:
         raise_mixed(flight, group)
     return total
+
+
+def _sum_by_torch(
+    message: Tensor, group: dist.ProcessGroup, kind: str, name: str
+) -> tuple[InFlight, Tensor, bool]:
+    """The sum by torch.distributed alone, or by hosts; and False if ranks sent different ones."""
+    levels = _levels_for(message, group)
+    flight = _begin("native sum" if levels else "sum", message, group, kind, name)
+    wire = _wire(message, flight)
+    with flight:
+        if levels is None:
+            _wait(dist.all_reduce(wire, group=group, async_op=debug.is_on))
+        else:
+            wire = levels.sum_(wire, flight.timeout_seconds, _wait)
+    flight.finish(wire)
+    return flight, *_unpack(wire, message, flight)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -138,7 +149,7 @@ def _envelope(way: str, kind: str, name: str, count: int, room: int) -> tuple[in
 
 def _levels_for(message: Tensor, group: dist.ProcessGroup) -> hosts.TwoLevels | None:
     """The two levels of a group on several hosts; None where messages go by torch.distributed."""
-    levels = hosts.levels_of(group) if is_host(message) else None
+    levels = hosts.levels_of(group) if message.is_cpu else None
     return None if levels is None or log_of(group).is_on_one_level else levels
 
 
@@ -163,7 +174,7 @@ def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bo
     if not identity:
         return wire, True
     total = wire[: message.numel()].view(message.shape)
-    if is_host(wire) or debug.is_debug():
+    if is_host(wire) or debug.is_on:
         return total, math.fmod(wire[-1].item(), identity) == 0
     return total.masked_fill_(torch.remainder(wire[-1], identity) != 0, torch.nan), True
 
@@ -216,7 +227,8 @@ class Pending:
             elif wire is not None:
                 self._message, is_same = _unpack(wire, self._message, flight)
             self.mixed = None if is_same else flight
-            add_time(flight.kind, start)
+            if tally.watchers:
+                tally.tell(flight.kind, 0, 0, start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
@@ -238,7 +250,7 @@ def start_sum(
     if group is None:
         return Pending(message)
     start = time.perf_counter()
-    segment = shared.segment_of(group) if is_host(message) else None
+    segment = shared.segment_of(group) if message.is_cpu else None
     flight = _begin("native sum" if segment else "sum", message, group, kind, name)
     wire, sent = None, None
     if segment is not None:
@@ -249,7 +261,8 @@ def start_sum(
         wire = _wire(message, flight)
         with flight:
             flight.work = dist.all_reduce(wire, group=group, async_op=True)
-    count_exchange(kind, flight.size, start)
+    if tally.watchers:
+        tally.tell(kind, 1, flight.size, start)
     return Pending(message, wire, flight, sent)
 
 
@@ -264,9 +277,10 @@ def gather(message: Tensor, group: dist.ProcessGroup | None, kind: str, name: st
     flight = _begin("gather", message, group, kind, name)
     parts = [torch.empty_like(message) for _ in range(dist.get_world_size(group))]
     with flight:
-        _wait(dist.all_gather(parts, message, group=group, async_op=debug.is_debug()))
+        _wait(dist.all_gather(parts, message, group=group, async_op=debug.is_on))
     flight.finish(message)
-    count_exchange(kind, flight.size, start)
+    if tally.watchers:
+        tally.tell(kind, 1, flight.size, start)
     return torch.stack(parts)
 
 
@@ -294,8 +308,8 @@ def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name:
     for announce in announcers:
         announce(way, envelope[0], group)
     flight = InFlight(envelope, log, kind, name, count)
-    if debug.is_debug():
-        flight.timeout_seconds = debug.debug_timeout_seconds() or flight.timeout_seconds
+    if debug.is_on:
+        flight.timeout_seconds = debug.wait_seconds or flight.timeout_seconds
         consensus = Consensus(flight, group)
         flight.diagnose = consensus.diagnose
         with flight:
@@ -305,10 +319,10 @@ def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name:
 
 def _wait(work: dist.Work | None) -> None:
     """Wait for an asynchronous collective; None is one that was waited for when it was made."""
-    seconds = debug.debug_timeout_seconds()
+    seconds = debug.wait_seconds
     if work is None:
         return
-    if debug.is_debug() and seconds is not None:
+    if debug.is_on and seconds is not None:
         work.wait(timedelta(seconds=seconds))
     else:
         work.wait()

@@ -126,11 +126,12 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
     if torch.compiler.is_compiling():
         # Of another type, since it is only passed on to `exchange.sum_`.
         return to_name(process_group)  # pyright: ignore[reportReturnType]
-    handle = to_handle(process_group)
-    if dist.group.WORLD is None:
+    handle = None if process_group is None else to_handle(process_group)
+    world = dist.group.WORLD
+    if world is None:
         _check_alone(handle)
         return None
-    workers = _workers()
+    workers = _known.get(world) or _workers()
     key = workers.keys.get(handle)
     if key is None:
         parent, rule = parent_and_rule(handle)

@@ -117,7 +117,8 @@ class InFlight:
         """Set while the caller has yet to wait for it."""
         self.diagnose: Callable[[BaseException], str] | None = None
         """In debug mode: gives all ranks the same message after an error."""
-        self._is_over = False
+        self.is_finished = False
+        """True once this process has gone on."""
         self._done: torch.Event | None = None
         _recent.append(self)
         if _watchdog.thread is None:
@@ -128,7 +129,7 @@ class InFlight:
         # The event of a captured graph tells nothing: each replay sends anew.
         if message.is_cuda and not torch.cuda.is_current_stream_capturing():
             self._done = torch.cuda.current_stream(message.device).record_event()
-        self._is_over, self.work, self.diagnose = True, None, None
+        self.is_finished, self.work, self.diagnose = True, None, None
 
     @property
     def is_over(self) -> bool:
@@ -137,7 +138,7 @@ class InFlight:
             if not done.query():
                 return False
             self._done = None
-        return self._is_over or (self.work is not None and self.work.is_completed())
+        return self.is_finished or (self.work is not None and self.work.is_completed())
 
     def is_old(self) -> bool:
         """True if its group will give up soon, should it still be under way."""
@@ -149,10 +150,15 @@ class InFlight:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Name the layer and call in torch.distributed's error; in debug mode, the ranks gone."""
-        if error is None:
-            return
-        self._is_over, self.work = True, None
+        if error is not None:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Mark it as over. Of an error of torch.distributed's raise one that names layer and call.
+
+        In debug mode that names the ranks that are gone.
+        """
+        self.is_finished, self.work = True, None
         diagnose, self.diagnose = self.diagnose, None
         if not isinstance(error, RuntimeError) or isinstance(error, ExchangeError):
             return

@@ -29,6 +29,8 @@ from torch import Tensor
 from syncnorm import native, system
 
 _DONE, _NOT_YET, _MIXED, _BROKEN, _LEFT = range(5)
+# Of an exchange that nobody has to be waited for any more.
+_AT_ONCE = (-1 - _DONE, -1 - _MIXED)
 _SPIN_SECONDS = 50e-6
 # Between two looks at signals, at the clock and at whether the others live.
 _NAP_SECONDS = 0.05
@@ -67,6 +69,7 @@ def _functions() -> Any:
             "missing": (integer, pointer, number, ctypes.c_char_p),
             "is_there": (integer, pointer, number),
             "sum": (integer, pointer, number, pointer, number),
+            "exchange": (number, pointer, pointer, pointer, number, number, number),
         },
     )
 
@@ -212,11 +215,23 @@ class Segment:
         message = message.contiguous()
         if size > self.capacity:
             sent = self._send_pieces(message, size, identity, seconds)
-        else:
-            with self._lock:
+            return sent.total, sent.is_same
+        with self._lock:
+            if self._unsummed:
                 sent = self._send_piece(message, size, identity, seconds)
-                while not sent.is_done:
-                    self._finish_oldest(seconds)
+            else:
+                total, count = torch.empty_like(message), message.numel()
+                number = self._library.exchange(
+                    self._handle, message.data_ptr(), total.data_ptr(), count, size, identity
+                )
+                if number in _AT_ONCE:
+                    return total, number == -1 - _DONE
+                if number < 0:
+                    raise RuntimeError(self._words(_BROKEN))
+                sent = Message(self, number, total)
+                self._unsummed.append(sent)
+            while not sent.is_done:
+                self._finish_oldest(seconds)
         return sent.total, sent.is_same
 
     def _send_piece(

@@ -24,7 +24,12 @@ class Exchange(NamedTuple):
     """The time that the caller was held up (on CUDA: the time to enqueue it)."""
 
 
-_records: list[list[Exchange]] = []
+class _Record(list[Exchange]):
+    """The exchanges of a block."""
+
+    def add(self, kind: str, count: int, numbers: int, seconds: float) -> None:
+        if count:
+            self.append(Exchange(kind, numbers, seconds))
 
 
 @contextmanager
@@ -36,13 +41,13 @@ def record() -> Iterator[list[Exchange]]:
     >>> len(exchanges)
     0
     """
-    exchanges: list[Exchange] = []
-    _records.append(exchanges)
+    exchanges = _Record()
+    watchers.append(weakref.ref(exchanges))
     try:
         yield exchanges
     finally:
         # By identity: two lists of equal content are not the same record.
-        _records[:] = [r for r in _records if r is not exchanges]
+        watchers[:] = [each for each in watchers if each() is not exchanges]
 
 
 @dataclass
@@ -66,7 +71,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._totals: dict[str, Total] = {}
-        _tallies.append(weakref.ref(self, _tallies.remove))
+        watchers.append(weakref.ref(self, watchers.remove))
 
     def add(self, kind: str, count: int, numbers: int, seconds: float) -> None:
         self._totals.setdefault(kind, Total()).add(count, numbers, seconds)
@@ -78,24 +83,20 @@ class Tally:
 
 
 # A list, as every exchange looks through it: to iterate over a WeakSet takes longer than to count.
-_tallies: list[weakref.ref[Tally]] = []
+watchers: list[weakref.ref[Tally] | weakref.ref[_Record]] = []
+"""Those who want to know of exchanges: mostly nobody."""
 
 
-def _add(kind: str, count: int, numbers: int, seconds: float) -> None:
-    for each in tuple(_tallies):
-        if (tally := each()) is not None:
-            tally.add(kind, count, numbers, seconds)
+def tell(kind: str, count: int, numbers: int, start: float) -> None:
+    """Tell the watchers of an exchange that the caller has waited for since `start`.
 
-
-def count_exchange(kind: str, size: int, start: float) -> None:
-    """Count an exchange of `size` numbers that the caller has waited for since `start`."""
+    Args:
+        kind: the payload, see `Exchange`.
+        count: 1; 0 for the further wait for one that they know of.
+        numbers: sent, beside those that they know of.
+        start: by `time.perf_counter`.
+    """
     seconds = time.perf_counter() - start
-    for exchanges in _records:
-        exchanges.append(Exchange(kind, size, seconds))
-    if _tallies:
-        _add(kind, 1, size, seconds)
-
-
-def add_time(kind: str, start: float) -> None:
-    """Add the time since `start` to that of an exchange that is counted already."""
-    _add(kind, 0, 0, time.perf_counter() - start)
+    for each in tuple(watchers):
+        if (watcher := each()) is not None:
+            watcher.add(kind, count, numbers, seconds)

@@ -8,6 +8,7 @@ total.
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,8 @@ class Moments:
     """
 
     _is_read: ClassVar[bool] = True
+    rows: Tensor
+    """What a kernel has made of them, set by the call: see `syncnorm.maths.kernels.composed`."""
 
     def __init__(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
         self.count = count
@@ -34,7 +37,7 @@ class Moments:
         self.m2 = m2
         self.n: float | Tensor = count.item() if self._is_read and is_host(count) else count
 
-    @property
+    @cached_property
     def packed(self) -> tuple[Tensor, bool]:
         """All in one float64 tensor, shape (2C+1,), as device kernels take them.
 
@@ -66,18 +69,21 @@ class Unread(Moments):
 
 
 class Packed(Moments):
-    """Moments [mean, m2, n] in one tensor, shape (2C+1,), float64."""
-
-    _is_read: ClassVar[bool] = False
+    """Moments [mean, m2, n] in one tensor, shape (2C+1,), float64; taken apart if somebody looks."""
 
     def __init__(self, packed: Tensor) -> None:
-        channels = packed.numel() // 2
-        super().__init__(packed[-1], packed[:channels], packed[channels:-1])
-        self._packed = packed
+        self.packed = packed, False
+        self.count = self.n = packed[-1]
 
     @property
-    def packed(self) -> tuple[Tensor, bool]:
-        return self._packed, False
+    def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        packed, _ = self.packed
+        return packed[: packed.numel() // 2]
+
+    @property
+    def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        packed, _ = self.packed
+        return packed[packed.numel() // 2 : -1]
 
 
 class Raw(Moments):
@@ -90,31 +96,22 @@ class Raw(Moments):
     count: Tensor
 
     def __init__(self, sums: Tensor) -> None:
-        self._sums = sums
-        self._finished: Tensor | tuple[Tensor, Tensor] | None = None
+        self.packed = sums, True
         self.count = sums[-1]
         self.n: float | Tensor = self.count.item() if is_host(sums) else self.count
 
     @property
-    def packed(self) -> tuple[Tensor, bool]:
-        return self._sums, True
-
-    def finish(self, rows: Tensor) -> None:
-        """Take what a kernel has computed from the sums: (2 or more, C), mean and m2 first."""
-        self._finished = rows
-
-    @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._look()[0]
+        return self._finished[0]
 
     @property
     def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self._look()[1]
+        return self._finished[1]
 
-    def _look(self) -> Tensor | tuple[Tensor, Tensor]:
-        if self._finished is None:
-            self._finished = _finish(self._sums, self.n)
-        return self._finished
+    @cached_property
+    def _finished(self) -> Tensor | tuple[Tensor, Tensor]:
+        rows = getattr(self, "rows", None)
+        return _finish(self.packed[0], self.n) if rows is None else rows
 
 
 class Observed(Unread):

@@ -240,3 +240,14 @@ int syncnorm_messages_sum(View *view, int64_t number, double *total, int64_t cou
   }
   return DONE;
 }
+
+/* Publishes a message and sums it, where the caller has no other that it has not summed. Returns the message's number
+ * if it is not summed yet, to be passed to `sum`; else -1 - state: DONE, MIXED or BROKEN, which is also that nothing
+ * was published. */
+int64_t syncnorm_messages_exchange(View *view, const double *numbers, double *total, int64_t count, int64_t size,
+                                   int64_t identity) {
+  int64_t number = syncnorm_messages_send(view, numbers, count, size, identity);
+  if (number < 0) return -1 - BROKEN;
+  int state = syncnorm_messages_sum(view, number, total, count);
+  return state == DONE || state == MIXED ? -1 - state : number;
+}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 from syncnorm import ops
+from syncnorm.comm import groups
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Mode, Source
 
@@ -22,7 +23,10 @@ class Pooled(Source):
     """
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        return ops.statistic_over(local, layer.workers, layer.label, is_averaged=layer.is_prepared)
+        if local.observer is not None:
+            return ops.observed_statistic(local, layer.workers, layer.label)
+        group = groups.statistics_group(layer.workers)
+        return ops.pooled_statistic(local, group, layer.label, is_averaged=layer.is_prepared)
 
 
 class Local(Source):

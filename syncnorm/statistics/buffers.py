@@ -7,7 +7,7 @@ and is not overwritten by it later.
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Iterable, ValuesView
+from collections.abc import ItemsView, Iterable, Sequence, ValuesView
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor, nn
@@ -85,13 +85,13 @@ class CurrentBuffers(dict[str, "Tensor | None"]):
 Marks = list[tuple[Tensor, int]]
 
 
-def mark(layer: SyncNorm, names: Iterable[str]) -> Marks:
-    """Note how often the layer's buffers of these names have been written so far.
+def mark(layers: Iterable[SyncNorm], names: Sequence[str]) -> Marks:
+    """Note how often the layers' buffers of these names have been written so far.
 
     Called when a message leaves that will change them. Waits for nothing. For those who hold a
     buffer since before that and write it in place: they do not pass by `CurrentBuffers`.
     """
-    found = (dict.get(layer._buffers, name) for name in names)
+    found = [dict.get(layer._buffers, name) for layer in layers for name in names]
     return [(buffer, buffer._version) for buffer in found if buffer is not None]
 
 

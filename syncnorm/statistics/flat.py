@@ -50,11 +50,15 @@ class FlatMessage:
         rest: Tensor | None,
         group: groups.Group | None,
         kind: str,
-        written: Iterable[str],
+        written: Sequence[str],
     ) -> None:
         self.layers = list(layers.values())
-        self.marks: list[Marks] = [mark(layer, written) for layer in self.layers]
+        self.marks: Marks = mark(self.layers, written)
         device = device_of(self.layers[0])
+        self._devices = [
+            parts[name].device if name in parts else device_of(layer)
+            for name, layer in layers.items()
+        ]
         packed = [
             parts[name].to(device) if name in parts else zeros(size, device)
             for name, size in zip(layers, sizes(self.layers), strict=True)
@@ -73,14 +77,12 @@ class FlatMessage:
         count = sizes(self.layers)
         count.append(message.numel() - sum(count))
         *parts, rest = message.split(count)
-        if not (is_host(message) or debug.is_debug()):
+        if not (is_host(message) or debug.is_on):
             # A count of NaN is a fault that nobody looks at: no layer is to follow, since those
             # behind the faulty one have NaN for data.
             is_bad = torch.stack([part[-1] for part in parts]).isnan().any()
             *parts, _ = torch.where(is_bad, torch.nan, message).split(count)
-        return Arrived(
-            [p.to(device_of(layer)) for layer, p in zip(self.layers, parts, strict=True)], rest
-        )
+        return Arrived([p.to(d) for d, p in zip(self._devices, parts, strict=True)], rest)
 
 
 def sizes(layers: Iterable[SyncNorm]) -> list[int]:

@@ -88,7 +88,8 @@ class StatisticGroups(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)
-        self.pool.check_open(self._steps, layer, local)
+        if not self._steps.is_open:
+            self.pool.check_outside(layer, local)
         return ops.pooled_statistic(local, self._over, layer.label)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:

@@ -15,14 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import ModuleType
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from syncnorm import ops
-from syncnorm.comm import exchange
+from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels, lagged
 from syncnorm.maths.lagged import Lagged
@@ -88,7 +88,11 @@ class _Buffers(NamedTuple):
 
     @classmethod
     def of(cls, layer: SyncNorm) -> _Buffers:
-        return cls(*(layer.get_buffer(f"lagged_{name}") for name in cls._fields))
+        """Past `CurrentBuffers`: for callers that have settled, or are about to."""
+        return cls(*map(partial(dict.__getitem__, layer._buffers), _NAMES))
+
+
+_NAMES = [f"lagged_{name}" for name in _Buffers._fields]
 
 
 @dataclass
@@ -114,7 +118,7 @@ class LaggedMeans:
         layer: the layer.
         estimate: its average gradient means, shape (2, C).
         pooled: what pools them now; None: nothing, the average is used.
-        count: values per channel on this worker, shape ().
+        count: values per channel on this worker, shape (1,).
         backward: the backward pass that the call belongs to, and is counted in; None: none.
     """
 
@@ -232,11 +236,14 @@ class PooledLagged(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)
-        self.pool.check_open(self._steps, layer, local)
-        group, count, pooled = self.pool.group, local.sums[-1], None
+        if not self._steps.is_open:
+            self.pool.check_outside(layer, local)
+            self.settle()
+        group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
         own = _Buffers.of(layer)
+        rules = kernels.of_channels(own.mean) or lagged
         # Copies: the averages move on before the backward pass if somebody settles.
-        kept = _rules(own.mean).snapshot(own.mean, own.var, own.gradient)
+        kept = rules.snapshot(own.mean, own.var, own.gradient)
         of_moments = 2 * layer.num_features + 1
         batch, estimate = Packed(kept[:of_moments]), kept[of_moments:].view(2, -1)
         if self._is_waiting(layer):
@@ -309,7 +316,7 @@ class PooledLagged(Source):
         """Keep a backward pass's [sum g, sum g xhat], shape (2, C), and count for the message."""
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
-        name, new = self.pool.names[layer], torch.cat([local.flatten(), count.view(1)])
+        name, new = self.pool.names[layer], torch.cat([local.flatten(), count])
         kept[name] = kept[name] + new if name in kept else new
 
     def note_arrival(self, backward: Backward | None, number: int) -> None:
@@ -349,12 +356,12 @@ class PooledLagged(Source):
             if message.mixed is not None:
                 self.pool.mixed = message.mixed
                 return
-            for layer, sums, marks in zip(message.layers, parts, message.marks, strict=True):
-                if not written(marks):
-                    own = _Buffers.of(layer)
-                    _rules(own.gradient).follow_gradients_(
-                        sums, own.gradient, own.updates[1], _options(layer)
-                    )
+            others = {id(buffer) for buffer in written(message.marks)}
+            for layer, sums in zip(message.layers, parts, strict=True):
+                own = _Buffers.of(layer)
+                if id(own.gradient) not in others:
+                    rules = kernels.of_channels(own.gradient) or lagged
+                    rules.follow_gradients_(sums, own.gradient, own.updates[1], _options(layer))
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
         """True if the layer waits for pooling in this step.
@@ -369,15 +376,11 @@ class PooledLagged(Source):
     def _follow_moments(self, layer: SyncNorm, batch: Moments) -> None:
         self._waits = None
         own = _Buffers.of(layer)
-        rules, options = _rules(own.mean), _options(layer)
+        # As few launches as the device allows.
+        rules, options = kernels.of_channels(own.mean) or lagged, _options(layer)
         rules.follow_moments_(
             batch, own.mean, own.var, own.updates[0], own.waits, layer.eps, options
         )
-
-
-def _rules(average: Tensor) -> ModuleType:
-    """The module that moves the averages, as few launches as the device allows."""
-    return kernels.of_channels(average) or lagged
 
 
 def _options(layer: SyncNorm) -> Lagged:

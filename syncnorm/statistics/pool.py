@@ -25,13 +25,12 @@ from syncnorm.comm import debug, exchange, groups
 from syncnorm.comm.inflight import InFlight
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
-from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.maths.moments import Moments, Raw
 from syncnorm.ops import LocalSums
 from syncnorm.shards import LateShard, Shard
 from syncnorm.statistics.buffers import CurrentBuffers, written
 from syncnorm.statistics.flat import FlatMessage, device_of, zeros
 from syncnorm.statistics.source import Source, Unattached
-from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
@@ -49,15 +48,6 @@ class Gathered:
     """True if a mask held something that is no weight."""
     shard: LateShard | None = None
     """Of the first layer that was called."""
-
-    def add(self, name: str, local: LocalSums) -> None:
-        """Add a call's sums to its layer's: one that is used twice makes one merged update."""
-        is_again = name in self.sums
-        self.sums[name] = self.sums[name] + local.sums if is_again else local.sums
-        if is_again and self.shard is not None and self.shard.name == name:
-            self.shard.add(local.sums[-1])
-        if local.has_fault is not None:
-            self.faults[name] = self.faults.get(name, local.has_fault) | local.has_fault
 
 
 class Sent(NamedTuple):
@@ -127,12 +117,21 @@ class Pool:
 
     def gather(self, layer: SyncNorm, local: LocalSums) -> None:
         """Keep the sums of a call for the step's message."""
-        if local.observer is None:
-            self._gathered.add(self.names[layer], local)
+        if local.observer is not None:
+            return
+        name, kept = self.names[layer], self._gathered
+        if name not in kept.sums:
+            kept.sums[name] = local.sums
+        else:  # a layer that is used twice makes one merged update
+            kept.sums[name] = kept.sums[name] + local.sums
+            if kept.shard is not None and kept.shard.name == name:
+                kept.shard.add(local.sums[-1])
+        if local.has_fault is not None:
+            kept.faults[name] = kept.faults.get(name, local.has_fault) | local.has_fault
 
-    def check_open(self, steps: Steps, layer: SyncNorm, local: LocalSums) -> None:
-        """Raise InputError, before any exchange, for a call that `gather` would have no step for."""
-        if not (steps.is_open or local.is_repeated or layer.freeze is not None):
+    def check_outside(self, layer: SyncNorm, local: LocalSums) -> None:
+        """Raise InputError, before any exchange, for a call that `gather` has no open step for."""
+        if not local.is_repeated and layer.freeze is None:
             raise InputError(
                 f"`sync={self._sync!r}` must be used through the model that was given to "
                 f"prepare_ddp, got a direct call of layer {self.names[layer]!r}. Call the model "
@@ -141,11 +140,11 @@ class Pool:
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """The check for uneven shards, at one layer of a step; None at the others."""
-        is_looked_at = not Shard.has_warned and is_host(local.sums)
-        if self._gathered.shard is None and is_looked_at and local.is_repeated is False:
-            self._gathered.shard = LateShard(local.sums[-1], self.names[layer])
-            return self._gathered.shard
-        return None
+        is_first = self._gathered.shard is None and local.is_repeated is False
+        if not is_first or Shard.has_warned or not is_host(local.sums):
+            return None
+        self._gathered.shard = LateShard(local.sums[-1], self.names[layer])
+        return self._gathered.shard
 
     def begin(self) -> None:
         """Start a step; drop what an unfinished one has left. Every worker must call.
@@ -193,14 +192,14 @@ class Pool:
             if message.mixed is not None:
                 self.mixed = message.mixed
                 return
-            kept = [(b, b.clone()) for marks in message.marks for b in written(marks)]
+            kept = [(buffer, buffer.clone()) for buffer in written(message.marks)]
             # Elsewhere nobody looks: counts of NaN keep all statistics still.
-            if is_host(faults) or debug.is_debug():
+            if is_host(faults) or debug.is_on:
                 self._fault = self._describe(faults, members)
                 if self._fault is not None:
                     return
             for layer, sums, momentum in zip(message.layers, parts, momenta, strict=True):
-                batch = of_sums(sums)
+                batch = Raw(sums)
                 layer.update_running(batch, momentum)
                 if self._follow is not None:
                     self._follow(layer, batch)
@@ -233,13 +232,16 @@ class Pool:
         """
         device = device_of(next(iter(self.layers.values())))
         faults = zeros(len(members), device)
+        if not (gathered.faults or debug.is_on):
+            return faults
+        mine = faults[members.index(groups.rank())]
         numbers = {name: number for number, name in enumerate(self.layers, start=1)}
         for name, sums in gathered.sums.items():  # in the order of the calls: the first is named
-            number, mine = numbers[name], faults[members.index(groups.rank())]
+            number = numbers[name]
             if name in gathered.faults:
                 is_faulty = gathered.faults[name].to(device)
                 mine.copy_(torch.where((mine == 0) & is_faulty, float(number), mine))
-            if debug.is_debug():
+            if debug.is_on:
                 is_finite = sums.to(device).isfinite().all()
                 mine.copy_(torch.where((mine == 0) & ~is_finite, -number, mine))
         return faults

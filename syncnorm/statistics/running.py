@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.maths.moments import Moments, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic, unexchanged_statistic
 from syncnorm.statistics.pool import Pool
 from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
@@ -44,8 +44,9 @@ class PooledRunning(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return unexchanged_statistic(local, layer.label)
-        self.pool.check_open(self._steps, layer, local)
-        batch = of_sums(local.sums)
+        if not self._steps.is_open:
+            self.pool.check_outside(layer, local)
+        batch = Raw(local.sums)
         shard = None if layer.freeze is not None else self.pool.shard(layer, local)
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
 

@@ -3,9 +3,9 @@
 A layer's training forward asks its source for the statistic that normalises a batch, and hands it
 what the running statistics should follow:
 
-    local = ops.local_sums(x, mask)
+    local = ops.local_sums(x, mask, weight, bias)
     statistic = source.statistic(layer, local)         # here workers exchange, or do not
-    y = ops.normalize(x, weight, bias, statistic, eps, local.mask)
+    y, statistic = ops.normalize_batch(x, weight, bias, statistic, eps, local)
     source.record(layer, local, statistic.batch)       # here running statistics follow, or will
 
 A mode is a fact about a layer; it is one of `syncnorm.statistics.MODES` and alone knows its name,
@@ -140,7 +140,7 @@ class Unattached(Source):
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
-            return ops.statistic_over(local, layer.workers, layer.label)
+            return ops.observed_statistic(local, layer.workers, layer.label)
         if groups.statistics_group(layer.workers) is None:
             return ops.local_statistic(local, layer.label)
         raise InputError(

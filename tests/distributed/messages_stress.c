@@ -21,6 +21,12 @@ static int64_t size_of(uint64_t *state) {
   return 1 + (int64_t)(drawn >> 8) % (drawn % 64 ? 40 : drawn % 1024 ? 3000 : 60000);
 }
 
+static int is_right(const double *total, int64_t count, int64_t message, int members) {
+  for (int64_t i = 0; i < count; i++)
+    if (total[i] != number_of(0, message, i) * (double)(members * (members + 1) / 2)) return 0;
+  return 1;
+}
+
 static int one_member(int fd, int me, int members, int64_t messages, uint64_t seed) {
   View *view = syncnorm_messages_open(fd, me, members, "stress", 20000, 50000000);
   if (!view) return 2;
@@ -33,6 +39,12 @@ static int one_member(int fd, int me, int members, int64_t messages, uint64_t se
       int64_t count = pending[sent % AHEAD] = size_of(&sizes);
       for (int64_t i = 0; i < count; i++) numbers[i] = number_of(me, sent, i);
       sent++;
+      if (sent == summed + 1 && random_of(&own) % 2) {
+        int64_t state = syncnorm_messages_exchange(view, numbers, total, count, count + 1, sent);
+        if (state == -1 - DONE && !is_right(total, count, summed++, members)) return 6;
+        if (state != -1 - DONE && state != sent) return 7;
+        continue;
+      }
       if (syncnorm_messages_send(view, numbers, count, count + 1, sent) != sent) return 3;
       continue;
     }
@@ -40,9 +52,7 @@ static int one_member(int fd, int me, int members, int64_t messages, uint64_t se
     int state;
     while ((state = syncnorm_messages_sum(view, summed + 1, total, count)) == NOT_YET) {}
     if (state != DONE) return 4;
-    for (int64_t i = 0; i < count; i++)
-      if (total[i] != number_of(0, summed, i) * (double)(members * (members + 1) / 2)) return 5;
-    summed++;
+    if (!is_right(total, count, summed++, members)) return 5;
   }
   syncnorm_messages_close(view);
   return 0;

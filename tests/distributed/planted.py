@@ -37,8 +37,8 @@ def narrow_wire() -> Iterator[None]:
     """Sums travel in the input's type."""
     true = ops.local_sums
 
-    def local_sums(x: Tensor, mask: Tensor | None, *others: Tensor | None) -> ops.LocalSums:
-        local = true(x, mask, *others)
+    def local_sums(x: Tensor, *others: Tensor | None) -> ops.LocalSums:
+        local = true(x, *others)
         return local._replace(sums=local.sums.to(x.dtype).double())
 
     with patch.object(ops, "local_sums", local_sums):

@@ -399,7 +399,7 @@ def test_exchanges_are_those_recorded_since_the_last_reading(pool, sync):
 def _tallied() -> tuple[int, int, bool]:
     """How many kinds a monitor holds that nobody reads, how many exchanges; and whether it ends."""
     gc.collect()
-    before = len(tally._tallies)
+    before = len(tally.watchers)
     watch = monitor(_model("batch"))
     watched = weakref.ref(watch._tally)
     for _ in range(30):
@@ -408,7 +408,7 @@ def _tallied() -> tuple[int, int, bool]:
     del watch
     gc.collect()
     exchange.sum_(torch.zeros(3, dtype=torch.float64), dist.group.WORLD, "count")
-    return len(kept), kept["count"].count, watched() is None and len(tally._tallies) == before
+    return len(kept), kept["count"].count, watched() is None and len(tally.watchers) == before
 
 
 def test_a_monitor_keeps_sums_and_ends_with_its_last_reference(pool):

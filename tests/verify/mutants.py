@@ -373,8 +373,10 @@ def _train_with(
     layer: SyncNorm, x: Tensor, mask: Tensor | None, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """The layer's training forward with another weight and bias."""
-    follow = layer._follow
-    y, _, _ = ops.train_forward(x, mask, weight, bias, layer.eps, layer._statistic_of, follow)
+    local = ops.local_sums(x, mask, weight, bias)
+    statistic = layer.new_statistic(local)
+    y, statistic = ops.normalize_batch(x, weight, bias, statistic, layer.eps, local)
+    layer._follow(local, statistic)
     return y
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "backward_sums",
     "is_weight",
     "local_moments",
+    "native",
     "normalize",
     "of_channels",
     "of_device",
@@ -57,18 +58,21 @@ def of_device(x: Tensor, *others: Tensor | None) -> ModuleType | None:
         x: the input, or another tensor that is the first to be worked on.
         others: what else kernels will read; native ones know no subclasses of tensors.
     """
-    if torch.compiler.is_compiling() or x.is_meta or isinstance(x, FakeTensor):
+    if torch.compiler.is_compiling():
         return None
-    if is_host(x):
-        is_native = native.is_usable(x, *others)
-        return (native if x.numel() else composed) if is_native else None
+    if native.is_usable(x, *others):
+        return native if x.numel() else composed
+    if is_host(x) or x.is_meta or isinstance(x, FakeTensor):
+        return None
     # An empty tensor has no launch that fits it.
     return _preferred(x.device) if x.numel() else composed
 
 
-def of_channels(t: Tensor) -> ModuleType | None:
+def of_channels(*tensors: Tensor) -> ModuleType | None:
     """The module whose kernels do what is (C,)-sized in one launch; None where operators do it."""
-    own = of_device(t)
+    if not torch.compiler.is_compiling() and native.is_usable(*tensors):
+        return native
+    own = of_device(tensors[0])
     return None if own is composed else own
 
 

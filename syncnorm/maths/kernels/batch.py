@@ -17,6 +17,7 @@ class Batch(Protocol):
     count: Tensor
     mean: Tensor
     m2: Tensor
+    rows: Tensor
 
     @property
     def var(self) -> Tensor: ...
@@ -46,4 +47,9 @@ class Reference(NamedTuple):
 
 def mark_written(*tensors: Tensor | None) -> None:
     """Tell autograd, and whoever asks for a tensor's version, what a kernel has written in place."""
-    increment_version([t for t in tensors if t is not None and not t.is_inference()])
+    # A loop: a comprehension would be a Python call, in every forward.
+    written: list[Tensor] = []
+    for t in tensors:
+        if t is not None and not t.is_inference():
+            written.append(t)
+    increment_version(written)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _CORRECTED_ROWS = 3, 9
+_TWO = torch.full((1,), 2.0, dtype=torch.float64)
 _X = (c_int, c_long, c_long, c_long)  # type, outer, channels, inner
 _SIGNATURES = {
     "types": (c_int,),
@@ -75,11 +76,11 @@ def _types() -> set[torch.dtype]:
 
 
 def is_usable(*tensors: Tensor | None) -> bool:
-    """True if the native library is there and knows all of the tensors, which are in memory."""
+    """True if the native library is there, and the tensors are in memory and of kinds it knows."""
     types = _types()
     # A loop: a generator would be a Python call for each tensor, in every forward.
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or t.dtype not in types):
+        if t is not None and not (type(t) in _PLAIN and t.dtype in types and t.is_cpu):
             return False
     return bool(types)
 
@@ -88,27 +89,25 @@ def _no_memory(name: str) -> MemoryError:
     return MemoryError(f"{name} of the native kernels found no memory for its sums")
 
 
-def _dense(x: Tensor) -> tuple[Tensor, bool, tuple[int, int, int, int]]:
-    """x or a contiguous copy, True if its channels vary fastest, and its type and sizes in C."""
+def _dense(x: Tensor, *others: Tensor) -> tuple[tuple[int, int, int, int], Any]:
+    """The type and sizes of x in C, and a list of x and the others in one dense layout.
+
+    That of x if it is dense; copied is what differs from it.
+    """
     n, c, *_ = x.shape
-    if x.is_contiguous():
-        return x, False, (_TYPES[x.dtype], n, c, x.numel() // (n * c))
-    if layout.is_rows(x):
-        return x, True, (_TYPES[x.dtype], x.numel() // c, c, 1)
-    return _dense(x.contiguous())
+    if not x.is_contiguous() and layout.is_rows(x):
+        return (_TYPES[x.dtype], x.numel() // c, c, 1), [x, *map(_rows_of, others)]
+    sizes = _TYPES[x.dtype], n, c, x.numel() // (n * c)
+    return sizes, [*map(Tensor.contiguous, (x, *others))]
 
 
-def _like(t: Tensor, is_rows: bool) -> Tensor:
-    """t in the layout that `_dense` found; copied only if it differs."""
-    if not is_rows:
-        return t.contiguous()
+def _rows_of(t: Tensor) -> Tensor:
+    """t with channels that vary fastest; copied only if they do not."""
     return t if layout.is_rows(t) else t.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def _weights(mask: Tensor | None, x: Tensor) -> tuple[Tensor | None, int | None]:
+def _weights(mask: Tensor, x: Tensor) -> tuple[Tensor, int]:
     """The mask in the type of the arithmetic, with its samples and places in order; its pointer."""
-    if mask is None:
-        return None, None
     w = mask.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
     return w, w.data_ptr()
 
@@ -126,8 +125,8 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
     The count is NaN where a weight is negative or not finite.
     """
-    x, _, sizes = _dense(x)
-    _kept, w = _weights(mask, x)
+    sizes, (x,) = _dense(x)
+    _kept, w = (None, None) if mask is None else _weights(mask, x)
     sums = torch.empty(2 * sizes[2] + 1, dtype=torch.float64)
     threads = torch.get_num_threads()
     if _functions().moments(x.data_ptr(), *sizes, w, sums.data_ptr(), threads):
@@ -145,7 +144,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """y, in the type and layout of x, and rows: (3, C), or (9, C) with a reference."""
     given = x
-    x, _, sizes = _dense(x)
+    sizes, (x,) = _dense(x)
     y = torch.empty_like(x)
     numbers, is_raw = batch.packed
     weight = weight if weight is None else weight.contiguous()
@@ -219,8 +218,7 @@ def backward_sums(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[sum g, sum g xhat], shape (2, C), float64; the gradients of weight and bias, if any."""
-    x, is_rows, sizes = _dense(x)
-    g = _like(g, is_rows)
+    sizes, (x, g) = _dense(x, g)
     channels = sizes[2]
     local = torch.empty(2, channels, dtype=torch.float64)
     dweight = None if weight_dtype is None else torch.empty(channels, dtype=weight_dtype)
@@ -245,8 +243,8 @@ def backward_input(
 ) -> Tensor:
     """The gradient of x, in its type and layout; `totals` are to be divided by n, or by nothing."""
     given = x
-    x, is_rows, sizes = _dense(x)
-    g, (_kept, w) = _like(g, is_rows), _weights(mask, x)
+    sizes, (x, g) = _dense(x, g)
+    _kept, w = (None, None) if mask is None else _weights(mask, x)
     weight = weight if weight is None else weight.contiguous()
     totals = totals.contiguous()
     dx = torch.empty_like(x)
@@ -262,7 +260,7 @@ def backward_input(
 
 def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
     """Copy the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
-    return torch.cat([mean, var + var, mean.new_full((1,), 2.0), gradient.view(-1)])
+    return torch.cat([mean, var + var, _TWO, gradient.view(-1)])
 
 
 def follow_moments_(

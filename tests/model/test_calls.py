@@ -1,0 +1,120 @@
+"""What a layer costs a CPU besides arithmetic: the package's Python calls, and torch's operators.
+
+On small inputs they are most of it. `python -m tests.model.test_calls` prints the table of
+docs/cpu.md, and with the name of a mode the calls themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import syncnorm
+from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm.comm import shared
+from syncnorm.testing import RankPool
+
+_FOLDER = str(Path(syncnorm.__file__).parent)
+# For each mode calls of a layer in a step, forward and backward, and operators.
+MOST = {
+    "batch": (40, 14, 15),
+    "none": (35, 10, 11),
+    "running": (37, 10, 13),
+    "lagged": (56, 12, 23),
+}
+# More of them if it renormalises.
+MOST_OF_RENORM = (7, 0, 3)
+
+pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _calls() -> Iterator[list[str]]:
+    """The package's Python calls in a block."""
+    found: list[str] = []
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and _FOLDER in frame.f_code.co_filename:
+            found.append(frame.f_code.co_qualname)
+
+    sys.setprofile(note)
+    try:
+        yield found
+    finally:
+        sys.setprofile(None)
+
+
+def _step(model: nn.Module, x: Tensor, g: Tensor) -> tuple[list[str], list[str]]:
+    with _calls() as forward:
+        y = model(x)
+    with _calls() as backward:
+        y.backward(g)
+    return forward, backward
+
+
+def costs(sync: str, is_renorm: bool, count: int) -> tuple[list[str], list[str], list[str]]:
+    """Calls forward and backward, and operators, of a step of `count` layers in their stride."""
+    layer = SyncBatchRenorm if is_renorm else SyncBatchNorm
+    model = prepare_ddp(nn.Sequential(*(layer(16, sync=sync) for _ in range(count))))
+    x, g = torch.randn(8, 16, 4, 4, requires_grad=True), torch.randn(8, 16, 4, 4)
+    for _ in range(4):
+        model(x).backward(g)
+    forward, backward = _step(model, x, g)
+    with _Operators() as operators:
+        model(x).backward(g)
+    return forward, backward, operators.names
+
+
+def of_a_layer(ranks: RankPool, sync: str, is_renorm: bool) -> list[float]:
+    """By the difference of a model of three layers and one of a single layer."""
+    one, three = (ranks.run(costs, sync, is_renorm, count)[0] for count in (1, 3))
+    return [(len(b) - len(a)) / 2 for a, b in zip(one, three, strict=True)]
+
+
+@pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
+@pytest.mark.parametrize("sync", MOST)
+def test_a_layer_makes_few_calls(pool, sync, is_renorm):
+    more = MOST_OF_RENORM if is_renorm else (0, 0, 0)
+    for found, most, extra in zip(
+        of_a_layer(pool(2), sync, is_renorm), MOST[sync], more, strict=True
+    ):
+        assert 0 < found <= most + extra
+
+
+def main() -> None:
+    """Print the table, or one mode's calls."""
+    ranks = RankPool(2)
+    if sys.argv[1:]:
+        for names in ranks.run(costs, sys.argv[1], False, 1)[0]:
+            print(*names, "", sep="\n")
+    else:
+        print("| layer | calls forward | backward | operators |\n|---|---|---|---|")
+        for sync in MOST:
+            for is_renorm in (False, True):
+                name = "SyncBatchRenorm" if is_renorm else "SyncBatchNorm"
+                found = (f"{each:g}" for each in of_a_layer(ranks, sync, is_renorm))
+                print(f'| {name}, sync="{sync}" | {" | ".join(found)} |')
+    ranks.close()
+
+
+if __name__ == "__main__":
+    main()
