@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import sys
 import tempfile
 import time
@@ -383,8 +382,6 @@ def tables(pools: Pools, data: dict[str, Job]) -> bool:
 def main() -> None:
     """Train and compare."""
     paired.fix_allocator()
-    # DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     data = {"digits": DIGITS}
     if len(sys.argv) > 1:
         data["Fashion-MNIST"] = FASHION.but(*AUGMENT, f"data.root={sys.argv[1]}")

@@ -23,7 +23,6 @@ the columns of 2 and 4 samples statistics are over that many, with pooled runnin
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -218,8 +217,6 @@ def collect(study: Study, plan: Plan, rates: dict[str, float]) -> Cells:
 def begin(description: str | None, minutes: float) -> argparse.ArgumentParser:
     """Prepare this process for a study, and make a parser with the arguments that studies share."""
     paired.fix_allocator()
-    # DDP's C++ code warns of `find_unused_parameters`, which the trainer has a reason for.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 from torch.distributed import distributed_c10d as c10d
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils.checkpoint import _CheckpointFrame, checkpoint
 
@@ -259,6 +260,31 @@ def set_ignored_by_ddp(model: nn.Module, names: Collection[str]) -> None:
         setattr(model, _IGNORED, names)
     else:
         model.__dict__.pop(_IGNORED, None)
+
+
+def arrange_buckets(ddp: DistributedDataParallel, parameters: Sequence[Tensor]) -> None:
+    """Have DDP arrange its buckets before the first step, for gradients that come last to first.
+
+    It does so after the first backward pass otherwise, in the order in which gradients came. With
+    more than two workers a sum depends on the arrangement: a run that is resumed would differ from
+    one that is not.
+
+    *Collectives*: one sum of all gradients, one broadcast of the arrangement; every worker must
+    call.
+
+    Args:
+        ddp: not called yet.
+        parameters: those whose gradients it sums, in their order.
+    """
+    # The backend of dry runs gives DDP no sums.
+    if dist.get_backend(ddp.process_group) == "fake":
+        return
+    ddp.reducer.prepare_for_backward([])
+    for parameter in reversed(parameters):
+        torch.autograd.backward(parameter, torch.zeros_like(parameter))
+    for parameter in parameters:
+        parameter.grad = None
+    ddp.reducer._rebuild_buckets()
 
 
 def is_managed_by_fsdp(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ _MALLOC = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 
-# ERROR hides DDP's warning of `find_unused_parameters`, which the trainer needs (train/setup.py).
+# ERROR hides warnings of torch's C++ code, such as of a store whose host has ended.
 _WORKER = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
 

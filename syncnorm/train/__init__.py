@@ -18,7 +18,8 @@ A run goes through the files in this order:
                   TensorBoard
 
 Beside the path: diagnose.py (warnings of the first step, the origin of a NaN), buffers.py (a
-model's own buffers, digests), files.py (whole files or none), recalibrate.py, report/ (HTML page).
+model's own buffers, digests), unused.py (parameters without a part in the loss), files.py (whole
+files or none), recalibrate.py, report/ (HTML page).
 
 `syncnorm.run` starts the processes that call `loop.train`.
 """

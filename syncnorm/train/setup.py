@@ -50,6 +50,7 @@ from syncnorm.train.placement import Workers, place
 from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task
+from syncnorm.train.unused import Gradients
 from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ class Setup:
         task: the loss and the metrics.
         model: the bare network, whose state is saved.
         ddp: the same network in training: under DistributedDataParallel, perhaps compiled.
+        gradients: that DDP sums, some of which may be missing.
         optimizer: over the network's parameters.
         schedule: of the learning rate.
         scaler: of the loss, with float16; else it does nothing.
@@ -80,6 +82,7 @@ class Setup:
     task: Task
     model: nn.Module
     ddp: DistributedDataParallel
+    gradients: Gradients
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     scaler: torch.amp.GradScaler
@@ -328,15 +331,9 @@ def make_setup(
             )
     if train.compile:
         model.compile()
-    ddp = DistributedDataParallel(
-        model,
-        **_no_buffer_broadcast(),
-        # A parameter without a part in the loss is left alone, as in a single process; without this
-        # DDP fails. Nor does it then arrange its buckets anew after the first step: with more than
-        # two workers a sum depends on the arrangement, and a resumed run would differ in the last
-        # bit.
-        find_unused_parameters=True,
-    )
+    # Gradients in DDP's buckets need no copy of the sums.
+    ddp = DistributedDataParallel(model, **_no_buffer_broadcast(), gradient_as_bucket_view=True)
+    gradients = Gradients(ddp)
     optimizer = optim.make_optimizer(
         train.optimizer.name, parameter_groups(model, train), train.lr, train.optimizer.options
     )
@@ -350,6 +347,7 @@ def make_setup(
         task,
         model,
         ddp,
+        gradients,
         optimizer,
         schedule,
         make_scaler(train.autocast, workers),

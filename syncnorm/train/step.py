@@ -2,21 +2,22 @@
 
 `training_step` is the whole of a step; the functions below it are in the order in which it calls
 them. The rare cases stand elsewhere: the first step of a process and values that are not finite in
-`syncnorm.train.diagnose`, a model's own buffers in `syncnorm.train.buffers`.
+`syncnorm.train.diagnose`, a model's own buffers in `syncnorm.train.buffers`, parameters without a
+part in the loss in `syncnorm.train.unused`.
 
 The gradient of a step is that of
 
     loss = sum over all samples / count over all samples
 
 where the count may be known only after the forward pass. So each worker divides its sum by the
-number of samples of the step, which all know; the counts travel while the backward pass runs, and
-the summed gradient is multiplied by samples / count, if that is not 1.
+number of samples of the step, which all know; the counts come with the workers' notes, and the
+summed gradient is multiplied by samples / count, if that is not 1.
 """
 
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,8 +102,8 @@ def training_step(
     `train.not_finite: skip` the buffers do, too.
 
     *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, a sum of
-    the counts if the loss has several terms, and a broadcast of the model's own buffers if it has
-    some; every worker must call.
+    the counts if the loss has several terms, one of who has used which parameter if some worker has
+    not used all, and a broadcast of the model's own buffers if it has some; every worker must call.
 
     Args:
         setup: the model and its optimizer.
@@ -119,8 +120,8 @@ def training_step(
     seed_random(step_seed(setup.config.train.seed, batch.step, setup.workers.rank))
     setup.optimizer.zero_grad(set_to_none=True)
     notes = _compute_gradient(setup, batches, batch, flags)
-    factor = _scale_gradient(setup, notes, len(batch.indices))
-    losses = [loss * factor for loss in notes.losses]
+    share = _scale_gradient(setup, notes, len(batch.indices))
+    losses = [loss * share for loss in notes.losses]
     is_finite, has_overflowed = all(map(math.isfinite, losses)), False
     if setup.scaler.is_enabled():
         has_overflowed, is_finite = unscale(
@@ -144,12 +145,17 @@ def training_step(
 def _compute_gradient(
     setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Flags
 ) -> Notes:
-    """Run this worker's forwards and backwards; DDP sums the gradients during the last backward."""
+    """Run this worker's forwards and backwards; DDP sums the gradients during the last backward.
+
+    The notes are made before that, of the forward pass alone, and exchanged after it.
+    """
     samples = len(batch.indices)
     placement = setup.placement(samples)
     loss: Tensor | None = None
     count: Number = 0
     failure, pending = "", None
+    # DDP averages over the workers; a step's gradient is the sum of their shares.
+    weight = setup.workers.world_size / samples
     with _one_update(setup, placement):
         for number, parts in enumerate(placement.rounds, start=1):
             is_last = number == len(placement.rounds)
@@ -158,20 +164,23 @@ def _compute_gradient(
                 if isinstance(samples_of_mine, Failure):
                     failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
                 total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
-                share = total / samples
-                mine = share.detach().double()
-                # An operator less in a step of one forward.
-                loss, count = (mine, counted) if loss is None else (loss + mine, count + counted)
-                if is_last:  # the notes travel while the backward pass runs
-                    flags = replace(flags, failed=bool(failure))
-                    pending = PendingNotes(setup, loss, count, flags)
-                # DDP averages over the workers; a step's gradient is the sum of their shares.
+                mine = total.detach()
+                if loss is not None:
+                    mine, counted = loss.double() + mine, count + counted
+                loss, count = mine, counted
+                if is_last:
+                    setup.gradients.begin()
+                    pending = PendingNotes(setup, loss, count)
                 Shard.scaled_losses += 1
-                setup.scaler.scale(share * setup.workers.world_size).backward()
+                setup.scaler.scale(total * weight).backward()
+        # The others wait for it in their backward passes, before any other exchange.
+        lacks = setup.gradients.complete()
     assert pending is not None
-    notes = pending.read()
+    notes = pending.exchange(flags, failed=bool(failure), lacks=lacks)
     if notes.failed:
         raise_failure(failure)
+    if notes.lack:
+        setup.gradients.drop_unused()
     return notes
 
 
@@ -253,7 +262,7 @@ def _as_count(count: Number, device: torch.device) -> Tensor:
 
 
 def _scale_gradient(setup: Setup, notes: Notes, samples: int) -> float:
-    """Multiply the gradient by samples / count, and return that.
+    """Multiply the gradient by samples / count, and return 1 / count.
 
     Raises:
         ConfigError: a count is negative or not finite; on all workers.
@@ -265,11 +274,12 @@ def _scale_gradient(setup: Setup, notes: Notes, samples: int) -> float:
         )
     count = math.fsum(notes.counts)
     # Without anything to count the loss is 0.
+    share = 1 / count if count else 0.0
     factor = samples / count if count else 0.0
     if factor != 1:
         gradients = [p.grad for p in setup.model.parameters() if p.grad is not None]
         torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage]
-    return factor
+    return share
 
 
 def _clip(setup: Setup) -> float | None:

@@ -277,6 +277,27 @@ def one_step(
     )
 
 
+def unused_steps(overrides: list[str]) -> tuple[list[str], list[Tensor], list[Tensor]]:
+    """Take a step, freeze the first parameter, and take another.
+
+    Returns:
+        The kinds of the exchanges of the second but for the layers', and the parameters before and
+        after it.
+    """
+    config = load_config("digits", ["train.dtype=float64", *overrides])
+    feed = feed_of(images_and_labels(12), config)
+    setup = make_setup(config, workers(), feed, 10, ("tests",))
+    take_whole_step(setup, feed, 1)
+    parameters = list(setup.model.parameters())
+    parameters[0].requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in parameters]
+    with exchange.record() as made:
+        take_whole_step(setup, feed, 2)
+    kinds = [each.kind for each in made if each.kind not in ("moments", "gradients")]
+    assert not parameters[0].requires_grad
+    return kinds, before, [parameter.detach().clone() for parameter in parameters]
+
+
 def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Take the steps of `one_step` in a loop under plain DistributedDataParallel.
 

@@ -108,3 +108,23 @@ def test_arguments_are_checked(check, name, options, message):
 def test_names_are_checked(check, name, hint):
     with pytest.raises(ValueError, match=f"must be one of .* got {name!r}.{hint}$"):
         check(name)
+
+
+@pytest.mark.parametrize("name", sorted(optim._SAME_TOGETHER))
+def test_parameters_that_are_taken_at_once_get_the_same_bits(name):
+    options = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1} if name == "SGD" else {}
+    results = []
+    for more in ({}, {"foreach": False}):
+        generator = torch.Generator().manual_seed(0)
+        parameters = [
+            torch.randn(shape, generator=generator).requires_grad_()
+            for shape in ((7, 5), (33,), ())
+        ]
+        optimizer = optim.make_optimizer(name, parameters, 0.1, options | more)
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+        assert optimizer.param_groups[0]["foreach"] is (not more)
+        results.append(parameters)
+    assert all(map(torch.equal, *results))

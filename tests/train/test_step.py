@@ -173,6 +173,18 @@ def test_parameters_without_a_part_in_the_loss_are_left_alone(pool, options):
             assert torch.equal(parameters[-1], at_first[-1])
 
 
+def test_a_parameter_that_is_frozen_later_is_left_alone(pool):
+    """The workers then agree on who has used which parameter; in other steps nobody asks."""
+    for kinds, before, after in pool(2).run(runs.unused_steps, ["train.freeze=[conv1]"]):
+        # Frozen from the start, it has no part in the sums of gradients.
+        assert kinds == ["notes"]
+        assert torch.equal(before[0], after[0])
+    for kinds, before, after in pool(2).run(runs.unused_steps, []):
+        assert kinds == ["notes", "used parameters"]
+        changed = [not torch.equal(*pair) for pair in zip(before, after, strict=True)]
+        assert changed == [False] + [True] * (len(before) - 1)
+
+
 def test_buffers_of_ones_own_are_those_that_plain_ddp_gives(pool):
     model = "tests.train.nets:Remembering"
     expected, expected_buffers = pool(2).run(runs.plain_steps, 12, model, 3)[0]

@@ -357,3 +357,33 @@ def _sharded() -> list[bool]:
 
 def test_modules_of_fsdp(pool):
     assert pool(2).run(_sharded) == [[False, True]] * 2
+
+
+def _buckets(are_arranged: bool) -> list[list[list[int]]]:
+    """The numbers of the parameters in each bucket, of two steps."""
+    model = nn.Sequential(*(nn.Linear(600, 600, bias=False) for _ in range(3)))
+    ddp = DistributedDataParallel(model)
+    numbers = {p: number for number, p in enumerate(model.parameters())}
+    if are_arranged:
+        undocumented.arrange_buckets(ddp, list(numbers))
+        assert all(p.grad is None for p in numbers)
+    steps: list[list[list[int]]] = []
+
+    def keep(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # pyright: ignore[reportPrivateImportUsage]
+        steps[-1].append([numbers[p] for p in bucket.parameters()])  # pyright: ignore[reportArgumentType]
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    ddp.register_comm_hook(None, keep)
+    for _ in range(2):
+        steps.append([])
+        ddp(torch.ones(2, 600)).sum().backward()
+    return steps
+
+
+def test_ddp_arranges_its_buckets_before_the_first_step(pool):
+    first, second = pool(1).run(_buckets, True)[0]
+    assert first == second == [[2], [1, 0]]
+    first, second = pool(1).run(_buckets, False)[0]
+    assert first != second

@@ -74,7 +74,7 @@ class Dataset:
         """Compute (images - mean) / std for each channel, in `dtype`, on the device of `images`."""
         # (C, 1, 1), against images (N, C, H, W)
         mean, std = (
-            value.to(images.device, dtype)[:, None, None] for value in (self.mean, self.std)
+            value.to(images.device, dtype).view(-1, 1, 1) for value in (self.mean, self.std)
         )
         return (images.to(dtype) - mean) / std
 

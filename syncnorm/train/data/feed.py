@@ -88,6 +88,7 @@ class MemoryFeed:
         self._data = data.to(device)
         self._config = config
         self.index_device = device
+        self._standardise_by(data.mean, data.std)
         self.sizes = {name: len(split) for name, split in self._splits().items()}
         self.in_channels: int | None = data.train.images.shape[1]
         self.num_classes: int | None = data.num_classes
@@ -104,8 +105,15 @@ class MemoryFeed:
     def standardise_as(self, inputs: Inputs) -> None:
         """Standardise by the figures of another run's inputs."""
         mean, std = (
-            torch.tensor(values, dtype=torch.float64, device=self.index_device)
-            for values in (inputs.mean, inputs.std)
+            torch.tensor(values, dtype=torch.float64) for values in (inputs.mean, inputs.std)
+        )
+        self._standardise_by(mean, std)
+
+    def _standardise_by(self, mean: Tensor, std: Tensor) -> None:
+        # In the type of the images, to which each batch would bring them.
+        mean, std = (
+            value.to(self.index_device, getattr(torch, self._config.train.dtype))
+            for value in (mean, std)
         )
         self._data = replace(self._data, mean=mean, std=std)
 
