@@ -190,8 +190,19 @@ def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool |
     On CUDA no value is read on the host.
     """
     wide = running.to(torch.float64)
-    blended = torch.lerp(wide, value, factor)
+    blended = _lerp(wide, value, factor) if is_host(wide) else torch.lerp(wide, value, factor)
     if isinstance(where, Tensor):
         running.copy_(torch.where(where, blended, wide))
     elif where:
         running.copy_(blended)
+
+
+def _lerp(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
+    """a + factor * (b - a), and b itself where the factor is 1, each operation rounded by itself.
+
+    The native library has these bits, and workers with it and without must have the same buffers;
+    those of `torch.lerp` depend on the processor.
+    """
+    if isinstance(factor, Tensor):
+        return torch.where(factor < 0.5, a + factor * (b - a), b - (b - a) * (1.0 - factor))
+    return a + factor * (b - a) if factor < 0.5 else b - (b - a) * (1.0 - factor)
