@@ -69,11 +69,11 @@ class Lagged:
 def has_drifted(batch: Moments, mean: Tensor, var: Tensor, eps: float, options: Lagged) -> Tensor:
     """True if the pooled moments are further than `max_drift` from their average, shape ().
 
-    By operations of which each is rounded exactly: libraries take logarithms to other last bits,
-    and all workers must decide the same.
+    By sums and products alone, which are rounded alike everywhere: libraries take logarithms and
+    roots to other last bits, and all workers must decide the same.
     """
     old, new = var + eps, batch.var + eps
-    is_far = (batch.mean - mean).abs() / torch.sqrt(old) > options.max_drift
+    is_far = (batch.mean - mean).square() > old * (options.max_drift * options.max_drift)
     is_other = (new > old * options.max_ratio) | (old > new * options.max_ratio)
     return (is_far | is_other).any()
 

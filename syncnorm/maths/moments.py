@@ -187,7 +187,8 @@ def update_running_var_(running_var: Tensor, batch: Moments, factor: float | Ten
 def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool | Tensor) -> None:
     """running += factor * (value - running) where `where`, computed in float64.
 
-    On CUDA no value is read on the host.
+    On a CPU the bits are those of the native library: workers with it and without must have the
+    same buffers. On CUDA no value is read on the host.
     """
     wide = running.to(torch.float64)
     blended = _lerp(wide, value, factor) if is_host(wide) else torch.lerp(wide, value, factor)
@@ -200,8 +201,7 @@ def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool |
 def _lerp(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
     """a + factor * (b - a), and b itself where the factor is 1, each operation rounded by itself.
 
-    The native library has these bits, and workers with it and without must have the same buffers;
-    those of `torch.lerp` depend on the processor.
+    Some processors fuse two of them in `torch.lerp`.
     """
     if isinstance(factor, Tensor):
         return torch.where(factor < 0.5, a + factor * (b - a), b - (b - a) * (1.0 - factor))

@@ -393,10 +393,12 @@ int syncnorm_backward_input(const void *g, const void *x, void *out, int type, l
   return failed;
 }
 
-/* From a to b by a share of the way, as syncnorm.maths.moments: workers without this library have the same bits. */
+/* From a to b by a share of the way; the square root. By the operations of syncnorm.maths.moments and renorm: workers
+   without this library have the same bits. */
 static inline double lerp(double a, double b, double factor) {
   return factor < 0.5 ? a + factor * (b - a) : b - (b - a) * (1 - factor);
 }
+static inline double root(double x) { return 1 / (1 / sqrt(x)); }
 
 /* Counts the batch, and has the running statistics follow it; `momentum` NaN: a cumulative average. */
 int syncnorm_update_running(void *running_mean, int mean_type, void *running_var, int var_type, int64_t *counter,
@@ -416,8 +418,8 @@ int syncnorm_update_running(void *running_mean, int mean_type, void *running_var
     elements[var_type].widen(running_var, running, channels);
     for (long c = 0; c < channels; c++) {
       if (is_std) {
-        double sigma = sqrt(running[c] + eps);
-        sigma += factor * (sqrt(m2[c] * b.inverse + eps) - sigma);
+        double sigma = root(running[c] + eps);
+        sigma += factor * (root(m2[c] * b.inverse + eps) - sigma);
         sigma = sigma * sigma - eps;
         running[c] = sigma < 0 ? 0 : sigma;
       } else
@@ -438,8 +440,8 @@ int syncnorm_follow_moments(const double *numbers, int is_raw, long channels, do
   if (!new_mean) return 1;
   moments_of(&b, channels, new_mean, m2);
   for (long c = 0; c < channels; c++) {
-    double before = var[c] + eps, now = m2[c] * b.inverse + eps;
-    has_drifted |= fabs(new_mean[c] - mean[c]) / sqrt(before) > max_drift;
+    double before = var[c] + eps, now = m2[c] * b.inverse + eps, distance = new_mean[c] - mean[c];
+    has_drifted |= distance * distance > before * (max_drift * max_drift);
     has_drifted |= now > before * max_ratio || before > now * max_ratio;
     is_finite &= isfinite(new_mean[c]) && isfinite(m2[c]);
   }
