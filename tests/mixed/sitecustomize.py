@@ -45,7 +45,7 @@ class _Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def _change(module: ModuleType) -> None:
+def _change(module: Any) -> None:
     begin = module.init_process_group
 
     @functools.wraps(begin)
