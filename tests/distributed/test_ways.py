@@ -6,13 +6,11 @@ only, and without shared memory; this one says whether it does.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import torch
 
 from syncnorm.comm import groups, shared
 from syncnorm.maths import kernels
+from tests import ways
 
 
 def _has() -> tuple[bool, bool]:
@@ -25,8 +23,6 @@ def _has() -> tuple[bool, bool]:
 
 def test_ranks_have_what_their_environment_says(pool):
     has_library = [kernels.native.is_usable(torch.ones(1))] * 2
-    started_by = getattr(sys.modules.get("sitecustomize"), "__file__", None) or ""
-    if Path(started_by).parent == Path(__file__).parents[1] / "mixed":
-        has_library[1] = False
-    is_shared = all(has_library) and shared.refusal() == ""
+    has_library[1] &= not ways.is_mixed()
+    is_shared = ways.refusal() == ""
     assert pool(2).run(_has) == [(each, is_shared) for each in has_library]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, native
-from syncnorm.comm import shared
 from syncnorm.maths import kernels, lagged, moments
 from syncnorm.maths.kernels import composed
 from syncnorm.maths.kernels import native as ours
@@ -25,6 +24,7 @@ from syncnorm.maths.moments import Moments, Packed, Raw, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
 from syncnorm.undocumented import TorchDispatchMode
+from tests import ways
 from tests.unit.kernel_inputs import facing, poison, randn
 from tests.unit.test_kernels import SHAPES
 
@@ -372,7 +372,7 @@ def _count_operators(kind: str, sync: str) -> list[str]:
 
 
 @needs_library
-@pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+@pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 @pytest.mark.parametrize(
     ("kind", "sync", "most"), [("norm", "batch", 25), ("norm", "none", 20), ("renorm", "batch", 30)]
 )
