@@ -8,6 +8,8 @@ one named behind `--`: on Linux another one may be a build for CUDA, of several 
 
 from __future__ import annotations
 
+import os
+import sys
 import tomllib
 from pathlib import Path
 
@@ -108,6 +110,31 @@ PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
 }
 
+# What a CPU's workers may be without, by the environment of their tests.
+WAYS: dict[str, dict[str, str]] = {
+    "gloo": {"SYNCNORM_SHARED_MEMORY": "0"},
+    "operators": {"SYNCNORM_NATIVE": "0"},
+    "mixed": {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "mixed"), str(ROOT)])},
+}
+# Numerics, messages, faults, kills and the trainer; none of other frameworks.
+OF_WAYS = [
+    "tests/unit/test_kernels.py",
+    "tests/unit/test_layers.py",
+    "tests/unit/test_native.py",
+    "tests/distributed",
+    "tests/model",
+    "tests/verify",
+    "tests/train/test_step.py",
+    "tests/train/test_loop.py",
+    "tests/train/test_invariance.py",
+    "tests/train/test_saver.py",
+    "tests/train/test_checkpoint_kills.py",
+    "tests/train/test_seam_examples.py",
+    "tests/launch/test_ended_runs.py",
+    "tests/launch/test_kill_drill.py",
+]
+OTHERS = ["accelerate", "crossq", "hf_trainer", "lightning", "mmengine"]
+
 nox.options.sessions = ["versions"]
 
 
@@ -159,6 +186,17 @@ def versions(session: nox.Session, which: str, part: str) -> None:
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     tests = ["-q", "-m", "not slow", "-p", "no:cacheprovider", *PARTS[part][2]]
     session.run("python", "-m", "pytest", *tests, env=environment)
+
+
+@nox.session(venv_backend="none")
+@nox.parametrize("way", list(WAYS))
+def ways(session: nox.Session, way: str) -> None:
+    """Run the tests without shared memory, without the native library, or with it on some workers."""
+    left_out = [f"--ignore=tests/model/test_{name}.py" for name in OTHERS]
+    tests = session.posargs or [*OF_WAYS, *left_out]
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "--numprocesses", "2"]
+    environment = {"PYTHONPATH": str(ROOT), **WAYS[way]}
+    session.run(sys.executable, "-m", "pytest", *options, *tests, env=environment)
 
 
 def _line_of(name: str, pins: list[str]) -> str:

@@ -148,7 +148,8 @@ class Run:
 
     def _variables(self) -> dict[str, str]:
         drill = {_MARK: str(self.folder), kill_worker.PLAN: str(self.plan)}
-        return {**drill, "PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder / "tmp")}
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**drill, "PYTHONPATH": path, "TMPDIR": str(self.folder / "tmp")}
 
     @property
     def record(self) -> Path | None:

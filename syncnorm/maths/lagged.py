@@ -14,6 +14,7 @@ All of it is computed from pooled numbers, so all ranks decide the same.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,12 +57,25 @@ class Lagged:
                 f"`max_drift` must be >= 0, got {self.max_drift}. Infinity turns the guard off."
             )
 
+    @property
+    def max_ratio(self) -> float:
+        """The ratio of two variances, the larger over the smaller, whose drift is `max_drift`."""
+        try:
+            return math.exp(2 * self.max_drift)
+        except OverflowError:
+            return math.inf
 
-def drift(batch: Moments, mean: Tensor, var: Tensor, eps: float) -> Tensor:
-    """The distance of the pooled moments from their average, shape ()."""
-    distance = (batch.mean - mean).abs() / torch.sqrt(var + eps)
-    ratio = torch.log((batch.var + eps) / (var + eps)).abs() / 2
-    return torch.maximum(distance, ratio).amax()
+
+def has_drifted(batch: Moments, mean: Tensor, var: Tensor, eps: float, options: Lagged) -> Tensor:
+    """True if the pooled moments are further than `max_drift` from their average, shape ().
+
+    By sums and products alone, which are rounded alike everywhere: libraries take logarithms and
+    roots to other last bits, and all workers must decide the same.
+    """
+    old, new = var + eps, batch.var + eps
+    is_far = (batch.mean - mean).square() > old * (options.max_drift * options.max_drift)
+    is_other = (new > old * options.max_ratio) | (old > new * options.max_ratio)
+    return (is_far | is_other).any()
 
 
 def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
@@ -98,8 +112,8 @@ def follow_moments_(
     is_finite = batch.mean.isfinite().all() & batch.m2.isfinite().all()
     is_new, is_first = (batch.count > 0) & is_finite, updates == 0
     old_mean, old_var = mean.double(), var.double()
-    has_drifted = (drift(batch, old_mean, old_var, eps) > options.max_drift) | is_first
-    waits.copy_(torch.where(is_new, has_drifted, waits | ~is_finite))
+    is_to_wait = has_drifted(batch, old_mean, old_var, eps, options) | is_first
+    waits.copy_(torch.where(is_new, is_to_wait, waits | ~is_finite))
     rate = _rate(updates, options.forward_rate)
     mean.copy_(torch.where(is_new, old_mean + rate * (batch.mean - old_mean), old_mean))
     var.copy_(torch.where(is_new, old_var + rate * (batch.var - old_var), old_var))

@@ -184,11 +184,22 @@ def update_running_var_(running_var: Tensor, batch: Moments, factor: float | Ten
 def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool | Tensor) -> None:
     """running += factor * (value - running) where `where`, computed in float64.
 
-    On CUDA no value is read on the host.
+    On a CPU the bits are those of the native library: workers with it and without must have the
+    same buffers. On CUDA no value is read on the host.
     """
     wide = running.to(torch.float64)
-    blended = torch.lerp(wide, value, factor)
+    blended = _lerp(wide, value, factor) if is_host(wide) else torch.lerp(wide, value, factor)
     if isinstance(where, Tensor):
         running.copy_(torch.where(where, blended, wide))
     elif where:
         running.copy_(blended)
+
+
+def _lerp(a: Tensor, b: Tensor, factor: float | Tensor) -> Tensor:
+    """a + factor * (b - a), and b itself where the factor is 1, each operation rounded by itself.
+
+    Some processors fuse two of them in `torch.lerp`.
+    """
+    if isinstance(factor, Tensor):
+        return torch.where(factor < 0.5, a + factor * (b - a), b - (b - a) * (1.0 - factor))
+    return a + factor * (b - a) if factor < 0.5 else b - (b - a) * (1.0 - factor)

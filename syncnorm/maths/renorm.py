@@ -176,6 +176,14 @@ def update_running_std_(
 
     sigma_B is from the biased variance. n <= 1 leaves it as it is.
     """
-    sigma = torch.sqrt(running_var.double() + eps)
-    sigma = sigma + factor * (torch.sqrt(batch.var + eps) - sigma)
+    sigma, sigma_batch = _root(running_var.double() + eps), _root(batch.var + eps)
+    sigma = sigma + factor * (sigma_batch - sigma)
     blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, batch.n > 1)
+
+
+def _root(x: Tensor) -> Tensor:
+    """sqrt(x), with the bits of the native library: see `syncnorm.maths.moments.blend_`.
+
+    Those of `torch.sqrt` are a vendor's on some processors, and not always the nearest.
+    """
+    return x.rsqrt().reciprocal()

@@ -393,6 +393,13 @@ int syncnorm_backward_input(const void *g, const void *x, void *out, int type, l
   return failed;
 }
 
+/* From a to b by a share of the way; the square root. By the operations of syncnorm.maths.moments and renorm: workers
+   without this library have the same bits. */
+static inline double lerp(double a, double b, double factor) {
+  return factor < 0.5 ? a + factor * (b - a) : b - (b - a) * (1 - factor);
+}
+static inline double root(double x) { return 1 / (1 / sqrt(x)); }
+
 /* Counts the batch, and has the running statistics follow it; `momentum` NaN: a cumulative average. */
 int syncnorm_update_running(void *running_mean, int mean_type, void *running_var, int var_type, int64_t *counter,
                             const double *numbers, int is_raw, long channels, double momentum, double eps, int is_std) {
@@ -405,18 +412,18 @@ int syncnorm_update_running(void *running_mean, int mean_type, void *running_var
   if (momentum != momentum) factor = counter ? 1 / (double)(*counter > 1 ? *counter : 1) : 1;
   moments_of(&b, channels, mean, m2);
   elements[mean_type].widen(running_mean, running, channels);
-  for (long c = 0; c < channels; c++) running[c] += factor * (mean[c] - running[c]);
+  for (long c = 0; c < channels; c++) running[c] = lerp(running[c], mean[c], factor);
   elements[mean_type].narrow(running, running_mean, channels);
   if (b.n > 1) {
     elements[var_type].widen(running_var, running, channels);
     for (long c = 0; c < channels; c++) {
       if (is_std) {
-        double sigma = sqrt(running[c] + eps);
-        sigma += factor * (sqrt(m2[c] * b.inverse + eps) - sigma);
+        double sigma = root(running[c] + eps);
+        sigma += factor * (root(m2[c] * b.inverse + eps) - sigma);
         sigma = sigma * sigma - eps;
         running[c] = sigma < 0 ? 0 : sigma;
       } else
-        running[c] += factor * (m2[c] / (b.n - 1) - running[c]);
+        running[c] = lerp(running[c], m2[c] * (1 / (b.n - 1)), factor);
     }
     elements[var_type].narrow(running, running_var, channels);
   }
@@ -426,20 +433,20 @@ int syncnorm_update_running(void *running_mean, int mean_type, void *running_var
 
 /* The averages of sync="lagged", as of syncnorm.maths.lagged. */
 int syncnorm_follow_moments(const double *numbers, int is_raw, long channels, double *mean, double *var, int64_t *updates,
-                            _Bool *waits, double eps, double max_drift, double rate) {
+                            _Bool *waits, double eps, double max_drift, double max_ratio, double rate) {
   batch b = batch_of(numbers, is_raw, channels);
-  double drift = 0, *new_mean = malloc(sizeof *new_mean * 2 * channels), *m2 = new_mean + channels;
-  int is_finite = 1;
+  double *new_mean = malloc(sizeof *new_mean * 2 * channels), *m2 = new_mean + channels;
+  int is_finite = 1, has_drifted = 0;
   if (!new_mean) return 1;
   moments_of(&b, channels, new_mean, m2);
   for (long c = 0; c < channels; c++) {
-    double distance = fabs(new_mean[c] - mean[c]) / sqrt(var[c] + eps);
-    double ratio = fabs(log((m2[c] * b.inverse + eps) / (var[c] + eps))) / 2;
-    drift = fmax(drift, fmax(distance, ratio));
+    double before = var[c] + eps, now = m2[c] * b.inverse + eps, distance = new_mean[c] - mean[c];
+    has_drifted |= distance * distance > before * (max_drift * max_drift);
+    has_drifted |= now > before * max_ratio || before > now * max_ratio;
     is_finite &= isfinite(new_mean[c]) && isfinite(m2[c]);
   }
   if (b.n > 0 && is_finite) {
-    *waits = drift > max_drift || !*updates;
+    *waits = has_drifted || !*updates;
     if (!*updates) rate = 1;
     for (long c = 0; c < channels; c++)
       mean[c] += rate * (new_mean[c] - mean[c]), var[c] += rate * (m2[c] * b.inverse - var[c]);
@@ -452,11 +459,11 @@ int syncnorm_follow_moments(const double *numbers, int is_raw, long channels, do
 
 /* sums: [sum g, sum g xhat, n] of all workers. */
 void syncnorm_follow_gradients(const double *sums, long channels, double *gradient, int64_t *updates, double rate) {
-  double n = sums[2 * channels];
+  double n = sums[2 * channels], inverse = 1 / n;
   int is_new = n > 0;
   for (long i = 0; i < 2 * channels; i++) is_new &= isfinite(sums[i]) != 0;
   if (!is_new) return;
   if (!*updates) rate = 1;
-  for (long i = 0; i < 2 * channels; i++) gradient[i] += rate * (sums[i] / n - gradient[i]);
+  for (long i = 0; i < 2 * channels; i++) gradient[i] += rate * (sums[i] * inverse - gradient[i]);
   ++*updates;
 }

@@ -14,14 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm import debug, undocumented
-from syncnorm.comm import exchange, groups, hosts, shared
+from syncnorm.comm import exchange, groups, hosts
 from syncnorm.comm.groups import Group
 from syncnorm.errors import ExchangeError
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.testing import RankFailure, RankPool
+from tests import ways
 from tests.distributed.on_hosts import WORLD, group_of, say
 
-pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+pytestmark = pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 
 
 def _different(odd: int, size: int, name: str) -> str:

@@ -17,11 +17,12 @@ from syncnorm.comm import exchange, groups, hosts, shared
 from syncnorm.errors import ExchangeError
 from syncnorm.testing import RankPool
 from syncnorm.verify import collectives
+from tests import ways
 from tests.distributed import steps
 from tests.distributed.on_hosts import WORLD, group_of, say
 from tests.model import test_join, test_join_loops
 
-pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+pytestmark = pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 
 
 def _message(number: int, size: int) -> Tensor:

@@ -20,8 +20,9 @@ from syncnorm.comm import exchange, groups, hosts, shared
 from syncnorm.errors import ExchangeError
 from syncnorm.native import build
 from syncnorm.testing import RankFailure, RankPool
+from tests import ways
 
-pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+pytestmark = pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 
 
 def _is_used() -> bool:

@@ -24,6 +24,7 @@ from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
+from tests import ways
 from tests.model.test_tools import CHANNELS, KINDS, SHAPE, pair, sample
 
 NUMBER = 4 * CHANNELS * 3
@@ -245,4 +246,6 @@ def test_what_would_lose_an_exchange_is_refused_before_one_on_all_workers(pool, 
         if not said and not kinds
     ]
     assert len(alone) == 2
-    assert alone[0] == alone[1] != []
+    assert alone[0] != []
+    # Kernels of two kinds round in two ways.
+    assert alone[0] == (pytest.approx(alone[1]) if ways.is_mixed() else alone[1])

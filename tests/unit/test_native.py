@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, native
-from syncnorm.comm import shared
 from syncnorm.maths import kernels, lagged, moments
 from syncnorm.maths.kernels import composed
 from syncnorm.maths.kernels import native as ours
 from syncnorm.maths.kernels.batch import Reference, Scheduled
-from syncnorm.maths.moments import Moments, Raw, of_sums
+from syncnorm.maths.moments import Moments, Packed, Raw, of_sums
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
 from syncnorm.undocumented import TorchDispatchMode
+from tests import ways
 from tests.covering import covering
 from tests.unit.kernel_inputs import facing, poison, randn
 from tests.unit.test_kernels import SHAPES
@@ -164,16 +164,24 @@ def _sums(n: float, mean: float, var: float, channels: int = 3) -> Tensor:
     return torch.cat([one * n * mean, one * n * (var + mean**2), one[:1] * n])
 
 
+def _many_sums(n: float, channels: int) -> Tensor:
+    """Sums of channels that differ; rounding leaves some of them a variance below 0."""
+    sums, factors = _sums(n, 1.5, 0.0 if n == 1 else 4.0, channels), randn(2 * channels, seed=3)
+    sums[:-1] *= 1 + 0.3 * factors.double()
+    return sums
+
+
 @needs_library
 @pytest.mark.parametrize("is_std", [False, True])
-@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, None])
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
-@pytest.mark.parametrize("n", [0.0, 1.0, 8.0, math.nan])
-def test_running_statistics_follow_as_by_operators(n, dtype, momentum, is_std):
+@pytest.mark.parametrize("n", [0.0, 1.0, 2.5, 8.0, math.nan])
+def test_running_statistics_have_the_bits_of_operators(n, dtype, momentum, is_std):
+    """Workers with the library and without must have the same buffers."""
     from syncnorm import ops
 
     def move(own: Any, batch: Moments) -> list[Tensor]:
-        mean, var = torch.full((3,), 0.5, dtype=dtype), torch.full((3,), 2.0, dtype=dtype)
+        mean, var = randn(203, seed=1).to(dtype), randn(203, seed=2).square().to(dtype)
         counter = torch.tensor(3)
         if own is None:
             factor = moments.average_factor(counter, batch, momentum)
@@ -186,9 +194,9 @@ def test_running_statistics_follow_as_by_operators(n, dtype, momentum, is_std):
             own.update_running_(mean, var, counter, batch, momentum, EPS, is_std)
         return [mean, var, counter]
 
-    sums = _sums(n, 1.5, 0.0 if n == 1 else 4.0)
+    sums = _many_sums(n, 203)
     for got, wanted in zip(move(ours, Raw(sums)), move(None, Raw(sums)), strict=True):
-        assert_close(got, wanted, rtol=1e-6, atol=0)
+        assert_close(got, wanted, rtol=0, atol=0)
 
 
 @needs_library
@@ -222,19 +230,42 @@ def test_correction_as_by_operators(step, n):
 
 @needs_library
 @pytest.mark.parametrize("updates", [0, 3])
-@pytest.mark.parametrize("n", [0.0, 8.0, math.inf])
-def test_averages_follow_as_by_operators(n, updates):
+@pytest.mark.parametrize("n", [0.0, 2.5, 8.0, math.inf])
+def test_averages_have_the_bits_of_operators(n, updates):
     options, seen = lagged.Lagged(), []
     for rules in (ours, lagged):
-        mean, var = torch.full((3,), 0.5, dtype=F64), torch.full((3,), 2.0, dtype=F64)
+        mean, var = randn(203, seed=1).double(), randn(203, seed=2).double().square()
         count, waits = torch.tensor(updates), torch.tensor(updates == 0)
-        rules.follow_moments_(Raw(_sums(n, 1.5, 4.0)), mean, var, count, waits, EPS, options)
-        gradient, many = randn(2, 3).double(), torch.tensor(updates)
-        rules.follow_gradients_(_sums(n, 1.5, 4.0), gradient, many, options)
+        rules.follow_moments_(Raw(_many_sums(n, 203)), mean, var, count, waits, EPS, options)
+        gradient, many = randn(2, 203).double(), torch.tensor(updates)
+        rules.follow_gradients_(_many_sums(n, 203), gradient, many, options)
         kept = rules.snapshot(mean, var, gradient)
         seen.append((mean, var, count, waits, gradient, many, kept))
     for got, wanted in zip(*seen, strict=True):
-        assert_close(got, wanted, rtol=1e-12, atol=0)
+        assert_close(got, wanted, rtol=0, atol=0)
+
+
+@needs_library
+@pytest.mark.parametrize("max_drift", [0.0, 0.1, 0.35, 2.0])
+def test_at_the_very_bound_a_layer_waits_as_by_operators(max_drift):
+    """Who waits exchanges: workers with the library and without must decide alike."""
+    options, decided = lagged.Lagged(max_drift=max_drift), []
+    ratios = [math.exp(sign * 2 * max_drift) for sign in (1, -1)]
+    for start in (randn(60).double().square() + 0.01).tolist():
+        for ratio in ratios:
+            at_bound = (start + EPS) * ratio - EPS
+            for near in (math.nextafter(at_bound, way) for way in (-math.inf, at_bound, math.inf)):
+                # A count of a power of two, by which nothing is rounded.
+                packed = torch.tensor([0.5, 8 * near, 8.0], dtype=F64)
+                seen = []
+                for rules in (ours, lagged):
+                    mean, var = torch.full((1,), 0.5).double(), torch.full((1,), start, dtype=F64)
+                    waits, count = torch.tensor(False), torch.tensor(3)
+                    rules.follow_moments_(Packed(packed), mean, var, count, waits, EPS, options)
+                    seen.append(waits.item())
+                assert seen[0] == seen[1], (start, near)
+                decided.append(seen[0])
+    assert {True, False} == set(decided)
 
 
 @needs_library
@@ -349,7 +380,7 @@ def _count_operators(kind: str, sync: str) -> list[str]:
 
 
 @needs_library
-@pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+@pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 @pytest.mark.parametrize(
     ("kind", "sync", "most"), [("norm", "batch", 25), ("norm", "none", 20), ("renorm", "batch", 30)]
 )

@@ -45,7 +45,7 @@ _SIGNATURES = {
         c_int, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p, c_int, c_long, c_double, c_double, c_int,
     ),
     "follow_moments": (
-        c_int, c_void_p, c_int, c_long, c_void_p, c_void_p, c_void_p, c_void_p, c_double, c_double, c_double,
+        c_int, c_void_p, c_int, c_long, c_void_p, c_void_p, c_void_p, c_void_p, *(c_double,) * 4,
     ),
     "follow_gradients": (None, c_void_p, c_long, c_void_p, c_void_p, c_double),
 }  # fmt: skip
@@ -276,7 +276,7 @@ def follow_moments_(
     numbers, is_raw = batch.packed
     failed = _functions().follow_moments(
         numbers.data_ptr(), is_raw, mean.numel(), mean.data_ptr(), var.data_ptr(), updates.data_ptr(),
-        waits.data_ptr(), eps, options.max_drift, options.forward_rate,
+        waits.data_ptr(), eps, options.max_drift, options.max_ratio, options.forward_rate,
     )  # fmt: skip
     if failed:
         raise _no_memory("follow_moments")
