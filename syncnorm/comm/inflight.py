@@ -117,7 +117,7 @@ class InFlight:
         """Set while the caller has yet to wait for it."""
         self.diagnose: Callable[[BaseException], str] | None = None
         """In debug mode: gives all ranks the same message after an error."""
-        self.is_finished = False
+        self.is_finished: bool = False
         """True once this process has gone on."""
         self._done: torch.Event | None = None
         _recent.append(self)

@@ -73,7 +73,8 @@ class Packed(Moments):
 
     def __init__(self, packed: Tensor) -> None:
         self.packed = packed, False
-        self.count = self.n = packed[-1]
+        self.count: Tensor = packed[-1]
+        self.n: float | Tensor = self.count
 
     @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

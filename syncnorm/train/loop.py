@@ -264,7 +264,7 @@ def _train_epoch(run: Run) -> bool:
             is_best = _evaluate(run)
             is_end = is_end or run.is_out_of_patience
         if is_last:
-            mean_loss = progress.loss_sum / run.steps_per_epoch
+            mean_loss = progress.mean_loss
             run.recorder.record_epoch(mean_loss, lr, judged_split(run.feed) if is_judged else None)
             for callback in run.callbacks:
                 callback.on_epoch(run, mean_loss)
@@ -295,12 +295,12 @@ def take_step(run: Run, batches: Iterator[Any], indices: Tensor) -> tuple[StepRe
     result = step(run.setup, batches, batch, run.flags)
     if result.was_taken or result.has_overflowed:
         run.skipped = 0
+        progress.loss_sum += result.loss
     else:
         _handle_not_finite(run, batch, result)
+        progress.left_out += 1
     progress.step += 1
     progress.step_in_epoch += 1
-    # A step that was left out has no loss to speak of.
-    progress.loss_sum += result.loss if result.was_taken or result.has_overflowed else 0.0
     run.watch.alive()
     run.recorder.record_step(result, len(indices), lr)
     for callback in run.callbacks:

@@ -41,6 +41,7 @@ class Progress:
         step_in_epoch: steps of it that are done.
         step: steps of the whole run that are done.
         loss_sum: sum of the losses of this epoch's steps so far.
+        left_out: steps of this epoch that were left out, and have no loss.
         metrics: of the last evaluation; None before.
         best: the best value so far of the metric that decides; higher is better.
         since_best: evaluations since that one.
@@ -50,6 +51,7 @@ class Progress:
     step_in_epoch: int = 0
     step: int = 0
     loss_sum: float = 0.0
+    left_out: int = 0
     metrics: dict[str, float] | None = None
     best: float | None = None
     since_best: int = 0
@@ -60,12 +62,21 @@ class Progress:
 
     def load_facts(self, facts: dict[str, Any]) -> None:
         """Load a dict of `as_facts`; TypeError or KeyError if it is something else."""
+        # Older checkpoints do not have it.
+        facts = {"left_out": 0, **facts}
         for name, value in asdict(Progress(**{name: facts[name] for name in asdict(self)})).items():
             setattr(self, name, value)
 
     def begin_epoch(self) -> None:
         """Go on to the next epoch, with none of its steps done."""
-        self.epoch, self.step_in_epoch, self.loss_sum = self.epoch + 1, 0, 0.0
+        self.epoch += 1
+        self.step_in_epoch, self.loss_sum, self.left_out = 0, 0.0, 0
+
+    @property
+    def mean_loss(self) -> float:
+        """Of this epoch's steps that were taken; NaN before the first."""
+        taken = self.step_in_epoch - self.left_out
+        return self.loss_sum / taken if taken else math.nan
 
     def update_best(self, value: float) -> bool:
         """Note the value of an evaluation; True if it is the best so far. NaN never is."""
