@@ -56,7 +56,8 @@ def test_a_trainer_that_forgets_its_optimizer_is_found_out(tmp_path, monkeypatch
     monkeypatch.setattr(kill_run, "NET", "tests.train.nets:forgetful")
     alone, killed = drill(tmp_path, workers=2, kills=1, torn=0, seed=SEED)
     assert (alone.problems, len(killed.faults)) == ([], 1)
-    assert killed.problems[0].startswith("the last checkpoint has the SHA-256 ")
+    # Its curve may show it, too, at a step that was taken before the kill and after.
+    assert any(each.startswith("the last checkpoint has the SHA-256 ") for each in killed.problems)
 
 
 def test_a_run_that_fails_is_exit_status_1(tmp_path, capfd, monkeypatch):

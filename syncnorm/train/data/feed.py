@@ -1,9 +1,11 @@
 """The batches of a run: from images in memory, or through torch's DataLoader."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -269,7 +271,7 @@ class LoaderFeed:
                 "num_workers": workers,
                 "prefetch_factor": section.prefetch,
                 "persistent_workers": stays,
-                "worker_init_fn": _begin_loading,
+                "worker_init_fn": partial(_begin_loading, os.getpid()),
                 # Nothing is imported again, and a data set need not be pickled.
                 "multiprocessing_context": "fork" if is_linux() else None,
             }
@@ -346,9 +348,14 @@ def _begin(loader: DataLoader[Any]) -> Iterator[Any]:
     return iterator
 
 
-def _begin_loading(worker: int) -> None:
-    """Live as long as the worker does, whoever asks all processes to stop: it finishes its step."""
-    die_with_parent()
+def _begin_loading(trainer: int, worker: int) -> None:
+    """Live as long as the worker does, whoever asks all processes to stop: it finishes its step.
+
+    Args:
+        trainer: the worker's process, which may be dead already.
+        worker: the number of this process among those that load.
+    """
+    die_with_parent(trainer)
     block([signal.SIGTERM, signal.SIGINT])
 
 
