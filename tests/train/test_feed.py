@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from syncnorm.train.config.schema import Config
+from syncnorm.train.data import feed
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, VALIDATION, LoaderFeed
 from syncnorm.train.data.splits import Splits
@@ -101,3 +103,13 @@ def test_what_is_no_training_sees_no_random_changes(workers):
     kept = {int(train[index]) for index in range(len(train))}  # pyright: ignore[reportArgumentType]
     assert len(kept) == 300
     assert kept.isdisjoint({int(held[index]) for index in range(100)})
+
+
+def test_a_process_that_loads_ends_where_its_worker_is_dead():
+    context = multiprocessing.get_context("forkserver")
+    for trainer, status in ((os.getpid(), 1), (None, 0)):
+        # The parent is the server of forks, not this process.
+        loading = context.Process(target=feed._begin_loading, args=(trainer, 0))
+        loading.start()
+        loading.join()
+        assert loading.exitcode == status
