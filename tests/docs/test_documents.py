@@ -165,7 +165,7 @@ def test_the_documented_training_commands_run(command, tmp_path, local):
     done = _run(words, ROOT)
     assert re.search(r"^test accuracy \d+\.\d\d %$", done.stdout, flags=re.MULTILINE)
     if words[0] == "torchrun":
-        assert digests(done) == digests(local[1]) != []
+        assert digests(done.stdout) == digests(local[1].stdout) != []
         run = run_folder(tmp_path, done)
         assert events(run, "step") == events(run_folder(*local), "step")
         assert done.stderr.count("2 workers on cpu\nmodel: digits_resnet, ") == 1

@@ -56,6 +56,6 @@ def run_folder(folder: Path, done: CompletedProcess[str]) -> Path:
     return folder / done.stdout.splitlines()[-1]
 
 
-def digests(done: CompletedProcess[str]) -> list[str]:
-    """Of the running statistics of each worker."""
-    return [line.split()[-1] for line in done.stdout.splitlines() if "sha256" in line]
+def digests(out: str) -> list[str]:
+    """Of the running statistics of each worker, as a command has printed them."""
+    return [line.split()[-1] for line in out.splitlines() if "sha256" in line]

@@ -70,10 +70,6 @@ def call(cluster, tmp_path, monkeypatch, capfd) -> Callable[..., Called]:
     return run
 
 
-def digests(out: str) -> list[str]:
-    return [line.split()[-1] for line in out.splitlines() if "sha256" in line]
-
-
 def curve(run: Path) -> dict[int, float]:
     """The loss of each step as it was last taken."""
     return {event["step"]: event["loss"] for event in events(run, "step")}
@@ -152,8 +148,8 @@ def check_as_on_one_machine(done: Called, folder: Path) -> None:
     assert re.search(r"^epoch 1/1  step 12  loss ", done.err, re.MULTILINE)
     (start,) = events(run, "start")
     assert start["world_size"] == 2
-    assert digests(done.out) == digests(alone.stdout)
-    assert len(set(digests(done.out))) == 1
+    assert record.digests(done.out) == record.digests(alone.stdout)
+    assert len(set(record.digests(done.out))) == 1
     assert curve(run) == curve(record.run_folder(folder, alone))
 
 
@@ -283,4 +279,4 @@ def test_killed_stopped_and_gone_on_with_the_run_is_the_same(cluster, call, tmp_
     first, again, last = (event["step"] for event in events(run, "start"))
     assert first == 0 < 10 <= again <= last == note["step"]
     assert curve(run) == curve(undisturbed[0])
-    assert digests(done.out) == digests(undisturbed[1].stdout)
+    assert record.digests(done.out) == record.digests(undisturbed[1].stdout)

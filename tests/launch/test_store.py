@@ -47,7 +47,7 @@ def test_a_run_is_copied_and_goes_on_from_its_address(s3, copied, tmp_path):
     again = commands.run([*TRAIN, "--resume", address(run)], tmp_path, s3)
     there = run_folder(tmp_path, again)
     assert there.name == run.name
-    assert digests(again) == digests(done)
+    assert digests(again.stdout) == digests(done.stdout)
     assert events(there, "step") == events(run, "step")
     end = read_exit(there)
     assert end is not None

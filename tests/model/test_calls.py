@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
-from syncnorm.comm import shared
 from syncnorm.testing import RankPool
+from tests import ways
 
 _FOLDER = str(Path(syncnorm.__file__).parent)
 # For each mode calls of a layer in a step, forward and backward, and operators.
@@ -34,7 +34,7 @@ MOST = {
 # More of them if it renormalises.
 MOST_OF_RENORM = (7, 0, 3)
 
-pytestmark = pytest.mark.skipif(shared.refusal() != "", reason=shared.refusal())
+pytestmark = pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 
 
 class _Operators(TorchDispatchMode):
