@@ -13,6 +13,7 @@ the first and the last, the extra file `syncnorm.json` of the other.
 import copy
 import json
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,9 @@ class RawModel(nn.Module):
 def export_model(model: LoadedModel, path: Path) -> None:
     """Write a model as the suffix says, whole or not at all.
 
+    Weights of an .onnx that are more than such a file can hold lie beside it, under its name and
+    `.data`.
+
     Raises:
         ConfigError: the suffix is another, a package is missing, the file cannot be written, or the
             network cannot be exported.
@@ -72,18 +76,19 @@ def export_model(model: LoadedModel, path: Path) -> None:
     }
     if path.suffix not in writers:
         raise ConfigError(f"`--output` must end in {', '.join(writers)}, got {str(path)!r}")
-    partial = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.open("wb").close()  # the writers have errors of their own kinds
-        writers[path.suffix](model, partial)
-        partial.replace(path)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
+            partial = Path(folder, path.name)
+            partial.open("wb").close()  # the writers have errors of their own kinds
+            writers[path.suffix](model, partial)
+            # The file names what lies beside it, and comes after that.
+            for each in sorted(Path(folder).iterdir(), key=lambda file: file == partial):
+                each.replace(path.with_name(each.name))
     except OSError as error:
         raise ConfigError(
             f"`--output` must be a file that can be written, got {str(path)!r}: {error}"
         ) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def describe(model: LoadedModel) -> str:
@@ -121,10 +126,7 @@ def _write_safetensors(model: LoadedModel, path: Path) -> None:
 
 
 def _write_program(model: LoadedModel, path: Path) -> None:
-    # It looks at the suffix.
-    named = path.with_suffix(".pt2")
-    torch.export.save(make_program(model), named, extra_files={"syncnorm.json": describe(model)})
-    named.replace(path)
+    torch.export.save(make_program(model), path, extra_files={"syncnorm.json": describe(model)})
 
 
 def _write_onnx(model: LoadedModel, path: Path) -> None:

@@ -329,6 +329,20 @@ def test_a_program_runs_without_syncnorm(suffix, made, tmp_path, capfd):
     assert found == [[share, list("0123456789")] for share in accuracies]
 
 
+@pytest.mark.usefixtures("onnx")
+def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, tmp_path, monkeypatch, capfd):
+    from torch.onnx._internal.exporter import _onnx_program
+
+    monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
+    path = tmp_path / "new" / "model.onnx"
+    assert command(capfd, "export", made["norm"].folder, "-o", path) == (0, f"{path}\n", "")
+    assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
+    import onnx
+
+    # Opens the file that it names.
+    assert onnx.load(path).graph.initializer[0].raw_data
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_exported_weights_fit_plain_batch_norms(name, made, tmp_path, capfd):
     path = tmp_path / "model.safetensors"

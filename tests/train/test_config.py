@@ -1,5 +1,6 @@
 """Finding, reading, overriding and checking a configuration."""
 
+import json
 import re
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from syncnorm.train.config.messages import OTHER_NAMES, _all_keys
 from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.show import origins
 from syncnorm.train.config.strict_yaml import dump, parse
+from syncnorm.train.metrics import json_value
 from syncnorm.train.optim import OPTIMIZERS, SCHEDULERS, arguments
 
 GOOD = """
@@ -500,6 +502,11 @@ def test_what_may_change_when_a_run_goes_on_is_what_the_refusal_and_the_pages_na
     recorded = load_config("digits").model_dump()
     assert describe_differences(load_config("digits", [*others.values()]), recorded) == ""
     assert describe_differences(load_config("digits", ["data.validation=0.5"]), recorded)
+    # As a checkpoint records it, in JSON.
+    options = ["model.options.least=-.inf", "model.options.most=.nan"]
+    unbounded = load_config("digits", ["model.name=timm:resnet18", *options])
+    recorded = json.loads(json.dumps(json_value(unbounded.model_dump()), allow_nan=False))
+    assert describe_differences(unbounded, recorded) == ""
     for page in ("weights.md", "train.md"):
         text = " ".join((Path(__file__).parents[2] / "docs" / page).read_text().split())
         (named,) = re.findall(r"[.:] ((?:`[a-z._]+`(?:, | and ))+`[a-z._]+`) may change,", text)

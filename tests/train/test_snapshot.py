@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -11,6 +12,7 @@ import safetensors.torch
 import torch
 
 from syncnorm.errors import InputError
+from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import assert_equal, make_snapshot, names
@@ -110,6 +112,20 @@ def test_plain_values_of_every_kind(store):
         "counter": Counter({30: 1, 80: 2}),  # MultiStepLR's milestones
     }
     assert_equal(store.read(store.write(Snapshot(1, {}, states, {}))).states, states)
+
+
+def test_facts_that_are_not_finite_are_json_all_the_same(store):
+    progress = Progress(1, 2, 2, loss_sum=math.inf, metrics={"loss": math.nan}, best=-math.inf)
+    facts = {"position": progress.as_facts(), "list": [-math.inf, (math.nan,)]}
+    path = store.write(Snapshot(1, {}, {}, facts))
+    read = json.loads((path / "state.json").read_text(), parse_constant=pytest.fail)
+    assert read["list"] == ["-inf", ["nan"]]
+    for kept in (store.read(path), Snapshot(1, {}, {}, facts).on_cpu()):
+        back = Progress()
+        back.load_facts(kept.facts["position"])
+        assert (back.loss_sum, back.best) == (math.inf, -math.inf)
+        assert back.metrics is not None
+        assert math.isnan(back.metrics["loss"])
 
 
 def test_an_optimizer_goes_on_exactly(store):

@@ -25,6 +25,7 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import MATHEMATICS, WHEREABOUTS, Config
 from syncnorm.train.config.section import leaves
+from syncnorm.train.metrics import json_value
 from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
 from syncnorm.train.waiting import from_first
@@ -57,13 +58,19 @@ class Progress:
     since_best: int = 0
 
     def as_facts(self) -> dict[str, Any]:
-        """Convert to a dict for JSON, which keeps every bit of a float."""
+        """Convert to a dict for JSON, which keeps every bit of a finite float."""
         return asdict(self)
 
     def load_facts(self, facts: dict[str, Any]) -> None:
-        """Load a dict of `as_facts`; TypeError or KeyError if it is something else."""
+        """Load a dict of `as_facts`; TypeError, ValueError or KeyError if it is something else."""
         # Older checkpoints do not have it.
         facts = {"left_out": 0, **facts}
+        # NaN and the infinities are words in JSON.
+        facts["loss_sum"] = float(facts["loss_sum"])
+        if facts["best"] is not None:
+            facts["best"] = float(facts["best"])
+        if facts["metrics"] is not None:
+            facts["metrics"] = {name: float(value) for name, value in facts["metrics"].items()}
         for name, value in asdict(Progress(**{name: facts[name] for name in asdict(self)})).items():
             setattr(self, name, value)
 
@@ -258,7 +265,11 @@ def describe_differences(config: Config, recorded: Any) -> str:
     """
     if not isinstance(recorded, dict):
         return "the recorded one is no mapping"
-    mine, theirs = _flatten(config.mathematics()), _flatten(_mathematics(recorded))
+    mine, theirs = (
+        # A record has words in place of NaN and the infinities, which equals nothing either.
+        _flatten(json_value(sections))
+        for sections in (config.mathematics(), _mathematics(recorded))
+    )
     keys = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
     if _epochs(recorded) < config.train.epochs:
         keys.discard("train.epochs")

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from syncnorm.errors import CheckpointError, InputError
 from syncnorm.train import files
+from syncnorm.train.metrics import json_value
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -53,7 +54,8 @@ class Snapshot:
         tensors: dictionaries of tensors, each a file NAME.safetensors.
         states: plain values and tensors, in dictionaries, lists and tuples, each a file NAME.pt.
         facts: values for JSON, for people and programs to read in state.json. They come back as
-            JSON has them: a tuple as a list, a number that is a key as a string.
+            JSON has them: a tuple as a list, a number that is a key as a string, one that is not
+            finite as the word that float() reads.
         copied: the CUDA event after which the tensors are whole, of a copy; who writes it waits.
 
     Raises:
@@ -217,7 +219,7 @@ def _copy(value: Any, name: str, *, wait: bool = True) -> Any:
 
 def _json_text(facts: dict[str, Any]) -> str:
     try:
-        return json.dumps(facts, indent=1)
+        return json.dumps(json_value(facts), indent=1, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"`facts` must be what JSON can hold: {error}") from None
 
