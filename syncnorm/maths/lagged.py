@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ class Lagged:
                 f"`max_drift` must be >= 0, got {self.max_drift}. Infinity turns the guard off."
             )
 
-    @property
+    @cached_property
     def max_ratio(self) -> float:
         """The ratio of two variances, the larger over the smaller, whose drift is `max_drift`."""
         try:

@@ -77,22 +77,25 @@ class LaggedAverages(Mode):
         return [numbers + workers, numbers]
 
 
-class _Buffers(NamedTuple):
-    """The layer's own buffers, see `LaggedAverages.buffers`."""
+class _Own(NamedTuple):
+    """The layer's own buffers, see `LaggedAverages.buffers`, and options."""
 
     mean: Tensor
     var: Tensor
     gradient: Tensor
     updates: Tensor
     waits: Tensor
+    options: Lagged
 
     @classmethod
-    def of(cls, layer: SyncNorm) -> _Buffers:
+    def of(cls, layer: SyncNorm) -> _Own:
         """Past `CurrentBuffers`: for callers that have settled, or are about to."""
-        return cls(*map(partial(dict.__getitem__, layer._buffers), _NAMES))
+        assert isinstance(layer.sync_mode, LaggedAverages)
+        buffers: Any = map(partial(dict.__getitem__, layer._buffers), _NAMES)
+        return cls(*buffers, options=layer.sync_mode.options)
 
 
-_NAMES = [f"lagged_{name}" for name in _Buffers._fields]
+_NAMES = [f"lagged_{name}" for name in _Own._fields[:-1]]
 
 
 @dataclass
@@ -152,9 +155,8 @@ class LaggedMeans:
         return totals if n is None else totals * reciprocal(n)
 
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
-        self.source.add_gradients(self.layer, local, self.count, self.backward)
         totals = (self.estimate, None) if self.pooled is None else self.pooled.totals(local)
-        self.source.note_arrival(self.backward, self.number)
+        self.source.add_gradients(self.layer, local, self.count, self.backward, self.number)
         return totals
 
     def of_second(self, local: Tensor) -> Tensor:
@@ -240,7 +242,7 @@ class PooledLagged(Source):
             self.pool.check_outside(layer, local)
             self.settle()
         group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
-        own = _Buffers.of(layer)
+        own = _Own.of(layer)
         rules = kernels.of_channels(own.mean) or lagged
         # Copies: the averages move on before the backward pass if somebody settles.
         kept = rules.snapshot(own.mean, own.var, own.gradient)
@@ -311,16 +313,21 @@ class PooledLagged(Source):
         return dict(self.__dict__)
 
     def add_gradients(
-        self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None
+        self,
+        layer: SyncNorm,
+        local: Tensor,
+        count: Tensor,
+        backward: Backward | None,
+        number: int,
     ) -> None:
-        """Keep a backward pass's [sum g, sum g xhat], shape (2, C), and count for the message."""
+        """Keep a call's [sum g, sum g xhat], shape (2, C), and count for the message, and note it.
+
+        The call may have been through its backward pass before.
+        """
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
         name, new = self.pool.names[layer], torch.cat([local.flatten(), count])
         kept[name] = kept[name] + new if name in kept else new
-
-    def note_arrival(self, backward: Backward | None, number: int) -> None:
-        """Count a call that has been through its backward pass, perhaps not for the first time."""
         if backward is not None:
             backward.arrived.add(number)
             if backward is self._backward and backward.is_complete:
@@ -358,10 +365,10 @@ class PooledLagged(Source):
                 return
             others = {id(buffer) for buffer in written(message.marks)}
             for layer, sums in zip(message.layers, parts, strict=True):
-                own = _Buffers.of(layer)
+                own = _Own.of(layer)
                 if id(own.gradient) not in others:
                     rules = kernels.of_channels(own.gradient) or lagged
-                    rules.follow_gradients_(sums, own.gradient, own.updates[1], _options(layer))
+                    rules.follow_gradients_(sums, own.gradient, own.updates[1], own.options)
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
         """True if the layer waits for pooling in this step.
@@ -369,20 +376,17 @@ class PooledLagged(Source):
         Read once a step for all layers: the one look at values that this mode needs, on CUDA too.
         """
         if self._waits is None:
-            waits = [_Buffers.of(each).waits for each in self.layers.values()]
+            waits = [
+                dict.__getitem__(each._buffers, "lagged_waits") for each in self.layers.values()
+            ]
             self._waits = dict(zip(self.layers, torch.stack(waits).tolist(), strict=True))
         return self._waits[self.pool.names[layer]]
 
     def _follow_moments(self, layer: SyncNorm, batch: Moments) -> None:
         self._waits = None
-        own = _Buffers.of(layer)
+        own = _Own.of(layer)
         # As few launches as the device allows.
-        rules, options = kernels.of_channels(own.mean) or lagged, _options(layer)
+        rules = kernels.of_channels(own.mean) or lagged
         rules.follow_moments_(
-            batch, own.mean, own.var, own.updates[0], own.waits, layer.eps, options
+            batch, own.mean, own.var, own.updates[0], own.waits, layer.eps, own.options
         )
-
-
-def _options(layer: SyncNorm) -> Lagged:
-    assert isinstance(layer.sync_mode, LaggedAverages)
-    return layer.sync_mode.options

@@ -29,7 +29,7 @@ MOST = {
     "batch": (40, 14, 15),
     "none": (35, 10, 11),
     "running": (37, 10, 13),
-    "lagged": (57, 12, 23),
+    "lagged": (53, 11, 23),
 }
 # More of them if it renormalises.
 MOST_OF_RENORM = (7, 0, 3)
