@@ -80,9 +80,7 @@ docs-links: $(ALL)  ## Ask the web whether the addresses in the documentation st
 matrix: $(ALL)  ## Try the lowest, the pinned and the newest versions of what each extra brings; an hour
 	$(BIN)/nox
 
-# Tools that nothing else needs; with what one of them brings every import of Ray takes a second more.
 release: $(ALL)  ## Build sdist and wheel into dist, check them, and write the version's notes
-	$(PIP_INSTALL) --quiet 'build>=1.2' 'check-wheel-contents>=0.6' 'cyclonedx-bom>=7' 'twine>=6.0'
 	rm -rf dist
 	$(BIN)/python -m tools.release dist
 

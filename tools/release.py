@@ -8,12 +8,13 @@ packages that the extras bring.
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-from tools import licenses
+from tools import hashes, licenses
 
 ROOT = Path(__file__).parents[1]
 
@@ -77,21 +78,41 @@ def check(files: list[Path]) -> None:
 
 
 def list_image(path: Path) -> None:
-    """Write the packages of the image, with hashes where they have any, as CycloneDX JSON."""
+    """Write the packages of the image, with hashes where they have any, as CycloneDX JSON.
+
+    The same packages make the same file: it has no time and no number of its own.
+    """
     hashed, constraints = (
         (ROOT / "docker" / name).read_text() for name in ("hashes.txt", "constraints.txt")
     )
-    torch = [line for line in constraints.splitlines() if line.startswith("torch==")]
-    _run(
-        *("cyclonedx_py", "requirements", "-", "--output-reproducible", "--of", "JSON"),
-        *("-o", str(path)),
-        text="\n".join([hashed, *torch]),
-    )
+    # Each with its lines of hashes.
+    blocks = re.split(r"\n(?=[\w.\-]+==)", hashed)
+    by_name = {
+        name: re.findall(r"--hash=sha256:([0-9a-f]{64})", block)
+        for block in blocks
+        for name in hashes.pins(block)
+    }
+    components = []
+    for name, version in hashes.pins(constraints).items():
+        purl = f"pkg:pypi/{hashes.canonical(name)}@{version}"
+        wheels = [{"alg": "SHA-256", "content": digest} for digest in by_name.get(name, [])]
+        files = {"type": "distribution", "url": purl, "hashes": wheels}
+        components.append(
+            {
+                "type": "library",
+                "bom-ref": purl,
+                "name": name,
+                "version": version,
+                "purl": purl,
+                "externalReferences": [files] if wheels else [],
+            }
+        )
+    made = {"bomFormat": "CycloneDX", "specVersion": "1.6", "version": 1, "components": components}
+    path.write_text(json.dumps(made, indent=2) + "\n")
 
 
-def _run(module: str, *arguments: str, text: str | None = None) -> None:
-    command = [sys.executable, "-m", module, *arguments]
-    subprocess.run(command, cwd=ROOT, check=True, input=text, text=True)
+def _run(module: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", module, *arguments], cwd=ROOT, check=True)
 
 
 def main(arguments: list[str]) -> None:

@@ -9,9 +9,12 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cyclonedx.model.bom import Bom
 from hatchling.builders.sdist import SdistBuilder
 
 import syncnorm
@@ -56,16 +59,19 @@ def modules_of(tree: ast.AST) -> Iterator[tuple[str, bool]]:
         yield from modules_of(child)
 
 
-FOUND = {
-    found
-    for path in (ROOT / "syncnorm").rglob("*.py")
-    for found in modules_of(ast.parse(path.read_text()))
-}
+@cache
+def found_modules() -> set[tuple[str, bool]]:
+    """The `modules_of` the package."""
+    return {
+        found
+        for path in (ROOT / "syncnorm").rglob("*.py")
+        for found in modules_of(ast.parse(path.read_text()))
+    }
 
 
 @pytest.mark.parametrize("extra", sorted(OWN))
 def test_an_extra_holds_only_what_a_line_imports(extra):
-    names = {name for name, _ in FOUND}
+    names = {name for name, _ in found_modules()}
     for requirement in EXTRAS[extra]:
         module = MODULES.get(name_of(requirement), name_of(requirement))
         assert any(name == module or name.startswith(f"{module}.") for name in names), requirement
@@ -75,7 +81,7 @@ def test_every_import_is_in_an_extra():
     packages = {name_of(each) for extra in OWN for each in EXTRAS[extra]}
     known = {MODULES.get(name, name) for name in packages} | USERS | {"syncnorm", "torch"}
     known |= {module for module, by in BROUGHT.items() if by in packages}
-    tops = {name.partition(".")[0] for name, by_statement in FOUND if by_statement}
+    tops = {name.partition(".")[0] for name, by_statement in found_modules() if by_statement}
     assert tops - known - sys.stdlib_module_names == set()
 
 
@@ -188,12 +194,19 @@ def test_the_sdist_has_all_that_the_repository_tracks():
 
 def test_the_list_of_the_image_has_its_packages_and_their_hashes(tmp_path):
     release.list_image(tmp_path / "image.json")
-    listed = json.loads((tmp_path / "image.json").read_text())["components"]
+    reader: Any = Bom
+    listed = reader.from_json(json.loads((tmp_path / "image.json").read_text())).components
     pins = hashes.pins((ROOT / "docker" / "constraints.txt").read_text())
-    versions = {each["name"]: each["version"] for each in listed}
-    assert versions == pins
-    hashed = {each["name"] for each in listed if "hashes" in str(each.get("externalReferences"))}
-    assert hashed == pins.keys() - {"torch"}
+    assert {each.name: each.version for each in listed} == pins
+    found = {
+        each.name: {digest.content for of in each.external_references for digest in of.hashes}
+        for each in listed
+    }
+    assert {name for name, digests in found.items() if digests} == pins.keys() - {"torch"}
+    text = (ROOT / "docker" / "hashes.txt").read_text()
+    assert set.union(*found.values()) == set(re.findall(r"sha256:([0-9a-f]{64})", text))
+    (yarl,) = (each for each in listed if each.name == "yarl")
+    assert str(yarl.purl) == f"pkg:pypi/yarl@{pins['yarl']}"
 
 
 def test_all_that_the_extras_bring_names_its_license():
