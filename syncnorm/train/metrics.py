@@ -1,9 +1,11 @@
 """The events of a run, one JSON object per line."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -43,8 +45,7 @@ class MetricsFile:
             for event, values in events
         )
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            _append(self._path, text.encode())
         except OSError as error:
             if self._is_complete:
                 _log.error(
@@ -79,6 +80,22 @@ def last_step(path: Path) -> int:
     return next(
         (e["step"] for e in reversed(read_events(path)[0]) if isinstance(e.get("step"), int)), 0
     )
+
+
+def _append(path: Path, data: bytes) -> None:
+    """Write at the end of a file, which is closed again so that other machines see it.
+
+    Once in each step: a file object takes twice the time.
+
+    Raises:
+        OSError: it could not be written; a part of it may be there.
+    """
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        if os.write(descriptor, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(descriptor)
 
 
 def _close_torn_line(path: Path) -> None:

@@ -123,6 +123,16 @@ def test_metrics_are_json_lines_also_when_a_loss_is_not_finite(tmp_path):
     assert last_step(path) == 2
 
 
+def test_metrics_that_cannot_be_written_are_lost_with_one_word(caplog):
+    metrics = MetricsFile(Path("/dev/full"))
+    for step in range(3):
+        metrics.write("step", step=step)
+    (message,) = caplog.messages
+    assert (
+        message == "/dev/full: cannot be written, the run goes on without: No space left on device"
+    )
+
+
 def test_nothing_on_record(tmp_path):
     assert last_step(tmp_path / "metrics.jsonl") == 0
 
