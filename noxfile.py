@@ -52,6 +52,8 @@ PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
             "tests/model/test_accumulate.py",
             "tests/model/test_frozen.py",
             "tests/model/test_lagged.py",
+            "tests/train/test_step.py",
+            "tests/train/test_optimisation.py",
         ],
     ),
     "triton": (
