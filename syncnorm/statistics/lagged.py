@@ -95,7 +95,7 @@ class _Own(NamedTuple):
         return cls(*buffers, options=layer.sync_mode.options)
 
 
-_NAMES = [f"lagged_{name}" for name in _Own._fields[:-1]]
+_NAMES = [f"lagged_{name}" for name in _Own._fields if name != "options"]
 
 
 @dataclass

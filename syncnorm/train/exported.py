@@ -13,7 +13,6 @@ the first and the last, the extra file `syncnorm.json` of the other.
 import copy
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from syncnorm.family.layer import FamilyLayer
 from syncnorm.model.convert.adapters import own_class, set_class
 from syncnorm.model.convert.family import put
 from syncnorm.module import SyncNorm
+from syncnorm.train import files
 from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.loaded import LoadedModel
 from syncnorm.train.task.supervised import call
@@ -63,7 +63,7 @@ def export_model(model: LoadedModel, path: Path) -> None:
     """Write a model as the suffix says, whole or not at all.
 
     Weights of an .onnx that are more than such a file can hold lie beside it, under its name and
-    `.data`.
+    `.data`. The file itself comes last: an earlier one is gone before they are replaced.
 
     Raises:
         ConfigError: the suffix is another, a package is missing, the file cannot be written, or the
@@ -76,19 +76,25 @@ def export_model(model: LoadedModel, path: Path) -> None:
     }
     if path.suffix not in writers:
         raise ConfigError(f"`--output` must end in {', '.join(writers)}, got {str(path)!r}")
+    folder = path.with_name(f".tmp-{path.name}")
+    partial = folder / path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=path.parent) as folder:
-            partial = Path(folder, path.name)
-            partial.open("wb").close()  # the writers have errors of their own kinds
-            writers[path.suffix](model, partial)
-            # The file names what lies beside it, and comes after that.
-            for each in sorted(Path(folder).iterdir(), key=lambda file: file == partial):
-                each.replace(path.with_name(each.name))
+        files.remove(folder)  # of an export that was killed
+        folder.mkdir()
+        partial.open("wb").close()  # the writers have errors of their own kinds
+        writers[path.suffix](model, partial)
+        for beside in folder.iterdir():
+            if beside != partial:
+                path.unlink(missing_ok=True)
+                beside.replace(path.with_name(beside.name))
+        partial.replace(path)
     except OSError as error:
         raise ConfigError(
             f"`--output` must be a file that can be written, got {str(path)!r}: {error}"
         ) from None
+    finally:
+        files.remove(folder)
 
 
 def describe(model: LoadedModel) -> str:

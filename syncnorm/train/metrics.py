@@ -1,7 +1,6 @@
 """The events of a run, one JSON object per line."""
 
 import contextlib
-import errno
 import json
 import logging
 import math
@@ -45,6 +44,8 @@ class MetricsFile:
             for event, values in events
         )
         try:
+            if not self._is_complete:
+                _close_torn_line(self._path)
             _append(self._path, text.encode())
         except OSError as error:
             if self._is_complete:
@@ -92,8 +93,8 @@ def _append(path: Path, data: bytes) -> None:
     """
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
-        if os.write(descriptor, data) < len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        while data:
+            data = data[os.write(descriptor, data) :]
     finally:
         os.close(descriptor)
 
@@ -112,3 +113,12 @@ def json_value(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: json_value(one) for name, one in value.items()}
     return [json_value(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def from_json_value(value: Any) -> Any:
+    """Undo `json_value`, which a text of the same letters does not survive."""
+    if isinstance(value, str) and value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, dict):
+        return {name: from_json_value(one) for name, one in value.items()}
+    return [from_json_value(one) for one in value] if isinstance(value, list) else value

@@ -335,6 +335,8 @@ def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, tmp_path, monkey
 
     monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
     path = tmp_path / "new" / "model.onnx"
+    (path.parent / ".tmp-model.onnx" / "of an export that was killed").mkdir(parents=True)
+    path.write_bytes(b"of an earlier one")
     assert command(capfd, "export", made["norm"].folder, "-o", path) == (0, f"{path}\n", "")
     assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
     import onnx

@@ -4,13 +4,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from pathlib import Path
 
 import pytest
 
 from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, write_whole
-from syncnorm.train.metrics import MetricsFile, last_step
+from syncnorm.train.metrics import MetricsFile, last_step, read_events
 
 
 def test_a_file_is_replaced_as_a_whole(tmp_path):
@@ -132,6 +133,24 @@ def test_metrics_that_cannot_be_written_are_lost_with_one_word(caplog):
     assert (
         message == "/dev/full: cannot be written, the run goes on without: No space left on device"
     )
+
+
+def test_a_line_that_is_cut_off_by_a_full_disk_leaves_the_next_one_whole(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    metrics.write("step", step=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        metrics.write("step", step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    metrics.write("step", step=3)
+    (message,) = caplog.messages
+    assert message.endswith("cannot be written, the run goes on without: File too large")
+    events, torn = read_events(path)
+    assert [event["step"] for event in events] == [1, 3]
+    assert torn == 1
 
 
 def test_nothing_on_record(tmp_path):

@@ -5,6 +5,7 @@ optimizer, schedule, random numbers and progress. From it a run goes on bit for 
 without it, on as many workers; on another number of workers as the same training, to rounding.
 """
 
+import contextlib
 import logging
 import math
 import platform
@@ -25,7 +26,7 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import MATHEMATICS, WHEREABOUTS, Config
 from syncnorm.train.config.section import leaves
-from syncnorm.train.metrics import json_value
+from syncnorm.train.metrics import from_json_value, json_value
 from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
 from syncnorm.train.waiting import from_first
@@ -62,7 +63,11 @@ class Progress:
         return asdict(self)
 
     def load_facts(self, facts: dict[str, Any]) -> None:
-        """Load a dict of `as_facts`; TypeError, ValueError or KeyError if it is something else."""
+        """Load a dict of `as_facts`.
+
+        Raises:
+            TypeError, ValueError, KeyError, AttributeError: it is something else.
+        """
         # Older checkpoints do not have it.
         facts = {"left_out": 0, **facts}
         # NaN and the infinities are words in JSON.
@@ -282,14 +287,14 @@ def describe_differences(config: Config, recorded: Any) -> str:
 
 def _mathematics(recorded: dict[str, Any]) -> dict[str, Any]:
     """The sections that fix the result, with today's defaults for keys that are newer."""
-    try:
-        return Config.model_validate(recorded).mathematics()
-    except ValidationError:
-        sections = {name: recorded[name] for name in MATHEMATICS if name in recorded}
-        data = sections.get("data")
-        if isinstance(data, dict):
-            sections["data"] = {k: v for k, v in data.items() if k not in WHEREABOUTS}
-        return sections
+    for values in (recorded, from_json_value(recorded)):
+        with contextlib.suppress(ValidationError):
+            return Config.model_validate(values).mathematics()
+    sections = {name: recorded[name] for name in MATHEMATICS if name in recorded}
+    data = sections.get("data")
+    if isinstance(data, dict):
+        sections["data"] = {k: v for k, v in data.items() if k not in WHEREABOUTS}
+    return sections
 
 
 def _epochs(recorded: dict[str, Any]) -> float:
