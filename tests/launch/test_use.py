@@ -308,14 +308,13 @@ for name in names:
 @pytest.fixture
 def onnx():
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
-    pytest.importorskip("onnx")
+    return pytest.importorskip("onnx")
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])
-def test_a_program_runs_without_syncnorm(suffix, made, tmp_path, capfd):
+def test_a_program_runs_without_syncnorm(suffix, made, tmp_path, capfd, request):
     if suffix == "onnx":
-        pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")
-        pytest.importorskip("onnx")
+        request.getfixturevalue("onnx")
     np.save(tmp_path / "x.npy", TEST.images.numpy())
     np.save(tmp_path / "y.npy", TEST.labels.numpy())
     for name, (folder, _) in made.items():
@@ -329,8 +328,7 @@ def test_a_program_runs_without_syncnorm(suffix, made, tmp_path, capfd):
     assert found == [[share, list("0123456789")] for share in accuracies]
 
 
-@pytest.mark.usefixtures("onnx")
-def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, tmp_path, monkeypatch, capfd):
+def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, onnx, tmp_path, monkeypatch, capfd):
     from torch.onnx._internal.exporter import _onnx_program
 
     monkeypatch.setattr(_onnx_program, "_LARGE_MODEL_THRESHOLD", 0)
@@ -339,8 +337,6 @@ def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, tmp_path, monkey
     path.write_bytes(b"of an earlier one")
     assert command(capfd, "export", made["norm"].folder, "-o", path) == (0, f"{path}\n", "")
     assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
-    import onnx
-
     # Opens the file that it names.
     assert onnx.load(path).graph.initializer[0].raw_data
 

@@ -63,19 +63,9 @@ class Progress:
         return asdict(self)
 
     def load_facts(self, facts: dict[str, Any]) -> None:
-        """Load a dict of `as_facts`.
-
-        Raises:
-            TypeError, ValueError, KeyError, AttributeError: it is something else.
-        """
-        # Older checkpoints do not have it.
-        facts = {"left_out": 0, **facts}
-        # NaN and the infinities are words in JSON.
-        facts["loss_sum"] = float(facts["loss_sum"])
-        if facts["best"] is not None:
-            facts["best"] = float(facts["best"])
-        if facts["metrics"] is not None:
-            facts["metrics"] = {name: float(value) for name, value in facts["metrics"].items()}
+        """Load a dict of `as_facts`, as JSON has it; TypeError or KeyError if it is another."""
+        # Older checkpoints do not have `left_out`.
+        facts = from_json_value({"left_out": 0, **facts})
         for name, value in asdict(Progress(**{name: facts[name] for name in asdict(self)})).items():
             setattr(self, name, value)
 
