@@ -82,8 +82,8 @@ class Normalize(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, invstd, mask)
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.gradient_means = gradient_means
-        scale = invstd if weight is None else weight.detach().double() * invstd
-        shift = torch.zeros_like(mean) if bias is None else bias.detach().double()
+        scale = invstd if weight is None else weight.detach().to(invstd.dtype) * invstd
+        shift = torch.zeros_like(mean) if bias is None else bias.detach().to(mean.dtype)
         return kernels.normalize(x, mean, scale, shift)
 
     @staticmethod
@@ -151,7 +151,7 @@ def _gradient(
         grad_bias = local[0].to(bias_dtype, copy=True)
     mean_dy, mean_dy_xhat = gradient_means(local)
     if needs_input:
-        scale = invstd if weight is None else weight.double() * invstd
+        scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
         grad_input = kernels.backward_input(g, x, mean, scale, mean_dy, mean_dy_xhat * invstd, mask)
     return (grad_input, grad_weight, grad_bias), (mean_dy, mean_dy_xhat)
 
@@ -170,7 +170,7 @@ def differentiable_gradient(
 
     Whether one of them needs a gradient may differ between workers; the exchange must not.
     """
-    saved, how = (g, x, weight, mean, invstd, mask), (gradient_means, torch.float64, needs_input)
+    saved, how = (g, x, weight, mean, invstd, mask), (gradient_means, mean.dtype, needs_input)
     if torch.compiler.is_compiling():
         (dx, dweight, dbias), _ = _gradient(*saved, *how)
     else:
@@ -215,8 +215,8 @@ class _Gradient(torch.autograd.Function):
             ), *[None] * 7
         wide = torch.promote_types(x.dtype, torch.float32)
         v = torch.zeros_like(x) if v is None else v
-        u, t = (torch.zeros_like(mean) if each is None else each.double() for each in (u, t))
-        scale = torch.ones_like(mean) if weight is None else weight.double()
+        u, t = (torch.zeros_like(mean) if each is None else each.to(mean.dtype) for each in (u, t))
+        scale = torch.ones_like(mean) if weight is None else weight.to(mean.dtype)
         second = SecondDerivative(
             v.to(wide), u, t, g.to(wide), x.to(wide), mask, scale, mean, invstd, *means
         )

@@ -18,6 +18,7 @@ from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError, SingleValueWarning
 from syncnorm.maths import kernels, renorm
 from syncnorm.maths.moments import Moments, Unread
+from syncnorm.maths.precision import sum_dtype
 from syncnorm.ops import LocalSums, Statistic
 
 __all__ = ["sync_batch_norm", "sync_batch_renorm"]
@@ -339,8 +340,8 @@ def check_bounds(
 def _as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """A float64 tensor of shape (), made without a copy from the host to a CUDA device."""
     if isinstance(value, Tensor):
-        return value.to(device, torch.float64)
-    return torch.full((), value, dtype=torch.float64, device=device)
+        return value.to(device, sum_dtype(device))
+    return torch.full((), value, dtype=sum_dtype(device), device=device)
 
 
 def _check_arguments(

@@ -159,7 +159,7 @@ def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> Non
             report[1], report[2] = 1.0, wrong[0]
             shape = local.given.shape[:_MAX_DIMS]
             report[3 : 3 + len(shape)] = torch.tensor(shape)
-    reports = exchange.gather(report.to(local.sums.device), group, "fault", name).tolist()
+    reports = exchange.gather(report.to(local.sums), group, "fault", name).tolist()
     masks, inputs = [], []
     for rank, (is_input, is_mask, value, *shape) in zip(groups.ranks(group), reports, strict=True):
         if is_mask:
@@ -417,7 +417,7 @@ def update_running_(
     With `is_std` the standard deviation follows, by the biased variance, else the unbiased
     variance. See `syncnorm.maths.moments` for what a batch of one value or none changes.
     """
-    own = kernels.of_channels(running_mean, running_var, batch.count)
+    own = kernels.of_running(running_mean, running_var, batch.count)
     if own is not kernels.native:
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
     if own is not None and not isinstance(batch, Unread):
@@ -452,6 +452,6 @@ def fold(
     if statistic.correction is None:
         return weight, bias
     r, d, *_ = statistic.correction
-    weight = torch.ones_like(r) if weight is None else weight.double()
-    bias = torch.zeros_like(d) if bias is None else bias.double()
+    weight = torch.ones_like(r) if weight is None else weight.to(r.dtype)
+    bias = torch.zeros_like(d) if bias is None else bias.to(d.dtype)
     return weight * r, bias + weight * d

@@ -7,6 +7,7 @@ For each distinct shape of ResNet-50's batch norms at batch 256. A primitive's s
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -42,9 +43,9 @@ EPS = 1e-5
 Primitives = dict[str, Callable[[], object]]
 
 
-def ours(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Primitives:
-    """The kernels in Triton."""
-    kernels = importlib.import_module("syncnorm.maths.kernels.triton")
+def ours(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor, module: str = "triton") -> Primitives:
+    """The kernels in Triton, or "composed" of operators, which other devices have."""
+    kernels = importlib.import_module(f"syncnorm.maths.kernels.{module}")
     sums = kernels.moments(x, None)
     batch, n, types = Raw(sums), sums[-1], (weight.dtype, bias.dtype)
     _, rows = kernels.normalize(x, batch, weight, bias, EPS, None)
@@ -54,23 +55,6 @@ def ours(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Primitives:
         "normalize": lambda: kernels.normalize(x, batch, weight, bias, EPS, None),
         "backward_sums": lambda: kernels.backward_sums(g, x, rows, *types),
         "backward_input": lambda: kernels.backward_input(g, x, rows, weight, totals, n, None),
-    }
-
-
-def portable(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Primitives:
-    """The kernels from plain operators, which other devices have."""
-    kernels = importlib.import_module("syncnorm.maths.kernels.portable")
-    count = x.numel() // x.shape[1]
-    pivot, total, squares = kernels.centred_sums(x, None, count)
-    mean, var = pivot + total / count, squares / count - (total / count).square()
-    scale, shift = weight.double() / (var + EPS).sqrt(), bias.double()
-    a, b = kernels.backward_sums(g, x, mean).view(2, -1) / count
-    b = b / (var + EPS)
-    return {
-        "moments": lambda: kernels.centred_sums(x, None, count),
-        "normalize": lambda: kernels.normalize(x, mean, scale, shift),
-        "backward_sums": lambda: kernels.backward_sums(g, x, mean),
-        "backward_input": lambda: kernels.backward_input(g, x, mean, scale, a, b, None),
     }
 
 
@@ -92,7 +76,11 @@ def torchs(x: Tensor, g: Tensor, weight: Tensor, bias: Tensor) -> Primitives:
 
 
 # With the repetitions of each.
-KERNELS = {"ours": (ours, 20), "torch's": (torchs, 20), "ours, portable": (portable, 5)}
+KERNELS = {
+    "ours": (ours, 20),
+    "torch's": (torchs, 20),
+    "ours, portable": (functools.partial(ours, module="composed"), 5),
+}
 
 
 def measure(settings: part.Settings) -> None:

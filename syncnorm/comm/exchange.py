@@ -28,7 +28,7 @@ from syncnorm.comm.inflight import InFlight, log_of, reset_calls
 from syncnorm.comm.tally import Exchange, Tally, Total, record
 from syncnorm.comm.world import device_for, ranks
 from syncnorm.device import is_host
-from syncnorm.errors import ExchangeError
+from syncnorm.errors import ExchangeError, InputError
 
 __all__ = [
     "NO_DATA",
@@ -302,7 +302,11 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
 
 
 def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> InFlight:
-    assert message.dtype == torch.float64
+    if message.dtype != torch.float64:
+        raise InputError(
+            f"`x` must be on a device that has float64 where workers pool, got {message.device} "
+            f"in {name}. Move the model to the CPU, or give its layers sync='none'."
+        )
     log, count = log_of(group), message.numel()
     envelope = _envelope(way, kind, name, count, log.room)
     for announce in announcers:

@@ -15,10 +15,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from syncnorm.maths.precision import for_sums, sum_dtype
+
 
 def raw_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[sum wx, sum wx^2, sum w], shape (2C+1,), float64."""
-    wide, w = x.double(), _weights(x, mask)
+    wide, w = for_sums(x), _weights(x, mask)
     wx = w * wide
     return torch.cat([wx.sum(_over(x)), (wx * wide).sum(_over(x)), w.sum().view(1)])
 
@@ -30,7 +32,7 @@ def normalize(
     centred, _, var, is_single = _moments(x, mask)
     s = _invstd(var + eps, is_single)
     y = centred * _facing(s if weight is None else s * weight, x)
-    return (y if bias is None else y + _facing(bias.double(), x)).to(x.dtype)
+    return (y if bias is None else y + _facing(for_sums(bias), x)).to(x.dtype)
 
 
 def gradient(
@@ -44,7 +46,7 @@ def gradient(
     # The constant between the variance and 1 / invstd^2. It is infinite where invstd is 0.
     eps = (invstd.pow(-2) - var).detach()
     s = _invstd(var + eps, is_single)
-    xhat, wide = centred * _facing(s, x), g.double()
+    xhat, wide = centred * _facing(s, x), for_sums(g)
     sum_g, sum_g_xhat = wide.sum(_over(x)), (wide * xhat).sum(_over(x))
     through = _weights(x, mask) * (
         _facing(sum_g * inverse, x) + xhat * _facing(sum_g_xhat * inverse, x)
@@ -55,7 +57,7 @@ def gradient(
 
 def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x - mean; 1 / n, and 0 where n = 0; var; whether no value or a single one counts."""
-    wide, w = x.double(), _weights(x, mask)
+    wide, w = for_sums(x), _weights(x, mask)
     count = w.sum()
     inverse = torch.where(count == 0, 0.0, 1.0 / count)
     centred = wide - _facing((w * wide).sum(_over(x)) * inverse, x)
@@ -69,7 +71,9 @@ def _invstd(var: Tensor, is_single: Tensor) -> Tensor:
 
 def _weights(x: Tensor, mask: Tensor | None) -> Tensor:
     # Made from x rather than from its sizes, which a tracer would take for constants.
-    return torch.ones_like(x[:, :1], dtype=torch.float64) if mask is None else mask.double()
+    if mask is not None:
+        return for_sums(mask)
+    return torch.ones_like(x[:, :1], dtype=sum_dtype(x.device))
 
 
 def _over(x: Tensor) -> list[int]:

@@ -163,7 +163,7 @@ def average_factor(
     if momentum is not None:
         return momentum
     assert num_batches_tracked is not None, "a cumulative average needs its counter"
-    return 1.0 / num_batches_tracked.to(torch.float64).clamp(min=1.0)
+    return 1.0 / num_batches_tracked.to(batch.count.dtype).clamp(min=1.0)
 
 
 def update_running_mean_(running_mean: Tensor, batch: Moments, factor: float | Tensor) -> None:
@@ -188,7 +188,7 @@ def blend_(running: Tensor, value: Tensor, factor: float | Tensor, where: bool |
     On a CPU the bits are those of the native library: workers with it and without must have the
     same buffers. On CUDA no value is read on the host.
     """
-    wide = running.to(torch.float64)
+    wide = running.to(value.dtype)
     blended = _lerp(wide, value, factor) if is_host(wide) else torch.lerp(wide, value, factor)
     if isinstance(where, Tensor):
         running.copy_(torch.where(where, blended, wide))

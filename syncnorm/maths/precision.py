@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
+# Apple's GPUs.
+_WITHOUT_FLOAT64 = ("mps",)
+
+
 def sum_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that has no float64."""
-    if device.type == "mps":
+    if device.type in _WITHOUT_FLOAT64:
         return torch.float32
     if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
         return torch.float32
     return torch.float64
+
+
+def for_sums(t: Tensor) -> Tensor:
+    """t in the type of sums on its device."""
+    return t.to(sum_dtype(t.device))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments, blend_
+from syncnorm.maths.precision import sum_dtype
 
 # The step at which the paper's baseline reaches its best accuracy, and so the length of "the
 # paper's run".
@@ -125,11 +126,12 @@ class RenormSchedule:
     def _ramp(self, step: Tensor, start: float, end: float, end_step: int) -> Tensor:
         # The last value is put in rather than computed: start + (end - start) may round to beyond
         # the bound.
-        final = torch.full_like(step, end, dtype=torch.float64)
+        wide = sum_dtype(step.device)
+        final = torch.full_like(step, end, dtype=wide)
         length = end_step - self.warmup_steps
         if length == 0:
             return torch.where(step >= end_step, final, start)
-        progress = (step.to(torch.float64) - self.warmup_steps) / length
+        progress = (step.to(wide) - self.warmup_steps) / length
         ramp = start + (end - start) * progress.clamp(0.0, 1.0)
         return torch.where(step >= end_step, final, ramp.clamp(max=end))
 
@@ -159,9 +161,9 @@ def correction(
 
     Where nothing was counted r = 1 and d = 0.
     """
-    sigma = torch.sqrt(running_var.double() + eps)
+    sigma = torch.sqrt(running_var.to(batch.mean.dtype) + eps)
     r = torch.sqrt(batch.var + eps) / sigma
-    d = (batch.mean - running_mean.double()) / sigma
+    d = (batch.mean - running_mean.to(batch.mean.dtype)) / sigma
     r = torch.where(batch.count == 0, 1.0, torch.minimum(torch.maximum(r, 1.0 / r_max), r_max))
     d = torch.where(batch.count == 0, 0.0, torch.minimum(torch.maximum(d, -d_max), d_max))
     return r, d
@@ -176,7 +178,7 @@ def update_running_std_(
 
     sigma_B is from the biased variance. n <= 1 leaves it as it is.
     """
-    sigma, sigma_batch = _root(running_var.double() + eps), _root(batch.var + eps)
+    sigma, sigma_batch = _root(running_var.to(batch.mean.dtype) + eps), _root(batch.var + eps)
     sigma = sigma + factor * (sigma_batch - sigma)
     blend_(running_var, (sigma.square() - eps).clamp(min=0.0), 1.0, batch.n > 1)
 

@@ -305,7 +305,7 @@ def _read_keras(own: Entries, layer: _BatchNorm) -> _Read:
             "renorm_mean and renorm_stddev were left out: evaluation used the moving averages"
         )
     if std is not None:
-        var = (std.double().square() - layer.eps).clamp(min=0.0).to(std.dtype)
+        var = (std.cpu().double().square() - layer.eps).clamp(min=0.0).to(std)
         notes.append(f"running_var = stddev^2 - {layer.eps:g}, which keeps sigma whatever eps was")
     elif layer.eps != 1e-3:
         notes.append(f"eps is {layer.eps:g} here, and 0.001 in Keras by default")

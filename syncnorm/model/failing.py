@@ -50,7 +50,7 @@ def sum_unless_failed(
         FaultError: another worker failed. The failing one raises its own error.
     """
     members = groups.ranks(group)
-    failures = torch.zeros(len(members), dtype=torch.float64, device=message.device)
+    failures = torch.zeros(len(members), dtype=message.dtype, device=message.device)
     failures[members.index(groups.rank())] = failure is not None
     total = exchange.sum_(torch.cat([message, failures]), group, kind)
     message, failures = total.split([message.numel(), len(members)])

@@ -111,7 +111,7 @@ def _variances(
             x: Tensor = args[0] if args else next(iter(kwargs.values()))
             if observed.observer(x) is not None:
                 return
-            by_channel = x.detach().transpose(0, 1).flatten(1).double()
+            by_channel = x.detach().transpose(0, 1).flatten(1).cpu().double()
             seen[module] = by_channel.var(1, correction=0).mean().item()  # noqa: B023 this round's
 
         with ExitStack() as stack, torch.no_grad():
@@ -166,7 +166,7 @@ def decay_lints(model: nn.Module, calls: Sequence[Call], optimizer: Optimizer) -
         if weight is None or group is None or weight.ndim < 2 or not group.get("weight_decay"):
             continue
         decays.add(float(group["weight_decay"]))
-        square = weight.detach().double().square().sum().item()
+        square = weight.detach().cpu().double().square().sum().item()
         rates[_names(model)[each.fed_by]] = float(group["lr"]) / square if square else float("inf")
     if not rates:
         return []

@@ -24,6 +24,7 @@ from syncnorm import observed
 from syncnorm.comm import exchange, groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums, reciprocal
+from syncnorm.maths.precision import for_sums, sum_dtype
 from syncnorm.module import Seen, SyncNorm
 from syncnorm.statistics.flat import device_of, zeros
 
@@ -202,7 +203,7 @@ class _Layout(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _constants(facts: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
     """The columns of a table of numbers, in float64."""
-    return torch.tensor(facts, dtype=torch.float64, device=device).unbind(1)
+    return torch.tensor(facts, dtype=sum_dtype(device), device=device).unbind(1)
 
 
 def _figures(layers: list[SyncNorm], group: groups.Group | None) -> Tensor:
@@ -214,7 +215,7 @@ def _figures(layers: list[SyncNorm], group: groups.Group | None) -> Tensor:
         for layer in layers
     )
     eps, is_lagged, has_seen = _constants(facts, device)
-    unbounded = torch.full((), math.inf, dtype=torch.float64, device=device)
+    unbounded = torch.full((), math.inf, dtype=sum_dtype(device), device=device)
     # (3, T) and (8, L)
     by_channel, by_layer = _local_summands(
         [_LastForward.of(layer, unbounded) for layer in layers], has_seen, eps, layout
@@ -266,7 +267,7 @@ def _pooled(
 
 def _flat(parts: Iterable[Tensor], device: torch.device) -> Tensor:
     """The layers' parts in one float64 tensor: L of (C,) -> (T,)."""
-    return torch.cat([part.to(device) for part in parts]).double()
+    return for_sums(torch.cat([part.to(device) for part in parts]))
 
 
 def _split_sums(sums: Tensor) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.maths.precision import sum_dtype
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
 from syncnorm.model.failing import check_finite, sum_unless_failed
@@ -128,8 +129,7 @@ def _collect(
 ) -> tuple[list[Tensor], Exception | None]:
     """The raw sums of each layer over this worker's batches, and the error that ended them."""
     sums = [
-        torch.zeros(2 * m.num_features + 1, dtype=torch.float64, device=_mean(m).device)
-        for m in layers
+        _mean(m).new_zeros(2 * m.num_features + 1, dtype=sum_dtype(_mean(m).device)) for m in layers
     ]
     with ExitStack() as stack:
         stack.enter_context(_modes(model, layers))
@@ -244,8 +244,8 @@ def _blend(layer: _BatchNorm, batch: Moments, mix: float) -> None:
     )
     for running, value, is_known in values:
         # At mix = 1 nothing of the old value may come through, not even NaN.
-        mixed = value if mix == 1 else (1 - mix) * running.double() + mix * value
-        running.copy_(torch.where(is_known, mixed, running.double()))
+        mixed = value if mix == 1 else (1 - mix) * running.to(value.dtype) + mix * value
+        running.copy_(torch.where(is_known, mixed, running.to(value.dtype)))
 
 
 def _mean(layer: _BatchNorm) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.comm.inflight import InFlight
 from syncnorm.device import first_tensor, is_host
+from syncnorm.maths.precision import sum_dtype
 from syncnorm.statistics.buffers import Marks, mark
 
 if TYPE_CHECKING:
@@ -102,5 +103,5 @@ def device_of(layer: nn.Module) -> torch.device:
 
 
 def zeros(size: int, device: torch.device) -> Tensor:
-    """`size` zeros in float64."""
-    return torch.zeros(size, dtype=torch.float64, device=device)
+    """`size` zeros, in the type of sums."""
+    return torch.zeros(size, dtype=sum_dtype(device), device=device)

@@ -140,9 +140,11 @@ def test_equals_the_course_of_the_cpu(pool, sync, is_renorm, way, kernels):
         pytest.skip("a lagged gradient is not differentiated")
     expected = pool(2).run(_course, sync, is_renorm, way)
     got = pool(2).run(call_as_device, kernels, _course, sync, is_renorm, way)
+    # Neither is the truth, and a second derivative is a sum that all but cancels.
+    factor = 2.0 if way == "differentiated" else 1.0
     for ours, theirs in zip(got, expected, strict=True):
         for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-            assert_close(a, b, b.dtype, f"tensor {i}")
+            assert_close(a, b, b.dtype, f"tensor {i}", factor)
 
 
 class _Masked(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from syncnorm.maths import kernels
-from syncnorm.maths.kernels import cpu, layout, portable, traced
+from syncnorm.maths.kernels import composed, cpu, layout, portable, traced
 from syncnorm.maths.moments import of_sums
 from syncnorm.testing import assert_close
 from tests.covering import covering
@@ -35,6 +35,8 @@ IMPLEMENTATIONS = ["cpu", "portable", "portable in slices", "traced"]
 def implementation(request, monkeypatch) -> ModuleType:
     used = {"cpu": cpu, "traced": traced}.get(request.param, portable)
     monkeypatch.setattr(kernels, "_implementation", lambda x: used)
+    if used is portable:
+        monkeypatch.setattr(kernels, "local_moments", composed.moments)
     if request.param == "portable in slices":
         monkeypatch.setattr(portable, "_HAVE_OPERATORS", ())
         monkeypatch.setattr(portable, "_SLICE", 1 << 14)

@@ -26,6 +26,7 @@ from syncnorm.device import is_host
 from syncnorm.maths.kernels import composed, cpu, native, portable, traced, triton
 from syncnorm.maths.kernels.batch import Reference, Scheduled
 from syncnorm.maths.kernels.composed import is_weight
+from syncnorm.maths.precision import sum_dtype
 from syncnorm.undocumented import FakeTensor
 
 __all__ = [
@@ -39,13 +40,14 @@ __all__ = [
     "normalize",
     "of_channels",
     "of_device",
+    "of_running",
 ]
 
 
 def _implementation(x: Tensor) -> ModuleType:
     if torch.compiler.is_compiling() or (type(x) is not Tensor and isinstance(x, FakeTensor)):
         return traced
-    return cpu if is_host(x) else portable
+    return cpu if is_host(x) else traced if x.is_meta else portable
 
 
 def of_device(x: Tensor, *others: Tensor | None) -> ModuleType | None:
@@ -68,6 +70,13 @@ def of_device(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     return _preferred(x.device) if x.numel() else composed
 
 
+def of_running(*tensors: Tensor) -> ModuleType | None:
+    """The module that moves running statistics in few launches; None where there is none."""
+    if not torch.compiler.is_compiling() and native.is_usable(*tensors):
+        return native
+    return of_device(tensors[0])
+
+
 def of_channels(*tensors: Tensor) -> ModuleType | None:
     """The module whose kernels do what is (C,)-sized in one launch; None where operators do it."""
     if not torch.compiler.is_compiling() and native.is_usable(*tensors):
@@ -83,10 +92,11 @@ def _preferred(device: torch.device) -> ModuleType:
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """Raw sums of one worker, shape (2C+1,), float64: [sum wx, sum wx^2, sum w]."""
     channels = x.shape[1]
-    sums = torch.zeros(2 * channels + 1, dtype=torch.float64, device=x.device)
+    wide = sum_dtype(x.device)
+    sums = torch.zeros(2 * channels + 1, dtype=wide, device=x.device)
     if x.numel() == 0:
         return sums
-    count = x.numel() // channels if mask is None else mask.sum(dtype=torch.float64)
+    count = x.numel() // channels if mask is None else mask.sum(dtype=wide)
     # About a pivot p near the mean, so that a large mean costs no digits of the variance.
     p, s1, s2 = _implementation(x).centred_sums(x, mask, count)
     sums[:channels] = s1 + count * p
@@ -107,7 +117,7 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
     if x.numel() == 0:
-        return torch.zeros(2 * x.shape[1], dtype=torch.float64, device=x.device)
+        return torch.zeros(2 * x.shape[1], dtype=sum_dtype(x.device), device=x.device)
     return _implementation(x).backward_sums(grad_output, x, mean)
 
 

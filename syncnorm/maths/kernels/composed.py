@@ -14,6 +14,8 @@ Rows are a (3, C) tensor of mean, m2 and invstd; where r and d correct towards r
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,20 +30,16 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
     The count is NaN where a weight is negative or not finite.
     """
-    channels, wide = x.shape[1], sum_dtype(x.device)
+    wide = sum_dtype(x.device)
     if x.numel() == 0:
-        return torch.zeros(2 * channels + 1, dtype=wide, device=x.device)
+        return torch.zeros(2 * x.shape[1] + 1, dtype=wide, device=x.device)
     if mask is None:
-        total = count = torch.full((1,), x.numel() // channels, dtype=wide, device=x.device)
-    else:
-        is_valid = is_weight(mask)
-        mask = torch.where(is_valid, mask, 0.0)
-        total = mask.sum(dtype=wide).view(1)
-        count = total.masked_fill(~is_valid.all(), torch.nan)
-    # About a pivot p near the mean, so that a large mean costs no digits of the variance.
-    p, s1, s2 = portable.centred_sums(x, mask, total)
-    sums = torch.addcmul(s1, p, total)
-    return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
+        return portable.raw_sums(x, None, None)
+    is_valid = is_weight(mask)
+    mask = torch.where(is_valid, mask, 0.0)
+    sums = portable.raw_sums(x, mask, mask.sum(dtype=wide).view(1))
+    sums[-1].masked_fill_(~is_valid.all(), torch.nan)
+    return sums
 
 
 def is_weight(mask: Tensor) -> Tensor:
@@ -61,33 +59,97 @@ def normalize(
 
     y has the type and layout of x.
     """
-    mean, wide = batch.mean, batch.mean.dtype
-    invstd = batch.invstd(eps)
-    rows = [mean, batch.m2, invstd]
-    scale, shift = invstd, None
-    if reference is not None:
-        *before, bounds = reference
-        if isinstance(bounds, Scheduled):
-            bounds = bounds.schedule(bounds.step)
-        running_mean, running_var, r_max, d_max = (t.to(wide) for t in (*before, *bounds))
-        sigma = torch.sqrt(running_var + eps)
-        r = torch.sqrt(batch.var + eps) / sigma
-        d = (mean - running_mean) / sigma
-        is_empty = batch.count == 0
-        r = r.clamp(1.0 / r_max, r_max).masked_fill(is_empty, 1.0)
-        d = d.clamp(-d_max, d_max).masked_fill(is_empty, 0.0)
-        rows += [r, d, running_mean, running_var, r_max.expand_as(r), d_max.expand_as(d)]
-        scale, shift = r * invstd, d
-    if weight is not None:
-        scale = weight * scale
-        shift = shift if shift is None else weight * shift
-    if bias is not None:
-        shift = bias.to(wide) if shift is None else bias + shift
-    packed = torch.stack(rows)
+    packed, is_raw = batch.packed
+    channels = packed.numel() // 2
+    n = packed[-1]
+    positive = _positive(n)
+    # The variance, and the rows.
+    facts = packed.new_empty(4 if reference is None else 10, channels)
+    var, mean, m2, invstd, *correction = facts.unbind()
+    if is_raw:
+        torch.div(packed[:channels], positive, out=mean)
+        # Each rounded by itself, so that a single value leaves 0.
+        torch.mul(packed[:channels], mean, out=m2)
+        torch.sub(packed[channels:-1], m2, out=m2).clamp_(min=0)
+    else:
+        facts[1:3] = packed[:-1].view(2, -1)
+    torch.div(m2, positive, out=var)
+    if correction:
+        assert reference is not None
+        _correct(correction, mean, var, n, eps, reference)
+    # No value, or a single one: y is the bias, and the gradient 0.
+    var.masked_fill_((n <= 1) & (m2 == 0), torch.inf)
+    torch.add(var, eps, out=invstd).rsqrt_()
+    rows = facts[1:]
     if x.numel() == 0:
-        return torch.empty_like(x), packed
-    shift = torch.zeros_like(mean) if shift is None else shift
-    return portable.normalize(x, mean, scale, shift), packed
+        return torch.empty_like(x), rows
+    if correction:
+        r, d, *_ = correction
+        weight, shift = (r, d) if weight is None else (weight * r, weight * d)
+        bias = shift if bias is None else bias + shift
+    return portable.standardize(x, facts[:2], eps, weight, bias), rows
+
+
+def _positive(n: Tensor) -> Tensor:
+    """The least positive number in place of 0, so that what is counted over nothing is 0."""
+    return n.clamp(min=torch.finfo(n.dtype).tiny)
+
+
+def _correct(
+    to: Sequence[Tensor], mean: Tensor, var: Tensor, n: Tensor, eps: float, reference: Reference
+) -> None:
+    """Write r, d and what they refer to: running mean and variance, r_max and d_max."""
+    bounds = reference.bounds
+    if isinstance(bounds, Scheduled):
+        bounds = bounds.schedule(bounds.step)
+    r, d, running_mean, running_var, r_max, d_max = to
+    given = reference.running_mean, reference.running_var, *bounds
+    for row, value in zip(to[2:], given, strict=True):
+        row.copy_(value)
+    sigma = torch.sqrt(running_var + eps)
+    torch.add(var, eps, out=r).sqrt_().div_(sigma)
+    torch.sub(mean, running_mean, out=d).div_(sigma)
+    is_empty = n == 0
+    torch.clamp(r, r_max.reciprocal(), r_max, out=r).masked_fill_(is_empty, 1.0)
+    torch.clamp(d, -d_max, d_max, out=d).masked_fill_(is_empty, 0.0)
+
+
+@torch.no_grad()
+def update_running_(
+    running_mean: Tensor,
+    running_var: Tensor,
+    counter: Tensor | None,
+    batch: Batch,
+    momentum: float | None,
+    eps: float,
+    is_std: bool,
+) -> None:
+    """Count the batch and have the running statistics follow it, in place.
+
+    See `syncnorm.maths.moments` for what a batch of one value or none changes.
+    """
+    mean, m2, n = batch.mean, batch.m2, batch.count.view(1)
+    # The mean moves where n > 0, the variance where n > 1, neither where n is NaN.
+    moves = n > torch.arange(2, dtype=n.dtype, device=n.device)
+    if counter is not None:
+        counter += moves[0]
+    factor: float | Tensor | None = momentum
+    if factor is None:
+        assert counter is not None, "a cumulative average needs its counter"
+        factor = 1.0 / counter.to(n.dtype).clamp(min=1.0)
+    steps = mean.new_empty(2, len(mean))
+    torch.sub(mean, running_mean, out=steps[0])
+    if is_std:
+        sigma = torch.sqrt(running_var.to(n.dtype) + eps)
+        sigma += factor * (torch.sqrt(m2 / _positive(n) + eps) - sigma)
+        torch.sub(sigma.square_().sub_(eps).clamp_(min=0), running_var, out=steps[1])
+        steps[0] *= factor
+    else:
+        torch.div(m2, n - 1, out=steps[1]).sub_(running_var)
+        steps *= factor
+    steps = torch.where(moves.view(2, 1), steps, 0.0)
+    running_mean += steps[0]
+    running_var += steps[1]
 
 
 def backward_sums(
@@ -103,7 +165,7 @@ def backward_sums(
         local = torch.zeros_like(rows[:2])
     else:
         local = portable.backward_sums(g, x, mean).view(2, -1)
-        local[1] *= invstd
+        local[1].mul_(invstd)
     sum_g, sum_g_xhat = local
     if correction:
         r, d, *_ = correction
@@ -133,7 +195,7 @@ def backward_input(
     mean, _, invstd, *correction = rows.unbind()
     scale = correction[0] * invstd if correction else invstd
     scale = scale if weight is None else weight * scale
-    a, b = totals if n is None else totals * torch.where(n == 0, n, n.reciprocal())
+    a, b = totals if n is None else totals / _positive(n)
     if mask is not None:
         mask = torch.where(is_weight(mask), mask, 0.0)
     return portable.backward_input(g, x, mean, scale, a, b * invstd, mask)

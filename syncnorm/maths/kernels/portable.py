@@ -38,55 +38,75 @@ _backward_operator = torch.ops.aten.native_batch_norm_backward.default
 _SUMS_ONLY = [False, True, True]
 
 
-def centred_sums(
-    x: Tensor, mask: Tensor | None, count: int | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,)."""
-    if x.device.type not in _HAVE_OPERATORS:
-        return _centred_sums_by_slices(x, mask, count)
-    if mask is not None:
-        return _weighted_sums(x, mask.to(_wide_dtype(x)), count)
+def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
+    """[sum w x, sum w x^2, sum w], shape (2C+1,).
+
+    Args:
+        x: not empty.
+        mask: weights, (N, 1, *S), or None.
+        count: their sum, shape (1,); None without a mask.
+    """
+    wide, number = sum_dtype(x.device), x.numel() // x.shape[1]
+    if mask is not None or x.device.type not in _HAVE_OPERATORS:
+        if count is None:
+            count = torch.full((1,), number, dtype=wide, device=x.device)
+        # About a pivot p near the mean, so that a large mean costs no digits of the variance.
+        p, s1, s2 = _sums_about_a_pivot(x, mask, count)
+        sums = torch.addcmul(s1, p, count)
+        return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
     if x.dtype in HALF_TYPES:
-        # Their sums are all but exact in float32, and so no pivot is needed.
+        # The sums of a run are all but exact in float32.
         runs, dims = _runs(x)
-        mean = runs.sum(dims, dtype=torch.float32).double()
-        var = torch.var(runs, dims, correction=0, out=torch.empty_like(mean, dtype=torch.float32))
+        mean = runs.sum(dims, dtype=torch.float32)
+        var = torch.var(runs, dims, correction=0, out=torch.empty_like(mean))
         size = runs.numel() // mean.numel()
-        mean /= size
-        p = mean.new_zeros(x.shape[1])
+        of_runs = torch.stack([mean, var]).to(wide)
+        of_runs[0].div_(size)
     else:
         pivot = _pivot(x)
         runs, dims = _runs(x - _facing(pivot, x))
         var, mean = torch.var_mean(runs, dims, correction=0)
         size = runs.numel() // mean.numel()
-        mean, p = mean.double(), pivot.double()
-    # (2, groups, C, pieces)
-    sums = torch.stack([mean, torch.addcmul(var, mean, mean)]).sum((1, 3)).mul_(size)
-    return p, sums[0], sums[1]
+        of_runs = torch.stack([mean, var]).to(wide)
+        of_runs[0].add_(pivot.view(-1, 1))
+    # (2, groups, C, pieces): the mean of each run, and var + mean^2, its mean square.
+    of_runs[1].addcmul_(of_runs[0], of_runs[0])
+    sums = of_runs.new_full((2 * x.shape[1] + 1,), number // size)
+    torch.sum(of_runs, (1, 3), out=sums[:-1].view(2, -1))
+    return sums.mul_(size)
+
+
+def standardize(
+    x: Tensor, var_mean: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias, in the type and layout of x.
+
+    Args:
+        x: not empty.
+        var_mean: the variance and the mean, (2, C). An infinite variance makes y the bias.
+        eps: added to the variance.
+        weight, bias: (C,) or None, of any floating type.
+    """
+    if x.device.type not in _HAVE_OPERATORS:
+        var, mean = var_mean
+        scale = torch.rsqrt(var + eps)
+        scale = scale if weight is None else scale * weight
+        return normalize(x, mean, scale, torch.zeros_like(mean) if bias is None else bias)
+    wide = _wide_dtype(x)
+    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
+    var, mean = var_mean.to(wide)
+    return _batch_norm(x, mean, var, eps, weight, bias)
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    y = torch.empty_like(x)
     if x.device.type in _HAVE_OPERATORS:
-        _affine_into_(y, x, *_wide([mean, scale, shift, torch.ones_like(mean)], x))
-    else:
-        for out, part in _slices(y, x):
-            out.copy_(traced.normalize(part, mean, scale, shift))
+        mean, scale, shift, one = _wide([mean, scale, shift, torch.ones_like(mean)], x)
+        return _batch_norm(x, mean, one, 0.0, scale, shift)
+    y = torch.empty_like(x)
+    for out, part in _slices(y, x):
+        out.copy_(traced.normalize(part, mean, scale, shift))
     return y
-
-
-def _weighted_sums(x: Tensor, mask: Tensor, count: int | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    # Elements of weight 0 may lie anywhere, so the pivot is the (rounded) weighted mean itself.
-    weighted = _add(_total(part * w) for part, w in _slices(x, mask, most=_FEW))
-    p = traced.weighted_mean(weighted, count).to(mask.dtype)
-    zero, sums = torch.zeros_like(p), []
-    for part, w in _slices(x, mask, most=_FEW):
-        b = part - _facing(p, x)
-        sums.append(backward_sums(b * w, b, zero))
-        del b
-    s1, s2 = _add(sums).view(2, -1)
-    return p.double(), s1, s2
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
@@ -111,7 +131,7 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     _, products, total = _backward_operator(
         g, v, one, centre, one, centre, one, False, 0.0, _SUMS_ONLY
     )
-    sums = torch.cat([total, products], out=one.new_empty(2 * len(one), dtype=torch.float64))
+    sums = torch.cat([total, products], out=mean.new_empty(2 * len(centre)))
     return sums.view(2, *runs).sum((1, 3)).view(-1)
 
 
@@ -125,16 +145,17 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
-    grad_input = torch.empty_like(x)
     if x.device.type not in _HAVE_OPERATORS:
+        grad_input = torch.empty_like(x)
         for out, part, g, w in _slices(grad_input, x, grad_output, mask):
             out.copy_(traced.backward_input(g, part, mean, scale, a, b, w))
         return grad_input
     wide, minus = _wide_dtype(x), -scale
     mask = None if mask is None else mask.to(wide)
     if x.dtype not in HALF_TYPES:
-        *affine, factor = _wide([mean, b * minus, a * minus, torch.ones_like(mean), scale], x)
-        _affine_into_(grad_input, x, *affine)
+        coefficients = [mean, torch.ones_like(mean), b * minus, a * minus, scale]
+        mean, one, slope, shift, factor = _wide(coefficients, x)
+        grad_input = _batch_norm(x, mean, one, 0.0, slope, shift)
         if mask is not None:
             grad_input *= mask
         return grad_input.addcmul_(grad_output, _facing(factor, x))
@@ -142,6 +163,7 @@ def backward_input(
     # With the rounded slope, so that a large mean is taken off exactly.
     shift = torch.addcmul(a * minus, slope, mean, value=-1)
     slope, shift, factor = (_facing(c, x) for c in (slope, *_wide([shift, scale], x)))
+    grad_input = torch.empty_like(x)
     # Two slices: a float32 one is as large as x.
     for out, part, g, w in _slices(grad_input, x, grad_output, mask, most=2):
         t = torch.addcmul(shift, part, slope)
@@ -167,13 +189,20 @@ def _facing(c: Tensor, x: Tensor) -> Tensor:
     return c.view(-1, *[1] * (x.ndim - 2))
 
 
-def _affine_into_(
-    out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor
-) -> None:
-    nothing = one.new_empty(0)
+def _batch_norm(
+    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Evaluation-mode batch norm, in the memory layout of x."""
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    # CUDA writes the mean and the inverse of the deviation, and normalises by what it has written.
+    saved = torch.empty(2, len(mean), dtype=mean.dtype, device=mean.device)
+    y = torch.empty_like(x)
     _forward_operator(
-        x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
-    )
+        x, weight, bias, mean, var, False, 0.0, eps,
+        out=y, save_mean=saved[0], save_invstd=saved[1],
+    )  # fmt: skip
+    return y
 
 
 def _pivot(x: Tensor) -> Tensor:
@@ -231,14 +260,29 @@ def _slices(x: Tensor, *others: Tensor | None, most: int = _SLICES) -> Iterator[
     return zip(parts, *rest, strict=True)  # pyright: ignore[reportReturnType]
 
 
-def _centred_sums_by_slices(
-    x: Tensor, mask: Tensor | None, count: int | Tensor
+def _sums_about_a_pivot(
+    x: Tensor, mask: Tensor | None, count: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if mask is None:
-        p = _pivot(x)
-    else:
-        weighted = _add(traced.weighted_sum(part, w, _total) for part, w in _slices(x, mask))
-        p = traced.weighted_mean(weighted, count).to(_wide_dtype(x))
-    sums = (traced.sums_about(p, part, w, _total) for part, w in _slices(x, mask))
-    s1, s2 = _add(torch.stack(each) for each in sums)
-    return p.to(sum_dtype(x.device)), s1, s2
+    """A pivot p and the sums of w (x - p) and w (x - p)^2 about it; each (C,)."""
+    wide = sum_dtype(x.device)
+    if x.device.type not in _HAVE_OPERATORS:
+        if mask is None:
+            p = _pivot(x)
+        else:
+            weighted = _add(traced.weighted_sum(part, w, _total) for part, w in _slices(x, mask))
+            p = traced.weighted_mean(weighted, count).to(_wide_dtype(x))
+        sums = (traced.sums_about(p, part, w, _total) for part, w in _slices(x, mask))
+        s1, s2 = _add(torch.stack(each) for each in sums)
+        return p.to(wide), s1, s2
+    assert mask is not None
+    mask = mask.to(_wide_dtype(x))
+    # Elements of weight 0 may lie anywhere, so the pivot is the (rounded) weighted mean itself.
+    weighted = _add(_total(part * w) for part, w in _slices(x, mask, most=_FEW))
+    p = traced.weighted_mean(weighted, count).to(mask.dtype)
+    zero, parts = torch.zeros_like(p, dtype=wide), []
+    for part, w in _slices(x, mask, most=_FEW):
+        b = part - _facing(p, x)
+        parts.append(backward_sums(b * w, b, zero))
+        del b
+    s1, s2 = _add(parts).view(2, -1)
+    return p.to(wide), s1, s2
