@@ -201,6 +201,22 @@ def ways(session: nox.Session, way: str) -> None:
     session.run(sys.executable, "-m", "pytest", *options, *tests, env=environment)
 
 
+@nox.session(venv_backend="venv")
+def stand_in(session: nox.Session) -> None:
+    """Run the tests of CUDA, or a command, with a stand-in for a GPU: see drills/stand_in.
+
+    Installs the lowest torch, or the one that is named first, in its build for CUDA.
+    """
+    given = list(session.posargs)
+    torch = f"torch=={given.pop(0)}" if given and given[0][0].isdigit() else None
+    needed = [torch] if torch else lowest(PROJECT["dependencies"])
+    # Triton 3.6's interpreter does not know a later numpy.
+    needed += ["numpy<2.4", *requirements("train"), *TOOLS]
+    session.install("--no-compile", *needed)
+    environment = {"PYTHONPATH": str(ROOT)}
+    session.run("python", "-m", "drills.stand_in", *given, env=environment)
+
+
 def _line_of(name: str, pins: list[str]) -> str:
     (found,) = (line for line in pins if line.startswith(f"{name}=="))
     return found

@@ -87,7 +87,7 @@ class _Matching:
 
     def __init__(self, a: dict[str, Tensor], b: dict[str, Tensor], sets: list[Channels]) -> None:
         self.sets = sets
-        self.orders = [torch.arange(each.size) for each in sets]
+        self.orders = [torch.arange(each.size, device="cpu") for each in sets]
         self.is_done = [False] * len(sets)
         names = {place.tensor for each in sets for place in each.places}
         self.a = {name: each.double() for name, each in a.items() if name in names}
@@ -166,7 +166,7 @@ def _assignment(similarity: Tensor) -> Tensor:
 
 def _reordered(tensor: Tensor, place: Place, order: Tensor) -> Tensor:
     """Reorder one axis of a tensor by blocks."""
-    block = torch.arange(place.block)
+    block = torch.arange(place.block, device="cpu")
     index = (order[:, None] * place.block + block).flatten()
     return tensor.index_select(place.axis, index.to(tensor.device))
 

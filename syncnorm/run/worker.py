@@ -161,7 +161,7 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
             task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
         # From here on the folder may be removed: all workers have made their files in it.
-        dist.barrier()
+        meet(workers)
         try:
             outcome = train_in(folder, task, workers, watch)
         finally:
@@ -173,7 +173,7 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
             if outcome.is_done:
                 print(f"To see it: syncnorm report {folder}", file=sys.stderr, flush=True)
         # A peer may still be completing the last collective.
-        dist.barrier()
+        meet(workers)
     dist.destroy_process_group()
     return folder, outcome
 
@@ -275,6 +275,13 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     else:
         dist.init_process_group(backend, timeout=timeout)
     return Workers(rank, world_size, device, local[1])
+
+
+def meet(workers: Workers) -> None:
+    """Wait until all workers are here. *Collectives*: a barrier; every worker must call."""
+    # Of several devices NCCL would guess one, and warn.
+    device = workers.device
+    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
 
 
 @contextmanager

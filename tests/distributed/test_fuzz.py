@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 from collections.abc import Iterator
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from drills.fuzz import Runner, drill, first_failure, sequences, shorten
 from drills.fuzz_calls import CALLS, Calls, draw_calls
+from tests.as_device import as_device
 from tests.distributed import planted
 
 # As many as bring every kind of call 15 times; the drill plays more.
@@ -30,6 +33,26 @@ def test_sequences_of_calls_equal_the_oracle(runner):
     # A kind of call that never came would be a claim that nothing backs.
     missing = [kind for kind in KINDS if tally.kinds[kind] < 15]
     assert not missing
+
+
+@pytest.mark.parametrize(("kernels", "count"), [("composed", 40), ("triton", 8)])
+def test_and_on_the_course_of_a_device(runner, monkeypatch, kernels, count):
+    drawn = list(sequences(seed=3, count=count))
+    if kernels == "triton":
+        pytest.importorskip("triton")
+        drawn = [_without_bfloat16(each) for each in drawn]
+    monkeypatch.setattr(runner, "plant", functools.partial(as_device, kernels))
+    found = first_failure(runner, drawn)
+    assert found is None, "\n".join([str(found.sequence), *found.problems])
+
+
+def _without_bfloat16(sequence: Calls) -> Calls:
+    """Triton's interpreter cuts digits off where a GPU rounds to bfloat16."""
+    calls = [
+        dataclasses.replace(call, dtype="float32") if call.dtype == "bfloat16" else call
+        for call in sequence.calls
+    ]
+    return dataclasses.replace(sequence, calls=tuple(calls))
 
 
 KINDS = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 import pytest
@@ -37,7 +38,10 @@ F32, F64 = torch.float32, torch.float64
 
 @pytest.fixture(scope="module", autouse=True)
 def _interpreter():
+    before = dict(os.environ)
     with interpreted():
+        # Processes that start meanwhile are to find Triton as it is.
+        assert os.environ == before
         yield
 
 

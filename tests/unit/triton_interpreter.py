@@ -30,12 +30,13 @@ def interpreted() -> Iterator[None]:
     names = [f"{PACKAGE}.{name}" for name in ("tiles", "channels", "device")]
     compiled = {name: sys.modules.pop(name) for name in names}
     try:
-        with patch.object(knobs.runtime, "interpret", True):
+        with knobs.runtime.scope():  # else it stays in the environment
+            knobs.runtime.interpret = True
             channels, device = (importlib.import_module(name) for name in names[1:])
     finally:
         sys.modules.update(compiled)
     with (
-        _interpreted_library(),
+        interpreted_library(),
         patch.object(launch, "channels", channels),
         patch.object(launch, "device", device),
     ):
@@ -43,7 +44,8 @@ def interpreted() -> Iterator[None]:
 
 
 @contextmanager
-def _interpreted_library() -> Iterator[None]:
+def interpreted_library() -> Iterator[None]:
+    """Replace the functions of Triton's own library within the block."""
     # At its first call it imports a part of Triton that would not stand the replacements.
     mangle_type(torch.zeros(1))
     of_core = tl.standard.sum.fn
@@ -56,7 +58,7 @@ def _interpreted_library() -> Iterator[None]:
                     stack.enter_context(patch.object(place, name, replaced))
         # Once for the modules that these two see, rather than at each call of a function, which
         # would take most of the time and not be undone.
-        for fn in (_interpreted_library.__wrapped__, of_core):
+        for fn in (interpreted_library.__wrapped__, of_core):
             stack.callback(interpreter._patch_lang(fn).restore)
         nothing = patch.object(interpreter, "_patch_lang", lambda fn: interpreter._LangPatchScope())
         stack.enter_context(nothing)

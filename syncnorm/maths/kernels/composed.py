@@ -195,7 +195,8 @@ def backward_input(
     mean, _, invstd, *correction = rows.unbind()
     scale = correction[0] * invstd if correction else invstd
     scale = scale if weight is None else weight * scale
-    a, b = totals if n is None else totals / _positive(n)
+    # Over nothing the sums are not 0: weights of 0 leave out x, but not g.
+    a, b = totals if n is None else totals / n.masked_fill(n == 0, torch.inf)
     if mask is not None:
         mask = torch.where(is_weight(mask), mask, 0.0)
     return portable.backward_input(g, x, mean, scale, a, b * invstd, mask)

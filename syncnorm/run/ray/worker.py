@@ -7,15 +7,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from syncnorm.errors import ConfigError, SyncnormError
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.run.ray.job import STOP, Job
 from syncnorm.run.watchdog import Watchdog, open_log
-from syncnorm.run.worker import join, open_run_folder, print_workers, summarize, train_in
+from syncnorm.run.worker import (
+    join,
+    meet,
+    open_run_folder,
+    print_workers,
+    summarize,
+    train_in,
+)
 
 # The controller puts a file of this name into the run's folder: save and end, for the number of
 # workers is to change.
@@ -129,7 +134,7 @@ def _train(job: Job, folder: Path) -> WorkerResult:
         finally:
             watch.close()
         # A peer may still be completing the last collective.
-        dist.barrier()
+        meet(workers)
     return WorkerResult(0 if outcome.is_done else RESUMABLE, summarize(outcome))
 
 
