@@ -19,11 +19,17 @@ SITE = Path(torch.__file__).parents[1]
 # Whose kernels nobody runs: those of torch's compiler, those that a graph replays, and those that
 # torch.nn.SyncBatchNorm has for CUDA alone.
 LEFT_OUT = {"tests/cuda/test_compile.py", "tests/cuda/test_graphs.py"}
-OPTIONS = ["-q", "-m", "cuda", "-k", "not torchs_own", "-o", "addopts=", "-p", "no:cacheprovider"]
+NAMES = ["torchs_own", "32_bits"]
+# Tensors and steps for which the interpreter takes too long.
+SLOW = ["sizes_of_networks", "takes_no_memory", "ten_thousand", "long_sum", "many_layers"]
+# What docs/cuda.md takes back.
+NOT_WITHOUT_TRITON = ["exact-on-integers", "takes_no_memory"]
+OPTIONS = ["-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider"]
 # Functions of the driver that are looked for by their names.
 DRIVER = """
-cuInit cuDevicePrimaryCtxRetain cuCtxSetCurrent cuCtxGetLimit cuCtxSetLimit cuLaunchKernel cuLaunchKernelEx cuModuleUnload
-cuFuncSetAttribute cuFuncSetCacheConfig cuOccupancyMaxActiveClusters cuTensorMapEncodeTiled
+cuInit cuDevicePrimaryCtxRetain cuCtxSetCurrent cuCtxGetLimit cuCtxSetLimit cuLaunchKernel
+cuLaunchKernelEx cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig
+cuOccupancyMaxActiveClusters cuTensorMapEncodeTiled
 """
 
 
@@ -31,7 +37,7 @@ def build() -> Path:
     """Compile the libraries into one, which is loaded before those that it stands in for."""
     BUILD.mkdir(parents=True, exist_ok=True)
     sources = [HERE / "cuda.c", HERE / "nccl.c"]
-    written = set(re.findall(r"\b(\w+)\(", "".join(each.read_text() for each in sources)))
+    written = set(re.findall(r"\b(\w+)[()]", "".join(each.read_text() for each in sources)))
     rest = sorted(_called() - written)
     (BUILD / "rest.c").write_text("".join(f"long {name}(void) {{ return 0; }}\n" for name in rest))
     # torch's own, which are without their inner parts.
@@ -59,14 +65,16 @@ def _called() -> set[str]:
 def main() -> int:
     if torch.version.cuda is None:
         sys.exit("torch must be a build for CUDA here: see `nox --session stand_in`.")
-    given = sys.argv[1:]
+    given, names = sys.argv[1:], [*NAMES, *SLOW]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LD_PRELOAD": str(build())}
     if given[:1] == ["--without-triton"]:
-        given, environment["STAND_IN_TRITON"] = given[1:], "0"
+        given, names = given[1:], [*NAMES, *NOT_WITHOUT_TRITON]
+        environment["STAND_IN_TRITON"] = "0"
     environment["TRITON_LIBCUDA_PATH"] = str(BUILD)
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [HERE / "start", ROOT]))
     tests = [each for each in test_files() if each not in LEFT_OUT]
-    command = [sys.executable, *(given or ["-m", "pytest", *OPTIONS, *tests])]
+    options = [*OPTIONS, "-k", " and ".join(f"not {name}" for name in names)]
+    command = [sys.executable, *(given or ["-m", "pytest", *options, *tests])]
     return subprocess.run(command, cwd=None if given else ROOT, env=environment).returncode
 
 

@@ -42,7 +42,7 @@ def install() -> None:
     _library.append(library)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels that are replaced
-        own = {"copy_": _copy_, "_local_scalar_dense": _read}
+        own = {"copy_": _copy_, "_local_scalar_dense": _read, "var.correction_out": _var_into}
         for name in torch._C._dispatch_get_all_op_names():
             operator = _replaceable(name)
             if operator is not None:
@@ -203,6 +203,12 @@ def _copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
 def _read(t: Tensor) -> Any:
     _wait("a value is read")
     return torch.ops.aten._local_scalar_dense(on_host(t))
+
+
+def _var_into(x: Tensor, dim: Any = None, *, out: Tensor, **options: Any) -> Tensor:
+    """The variance in the type of `out`: a CPU gives no single number of a half type in float32."""
+    on_host(out).copy_(torch.var(on_host(x).to(out.dtype), dim, **options))
+    return out
 
 
 def _install_triton() -> None:
