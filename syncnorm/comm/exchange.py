@@ -304,8 +304,8 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
 def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name: str) -> InFlight:
     if message.dtype != torch.float64:
         raise InputError(
-            f"`x` must be on a device that has float64 where workers pool, got {message.device} "
-            f"in {name}. Move the model to the CPU, or give its layers sync='none'."
+            f"`x` must be on a device that has float64 where workers pool, got {message.dtype} on "
+            f"{message.device} in {name or kind}. Move the model to the CPU."
         )
     log, count = log_of(group), message.numel()
     envelope = _envelope(way, kind, name, count, log.room)

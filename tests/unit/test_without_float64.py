@@ -176,6 +176,14 @@ def test_a_model_trains_as_on_the_cpu(is_renorm, sync, way):
         assert_close(ours, theirs.double(), torch.float32, f"tensor {i}", factor=10.0)
 
 
+@pytest.mark.parametrize("kind", [SyncBatchNorm, SyncBatchRenorm])
+def test_a_momentum_of_one_takes_the_new_value(a_device, kind):
+    layer, x = kind(4, momentum=1.0), torch.randn(50, 4) * 1e-2
+    layer(x)
+    var = x.var(0, correction=int(kind is SyncBatchNorm))
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-5, atol=1e-9)
+
+
 def test_functions_and_transforms(a_device):
     x = torch.randn(6, 4, 5)
     y = sync_batch_norm(x, torch.zeros(4), torch.ones(4), momentum=0.1)

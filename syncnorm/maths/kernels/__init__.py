@@ -90,7 +90,10 @@ def _preferred(device: torch.device) -> ModuleType:
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Raw sums of one worker, shape (2C+1,), float64: [sum wx, sum wx^2, sum w]."""
+    """Raw sums of one worker, shape (2C+1,), float64: [sum wx, sum wx^2, sum w].
+
+    On a CPU, on meta and in code that is being compiled; see `of_device` for others.
+    """
     channels = x.shape[1]
     wide = sum_dtype(x.device)
     sums = torch.zeros(2 * channels + 1, dtype=wide, device=x.device)

@@ -63,31 +63,34 @@ def normalize(
     channels = packed.numel() // 2
     n = packed[-1]
     positive = _positive(n)
-    # The variance, and the rows.
-    facts = packed.new_empty(4 if reference is None else 10, channels)
-    var, mean, m2, invstd, *correction = facts.unbind()
+    rows = packed.new_empty(3 if reference is None else 9, channels)
+    mean, m2, invstd, *correction = rows.unbind()
     if is_raw:
         torch.div(packed[:channels], positive, out=mean)
         # Each rounded by itself, so that a single value leaves 0.
         torch.mul(packed[:channels], mean, out=m2)
         torch.sub(packed[channels:-1], m2, out=m2).clamp_(min=0)
     else:
-        facts[1:3] = packed[:-1].view(2, -1)
-    torch.div(m2, positive, out=var)
+        rows[:2] = packed[:-1].view(2, -1)
+    var = torch.div(m2, positive).add_(eps)
     if correction:
         assert reference is not None
         _correct(correction, mean, var, n, eps, reference)
     # No value, or a single one: y is the bias, and the gradient 0.
-    var.masked_fill_((n <= 1) & (m2 == 0), torch.inf)
-    torch.add(var, eps, out=invstd).rsqrt_()
-    rows = facts[1:]
+    torch.rsqrt(var, out=invstd).masked_fill_((n <= 1) & (m2 == 0), 0.0)
     if x.numel() == 0:
         return torch.empty_like(x), rows
+    scale, shift = invstd, None
     if correction:
         r, d, *_ = correction
-        weight, shift = (r, d) if weight is None else (weight * r, weight * d)
-        bias = shift if bias is None else bias + shift
-    return portable.standardize(x, facts[:2], eps, weight, bias), rows
+        scale, shift = r * invstd, d
+    if weight is not None:
+        scale = weight * scale
+        shift = shift if shift is None else weight * shift
+    if bias is not None:
+        shift = bias.to(mean.dtype) if shift is None else bias + shift
+    shift = torch.zeros_like(mean) if shift is None else shift
+    return portable.normalize(x, mean, scale, shift), rows
 
 
 def _positive(n: Tensor) -> Tensor:
@@ -98,7 +101,10 @@ def _positive(n: Tensor) -> Tensor:
 def _correct(
     to: Sequence[Tensor], mean: Tensor, var: Tensor, n: Tensor, eps: float, reference: Reference
 ) -> None:
-    """Write r, d and what they refer to: running mean and variance, r_max and d_max."""
+    """Write r, d and what they refer to: running mean and variance, r_max and d_max.
+
+    `var` has eps added.
+    """
     bounds = reference.bounds
     if isinstance(bounds, Scheduled):
         bounds = bounds.schedule(bounds.step)
@@ -107,7 +113,7 @@ def _correct(
     for row, value in zip(to[2:], given, strict=True):
         row.copy_(value)
     sigma = torch.sqrt(running_var + eps)
-    torch.add(var, eps, out=r).sqrt_().div_(sigma)
+    torch.sqrt(var, out=r).div_(sigma)
     torch.sub(mean, running_mean, out=d).div_(sigma)
     is_empty = n == 0
     torch.clamp(r, r_max.reciprocal(), r_max, out=r).masked_fill_(is_empty, 1.0)
@@ -137,19 +143,16 @@ def update_running_(
     if factor is None:
         assert counter is not None, "a cumulative average needs its counter"
         factor = 1.0 / counter.to(n.dtype).clamp(min=1.0)
-    steps = mean.new_empty(2, len(mean))
-    torch.sub(mean, running_mean, out=steps[0])
+    old = torch.stack([running_mean, running_var]).to(n.dtype)
     if is_std:
-        sigma = torch.sqrt(running_var.to(n.dtype) + eps)
-        sigma += factor * (torch.sqrt(m2 / _positive(n) + eps) - sigma)
-        torch.sub(sigma.square_().sub_(eps).clamp_(min=0), running_var, out=steps[1])
-        steps[0] *= factor
+        sigma, of_batch = torch.sqrt(old[1] + eps), torch.sqrt(m2 / _positive(n) + eps)
+        var = torch.lerp(sigma, of_batch, factor).square_().sub_(eps).clamp_(min=0)
+        new = torch.stack([torch.lerp(old[0], mean, factor), var])
     else:
-        torch.div(m2, n - 1, out=steps[1]).sub_(running_var)
-        steps *= factor
-    steps = torch.where(moves.view(2, 1), steps, 0.0)
-    running_mean += steps[0]
-    running_var += steps[1]
+        new = torch.lerp(old, torch.stack([mean, m2 / (n - 1)]), factor)
+    new = torch.where(moves.view(2, 1), new, old)
+    running_mean.copy_(new[0])
+    running_var.copy_(new[1])
 
 
 def backward_sums(

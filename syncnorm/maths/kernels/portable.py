@@ -76,33 +76,11 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
     return sums.mul_(size)
 
 
-def standardize(
-    x: Tensor, var_mean: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias, in the type and layout of x.
-
-    Args:
-        x: not empty.
-        var_mean: the variance and the mean, (2, C). An infinite variance makes y the bias.
-        eps: added to the variance.
-        weight, bias: (C,) or None, of any floating type.
-    """
-    if x.device.type not in _HAVE_OPERATORS:
-        var, mean = var_mean
-        scale = torch.rsqrt(var + eps)
-        scale = scale if weight is None else scale * weight
-        return normalize(x, mean, scale, torch.zeros_like(mean) if bias is None else bias)
-    wide = _wide_dtype(x)
-    weight, bias = (None if t is None else t.to(wide) for t in (weight, bias))
-    var, mean = var_mean.to(wide)
-    return _batch_norm(x, mean, var, eps, weight, bias)
-
-
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
     if x.device.type in _HAVE_OPERATORS:
         mean, scale, shift, one = _wide([mean, scale, shift, torch.ones_like(mean)], x)
-        return _batch_norm(x, mean, one, 0.0, scale, shift)
+        return _batch_norm(x, mean, one, scale, shift)
     y = torch.empty_like(x)
     for out, part in _slices(y, x):
         out.copy_(traced.normalize(part, mean, scale, shift))
@@ -155,7 +133,7 @@ def backward_input(
     if x.dtype not in HALF_TYPES:
         coefficients = [mean, torch.ones_like(mean), b * minus, a * minus, scale]
         mean, one, slope, shift, factor = _wide(coefficients, x)
-        grad_input = _batch_norm(x, mean, one, 0.0, slope, shift)
+        grad_input = _batch_norm(x, mean, one, slope, shift)
         if mask is not None:
             grad_input *= mask
         return grad_input.addcmul_(grad_output, _facing(factor, x))
@@ -189,17 +167,12 @@ def _facing(c: Tensor, x: Tensor) -> Tensor:
     return c.view(-1, *[1] * (x.ndim - 2))
 
 
-def _batch_norm(
-    x: Tensor, mean: Tensor, var: Tensor, eps: float, weight: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Evaluation-mode batch norm, in the memory layout of x."""
-    weight = torch.ones_like(mean) if weight is None else weight
-    bias = torch.zeros_like(mean) if bias is None else bias
     # CUDA writes the mean and the inverse of the deviation, and normalises by what it has written.
-    saved = torch.empty(2, len(mean), dtype=mean.dtype, device=mean.device)
-    y = torch.empty_like(x)
+    y, saved = torch.empty_like(x), torch.empty(2, len(mean), dtype=mean.dtype, device=mean.device)
     _forward_operator(
-        x, weight, bias, mean, var, False, 0.0, eps,
+        x, weight, bias, mean, var, False, 0.0, 0.0,
         out=y, save_mean=saved[0], save_invstd=saved[1],
     )  # fmt: skip
     return y
