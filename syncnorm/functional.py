@@ -338,7 +338,7 @@ def check_bounds(
 
 
 def _as_scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """A float64 tensor of shape (), made without a copy from the host to a CUDA device."""
+    """A tensor of shape () in the type of sums, made without a copy from the host to a CUDA device."""
     if isinstance(value, Tensor):
         return value.to(device, sum_dtype(device))
     return torch.full((), value, dtype=sum_dtype(device), device=device)

@@ -22,7 +22,7 @@ LEFT_OUT = {"tests/cuda/test_compile.py", "tests/cuda/test_graphs.py"}
 NAMES = ["torchs_own", "32_bits"]
 # Tensors and steps for which the interpreter takes too long.
 SLOW = ["sizes_of_networks", "takes_no_memory", "ten_thousand", "long_sum", "many_layers"]
-# What docs/cuda.md takes back.
+# What docs/cuda.md takes back, and the least memory.
 NOT_WITHOUT_TRITON = ["exact-on-integers", "takes_no_memory"]
 OPTIONS = ["-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider"]
 # Functions of the driver that are looked for by their names.

@@ -6,7 +6,7 @@
     y  = (x - mean) * s * weight + bias
     dx = weight * s * (g - w * (sum g + xhat * sum g xhat) / n)        xhat = (x - mean) * s
 
-In float64 and out of place, with no number read: slower than the kernels, and more is kept for a
+In the type of sums and out of place, with no number read: slower than the kernels, and more is kept for a
 backward pass. Shapes: x, g (N, C, *S); mask (N, 1, *S) or None; all else (C,).
 """
 
@@ -19,7 +19,7 @@ from syncnorm.maths.precision import for_sums, sum_dtype
 
 
 def raw_sums(x: Tensor, mask: Tensor | None) -> Tensor:
-    """[sum wx, sum wx^2, sum w], shape (2C+1,), float64."""
+    """[sum wx, sum wx^2, sum w], shape (2C+1,)."""
     wide, w = for_sums(x), _weights(x, mask)
     wx = w * wide
     return torch.cat([wx.sum(_over(x)), (wx * wide).sum(_over(x)), w.sum().view(1)])

@@ -202,7 +202,7 @@ class _Layout(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _constants(facts: tuple[tuple[float, ...], ...], device: torch.device) -> tuple[Tensor, ...]:
-    """The columns of a table of numbers, in float64."""
+    """The columns of a table of numbers, in the type of sums."""
     return torch.tensor(facts, dtype=sum_dtype(device), device=device).unbind(1)
 
 
@@ -266,7 +266,7 @@ def _pooled(
 
 
 def _flat(parts: Iterable[Tensor], device: torch.device) -> Tensor:
-    """The layers' parts in one float64 tensor: L of (C,) -> (T,)."""
+    """The layers' parts in one tensor, in the type of sums: L of (C,) -> (T,)."""
     return for_sums(torch.cat([part.to(device) for part in parts]))
 
 

@@ -20,12 +20,7 @@ class Batch(Protocol):
     rows: Tensor
 
     @property
-    def var(self) -> Tensor: ...
-
-    @property
     def packed(self) -> tuple[Tensor, bool]: ...
-
-    def invstd(self, eps: float) -> Tensor: ...
 
 
 class Scheduled(NamedTuple):
