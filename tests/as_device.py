@@ -47,7 +47,7 @@ def as_on_cuda() -> Iterator[None]:
     """Have torch's batch norm read and write what it does on CUDA, and no CPU does.
 
     By native/cuda/Normalization.cu: in evaluation mode the forward operator writes the statistics
-    that it normalises by, and the backward one takes those that it is given.
+    that it normalises by, and the backward one takes those that it is given, in either mode.
     """
     with (
         mock.patch.object(portable, "_forward_operator", _batch_norm),
@@ -83,15 +83,15 @@ def _batch_norm_backward(
     g: Tensor,
     x: Tensor,
     weight: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: None,
+    running_var: None,
     save_mean: Tensor,
     save_invstd: Tensor,
     is_training: bool,
     eps: float,
     wanted: list[bool],
 ) -> tuple[None, Tensor, Tensor]:
-    assert (is_training, wanted) == (False, [False, True, True])
+    assert (is_training, wanted) == (True, [False, True, True])
     over = [0, *range(2, x.ndim)]
     g, x = g.to(weight.dtype), x.to(weight.dtype)
     centred = x - save_mean.view(-1, *[1] * (x.ndim - 2))

@@ -117,23 +117,23 @@ class RenormSchedule:
 
     def at(self, step: Tensor) -> tuple[Tensor, Tensor]:
         """(r_max, d_max) at `step`, an integer tensor; float64, with no value read on the host."""
-        return self._ramp(step, 1.0, self.r_max, self.r_steps), self._ramp(
-            step, 0.0, self.d_max, self.d_steps
+        since = step.to(sum_dtype(step.device)) - self.warmup_steps
+        return (
+            self._ramp(since, 1.0, self.r_max, self.r_steps),
+            self._ramp(since, 0.0, self.d_max, self.d_steps),
         )
 
     __call__ = at
 
-    def _ramp(self, step: Tensor, start: float, end: float, end_step: int) -> Tensor:
+    def _ramp(self, since: Tensor, start: float, end: float, end_step: int) -> Tensor:
+        length = end_step - self.warmup_steps
+        is_over = since >= length
+        if length == 0:
+            return torch.full_like(since, start).masked_fill(is_over, end)
+        ramp = start + (end - start) * (since / length).clamp(0.0, 1.0)
         # The last value is put in rather than computed: start + (end - start) may round to beyond
         # the bound.
-        wide = sum_dtype(step.device)
-        final = torch.full_like(step, end, dtype=wide)
-        length = end_step - self.warmup_steps
-        if length == 0:
-            return torch.where(step >= end_step, final, start)
-        progress = (step.to(wide) - self.warmup_steps) / length
-        ramp = start + (end - start) * progress.clamp(0.0, 1.0)
-        return torch.where(step >= end_step, final, ramp.clamp(max=end))
+        return ramp.clamp(max=end).masked_fill(is_over, end)
 
 
 class Correction(NamedTuple):

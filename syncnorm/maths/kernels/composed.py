@@ -14,14 +14,15 @@ Rows are a (3, C) tensor of mean, m2 and invstd; where r and d correct towards r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import portable
 from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
 from syncnorm.maths.precision import sum_dtype
+
+# Less than any sum of weights, and lost in one; its reciprocal is finite in float32.
+_NOTHING = 1e-30
 
 
 @torch.no_grad()
@@ -66,31 +67,37 @@ def normalize(
     rows = packed.new_empty(3 if reference is None else 9, channels)
     mean, m2, invstd, *correction = rows.unbind()
     if is_raw:
-        torch.div(packed[:channels], positive, out=mean)
+        total, squares = packed[:-1].view(2, -1)
+        torch.div(total, positive, out=mean)
         # Each rounded by itself, so that a single value leaves 0.
-        torch.mul(packed[:channels], mean, out=m2)
-        torch.sub(packed[channels:-1], m2, out=m2).clamp_(min=0)
+        torch.mul(total, mean, out=m2)
+        torch.sub(squares, m2, out=m2).clamp_(min=0)
     else:
         rows[:2] = packed[:-1].view(2, -1)
-    var = torch.div(m2, positive).add_(eps)
+    var = torch.div(m2, positive, out=invstd).add_(eps)
     if correction:
         assert reference is not None
-        _correct(correction, mean, var, n, eps, reference)
+        _correct(rows, var, n, eps, reference)
     # No value, or a single one: y is the bias, and the gradient 0.
-    torch.rsqrt(var, out=invstd).masked_fill_((n <= 1) & (m2 == 0), 0.0)
+    var.rsqrt_().mul_(torch.logical_or(m2, n > 1))
     if x.numel() == 0:
         return torch.empty_like(x), rows
-    scale, shift = invstd, None
+    dtype = portable.arithmetic_dtype(x)
+    scale = invstd
+    shift = torch.zeros_like(mean, dtype=dtype) if bias is None else bias
     if correction:
         r, d, *_ = correction
-        scale, shift = r * invstd, d
+        scale = r * invstd
+        factor = torch.ones_like(mean) if weight is None else weight
+        shift = torch.addcmul(shift, factor, d, out=mean.new_empty(channels, dtype=dtype))
     if weight is not None:
-        scale = weight * scale
-        shift = shift if shift is None else weight * shift
-    if bias is not None:
-        shift = bias.to(mean.dtype) if shift is None else bias + shift
-    shift = torch.zeros_like(mean) if shift is None else shift
+        scale = _product(weight, scale, dtype)
     return portable.normalize(x, mean, scale, shift), rows
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a * b, which has the shape of b, computed in the wider type and rounded to `dtype`."""
+    return torch.mul(a, b, out=b.new_empty(b.shape, dtype=dtype))
 
 
 def _positive(n: Tensor) -> Tensor:
@@ -98,9 +105,7 @@ def _positive(n: Tensor) -> Tensor:
     return n.clamp(min=torch.finfo(n.dtype).tiny)
 
 
-def _correct(
-    to: Sequence[Tensor], mean: Tensor, var: Tensor, n: Tensor, eps: float, reference: Reference
-) -> None:
+def _correct(rows: Tensor, var: Tensor, n: Tensor, eps: float, reference: Reference) -> None:
     """Write r, d and what they refer to: running mean and variance, r_max and d_max.
 
     `var` has eps added.
@@ -108,16 +113,21 @@ def _correct(
     bounds = reference.bounds
     if isinstance(bounds, Scheduled):
         bounds = bounds.schedule(bounds.step)
-    r, d, running_mean, running_var, r_max, d_max = to
-    given = reference.running_mean, reference.running_var, *bounds
-    for row, value in zip(to[2:], given, strict=True):
-        row.copy_(value)
-    sigma = torch.sqrt(running_var + eps)
-    torch.sqrt(var, out=r).div_(sigma)
-    torch.sub(mean, running_mean, out=d).div_(sigma)
+    mean, _, _, r, d, running_mean, running_var, r_max, d_max = rows.unbind()
+    _copy_each([running_mean, running_var], [reference.running_mean, reference.running_var])
+    for row, bound in zip((r_max, d_max), bounds, strict=True):
+        row.copy_(bound)
+    torch.sqrt(var, out=r)
+    torch.sub(mean, running_mean, out=d)
+    rows[3:5].div_(torch.sqrt(running_var + eps))
     is_empty = n == 0
     torch.clamp(r, r_max.reciprocal(), r_max, out=r).masked_fill_(is_empty, 1.0)
     torch.clamp(d, -d_max, d_max, out=d).masked_fill_(is_empty, 0.0)
+
+
+def _copy_each(to: list[Tensor], given: list[Tensor]) -> None:
+    """Copy one list of tensors to another, whatever their types, in one launch."""
+    torch._foreach_copy_(to, given)  # pyright: ignore[reportPrivateImportUsage]
 
 
 @torch.no_grad()
@@ -135,6 +145,7 @@ def update_running_(
     See `syncnorm.maths.moments` for what a batch of one value or none changes.
     """
     mean, m2, n = batch.mean, batch.m2, batch.count.view(1)
+    running = [running_mean, running_var]
     # The mean moves where n > 0, the variance where n > 1, neither where n is NaN.
     moves = n > torch.arange(2, dtype=n.dtype, device=n.device)
     if counter is not None:
@@ -143,16 +154,15 @@ def update_running_(
     if factor is None:
         assert counter is not None, "a cumulative average needs its counter"
         factor = 1.0 / counter.to(n.dtype).clamp(min=1.0)
-    old = torch.stack([running_mean, running_var]).to(n.dtype)
+    old = mean.new_empty(2, len(mean))
+    _copy_each(list(old), running)
     if is_std:
         sigma, of_batch = torch.sqrt(old[1] + eps), torch.sqrt(m2 / _positive(n) + eps)
         var = torch.lerp(sigma, of_batch, factor).square_().sub_(eps).clamp_(min=0)
         new = torch.stack([torch.lerp(old[0], mean, factor), var])
     else:
         new = torch.lerp(old, torch.stack([mean, m2 / (n - 1)]), factor)
-    new = torch.where(moves.view(2, 1), new, old)
-    running_mean.copy_(new[0])
-    running_var.copy_(new[1])
+    _copy_each(running, list(torch.where(moves.view(2, 1), new, old)))
 
 
 def backward_sums(
@@ -163,20 +173,23 @@ def backward_sums(
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """[sum g, sum g xhat], shape (2, C); the gradients of weight and bias, if any."""
-    mean, _, invstd, *correction = rows.unbind()
-    if x.numel() == 0:
-        local = torch.zeros_like(rows[:2])
-    else:
-        local = portable.backward_sums(g, x, mean).view(2, -1)
-        local[1].mul_(invstd)
-    sum_g, sum_g_xhat = local
-    if correction:
-        r, d, *_ = correction
-        sum_g_xhat = r * sum_g_xhat + d * sum_g
+    mean_and_invstd = rows[:3:2]
+    local = (
+        torch.zeros_like(mean_and_invstd)
+        if x.numel() == 0
+        else portable.standardised_sums(g, x, mean_and_invstd)
+    )
+    of_affine = local
+    if len(rows) > 3:
+        r, d = rows[3:5]
+        of_affine = torch.stack([local[0], torch.addcmul(r * local[1], d, local[0])])
+    if weight_dtype is not None and weight_dtype == bias_dtype:
+        both = of_affine.to(weight_dtype, copy=True)
+        return local, both[1], both[0]
     return (
         local,
-        None if weight_dtype is None else sum_g_xhat.to(weight_dtype, copy=True),
-        None if bias_dtype is None else sum_g.to(bias_dtype, copy=True),
+        None if weight_dtype is None else of_affine[1].to(weight_dtype, copy=True),
+        None if bias_dtype is None else of_affine[0].to(bias_dtype, copy=True),
     )
 
 
@@ -196,10 +209,14 @@ def backward_input(
     if x.numel() == 0:
         return torch.empty_like(x)
     mean, _, invstd, *correction = rows.unbind()
+    dtype = portable.arithmetic_dtype(x)
     scale = correction[0] * invstd if correction else invstd
-    scale = scale if weight is None else weight * scale
-    # Over nothing the sums are not 0: weights of 0 leave out x, but not g.
-    a, b = totals if n is None else totals / n.masked_fill(n == 0, torch.inf)
+    scale = scale.to(dtype) if weight is None else _product(weight, scale, dtype)
+    # [-A, -B]. Over nothing the sums are not 0, since weights of 0 leave out x, but not g; there
+    # the scale is 0, and what it is multiplied by is finite.
+    minus = totals.neg() if n is None else totals / (_NOTHING - n)
+    minus[1].mul_(invstd)
+    shift, slope = _product(scale, minus, dtype)
     if mask is not None:
         mask = torch.where(is_weight(mask), mask, 0.0)
-    return portable.backward_input(g, x, mean, scale, a, b * invstd, mask)
+    return portable.combine(g, x, mean, scale, shift, slope, mask)

@@ -1,10 +1,10 @@
 """The four primitives as operators that run one by one, on a device without kernels of its own.
 
 On CUDA these read x once and take half types as they are: reductions that add up in float32, and
-torch's batch norm in evaluation mode, whose gradients of weight and bias are sum g (x - mean) / std
-and sum g. Its variance is always passed as 1 and eps as 0: standard deviations are folded into the
-(C,)-sized coefficients. On other devices the traced kernels run on slices of x, so that their
-temporaries are small.
+torch's batch norm in evaluation mode, with a variance of 1 and an eps of 0: standard deviations are
+folded into the (C,)-sized coefficients. The sums of its backward pass are its gradients of weight
+and bias, sum g (x - mean) / std and sum g. On other devices the traced kernels run on slices of x,
+so that their temporaries are small.
 
 A channel is summed in short runs in float32, and the runs are added in float64.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -54,33 +54,39 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
         p, s1, s2 = _sums_about_a_pivot(x, mask, count)
         sums = torch.addcmul(s1, p, count)
         return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
+    channels = x.shape[1]
+    sums = torch.full((2 * channels + 1,), number, dtype=wide, device=x.device)
+    # Of each run, (groups, C, pieces): `first`, its sum or its mean, and var + mean^2, its mean
+    # square.
     if x.dtype in HALF_TYPES:
         # The sums of a run are all but exact in float32.
         runs, dims = _runs(x)
-        mean = runs.sum(dims, dtype=torch.float32)
-        var = torch.var(runs, dims, correction=0, out=torch.empty_like(mean))
-        size = runs.numel() // mean.numel()
-        of_runs = torch.stack([mean, var]).to(wide)
-        of_runs[0].div_(size)
+        total = runs.sum(dims, dtype=torch.float32)
+        var = torch.var(runs, dims, correction=0, out=torch.empty_like(total))
+        size = runs.numel() // var.numel()
+        first, mean_square = of_runs = var.new_empty(2, *var.shape, dtype=wide)
+        first.copy_(total)
+        torch.addcmul(var, first, first, value=size**-2, out=mean_square)
+        counted = sums[channels:-1]
     else:
         pivot = _pivot(x)
         runs, dims = _runs(x - _facing(pivot, x))
         var, mean = torch.var_mean(runs, dims, correction=0)
-        size = runs.numel() // mean.numel()
-        of_runs = torch.stack([mean, var]).to(wide)
-        of_runs[0].add_(pivot.view(-1, 1))
-    # (2, groups, C, pieces): the mean of each run, and var + mean^2, its mean square.
-    of_runs[1].addcmul_(of_runs[0], of_runs[0])
-    sums = of_runs.new_full((2 * x.shape[1] + 1,), number // size)
+        size = runs.numel() // var.numel()
+        first, mean_square = of_runs = var.new_empty(2, *var.shape, dtype=wide)
+        torch.add(mean, pivot.to(wide).view(-1, 1), out=first)
+        torch.addcmul(var, first, first, out=mean_square)
+        counted = sums[:-1]
     torch.sum(of_runs, (1, 3), out=sums[:-1].view(2, -1))
-    return sums.mul_(size)
+    counted.mul_(size)
+    return sums
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
     if x.device.type in _HAVE_OPERATORS:
-        mean, scale, shift, one = _wide([mean, scale, shift, torch.ones_like(mean)], x)
-        return _batch_norm(x, mean, one, scale, shift)
+        mean, scale, shift = (c.to(arithmetic_dtype(x)) for c in (mean, scale, shift))
+        return _batch_norm(x, mean, scale, shift)
     y = torch.empty_like(x)
     for out, part in _slices(y, x):
         out.copy_(traced.normalize(part, mean, scale, shift))
@@ -89,6 +95,11 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """[sum g (C), sum g (x - mean) (C)], shape (2C,)."""
+    return standardised_sums(grad_output, x, torch.stack([mean, torch.ones_like(mean)])).view(-1)
+
+
+def standardised_sums(grad_output: Tensor, x: Tensor, by: Tensor) -> Tensor:
+    """[sum g, sum g (x - mean) * invstd], shape (2, C), `by` [mean, invstd], shape (2, C)."""
     is_rows, channels = layout.is_rows(x), x.shape[1]
     # (samples in a run, groups * channels * pieces, values of a piece), the last not in rows: each
     # channel that the operator sees is a run.
@@ -98,19 +109,22 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     samples = _divisor(number, max(1, most // piece))
     if x.device.type not in _HAVE_OPERATORS or samples * piece > 2 * most:
         parts = _slices(x, grad_output)
-        return _add(traced.backward_sums(g, part, mean, _total) for part, g in parts)
+        sums = _add(traced.backward_sums(g, part, by[0], _total) for part, g in parts).view(2, -1)
+        sums[1].mul_(by[1])
+        return sums
     runs = (number // samples, channels, length // piece)
     shape = (samples, math.prod(runs), *([] if is_rows else [piece]))
     x = layout.dense(x)
     g, v = (layout.flat(t).view(shape) for t in (layout.like(grad_output, x), x))
-    centre = torch.empty(runs, dtype=_wide_dtype(x), device=x.device).copy_(mean.view(-1, 1))
-    centre = centre.view(-1)
-    one = torch.ones_like(centre)
+    coefficients = torch.empty(2, *runs, dtype=arithmetic_dtype(x), device=x.device)
+    coefficients.copy_(by.view(2, 1, -1, 1))
+    # In training mode the operator takes the mean and 1 / std of the batch as they are given.
+    mean, invstd = coefficients.view(2, -1)
     _, products, total = _backward_operator(
-        g, v, one, centre, one, centre, one, False, 0.0, _SUMS_ONLY
+        g, v, invstd, None, None, mean, invstd, True, 0.0, _SUMS_ONLY
     )
-    sums = torch.cat([total, products], out=mean.new_empty(2 * len(centre)))
-    return sums.view(2, *runs).sum((1, 3)).view(-1)
+    sums = torch.cat([total, products], out=by.new_empty(2 * len(mean)))
+    return sums.view(2, *runs).sum((1, 3))
 
 
 def backward_input(
@@ -123,43 +137,52 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
+    minus = -scale
+    return combine(grad_output, x, mean, scale, a * minus, b * minus, mask)
+
+
+def combine(
+    grad_output: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    slope: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """scale * g + w * (shift + slope * (x - mean)), in the type and layout of x."""
+    dtype = arithmetic_dtype(x)
+    mask = None if mask is None else mask.to(dtype)
+    scale, shift, slope = (c.to(dtype) for c in (scale, shift, slope))
+    factor = _facing(scale, x)
     if x.device.type not in _HAVE_OPERATORS:
-        grad_input = torch.empty_like(x)
-        for out, part, g, w in _slices(grad_input, x, grad_output, mask):
-            out.copy_(traced.backward_input(g, part, mean, scale, a, b, w))
-        return grad_input
-    wide, minus = _wide_dtype(x), -scale
-    mask = None if mask is None else mask.to(wide)
+        result = torch.empty_like(x)
+        for out, part, g, w in _slices(result, x, grad_output, mask):
+            t = traced.normalize(part.to(dtype), mean, slope, shift)
+            out.copy_(torch.addcmul(t if w is None else t * w, g, factor))
+        return result
     if x.dtype not in HALF_TYPES:
-        coefficients = [mean, torch.ones_like(mean), b * minus, a * minus, scale]
-        mean, one, slope, shift, factor = _wide(coefficients, x)
-        grad_input = _batch_norm(x, mean, one, slope, shift)
+        result = _batch_norm(x, mean.to(dtype), slope, shift)
         if mask is not None:
-            grad_input *= mask
-        return grad_input.addcmul_(grad_output, _facing(factor, x))
-    slope = (b * minus).to(wide)
+            result *= mask
+        return result.addcmul_(grad_output, factor)
     # With the rounded slope, so that a large mean is taken off exactly.
-    shift = torch.addcmul(a * minus, slope, mean, value=-1)
-    slope, shift, factor = (_facing(c, x) for c in (slope, *_wide([shift, scale], x)))
-    grad_input = torch.empty_like(x)
+    shift = torch.addcmul(shift, slope, mean, value=-1, out=torch.empty_like(shift))
+    slope, shift = _facing(slope, x), _facing(shift, x)
+    result = torch.empty_like(x)
     # Two slices: a float32 one is as large as x.
-    for out, part, g, w in _slices(grad_input, x, grad_output, mask, most=2):
+    for out, part, g, w in _slices(result, x, grad_output, mask, most=2):
         t = torch.addcmul(shift, part, slope)
         if w is not None:
             t *= w
         torch.addcmul(t, g, factor, out=out)
         del t
-    return grad_input
+    return result
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    """The type that the arithmetic is done in: at least float32."""
+def arithmetic_dtype(x: Tensor) -> torch.dtype:
+    """The type of the coefficients that x meets: at least float32."""
     return torch.float32 if x.dtype in HALF_TYPES else x.dtype
-
-
-def _wide(coefficients: list[Tensor], x: Tensor) -> Sequence[Tensor]:
-    """(C,) coefficients in the type of the arithmetic, converted in one call."""
-    return torch.stack(coefficients).to(_wide_dtype(x)).unbind()
 
 
 def _facing(c: Tensor, x: Tensor) -> Tensor:
@@ -167,12 +190,12 @@ def _facing(c: Tensor, x: Tensor) -> Tensor:
     return c.view(-1, *[1] * (x.ndim - 2))
 
 
-def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Evaluation-mode batch norm, in the memory layout of x."""
+def _batch_norm(x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Evaluation-mode batch norm with a variance of 1, in the memory layout of x."""
     # CUDA writes the mean and the inverse of the deviation, and normalises by what it has written.
     y, saved = torch.empty_like(x), torch.empty(2, len(mean), dtype=mean.dtype, device=mean.device)
     _forward_operator(
-        x, weight, bias, mean, var, False, 0.0, 0.0,
+        x, weight, bias, mean, torch.ones_like(mean), False, 0.0, 0.0,
         out=y, save_mean=saved[0], save_invstd=saved[1],
     )  # fmt: skip
     return y
@@ -189,7 +212,7 @@ def _pivot(x: Tensor) -> Tensor:
         size = x.shape[dim]
         number = min(_PIVOT_SAMPLES if dim == 0 else 2, 1 << (size.bit_length() - 1))
         index[dim] = slice(0, size // number * number, size // number)
-    return x[tuple(index)].mean([0, *range(2, x.ndim)], dtype=_wide_dtype(x))
+    return x[tuple(index)].mean([0, *range(2, x.ndim)], dtype=arithmetic_dtype(x))
 
 
 def _runs(x: Tensor) -> tuple[Tensor, list[int]]:
@@ -243,12 +266,12 @@ def _sums_about_a_pivot(
             p = _pivot(x)
         else:
             weighted = _add(traced.weighted_sum(part, w, _total) for part, w in _slices(x, mask))
-            p = traced.weighted_mean(weighted, count).to(_wide_dtype(x))
+            p = traced.weighted_mean(weighted, count).to(arithmetic_dtype(x))
         sums = (traced.sums_about(p, part, w, _total) for part, w in _slices(x, mask))
         s1, s2 = _add(torch.stack(each) for each in sums)
         return p.to(wide), s1, s2
     assert mask is not None
-    mask = mask.to(_wide_dtype(x))
+    mask = mask.to(arithmetic_dtype(x))
     # Elements of weight 0 may lie anywhere, so the pivot is the (rounded) weighted mean itself.
     weighted = _add(_total(part * w) for part, w in _slices(x, mask, most=_FEW))
     p = traced.weighted_mean(weighted, count).to(mask.dtype)
