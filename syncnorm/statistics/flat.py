@@ -34,7 +34,8 @@ class FlatMessage:
 
     Args:
         layers: by name, in the same order on all workers.
-        parts: float64 by name, of 2C+1 numbers each; zeros stand for those that are missing.
+        parts: float64 by name, one tensor or several for each layer, of 2C+1 numbers together;
+            zeros stand for those that are missing.
         rest: float64, what travels besides; None: nothing.
         group: the workers.
         kind: what it carries, for errors and the tally.
@@ -47,7 +48,7 @@ class FlatMessage:
     def __init__(
         self,
         layers: Mapping[str, SyncNorm],
-        parts: Mapping[str, Tensor],
+        parts: Mapping[str, Sequence[Tensor]],
         rest: Tensor | None,
         group: groups.Group | None,
         kind: str,
@@ -57,13 +58,16 @@ class FlatMessage:
         self.marks: Marks = mark(self.layers, written)
         device = device_of(self.layers[0])
         self._devices = [
-            parts[name].device if name in parts else device_of(layer)
+            parts[name][0].device if name in parts else device_of(layer)
             for name, layer in layers.items()
         ]
-        packed = [
-            parts[name].to(device) if name in parts else zeros(size, device)
-            for name, size in zip(layers, sizes(self.layers), strict=True)
-        ]
+        packed: list[Tensor] = []
+        for name, size in zip(layers, sizes(self.layers), strict=True):
+            if name not in parts:
+                packed.append(zeros(size, device))
+                continue
+            for t in parts[name]:
+                packed.append(t.to(device))
         packed += [] if rest is None else [rest]
         self._pending = exchange.start_sum(torch.cat(packed), group, kind, title(list(layers)))
 

@@ -98,6 +98,11 @@ class _Own(NamedTuple):
 _NAMES = [f"lagged_{name}" for name in _Own._fields if name != "options"]
 
 
+def _add(kept: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """The sums of two calls of a layer, which may have moved between them."""
+    return [a.to(b.device) + b for a, b in zip(kept, new, strict=True)]
+
+
 @dataclass
 class Backward:
     """The backward pass of a step: which of its calls have been through."""
@@ -217,9 +222,10 @@ class PooledLagged(Source):
         self.pool = Pool(self, layers, LaggedAverages.name, buffers, self._follow_moments)
         self._steps = Steps(self)
         self._backward = Backward()
-        self._gradients: dict[str, Tensor] = {}
-        self._late: dict[str, Tensor] = {}
-        """Gradient sums of steps whose message has left.
+        self._gradients: dict[str, list[Tensor]] = {}
+        """For each layer [sum g, sum g xhat], flat, and the count, of the calls so far."""
+        self._late: dict[str, list[Tensor]] = {}
+        """The same of steps whose message has left.
 
         There were two forwards before a backward pass, or two passes over one forward.
         """
@@ -326,8 +332,8 @@ class PooledLagged(Source):
         """
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
-        name, new = self.pool.names[layer], torch.cat([local.flatten(), count])
-        kept[name] = kept[name] + new if name in kept else new
+        name, new = self.pool.names[layer], [local.flatten(), count]
+        kept[name] = _add(kept[name], new) if name in kept else new
         if backward is not None:
             backward.arrived.add(number)
             if backward is self._backward and backward.is_complete:
@@ -344,7 +350,7 @@ class PooledLagged(Source):
     def _send_gradients(self) -> None:
         parts = dict(self._late)
         for name, sums in self._gradients.items():
-            parts[name] = parts[name].to(sums.device) + sums if name in parts else sums
+            parts[name] = _add(parts[name], sums) if name in parts else sums
         # Settled before another leaves: it is of an earlier step.
         if self._sent is not None:
             self._apply_gradients()

@@ -173,9 +173,8 @@ class Pool:
         group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
         members = groups.ranks(group)
         faults = self._faults(gathered, members)
-        message = FlatMessage(
-            self.layers, gathered.sums, faults, group, "all moments", self._buffers
-        )
+        parts = {name: [sums] for name, sums in gathered.sums.items()}
+        message = FlatMessage(self.layers, parts, faults, group, "all moments", self._buffers)
         self._sent = Sent(message, momenta, members, gathered.shard)
 
     def settle(self) -> None:

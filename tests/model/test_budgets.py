@@ -34,7 +34,7 @@ BUDGETS = {
     "batch": ((4, 3), (3, 5)),
     "none": ((4, 3), (3, 5)),
     "running": ((4, 3), (3, 5)),
-    "lagged": ((7, 4), (3, 5)),
+    "lagged": ((7, 3), (3, 5)),
 }
 # Packed with its identity, sent, and its identity compared.
 MESSAGE = ["new_full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
