@@ -8,6 +8,7 @@ It needs a build of torch for CUDA (`nox --session stand_in` installs one), gcc 
 
     cuda.c        CUDA's libraries: the device's memory is the host's, and a kernel does nothing
     nccl.c        NCCL: collectives in shared memory, each of which waits for all ranks
+    batch_norm.py the operators of torch.nn.SyncBatchNorm, which no CPU has
     operators.py  what kernels would do: torch's own of the CPU, Triton's in its interpreter
     start/        installs these in every process that Python starts
 
@@ -15,5 +16,6 @@ What runs is torch's own code for CUDA down to its libraries: allocator, pinned 
 events, autograd's thread for the device, DistributedDataParallel, process groups. Triton's kernels
 are compiled for an H100 and launched, too. An operator that would make the host wait is seen, and
 one that is given tensors of both devices. What does not run is any kernel of a GPU: nothing is said
-about their numbers, times and races, and CUDA graphs and compiled models compute nothing.
+about their numbers, times and races, and compiled models compute nothing. A graph that is replayed
+calls again what was called while it was captured.
 """

@@ -18,8 +18,8 @@ BUILD = ROOT / "build" / "stand_in"
 SITE = Path(torch.__file__).parents[1]
 # Whose kernels nobody runs: those of torch's compiler, those that a graph replays, and those that
 # torch.nn.SyncBatchNorm has for CUDA alone.
-LEFT_OUT = {"tests/cuda/test_compile.py", "tests/cuda/test_graphs.py"}
-NAMES = ["torchs_own", "32_bits"]
+LEFT_OUT = {"tests/cuda/test_compile.py"}
+NAMES = ["32_bits"]
 # Tensors and steps for which the interpreter takes too long.
 SLOW = ["sizes_of_networks", "takes_no_memory", "ten_thousand", "long_sum", "many_layers"]
 # What docs/cuda.md takes back, and the least memory.
@@ -27,7 +27,7 @@ NOT_WITHOUT_TRITON = ["exact-on-integers", "takes_no_memory"]
 OPTIONS = ["-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider"]
 # Functions of the driver that are looked for by their names.
 DRIVER = """
-cuInit cuDevicePrimaryCtxRetain cuCtxSetCurrent cuCtxGetLimit cuCtxSetLimit cuLaunchKernel
+cuInit cuDevicePrimaryCtxRetain cuCtxSetCurrent cuCtxGetLimit cuCtxSetLimit cuModuleLoad cuLaunchKernel
 cuLaunchKernelEx cuModuleUnload cuFuncSetAttribute cuFuncSetCacheConfig
 cuOccupancyMaxActiveClusters cuTensorMapEncodeTiled
 """

@@ -302,8 +302,26 @@ cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t start, cudaEvent_t end) 
     return cudaSuccess;
 }
 
+// Graphs: one is captured at a time. What it holds is known in operators.py.
+
+static cudaStream_t captured;
+static unsigned long long captures;
+static int is_capturing;
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, enum cudaStreamCaptureMode mode) {
+    captured = stream, is_capturing = 1, captures++;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+    *graph = (cudaGraph_t)(uintptr_t)captures;
+    is_capturing = 0;
+    return cudaSuccess;
+}
+
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, enum cudaStreamCaptureStatus* status) {
-    *status = cudaStreamCaptureStatusNone;
+    *status = is_capturing && stream == captured ? cudaStreamCaptureStatusActive
+                                                 : cudaStreamCaptureStatusNone;
     return cudaSuccess;
 }
 
@@ -311,7 +329,19 @@ cudaError_t cudaStreamGetCaptureInfo(
     cudaStream_t stream, enum cudaStreamCaptureStatus* status, unsigned long long* id,
     cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
     size_t* count) {
+    if (id) *id = captures;
     return cudaStreamIsCapturing(stream, status);
+}
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count) {
+    *count = 1;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiateWithFlags(
+    cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long flags) {
+    *executable = (cudaGraphExec_t)graph;
+    return cudaSuccess;
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* data) {

@@ -9,12 +9,15 @@ from __future__ import annotations
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
+
+from drills.stand_in.batch_norm import OPERATORS
 
 HOST = torch.device("cpu")
 # Their kernels for CUDA do no more than allocate memory or look at a tensor from another side; or
@@ -43,6 +46,9 @@ def install() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kernels that are replaced
         own = {"copy_": _copy_, "_local_scalar_dense": _read, "var.correction_out": _var_into}
+        for function in OPERATORS:
+            operator = getattr(torch.ops.aten, function.__name__).default
+            own[function.__name__] = _on_host(operator, function)
         for name in torch._C._dispatch_get_all_op_names():
             operator = _replaceable(name)
             if operator is not None:
@@ -50,6 +56,7 @@ def install() -> None:
         for name, function in own.items():
             library.impl(name, function, "CUDA")
     torch.backends.cudnn.enabled = False
+    _Graph.install()
     _install_triton()
 
 
@@ -98,8 +105,42 @@ def _resize(to: Any, host: Any) -> None:
             on_host(t.resize_(h.shape)).copy_(h)
 
 
+class _Graph:
+    """What a graph of CUDA holds: each operator that was called, to be called again."""
+
+    recording: list[Callable[[], object]] | None = None
+    """The calls of the graph that is being captured."""
+
+    @classmethod
+    def install(cls) -> None:
+        kind, calls = torch.cuda.CUDAGraph, weakref.WeakKeyDictionary()
+        begin, end, replay = kind.capture_begin, kind.capture_end, kind.replay
+
+        def capture_begin(graph: Any, *args: Any, **options: Any) -> None:
+            begin(graph, *args, **options)
+            cls.recording = []
+
+        def capture_end(graph: Any) -> None:
+            calls[graph], cls.recording = cls.recording, None
+            end(graph)
+
+        def replay_all(graph: Any) -> None:
+            replay(graph)
+            for call in calls[graph]:
+                call()
+
+        kind.capture_begin, kind.capture_end, kind.replay = capture_begin, capture_end, replay_all
+
+    @classmethod
+    def note(cls, call: Callable[[], object]) -> None:
+        if cls.recording is not None:
+            cls.recording.append(call)
+
+
 def _wait(what: object) -> None:
     """Say that the host would wait for the device, to whoever has asked torch to do so."""
+    if _Graph.recording is not None:
+        raise RuntimeError(f"{what}: not permitted while a graph is captured")
     said = f"called a synchronizing CUDA operation: {what}"
     mode = torch.cuda.get_sync_debug_mode() if torch.cuda.is_initialized() else 0
     if mode == 2:
@@ -108,8 +149,9 @@ def _wait(what: object) -> None:
         warnings.warn(said, stacklevel=3)
 
 
-def _on_host(operator: Any) -> Callable[..., Any]:
-    """The operator for tensors of the device, by its kernel for a CPU."""
+def _on_host(operator: Any, kernel: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The operator for tensors of the device, by its kernel for a CPU, or by another one."""
+    kernel = kernel or operator
     arguments, returns = operator._schema.arguments, operator._schema.returns
     base = operator._schema.name.removeprefix("aten::")
     written = [(i, a) for i, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
@@ -128,7 +170,8 @@ def _on_host(operator: Any) -> Callable[..., Any]:
         if host.get("pin_memory"):
             host["pin_memory"] = None
         by_place = [host.pop(name) for name in names[: len(args)]]
-        result = operator(*by_place, **host)
+        options = dict(host)
+        result = kernel(*by_place, **options)
         host |= dict(zip(names, by_place, strict=False))
         for name in outs & given.keys():
             _resize(given[name], host[name])
@@ -145,8 +188,20 @@ def _on_host(operator: Any) -> Callable[..., Any]:
             return tree_map(lambda t: _on_device(t, device), value)
 
         if len(returns) == 1:
-            return back(result, returns[0])
-        return tuple(map(back, result, returns)) if returns else None
+            given_back = back(result, returns[0])
+        else:
+            given_back = tuple(map(back, result, returns)) if returns else None
+        if _Graph.recording is not None:
+            made = [on_host(t) for t in tree_leaves(given_back) if isinstance(t, Tensor)]
+
+            def again() -> None:
+                results = tree_leaves(kernel(*by_place, **options))
+                for t, new in zip(made, (r for r in results if isinstance(r, Tensor)), strict=True):
+                    if t.data_ptr() != new.data_ptr():
+                        t.copy_(new)
+
+            _Graph.note(again)
+        return given_back
 
     return call
 
@@ -197,6 +252,7 @@ def _copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         _wait(f"a copy from {source.device} to {to.device}")
     host, other = (on_host(t) if t.is_cuda else t for t in (to, source))
     host.copy_(other)
+    _Graph.note(lambda: host.copy_(other))
     return to
 
 
@@ -207,7 +263,13 @@ def _read(t: Tensor) -> Any:
 
 def _var_into(x: Tensor, dim: Any = None, *, out: Tensor, **options: Any) -> Tensor:
     """The variance in the type of `out`: a CPU gives no single number of a half type in float32."""
-    on_host(out).copy_(torch.var(on_host(x).to(out.dtype), dim, **options))
+    x, host = on_host(x), on_host(out)
+
+    def compute() -> None:
+        host.copy_(torch.var(x.to(host.dtype), dim, **options))
+
+    compute()
+    _Graph.note(compute)
     return out
 
 
@@ -234,8 +296,13 @@ def _install_triton() -> None:
                 launch_compiled(kernel, programs, of, *args, warps=warps)
             module = interpreted_modules[kernel.fn.__module__]
             host = [on_host(a) if isinstance(a, Tensor) and a.is_cuda else a for a in args]
-            with interpreted_library():
-                getattr(module, kernel.fn.__name__)[(programs,)](*host, num_warps=warps)
+
+            def interpret() -> None:
+                with interpreted_library():
+                    getattr(module, kernel.fn.__name__)[(programs,)](*host, num_warps=warps)
+
+            interpret()
+            _Graph.note(interpret)
 
     launch._launch = launch_both
     launch._processors = lambda of: _PROCESSORS

@@ -47,6 +47,14 @@ def test_a_step_in_one_process(settings):
     _check_step(part.read_rows(settings.rows), "fake", 2)
 
 
+def test_the_second_rank_that_is_nobody_takes_the_messages_of_torchs_own_layer():
+    """On a GPU `torch.nn.SyncBatchNorm` gathers a row into one row of as many parts as ranks."""
+    with part.workers():
+        gathered = torch.zeros(1, 6)
+        dist.all_gather_into_tensor(gathered, torch.arange(3.0), None, async_op=False)
+    assert gathered.tolist() == [[0.0, 1.0, 2.0] * 2]
+
+
 def test_a_step_under_ddp(settings):
     """On one rank, of a group that is no stand-in."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
