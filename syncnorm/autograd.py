@@ -22,7 +22,7 @@ from syncnorm import observed
 from syncnorm.maths import formula, kernels
 from syncnorm.maths.double_backward import SecondDerivative
 
-ANCHOR = torch.zeros((), requires_grad=True)
+ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
 """Keeps a Function in the backward pass where nothing else needs a gradient.
 
 It is given none.

@@ -78,13 +78,19 @@ def local_sums(
         weight, bias: what x will be normalised with, (C,) or None.
 
     Raises:
-        InputError: they are on several devices.
+        InputError: they are on several devices, or weight or bias has not C elements.
     """
     who = observed.observer(x)
     is_repeated = None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
     own = kernels.of_device(x, mask, weight, bias) if who is None else None
     if own is not kernels.native:  # whose tensors are all in memory
         check_devices(x, mask=mask, weight=weight, bias=bias)
+    # Kernels would read beyond the end.
+    channels = x.shape[1]
+    if weight is not None and weight.shape != (channels,):
+        raise _wrong_shape("weight", weight, channels)
+    if bias is not None and bias.shape != (channels,):
+        raise _wrong_shape("bias", bias, channels)
     if own is not None:
         sums, fault = own.moments(x, mask), None
         if mask is not None and (is_host(x) or debug.is_on):
@@ -151,14 +157,14 @@ def _check(sums: Tensor, local: LocalSums, group: groups.Group | None, name: str
 
 def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:
     """Find out together whose data is at fault, and raise the same error everywhere."""
-    report = torch.zeros(3 + _MAX_DIMS, dtype=torch.float64)
+    report = torch.zeros(3 + _MAX_DIMS, dtype=torch.float64, device="cpu")
     report[0] = not local.sums[:-1].isfinite().all()
     if local.given is not None:
         wrong = local.given[~kernels.is_weight(local.given)]
         if wrong.numel():
             report[1], report[2] = 1.0, wrong[0]
             shape = local.given.shape[:_MAX_DIMS]
-            report[3 : 3 + len(shape)] = torch.tensor(shape)
+            report[3 : 3 + len(shape)] = torch.tensor(shape, device="cpu")
     reports = exchange.gather(report.to(local.sums), group, "fault", name).tolist()
     masks, inputs = [], []
     for rank, (is_input, is_mask, value, *shape) in zip(groups.ranks(group), reports, strict=True):
@@ -362,6 +368,8 @@ def normalize_batch(
         reference = kernels.Reference(running_mean, running_var, (r_max, d_max))
     if reference is not None:
         check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
+        if not reference.running_mean.shape == reference.running_var.shape == (x.shape[1],):
+            raise _wrong_running(reference.running_mean, reference.running_var, x.shape[1])
     anchor, means = _anchor(weight, bias, statistic), statistic.gradient_means
     y = apply_fused(x, weight, bias, anchor, local.mask, own, batch, eps, reference, means)
     if reference is not None:
@@ -421,6 +429,9 @@ def update_running_(
     if own is not kernels.native:
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
     if own is not None and not isinstance(batch, Unread):
+        channels = batch.packed[0].numel() // 2
+        if not running_mean.shape == running_var.shape == (channels,):
+            raise _wrong_running(running_mean, running_var, channels)
         own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
     with torch.no_grad():
@@ -430,6 +441,19 @@ def update_running_(
             renorm.update_running_std_(running_var, batch, eps, factor)
         else:
             update_running_var_(running_var, batch, factor)
+
+
+def _wrong_shape(name: str, t: Tensor, channels: int) -> InputError:
+    return InputError(
+        f"`{name}` must have the shape ({channels},), one element for each channel, got "
+        f"{tuple(t.shape)}. Was it pruned, or loaded from a layer of another size?"
+    )
+
+
+def _wrong_running(running_mean: Tensor, running_var: Tensor, channels: int) -> InputError:
+    is_mean = running_mean.shape != (channels,)
+    name, t = ("running_mean", running_mean) if is_mean else ("running_var", running_var)
+    return _wrong_shape(name, t, channels)
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:

@@ -291,10 +291,10 @@ def gather_text(text: str, group: dist.ProcessGroup, kind: str, device: torch.de
     must call.
     """
     # Eight bytes take the place of a number. A last 1 marks the end; zeros pad the rest.
-    data = torch.tensor([*text.encode(), 1], dtype=torch.uint8)
+    data = torch.tensor([*text.encode(), 1], dtype=torch.uint8, device="cpu")
     length = torch.full((1,), -(-data.numel() // 8), dtype=torch.float64, device=device)
     longest = int(gather(length, group, kind).max())
-    message = torch.zeros(8 * longest, dtype=torch.uint8)
+    message = torch.zeros(8 * longest, dtype=torch.uint8, device="cpu")
     message[: data.numel()] = data
     # (group size, numbers) of float64, then (group size, 8 * numbers) of bytes.
     rows = gather(message.view(torch.float64).to(device), group, kind).cpu().view(torch.uint8)

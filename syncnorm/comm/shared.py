@@ -121,7 +121,8 @@ def numbering() -> str:
 def start_of(pid: int) -> str:
     """The start of a live process; empty if it has ended, also where nobody has heard yet."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        # Bytes: a name is cut off at 15 of them, within a letter if need be.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].decode().split()
     except OSError:
         return ""
     return "" if fields[0] in "ZX" else fields[19]

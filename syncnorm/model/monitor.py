@@ -184,11 +184,11 @@ class _Layout(NamedTuple):
     @classmethod
     @functools.lru_cache(maxsize=8)  # made on the host: to copy it would wait for the device
     def of(cls, sizes: tuple[int, ...], device: torch.device) -> _Layout:
-        channels = torch.tensor(sizes)
-        position = torch.arange(max(sizes))
+        channels = torch.tensor(sizes, device="cpu")
+        position = torch.arange(max(sizes), device="cpu")
         first, is_own = channels.cumsum(0) - channels, position < channels.unsqueeze(1)
         places = torch.where(is_own, first.unsqueeze(1) + position, 0)
-        owner = torch.arange(len(sizes)).repeat_interleave(channels)
+        owner = torch.arange(len(sizes), device="cpu").repeat_interleave(channels)
         return cls(*(t.to(device) for t in (channels, owner, places, is_own)))
 
     def sum(self, values: Tensor) -> Tensor:

@@ -249,7 +249,7 @@ class PooledLagged(Source):
             self.settle()
         group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
         own = _Own.of(layer)
-        rules = kernels.of_channels(own.mean) or lagged
+        rules = kernels.of_averages(*own[:5]) or lagged
         # Copies: the averages move on before the backward pass if somebody settles.
         kept = rules.snapshot(own.mean, own.var, own.gradient)
         of_moments = 2 * layer.num_features + 1
@@ -373,7 +373,7 @@ class PooledLagged(Source):
             for layer, sums in zip(message.layers, parts, strict=True):
                 own = _Own.of(layer)
                 if id(own.gradient) not in others:
-                    rules = kernels.of_channels(own.gradient) or lagged
+                    rules = kernels.of_averages(*own[:5]) or lagged
                     rules.follow_gradients_(sums, own.gradient, own.updates[1], own.options)
 
     def _is_waiting(self, layer: SyncNorm) -> bool:
@@ -392,7 +392,7 @@ class PooledLagged(Source):
         self._waits = None
         own = _Own.of(layer)
         # As few launches as the device allows.
-        rules = kernels.of_channels(own.mean) or lagged
+        rules = kernels.of_averages(*own[:5]) or lagged
         rules.follow_moments_(
             batch, own.mean, own.var, own.updates[0], own.waits, layer.eps, own.options
         )

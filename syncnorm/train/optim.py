@@ -218,12 +218,13 @@ def make_schedule(
             optimizer,
             partial(factor, name=name, warmup_steps=warmup_steps, total_steps=total_steps),
         )
+    # Before there is another schedule, which would leave its marks on the optimizer.
+    if warmup_steps == 0:
+        return SCHEDULERS[name](optimizer, **options)
     warm_up = LambdaLR(
         optimizer,
         partial(factor, name="constant", warmup_steps=warmup_steps, total_steps=total_steps),
     )
-    if warmup_steps == 0:
-        return SCHEDULERS[name](optimizer, **options)
     return SequentialLR(
         optimizer, [warm_up, SCHEDULERS[name](optimizer, **options)], milestones=[warmup_steps]
     )

@@ -41,7 +41,7 @@ def place(
             workers.
     """
     placed = placement.place(count, norm_batch, rank, world_size, micro_batch)
-    share = -(-norm_batch // placed.shared_by)
+    share = placement.largest_part(count, norm_batch, world_size)
     if micro_batch is not None and share > micro_batch:
         raise ConfigError(
             f"`launch.micro_batch` must be at least {share} where a statistic of {norm_batch} "

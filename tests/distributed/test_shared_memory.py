@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -305,3 +306,18 @@ def test_sums_of_random_sizes_by_processes_that_run_ahead(tmp_path, messages):
         [program, "4", str(messages), "7"], stderr=subprocess.PIPE, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_process_is_known_by_any_name():
+    """The system cuts a name off at 15 bytes, within a letter if need be."""
+    command = 'import ctypes; ctypes.CDLL(None).prctl(15, "обучение".encode()); input(); print(1)'
+    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        try:
+            wait_until = time.monotonic() + 30.0
+            stat = Path(f"/proc/{process.pid}/stat")
+            while "обу".encode() not in stat.read_bytes() and time.monotonic() < wait_until:
+                time.sleep(0.01)
+            assert shared.start_of(process.pid) == shared.start_of(process.pid) != ""
+        finally:
+            process.stdin.close()

@@ -525,3 +525,30 @@ def _two_forwards_one_backward() -> list[Tensor]:
 def test_gradients_that_come_late_are_not_lost(pool):
     for split, whole in pool(2).run(_two_forwards_one_backward):
         assert split.abs().max() > 0.5 * whole.abs().max() > 0
+
+
+def _cast(name: str, to: Callable[[Tensor], Tensor]) -> nn.Module:
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="lagged")))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state[f"0.{name}"] = to(state[f"0.{name}"])
+    model.load_state_dict(state, assign=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        model(torch.randn(8, 3) + 3).square().sum().backward()
+    return model
+
+
+CASTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "lagged_mean": Tensor.float,
+    "lagged_var": Tensor.float,
+    "lagged_gradient": lambda t: t.t().contiguous().t(),
+    "lagged_updates": Tensor.int,
+}
+
+
+@pytest.mark.parametrize("name", CASTS)
+def test_averages_of_other_types_and_strides_are_read_as_what_they_are(name):
+    """Kernels are given pointers to what a layer is made with."""
+    got, expected = (_cast(name, to).state_dict() for to in (CASTS[name], lambda t: t))
+    for key, value in expected.items():
+        torch.testing.assert_close(got[key].to(value.dtype), value, rtol=1e-5, atol=1e-5, msg=key)

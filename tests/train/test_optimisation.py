@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from unittest import mock
 
 import pytest
@@ -105,6 +106,30 @@ def test_a_schedule_multiplies_each_groups_rate(name, options):
         lr = schedule.get_last_lr()[0]
         assert moved == pytest.approx([lr, 0.25 * lr])
         schedule.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("CyclicLR", {"base_lr": 0.1, "max_lr": 1.0, "step_size_up": 4, "cycle_momentum": False}),
+        ("StepLR", {"step_size": 2}),
+        ("LinearLR", {}),
+    ],
+)
+def test_without_warm_up_a_schedule_begins_as_torchs_own(name, options):
+    rates = []
+    for make in (
+        partial(optim.make_schedule, name, warmup=0.0, total_steps=8, options=options),
+        partial(optim.SCHEDULERS[name], **options),
+    ):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = make(optimizer=optimizer)
+        rates.append([])
+        for _ in range(8):
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+    assert rates[0] == rates[1]
 
 
 # 81 = 2 * 40 + 1: the third step has a sample for one worker alone.

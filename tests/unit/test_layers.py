@@ -30,6 +30,7 @@ from syncnorm import (
 )
 from syncnorm.errors import InputError, SyncnormError
 from syncnorm.testing import assert_close
+from tests.as_device import as_device
 
 # torch's own layers may be without a bias from 2.13 on; ours in every version.
 WITHOUT_BIAS = [{"bias": False}] if "bias" in inspect.signature(nn.BatchNorm1d).parameters else []
@@ -393,3 +394,31 @@ def test_several_values_of_total_weight_one_are_no_single_value(is_debug):
         y = layer(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([0.5, 0.5]).view(2, 1))
     torch.testing.assert_close(y, torch.tensor([[-1.0, -1.0], [1.0, 1.0]]), rtol=1e-4, atol=0)
     assert torch.equal(layer.running_var, torch.ones(2))
+
+
+WRONG_LENGTHS = [("weight", 2), ("weight", 1), ("bias", 5), ("running_mean", 4), ("running_var", 2)]
+
+
+@pytest.mark.parametrize("kernels", ["native", "composed"])
+@pytest.mark.parametrize(("name", "length"), WRONG_LENGTHS)
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
+def test_tensors_of_another_length_are_refused(make, name, length, kernels):
+    """Kernels are given pointers: they would read, and write, beyond the end."""
+    layer = make(3)
+    if name in ("weight", "bias"):
+        setattr(layer, name, nn.Parameter(torch.ones(length)))
+    else:
+        layer.register_buffer(name, torch.ones(length))
+    course = as_device("composed") if kernels == "composed" else contextlib.nullcontext()
+    with course, pytest.raises(InputError, match=rf"`{name}` must have the shape \(3,\)"):
+        layer(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
+def test_the_default_device_is_not_that_of_the_layer(make):
+    layer, x = make(3), torch.randn(8, 3, requires_grad=True)
+    with torch.device("meta"):
+        y = layer(x)
+        y.sum().backward()
+    assert y.device.type == layer.weight.grad.device.type == x.grad.device.type == "cpu"
+    assert layer.running_mean.isfinite().all()

@@ -38,7 +38,7 @@ __all__ = [
     "local_moments",
     "native",
     "normalize",
-    "of_channels",
+    "of_averages",
     "of_device",
     "of_running",
 ]
@@ -77,11 +77,24 @@ def of_running(*tensors: Tensor) -> ModuleType | None:
     return of_device(tensors[0])
 
 
-def of_channels(*tensors: Tensor) -> ModuleType | None:
-    """The module whose kernels do what is (C,)-sized in one launch; None where operators do it."""
-    if not torch.compiler.is_compiling() and native.is_usable(*tensors):
+def of_averages(
+    mean: Tensor, var: Tensor, gradient: Tensor, updates: Tensor, waits: Tensor
+) -> ModuleType | None:
+    """The module whose kernels move the averages of "lagged"; None where operators do it.
+
+    Kernels take the tensors for those that a layer is made with; others may have been put in their
+    place, or cast.
+    """
+    for t in (mean, var, gradient):
+        if t.dtype != torch.float64 or not t.is_contiguous():
+            return None
+    if not mean.shape == var.shape == gradient.shape[1:]:
+        return None
+    if updates.dtype != torch.int64 or waits.dtype != torch.bool or not updates.is_contiguous():
+        return None
+    if not torch.compiler.is_compiling() and native.is_usable(mean, var, gradient):
         return native
-    own = of_device(tensors[0])
+    own = of_device(mean)
     return None if own is composed else own
 
 

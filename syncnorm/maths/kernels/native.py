@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _CORRECTED_ROWS = 3, 9
-_TWO = torch.full((1,), 2.0, dtype=torch.float64)
+_TWO = torch.full((1,), 2.0, dtype=torch.float64, device="cpu")
 _X = (c_int, c_long, c_long, c_long)  # type, outer, channels, inner
 _SIGNATURES = {
     "types": (c_int,),
@@ -127,7 +127,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """
     sizes, (x,) = _dense(x)
     _kept, w = (None, None) if mask is None else _weights(mask, x)
-    sums = torch.empty(2 * sizes[2] + 1, dtype=torch.float64)
+    sums = torch.empty(2 * sizes[2] + 1, dtype=torch.float64, device="cpu")
     threads = torch.get_num_threads()
     if _functions().moments(x.data_ptr(), *sizes, w, sums.data_ptr(), threads):
         raise _no_memory("moments")
@@ -150,7 +150,9 @@ def normalize(
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     to, kept = (None, ()) if reference is None else _reference(reference)
-    rows = torch.empty(_ROWS if to is None else _CORRECTED_ROWS, sizes[2], dtype=torch.float64)
+    rows = torch.empty(
+        _ROWS if to is None else _CORRECTED_ROWS, sizes[2], dtype=torch.float64, device="cpu"
+    )
     failed = _functions().normalize(
         x.data_ptr(), y.data_ptr(), *sizes, numbers.data_ptr(), is_raw,
         *_rows(weight, bias), eps, rows.data_ptr(), to, torch.get_num_threads(),
@@ -220,9 +222,12 @@ def backward_sums(
     """[sum g, sum g xhat], shape (2, C), float64; the gradients of weight and bias, if any."""
     sizes, (x, g) = _dense(x, g)
     channels = sizes[2]
-    local = torch.empty(2, channels, dtype=torch.float64)
-    dweight = None if weight_dtype is None else torch.empty(channels, dtype=weight_dtype)
-    dbias = None if bias_dtype is None else torch.empty(channels, dtype=bias_dtype)
+    local = torch.empty(2, channels, dtype=torch.float64, device="cpu")
+    dweight = dbias = None
+    if weight_dtype is not None:
+        dweight = torch.empty(channels, dtype=weight_dtype, device="cpu")
+    if bias_dtype is not None:
+        dbias = torch.empty(channels, dtype=bias_dtype, device="cpu")
     failed = _functions().backward_sums(
         g.data_ptr(), x.data_ptr(), *sizes, rows.data_ptr(), rows.shape[0] > _ROWS,
         local.data_ptr(), *_rows(dweight, dbias), torch.get_num_threads(),
