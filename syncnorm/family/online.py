@@ -27,6 +27,7 @@ move.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -106,6 +107,8 @@ class OnlineNorm(PooledBatchNorm):
         self.gradient_momentum, self.guard = gradient_momentum, guard
         self.register_buffer("u", torch.zeros_like(self.running_mean))
         self.register_buffer("v", torch.zeros_like(self.running_mean))
+        self._sent: deque[Tensor] = deque()
+        """The gradients' averages that are under way, as this worker had them."""
         self.late = LateSums()
         CurrentBuffers.put_into(self, self.late)
 
@@ -159,11 +162,20 @@ class OnlineNorm(PooledBatchNorm):
 
     def average_gradients(self, samples: int, sent: Tensor) -> None:
         """Start to average [u, v], (2C,), over the workers."""
+        self._sent.append(sent)
 
         def follow(total: Tensor) -> None:
             now = torch.cat([self.u, self.v])
-            u, v = moved(now, sent, mean_of(total)).chunk(2)
+            average = mean_of(total)
+            u, v = moved(now, sent, average).chunk(2)
             keep(self, total, u=u, v=v)
+            while self._sent.popleft() is not sent:
+                pass  # one whose sum came to nothing
+            # What was sent before this has come, by later calls of the step, is still without it.
+            new = torch.cat([self.u, self.v])
+            for later in self._sent:
+                shifted = torch.where(now == new, later, later + (average - sent))
+                later.copy_(torch.where(now == later, new.double(), shifted))
 
         self._send(samples, "gradients", sent, follow)
 
