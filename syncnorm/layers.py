@@ -207,6 +207,11 @@ class SyncBatchRenorm(SyncNorm):
     ) -> None:
         functional.check_running_average(running_average)
         super().set_up(process_group, device, sync=sync)
+        if not callable(schedule) or isinstance(schedule, type):
+            raise InputError(
+                f"`schedule` must be a function from the step to (r_max, d_max), got {schedule!r}. "
+                "RenormSchedule() is the paper's."
+            )
         self.schedule = schedule
         self.running_average = running_average
 

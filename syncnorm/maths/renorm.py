@@ -12,6 +12,7 @@ weight * d.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -69,6 +70,12 @@ class RenormSchedule:
             raise InputError(
                 f"`d_max` must be >= 0, got {self.d_max}. d_max = 0 leaves the mean uncorrected."
             )
+        for name in ("warmup_steps", "r_steps", "d_steps"):
+            if not isinstance(getattr(self, name), Integral):
+                raise InputError(
+                    f"`{name}` must be an integer, got {getattr(self, name)!r}. It is a number of "
+                    "training steps."
+                )
         if not self.warmup_steps >= 0:
             raise InputError(
                 f"`warmup_steps` must be >= 0, got {self.warmup_steps}. 0 starts the ramps at once."

@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,8 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
         if workers.is_first and task.prints:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
             if outcome.is_done:
-                print(f"To see it: syncnorm report {folder}", file=sys.stderr, flush=True)
+                command = shlex.join(["syncnorm", "report", str(folder)])
+                print(f"To see it: {command}", file=sys.stderr, flush=True)
         # A peer may still be completing the last collective.
         meet(workers)
     dist.destroy_process_group()

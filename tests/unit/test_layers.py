@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncnorm
 from syncnorm import (
+    RenormSchedule,
     SyncBatchNorm,
     SyncBatchRenorm,
     convert,
@@ -218,6 +219,15 @@ INPUT_ERRORS = [
         "`momentum` must be in [0, 1], or None for a cumulative average, got 1.5",
     ),
     (lambda: SyncBatchNorm(3, momentum=-0.1), "got -0.1"),
+    (
+        lambda: SyncBatchRenorm(3, schedule="paper"),
+        "`schedule` must be a function from the step to (r_max, d_max), got 'paper'.",
+    ),
+    (
+        lambda: SyncBatchRenorm(3, schedule=RenormSchedule),
+        "`schedule` must be a function from the step to (r_max, d_max), got <class",
+    ),
+    (lambda: RenormSchedule(warmup_steps=5.0), "`warmup_steps` must be an integer, got 5.0."),
     (
         lambda: SyncBatchNorm(3, sync="always"),
         '`sync` must be "batch" or "running" or "lagged" or "none", got \'always\'',
