@@ -15,8 +15,6 @@ from syncnorm.diagnose.problem import Forward, Problem
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 
-Receive = Callable[[str, Forward, int, Tensor], object]
-
 
 @dataclass(frozen=True)
 class Sums:

@@ -89,10 +89,11 @@ def mark(layers: Iterable[SyncNorm], names: Sequence[str]) -> Marks:
     """Note how often the layers' buffers of these names have been written so far.
 
     Called when a message leaves that will change them. Waits for nothing. For those who hold a
-    buffer since before that and write it in place: they do not pass by `CurrentBuffers`.
+    buffer since before that and write it in place: they do not pass by `CurrentBuffers`. Of
+    inference tensors nobody knows.
     """
     found = [dict.get(layer._buffers, name) for layer in layers for name in names]
-    return [(buffer, buffer._version) for buffer in found if buffer is not None]
+    return [(b, b._version) for b in found if b is not None and not b.is_inference()]
 
 
 def written(marks: Marks) -> list[Tensor]:

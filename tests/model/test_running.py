@@ -375,3 +375,12 @@ def test_a_pickled_model_settles_where_there_is_no_group(pool, sync):
     )
     assert int(first[0].num_batches_tracked) == 1
     assert torch.equal(first[0].running_mean, second[0].running_mean)
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_model_that_is_made_of_inference_tensors(sync):
+    with torch.inference_mode():
+        layer = SyncBatchNorm(3, sync=sync)
+        model, x = prepare_ddp(nn.Sequential(layer)), torch.randn(8, 3) + 5
+        model(x)
+        torch.testing.assert_close(layer.running_mean, 0.1 * x.mean(0))
