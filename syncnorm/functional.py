@@ -364,11 +364,7 @@ def _check_arguments(
     }
     for name, t in vectors.items():
         if t is not None and t.shape != (x.shape[1],):
-            raise InputError(
-                f"`{name}` must have shape ({x.shape[1]},), got {tuple(t.shape)} (x has shape "
-                f"{tuple(x.shape)}). "
-                "It holds one value per channel."
-            )
+            raise ops.wrong_shape(name, t, x.shape[1], x)
     if (running_mean is None) != (running_var is None):
         raise InputError(
             "`running_mean` and `running_var` must be given together, got one. Pass both or "

@@ -88,9 +88,9 @@ def local_sums(
     # Kernels would read beyond the end.
     channels = x.shape[1]
     if weight is not None and weight.shape != (channels,):
-        raise _wrong_shape("weight", weight, channels)
+        raise wrong_shape("weight", weight, channels, x)
     if bias is not None and bias.shape != (channels,):
-        raise _wrong_shape("bias", bias, channels)
+        raise wrong_shape("bias", bias, channels, x)
     if own is not None:
         sums, fault = own.moments(x, mask), None
         if mask is not None and (is_host(x) or debug.is_on):
@@ -369,7 +369,7 @@ def normalize_batch(
     if reference is not None:
         check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
         if not reference.running_mean.shape == reference.running_var.shape == (x.shape[1],):
-            raise _wrong_running(reference.running_mean, reference.running_var, x.shape[1])
+            raise _wrong_running(reference.running_mean, reference.running_var, x.shape[1], x)
     anchor, means = _anchor(weight, bias, statistic), statistic.gradient_means
     y = apply_fused(x, weight, bias, anchor, local.mask, own, batch, eps, reference, means)
     if reference is not None:
@@ -443,17 +443,21 @@ def update_running_(
             update_running_var_(running_var, batch, factor)
 
 
-def _wrong_shape(name: str, t: Tensor, channels: int) -> InputError:
+def wrong_shape(name: str, t: Tensor, channels: int, x: Tensor | None = None) -> InputError:
+    """Make the error of a tensor that is not (C,), for the input x if it is at hand."""
+    of_x = "" if x is None else f" (x has shape {tuple(x.shape)})"
     return InputError(
-        f"`{name}` must have the shape ({channels},), one element for each channel, got "
-        f"{tuple(t.shape)}. Was it pruned, or loaded from a layer of another size?"
+        f"`{name}` must have shape ({channels},), got {tuple(t.shape)}{of_x}. "
+        "It holds one value per channel."
     )
 
 
-def _wrong_running(running_mean: Tensor, running_var: Tensor, channels: int) -> InputError:
+def _wrong_running(
+    running_mean: Tensor, running_var: Tensor, channels: int, x: Tensor | None = None
+) -> InputError:
     is_mean = running_mean.shape != (channels,)
     name, t = ("running_mean", running_mean) if is_mean else ("running_var", running_var)
-    return _wrong_shape(name, t, channels)
+    return wrong_shape(name, t, channels, x)
 
 
 def check_devices(x: Tensor, **others: Tensor | None) -> None:

@@ -132,7 +132,9 @@ class _Graph:
         kind.capture_begin, kind.capture_end, kind.replay = capture_begin, capture_end, replay_all
 
     @classmethod
-    def note(cls, call: Callable[[], object]) -> None:
+    def run(cls, call: Callable[[], object]) -> None:
+        """Call, and call again whenever the graph that is being captured is replayed."""
+        call()
         if cls.recording is not None:
             cls.recording.append(call)
 
@@ -200,7 +202,7 @@ def _on_host(operator: Any, kernel: Callable[..., Any] | None = None) -> Callabl
                     if t.data_ptr() != new.data_ptr():
                         t.copy_(new)
 
-            _Graph.note(again)
+            _Graph.recording.append(again)
         return given_back
 
     return call
@@ -251,8 +253,7 @@ def _copy_(to: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if to.device.type != source.device.type and not non_blocking and to.numel():
         _wait(f"a copy from {source.device} to {to.device}")
     host, other = (on_host(t) if t.is_cuda else t for t in (to, source))
-    host.copy_(other)
-    _Graph.note(lambda: host.copy_(other))
+    _Graph.run(lambda: host.copy_(other))
     return to
 
 
@@ -268,8 +269,7 @@ def _var_into(x: Tensor, dim: Any = None, *, out: Tensor, **options: Any) -> Ten
     def compute() -> None:
         host.copy_(torch.var(x.to(host.dtype), dim, **options))
 
-    compute()
-    _Graph.note(compute)
+    _Graph.run(compute)
     return out
 
 
@@ -301,8 +301,7 @@ def _install_triton() -> None:
                 with interpreted_library():
                     getattr(module, kernel.fn.__name__)[(programs,)](*host, num_warps=warps)
 
-            interpret()
-            _Graph.note(interpret)
+            _Graph.run(interpret)
 
     launch._launch = launch_both
     launch._processors = lambda of: _PROCESSORS

@@ -310,14 +310,14 @@ def test_sums_of_random_sizes_by_processes_that_run_ahead(tmp_path, messages):
 
 def test_a_process_is_known_by_any_name():
     """The system cuts a name off at 15 bytes, within a letter if need be."""
-    command = 'import ctypes; ctypes.CDLL(None).prctl(15, "обучение".encode()); input(); print(1)'
-    with subprocess.Popen([sys.executable, "-c", command], stdin=subprocess.PIPE) as process:
+    name = 'import ctypes, sys; ctypes.CDLL(None).prctl(15, "обучение".encode()); sys.stdin.read()'
+    with subprocess.Popen([sys.executable, "-c", name], stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         try:
-            wait_until = time.monotonic() + 30.0
-            stat = Path(f"/proc/{process.pid}/stat")
-            while "обу".encode() not in stat.read_bytes() and time.monotonic() < wait_until:
+            until, stat = time.monotonic() + 30.0, Path(f"/proc/{process.pid}/stat")
+            while "обу".encode() not in stat.read_bytes():
+                assert time.monotonic() < until
                 time.sleep(0.01)
-            assert shared.start_of(process.pid) == shared.start_of(process.pid) != ""
+            assert shared.start_of(process.pid) != ""
         finally:
             process.stdin.close()

@@ -420,7 +420,10 @@ def test_tensors_of_another_length_are_refused(make, name, length, kernels):
     else:
         layer.register_buffer(name, torch.ones(length))
     course = as_device("composed") if kernels == "composed" else contextlib.nullcontext()
-    with course, pytest.raises(InputError, match=rf"`{name}` must have the shape \(3,\)"):
+    with (
+        course,
+        pytest.raises(InputError, match=rf"`{name}` must have shape \(3,\), got \({length},\)"),
+    ):
         layer(torch.randn(4, 3))
 
 
