@@ -113,7 +113,7 @@ def test_the_tables_new_lines_build_what_they_say():
     lines = {line for row in rows[1:] for line in re.findall(r"`([^`]*\([^`]*\))`", row[2])}
     ours = sorted(line for line in lines if re.match(r"(Sync|nn\.|prepare)", line))
     assert len(ours) == 5
-    names = {"nn": nn, "c": 4, "model": nn.Sequential(nn.BatchNorm2d(4))}
+    names = {"nn": nn, "c": 4, "rmax": 3.0, "dmax": 5.0, "model": nn.Sequential(nn.BatchNorm2d(4))}
     names |= {name: getattr(syncnorm, name) for name in syncnorm.__all__}
     for line in ours:
         exec(f"built = {line}", names)
