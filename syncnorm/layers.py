@@ -219,9 +219,16 @@ class SyncBatchRenorm(SyncNorm):
     def averages_std(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.running_average == "std"
 
-    def extra_repr(self) -> str:
-        ours = f"schedule={self.schedule}, running_average={self.running_average!r}"
-        return f"{super().extra_repr()}, {ours}"
+    def arguments(self) -> str:
+        # A function's repr holds an address, which is another one on each worker.
+        default = type(self.schedule).__qualname__
+        schedule = (
+            repr(self.schedule)
+            if isinstance(self.schedule, RenormSchedule)
+            else getattr(self.schedule, "__qualname__", default)
+        )
+        ours = f"schedule={schedule}, running_average={self.running_average!r}"
+        return f"{super().arguments()}, {ours}"
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """(r_max, d_max) of the next training step, float64, shape ().

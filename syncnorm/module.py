@@ -265,10 +265,14 @@ class SyncNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         workers = "" if self.workers is None else f", process_group={self.workers!r}"
+        return f"{self.arguments()}{workers}"
+
+    def arguments(self) -> str:
+        """The arguments in words, without the process group: the same on all workers."""
         theirs = super().extra_repr()
         if self.affine and self.bias is None and not _TORCH_HAS_BIAS:
             theirs += ", bias=False"
-        return f"{theirs}, sync={self.sync_mode.argument!r}{workers}"
+        return f"{theirs}, sync={self.sync_mode.argument!r}"
 
     @property
     def process_group(self) -> groups.Spec:

@@ -23,6 +23,8 @@ class Statement(NamedTuple):
 
     name: str
     kind: str
+    state: str
+    """Its parameters and buffers, with their types and shapes."""
     workers: str
     """The ranks that it pools over, in words."""
     members: list[int] | None
@@ -31,14 +33,14 @@ class Statement(NamedTuple):
 
 
 def agree(
-    layers: Sequence[tuple[str, str, GroupHandle]], among: Group, device: torch.device
+    layers: Sequence[tuple[str, str, str, GroupHandle]], among: Group, device: torch.device
 ) -> None:
     """Compare the layers of all members of `among`; make the layers' groups if these are all ranks.
 
     *Collectives*: two all-gathers over `among`, and the creation of groups. Every member must call.
 
     Args:
-        layers: name, kind (in words) and process group of each layer.
+        layers: name, kind and state (in words) and process group of each layer.
 
     Raises:
         FaultError: they do not agree; the same on all members.
@@ -53,20 +55,20 @@ def agree(
         _check_workers(dict(zip(said, statements)))
     if list(said) == list(range(dist.get_world_size())):
         groups.set_machines(list(machines))
-        for (_, _, handle), *statements in zip(layers, *said.values()):
+        for (*_, handle), *statements in zip(layers, *said.values()):
             parts = {(s.backend, tuple(s.members)) for s in statements if s.members is not None}
             groups.make_all(sorted(parts), groups.parent_and_rule(handle)[0])
 
 
-def _describe(name: str, kind: str, handle: GroupHandle) -> Statement:
+def _describe(name: str, kind: str, state: str, handle: GroupHandle) -> Statement:
     if isinstance(handle, groups.NotMember):
-        return Statement(name, kind, repr(handle), [], "")
+        return Statement(name, kind, state, repr(handle), [], "")
     parent, rule = groups.parent_and_rule(handle)
     backend = dist.get_backend_config(parent)
     if isinstance(rule, Ranks):
         members = list(rule.members)
-        return Statement(name, kind, f"ranks {members}", members, backend)
-    return Statement(name, kind, repr(rule), None, backend)
+        return Statement(name, kind, state, f"ranks {members}", members, backend)
+    return Statement(name, kind, state, repr(rule), None, backend)
 
 
 def _check_layers(said: dict[int, list[Statement]]) -> None:
@@ -84,12 +86,21 @@ def _check_layers(said: dict[int, list[Statement]]) -> None:
 
 
 def _check_workers(said: dict[int, Statement]) -> None:
-    """Raise unless all have the same rule, or each gives the ranks that those ranks give, too."""
+    """Raise unless all have the same state, and the same rule.
+
+    Instead of a rule each may give ranks, if those ranks give them, too.
+    """
+    name = next(iter(said.values())).name
+    if len({s.state for s in said.values()}) > 1:
+        raise FaultError(
+            "`model` must have the same parameters and buffers on every worker, got "
+            f"{_by_rank({r: s.state for r, s in said.items()})} in layer {name!r}. "
+            "Cast and change the model alike on all workers."
+        )
     if not all(_is_shared_by_members(rank, said) for rank in said):
-        layer = next(iter(said.values())).name
         raise FaultError(
             "`process_group` must mean the same workers to each of them, got "
-            f"{_by_rank({r: s.workers for r, s in said.items()})} in layer {layer!r}. "
+            f"{_by_rank({r: s.workers for r, s in said.items()})} in layer {name!r}. "
             'Give each worker the group that it is in, or all the same rule, such as 2 or "node".'
         )
 
@@ -97,12 +108,12 @@ def _check_workers(said: dict[int, Statement]) -> None:
 def _is_shared_by_members(rank: int, said: dict[int, Statement]) -> bool:
     members = said[rank].members
     if members is None:
-        return all(other[2:] == said[rank][2:] for other in said.values())
+        return all(other[3:] == said[rank][3:] for other in said.values())
     exist = all(0 <= member < dist.get_world_size() for member in members)
     return (
         rank in members
         and exist
-        and all(said[m][3:] == said[rank][3:] for m in members if m in said)
+        and all(said[m][4:] == said[rank][4:] for m in members if m in said)
     )
 
 

@@ -63,6 +63,10 @@ class Pooling(nn.Module):
         is_alone = not self.is_pooled or observed.is_fake(self)
         return None if is_alone else groups.statistics_group(self.workers)
 
+    def arguments(self) -> str:
+        """Describe the arguments on which workers must agree: all but the process group."""
+        return self.extra_repr()
+
     @abstractmethod
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step, forward, then backward."""

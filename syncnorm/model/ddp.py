@@ -25,7 +25,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
     """Make `model` ready for DistributedDataParallel; call it on every worker, before wrapping.
 
-    - Compares the layers of all workers, and the workers that each pools over.
+    - Compares the layers of all workers: their arguments, the types and shapes of their parameters
+      and buffers, and the workers that each pools over.
     - Makes the process groups of the statistics.
     - Attaches layers with `sync="running"` or "lagged" to each other and to the forward of `model`.
     - Gives every worker rank 0's buffers of our layers.
@@ -37,7 +38,7 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
     are given then, too, so rank 0 alone may load a checkpoint in between. Other buffers are left to
     DDP.
 
-    *Collectives*: two all-gathers of a few bytes per layer, one broadcast per buffer of our layers
+    *Collectives*: two all-gathers of a few hundred bytes per layer, one broadcast per buffer of our layers
     (and again when DDP wraps the model), and the creation of groups. Every worker must call.
 
     Args:
@@ -69,7 +70,15 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
             warnings.warn(said, stacklevel=2)
     _share_group(ours.values(), process_group)
     if among is not None and len(groups.ranks(among)) > 1:
-        layers = [(name, _kind(m), m.workers) for name, m in ours.items() if m.is_pooled]
+        layers = [
+            (
+                name,
+                f"{type(m).__name__}({m.arguments()})",
+                _state(m),
+                m.workers if m.is_pooled else 1,
+            )
+            for name, m in ours.items()
+        ]
         agreement.agree(layers, among, _device(model))
     for name, layer in ours.items():
         layer.label = name or layer.label
@@ -158,10 +167,13 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
 register_module_module_registration_hook(_when_wrapped)
 
 
-def _kind(layer: SyncNorm | Pooling) -> str:
-    if isinstance(layer, Pooling):
-        return f"{type(layer).__name__}({layer.extra_repr()})"
-    return f"{type(layer).__name__}({layer.num_features}, sync={layer.sync!r})"
+def _state(layer: nn.Module) -> str:
+    """What DDP and `prepare_ddp` broadcast of a layer, in words."""
+    tensors = (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))
+    words = (
+        f"{name} {str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for name, t in tensors
+    )
+    return ", ".join(words) or "none"
 
 
 def _largest_message(layer: SyncNorm | Pooling) -> int:

@@ -21,7 +21,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from syncnorm import SyncBatchNorm, groups, prepare_ddp, reference, scale_loss
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    groups,
+    prepare_ddp,
+    reference,
+    scale_loss,
+)
 from syncnorm.comm import exchange, naming, rules
 from syncnorm.comm import groups as live
 from syncnorm.comm.groups import statistics_group
@@ -315,10 +323,18 @@ def _prepare(what: Any) -> str:
     if not isinstance(what, dict) and what != "outside":
         made = [dist.new_group(list(part)) for part in ((0, 1), (1, 2))]
         options["process_group"] = made[what]
-    model = nn.Sequential(SyncBatchNorm(4), SyncBatchNorm(4, **options))
+    kind = SyncBatchRenorm if "schedule" in options else SyncBatchNorm
+    model = nn.Sequential(SyncBatchNorm(4))
+    if not options.pop("is_absent", False):
+        model.append(kind(4, **options))
     return _message(lambda: prepare_ddp(model))
 
 
+def _no_correction(step: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones_like(step), torch.zeros_like(step)
+
+
+LAYERS = "FaultError: `model` must have the same layers in the same order on every worker, got "
 WORDS = "FaultError: `process_group` must mean the same workers to each of them, got "
 
 
@@ -338,10 +354,23 @@ WORDS = "FaultError: `process_group` must mean the same workers to each of them,
         ([{"process_group": groups.Ranks((0, 9))}, {"process_group": 1}, {"process_group": 1}],
          WORDS + "ranks [0, 9] on rank(s) [0] and 1 on rank(s) [1, 2]"),
         ([{"sync": "none"}, {}, {}],
-         "FaultError: `model` must have the same layers in the same order on every worker, got "
-         "none on rank(s) [0] and "
-         "1 SyncBatchNorm(4, sync='batch') on rank(s) [1, 2] as number 1. Build the model alike"),
-        ([{}, {}, {"sync": "running"}], "1 SyncBatchNorm(4, sync='running') on rank(s) [2] as number 1"),
+         LAYERS + "1 SyncBatchNorm(4, eps=1e-05, "),
+        ([{"sync": "none"}, {}, {}], "sync='none') on rank(s) [0] and 1 SyncBatchNorm(4, eps=1e-05, "),
+        ([{"sync": "none"}, {}, {}], "sync='batch') on rank(s) [1, 2] as number 1. Build the model alike"),
+        ([{"is_absent": True}, {}, {}], LAYERS + "none on rank(s) [0] and 1 SyncBatchNorm(4, eps=1e-05, "),
+        ([{}, {}, {"sync": "running"}], "sync='running') on rank(s) [2] as number 1"),
+        ([{}, {"eps": 1e-3}, {}], LAYERS),
+        ([{}, {"momentum": 0.2}, {}], LAYERS),
+        ([{"sync": "none"}, {"sync": "none"}, {"sync": "none", "track_running_stats": False}], LAYERS),
+        ([{"schedule": RenormSchedule()}] * 2 + [{"schedule": RenormSchedule.constant(3.0, 5.0)}], LAYERS),
+        ([{"schedule": _no_correction}] * 2 + [{"schedule": RenormSchedule()}],
+         "schedule=_no_correction, running_average='std') on rank(s) [0, 1]"),
+        ([{"schedule": _no_correction}] * 3, "no error"),
+        ([{}, {}, {"dtype": torch.float64}],
+         "FaultError: `model` must have the same parameters and buffers on every worker, got "
+         "weight float32 (4,), bias float32 (4,), running_mean float32 (4,), running_var float32 (4,), "
+         "num_batches_tracked int64 () on rank(s) [0, 1] and weight float64 (4,), bias float64 (4,), "),
+        ([{"dtype": torch.float64, "sync": "none"}] + [{"sync": "none"}] * 2, "in layer '1'. Cast and change"),
     ],
     ids=str,
 )  # fmt: skip
