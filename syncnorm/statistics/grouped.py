@@ -17,30 +17,23 @@ from torch import Tensor, nn
 from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
-from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.pool import Pool
-from syncnorm.statistics.source import Source
-from syncnorm.statistics.steps import Steps
+from syncnorm.statistics.running import PooledRunning
 from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class StatisticGroups(Source):
+class StatisticGroups(PooledRunning):
     """The layers of one model, told before each forward what their statistics are taken over.
 
     Args:
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: Pool
-
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
-        sync = next(iter(layers.values())).sync
-        self.pool = Pool(self, layers, sync)
-        self._steps = Steps(self.pool)
+        super().__init__(layers)
         self._over: groups.Group | None = None
         self._parts: list[int] = []
 
@@ -81,28 +74,12 @@ class StatisticGroups(Source):
             )
         return [times * part for part in self._parts]
 
-    @property
-    def steps(self) -> Steps:
-        return self._steps
-
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)
         if not self._steps.is_open:
             self.pool.check_outside(layer, local)
         return ops.pooled_statistic(local, self._over, layer.label)
-
-    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
-        self.pool.gather(layer, local)
-
-    def settle(self) -> None:
-        self.pool.settle()
-
-    def discard(self, layer: SyncNorm) -> None:
-        self.pool.discard(layer)
-
-    def release(self, layer: SyncNorm) -> None:
-        self.pool.release(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         # A process group can be neither copied nor pickled, and a copy is placed anew.

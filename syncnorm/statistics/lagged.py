@@ -118,7 +118,39 @@ class Backward:
         return self.is_due and self.is_countable and 0 < self.expected == len(self.arrived)
 
 
-class LaggedMeans:
+class FixedMeans:
+    """The averages of earlier steps as the gradient means of a call that leaves no trace.
+
+    Args:
+        layer: the layer.
+        estimate: its average gradient means, shape (2, C).
+    """
+
+    is_local = False
+
+    def __init__(self, layer: SyncNorm, estimate: Tensor) -> None:
+        self.layer = layer
+        self.estimate = estimate
+
+    def __call__(self, local: Tensor) -> Tensor:
+        totals, n = self.totals(local)
+        return totals if n is None else totals * reciprocal(n)
+
+    def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.estimate, None
+
+    def of_second(self, local: Tensor) -> Tensor:
+        raise InputError(
+            '`sync` must be "batch", "running" or "none" where a gradient is differentiated, got '
+            f'"lagged" in layer {self.layer.label!r}. Its gradient is corrected by an average and '
+            "is no derivative of its output."
+        )
+
+    def again(self) -> FixedMeans:
+        return FixedMeans(self.layer, self.estimate)
+
+
+class LaggedMeans(FixedMeans):
     """The gradient means of one call: averages of earlier steps, or pooled now if the layer waits.
 
     Args:
@@ -141,9 +173,9 @@ class LaggedMeans:
         count: Tensor,
         backward: Backward | None,
     ) -> None:
+        # Not by the base class: a call less in every forward.
+        self.layer, self.estimate = layer, estimate
         self.source = source
-        self.layer = layer
-        self.estimate = estimate
         self.pooled = pooled
         self.count = count
         self.backward = backward
@@ -151,57 +183,14 @@ class LaggedMeans:
         # one.
         self.number = 0 if backward is None else backward.expected
 
-    @property
-    def is_local(self) -> bool:
-        return False
-
-    def __call__(self, local: Tensor) -> Tensor:
-        totals, n = self.totals(local)
-        return totals if n is None else totals * reciprocal(n)
-
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
         totals = (self.estimate, None) if self.pooled is None else self.pooled.totals(local)
         self.source.add_gradients(self.layer, local, self.count, self.backward, self.number)
         return totals
 
-    def of_second(self, local: Tensor) -> Tensor:
-        raise _no_second(self.layer)
-
     def again(self) -> LaggedMeans:
         pooled = None if self.pooled is None else self.pooled.again()
         return LaggedMeans(self.source, self.layer, self.estimate, pooled, self.count, None)
-
-
-@dataclass(eq=False)
-class FixedMeans:
-    """The averages of earlier steps as the gradient means of a call that leaves no trace."""
-
-    layer: SyncNorm
-    estimate: Tensor
-
-    @property
-    def is_local(self) -> bool:
-        return False
-
-    def __call__(self, local: Tensor) -> Tensor:
-        return self.estimate
-
-    def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.estimate, None
-
-    def of_second(self, local: Tensor) -> Tensor:
-        raise _no_second(self.layer)
-
-    def again(self) -> FixedMeans:
-        return FixedMeans(self.layer, self.estimate)
-
-
-def _no_second(layer: SyncNorm) -> InputError:
-    return InputError(
-        '`sync` must be "batch", "running" or "none" where a gradient is differentiated, got '
-        f'"lagged" in layer {layer.label!r}. Its gradient is corrected by an average and is no '
-        "derivative of its output."
-    )
 
 
 class PooledLagged(Source):

@@ -34,7 +34,7 @@ class PooledRunning(Source):
     forward = untraced_forward
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
-        self.pool = Pool(self, layers, Running.name)
+        self.pool = Pool(self, layers, next(iter(layers.values())).sync)
         self._steps = Steps(self.pool)
 
     @property
