@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm import undocumented
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 
@@ -208,12 +209,8 @@ def _all_slots(model: nn.Module) -> Slots:
 
 
 def _ignored_by_ddp(model: nn.Module) -> set[str]:
-    # The attribute that DistributedDataParallel reads, with the names that torch.compile's wrapper
-    # gives.
-    return {
-        name.removeprefix("_orig_mod.")
-        for name in getattr(model, "_ddp_params_and_buffers_to_ignore", ())
-    }
+    # torch.compile's wrapper has other names, which are there, too.
+    return {name.removeprefix("_orig_mod.") for name in undocumented.ignored_by_ddp(model)}
 
 
 def _is_common(layer: nn.Module) -> bool:
