@@ -70,7 +70,8 @@ class StatisticGroups(PooledRunning):
             raise InputError(
                 f"`x` must hold a whole number of rows for each of {sum(self._parts)} samples "
                 f"where a forward has several statistics, got {count} rows. Keep the samples in "
-                "dimension 0."
+                "order in dimension 0, or take a statistic at a time: `micro_batch` of the "
+                "sampler, `launch.micro_batch` of the trainer, equal to `norm_batch`."
             )
         return [times * part for part in self._parts]
 

@@ -131,6 +131,7 @@ def test_rows_must_divide_among_the_samples(pool):
         "a whole number of rows for each of 3 samples where a forward has several statistics, got "
         "7 rows" in message
     )
+    assert "`launch.micro_batch` of the trainer, equal to `norm_batch`" in message
 
 
 def _copies() -> list[bool]:
