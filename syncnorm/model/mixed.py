@@ -96,8 +96,8 @@ class How:
         if a is not None:
             assert layer.running_mean is not None
             assert layer.running_var is not None
-            mean = torch.lerp(mean, layer.running_mean.double(), a)
-            var = torch.lerp(var, layer.running_var.double(), a)
+            mean = _mixed(mean, layer.running_mean, a)
+            var = _mixed(var, layer.running_var, a)
         if not torch.is_grad_enabled():
             return _by(layer, x, mean, var)
         scale = (var + layer.eps).rsqrt()
@@ -150,11 +150,17 @@ class How:
         before = {f"running_{name}": layer.get_buffer(f"running_{name}") for name in batch}
         try:
             for name, value in batch.items():
-                kept = before[f"running_{name}"].double()
-                layer._buffers[f"running_{name}"] = torch.lerp(value, kept, a)
+                layer._buffers[f"running_{name}"] = _mixed(value, before[f"running_{name}"], a)
             return layer.evaluate(x)
         finally:
             layer._buffers.update(before)
+
+
+def _mixed(batch: Tensor, running: Tensor, a: Tensor) -> Tensor:
+    """a running + (1 - a) batch, float64. What has no weight may be NaN."""
+    running = running.double()
+    mixed = torch.where(a == 0, batch, torch.lerp(batch, running, a))
+    return torch.where(a == 1, running, mixed)
 
 
 def _by(layer: _BatchNorm, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:

@@ -247,6 +247,26 @@ def test_a_batch_of_one_value_and_one_in_which_nothing_counts(pool, choice):
     assert_close(nothing, bias if choice == "batch" else layer(x), torch.float64, "y")
 
 
+def _under(layer: nn.Module, x: Tensor, choice: Any) -> Tensor:
+    with evaluation_statistics(layer, choice):
+        return layer(x)
+
+
+@pytest.mark.parametrize("has_grad", [False, True])
+@pytest.mark.parametrize("kind", ["batch", "torch", "estimated"])
+def test_statistics_without_weight_may_be_nan(kind, has_grad):
+    x = data()[0]
+    layer = make_family(kind) if kind in FAMILY else make(kind)[0]
+    as_batch, as_running = _under(layer, x, "batch"), layer(x)
+    wrong = torch.cat([x, torch.full_like(x[:1], torch.nan)])
+    with torch.set_grad_enabled(has_grad):
+        y = _under(layer, wrong, Mix(1.0))
+        assert_close(y[:-1], as_running, torch.float64, "y")
+        layer.running_mean.fill_(torch.nan)
+        for choice in (Mix(0.0), Prior(0.0)):
+            assert_close(_under(layer, x, choice), as_batch, torch.float64, str(choice))
+
+
 def samples_of_other_sizes() -> Tensor:
     """Each rank's samples have a size of their own."""
     rank = dist.get_rank()
