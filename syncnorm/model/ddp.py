@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
@@ -13,7 +14,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import undocumented
-from syncnorm.comm import agreement, exchange, groups
+from syncnorm.comm import agreement, debug, exchange, groups
+from syncnorm.device import is_host
+from syncnorm.errors import FaultError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
@@ -235,21 +238,39 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
         loss: mean over this worker's samples, shape (). A worker without samples passes a loss
             that depends on its (empty) output all the same, so that it takes part in the backward
             pass; the value, perhaps NaN, does not matter.
-        local_count: the number of these samples, >= 0 (or any additive measure, such as valid
-            pixels).
+        local_count: the number of these samples, finite and >= 0 (or any additive measure, such as
+            valid pixels).
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:
         The scaled loss; the loss itself with one worker; zero if there are no samples at all.
+
+    Raises:
+        FaultError: on every worker, if the count of one is none. On CUDA this is looked at in debug
+            mode only; otherwise the loss is NaN on every worker.
     """
     group = groups.statistics_group(process_group)
+    sent = local_count if 0 <= local_count < math.inf else math.nan
     if group is None:
+        if math.isnan(sent):
+            raise _no_counts({0: local_count})
         return loss
     Shard.scaled_losses += 1
     # Filled rather than copied: a copy from the host would wait for the CUDA device.
-    count = torch.full((1,), local_count, dtype=torch.float64, device=loss.device)
+    count = torch.full((1,), sent, dtype=torch.float64, device=loss.device)
     total = exchange.sum_(count, group, "count", "scale_loss")
+    if (debug.is_on or is_host(total)) and math.isnan(total):
+        given = exchange.gather(count.fill_(local_count), group, "fault", "scale_loss")
+        raise _no_counts(dict(zip(groups.ranks(group), given.flatten().tolist(), strict=True)))
     if local_count == 0:
         # The mean over nothing is NaN.
         return loss.nan_to_num(0.0) * 0.0
     return loss * (local_count * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
+
+
+def _no_counts(given: Mapping[int, float]) -> FaultError:
+    wrong = ", ".join(f"{n:g} on rank {r}" for r, n in given.items() if not 0 <= n < math.inf)
+    return FaultError(
+        f"`local_count` must be finite and >= 0, got {wrong}. It is the number of this worker's "
+        "samples, 0 without any."
+    )

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp, scale_loss
 from syncnorm.comm import exchange
+from syncnorm.errors import FaultError
 from syncnorm.model.adopt import adopt_state_dict
 
 
@@ -28,6 +29,20 @@ def test_scale_loss(pool, counts):
     for rank, (loss, exchanges) in enumerate(pool(len(counts)).run(_scaled, counts)):
         assert loss == pytest.approx(3.0 * counts[rank] * len(counts) / total if total else 0.0)
         assert exchanges == [("count", 2)]
+
+
+def _of_no_count(count: float) -> str:
+    with pytest.raises(FaultError) as caught:
+        scale_loss(torch.tensor(1.0), count)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf")])
+def test_a_count_that_is_none_is_one_error_on_all(pool, wrong):
+    first, second = pool(2).run_each(_of_no_count, [(3,), (wrong,)])
+    assert first == second
+    assert f"`local_count` must be finite and >= 0, got {wrong} on rank 1. It" in first
+    assert f"got {wrong} on rank 0" in _of_no_count(wrong)
 
 
 def test_scale_loss_alone_is_the_loss():
