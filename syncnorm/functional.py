@@ -241,7 +241,8 @@ def evaluate(
     eps: float,
 ) -> Tensor:
     """Normalise by the running statistics, or by the local batch without them. No communication."""
-    if running_mean is None:
+    if running_mean is None or running_var is None:
+        _check_pair(running_mean, running_var)
         statistic = ops.local_statistic(ops.local_sums(x, None), "evaluation")
         return ops.normalize(x, weight, bias, statistic, eps, None)
     given = (running_mean, running_var, weight, bias)
@@ -365,16 +366,20 @@ def _check_arguments(
     for name, t in vectors.items():
         if t is not None and t.shape != (x.shape[1],):
             raise ops.wrong_shape(name, t, x.shape[1], x)
-    if (running_mean is None) != (running_var is None):
-        raise InputError(
-            "`running_mean` and `running_var` must be given together, got one. Pass both or "
-            "neither."
-        )
+    _check_pair(running_mean, running_var)
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise InputError(
             "`num_batches_tracked` must be a counter where `momentum` is None (cumulative "
             "average), got None. "
             "Pass a 0-dim integer tensor."
+        )
+
+
+def _check_pair(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    if (running_mean is None) != (running_var is None):
+        raise InputError(
+            "`running_mean` and `running_var` must be given together, got one. Pass both or "
+            "neither."
         )
 
 

@@ -423,8 +423,11 @@ def update_running_(
     """Count the batch and move the running statistics towards its own, in place.
 
     With `is_std` the standard deviation follows, by the biased variance, else the unbiased
-    variance. See `syncnorm.maths.moments` for what a batch of one value or none changes.
+    variance. See `syncnorm.maths.moments` for what a batch of one value or none changes. Without a
+    momentum each batch weighs 1 / counter; without a counter, either, nothing moves, as in torch.
     """
+    if momentum is None and counter is None:
+        return
     own = kernels.of_running(running_mean, running_var, batch.count)
     if own is not kernels.native:
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)

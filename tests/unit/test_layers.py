@@ -197,6 +197,23 @@ def test_functional_equals_the_layer():
     assert torch.equal(y, layer.eval()(x))
 
 
+@pytest.mark.parametrize("make", [SyncBatchNorm, torch.nn.BatchNorm1d])
+def test_without_momentum_and_counter_running_statistics_stand_still(make):
+    layer = make(3, momentum=None)
+    layer.num_batches_tracked = None
+    layer(torch.randn(4, 3))
+    assert layer.running_mean.tolist() == [0.0] * 3
+    assert layer.running_var.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize("missing", ["running_mean", "running_var"])
+def test_one_running_statistic_alone_is_refused_in_evaluation(missing):
+    layer = SyncBatchNorm(3).eval()
+    setattr(layer, missing, None)
+    with pytest.raises(InputError, match="must be given together, got one"):
+        layer(torch.randn(4, 3))
+
+
 @pytest.mark.parametrize(
     "mask", [torch.tensor([True, False, True, True]), torch.tensor([2, 0, 1, 3])], ids=str
 )
