@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -115,7 +116,7 @@ def sum_(
     if tally.watchers:
         tally.tell(kind, 1, flight.size, start)
     if not is_same:
-        raise_mixed(flight, group)
+        raise_failure(flight, group)
     return total
 
 
@@ -179,12 +180,18 @@ def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bo
     return total.masked_fill_(torch.remainder(wire[-1], identity) != 0, torch.nan), True
 
 
-def raise_mixed(flight: InFlight, group: dist.ProcessGroup) -> None:
-    """Exchange the ranks' positions, and raise the same error everywhere.
+Failure = InFlight | ExchangeError
+"""Of an exchange that failed: itself, if some ranks sent another payload; or how it broke."""
 
-    *Collectives*: two all-gathers. Every rank whose sum over `group` was of different messages must
-    call.
+
+def raise_failure(flight: Failure, group: dist.ProcessGroup) -> NoReturn:
+    """Raise how an exchange broke, or exchange the ranks' positions and raise the same everywhere.
+
+    *Collectives*: for the latter two all-gathers. Every rank whose sum over `group` was of
+    different messages must call.
     """
+    if isinstance(flight, ExchangeError):
+        raise flight
     texts = gather_text(str(flight), group, "agreement", device_for(group))
     reset_calls(group)
     raise ExchangeError(at_different_places(dict(zip(ranks(group), texts, strict=True))))
@@ -204,8 +211,17 @@ class Pending:
         self._wire = wire
         self._flight = flight
         self._sent = sent
-        self.mixed: InFlight | None = None
-        """After `wait`: the exchange, for `raise_mixed`, if some ranks sent another payload."""
+        self.failure: Failure | None = None
+        """After `wait` or `settle`, for `raise_failure`: what went wrong, if anything did."""
+
+    def settle(self) -> Tensor | None:
+        """Return the sum as `wait` does, or None if it failed. Raises nothing."""
+        try:
+            total = self.wait()
+        except ExchangeError as error:
+            self.failure = error
+            return None
+        return total if self.failure is None else None
 
     def wait(self) -> Tensor:
         """Return the sum; on CUDA the current stream waits for it, not the host.
@@ -226,14 +242,14 @@ class Pending:
                 self._message = sent.total
             elif wire is not None:
                 self._message, is_same = _unpack(wire, self._message, flight)
-            self.mixed = None if is_same else flight
+            self.failure = None if is_same else flight
             if tally.watchers:
                 tally.tell(flight.kind, 0, 0, start)
         return self._message
 
     def __getstate__(self) -> dict[str, object]:
-        self.wait()
-        return {**vars(self), "mixed": None}
+        self.settle()
+        return {**vars(self), "failure": None}
 
 
 def start_sum(

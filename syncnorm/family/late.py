@@ -15,7 +15,6 @@ from torch import Tensor
 
 from syncnorm import observed
 from syncnorm.comm import exchange
-from syncnorm.comm.inflight import InFlight
 from syncnorm.errors import FaultError
 from syncnorm.family.layer import Pooling
 
@@ -25,7 +24,7 @@ class LateSums:
 
     def __init__(self) -> None:
         self._under_way: deque[tuple[exchange.Pending, Callable[[Tensor], None]]] = deque()
-        self._mixed: InFlight | None = None
+        self._failure: exchange.Failure | None = None
         self._has_fault = False
         self._is_settling = False
 
@@ -47,7 +46,7 @@ class LateSums:
 
     @torch.no_grad()
     def settle(self) -> None:
-        """Wait for what is under way and apply it. Starts no exchange, and raises no fault.
+        """Wait for what is under way and apply it. Starts no exchange, and raises nothing.
 
         What is applied may look at buffers, which settle when they are looked at.
         """
@@ -57,9 +56,9 @@ class LateSums:
         try:
             while self._under_way:
                 pending, apply = self._under_way.popleft()
-                total = pending.wait()
-                if pending.mixed is not None:
-                    self._mixed = pending.mixed
+                total = pending.settle()
+                if total is None:
+                    self._failure = pending.failure
                 elif is_faulty(total):
                     self._has_fault = True
                 else:
@@ -72,19 +71,19 @@ class LateSums:
 
         Raises:
             FaultError: some worker's data was at fault.
-            ExchangeError: some worker sent something else than the others.
+            ExchangeError: some worker sent something else than the others, or a sum broke.
         """
         self.settle()
-        mixed, self._mixed = self._mixed, None
-        if mixed is not None and layer.group is not None:
-            exchange.raise_mixed(mixed, layer.group)
+        failure, self._failure = self._failure, None
+        if failure is not None and layer.group is not None:
+            exchange.raise_failure(failure, layer.group)
         has_fault, self._has_fault = self._has_fault, False
         if has_fault:
             raise mask_fault(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**self.__dict__, "_mixed": None}
+        return {**self.__dict__, "_failure": None}
 
 
 def keep(layer: Pooling, total: Tensor, **values: Tensor) -> None:

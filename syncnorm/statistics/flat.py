@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.comm import debug, exchange, groups
-from syncnorm.comm.inflight import InFlight
 from syncnorm.device import first_tensor, is_host
 from syncnorm.maths.precision import sum_dtype
 from syncnorm.statistics.buffers import Marks, mark
@@ -72,13 +71,15 @@ class FlatMessage:
         self._pending = exchange.start_sum(torch.cat(packed), group, kind, title(list(layers)))
 
     @property
-    def mixed(self) -> InFlight | None:
-        """Set by `wait` where some workers sent something else: raised when all are there again."""
-        return self._pending.mixed
+    def failure(self) -> exchange.Failure | None:
+        """Set by `settle` where it failed: raised when all are there again."""
+        return self._pending.failure
 
-    def wait(self) -> Arrived:
-        """Wait for the sums. Starts no exchange."""
-        message = self._pending.wait()
+    def settle(self) -> Arrived | None:
+        """Wait for the sums; None if they failed. Starts no exchange, and raises nothing."""
+        message = self._pending.settle()
+        if message is None:
+            return None
         count = sizes(self.layers)
         count.append(message.numel() - sum(count))
         *parts, rest = message.split(count)

@@ -354,12 +354,12 @@ class PooledLagged(Source):
         assert self._sent is not None
         message, self._sent = self._sent, None
         with torch.no_grad():
-            parts, _ = message.wait()
-            if message.mixed is not None:
-                self.pool.mixed = message.mixed
+            arrived = message.settle()
+            if arrived is None:
+                self.pool.failure = message.failure
                 return
             others = {id(buffer) for buffer in written(message.marks)}
-            for layer, sums in zip(message.layers, parts, strict=True):
+            for layer, sums in zip(message.layers, arrived.parts, strict=True):
                 own = _Own.of(layer)
                 if id(own.gradient) not in others:
                     rules = kernels.of_averages(*own[:5]) or lagged

@@ -22,7 +22,6 @@ from torch import Tensor
 
 from syncnorm import observed
 from syncnorm.comm import debug, exchange, groups
-from syncnorm.comm.inflight import InFlight
 from syncnorm.device import is_host
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import Moments, Raw
@@ -92,8 +91,8 @@ class Pool:
         self._gathered = Gathered()
         self._sent: Sent | None = None
         self._fault: str | None = None
-        self.mixed: InFlight | None = None
-        """An exchange in which some workers sent something else; raised when all are there."""
+        self.failure: exchange.Failure | None = None
+        """Of an exchange that failed; raised when all are there."""
         for layer in layers.values():
             layer.statistics = source
             CurrentBuffers.put_into(layer, source)
@@ -151,13 +150,14 @@ class Pool:
 
         Raises:
             FaultError: some worker's data was at fault, known to all since its message arrived.
-            ExchangeError: some worker sent something else than the others, likewise.
+            ExchangeError: some worker sent something else than the others, likewise; or the
+                exchange of the last step broke.
         """
         self.settle()
         self.drop()
-        if self.mixed is not None and self.group is not None:
-            mixed, self.mixed = self.mixed, None
-            exchange.raise_mixed(mixed, self.group)
+        if self.failure is not None and self.group is not None:
+            failure, self.failure = self.failure, None
+            exchange.raise_failure(failure, self.group)
         if self._fault is not None:
             fault, self._fault = self._fault, None
             raise FaultError(fault)
@@ -187,10 +187,11 @@ class Pool:
         assert self._sent is not None
         (message, momenta, members, shard), self._sent = self._sent, None
         with torch.no_grad():
-            parts, faults = message.wait()
-            if message.mixed is not None:
-                self.mixed = message.mixed
+            arrived = message.settle()
+            if arrived is None:
+                self.failure = message.failure
                 return
+            parts, faults = arrived
             kept = [(buffer, buffer.clone()) for buffer in written(message.marks)]
             # Elsewhere nobody looks: counts of NaN keep all statistics still.
             if is_host(faults) or debug.is_on:
@@ -266,4 +267,4 @@ class Pool:
     def __getstate__(self) -> dict[str, Any]:
         # Nothing is under way in a copy.
         self.settle()
-        return {**self.__dict__, "mixed": None}
+        return {**self.__dict__, "failure": None}

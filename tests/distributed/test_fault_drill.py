@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from syncnorm import SyncBatchNorm, debug, undocumented
+from syncnorm import Lagged, SyncBatchNorm, debug, frozen_statistics, prepare_ddp, undocumented
 from syncnorm.comm import exchange, inflight
 from syncnorm.errors import ExchangeError, InputError
+from syncnorm.family import OnlineNorm
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.testing import RankPool
 from tests.distributed.drill import Job, errors_of, run
@@ -164,6 +166,43 @@ def test_the_watch_goes_on_when_torch_distributed_begins_anew(tmp_path):
             assert "an exchange of another worker is stuck." in first
             assert "an exchange of another worker is stuck." in anew
             assert again == again_anew == ""
+
+
+def _state_without_the_other(kind: str) -> tuple[str, str]:
+    """Rank 1 does not come to the last step. Rank 0 saves its state, then trains on."""
+    group = dist.new_group([0, 1], timeout=timedelta(seconds=TIMEOUT))
+    make = {
+        "running": lambda: SyncBatchNorm(4, sync="running", process_group=group),
+        "lagged": lambda: SyncBatchNorm(4, sync=Lagged(max_drift=1e9), process_group=group),
+        "online": lambda: OnlineNorm(4, process_group=group),
+    }
+    model = prepare_ddp(torch.nn.Sequential(make[kind]()), group)
+
+    def step() -> None:
+        model(torch.randn(5, 4, requires_grad=True)).square().sum().backward()
+
+    for _ in range(3):  # a layer of "lagged" waits in the first two
+        step()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    if dist.get_rank() == 1:
+        return "", ""
+    step()
+    with frozen_statistics(model):
+        after = model.state_dict()
+    kept = {name for name, value in before.items() if torch.equal(value, after[name])}
+    with pytest.raises(ExchangeError) as caught:
+        step()
+    return ", ".join(sorted(before.keys() - kept)), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["running", "lagged", "online"])
+def test_a_state_is_saved_though_another_worker_is_gone(kind):
+    """What is late is the only message that it waits for; the next training forward raises."""
+    with RankPool(2) as ranks:
+        (changed, said), _ = ranks.run(_state_without_the_other, kind)
+    # OnlineNorm's follow the worker's own samples first.
+    assert (changed == "") == (kind != "online")
+    assert "must be made by all of ranks [0, 1], got an error on rank 0" in said
 
 
 def _agreed(steps: int) -> tuple[int, list[str], int]:
