@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
@@ -326,6 +327,11 @@ def check_bounds(
     debug mode only, if they are tensors there.
     """
     for name, value, least in (("r_max", r_max, 1.0), ("d_max", d_max, 0.0)):
+        if value.numel() != 1 if isinstance(value, Tensor) else not isinstance(value, Real):
+            raise InputError(
+                f"`{name}` must be a number or a tensor of one, got {value!r}. Correct the "
+                "schedule."
+            )
         if isinstance(value, Tensor) and (
             torch.compiler.is_compiling() or observed.observer(value) is not None
         ):

@@ -238,7 +238,13 @@ class SyncBatchRenorm(SyncNorm):
         """
         if self.num_batches_tracked is None:
             raise self._without("num_batches_tracked")
-        r_max, d_max = self.schedule(self.num_batches_tracked)
+        pair = self.schedule(self.num_batches_tracked)
+        try:
+            r_max, d_max = pair
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"`schedule` must return (r_max, d_max), got {pair!r}. Correct the schedule."
+            ) from error
         return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
     def new_statistic(self, local: LocalSums) -> Statistic:

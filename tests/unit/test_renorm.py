@@ -78,6 +78,26 @@ def test_other_schedules():
 
 
 @pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (None, "`schedule` must return (r_max, d_max), got None. Correct the schedule."),
+        ((3.0,), "`schedule` must return (r_max, d_max), got (3.0,)."),
+        ((3.0, 5.0, 6.0), "`schedule` must return (r_max, d_max), got (3.0, 5.0, 6.0)."),
+        (("3", 5.0), "`r_max` must be a number or a tensor of one, got '3'."),
+        (
+            (3.0, torch.tensor([5.0, 6.0])),
+            "`d_max` must be a number or a tensor of one, got tensor(",
+        ),
+        ((3.0, -1.0), "`d_max` must be >= 0, got -1. Correct the schedule."),
+    ],
+    ids=str,
+)
+def test_a_schedule_that_returns_no_bounds(returned, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        SyncBatchRenorm(3, schedule=lambda step: returned)(torch.randn(4, 3))
+
+
+@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: RenormSchedule(r_max=0.9), "`r_max` must be >= 1, got 0.9."),
