@@ -19,7 +19,7 @@ from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
 from syncnorm.train.loaded import LoadedModel, load
-from syncnorm.train.predicted import Row, check_rows, masks_of, predict, rows_of
+from syncnorm.train.predicted import Row, check_rows, masks_of, predict, read, rows_of
 
 _BATCH = 64
 
@@ -88,7 +88,7 @@ def _predict(model: LoadedModel, batch: Sequence[Sample | Unread], writer: Write
     if samples:
         outputs = predict(model, torch.stack([sample.value for sample in samples]))
         if not isinstance(writer, _Arrays):
-            lost = _without_numbers(outputs)
+            lost = _without_numbers(model, outputs)
             unread += [_describe_lost(samples[number]) for number in lost]
             kept = [number for number in range(len(samples)) if number not in lost]
             samples, outputs = [samples[number] for number in kept], outputs[kept]
@@ -99,10 +99,10 @@ def _predict(model: LoadedModel, batch: Sequence[Sample | Unread], writer: Write
     return len(unread)
 
 
-def _without_numbers(outputs: Tensor) -> list[int]:
+def _without_numbers(model: LoadedModel, outputs: Tensor) -> list[int]:
     """Find the rows of which no prediction can be made; a logit of -inf rules its class out."""
-    is_number = outputs.reshape(len(outputs), -1) < math.inf
-    return (~is_number.all(1)).nonzero().flatten().tolist()
+    is_number = (outputs < math.inf) & read(model, outputs).isfinite()
+    return (~is_number.reshape(len(outputs), -1).all(1)).nonzero().flatten().tolist()
 
 
 def _describe_lost(sample: Sample) -> str:
@@ -156,7 +156,7 @@ class _Rows:
         self._table: csv.DictWriter[str] | None = None
 
     def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
-        rows = rows_of(self._model.task, outputs, self._model.signature, self._top)
+        rows = rows_of(self._model, outputs, self._top)
         for sample, row in zip(samples, rows, strict=True):
             if self._is_csv:
                 self._write_csv({"file": sample.file, "index": sample.index, **_flat(row)})
