@@ -345,8 +345,14 @@ def test_a_data_set_that_cannot_be_trained_on_is_refused(pool, kind):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("raises", "sample 20 failed: OSError: the disk is gone (worker "),
-        ("test raises", "sample 20 failed: OSError: the disk is gone (worker 0)"),
+        ("raises", "sample 20 of train failed: OSError: the disk is gone (worker "),
+        ("test raises", "sample 20 of test failed: OSError: the disk is gone (worker 0)"),
+        ("class", "sample 20 of train failed: its class must be from 0 to 3, got 12 (worker "),
+        (
+            "test class",
+            "sample 20 of test failed: its class must be from 0 to 3, got 12 (worker 0)",
+        ),
+        ("held class", "sample 20 of train failed: its class must be from 0 to 3, got 12 (worker "),
         ("shape", "`data.name` must give samples that make a batch: RuntimeError: "),
         ("dies", "`data.loader.workers` must be processes that live, got: DataLoader worker"),
     ],
@@ -355,6 +361,8 @@ def test_samples_that_cannot_be_read_end_the_run_on_all_workers(pool, how, messa
     if how == "dies" and not loader:
         pytest.skip("it would end the worker itself")
     data = {"options": {"how": how}, "loader": {"workers": loader}}
+    # Whether it is held out or not, it has its number in the whole set.
+    data |= {"validation": 0.9} if how == "held class" else {}
     options = sections("Perceptron", "broken", data=data, train={"global_batch": 20})
     first, second = pool(2).run(runs.failed_sections, options)
     assert first == second
