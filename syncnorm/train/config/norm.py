@@ -1,7 +1,7 @@
 """The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
 import inspect
-from typing import Annotated, Any, Literal, Self, get_type_hints
+from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -194,7 +194,7 @@ def _check_arguments(name: str, options: dict[str, Any]) -> None:
     Raises:
         ValueError: it has not.
     """
-    types = _arguments_of(METHODS[name])
+    types = _arguments_of(cast("type", METHODS[name]))
     for key, value in options.items():
         if key not in types:
             raise ValueError(
