@@ -45,7 +45,7 @@ class L1BatchNorm(FamilyLayer):
     scales_at_once: ClassVar[bool] = True
 
     def __init__(
-        self, num_features: int, eps: float = 1e-5, momentum: float = 0.1, **options: Any
+        self, num_features: int, eps: float = 1e-5, momentum: float | None = 0.1, **options: Any
     ) -> None:
         super().__init__(num_features, eps, momentum, **options)
         self.register_buffer("running_deviation", torch.ones_like(self.running_var))

@@ -37,9 +37,14 @@ class Stopped(Exception):
         self.number = signal.Signals(number)
 
     @property
-    def passed_on(self) -> signal.Signals:
-        """The signal for the workers, which ignore Ctrl-C at first."""
-        return signal.SIGTERM if self.number == signal.SIGINT else self.number
+    def passed_on(self) -> tuple[signal.Signals, ...]:
+        """The signals for the workers, in their order.
+
+        They ignore Ctrl-C at first, so SIGTERM comes after it. Once they listen, both count as one,
+        whose name is the first's.
+        """
+        is_ignored = self.number == signal.SIGINT
+        return (self.number, signal.SIGTERM) if is_ignored else (self.number,)
 
 
 @contextmanager

@@ -1,14 +1,17 @@
 """The command `syncnorm predict`: a run's model on files."""
 
 import csv
+import errno
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import BinaryIO, Protocol, TextIO
 
 import torch
 from torch import Tensor
@@ -18,8 +21,9 @@ from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
+from syncnorm.train.files import written_whole
 from syncnorm.train.loaded import LoadedModel, load
-from syncnorm.train.predicted import Row, check_rows, masks_of, predict, rows_of
+from syncnorm.train.predicted import Row, check_rows, masks_of, predict, read, rows_of
 
 _BATCH = 64
 
@@ -88,7 +92,7 @@ def _predict(model: LoadedModel, batch: Sequence[Sample | Unread], writer: Write
     if samples:
         outputs = predict(model, torch.stack([sample.value for sample in samples]))
         if not isinstance(writer, _Arrays):
-            lost = _without_numbers(outputs)
+            lost = _without_numbers(model, outputs)
             unread += [_describe_lost(samples[number]) for number in lost]
             kept = [number for number in range(len(samples)) if number not in lost]
             samples, outputs = [samples[number] for number in kept], outputs[kept]
@@ -99,10 +103,10 @@ def _predict(model: LoadedModel, batch: Sequence[Sample | Unread], writer: Write
     return len(unread)
 
 
-def _without_numbers(outputs: Tensor) -> list[int]:
+def _without_numbers(model: LoadedModel, outputs: Tensor) -> list[int]:
     """Find the rows of which no prediction can be made; a logit of -inf rules its class out."""
-    is_number = outputs.reshape(len(outputs), -1) < math.inf
-    return (~is_number.all(1)).nonzero().flatten().tolist()
+    is_number = (outputs < math.inf) & read(model, outputs).isfinite()
+    return (~is_number.reshape(len(outputs), -1).all(1)).nonzero().flatten().tolist()
 
 
 def _describe_lost(sample: Sample) -> str:
@@ -116,28 +120,55 @@ def _describe_lost(sample: Sample) -> str:
 
 @contextmanager
 def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]:
-    """Choose a writer by the task and the name of the output."""
+    """Choose a writer by the task and the name of the output.
+
+    A file is there once all is written, and an earlier one until then.
+    """
     suffix = "" if output is None else output.suffix
     try:
-        writer: Writer
-        if output is not None and suffix == ".npz":
-            writer = _Arrays(output)
-        elif model.task == "segment":
-            writer = _Masks(output)
-        elif suffix in ("", ".json", ".jsonl", ".csv") and (suffix or output is None):
-            check_rows(model.task)
-            writer = _Rows(model, output, top)
-        else:
-            raise ConfigError(
-                "`--output` must end in .jsonl, .json (an object in each line), .csv or .npz (the "
-                f"outputs as they are), got {str(output)!r}"
-            )
-        yield writer
-        writer.close()
+        with ExitStack() as stack:
+            writer: Writer
+            if output is not None and suffix == ".npz":
+                writer = _Arrays(stack.enter_context(_written(output)))
+            elif model.task == "segment":
+                writer = _Masks(output)
+            elif output is None:
+                check_rows(model.task)
+                writer = _Rows(model, sys.stdout, top)
+            elif suffix in (".json", ".jsonl", ".csv"):
+                check_rows(model.task)
+                file = stack.enter_context(_as_text(stack.enter_context(_written(output))))
+                writer = _Rows(model, file, top, is_csv=suffix == ".csv")
+            else:
+                raise ConfigError(
+                    "`--output` must end in .jsonl, .json (an object in each line), .csv or .npz "
+                    f"(the outputs as they are), got {str(output)!r}"
+                )
+            yield writer
+            writer.close()
     except OSError as error:
         if output is None:
             raise LocalRunError(f"standard output cannot be written: {error.strerror}") from None
-        raise ConfigError(f"`--output` must be writable, got {str(output)!r}: {error}") from None
+        raise ConfigError(
+            f"`--output` must be writable, got {str(output)!r}: {error.strerror or error}"
+        ) from None
+
+
+@contextmanager
+def _written(output: Path) -> Iterator[BinaryIO]:
+    if output.is_dir():  # shows before the work
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(output))
+    with written_whole(output) as file:
+        yield file
+
+
+@contextmanager
+def _as_text(file: BinaryIO) -> Iterator[TextIO]:
+    text = TextIOWrapper(file, encoding="utf-8", newline="")
+    try:
+        yield text
+    finally:
+        text.detach()  # it would close the file, which has yet to be brought to disk
 
 
 def _place(sample: Sample) -> Row:
@@ -147,16 +178,12 @@ def _place(sample: Sample) -> Row:
 class _Rows:
     """Lines of JSON, or of comma-separated values."""
 
-    def __init__(self, model: LoadedModel, output: Path | None, top: int) -> None:
-        self._model, self._top = model, top
-        self._is_csv = output is not None and output.suffix == ".csv"
-        self._file: Any = sys.stdout
-        if output is not None:
-            self._file = output.open("w", encoding="utf-8", newline="")
+    def __init__(self, model: LoadedModel, file: TextIO, top: int, *, is_csv: bool = False) -> None:
+        self._model, self._file, self._top, self._is_csv = model, file, top, is_csv
         self._table: csv.DictWriter[str] | None = None
 
     def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
-        rows = rows_of(self._model.task, outputs, self._model.signature, self._top)
+        rows = rows_of(self._model, outputs, self._top)
         for sample, row in zip(samples, rows, strict=True):
             if self._is_csv:
                 self._write_csv({"file": sample.file, "index": sample.index, **_flat(row)})
@@ -171,8 +198,6 @@ class _Rows:
 
     def close(self) -> None:
         self._file.flush()
-        if self._file is not sys.stdout:
-            self._file.close()
 
 
 def _flat(row: Row) -> Row:
@@ -190,11 +215,10 @@ def _flat(row: Row) -> Row:
 class _Arrays:
     """One .npz of all outputs as they are, with the file and the index of each."""
 
-    def __init__(self, output: Path) -> None:
-        self._output = output
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
         self._samples: list[Sample] = []
         self._outputs: list[Tensor] = []
-        output.open("wb").close()  # what cannot be written shows before the work
 
     def add(self, samples: Sequence[Sample], outputs: Tensor) -> None:
         # Without the inputs, which are not needed any more.
@@ -206,7 +230,7 @@ class _Arrays:
 
         outputs = torch.cat(self._outputs) if self._outputs else torch.zeros(0)
         numpy.savez(
-            self._output,
+            self._file,
             outputs=outputs.numpy(),
             files=numpy.array([sample.file for sample in self._samples], dtype=str),
             indices=numpy.array([sample.index or 0 for sample in self._samples], dtype=int),

@@ -93,7 +93,7 @@ def run_processes(
                 process.start()
                 started.append(process)
         failed = _wait_for_end(started)
-        _end(started, signal.SIGTERM, patience_seconds)
+        _end(started, (signal.SIGTERM,), patience_seconds)
     except Stopped as stopped:
         _end(started, stopped.passed_on, patience_seconds)
         raise
@@ -157,11 +157,12 @@ def _wait_for_one(running: Collection[BaseProcess], seconds: float) -> None:
     wait([process.sentinel for process in running], min(seconds, _LOOK_SECONDS))
 
 
-def _end(processes: Sequence[BaseProcess], number: int, patience_seconds: float) -> None:
-    """Send a signal to the processes that still run, and wait for their end, not for ever."""
+def _end(processes: Sequence[BaseProcess], numbers: Sequence[int], patience_seconds: float) -> None:
+    """Send signals to the processes that still run, and wait for their end, not for ever."""
     running = [process for process in processes if process.exitcode is None]
     for process in running:
-        os.kill(process.pid, number)  # pyright: ignore[reportArgumentType] started, and not waited for
+        for number in numbers:
+            os.kill(process.pid, number)  # pyright: ignore[reportArgumentType] started, not waited for
     deadline = time.monotonic() + patience_seconds
     while running and (left := deadline - time.monotonic()) > 0:
         _wait_for_one(running, left)

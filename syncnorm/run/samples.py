@@ -88,20 +88,34 @@ def _read_array(path: Path, inputs: Inputs) -> Iterator[Sample]:
         values = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{path}: is no array of numbers that torch has: {error}") from None
-    if inputs.mean is None and values.is_floating_point() != inputs.is_floating_point:
-        raise ConfigError(
-            f"{path}: must be {inputs.describe()}, as the data set prepares it, got {values.dtype}"
-        )
-    if tuple(values.shape) == inputs.shape:
-        yield Sample(str(path), None, values)
-    elif tuple(values.shape[1:]) == inputs.shape and len(values):
-        for index, value in enumerate(values):
-            yield Sample(str(path), index, value)
-    else:
+    is_one = tuple(values.shape) == inputs.shape
+    if not is_one and (tuple(values.shape[1:]) != inputs.shape or not len(values)):
         raise ConfigError(
             f"{path}: must have the shape {inputs.shape} or {inputs.describe()}, got "
             f"{tuple(values.shape)}"
         )
+    _check_type(path, values, inputs)
+    if is_one:
+        yield Sample(str(path), None, values)
+        return
+    for index, value in enumerate(values):
+        yield Sample(str(path), index, value)
+
+
+def _check_type(path: Path, values: Tensor, inputs: Inputs) -> None:
+    """Refuse numbers of another kind than the training data: they are in other units, mostly."""
+    state = (
+        "as the data set prepares it" if inputs.mean is None else "as the training data are stored"
+    )
+    expected = f"{path}: must be {inputs.describe()}, {state}, got {values.dtype}"
+    if values.is_floating_point() != inputs.is_floating_point:
+        raise ConfigError(expected)
+    wanted = getattr(torch, inputs.dtype)
+    if torch.bool in (wanted, values.dtype) or wanted.is_floating_point or not values.numel():
+        return
+    least, most = int(values.numpy().min()), int(values.numpy().max())  # torch has none of uint16
+    if least < torch.iinfo(wanted).min or most > torch.iinfo(wanted).max:
+        raise ConfigError(f"{expected} with values from {least} to {most}")
 
 
 def _load(path: Path) -> Any:

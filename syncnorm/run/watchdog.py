@@ -78,7 +78,7 @@ class SignalWatch(Watchdog):
         # No collective here: a worker without the signal would not take part. The stop flag in the
         # step's all-reduce informs the others.
         now = time.monotonic()
-        # Ctrl-C reaches a worker twice, from the terminal and, as SIGTERM, from the launcher.
+        # Ctrl-C reaches a worker thrice, from the terminal, from the launcher, and as SIGTERM.
         if self.stop is not None and now - self._asked > SAME_SIGNAL_SECONDS:
             os._exit(128 + number)
         if self.stop is None:

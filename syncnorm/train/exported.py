@@ -79,7 +79,6 @@ def export_model(model: LoadedModel, path: Path) -> None:
     folder = path.with_name(f".tmp-{path.name}")
     partial = folder / path.name
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         files.remove(folder)  # of an export that was killed
         folder.mkdir()
         partial.open("wb").close()  # the writers have errors of their own kinds
@@ -91,7 +90,8 @@ def export_model(model: LoadedModel, path: Path) -> None:
         partial.replace(path)
     except OSError as error:
         raise ConfigError(
-            f"`--output` must be a file that can be written, got {str(path)!r}: {error}"
+            f"`--output` must be a file that can be written, got {str(path)!r}: "
+            f"{error.strerror or error}"
         ) from None
     finally:
         files.remove(folder)

@@ -24,9 +24,17 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         path: the file; one that exists is replaced.
         write: called with the open file.
     """
+    with written_whole(path) as file:
+        write(file)
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """`write_whole` for what is written bit by bit: the open file, in place once the block ends."""
     partial = path.with_name(f".tmp-{path.name}")
     try:
-        _write_synced(partial, write)
+        with _synced(partial) as file:
+            yield file
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -41,7 +49,8 @@ def write_text_whole(path: Path, text: str) -> None:
 
 def write_bytes_synced(path: Path, data: bytes) -> None:
     """Write a file in place and bring it to disk, but not yet its entry in the folder."""
-    _write_synced(path, lambda file: file.write(data))
+    with _synced(path) as file:
+        file.write(data)
 
 
 def sync_folder(folder: Path) -> None:
@@ -112,8 +121,9 @@ def _lock(descriptor: int, folder: Path) -> None:
         pass
 
 
-def _write_synced(path: Path, write: Callable[[BinaryIO], object]) -> None:
+@contextlib.contextmanager
+def _synced(path: Path) -> Iterator[BinaryIO]:
     with open_to_write(path) as file:
-        write(file)
+        yield file
         file.flush()
         os.fsync(file.fileno())

@@ -9,7 +9,8 @@ from torch import Tensor
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.loaded import LoadedModel
-from syncnorm.train.task.supervised import call
+from syncnorm.train.task.builtin import TASKS, make_builtin
+from syncnorm.train.task.supervised import Supervised, call
 
 Row = dict[str, Any]
 
@@ -30,16 +31,24 @@ def predict(model: LoadedModel, samples: Tensor) -> Tensor:
     return outputs.float().cpu() if outputs.dtype != torch.float64 else outputs.cpu()
 
 
-def rows_of(task: str, outputs: Tensor, signature: Signature, top: int = 1) -> list[Row]:
+def read(model: LoadedModel, outputs: Tensor) -> Tensor:
+    """Make probabilities or values of outputs, as the run's loss takes them; own tasks' stay."""
+    section = model.config.task
+    if section.name not in TASKS:
+        return outputs
+    task = make_builtin(section.name, section.loss, section.options)
+    return task.read(outputs) if isinstance(task, Supervised) else outputs
+
+
+def rows_of(model: LoadedModel, outputs: Tensor, top: int = 1) -> list[Row]:
     """Make a row of each output.
 
     Args:
-        task: of the run: classify, multilabel or regress.
+        model: of a run whose task is classify, multilabel or regress.
         outputs: (N, ...).
-        signature: names the classes.
         top: number of classes to list.
     """
-    return _MAKERS[task](outputs, signature, top)
+    return _MAKERS[model.task](outputs, read(model, outputs), model.signature, top)
 
 
 def check_rows(task: str) -> None:
@@ -55,9 +64,8 @@ def check_rows(task: str) -> None:
         )
 
 
-def _classes(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
-    probabilities = outputs.softmax(1)
-    # By the logits, as the accuracy does it: probabilities may round to the same value.
+def _classes(outputs: Tensor, probabilities: Tensor, signature: Signature, top: int) -> list[Row]:
+    # By the outputs, as the accuracy does it: probabilities may round to the same value.
     # Of equal ones the first, which argmax takes, too.
     best = outputs.sort(dim=1, descending=True, stable=True).indices[:, :top]
     rows = []
@@ -70,23 +78,21 @@ def _classes(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
     return rows
 
 
-def _labels(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
+def _labels(outputs: Tensor, probabilities: Tensor, signature: Signature, top: int) -> list[Row]:
     rows = []
-    for row in outputs:
-        found = (row > 0).nonzero().flatten().tolist()
+    for row in probabilities:
+        found = (row > 0.5).nonzero().flatten().tolist()
         names = [signature.name(number) for number in found]
-        rows.append(
-            {"labels": found, "names": names, "probabilities": row.sigmoid()[row > 0].tolist()}
-        )
+        rows.append({"labels": found, "names": names, "probabilities": row[found].tolist()})
     return rows
 
 
-def _values(outputs: Tensor, signature: Signature, top: int) -> list[Row]:
-    flat = outputs.reshape(len(outputs), -1).tolist()
+def _values(outputs: Tensor, values: Tensor, signature: Signature, top: int) -> list[Row]:
+    flat = values.reshape(len(values), -1).tolist()
     return [{"value": row[0]} if len(row) == 1 else {"values": row} for row in flat]
 
 
-_MAKERS: dict[str, Callable[[Tensor, Signature, int], list[Row]]] = {
+_MAKERS: dict[str, Callable[[Tensor, Tensor, Signature, int], list[Row]]] = {
     "classify": _classes,
     "multilabel": _labels,
     "regress": _values,

@@ -85,7 +85,7 @@ def _judge(
                 return None
             alive()
             inputs, targets = pair_of(batch)
-            shares = task.outputs(model, inputs, targets).float().softmax(1)  # (N, K)
+            shares = task.read(task.outputs(model, inputs, targets))  # (N, K)
             sureness, predicted = (each.tolist() for each in shares.max(1))
             true = (targets if targets.ndim == 1 else targets.argmax(1)).tolist()
             counts.update(zip(true, predicted, strict=True))

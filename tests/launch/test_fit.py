@@ -112,7 +112,7 @@ def test_a_callback_stops_a_run_which_goes_on_bit_for_bit(tmp_path):
 def test_ctrl_c_saves_and_is_a_keyboard_interrupt(tmp_path):
     _, err = run_program("interrupt", tmp_path)
     last = err.splitlines()[-1]
-    assert re.match(r"stopped after step \d+: asked to stop by SIGTERM; saved\. To go on: ", last)
+    assert re.match(r"stopped after step \d+: asked to stop by SIGINT; saved\. To go on: ", last)
     assert "Traceback" not in err
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "exit.json").read_text())["status"] == "stopped"

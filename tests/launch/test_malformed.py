@@ -252,7 +252,11 @@ def _rules() -> Iterator[Case]:
             {"width": 3},
             "`model`: options must be left out with name digits_resnet",
         ),
-        ("data.options", {"width": 3}, "`data`: options must be left out with name digits"),
+        (
+            "data.options",
+            {"width": 3},
+            "`data`: options must be left out with name digits. They belong to folder, ",
+        ),
         (
             "model",
             {"name": "mine:build", "options": {"not a name": 3}},

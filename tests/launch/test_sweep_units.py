@@ -115,6 +115,10 @@ def test_a_sweep_goes_on_with_its_own_trials_alone(tmp_path, monkeypatch):
     options = {"space": None, "allowed": (), "is_asha": False, "concurrent": 3, "is_dated": True}
     with pytest.raises(ConfigError, match="a sweep must be given a configuration"):
         choose_sweep(None, [], resume=None, **options)
+    with pytest.raises(
+        ConfigError, match="must name a sweep's folder, got 'nowhere', which has no"
+    ):
+        choose_sweep(None, [], resume=Path("nowhere"), **options)
     sweep = make_sweep("digits", GRID)
     Path(sweep.folder).mkdir(parents=True)
     write_record(sweep, [{"metrics": {"test": {"loss": float("nan")}}}], None)

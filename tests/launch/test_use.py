@@ -32,6 +32,7 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.datasets import digits
 from syncnorm.train.models import MODELS
+from syncnorm.train.predicted import predict
 from tests.launch import commands
 from tests.train import runs
 
@@ -232,11 +233,71 @@ def test_a_file_that_is_no_image_stops_no_other(made, images, tmp_path, capfd):
     assert lines[6] == "syncnorm: 6 of the files or samples could not be predicted"
 
 
-def test_outputs_that_are_no_numbers_are_no_prediction(made, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("array", "got"),
+    [
+        (TEST.images[:3].numpy() / 255, "float64"),
+        (TEST.images[:3].float().numpy(), "float32"),
+        (TEST.images[:3].numpy().astype(int) * 100 - 7, "int64 with values from -7 to 1593"),
+    ],
+    ids=["shares", "floats", "whole numbers"],
+)
+def test_numbers_of_another_type_than_the_training_data_are_refused(
+    array, got, made, tmp_path, capfd
+):
+    path = tmp_path / "x.npy"
+    np.save(path, array)
+    status, out, err = command(capfd, "predict", made["norm"].folder, path)
+    assert (status, out) == (1, "")
+    assert err.splitlines() == [
+        f"syncnorm: {path}: must be (N, 1, 8, 8) of uint8, as the training data are stored, got torch.{got}",
+        "syncnorm: 1 of the files or samples could not be predicted",
+    ]
+    # A whole number is as good as another, if it is a byte's.
+    np.save(path, TEST.images[:3].numpy().astype(int))
+    assert command(capfd, "predict", made["norm"].folder, path)[0] == 0
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv", "npz"])
+def test_a_file_is_what_it_was_until_all_is_predicted(
+    suffix, made, images, tmp_path, capfd, monkeypatch
+):
+    output = tmp_path / f"out.{suffix}"
+    output.write_text("of an earlier one")
+    some = images / "0" / "003.png"
+
+    def fail(model, samples):
+        raise RuntimeError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("syncnorm.run.predict.predict", fail)
+        status, _, err = command(capfd, "predict", made["norm"].folder, some, "-o", output)
+    assert (status, "no more memory" in err) == (1, True)
+    assert {each.name: each.read_text() for each in tmp_path.glob("*out*")} == {
+        output.name: "of an earlier one"
+    }
+    assert command(capfd, "predict", made["norm"].folder, some, "-o", output)[0] == 0
+    assert output.read_bytes() != b"of an earlier one"
+    assert len(list(tmp_path.glob("*out*"))) == 1
+    (tmp_path / f"folder.{suffix}").mkdir()
+    for bad, why in (("nowhere/out", "No such file or directory"), ("folder", "Is a directory")):
+        name = tmp_path / f"{bad}.{suffix}"
+        status, _, err = command(capfd, "predict", made["norm"].folder, some, "-o", name)
+        assert (status, err) == (
+            2,
+            f"syncnorm: `--output` must be writable, got {str(name)!r}: {why}\n",
+        )
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_outputs_that_are_no_numbers_are_no_prediction(made, tmp_path, capfd, monkeypatch):
     """Not the first class, and not NaN, which JSON does not have."""
-    x = TEST.images[:3].double().numpy()
-    x[1, 0, 2, 3] = np.nan
-    np.save(tmp_path / "x.npy", x)
+
+    def second_is_nan(model, samples):
+        return predict(model, samples) * torch.tensor([[1.0], [torch.nan], [1.0]])
+
+    monkeypatch.setattr("syncnorm.run.predict.predict", second_is_nan)
+    np.save(tmp_path / "x.npy", TEST.images[:3].numpy())
     status, out, err = command(capfd, "predict", made["norm"].folder, tmp_path / "x.npy")
     assert status == 1
     assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 2]
@@ -339,6 +400,18 @@ def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, onnx, tmp_path, 
     assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
     # Opens the file that it names.
     assert onnx.load(path).graph.initializer[0].raw_data
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx", "safetensors"])
+def test_an_export_makes_no_folder(suffix, made, tmp_path, capfd):
+    path = tmp_path / "nowhere" / f"model.{suffix}"
+    assert command(capfd, "export", made["norm"].folder, "-o", path) == (
+        2,
+        "",
+        f"syncnorm: `--output` must be a file that can be written, got {str(path)!r}: No such file or "
+        "directory\n",
+    )
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
-from syncnorm.train.config.schema import Config
-from syncnorm.train.data.inputs import Standardise
+from syncnorm.train.config.file import load_config
+from syncnorm.train.config.schema import Config, TaskSection
+from syncnorm.train.data.inputs import Signature, Standardise
 from syncnorm.train.data.sources.images import ImageReader, read_pixels
+from syncnorm.train.loaded import LoadedModel
+from syncnorm.train.predicted import rows_of
 from tests.launch.test_use import command, make
 
 # By task, the shapes of a sample and of a target, and the network.
@@ -69,6 +73,33 @@ def test_other_tasks(task, pool, tmp_path, capfd):
         assert all(value > 0.5 for value in row["probabilities"])
     right = sum(row["labels"] == np.flatnonzero(t).tolist() for row, t in zip(rows, y))
     assert right / 40 == pytest.approx(metrics["exact_match"])
+
+
+@pytest.mark.parametrize(
+    ("task", "outputs", "row"),
+    [
+        (
+            {"name": "multilabel", "loss": "BCELoss"},
+            [0.25, 0.75],
+            {"labels": [1], "names": [None], "probabilities": [0.75]},
+        ),
+        ({"name": "regress", "loss": "PoissonNLLLoss"}, [0.0], {"value": 1.0}),
+        (
+            {"name": "regress", "loss": "PoissonNLLLoss", "options": {"log_input": False}},
+            [2.0],
+            {"value": 2.0},
+        ),
+        (
+            {"name": "classify", "loss": "BCELoss"},
+            [0.25, 0.75],
+            {"class": 1, "name": None, "probability": 0.75},
+        ),
+    ],
+)
+def test_predictions_are_what_the_loss_takes_outputs_for(task, outputs, row):
+    config = load_config("digits").model_copy(update={"task": TaskSection(**task)})
+    model = LoadedModel(nn.Identity(), config, Signature())
+    assert rows_of(model, torch.tensor([outputs])) == [row]
 
 
 @pytest.mark.parametrize("channels", [1, 3])

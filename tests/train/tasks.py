@@ -256,17 +256,20 @@ class Broken(Rows):
         if index == 20 and self.how == "dies":
             os._exit(1)
         row, target = super().__getitem__(index)
+        if index == 20 and self.how.endswith("class"):
+            target = torch.tensor(12)
         return (row[:5] if index == 20 and self.how == "shape" else row), target
 
 
 def broken(root: Path | None, how: str) -> Any:
     """Data sets with one fault of each kind."""
     good = Rows(60, "classes")
-    if how in ("raises", "dies", "shape"):
+    if how in ("raises", "dies", "shape", "class", "held class"):
         return Splits(Broken(60, how), good, num_classes=4)
     return {
         "stream": Splits(iter(good), good),  # pyright: ignore[reportArgumentType]
         "empty": Splits(Rows(0, "classes"), good),
         "test raises": Splits(good, Broken(60, "raises"), num_classes=4),
+        "test class": Splits(good, Broken(60, "class"), num_classes=4),
         "targets": Splits(Rows(60, "values"), good, num_classes=4),
     }[how]

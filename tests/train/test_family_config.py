@@ -75,6 +75,24 @@ def test_a_rule_keeps_eps_and_momentum_of_a_network_and_frees_what_was_frozen():
         ({"options": {"affine": False}}, "options must leave out affine with name l1_batch_norm"),
         ({"options": {"sync": "none", "device": "meta"}}, "options must leave out device, sync"),
         ({"options": {"eps": -1}}, "options must be arguments of l1_batch_norm, got {'eps': -1}"),
+        (
+            {"name": "power_norm", "options": {"warmpu": 3}},
+            "options must be some of eps, momentum, gradient_momentum, warmup, scaling_groups with "
+            "name power_norm, got 'warmpu'. The nearest is 'warmup'",
+        ),
+        (
+            {"name": "unified_norm", "options": {"renorm_aftr": 3}},
+            "some of eps, momentum, window, warmup, outlier_filtration, renorm_after, lagged with",
+        ),
+        (
+            {"name": "power_norm", "options": {"warmup": "x"}},
+            r"options\.warmup must be a valid integer with name power_norm, got 'x'",
+        ),
+        ({"options": {"momentum": "x"}}, r"options\.momentum must be a valid number with name l1_"),
+        (
+            {"name": "online_norm", "options": {"guard": "clmap"}},
+            r"options\.guard must be 'layer_scaling' or 'clamp' with name online_norm, got 'clmap'",
+        ),
         ({"name": "online_norm", "momentum": 1.0}, r"such as online_norm takes, got 1e-05 and 1\."),
         (
             {"name": "batch_norm", "rules": {"0": "online_norm"}, "momentum": 0.0},

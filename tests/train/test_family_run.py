@@ -116,7 +116,7 @@ def test_layers_have_the_options_of_the_config():
     ("options", "message"),
     [
         ({"sync": "running"}, "sync must be batch or none with l1_batch_norm, got 'running'"),
-        ({"options": {"window": 3}}, "options must be arguments of l1_batch_norm, got"),
+        ({"options": {"window": 3}}, "options must be some of eps, momentum with name l1"),
         ({"name": "group_norm", "options": {"a": 1}}, "options must be left out with name group"),
     ],
 )

@@ -185,7 +185,7 @@ def test_probabilities_are_mixed_too():
 def test_a_sample_that_cannot_be_changed_is_named(sample, options, named):
     failed = Augmented(Seeded(Given(sample, sample), 0), options, 0, CLASSES)[1, 1]
     assert isinstance(failed, Failure)
-    assert "sample 1 failed: data.augment" in failed.message
+    assert "sample 1 of train failed: data.augment" in failed.message
     assert named in failed.message
 
 

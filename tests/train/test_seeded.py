@@ -107,11 +107,11 @@ def test_an_error_in_reading_names_key_sample_and_cause(workers):
     assert good.item() == 2
     assert isinstance(bad, Failure)
     assert bad.message == (
-        "`data.name` must give every sample, but sample 2 failed: Unreadable: a.bin breaks off in "
-        "line 7"
+        "`data.name` must give every sample, but sample 2 of train failed: Unreadable: a.bin breaks "
+        "off in line 7"
     )
 
 
 def test_an_error_of_ours_stays_as_it_is_worded():
     failed = Seeded(Given(ConfigError("x.png: must be an image")), 0)[0, 1]
-    assert failed.message.endswith("sample 0 failed: x.png: must be an image")
+    assert failed.message.endswith("sample 0 of train failed: x.png: must be an image")

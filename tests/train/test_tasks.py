@@ -1,12 +1,19 @@
 """Tasks of every kind, from data sets through loaders: one curve on any number of workers."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.task.builtin import TASKS as BUILTIN
+from syncnorm.train.task.builtin import make_builtin
 from tests.train import runs
 from tests.train.files import noise, write_image
 
@@ -190,6 +197,134 @@ BROKEN = {
 }
 
 
+def measured(task: Any, outputs: Any, targets: Any) -> dict[str, float]:
+    batch = torch.zeros(len(outputs), 1), torch.tensor(targets)
+    shares = task.metrics(lambda x: torch.tensor(outputs), batch)
+    return {name: float(total) / float(count) for name, (total, count) in shares.items()}
+
+
+OF_LOGITS = (None, "BCEWithLogitsLoss", "MultiLabelSoftMarginLoss", "SoftMarginLoss")
+LABELS, PROBABILITIES = [[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], [[0.9, 0.4, 0.1], [0.3, 0.6, 0.7]]
+
+
+@pytest.mark.parametrize("loss", [None, *BUILTIN["multilabel"].losses])
+def test_labels_are_found_where_the_loss_has_its_threshold(loss):
+    """Those of probabilities at 0.5, those of logits at 0."""
+    task: Any = make_builtin("multilabel", loss, {})
+    shift = 0.5 if loss in OF_LOGITS else 0.0
+    outputs = [[value - shift for value in row] for row in PROBABILITIES]
+    found = measured(task, outputs, LABELS)
+    assert (found["f1"], found["exact_match"]) == (1, 1)
+    outputs[1][0] = 0.6 - shift
+    found = measured(task, outputs, LABELS)
+    assert (found["f1"], found["exact_match"]) == (6 / 7, 0.5)
+
+
+def test_the_margin_of_a_label_that_is_not_there_counts():
+    """SoftMarginLoss has -1 for it: with 0 such an output would have no gradient."""
+    for targets in (LABELS, [[2 * value - 1 for value in row] for row in LABELS]):
+        task: Any = make_builtin("multilabel", "SoftMarginLoss", {})
+        signs = torch.tensor([[1.0, -1.0, -1.0], [-1.0, 1.0, 1.0]])
+        expected = nn.SoftMarginLoss()(torch.tensor(PROBABILITIES), signs)
+        assert measured(task, PROBABILITIES, targets)["loss"] == pytest.approx(float(expected))
+        assert task.labels(torch.tensor(targets)).tolist() == LABELS
+
+
+@pytest.mark.parametrize(
+    ("loss", "options", "outputs"),
+    [
+        ("PoissonNLLLoss", {}, [0.0, 1.0, 2.0]),
+        ("PoissonNLLLoss", {"log_input": False}, [math.exp(n) for n in range(3)]),
+        ("MSELoss", {}, [math.exp(n) for n in range(3)]),
+    ],
+)
+def test_values_are_measured_as_the_loss_has_them(loss, options, outputs):
+    task: Any = make_builtin("regress", loss, options)
+    found = measured(task, outputs, [math.exp(n) + 0.5 for n in range(3)])
+    assert found["mean_absolute_error"] == pytest.approx(0.5)
+    assert found["mean_squared_error"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+    ("loss", "outputs"),
+    [
+        ("CrossEntropyLoss", [math.log(0.2) + 1, math.log(0.8) + 1]),
+        ("NLLLoss", [math.log(0.2), math.log(0.8)]),
+        ("BCELoss", [0.2, 0.8]),
+        ("BCEWithLogitsLoss", [math.log(0.2 / 0.8), math.log(0.8 / 0.2)]),
+        ("MSELoss", [0.2, 0.8]),
+    ],
+)
+def test_probabilities_of_classes_are_read_as_the_loss_has_them(loss, outputs):
+    task: Any = make_builtin("classify", loss, {})
+    found = task.read(torch.tensor([outputs]))
+    torch.testing.assert_close(found, torch.tensor([[0.2, 0.8]]))
+
+
+@pytest.mark.parametrize(
+    ("task", "loss"),
+    [(task, loss) for task in BUILTIN if task != "own_loss" for loss in BUILTIN[task].losses],
+)
+def test_every_loss_that_is_offered_fits_its_task(task, loss):
+    """Its sum over its count is torch's mean, and the shares of two workers add up to it."""
+    made: Any = make_builtin(task, loss, {})
+    torch.manual_seed(0)
+    inputs = torch.rand(6, 3, 4) if task == "segment" else torch.rand(6, 3)
+    by_class = loss in ("CrossEntropyLoss", "NLLLoss", "MultiMarginLoss")
+    targets = torch.randint(0, 3, (6, *inputs.shape[2:])) if by_class else (inputs > 0.4).float()
+    if loss == "SoftMarginLoss":
+        targets = 2 * targets - 1
+    expected = getattr(nn, loss)()(inputs, targets)
+    parts = [
+        made.loss(lambda x: x, (inputs[some], targets[some])) for some in (slice(4), slice(4, 6))
+    ]
+    (first, count), (second, other) = parts
+    torch.testing.assert_close((first + second) / (count + other), expected)
+    made.metrics(lambda x: x, (inputs, targets))
+
+
+@pytest.mark.parametrize(
+    ("task", "loss", "outputs", "targets", "words"),
+    [
+        (
+            "classify",
+            "BCELoss",
+            (4, 3),
+            (4,),
+            "must give class probabilities (N, K) for task.loss BCE",
+        ),
+        (
+            "classify",
+            "NLLLoss",
+            (4, 3),
+            (4, 3),
+            "must give classes (N,) for task.loss NLLLoss, got",
+        ),
+        ("classify", None, (4, 5), (4, 3), "got shape (4, 5) for 4 samples of 3 classes"),
+        (
+            "multilabel",
+            None,
+            (4,),
+            (4,),
+            "must give labels (N, K) for task.name multilabel, got (4,)",
+        ),
+    ],
+)
+def test_targets_that_a_loss_does_not_take(task, loss, outputs, targets, words):
+    dtype = torch.int64 if task == "classify" and len(targets) == 1 else torch.float32
+    batch = torch.zeros(4, 1), torch.zeros(targets, dtype=dtype)
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        make_builtin(task, loss, {}).loss(lambda x: torch.zeros(outputs), batch)
+
+
+@pytest.mark.parametrize("task", [task for task in BUILTIN if task != "own_loss"])
+def test_a_loss_that_does_not_suit_the_task_is_refused(task):
+    """MultiLabelMarginLoss tells labels from each other alone: there is no threshold."""
+    for loss in ("MultiLabelMarginLoss", "CTCLoss", ""):
+        with pytest.raises(ValueError, match=f"must be one of .* for this task, got '{loss}'"):
+            make_builtin(task, loss, {})
+
+
 @pytest.mark.parametrize("kind", STRANGE)
 def test_a_task_that_gives_something_else_is_refused(pool, kind):
     task = {"name": f"{TASKS}:Strange", "options": {"kind": kind}}
@@ -210,8 +345,14 @@ def test_a_data_set_that_cannot_be_trained_on_is_refused(pool, kind):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("raises", "sample 20 failed: OSError: the disk is gone (worker "),
-        ("test raises", "sample 20 failed: OSError: the disk is gone (worker 0)"),
+        ("raises", "sample 20 of train failed: OSError: the disk is gone (worker "),
+        ("test raises", "sample 20 of test failed: OSError: the disk is gone (worker 0)"),
+        ("class", "sample 20 of train failed: its class must be from 0 to 3, got 12 (worker "),
+        (
+            "test class",
+            "sample 20 of test failed: its class must be from 0 to 3, got 12 (worker 0)",
+        ),
+        ("held class", "sample 20 of train failed: its class must be from 0 to 3, got 12 (worker "),
         ("shape", "`data.name` must give samples that make a batch: RuntimeError: "),
         ("dies", "`data.loader.workers` must be processes that live, got: DataLoader worker"),
     ],
@@ -220,6 +361,8 @@ def test_samples_that_cannot_be_read_end_the_run_on_all_workers(pool, how, messa
     if how == "dies" and not loader:
         pytest.skip("it would end the worker itself")
     data = {"options": {"how": how}, "loader": {"workers": loader}}
+    # Whether it is held out or not, it has its number in the whole set.
+    data |= {"validation": 0.9} if how == "held class" else {}
     options = sections("Perceptron", "broken", data=data, train={"global_batch": 20})
     first, second = pool(2).run(runs.failed_sections, options)
     assert first == second

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -228,6 +229,15 @@ def test_masks_of_any_real_type(mask):
 
 
 INPUT_ERRORS = [
+    (
+        lambda: SyncBatchNorm(3)(np.zeros((2, 3))),  # pyright: ignore
+        "`x` must be a tensor, got a numpy.ndarray. torch.as_tensor makes one of an array.",
+    ),
+    (lambda: SyncBatchRenorm(3).eval()([1.0]), "`x` must be a tensor, got a list."),  # pyright: ignore
+    (
+        lambda: SyncBatchNorm(3)(torch.randn(2, 3), np.ones((2, 1))),  # pyright: ignore
+        "`mask` must be a tensor, got a numpy.ndarray.",
+    ),
     (lambda: SyncBatchNorm(0), "`num_features` must be at least 1, got 0."),
     (lambda: SyncBatchNorm(3, eps=0.0), "`eps` must be > 0, got 0.0."),
     (lambda: SyncBatchNorm(3, eps=float("nan")), "`eps` must be > 0, got nan."),

@@ -114,11 +114,16 @@ def choose_sweep(
     """
     if source is not None:
         return make_sweep(source, arguments, resume=resume, **options)
-    recorded = None if resume is None else read_sweep(resume)
-    if resume is None or recorded is None:
+    if resume is None:
         raise ConfigError(
             "a sweep must be given a configuration and values to try, such as: syncnorm sweep "
             "digits train.lr=0.05,0.1; with `--resume FOLDER` of an earlier one it has its own"
+        )
+    recorded = read_sweep(resume)
+    if recorded is None:
+        raise ConfigError(
+            f"`--resume` must name a sweep's folder, got {str(resume)!r}, which has no readable "
+            f"{RECORD}. One that only the cluster sees needs its configuration and values again."
         )
     # The folder may have been moved.
     folder = str(resume.absolute())

@@ -1,15 +1,16 @@
 """The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
-from typing import Annotated, Any, Literal, Self
+import inspect
+from typing import Annotated, Any, Literal, Self, cast, get_type_hints
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from syncnorm import RenormSchedule
 from syncnorm.errors import InputError
 from syncnorm.family import METHODS
 from syncnorm.statistics import MODES
 from syncnorm.statistics.source import Mode
-from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
+from syncnorm.train.config.section import Finite, Section, Whole, check_patterns, name_hint
 
 NormName = Literal[
     "batch_norm",
@@ -171,9 +172,10 @@ class NormSection(Section):
             )
         for name in sorted(methods):
             own = self.options if name == self.name else {}
+            _check_arguments(name, own)
             try:
                 METHODS[name](_CHANNELS, **own)
-            except (InputError, TypeError) as error:
+            except InputError as error:
                 raise ValueError(
                     f"options must be arguments of {name}, got {own}: {error}"
                 ) from None
@@ -184,3 +186,36 @@ class NormSection(Section):
                     f"eps and momentum must be such as {name} takes, got {self.eps} and "
                     f"{self.momentum}: {error}"
                 ) from None
+
+
+def _check_arguments(name: str, options: dict[str, Any]) -> None:
+    """Check that a method of the family has arguments of these names and types.
+
+    Raises:
+        ValueError: it has not.
+    """
+    types = _arguments_of(cast("type", METHODS[name]))
+    for key, value in options.items():
+        if key not in types:
+            raise ValueError(
+                f"options must be some of {', '.join(types)} with name {name}, got {key!r}."
+                f"{name_hint(key, types)}"
+            )
+        try:
+            TypeAdapter(types[key]).validate_python(value, strict=True)
+        except ValidationError as error:
+            rule = error.errors()[0]["msg"].replace("Input should", "must")
+            raise ValueError(f"options.{key} {rule} with name {name}, got {value!r}") from None
+
+
+def _arguments_of(cls: type) -> dict[str, Any]:
+    """Find the types of a layer's arguments, also those that it passes on to its base's."""
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if "__init__" in vars(base):
+            hints, parameters = get_type_hints(base.__init__), inspect.signature(base).parameters
+            kinds = {each.kind for each in parameters.values()}
+            found |= {key: hints[key] for key in parameters if key not in ("options", *found)}
+            if inspect.Parameter.VAR_KEYWORD not in kinds:
+                break
+    return {key: hint for key, hint in found.items() if key not in _NO_OPTIONS}

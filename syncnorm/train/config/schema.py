@@ -99,7 +99,8 @@ class TaskSection(Section):
         json_schema_extra=name_or_reference_schema(TASKS),
     )
     loss: str | None = Field(
-        default=None, description="a loss class of torch.nn; null: the task's own"
+        default=None,
+        description="a loss class of torch.nn that suits the task; null: the task's own",
     )
     options: Options = Field(
         default={}, description="arguments of the loss, or of a callable that is the task"
@@ -244,8 +245,9 @@ class DataSection(Section):
 def _check_taker(section: Any) -> Any:
     is_built_in = not (REFERENCE.fullmatch(section.name) or PACKAGED.fullmatch(section.name))
     if section.options and is_built_in:
+        takers = "torchvision:NAME and the like" if section.name in MODELS else ", ".join(SOURCES)
         raise ValueError(
-            f"options must be left out with name {section.name}. They belong to "
+            f"options must be left out with name {section.name}. They belong to {takers}, and to "
             "package.module:callable."
         )
     return section

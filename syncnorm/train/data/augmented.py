@@ -11,7 +11,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.mixing import mix, partners
-from syncnorm.train.data.seeded import Key, Seeded, failure
+from syncnorm.train.data.seeded import Key, Seeded
 
 if TYPE_CHECKING:
     from syncnorm.train.config.schema import AugmentSection
@@ -76,7 +76,7 @@ class Augmented(Dataset[Any]):
             )
             return mixed[0][0], mixed[1][0]
         except Exception as error:
-            return failure(index, error)
+            return self._samples.failure(index, error)
 
     def _changed(self, sample: Any, key: Key) -> tuple[Tensor, Any]:
         """Crop, mirror and cut out: an input (1, ...), and its target."""

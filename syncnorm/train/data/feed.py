@@ -21,6 +21,7 @@ from syncnorm.train.data import datasets
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.augmented import Augmented
 from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
+from syncnorm.train.data.classes import classes_of
 from syncnorm.train.data.inputs import Inputs, Signature
 from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
@@ -182,14 +183,19 @@ class LoaderFeed:
         self._config, self._device = config, device
         self._dtype = getattr(torch, config.train.dtype)
         seed = config.train.seed
-        train: Dataset[Any] = Seeded(splits.train, seed)
+        # Of samples that a collate of the user's changes, the task gets other targets.
+        is_plain = splits.collate is None
+        classes = classes_of(config.task, splits.num_classes) if is_plain else None
+        train: Dataset[Any] = Seeded(splits.train, seed, TRAIN, classes)
         if config.data.augment.changes_something:
             train = Augmented(train, config.data.augment, seed, splits.num_classes)
         unchanged = splits.train if splits.unchanged is None else splits.unchanged
         judged = {TRAIN: unchanged, VALIDATION: splits.validation, TEST: splits.test}
         # By split, and whether it is read in an epoch of training.
         self._sets: dict[_Use, Any] = {(TRAIN, True): train} | {
-            (name, False): Seeded(data, seed) for name, data in judged.items() if data is not None
+            (name, False): Seeded(data, seed, name, classes)
+            for name, data in judged.items()
+            if data is not None
         }
         self._collate = Collate(splits.collate)
         self._loaders: dict[_Use, tuple[DataLoader[Any], _Plan]] = {}

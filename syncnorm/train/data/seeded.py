@@ -12,7 +12,9 @@ from torch.utils.data import Dataset, get_worker_info
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.classes import Classes
 from syncnorm.train.data.generators import generators_in, seed_generators
+from syncnorm.train.data.splits import Part
 
 # The number of a sample and the epoch; 0 in an evaluation.
 Key = tuple[int, int]
@@ -30,10 +32,14 @@ class Seeded(Dataset[Any]):
     Args:
         data: takes an index.
         seed: of the run.
+        split: its name, for errors.
+        classes: that targets may name, if they are known.
     """
 
-    def __init__(self, data: Any, seed: int) -> None:
-        self._data, self._seed = data, seed
+    def __init__(
+        self, data: Any, seed: int, split: str = "train", classes: Classes | None = None
+    ) -> None:
+        self._data, self._seed, self._split, self._classes = data, seed, split, classes
         self._generators = generators_in(data)
 
     def __len__(self) -> int:
@@ -45,16 +51,23 @@ class Seeded(Dataset[Any]):
         with random_numbers(seed):
             try:
                 seed_generators(self._generators, seed)
-                return self._data[index]
+                sample = self._data[index]
+                if self._classes is not None:
+                    self._classes.check(sample)
+                return sample
             except Exception as error:  # a data set of the user's may raise anything
-                return failure(index, error)
+                return self.failure(index, error)
 
-
-def failure(index: int, error: Exception) -> Failure:
-    """Say which sample failed, and why."""
-    name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-    cause = " ".join(f"{name}{error}".split())
-    return Failure(f"`data.name` must give every sample, but sample {index} failed: {cause}")
+    def failure(self, index: int, error: Exception) -> Failure:
+        """Say which sample failed, and why."""
+        split = self._split
+        if isinstance(self._data, Part):  # of the training set, which the user knows as a whole
+            split, index = "train", self._data.number(index)
+        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        cause = " ".join(f"{name}{error}".split())
+        return Failure(
+            f"`data.name` must give every sample, but sample {index} of {split} failed: {cause}"
+        )
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -94,9 +94,9 @@ class Splits:
         labels = self.known_labels()
         return replace(
             self,
-            train=_Part(self.train, kept),
-            validation=_Part(unchanged, held),
-            unchanged=_Part(unchanged, kept),
+            train=Part(self.train, kept),
+            validation=Part(unchanged, held),
+            unchanged=Part(unchanged, kept),
             labels=None if labels is None else labels[kept],
         )
 
@@ -123,8 +123,8 @@ def _check_part(name: str, data: Any) -> None:
         raise ConfigError(f"`data.name` must return data sets with samples, got none in `{name}`")
 
 
-class _Part(Dataset[Any]):
-    """Some samples of a data set."""
+class Part(Dataset[Any]):
+    """Some samples of a training set."""
 
     def __init__(self, data: Any, indices: Tensor) -> None:
         self._data, self._indices = data, indices
@@ -132,5 +132,9 @@ class _Part(Dataset[Any]):
     def __len__(self) -> int:
         return len(self._indices)
 
+    def number(self, index: int) -> int:
+        """Return the number of a sample in the whole set."""
+        return int(self._indices[index])
+
     def __getitem__(self, index: int) -> Any:
-        return self._data[int(self._indices[index])]
+        return self._data[self.number(index)]

@@ -1,31 +1,26 @@
 """Tasks whose batches are pairs of inputs and targets: losses of torch.nn, with their metrics."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.config.section import name_hint
 from syncnorm.train.task import Model, Share
 from syncnorm.train.task.meters import Meters
 
-# What torch's mean of a loss is over: the entries of the targets, classes counted by weight; each
-# of their elements; or the samples.
+# Torch's mean of the first is over the targets, whose classes count by weight; of a row's over rows
+# of targets; of a class's margin over samples; of others over each element.
 _PER_TARGET = ("CrossEntropyLoss", "NLLLoss")
-_PER_ELEMENT = (
-    "BCELoss",
-    "BCEWithLogitsLoss",
-    "HuberLoss",
-    "L1Loss",
-    "MSELoss",
-    "PoissonNLLLoss",
-    "SmoothL1Loss",
-    "SoftMarginLoss",
-)
-_PER_SAMPLE = ("MultiLabelMarginLoss", "MultiLabelSoftMarginLoss", "MultiMarginLoss")
-LOSSES = tuple(sorted(_PER_TARGET + _PER_ELEMENT + _PER_SAMPLE))
+_PER_ROW = ("MultiLabelSoftMarginLoss",)
+_PER_SAMPLE = ("MultiMarginLoss",)
+# How they take what a model gives; others take it as it is.
+_BY_SOFTMAX = (*_PER_TARGET, *_PER_SAMPLE)
+_BY_SIGMOID = ("BCEWithLogitsLoss", "MultiLabelSoftMarginLoss", "SoftMarginLoss")
+_DISTANCES = ("HuberLoss", "L1Loss", "MSELoss", "SmoothL1Loss")
 _GIVEN_BY_TASK = {"reduction", "reduce", "size_average", "self", "args", "kwargs"}
 
 
@@ -33,7 +28,7 @@ class Supervised:
     """A task of inputs and targets, by a loss of torch.nn.
 
     Args:
-        loss: name of one of `LOSSES`; None: the task's own.
+        loss: name of one of `losses`; None: the task's own.
         options: arguments of the loss but for `reduction`; lists become tensors.
 
     Raises:
@@ -42,28 +37,47 @@ class Supervised:
 
     best = "-loss"
     default_loss = ""
+    losses: tuple[str, ...] = ()
+    """Losses of torch.nn that suit the task."""
     classes: int | None = None
     """Number of classes of the data; None if it is not known."""
     meters: Meters | None = None
     """Metrics of torchmetrics, besides."""
 
     def __init__(self, loss: str | None = None, **options: Any) -> None:
-        self.criterion: Any = make_criterion(loss or self.default_loss, options)
+        self.criterion: Any = make_criterion(
+            self.default_loss if loss is None else loss, options, self.losses
+        )
 
     def loss(self, model: Model, batch: Any) -> tuple[Tensor, Tensor | int]:
         """Compute the sum of the losses of a batch and their count."""
         inputs, targets = pair_of(batch)
         outputs = self.outputs(model, inputs, targets)
-        return self.criterion(outputs, targets), self.count(targets)
+        return self.total(outputs, targets), self.count(targets)
 
     def metrics(self, model: Model, batch: Any) -> dict[str, Share]:
         """Compute the loss, and what a subclass measures besides."""
         inputs, targets = pair_of(batch)
         outputs = self.outputs(model, inputs, targets)
         if self.meters is not None:
-            self.meters.update(outputs, self.labels(targets))
-        loss = self.criterion(outputs, targets), self.count(targets)
+            self.meters.update(self.read(outputs), self.labels(targets))
+        loss = self.total(outputs, targets), self.count(targets)
         return {**self.measure(outputs, targets), "loss": loss}
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the sum of the losses."""
+        return self.criterion(outputs, targets)
+
+    def read(self, outputs: Tensor) -> Tensor:
+        """Make of outputs what the loss takes them for: probabilities, or values like targets."""
+        outputs = outputs if outputs.dtype == torch.float64 else outputs.float()
+        name = type(self.criterion).__name__
+        if name in _BY_SOFTMAX:
+            return outputs.softmax(1)
+        if name in _BY_SIGMOID:
+            return outputs.sigmoid()
+        is_logarithm = name == "PoissonNLLLoss" and self.criterion.log_input
+        return outputs.exp() if is_logarithm else outputs
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
         """Compute the task's own metrics."""
@@ -101,7 +115,9 @@ class Supervised:
         name = type(self.criterion).__name__
         if name in _PER_SAMPLE:
             return len(targets)
-        if name in _PER_ELEMENT:
+        if name in _PER_ROW:
+            return targets.shape[:-1].numel()
+        if name not in _PER_TARGET:
             return targets.numel()
         if targets.is_floating_point():  # class probabilities (N, K, *S)
             return targets[:, 0].numel()
@@ -117,11 +133,13 @@ class Supervised:
 class Classify(Supervised):
     """One class for each sample: logits (N, K) against classes (N,) or probabilities (N, K).
 
+    CrossEntropyLoss takes both targets, NLLLoss and MultiMarginLoss classes, others probabilities.
     Metric: accuracy.
     """
 
     best = "accuracy"
     default_loss = "CrossEntropyLoss"
+    losses = (*_BY_SOFTMAX, "BCELoss", "BCEWithLogitsLoss", *_PER_ROW, *_DISTANCES)
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Refuse what is not a row of logits for each sample."""
@@ -131,10 +149,18 @@ class Classify(Supervised):
                 f"probabilities (N, K), got {_shape(targets)} of {targets.dtype}. Other targets "
                 "need another task.name."
             )
+        name = type(self.criterion).__name__
+        if name != "CrossEntropyLoss" and (targets.ndim == 1) != (name in _BY_SOFTMAX):
+            wanted = "classes (N,)" if name in _BY_SOFTMAX else "class probabilities (N, K)"
+            raise ConfigError(
+                f"`data.name` must give {wanted} for task.loss {name}, got {_shape(targets)} of "
+                f"{targets.dtype}"
+            )
         # A pretrained head may have more classes.
         classes = targets.shape[1] if targets.ndim == 2 else self.classes or 1
         is_row = outputs.ndim == 2 and len(outputs) == len(targets)
-        if not is_row or outputs.shape[1] < classes:
+        has_more = is_row and outputs.shape[1] > classes and targets.ndim == 2
+        if not is_row or has_more or outputs.shape[1] < classes:
             raise ConfigError(
                 f"`model.name` must give a tensor of logits (N, num_classes), got shape "
                 f"{_shape(outputs)} for {len(targets)} samples of {classes} classes. Wrap a model "
@@ -156,6 +182,7 @@ class Segment(Supervised):
 
     best = "mean_iou"
     default_loss = "CrossEntropyLoss"
+    losses = _PER_TARGET
 
     def __init__(self, loss: str | None = None, **options: Any) -> None:
         super().__init__(loss, **{"ignore_index": 255, **options})
@@ -195,19 +222,38 @@ class Segment(Supervised):
 class Multilabel(Supervised):
     """Any number of labels for each sample: logits (N, K) against 0 or 1, (N, K).
 
-    Metrics: f1, over all labels together; and exact_match, of samples whose labels are all right.
+    BCELoss and distances such as MSELoss take probabilities in place of logits; SoftMarginLoss takes
+    -1, too, for no label. Metrics: f1, over all labels together, found where the probability is above
+    0.5; and exact_match, of samples whose labels are all right.
     """
 
+    # MultiLabelMarginLoss compares a sample's outputs with each other alone: no threshold is theirs.
     best = "f1"
     default_loss = "BCEWithLogitsLoss"
+    losses = ("BCELoss", *_BY_SIGMOID, *_DISTANCES)
+
+    def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Compute the sum of the losses; SoftMarginLoss is given -1 and 1."""
+        if isinstance(self.criterion, nn.SoftMarginLoss):
+            targets = 2 * self.labels(targets).to(targets.dtype) - 1
+        return self.criterion(outputs, targets)
+
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Refuse what is not a row of labels for each sample."""
+        if targets.ndim < 2:
+            raise ConfigError(
+                f"`data.name` must give labels (N, K) for task.name multilabel, got "
+                f"{_shape(targets)}"
+            )
+        super().check(outputs, targets)
 
     def labels(self, targets: Tensor) -> Tensor:
         """Round to 0 and 1."""
-        return targets.round().long()
+        return (targets > 0.5).long()
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
         """Count labels that are found, that are right, and that are both."""
-        found, right = outputs > 0, targets > 0.5
+        found, right = self.read(outputs) > 0.5, targets > 0.5
         both = (found & right).sum()
         matches = (found == right).flatten(1).all(1).sum()
         return {
@@ -219,12 +265,14 @@ class Multilabel(Supervised):
 class Regress(Supervised):
     """Numbers for each sample: outputs against targets of one shape, (N, *S).
 
-    Outputs (N, 1) are taken as (N,) where the targets are. Metrics: mean_absolute_error,
-    mean_squared_error.
+    Outputs (N, 1) are taken as (N,) where the targets are. PoissonNLLLoss takes them for logarithms
+    of values unless `log_input` is false, BCEWithLogitsLoss for logits. Metrics: mean_absolute_error,
+    mean_squared_error, both of the values.
     """
 
     best = "-mean_squared_error"
     default_loss = "MSELoss"
+    losses = (*_DISTANCES, "BCELoss", "BCEWithLogitsLoss", "PoissonNLLLoss")
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Leave out a last dimension of 1 that the targets do not have."""
@@ -232,23 +280,26 @@ class Regress(Supervised):
         return outputs[..., 0] if has_more else outputs
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
-        """Sum up how far the outputs are off."""
-        off = (outputs - targets).double()
+        """Sum up how far the values are off."""
+        off = (self.read(outputs) - targets).double()
         return {
             "mean_absolute_error": (off.abs().sum(), off.numel()),
             "mean_squared_error": (off.square().sum(), off.numel()),
         }
 
 
-def make_criterion(name: str, options: Mapping[str, Any]) -> nn.Module:
+def make_criterion(name: str, options: Mapping[str, Any], losses: Sequence[str]) -> nn.Module:
     """Build a loss of torch.nn that adds up.
 
     Raises:
-        ValueError: there is none of this name, or it refuses the options.
+        ValueError: it is none of `losses`, or refuses the options.
     """
-    cls = getattr(nn, name) if name in LOSSES else None
-    if cls is None:
-        raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {name!r}")
+    if name not in losses:
+        raise ValueError(
+            f"loss must be one of {', '.join(sorted(losses))} for this task, got {name!r}."
+            f"{name_hint(name, losses)}"
+        )
+    cls = getattr(nn, name)
     known = set(inspect.signature(cls.__init__).parameters) - _GIVEN_BY_TASK
     if not options.keys() <= known:
         raise ValueError(

@@ -233,9 +233,10 @@ def _count_classes(path: Path, targets: dict[str, Any], wanted: int | None) -> i
     if first.ndim == 1:  # more dimensions may hold 255 for none
         for split, y in targets.items():
             if y.min() < 0 or y.max() >= count:
+                first = int(((y < 0) | (y >= count)).argmax())
                 raise ConfigError(
-                    f"{path}: y of {split} must be from 0 to {count - 1}, got "
-                    f"{int(y.min() if y.min() < 0 else y.max())}"
+                    f"{path}: y of {split} must be from 0 to {count - 1}, got {int(y[first])} for "
+                    f"sample {first}"
                 )
     return count
 
