@@ -270,7 +270,8 @@ def one_input(x: Tensor | None, input: Tensor | None) -> Tensor:
 
 def check_input(x: Tensor, num_features: int | None) -> None:
     """Raise InputError unless x is a floating (N, C, *S) tensor with C = num_features."""
-    _check_tensor("x", x)
+    if not isinstance(x, Tensor):
+        raise _no_tensor("x", x)
     if x.ndim < 2:
         raise InputError(
             f"`x` must have 2 or more dimensions (N, C, *S), got {x.ndim} (shape "
@@ -292,12 +293,11 @@ def check_input(x: Tensor, num_features: int | None) -> None:
         )
 
 
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-        raise InputError(
-            f"`{name}` must be a tensor, got a {kind}. torch.as_tensor makes one of an array."
-        )
+def _no_tensor(name: str, value: object) -> InputError:
+    kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
+    return InputError(
+        f"`{name}` must be a tensor, got a {kind}. torch.as_tensor makes one of an array."
+    )
 
 
 def check_hyperparameters(num_features: int, eps: float, momentum: float | None) -> None:
@@ -400,7 +400,8 @@ def _check_pair(running_mean: Tensor | None, running_var: Tensor | None) -> None
 
 def expand_mask(mask: Tensor, x: Tensor) -> Tensor:
     """The mask as floating weights, expanded to (N, 1, *S); InputError if it does not broadcast."""
-    _check_tensor("mask", mask)
+    if not isinstance(mask, Tensor):
+        raise _no_tensor("mask", mask)
     shape = (x.shape[0], 1, *x.shape[2:])
     if mask.is_complex():
         raise InputError(
