@@ -126,11 +126,13 @@ class FixedMeans:
         estimate: its average gradient means, shape (2, C).
     """
 
-    is_local = False
-
     def __init__(self, layer: SyncNorm, estimate: Tensor) -> None:
-        self.layer = layer
-        self.estimate = estimate
+        self.layer: SyncNorm = layer
+        self.estimate: Tensor = estimate
+
+    @property
+    def is_local(self) -> bool:
+        return False
 
     def __call__(self, local: Tensor) -> Tensor:
         totals, n = self.totals(local)
@@ -174,7 +176,8 @@ class LaggedMeans(FixedMeans):
         backward: Backward | None,
     ) -> None:
         # Not by the base class: a call less in every forward.
-        self.layer, self.estimate = layer, estimate
+        self.layer: SyncNorm = layer
+        self.estimate: Tensor = estimate
         self.source = source
         self.pooled = pooled
         self.count = count

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class Supervised:
 
     best = "-loss"
     default_loss = ""
-    losses: tuple[str, ...] = ()
+    losses: ClassVar[tuple[str, ...]] = ()
     """Losses of torch.nn that suit the task."""
     classes: int | None = None
     """Number of classes of the data; None if it is not known."""
@@ -139,7 +139,13 @@ class Classify(Supervised):
 
     best = "accuracy"
     default_loss = "CrossEntropyLoss"
-    losses = (*_BY_SOFTMAX, "BCELoss", "BCEWithLogitsLoss", *_PER_ROW, *_DISTANCES)
+    losses: ClassVar[tuple[str, ...]] = (
+        *_BY_SOFTMAX,
+        "BCELoss",
+        "BCEWithLogitsLoss",
+        *_PER_ROW,
+        *_DISTANCES,
+    )
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Refuse what is not a row of logits for each sample."""
@@ -182,7 +188,7 @@ class Segment(Supervised):
 
     best = "mean_iou"
     default_loss = "CrossEntropyLoss"
-    losses = _PER_TARGET
+    losses: ClassVar[tuple[str, ...]] = _PER_TARGET
 
     def __init__(self, loss: str | None = None, **options: Any) -> None:
         super().__init__(loss, **{"ignore_index": 255, **options})
@@ -230,7 +236,7 @@ class Multilabel(Supervised):
     # MultiLabelMarginLoss compares a sample's outputs with each other alone: no threshold is theirs.
     best = "f1"
     default_loss = "BCEWithLogitsLoss"
-    losses = ("BCELoss", *_BY_SIGMOID, *_DISTANCES)
+    losses: ClassVar[tuple[str, ...]] = ("BCELoss", *_BY_SIGMOID, *_DISTANCES)
 
     def total(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Compute the sum of the losses; SoftMarginLoss is given -1 and 1."""
@@ -272,7 +278,12 @@ class Regress(Supervised):
 
     best = "-mean_squared_error"
     default_loss = "MSELoss"
-    losses = (*_DISTANCES, "BCELoss", "BCEWithLogitsLoss", "PoissonNLLLoss")
+    losses: ClassVar[tuple[str, ...]] = (
+        *_DISTANCES,
+        "BCELoss",
+        "BCEWithLogitsLoss",
+        "PoissonNLLLoss",
+    )
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Leave out a last dimension of 1 that the targets do not have."""
