@@ -15,6 +15,7 @@ from torch import Tensor
 
 from syncnorm import observed, ops
 from syncnorm.maths import kernels
+from syncnorm.maths.moments import Packed
 
 # Operands of a block, one after the other, should stay in the second-level cache.
 _BLOCK = 131_072
@@ -74,9 +75,7 @@ def affine(x: Tensor, mean: Tensor | None, scale: Tensor | None, shift: Tensor |
     if mean is None and scale is None and shift is None:
         return x
     if torch.compiler.is_compiling() or observed.observer(x) is not None:
-        y = x if mean is None else x - channels(mean, x)
-        y = y if scale is None else y * channels(scale, x)
-        return y if shift is None else y + channels(shift, x)
+        return by_operators(x, mean, scale, shift)
     wide = (None if each is None else each.double() for each in (mean, scale, shift))
     return _Affine.apply(x, *wide)  # pyright: ignore[reportReturnType]
 
@@ -107,17 +106,34 @@ class _Affine(torch.autograd.Function):
         )
 
 
+def by_operators(
+    x: Tensor, mean: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> Tensor:
+    """`affine` in plain operators, of which any gradient is known."""
+    y = x
+    if mean is not None:
+        # x less the rounded mean has no rounding of its own; a shift makes up for the mean's.
+        centre = mean.detach().to(x.dtype)
+        y, rest = x - channels(centre, x), centre.to(mean.dtype) - mean
+        rest = rest if scale is None else rest * scale
+        shift = rest if shift is None else rest + shift
+    y = y if scale is None else y * channels(scale, x)
+    return y if shift is None else y + channels(shift, x)
+
+
 def affine_map(
     x: Tensor, mean: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> Tensor:
     """`affine` without a gradient."""
     zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    return kernels.normalize(
-        x,
-        zeros if mean is None else mean,
-        zeros + 1 if scale is None else scale,
-        zeros if shift is None else shift,
-    )
+    mean = zeros if mean is None else mean
+    own = kernels.of_device(x, mean, scale, shift)
+    if own is not None:
+        # A variance of 1, over a count of 2, has the scale alone.
+        batch = Packed(torch.cat([mean, zeros + 2, zeros[:1] + 2]))
+        return own.normalize(x, batch, scale, shift, 0.0, None)[0]
+    scale, shift = zeros + 1 if scale is None else scale, zeros if shift is None else shift
+    return kernels.normalize(x, mean, scale, shift)
 
 
 def products(g: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -126,7 +142,9 @@ def products(g: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         return by_channel(g.double()), by_channel((x.double() - channels(mean, x.double())) * g)
     total, product = kernels.backward_sums(g, x, mean).chunk(2)
-    return total, product
+    # The kernels' is about the mean as they round it.
+    rounded = mean.to(torch.promote_types(x.dtype, torch.float32))
+    return total, product + (rounded - mean) * total
 
 
 def sample_sums(x: Tensor) -> Tensor:

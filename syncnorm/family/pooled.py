@@ -21,7 +21,8 @@ from syncnorm import observed, ops
 from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
-from syncnorm.family.passes import affine_map, channels
+from syncnorm.family.passes import affine_map, by_operators
+from syncnorm.family.passes import channels as channels  # methods take it from here
 from syncnorm.maths.moments import Moments, Unread, of_sums
 from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.statistics import repeated
@@ -201,7 +202,7 @@ class _Moments(torch.autograd.Function):
 def _affine(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) scale + shift; a function of all of them where gradients are differentiated."""
     if torch.is_grad_enabled():
-        return (x - channels(mean, x)) * channels(scale, x) + channels(shift, x)
+        return by_operators(x, mean, scale, shift)
     return affine_map(x, mean, scale, shift)
 
 

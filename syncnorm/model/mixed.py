@@ -19,7 +19,8 @@ from syncnorm import functional, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
-from syncnorm.family.pooled import channels, moments_of_sums, widened
+from syncnorm.family.passes import affine
+from syncnorm.family.pooled import moments_of_sums
 from syncnorm.ops import LocalSums
 from syncnorm.statistics import repeated
 
@@ -98,14 +99,9 @@ class How:
             assert layer.running_var is not None
             mean = _mixed(mean, layer.running_mean, a)
             var = _mixed(var, layer.running_var, a)
-        if not torch.is_grad_enabled():
-            return _by(layer, x, mean, var)
         scale = (var + layer.eps).rsqrt()
         scale = scale if layer.weight is None else scale * layer.weight.double()
-        wide = widened(x)
-        y = (wide - channels(mean, wide)) * channels(scale, wide)
-        y = y if layer.bias is None else y + channels(layer.bias, wide)
-        return y.to(x.dtype)
+        return affine(x, mean, scale, layer.bias)
 
     def _batch(
         self, layer: _BatchNorm, x: Tensor, local: LocalSums, name: str

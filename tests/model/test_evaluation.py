@@ -267,6 +267,33 @@ def test_statistics_without_weight_may_be_nan(kind, has_grad):
             assert_close(_under(layer, x, choice), as_batch, torch.float64, str(choice))
 
 
+def _by_itself(layer: nn.Module, x: Tensor, choice: Any, cotangent: Tensor) -> list[Tensor]:
+    """Output and gradients by the batch's own statistics, in training (None) or evaluation."""
+    x = x.clone().requires_grad_()
+    if choice is None:
+        y = layer.train()(x)
+    else:
+        y = _under(layer.eval(), x, choice)
+        with torch.no_grad():
+            assert torch.equal(_under(layer, x, choice), y)
+    return [y, *torch.autograd.grad(y, [x, *layer.parameters()], cotangent)]
+
+
+@pytest.mark.parametrize("choice", ["batch", Mix(0.0)], ids=str)
+@pytest.mark.parametrize("kind", ["batch", "torch", "membrane"])
+def test_a_large_mean_costs_no_more_than_in_training(kind, choice):
+    torch.manual_seed(2)
+    x, cotangent = torch.randn(16, C, 5, 6) + 1e4, torch.randn(16, C, 5, 6)
+    truth = _by_itself(SyncBatchNorm(C).double(), x.double(), None, cotangent.double())
+    trained = _by_itself(SyncBatchNorm(C), x, None, cotangent)
+    layer = {"torch": nn.BatchNorm2d, "membrane": MembranePotentialBatchNorm}.get(kind, SyncBatchNorm)
+    got = _by_itself(layer(C), x, choice, cotangent)
+    for ours, reference, exact in zip(got, trained, truth, strict=True):
+        rounding = 1e-6 * exact.abs().max()
+        error, allowed = (ours - exact).abs().max(), (reference - exact).abs().max()
+        assert error <= 2 * allowed + rounding
+
+
 def samples_of_other_sizes() -> Tensor:
     """Each rank's samples have a size of their own."""
     rank = dist.get_rank()
