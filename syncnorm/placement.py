@@ -113,6 +113,28 @@ def largest_part(count: int, norm_batch: int, world_size: int) -> int:
     return -(-size(batches[0]) // _shared_by(len(batches), world_size))
 
 
+def no_whole_statistics(global_batch: int, norm_batch: int) -> str:
+    """Say why a step has no such norm batches; empty if it has."""
+    if 1 <= norm_batch <= global_batch and global_batch % norm_batch == 0:
+        return ""
+    return (
+        f"must be a divisor of global_batch = {global_batch}, got {norm_batch}. A step consists of "
+        "whole statistics."
+    )
+
+
+def too_few_at_once(count: int, norm_batch: int, world_size: int, micro_batch: int | None) -> str:
+    """Say why a step cannot be placed in forwards of at most `micro_batch`; empty if it can."""
+    least = largest_part(count, norm_batch, world_size)
+    if micro_batch is None or micro_batch >= least:
+        return ""
+    return (
+        f"must be at least {least} where {count} samples in statistics of at most {norm_batch} are "
+        f"shared by {world_size} worker(s), got {micro_batch}. A statistic needs all its samples "
+        "at once: take more workers or a smaller norm_batch."
+    )
+
+
 def size(part: slice) -> int:
     """Count the samples of a part."""
     return part.stop - part.start

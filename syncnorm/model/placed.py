@@ -88,6 +88,7 @@ class Placed:
         if not model.training or ops.is_recomputing():
             return
         parts, sampler = self._sampler._parts(), self._sampler
+        sampler.note_training()
         self.is_stand_in = not any(parts)
         if self._groups is None:
             return

@@ -17,20 +17,22 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.model.placed import Placed
 from syncnorm.module import SyncNorm
-from syncnorm.placement import Placement, epoch_order, largest_part, size
+from syncnorm.placement import (
+    Placement,
+    epoch_order,
+    no_whole_statistics,
+    size,
+    too_few_at_once,
+)
 from syncnorm.shards import Shard
 
 
 @lru_cache(maxsize=64)
 def _rounds(count: int, norm_batch: int, world_size: int, micro_batch: int | None) -> int:
     """Count the forwards of a step on the worker that has most, which is the first."""
-    least = largest_part(count, norm_batch, world_size)
-    if micro_batch is not None and micro_batch < least:
-        raise InputError(
-            f"`micro_batch` must be at least {least} where {count} samples in statistics of at "
-            f"most {norm_batch} are shared by {world_size} worker(s), got {micro_batch}. A "
-            "statistic needs all its samples at once: take more workers or a smaller norm_batch."
-        )
+    wrong = too_few_at_once(count, norm_batch, world_size, micro_batch)
+    if wrong:
+        raise InputError(f"`micro_batch` {wrong}")
     return len(placement.place(count, norm_batch, 0, world_size, micro_batch).rounds)
 
 
@@ -66,7 +68,8 @@ class ElasticBatchSampler(Sampler[list[int]]):
     Args:
         size: number of samples in the data set.
         global_batch: samples of a step, over all workers; the last step of an epoch has the rest.
-        norm_batch: samples of a statistic of layers with `sync="batch"`; None: the whole step.
+        norm_batch: samples of a statistic of layers with `sync="batch"`, a divisor of global_batch;
+            None: the whole step.
         micro_batch: most samples in a forward of a worker, which takes several if need be. It must
             hold a worker's part of one statistic. None: any number.
         seed: of the order of the samples, anew in each epoch.
@@ -110,7 +113,9 @@ class ElasticBatchSampler(Sampler[list[int]]):
     ) -> None:
         _check_at_least_one("size", size)
         _check_at_least_one("global_batch", global_batch)
-        _check_at_least_one("norm_batch", norm_batch, most=global_batch)
+        wrong = "" if norm_batch is None else no_whole_statistics(global_batch, norm_batch)
+        if wrong:
+            raise InputError(f"`norm_batch` {wrong}")
         _check_at_least_one("micro_batch", micro_batch)
         if (rank is None) != (world_size is None):
             raise InputError("`rank` and `world_size` must be given together, got one of them.")
@@ -125,7 +130,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         self._round = 0
         self._given = None if rank is None or world_size is None else (rank, world_size)
         self._placed: list[weakref.ref[Placed]] = []
-        self._is_scaled = self._has_ended = False
+        self._is_trained = self._has_ended = False
 
     @property
     def steps_per_epoch(self) -> int:
@@ -166,7 +171,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         Raises:
             InputError: an epoch was trained without a call of `advance`.
         """
-        if self._is_scaled and self._has_ended:
+        if self._is_trained and self._has_ended:
             raise InputError(
                 "`advance` must be called after each batch, got no call in the epoch before. "
                 "Without it the same samples would come again."
@@ -250,7 +255,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
                 "and draw a stand-in."
             )
         Shard.scaled_losses += 1
-        self._is_scaled = True
+        self.note_training()
         if self.count == 0:
             return loss.nan_to_num(0.0) * 0.0
         return loss * (self.count * world_size / total)
@@ -264,7 +269,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         placed = self._attached()
         for each in placed:
             each.is_stand_in = False
-        self._is_scaled = self._has_ended = False
+        self._is_trained = self._has_ended = False
         if not self.ends_step:
             self._round += 1
             return
@@ -319,6 +324,10 @@ class ElasticBatchSampler(Sampler[list[int]]):
         """This worker's placement of the step under way."""
         return self._placement(self._count(self.step), self._workers()[0])
 
+    def note_training(self) -> None:
+        """Take note that the batches are trained with, not only looked at."""
+        self._is_trained = True
+
     def _register(self, placed: Placed) -> None:
         """Have a model's hooks told where steps end."""
         self._placed = [*(ref for ref in self._placed if ref() is not None), weakref.ref(placed)]
@@ -353,7 +362,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
     def _restart(self) -> None:
         """Begin the step at the cursor anew."""
         self._round = 0
-        self._is_scaled = self._has_ended = False
+        self._is_trained = self._has_ended = False
         for placed in self._attached():
             placed.drop_step()
 
@@ -389,10 +398,9 @@ class ElasticBatchSampler(Sampler[list[int]]):
         return {**self.__dict__, "_placed": []}
 
 
-def _check_at_least_one(name: str, value: int | None, most: int | None = None) -> None:
-    if value is not None and (value < 1 or (most is not None and value > most)):
-        limit = "at least 1" if most is None else f"from 1 to global_batch, which is {most}"
-        raise InputError(f"`{name}` must be {limit}, got {value}.")
+def _check_at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise InputError(f"`{name}` must be at least 1, got {value}.")
 
 
 def _check_pools_all(layers: Mapping[str, SyncNorm]) -> None:

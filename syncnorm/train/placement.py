@@ -40,12 +40,7 @@ def place(
         ConfigError: a worker's part of a norm batch is more than `micro_batch`; the same on all
             workers.
     """
-    placed = placement.place(count, norm_batch, rank, world_size, micro_batch)
-    share = placement.largest_part(count, norm_batch, world_size)
-    if micro_batch is not None and share > micro_batch:
-        raise ConfigError(
-            f"`launch.micro_batch` must be at least {share} where a statistic of {norm_batch} "
-            f"samples is shared by {placed.shared_by} worker(s), got {micro_batch}. A statistic "
-            "needs all its samples at once: take more workers or a smaller train.norm_batch."
-        )
-    return placed
+    wrong = placement.too_few_at_once(count, norm_batch, world_size, micro_batch)
+    if wrong:
+        raise ConfigError(f"`launch.micro_batch` {wrong}")
+    return placement.place(count, norm_batch, rank, world_size, micro_batch)

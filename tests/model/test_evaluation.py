@@ -286,7 +286,9 @@ def test_a_large_mean_costs_no_more_than_in_training(kind, choice):
     x, cotangent = torch.randn(16, C, 5, 6) + 1e4, torch.randn(16, C, 5, 6)
     truth = _by_itself(SyncBatchNorm(C).double(), x.double(), None, cotangent.double())
     trained = _by_itself(SyncBatchNorm(C), x, None, cotangent)
-    layer = {"torch": nn.BatchNorm2d, "membrane": MembranePotentialBatchNorm}.get(kind, SyncBatchNorm)
+    layer = {"torch": nn.BatchNorm2d, "membrane": MembranePotentialBatchNorm}.get(
+        kind, SyncBatchNorm
+    )
     got = _by_itself(layer(C), x, choice, cotangent)
     for ours, reference, exact in zip(got, trained, truth, strict=True):
         rounding = 1e-6 * exact.abs().max()

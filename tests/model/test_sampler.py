@@ -6,6 +6,7 @@ import copy
 import io
 import re
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -46,13 +47,14 @@ def samplers(size: int, global_batch: int, world_size: int, **options: Any) -> l
 
 @given(
     size=st.integers(1, 60),
-    global_batch=st.integers(1, 30),
-    norm_batch=st.none() | st.integers(1, 30),
+    norm_batch=st.integers(1, 10),
+    statistics=st.none() | st.integers(1, 6),
     micro_batch=st.none() | st.integers(1, 30),
     world_size=st.integers(1, 6),
 )
-def test_each_step_has_the_same_samples(size, global_batch, norm_batch, micro_batch, world_size):
-    options = {"norm_batch": norm_batch and min(norm_batch, global_batch)}
+def test_each_step_has_the_same_samples(size, norm_batch, statistics, micro_batch, world_size):
+    global_batch = norm_batch * (statistics or 1)
+    options = {"norm_batch": norm_batch if statistics else None}
     options["micro_batch"] = micro_batch and max(micro_batch, options["norm_batch"] or global_batch)
     workers = samplers(size, global_batch, world_size, **options)
     (rounds,) = {each.rounds for each in workers}
@@ -283,7 +285,13 @@ SAMPLER = {"size": 9, "global_batch": 4}
 ERRORS = [
     (lambda: ElasticBatchSampler(0, 4), "`size` must be at least 1, got 0"),
     (lambda: ElasticBatchSampler(9, 0), "`global_batch` must be at least 1, got 0"),
-    (lambda: ElasticBatchSampler(9, 4, norm_batch=5), "from 1 to global_batch, which is 4, got 5"),
+    *(
+        (
+            partial(ElasticBatchSampler, 9, 4, norm_batch=wrong),
+            f"`norm_batch` must be a divisor of global_batch = 4, got {wrong}. A step",
+        )
+        for wrong in (-2, 0, 3, 5)
+    ),
     (lambda: ElasticBatchSampler(9, 4, micro_batch=0), "`micro_batch` must be at least 1, got 0"),
     (lambda: ElasticBatchSampler(9, 4, rank=1), "must be given together, got one of them"),
     (lambda: ElasticBatchSampler(9, 4, rank=2, world_size=2), "`rank` must be from 0 to 1, got 2"),
@@ -343,11 +351,23 @@ def test_bad_input_is_one_clear_error(call, message):
 
 
 def test_a_loop_that_does_not_advance_is_told_so():
-    (sampler,) = samplers(9, 4, 1)
+    (sampler,) = samplers(8, 4, 1)
     for _ in range(2):  # looking at the data is no training
         list(sampler)
     for _ in sampler:
         sampler.scale_loss(torch.zeros(()))
+    with pytest.raises(InputError, match="`advance` must be called after each batch"):
+        next(iter(sampler))
+    # Without `scale_loss`, the forwards of a model that is attached tell.
+    sampler.load_state_dict(sampler.state_dict())
+    model, data = sampler.attach(one_layer()), torch.randn(8, 3)
+    model.eval()
+    for _ in range(2):
+        for indices in sampler:
+            model(data[indices])
+    model.train()
+    for indices in sampler:
+        model(data[indices])
     with pytest.raises(InputError, match="`advance` must be called after each batch"):
         next(iter(sampler))
 

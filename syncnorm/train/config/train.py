@@ -4,6 +4,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from syncnorm.placement import no_whole_statistics
 from syncnorm.train import optim
 from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
 
@@ -161,11 +162,9 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _groups_are_whole(self) -> Self:
-        if self.norm_batch is not None and self.global_batch % self.norm_batch:
-            raise ValueError(
-                f"norm_batch must be a divisor of global_batch = {self.global_batch}, got "
-                f"{self.norm_batch}. A step consists of whole statistics."
-            )
+        wrong = no_whole_statistics(self.global_batch, self.norm_batch or self.global_batch)
+        if wrong:
+            raise ValueError(f"norm_batch {wrong}")
         if self.autocast is not None and self.dtype != "float32":
             raise ValueError(
                 f"autocast must be null with dtype {self.dtype}, got {self.autocast!r}"
