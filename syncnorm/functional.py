@@ -243,7 +243,7 @@ def evaluate(
 ) -> Tensor:
     """Normalise by the running statistics, or by the local batch without them. No communication."""
     if running_mean is None or running_var is None:
-        _check_pair(running_mean, running_var)
+        check_pair(running_mean, running_var)
         statistic = ops.local_statistic(ops.local_sums(x, None), "evaluation")
         return ops.normalize(x, weight, bias, statistic, eps, None)
     given = (running_mean, running_var, weight, bias)
@@ -381,7 +381,7 @@ def _check_arguments(
     for name, t in vectors.items():
         if t is not None and t.shape != (x.shape[1],):
             raise ops.wrong_shape(name, t, x.shape[1], x)
-    _check_pair(running_mean, running_var)
+    check_pair(running_mean, running_var)
     if momentum is None and running_mean is not None and num_batches_tracked is None:
         raise InputError(
             "`num_batches_tracked` must be a counter where `momentum` is None (cumulative "
@@ -390,11 +390,15 @@ def _check_arguments(
         )
 
 
-def _check_pair(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+def check_pair(
+    running_mean: Tensor | None, running_var: Tensor | None, name: str | None = None
+) -> None:
+    """Raise InputError unless both are there or neither; of a function's, or a layer's by name."""
     if (running_mean is None) != (running_var is None):
+        where = "" if name is None else f" in {name!r}"
         raise InputError(
-            "`running_mean` and `running_var` must be given together, got one. Pass both or "
-            "neither."
+            f"`running_mean` and `running_var` must be given together, got one{where}. Pass both "
+            "or neither."
         )
 
 

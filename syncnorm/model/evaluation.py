@@ -121,7 +121,11 @@ def _check(layers: dict[str, Any], statistics: Choice) -> None:
             f"`model` must have batch norms whose statistics can be chosen, got {[*own]}, which "
             "evaluate in ways of their own. convert(model) makes them layers of ours where it can."
         )
-    bare = [name for name, layer in layers.items() if getattr(layer, "running_mean", 0) is None]
+    bare = [
+        name
+        for name, layer in layers.items()
+        if any(getattr(layer, kept, 0) is None for kept in ("running_mean", "running_var"))
+    ]
     if bare and isinstance(statistics, Mix | Prior):
         raise InputError(
             f'`statistics` must be "batch" for layers without running statistics, got {statistics} '

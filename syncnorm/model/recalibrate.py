@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import ops
+from syncnorm import functional, ops
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
@@ -112,7 +112,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
         name: m
         for name, m in model.named_modules()
         if isinstance(m, _BatchNorm)
-        and m.running_mean is not None
+        and not (m.running_mean is None and m.running_var is None)
         and (m.training or not model.training)
     }
     if not layers:
@@ -121,6 +121,8 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
             f"got none in {type(model).__name__}. Layers in evaluation mode within a model in "
             "training mode are frozen."
         )
+    for name, layer in layers.items():
+        functional.check_pair(layer.running_mean, layer.running_var, name)
     return layers
 
 

@@ -19,15 +19,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import syncnorm
 from syncnorm import (
+    Mix,
     RenormSchedule,
     SyncBatchNorm,
     SyncBatchRenorm,
     convert,
     debug,
+    evaluation_statistics,
     functional,
     groups,
     module,
     prepare_ddp,
+    recalibrate,
     revert,
 )
 from syncnorm.errors import InputError, SyncnormError
@@ -208,11 +211,18 @@ def test_without_momentum_and_counter_running_statistics_stand_still(make):
 
 
 @pytest.mark.parametrize("missing", ["running_mean", "running_var"])
-def test_one_running_statistic_alone_is_refused_in_evaluation(missing):
-    layer = SyncBatchNorm(3).eval()
-    setattr(layer, missing, None)
+def test_one_running_statistic_alone_is_refused_by_what_reads_them(missing):
+    model, x = torch.nn.Sequential(SyncBatchNorm(3)), torch.randn(4, 3)
+    setattr(model[0], missing, None)
+    with pytest.raises(InputError, match="must be given together, got one in '0'"):
+        recalibrate(model, [x])
     with pytest.raises(InputError, match="must be given together, got one"):
-        layer(torch.randn(4, 3))
+        model.eval()(x)
+    with (
+        pytest.raises(InputError, match='must be "batch" for layers without running statistics'),
+        evaluation_statistics(model, Mix(0.5)),
+    ):
+        raise AssertionError("the block must not begin")
 
 
 @pytest.mark.parametrize(
