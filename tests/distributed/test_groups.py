@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import subprocess
 import sys
@@ -372,7 +373,8 @@ WORDS = "FaultError: `process_group` must mean the same workers to each of them,
          "num_batches_tracked int64 () on rank(s) [0, 1] and weight float64 (4,), bias float64 (4,), "),
         ([{"dtype": torch.float64, "sync": "none"}] + [{"sync": "none"}] * 2, "in layer '1'. Cast and change"),
     ],
-    ids=str,
+    # Not `str`, which of a function gives its address: another one in each process.
+    ids=itertools.count(),
 )  # fmt: skip
 def test_workers_that_disagree_are_one_error_on_all(pool, whats, message):
     if 0 in whats and "outside" in whats:  # making groups is for all
