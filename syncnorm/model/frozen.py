@@ -52,13 +52,13 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     family = [m for m in model.modules() if isinstance(m, Pooling)]
     before = [layer.freeze for layer in layers]
     was_frozen = [layer.is_frozen for layer in family]
-    for layer in layers:
-        layer.statistics.settle()
-        layer.freeze = Freeze()
-    for layer in family:
-        layer.settle()
-        layer.is_frozen = True
     try:
+        for layer in layers:
+            layer.statistics.settle()
+            layer.freeze = Freeze()
+        for layer in family:
+            layer.settle()
+            layer.is_frozen = True
         yield
     finally:
         for layer, was in zip(layers, before, strict=True):

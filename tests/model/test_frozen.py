@@ -23,6 +23,7 @@ from syncnorm import (
     reference,
 )
 from syncnorm.comm import exchange
+from syncnorm.family import EstimatedBatchNorm
 from syncnorm.testing import assert_close
 from tests.model.parts import state_of, uneven_batch
 
@@ -185,3 +186,22 @@ def test_checkpointed_forwards_that_are_repeated_after_the_block(sync, use_reent
     assert all(torch.equal(v, before[k]) for k, v in state_of(model).items())
     model(x.detach())
     assert _counters(model) == [3, 3]
+
+
+@pytest.mark.parametrize("last", [SyncBatchNorm, EstimatedBatchNorm])
+def test_a_block_that_is_interrupted_before_it_begins_leaves_nothing_frozen(last, monkeypatch):
+    """An update under way is waited for first: for long, if another worker is late."""
+    model = nn.Sequential(SyncBatchNorm(4), EstimatedBatchNorm(4), last(4))
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    waits = model[2].statistics if last is SyncBatchNorm else model[2]
+    monkeypatch.setattr(waits, "settle", interrupted)
+    with pytest.raises(KeyboardInterrupt), frozen_statistics(model):
+        raise AssertionError("the block must not begin")
+    assert model[0].freeze is None
+    assert not model[1].is_frozen
+    monkeypatch.undo()
+    model(torch.randn(5, 4))
+    assert [int(layer.num_batches_tracked) for layer in model] == [1, 1, 1]
