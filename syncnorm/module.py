@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional, observed, ops
-from syncnorm.comm import groups
+from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths import renorm
 from syncnorm.maths.lagged import Lagged
@@ -144,6 +144,11 @@ class SyncNorm(_BatchNorm):
     def is_pooled(self) -> bool:
         """True if workers exchange statistics."""
         return self.sync_mode.is_pooled
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        """Of an exchange whose sums the running statistics lack; the next training forward raises it."""
+        return self.statistics.failure
 
     def settle(self) -> None:
         """Bring the running statistics up to date, before they are read. Starts no exchange."""

@@ -24,7 +24,8 @@ class LateSums:
 
     def __init__(self) -> None:
         self._under_way: deque[tuple[exchange.Pending, Callable[[Tensor], None]]] = deque()
-        self._failure: exchange.Failure | None = None
+        self.failure: exchange.Failure | None = None
+        """Of an exchange whose sums the statistics lack; raised when all are there."""
         self._has_fault = False
         self._is_settling = False
 
@@ -58,7 +59,7 @@ class LateSums:
                 pending, apply = self._under_way.popleft()
                 total = pending.settle()
                 if total is None:
-                    self._failure = pending.failure
+                    self.failure = pending.failure
                 elif is_faulty(total):
                     self._has_fault = True
                 else:
@@ -74,7 +75,7 @@ class LateSums:
             ExchangeError: some worker sent something else than the others, or a sum broke.
         """
         self.settle()
-        failure, self._failure = self._failure, None
+        failure, self.failure = self.failure, None
         if failure is not None and layer.group is not None:
             exchange.raise_failure(failure, layer.group)
         has_fault, self._has_fault = self._has_fault, False
@@ -83,7 +84,7 @@ class LateSums:
 
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
-        return {**self.__dict__, "_failure": None}
+        return {**self.__dict__, "failure": None}
 
 
 def keep(layer: Pooling, total: Tensor, **values: Tensor) -> None:

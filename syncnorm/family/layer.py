@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import functional, observed, ops
-from syncnorm.comm import groups
+from syncnorm.comm import exchange, groups
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import widened
 from syncnorm.maths.precision import HALF_TYPES
@@ -70,6 +70,11 @@ class Pooling(nn.Module):
     @abstractmethod
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step, forward, then backward."""
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        """Of an exchange whose sums the statistics lack; the next training forward raises it."""
+        return None
 
     def settle(self) -> None:
         """Apply what is under way, before statistics are read. Starts no exchange."""

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.autograd import ANCHOR
+from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.family import recurrence
 from syncnorm.family.batch import PooledBatchNorm
@@ -190,6 +191,10 @@ class OnlineNorm(PooledBatchNorm):
         if self.guard == "layer_scaling":
             return by_own_rms(y, tuple(range(1, y.ndim)), self.eps)
         return y if self.guard is None else y.clamp(-_LARGEST, _LARGEST)
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        return self.late.failure
 
     def settle(self) -> None:
         self.late.settle()

@@ -120,6 +120,10 @@ class SquareNorm(FamilyLayer):
             raise mask_fault(self)
         return total
 
+    @property
+    def failure(self) -> exchange.Failure | None:
+        return self.late.failure
+
     def settle(self) -> None:
         self.late.settle()
 

@@ -233,6 +233,10 @@ class PooledLagged(Source):
     def steps(self) -> Steps:
         return self._steps
 
+    @property
+    def failure(self) -> exchange.Failure | None:
+        return self.pool.failure
+
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from syncnorm.comm import exchange
 from syncnorm.maths.moments import Moments, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic, unexchanged_statistic
 from syncnorm.statistics.pool import Pool
@@ -40,6 +41,10 @@ class PooledRunning(Source):
     @property
     def steps(self) -> Steps:
         return self._steps
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        return self.pool.failure
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import ops
-from syncnorm.comm import groups
+from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
@@ -57,6 +57,11 @@ class Source(ABC):
     def is_busy(self) -> bool:
         """True if a block is under way, at whose end the layer must be as it is."""
         return self.is_lent or self.is_accumulating
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        """Of an exchange whose sums the running statistics lack; the next training forward raises it."""
+        return None
 
     @abstractmethod
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
@@ -108,6 +113,10 @@ class Lent(Source):
     @property
     def is_accumulating(self) -> bool:
         return self.source.is_accumulating
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        return self.source.failure
 
     def settle(self) -> None:
         self.source.settle()

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from syncnorm import prepare_ddp
 from syncnorm.comm import groups
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, ExchangeError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import family_of, listed
 from syncnorm.model.modes import begin_training
@@ -137,9 +137,16 @@ class Setup:
             self.shared_buffers.copy_exact_to_average()
 
     def flush_statistics(self) -> None:
-        """Bring all running statistics up to date. Starts no exchange."""
+        """Bring all running statistics up to date. Starts no exchange.
+
+        Raises:
+            ExchangeError: the last update broke. A checkpoint without it would be one of another
+                run.
+        """
         for layer in self.layers:
             layer.settle()
+            if isinstance(layer.failure, ExchangeError):
+                raise layer.failure
 
     def copy_buffers(self) -> list[Tensor]:
         """Copy the model's buffers, for `restore_buffers`."""

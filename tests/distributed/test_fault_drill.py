@@ -7,6 +7,8 @@ import io
 import re
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from syncnorm.errors import ExchangeError, InputError
 from syncnorm.family import OnlineNorm
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.testing import RankPool
+from syncnorm.train.setup import Setup
 from tests.distributed.drill import Job, errors_of, run
 
 TIMEOUT = 3.0
@@ -190,6 +193,9 @@ def _state_without_the_other(kind: str) -> tuple[str, str]:
     with frozen_statistics(model):
         after = model.state_dict()
     kept = {name for name, value in before.items() if torch.equal(value, after[name])}
+    # A checkpoint of the trainer's would be one of another run: it is not written.
+    with pytest.raises(ExchangeError, match="must be made by all of ranks"):
+        Setup.flush_statistics(cast(Any, SimpleNamespace(layers=list(model))))
     with pytest.raises(ExchangeError) as caught:
         step()
     return ", ".join(sorted(before.keys() - kept)), str(caught.value)
