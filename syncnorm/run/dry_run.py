@@ -2,6 +2,7 @@
 
 import sys
 import time
+from contextlib import closing
 from datetime import timedelta
 
 import torch
@@ -63,35 +64,35 @@ def dry_run(task: Task) -> str:
 
 
 def _describe(task: Task, config: Config, workers: Workers) -> str:
-    feed = load_feed(config, workers.device, task.allowed)
-    steps_per_epoch = -(-feed.sizes[TRAIN] // config.train.global_batch)
-    total_steps = config.train.epochs * steps_per_epoch
-    learned = task_of(config, workers.device, feed, task.allowed)
-    model = make_bare_model(config, workers.device, feed, total_steps, task.allowed)
-    need = estimate(config, workers, feed, model, learned)
-    free = available_bytes(config, workers, 1)
-    check_fits(need, free, 0)
-    setup = make_setup(config, workers, feed, total_steps, model=model, task=learned)
-    load_weights(setup.model, config.model, workers)
-    setup.ddp.register_comm_hook(None, _return_bucket)
-    order = training_order(config, feed, 1)
-    indices = order[: config.train.global_batch].to(feed.index_device)
-    batches = feed.batches(TRAIN, setup.forwards(indices), epoch=1)
-    tally = exchange.Tally()
-    before = peak_memory(workers.device)
-    started = time.perf_counter()
-    training_step(setup, batches, StepBatch(indices, 1, 1))
-    seconds = time.perf_counter() - started
-    totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
-    lines = [
-        describe_model(setup),
-        describe_data(setup, feed),
-        f"step: {setup.describe_step()}",
-        *_describe_memory(need, free, peak_memory(workers.device) - before),
-        f"one step, the first, without waiting for others: {seconds:.2f} s",
-        *_describe_messages(setup, totals),
-    ]
-    return "\n".join(lines)
+    with closing(load_feed(config, workers.device, task.allowed)) as feed:
+        steps_per_epoch = -(-feed.sizes[TRAIN] // config.train.global_batch)
+        total_steps = config.train.epochs * steps_per_epoch
+        learned = task_of(config, workers.device, feed, task.allowed)
+        model = make_bare_model(config, workers.device, feed, total_steps, task.allowed)
+        need = estimate(config, workers, feed, model, learned)
+        free = available_bytes(config, workers, 1)
+        check_fits(need, free, 0)
+        setup = make_setup(config, workers, feed, total_steps, model=model, task=learned)
+        load_weights(setup.model, config.model, workers)
+        setup.ddp.register_comm_hook(None, _return_bucket)
+        order = training_order(config, feed, 1)
+        indices = order[: config.train.global_batch].to(feed.index_device)
+        batches = feed.batches(TRAIN, setup.forwards(indices), epoch=1)
+        tally = exchange.Tally()
+        before = peak_memory(workers.device)
+        started = time.perf_counter()
+        training_step(setup, batches, StepBatch(indices, 1, 1))
+        seconds = time.perf_counter() - started
+        totals = {kind: (total.count, total.numbers) for kind, total in tally.take().items()}
+        lines = [
+            describe_model(setup),
+            describe_data(setup, feed),
+            f"step: {setup.describe_step()}",
+            *_describe_memory(need, free, peak_memory(workers.device) - before),
+            f"one step, the first, without waiting for others: {seconds:.2f} s",
+            *_describe_messages(setup, totals),
+        ]
+        return "\n".join(lines)
 
 
 def _return_bucket(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:  # pyright: ignore[reportPrivateImportUsage]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,48 +111,48 @@ def diagnose_run(
     set_tf32(config.train.tf32)
     snapshot = share_evaluated(folder, checkpoint, workers)
     signature = signature_of(snapshot, config, folder, allowed)
-    feed = load_feed(config, workers.device, allowed)
-    task = task_of(config, workers.device, feed, allowed)
-    model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
-    freeze(model, config.train.freeze)
-    early = _initial_model(config, signature, workers, allowed)
-    parts = int(snapshot.facts.get("world_size", workers.world_size))
-    samples = min(config.train.global_batch, feed.sizes[TRAIN])
-    plan = plan_step(config, model, task, parts, samples)
-    model = prepare_ddp(model)
-    for layer in model.modules():
-        if isinstance(layer, Pooling):
-            layer.gradient_scale = parts
-    problem = Problem(
-        model,
-        _loss(config, task, workers),
-        _load(feed, config, snapshot, workers, plan, count),
-        parts=parts,
-        samples=plan.smallest,
-        lr=_rate(config, snapshot),
-        frozen=snapshot.facts.get("in_evaluation", ()),
-        # Of the training, whose lagged layers keep averages of gradients with it.
-        scale=parts,
-    )
+    with closing(load_feed(config, workers.device, allowed)) as feed:
+        task = task_of(config, workers.device, feed, allowed)
+        model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
+        freeze(model, config.train.freeze)
+        early = _initial_model(config, signature, workers, allowed)
+        parts = int(snapshot.facts.get("world_size", workers.world_size))
+        samples = min(config.train.global_batch, feed.sizes[TRAIN])
+        plan = plan_step(config, model, task, parts, samples)
+        model = prepare_ddp(model)
+        for layer in model.modules():
+            if isinstance(layer, Pooling):
+                layer.gradient_scale = parts
+        problem = Problem(
+            model,
+            _loss(config, task, workers),
+            _load(feed, config, snapshot, workers, plan, count),
+            parts=parts,
+            samples=plan.smallest,
+            lr=_rate(config, snapshot),
+            frozen=snapshot.facts.get("in_evaluation", ()),
+            # Of the training, whose lagged layers keep averages of gradients with it.
+            scale=parts,
+        )
 
-    def start(costs: dict[str, int], seconds: float) -> None:
-        problem.tick = begin(costs, seconds)
+        def start(costs: dict[str, int], seconds: float) -> None:
+            problem.tick = begin(costs, seconds)
 
-    try:
-        found = diagnose(problem, early, only, start)
-    except InputError as error:
-        raise ConfigError(str(error)) from error
-    return RunDiagnosis(
-        config.name or folder.resolve().name,
-        snapshot.step,
-        parts,
-        len(problem.batches),
-        samples,
-        problem.lr,
-        found.measures,
-        [asdict(each) for each in advise(found.measures)],
-        found.seconds,
-    )
+        try:
+            found = diagnose(problem, early, only, start)
+        except InputError as error:
+            raise ConfigError(str(error)) from error
+        return RunDiagnosis(
+            config.name or folder.resolve().name,
+            snapshot.step,
+            parts,
+            len(problem.batches),
+            samples,
+            problem.lr,
+            found.measures,
+            [asdict(each) for each in advise(found.measures)],
+            found.seconds,
+        )
 
 
 def _initial_model(

@@ -1,5 +1,6 @@
 """The evaluation of a run's model on one of its sets, or on other data."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,19 +81,19 @@ def evaluate_run(
     signature = signature_of(snapshot, config, folder, allowed)
     if has_other_data:
         config = _with_figures(config, signature.inputs)
-    feed = load_feed(config, workers.device, allowed)
-    if has_other_data:
-        _fit(feed, signature)
-    chosen = split or (TEST if feed.sizes.get(TEST) else judged_split(feed))
-    if chosen is None or not feed.sizes.get(chosen):
-        raise ConfigError(
-            f"`--split` must be one of {', '.join(feed.sizes)}, which the data has, got "
-            f"{chosen or 'none'}"
-        )
-    task = task_of(config, workers.device, feed, allowed)
-    model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
-    metrics = evaluate(task, model, feed, chosen, config, workers, statistics=statistics)
-    return Evaluation(chosen, feed.sizes[chosen], metrics, snapshot.step, workers.is_first)
+    with closing(load_feed(config, workers.device, allowed)) as feed:
+        if has_other_data:
+            _fit(feed, signature)
+        chosen = split or (TEST if feed.sizes.get(TEST) else judged_split(feed))
+        if chosen is None or not feed.sizes.get(chosen):
+            raise ConfigError(
+                f"`--split` must be one of {', '.join(feed.sizes)}, which the data has, got "
+                f"{chosen or 'none'}"
+            )
+        task = task_of(config, workers.device, feed, allowed)
+        model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
+        metrics = evaluate(task, model, feed, chosen, config, workers, statistics=statistics)
+        return Evaluation(chosen, feed.sizes[chosen], metrics, snapshot.step, workers.is_first)
 
 
 def _with_figures(config: Config, inputs: Inputs | None) -> Config:

@@ -12,6 +12,7 @@ train
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -179,41 +180,45 @@ def train(
         NotFiniteError: a loss is not finite; on all workers.
         SaveError: the last state could not be saved; on all workers.
     """
-    feed = load_feed(config, workers.device, allowed)
-    watch.alive()
-    steps_per_epoch = math.ceil(feed.sizes[TRAIN] / config.train.global_batch)
-    total_steps = config.train.epochs * steps_per_epoch
-    # Built once: what a callable of the user's does as it builds, a download say, it does once.
-    task = task_of(config, workers.device, feed, allowed)
-    model = make_bare_model(config, workers.device, feed, total_steps, allowed)
-    check_memory(config, workers, feed, model, task)
-    setup = make_setup(config, workers, feed, total_steps, model=model, task=task)
-    store = (
-        CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep) if workers.is_first else None
-    )
-    resumed = resume(setup, progress, store)
-    if resumed.source is None:
-        load_weights(setup.model, config.model, workers)
-    saver = None if store is None else BackgroundSaver(store)
-    with Recorder(
-        setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
-    ) as recorder:
-        run = Run(config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch)
-        run.callbacks = callbacks
-        recorder.record_start(resumed, feed)
-        for callback in callbacks:
-            callback.on_start(run)
-        is_done = _train_epochs(run)
-        metrics = _final_metrics(run, is_done)
-        if is_done and not run.is_new and metrics:
-            split = list(metrics)[-1]
-            recorder.record_predictions(collect_predictions(setup, feed, split, watch.alive))
-        for callback in callbacks:
-            callback.on_end(run, metrics)
-        digests = gather_digests(setup.model)
-        recorder.record_end(metrics, digests, is_done=is_done)
-        recorder.close_loggers(watch.alive, is_done=is_done)
-    return Outcome(metrics, digests, is_done, progress.step, _reason(run, is_done))
+    with closing(load_feed(config, workers.device, allowed)) as feed:
+        watch.alive()
+        steps_per_epoch = math.ceil(feed.sizes[TRAIN] / config.train.global_batch)
+        total_steps = config.train.epochs * steps_per_epoch
+        # Built once: what a callable of the user's does as it builds, a download say, it does once.
+        task = task_of(config, workers.device, feed, allowed)
+        model = make_bare_model(config, workers.device, feed, total_steps, allowed)
+        check_memory(config, workers, feed, model, task)
+        setup = make_setup(config, workers, feed, total_steps, model=model, task=task)
+        store = (
+            CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep)
+            if workers.is_first
+            else None
+        )
+        resumed = resume(setup, progress, store)
+        if resumed.source is None:
+            load_weights(setup.model, config.model, workers)
+        saver = None if store is None else BackgroundSaver(store)
+        with Recorder(
+            setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
+        ) as recorder:
+            run = Run(
+                config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch
+            )
+            run.callbacks = callbacks
+            recorder.record_start(resumed, feed)
+            for callback in callbacks:
+                callback.on_start(run)
+            is_done = _train_epochs(run)
+            metrics = _final_metrics(run, is_done)
+            if is_done and not run.is_new and metrics:
+                split = list(metrics)[-1]
+                recorder.record_predictions(collect_predictions(setup, feed, split, watch.alive))
+            for callback in callbacks:
+                callback.on_end(run, metrics)
+            digests = gather_digests(setup.model)
+            recorder.record_end(metrics, digests, is_done=is_done)
+            recorder.close_loggers(watch.alive, is_done=is_done)
+        return Outcome(metrics, digests, is_done, progress.step, _reason(run, is_done))
 
 
 def _reason(run: Run, is_done: bool) -> str:

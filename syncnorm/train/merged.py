@@ -1,5 +1,6 @@
 """One network of those of two runs, in a checkpoint of its own."""
 
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,30 +66,30 @@ def merge_runs(
             f"runs {str(folders[0])!r} and {str(folders[1])!r} must be of one `model`, trained on "
             "inputs that were standardised alike, and on the same classes"
         )
-    feed = load_feed(config, workers.device, allowed)
-    split = judged_split(feed)
-    if split is None:
-        raise ConfigError("`data.name` must have a test set or a validation set to compare by")
-    a, b = (
-        make_evaluated(each, signatures[0], snapshot, folder, workers.device, allowed)
-        for each, snapshot, folder in zip(configs, snapshots, folders, strict=True)
-    )
-    try:
-        merged = interpolate(a, match_weights(a, b) if is_matched else b, alpha)
-    except InputError as error:
-        raise ConfigError(str(error)) from None
-    task = task_of(config, workers.device, feed, allowed)
-    if _has_statistics(merged):
-        with autocast(config, workers.device):
-            recalibrate(Judged(merged, task), share_of_batches(feed, workers, config))
-    first, second, third = (
-        evaluate(task, each, feed, split, config, workers) for each in (a, b, merged)
-    )
-    if workers.is_first:
-        # What the optimizer had is of neither.
-        snapshot = replace(snapshots[0], tensors={"model": merged.state_dict()}, states={})
-        CheckpointStore(output / CHECKPOINTS).write(snapshot)
-    return Merged(split, (first, second, third))
+    with closing(load_feed(config, workers.device, allowed)) as feed:
+        split = judged_split(feed)
+        if split is None:
+            raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+        a, b = (
+            make_evaluated(each, signatures[0], snapshot, folder, workers.device, allowed)
+            for each, snapshot, folder in zip(configs, snapshots, folders, strict=True)
+        )
+        try:
+            merged = interpolate(a, match_weights(a, b) if is_matched else b, alpha)
+        except InputError as error:
+            raise ConfigError(str(error)) from None
+        task = task_of(config, workers.device, feed, allowed)
+        if _has_statistics(merged):
+            with autocast(config, workers.device):
+                recalibrate(Judged(merged, task), share_of_batches(feed, workers, config))
+        first, second, third = (
+            evaluate(task, each, feed, split, config, workers) for each in (a, b, merged)
+        )
+        if workers.is_first:
+            # What the optimizer had is of neither.
+            snapshot = replace(snapshots[0], tensors={"model": merged.state_dict()}, states={})
+            CheckpointStore(output / CHECKPOINTS).write(snapshot)
+        return Merged(split, (first, second, third))
 
 
 def _has_statistics(model: nn.Module) -> bool:

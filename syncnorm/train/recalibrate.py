@@ -1,6 +1,7 @@
 """Recalibration of a run: population statistics of its training set in place of running ones."""
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -55,25 +56,27 @@ def recalibrate_run(
     *Collectives*: those of `syncnorm.recalibrate` and of two evaluations; every worker must call.
     """
     snapshot = share_evaluated(folder, NEWEST, workers)
-    feed = load_feed(config, workers.device, allowed)
-    split = judged_split(feed)
-    if split is None:
-        raise ConfigError("`data.name` must have a test set or a validation set to compare by")
-    task = task_of(config, workers.device, feed, allowed)
-    model = make_model(config, workers.device, feed, 1, allowed)
-    load_evaluated(model, snapshot, folder)
-    put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
-    before = evaluate(task, model, feed, split, config, workers)
-    with autocast(config, workers.device):
-        recalibrate(Judged(model, task), share_of_batches(feed, workers, config), mix=mix)
-    after = evaluate(task, model, feed, split, config, workers)
-    store = CheckpointStore(folder / RECALIBRATED, keep=1)
-    path = Path()
-    if workers.is_first:
-        unsaved = evaluated_unsaved(snapshot)
-        states = snapshot.states | ({"buffers": {"model": unsaved}} if unsaved else {})
-        path = store.write(replace(snapshot, tensors={"model": model.state_dict()}, states=states))
-    return Recalibrated(split, before, after, path)
+    with closing(load_feed(config, workers.device, allowed)) as feed:
+        split = judged_split(feed)
+        if split is None:
+            raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+        task = task_of(config, workers.device, feed, allowed)
+        model = make_model(config, workers.device, feed, 1, allowed)
+        load_evaluated(model, snapshot, folder)
+        put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
+        before = evaluate(task, model, feed, split, config, workers)
+        with autocast(config, workers.device):
+            recalibrate(Judged(model, task), share_of_batches(feed, workers, config), mix=mix)
+        after = evaluate(task, model, feed, split, config, workers)
+        store = CheckpointStore(folder / RECALIBRATED, keep=1)
+        path = Path()
+        if workers.is_first:
+            unsaved = evaluated_unsaved(snapshot)
+            states = snapshot.states | ({"buffers": {"model": unsaved}} if unsaved else {})
+            path = store.write(
+                replace(snapshot, tensors={"model": model.state_dict()}, states=states)
+            )
+        return Recalibrated(split, before, after, path)
 
 
 def share_of_batches(feed: Feed, workers: Workers, config: Config) -> Iterator[tuple[Any]]:

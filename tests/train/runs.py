@@ -394,6 +394,7 @@ def failed_sections(sections: dict[str, Any]) -> str:
         try:
             train_sections(folder, sections)
         except ConfigError as error:
+            assert not multiprocessing.active_children(), "processes that load live on"
             return str(error)
     raise AssertionError("it has trained")
 

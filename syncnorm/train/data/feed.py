@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -73,6 +73,10 @@ class Feed(Protocol):
 
     def describe(self) -> str:
         """Describe the data in a few words."""
+        ...
+
+    def close(self) -> None:
+        """End what loads ahead. The feed can be used no more."""
         ...
 
 
@@ -165,6 +169,9 @@ class MemoryFeed:
         shape = "x".join(map(str, self._data.train.images.shape[1:]))
         return f"{describe_sizes(self.sizes)} images of {shape}"
 
+    def close(self) -> None:
+        """Do nothing: nothing loads ahead."""
+
 
 class LoaderFeed:
     """Any map-style data sets, through torch's DataLoader.
@@ -199,6 +206,8 @@ class LoaderFeed:
         }
         self._collate = Collate(splits.collate)
         self._loaders: dict[_Use, tuple[DataLoader[Any], _Plan]] = {}
+        self._readings: dict[_Use, Generator[Any]] = {}
+        """The iterations under way."""
         self.sizes = {
             name: len(data) for (name, in_epoch), data in self._sets.items() if not in_epoch
         }
@@ -218,7 +227,8 @@ class LoaderFeed:
             # The training set is seldom judged.
             workers = self._config.data.loader.workers
             self._loaders[use] = self._make_loader(use, workers, stays=use != (TRAIN, False))
-        return self._read(*self._loaders[use], forwards, epoch)
+        self._readings[use] = self._read(*self._loaders[use], forwards, epoch)
+        return self._readings[use]
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
         """Load one batch, where batches are loaded.
@@ -241,7 +251,7 @@ class LoaderFeed:
         plan: "_Plan",
         forwards: Iterable[Tensor],
         epoch: int,
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         plan.begin(forwards, epoch)
         try:
             for batch in _begin(loader):
@@ -260,6 +270,17 @@ class LoaderFeed:
     def describe(self) -> str:
         """Describe the data in a few words."""
         return f"{describe_sizes(self.sizes)} samples"
+
+    def close(self) -> None:
+        """End the loader processes, of a run that failed too.
+
+        torch's loaders end theirs as the last reference goes. A collector of garbage that finds one
+        in a cycle, such as an error and its frames, waits for seconds, and leaves the processes.
+        """
+        for reading in self._readings.values():
+            reading.close()
+        self._readings.clear()
+        self._loaders.clear()
 
     def _finish(self, batch: Any, size: int) -> Any:
         if isinstance(batch, Failure):
