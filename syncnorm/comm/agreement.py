@@ -52,7 +52,7 @@ def agree(
     said = dict(zip(groups.ranks(among), ([Statement(*each) for each in row] for row in rows)))
     _check_layers(said)
     for statements in zip(*said.values()):
-        _check_workers(dict(zip(said, statements)))
+        _check_layer(dict(zip(said, statements)))
     if list(said) == list(range(dist.get_world_size())):
         groups.set_machines(list(machines))
         for (*_, handle), *statements in zip(layers, *said.values()):
@@ -85,7 +85,7 @@ def _check_layers(said: dict[int, list[Statement]]) -> None:
             )
 
 
-def _check_workers(said: dict[int, Statement]) -> None:
+def _check_layer(said: dict[int, Statement]) -> None:
     """Raise unless all have the same state, and the same rule.
 
     Instead of a rule each may give ranks, if those ranks give them, too.

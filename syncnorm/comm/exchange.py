@@ -184,15 +184,15 @@ Failure = InFlight | ExchangeError
 """Of an exchange that failed: itself, if some ranks sent another payload; or how it broke."""
 
 
-def raise_failure(flight: Failure, group: dist.ProcessGroup) -> NoReturn:
+def raise_failure(failure: Failure, group: dist.ProcessGroup) -> NoReturn:
     """Raise how an exchange broke, or exchange the ranks' positions and raise the same everywhere.
 
     *Collectives*: for the latter two all-gathers. Every rank whose sum over `group` was of
     different messages must call.
     """
-    if isinstance(flight, ExchangeError):
-        raise flight
-    texts = gather_text(str(flight), group, "agreement", device_for(group))
+    if isinstance(failure, ExchangeError):
+        raise failure
+    texts = gather_text(str(failure), group, "agreement", device_for(group))
     reset_calls(group)
     raise ExchangeError(at_different_places(dict(zip(ranks(group), texts, strict=True))))
 

@@ -86,7 +86,8 @@ class How:
     def evaluate(self, layer: _BatchNorm, x: Tensor, mask: Tensor | None, name: str) -> Tensor:
         """The evaluation forward of a layer."""
         if self.statistics == "running" or observed.observer(x) == observed.FAKE:
-            return _by(layer, x, layer.running_mean, layer.running_var)
+            kept = layer.running_mean, layer.running_var
+            return functional.evaluate(x, *kept, layer.weight, layer.bias, layer.eps)
         local = ops.local_sums(x, mask)
         if local.observer is not None:
             raise InputError(
@@ -157,7 +158,3 @@ def _mixed(batch: Tensor, running: Tensor, a: Tensor) -> Tensor:
     running = running.double()
     mixed = torch.where(a == 0, batch, torch.lerp(batch, running, a))
     return torch.where(a == 1, running, mixed)
-
-
-def _by(layer: _BatchNorm, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
-    return functional.evaluate(x, mean, var, layer.weight, layer.bias, layer.eps)
