@@ -50,13 +50,13 @@ def as_on_cuda() -> Iterator[None]:
     that it normalises by, and the backward one takes those that it is given, in either mode.
     """
     with (
-        mock.patch.object(portable, "_forward_operator", _batch_norm),
+        mock.patch.object(portable, "_forward_operator", batch_norm),
         mock.patch.object(portable, "_backward_operator", _batch_norm_backward),
     ):
         yield
 
 
-def _batch_norm(
+def batch_norm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,

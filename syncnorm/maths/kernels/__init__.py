@@ -43,6 +43,8 @@ __all__ = [
     "of_running",
 ]
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def _implementation(x: Tensor) -> ModuleType:
     if torch.compiler.is_compiling() or (type(x) is not Tensor and isinstance(x, FakeTensor)):
@@ -123,18 +125,24 @@ def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    return (
-        torch.empty_like(x)
-        if x.numel() == 0
-        else _implementation(x).normalize(x, mean, scale, shift)
-    )
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    mean, lost = _rounded(mean, x)
+    if lost is not None:
+        shift = torch.addcmul(shift, scale, lost, value=-1)
+    return _implementation(x).normalize(x, mean, scale, shift)
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
+    channels = x.shape[1]
     if x.numel() == 0:
-        return torch.zeros(2 * x.shape[1], dtype=sum_dtype(x.device), device=x.device)
-    return _implementation(x).backward_sums(grad_output, x, mean)
+        return torch.zeros(2 * channels, dtype=sum_dtype(x.device), device=x.device)
+    mean, lost = _rounded(mean, x)
+    sums = _implementation(x).backward_sums(grad_output, x, mean)
+    if lost is not None:
+        sums[channels:].addcmul_(sums[:channels], lost, value=-1)
+    return sums
 
 
 def backward_input(
@@ -149,4 +157,20 @@ def backward_input(
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
     if x.numel() == 0:
         return torch.empty_like(x)
+    mean, lost = _rounded(mean, x)
+    if lost is not None:
+        a = torch.addcmul(a, b, lost, value=-1)
     return _implementation(x).backward_input(grad_output, x, mean, scale, a, b, mask)
+
+
+def _rounded(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The mean as it meets a float32 x, and what it loses by that: x - mean is x - rounded - lost.
+
+    What is lost of a mean of 1e4 standard deviations is 6e-4 of one. Half types are coarser than
+    that; for them and for float64 it is None.
+    """
+    if x.dtype != torch.float32 or mean.dtype != torch.float64:
+        return mean, None
+    # Clamped, though that changes nothing: a compiler leaves out a conversion and the one back.
+    rounded = mean.float().clamp(-_LARGEST, _LARGEST).double()
+    return rounded, mean - rounded
