@@ -220,16 +220,20 @@ class SyncNorm(_BatchNorm):
             vars(self)["seen"] = Seen(local.sums, statistic.batch, statistic.correction)
         self.statistics.record(self, local, statistic.batch)
 
+    @property
+    def is_tracking(self) -> bool:
+        """True if a training forward that is made now moves the running statistics."""
+        return self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
+
     def update_running(self, batch: Moments, momentum: float | None) -> None:
         """Move the running statistics towards those of `batch`, once.
 
-        For those who own the layer's statistics.
+        For those who own the layer's statistics, and have asked `is_tracking` in the forward.
         """
-        is_tracking = self.track_running_stats or vars(self).get(_FAIRSCALES_BACKUP, False)
         # Past `CurrentBuffers`: what was under way is done, or is this.
         own, is_std = self._buffers, self.averages_std
         mean, var = dict.get(own, "running_mean"), dict.get(own, "running_var")
-        if is_tracking and mean is not None and var is not None:
+        if mean is not None and var is not None:
             counter = dict.get(own, "num_batches_tracked")
             ops.update_running_(mean, var, counter, batch, momentum, self.eps, is_std=is_std)
 

@@ -39,7 +39,7 @@ class Accumulating(Lent):
         return self.source.evaluate(layer, x, mask)
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
-        if local.observer is None:
+        if local.observer is None and layer.is_tracking:
             self.total = batch if self.total is None else merge(self.total, batch)
 
     def discard(self, layer: SyncNorm) -> None:

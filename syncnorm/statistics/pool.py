@@ -45,6 +45,8 @@ class Gathered:
     sums: dict[str, Tensor] = field(default_factory=dict)
     faults: dict[str, Tensor] = field(default_factory=dict)
     """True if a mask held something that is no weight."""
+    tracked: set[str] = field(default_factory=set)
+    """Layers whose running statistics follow, as they were told at one of their calls."""
     shard: LateShard | None = None
     """Of the first layer that was called."""
 
@@ -53,7 +55,8 @@ class Sent(NamedTuple):
     """A message on its way, with what it takes to apply it: that may have changed by then."""
 
     message: FlatMessage
-    momenta: list[float | None]
+    rules: list[tuple[bool, float | None]]
+    """For each layer whether its running statistics follow, and by which momentum."""
     members: list[int]
     shard: LateShard | None
 
@@ -119,6 +122,8 @@ class Pool:
         if local.observer is not None:
             return
         name, kept = self.names[layer], self._gathered
+        if layer.is_tracking:
+            kept.tracked.add(name)
         if name not in kept.sums:
             kept.sums[name] = local.sums
         else:  # a layer that is used twice makes one merged update
@@ -170,12 +175,17 @@ class Pool:
         """Send what was gathered, for all layers, on its way. Every worker must call."""
         self.settle()
         gathered, self._gathered = self._gathered, Gathered()
-        group, momenta = self.group, [layer.momentum for layer in self.layers.values()]
+        group, tracked = self.group, gathered.tracked
+        # Of a layer that only other workers have called, as it is told now.
+        rules = [
+            (name in tracked if name in gathered.sums else layer.is_tracking, layer.momentum)
+            for name, layer in self.layers.items()
+        ]
         members = groups.ranks(group)
         faults = self._faults(gathered, members)
         parts = {name: [sums] for name, sums in gathered.sums.items()}
         message = FlatMessage(self.layers, parts, faults, group, "all moments", self._buffers)
-        self._sent = Sent(message, momenta, members, gathered.shard)
+        self._sent = Sent(message, rules, members, gathered.shard)
 
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange, and raises nothing."""
@@ -185,7 +195,7 @@ class Pool:
     @disable_dynamo
     def _apply(self) -> None:
         assert self._sent is not None
-        (message, momenta, members, shard), self._sent = self._sent, None
+        (message, rules, members, shard), self._sent = self._sent, None
         with torch.no_grad():
             arrived = message.settle()
             if arrived is None:
@@ -198,9 +208,10 @@ class Pool:
                 self._fault = self._describe(faults, members)
                 if self._fault is not None:
                     return
-            for layer, sums, momentum in zip(message.layers, parts, momenta, strict=True):
-                batch = Raw(sums)
-                layer.update_running(batch, momentum)
+            for layer, sums, rule in zip(message.layers, parts, rules, strict=True):
+                batch, (is_tracking, momentum) = Raw(sums), rule
+                if is_tracking:
+                    layer.update_running(batch, momentum)
                 if self._follow is not None:
                     self._follow(layer, batch)
             for buffer, value in kept:

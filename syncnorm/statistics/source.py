@@ -72,7 +72,8 @@ class Source(ABC):
 
         Called after each forward that is not frozen and no repetition.
         """
-        layer.update_running(batch, layer.momentum)
+        if layer.is_tracking:
+            layer.update_running(batch, layer.momentum)
 
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         """The training forward, as a whole or in parts that have a statistic each."""

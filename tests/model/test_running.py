@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import SyncBatchNorm, prepare_ddp, reference
+from syncnorm import SyncBatchNorm, accumulate, prepare_ddp, reference
 from syncnorm.comm import exchange
 from syncnorm.testing import assert_close, shard
 from tests.model.parts import KINDS, state_of, uneven_batch
@@ -329,6 +330,46 @@ def test_the_momentum_is_that_of_the_forward():
     batches = [torch.full((4, 1), v) for v in (3.0, 6.0)]
     torch.optim.swa_utils.update_bn(batches, model)
     assert model.state_dict()["0.running_mean"].item() == pytest.approx(4.5)
+
+
+class _Branches(nn.Module):
+    """A branch that one worker takes alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.first = (SyncBatchNorm(2, sync="running") for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.always(x)
+        return self.first(y) if dist.get_rank() == 0 else y
+
+
+def _branches_step() -> dict[str, Tensor]:
+    model = prepare_ddp(_Branches())
+    model(uneven_batch(6, dist.get_rank())[:, :2])
+    return model.state_dict()
+
+
+def test_a_branch_of_one_worker_moves_the_statistics_of_all(pool):
+    one, other = pool(2).run(_branches_step)
+    assert one["first.num_batches_tracked"].item() == 1
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("sync", ["batch", "none", "running", "lagged"])
+def test_what_is_tracked_is_that_of_the_forward(sync, accumulates):
+    """Who freezes a part of a network for some epochs sets and clears `track_running_stats`."""
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(1, sync=sync, momentum=0.5)))
+    (layer,) = model
+    for is_tracking, value in [(True, 4.0), (False, 100.0), (True, 6.0), (False, 100.0)]:
+        with accumulate(model) if accumulates else nullcontext():
+            layer.track_running_stats = is_tracking
+            y = model(torch.tensor([[value - 1], [value + 1]], requires_grad=True))
+            layer.track_running_stats = not is_tracking
+        y.sum().backward()
+    assert layer.running_mean.item() == 4.0
+    assert layer.num_batches_tracked.item() == 2
 
 
 def test_reset_move_and_evaluation_mode_find_nothing_under_way():
