@@ -278,6 +278,11 @@ def check_input(x: Tensor, num_features: int | None) -> None:
             f"{tuple(x.shape)}). "
             "Add a batch dimension with x.unsqueeze(0)."
         )
+    if x.layout != torch.strided:
+        raise InputError(
+            f"`x` must be dense, got {x.layout} (shape {tuple(x.shape)}). Call x.to_dense(), or "
+            "normalise its values, as rows (N, C), where zeros should not count."
+        )
     if x.dtype not in _FLOATS:
         raise InputError(
             f"`x` must be float32, float64, bfloat16 or float16, got {x.dtype} (shape "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from typing import Any
 
@@ -13,6 +14,8 @@ from syncnorm.layers import SyncBatchNorm
 from syncnorm.model.convert.convert import convert, revert
 from syncnorm.model.ddp import prepare_ddp
 from syncnorm.module import SyncNorm
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
 class LayerSync:
@@ -34,9 +37,12 @@ class LayerSync:
     """
 
     def __init__(self, **options: Any) -> None:
-        # Lightning accepts plugins of its own class only, and has two package names. Whoever makes
-        # a Trainer has imported one of them.
-        for name in {"lightning.pytorch", "pytorch_lightning"} & sys.modules.keys():
+        # Lightning accepts plugins of its own class only, and has two package names. Where none is
+        # imported yet, whoever makes a Trainer will import one that is installed.
+        names = [name for name in _PACKAGES if name in sys.modules] or [
+            name for name in _PACKAGES if importlib.util.find_spec(name.partition(".")[0])
+        ]
+        for name in names:
             importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
         self.options = options
         self._has_converted = False

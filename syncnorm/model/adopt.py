@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from syncnorm import functional
+from syncnorm import functional, undocumented
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.module import MODE_BUFFERS
@@ -118,8 +118,8 @@ def adopt_state_dict(
         What was recognised, changed, made up and left.
 
     Raises:
-        InputError: names are missing or left over, or shapes differ; with `partial`, nothing fits.
-            Nothing was changed.
+        InputError: names are missing or left over, or shapes differ; with `partial`, nothing fits;
+            the model is sharded. Nothing was changed.
 
     Example:
         >>> layer = nn.BatchNorm1d(1, eps=1e-3)
@@ -130,6 +130,11 @@ def adopt_state_dict(
     """
     if source is not None:
         functional.check_choice("source", source, ("torch", "inplace_abn", "keras", "crossq"))
+    if any(undocumented.is_managed_by_fsdp(module) for module in model.modules()):
+        raise InputError(
+            "`model` must not be sharded, got one of FSDP. Adopt the state before `fully_shard` or "
+            "FullyShardedDataParallel. Nothing was changed."
+        )
     target = model.state_dict()
     entries = _tidy(_tensors(state), target)
     layers: dict[str, str] = {}

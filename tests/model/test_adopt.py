@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, adopt_state_dict, convert
 from syncnorm.errors import InputError
@@ -312,6 +315,24 @@ class _WithExtraState(nn.Sequential):
 
     def set_extra_state(self, state: dict[str, str]) -> None:
         self.seen = state
+
+
+def _adopt_sharded(shard: Callable[..., Any]) -> tuple[str, bool]:
+    model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4))
+    state = {name: value + 1 for name, value in model.state_dict().items()}
+    shard(model)
+    with pytest.raises(InputError) as caught:
+        adopt_state_dict(model, state)
+    return str(caught.value), bool((model[1].running_mean == 0).all())
+
+
+@pytest.mark.parametrize("is_second", [False, True])
+def test_a_sharded_model_is_refused_before_anything_is_changed(pool, is_second):
+    how = fully_shard if is_second else FullyShardedDataParallel
+    options = {} if is_second else {"device_id": torch.device("cpu")}
+    for said, is_unchanged in pool(2).run(_adopt_sharded, partial(how, **options)):
+        assert said.startswith("`model` must not be sharded, got one of FSDP. Adopt the state bef")
+        assert is_unchanged
 
 
 def test_extra_state_is_handed_on():

@@ -353,7 +353,8 @@ REFUSED = [
     (lambda: torch.jit.script(nn.BatchNorm2d(4)), SyncBatchNorm, {}, "'1' is compiled by torch.jit"),
     (lambda: torch.jit.script(nn.Sequential(nn.BatchNorm2d(4))), SyncBatchNorm, {}, "'1.0' is compiled by torch.jit"),
     (lambda: nn.BatchNorm2d(4, track_running_stats=False), SyncBatchRenorm, {}, "'1' has no running statistics, which"),
-    (lambda: nn.BatchNorm2d(4, eps=0.0), SyncBatchNorm, {}, "'1' breaks a rule: `eps` must be > 0, got 0.0."),
+    (lambda: nn.BatchNorm2d(4, eps=0.0), SyncBatchNorm, {}, "'1' breaks a rule: `eps` must be > 0, got 0.0. The "
+     "default is 1e-5. Nothing was changed."),
     (lambda: nn.BatchNorm2d(0), SyncBatchNorm, {}, "'1' breaks a rule: `num_features` must be at least 1, got 0."),
     (_named_as_ours, SyncBatchNorm, {}, "'1' has attributes that our layers use, label; rename them"),
     (lambda: Method(4), SyncBatchNorm, {}, "'1' has attributes that our layers use, update_running; rename them"),

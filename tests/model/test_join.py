@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import (
@@ -272,6 +274,12 @@ def _refused(kind: str) -> str:
     model = prepare_ddp(nn.Sequential(layer))
     if "ddp" in kind:
         model = DistributedDataParallel(model)
+    if kind == "fsdp1":
+        model = FullyShardedDataParallel(
+            nn.Sequential(nn.Linear(4, 4), model), device_id=torch.device("cpu")
+        )
+    if kind == "fsdp2":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     try:
         # No machine of the tests has NCCL: gloo under its name.
         with pytest.MonkeyPatch.context() as patch:
@@ -294,6 +302,8 @@ def _refused(kind: str) -> str:
             "`model` must not exchange gradients by NCCL where workers may run out of data, got "
             "DistributedDataParallel on cpu. ",
         ),
+        ("fsdp1", "`model` must not be sharded where workers may run out of data, got one of FSDP"),
+        ("fsdp2", "`model` must not be sharded where workers may run out of data, got one of FSDP"),
         (
             "lagged",
             '`sync` must be "batch", "running" or "none" where workers may run out of data, got '

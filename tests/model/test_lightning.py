@@ -5,6 +5,8 @@ batch.
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -122,3 +124,14 @@ def test_a_resumed_run_is_the_undisturbed_one(pool, tmp_path):
     for state, *_ in pool(len(SIZES)).run(fit, {}, SyncBatchRenorm, 2, 1, str(tmp_path)):
         assert int(state["1.num_batches_tracked"]) == 2 * len(shards(0))
         assert largest_difference(state, expected) < 1e-12
+
+
+@pytest.mark.slow
+def test_the_plugin_may_be_made_before_lightning_is_imported():
+    program = """
+from syncnorm.integrations.lightning import LayerSync
+plugin = LayerSync()
+import lightning.pytorch
+lightning.pytorch.Trainer(accelerator="cpu", plugins=[plugin], logger=False)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)

@@ -281,6 +281,13 @@ INPUT_ERRORS = [
         lambda: SyncBatchNorm(3)(torch.randn(3)),
         "`x` must have 2 or more dimensions (N, C, *S), got 1 (shape (3,))",
     ),
+    *(
+        (
+            lambda mode=mode: SyncBatchNorm(3).train(mode)(torch.randn(2, 3).to_sparse()),
+            "`x` must be dense, got torch.sparse_coo (shape (2, 3)). Call x.to_dense(), or",
+        )
+        for mode in (True, False)
+    ),
     (
         lambda: SyncBatchNorm(3)(torch.randn(2, 4, 5)),
         "must have num_features = 3 channels in dimension 1, got 4",

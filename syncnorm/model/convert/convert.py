@@ -405,7 +405,10 @@ def _refuse(faults: dict[str, str], what: str) -> None:
         names_by_reason: dict[str, list[str]] = {}
         for name, why in faults.items():
             names_by_reason.setdefault(why, []).append(name)
-        listed = "; ".join(f"{_first(names)}{why}" for why, names in names_by_reason.items())
+        # A reason may be an error of its own, which ends in a full stop.
+        listed = "; ".join(
+            f"{_first(names)}{why.removesuffix('.')}" for why, names in names_by_reason.items()
+        )
         raise InputError(
             f"`module` must hold layers that can be {what}, got {listed}. Nothing was changed."
         )

@@ -62,8 +62,8 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
 
     Raises:
         InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a
-            worker's last step) or pools over other workers than the rest; DDP sends by NCCL; one of
-            `stateful` has no state.
+            worker's last step) or pools over other workers than the rest; DDP sends by NCCL; FSDP
+            shards the model; one of `stateful` has no state.
         FaultError: the workers that still have data begin different forwards; the same on all
             workers.
         ExchangeError: another worker's block ended with an error.
@@ -82,7 +82,7 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
     if group is None:
         yield
         return
-    _check_order(model)
+    _check_collectives(model)
     with _coordinator(group) as coordinator, coordinator.register(model, layers, stateful):
         try:
             yield
@@ -108,13 +108,21 @@ def _check(layers: list[SyncNorm | Pooling], group: groups.Group | None) -> None
             )
 
 
-def _check_order(model: nn.Module) -> None:
-    """Refuse DDP over NCCL, which may hang where workers launch collectives in different orders.
+def _check_collectives(model: nn.Module) -> None:
+    """Refuse collectives that a worker without data cannot match.
 
-    A worker without data starts the sums of all gradients at once. One with data starts them one by
-    one, between the exchanges of the layers.
+    Those of FSDP are unknown here. DDP's over NCCL may hang where workers launch them in different
+    orders: a worker without data starts the sums of all gradients at once, one with data starts
+    them one by one, between the exchanges of the layers.
     """
     for module in model.modules():
+        if undocumented.is_managed_by_fsdp(module):
+            raise InputError(
+                "`model` must not be sharded where workers may run out of data, got one of FSDP, "
+                "whose collectives a worker without data cannot match. Use "
+                "DistributedDataParallel, or give the workers equally many batches, empty ones if "
+                "need be."
+            )
         if isinstance(module, DistributedDataParallel):
             assert module.process_group is not None
             backend = undocumented.backend_for(module.process_group, module.device)
