@@ -28,16 +28,17 @@ $(TRAINING): pyproject.toml constraints.txt hatch_build.py $(wildcard syncnorm/n
 	@echo "Installed: $$(du -sh $(VENV) | cut -f 1) in $(VENV)."
 	touch $@
 
-# The rest, on top: other frameworks that the tests run with, and tools. The tests start many processes: here all files
-# are compiled, but for templates of packages that are no Python.
+# The rest, on top: other frameworks that the tests run with, and tools.
 $(ALL): $(TRAINING) pyproject.toml constraints.txt
 	$(PIP_INSTALL) --quiet --no-compile --editable '.[all,integrations,dev]'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
 	@echo "Two workers train a small network: it shows that they compute what one does, not that they are faster."
 	$(BIN)/syncnorm train configs/digits.yaml
+
+# They start many processes: what the first of them compiles is kept, whatever the environment says.
+test test-slow drill: export PYTHONDONTWRITEBYTECODE =
 
 test: $(ALL)  ## Run the tests
 	$(BIN)/python -m pytest -m "not slow" --numprocesses 2 --dist loadfile --no-loadscope-reorder

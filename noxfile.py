@@ -185,7 +185,7 @@ def versions(session: nox.Session, which: str, part: str) -> None:
     constraints.write_text("\n".join([torch, *kept]) + "\n")
     # Not compiled: torch brings thousands of files that no test imports.
     session.install("--no-compile", "--constraint", str(constraints), torch, *needed, *TOOLS)
-    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": ""}
     tests = ["-q", "-m", "not slow", "-p", "no:cacheprovider", *PARTS[part][2]]
     session.run("python", "-m", "pytest", *tests, env=environment)
 
