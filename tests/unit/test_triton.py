@@ -239,6 +239,12 @@ def test_offsets_beyond_32_bits():
     assert wide is not None
     assert expanded is not None
     assert (near.shape[-1], wide.shape[-1], expanded.shape[-1]) == (False, True, True)
+    # Kernels multiply strides by the unit, in 32 bits where what is left of a stride has so few.
+    shape = (2, 64, 128, 512, 512)
+    large = geometry.plan(shape, (torch.empty(shape, device="meta").stride(),), None, 2, geometry.SUMS, 132)
+    assert large is not None
+    assert large.strides[0][3] == 2**31
+    assert large.shape[2] == 1
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])

@@ -33,6 +33,7 @@ from syncnorm.maths.kernels.triton.tiles import (
     fold,
     offsets,
     program,
+    quotient,
     values_before,
     weights,
 )
@@ -68,7 +69,7 @@ def moments(
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         v = tl.load(x + at, ok, other=0).to(F)
-        pivot = fold(v, FORM) / fold(ok.to(F), FORM)
+        pivot = quotient(fold(v, FORM), fold(ok.to(F), FORM))
     else:
         v = tl.zeros([BN, BJ], F)
         pivot = fold(v, FORM)
@@ -88,7 +89,7 @@ def moments(
             # The weights were counted for each channel of the run.
             pivot = by_channel(pivot, length, FORM, BC, BJ) * BC
             pivot = tl.sum(by_lane(pivot, length, FORM, BC, BJ), 0)
-        pivot = pivot / weight
+        pivot = quotient(pivot, weight)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     first = tl.zeros_like(pivot).to(tl.float64)
     second = first

@@ -196,7 +196,8 @@ def plan(
     moves = [limit]
     for is_flat, g, s in zip(flat, group, steps):
         moves += [g, *s] if is_flat else []
-    unit = math.gcd(_VECTOR_BYTES, *moves)
+    # Kernels multiply by it, in the type of what was divided by it.
+    unit = 1 if max(moves) >= 2**31 else math.gcd(_VECTOR_BYTES, *moves)
     units = [unit if is_flat else 1 for is_flat in flat]
     tiles = -(-outer // bn) * blocks
     groups = -(-channels // bc)

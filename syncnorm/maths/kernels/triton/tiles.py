@@ -114,6 +114,16 @@ def fold(acc, FORM: tl.constexpr):
 
 
 @triton.jit
+def quotient(a, b):
+    """a / b, rounded once. Of float32 a GPU's plain division is not, and integers lose their mean."""
+    if a.dtype == tl.float32:
+        q = tl.div_rn(a, b)
+    else:
+        q = a / b
+    return q
+
+
+@triton.jit
 def by_channel(
     v, length, FORM: tl.constexpr, BC: tl.constexpr, BJ: tl.constexpr
 ):  # fmt: skip
