@@ -3,8 +3,9 @@
     python -m benchmarks.gpu [FOLDER]
 
 Writes gpu.json and gpu.md into FOLDER (that of the variable OUT, else build/gpu) after each part,
-and prints the table at the end. Exits with 1 if a test has failed. `--device cpu --small` tries the
-code where there is no GPU.
+and prints the table at the end. Exits with 1 if a test has failed or there was no time for it.
+`--parts machine tests` leaves all of the time to the tests. `--device cpu --small` tries the code
+where there is no GPU.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,82 +36,152 @@ ROOT = Path(__file__).parents[2]
 ENDS = {"machine": 60.0, "tests": 200.0, "step": 340.0, "primitives": 455.0, "layers": 530.0}
 # A part is told to end so much earlier than it is ended.
 GRACE = 8.0
-FIRST_TESTS = ("layers", "alone", "no_waiting", "graphs", "modes", "nccl", "verify", "compile")
+CUT_OFF = "cut off when its time was over"
+# They run side by side: most of their time is the host's, which compiles kernels.
+TEST_GROUPS = (
+    ("layers",),
+    ("alone", "no_waiting"),
+    ("graphs", "modes", "nccl"),
+    ("verify",),
+    ("compile",),
+)
 QUICK_TEST = "padding"
+
+
+def test_groups() -> list[list[str]]:
+    """Files with tests for CUDA, by the process that runs them."""
+    groups = [[f"tests/cuda/test_{name}.py" for name in names] for names in TEST_GROUPS]
+    groups[-1] += sorted(
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        if "mark.cuda" in path.read_text()
+        and not any((name := str(path.relative_to(ROOT))) in group for group in groups)
+    )
+    return groups
 
 
 def test_files() -> list[str]:
     """Files with tests for CUDA, those of the kernels and layers first."""
-    first = [f"tests/cuda/test_{name}.py" for name in FIRST_TESTS]
-    others = sorted(
-        str(path.relative_to(ROOT))
-        for path in (ROOT / "tests").rglob("test_*.py")
-        if "mark.cuda" in path.read_text()
-    )
-    return list(dict.fromkeys([*first, *others]))
+    return [name for group in test_groups() for name in group]
 
 
-def command(name: str, settings: part.Settings) -> list[str]:
-    """The command of a part."""
+@dataclass
+class Job:
+    """A process of a part.
+
+    Args:
+        command: what it runs, settings included.
+        settings: with rows of its own.
+        is_of_tests: whether it is pytest, which may be started again.
+    """
+
+    command: list[str]
+    settings: part.Settings
+    is_of_tests: bool = False
+    process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    end: str | None = field(default=None, init=False)
+    """How it ended; None while it runs."""
+    _size: int = field(default=0, init=False)
+
+    @property
+    def log(self) -> Path:
+        return self.settings.rows.with_suffix(".log")
+
+    def clear(self) -> None:
+        """Empty its files of an earlier run."""
+        for path in (self.settings.rows, self.log):
+            path.write_text("")
+
+    def start(self) -> None:
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        if self.settings.device != "cuda":
+            environment["SYNCNORM_TEST_DEVICE"] = self.settings.device
+        with self.log.open("a") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                cwd=ROOT,
+                env=environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def look(self) -> None:
+        """Note how it ended, if it has; start it again after a test that broke the process."""
+        assert self.process is not None
+        status = self.process.poll()
+        if status is None:
+            if self.settings.left + GRACE <= 0.0:
+                self.kill()
+                self.end = CUT_OFF
+            return
+        self.kill()
+        self.end = self._ended(status)
+        size = self.settings.rows.stat().st_size
+        has_broken = self.is_of_tests and self.end.startswith("ended") and size > self._size
+        if has_broken and self.settings.left > 0.0:
+            self._size, self.end = size, None
+            self.start()
+
+    def kill(self) -> None:
+        """End it, with whatever it has started, which a failure may have left."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def _ended(self, status: int) -> str:
+        if self.is_of_tests:
+            last = (part.read_rows(self.settings.rows) or [{}])[-1]
+            if "ended" in last:  # by pytest itself, whatever the tests' outcomes
+                return CUT_OFF if last["ended"] == "early" else "done"
+        elif status == 0:
+            return "done"
+        said = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        return f"ended with status {status}: {' '.join(said)[:300]}"
+
+
+def jobs(name: str, settings: part.Settings) -> list[Job]:
+    """The processes of a part."""
     if name != "tests":
-        return [sys.executable, "-m", f"benchmarks.gpu.{name}", *part.as_arguments(settings)]
+        command = [sys.executable, "-m", f"benchmarks.gpu.{name}"]
+        return [Job([*command, *part.as_arguments(settings)], settings)]
     # Without the project's own options, of which some are those of plugins.
     options = ["-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider"]
     options += ["--continue-on-collection-errors", "-p", "benchmarks.gpu.outcomes"]
-    some = ["-k", QUICK_TEST] if settings.is_small else []
-    outcomes = ["--outcomes", str(settings.rows)]
-    return [sys.executable, "-m", "pytest", *options, *outcomes, *some, *test_files()]
-
-
-def run(name: str, settings: part.Settings) -> str:
-    """Run a part until its end or its time is over; how it ended."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-    if settings.device != "cuda":
-        environment["SYNCNORM_TEST_DEVICE"] = settings.device
-    with _log(settings).open("a") as output:
-        process = subprocess.Popen(
-            command(name, settings),
-            cwd=ROOT,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+    groups = test_groups()
+    if settings.is_small:
+        groups, options = (
+            [[name for group in groups for name in group]],
+            [*options, "-k", QUICK_TEST],
         )
-        try:
-            status = process.wait(max(0.1, settings.left + GRACE))
-        except subprocess.TimeoutExpired:
-            return "cut off when its time was over"
-        finally:
-            # With whatever it has started, which a failure may have left.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    # Of pytest: tests have failed, or none were left.
-    if status == 0 or (name == "tests" and status in (1, 5)):
-        return "done"
-    last = _log(settings).read_text(errors="replace").strip().splitlines()[-1:]
-    return f"ended with status {status}: {' '.join(last)[:300]}"
+    found = []
+    for names in groups:
+        rows = settings.rows.with_stem(f"tests-{Path(names[0]).stem.removeprefix('test_')}")
+        own = replace(settings, rows=rows)
+        given = f"--settings={shlex.join(part.as_arguments(own))}"
+        command = [sys.executable, "-m", "pytest", *options, given, *names]
+        found.append(Job(command, own, is_of_tests=True))
+    return found
 
 
-def run_to_the_end(name: str, settings: part.Settings) -> str:
-    """Run a part; go on with the tests that one which broke the process has left."""
-    for path in (settings.rows, _log(settings)):
-        path.write_text("")
-    size, end = 0, run(name, settings)
-    while name == "tests" and end.startswith("ended") and size < _size(settings):
-        if settings.left <= 0.0:
-            break
-        size, end = _size(settings), run(name, settings)
-    return end
-
-
-def _log(settings: part.Settings) -> Path:
-    return settings.rows.with_suffix(".log")
-
-
-def _size(settings: part.Settings) -> int:
-    return settings.rows.stat().st_size
+def run(running: Sequence[Job]) -> str:
+    """Run the processes of a part until their end or their time is over; how they ended."""
+    try:
+        for job in running:
+            job.clear()
+            job.start()
+        while any(job.end is None for job in running):
+            time.sleep(0.05)
+            for job in running:
+                if job.end is None:
+                    job.look()
+    finally:
+        for job in running:
+            job.kill()
+    ends = dict.fromkeys(job.end for job in running if job.end not in (None, "done"))
+    return "; ".join(map(str, ends)) or "done"
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -124,13 +197,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     start = BEGAN if arguments is None else time.monotonic()
     found: dict[str, Any] = {"parts": {}, "rows": {}}
     for name in given.parts:
-        until = start + ENDS[name] - GRACE
+        # The last has what the others leave.
+        end = max(ENDS.values()) if name == given.parts[-1] else ENDS[name]
+        until = start + end - GRACE
         settings = part.Settings(folder / f"{name}.jsonl", until, given.device, given.small)
         found["parts"][name] = "interrupted"
+        running = jobs(name, settings)
         try:
-            found["parts"][name] = run_to_the_end(name, settings)
+            found["parts"][name] = run(running)
         finally:
-            found["rows"][name] = part.read_rows(settings.rows)
+            found["rows"][name] = [
+                row for job in running for row in part.read_rows(job.settings.rows)
+            ]
             found["seconds"] = round(time.monotonic() - start, 1)
             (folder / "gpu.json").write_text(json.dumps(found, indent=1))
             (folder / "gpu.md").write_text(table.render(found))
@@ -146,7 +224,6 @@ if __name__ == "__main__":
     # As for Ctrl-C: what was found is kept, and no part goes on alone.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     found = main()
-    is_bad = found["parts"].get("machine", "done") != "done" or table.bad_tests(
-        found["rows"].get("tests", [])
-    )
-    sys.exit(bool(is_bad))
+    ends = [found["parts"].get(name, "done") for name in ("machine", "tests")]
+    bad = table.bad_tests(found["rows"].get("tests", []))
+    sys.exit(bool(bad) or any(end != "done" for end in ends))

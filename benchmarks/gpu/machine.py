@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import platform
+import warnings
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import part
+from syncnorm.maths.kernels import triton
 
 
 def describe(device: str) -> dict[str, Any]:
@@ -28,7 +30,17 @@ def describe(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
         **versions,
+        "kernels": _kernels(),
     }
+
+
+def _kernels() -> str:
+    """Whose kernels the layers take, and the warning if they are not Triton's."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if triton.is_usable(torch.device("cuda", 0)):
+            return "in Triton"
+    return "; ".join(["of torch", *(str(each.message)[:300] for each in caught)])
 
 
 def _version_of_triton() -> str:

@@ -1,41 +1,59 @@
 """A plugin of pytest: each test's outcome is written down when it is known, for a run cut off.
 
-A run that is given the file of one that broke goes on with the tests that were not begun.
+A run that is given the file of one that broke goes on with the tests that were not begun. A test
+that hangs ends the process, with the stacks of its threads in the log; no test begins when the time
+is over.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import faulthandler
+import shlex
 
 import pytest
 
-from benchmarks.gpu.part import Settings, is_device_lost, read_rows
+from benchmarks.gpu.part import Settings, from_arguments, is_device_lost, read_rows
+
+# A test that takes longer hangs: the first of a process may compile for a minute.
+MOST_SECONDS = 100.0
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--outcomes", type=Path, help="the file for the outcomes")
+    parser.addoption("--settings", help="the arguments of a part")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Outcomes(Settings(config.getoption("--outcomes"))))
+    given = shlex.split(config.getoption("--settings"))
+    config.pluginmanager.register(Outcomes(from_arguments(given)))
 
 
 class Outcomes:
     """Writes a row when a test begins, and one when it has ended."""
 
     def __init__(self, settings: Settings) -> None:
+        self._settings = settings
         self._write = settings.write
         self._before = {row["test"] for row in read_rows(settings.rows) if "test" in row}
+        self._log = settings.rows.with_suffix(".log").open("a")
 
+    # After the project's own order, which is made for another machine.
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
+        """Take the files in the order of the command, and leave out what was begun before."""
+        order = {
+            (config.rootpath / name).resolve(): place for place, name in enumerate(config.args)
+        }
         begun = [item for item in items if item.nodeid in self._before]
         items[:] = [item for item in items if item.nodeid not in self._before]
+        items.sort(key=lambda item: order.get(item.path.resolve(), len(order)))
         config.hook.pytest_deselected(items=begun)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._write(collected=len(session.items))
+        self._session = session
+        number = len(session.items) + len(self._before)
+        self._write(collected=number, by=self._settings.rows.stem)
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -45,7 +63,8 @@ class Outcomes:
             self._write(test=report.nodeid, outcome=outcome, why=why)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._write(test=nodeid, outcome="not finished")
+        self._write(test=nodeid, outcome="not finished", left=round(self._settings.left, 1))
+        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True, file=self._log)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A test that passes has three phases of which one counts; another ends in any of them.
@@ -55,6 +74,15 @@ class Outcomes:
             self._write(**row, seconds=round(report.duration, 3))
         if report.failed and is_device_lost():
             pytest.exit("the device is lost to this process", DEVICE_LOST)
+
+    def pytest_runtest_logfinish(self) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        if self._settings.left <= 0.0:
+            self._session.shouldstop = "the time is over"
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus != DEVICE_LOST:
+            self._write(ended="early" if session.shouldstop else "whole")
 
 
 DEVICE_LOST = 77

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from syncnorm import undocumented
 
 # What is left of a cache of any size after this much was written.
 FLUSHED_BYTES = 2**29
+# Longer than a host takes to enqueue a few dozen launches.
+FLUSH_SECONDS = 1.5e-3
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,14 @@ def is_device_lost() -> bool:
     return False
 
 
-def from_arguments() -> Settings:
+def from_arguments(arguments: Sequence[str] | None = None) -> Settings:
     """The settings that the command gives to a part."""
     parser = argparse.ArgumentParser()
     parser.add_argument("rows", type=Path)
     parser.add_argument("--until", type=float, default=float("inf"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true")
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     return Settings(given.rows, given.until, given.device, given.small)
 
 
@@ -136,6 +139,7 @@ class Clock:
         self.device = device
         size = FLUSHED_BYTES if device == "cuda" else 1
         self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
+        self._times = 1 if device != "cuda" else math.ceil(FLUSH_SECONDS / self._flush_seconds())
 
     def seconds(self, function: Callable[[], object], count: int, warm_up: int = 3) -> list[float]:
         """The device's seconds of `count` calls.
@@ -149,12 +153,21 @@ class Clock:
             return [self._host_seconds(function) for _ in range(count)]
         events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
         for start, end in events:
-            self._flushed.zero_()
+            for _ in range(self._times):
+                self._flushed.zero_()
             start.record()
             function()
             end.record()
         torch.cuda.synchronize()
         return [1e-3 * start.elapsed_time(end) for start, end in events]
+
+    def _flush_seconds(self) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for event in (start, end):  # the first has the way to the device before it
+            self._flushed.zero_()
+            event.record()
+        torch.cuda.synchronize()
+        return 1e-3 * start.elapsed_time(end)
 
     @staticmethod
     def _host_seconds(function: Callable[[], object]) -> float:

@@ -122,15 +122,16 @@ def _measure_rounds(
     peaks: dict[str, int | None],
 ) -> None:
     steps, most = (1, 2) if settings.is_small else (STEPS, MOST_ROUNDS)
-    at_once = min(most, ROUNDS_AT_ONCE)
+    # A few first, so that there are figures at all.
+    at_once = 2
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     done, longest = 0, 0.0
-    while done < most and _all_have_time(settings, longest):
+    while done < most and _all_have_time(settings, longest * at_once):
         start = time.monotonic()
         for name, times in paired.rounds(turns, at_once, warm_up=0).items():
             seconds[name] += [each / steps for each in times]
-        longest = max(longest, time.monotonic() - start)
-        done += at_once
+        longest = max(longest, (time.monotonic() - start) / at_once)
+        done, at_once = done + at_once, ROUNDS_AT_ONCE
         for name, times in seconds.items():
             row = {"layer": name, "steps": steps, "peak": peaks[name], **part.spread(times)}
             if LOCAL in seconds:

@@ -10,6 +10,8 @@ from typing import Any
 Row = dict[str, Any]
 
 LARGE_BYTES = 64 * 2**20
+# A test with so many seconds left may have needed more.
+AT_THE_END = 60.0
 PRIMITIVES = ("moments", "normalize", "backward_sums", "backward_input")
 CASES = ("dtype", "layout")
 
@@ -53,15 +55,25 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def bad_tests(rows: list[Row]) -> list[Row]:
     """The tests that have failed, or have ended with their process."""
+    return [row for row in _outcomes(rows) if row["outcome"] in ("failed", "not finished")]
+
+
+def _outcomes(rows: list[Row]) -> list[Row]:
+    """The tests, each with its last outcome; one that began just before the end was cut off."""
     tests = latest((row for row in rows if "test" in row), "test")
-    return [row for row in tests if row["outcome"] in ("failed", "not finished")]
+    return [
+        {**row, "outcome": "cut off"}
+        if row["outcome"] == "not finished" and row.get("left", math.inf) < AT_THE_END
+        else row
+        for row in tests
+    ]
 
 
 def _tests(rows: list[Row]) -> str:
-    tests = latest((row for row in rows if "test" in row), "test")
+    tests = _outcomes(rows)
     if not rows:
         return ""
-    collected = next((row["collected"] for row in rows if "collected" in row), 0)
+    collected = sum(row["collected"] for row in latest(rows, "by") if "collected" in row)
     counts = Counter(row["outcome"] for row in tests)
     counts["not begun"] = max(0, collected - len(tests))
     said = [f"{number} {outcome}" for outcome, number in counts.items() if number]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
+import subprocess
+import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from benchmarks.gpu import layers, machine, outcomes, part, primitives, step, table
+from benchmarks.gpu import layers, machine, part, primitives, step, table
 from syncnorm.train.models import MODELS
 
 command = importlib.import_module("benchmarks.gpu.__main__")
@@ -165,7 +169,7 @@ def test_a_table_of_shares():
 def test_what_was_found_before_a_part_was_cut_off_is_kept(tmp_path, monkeypatch, capsys):
     """And the tests of CUDA run in a process of their own, without the project's plugins."""
     monkeypatch.setattr(command, "ENDS", {"tests": 600.0, "layers": 0.0})
-    arguments = [str(tmp_path), "--device", "cpu", "--small", "--parts", "tests", "layers"]
+    arguments = [str(tmp_path), "--device", "cpu", "--small", "--parts", "layers", "tests"]
     found = command.main(arguments)
     assert found["parts"] == {"tests": "done", "layers": "cut off when its time was over"}
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
@@ -175,25 +179,68 @@ def test_what_was_found_before_a_part_was_cut_off_is_kept(tmp_path, monkeypatch,
     assert capsys.readouterr().out.strip() == text.strip()
 
 
-def test_tests_go_on_after_one_that_broke_the_process(settings, monkeypatch):
-    """Each run is told by the rows which tests were begun before it."""
-    ran = []
+PROGRAM = """
+import os, time
+import pytest
 
-    def run(name: str, settings: part.Settings) -> str:
-        items = [SimpleNamespace(nodeid=f"test {i}") for i in range(3)]
-        config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
-        plugin = outcomes.Outcomes(settings)
-        plugin.pytest_collection_modifyitems(config, items)
-        ran.append([item.nodeid for item in items])
-        for item in items[:2]:
-            plugin.pytest_runtest_logstart(item.nodeid)
-        return "ended with status -11"
+pytestmark = pytest.mark.cuda
 
-    monkeypatch.setattr(command, "run", run)
-    command.run_to_the_end("tests", settings)
-    assert ran == [["test 0", "test 1", "test 2"], ["test 2"], []]
-    assert command.run_to_the_end("layers", settings) == "ended with status -11"
-    assert len(ran) == 4
+def test_first(): pass
+def test_breaks(): os._exit(3)
+def test_hangs(): time.sleep(600)
+def test_last(): pass
+"""
+
+
+@pytest.fixture
+def run_tests(tmp_path, settings, monkeypatch):
+    """run_tests(text, seconds): how the tests of a file end, and their rows."""
+
+    def run(text: str, seconds: float) -> tuple[str, list[table.Row]]:
+        (tmp_path / "test_some.py").write_text(text)
+        monkeypatch.setattr(command, "test_groups", lambda: [[str(tmp_path / "test_some.py")]])
+        given = replace(settings, is_small=False, until=time.monotonic() + seconds)
+        (job,) = command.jobs("tests", given)
+        return command.run([job]), part.read_rows(job.settings.rows)
+
+    return run
+
+
+def test_tests_go_on_after_one_that_broke_the_process_or_hung(run_tests, monkeypatch):
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p tests.unit.impatient")
+    end, rows = run_tests(PROGRAM, 600.0)
+    assert end == "done"
+    outcomes = {row["test"].rpartition("::")[2]: row["outcome"] for row in rows if "test" in row}
+    passed, broken = "passed", "not finished"
+    expected = {"first": passed, "breaks": broken, "hangs": broken, "last": passed}
+    assert outcomes == {f"test_{name}": outcome for name, outcome in expected.items()}
+    assert [row["test"].rpartition("_")[2] for row in table.bad_tests(rows)] == ["breaks", "hangs"]
+    assert "2 passed, 2 not finished." in table.render({"parts": {}, "rows": {"tests": rows}})
+
+
+def test_no_test_begins_when_the_time_is_over(run_tests, monkeypatch):
+    monkeypatch.setattr(command, "GRACE", 600.0)
+    end, rows = run_tests(PROGRAM, 0.0)
+    assert end == command.CUT_OFF
+    assert table.bad_tests(rows) == []
+    said = table.render({"parts": {"tests": end}, "rows": {"tests": rows}})
+    assert "1 passed, 3 not begun." in said
+    assert f"Not done: tests: {command.CUT_OFF}." in said
+
+
+def test_files_run_in_the_order_of_the_command(tmp_path):
+    """Though the project has an order of its own, and tests of these names in other folders."""
+    names = ["tests/cuda/test_modes.py", "tests/cuda/test_compile.py"]
+    rows = shlex.quote(str(tmp_path / "rows.jsonl"))
+    options = ["-o", "addopts=", "-q", "--collect-only", "-m", "cuda", f"--settings={rows}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, "-p", "benchmarks.gpu.outcomes", *names],
+        cwd=command.ROOT, capture_output=True, text=True, timeout=600, check=True,
+    )  # fmt: skip
+    files = dict.fromkeys(
+        line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line
+    )
+    assert list(files) == names
 
 
 def test_half_a_row_is_left_out(tmp_path):

@@ -241,7 +241,9 @@ def test_offsets_beyond_32_bits():
     assert (near.shape[-1], wide.shape[-1], expanded.shape[-1]) == (False, True, True)
     # Kernels multiply strides by the unit, in 32 bits where what is left of a stride has so few.
     shape = (2, 64, 128, 512, 512)
-    large = geometry.plan(shape, (torch.empty(shape, device="meta").stride(),), None, 2, geometry.SUMS, 132)
+    large = geometry.plan(
+        shape, (torch.empty(shape, device="meta").stride(),), None, 2, geometry.SUMS, 132
+    )
     assert large is not None
     assert large.strides[0][3] == 2**31
     assert large.shape[2] == 1
@@ -568,3 +570,16 @@ def test_what_is_written_in_place_is_known_to_autograd():
     assert (mean._version, var._version, count._version) == (1, 1, 1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_a_first_use_within_a_capture_decides_nothing(monkeypatch):
+    """There nothing can be tried, and a sync-debug mode is not the kernels' fault."""
+    device, modes = torch.device("cuda", 0), ["error"]
+    capturing = iter([True, False])
+    monkeypatch.setattr(kernels.triton, "_usable", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: next(capturing))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    monkeypatch.setattr(kernels.triton, "_has_worked", lambda _: modes[-1] == "default")
+    assert [kernels.triton.is_usable(device) for _ in range(3)] == [False, True, True]
+    assert modes == ["error", "default", "error"]

@@ -24,9 +24,29 @@ if TYPE_CHECKING:
     from syncnorm.maths.lagged import Lagged
 
 
-@cache
+_usable: dict[torch.device, bool] = {}
+
+
 def is_usable(device: torch.device) -> bool:
     """True if Triton is installed and a kernel of it runs on the device; tried once, and waited for.
+
+    While a graph is captured nothing can be tried.
+    """
+    if device not in _usable:
+        if torch.cuda.is_current_stream_capturing():
+            return False
+        # Which would take the wait for a fault of the kernel.
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            _usable[device] = _has_worked(device)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return _usable[device]
+
+
+def _has_worked(device: torch.device) -> bool:
+    """True if a kernel gives the right result.
 
     Triton compiles a part of itself where it is used, with a C compiler, and old GPUs are beyond
     it.
