@@ -142,9 +142,7 @@ def products(g: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]
     if torch.is_grad_enabled():
         return by_channel(g.double()), by_channel((x.double() - channels(mean, x.double())) * g)
     total, product = kernels.backward_sums(g, x, mean).chunk(2)
-    # The kernels' is about the mean as they round it.
-    rounded = mean.to(torch.promote_types(x.dtype, torch.float32))
-    return total, product + (rounded - mean) * total
+    return total, product
 
 
 def sample_sums(x: Tensor) -> Tensor:

@@ -164,12 +164,11 @@ def backward_input(
 
 
 def _rounded(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The mean as it meets a float32 x, and what it loses by that: x - mean is x - rounded - lost.
+    """The mean as it meets x, in float32, and what it loses by that; None where it meets a float64.
 
-    What is lost of a mean of 1e4 standard deviations is 6e-4 of one. Half types are coarser than
-    that; for them and for float64 it is None.
+    What is lost of a mean of 1e4 standard deviations is 6e-4 of one.
     """
-    if x.dtype != torch.float32 or mean.dtype != torch.float64:
+    if x.dtype == torch.float64 or mean.dtype != torch.float64:
         return mean, None
     # Clamped, though that changes nothing: a compiler leaves out a conversion and the one back.
     rounded = mean.float().clamp(-_LARGEST, _LARGEST).double()
