@@ -114,7 +114,7 @@ class Job:
         if status is None:
             if self.settings.left + GRACE <= 0.0:
                 self.kill()
-                self.end = CUT_OFF
+                self._cut_off()
             return
         self.kill()
         self.end = self._ended(status)
@@ -130,6 +130,16 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+    def _cut_off(self) -> None:
+        """Note that the time is over, and with it the test under way."""
+        last = (part.read_rows(self.settings.rows) or [{}])[-1]
+        if self.is_of_tests and "ended" in last:
+            self.end = self._ended(0)
+            return
+        self.end = CUT_OFF
+        if last.get("outcome") == "not finished":
+            self.settings.write(**{**last, "outcome": "cut off"})
 
     def _ended(self, status: int) -> str:
         if self.is_of_tests:
@@ -179,7 +189,8 @@ def run(running: Sequence[Job]) -> str:
                     job.look()
     finally:
         for job in running:
-            job.kill()
+            if job.end is None:
+                job.kill()
     ends = dict.fromkeys(job.end for job in running if job.end not in (None, "done"))
     return "; ".join(map(str, ends)) or "done"
 

@@ -16,6 +16,9 @@ from benchmarks.gpu.part import Settings, from_arguments, is_device_lost, read_r
 
 # A test that takes longer hangs: the first of a process may compile for a minute.
 MOST_SECONDS = 100.0
+OVER = "the time is over"
+# All have passed, some have failed, none were left.
+ENDED_BY_ITSELF = (0, 1, 5)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,9 +54,14 @@ class Outcomes:
         config.hook.pytest_deselected(items=begun)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
-        self._session = session
-        number = len(session.items) + len(self._before)
+        self._session, self._left = session, len(session.items)
+        number = self._left + len(self._before)
         self._write(collected=number, by=self._settings.rows.stem)
+        self._stop_if_over()
+
+    def _stop_if_over(self) -> None:
+        if self._left and self._settings.left <= 0.0:
+            self._session.shouldstop = OVER
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -63,7 +71,16 @@ class Outcomes:
             self._write(test=report.nodeid, outcome=outcome, why=why)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self._write(test=nodeid, outcome="not finished", left=round(self._settings.left, 1))
+        self._write(test=nodeid, outcome="not finished")
+        self._left -= 1
+        self._set_timer()
+
+    # pytest takes the timer off after a failure, and fixtures are still to be torn down.
+    @pytest.hookimpl(trylast=True)
+    def pytest_exception_interact(self) -> None:
+        self._set_timer()
+
+    def _set_timer(self) -> None:
         faulthandler.dump_traceback_later(MOST_SECONDS, exit=True, file=self._log)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -77,12 +94,14 @@ class Outcomes:
 
     def pytest_runtest_logfinish(self) -> None:
         faulthandler.cancel_dump_traceback_later()
-        if self._settings.left <= 0.0:
-            self._session.shouldstop = "the time is over"
+        self._stop_if_over()
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus != DEVICE_LOST:
-            self._write(ended="early" if session.shouldstop else "whole")
+        faulthandler.cancel_dump_traceback_later()
+        if session.shouldstop == OVER:
+            self._write(ended="early")
+        elif exitstatus in ENDED_BY_ITSELF:
+            self._write(ended="whole")
 
 
 DEVICE_LOST = 77

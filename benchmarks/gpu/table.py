@@ -10,8 +10,6 @@ from typing import Any
 Row = dict[str, Any]
 
 LARGE_BYTES = 64 * 2**20
-# A test with so many seconds left may have needed more.
-AT_THE_END = 60.0
 PRIMITIVES = ("moments", "normalize", "backward_sums", "backward_input")
 CASES = ("dtype", "layout")
 
@@ -55,22 +53,12 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 def bad_tests(rows: list[Row]) -> list[Row]:
     """The tests that have failed, or have ended with their process."""
-    return [row for row in _outcomes(rows) if row["outcome"] in ("failed", "not finished")]
-
-
-def _outcomes(rows: list[Row]) -> list[Row]:
-    """The tests, each with its last outcome; one that began just before the end was cut off."""
     tests = latest((row for row in rows if "test" in row), "test")
-    return [
-        {**row, "outcome": "cut off"}
-        if row["outcome"] == "not finished" and row.get("left", math.inf) < AT_THE_END
-        else row
-        for row in tests
-    ]
+    return [row for row in tests if row["outcome"] in ("failed", "not finished")]
 
 
 def _tests(rows: list[Row]) -> str:
-    tests = _outcomes(rows)
+    tests = latest((row for row in rows if "test" in row), "test")
     if not rows:
         return ""
     collected = sum(row["collected"] for row in latest(rows, "by") if "collected" in row)

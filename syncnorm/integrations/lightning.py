@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
@@ -43,7 +44,9 @@ class LayerSync:
             name for name in _PACKAGES if importlib.util.find_spec(name.partition(".")[0])
         ]
         for name in names:
-            importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
+            # A folder of that name is no package.
+            with suppress(ModuleNotFoundError):
+                importlib.import_module(f"{name}.plugins").LayerSync.register(type(self))
         self.options = options
         self._has_converted = False
 

@@ -45,8 +45,11 @@ class Gathered:
     sums: dict[str, Tensor] = field(default_factory=dict)
     faults: dict[str, Tensor] = field(default_factory=dict)
     """True if a mask held something that is no weight."""
-    tracked: set[str] = field(default_factory=set)
-    """Layers whose running statistics follow, as they were told at one of their calls."""
+    tracked: set[str] | None = None
+    """The layers whose running statistics follow, as they were told when the first was called.
+
+    Of all layers: some may be called on other workers only. None before.
+    """
     shard: LateShard | None = None
     """Of the first layer that was called."""
 
@@ -122,8 +125,8 @@ class Pool:
         if local.observer is not None:
             return
         name, kept = self.names[layer], self._gathered
-        if layer.is_tracking:
-            kept.tracked.add(name)
+        if kept.tracked is None:
+            kept.tracked = self._tracked()
         if name not in kept.sums:
             kept.sums[name] = local.sums
         else:  # a layer that is used twice makes one merged update
@@ -175,17 +178,17 @@ class Pool:
         """Send what was gathered, for all layers, on its way. Every worker must call."""
         self.settle()
         gathered, self._gathered = self._gathered, Gathered()
-        group, tracked = self.group, gathered.tracked
-        # Of a layer that only other workers have called, as it is told now.
-        rules = [
-            (name in tracked if name in gathered.sums else layer.is_tracking, layer.momentum)
-            for name, layer in self.layers.items()
-        ]
+        group = self.group
+        tracked = self._tracked() if gathered.tracked is None else gathered.tracked
+        rules = [(name in tracked, layer.momentum) for name, layer in self.layers.items()]
         members = groups.ranks(group)
         faults = self._faults(gathered, members)
         parts = {name: [sums] for name, sums in gathered.sums.items()}
         message = FlatMessage(self.layers, parts, faults, group, "all moments", self._buffers)
         self._sent = Sent(message, rules, members, gathered.shard)
+
+    def _tracked(self) -> set[str]:
+        return {name for name, layer in self.layers.items() if layer.is_tracking}
 
     def settle(self) -> None:
         """Wait for what is under way and apply it. Starts no exchange, and raises nothing."""

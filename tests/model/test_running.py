@@ -344,14 +344,17 @@ class _Branches(nn.Module):
         return self.first(y) if dist.get_rank() == 0 else y
 
 
-def _branches_step() -> dict[str, Tensor]:
+def _branches_step(accumulates: bool) -> dict[str, Tensor]:
     model = prepare_ddp(_Branches())
-    model(uneven_batch(6, dist.get_rank())[:, :2])
+    with accumulate(model) if accumulates else nullcontext():
+        model(uneven_batch(6, dist.get_rank())[:, :2])
+        model.first.track_running_stats = False
     return model.state_dict()
 
 
-def test_a_branch_of_one_worker_moves_the_statistics_of_all(pool):
-    one, other = pool(2).run(_branches_step)
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_a_branch_of_one_worker_moves_the_statistics_of_all(pool, accumulates):
+    one, other = pool(2).run(_branches_step, accumulates)
     assert one["first.num_batches_tracked"].item() == 1
     assert all(torch.equal(value, other[name]) for name, value in one.items())
 

@@ -188,6 +188,13 @@ pytestmark = pytest.mark.cuda
 def test_first(): pass
 def test_breaks(): os._exit(3)
 def test_hangs(): time.sleep(600)
+
+@pytest.fixture
+def hanging():
+    yield
+    time.sleep(600)
+
+def test_ends(hanging): assert not "well"
 def test_last(): pass
 """
 
@@ -212,10 +219,29 @@ def test_tests_go_on_after_one_that_broke_the_process_or_hung(run_tests, monkeyp
     assert end == "done"
     outcomes = {row["test"].rpartition("::")[2]: row["outcome"] for row in rows if "test" in row}
     passed, broken = "passed", "not finished"
-    expected = {"first": passed, "breaks": broken, "hangs": broken, "last": passed}
+    expected = {
+        "first": passed,
+        "breaks": broken,
+        "hangs": broken,
+        "ends": "failed",
+        "last": passed,
+    }
     assert outcomes == {f"test_{name}": outcome for name, outcome in expected.items()}
-    assert [row["test"].rpartition("_")[2] for row in table.bad_tests(rows)] == ["breaks", "hangs"]
-    assert "2 passed, 2 not finished." in table.render({"parts": {}, "rows": {"tests": rows}})
+    bad = [row["test"].rpartition("_")[2] for row in table.bad_tests(rows)]
+    assert bad == ["breaks", "hangs", "ends"]
+    said = table.render({"parts": {}, "rows": {"tests": rows}})
+    assert "2 passed, 2 not finished, 1 failed." in said
+
+
+def test_a_test_that_ends_the_process_is_bad_in_the_last_minute_too(run_tests):
+    """And so is a file that cannot be read."""
+    head = "import os, pytest\npytestmark = pytest.mark.cuda\n"
+    for fault in ("os._exit(3)", "pytest.exit('no', 3)"):
+        _, rows = run_tests(f"{head}def test_dies(): {fault}\ndef test_last(): pass", 50.0)
+        assert [row["test"].rpartition("_")[2] for row in table.bad_tests(rows)] == ["dies"]
+        assert "1 passed" in table.render({"parts": {}, "rows": {"tests": rows}})
+    _, rows = run_tests(f"{head}def pytest_nothing(: pass", 50.0)
+    assert len(table.bad_tests(rows)) == 1
 
 
 def test_no_test_begins_when_the_time_is_over(run_tests, monkeypatch):
@@ -224,7 +250,7 @@ def test_no_test_begins_when_the_time_is_over(run_tests, monkeypatch):
     assert end == command.CUT_OFF
     assert table.bad_tests(rows) == []
     said = table.render({"parts": {"tests": end}, "rows": {"tests": rows}})
-    assert "1 passed, 3 not begun." in said
+    assert "4 not begun." in said
     assert f"Not done: tests: {command.CUT_OFF}." in said
 
 

@@ -56,18 +56,18 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
         return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
     channels = x.shape[1]
     sums = torch.full((2 * channels + 1,), number, dtype=wide, device=x.device)
-    # Of each run, (groups, C, pieces): its sum and sum of squares, or their means.
+    # Of each run, (groups, C, pieces): its sum or its mean, and its mean square.
     if x.dtype in HALF_TYPES:
         # The sums of a run are all but exact in float32.
         runs, dims = _runs(x)
         total = runs.sum(dims, dtype=torch.float32)
         size = runs.numel() // total.numel()
-        # The size less its correction is what a variance is divided by: 1.
-        m2 = torch.var(runs, dims, correction=size - 1, out=torch.empty_like(total))
-        first, second = of_runs = m2.new_empty(2, *m2.shape, dtype=wide)
+        var = torch.var(runs, dims, correction=0, out=torch.empty_like(total))
+        first, second = of_runs = var.new_empty(2, *var.shape, dtype=wide)
         first.copy_(total)
-        torch.addcmul(m2, first, first, value=1 / size, out=second)
+        torch.addcmul(var, first, first, value=size**-2, out=second)
         torch.sum(of_runs, (1, 3), out=sums[:-1].view(2, -1))
+        sums[channels:-1].mul_(size)
         return sums
     pivot = _pivot(x)
     runs, dims = _runs(x - _facing(pivot, x))

@@ -35,7 +35,7 @@ def is_usable(device: torch.device) -> bool:
     if device not in _usable:
         if torch.cuda.is_current_stream_capturing():
             return False
-        # Which would take the wait for a fault of the kernel.
+        # In such a mode the wait raises, which would look like a fault of the kernel.
         mode = torch.cuda.get_sync_debug_mode()
         torch.cuda.set_sync_debug_mode("default")
         try:

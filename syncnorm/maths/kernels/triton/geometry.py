@@ -196,7 +196,7 @@ def plan(
     moves = [limit]
     for is_flat, g, s in zip(flat, group, steps):
         moves += [g, *s] if is_flat else []
-    # Kernels multiply by it, in the type of what was divided by it.
+    # A kernel computes stride // unit * unit, in 32 bits where stride // unit has so few.
     unit = 1 if max(moves) >= 2**31 else math.gcd(_VECTOR_BYTES, *moves)
     units = [unit if is_flat else 1 for is_flat in flat]
     tiles = -(-outer // bn) * blocks
