@@ -37,7 +37,7 @@ train: $(TRAINING)  ## Train on real data, statistics pooled over two workers
 	@echo "Two workers train a small network: it shows that they compute what one does, not that they are faster."
 	$(BIN)/syncnorm train configs/digits.yaml
 
-# They start many processes: what the first of them compiles is kept, whatever the environment says.
+# Tests start many processes: what the first of them compiles is kept, whatever the environment says.
 test test-slow drill: export PYTHONDONTWRITEBYTECODE =
 
 test: $(ALL)  ## Run the tests

@@ -51,12 +51,13 @@ QUICK_TEST = "padding"
 def test_groups() -> list[list[str]]:
     """Files with tests for CUDA, by the process that runs them."""
     groups = [[f"tests/cuda/test_{name}.py" for name in names] for names in TEST_GROUPS]
-    groups[-1] += sorted(
-        name
+    named = {name for group in groups for name in group}
+    found = {
+        str(path.relative_to(ROOT))
         for path in (ROOT / "tests").rglob("test_*.py")
         if "mark.cuda" in path.read_text()
-        and not any((name := str(path.relative_to(ROOT))) in group for group in groups)
-    )
+    }
+    groups[-1] += sorted(found - named)
     return groups
 
 
@@ -67,17 +68,17 @@ def test_files() -> list[str]:
 
 @dataclass
 class Job:
-    """A process of a part.
+    """A process of a part, and those that go on after it where a test breaks it.
 
     Args:
         command: what it runs, settings included.
         settings: with rows of its own.
-        is_of_tests: whether it is pytest, which may be started again.
+        is_pytest: whether it is pytest, which may be started again.
     """
 
     command: list[str]
     settings: part.Settings
-    is_of_tests: bool = False
+    is_pytest: bool = False
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     end: str | None = field(default=None, init=False)
     """How it ended; None while it runs."""
@@ -111,15 +112,12 @@ class Job:
         """Note how it ended, if it has; start it again after a test that broke the process."""
         assert self.process is not None
         status = self.process.poll()
-        if status is None:
-            if self.settings.left + GRACE <= 0.0:
-                self.kill()
-                self._cut_off()
+        if status is None and self.settings.left + GRACE > 0.0:
             return
         self.kill()
         self.end = self._ended(status)
         size = self.settings.rows.stat().st_size
-        has_broken = self.is_of_tests and self.end.startswith("ended") and size > self._size
+        has_broken = self.is_pytest and self.end.startswith("ended") and size > self._size
         if has_broken and self.settings.left > 0.0:
             self._size, self.end = size, None
             self.start()
@@ -131,22 +129,16 @@ class Job:
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def _cut_off(self) -> None:
-        """Note that the time is over, and with it the test under way."""
+    def _ended(self, status: int | None) -> str:
+        """How it ended, by its exit status; None: its time was over."""
         last = (part.read_rows(self.settings.rows) or [{}])[-1]
-        if self.is_of_tests and "ended" in last:
-            self.end = self._ended(0)
-            return
-        self.end = CUT_OFF
-        if last.get("outcome") == "not finished":
-            self.settings.write(**{**last, "outcome": "cut off"})
-
-    def _ended(self, status: int) -> str:
-        if self.is_of_tests:
-            last = (part.read_rows(self.settings.rows) or [{}])[-1]
-            if "ended" in last:  # by pytest itself, whatever the tests' outcomes
-                return CUT_OFF if last["ended"] == "early" else "done"
-        elif status == 0:
+        if "ended" in last:  # pytest, by itself, whatever the tests' outcomes
+            return CUT_OFF if last["ended"] == "early" else "done"
+        if status is None:
+            if last.get("outcome") == "not finished":
+                self.settings.write(**{**last, "outcome": "cut off"})
+            return CUT_OFF
+        if status == 0 and not self.is_pytest:
             return "done"
         said = self.log.read_text(errors="replace").strip().splitlines()[-1:]
         return f"ended with status {status}: {' '.join(said)[:300]}"
@@ -160,19 +152,15 @@ def jobs(name: str, settings: part.Settings) -> list[Job]:
     # Without the project's own options, of which some are those of plugins.
     options = ["-q", "-m", "cuda", "-o", "addopts=", "-p", "no:cacheprovider"]
     options += ["--continue-on-collection-errors", "-p", "benchmarks.gpu.outcomes"]
-    groups = test_groups()
     if settings.is_small:
-        groups, options = (
-            [[name for group in groups for name in group]],
-            [*options, "-k", QUICK_TEST],
-        )
+        options += ["-k", QUICK_TEST]
     found = []
-    for names in groups:
+    for names in [test_files()] if settings.is_small else test_groups():
         rows = settings.rows.with_stem(f"tests-{Path(names[0]).stem.removeprefix('test_')}")
         own = replace(settings, rows=rows)
         given = f"--settings={shlex.join(part.as_arguments(own))}"
         command = [sys.executable, "-m", "pytest", *options, given, *names]
-        found.append(Job(command, own, is_of_tests=True))
+        found.append(Job(command, own, is_pytest=True))
     return found
 
 

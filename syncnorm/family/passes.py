@@ -141,8 +141,7 @@ def products(g: Tensor, x: Tensor, mean: Tensor | None) -> tuple[Tensor, Tensor]
     mean = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device) if mean is None else mean
     if torch.is_grad_enabled():
         return by_channel(g.double()), by_channel((x.double() - channels(mean, x.double())) * g)
-    total, product = kernels.backward_sums(g, x, mean).chunk(2)
-    return total, product
+    return kernels.backward_sums(g, x, mean).chunk(2)  # pyright: ignore[reportReturnType]
 
 
 def sample_sums(x: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Gathered:
     tracked: set[str] | None = None
     """The layers whose running statistics follow, as they were told when the first was called.
 
-    Of all layers: some may be called on other workers only. None before.
+    Those too that are called on other workers only. None before.
     """
     shard: LateShard | None = None
     """Of the first layer that was called."""

@@ -202,7 +202,10 @@ def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
 def test_a_layer_without_triton(pool, is_renorm, dtype, how, traffic):
     args = "batch", is_renorm, dtype, how, False, 1, "composed"
     costs = pool(2).run(_costs, *args)[0]
-    launches = (77, 19) if is_renorm else (36, 15)
+    launches = {
+        torch.float32: (77, 18) if is_renorm else (36, 14),
+        torch.bfloat16: (73, 19) if is_renorm else (32, 15),
+    }[dtype]
     for cost, most, number in zip(costs, traffic, launches, strict=True):
         assert cost.traffic <= most
         assert len(cost.launches) <= number

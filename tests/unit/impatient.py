@@ -1,4 +1,4 @@
-"""A plugin of pytest: what `benchmarks.gpu.outcomes` takes for a test that hangs after two seconds."""
+"""A plugin of pytest: for `benchmarks.gpu.outcomes` a test hangs after two seconds."""
 
 from benchmarks.gpu import outcomes
 

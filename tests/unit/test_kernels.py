@@ -166,6 +166,8 @@ def test_a_layer_keeps_its_digits_at_large_means(make, course, monkeypatch):
         for each in layer.parameters():
             each.copy_(torch.linspace(-1, 2, 8))
     truth = copy.deepcopy(layer).double()
+    if course == "native" and not kernels.native.is_usable(x):
+        pytest.skip("the native library is not built")
     if course == "cpu":
         monkeypatch.setattr(kernels.native, "is_usable", lambda *_: False)
     outcomes = []
@@ -181,7 +183,8 @@ def test_a_layer_keeps_its_digits_at_large_means(make, course, monkeypatch):
     names = ("y", "input gradient", "weight gradient", "bias gradient")
     for name, got, expected in zip(names, *outcomes, strict=True):
         # See docs/cuda.md.
-        factor = 100.0 if course == "composed" and name.endswith("gradient") else 1.0
+        factor = {"input gradient": 2.0, "weight gradient": 50.0}.get(name, 1.0)
+        factor = factor if course == "composed" else 1.0
         assert_close(got, expected, torch.float32, name, factor=factor)
 
 

@@ -92,8 +92,8 @@ def normalize(
         shift = torch.addcmul(shift, factor, d, out=mean.new_empty(channels, dtype=dtype))
     if weight is not None:
         scale = _product(weight, scale, dtype)
-    if x.dtype == dtype == torch.float32:
-        # What the mean loses as it meets x is 6e-4 of y where it is 1e4 standard deviations.
+    if x.dtype == torch.float32:
+        # See `kernels._rounded`.
         met = mean.to(dtype)
         shift = torch.addcmul(shift, scale, met - mean, out=torch.empty_like(met))
         mean = met

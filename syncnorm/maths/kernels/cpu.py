@@ -133,17 +133,17 @@ class _Products:
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    x, mean = _near(layout.dense(x), mean, scale)
+    x, mean = _centred_if_far(layout.dense(x), mean, scale)
     y, wide = torch.empty_like(x), _WIDE[x.dtype]
     mean, scale, shift = mean.to(wide), scale.to(wide), shift.to(wide)
     _affine_into_(layout.flat(y), layout.flat(x), mean, scale, shift, torch.ones_like(mean))
     return y
 
 
-def _near(x: Tensor, mean: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """An x and a mean with the same differences, which the operator multiplies by the slope.
+def _centred_if_far(x: Tensor, mean: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
+    """An x and a mean with the same differences; x less the mean, and 0, if that is far from 0.
 
-    It multiplies out, to x * slope + (shift - mean * slope).
+    The operator computes x * slope + (shift - mean * slope), which then costs digits.
     """
     if x.dtype != torch.float32 or not ((mean * slope).abs() > _FAR).any():
         return x, mean
@@ -196,7 +196,7 @@ def backward_input(
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
     slope = -scale * b
-    x, mean = _near(layout.dense(x), mean, slope)
+    x, mean = _centred_if_far(layout.dense(x), mean, slope)
     grad_input, wide = torch.empty_like(x), _WIDE[x.dtype]
     v, g = layout.flat(x), layout.flat(layout.like(grad_output, x))
     cut = layout.Cut.of(v)

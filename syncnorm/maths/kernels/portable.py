@@ -56,27 +56,29 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
         return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
     channels = x.shape[1]
     sums = torch.full((2 * channels + 1,), number, dtype=wide, device=x.device)
-    # Of each run, (groups, C, pieces): its sum or its mean, and its mean square.
+    # Of each run, (groups, C, pieces): `first`, its sum or its mean, and var + mean^2, its mean
+    # square.
     if x.dtype in HALF_TYPES:
         # The sums of a run are all but exact in float32.
         runs, dims = _runs(x)
         total = runs.sum(dims, dtype=torch.float32)
-        size = runs.numel() // total.numel()
         var = torch.var(runs, dims, correction=0, out=torch.empty_like(total))
-        first, second = of_runs = var.new_empty(2, *var.shape, dtype=wide)
+        size = runs.numel() // var.numel()
+        first, mean_square = of_runs = var.new_empty(2, *var.shape, dtype=wide)
         first.copy_(total)
-        torch.addcmul(var, first, first, value=size**-2, out=second)
-        torch.sum(of_runs, (1, 3), out=sums[:-1].view(2, -1))
-        sums[channels:-1].mul_(size)
-        return sums
-    pivot = _pivot(x)
-    runs, dims = _runs(x - _facing(pivot, x))
-    var, mean = torch.var_mean(runs, dims, correction=0)
-    first, second = of_runs = var.new_empty(2, *var.shape, dtype=wide)
-    torch.add(mean, pivot.to(wide).view(-1, 1), out=first)
-    torch.addcmul(var, first, first, out=second)
+        torch.addcmul(var, first, first, value=size**-2, out=mean_square)
+        counted = sums[channels:-1]
+    else:
+        pivot = _pivot(x)
+        runs, dims = _runs(x - _facing(pivot, x))
+        var, mean = torch.var_mean(runs, dims, correction=0)
+        size = runs.numel() // var.numel()
+        first, mean_square = of_runs = var.new_empty(2, *var.shape, dtype=wide)
+        torch.add(mean, pivot.to(wide).view(-1, 1), out=first)
+        torch.addcmul(var, first, first, out=mean_square)
+        counted = sums[:-1]
     torch.sum(of_runs, (1, 3), out=sums[:-1].view(2, -1))
-    sums[:-1].mul_(runs.numel() // var.numel())
+    counted.mul_(size)
     return sums
 
 
