@@ -65,6 +65,8 @@ class LocalSums(NamedTuple):
     """The name of what looks at operators rather than numbers; see `syncnorm.observed`."""
     kernels: ModuleType | None = None
     """The kernels that finish the statistic themselves; None where it is finished here."""
+    has_several: bool = False
+    """True if more than one value counts here, which is known without a look at the count."""
 
 
 def local_sums(
@@ -97,7 +99,8 @@ def local_sums(
             fault = sums[-1].isnan()
             if is_host(x) and fault:
                 return _cleaned_sums(own, x, mask, fault, is_repeated)
-        return LocalSums(sums, mask, fault, mask, is_repeated, None, own)
+        has_several = mask is None and x.numel() > channels
+        return LocalSums(sums, mask, fault, mask, is_repeated, None, own, has_several)
     with torch.no_grad():
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
@@ -257,7 +260,7 @@ def pooled_statistic(
     if local.is_repeated is None:
         batch = of_sums(sums, Unread)
         return Statistic(batch, PooledMeans(batch, group, name), group is not None)
-    batch, shard = Raw(sums), None
+    batch, shard = Raw(sums, local.has_several), None
     n = batch.n
     # Where a look at the count would wait, it is looked at in debug mode only.
     if debug.is_on or (not isinstance(n, Tensor) and math.isnan(n)):

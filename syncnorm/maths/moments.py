@@ -28,6 +28,8 @@ class Moments:
     """
 
     _is_read: ClassVar[bool] = True
+    has_several: bool = False
+    """True if more than one value counts, as this worker knows without a look at the count."""
     rows: Tensor
     """What a kernel has made of them, set by the call: see `syncnorm.maths.kernels.composed`."""
 
@@ -92,12 +94,14 @@ class Raw(Moments):
 
     Args:
         sums: [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
+        has_several: see `Moments`.
     """
 
     count: Tensor
 
-    def __init__(self, sums: Tensor) -> None:
+    def __init__(self, sums: Tensor, has_several: bool = False) -> None:
         self.packed = sums, True
+        self.has_several = has_several
         self.count = sums[-1]
         self.n: float | Tensor = self.count.item() if is_host(sums) else self.count
 

@@ -51,7 +51,7 @@ class PooledRunning(Source):
             return unexchanged_statistic(local, layer.label)
         if not self._steps.is_open:
             self.pool.check_outside(layer, local)
-        batch = Raw(local.sums)
+        batch = Raw(local.sums, local.has_several)
         shard = None if layer.freeze is not None else self.pool.shard(layer, local)
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
 

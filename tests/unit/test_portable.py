@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncnorm.maths.kernels import portable
+from syncnorm.maths.kernels import composed, portable
+from syncnorm.maths.kernels.batch import Reference
+from syncnorm.maths.moments import Raw
 from tests.unit.budgets import Log
 
 SHAPES = [(32, 256, 14, 14), (256, 2048, 7, 7), (65536, 64), (1, 32, 64, 64, 64)]
@@ -134,3 +136,24 @@ def test_half_types_are_rounded_once(dtype, masked):
     ):
         # Half a unit in the last place, and float32's roundings of numbers of the size of the mean.
         assert ((got.double() - truth).abs() <= truth.abs() * ulp / 2 + 1e-5).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
+def test_workers_that_know_of_several_values_and_others_have_the_same_bits(dtype, is_renorm):
+    """Whether a batch has several values for certain is known to each worker for itself."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 64, 3, 3).to(dtype)
+    sums = composed.moments(x * 3 + 7, None)
+    weight, bias = torch.randn(2, 64)
+    results = []
+    for knows in (True, False):
+        batch, running = Raw(sums, knows), [torch.zeros(64), torch.ones(64)]
+        counter, bound = torch.tensor(4), torch.tensor(2.0, dtype=torch.float64)
+        reference = Reference(running[0], running[1], (bound, bound)) if is_renorm else None
+        y, batch.rows = composed.normalize(x, batch, weight, bias, 1e-5, reference)
+        composed.update_running_(*running, counter, batch, 0.1, 1e-5, is_renorm)
+        results.append([y, batch.rows, *running, counter])
+    for known, unknown in zip(*results, strict=True):
+        assert known.equal(unknown)
+    assert counter == 5

@@ -58,6 +58,8 @@ def _a_device() -> Iterator[None]:
         as_device(),
         mock.patch.object(precision, "_WITHOUT_FLOAT64", ("cpu",)),
         mock.patch.object(portable, "_HAVE_OPERATORS", ()),
+        mock.patch.object(portable, "_forward_operator", None),
+        mock.patch.object(portable, "_backward_operator", None),
         mock.patch.object(portable, "_SLICE", 1 << 6),
         # Not those of the CPU as it is.
         mock.patch("syncnorm.model.monitor._constants", _constants.__wrapped__),

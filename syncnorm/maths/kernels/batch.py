@@ -18,6 +18,7 @@ class Batch(Protocol):
     mean: Tensor
     m2: Tensor
     rows: Tensor
+    has_several: bool
 
     @property
     def packed(self) -> tuple[Tensor, bool]: ...

@@ -63,7 +63,7 @@ def normalize(
     packed, is_raw = batch.packed
     channels = packed.numel() // 2
     n = packed[-1]
-    positive = _positive(n)
+    positive = n if batch.has_several else _positive(n)
     rows = packed.new_empty(3 if reference is None else 9, channels)
     mean, m2, invstd, *correction = rows.unbind()
     if is_raw:
@@ -78,26 +78,27 @@ def normalize(
     if correction:
         assert reference is not None
         _correct(rows, var, n, eps, reference)
-    # No value, or a single one: y is the bias, and the gradient 0.
-    var.rsqrt_().mul_(torch.logical_or(m2, n > 1))
+    if not batch.has_several:
+        # No value, or a single one: y is the bias, and the gradient 0.
+        var.masked_fill_(torch.logical_or(m2, n > 1).logical_not_(), torch.inf)
     if x.numel() == 0:
+        var.rsqrt_()  # in the row of invstd
         return torch.empty_like(x), rows
     dtype = portable.arithmetic_dtype(x)
-    scale = invstd
-    shift = torch.zeros_like(mean, dtype=dtype) if bias is None else bias
+    # As they meet x.
+    met_mean, met_var = rows[:3:2].to(dtype, copy=True)
+    var.rsqrt_()
+    weight = torch.ones_like(met_mean) if weight is None else weight.to(dtype)
+    bias = torch.zeros_like(met_mean) if bias is None else bias.to(dtype)
     if correction:
         r, d, *_ = correction
-        scale = r * invstd
-        factor = torch.ones_like(mean) if weight is None else weight
-        shift = torch.addcmul(shift, factor, d, out=mean.new_empty(channels, dtype=dtype))
-    if weight is not None:
-        scale = _product(weight, scale, dtype)
+        bias = torch.addcmul(bias, weight, d, out=torch.empty_like(bias))
+        weight = _product(weight, r, dtype)
     if x.dtype == torch.float32:
         # See `kernels._rounded`.
-        met = mean.to(dtype)
-        shift = torch.addcmul(shift, scale, met - mean, out=torch.empty_like(met))
-        mean = met
-    return portable.normalize(x, mean, scale, shift), rows
+        lost = torch.sub(met_mean, mean).mul_(invstd)
+        bias = torch.addcmul(bias, weight, lost, out=torch.empty_like(bias))
+    return portable.batch_norm(x, met_mean, met_var, weight, bias), rows
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -152,7 +153,7 @@ def update_running_(
     mean, m2, n = batch.mean, batch.m2, batch.count.view(1)
     running = [running_mean, running_var]
     # The mean moves where n > 0, the variance where n > 1, neither where n is NaN.
-    moves = n > torch.arange(2, dtype=n.dtype, device=n.device)
+    moves = n > (0 if batch.has_several else torch.arange(2, dtype=n.dtype, device=n.device))
     if counter is not None:
         counter += moves[0]
     factor: float | Tensor | None = momentum
@@ -167,7 +168,7 @@ def update_running_(
         new = torch.stack([torch.lerp(old[0], mean, factor), var])
     else:
         new = torch.lerp(old, torch.stack([mean, m2 / (n - 1)]), factor)
-    _copy_each(running, list(torch.where(moves.view(2, 1), new, old)))
+    _copy_each(running, list(torch.where(moves.view(-1, 1), new, old)))
 
 
 def backward_sums(

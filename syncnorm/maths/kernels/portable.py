@@ -1,8 +1,8 @@
 """The four primitives as operators that run one by one, on a device without kernels of its own.
 
 On CUDA these read x once and take half types as they are: reductions that add up in float32, and
-torch's batch norm in evaluation mode, with a variance of 1 and an eps of 0: standard deviations are
-folded into the (C,)-sized coefficients. The sums of its backward pass are its gradients of weight
+torch's batch norm in evaluation mode, with an eps of 0: it is in the variance, or the variance is 1
+and all is in the coefficients. The sums of its backward pass are its gradients of weight
 and bias, sum g (x - mean) / std and sum g. On other devices the traced kernels run on slices of x,
 so that their temporaries are small.
 
@@ -54,43 +54,48 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
         p, s1, s2 = _sums_about_a_pivot(x, mask, count)
         sums = torch.addcmul(s1, p, count)
         return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
-    channels = x.shape[1]
-    sums = torch.full((2 * channels + 1,), number, dtype=wide, device=x.device)
-    # Of each run, (groups, C, pieces): `first`, its sum or its mean, and var + mean^2, its mean
-    # square.
-    if x.dtype in HALF_TYPES:
+    pivot = None if x.dtype in HALF_TYPES else _pivot(x)
+    runs, dims, size = _runs(x if pivot is None else x - _facing(pivot, x))
+    # Of each run its sum, or its mean less the pivot, and the sum of squared deviations, which a
+    # correction of size - 1 has divided by 1.
+    if pivot is None:
         # The sums of a run are all but exact in float32.
-        runs, dims = _runs(x)
-        total = runs.sum(dims, dtype=torch.float32)
-        var = torch.var(runs, dims, correction=0, out=torch.empty_like(total))
-        size = runs.numel() // var.numel()
-        first, mean_square = of_runs = var.new_empty(2, *var.shape, dtype=wide)
-        first.copy_(total)
-        torch.addcmul(var, first, first, value=size**-2, out=mean_square)
-        counted = sums[channels:-1]
+        first = runs.sum(dims, dtype=torch.float32)
+        m2 = torch.var(runs, dims, correction=size - 1, out=torch.empty_like(first))
     else:
-        pivot = _pivot(x)
-        runs, dims = _runs(x - _facing(pivot, x))
-        var, mean = torch.var_mean(runs, dims, correction=0)
-        size = runs.numel() // var.numel()
-        first, mean_square = of_runs = var.new_empty(2, *var.shape, dtype=wide)
-        torch.add(mean, pivot.to(wide).view(-1, 1), out=first)
-        torch.addcmul(var, first, first, out=mean_square)
-        counted = sums[:-1]
-    torch.sum(of_runs, (1, 3), out=sums[:-1].view(2, -1))
-    counted.mul_(size)
-    return sums
+        m2, first = torch.var_mean(runs, dims, correction=size - 1)
+    groups, channels, pieces = m2.shape
+    # [sum x, sum x^2, size] of each run. The last is there already.
+    of_runs = m2.new_full((groups, 2 * channels + 1, pieces), size, dtype=wide)
+    totals, squares, counts = of_runs.split((channels, channels, 1), dim=1)
+    if pivot is None:
+        totals.copy_(first)
+    else:
+        # size * (pivot + mean), in float64.
+        torch.add(counts[0] * pivot.view(-1, 1), first, alpha=size, out=totals)
+    torch.addcmul(m2, totals, totals, value=1 / size, out=squares)
+    return of_runs.sum((0, 2))
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
     if x.device.type in _HAVE_OPERATORS:
         mean, scale, shift = (c.to(arithmetic_dtype(x)) for c in (mean, scale, shift))
-        return _batch_norm(x, mean, scale, shift)
+        return _batch_norm(x, mean, torch.ones_like(mean), scale, shift)
     y = torch.empty_like(x)
     for out, part in _slices(y, x):
         out.copy_(traced.normalize(part, mean, scale, shift))
     return y
+
+
+def batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """(x - mean) / sqrt(var) * weight + bias, in the type and layout of x.
+
+    The others have the type of `arithmetic_dtype`.
+    """
+    if x.device.type in _HAVE_OPERATORS:
+        return _batch_norm(x, mean, var, weight, bias)
+    return normalize(x, mean, weight * var.rsqrt(), bias)
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
@@ -162,7 +167,7 @@ def combine(
             out.copy_(torch.addcmul(t if w is None else t * w, g, factor))
         return result
     if x.dtype not in HALF_TYPES:
-        result = _batch_norm(x, mean.to(dtype), slope, shift)
+        result = _batch_norm(x, mean.to(dtype), torch.ones_like(slope), slope, shift)
         if mask is not None:
             result *= mask
         return result.addcmul_(grad_output, factor)
@@ -190,12 +195,12 @@ def _facing(c: Tensor, x: Tensor) -> Tensor:
     return c.view(-1, *[1] * (x.ndim - 2))
 
 
-def _batch_norm(x: Tensor, mean: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Evaluation-mode batch norm with a variance of 1, in the memory layout of x."""
+def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`batch_norm` by torch's operator, in evaluation mode."""
     # CUDA writes the mean and the inverse of the deviation, and normalises by what it has written.
     y, saved = torch.empty_like(x), torch.empty(2, len(mean), dtype=mean.dtype, device=mean.device)
     _forward_operator(
-        x, weight, bias, mean, torch.ones_like(mean), False, 0.0, 0.0,
+        x, weight, bias, mean, var, False, 0.0, 0.0,
         out=y, save_mean=saved[0], save_invstd=saved[1],
     )  # fmt: skip
     return y
@@ -215,8 +220,8 @@ def _pivot(x: Tensor) -> Tensor:
     return x[tuple(index)].mean([0, *range(2, x.ndim)], dtype=arithmetic_dtype(x))
 
 
-def _runs(x: Tensor) -> tuple[Tensor, list[int]]:
-    """A view of x with the runs of each channel apart, and the dimensions to sum over.
+def _runs(x: Tensor) -> tuple[Tensor, list[int], int]:
+    """A view of x with the runs of each channel apart, their dimensions, and the size of a run.
 
     Strides may be any. The sums have the shape (groups of samples, C, pieces of a sample).
     """
@@ -225,7 +230,7 @@ def _runs(x: Tensor) -> tuple[Tensor, list[int]]:
     samples = _divisor(x.shape[0], max(1, _RUN // (piece * row)))
     v = x.unflatten(0, (samples, -1))
     v = v.unsqueeze(3) if x.ndim == 2 else v.unflatten(3, (-1, piece))
-    return v, [0, *range(4, v.ndim)]
+    return v, [0, *range(4, v.ndim)], samples * piece * row
 
 
 @functools.lru_cache(maxsize=1024)
@@ -239,7 +244,7 @@ def _divisor(n: int, limit: int) -> int:
 
 def _total(t: Tensor) -> Tensor:
     """The sum over all dimensions but the channels, shape (C,)."""
-    runs, dims = _runs(t)
+    runs, dims, _ = _runs(t)
     return runs.sum(dims).to(sum_dtype(t.device)).sum((0, 2))
 
 
