@@ -15,6 +15,7 @@ All of it is computed from pooled numbers, so all ranks decide the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -79,13 +80,22 @@ def has_drifted(batch: Moments, mean: Tensor, var: Tensor, eps: float, options: 
     return (is_far | is_other).any()
 
 
-def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
-    """Copy the averages: [mean, m2, n, gradient means], shape (4C+1,), float64.
+def snapshots(averages: Sequence[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    """Copy the averages of layers on one device: [mean, m2, n, gradient means] of each.
 
-    An average has no count of its own; any above 1 says that its variance is one.
+    Each has the shape (4C+1,), float64. An average has no count of its own; any above 1 says that
+    its variance is one.
+
+    Args:
+        averages: mean, var, each (C,), and gradient means, (2, C), of each layer.
     """
-    several = torch.full_like(mean[:1], 2.0)
-    return torch.cat([mean, var + var, several, gradient.flatten()]).double()
+    sizes = [mean.numel() for mean, _, _ in averages]
+    m2 = torch.cat([var for _, var, _ in averages]).double().mul_(2.0)
+    several = m2.new_full((1,), 2.0)
+    parts: list[Tensor] = []
+    for (mean, _, gradient), spread in zip(averages, m2.split(sizes), strict=True):
+        parts += [mean, spread, several, gradient.flatten()]
+    return list(torch.cat(parts).split([4 * size + 1 for size in sizes]))
 
 
 def follow_moments_(

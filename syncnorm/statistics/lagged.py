@@ -95,6 +95,15 @@ class _Own(NamedTuple):
         return cls(*buffers, options=layer.sync_mode.options)
 
 
+class _Averages(NamedTuple):
+    """What all layers have averaged up to the last step, by their names."""
+
+    waits: dict[str, bool]
+    """True for a layer that waits for pooling in this step."""
+    copies: dict[str, Tensor]
+    """See `lagged.snapshots`: the averages move on before the backward pass if somebody settles."""
+
+
 _NAMES = [f"lagged_{name}" for name in _Own._fields if name != "options"]
 
 
@@ -223,7 +232,8 @@ class PooledLagged(Source):
         """
         self._sent: FlatMessage | None = None
         """The message of the backward pass, under way."""
-        self._waits: dict[str, bool] | None = None
+        self._averages: _Averages | None = None
+        """As they are, while nobody moves them."""
 
     @property
     def layers(self) -> Mapping[str, SyncNorm]:
@@ -244,13 +254,12 @@ class PooledLagged(Source):
             self.pool.check_outside(layer, local)
             self.settle()
         group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
-        own = _Own.of(layer)
-        rules = kernels.of_averages(*own[:5]) or lagged
-        # Copies: the averages move on before the backward pass if somebody settles.
-        kept = rules.snapshot(own.mean, own.var, own.gradient)
-        of_moments = 2 * layer.num_features + 1
+        if self._averages is None:
+            self._averages = self._read()
+        name = self.pool.names[layer]
+        kept, of_moments = self._averages.copies[name], 2 * layer.num_features + 1
         batch, estimate = Packed(kept[:of_moments]), kept[of_moments:].view(2, -1)
-        if self._is_waiting(layer):
+        if self._averages.waits[name]:
             batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(batch, group, layer.label)
         if layer.freeze is not None:
@@ -275,7 +284,7 @@ class PooledLagged(Source):
         self.drop()
         self.pool.begin()
         # Somebody may have written them since.
-        self._waits = None
+        self._averages = None
 
     def send(self) -> None:
         """Send the moments, and the gradient means if they are complete. Every worker must call."""
@@ -303,7 +312,7 @@ class PooledLagged(Source):
         self.pool.discard(layer)
         for kept in (self._gradients, self._late):
             kept.pop(self.pool.names[layer], None)
-        self._waits = None
+        self._averages = None
 
     def release(self, layer: SyncNorm) -> None:
         self.discard(layer)
@@ -312,7 +321,7 @@ class PooledLagged(Source):
     def __getstate__(self) -> dict[str, Any]:
         # Nothing is under way in a copy.
         self.settle()
-        return dict(self.__dict__)
+        return {**self.__dict__, "_averages": None}
 
     def add_gradients(
         self,
@@ -365,6 +374,7 @@ class PooledLagged(Source):
             if arrived is None:
                 self.pool.failure = message.failure
                 return
+            self._averages = None
             others = {id(buffer) for buffer in written(message.marks)}
             for layer, sums in zip(message.layers, arrived.parts, strict=True):
                 own = _Own.of(layer)
@@ -372,20 +382,25 @@ class PooledLagged(Source):
                     rules = kernels.of_averages(*own[:5]) or lagged
                     rules.follow_gradients_(sums, own.gradient, own.updates[1], own.options)
 
-    def _is_waiting(self, layer: SyncNorm) -> bool:
-        """True if the layer waits for pooling in this step.
-
-        Read once a step for all layers: the one look at values that this mode needs, on CUDA too.
-        """
-        if self._waits is None:
-            waits = [
-                dict.__getitem__(each._buffers, "lagged_waits") for each in self.layers.values()
-            ]
-            self._waits = dict(zip(self.layers, torch.stack(waits).tolist(), strict=True))
-        return self._waits[self.pool.names[layer]]
+    @torch.no_grad()
+    def _read(self) -> _Averages:
+        """Read them for all layers: the one look at values that this mode needs, on CUDA too."""
+        by_device: dict[torch.device, dict[str, _Own]] = {}
+        for name, layer in self.layers.items():
+            own = _Own.of(layer)
+            by_device.setdefault(own.mean.device, {})[name] = own
+        averages = _Averages({}, {})
+        # A forward in inference mode may be the first of a step.
+        with torch.inference_mode(False):
+            for owns in by_device.values():
+                copies = lagged.snapshots([(o.mean, o.var, o.gradient) for o in owns.values()])
+                averages.copies.update(zip(owns, copies, strict=True))
+                waits = torch.stack([o.waits for o in owns.values()]).tolist()
+                averages.waits.update(zip(owns, waits, strict=True))
+        return averages
 
     def _follow_moments(self, layer: SyncNorm, batch: Moments) -> None:
-        self._waits = None
+        self._averages = None
         own = _Own.of(layer)
         # As few launches as the device allows.
         rules = kernels.of_averages(*own[:5]) or lagged

@@ -29,7 +29,7 @@ MOST = {
     "batch": (41, 14, 15),
     "none": (36, 10, 11),
     "running": (38, 10, 13),
-    "lagged": (54, 11, 23),
+    "lagged": (50, 11, 21),
 }
 # More of them if it renormalises.
 MOST_OF_RENORM = (7, 0, 3)

@@ -90,7 +90,7 @@ def _said_and_done(
         for name in ("norm", "other", "unused"):
             model[0].get_submodule(name).lagged_waits.fill_(False)
         for source in {id(m.statistics): m.statistics for m in model[0].children()}.values():
-            source._waits = None
+            source._averages = None
     with exchange.record() as made:
         model(x).sum().backward()
     figures = watch.read()["layers"]

@@ -25,6 +25,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
+from syncnorm.maths.lagged import snapshots
 from syncnorm.reference import LaggedBatchNorm
 from syncnorm.statistics.lagged import LaggedAverages
 
@@ -552,3 +553,39 @@ def test_averages_of_other_types_and_strides_are_read_as_what_they_are(name):
     got, expected = (_cast(name, to).state_dict() for to in (CASTS[name], lambda t: t))
     for key, value in expected.items():
         torch.testing.assert_close(got[key].to(value.dtype), value, rtol=1e-5, atol=1e-5, msg=key)
+
+
+class _OneIsAsked(nn.Module):
+    """Two layers of different sizes; the first is called in inference mode if told so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = SyncBatchNorm(2, sync="lagged")
+        self.trained = SyncBatchNorm(3, sync="lagged")
+
+    def forward(self, x: Tensor, *, is_inference: bool) -> Tensor:
+        with torch.inference_mode(is_inference), torch.no_grad():
+            found = self.asked(x[:, :2])
+        return self.trained(x + found.clone().sum(1, keepdim=True))
+
+
+def test_a_step_may_begin_in_inference_mode():
+    """The averages of all layers are read when the first one is called."""
+    results = []
+    for is_inference in (False, True):
+        torch.manual_seed(0)
+        model = prepare_ddp(_OneIsAsked())
+        for _ in range(4):
+            x = torch.randn(8, 3, requires_grad=True)
+            model(x, is_inference=is_inference).square().sum().backward()
+        results.append([x.grad, *model.state_dict().values()])
+    assert model.trained.lagged_updates.tolist() == [4, 3]
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_a_copy_of_averages_is_each_layers_own():
+    own = [(torch.randn(c), torch.rand(c).double(), torch.randn(c, 2).t()) for c in (1, 5, 2)]
+    for (mean, var, gradient), copied in zip(own, snapshots(own), strict=True):
+        expected = [*mean, *(2 * var), 2.0, *gradient[0], *gradient[1]]
+        assert copied.tolist() == [float(t) for t in expected]

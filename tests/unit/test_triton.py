@@ -555,11 +555,6 @@ def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
     assert torch.equal(number, count)
 
 
-def test_a_snapshot_of_averages():
-    mean, var, gradient = randn(130).double(), _rand(130).double(), randn(2, 130).double()
-    assert torch.equal(launch.snapshot(mean, var, gradient), lagged.snapshot(mean, var, gradient))
-
-
 def test_what_is_written_in_place_is_known_to_autograd():
     """Evaluation keeps the running statistics for its backward pass: moved since, it must raise."""
     mean, var, count = randn(5), _rand(5) + 0.1, torch.tensor(0)

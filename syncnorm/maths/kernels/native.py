@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _PLAIN = (Tensor, torch.nn.Parameter)
 _ROWS, _CORRECTED_ROWS = 3, 9
-_TWO = torch.full((1,), 2.0, dtype=torch.float64, device="cpu")
 _X = (c_int, c_long, c_long, c_long)  # type, outer, channels, inner
 _SIGNATURES = {
     "types": (c_int,),
@@ -261,11 +260,6 @@ def backward_input(
     if failed:
         raise _no_memory("backward_input")
     return dx if x is given else torch.empty_like(given).copy_(dx)
-
-
-def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
-    """Copy the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
-    return torch.cat([mean, var + var, _TWO, gradient.view(-1)])
 
 
 def follow_moments_(

@@ -53,9 +53,11 @@ def _has_worked(device: torch.device) -> bool:
     """
     if importlib.util.find_spec("triton") is None:
         return False
-    one = torch.ones(2, 1, dtype=torch.float64, device=device)
+    sums = torch.ones(3, dtype=torch.float64, device=device)
+    means, updates = torch.zeros_like(sums[:2]).view(2, 1), torch.zeros_like(sums[0]).long()
     try:
-        return _launch().snapshot(one[0], one[1], one).tolist() == [1.0, 2.0, 2.0, 1.0, 1.0]
+        _launch().follow_gradients_(sums, means, updates, 0.5)
+        return means.tolist() == [[1.0], [1.0]]
     except Exception as error:  # whatever a driver or a compiler raises
         warnings.warn(
             f"Triton's kernels cannot be used on {device}, operators of torch are used instead, "
@@ -148,11 +150,6 @@ def backward_input(
 ) -> Tensor:
     """The gradient of x, in its type and layout; `totals` are to be divided by n, or by nothing."""
     return _launch().backward_input(g, x, rows, weight, totals, n, mask)
-
-
-def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
-    """Copy the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
-    return _launch().snapshot(mean, var, gradient)
 
 
 def follow_moments_(

@@ -201,22 +201,6 @@ def is_finite(v):
     return tl.abs(v) < float("inf")
 
 
-@triton.jit
-def snapshot(mean, var, gradient, out, channels, BC: tl.constexpr):
-    """[mean, m2, n, gradient means] of averages, with a count of 2."""
-    channel = tl.program_id(0) * BC + tl.arange(0, BC)
-    inside = channel < channels
-    tl.store(out + channel, tl.load(mean + channel, inside, other=0.0), inside)
-    spread = tl.load(var + channel, inside, other=0.0)
-    tl.store(out + channels + channel, spread + spread, inside)
-    rest = out + 2 * channels + 1 + channel
-    tl.store(rest, tl.load(gradient + channel, inside, other=0.0), inside)
-    second = tl.load(gradient + channels + channel, inside, other=0.0)
-    tl.store(rest + channels, second, inside)
-    if tl.program_id(0) == 0:
-        tl.store(out + 2 * channels, 2.0)
-
-
 @triton.jit(do_not_specialize=INTEGERS)
 def follow_moments(
     batch, mean, var, updates, waits, eps, max_drift, rate, channels,

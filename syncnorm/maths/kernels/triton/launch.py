@@ -209,14 +209,6 @@ def backward_input(
     return dx
 
 
-def snapshot(mean: Tensor, var: Tensor, gradient: Tensor) -> Tensor:
-    c = mean.numel()
-    out = torch.empty(4 * c + 1, dtype=torch.float64, device=mean.device)
-    programs = -(-c // _CHANNELS)
-    _launch(channels.snapshot, programs, mean.device, mean, var, gradient, out, c, _CHANNELS)
-    return out
-
-
 def follow_moments_(
     batch: Tensor,
     is_raw: bool,
