@@ -44,7 +44,7 @@ class GradientMeans(Protocol):
     def __call__(self, local: Tensor) -> Tensor: ...
 
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same, to be divided by a count yet; by none where they are means.
+        """Sums and n, of which the means are sums / n; n is None if the sums are means already.
 
         For kernels that divide themselves; called in place of the above.
         """

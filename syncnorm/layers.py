@@ -11,12 +11,15 @@ Where to look on:
     module.py      the base class: arguments, state dicts, `train_forward`, which calls the three
     statistics/    the middle step: one file for each `sync`, and forwards that are repeated
     ops.py         the three operations, for layers and functions
-    autograd.py    the gradient, and its gradient
-    maths/         formulas, and the kernels that touch x
+    fused.py       the gradient where kernels go through all of a call: native C, Triton
+    autograd.py    the same in a few operators, to read first (SYNCNORM_NATIVE=0 takes this way on
+                   a CPU), and the gradient's gradient
+    maths/         formulas, and the kernels that touch x: maths/kernels/__init__.py chooses
     comm/          process groups, and the exchange with its errors
 
 Renormalisation is the same with r and d folded into weight and bias: `ops.fold`. In evaluation
-neither exchanges anything; `functional.evaluate` is torch's own batch norm.
+neither exchanges anything; `functional.evaluate` is torch's own batch norm. CONTRIBUTING.md has
+the words that are used.
 """
 
 from __future__ import annotations

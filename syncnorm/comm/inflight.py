@@ -164,11 +164,12 @@ class InFlight:
             return
         if diagnose is not None:
             raise ExchangeError(diagnose(error)) from error
+        alone = ", or evaluates without model.eval()" if self.kind == "moments" else ""
         raise ExchangeError(
             f"exchange must be made by all of ranks {self.log.members}, got an error on rank "
             f"{rank()} at {self} after {time.monotonic() - self.began:.1f} s: {error}. A worker "
-            "has ended, raised, skipped this exchange or is late; SYNCNORM_DEBUG=1 on all workers "
-            "says which."
+            f"has ended, raised, skipped this exchange{alone} or is late; SYNCNORM_DEBUG=1 on all "
+            "workers says which."
         ) from error
 
     def __str__(self) -> str:

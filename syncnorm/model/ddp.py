@@ -21,6 +21,7 @@ from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard
+from syncnorm.statistics.steps import delimited_by
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -31,7 +32,8 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
     - Compares the layers of all workers: their arguments, the types and shapes of their parameters
       and buffers, and the workers that each pools over.
     - Makes the process groups of the statistics.
-    - Attaches layers with `sync="running"` or "lagged" to each other and to the forward of `model`.
+    - Attaches layers with `sync="running"` or "lagged" to each other and to the forward of `model`,
+      also those that belong to another model's (an encoder that is given another head).
     - Gives every worker rank 0's buffers of our layers.
     - Keeps these out of the broadcast that DDP makes before each forward. They are equal by
       construction where statistics are pooled over all workers, and each worker's or group's own
@@ -217,8 +219,13 @@ def _wrapped(model: nn.Module) -> str | None:
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     """Attach layers of one mode and one process group to each other."""
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
+    within = delimited_by(model)
     for name, layer in layers.items():
         layer.is_prepared = True
+        source = layer.statistics
+        if not (source.steps is None or source.steps in within or source.is_busy):
+            # Prepared in another model, whose forward nobody may call any more.
+            source.release(layer)
         if not layer.statistics.is_attached:
             members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer
@@ -238,12 +245,13 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
         loss: mean over this worker's samples, shape (). A worker without samples passes a loss
             that depends on its (empty) output all the same, so that it takes part in the backward
             pass; the value, perhaps NaN, does not matter.
-        local_count: the number of these samples, finite and >= 0 (or any additive measure, such as
-            valid pixels).
+        local_count: the number of these samples, finite and >= 0 (or of whatever the mean is over:
+            boxes, valid pixels).
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:
-        The scaled loss; the loss itself with one worker; zero if there are no samples at all.
+        The scaled loss, in float32 if it was of a half type; the loss itself with one worker; zero
+        if there are no samples at all.
 
     Raises:
         FaultError: on every worker, if the count of one is none. On CUDA this is looked at in debug
@@ -265,7 +273,10 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     if local_count == 0:
         # The mean over nothing is NaN.
         return loss.nan_to_num(0.0) * 0.0
-    return loss * (local_count * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
+    # At least float32: weights of half types would be off by some tenths of a per cent.
+    wide = torch.promote_types(loss.dtype, torch.float32)
+    factor = (local_count * len(groups.ranks(group)) / total).squeeze(0)
+    return loss.to(wide) * factor.to(wide)
 
 
 def _no_counts(given: Mapping[int, float]) -> FaultError:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
@@ -94,12 +94,27 @@ class Steps:
         return {**self.__dict__, "is_held": False, "is_open": False, "_handled": None}
 
 
+def delimited_by(module: nn.Module) -> set[Steps]:
+    """The steps that forwards of `module`, or of a part of it, delimit."""
+    return {steps for _, _, _, steps in _hooks(module)}
+
+
 def remove_deserted(module: nn.Module) -> None:
     """Remove the hooks of steps whose source every layer has left."""
+    for m, hooks, key, steps in _hooks(module):
+        if not steps.source.layers:
+            del hooks[key]
+            m._forward_hooks_always_called.pop(key, None)
+
+
+def _hooks(module: nn.Module) -> list[tuple[nn.Module, dict[int, Any], int, Steps]]:
+    """Every hook of steps: its module, where it is kept there, its key and the steps."""
+    found: list[tuple[nn.Module, dict[int, Any], int, Steps]] = []
     for m in module.modules():
-        for hooks in (m._forward_pre_hooks, m._forward_hooks):
-            for key, hook in list(hooks.items()):
+        kept: list[dict[int, Any]] = [m._forward_pre_hooks, m._forward_hooks]
+        for hooks in kept:
+            for key, hook in hooks.items():
                 steps = getattr(hook, "__self__", None)
-                if isinstance(steps, Steps) and not steps.source.layers:
-                    del hooks[key]
-                    m._forward_hooks_always_called.pop(key, None)
+                if isinstance(steps, Steps):
+                    found.append((m, hooks, key, steps))
+    return found

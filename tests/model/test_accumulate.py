@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import re
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import (
     RenormSchedule,
@@ -21,6 +23,7 @@ from syncnorm import (
     frozen_statistics,
     prepare_ddp,
     reference,
+    scale_loss,
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
@@ -126,3 +129,32 @@ def test_layers_that_training_forwards_do_not_update_need_not_be_ours(block):
             warnings.simplefilter("error")
             with block(nn.Sequential(other)), block(nn.Sequential(other, SyncBatchNorm(3))):
                 pass
+
+
+_PARTS = [[1, 3], [5, 1]]
+"""Sizes of the micro-batches of each worker."""
+
+
+def _accumulated_gradient() -> torch.Tensor:
+    """As docs/modes.md has it."""
+    rank = dist.get_rank()
+    before = sum(map(sum, _PARTS[:rank]))
+    x = uneven_batch(10, 3)[before : before + sum(_PARTS[rank])]
+    model = nn.Linear(x[0].numel(), 2, bias=False, dtype=torch.float64)
+    nn.init.constant_(model.weight, 0.1)
+    ddp_model = DistributedDataParallel(model)
+    micro_batches = x.flatten(1).split(_PARTS[rank])
+    for number, each in enumerate(micro_batches, 1):
+        with contextlib.nullcontext() if number == len(micro_batches) else ddp_model.no_sync():
+            loss = ddp_model(each).square().mean() * len(each) / len(x)
+            scale_loss(loss, len(x)).backward()
+    assert model.weight.grad is not None
+    return model.weight.grad
+
+
+def test_uneven_micro_batches_of_uneven_shards_weigh_as_the_whole_batch(pool):
+    x = uneven_batch(10, 3).flatten(1)
+    whole = torch.full((2, x.shape[1]), 0.1, dtype=torch.float64, requires_grad=True)
+    (x @ whole.t()).square().mean().backward()
+    for gradient in pool(2).run(_accumulated_gradient):
+        assert_close(gradient, whole.grad, torch.float64, "gradient")

@@ -15,6 +15,7 @@ from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError
 from syncnorm.model.adopt import adopt_state_dict
+from syncnorm.module import SyncNorm
 
 
 def _scaled(counts: list[int]) -> tuple[float, list[tuple[str, int]]]:
@@ -274,3 +275,54 @@ def _swap_in_an_average() -> list[float]:
 def test_one_worker_may_put_another_model_into_ddp(pool):
     first, second = pool(2).run(_swap_in_an_average)
     assert first == second
+
+
+def _gradient_of_a_half_loss(counts: list[int]) -> tuple[torch.dtype, float]:
+    loss = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
+    scaled = scale_loss(loss * 1.0, counts[dist.get_rank()])
+    return scaled.dtype, scaled.item()
+
+
+def test_the_loss_of_a_half_type_is_weighed_in_float32(pool):
+    for (dtype, factor), exact in zip(
+        pool(2).run(_gradient_of_a_half_loss, [3, 7]), (0.6, 1.4), strict=True
+    ):
+        assert dtype == torch.float32
+        assert factor == pytest.approx(exact, rel=1e-6)
+
+
+def _with_another_head(sync: str, how: str) -> list[list[torch.Tensor]]:
+    """Running statistics after a step of an old model and one of a new model with its encoder."""
+    torch.manual_seed(0)
+    old = prepare_ddp(
+        nn.Sequential(
+            nn.Sequential(nn.Linear(3, 3), SyncBatchNorm(3, sync=sync)),
+            nn.Sequential(nn.Linear(3, 2), SyncBatchNorm(2, sync=sync)),
+        )
+    )
+    encoder = copy.deepcopy(old[0]) if how == "a copy" else old[0]
+    head = nn.Sequential(nn.Linear(3, 5), SyncBatchNorm(5, sync=sync))
+    model = old if how == "the old model" else nn.Sequential(encoder, head)
+    x = torch.randn(2, 6, 3)[:, dist.get_rank() :: 2]
+    old(x[0]).square().sum().backward()
+    if how == "a copy":
+        encoder.load_state_dict(old[0].state_dict())
+    sources = [m.statistics for m in model.modules() if isinstance(m, SyncNorm)]
+    prepare_ddp(model)
+    if how == "the old model":
+        assert sources == [m.statistics for m in model.modules() if isinstance(m, SyncNorm)]
+    model(x[1]).square().sum().backward()
+    if how == "back again":
+        prepare_ddp(old)(x[0]).square().sum().backward()
+        prepare_ddp(model)(x[0]).square().sum().backward()
+    return [[m.running_mean, m.num_batches_tracked] for m in encoder if isinstance(m, SyncNorm)]
+
+
+@pytest.mark.parametrize("how", ["itself", "a copy", "the old model", "back again"])
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_an_encoder_may_be_prepared_anew_with_another_head(pool, sync, how):
+    first, second = pool(2).run(_with_another_head, sync, how)
+    for (mean, count), (other, _) in zip(first, second, strict=True):
+        assert torch.equal(mean, other)
+        assert mean.abs().max() > 0
+        assert int(count) == (4 if how == "back again" else 2)

@@ -24,6 +24,8 @@ from syncnorm import (
     prepare_ddp,
     register_adapter,
 )
+from syncnorm.errors import InputError
+from syncnorm.family import L1BatchNorm
 from tests.model.parts import HomeMade
 
 
@@ -156,3 +158,22 @@ def test_what_is_said_is_so(pool):
     (own0, _), (own1, given1) = pool(2).run(_home_made_under_ddp)
     assert not torch.allclose(own0, own1)
     assert torch.allclose(given1, own0)
+
+
+@pytest.mark.parametrize("to", [SyncBatchNorm, L1BatchNorm])
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Sequential(nn.Linear(2, 2)), "no batch norm: nothing was converted.$"),
+        (
+            nn.Sequential(FrozenBatchNorm2d(3), nn.ReLU()),
+            r"nothing was converted. Its layers '0' \(FrozenBatchNorm2d\) apply running statistics",
+        ),
+    ],
+    ids=["none", "frozen"],
+)
+def test_a_model_without_batch_norms_is_left_with_a_word(model, said, to):
+    with pytest.warns(UserWarning, match=said):
+        assert convert(model, to) is model
+    with pytest.raises(InputError, match="at least one batch norm, got none of 0 with 'body'"):
+        convert(model, to, select="body")

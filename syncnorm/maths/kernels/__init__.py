@@ -1,4 +1,4 @@
-"""The four primitives of a normalisation layer, chosen by device.
+"""The four primitives of a normalisation layer, chosen by device, and who goes through all of a call.
 
     local_moments   x, w                   -> [sum wx, sum wx^2, sum w]
     normalize       x, mean, scale, shift  -> (x - mean) * scale + shift
@@ -10,6 +10,10 @@ Each passes once over its x and g.
 Shapes: x and g (N, C, *S), any floating type, any strides; mean, scale, shift, a, b (C,) float64; w
 (N, 1, *S) or None. Sums come back in float64. An output has the type and memory layout of x. Empty
 tensors never reach a kernel: their sums are zeros.
+
+`of_device` chooses among modules of another interface, that of `composed`: there a function of the
+same name also does what is per channel, from the pooled sums on. They are `native` (C, on a CPU),
+`triton` (CUDA) and `composed` itself.
 
 Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n
 and b = sum g (x - mean) / (n std^2), the sums being those of all workers.

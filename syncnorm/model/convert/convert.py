@@ -19,7 +19,13 @@ from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert import family
 from syncnorm.model.convert.class_swap import LazySyncNorm, Request, original_of, swap_back, swap_in
-from syncnorm.model.convert.others import home_made, is_home_made, stays_local
+from syncnorm.model.convert.others import (
+    has_batch_norm,
+    home_made,
+    is_home_made,
+    nothing_to_convert,
+    stays_local,
+)
 from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
 from syncnorm.model.ddp import let_broadcast
 from syncnorm.module import SyncNorm
@@ -124,8 +130,8 @@ def convert(
         InputError: an option is unknown or breaks its rule, `select` chooses nothing, or a layer
             cannot be converted: it names each, and why. Nothing was changed.
 
-    Warns: UserWarning: layers that are no subclass of torch's batch norms keep running statistics,
-        too, and stay local.
+    Warns: UserWarning: there is no batch norm; or layers that are no subclass of torch's batch norms
+        keep running statistics, too, and stay local.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
@@ -150,11 +156,14 @@ def convert(
     for layer, names in layers.items():
         swap_in(layer, names[0], request)
     remove_deserted(module)
+    said = None
     if not callable(select):  # a function is called with batch norms of torch's only
         chosen = _select(_named(module), select, may_be_none=True)
         said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
-        if said is not None:
-            warnings.warn(said, stacklevel=2)
+    if said is None and not has_batch_norm(module):
+        said = nothing_to_convert(module)
+    if said is not None:
+        warnings.warn(said, stacklevel=2)
     return module
 
 
@@ -186,6 +195,8 @@ def _replace(
     _refuse(faults, "replaced")
     done = family.put(module, news)
     remove_deserted(done)
+    if not has_batch_norm(module):
+        warnings.warn(nothing_to_convert(module), stacklevel=3)
     return done
 
 
@@ -392,10 +403,11 @@ def _select(
         chosen = {m: names for m, names in layers.items() if any(found(name) for name in names)}
     else:
         chosen = {m: names for m, names in layers.items() if any(select(name, m) for name in names)}
-    if layers and not chosen and not may_be_none:
+    if not chosen and not may_be_none:
+        first = f" The first is called {next(iter(layers.values()))[0]!r}." if layers else ""
         raise InputError(
             f"`select` must choose at least one batch norm, got none of {len(layers)} with "
-            f"{select!r}. The first is called {next(iter(layers.values()))[0]!r}."
+            f"{select!r}.{first}"
         )
     return chosen
 

@@ -23,18 +23,28 @@ _SCALES |= {"ra_var"}
 
 
 def is_home_made(layer: nn.Module) -> bool:
-    """True if a layer that is no batch norm of torch's keeps running statistics of batches.
+    """True if a layer that is no batch norm of torch's keeps running statistics of batches."""
+    return _has_statistics(layer) and not _only_applies(layer)
 
-    Layers that only apply statistics do not count: their weight is a buffer, or their name says
-    "frozen".
-    """
+
+def is_frozen(layer: nn.Module) -> bool:
+    """True if a layer that is no batch norm of torch's applies statistics of batches, as it has them."""
+    return _has_statistics(layer) and _only_applies(layer)
+
+
+def _has_statistics(layer: nn.Module) -> bool:
     if isinstance(layer, _NormBase | Pooling) or type(layer).__module__.startswith(
         ("torch.nn.", "torch.ao.")
     ):
         return False
     buffers = {name for name, _ in layer.named_buffers(recurse=False)}
-    is_frozen = "weight" in buffers or "frozen" in kind_of(layer).lower()
-    return not is_frozen and not buffers.isdisjoint(_MEANS) and not buffers.isdisjoint(_SCALES)
+    return not buffers.isdisjoint(_MEANS) and not buffers.isdisjoint(_SCALES)
+
+
+def _only_applies(layer: nn.Module) -> bool:
+    """True if its weight is a buffer, or its name says "frozen"."""
+    is_buffer = any(name == "weight" for name, _ in layer.named_buffers(recurse=False))
+    return is_buffer or "frozen" in kind_of(layer).lower()
 
 
 def has_own_forward(layer: nn.Module) -> bool:
@@ -63,6 +73,23 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
         "overwrites them with rank 0's unless it is told not to. Build such layers on "
         "torch.nn.BatchNorm1d, 2d or 3d, or on syncnorm.functional.sync_batch_norm."
     )
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """True if there is a batch norm of torch's, or one of ours."""
+    return any(isinstance(m, _BatchNorm | FamilyLayer) for m in model.modules())
+
+
+def nothing_to_convert(model: nn.Module) -> str:
+    """The warning about a model without a batch norm."""
+    frozen = {name: m for name, m in model.named_modules() if is_frozen(m)}
+    of_frozen = (
+        f" Its layers {listed(frozen)} apply running statistics and never update them: build the "
+        "model with norm_layer=SyncBatchNorm to train such layers."
+        if frozen
+        else ""
+    )
+    return f"`module` has no batch norm: nothing was converted.{of_frozen}"
 
 
 def check_covers(model: nn.Module, what: str, *, acts_on_family: bool) -> None:

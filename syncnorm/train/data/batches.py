@@ -52,14 +52,14 @@ class Collate:
 
 def _remedy(samples: Sequence[Any]) -> str:
     """Say how samples that default_collate refuses can be mended."""
-    leaves = [list(_leaves(sample)) for sample in samples]
-    types = {_type_name(leaf) for leaf in leaves[0]}
+    members = [list(leaves(sample)) for sample in samples]
+    types = {_type_name(leaf) for leaf in members[0]}
     if any(name.startswith("PIL.") for name in types):
         return (
             " An image of PIL must become a tensor in your data set: "
             "torchvision.transforms.functional.to_tensor(image) makes one."
         )
-    shapes = [[tuple(leaf.shape) for leaf in some if hasattr(leaf, "shape")] for some in leaves]
+    shapes = [[tuple(leaf.shape) for leaf in some if hasattr(leaf, "shape")] for some in members]
     for number, other in enumerate(shapes):
         if other != shapes[0]:
             return (
@@ -69,7 +69,8 @@ def _remedy(samples: Sequence[Any]) -> str:
     return " A collate of yours, Splits(..., collate=...), takes samples of any kind."
 
 
-def _leaves(sample: Any) -> Iterator[Any]:
+def leaves(sample: Any) -> Iterator[Any]:
+    """Iterate over what a sample is made of, through the containers of `map_members`."""
     found: list[Any] = []
 
     def keep(member: Any) -> Any:

@@ -1,0 +1,101 @@
+"""The check that all workers have the same data."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from syncnorm.errors import ConfigError
+from syncnorm.train.config.schema import Config
+from syncnorm.train.data.alike import check_alike
+from syncnorm.train.data.feed import LoaderFeed
+from syncnorm.train.data.splits import Splits
+from syncnorm.train.placement import Workers
+from tests.train.samples import Given, Noise
+from tests.train.test_tasks import sections
+
+
+def _rows(count: int, seed: int = 0) -> TensorDataset:
+    x = torch.randn(count, 5, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(x, torch.arange(count) % 2)
+
+
+class _Unseeded(Dataset[Tensor]):
+    """Samples that are others whenever they are read."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([secrets.randbelow(2**20) for _ in range(4)]).double()
+
+
+def _tagged(tag: str) -> Dataset[Any]:
+    return Given(*[{"name": [tag] * 2, "boxes": (torch.ones(2, 4), 3)}] * 3)
+
+
+def _last_bits(rank: int) -> Dataset[Any]:
+    rows = _rows(20).tensors[0]
+    return TensorDataset(rows * (1 + 1e-6 * rank), torch.full((20,), torch.inf))
+
+
+SPLITS: dict[str, Callable[[int], Splits]] = {
+    "the same": lambda rank: Splits(_rows(20), _rows(8), _rows(4), 2),
+    "changes drawn at random": lambda rank: Splits(Noise(), Noise()),
+    "others whenever they are read": lambda rank: Splits(_rows(20), _Unseeded()),
+    "other last bits": lambda rank: Splits(_last_bits(rank)),
+    "a sample that cannot be read": lambda rank: Splits(
+        _rows(20), Given(*[OSError("gone") if rank else torch.ones(5)] * 3)
+    ),
+    "training sizes": lambda rank: Splits(_rows(20 + 4 * (rank == 2))),
+    "test sizes": lambda rank: Splits(_rows(20), _rows(8 + rank)),
+    "no validation set": lambda rank: Splits(_rows(20), validation=None if rank else _rows(4)),
+    "classes": lambda rank: Splits(_rows(20), num_classes=2 + rank),
+    "labels": lambda rank: Splits(_rows(20), labels=[0] * 18 + [rank, 1 - rank]),
+    "rows": lambda rank: Splits(_rows(20, seed=rank)),
+    "the order of rows": lambda rank: Splits(
+        _rows(20), TensorDataset(_rows(8)[:][0].roll(rank, 0))
+    ),
+    "texts": lambda rank: Splits(_tagged(str(rank))),
+}
+FAULTS = {
+    "training sizes": "got 20 training samples on rank 0 and 24 on rank 2. Each",
+    "test sizes": "got 8 test samples on rank 0 and 9 on rank 1. Each",
+    "no validation set": "got 4 validation samples on rank 0 and None on rank 1. Each",
+    "classes": "got 2 classes on rank 0 and 3 on rank 1. Each",
+    "labels": "got other training labels on rank 1 than on rank 0. Each",
+    "rows": "got another sample 10 of the training set on rank 1 than on rank 0. Each",
+    "the order of rows": "got another sample 4 of the test set on rank 1 than on rank 0. Each",
+    "texts": "got another sample 1 of the training set on rank 1 than on rank 0. Each",
+}
+
+
+def _check(name: str) -> str | None:
+    rank, device = dist.get_rank(), torch.device("cpu")
+    config = Config(**sections("Perceptron", "rows", data={"loader": {"workers": 0}}))
+    feed = LoaderFeed(SPLITS[name](rank), config, device)
+    before = torch.get_rng_state()
+    try:
+        check_alike(feed, Workers(rank, dist.get_world_size(), device))
+    except ConfigError as error:
+        return str(error)
+    assert torch.equal(torch.get_rng_state(), before)
+    return None
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_workers_must_have_the_same_data(pool, name):
+    found = pool(3).run(_check, name)
+    assert len(set(found)) == 1, found
+    if name not in FAULTS:
+        assert found[0] is None
+    else:
+        assert found[0].startswith("`data.name` must give the same data on all workers, got")
+        assert FAULTS[name] in found[0]
