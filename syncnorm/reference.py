@@ -210,10 +210,11 @@ def _update(
 
 def standardised(x: Tensor, n: Tensor, mean: Tensor, var: Tensor, eps: float) -> Tensor:
     """(x - mean) / sqrt(var + eps); 0 in a channel where a single value counts, which says nothing
-    about scale.
+    about scale. Its mean w x / w may be rounded.
     """
     xhat = (x.double() - channels(mean, x)) / (channels(var, x) + eps).sqrt()
-    return torch.where(channels((n <= 1) & (var == 0), x), 0.0, xhat)
+    is_single = (n <= 1) & (var.sqrt() <= 1e-14 * mean.abs())
+    return torch.where(channels(is_single, x), 0.0, xhat)
 
 
 def affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from syncnorm.diagnose.problem import Problem
 from syncnorm.model.modes import kept
 
 # An odd number: a channel that has one value has it in the middle of a bin.
-BINS, _WIDTH, _PRIOR = 63, 8.0, 0.5
+BINS, _REACH, _PRIOR = 63, 8.0, 0.5
 
 
 def measure_shift(problem: Problem, early: nn.Module) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _edges(early: tuple[Tensor, Tensor], now: tuple[Tensor, Tensor]) -> tuple[Te
     """Agree on the range of the bins, (C,) each: from pooled moments, so alike on all workers."""
     low, high = [], []
     for mean, var in (early, now):
-        reach = _WIDTH / 2 * (var.sqrt() + 1e-6 * (1 + mean.abs()))
+        reach = _REACH * (var.sqrt() + 1e-6 * (1 + mean.abs()))
         low.append(mean - reach)
         high.append(mean + reach)
     return torch.minimum(*low), torch.maximum(*high)

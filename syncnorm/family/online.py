@@ -82,7 +82,6 @@ class OnlineNorm(PooledBatchNorm):
     scales_at_once: ClassVar[bool] = False
     u: Tensor
     v: Tensor
-    average_every: int
     gradient_momentum: float
     late: LateSums
 
@@ -138,9 +137,6 @@ class OnlineNorm(PooledBatchNorm):
     def _begin(self) -> Start:
         self.late.begin(self)
         averages = not self.is_frozen and self.group is not None
-        if not self.is_frozen:
-            # Whether other workers have samples is not known.
-            self.num_batches_tracked.add_(1)
         mean, var = self.running_mean.double(), self.running_var.double()
         return Start(mean.clone(), var.clone(), averages, self.is_frozen)
 
@@ -152,6 +148,8 @@ class OnlineNorm(PooledBatchNorm):
             m, square = mean_of(total).chunk(2)
             pooled = (square - m.square()).clamp(min=0)
             running_var = moved(self.running_var, var, pooled).clamp(min=0)
+            # Before, whether another worker has samples is not known.
+            self.num_batches_tracked.add_((total[-1] > 0).long())
             keep(
                 self,
                 total,
@@ -224,6 +222,8 @@ class _Online(torch.autograd.Function):
             layer.running_var.copy_(torch.where(is_new, var, start.var))
             if start.averages:
                 layer.average_moments(len(x))
+            elif x.numel():
+                layer.num_batches_tracked.add_(1)
         return y
 
     @staticmethod

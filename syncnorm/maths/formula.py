@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from syncnorm.maths.precision import for_sums, sum_dtype
+from syncnorm.maths.precision import for_sums, rounding, sum_dtype
 
 
 def raw_sums(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -60,9 +60,12 @@ def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Te
     wide, w = for_sums(x), _weights(x, mask)
     count = w.sum()
     inverse = torch.where(count == 0, 0.0, 1.0 / count)
-    centred = wide - _facing((w * wide).sum(_over(x)) * inverse, x)
+    mean = (w * wide).sum(_over(x)) * inverse
+    centred = wide - _facing(mean, x)
     var = (w * centred.square()).sum(_over(x)) * inverse
-    return centred, inverse, var, (count <= 1) & (var == 0)
+    # The mean of a single value is rounded, where its weight is no whole number.
+    error = (rounding(mean.dtype) * mean).square()
+    return centred, inverse, var, (count <= 1) & (var <= error)
 
 
 def _invstd(var: Tensor, is_single: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.device import is_host
+from syncnorm.maths.precision import rounding
 
 
 class Moments:
@@ -143,7 +144,10 @@ def _finish(sums: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor]:
     channels = (sums.numel() - 1) // 2
     total, squares, _ = sums.split((channels, channels, 1))
     mean = total * reciprocal(n)
-    return mean, (squares - total * mean).clamp(min=0.0)
+    m2 = (squares - total * mean).clamp(min=0.0)
+    if isinstance(n, Tensor) or n <= 1:
+        m2 = torch.where((m2 <= rounding(m2.dtype) * squares) & (n <= 1), 0.0, m2)
+    return mean, m2
 
 
 def merge(a: Moments, b: Moments) -> Moments:

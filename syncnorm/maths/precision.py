@@ -24,3 +24,11 @@ def sum_dtype(device: torch.device) -> torch.dtype:
 def for_sums(t: Tensor) -> Tensor:
     """t in the type of sums on its device."""
     return t.to(sum_dtype(t.device))
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """The share of a value, or of its square, that sums of this type may have of rounding alone.
+
+    A single value has no variance, but may seem to have, where its weight is no whole number.
+    """
+    return 16 * torch.finfo(dtype).eps

@@ -272,11 +272,13 @@ static void moments_of(const batch *b, long channels, double *restrict mean, dou
     memcpy(mean, first, sizeof *mean * channels), memcpy(m2, second, sizeof *m2 * channels);
     return;
   }
+  /* A single value has no variance, whatever its weight: at most a rounding error. */
+  const double share = b->n <= 1 ? 16 * DBL_EPSILON : 0;
   for (long c = 0; c < channels; c++) {
     double sum = first[c], square = second[c];
     mean[c] = sum * inverse;
     square -= sum * mean[c];
-    m2[c] = square < 0 ? 0 : square;
+    m2[c] = square <= share * second[c] ? 0 : square;
   }
 }
 

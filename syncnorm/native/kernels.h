@@ -5,6 +5,7 @@
    units by its shape alone, and their sums are added in order: the bits do not depend on the number of threads. */
 #pragma once
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>

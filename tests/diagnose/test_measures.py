@@ -185,10 +185,11 @@ def test_smoothness_of_a_quadratic_is_its_curvature():
     assert torch.equal(model.w, before)
 
 
-def test_divergence_of_normal_distributions():
-    def normal(mean, var):
-        return torch.tensor([mean], dtype=torch.float64), torch.tensor([var], dtype=torch.float64)
+def normal(mean: float, var: float) -> tuple[Tensor, Tensor]:
+    return torch.tensor([mean], dtype=torch.float64), torch.tensor([var], dtype=torch.float64)
 
+
+def test_divergence_of_normal_distributions():
     # D(N(1, 4) || N(0, 1)) = log(1/2) + (4 + 1) / 2 - 1/2
     found = shift.gaussian_divergence(normal(1.0, 4.0), normal(0.0, 1.0), 0.0)
     assert found.item() == pytest.approx(-math.log(2) + 2)
@@ -328,3 +329,8 @@ def test_the_pages_example_runs(capsys):
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     exec(compile(block, "docs/diagnose.md", "exec"), {})
     assert abs(float(capsys.readouterr().out.splitlines()[0])) < 1e-3
+
+
+def test_bins_reach_eight_standard_deviations_about_both_means():
+    low, high = shift._edges(normal(1.0, 4.0), normal(0.0, 1.0))
+    assert (low.item(), high.item()) == pytest.approx((1 - 16, 1 + 16), rel=1e-4)

@@ -8,8 +8,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
-from syncnorm import SyncBatchNorm, SyncBatchRenorm
+from syncnorm import SyncBatchNorm, SyncBatchRenorm, reference
 from syncnorm.maths import kernels
 from syncnorm.maths.kernels import composed, cpu, layout, portable, traced
 from syncnorm.maths.moments import of_sums
@@ -270,3 +271,47 @@ def test_empty_tensors_reach_no_kernel(monkeypatch):
             == kernels.backward_input(x, x, c, c, c, c, None).shape
             == shape
         )
+
+
+def _single_values(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """40 batches of a value that counts, by a weight below 1, and one that does not; (40, 2, 16)."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(40, 2, 16, generator=generator).double() * 3 + 1
+    weights = torch.rand(40, 2, 1, generator=generator).double() * torch.tensor([[[1.0], [0.0]]])
+    return x.to(dtype), weights.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("course", ["native", "cpu", "composed", "triton", "transformed", "oracle"])
+def test_a_single_value_says_nothing_about_scale_whatever_its_weight(course, dtype, monkeypatch):
+    """Its mean and its variance are rounded, by each kernel in its own way."""
+    if course == "cpu":
+        monkeypatch.setattr(kernels.native, "is_usable", lambda *_: False)
+    bias = torch.arange(-8.0, 8.0)
+    layer = SyncBatchNorm(16, track_running_stats=course != "transformed")
+    with torch.no_grad():
+        layer.bias.copy_(bias)
+
+    def call(x: Tensor, w: Tensor) -> Tensor:
+        if course == "oracle":
+            return reference.batch_norm(x, bias=bias, mask=w)
+        return layer(x, w)
+
+    def pulled(x: Tensor, w: Tensor) -> Tensor:
+        return torch.func.grad(lambda v: (call(v, w) * torch.arange(16.0)).sum())(x)
+
+    with ExitStack() as stack:
+        if course in ("composed", "triton"):
+            stack.enter_context(as_device.as_device(course))
+            stack.enter_context(as_device.as_on_cuda())
+        for x, w in zip(*_single_values(dtype), strict=True):
+            if course == "transformed":
+                assert torch.equal(pulled(x, w), torch.zeros_like(x))
+                continue
+            x.requires_grad_()
+            y = call(x, w)
+            assert torch.equal(y, bias.to(y.dtype).expand_as(y))
+            (y * torch.arange(16.0)).sum().backward()
+            assert torch.equal(x.grad, torch.zeros_like(x))
+    if layer.running_var is not None:
+        assert torch.equal(layer.running_var, torch.ones(16))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from syncnorm.maths.kernels import portable
 from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
-from syncnorm.maths.precision import sum_dtype
+from syncnorm.maths.precision import rounding, sum_dtype
 
 # Less than any sum of weights, and lost in one; its reciprocal is finite in float32.
 _NOTHING = 1e-30
@@ -80,7 +80,9 @@ def normalize(
         _correct(rows, var, n, eps, reference)
     if not batch.has_several:
         # No value, or a single one: y is the bias, and the gradient 0.
-        var.masked_fill_(torch.logical_or(m2, n > 1).logical_not_(), torch.inf)
+        is_single = m2 <= (rounding(m2.dtype) * packed[channels:-1] if is_raw else 0)
+        var.masked_fill_(is_single.logical_and_(n <= 1), torch.inf)
+        m2.masked_fill_(is_single, 0)
     if x.numel() == 0:
         var.rsqrt_()  # in the row of invstd
         return torch.empty_like(x), rows

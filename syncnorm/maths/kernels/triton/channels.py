@@ -20,7 +20,7 @@ INTEGERS = [
 
 
 # More than the roundings of a sum of squares and of the square of a sum.
-ROUNDING: tl.constexpr = tl.constexpr(2.0**-50)
+ROUNDING: tl.constexpr = tl.constexpr(2.0**-48)
 
 
 @triton.jit
