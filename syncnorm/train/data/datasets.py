@@ -86,6 +86,12 @@ def make_dataset(
 
     The deviation of a channel whose pixels are all equal counts as 1, so that it becomes 0.
 
+    Args:
+        train: the training set.
+        test: the test set.
+        num_classes: labels are from 0 to this, which is none of them.
+        classes: names of the classes, for predictions.
+
     Raises:
         ConfigError: see `checked_splits`; or images are not finite.
     """
