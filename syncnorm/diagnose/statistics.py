@@ -29,8 +29,8 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
         flat_share     = share of channels with var < eps / 100
 
     mean and var are those of all batches, as training normalises the layers before; `loss` is that
-    of training, of evaluation, and of evaluation by mean and var. values is the number per channel
-    in a statistic.
+    of training, of evaluation, and of evaluation by mean and var, unbiased as running variances are.
+    values is the number per channel in a statistic.
 
     *Statistics*: those of the training, running statistics frozen. m2 is the sum of squared
     deviations, a part what one worker of the training has, on however many workers this is computed.
