@@ -37,8 +37,8 @@ class _Unseeded(Dataset[Tensor]):
         return torch.tensor([secrets.randbelow(2**20) for _ in range(4)]).double()
 
 
-def _tagged(tag: str) -> Dataset[Any]:
-    return Given(*[{"name": [tag] * 2, "boxes": (torch.ones(2, 4), 3)}] * 3)
+def _tagged(path: str, number: int) -> Dataset[Any]:
+    return Given(*[{"names": [path] * 2, "boxes": (torch.ones(2, 4), number)}] * 3)
 
 
 def _last_bits(rank: int) -> Dataset[Any]:
@@ -63,7 +63,8 @@ SPLITS: dict[str, Callable[[int], Splits]] = {
     "the order of rows": lambda rank: Splits(
         _rows(20), TensorDataset(_rows(8)[:][0].roll(rank, 0))
     ),
-    "texts": lambda rank: Splits(_tagged(str(rank))),
+    "other paths": lambda rank: Splits(_tagged(f"/mnt/{rank}/3.png", 3)),
+    "numbers": lambda rank: Splits(_tagged("3.png", rank)),
 }
 FAULTS = {
     "training sizes": "got 20 training samples on rank 0 and 24 on rank 2. Each",
@@ -73,7 +74,7 @@ FAULTS = {
     "labels": "got other training labels on rank 1 than on rank 0. Each",
     "rows": "got another sample 10 of the training set on rank 1 than on rank 0. Each",
     "the order of rows": "got another sample 4 of the test set on rank 1 than on rank 0. Each",
-    "texts": "got another sample 1 of the training set on rank 1 than on rank 0. Each",
+    "numbers": "got another sample 1 of the training set on rank 1 than on rank 0. Each",
 }
 
 
