@@ -43,7 +43,7 @@ from syncnorm.train.placement import Workers
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import describe_metrics
-from syncnorm.train.waiting import in_thread_of_first, wait_for_first
+from syncnorm.train.waiting import from_all, in_thread_of_first, wait_for_first
 
 _log = logging.getLogger(__name__)
 
@@ -311,8 +311,7 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
             mine = error
-    answers: list[tuple[str, Any]] = [("", None)] * launched.world_size
-    dist.all_gather_object(answers, (task.config.model_dump_json(), mine))
+    answers: list[tuple[str, Any]] = from_all((task.config.model_dump_json(), mine))
     different = [rank for rank, (text, _) in enumerate(answers) if text != answers[0][0]]
     if different:
         raise ConfigError(

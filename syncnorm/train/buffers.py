@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import undocumented
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
+from syncnorm.train.waiting import from_all
 
 # By a buffer's name in the model, the module that has it and its name there. The slot stays when
 # the model puts another tensor into it.
@@ -195,9 +196,7 @@ def running_digest(model: nn.Module) -> str:
 
 def gather_digests(model: nn.Module) -> list[str]:
     """Gather every worker's `running_digest`, in rank order. All workers must call it."""
-    digests: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(digests, running_digest(model))
-    return digests
+    return from_all(running_digest(model))
 
 
 def _all_slots(model: nn.Module) -> Slots:

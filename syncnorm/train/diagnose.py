@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import SyncnormError
@@ -19,6 +18,7 @@ from syncnorm.train.notes import Flags
 from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepBatch, StepResult, one_update, training_step
 from syncnorm.train.task.losses import loss_terms
+from syncnorm.train.waiting import from_all
 
 _log = logging.getLogger(__name__)
 _MOST_NAMES = 8
@@ -83,8 +83,7 @@ def describe_not_finite(setup: Setup, feed: Feed, batch: StepBatch, result: Step
 
     *Collectives*: those of the forwards, and one gathering of findings; every worker must call.
     """
-    found: list[tuple[int, str] | None] = [None] * setup.workers.world_size
-    dist.all_gather_object(found, _first_not_finite(setup, feed, batch))
+    found = from_all(_first_not_finite(setup, feed, batch))
     bad = [rank for rank, loss in enumerate(result.losses) if not math.isfinite(loss)]
     what = f"the loss of worker(s) {', '.join(map(str, bad))}" if bad else "the gradient"
     findings = [(*finding, rank) for rank, finding in enumerate(found) if finding]

@@ -40,6 +40,7 @@ from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.storage.mirror import Mirror
+from syncnorm.train.waiting import from_all
 from syncnorm.train.weights import load_weights
 
 # Steps in a row that may be left out for not being finite; more are no accident.
@@ -230,9 +231,7 @@ def _reason(run: Run, is_done: bool) -> str:
     """
     if not is_done:
         mine = f"asked to stop by {run.watch.stop}" if run.watch.stop else run.stop_reason
-        asked: list[str | None] = [None] * run.workers.world_size
-        dist.all_gather_object(asked, mine)
-        return next(filter(None, asked), "asked to stop")
+        return next(filter(None, from_all(mine)), "asked to stop")
     if run.is_out_of_patience:
         return f"the last {run.progress.since_best} evaluations were no better"
     return "all epochs done"

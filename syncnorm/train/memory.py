@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm import system
@@ -37,6 +36,7 @@ from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.task.measures import check_metrics
 from syncnorm.train.task.meters import Meters
+from syncnorm.train.waiting import from_all
 
 _log = logging.getLogger(__name__)
 
@@ -109,8 +109,7 @@ def check_memory(
         estimate(config, workers, feed, model, task),
         available_bytes(config, workers, workers.local_world_size),
     )
-    all_workers = [mine] * workers.world_size
-    dist.all_gather_object(all_workers, mine)
+    all_workers = from_all(mine)
     poorest = min(
         range(workers.world_size),
         key=lambda rank: all_workers[rank][1] - all_workers[rank][0].total,

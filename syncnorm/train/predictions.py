@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,6 +24,7 @@ from syncnorm.train.report.predictions import (
 )
 from syncnorm.train.setup import Setup
 from syncnorm.train.task.supervised import Classify, pair_of
+from syncnorm.train.waiting import from_all
 
 # So that its time does not grow with the set, nor the record with classes and images.
 _MOST_SAMPLES, _MOST_AT_ONCE = 8192, 64
@@ -52,8 +52,7 @@ def collect_predictions(
     found = _judge(setup, feed, split, indices, alive)
     # As after any evaluation: the forwards may have changed some.
     SharedBuffers(setup.evaluated_model).broadcast(are_alike=False)
-    everyone: list[Any] = [found] * workers.world_size
-    dist.all_gather_object(everyone, found)
+    everyone: list[Any] = from_all(found)
     if any(each is None for each in everyone):
         return None
     pairs: Counter[tuple[int, int]] = Counter()

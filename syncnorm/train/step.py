@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm import accumulate
@@ -45,6 +44,7 @@ from syncnorm.train.task import Number, Task
 from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
 from syncnorm.train.task.measures import Measures
 from syncnorm.train.task.meters import Meters
+from syncnorm.train.waiting import from_all
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,7 @@ def raise_failure(message: str) -> None:
     Args:
         message: of this worker; empty if it has not failed.
     """
-    messages = [message] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    failed = [f"{text} (worker {rank})" for rank, text in enumerate(messages) if text]
+    failed = [f"{text} (worker {rank})" for rank, text in enumerate(from_all(message)) if text]
     if failed:
         raise ConfigError("; ".join(failed))
 

@@ -1,4 +1,4 @@
-"""What the first worker does by itself, and the others wait for."""
+"""What workers tell each other, and what the first does by itself while the others wait."""
 
 from collections.abc import Callable
 from concurrent import futures
@@ -12,6 +12,16 @@ T = TypeVar("T")
 
 # Far below every time limit of a worker, which the others would reach as they wait.
 _LOOK_SECONDS = 0.3
+
+
+def from_all(mine: T) -> list[T]:
+    """Gather an object of each worker, in rank order.
+
+    *Collectives*: one all_gather_object; every worker must call.
+    """
+    everyone = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def from_first(is_first: bool, work: Callable[[], T]) -> T:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -29,7 +28,7 @@ from syncnorm.train.config.section import leaves
 from syncnorm.train.metrics import from_json_value, json_value
 from syncnorm.train.scaling import load_scaler, scaler_state
 from syncnorm.train.setup import Setup
-from syncnorm.train.waiting import from_first
+from syncnorm.train.waiting import from_all, from_first
 
 _log = logging.getLogger(__name__)
 
@@ -106,11 +105,10 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
     *Collectives*: one gathering of each worker's own state; every worker must call.
     """
     setup.flush_statistics()
-    own: list[Any] = [None] * setup.workers.world_size
     mine = {"rng": _random_state(), "buffers": _own_buffers(setup.model)}
     if setup.average is not None:
         mine["ema"] = _own_buffers(setup.average.module)
-    dist.all_gather_object(own, mine)
+    own = from_all(mine)
     tensors = {"model": setup.model.state_dict()}
     unsaved = {"model": buffers.unsaved(setup.model)}
     if setup.average is not None:

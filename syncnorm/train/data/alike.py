@@ -4,13 +4,13 @@ import zlib
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.batches import leaves
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed
 from syncnorm.train.placement import Workers
+from syncnorm.train.waiting import from_all
 
 # Machines may read an image to other last bits.
 _TOLERANCE = 1e-3
@@ -54,7 +54,7 @@ def check_alike(feed: Feed, workers: Workers) -> None:
     facts = {f"{name} samples": feed.sizes.get(split) for split, name in _NAMES.items()}
     facts |= {"classes": feed.num_classes, "channels": feed.in_channels}
     read = {split: _read(feed, split) for split in feed.sizes}
-    everyone = _gather((facts, _checksum(feed.labels), read), workers)
+    everyone = from_all((facts, _checksum(feed.labels), read))
     first_facts, first_checksum, first_read = everyone[0]
     for rank, (other, checksum, _) in enumerate(everyone):
         for what, number in first_facts.items():
@@ -71,19 +71,14 @@ def check_alike(feed: Feed, workers: Workers) -> None:
     if not differ:
         return
     # The same seed gives a sample the same changes, unless it draws them from elsewhere.
-    repeats = _gather({s: _are_alike(read[s], _read(feed, s)) for s in read}, workers)
+    again = {split: _read(feed, split) for _, split in sorted(differ)}
+    repeats = from_all({split: _are_alike(read[split], again[split]) for split in again})
     for rank, split in sorted(differ):
         if all(each[split] for each in repeats):
             raise _refusal(
                 f"another sample {_middle(feed, split)} of the {_NAMES[split]} set on rank {rank} "
                 "than on rank 0"
             )
-
-
-def _gather(mine: Any, workers: Workers) -> list[Any]:
-    everyone: list[Any] = [None] * workers.world_size
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _refusal(what: str) -> ConfigError:

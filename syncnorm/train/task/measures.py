@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.task import Number, Share
+from syncnorm.train.waiting import from_all
 
 _SHARES = ("accuracy", "f1", "iou", "match", "precision", "recall")
 
@@ -43,9 +43,9 @@ class Measures:
         Raises:
             ConfigError: workers measured different metrics; on all workers.
         """
-        mine = {name: [_numbers(part) for part in share] for name, share in self._sums.items()}
-        everyone: list[Any] = [mine] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        everyone = from_all(
+            {name: [_numbers(part) for part in share] for name, share in self._sums.items()}
+        )
         # A worker without a sample has measured nothing.
         measured = [each for each in everyone if each]
         layouts = {
