@@ -69,7 +69,9 @@ def normalize(
     if is_raw:
         total, squares = packed[:-1].view(2, -1)
         torch.div(total, positive, out=mean)
-        torch.addcmul(squares, total, mean, value=-1, out=m2).clamp_(min=0)
+        # Each rounded by itself, so that a single value leaves 0.
+        torch.mul(total, mean, out=m2)
+        torch.sub(squares, m2, out=m2).clamp_(min=0)
     else:
         rows[:2] = packed[:-1].view(2, -1)
     var = torch.div(m2, positive, out=invstd).add_(eps)
