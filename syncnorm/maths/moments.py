@@ -53,6 +53,10 @@ class Moments:
         """Biased variance m2 / n, shape (C,); 0 where n = 0."""
         return self.m2 * reciprocal(self.n)
 
+    def alike(self) -> Moments:
+        """The same with the bits that all workers have, whichever kernels took their batches."""
+        return self
+
     def invstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), shape (C,); 0 where no value or a single one counts.
 
@@ -113,6 +117,9 @@ class Raw(Moments):
     @property
     def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._finished[1]
+
+    def alike(self) -> Moments:
+        return Moments(self.count, *_finish(self.packed[0], self.n))
 
     @cached_property
     def _finished(self) -> Tensor | tuple[Tensor, Tensor]:

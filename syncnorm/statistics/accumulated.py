@@ -40,6 +40,8 @@ class Accumulating(Lent):
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         if local.observer is None and layer.is_tracking:
+            # A worker without samples has no kernels, whose mean and m2 have bits of their own.
+            batch = batch.alike()
             self.total = batch if self.total is None else merge(self.total, batch)
 
     def discard(self, layer: SyncNorm) -> None:

@@ -28,6 +28,7 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
+from tests.as_device import as_device
 from tests.model.parts import HomeMade, state_of, uneven_batch
 
 
@@ -158,3 +159,27 @@ def test_uneven_micro_batches_of_uneven_shards_weigh_as_the_whole_batch(pool):
     (x @ whole.t()).square().mean().backward()
     for gradient in pool(2).run(_accumulated_gradient):
         assert_close(gradient, whole.grad, torch.float64, "gradient")
+
+
+def _accumulated_without_samples(is_renorm: bool, kernels: str | None) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    layer = (SyncBatchRenorm if is_renorm else SyncBatchNorm)(64, dtype=torch.float64)
+    model = prepare_ddp(nn.Sequential(layer))
+    x = torch.randn(3, 64, 3) + torch.rand(64, 1)
+    own = x.split([2, 1, 0])[dist.get_rank()]
+    with as_device(kernels) if kernels else contextlib.nullcontext(), accumulate(model):
+        for scale in (1.0, 1.3):
+            model((own * scale).requires_grad_()).sum().backward()
+    return [layer.running_mean, layer.running_var]
+
+
+@pytest.mark.parametrize("kernels", [None, "triton", "composed"], ids=str)
+@pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])
+def test_a_worker_without_samples_has_the_bits_of_the_others(pool, is_renorm, kernels):
+    """Its empty batch goes through no kernel, or through another one."""
+    if kernels == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    first, *others = pool(3).run(_accumulated_without_samples, is_renorm, kernels)
+    for other in others:
+        for got, expected in zip(other, first, strict=True):
+            assert torch.equal(got, expected)
