@@ -110,7 +110,7 @@ def diagnose_run(
     """
     set_tf32(config.train.tf32)
     snapshot = share_evaluated(folder, checkpoint, workers)
-    signature = signature_of(snapshot, config, folder, allowed)
+    signature = signature_of(snapshot, folder)
     with closing(load_feed(config, workers.device, allowed)) as feed:
         task = task_of(config, workers.device, feed, allowed)
         model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
@@ -130,7 +130,7 @@ def diagnose_run(
             parts=parts,
             samples=plan.smallest,
             lr=_rate(config, snapshot),
-            frozen=snapshot.facts.get("in_evaluation", ()),
+            frozen=snapshot.facts["in_evaluation"],
             # Of the training, whose lagged layers keep averages of gradients with it.
             scale=parts,
         )

@@ -73,12 +73,7 @@ def evaluate_run(
     """
     set_tf32(config.train.tf32)
     snapshot = share_evaluated(folder, checkpoint, workers)
-    if has_other_data and "signature" not in snapshot.facts:
-        raise ConfigError(
-            f"`--data` must be left out for run {str(folder)!r}: it is of a version that did not "
-            "save how inputs are standardised"
-        )
-    signature = signature_of(snapshot, config, folder, allowed)
+    signature = signature_of(snapshot, folder)
     if has_other_data:
         config = _with_figures(config, signature.inputs)
     with closing(load_feed(config, workers.device, allowed)) as feed:

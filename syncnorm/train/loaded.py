@@ -19,7 +19,7 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import map_members, to_device
 from syncnorm.train.data.inputs import Signature, Standardise
-from syncnorm.train.setup import autocast, load_feed, make_network
+from syncnorm.train.setup import autocast, make_network
 from syncnorm.train.storage.fetch import local_copy
 
 _log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def load(
     folder, allowed = local_copy(run), tuple(allow)
     config = read_run(folder, allowed, ("model.name",))
     snapshot = read_evaluated(folder, checkpoint)
-    signature = signature_of(snapshot, config, folder, allowed)
+    signature = signature_of(snapshot, folder)
     network = make_evaluated(config, signature, snapshot, folder, torch.device(device), allowed)
     return LoadedModel(network, config, signature).to(device).eval()
 
@@ -142,26 +142,14 @@ def read_run(
     return config
 
 
-def signature_of(
-    snapshot: Snapshot, config: Config, folder: Path, allowed: tuple[str, ...] = ()
-) -> Signature:
-    """Read the inputs and outputs of the model; of an old checkpoint, from the data set.
+def signature_of(snapshot: Snapshot, folder: Path) -> Signature:
+    """Read the inputs and outputs of the model.
 
     Raises:
-        ConfigError: they are damaged, or the data set cannot be opened.
+        ConfigError: they are damaged.
     """
-    facts = snapshot.facts.get("signature")
-    if facts is None:
-        try:
-            check_callables(config, allowed, ("data.name",))
-            return load_feed(config, torch.device("cpu"), allowed).signature
-        except ConfigError as error:
-            raise ConfigError(
-                f"run {str(folder)!r} is of a version that did not save how inputs are "
-                f"standardised, and its data set cannot be opened: {error}"
-            ) from None
     try:
-        return Signature.model_validate(facts)
+        return Signature.model_validate(snapshot.facts.get("signature"))
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(

@@ -57,10 +57,7 @@ def merge_runs(
     """
     config = configs[0]
     snapshots = [share_evaluated(folder, NEWEST, workers) for folder in folders]
-    signatures = [
-        signature_of(snapshot, each, folder, allowed)
-        for snapshot, each, folder in zip(snapshots, configs, folders, strict=True)
-    ]
+    signatures = [signature_of(*each) for each in zip(snapshots, folders, strict=True)]
     if configs[0].model != configs[1].model or signatures[0] != signatures[1]:
         raise ConfigError(
             f"runs {str(folders[0])!r} and {str(folders[1])!r} must be of one `model`, trained on "

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +63,26 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
         The events in their order, and the number of lines that are none, as the last one after a
         kill may be.
     """
-    events, torn = [], 0
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    lines = list(each_event(path))
+    events = [event for event in lines if event is not None]
+    return events, len(lines) - len(events)
+
+
+def each_event(path: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield a run's events, in their order, and None for a line that is none.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+    """
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+        for line in filter(bytes.strip, file):
             try:
                 event = json.loads(line)
-            except ValueError:
+            # ValueError: not JSON, or not UTF-8; the other one: nested without end.
+            except (ValueError, RecursionError):
                 event = None
-            if isinstance(event, dict) and isinstance(event.get("event"), str):
-                events.append(event)
-            else:
-                torn += 1
-    return events, torn
+            is_event = isinstance(event, dict) and isinstance(event.get("event"), str)
+            yield event if is_event else None
 
 
 def last_step(path: Path) -> int:

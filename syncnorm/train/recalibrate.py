@@ -10,7 +10,7 @@ import torch
 
 from syncnorm import recalibrate
 from syncnorm.errors import ConfigError
-from syncnorm.model.modes import in_evaluation, put_in_evaluation
+from syncnorm.model.modes import put_in_evaluation
 from syncnorm.train.checkpoint.evaluated import (
     NEWEST,
     RECALIBRATED,
@@ -63,7 +63,7 @@ def recalibrate_run(
         task = task_of(config, workers.device, feed, allowed)
         model = make_model(config, workers.device, feed, 1, allowed)
         load_evaluated(model, snapshot, folder)
-        put_in_evaluation(model, snapshot.facts.get("in_evaluation", in_evaluation(model)))
+        put_in_evaluation(model, snapshot.facts["in_evaluation"])
         before = evaluate(task, model, feed, split, config, workers)
         with autocast(config, workers.device):
             recalibrate(Judged(model, task), share_of_batches(feed, workers, config), mix=mix)

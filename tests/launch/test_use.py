@@ -24,7 +24,7 @@ from torch import nn
 
 import syncnorm
 from syncnorm.cli import main
-from syncnorm.errors import ConfigError, InputError
+from syncnorm.errors import InputError
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import write_config
 from syncnorm.train.checkpoint.store import CheckpointStore
@@ -502,22 +502,6 @@ def test_bad_input(arguments, message, made, tmp_path, monkeypatch, capfd):
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
-
-
-def test_an_old_checkpoint_is_completed_from_the_data_set(made, tmp_path):
-    from syncnorm.train.checkpoint.snapshot import read_snapshot, write_snapshot
-
-    folder = tmp_path / "run"
-    shutil.copytree(made["norm"].folder, folder)
-    for path in folder.glob("checkpoints/step-*"):
-        snapshot = read_snapshot(path)
-        del snapshot.facts["signature"]
-        shutil.rmtree(path)
-        write_snapshot(path, snapshot)
-    assert accuracy(syncnorm.load(folder)(TEST.images)) == made["norm"].metrics["accuracy"]
-    edit_config("name: digits\n", "name: mine:load\n")(folder)
-    with pytest.raises(ConfigError, match="did not save how inputs are standardised"):
-        syncnorm.load(folder)
 
 
 def test_the_page_works_as_it_stands(made, images, tmp_path, monkeypatch, capfd):

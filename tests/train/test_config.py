@@ -444,7 +444,7 @@ def test_a_bare_name_is_an_optimizer_without_the_arguments_of_the_file(config_pa
     train = load_config(str(config_path), options).train
     assert (train.optimizer.name, train.optimizer.options) == ("AdamW", {"betas": [0.8, 0.9]})
     assert train.schedule.name == "linear"
-    origin = {key: origin for key, _, origin in origins(str(config_path), options)}
+    origin = {".".join(key): origin for key, _, origin in origins(str(config_path), options)}
     assert origin["train.optimizer.name"] == "command line"
 
 

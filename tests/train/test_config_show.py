@@ -45,7 +45,7 @@ def config_path(tmp_path) -> str:
 
 def test_origins(config_path):
     found = {
-        key: (value, origin)
+        ".".join(key): (value, origin)
         for key, value, origin in origins(config_path, ["train.lr=3", "train.clip=null"])
     }
     assert found["model.name"] == ("digits_resnet", f"{config_path}:2")
@@ -66,9 +66,9 @@ def test_an_argument_that_is_taken_out_is_not_shown(config_path):
         "train.optimizer.eps=1e-6",
     ]
     found = {
-        key: origin
+        ".".join(key): origin
         for key, _, origin in origins(config_path, overrides)
-        if key.startswith("train.optimizer")
+        if key[:2] == ("train", "optimizer")
     }
     assert found == {"train.optimizer.name": "command line", "train.optimizer.eps": "command line"}
 
@@ -76,7 +76,7 @@ def test_an_argument_that_is_taken_out_is_not_shown(config_path):
 def test_every_value_has_an_origin_in_one_column(config_path):
     lines = show(config_path, ["train.lr=3"]).splitlines()
     values = [line for line in lines if not line.endswith(":")]
-    assert len(values) == len(origins(config_path))
+    assert len(values) == len(list(origins(config_path)))
     assert len({line.index("  # ") + len(line.partition("  # ")[1]) for line in values}) == 1
     assert next(line for line in lines if line.startswith("  lr:")).split() == [
         "lr:",

@@ -153,6 +153,14 @@ def test_a_line_that_is_cut_off_by_a_full_disk_leaves_the_next_one_whole(tmp_pat
     assert torn == 1
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5_000, "[1]", '{"step": 7}', "\xff"])
+def test_lines_that_are_no_events(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"event": "step", "step": 1}\n\n' + line + "\n", encoding="latin-1")
+    assert read_events(path) == ([{"event": "step", "step": 1}], 1)
+    assert last_step(path) == 1
+
+
 def test_nothing_on_record(tmp_path):
     assert last_step(tmp_path / "metrics.jsonl") == 0
 

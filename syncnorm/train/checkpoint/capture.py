@@ -63,8 +63,7 @@ class Progress:
 
     def load_facts(self, facts: dict[str, Any]) -> None:
         """Load a dict of `as_facts`, as JSON has it; TypeError or KeyError if it is another."""
-        # Older checkpoints do not have `left_out`.
-        facts = from_json_value({"left_out": 0, **facts})
+        facts = from_json_value(facts)
         for name, value in asdict(Progress(**{name: facts[name] for name in asdict(self)})).items():
             setattr(self, name, value)
 
@@ -148,8 +147,7 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
         buffers.load(setup.model, snapshot.tensors["model"], unsaved.get("model", {}))
         if setup.average is not None:
             buffers.load(setup.average, snapshot.tensors["ema"], unsaved.get("ema", {}))
-        if "in_evaluation" in snapshot.facts:  # checkpoints of older versions lack it
-            put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
+        put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
         setup.optimizer.load_state_dict(snapshot.states["optimizer"])
         setup.schedule.load_state_dict(snapshot.states["schedule"])
         _lengthen(setup, snapshot)
@@ -309,7 +307,7 @@ def _own_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
     buffers.copy_into(setup.model, buffers.local_slots(setup.model), own["buffers"])
-    if setup.average is not None and "ema" in own:  # checkpoints of older versions lack it
+    if setup.average is not None:
         average = setup.average.module
         buffers.copy_into(average, buffers.local_slots(average), own["ema"])
     torch.set_rng_state(own["rng"]["torch"])

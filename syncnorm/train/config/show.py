@@ -30,22 +30,6 @@ of each value.
 """
 
 
-def origins(source: str, overrides: Sequence[str] = ()) -> list[tuple[str, Any, str]]:
-    """List every key of a resolved configuration with its value and the origin of that.
-
-    Args:
-        source: as in `load_config`.
-        overrides: as in `load_config`.
-
-    Returns:
-        (dotted key, value, origin), the origin being "default", "FILE:line" or "command line".
-
-    Raises:
-        ConfigError: as in `load_config`.
-    """
-    return [(".".join(key), value, origin) for key, value, origin in _origins(source, overrides)]
-
-
 def show(source: str, overrides: Sequence[str] = ()) -> str:
     """Write a resolved configuration as YAML, each value with its origin as a comment.
 
@@ -61,7 +45,7 @@ def show(source: str, overrides: Sequence[str] = ()) -> str:
     """
     lines: list[tuple[str, str]] = []
     above: Key = ()
-    for key, value, origin in _origins(source, overrides):
+    for key, value, origin in origins(source, overrides):
         common = next(
             (depth for depth, part in enumerate(key[:-1]) if above[depth : depth + 1] != (part,)),
             len(key) - 1,
@@ -93,7 +77,8 @@ def schema(form: Literal["text", "markdown", "json"] = "text") -> str:
     return "\n".join(map(_text, tables))
 
 
-def _origins(source: str, overrides: Sequence[str]) -> Iterator[tuple[Key, Any, str]]:
+def origins(source: str, overrides: Sequence[str] = ()) -> Iterator[tuple[Key, Any, str]]:
+    """Yield the path of each key, its value, and "default", "FILE:line" or "command line"."""
     written = read(source, overrides)
     config = check(written)
     lines = strict_yaml.lines(written.text)

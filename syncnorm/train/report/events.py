@@ -1,17 +1,17 @@
 """Reader of `metrics.jsonl`, which may be damaged.
 
 A run that was killed may have torn its last line, and a run that went on from a checkpoint records
-steps again. So lines that are no JSON object are counted and left out, and of several records of a
+steps again. So lines that are no event are counted and left out, and of several records of a
 step the last one counts. Missing or unknown events and fields are not errors.
 """
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.metrics import each_event
 from syncnorm.train.report.predictions import Predictions, read_predictions
 
 # By event, the fields that are curves over the optimizer's steps.
@@ -67,7 +67,7 @@ class Events:
         attempts: first and last time of each start of the run.
         epoch_seconds: by step, how long the epoch took.
         predictions: the last of a classifier.
-        torn: lines that are no JSON object.
+        torn: lines that are no event.
     """
 
     curves: dict[str, dict[int, float]] = field(default_factory=dict)
@@ -164,26 +164,14 @@ def read_events(path: Path) -> Events:
     """
     events = Events()
     try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    _add_line(events, line)
-    except FileNotFoundError:
-        pass
+        for event in each_event(path):
+            if event is None:
+                events.torn += 1
+            else:
+                events.add(event)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     return events
-
-
-def _add_line(events: Events, line: bytes) -> None:
-    try:
-        event = json.loads(line)
-    except (ValueError, RecursionError):  # ValueError: not JSON, or not UTF-8
-        event = None
-    if isinstance(event, dict):
-        events.add(event)
-    else:
-        events.torn += 1
 
 
 def number(value: Any) -> float | None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from syncnorm.train.config.section import leaves
 from syncnorm.train.report.run import Run
 
 
@@ -90,22 +91,16 @@ def not_finite_steps(run: Run) -> list[int]:
 
 def config_differences(runs: Sequence[Run]) -> dict[str, list[str | None]]:
     """Return the dotted keys whose values differ, with each run's value; None where it has none."""
-    flat = [_flatten(run.config) for run in runs]
+    flat = [
+        {".".join(map(str, key)): _text(value) for key, value in leaves(run.config)} for run in runs
+    ]
     keys = dict.fromkeys(key for each in flat for key in each)
     rows = {key: [each.get(key) for each in flat] for key in keys}
     return {key: values for key, values in rows.items() if len(set(values)) > 1}
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = (
-                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            )
-    return flat
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _finite(values: dict[int, float]) -> dict[int, float]:
