@@ -53,10 +53,6 @@ class Moments:
         """Biased variance m2 / n, shape (C,); 0 where n = 0."""
         return self.m2 * reciprocal(self.n)
 
-    def alike(self) -> Moments:
-        """The same with the bits that all workers have, whichever kernels took their batches."""
-        return self
-
     def invstd(self, eps: float) -> Tensor:
         """1 / sqrt(var + eps), shape (C,); 0 where no value or a single one counts.
 
@@ -118,9 +114,6 @@ class Raw(Moments):
     def m2(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._finished[1]
 
-    def alike(self) -> Moments:
-        return Moments(self.count, *_finish(self.packed[0], self.n))
-
     @cached_property
     def _finished(self) -> Tensor | tuple[Tensor, Tensor]:
         rows = getattr(self, "rows", None)
@@ -155,14 +148,6 @@ def _finish(sums: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor]:
     if isinstance(n, Tensor) or n <= 1:
         m2 = torch.where((m2 <= rounding(m2.dtype) * squares) & (n <= 1), 0.0, m2)
     return mean, m2
-
-
-def merge(a: Moments, b: Moments) -> Moments:
-    """The moments of two batches together. Chan, Golub and LeVeque 1979, eq. 2.1."""
-    count = a.count + b.count
-    share = b.count * reciprocal(count)
-    delta = b.mean - a.mean
-    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta.square() * a.count * share)
 
 
 def average_factor(

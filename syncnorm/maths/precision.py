@@ -27,8 +27,9 @@ def for_sums(t: Tensor) -> Tensor:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The share of a value, or of its square, that sums of this type may have of rounding alone.
+    """The share of sum w x^2 that m2 of a single value (n <= 1) may have of rounding alone.
 
-    A single value has no variance, but may seem to have, where its weight is no whole number.
+    A single value has no variance, but seems to have one where its weight is no whole number. Of
+    several values no variance is too small to count.
     """
     return 16 * torch.finfo(dtype).eps

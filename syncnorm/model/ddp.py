@@ -21,7 +21,7 @@ from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard
-from syncnorm.statistics.steps import delimited_by
+from syncnorm.statistics.steps import delimited_by, remove_deserted
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -219,16 +219,19 @@ def _wrapped(model: nn.Module) -> str | None:
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     """Attach layers of one mode and one process group to each other."""
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
-    within = delimited_by(model)
+    within, is_moved = delimited_by(model), False
     for name, layer in layers.items():
         layer.is_prepared = True
         source = layer.statistics
         if not (source.steps is None or source.steps in within or source.is_busy):
             # Prepared in another model, whose forward nobody may call any more.
             source.release(layer)
+            is_moved = True
         if not layer.statistics.is_attached:
             members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer
+    if is_moved:
+        remove_deserted(model)
     for some in together.values():
         next(iter(some.values())).sync_mode.attach(some, model)
 
@@ -244,14 +247,15 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     Args:
         loss: mean over this worker's samples, shape (). A worker without samples passes a loss
             that depends on its (empty) output all the same, so that it takes part in the backward
-            pass; the value, perhaps NaN, does not matter.
+            pass; the value, perhaps NaN, does not matter. A division by a count of its own must be
+            one by at least 1: the gradient of 0 / 0 is NaN whatever multiplies it. In a half type
+            the weight is rounded to that type, by up to 0.2 %: better a float32 loss.
         local_count: the number of these samples, finite and >= 0 (or of whatever the mean is over:
             boxes, valid pixels).
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:
-        The scaled loss, in float32 if it was of a half type; the loss itself with one worker; zero
-        if there are no samples at all.
+        The scaled loss; the loss itself with one worker; zero if there are no samples at all.
 
     Raises:
         FaultError: on every worker, if the count of one is none. On CUDA this is looked at in debug
@@ -273,10 +277,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     if local_count == 0:
         # The mean over nothing is NaN.
         return loss.nan_to_num(0.0) * 0.0
-    # At least float32: weights of half types would be off by some tenths of a per cent.
-    wide = torch.promote_types(loss.dtype, torch.float32)
-    factor = (local_count * len(groups.ranks(group)) / total).squeeze(0)
-    return loss.to(wide) * factor.to(wide)
+    return loss * (local_count * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
 
 
 def _no_counts(given: Mapping[int, float]) -> FaultError:

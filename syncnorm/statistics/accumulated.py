@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from syncnorm.maths.moments import Moments, merge
+from syncnorm.maths.moments import Moments, Raw
 from syncnorm.ops import LocalSums, Statistic, unexchanged_statistic
 from syncnorm.statistics.source import Lent, Source
 from syncnorm.undocumented import disable_dynamo
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Accumulating(Lent):
-    """A layer's own source, except that what it records is merged and kept."""
+    """A layer's own source, except that what it records is added up and kept."""
 
     @property
     def is_accumulating(self) -> bool:
@@ -24,7 +24,9 @@ class Accumulating(Lent):
 
     def __init__(self, source: Source) -> None:
         super().__init__(source)
-        self.total: Moments | None = None
+        self.total: Tensor | None = None
+        """The raw sums of all forwards: they have the same bits on all workers, whichever kernels
+        took their batches."""
 
     @disable_dynamo
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -40,9 +42,9 @@ class Accumulating(Lent):
 
     def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
         if local.observer is None and layer.is_tracking:
-            # A worker without samples has no kernels, whose mean and m2 have bits of their own.
-            batch = batch.alike()
-            self.total = batch if self.total is None else merge(self.total, batch)
+            sums, is_raw = batch.packed
+            assert is_raw
+            self.total = sums if self.total is None else self.total + sums
 
     def discard(self, layer: SyncNorm) -> None:
         self.total = None
@@ -51,4 +53,4 @@ class Accumulating(Lent):
     def apply(self, layer: SyncNorm) -> None:
         """Have the running statistics follow all that was recorded."""
         if self.total is not None:
-            layer.update_running(self.total, layer.momentum)
+            layer.update_running(Raw(self.total), layer.momentum)

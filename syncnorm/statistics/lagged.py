@@ -96,7 +96,7 @@ class _Own(NamedTuple):
 
 
 class _Averages(NamedTuple):
-    """What all layers have averaged up to the last step, by their names."""
+    """What layers have averaged up to the last step, by their names."""
 
     waits: dict[str, bool]
     """True for a layer that waits for pooling in this step."""
@@ -233,7 +233,7 @@ class PooledLagged(Source):
         self._sent: FlatMessage | None = None
         """The message of the backward pass, under way."""
         self._averages: _Averages | None = None
-        """As they are, while nobody moves them."""
+        """As they are in the present step, while nobody moves them."""
 
     @property
     def layers(self) -> Mapping[str, SyncNorm]:
@@ -250,16 +250,18 @@ class PooledLagged(Source):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if local.observer is not None:
             return ops.unexchanged_statistic(local, layer.label)
-        if not self._steps.is_open:
+        name = self.pool.names[layer]
+        if self._steps.is_open:
+            averages = self._averages = self._averages or self._read(self.layers)
+        else:
             self.pool.check_outside(layer, local)
             self.settle()
+            # Somebody may write them between any two calls.
+            averages = self._read({name: layer})
         group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
-        if self._averages is None:
-            self._averages = self._read()
-        name = self.pool.names[layer]
-        kept, of_moments = self._averages.copies[name], 2 * layer.num_features + 1
+        kept, of_moments = averages.copies[name], 2 * layer.num_features + 1
         batch, estimate = Packed(kept[:of_moments]), kept[of_moments:].view(2, -1)
-        if self._averages.waits[name]:
+        if averages.waits[name]:
             batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(batch, group, layer.label)
         if layer.freeze is not None:
@@ -333,8 +335,11 @@ class PooledLagged(Source):
     ) -> None:
         """Keep a call's [sum g, sum g xhat], shape (2, C), and count for the message, and note it.
 
-        The call may have been through its backward pass before.
+        The call may have been through its backward pass before. What is left of a layer that belongs
+        to another model by now goes nowhere.
         """
+        if layer not in self.pool.names:
+            return
         is_late = backward is not None and backward is not self._backward
         kept = self._late if is_late else self._gradients
         name, new = self.pool.names[layer], [local.flatten(), count]
@@ -383,10 +388,10 @@ class PooledLagged(Source):
                     rules.follow_gradients_(sums, own.gradient, own.updates[1], own.options)
 
     @torch.no_grad()
-    def _read(self) -> _Averages:
-        """Read them for all layers: the one look at values that this mode needs, on CUDA too."""
+    def _read(self, layers: Mapping[str, SyncNorm]) -> _Averages:
+        """Read the averages of layers: the one look at values that this mode needs, on CUDA too."""
         by_device: dict[torch.device, dict[str, _Own]] = {}
-        for name, layer in self.layers.items():
+        for name, layer in layers.items():
             own = _Own.of(layer)
             by_device.setdefault(own.mean.device, {})[name] = own
         averages = _Averages({}, {})

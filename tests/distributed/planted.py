@@ -16,6 +16,7 @@ from syncnorm.fused import FusedNormalize
 from syncnorm.maths import moments
 from syncnorm.maths.kernels import composed
 from syncnorm.module import SyncNorm
+from tests.as_device import as_device
 
 
 @contextmanager
@@ -48,12 +49,13 @@ def narrow_wire() -> Iterator[None]:
 
 @contextmanager
 def unguarded_count() -> Iterator[None]:
-    """1 / count, whatever the count."""
+    """1 / count, whatever the count, on the course of a device, where no worker looks at one."""
 
     def reciprocal(count: float | Tensor) -> Tensor:
         return 1.0 / torch.as_tensor(count, dtype=torch.float64)
 
     with (
+        as_device("composed"),
         patch.object(moments, "reciprocal", reciprocal),
         patch.object(ops, "reciprocal", reciprocal),
         patch.object(composed, "_positive", lambda n: n),

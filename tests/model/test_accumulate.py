@@ -136,29 +136,47 @@ _PARTS = [[1, 3], [5, 1]]
 """Sizes of the micro-batches of each worker."""
 
 
-def _accumulated_gradient() -> torch.Tensor:
+def _small_model(norm: type[nn.Module]) -> nn.Sequential:
+    linear = nn.Linear(12, 2, bias=False, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(torch.linspace(-1, 1, 24).view(2, 12))
+    return nn.Sequential(linear, norm(2, dtype=torch.float64))
+
+
+def _distance(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return (y - x[:, :2]).square().sum(1)
+
+
+def _weighed() -> tuple[torch.Tensor | None, torch.Tensor]:
     """As docs/modes.md has it."""
     rank = dist.get_rank()
     before = sum(map(sum, _PARTS[:rank]))
-    x = uneven_batch(10, 3)[before : before + sum(_PARTS[rank])]
-    model = nn.Linear(x[0].numel(), 2, bias=False, dtype=torch.float64)
-    nn.init.constant_(model.weight, 0.1)
-    ddp_model = DistributedDataParallel(model)
-    micro_batches = x.flatten(1).split(_PARTS[rank])
-    for number, each in enumerate(micro_batches, 1):
-        with contextlib.nullcontext() if number == len(micro_batches) else ddp_model.no_sync():
-            loss = ddp_model(each).square().mean() * len(each) / len(x)
-            scale_loss(loss, len(x)).backward()
-    assert model.weight.grad is not None
-    return model.weight.grad
+    x = uneven_batch(10, 3).flatten(1)[:, :12][before : before + sum(_PARTS[rank])]
+    model = _small_model(SyncBatchNorm)
+    ddp_model = DistributedDataParallel(prepare_ddp(model))
+    micro_batches = x.split(_PARTS[rank])
+    with accumulate(model):
+        for number, each in enumerate(micro_batches, 1):
+            with contextlib.nullcontext() if number == len(micro_batches) else ddp_model.no_sync():
+                loss = _distance(ddp_model(each), each).mean() * len(each) / len(x)
+                scale_loss(loss, len(x)).backward()
+    return model[0].weight.grad, model[1].running_var
 
 
 def test_uneven_micro_batches_of_uneven_shards_weigh_as_the_whole_batch(pool):
-    x = uneven_batch(10, 3).flatten(1)
-    whole = torch.full((2, x.shape[1]), 0.1, dtype=torch.float64, requires_grad=True)
-    (x @ whole.t()).square().mean().backward()
-    for gradient in pool(2).run(_accumulated_gradient):
-        assert_close(gradient, whole.grad, torch.float64, "gradient")
+    """In the gradient each is normalised by itself, pooled; the running variance is of all."""
+    x = uneven_batch(10, 3).flatten(1)[:, :12]
+    model = _small_model(nn.BatchNorm1d)
+    first, second = (
+        shard.split(sizes) for shard, sizes in zip(x.split([4, 6]), _PARTS, strict=True)
+    )
+    for parts in zip(first, second, strict=True):
+        each = torch.cat(parts)
+        (_distance(model(each), each).sum() / len(x)).backward()
+    running_var = 0.9 + 0.1 * model[0](x).var(0)
+    for gradient, var in pool(2).run(_weighed):
+        assert_close(gradient, model[0].weight.grad, torch.float64, "gradient")
+        assert_close(var, running_var, torch.float64, "running variance")
 
 
 def _accumulated_without_samples(is_renorm: bool, kernels: str | None) -> list[torch.Tensor]:

@@ -8,12 +8,19 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp, scale_loss
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    prepare_ddp,
+    scale_loss,
+)
 from syncnorm.comm import exchange
-from syncnorm.errors import FaultError
+from syncnorm.errors import FaultError, InputError
 from syncnorm.model.adopt import adopt_state_dict
 from syncnorm.module import SyncNorm
 
@@ -277,18 +284,21 @@ def test_one_worker_may_put_another_model_into_ddp(pool):
     assert first == second
 
 
-def _gradient_of_a_half_loss(counts: list[int]) -> tuple[torch.dtype, float]:
+def _scaled_in_a_half_type(counts: list[int]) -> tuple[torch.dtype, float, float]:
     loss = torch.ones((), dtype=torch.bfloat16, requires_grad=True)
-    scaled = scale_loss(loss * 1.0, counts[dist.get_rank()])
-    return scaled.dtype, scaled.item()
+    scaled = scale_loss(loss, counts[dist.get_rank()])
+    scaled.backward()
+    assert loss.grad is not None
+    return scaled.dtype, scaled.item(), loss.grad.item()
 
 
-def test_the_loss_of_a_half_type_is_weighed_in_float32(pool):
-    for (dtype, factor), exact in zip(
-        pool(2).run(_gradient_of_a_half_loss, [3, 7]), (0.6, 1.4), strict=True
+@pytest.mark.parametrize("counts", [[3, 7], [0, 4]])
+def test_a_loss_keeps_its_type_on_workers_with_and_without_samples(pool, counts):
+    for count, (dtype, value, gradient) in zip(
+        counts, pool(2).run(_scaled_in_a_half_type, counts), strict=True
     ):
-        assert dtype == torch.float32
-        assert factor == pytest.approx(exact, rel=1e-6)
+        assert dtype == torch.bfloat16
+        assert value == gradient == pytest.approx(2 * count / sum(counts), rel=2**-8)
 
 
 def _with_another_head(sync: str, how: str) -> list[list[torch.Tensor]]:
@@ -326,3 +336,42 @@ def test_an_encoder_may_be_prepared_anew_with_another_head(pool, sync, how):
         assert torch.equal(mean, other)
         assert mean.abs().max() > 0
         assert int(count) == (4 if how == "back again" else 2)
+
+
+def _prepared_between_the_passes(sync: str) -> tuple[list[Tensor], int]:
+    """Of an encoder that is prepared with another head before the backward pass of its forward."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(3, 3), SyncBatchNorm(3, sync=sync))
+    old = prepare_ddp(nn.Sequential(encoder, nn.Linear(3, 2)))
+    new = nn.Sequential(encoder, nn.Linear(3, 5), SyncBatchNorm(5, sync=sync))
+    x = torch.randn(2, 6, 3)[:, dist.get_rank() :: 2]
+    loss = old(x[0]).square().sum()
+    prepare_ddp(new)
+    loss.backward()
+    new(x[1]).square().sum().backward()
+    for model in (old, new) * 3:
+        prepare_ddp(model)(x[0]).square().sum().backward()
+    return list(encoder[1].state_dict().values()), len(old._forward_hooks)
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_model_may_be_prepared_between_the_passes_of_another(pool, sync):
+    (first, hooks), (second, _) = pool(2).run(_prepared_between_the_passes, sync)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    assert hooks == 1
+
+
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_block_keeps_the_layers_that_it_has(sync):
+    """Until `accumulate` has made its update they stay with the model that it was given."""
+    layer, x = SyncBatchNorm(3, sync=sync), torch.randn(8, 3)
+    old, new = prepare_ddp(nn.Sequential(layer)), nn.Sequential(layer, nn.Linear(3, 2))
+    with accumulate(old):
+        old(x).sum().backward()
+        prepare_ddp(new)
+    with pytest.raises(InputError, match="must be used through the model that was given"):
+        new(x)
+    prepare_ddp(new)(x).sum().backward()
+    layer.settle()
+    assert int(layer.num_batches_tracked) == 2

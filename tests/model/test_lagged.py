@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from contextlib import nullcontext
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -20,6 +21,7 @@ from syncnorm import (
     SyncBatchNorm,
     SyncBatchRenorm,
     accumulate,
+    frozen_statistics,
     prepare_ddp,
     scale_loss,
 )
@@ -28,6 +30,7 @@ from syncnorm.errors import InputError
 from syncnorm.maths.lagged import snapshots
 from syncnorm.reference import LaggedBatchNorm
 from syncnorm.statistics.lagged import LaggedAverages
+from tests.as_device import as_device
 
 CHANNELS = (6, 5)
 OPTIONS = Lagged(forward_rate=0.3, backward_rate=0.1, max_drift=0.25)
@@ -569,8 +572,14 @@ class _OneIsAsked(nn.Module):
         return self.trained(x + found.clone().sum(1, keepdim=True))
 
 
-def test_a_step_may_begin_in_inference_mode():
+@pytest.mark.parametrize("kernels", [None, "composed"], ids=str)
+def test_a_step_may_begin_in_inference_mode(kernels):
     """The averages of all layers are read when the first one is called."""
+    with as_device(kernels) if kernels else nullcontext():
+        _check_a_step_in_inference_mode()
+
+
+def _check_a_step_in_inference_mode() -> None:
     results = []
     for is_inference in (False, True):
         torch.manual_seed(0)
@@ -589,3 +598,40 @@ def test_a_copy_of_averages_is_each_layers_own():
     for (mean, var, gradient), copied in zip(own, snapshots(own), strict=True):
         expected = [*mean, *(2 * var), 2.0, *gradient[0], *gradient[1]]
         assert copied.tolist() == [float(t) for t in expected]
+
+
+class _MayRaise(nn.Module):
+    raises = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.raises:
+            raise ArithmeticError("no output")
+        return x
+
+
+def test_averages_are_read_where_they_are_used():
+    """Somebody may write them between two calls of a frozen model, and after a forward that failed."""
+    torch.manual_seed(0)
+    layer, last = SyncBatchNorm(3, sync="lagged"), _MayRaise()
+    model, x = prepare_ddp(nn.Sequential(layer, last)), torch.randn(64, 3)
+    for _ in range(5):
+        model(x).square().sum().backward()
+    assert not layer.lagged_waits
+    teacher, outputs = copy.deepcopy(model), []
+    for shift in (0.0, 5.0):
+        with frozen_statistics(model):
+            layer.lagged_mean.add_(shift)
+            outputs.append(model(x))
+        with frozen_statistics(teacher), torch.no_grad():
+            for theirs, ours in zip(teacher.buffers(), model.buffers(), strict=True):
+                theirs.copy_(ours)
+            outputs.append(teacher(x))
+            assert torch.equal(outputs[-1], outputs[-2])
+    last.raises = True
+    with pytest.raises(ArithmeticError):
+        model(x)
+    last.raises = False
+    layer.lagged_mean.add_(5.0)
+    outputs.append(model(x))
+    for before, after in zip(outputs[1::2], outputs[2::2], strict=True):
+        assert ((before - after) > 3).all()

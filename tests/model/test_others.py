@@ -169,11 +169,16 @@ def test_what_is_said_is_so(pool):
             nn.Sequential(FrozenBatchNorm2d(3), nn.ReLU()),
             r"nothing was converted. Its layers '0' \(FrozenBatchNorm2d\) apply running statistics",
         ),
+        (
+            nn.Sequential(HomeMade(3)),
+            r"in layers of its own, '0' \(HomeMade\): convert leaves them",
+        ),
     ],
-    ids=["none", "frozen"],
+    ids=["none", "frozen", "home-made"],
 )
 def test_a_model_without_batch_norms_is_left_with_a_word(model, said, to):
-    with pytest.warns(UserWarning, match=said):
+    with pytest.warns(UserWarning, match=said) as caught:
         assert convert(model, to) is model
+    assert [each.filename for each in caught] == [__file__]
     with pytest.raises(InputError, match="at least one batch norm, got none of 0 with 'body'"):
         convert(model, to, select="body")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from types import ModuleType
 
 import pytest
@@ -315,3 +315,35 @@ def test_a_single_value_says_nothing_about_scale_whatever_its_weight(course, dty
             assert torch.equal(x.grad, torch.zeros_like(x))
     if layer.running_var is not None:
         assert torch.equal(layer.running_var, torch.ones(16))
+
+
+@pytest.mark.parametrize("course", ["native", "cpu", "composed", "triton"])
+def test_several_values_keep_a_variance_that_is_nearly_rounding(course, monkeypatch):
+    """What a single value may be off by is no rule for more of them."""
+    if course == "cpu":
+        monkeypatch.setattr(kernels.native, "is_usable", lambda *_: False)
+    x = 1.9e7 + torch.randn(
+        64, 4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    layer = SyncBatchNorm(4, momentum=1.0, dtype=torch.float64)
+    with as_device.as_device(course) if course in ("composed", "triton") else nullcontext():
+        y = layer(x)
+    assert (y - reference.batch_norm(x)).abs().max() < 0.5
+    assert (layer.running_var - 1).abs().max() < 0.5
+
+
+@pytest.mark.parametrize("course", ["native", "composed", "triton"])
+@pytest.mark.parametrize("std", [1e18, 1e-18])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_range_is_that_of_the_type(course, std, dtype):
+    """A sum of squares in float32 would end at 1e19 over the root of the number of values."""
+    x = (std * torch.randn(64, 4, 16, generator=torch.Generator().manual_seed(0))).to(dtype)
+    layer = SyncBatchNorm(4, eps=1e-60, momentum=1.0, dtype=torch.float64)
+    with ExitStack() as stack:
+        if course in ("composed", "triton"):
+            stack.enter_context(as_device.as_device(course))
+            stack.enter_context(as_device.as_on_cuda())
+        y = layer(x)
+    assert_close(y, reference.batch_norm(x.double(), eps=1e-60), dtype, "output")
+    var = x.double().transpose(0, 1).flatten(1).var(1)
+    torch.testing.assert_close(layer.running_var, var, rtol=1e-5, atol=0)

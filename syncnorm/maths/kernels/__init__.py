@@ -1,4 +1,4 @@
-"""The four primitives of a normalisation layer, chosen by device, and who goes through all of a call.
+"""The four primitives of a normalisation layer, and the choice of modules that compute a whole call.
 
     local_moments   x, w                   -> [sum wx, sum wx^2, sum w]
     normalize       x, mean, scale, shift  -> (x - mean) * scale + shift

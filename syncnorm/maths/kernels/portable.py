@@ -56,25 +56,27 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
         return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
     pivot = None if x.dtype in HALF_TYPES else _pivot(x)
     runs, dims, size = _runs(x if pivot is None else x - _facing(pivot, x))
-    # Of each run its sum, or its mean less the pivot, and the sum of squared deviations, which a
-    # correction of size - 1 has divided by 1.
+    # Of each run its sum, or its mean less the pivot, and its variance: float32 has no room for
+    # the square of all that it has room for, summed.
     if pivot is None:
         # The sums of a run are all but exact in float32.
         first = runs.sum(dims, dtype=torch.float32)
-        m2 = torch.var(runs, dims, correction=size - 1, out=torch.empty_like(first))
+        var = torch.var(runs, dims, correction=0, out=torch.empty_like(first))
     else:
-        m2, first = torch.var_mean(runs, dims, correction=size - 1)
-    groups, channels, pieces = m2.shape
-    # [sum x, sum x^2, size] of each run. The last is there already.
-    of_runs = m2.new_full((groups, 2 * channels + 1, pieces), size, dtype=wide)
-    totals, squares, counts = of_runs.split((channels, channels, 1), dim=1)
+        var, first = torch.var_mean(runs, dims, correction=0)
+    groups, channels, pieces = var.shape
+    # [sum x, mean x^2, size] of each run, or [mean x, mean x^2, 1]. The last is there already.
+    last = size if pivot is None else 1
+    of_runs = var.new_full((groups, 2 * channels + 1, pieces), last, dtype=wide)
+    firsts, squares, ones = of_runs.split((channels, channels, 1), dim=1)
     if pivot is None:
-        totals.copy_(first)
+        firsts.copy_(first)
     else:
-        # size * (pivot + mean), in float64.
-        torch.add(counts[0] * pivot.view(-1, 1), first, alpha=size, out=totals)
-    torch.addcmul(m2, totals, totals, value=1 / size, out=squares)
-    return of_runs.sum((0, 2))
+        torch.addcmul(first, ones, pivot.view(-1, 1), out=firsts)
+    torch.addcmul(var, firsts, firsts, value=last**-2, out=squares)
+    sums = of_runs.sum((0, 2))
+    (sums[channels:-1] if pivot is None else sums).mul_(size)
+    return sums
 
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:

@@ -142,7 +142,9 @@ def convert(
     """
     _check_target(to, options)
     if issubclass(to, FamilyLayer):
-        return _replace(module, to, process_group, select, options)
+        done = _replace(module, to, process_group, select, options)
+        _warn_of_others(done, select)
+        return done
     request = Request(to, groups.to_handle(process_group), options)
     layers = {
         layer: names
@@ -156,6 +158,12 @@ def convert(
     for layer, names in layers.items():
         swap_in(layer, names[0], request)
     remove_deserted(module)
+    _warn_of_others(module, select)
+    return module
+
+
+def _warn_of_others(module: nn.Module, select: Select | None) -> None:
+    """Warn, in the name of who calls `convert`, of what is left as it was."""
     said = None
     if not callable(select):  # a function is called with batch norms of torch's only
         chosen = _select(_named(module), select, may_be_none=True)
@@ -163,8 +171,7 @@ def convert(
     if said is None and not has_batch_norm(module):
         said = nothing_to_convert(module)
     if said is not None:
-        warnings.warn(said, stacklevel=2)
-    return module
+        warnings.warn(said, stacklevel=3)
 
 
 def _replace(
@@ -195,8 +202,6 @@ def _replace(
     _refuse(faults, "replaced")
     done = family.put(module, news)
     remove_deserted(done)
-    if not has_batch_norm(module):
-        warnings.warn(nothing_to_convert(module), stacklevel=3)
     return done
 
 

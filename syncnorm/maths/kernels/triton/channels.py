@@ -19,7 +19,7 @@ INTEGERS = [
 ]  # fmt: skip
 
 
-# More than the roundings of a sum of squares and of the square of a sum.
+# `maths.precision.rounding` of a float64.
 ROUNDING: tl.constexpr = tl.constexpr(2.0**-48)
 
 
@@ -51,9 +51,8 @@ def statistic(batch, n, channel, channels, inside, IS_RAW: tl.constexpr):
     if IS_RAW:
         total = mean
         mean = total * reciprocal(n)
-        # A rounding error is no variance: a single value must have none, however it is computed.
         rest = m2 - total * mean
-        m2 = tl.where(rest <= m2 * ROUNDING, 0.0, rest)
+        m2 = tl.where(rest <= tl.where(n <= 1, m2 * ROUNDING, 0.0), 0.0, rest)
     return mean, m2
 
 

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset, TensorDataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.alike import check_alike
 from syncnorm.train.data.feed import LoaderFeed
+from syncnorm.train.data.same import check_same_data
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.placement import Workers
 from tests.train.samples import Given, Noise
@@ -41,6 +41,20 @@ def _tagged(path: str, number: int) -> Dataset[Any]:
     return Given(*[{"names": [path] * 2, "boxes": (torch.ones(2, 4), number)}] * 3)
 
 
+def _smooth(seed: int) -> Tensor:
+    """A smooth image, standardised: its mean and its spread are those of any other one."""
+    waves = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(seed))
+    image = torch.nn.functional.interpolate(waves[None], 224, mode="bicubic")[0]
+    return (image - image.mean()) / image.std()
+
+
+def _decoded(rank: int) -> Tensor:
+    """An image of 8 bits a channel, of which this machine has every tenth value one level off."""
+    levels = (_smooth(0) * 40 + 128).round()
+    levels.view(-1)[::10] += rank
+    return levels / 255
+
+
 def _last_bits(rank: int) -> Dataset[Any]:
     rows = _rows(20).tensors[0]
     return TensorDataset(rows * (1 + 1e-6 * rank), torch.full((20,), torch.inf))
@@ -60,6 +74,20 @@ SPLITS: dict[str, Callable[[int], Splits]] = {
     "classes": lambda rank: Splits(_rows(20), num_classes=2 + rank),
     "labels": lambda rank: Splits(_rows(20), labels=[0] * 18 + [rank, 1 - rank]),
     "rows": lambda rank: Splits(_rows(20, seed=rank)),
+    "images": lambda rank: Splits(Given(*[_smooth(rank)] * 3)),
+    "images as machines decode them": lambda rank: Splits(Given(*[_decoded(rank)] * 3)),
+    "images of another size": lambda rank: Splits(Given(*[torch.ones(3, 4 + rank, 6 - rank)] * 3)),
+    "values beside one that is not finite": lambda rank: Splits(
+        Given(*[torch.tensor([torch.inf, torch.nan, 1.0 + rank, 2.0])] * 3)
+    ),
+    "which value is not finite": lambda rank: Splits(
+        Given(*[torch.tensor([torch.inf, 1.0, 1.0]).roll(rank)] * 3)
+    ),
+    "what is trained on": lambda rank: Splits(_rows(20, seed=rank), unchanged=_rows(20)),
+    "an integer beyond all floats": lambda rank: Splits(
+        Given(*[{"id": 10**400, "x": torch.ones(5)}] * 3), collate=lambda samples: samples[0]
+    ),
+    "nothing in it": lambda rank: Splits(Given(*[torch.ones(0, 3)] * 3)),
     "the order of rows": lambda rank: Splits(
         _rows(20), TensorDataset(_rows(8)[:][0].roll(rank, 0))
     ),
@@ -73,6 +101,16 @@ FAULTS = {
     "classes": "got 2 classes on rank 0 and 3 on rank 1. Each",
     "labels": "got other training labels on rank 1 than on rank 0. Each",
     "rows": "got another sample 10 of the training set on rank 1 than on rank 0. Each",
+    **dict.fromkeys(
+        (
+            "images",
+            "images of another size",
+            "values beside one that is not finite",
+            "which value is not finite",
+        ),
+        "got another sample 1 of the training set on rank 1 than on rank 0. Each",
+    ),
+    "what is trained on": "got another sample 10 of the training set on rank 1 than on rank 0",
     "the order of rows": "got another sample 4 of the test set on rank 1 than on rank 0. Each",
     "numbers": "got another sample 1 of the training set on rank 1 than on rank 0. Each",
 }
@@ -84,7 +122,7 @@ def _check(name: str) -> str | None:
     feed = LoaderFeed(SPLITS[name](rank), config, device)
     before = torch.get_rng_state()
     try:
-        check_alike(feed, Workers(rank, dist.get_world_size(), device))
+        check_same_data(feed, Workers(rank, dist.get_world_size(), device))
     except ConfigError as error:
         return str(error)
     assert torch.equal(torch.get_rng_state(), before)
