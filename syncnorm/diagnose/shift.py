@@ -118,4 +118,4 @@ def _histograms(problem: Problem, edges: dict[str, tuple[Tensor, Tensor]]) -> di
 
 
 def _summary(values: Tensor) -> dict[str, float]:
-    return {"max": float(values.max()), "median": float(values.median())}
+    return {"max": float(values.max()), "median": float(values.quantile(0.5))}

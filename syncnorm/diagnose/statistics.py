@@ -20,7 +20,8 @@ _FLAT = 1e-2
 def measure_statistics(problem: Problem) -> dict[str, Any]:
     """Compare the parts of batches, and running statistics with those of the data.
 
-        between_share  = sum over batches, channels of (m2 - sum over parts of m2) / (m2 + n eps)
+        between_share  = mean over channels of sum of (m2 - sum over parts of m2) / sum of (m2 + n eps),
+                         both sums being over batches
         chance_share   = the same of (parts - 1) / (samples - 1) m2 of the samples' means: what to
                          expect where samples are shared out at random
         part_gaps      = RMS over channels of (mean of the part - mean) / sqrt(var + eps)

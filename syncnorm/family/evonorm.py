@@ -37,7 +37,7 @@ class EvoNorm(FamilyLayer):
         num_features: channels C.
         variant: "b0", "b1" or "b2".
         eps: added to variances and mean squares.
-        momentum: weight of a batch in the running variance.
+        momentum: weight of a batch in the running variance; None: it is the average over all.
         options: see `FamilyLayer`.
     """
 
@@ -50,7 +50,7 @@ class EvoNorm(FamilyLayer):
         num_features: int,
         variant: Literal["b0", "b1", "b2"] = "b0",
         eps: float = 1e-5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         **options: Any,
     ) -> None:
         if variant not in ("b0", "b1", "b2"):

@@ -90,18 +90,23 @@ class LateSums:
 def keep(layer: Pooling, total: Tensor, **values: Tensor) -> None:
     """Write buffers of a layer that follow a sum over the workers.
 
-    They stay where nobody has samples, and where a sum is not finite, as in a step that gradient
-    scaling gives up.
+    They stay where nobody has samples, and where the sum, or what would be written, is not finite,
+    as in a step that gradient scaling gives up.
 
     Args:
         layer: that has the buffers.
         total: the sum, its count last.
         values: by name.
     """
+    buffers = [layer.get_buffer(name) for name in values]
+    written = [
+        value.to(buffer.dtype) for buffer, value in zip(buffers, values.values(), strict=True)
+    ]
     is_new = (total[-1] > 0) & total.isfinite().all()
-    for name, value in values.items():
-        buffer = layer.get_buffer(name)
-        buffer.copy_(torch.where(is_new, value, buffer.double()))
+    for value in written:
+        is_new = is_new & value.isfinite().all()
+    for buffer, value in zip(buffers, written, strict=True):
+        buffer.copy_(torch.where(is_new, value, buffer))
 
 
 def is_faulty(total: Tensor) -> bool:

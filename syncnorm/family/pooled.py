@@ -131,7 +131,9 @@ def _total(
         local += [sums.sums[:-1], count]
     total = exchange.sum_(torch.cat(local), group, "moments", name).view(len(weights), -1)
     if observed.is_readable(total) and any(map(math.isnan, total[:, -1].tolist())):
-        raise FaultError(f"`mask` must hold finite weights >= 0, in {name}. Nothing was updated.")
+        # Of two weightings the second is what the first leaves of 1.
+        rule = "finite weights >= 0" if len(weights) == 1 else "weights in [0, 1]"
+        raise FaultError(f"`mask` must hold {rule}, in {name}. Nothing was updated.")
     return total
 
 

@@ -38,7 +38,7 @@ from syncnorm.errors import InputError
 from syncnorm.family.late import keep
 from syncnorm.family.layer import PlainBatchNorm
 from syncnorm.family.passes import by_own_rms
-from syncnorm.family.square import SquareNorm
+from syncnorm.family.square import SquareNorm, check_steps
 from syncnorm.family.surrogate import Call, mean_of, square_of
 
 
@@ -79,6 +79,7 @@ class PowerNorm(SquareNorm):
                 f"`gradient_momentum` must be in (0, 1], got {gradient_momentum}. It is the weight "
                 "of a batch."
             )
+        check_steps("warmup", warmup)
         if scaling_groups < 0 or (scaling_groups and num_features % scaling_groups):
             raise InputError(
                 f"`scaling_groups` must divide num_features = {num_features}, got {scaling_groups}. "

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import functional, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
+from syncnorm.errors import InputError
 from syncnorm.family.late import LateSums, is_faulty, mask_fault
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.passes import affine
@@ -20,6 +21,12 @@ from syncnorm.family.surrogate import Call, divide
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
 from syncnorm.undocumented import disable_dynamo
+
+
+def check_steps(name: str, steps: int, least: int = 0) -> None:
+    """Raise InputError unless an argument is a number of steps, `least` or more."""
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < least:
+        raise InputError(f"`{name}` must be a number of steps, at least {least}, got {steps!r}")
 
 
 class SquareNorm(FamilyLayer):

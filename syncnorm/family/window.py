@@ -23,9 +23,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm.errors import InputError
 from syncnorm.family.late import keep
-from syncnorm.family.square import SquareNorm
+from syncnorm.family.square import SquareNorm, check_steps
 from syncnorm.family.surrogate import Call, mean_of
 
 _MAX_R = 5.0
@@ -85,11 +84,9 @@ class WindowNorm(SquareNorm):
         **options: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, **options)
-        if window < 2:
-            raise InputError(
-                f"`window` must be at least 2, got {window}. It is the number of steps that are "
-                "averaged over."
-            )
+        check_steps("window", window, 2)
+        check_steps("warmup", warmup)
+        check_steps("renorm_after", renorm_after)
         self.window, self.warmup, self.renorm_after = window, warmup, renorm_after
         self.lagged = lagged
         for name in ("squares", "gradients"):

@@ -386,7 +386,7 @@ def wrong_mask(rank: int) -> str:
 def test_a_wrong_mask_is_the_same_error_on_every_worker(pool):
     by_rank = pool(2).run_each(wrong_mask, [(0,), (1,)])
     assert by_rank[0] == by_rank[1]
-    assert by_rank[0].startswith("`mask` must hold finite weights >= 0, in RegionNorm.")
+    assert by_rank[0].startswith("`mask` must hold weights in [0, 1], in RegionNorm.")
 
 
 @pytest.mark.parametrize(

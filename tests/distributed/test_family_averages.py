@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -413,7 +414,11 @@ def test_a_layer_says_on_what_workers_must_agree(name, said):
     [
         (partial(PowerNorm, 4, scaling_groups=3), "`scaling_groups` must divide .* = 4, got 3"),
         (partial(PowerNorm, 4, gradient_momentum=0.0), r"`gradient_momentum` must be in \(0, 1\]"),
-        (partial(MABN, 4, window=1), "`window` must be at least 2, got 1"),
+        (partial(PowerNorm, 4, warmup=1.5), "`warmup` must be a number of steps, .*, got 1.5"),
+        (partial(MABN, 4, window=1), "`window` must be a number of steps, at least 2, got 1"),
+        (partial(UnifiedNorm, 4, window=2.5), "`window` must be .* at least 2, got 2.5"),
+        (partial(MABN, 4, warmup=-1), "`warmup` must be .* at least 0, got -1"),
+        (partial(UnifiedNorm, 4, renorm_after=None), "`renorm_after` must be .* got None"),
         (partial(OnlineNorm, 4, momentum=None), r"`momentum` must be in \(0, 1\), got None"),
         (partial(OnlineNorm, 4, guard="other"), "`guard` must be .*, got 'other'"),
     ],
@@ -439,3 +444,26 @@ def test_a_step_without_any_sample_is_not_counted(pool):
     sizes = [2, 1], [0, 0], [0, 3]
     assert pool(2).run(counted_steps, "batch", *sizes) == [[1, 1, 2]] * 2
     assert pool(2).run(counted_steps, "none", *sizes) == [[1, 1, 1], [1, 1, 2]]
+
+
+@pytest.mark.parametrize("sync", ["batch", "none"])
+@pytest.mark.parametrize("factor", [1e20, 1e-30, math.inf])
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(MABN, C, window=2, warmup=0),
+        partial(UnifiedNorm, C, window=2, warmup=0),
+        partial(PowerNorm, C, warmup=0, scaling_groups=0),
+        partial(PowerNorm, C, warmup=5, scaling_groups=0),
+    ],
+)
+def test_averages_stay_finite_after_a_batch_whose_square_is_not(make, factor, sync):
+    """A float32 has no room for the square of all that it has room for."""
+    layer = make(sync=sync)
+    for step in range(6):
+        x = (torch.randn(3, C, 2, 2) * (factor if step == 1 else 1)).requires_grad_()
+        y = layer(x)
+        y.backward(torch.randn_like(y))
+    state = layer.state_dict()
+    assert all(value.isfinite().all() for value in state.values()), state
+    assert layer.eval()(torch.randn(3, C, 2, 2)).isfinite().all()

@@ -366,7 +366,7 @@ REFUSED = [
     (lambda: nn.BatchNorm2d(4), SyncBatchNorm, {"sync": "some"}, "`sync` must be \"batch\" or"),
     (lambda: nn.BatchNorm2d(4), SyncBatchNorm, {"momentum": 2.0}, "`momentum` must be in [0, 1], or None"),
     (lambda: nn.BatchNorm2d(4), nn.SyncBatchNorm, {}, "`to` must be SyncBatchNorm, "
-     "SyncBatchRenorm or a layer of syncnorm.family, got <class"),
+     "SyncBatchRenorm or a layer of syncnorm.family that takes the place of a batch norm, got <class"),
     (lambda: nn.BatchNorm2d(4), SyncBatchNorm, {"select": "x"}, "at least one batch norm, got none of 2 with 'x'"),
     (lambda: nn.BatchNorm2d(4), SyncBatchNorm, {"select": "("}, "`select` must be a regular expression, got '('"),
 ]  # fmt: skip

@@ -232,6 +232,7 @@ def test_equal_rows_stay_together_in_a_cut(tmp_path):
             "line 3, column a: must be a finite number, got 'nan'",
         ),
         ([["a", "y"], ["", 0]], {}, "line 2, column a: must be a finite number, got ''"),
+        ([["a", "y"], ["1_000", 0]], {}, "line 2, column a: must be a finite number, got '1_000'"),
         (
             [["a", "y"], ["red", 0]],
             {},

@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config.schema import TaskSection
 from syncnorm.train.task.builtin import TASKS as BUILTIN
 from syncnorm.train.task.builtin import make_builtin
+from syncnorm.train.task.make import make_task
 from tests.train import runs
 from tests.train.files import noise, write_image
 
@@ -323,6 +326,75 @@ def test_a_loss_that_does_not_suit_the_task_is_refused(task):
     for loss in ("MultiLabelMarginLoss", "CTCLoss", ""):
         with pytest.raises(ValueError, match=f"must be one of .* for this task, got '{loss}'"):
             make_builtin(task, loss, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "options", "message"),
+    [
+        *(
+            (
+                "classify",
+                None,
+                {"weight": bad},
+                r"options must hold numbers >= 0, not all 0, .*weight",
+            )
+            for bad in ([1, "nan", 2], [1, None], [1, math.inf], [1, [2]], [0, 0], [1, -1], [])
+        ),
+        ("multilabel", None, {"pos_weight": [1, None]}, "options must hold numbers .*pos_weight"),
+        ("classify", None, {"weight": 3}, "options must suit CrossEntropyLoss: "),
+        ("classify", None, {"label_smoothing": 2}, "suit CrossEntropyLoss: .* between 0.0 and 1.0"),
+        ("classify", None, {"label_smoothing": "abc"}, "CrossEntropyLoss: .*'label_smoothing'"),
+        (
+            "segment",
+            "NLLLoss",
+            {"ignore_index": 1.5},
+            "options must suit NLLLoss: .*'ignore_index'",
+        ),
+        ("classify", "MultiMarginLoss", {"p": 3}, "options must suit MultiMarginLoss: .*p"),
+        ("regress", "HuberLoss", {"delta": -1}, "options must suit HuberLoss: .*delta"),
+        ("regress", "SmoothL1Loss", {"beta": -1}, "options must suit SmoothL1Loss: .*beta"),
+    ],
+)
+def test_arguments_that_a_loss_does_not_take_are_refused_before_anything_starts(
+    name, loss, options, message
+):
+    with pytest.raises(ValueError, match=message):
+        make_builtin(name, loss, options)
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "options"),
+    [
+        (name, loss, {})
+        for name, task in BUILTIN.items()
+        if name != "own_loss"
+        for loss in task.losses
+    ]
+    + [
+        ("classify", "CrossEntropyLoss", {"weight": [1, 0, 2], "ignore_index": -1}),
+        ("classify", "MultiMarginLoss", {"weight": [1, 2, 3], "p": 2}),
+        ("multilabel", "BCEWithLogitsLoss", {"pos_weight": [1, 2, 3], "weight": [1.0]}),
+        ("regress", "PoissonNLLLoss", {"log_input": False, "full": True}),
+    ],
+    ids=str,
+)
+def test_arguments_that_a_loss_takes(name, loss, options):
+    made: Any = make_builtin(name, loss, options)
+    assert type(made.criterion).__name__ == loss
+
+
+def test_a_weight_for_each_output():
+    task = make_task(
+        TaskSection(name="classify", options={"weight": [0.1, 0.7]}),
+        torch.device("cpu"),
+        torch.float64,
+    )
+    x, y = torch.randn(4, 2, dtype=torch.float64), torch.tensor([0, 1, 1, 0])
+    total, count = task.loss(nn.Identity(), (x, y))
+    expected = F.cross_entropy(x, y, weight=torch.tensor([0.1, 0.7], dtype=torch.float64))
+    torch.testing.assert_close(total / count, expected, rtol=1e-15, atol=0)
+    with pytest.raises(ConfigError, match=r"`task.options.weight` must .* 3 outputs, got 2"):
+        task.loss(nn.Identity(), (torch.randn(4, 3), y))
 
 
 @pytest.mark.parametrize("kind", STRANGE)

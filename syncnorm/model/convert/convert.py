@@ -104,7 +104,8 @@ def convert(
 
     A layer of the family (`syncnorm.family`) is another method, not a batch norm that pools: new
     layers take the places of the old ones. They share weight and bias with them, begin with their
-    running statistics, and have eps and a momentum other than its default from them. Where weight
+    running statistics, and have eps and a momentum other than its default from them (an OnlineNorm
+    keeps its momentum, which is about samples rather than batches). Where weight
     and bias are frozen, all parameters are. Hooks and subclasses with a forward of their own are
     refused.
 
@@ -359,8 +360,8 @@ def _check_target(to: type[SyncNorm] | type[FamilyLayer], options: dict[str, Any
         known = {*inspect.signature(to).parameters}
     else:
         raise InputError(
-            "`to` must be SyncBatchNorm, SyncBatchRenorm or a layer of syncnorm.family, got "
-            f"{to!r}. Pass the class."
+            "`to` must be SyncBatchNorm, SyncBatchRenorm or a layer of syncnorm.family that takes "
+            f"the place of a batch norm, got {to!r}. Pass the class."
         )
     names = known - {"process_group", *_KEPT}
     for name in options.keys() - names:

@@ -104,7 +104,7 @@ class NormSection(Section):
         default=None,
         ge=0,
         le=1,
-        description="weight of a new batch in the running statistics; null: the layer's own",
+        description="weight of a new batch in the running statistics; null: the layer's own, 0.1, of renormalisation 0.01",
     )
     eps: Finite = Field(default=1e-5, gt=0, description="added to the variance")
     renorm: RenormSection = Field(default=RenormSection(), description="sync_batch_renorm only")

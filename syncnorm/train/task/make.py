@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.callables import resolve
@@ -37,7 +38,7 @@ def make_task(
         task = make_builtin(section.name, section.loss, section.options)
         if isinstance(task, Supervised):
             task.classes = num_classes
-            task.criterion.to(device, dtype)  # it may have class weights
+            _place(task, device, dtype)
             if section.metrics:
                 task.meters = Meters(section.metrics, device)
         task.best = task.best if section.best is None else section.best
@@ -53,4 +54,12 @@ def make_task(
         )
     if section.best is not None:
         made.best = section.best
+    if isinstance(made, Supervised):
+        _place(made, device, dtype)
     return made
+
+
+def _place(task: Supervised, device: torch.device, dtype: torch.dtype) -> None:
+    """Put the weights of a task's loss where outputs are, in their type."""
+    if isinstance(task.criterion, nn.Module):
+        task.criterion.to(device, dtype)

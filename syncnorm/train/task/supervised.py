@@ -91,6 +91,13 @@ class Supervised:
         """Call the model, and refuse outputs that the loss would misread or fail on."""
         outputs = self.fit(call(model, inputs), targets)
         self.check(outputs, targets)
+        number = outputs.shape[1 if type(self.criterion).__name__ in _BY_SOFTMAX else -1]
+        for name, weights in self.criterion.named_buffers():
+            if weights.shape[-1:] not in ((), (1,), (number,)):
+                raise ConfigError(
+                    f"`task.options.{name}` must hold a number for each of {number} outputs, got "
+                    f"{len(weights)}"
+                )
         return outputs
 
     def fit(self, outputs: Tensor, targets: Tensor) -> Tensor:
@@ -318,13 +325,36 @@ def make_criterion(name: str, options: Mapping[str, Any], losses: Sequence[str])
             f"{', '.join(sorted(options.keys() - known))}"
         )
     values = {
-        key: torch.tensor(value, dtype=torch.float32) if isinstance(value, list) else value
+        key: _weights(key, value) if isinstance(value, list) else value
         for key, value in options.items()
     }
     try:
-        return cls(reduction="sum", **values)
+        criterion = cls(reduction="sum", **values).double()
+        # Most values are looked at when the loss is computed.
+        _compute_one(criterion)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"options must suit {name}: {error}") from None
+    return criterion
+
+
+def _weights(key: str, given: list[Any]) -> Tensor:
+    try:
+        values = torch.tensor(given, dtype=torch.float64)
+    except (TypeError, ValueError):  # not of numbers, or ragged
+        values = torch.full((1,), torch.nan)
+    if not (values.isfinite().all() and (values >= 0).all() and values.any()):
+        raise ValueError(
+            f"options must hold numbers >= 0, not all 0, in a list such as {key}, got {given}"
+        )
+    return values
+
+
+def _compute_one(criterion: nn.Module) -> None:
+    """Compute the loss of one sample, with as many outputs as there are weights."""
+    number = max((each.shape[-1] for each in criterion.buffers() if each.ndim), default=2)
+    outputs = torch.full((1, number), 0.5, dtype=torch.float64)
+    is_of_classes = type(criterion).__name__ in _BY_SOFTMAX
+    criterion(outputs, torch.zeros(1, dtype=torch.int64) if is_of_classes else outputs)
 
 
 def pair_of(batch: Any) -> tuple[Any, Tensor]:

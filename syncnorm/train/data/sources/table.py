@@ -191,7 +191,8 @@ def _header(path: Path, file: Any, delimiter: str) -> list[str]:
 
 def _number(text: str, path: Path, line: int, column: str) -> float:
     try:
-        value = float(text)
+        # Python's own numbers may be grouped, 1_000.
+        value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
