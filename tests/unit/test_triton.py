@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from typing import Any
@@ -515,6 +516,30 @@ def test_a_single_value_has_no_variance_however_it_is_computed():
     assert torch.equal(y, torch.zeros(2, 3))
 
 
+def _follow(batch, is_raw, mean, var, number, waits, options: lagged.Lagged) -> None:
+    launch.follow_moments_(
+        batch, is_raw, mean, var, number, waits, EPS,
+        options.max_drift, options.max_ratio, options.forward_rate,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("max_drift", [0.0, 0.35])
+def test_at_the_very_bound_a_layer_waits_as_it_does_elsewhere(max_drift):
+    options, decided = lagged.Lagged(max_drift=max_drift), []
+    for start, sign in itertools.product((0.3, 0.7, 1.9), (1, -1)):
+        at_bound = (start + EPS) * math.exp(sign * 2 * max_drift) - EPS
+        for near in (math.nextafter(at_bound, way) for way in (-math.inf, at_bound, math.inf)):
+            # A count of a power of two, by which nothing is rounded.
+            batch = torch.tensor([0.5, 8 * near, 8.0], dtype=F64)
+            mean, var = torch.full((1,), 0.5).double(), torch.full((1,), start, dtype=F64)
+            expected = lagged.has_drifted(_moments_of(batch, False), mean, var, EPS, options)
+            waits = torch.tensor(False)
+            _follow(batch, False, mean, var, torch.tensor(3), waits, options)
+            assert waits == expected, (start, near)
+            decided.append(waits.item())
+    assert {True, False} == set(decided)
+
+
 @pytest.mark.parametrize("updates", [0, 3])
 @pytest.mark.parametrize("max_drift", [0.1, 1e3, math.inf])
 @pytest.mark.parametrize("n", [6.0, 0.0, math.nan, math.inf])
@@ -531,9 +556,7 @@ def test_averages_of_moments_follow_as_they_do_elsewhere(is_raw, n, max_drift, u
         lagged.follow_moments_(
             _moments_of(batch, is_raw), truth[0], truth[1], truth[2][0], truth[3], EPS, options
         )
-        launch.follow_moments_(
-            batch, is_raw, mean, var, number[0], waits, EPS, max_drift, options.forward_rate
-        )
+        _follow(batch, is_raw, mean, var, number[0], waits, options)
         for got, expected in zip((mean, var), truth[:2], strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
         assert torch.equal(number, truth[2])

@@ -163,8 +163,9 @@ def follow_moments_(
 ) -> None:
     """Move the averages of `sync="lagged"`, as of `syncnorm.maths.lagged`."""
     _launch().follow_moments_(
-        *batch.packed, mean, var, updates, waits, eps, options.max_drift, options.forward_rate
-    )
+        *batch.packed, mean, var, updates, waits, eps,
+        options.max_drift, options.max_ratio, options.forward_rate,
+    )  # fmt: skip
     mark_written(mean, var, updates, waits)
 
 

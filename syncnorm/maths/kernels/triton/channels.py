@@ -14,7 +14,7 @@ import triton.language as tl
 
 # Integers that would otherwise be told apart as 1, as multiples of 16, and as others.
 INTEGERS = [
-    "channels", "count", "splits", "max_drift", "rate", "eps", "momentum", "warmup",
+    "channels", "count", "splits", "max_drift", "max_ratio", "rate", "eps", "momentum", "warmup",
     "r_end", "d_end", "r_steps", "d_steps",
 ]  # fmt: skip
 
@@ -202,35 +202,39 @@ def is_finite(v):
 
 @triton.jit(do_not_specialize=INTEGERS)
 def follow_moments(
-    batch, mean, var, updates, waits, eps, max_drift, rate, channels,
+    batch, mean, var, updates, waits, eps, max_drift, max_ratio, rate, channels,
     IS_RAW: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Move the averages of moments, and decide whether the layer waits; in one program."""
+    """Move the averages of moments, and decide whether the layer waits; in one program.
+
+    The rule is that of `maths.lagged.has_drifted`, without roots and logarithms.
+    """
     n = tl.load(batch + 2 * channels)
     small = float64_of(eps)
+    farthest, most = float64_of(max_drift) * float64_of(max_drift), float64_of(max_ratio)
     wrong = tl.zeros([BC], tl.int32)
-    drift = tl.zeros([BC], tl.float64)
+    drifted = tl.zeros([BC], tl.int32)
     for start in range(0, channels, BC):
         channel = start + tl.arange(0, BC)
         inside = channel < channels
         new, m2 = statistic(batch, n, channel, channels, inside, IS_RAW)
         wrong |= tl.where(is_finite(new), tl.where(is_finite(m2), 0, 1), 1)
         old = tl.load(mean + channel, inside, other=0.0)
-        spread = tl.load(var + channel, inside, other=0.0) + small
-        distance = tl.abs(new - old) / tl.sqrt(spread)
-        ratio = tl.abs(tl.log((m2 * reciprocal(n) + small) / spread)) / 2
-        each = tl.where(distance > ratio, distance, ratio)
-        drift = tl.where(inside, tl.where(each > drift, each, drift), drift)
+        before = tl.load(var + channel, inside, other=0.0) + small
+        now = m2 * reciprocal(n) + small
+        distance = new - old
+        drifted |= (inside & (distance * distance > before * farthest)).to(tl.int32)
+        drifted |= (inside & (now > before * most)).to(tl.int32)
+        drifted |= (inside & (before > now * most)).to(tl.int32)
     has_fault = tl.max(wrong, 0)
-    farthest = tl.max(drift, 0)
     number = tl.load(updates)
     weight = tl.where(number == 0, 1.0, float64_of(rate))
     is_new = tl.where(n > 0, 1 - has_fault, 0)
-    has_drifted = tl.where(number == 0, 1, (farthest > float64_of(max_drift)).to(tl.int32))
-    before = tl.load(waits).to(tl.int32)
+    has_drifted = tl.where(number == 0, 1, tl.max(drifted, 0))
+    waited = tl.load(waits).to(tl.int32)
     # All threads have read what is written below.
     tl.debug_barrier()
-    tl.store(waits, tl.where(is_new != 0, has_drifted, before | has_fault) != 0)
+    tl.store(waits, tl.where(is_new != 0, has_drifted, waited | has_fault) != 0)
     tl.store(updates, number + is_new)
     for start in range(0, channels, BC):
         channel = start + tl.arange(0, BC)

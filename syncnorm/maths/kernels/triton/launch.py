@@ -218,11 +218,12 @@ def follow_moments_(
     waits: Tensor,
     eps: float,
     max_drift: float,
+    max_ratio: float,
     rate: float,
 ) -> None:
     _launch(
         channels.follow_moments, 1, mean.device, batch, mean, var, updates, waits,
-        _bits(eps), _bits(max_drift), _bits(rate), mean.numel(), is_raw, _ALONE,
+        _bits(eps), _bits(max_drift), _bits(max_ratio), _bits(rate), mean.numel(), is_raw, _ALONE,
     )  # fmt: skip
 
 
