@@ -84,8 +84,8 @@ def local_sums(
     """
     who = observed.observer(x)
     is_repeated = None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
-    own = kernels.of_device(x, mask, weight, bias) if who is None else None
-    if own is not kernels.native:  # whose tensors are all in memory
+    chosen = kernels.of_device(x, mask, weight, bias) if who is None else None
+    if chosen is not kernels.native:  # whose tensors are all in memory
         check_devices(x, mask=mask, weight=weight, bias=bias)
     # Kernels would read beyond the end.
     channels = x.shape[1]
@@ -93,14 +93,14 @@ def local_sums(
         raise wrong_shape("weight", weight, channels, x)
     if bias is not None and bias.shape != (channels,):
         raise wrong_shape("bias", bias, channels, x)
-    if own is not None:
-        sums, fault = own.moments(x, mask), None
+    if chosen is not None:
+        sums, fault = chosen.moments(x, mask), None
         if mask is not None and (is_host(x) or debug.is_on):
             fault = sums[-1].isnan()
             if is_host(x) and fault:
-                return _cleaned_sums(own, x, mask, fault, is_repeated)
+                return _cleaned_sums(chosen, x, mask, fault, is_repeated)
         has_several = mask is None and x.numel() > channels
-        return LocalSums(sums, mask, fault, mask, is_repeated, None, own, has_several)
+        return LocalSums(sums, mask, fault, mask, is_repeated, None, chosen, has_several)
     with torch.no_grad():
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
@@ -116,11 +116,11 @@ def local_sums(
 
 
 def _cleaned_sums(
-    own: ModuleType, x: Tensor, mask: Tensor, fault: Tensor, is_repeated: bool | None
+    chosen: ModuleType, x: Tensor, mask: Tensor, fault: Tensor, is_repeated: bool | None
 ) -> LocalSums:
     """The sums on a CPU where something was no weight, and counts as 0."""
     clean = torch.where(kernels.is_weight(mask), mask, 0.0)
-    return LocalSums(own.moments(x, clean), clean, fault, mask, is_repeated, None, own)
+    return LocalSums(chosen.moments(x, clean), clean, fault, mask, is_repeated, None, chosen)
 
 
 def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
@@ -359,8 +359,8 @@ def normalize_batch(
     The running statistics are to follow that one. Kernels that made the sums go through all that is
     (C,)-sized themselves, so that a call is a few launches.
     """
-    own = local.kernels
-    if own is None:
+    chosen = local.kernels
+    if chosen is None:
         y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
         if local.is_repeated is None:
             statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
@@ -374,7 +374,7 @@ def normalize_batch(
         if not reference.running_mean.shape == reference.running_var.shape == (x.shape[1],):
             raise _wrong_running(reference.running_mean, reference.running_var, x.shape[1], x)
     anchor, means = _anchor(weight, bias, statistic), statistic.gradient_means
-    y = apply_fused(x, weight, bias, anchor, local.mask, own, batch, eps, reference, means)
+    y = apply_fused(x, weight, bias, anchor, local.mask, chosen, batch, eps, reference, means)
     if reference is not None:
         _, _, _, r, d, running_mean, running_var, r_max, d_max = batch.rows.unbind()
         statistic = statistic._replace(
@@ -431,14 +431,14 @@ def update_running_(
     """
     if momentum is None and counter is None:
         return
-    own = kernels.of_running(running_mean, running_var, batch.count)
-    if own is not kernels.native:
+    chosen = kernels.of_running(running_mean, running_var, batch.count)
+    if chosen is not kernels.native:
         check_devices(batch.count, running_mean=running_mean, running_var=running_var)
-    if own is not None and not isinstance(batch, Unread):
+    if chosen is not None and not isinstance(batch, Unread):
         channels = batch.packed[0].numel() // 2
         if not running_mean.shape == running_var.shape == (channels,):
             raise _wrong_running(running_mean, running_var, channels)
-        own.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
+        chosen.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
     with torch.no_grad():
         factor = average_factor(counter, batch, momentum)
