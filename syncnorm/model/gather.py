@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from syncnorm.comm import exchange, groups
-from syncnorm.errors import InputError
+from syncnorm.errors import FaultError, InputError
 
 
 def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
@@ -22,8 +24,8 @@ def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
         keys = syncnorm.gather(features)  # (N, D)
         loss = F.cross_entropy(features @ keys.T, own_rows, reduction="sum")  # of this worker
 
-    *Collectives*: two all-gathers in the forward pass (the numbers of rows, and the rows as
-    float64), one all-reduce in the backward pass; every worker must call, and all or none must run
+    *Collectives*: two all-gathers in the forward pass (the numbers and shapes of rows, and the rows
+    as float64), one all-reduce in the backward pass; every worker must call, and all or none must run
     the backward pass. *Gradients*: of a row, the sum of all workers' gradients of its copies. Once
     differentiable.
 
@@ -36,6 +38,7 @@ def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
 
     Raises:
         InputError: `x` has no rows, or is not floating.
+        FaultError: on every worker, if rows have other shapes on some.
 
     Example:
         >>> import torch
@@ -51,8 +54,18 @@ def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        own = torch.full((1,), len(x), dtype=torch.float64, device=x.device)
-        sizes = [int(size) for size in exchange.gather(own, group, "rows").flatten().tolist()]
+        shape = tuple(x.shape[1:])
+        own = [len(x), math.prod(shape), zlib.crc32(repr(shape).encode())]
+        sent = torch.tensor(own, dtype=torch.float64, device=x.device)
+        sizes, numbers, shapes = (
+            list(map(int, each)) for each in exchange.gather(sent, group, "rows").t().tolist()
+        )
+        if len(set(shapes)) > 1:
+            given = zip(groups.ranks(group), numbers, strict=True)
+            raise FaultError(
+                "`x` must have rows of one shape on all workers, got rows of "
+                f"{', '.join(f'{number} numbers on rank {rank}' for rank, number in given)}"
+            )
         padded = x.new_zeros(max(sizes), *x.shape[1:], dtype=torch.float64)
         padded[: len(x)] = x
         rows = exchange.gather(padded, group, "rows")  # (workers, most rows, *S)

@@ -141,8 +141,9 @@ class Pool:
         if not local.is_repeated and layer.freeze is None:
             raise InputError(
                 f"`sync={self._sync!r}` must be used through the model that was given to "
-                f"prepare_ddp, got a direct call of layer {self.names[layer]!r}. Call the model "
-                "itself, or prepare the part that is called."
+                f"prepare_ddp, got a direct call of layer {layer.label!r}. Call the model itself, or "
+                "prepare the part that is called. A part that models share is prepared by itself: "
+                "a layer has the model that was prepared last."
             )
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
@@ -264,7 +265,7 @@ class Pool:
         """The error of the last forward, if any."""
         if not faults.any():
             return None
-        names = list(self.layers)
+        names = [layer.label for layer in self.layers.values()]
         found = zip(members, faults.tolist(), strict=True)
         where = [f"rank {rank} in layer {names[int(abs(n)) - 1]!r}" for rank, n in found if n]
         if (faults > 0).any():
@@ -272,7 +273,10 @@ class Pool:
             remedy = "They counted as 0. Give weight 0 to elements that should not count."
         else:
             what = "`x` must be finite (debug mode), got NaN or infinity on"
-            remedy = "Look at what comes before that layer, on those ranks."
+            remedy = (
+                "Look at what comes before that layer, on those ranks. What is pooled at once "
+                "reaches all ranks: then the first of these layers counts."
+            )
         return (
             f"{what} {', '.join(where)}, in the last training forward. {remedy} No running "
             "statistics were updated."

@@ -1,0 +1,60 @@
+"""`syncnorm.gather`: a loss over all rows, and rows that do not go together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from syncnorm import gather
+from syncnorm.errors import FaultError
+from syncnorm.testing import assert_close
+
+SIZES = [3, 0, 4]
+
+
+def _batch() -> Tensor:
+    return torch.randn(7, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def _loss(own: Tensor, everybodys: Tensor) -> Tensor:
+    return (own.flatten(1) @ everybodys.flatten(1).T).logsumexp(1).sum()
+
+
+def _gradient() -> tuple[Tensor, Tensor | None]:
+    x = _batch().split(SIZES)[dist.get_rank()].clone().requires_grad_()
+    everybodys = gather(x)
+    _loss(x, everybodys).backward()
+    return everybodys.detach(), x.grad
+
+
+def test_the_gradient_is_that_of_the_loss_over_the_whole_batch(pool):
+    whole = _batch().requires_grad_()
+    _loss(whole, whole).backward()
+    assert whole.grad is not None
+    for expected, (rows, gradient) in zip(
+        whole.grad.split(SIZES), pool(3).run(_gradient), strict=True
+    ):
+        assert torch.equal(rows, _batch())
+        assert_close(gradient, expected, torch.float64, "gradient")
+
+
+def _unlike(shapes: list[tuple[int, ...]]) -> str:
+    with pytest.raises(FaultError) as caught:
+        gather(torch.ones(shapes[dist.get_rank()]))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        ([(2, 4), (2, 3)], "rows of 4 numbers on rank 0, 3 numbers on rank 1"),
+        ([(2, 4), (0, 3)], "rows of 4 numbers on rank 0, 3 numbers on rank 1"),
+        ([(2, 2, 3), (2, 3, 2)], "rows of 6 numbers on rank 0, 6 numbers on rank 1"),
+        ([(2,), (2, 1)], "rows of 1 numbers on rank 0, 1 numbers on rank 1"),
+    ],
+)
+def test_rows_of_unlike_shapes_are_one_error_on_all(pool, shapes, said):
+    for message in pool(2).run(_unlike, shapes):
+        assert message == f"`x` must have rows of one shape on all workers, got {said}"
