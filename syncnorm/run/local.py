@@ -1,5 +1,6 @@
 """Local runs: starts workers on this machine, and starts them again after the loss of one."""
 
+import contextlib
 import shutil
 import sys
 import tempfile
@@ -189,16 +190,21 @@ def _record_failure(failure: Failure, task: Task, folder: Path) -> str:
     if task.resume is None and failure.traceback and not failure.is_loss:
         remove_unstarted(folder)
     if not folder.exists():
-        path = folder.with_name("traceback.txt")
-        path.write_text(failure.traceback, encoding="utf-8")
-        return f"{failure.reason}\n{path}"
+        return f"{failure.reason}\n{_write_traceback(failure, folder.parent)}"
     _write_exit(failure.reason, folder)
     if not failure.traceback:
         return f"{failure.reason}\n{folder}"
+    return f"{failure.reason}\n{_write_traceback(failure, folder)}"
+
+
+def _write_traceback(failure: Failure, folder: Path) -> Path:
     path = folder / "traceback.txt"
-    path.write_text(failure.traceback, encoding="utf-8")
-    return f"{failure.reason}\n{path}"
+    # Of a folder that cannot be written the reason says enough.
+    with contextlib.suppress(OSError):
+        path.write_text(failure.traceback, encoding="utf-8")
+    return path if path.exists() else folder
 
 
 def _write_exit(reason: str, folder: Path, status: int = 1) -> None:
-    Exit("failed", reason, last_step(folder / "metrics.jsonl"), status).write(folder)
+    with contextlib.suppress(OSError):
+        Exit("failed", reason, last_step(folder / "metrics.jsonl"), status).write(folder)

@@ -65,11 +65,27 @@ def run_predict(
                 "syncnorm.load, and call it as you need it."
             )
         failed = 0
+        _check_output(output, files)
         with _open(model, output, top) as writer:
             for batch in _batches(read_samples(files, inputs)):
                 failed += _predict(model, batch, writer)
     if failed:
         raise LocalRunError(f"{failed} of the files or samples could not be predicted")
+
+
+def _check_output(output: Path | None, files: Sequence[Path]) -> None:
+    """Raise ConfigError for an output that would replace what is predicted, or lie among it."""
+    if output is None:
+        return
+    written = output.resolve()
+    for path in (each.resolve() for each in files):
+        holder = path if path.is_dir() else path.parent
+        is_among = path.is_dir() and output.is_dir() and written.is_relative_to(path)
+        if written in (path, holder) or is_among:
+            raise ConfigError(
+                f"`--output` must be apart from what is predicted, got {str(output)!r} and "
+                f"{str(path)!r}"
+            )
 
 
 def _batches(read: Iterator[Sample | Unread]) -> Iterator[list[Sample | Unread]]:

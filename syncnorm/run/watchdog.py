@@ -29,7 +29,8 @@ class Watchdog:
     def __init__(self, timeout_seconds: float, stacks: Path) -> None:
         self._timeout = timeout_seconds
         self._path = stacks
-        self._stacks = stacks.open("w", encoding="utf-8")
+        # After those of an attempt before this one.
+        self._stacks = stacks.open("a", encoding="utf-8")
         self._armed = 0.0
         self.alive()
 

@@ -58,7 +58,9 @@ def merge_runs(
     config = configs[0]
     snapshots = [share_evaluated(folder, NEWEST, workers) for folder in folders]
     signatures = [signature_of(*each) for each in zip(snapshots, folders, strict=True)]
-    if configs[0].model != configs[1].model or signatures[0] != signatures[1]:
+    # Where a run's weights began does not matter.
+    model, other = (each.model.model_dump(exclude={"weights", "partial"}) for each in configs)
+    if model != other or signatures[0] != signatures[1]:
         raise ConfigError(
             f"runs {str(folders[0])!r} and {str(folders[1])!r} must be of one `model`, trained on "
             "inputs that were standardised alike, and on the same classes"

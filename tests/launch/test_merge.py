@@ -75,6 +75,10 @@ def test_a_merged_run_is_a_run(made, tmp_path, capfd):
     assert (status, err) == (0, "")
     assert 100 * json.loads(lines[0])["metrics"]["accuracy"] == pytest.approx(merged, abs=0.006)
 
+    resumed = commands.run([*commands.SYNCNORM, "train", "--resume", str(output)], tmp_path)
+    assert resumed.returncode == 2
+    assert "got one that was merged. To train its model further" in resumed.stderr
+
 
 def test_on_two_workers_without_matching(made, tmp_path, capfd):
     a, b, _ = made

@@ -57,6 +57,14 @@ def test_other_tasks(task, pool, tmp_path, capfd):
         Image.fromarray(x[7].transpose(1, 2, 0)).save(tmp_path / "seven.png")
         masks = tmp_path / "masks"
         assert command(capfd, *predict, tmp_path / "seven.png", "-o", masks)[0] == 0
+        # A mask has its image's name.
+        image = (tmp_path / "seven.png").read_bytes()
+        for output in (tmp_path, masks):
+            status, _, err = command(
+                capfd, *predict, tmp_path / "seven.png", tmp_path, "-o", output
+            )
+            assert (status, "`--output` must be apart from what is predicted" in err) == (2, True)
+        assert (tmp_path / "seven.png").read_bytes() == image
         found = np.stack([np.asarray(Image.open(masks / f"x-{n}.png")) for n in range(40)])
         assert (found == y).mean() == pytest.approx(metrics["accuracy"])
         assert (np.asarray(Image.open(masks / "seven.png")) == found[7]).all()

@@ -98,7 +98,7 @@ def refused_in(folder: str, overrides: list[str]) -> str:
     """The message with which training in a folder that is used already is refused."""
     try:
         train_digits(folder, overrides)
-    except CheckpointError as error:
+    except (CheckpointError, ConfigError) as error:
         return str(error)
     raise AssertionError("it has trained")
 

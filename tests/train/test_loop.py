@@ -270,6 +270,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pool, tmp_path
     ]
 
 
+def test_a_run_none_of_whose_checkpoints_can_be_read_does_not_begin_again(pool, tmp_path):
+    """The weights may still be good, and a new run's would replace them."""
+    options = [FEW, "train.epochs=1", "train.global_batch=110", "checkpoint.every=1"]
+    run(pool, 1, tmp_path, options)
+    folders = sorted((tmp_path / "checkpoints").glob("step-*"))
+    for folder in folders:
+        with (folder / "optimizer.pt").open("r+b") as file:
+            file.truncate(100)
+    before = [(folder / "model.safetensors").read_bytes() for folder in folders]
+    (message,) = pool(1).run(runs.refused_in, str(tmp_path), options)
+    assert f"got {len(folders)} that are not; the newest: " in message
+    assert "optimizer.pt" in message
+    assert [(folder / "model.safetensors").read_bytes() for folder in folders] == before
+
+
 def test_another_configuration_does_not_go_on(pool, tmp_path):
     run(pool, 1, tmp_path, [FEW, "train.epochs=1", "train.global_batch=110"])
     changed = [FEW, "train.epochs=1", "train.global_batch=80", "train.lr=1"]

@@ -219,6 +219,7 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
 
     Raises:
         CheckpointError: the checkpoint is of another configuration; on all workers.
+        ConfigError: there are checkpoints, none of which can be read or gone on with; likewise.
     """
 
     def read() -> tuple[Snapshot | None, str | None, list[str]]:
@@ -226,7 +227,18 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
         # After a kill in the last save of all, nobody else removes its remains.
         store.clean()
         snapshot, path, faults = store.newest()
+        if snapshot is None and faults:
+            # To begin again would replace what may still be saved.
+            raise ConfigError(
+                f"a checkpoint must be readable to go on, got {len(faults)} that are not; the "
+                f"newest: {faults[0]}. To begin again, move {str(store.folder)!r} away."
+            )
         if snapshot is not None:
+            if "optimizer" not in snapshot.states:
+                raise ConfigError(
+                    "a run that trained must be what is gone on with, got one that was merged. To "
+                    "train its model further, begin a run with model.weights=FOLDER."
+                )
             check_same(setup.config, snapshot)
         return snapshot, None if path is None else path.name, faults
 
