@@ -219,19 +219,17 @@ def _wrapped(model: nn.Module) -> str | None:
 def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
     """Attach layers of one mode and one process group to each other."""
     together: dict[tuple[str, tuple[int, ...]], dict[str, SyncNorm]] = {}
-    within, is_moved = delimited_by(model), False
+    within = delimited_by(model)
     for name, layer in layers.items():
         layer.is_prepared = True
         source = layer.statistics
         if not (source.steps is None or source.steps in within or source.is_busy):
             # Prepared in another model, whose forward nobody may call any more.
             source.release(layer)
-            is_moved = True
         if not layer.statistics.is_attached:
             members = tuple(groups.ranks(groups.statistics_group(layer.workers)))
             together.setdefault((layer.sync, members), {})[name] = layer
-    if is_moved:
-        remove_deserted(model)
+    remove_deserted(model)
     for some in together.values():
         next(iter(some.values())).sync_mode.attach(some, model)
 

@@ -198,11 +198,13 @@ def _record_failure(failure: Failure, task: Task, folder: Path) -> str:
 
 
 def _write_traceback(failure: Failure, folder: Path) -> Path:
+    """Write it into a folder; return where it is, or the folder if that cannot be written."""
     path = folder / "traceback.txt"
-    # Of a folder that cannot be written the reason says enough.
-    with contextlib.suppress(OSError):
+    try:
         path.write_text(failure.traceback, encoding="utf-8")
-    return path if path.exists() else folder
+    except OSError:
+        return folder
+    return path
 
 
 def _write_exit(reason: str, folder: Path, status: int = 1) -> None:

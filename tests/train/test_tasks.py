@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from syncnorm.train.config.schema import TaskSection
 from syncnorm.train.task.builtin import TASKS as BUILTIN
 from syncnorm.train.task.builtin import make_builtin
 from syncnorm.train.task.make import make_task
+from syncnorm.train.task.supervised import Regress
 from tests.train import runs
 from tests.train.files import noise, write_image
 
@@ -395,6 +397,21 @@ def test_a_weight_for_each_output():
     torch.testing.assert_close(total / count, expected, rtol=1e-15, atol=0)
     with pytest.raises(ConfigError, match=r"`task.options.weight` must .* 3 outputs, got 2"):
         task.loss(nn.Identity(), (torch.randn(4, 3), y))
+    one: Any = make_builtin("classify", None, {"weight": [1.0]})
+    with pytest.raises(ConfigError, match=r"`task.options.weight` must .* 3 outputs, got 1"):
+        one.loss(nn.Identity(), (torch.randn(4, 3), y))
+
+
+class _WithAFunction(Regress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.criterion = partial(F.mse_loss, reduction="sum")
+
+
+def test_a_subclass_may_have_a_function_for_its_criterion():
+    x, y = torch.randn(4, 2), torch.randn(4, 2)
+    total, count = _WithAFunction().loss(nn.Identity(), (x, y))
+    torch.testing.assert_close(total / count, F.mse_loss(x, y))
 
 
 @pytest.mark.parametrize("kind", STRANGE)

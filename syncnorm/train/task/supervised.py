@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -43,11 +44,15 @@ class Supervised:
     """Number of classes of the data; None if it is not known."""
     meters: Meters | None = None
     """Metrics of torchmetrics, besides."""
+    weights: Mapping[str, int] = MappingProxyType({})
+    """The options that are lists, with the number of outputs that each has a weight for."""
 
     def __init__(self, loss: str | None = None, **options: Any) -> None:
         self.criterion: Any = make_criterion(
             self.default_loss if loss is None else loss, options, self.losses
         )
+        listed = [name for name, given in options.items() if isinstance(given, list)]
+        self.weights = {name: getattr(self.criterion, name).shape[-1] for name in listed}
 
     def loss(self, model: Model, batch: Any) -> tuple[Tensor, Tensor | int]:
         """Compute the sum of the losses of a batch and their count."""
@@ -91,12 +96,14 @@ class Supervised:
         """Call the model, and refuse outputs that the loss would misread or fail on."""
         outputs = self.fit(call(model, inputs), targets)
         self.check(outputs, targets)
-        number = outputs.shape[1 if type(self.criterion).__name__ in _BY_SOFTMAX else -1]
-        for name, weights in self.criterion.named_buffers():
-            if weights.shape[-1:] not in ((), (1,), (number,)):
+        for name, number in self.weights.items():
+            is_of_classes = type(self.criterion).__name__ in _BY_SOFTMAX
+            wanted = outputs.shape[1 if is_of_classes else -1]
+            # One weight for all is torch's to broadcast, but not over classes.
+            if number != wanted and (is_of_classes or number != 1):
                 raise ConfigError(
-                    f"`task.options.{name}` must hold a number for each of {number} outputs, got "
-                    f"{len(weights)}"
+                    f"`task.options.{name}` must hold a number for each of {wanted} outputs, got "
+                    f"{number}"
                 )
         return outputs
 
