@@ -9,6 +9,7 @@ from syncnorm.run.env import Launched
 from syncnorm.run.folder import write_config
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
+from syncnorm.train import files
 from syncnorm.train.loaded import read_run
 from syncnorm.train.merged import merge_runs
 from syncnorm.train.task.measures import format_metric, format_value
@@ -35,13 +36,19 @@ def run_merge(
     first, second = (read_run(folder, allowed) for folder in folders)
     workers = join(first.launch.device, launched)
     try:
-        with errors_in_one_line(workers.rank):
-            result = merge_runs(
-                folders, (first, second), output, alpha, is_matched, workers, allowed
-            )
+        try:
+            with errors_in_one_line(workers.rank):
+                result = merge_runs(
+                    folders, (first, second), output, alpha, is_matched, workers, allowed
+                )
+            if workers.is_first:
+                # Last: it makes the folder a run's.
+                write_config(first, output)
+        except BaseException:
+            if workers.is_first:
+                files.remove(output)
+            raise
         if workers.is_first:
-            # Last: it makes the folder a run's.
-            write_config(first, output)
             a, b, merged = result.metrics
             for name, value in a.items():
                 others = f"{format_value(name, b[name])}, merged {format_value(name, merged[name])}"

@@ -128,7 +128,8 @@ def _write_safetensors(model: LoadedModel, path: Path) -> None:
     # Tensors that share memory are copied: the format has none.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     metadata = {"format": "pt", "syncnorm": describe(model)}
-    safetensors.torch.save_file(tensors, path, metadata)
+    # Written here: what stops `save_file`, a full disk say, comes as no OSError.
+    path.write_bytes(safetensors.torch.save(tensors, metadata))
 
 
 def _write_program(model: LoadedModel, path: Path) -> None:

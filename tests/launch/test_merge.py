@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -100,6 +101,22 @@ def test_a_run_merged_with_itself_stays_what_it_is(made, tmp_path, capfd):
     first, second, merged = _accuracies(lines)
     assert first == second
     assert abs(merged - first) < 5
+
+
+def test_a_disk_without_room_leaves_nothing(made, tmp_path, capfd):
+    """A limit of a file's size fails a write as a full disk does."""
+    merged, exported = tmp_path / "merged", tmp_path / "model.safetensors"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
+    try:
+        failed, _, merging = command(capfd, "merge", made[0], made[1], "-o", merged)
+        refused, _, exporting = command(capfd, "export", made[0], "-o", exported)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (failed, refused) == (1, 2)
+    assert "File too large" in merging
+    assert f"got '{exported}': File too large" in exporting
+    assert not list(tmp_path.iterdir())
 
 
 def test_bad_input(made, tmp_path, capfd):
