@@ -2,10 +2,10 @@
 
     python -m benchmarks.gpu [FOLDER]
 
-Writes gpu.json and gpu.md into FOLDER (that of the variable OUT, else build/gpu) after each part,
-and prints the table at the end. Exits with 1 if a test has failed or there was no time for it.
-`--parts machine tests` leaves all of the time to the tests. `--device cpu --small` tries the code
-where there is no GPU.
+Writes gpu.json and gpu.md into FOLDER (that of the variable OUT, else build/gpu) every few seconds,
+and prints the table at the end. gpu.json has all rows, and the end of what each process has said.
+Exits with 1 if a test has failed or there was no time for it. `--parts machine tests` leaves all of
+the time to the tests. `--device cpu --small` tries the code where there is no GPU.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,12 @@ from benchmarks.gpu import part, table
 ROOT = Path(__file__).parents[2]
 # The most valuable part first. Seconds from the start by which each has to end: what one leaves is
 # the next one's.
-ENDS = {"machine": 60.0, "tests": 200.0, "step": 340.0, "primitives": 455.0, "layers": 530.0}
+ENDS = {"machine": 110.0, "tests": 200.0, "step": 340.0, "primitives": 455.0, "layers": 530.0}
 # A part is told to end so much earlier than it is ended.
 GRACE = 8.0
+# What is found is written down so often, for a run that is killed.
+KEPT_EVERY_SECONDS = 5.0
+LOG_CHARACTERS = 20_000
 CUT_OFF = "cut off when its time was over"
 # They run side by side: most of their time is the host's, which compiles kernels.
 TEST_GROUPS = (
@@ -96,6 +101,8 @@ class Job:
     def start(self) -> None:
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        # As many processes as there are cores, in each rank of each test, would be too many.
+        environment.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
         if self.settings.device != "cuda":
             environment["SYNCNORM_TEST_DEVICE"] = self.settings.device
         with self.log.open("a") as output:
@@ -164,8 +171,14 @@ def jobs(name: str, settings: part.Settings) -> list[Job]:
     return found
 
 
-def run(running: Sequence[Job]) -> str:
-    """Run the processes of a part until their end or their time is over; how they ended."""
+def run(running: Sequence[Job], keep: Callable[[], None] = lambda: None) -> str:
+    """Run the processes of a part until their end or their time is over; how they ended.
+
+    Args:
+        running: the processes.
+        keep: called every few seconds.
+    """
+    kept = time.monotonic()
     try:
         for job in running:
             job.clear()
@@ -175,12 +188,39 @@ def run(running: Sequence[Job]) -> str:
             for job in running:
                 if job.end is None:
                     job.look()
+            if time.monotonic() - kept > KEPT_EVERY_SECONDS:
+                keep()
+                kept = time.monotonic()
     finally:
         for job in running:
             if job.end is None:
                 job.kill()
     ends = dict.fromkeys(job.end for job in running if job.end not in (None, "done"))
     return "; ".join(map(str, ends)) or "done"
+
+
+@dataclass
+class Found:
+    """What has been found so far."""
+
+    folder: Path
+    start: float
+    content: dict[str, Any] = field(
+        default_factory=lambda: {"parts": {}, "rows": {}, "logs": {}, "seconds": 0.0}
+    )
+
+    def keep(self, name: str, running: Sequence[Job]) -> None:
+        """Write it down, with what a part has found until now."""
+        self.content["rows"][name] = [
+            r for job in running for r in part.read_rows(job.settings.rows)
+        ]
+        logs = {job.log.stem: job.log for job in running if job.log.exists()}
+        self.content["logs"] |= {
+            name: log.read_text(errors="replace")[-LOG_CHARACTERS:] for name, log in logs.items()
+        }
+        self.content["seconds"] = round(time.monotonic() - self.start, 1)
+        (self.folder / "gpu.json").write_text(json.dumps(self.content, indent=1))
+        (self.folder / "gpu.md").write_text(table.render(self.content))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -193,30 +233,27 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = parser.parse_args(arguments)
     folder = given.folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    start = BEGAN if arguments is None else time.monotonic()
-    found: dict[str, Any] = {"parts": {}, "rows": {}}
-    for name in given.parts:
-        # The last has what the others leave.
-        end = max(ENDS.values()) if name == given.parts[-1] else ENDS[name]
-        until = start + end - GRACE
-        settings = part.Settings(folder / f"{name}.jsonl", until, given.device, given.small)
-        found["parts"][name] = "interrupted"
-        running = jobs(name, settings)
-        try:
-            found["parts"][name] = run(running)
-        finally:
-            found["rows"][name] = [
-                row for job in running for row in part.read_rows(job.settings.rows)
-            ]
-            found["seconds"] = round(time.monotonic() - start, 1)
-            (folder / "gpu.json").write_text(json.dumps(found, indent=1))
-            (folder / "gpu.md").write_text(table.render(found))
-            said = f"{name}: {found['parts'][name]}, {found['seconds']:.0f} s from the start"
-            print(said, file=sys.stderr, flush=True)
-        if name == "machine" and found["parts"][name].startswith("ended"):
-            break  # there is no such device
-    print(table.render(found))
-    return found
+    found = Found(folder, BEGAN if arguments is None else time.monotonic())
+    with tempfile.TemporaryDirectory(prefix="syncnorm-gpu-", ignore_cleanup_errors=True) as work:
+        for name in given.parts:
+            # The last has what the others leave.
+            end = max(ENDS.values()) if name == given.parts[-1] else ENDS[name]
+            until = found.start + end - GRACE
+            rows = Path(work) / f"{name}.jsonl"
+            running = jobs(name, part.Settings(rows, until, given.device, given.small))
+            ends = found.content["parts"]
+            ends[name] = "interrupted"
+            keep = partial(found.keep, name, running)
+            try:
+                ends[name] = run(running, keep)
+            finally:
+                keep()
+                said = f"{name}: {ends[name]}, {found.content['seconds']:.0f} s from the start"
+                print(said, file=sys.stderr, flush=True)
+            if name == "machine" and ends[name].startswith("ended"):
+                break  # there is no such device
+    print(table.render(found.content))
+    return found.content
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -24,6 +25,8 @@ from syncnorm import undocumented
 FLUSHED_BYTES = 2**29
 # Longer than a host takes to enqueue a few dozen launches.
 FLUSH_SECONDS = 1.5e-3
+# A device that was idle takes so long to come to its clock.
+WAKING_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -141,11 +144,15 @@ class Clock:
         self._flushed = torch.empty(size, dtype=torch.uint8, device=device)
         self._times = 1 if device != "cuda" else math.ceil(FLUSH_SECONDS / self._flush_seconds())
 
-    def seconds(self, function: Callable[[], object], count: int, warm_up: int = 3) -> list[float]:
+    def seconds(
+        self, function: Callable[[], object], count: int, warm_up: int = 3, writes: bool = True
+    ) -> list[float]:
         """The device's seconds of `count` calls.
 
         They are enqueued while the cache is being flushed, which takes longer than that, so that
-        the host's part is not in them.
+        the host's part is not in them. A call that writes as much as the cache holds leaves that
+        much of its writing to whoever comes next, so it finds as much; one that writes next to
+        nothing (`writes=False`) finds nothing that is to be written.
         """
         for _ in range(warm_up):
             function()
@@ -155,6 +162,8 @@ class Clock:
         for start, end in events:
             for _ in range(self._times):
                 self._flushed.zero_()
+            if not writes:
+                self._flushed.view(torch.int64).amax()
             start.record()
             function()
             end.record()
@@ -162,12 +171,17 @@ class Clock:
         return [1e-3 * start.elapsed_time(end) for start, end in events]
 
     def _flush_seconds(self) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for event in (start, end):  # the first has the way to the device before it
+        """The least seconds of a flush, on a device that has been busy: an idle one is slow."""
+        until = time.monotonic() + WAKING_SECONDS
+        while time.monotonic() < until:
+            self._flushed.zero_()
+            torch.cuda.synchronize()
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(6)]
+        for event in events:  # the first has the way to the device before it
             self._flushed.zero_()
             event.record()
         torch.cuda.synchronize()
-        return 1e-3 * start.elapsed_time(end)
+        return 1e-3 * min(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
     @staticmethod
     def _host_seconds(function: Callable[[], object]) -> float:

@@ -37,6 +37,7 @@ SHAPES = {
 SMALL_SHAPES = {(3, 4, 5): 1}
 # The least that each has to read and write, in units of x's bytes.
 TRAFFIC = {"moments": 1, "normalize": 2, "backward_sums": 2, "backward_input": 3}
+READ_ONLY = {"moments", "backward_sums"}
 COPY_TRAFFIC = 2
 EPS = 1e-5
 
@@ -112,9 +113,9 @@ def _measure_shape(
     bandwidth = COPY_TRAFFIC * x.nbytes / copy["median"]
     settings.write(**key, kernels="copy", bytes=x.nbytes, bandwidth=bandwidth, **copy)
 
-    def timed(function: Callable[[], object], traffic: int, count: int) -> dict[str, Any]:
-        found = part.spread(clock.seconds(function, count))
-        share = traffic * x.nbytes / found["median"] / bandwidth
+    def timed(function: Callable[[], object], primitive: str, count: int) -> dict[str, Any]:
+        found = part.spread(clock.seconds(function, count, writes=primitive not in READ_ONLY))
+        share = TRAFFIC[primitive] * x.nbytes / found["median"] / bandwidth
         return {"share": share, "bytes": x.nbytes, **found}
 
     for name, (make, count) in KERNELS.items():
@@ -127,8 +128,7 @@ def _measure_shape(
             continue
         for primitive, function in primitives.items():
             row = {**key, "kernels": name, "primitive": primitive}
-            traffic = TRAFFIC[primitive]
-            settings.attempt(lambda f=function, t=traffic, n=count: timed(f, t, n), **row)
+            settings.attempt(lambda f=function, p=primitive, n=count: timed(f, p, n), **row)
 
 
 if __name__ == "__main__":

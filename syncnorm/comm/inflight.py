@@ -126,9 +126,11 @@ class InFlight:
 
     def finish(self, message: Tensor) -> None:
         """Mark it as over; on CUDA, once the message's device has come to this point."""
-        # The event of a captured graph tells nothing: each replay sends anew.
-        if message.is_cuda and not torch.cuda.is_current_stream_capturing():
-            self._done = torch.cuda.current_stream(message.device).record_event()
+        if message.is_cuda:
+            # The event of a captured graph tells nothing: each replay sends anew.
+            _watchdog.rests = torch.cuda.is_current_stream_capturing()
+            if not _watchdog.rests:
+                self._done = torch.cuda.current_stream(message.device).record_event()
         self.is_finished, self.work, self.diagnose = True, None, None
 
     @property
@@ -212,6 +214,8 @@ class Watchdog:
         self._ends = threading.Event()
         self._reported: weakref.ref[dist.ProcessGroup] | None = None
         """The default group whose ranks have reported, or cannot be reached."""
+        self.rests = False
+        """True during the capture of a CUDA graph, which another thread's look at an event ends."""
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._run, name="syncnorm-watch", daemon=True)
@@ -228,7 +232,8 @@ class Watchdog:
         while not self._ends.wait(
             min((f.log.margin_seconds for f in list(_recent)), default=1) / 3
         ):
-            self._check()
+            if not self.rests:
+                self._check()
 
     def _check(self) -> None:
         stuck = next(

@@ -11,7 +11,7 @@ from tests.distributed.steps import Batch, check_against_oracle
 
 pytestmark = pytest.mark.cuda
 
-COMPILING_SECONDS = 150.0
+COMPILING_SECONDS = 120.0
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import threading
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,6 +170,30 @@ def test_the_watch_goes_on_when_torch_distributed_begins_anew(tmp_path):
             assert "an exchange of another worker is stuck." in first
             assert "an exchange of another worker is stuck." in anew
             assert again == again_anew == ""
+
+
+def test_the_watch_rests_while_a_graph_is_captured(monkeypatch):
+    """Another thread's look at an event would end the capture. A stand-in for a message of CUDA's."""
+    watch, looked = inflight.Watchdog(), threading.Event()
+    monkeypatch.setattr(inflight, "_watchdog", watch)
+    monkeypatch.setattr(watch, "_check", looked.set)
+    monkeypatch.setattr(
+        inflight, "_recent", [SimpleNamespace(log=SimpleNamespace(margin_seconds=0.03))]
+    )
+    for is_capturing in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=is_capturing: c)
+        monkeypatch.setattr(
+            torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=object)
+        )
+        flight = inflight.InFlight.__new__(inflight.InFlight)
+        flight._done = None
+        flight.finish(SimpleNamespace(is_cuda=True, device="cuda"))
+        assert watch.rests == is_capturing
+        assert (flight._done is None) == is_capturing
+        if watch.thread is None:
+            watch.start()
+        assert looked.wait(0.3) != is_capturing
+    watch._end()
 
 
 def _state_without_the_other(kind: str) -> tuple[str, str]:

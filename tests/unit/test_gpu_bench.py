@@ -173,6 +173,8 @@ def test_what_was_found_before_a_part_was_cut_off_is_kept(tmp_path, monkeypatch,
     found = command.main(arguments)
     assert found["parts"] == {"tests": "done", "layers": "cut off when its time was over"}
     assert json.loads((tmp_path / "gpu.json").read_text()) == found
+    assert "1 passed" in found["logs"]["tests-layers"]
+    assert {path.name for path in tmp_path.iterdir()} == {"gpu.json", "gpu.md"}
     text = (tmp_path / "gpu.md").read_text()
     assert "## Tests\n\n1 passed." in text
     assert "Not done: layers: cut off when its time was over." in text

@@ -1,6 +1,8 @@
 """The kernels that go over a tensor, in Triton's language. `geometry` says what the sizes mean.
 
-A program goes through `per` tiles of one group of channels. Float32 sums are short: 16 values of a
+A program goes through `per` tiles of one group of channels. While it adds one, the next ones are on
+their way to its shared memory, some 10 KiB of them. (Unrolled loops would not do: the compiler waits
+for the first of their loads before it issues the others.) Float32 sums are short: 16 values of a
 lane, then the lanes of a tile; from there on all is float64, added in a fixed order. Coefficients
 are made in float64 and rounded once.
 """
@@ -103,13 +105,12 @@ def moments(
     else:
         number = tl.zeros([1], tl.float64)
     wrong = tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32)
-    # Tiles whose loads are on their way at the same time.
-    UNROLL: tl.constexpr = 4 if w is None else 2
+    STAGES: tl.constexpr = 6 if x.dtype.element_ty.primitive_bitwidth == 16 else 4
     for start in range(begin, end, SHORT):
         s1 = tl.zeros([BN, BJ], F)
         s2 = tl.zeros([BN, BJ], F)
         s0 = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
-        for t in tl.range(start, tl.minimum(start + SHORT, end), loop_unroll_factor=UNROLL):
+        for t in tl.range(start, tl.minimum(start + SHORT, end), num_stages=STAGES):
             o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
@@ -247,10 +248,11 @@ def backward_sums(
     centre = by_lane(rounded, length, FORM, BC, BJ)
     s = tl.zeros([1 if FORM == PLANES else BJ], tl.float64)
     q = s
+    STAGES: tl.constexpr = 4 if x.dtype.element_ty.primitive_bitwidth == 16 else 3
     for start in range(begin, end, SHORT):
         s1 = tl.zeros([BN, BJ], F)
         s2 = tl.zeros([BN, BJ], F)
-        for t in tl.range(start, tl.minimum(start + SHORT, end), loop_unroll_factor=2):
+        for t in tl.range(start, tl.minimum(start + SHORT, end), num_stages=STAGES):
             o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip

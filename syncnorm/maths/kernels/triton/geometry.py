@@ -40,7 +40,7 @@ class Work(NamedTuple):
     """Channels of so few tiles are not split."""
 
 
-# A thread has 8 elements of a tile of sums, which leaves registers for the loads of other tiles.
+# A thread has 8 elements of a tile of sums, while several other tiles are on their way.
 SUMS = Work(tile=1024, programs=4, whole=16)
 ELEMENTWISE = Work(tile=2048, programs=8, whole=1)
 
@@ -181,7 +181,7 @@ def plan(
         flat = [a == 1 and c == length for a, c in zip(along, across)]
     else:
         form, bc = PLANES, 1
-        bj = _lanes(length, max(64, tile // _power(outer)), tile)
+        bj = _lanes(length, max(_RUN_BYTES // itemsize, tile // _power(outer)), tile)
         blocks = -(-length // bj)
         flat = [a == 1 for a in along[: len(strides)]]
     if mask is not None:
