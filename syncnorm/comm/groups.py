@@ -3,7 +3,7 @@
 Statistics have a group of their own over the same ranks. On the group that DistributedDataParallel
 uses they would queue behind gradient buckets, and where a parameter is used on one rank only, the
 order of messages would differ between ranks, which gloo answers with an abort. Under NCCL they are
-a second communicator: docs/modes.md has what that asks for.
+a second communicator: docs/ddp.md has what that asks for.
 
 Callers outside of `comm` need only this module: it has the names of `handles`, `rules` and `world`.
 """

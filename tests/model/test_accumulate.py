@@ -148,7 +148,7 @@ def _distance(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 
 def _weighed() -> tuple[torch.Tensor | None, torch.Tensor]:
-    """As docs/modes.md has it."""
+    """As docs/ddp.md has it."""
     rank = dist.get_rank()
     before = sum(map(sum, _PARTS[:rank]))
     x = uneven_batch(10, 3).flatten(1)[:, :12][before : before + sum(_PARTS[rank])]
