@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from syncnorm import observed
 from syncnorm.maths import formula, kernels
 from syncnorm.maths.double_backward import SecondDerivative
+from syncnorm.maths.moments import reciprocal
 
 ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
 """Keeps a Function in the backward pass where nothing else needs a gradient.
@@ -41,23 +42,18 @@ class GradientMeans(Protocol):
         """True if they are the means over this worker's batch, so that nothing is exchanged."""
         ...
 
-    def __call__(self, local: Tensor) -> Tensor: ...
-
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Sums and n, of which the means are sums / n; n is None if the sums are means already.
-
-        For kernels that divide themselves; called in place of the above.
-        """
+        """Sums and n, of which the means are sums / n; n is None if the sums are means already."""
         ...
 
-    def of_second(self, local: Tensor) -> Tensor:
-        """The same of five sums, shape (5, C), where the gradient is differentiated.
+    def double_backward_means(self, local: Tensor) -> Tensor:
+        """The means of five sums, shape (5, C), where the gradient is differentiated.
 
         See `syncnorm.maths.double_backward`.
         """
         ...
 
-    def again(self) -> GradientMeans:
+    def for_repetition(self) -> GradientMeans:
         """Another object of the same, for a repetition of the call, which belongs to no step."""
         ...
 
@@ -149,7 +145,8 @@ def _gradient(
         grad_weight = local[1].to(weight.dtype, copy=True)
     if bias_dtype is not None:
         grad_bias = local[0].to(bias_dtype, copy=True)
-    mean_dy, mean_dy_xhat = gradient_means(local)
+    totals, n = gradient_means.totals(local)
+    mean_dy, mean_dy_xhat = totals if n is None else totals * reciprocal(n)
     if needs_input:
         scale = invstd if weight is None else weight.to(invstd.dtype) * invstd
         grad_input = kernels.backward_input(g, x, mean, scale, mean_dy, mean_dy_xhat * invstd, mask)
@@ -225,7 +222,7 @@ class _Gradient(torch.autograd.Function):
         if weight is not None:
             grad_weight = second.wrt_weight(sums).to(weight.dtype)
         sums[:3] *= scale
-        pooled = ctx.gradient_means.of_second(sums)
+        pooled = ctx.gradient_means.double_backward_means(sums)
         if ctx.needs_input_grad[0]:
             grad_g = second.wrt_gradient(pooled).to(g.dtype)
         if ctx.needs_input_grad[1]:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from syncnorm import functional
+from syncnorm import checks, ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels
@@ -208,7 +208,7 @@ class SyncBatchRenorm(SyncNorm):
         schedule: Schedule = RenormSchedule(),  # noqa: B008 frozen
         running_average: str = "std",
     ) -> None:
-        functional.check_running_average(running_average)
+        checks.check_running_average(running_average)
         super().set_up(process_group, device, sync=sync)
         if not callable(schedule) or isinstance(schedule, type):
             raise InputError(
@@ -248,16 +248,14 @@ class SyncBatchRenorm(SyncNorm):
             raise InputError(
                 f"`schedule` must return (r_max, d_max), got {pair!r}. Correct the schedule."
             ) from error
-        return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
+        return checks.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
     def new_statistic(self, local: LocalSums) -> Statistic:
-        before = self._before(local)
+        reference = self._reference(local)
         statistic = super().new_statistic(local)
-        if local.kernels is not None:
-            return statistic._replace(reference=before)
-        return functional.correct(statistic, local, self.eps, before)
+        return ops.renormalized(statistic, local, self.eps, reference)
 
-    def _before(self, local: LocalSums) -> kernels.Reference:
+    def _reference(self, local: LocalSums) -> kernels.Reference:
         """The reference of r and d. Looked at before any exchange."""
         if local.is_repeated and self.seen is not None and self.seen.correction is not None:
             # Of a forward that was not kept: the last one's.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, observed, ops
+from syncnorm import checks, functional, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths import renorm
@@ -94,7 +94,7 @@ class SyncNorm(_BatchNorm):
         bias: bool,
         **options: Any,
     ) -> None:
-        functional.check_hyperparameters(num_features, eps, momentum)
+        checks.check_hyperparameters(num_features, eps, momentum)
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype
         )
@@ -111,7 +111,7 @@ class SyncNorm(_BatchNorm):
     ) -> None:
         """Add to torch's layer what makes it one of ours: while it is built, or converted."""
         if not isinstance(sync, Lagged):
-            functional.check_choice("sync", sync, tuple(MODES))
+            checks.check_choice("sync", sync, tuple(MODES))
         self.process_group = process_group
         self.use_mode(mode_of(sync))
         self.label = f"{type(self).__name__}({self.num_features})"
@@ -165,9 +165,9 @@ class SyncNorm(_BatchNorm):
         if type(x) is not Tensor and isinstance(x, observed.Proxy):
             return observed.module_call(self, x, mask)
         if x is None or input is not None:
-            x = functional.one_input(x, input)
-        functional.check_input(x, self.num_features)
-        weights = None if mask is None else functional.expand_mask(mask, x)
+            x = checks.one_input(x, input)
+        checks.check_input(x, self.num_features)
+        weights = None if mask is None else checks.expand_mask(mask, x)
         if self.training:
             return self.statistics.forward(self, x, weights)
         return self.statistics.evaluate(self, x, weights)
@@ -188,22 +188,26 @@ class SyncNorm(_BatchNorm):
         """
         weight, bias = self.weight, self.bias
         local = ops.local_sums(x, mask, weight, bias)
-        statistic = None
-        if local.is_repeated and local.observer is None:
+        statistic, is_traced = None, local.is_compiled or local.observer is not None
+        if local.is_repeated and not is_traced:
             statistic = repeated.find(self)
         if statistic is None:
             statistic = self.new_statistic(local)
         y, statistic = ops.normalize_batch(x, weight, bias, statistic, self.eps, local)
         if not local.is_repeated and self.freeze is None:
             self._follow(local, statistic)
-        if local.is_repeated is False and local.observer is None and ops.may_be_repeated():
+        if not is_traced and not local.is_repeated and ops.may_be_repeated():
             repeated.keep(self, statistic)
         return y
 
     def new_statistic(self, local: LocalSums) -> Statistic:
         """The statistic to normalise a batch by. Here workers exchange."""
-        statistic = self.statistics.statistic(self, local)
-        functional.check_count(statistic, self._warn_once)
+        source = self.statistics
+        if local.observer is None:
+            statistic = source.statistic(self, local)
+        else:
+            statistic = source.observed_statistic(self, local)
+        checks.check_count(statistic, self._warn_once)
         return statistic
 
     def _follow(self, local: LocalSums, statistic: Statistic) -> None:
@@ -213,12 +217,12 @@ class SyncNorm(_BatchNorm):
         """
         if local.observer is not None:
             with observed.updating(local.observer, self.label):
-                self.statistics.record(self, local, statistic.batch)
+                self.statistics.record(self, local, statistic.moments)
             return
-        if local.is_repeated is False:
+        if not local.is_compiled:
             # Past torch's own `__setattr__`, which looks for parameters and modules.
-            vars(self)["seen"] = Seen(local.sums, statistic.batch, statistic.correction)
-        self.statistics.record(self, local, statistic.batch)
+            vars(self)["seen"] = Seen(local.sums, statistic.moments, statistic.correction)
+        self.statistics.record(self, local, statistic.moments)
 
     @property
     def is_tracking(self) -> bool:
@@ -325,4 +329,4 @@ class SyncNorm(_BatchNorm):
     def _warn_once(self) -> None:
         if not self._has_warned:
             self._has_warned = True
-            functional.warn_single_value()
+            checks.warn_single_value()

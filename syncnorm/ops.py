@@ -19,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm import compiled, observed, undocumented
+from syncnorm import checks, compiled, observed, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
-from syncnorm.errors import FaultError, InputError
+from syncnorm.errors import FaultError
 from syncnorm.fused import apply_fused
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
@@ -56,11 +56,11 @@ class LocalSums(NamedTuple):
     """
     given: Tensor | None
     """The mask as it was given, for the error."""
-    is_repeated: bool | None
-    """True if activation checkpointing repeats a forward by this one.
-
-    None in code that is being compiled, which does not know.
-    """
+    is_repeated: bool = False
+    """True if activation checkpointing repeats a forward by this one. Code that is being compiled
+    does not know: see `compiled.unless_repeated`."""
+    is_compiled: bool = False
+    """True in code that is being compiled: no number is there to be looked at."""
     observer: str | None = None
     """The name of what looks at operators rather than numbers; see `syncnorm.observed`."""
     kernels: ModuleType | None = None
@@ -83,16 +83,18 @@ def local_sums(
         InputError: they are on several devices, or weight or bias has not C elements.
     """
     who = observed.observer(x)
-    is_repeated = None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
-    chosen = kernels.of_device(x, mask, weight, bias) if who is None else None
+    is_compiled = torch.compiler.is_compiling()
+    # `is_recomputing()`, but for a call in every forward.
+    is_repeated = not is_compiled and undocumented.backward_pass() != -1
+    chosen = kernels.fused_for(x, mask, weight, bias) if who is None else None
     if chosen is not kernels.native:  # whose tensors are all in memory
-        check_devices(x, mask=mask, weight=weight, bias=bias)
+        checks.check_devices(x, mask=mask, weight=weight, bias=bias)
     # Kernels would read beyond the end.
     channels = x.shape[1]
     if weight is not None and weight.shape != (channels,):
-        raise wrong_shape("weight", weight, channels, x)
+        raise checks.wrong_shape("weight", weight, channels, x)
     if bias is not None and bias.shape != (channels,):
-        raise wrong_shape("bias", bias, channels, x)
+        raise checks.wrong_shape("bias", bias, channels, x)
     if chosen is not None:
         sums, fault = chosen.moments(x, mask), None
         if mask is not None and (is_host(x) or debug.is_on):
@@ -100,27 +102,30 @@ def local_sums(
             if is_host(x) and fault:
                 return _cleaned_sums(chosen, x, mask, fault, is_repeated)
         has_several = mask is None and x.numel() > channels
-        return LocalSums(sums, mask, fault, mask, is_repeated, None, chosen, has_several)
+        return LocalSums(
+            sums, mask, fault, mask, is_repeated, kernels=chosen, has_several=has_several
+        )
     with torch.no_grad():
         if who is not None:
             # A fault stays in the weights: there is nobody to raise it.
             clean = None if mask is None else torch.where(kernels.is_weight(mask), mask, torch.nan)
             sums = formula.raw_sums(x.detach(), clean)
-            return LocalSums(sums, clean, None, mask, is_repeated, who)
+            return LocalSums(sums, clean, None, mask, is_repeated, observer=who)
         if mask is None:
-            return LocalSums(kernels.local_moments(x.detach(), None), None, None, None, is_repeated)
+            sums = kernels.local_moments(x.detach(), None)
+            return LocalSums(sums, None, None, None, is_repeated, is_compiled)
         valid = kernels.is_weight(mask)
         clean = torch.where(valid, mask, 0.0)
         sums = kernels.local_moments(x.detach(), clean)
-        return LocalSums(sums, clean, ~valid.all(), mask, is_repeated)
+        return LocalSums(sums, clean, ~valid.all(), mask, is_repeated, is_compiled)
 
 
 def _cleaned_sums(
-    chosen: ModuleType, x: Tensor, mask: Tensor, fault: Tensor, is_repeated: bool | None
+    chosen: ModuleType, x: Tensor, mask: Tensor, fault: Tensor, is_repeated: bool
 ) -> LocalSums:
     """The sums on a CPU where something was no weight, and counts as 0."""
     clean = torch.where(kernels.is_weight(mask), mask, 0.0)
-    return LocalSums(chosen.moments(x, clean), clean, fault, mask, is_repeated, None, chosen)
+    return LocalSums(chosen.moments(x, clean), clean, fault, mask, is_repeated, kernels=chosen)
 
 
 def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
@@ -137,7 +142,7 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
     """
     message = local.sums if local.has_fault is None else _with_fault(local)
     sums = exchange.sum_(message, group, "moments", name)
-    if local.is_repeated is not None and (debug.is_on or is_host(sums)):
+    if not local.is_compiled and (debug.is_on or is_host(sums)):
         _check(sums, local, group, name)
     return sums
 
@@ -198,13 +203,10 @@ class PooledMeans:
         shard: one whose unevenness is to be noticed in the backward pass; None: none.
     """
 
-    n: float | Tensor
-
     def __init__(
         self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None
     ) -> None:
         self._batch = batch
-        self.n = batch.n
         self.group = group
         self.name = name
         self.shard = shard
@@ -213,27 +215,25 @@ class PooledMeans:
     def is_local(self) -> bool:
         return self.group is None
 
-    def __call__(self, local: Tensor) -> Tensor:
-        total, _ = self.totals(local)
-        return total * reciprocal(self.n)
-
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
         total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
-            self.shard.check(self.n, groups.ranks(self.group), self.name)
+            self.shard.check(self._batch.n, groups.ranks(self.group), self.name)
         return total, self._batch.count
 
-    def of_second(self, local: Tensor) -> Tensor:
-        return exchange.sum_(local, self.group, "second", self.name) * reciprocal(self.n)
+    def double_backward_means(self, local: Tensor) -> Tensor:
+        total = exchange.sum_(local, self.group, "second", self.name)
+        return total * reciprocal(self._batch.n)
 
-    def again(self) -> PooledMeans:
+    def for_repetition(self) -> PooledMeans:
         return PooledMeans(self._batch, self.group, self.name)
 
 
 class Statistic(NamedTuple):
     """The moments that normalise a batch, and how its gradient is pooled."""
 
-    batch: Moments
+    moments: Moments
+    """Of the batch; under "lagged" averages of those of earlier steps."""
     gradient_means: GradientMeans
     is_pooled: bool
     """True if other workers take part, in the backward pass too."""
@@ -242,9 +242,9 @@ class Statistic(NamedTuple):
     reference: kernels.Reference | None = None
     """The reference of r and d where the kernel that normalises is to compute them."""
 
-    def again(self) -> Statistic:
+    def for_repetition(self) -> Statistic:
         """The same for a repetition of the call, whose gradient means are counted in no step."""
-        return self._replace(gradient_means=self.gradient_means.again())
+        return self._replace(gradient_means=self.gradient_means.for_repetition())
 
 
 def pooled_statistic(
@@ -257,7 +257,7 @@ def pooled_statistic(
     """
     message = local.sums if local.has_fault is None else _with_fault(local)
     sums = exchange.sum_(message, group, "moments", name)
-    if local.is_repeated is None:
+    if local.is_compiled:
         batch = of_sums(sums, Unread)
         return Statistic(batch, PooledMeans(batch, group, name), group is not None)
     batch, shard = Raw(sums, local.has_several), None
@@ -338,12 +338,30 @@ def normalize(
         eps: added to the variance.
         mask: weights (N, 1, *S) or None.
     """
-    if isinstance(statistic.batch, Observed) and observed.observer(x) != observed.FAKE:
+    if isinstance(statistic.moments, Observed) and observed.observer(x) != observed.FAKE:
         return formula.normalize(x, weight, bias, mask, eps)
-    batch, anchor = statistic.batch, _anchor(weight, bias, statistic)
+    moments, anchor = statistic.moments, _anchor(weight, bias, statistic)
     return Normalize.apply(
-        x, weight, bias, anchor, batch.mean, batch.invstd(eps), mask, statistic.gradient_means
+        x, weight, bias, anchor, moments.mean, moments.invstd(eps), mask, statistic.gradient_means
     )
+
+
+def renormalized(
+    statistic: Statistic, local: LocalSums, eps: float, reference: kernels.Reference
+) -> Statistic:
+    """The statistic of batch renormalisation: with r and d towards the running statistics.
+
+    Kernels that finish a statistic themselves are given these instead.
+    """
+    if local.kernels is not None:
+        return statistic._replace(reference=reference)
+    mean, var, bounds = reference
+    assert not isinstance(bounds, kernels.Scheduled)
+    with torch.no_grad():
+        r, d = renorm.correction(statistic.moments, mean, var, eps, *bounds)
+        if local.is_compiled:
+            r, d = compiled.constant(r), compiled.constant(d)
+    return statistic._replace(correction=renorm.Correction(r, d, mean, var, *bounds))
 
 
 def normalize_batch(
@@ -362,21 +380,23 @@ def normalize_batch(
     chosen = local.kernels
     if chosen is None:
         y = normalize(x, *fold(weight, bias, statistic), statistic, eps, local.mask)
-        if local.is_repeated is None:
-            statistic = statistic._replace(batch=compiled.unless_repeated(statistic.batch))
+        if local.is_compiled:
+            statistic = statistic._replace(moments=compiled.unless_repeated(statistic.moments))
         return y, statistic
-    batch, reference = statistic.batch, statistic.reference
+    moments, reference = statistic.moments, statistic.reference
     if statistic.correction is not None:  # of a call that is repeated
         *_, running_mean, running_var, r_max, d_max = statistic.correction
         reference = kernels.Reference(running_mean, running_var, (r_max, d_max))
     if reference is not None:
-        check_devices(x, running_mean=reference.running_mean, running_var=reference.running_var)
+        checks.check_devices(
+            x, running_mean=reference.running_mean, running_var=reference.running_var
+        )
         if not reference.running_mean.shape == reference.running_var.shape == (x.shape[1],):
-            raise _wrong_running(reference.running_mean, reference.running_var, x.shape[1], x)
+            raise checks.wrong_running(reference.running_mean, reference.running_var, x.shape[1], x)
     anchor, means = _anchor(weight, bias, statistic), statistic.gradient_means
-    y = apply_fused(x, weight, bias, anchor, local.mask, chosen, batch, eps, reference, means)
+    y = apply_fused(x, weight, bias, anchor, local.mask, chosen, moments, eps, reference, means)
     if reference is not None:
-        _, _, _, r, d, running_mean, running_var, r_max, d_max = batch.rows.unbind()
+        _, _, _, r, d, running_mean, running_var, r_max, d_max = moments.rows.unbind()
         statistic = statistic._replace(
             correction=renorm.Correction(r, d, running_mean, running_var, r_max[0], d_max[0])
         )
@@ -397,20 +417,21 @@ def _anchor(weight: Tensor | None, bias: Tensor | None, statistic: Statistic) ->
 def may_be_repeated() -> bool:
     """False if no activation checkpointing can repeat the forward that runs.
 
-    Non-reentrant checkpointing sets hooks on what autograd saves; the re-entrant kind runs the
-    first forward inside an autograd Function, where forward-mode gradients are off.
+    Not for code that is being compiled, which does not know. Non-reentrant checkpointing sets hooks
+    on what autograd saves; the re-entrant kind runs the first forward inside an autograd Function,
+    where forward-mode gradients are off.
     """
     return undocumented.saved_tensor_hooks() is not None or not (
         torch.is_grad_enabled() and undocumented.is_forward_mode_enabled()
     )
 
 
-def is_recomputing() -> bool | None:
+def is_recomputing() -> bool:
     """True if this forward repeats an earlier one inside a backward pass, as checkpointing does.
 
-    None in code that is being compiled, which does not know: see `compiled.unless_repeated`.
+    False in code that is being compiled, which does not know: see `compiled.unless_repeated`.
     """
-    return None if torch.compiler.is_compiling() else undocumented.backward_pass() != -1
+    return not torch.compiler.is_compiling() and undocumented.backward_pass() != -1
 
 
 def update_running_(
@@ -431,13 +452,13 @@ def update_running_(
     """
     if momentum is None and counter is None:
         return
-    chosen = kernels.of_running(running_mean, running_var, batch.count)
+    chosen = kernels.fused_for_running(running_mean, running_var, batch.count)
     if chosen is not kernels.native:
-        check_devices(batch.count, running_mean=running_mean, running_var=running_var)
+        checks.check_devices(batch.count, running_mean=running_mean, running_var=running_var)
     if chosen is not None and not isinstance(batch, Unread):
         channels = batch.packed[0].numel() // 2
         if not running_mean.shape == running_var.shape == (channels,):
-            raise _wrong_running(running_mean, running_var, channels)
+            raise checks.wrong_running(running_mean, running_var, channels)
         chosen.update_running_(running_mean, running_var, counter, batch, momentum, eps, is_std)
         return
     with torch.no_grad():
@@ -447,33 +468,6 @@ def update_running_(
             renorm.update_running_std_(running_var, batch, eps, factor)
         else:
             update_running_var_(running_var, batch, factor)
-
-
-def wrong_shape(name: str, t: Tensor, channels: int, x: Tensor | None = None) -> InputError:
-    """Make the error of a tensor that is not (C,), for the input x if it is at hand."""
-    of_x = "" if x is None else f" (x has shape {tuple(x.shape)})"
-    return InputError(
-        f"`{name}` must have shape ({channels},), got {tuple(t.shape)}{of_x}. "
-        "It holds one value per channel."
-    )
-
-
-def _wrong_running(
-    running_mean: Tensor, running_var: Tensor, channels: int, x: Tensor | None = None
-) -> InputError:
-    is_mean = running_mean.shape != (channels,)
-    name, t = ("running_mean", running_mean) if is_mean else ("running_var", running_var)
-    return wrong_shape(name, t, channels, x)
-
-
-def check_devices(x: Tensor, **others: Tensor | None) -> None:
-    """Raise InputError unless all tensors are where x is: a kernel of a device would not ask."""
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise InputError(
-                f"`{name}` must be on the device of x, {x.device}, got {t.device}. Move the module "
-                "or the data with .to(device)."
-            )
 
 
 def fold(

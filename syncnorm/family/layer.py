@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, observed, ops
+from syncnorm import checks, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import widened
@@ -33,7 +33,7 @@ class Pooling(nn.Module):
     def __init__(
         self, sync: Literal["batch", "none"] = "batch", process_group: groups.Spec = None
     ) -> None:
-        functional.check_choice("sync", sync, ("batch", "none"))
+        checks.check_choice("sync", sync, ("batch", "none"))
         super().__init__()
         self.sync = sync
         self.workers = groups.to_handle(process_group)
@@ -176,7 +176,7 @@ class FamilyLayer(Pooling):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        functional.check_hyperparameters(num_features, eps, momentum)
+        checks.check_hyperparameters(num_features, eps, momentum)
         super().__init__(sync, process_group)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         for name, value in (("weight", 1.0), ("bias", 0.0)):
@@ -199,7 +199,7 @@ class FamilyLayer(Pooling):
 
     def check(self, x: Tensor) -> None:
         """Raise InputError for an input of another shape, before any exchange."""
-        functional.check_input(x, self.num_features)
+        checks.check_input(x, self.num_features)
 
     def standardized(self, x: Tensor, *weights: Tensor | None) -> Tensor:
         """Normalise as the mode says, or as `evaluation_statistics` does."""

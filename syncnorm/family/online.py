@@ -60,7 +60,7 @@ class Start(NamedTuple):
     """True if the workers average what they have at its end."""
     is_frozen: bool
 
-    def again(self) -> Start:
+    def for_repetition(self) -> Start:
         """Return itself: a repeated forward begins there, too."""
         return self
 

@@ -127,7 +127,7 @@ def affine_map(
     """`affine` without a gradient."""
     zeros = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
     mean = zeros if mean is None else mean
-    own = kernels.of_device(x, mean, scale, shift)
+    own = kernels.fused_for(x, mean, scale, shift)
     if own is not None:
         # A variance of 1, over a count of 2, has the scale alone.
         batch = Packed(torch.cat([mean, zeros + 2, zeros[:1] + 2]))

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from syncnorm import functional
+from syncnorm import checks
 from syncnorm.comm import groups
 from syncnorm.family.layer import Pooling
 from syncnorm.family.passes import affine
@@ -54,7 +54,7 @@ class RegionNorm(Pooling):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        functional.check_hyperparameters(num_features, eps, 0.1)
+        checks.check_hyperparameters(num_features, eps, 0.1)
         super().__init__(sync, process_group)
         self.num_features, self.eps = num_features, eps
         for name in ("weight", "bias"):
@@ -86,8 +86,8 @@ class RegionNorm(Pooling):
             InputError: the mask does not broadcast.
             FaultError: on every worker, if a weight of one of them, or 1 minus it, is negative.
         """
-        functional.check_input(x, self.num_features)
-        inside = functional.expand_mask(mask, x)
+        checks.check_input(x, self.num_features)
+        inside = checks.expand_mask(mask, x)
         regions = (inside, 1 - inside)
         return self._normalize(widened(x), regions).to(x.dtype)
 

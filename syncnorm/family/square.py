@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, observed, ops
+from syncnorm import checks, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import InputError
@@ -68,7 +68,7 @@ class SquareNorm(FamilyLayer):
                 the next training forward where nobody waits for the statistics of this one.
         """
         self.check(x)
-        weights = None if mask is None else functional.expand_mask(mask, x)
+        weights = None if mask is None else checks.expand_mask(mask, x)
         if not self.training:
             self.settle()
         wide = self.prepare(widened(x))

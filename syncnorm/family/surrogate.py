@@ -38,7 +38,7 @@ class Call(NamedTuple):
     gradient_gain: Tensor | None = None
     """What g is multiplied by before all else, (C,). None: 1."""
 
-    def again(self) -> Call:
+    def for_repetition(self) -> Call:
         """Return itself: a repeated forward has the same numbers, and one backward pass."""
         return self
 

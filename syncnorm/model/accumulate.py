@@ -60,7 +60,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     steps = [source.steps for source in sources if source.steps is not None]
     alone = {m: Accumulating(m.statistics) for m in layers if m.statistics.steps is None}
     for each in steps:
-        each.source.begin()
+        each.listener.begin()
     for layer, accumulating in alone.items():
         layer.statistics = accumulating
     for each in steps:
@@ -71,10 +71,10 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             for layer, accumulating in alone.items():
                 accumulating.apply(layer)
         for each in steps:
-            each.source.send()
+            each.listener.send()
     except BaseException:
         for each in steps:
-            each.source.drop()
+            each.listener.drop()
         raise
     finally:
         for layer, accumulating in alone.items():

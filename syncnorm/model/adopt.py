@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from syncnorm import functional, undocumented
+from syncnorm import checks, undocumented
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.module import MODE_BUFFERS
@@ -129,7 +129,7 @@ def adopt_state_dict(
         '': num_batches_tracked = 0, since the state has no counter
     """
     if source is not None:
-        functional.check_choice("source", source, ("torch", "inplace_abn", "keras", "crossq"))
+        checks.check_choice("source", source, ("torch", "inplace_abn", "keras", "crossq"))
     if any(undocumented.is_managed_by_fsdp(module) for module in model.modules()):
         raise InputError(
             "`model` must not be sharded, got one of FSDP. Adopt the state before `fully_shard` or "

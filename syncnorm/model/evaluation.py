@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional
+from syncnorm import checks
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
@@ -177,7 +177,7 @@ class _Theirs:
     def __call__(self, input: Tensor) -> Tensor:  # torch's name for the argument
         if self.layer.training:
             raise _training(self.name)
-        functional.check_input(input, self.layer.num_features)
+        checks.check_input(input, self.layer.num_features)
         return self.how.evaluate(self.layer, input, None, self.name)
 
 

@@ -29,7 +29,7 @@ from syncnorm.model.lints import decay_lints, model_lints, recorded_calls, sampl
 from syncnorm.model.sample import Shape, record_shapes
 from syncnorm.module import SyncNorm
 from syncnorm.statistics import mode_of
-from syncnorm.statistics.batch import Batch
+from syncnorm.statistics.batch import BatchMode
 from syncnorm.statistics.source import Mode
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.LocalResponseNorm, Pooling)
@@ -221,7 +221,7 @@ def _explain(
         return None, row, []
     if is_frozen:
         return None, replace(row, advice="frozen: in evaluation mode while the model trains"), []
-    mode, kept = Batch(), None
+    mode, kept = BatchMode(), None
     if isinstance(layer, SyncNorm):
         mode, kept = layer.sync_mode, layer.workers
     elif isinstance(layer, Pooling):

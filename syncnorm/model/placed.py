@@ -68,14 +68,14 @@ class Placed:
     def end_step(self) -> None:
         """Send what the rounds of a step have left for the running statistics."""
         if self._is_open and self._groups is not None:
-            self._groups.steps.source.send()
+            self._groups.steps.listener.send()
             self._close()
 
     def drop_step(self) -> None:
         """Forget a step that was not ended."""
         self.is_stand_in = False
         if self._is_open and self._groups is not None:
-            self._groups.steps.source.drop()
+            self._groups.steps.listener.drop()
             self._close()
 
     def _close(self) -> None:
@@ -93,7 +93,7 @@ class Placed:
         if self._groups is None:
             return
         if sampler.rounds > 1 and not self._is_open:
-            self._groups.steps.source.begin()
+            self._groups.steps.listener.begin()
             self._is_open = self._groups.steps.is_held = True
         if self.is_stand_in:
             # Its rows are in the first statistic. The others have none, and are exchanged as well.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import functional, ops
+from syncnorm import checks, ops
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
@@ -122,7 +122,7 @@ def _layers(model: nn.Module) -> dict[str, _BatchNorm]:
             "training mode are frozen."
         )
     for name, layer in layers.items():
-        functional.check_pair(layer.running_mean, layer.running_var, name)
+        checks.check_pair(layer.running_mean, layer.running_var, name)
     return layers
 
 
@@ -171,7 +171,7 @@ class _Recording(Source):
         self.keep(local.sums)
         return statistic
 
-    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         pass
 
 

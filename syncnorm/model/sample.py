@@ -17,7 +17,7 @@ from syncnorm import observed
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
-from syncnorm.statistics.batch import Local
+from syncnorm.statistics.batch import LocalSource
 
 Shape = tuple[int, ...]
 
@@ -118,7 +118,7 @@ def evaluating_untouched(model: nn.Module) -> Iterator[None]:
             for module in modes:
                 module.training = False
             for layer in sources:
-                layer.statistics = Local()
+                layer.statistics = LocalSource()
             for layer in family:
                 layer.sync = "none"
             yield

@@ -44,7 +44,7 @@ def load() -> Native:
         path = build.library_path(FOLDER, level)
         if path.exists():
             return _open(path, level)
-    return Native(None, "not built: there was no C compiler when the package was installed")
+    return Native(None, f"not built: {FOLDER} has none; an installation makes it with a C compiler")
 
 
 def _open(path: Path, level: str) -> Native:

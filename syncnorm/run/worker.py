@@ -172,8 +172,11 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
         if workers.is_first and task.prints:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
             if outcome.is_done:
+                page = folder / "report.html"
                 command = shlex.join(["syncnorm", "report", str(folder)])
-                print(f"To see it: {command}", file=sys.stderr, flush=True)
+                print(
+                    f"To see it: {page if page.exists() else command}", file=sys.stderr, flush=True
+                )
         # A peer may still be completing the last collective.
         meet(workers)
     dist.destroy_process_group()

@@ -16,15 +16,17 @@ A new mode is a file with a `Mode` and its `Source`, and a line in `MODES`.
 """
 
 from syncnorm.maths.lagged import Lagged
-from syncnorm.statistics.batch import Alone, Batch
-from syncnorm.statistics.lagged import LaggedAverages
-from syncnorm.statistics.running import Running
+from syncnorm.statistics.batch import BatchMode, LocalMode
+from syncnorm.statistics.lagged import LaggedMode
+from syncnorm.statistics.running import RunningMode
 from syncnorm.statistics.source import Mode
 
-MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (Batch, Running, LaggedAverages, Alone)}
+MODES: dict[str, type[Mode]] = {
+    mode.name: mode for mode in (BatchMode, RunningMode, LaggedMode, LocalMode)
+}
 """By the name that is given as `sync`; the first is the default."""
 
 
 def mode_of(sync: str | Lagged) -> Mode:
     """The mode that a layer's `sync` names, with its options if it is a `Lagged`."""
-    return LaggedAverages(sync) if isinstance(sync, Lagged) else MODES[sync]()
+    return LaggedMode(sync) if isinstance(sync, Lagged) else MODES[sync]()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from syncnorm.maths.moments import Moments, Raw
-from syncnorm.ops import LocalSums, Statistic, unexchanged_statistic
+from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Lent, Source
 from syncnorm.undocumented import disable_dynamo
 
@@ -33,16 +33,14 @@ class Accumulating(Lent):
         return self.source.forward(layer, x, mask)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        if local.observer is not None:
-            return unexchanged_statistic(local, layer.label)
         return self.source.statistic(layer, local)
 
     def evaluate(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.source.evaluate(layer, x, mask)
 
-    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         if local.observer is None and layer.is_tracking:
-            sums, is_raw = batch.packed
+            sums, is_raw = moments.packed
             assert is_raw
             self.total = sums if self.total is None else self.total + sums
 

@@ -16,40 +16,43 @@ if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class Pooled(Source):
+class BatchSource(Source):
     """The moments of the batch over the layer's process group, by one exchange.
 
     *Collectives*: one all-reduce of 2C+1 float64 numbers, and one of 2C in the backward pass.
     """
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        if local.observer is not None:
-            return ops.observed_statistic(local, layer.workers, layer.label)
         group = groups.statistics_group(layer.workers)
         return ops.pooled_statistic(local, group, layer.label, is_averaged=layer.is_prepared)
 
+    def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        return ops.observed_statistic(local, layer.workers, layer.label)
 
-class Local(Source):
+
+class LocalSource(Source):
     """The moments of this worker's batch. *Collectives*: none."""
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         return ops.local_statistic(local, layer.label)
 
+    observed_statistic = statistic
 
-class Batch(Mode):
+
+class BatchMode(Mode):
     name: ClassVar[str] = "batch"
 
     def new_source(self) -> Source:
-        return Pooled()
+        return BatchSource()
 
     def own_sizes(self, channels: int, calls: int) -> list[int]:
         return [2 * channels + 1, 2 * channels] * calls
 
 
-class Alone(Mode):
+class LocalMode(Mode):
     name: ClassVar[str] = "none"
     is_pooled: ClassVar[bool] = False
     normalizes_pooled: ClassVar[bool] = False
 
     def new_source(self) -> Source:
-        return Local()
+        return LocalSource()

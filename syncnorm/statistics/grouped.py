@@ -18,14 +18,14 @@ from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.ops import LocalSums, Statistic
-from syncnorm.statistics.running import PooledRunning
+from syncnorm.statistics.running import RunningSource
 from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class StatisticGroups(PooledRunning):
+class StatisticGroups(RunningSource):
     """The layers of one model, told before each forward what their statistics are taken over.
 
     Args:
@@ -76,8 +76,6 @@ class StatisticGroups(PooledRunning):
         return [times * part for part in self._parts]
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        if local.observer is not None:
-            return ops.unexchanged_statistic(local, layer.label)
         if not self._steps.is_open:
             self.pool.check_outside(layer, local)
         return ops.pooled_statistic(local, self._over, layer.label)

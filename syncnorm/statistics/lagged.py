@@ -21,16 +21,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from syncnorm import ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels, lagged
 from syncnorm.maths.lagged import Lagged
-from syncnorm.maths.moments import Moments, Packed, of_sums, reciprocal
+from syncnorm.maths.moments import Moments, Packed, of_sums
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
-from syncnorm.statistics.pool import Pool
+from syncnorm.statistics.pool import RunningPool
 from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class LaggedAverages(Mode):
+class LaggedMode(Mode):
     """The mode; its options are those of `Lagged`."""
 
     options: Lagged
@@ -59,7 +58,7 @@ class LaggedAverages(Mode):
         return Unattached()
 
     def attach(self, layers: dict[str, SyncNorm], model: nn.Module) -> None:
-        PooledLagged(layers).steps.attach(model)
+        LaggedSource(layers).steps.attach(model)
 
     def buffers(self, num_features: int, device: torch.device | str | None) -> dict[str, Tensor]:
         wide: dict[str, Any] = {"dtype": torch.float64, "device": device}
@@ -78,7 +77,7 @@ class LaggedAverages(Mode):
 
 
 class _Own(NamedTuple):
-    """The layer's own buffers, see `LaggedAverages.buffers`, and options."""
+    """The layer's own buffers, see `LaggedMode.buffers`, and options."""
 
     mean: Tensor
     var: Tensor
@@ -90,7 +89,7 @@ class _Own(NamedTuple):
     @classmethod
     def of(cls, layer: SyncNorm) -> _Own:
         """Past `CurrentBuffers`: for callers that have settled, or are about to."""
-        assert isinstance(layer.sync_mode, LaggedAverages)
+        assert isinstance(layer.sync_mode, LaggedMode)
         buffers: Any = map(partial(dict.__getitem__, layer._buffers), _NAMES)
         return cls(*buffers, options=layer.sync_mode.options)
 
@@ -143,21 +142,17 @@ class FixedMeans:
     def is_local(self) -> bool:
         return False
 
-    def __call__(self, local: Tensor) -> Tensor:
-        totals, n = self.totals(local)
-        return totals if n is None else totals * reciprocal(n)
-
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.estimate, None
 
-    def of_second(self, local: Tensor) -> Tensor:
+    def double_backward_means(self, local: Tensor) -> Tensor:
         raise InputError(
             '`sync` must be "batch", "running" or "none" where a gradient is differentiated, got '
             f'"lagged" in layer {self.layer.label!r}. Its gradient is corrected by an average and '
             "is no derivative of its output."
         )
 
-    def again(self) -> FixedMeans:
+    def for_repetition(self) -> FixedMeans:
         return FixedMeans(self.layer, self.estimate)
 
 
@@ -177,7 +172,7 @@ class LaggedMeans(FixedMeans):
 
     def __init__(
         self,
-        source: PooledLagged,
+        source: LaggedSource,
         layer: SyncNorm,
         estimate: Tensor,
         pooled: PooledMeans | None,
@@ -200,12 +195,12 @@ class LaggedMeans(FixedMeans):
         self.source.add_gradients(self.layer, local, self.count, self.backward, self.number)
         return totals
 
-    def again(self) -> LaggedMeans:
-        pooled = None if self.pooled is None else self.pooled.again()
+    def for_repetition(self) -> LaggedMeans:
+        pooled = None if self.pooled is None else self.pooled.for_repetition()
         return LaggedMeans(self.source, self.layer, self.estimate, pooled, self.count, None)
 
 
-class PooledLagged(Source):
+class LaggedSource(Source):
     """The layers of one model that share two messages a step.
 
     The layers hold the averages in buffers, so that a resumed run is exact.
@@ -214,13 +209,13 @@ class PooledLagged(Source):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: Pool
+    pool: RunningPool
 
     forward = untraced_forward
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
-        self.pool = Pool(self, layers, LaggedAverages.name, buffers, self._follow_moments)
+        self.pool = RunningPool(self, layers, LaggedMode.name, buffers, self._follow_moments)
         self._steps = Steps(self)
         self._backward = Backward()
         self._gradients: dict[str, list[Tensor]] = {}
@@ -248,8 +243,6 @@ class PooledLagged(Source):
         return self.pool.failure
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        if local.observer is not None:
-            return ops.unexchanged_statistic(local, layer.label)
         name = self.pool.names[layer]
         if self._steps.is_open:
             averages = self._averages = self._averages or self._read(self.layers)
@@ -271,7 +264,7 @@ class PooledLagged(Source):
             means = LaggedMeans(self, layer, estimate, pooled, count, backward)
         return Statistic(batch, means, is_pooled=group is not None)
 
-    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         self.pool.gather(layer, local)
 
     def trains(self) -> bool:
@@ -384,7 +377,7 @@ class PooledLagged(Source):
             for layer, sums in zip(message.layers, arrived.parts, strict=True):
                 own = _Own.of(layer)
                 if id(own.gradient) not in others:
-                    rules = kernels.of_averages(*own[:5]) or lagged
+                    rules = kernels.fused_for_lagged(*own[:5]) or lagged
                     rules.follow_gradients_(sums, own.gradient, own.updates[1], own.options)
 
     @torch.no_grad()
@@ -408,7 +401,7 @@ class PooledLagged(Source):
         self._averages = None
         own = _Own.of(layer)
         # As few launches as the device allows.
-        rules = kernels.of_averages(*own[:5]) or lagged
+        rules = kernels.fused_for_lagged(*own[:5]) or lagged
         rules.follow_moments_(
             batch, own.mean, own.var, own.updates[0], own.waits, layer.eps, own.options
         )

@@ -64,7 +64,7 @@ class Sent(NamedTuple):
     shard: LateShard | None
 
 
-class Pool:
+class RunningPool:
     """The layers of one model that pool their running statistics together; made by their source.
 
     Its steps are delimited by `syncnorm.statistics.steps`.
@@ -148,7 +148,7 @@ class Pool:
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """The check for uneven shards, at one layer of a step; None at the others."""
-        is_first = self._gathered.shard is None and local.is_repeated is False
+        is_first = self._gathered.shard is None and not (local.is_repeated or local.is_compiled)
         if not is_first or Shard.has_warned or not is_host(local.sums):
             return None
         self._gathered.shard = LateShard(local.sums[-1], self.names[layer])

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, Self, TypeVar
 
+import torch
 from torch import nn
 
 from syncnorm import ops, undocumented
@@ -27,7 +28,7 @@ from syncnorm import ops, undocumented
 class Repeatable(Protocol):
     """What a call of a layer saw: all that a repetition needs of it."""
 
-    def again(self) -> Self:
+    def for_repetition(self) -> Self:
         """The same, for a repetition of the call, which belongs to no step."""
         ...
 
@@ -61,7 +62,7 @@ def begin(layer: nn.Module, first: Callable[[], R]) -> tuple[R, bool]:
     if kept is not None:
         return kept, True
     seen = first()
-    if is_repeated is False and ops.may_be_repeated():
+    if not (is_repeated or torch.compiler.is_compiling()) and ops.may_be_repeated():
         keep(layer, seen)
     return seen, False
 
@@ -70,7 +71,7 @@ def begin(layer: nn.Module, first: Callable[[], R]) -> tuple[R, bool]:
 class _Value(Generic[T]):
     value: T
 
-    def again(self) -> Self:
+    def for_repetition(self) -> Self:
         return self
 
 
@@ -116,7 +117,7 @@ def find(layer: nn.Module) -> Any | None:
 def _add(layer: nn.Module, statistic: Repeatable, checkpoints: list[Any]) -> None:
     if not checkpoints:
         return
-    again = statistic.again()
+    again = statistic.for_repetition()
     for each in checkpoints:
         if not hasattr(each, _CALLS):
             setattr(each, _CALLS, {})

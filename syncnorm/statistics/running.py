@@ -14,8 +14,8 @@ from torch import nn
 
 from syncnorm.comm import exchange
 from syncnorm.maths.moments import Moments, Raw
-from syncnorm.ops import LocalSums, PooledMeans, Statistic, unexchanged_statistic
-from syncnorm.statistics.pool import Pool
+from syncnorm.ops import LocalSums, PooledMeans, Statistic
+from syncnorm.statistics.pool import RunningPool
 from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
 from syncnorm.statistics.steps import Steps
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class PooledRunning(Source):
+class RunningSource(Source):
     """The layers of one model that pool their running statistics together.
 
     Args:
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: Pool
+    pool: RunningPool
 
     forward = untraced_forward
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
-        self.pool = Pool(self, layers, next(iter(layers.values())).sync)
+        self.pool = RunningPool(self, layers, next(iter(layers.values())).sync)
         self._steps = Steps(self.pool)
 
     @property
@@ -47,15 +47,13 @@ class PooledRunning(Source):
         return self.pool.failure
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        if local.observer is not None:
-            return unexchanged_statistic(local, layer.label)
         if not self._steps.is_open:
             self.pool.check_outside(layer, local)
         batch = Raw(local.sums, local.has_several)
         shard = None if layer.freeze is not None else self.pool.shard(layer, local)
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
 
-    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
+    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         self.pool.gather(layer, local)
 
     def settle(self) -> None:
@@ -68,7 +66,7 @@ class PooledRunning(Source):
         self.pool.release(layer)
 
 
-class Running(Mode):
+class RunningMode(Mode):
     name: ClassVar[str] = "running"
     normalizes_pooled: ClassVar[bool] = False
 
@@ -76,7 +74,7 @@ class Running(Mode):
         return Unattached()
 
     def attach(self, layers: dict[str, SyncNorm], model: nn.Module) -> None:
-        PooledRunning(layers).steps.attach(model)
+        RunningSource(layers).steps.attach(model)
 
     def flat_sizes(self, channels: Sequence[int], workers: int) -> list[int]:
         return [sum(2 * each + 1 for each in channels) + workers]

@@ -6,7 +6,7 @@ what the running statistics should follow:
     local = ops.local_sums(x, mask, weight, bias)
     statistic = source.statistic(layer, local)         # here workers exchange, or do not
     y, statistic = ops.normalize_batch(x, weight, bias, statistic, eps, local)
-    source.record(layer, local, statistic.batch)       # here running statistics follow, or will
+    source.record(layer, local, statistic.moments)     # here running statistics follow, or will
 
 A mode is a fact about a layer; it is one of `syncnorm.statistics.MODES` and alone knows its name,
 its buffers and what it sends. A source is what a layer of that mode is given, and may be lent
@@ -67,13 +67,26 @@ class Source(ABC):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         """The statistic that normalises this batch. Of a frozen layer's nothing is kept."""
 
-    def record(self, layer: SyncNorm, local: LocalSums, batch: Moments) -> None:
-        """Have the running statistics follow the batch.
+    def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        """The same where something looks at operators, and would not see an exchange.
+
+        Raises:
+            InputError: there would be one.
+        """
+        return ops.unexchanged_statistic(local, layer.label)
+
+    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
+        """Update the running statistics by this call, now or when the step ends.
 
         Called after each forward that is not frozen and no repetition.
+
+        Args:
+            layer: the layer.
+            local: this worker's sums, for sources that pool them later.
+            moments: those that the batch was normalised by.
         """
         if layer.is_tracking:
-            layer.update_running(batch, layer.momentum)
+            layer.update_running(moments, layer.momentum)
 
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         """The training forward, as a whole or in parts that have a statistic each."""
@@ -148,13 +161,14 @@ class Unattached(Source):
     is_attached = False
     forward = untraced_forward
 
+    def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
+        return ops.observed_statistic(local, layer.workers, layer.label)
+
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        if local.observer is not None:
-            return ops.observed_statistic(local, layer.workers, layer.label)
         if groups.statistics_group(layer.workers) is None:
             return ops.local_statistic(local, layer.label)
         raise InputError(
-            '`sync` must be "batch" or "none" in a layer that is not attached, got '
+            '`sync` must be "batch" or "none" in a layer that prepare_ddp has not been given, got '
             f"{layer.sync!r} in {layer}. Call prepare_ddp(model) on every worker before training "
             "(and before DistributedDataParallel)."
         )

@@ -20,8 +20,8 @@ from syncnorm import ops
 from syncnorm.undocumented import disable_dynamo
 
 
-class Together(Protocol):
-    """A source of layers that act together."""
+class StepListener(Protocol):
+    """Whoever acts for the layers of a model together: it is told where steps begin and end."""
 
     @property
     def layers(self) -> Mapping[str, nn.Module]:
@@ -46,12 +46,12 @@ class Together(Protocol):
 
 
 class Steps:
-    """Tells a source where the steps of its model begin and end."""
+    """Tells a listener where the steps of its model begin and end."""
 
     is_open: bool
 
-    def __init__(self, source: Together) -> None:
-        self.source = source
+    def __init__(self, listener: StepListener) -> None:
+        self.listener = listener
         self.is_held = False
         """True if forwards are being accumulated into one step."""
         self.is_open = False
@@ -64,7 +64,7 @@ class Steps:
         model.register_forward_hook(self._after, always_call=True)
 
     def _before(self, model: nn.Module, args: object) -> None:
-        trains = self.source.trains()
+        trains = self.listener.trains()
         if trains or self.is_open:
             self._delimit(begins=trains)
 
@@ -80,14 +80,14 @@ class Steps:
         self.is_open = False
         if begins:
             if not self.is_held:
-                self.source.begin()
+                self.listener.begin()
             self.is_open, self._handled = True, sys.exc_info()[1]
         elif begins is None:
             # Called for a forward that raised, too, while its exception is being handled.
             has_raised = sys.exc_info()[1] is not self._handled
             self._handled = None
             if not has_raised and not self.is_held:
-                self.source.send()
+                self.listener.send()
 
     def __getstate__(self) -> dict[str, object]:
         # A copy made within `accumulate`, or within a forward, is not part of it.
@@ -100,9 +100,9 @@ def delimited_by(module: nn.Module) -> set[Steps]:
 
 
 def remove_deserted(module: nn.Module) -> None:
-    """Remove the hooks of steps whose source every layer has left."""
+    """Remove the hooks of steps that no layer takes part in any more."""
     for m, hooks, key, steps in _hooks(module):
-        if not steps.source.layers:
+        if not steps.listener.layers:
             del hooks[key]
             m._forward_hooks_always_called.pop(key, None)
 

@@ -205,9 +205,17 @@ def train(
             setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
         ) as recorder:
             run = Run(
-                config, workers, feed, setup, progress, watch, recorder, saver, steps_per_epoch
+                config,
+                workers,
+                feed,
+                setup,
+                progress,
+                watch,
+                recorder,
+                saver,
+                steps_per_epoch,
+                callbacks=callbacks,
             )
-            run.callbacks = callbacks
             recorder.record_start(resumed, feed)
             for callback in callbacks:
                 callback.on_start(run)

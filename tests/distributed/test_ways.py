@@ -17,7 +17,7 @@ def _has() -> tuple[bool, bool]:
     """True if this rank has the native kernels, and if it shares memory with the others."""
     group = groups.statistics_group()
     assert group is not None
-    is_native = kernels.of_device(torch.ones(2, 3)) is kernels.native
+    is_native = kernels.fused_for(torch.ones(2, 3)) is kernels.native
     return is_native, shared.segment_of(group) is not None
 
 

@@ -32,7 +32,7 @@ MOST = {
     "lagged": (50, 11, 21),
 }
 # More of them if it renormalises.
-MOST_OF_RENORM = (7, 0, 3)
+MOST_OF_RENORM = (8, 0, 3)
 
 pytestmark = pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
 

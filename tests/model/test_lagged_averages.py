@@ -18,7 +18,7 @@ from syncnorm import (
     prepare_ddp,
 )
 from syncnorm.maths.lagged import snapshots
-from syncnorm.statistics.lagged import LaggedAverages
+from syncnorm.statistics.lagged import LaggedMode
 from tests.as_device import as_device
 
 
@@ -128,7 +128,7 @@ def test_averages_begin_where_a_loader_fills_the_layer_from_a_batch_norm(loader)
         k: v + 1 for k, v in nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).state_dict().items()
     }
     layer, new = LOADERS[loader](state)[1], SyncBatchNorm(4, sync="lagged")
-    for name in LaggedAverages().buffers(4, "meta"):
+    for name in LaggedMode().buffers(4, "meta"):
         assert torch.equal(layer.get_buffer(name), new.get_buffer(name)), name
     assert loader == "to_empty" or torch.equal(layer.running_mean, state["1.running_mean"])
     layer(torch.randn(5, 4))

@@ -39,7 +39,7 @@ IMPLEMENTATIONS = ["cpu", "portable", "portable in slices", "traced"]
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request, monkeypatch) -> ModuleType:
     used = {"cpu": cpu, "traced": traced}.get(request.param, portable)
-    monkeypatch.setattr(kernels, "_implementation", lambda x: used)
+    monkeypatch.setattr(kernels, "_primitives_for", lambda x: used)
     if used is portable:
         monkeypatch.setattr(kernels, "local_moments", composed.moments)
         # A CPU's own multiplies out.
@@ -261,7 +261,7 @@ def test_the_aten_operator_means_what_aten_py_takes_it_to_mean():
 
 
 def test_empty_tensors_reach_no_kernel(monkeypatch):
-    monkeypatch.setattr(kernels, "_implementation", lambda x: pytest.fail("reached"))
+    monkeypatch.setattr(kernels, "_primitives_for", lambda x: pytest.fail("reached"))
     for shape in [(0, 3), (0, 3, 4, 4), (2, 3, 0)]:
         x, c = torch.empty(shape), torch.zeros(3).double()
         assert torch.equal(kernels.local_moments(x, None), torch.zeros(7).double())

@@ -273,10 +273,10 @@ def test_subclasses_of_tensors_go_by_operators():
         pass
 
     x = randn(4, 3, 5)
-    assert kernels.of_device(x) is ours
-    assert kernels.of_device(x, torch.nn.Parameter(randn(3)), None) is ours
-    assert kernels.of_device(x.as_subclass(Own)) is not ours
-    assert kernels.of_device(x, randn(3).as_subclass(Own)) is not ours
+    assert kernels.fused_for(x) is ours
+    assert kernels.fused_for(x, torch.nn.Parameter(randn(3)), None) is ours
+    assert kernels.fused_for(x.as_subclass(Own)) is not ours
+    assert kernels.fused_for(x, randn(3).as_subclass(Own)) is not ours
 
 
 @needs_library

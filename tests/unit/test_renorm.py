@@ -310,7 +310,7 @@ def test_functional_equals_the_layer():
 def test_no_extra_pass_over_the_data(make, monkeypatch):
     calls = []
     x = torch.randn(4, 3, 5, requires_grad=True)
-    own = kernels.of_device(x)
+    own = kernels.fused_for(x)
     passes = ("normalize", "backward_sums", "backward_input")
     passes = ("local_moments" if own is None else "moments", *passes)
     for name in passes:

@@ -7,14 +7,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional, ops
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, checks, functional, ops
 from syncnorm.maths import moments
 from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics import batch
-from syncnorm.statistics.batch import Pooled
+from syncnorm.statistics.batch import BatchSource
 
 
 class Raises(SyncBatchNorm):
@@ -37,7 +37,7 @@ class LocalGradient(SyncBatchNorm):
         self.statistics = _LocalGradient()
 
 
-class _LocalGradient(Pooled):
+class _LocalGradient(BatchSource):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         statistic = super().statistic(layer, local)
         return statistic._replace(gradient_means=PooledMeans(moments.of_sums(local.sums), None))
@@ -51,7 +51,7 @@ class RankZero(SyncBatchNorm):
         self.statistics = _RankZero()
 
 
-class _RankZero(Pooled):
+class _RankZero(BatchSource):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         dist.broadcast(local.sums, 0)
         return ops.pooled_statistic(local, None, layer.label)
@@ -77,7 +77,7 @@ class FloatWire(SyncBatchNorm):
         self.statistics = _NarrowWire(torch.float32)
 
 
-class _NarrowWire(Pooled):
+class _NarrowWire(BatchSource):
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
 
@@ -252,7 +252,7 @@ class GatedExchange(SyncBatchNorm):
     """Exchanges in the backward pass only where its own input needs a gradient."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.statistics = Pooled() if x.requires_grad else _LocalGradient()
+        self.statistics = BatchSource() if x.requires_grad else _LocalGradient()
         return super().forward(x, mask)
 
 
@@ -314,7 +314,7 @@ class CountsRepetitions(SyncBatchNorm):
 
 class LocalWithoutGrad(SyncBatchNorm):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.statistics = Pooled() if torch.is_grad_enabled() else batch.Local()
+        self.statistics = BatchSource() if torch.is_grad_enabled() else batch.LocalSource()
         return super().forward(x, mask)
 
 
@@ -326,19 +326,19 @@ class LocalSecond(SyncBatchNorm):
         self.statistics = _LocalSecond()
 
 
-class _LocalSecond(Pooled):
+class _LocalSecond(BatchSource):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         statistic = super().statistic(layer, local)
         means = statistic.gradient_means
         assert isinstance(means, PooledMeans)
         return statistic._replace(
-            gradient_means=_LocalSecondMeans(statistic.batch, means.group, means.name)
+            gradient_means=_LocalSecondMeans(statistic.moments, means.group, means.name)
         )
 
 
 class _LocalSecondMeans(PooledMeans):
-    def of_second(self, local: Tensor) -> Tensor:
-        return local * moments.reciprocal(self.n)
+    def double_backward_means(self, local: Tensor) -> Tensor:
+        return local * moments.reciprocal(self._batch.n)
 
 
 class SevenfoldByInput(SyncBatchNorm):
@@ -409,7 +409,7 @@ class LocalCompiled(SyncBatchNorm):
     """Pools nothing where it is compiled."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        self.statistics = batch.Local() if torch.compiler.is_compiling() else Pooled()
+        self.statistics = batch.LocalSource() if torch.compiler.is_compiling() else BatchSource()
         return super().forward(x, mask)
 
 
@@ -579,12 +579,12 @@ class NewStatistics(SyncBatchRenorm):
     def new_statistic(self, local: LocalSums) -> Statistic:
         statistic = SyncNorm.new_statistic(self, local)
         mean, var = self.running_mean.clone(), self.running_var.clone()
-        self.update_running(statistic.batch, self.momentum)
-        self.num_batches_tracked -= int(statistic.batch.n > 0)
+        self.update_running(statistic.moments, self.momentum)
+        self.num_batches_tracked -= int(statistic.moments.n > 0)
         after = Reference(self.running_mean.clone(), self.running_var.clone(), self.bounds())
         self.running_mean.copy_(mean)
         self.running_var.copy_(var)
-        return functional.correct(statistic, local, self.eps, after)
+        return ops.renormalized(statistic, local, self.eps, after)
 
 
 class AveragesTheOther(SyncBatchRenorm):
@@ -602,7 +602,7 @@ class LateClock(SyncBatchRenorm):
     def bounds(self) -> tuple[Tensor, Tensor]:
         assert self.num_batches_tracked is not None
         r_max, d_max = self.schedule((self.num_batches_tracked - 1).clamp(min=0))
-        return functional.check_bounds(r_max, d_max, self.num_batches_tracked.device)
+        return checks.check_bounds(r_max, d_max, self.num_batches_tracked.device)
 
 
 class SkipsEmptyOnRankZero(SyncBatchNorm):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from syncnorm import functional
+from syncnorm import checks
 from syncnorm.family.pooled import channels
 
 
@@ -35,7 +35,7 @@ class DynamicTanh(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Squash x, (N, C, *S)."""
-        functional.check_input(x, self.num_features)
+        checks.check_input(x, self.num_features)
         y = self.squash(x) * channels(self.weight, x)
         return y + channels(self.bias, x)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from syncnorm import functional
+from syncnorm import checks
 from syncnorm.family.pooled import channels, widened
 
 
@@ -27,14 +27,14 @@ class ChannelRMSNorm(nn.Module):
     weight: nn.Parameter
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        functional.check_hyperparameters(num_features, eps, None)
+        checks.check_hyperparameters(num_features, eps, None)
         super().__init__()
         self.num_features, self.eps = num_features, eps
         self.weight = nn.Parameter(torch.ones(num_features))
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *S)."""
-        functional.check_input(x, self.num_features)
+        checks.check_input(x, self.num_features)
         wide = widened(x)
         inverse = (wide.square().mean(1, keepdim=True) + self.eps).rsqrt()
         return (wide * inverse * channels(self.weight, wide)).to(x.dtype)

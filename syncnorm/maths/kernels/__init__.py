@@ -11,9 +11,15 @@ Shapes: x and g (N, C, *S), any floating type, any strides; mean, scale, shift, 
 (N, 1, *S) or None. Sums come back in float64. An output has the type and memory layout of x. Empty
 tensors never reach a kernel: their sums are zeros.
 
-`of_device` chooses among modules of another interface, that of `composed`: there a function of the
-same name also does what is per channel, from the pooled sums on. They are `native` (C, on a CPU),
-`triton` (CUDA) and `composed` itself.
+`fused_for` chooses among modules of another interface, that of `composed`: there a function of the
+same name also does what is per channel, from the pooled sums on. Who computes a call:
+
+    a CPU with the native library              native (C)
+    a CPU without it, or tensors it refuses    the primitives here, by cpu
+    CUDA                                       triton
+    CUDA without Triton, other devices         composed, whose passes over x are portable's
+    compiled code, meta and fake tensors       the primitives here, by traced: plain operators
+    an empty tensor                            composed where kernels are fused, else zeros
 
 Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n
 and b = sum g (x - mean) / (n std^2), the sums being those of all workers.
@@ -38,25 +44,26 @@ __all__ = [
     "Scheduled",
     "backward_input",
     "backward_sums",
+    "fused_for",
+    "fused_for_lagged",
+    "fused_for_running",
     "is_weight",
     "local_moments",
     "native",
     "normalize",
-    "of_averages",
-    "of_device",
-    "of_running",
 ]
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def _implementation(x: Tensor) -> ModuleType:
+def _primitives_for(x: Tensor) -> ModuleType:
+    """The module whose functions go over x, where no fused kernels do."""
     if torch.compiler.is_compiling() or (type(x) is not Tensor and isinstance(x, FakeTensor)):
         return traced
     return cpu if is_host(x) else traced if x.is_meta else portable
 
 
-def of_device(x: Tensor, *others: Tensor | None) -> ModuleType | None:
+def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     """The module of kernels that finish statistics themselves; None where they are finished here.
 
     See `syncnorm.maths.kernels.composed`. In code that is being compiled, and on a CPU without the
@@ -76,14 +83,14 @@ def of_device(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     return _preferred(x.device) if x.numel() else composed
 
 
-def of_running(*tensors: Tensor) -> ModuleType | None:
+def fused_for_running(*tensors: Tensor) -> ModuleType | None:
     """The module that moves running statistics in few launches; None where there is none."""
     if not torch.compiler.is_compiling() and native.is_usable(*tensors):
         return native
-    return of_device(tensors[0])
+    return fused_for(tensors[0])
 
 
-def of_averages(
+def fused_for_lagged(
     mean: Tensor, var: Tensor, gradient: Tensor, updates: Tensor, waits: Tensor
 ) -> ModuleType | None:
     """The module whose kernels move the averages of "lagged"; None where operators do it.
@@ -100,7 +107,7 @@ def of_averages(
         return None
     if not torch.compiler.is_compiling() and native.is_usable(mean, var, gradient):
         return native
-    own = of_device(mean)
+    own = fused_for(mean)
     return None if own is composed else own
 
 
@@ -111,7 +118,7 @@ def _preferred(device: torch.device) -> ModuleType:
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """Raw sums of one worker, shape (2C+1,), float64: [sum wx, sum wx^2, sum w].
 
-    On a CPU, on meta and in code that is being compiled; see `of_device` for others.
+    On a CPU, on meta and in code that is being compiled; see `fused_for` for others.
     """
     channels = x.shape[1]
     wide = sum_dtype(x.device)
@@ -120,7 +127,7 @@ def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
         return sums
     count = x.numel() // channels if mask is None else mask.sum(dtype=wide)
     # About a pivot p near the mean, so that a large mean costs no digits of the variance.
-    p, s1, s2 = _implementation(x).centred_sums(x, mask, count)
+    p, s1, s2 = _primitives_for(x).centred_sums(x, mask, count)
     sums[:channels] = s1 + count * p
     sums[channels:-1] = s2 + p * (2.0 * s1 + count * p)
     sums[-1] = count
@@ -134,7 +141,7 @@ def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     mean, lost = _rounded(mean, x)
     if lost is not None:
         shift = torch.addcmul(shift, scale, lost, value=-1)
-    return _implementation(x).normalize(x, mean, scale, shift)
+    return _primitives_for(x).normalize(x, mean, scale, shift)
 
 
 def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
@@ -143,7 +150,7 @@ def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.zeros(2 * channels, dtype=sum_dtype(x.device), device=x.device)
     mean, lost = _rounded(mean, x)
-    sums = _implementation(x).backward_sums(grad_output, x, mean)
+    sums = _primitives_for(x).backward_sums(grad_output, x, mean)
     if lost is not None:
         sums[channels:].addcmul_(sums[:channels], lost, value=-1)
     return sums
@@ -164,7 +171,7 @@ def backward_input(
     mean, lost = _rounded(mean, x)
     if lost is not None:
         a = torch.addcmul(a, b, lost, value=-1)
-    return _implementation(x).backward_input(grad_output, x, mean, scale, a, b, mask)
+    return _primitives_for(x).backward_input(grad_output, x, mean, scale, a, b, mask)
 
 
 def _rounded(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 if TYPE_CHECKING:
     from syncnorm.maths.renorm import RenormSchedule
-
-
-class Batch(Protocol):
-    """The moments of a batch: see `syncnorm.maths.moments.Moments`."""
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-    rows: Tensor
-    has_several: bool
-
-    @property
-    def packed(self) -> tuple[Tensor, bool]: ...
 
 
 class Scheduled(NamedTuple):

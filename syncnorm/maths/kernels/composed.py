@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import portable
-from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled
+from syncnorm.maths.kernels.batch import Reference, Scheduled
+from syncnorm.maths.moments import Moments
 from syncnorm.maths.precision import rounding, sum_dtype
 
 # Less than any sum of weights, and lost in one; its reciprocal is finite in float32.
@@ -50,7 +51,7 @@ def is_weight(mask: Tensor) -> Tensor:
 
 def normalize(
     x: Tensor,
-    batch: Batch,
+    batch: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -143,7 +144,7 @@ def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
     counter: Tensor | None,
-    batch: Batch,
+    batch: Moments,
     momentum: float | None,
     eps: float,
     is_std: bool,

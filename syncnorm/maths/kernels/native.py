@@ -17,7 +17,8 @@ from torch import Tensor
 
 from syncnorm import native
 from syncnorm.maths.kernels import layout
-from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled, mark_written
+from syncnorm.maths.kernels.batch import Reference, Scheduled, mark_written
+from syncnorm.maths.moments import Moments
 
 if TYPE_CHECKING:
     from syncnorm.maths.lagged import Lagged
@@ -135,7 +136,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def normalize(
     x: Tensor,
-    batch: Batch,
+    batch: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -187,7 +188,7 @@ def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
     counter: Tensor | None,
-    batch: Batch,
+    batch: Moments,
     momentum: float | None,
     eps: float,
     is_std: bool,
@@ -263,7 +264,7 @@ def backward_input(
 
 
 def follow_moments_(
-    batch: Batch,
+    batch: Moments,
     mean: Tensor,
     var: Tensor,
     updates: Tensor,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from syncnorm import functional
+from syncnorm import checks
 from syncnorm.errors import InputError
 from syncnorm.module import SyncNorm
 
@@ -116,7 +116,7 @@ class _Adapted(Over):
         self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
     ) -> Tensor:
         if x is None or input is not None:
-            x = functional.one_input(x, input)
+            x = checks.one_input(x, input)
         ours, theirs = self.made_of
         adapter = adapter_of(theirs)
         if adapter is None:

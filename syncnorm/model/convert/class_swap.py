@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 
-from syncnorm import functional, observed
+from syncnorm import checks, observed
 from syncnorm.comm import groups
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.precision import HALF_TYPES
@@ -223,7 +223,7 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
     def initialize_parameters(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, x: Tensor | None = None, mask: Tensor | None = None, *, input: Tensor | None = None
     ) -> None:
-        super().initialize_parameters(functional.one_input(x, input))
+        super().initialize_parameters(checks.one_input(x, input))
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         pending = self.pending

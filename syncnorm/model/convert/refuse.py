@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _LazyNormBase
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import functional, undocumented
+from syncnorm import checks, undocumented
 from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
@@ -99,7 +99,7 @@ def _untracked(layer: _BatchNorm, request: Request) -> str | None:
 def _unfit(layer: _BatchNorm, request: Request) -> str | None:
     try:
         channels = 1 if isinstance(layer, _LazyNormBase) else layer.num_features
-        functional.check_hyperparameters(
+        checks.check_hyperparameters(
             channels, request.options.get("eps", layer.eps), request.momentum(layer)
         )
     except InputError as error:

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from syncnorm.maths.kernels.batch import Batch, Reference, Scheduled, mark_written
+from syncnorm.maths.kernels.batch import Reference, Scheduled, mark_written
+from syncnorm.maths.moments import Moments
 
 if TYPE_CHECKING:
     from syncnorm.maths.lagged import Lagged
@@ -85,7 +86,7 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def normalize(
     x: Tensor,
-    batch: Batch,
+    batch: Moments,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
@@ -116,7 +117,7 @@ def update_running_(
     running_mean: Tensor,
     running_var: Tensor,
     counter: Tensor | None,
-    batch: Batch,
+    batch: Moments,
     momentum: float | None,
     eps: float,
     is_std: bool,
@@ -153,7 +154,7 @@ def backward_input(
 
 
 def follow_moments_(
-    batch: Batch,
+    batch: Moments,
     mean: Tensor,
     var: Tensor,
     updates: Tensor,
