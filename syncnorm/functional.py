@@ -193,7 +193,7 @@ def _train(
     """The training forward of a function."""
     local = ops.local_sums(x, mask, weight, bias)
     if local.observer is not None:
-        statistic = ops.observed_statistic(local, process_group, name)
+        statistic = ops.statistic_if_alone(local, process_group, name)
     else:
         statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), name)
     checks.check_count(statistic, checks.warn_single_value)

@@ -197,16 +197,20 @@ class PooledMeans:
     *Collectives*: one all-reduce of 2C numbers, one of 5C where the gradient is differentiated.
 
     Args:
-        batch: the pooled moments.
+        moments: of the batch of all of them.
         group: the workers; None: this one.
         name: the layer, for errors.
         shard: one whose unevenness is to be noticed in the backward pass; None: none.
     """
 
     def __init__(
-        self, batch: Moments, group: groups.Group | None, name: str = "", shard: Shard | None = None
+        self,
+        moments: Moments,
+        group: groups.Group | None,
+        name: str = "",
+        shard: Shard | None = None,
     ) -> None:
-        self._batch = batch
+        self._moments = moments
         self.group = group
         self.name = name
         self.shard = shard
@@ -218,22 +222,22 @@ class PooledMeans:
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
         total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
-            self.shard.check(self._batch.n, groups.ranks(self.group), self.name)
-        return total, self._batch.count
+            self.shard.check(self._moments.n, groups.ranks(self.group), self.name)
+        return total, self._moments.count
 
     def double_backward_means(self, local: Tensor) -> Tensor:
         total = exchange.sum_(local, self.group, "second", self.name)
-        return total * reciprocal(self._batch.n)
+        return total * reciprocal(self._moments.n)
 
     def for_repetition(self) -> PooledMeans:
-        return PooledMeans(self._batch, self.group, self.name)
+        return PooledMeans(self._moments, self.group, self.name)
 
 
 class Statistic(NamedTuple):
     """The moments that normalise a batch, and how its gradient is pooled."""
 
     moments: Moments
-    """Of the batch; under "lagged" averages of those of earlier steps."""
+    """Of the batch; under "lagged", where a layer does not wait, averages of earlier steps."""
     gradient_means: GradientMeans
     is_pooled: bool
     """True if other workers take part, in the backward pass too."""
@@ -272,7 +276,7 @@ def pooled_statistic(
     return Statistic(batch, PooledMeans(batch, group, name, shard), group is not None)
 
 
-def observed_statistic(
+def statistic_if_alone(
     local: LocalSums, process_group: groups.Spec | groups.GroupHandle, name: str
 ) -> Statistic:
     """The moments of the batch where something looks at operators, and would not see an exchange.

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import part, table
+from syncnorm.train.files import write_text_whole
 
 ROOT = Path(__file__).parents[2]
 # The most valuable part first. Seconds from the start by which each has to end: what one leaves is
@@ -189,7 +190,8 @@ def run(running: Sequence[Job], keep: Callable[[], None] = lambda: None) -> str:
                 if job.end is None:
                     job.look()
             if time.monotonic() - kept > KEPT_EVERY_SECONDS:
-                keep()
+                with contextlib.suppress(OSError):  # it is tried again
+                    keep()
                 kept = time.monotonic()
     finally:
         for job in running:
@@ -219,8 +221,8 @@ class Found:
             name: log.read_text(errors="replace")[-LOG_CHARACTERS:] for name, log in logs.items()
         }
         self.content["seconds"] = round(time.monotonic() - self.start, 1)
-        (self.folder / "gpu.json").write_text(json.dumps(self.content, indent=1))
-        (self.folder / "gpu.md").write_text(table.render(self.content))
+        write_text_whole(self.folder / "gpu.json", json.dumps(self.content, indent=1))
+        write_text_whole(self.folder / "gpu.md", table.render(self.content))
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

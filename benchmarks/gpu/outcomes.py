@@ -81,7 +81,10 @@ class Outcomes:
         self._set_timer()
 
     def _set_timer(self) -> None:
-        faulthandler.dump_traceback_later(MOST_SECONDS, exit=True, file=self._log)
+        # Stacks are wanted as well where the part's time is over before.
+        left = max(1.0, self._settings.left)
+        hangs = left > MOST_SECONDS
+        faulthandler.dump_traceback_later(min(left, MOST_SECONDS), exit=hangs, file=self._log)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A test that passes has three phases of which one counts; another ends in any of them.

@@ -128,8 +128,8 @@ class InFlight:
         """Mark it as over; on CUDA, once the message's device has come to this point."""
         if message.is_cuda:
             # The event of a captured graph tells nothing: each replay sends anew.
-            _watchdog.rests = torch.cuda.is_current_stream_capturing()
-            if not _watchdog.rests:
+            _watchdog.is_capturing = torch.cuda.is_current_stream_capturing()
+            if not _watchdog.is_capturing:
                 self._done = torch.cuda.current_stream(message.device).record_event()
         self.is_finished, self.work, self.diagnose = True, None, None
 
@@ -200,6 +200,8 @@ def last_exchanges() -> str:
 
 
 def _is_under_way(flight: InFlight) -> bool:
+    if _watchdog.is_capturing and flight.is_finished:
+        return False  # but for the device, which is not asked now
     # A device that has failed cannot be asked.
     with contextlib.suppress(RuntimeError):
         return not flight.is_over
@@ -214,8 +216,9 @@ class Watchdog:
         self._ends = threading.Event()
         self._reported: weakref.ref[dist.ProcessGroup] | None = None
         """The default group whose ranks have reported, or cannot be reached."""
-        self.rests = False
-        """True during the capture of a CUDA graph, which another thread's look at an event ends."""
+        self.is_capturing = False
+        """True if a CUDA graph is being captured, or only replayed since: another thread's look at an
+        event would end the capture."""
 
     def start(self) -> None:
         self.thread = threading.Thread(target=self._run, name="syncnorm-watch", daemon=True)
@@ -232,8 +235,7 @@ class Watchdog:
         while not self._ends.wait(
             min((f.log.margin_seconds for f in list(_recent)), default=1) / 3
         ):
-            if not self.rests:
-                self._check()
+            self._check()
 
     def _check(self) -> None:
         stuck = next(

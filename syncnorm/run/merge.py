@@ -10,9 +10,23 @@ from syncnorm.run.folder import write_config
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
 from syncnorm.train import files
+from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
+from syncnorm.train.config.schema import Config
 from syncnorm.train.loaded import read_run
-from syncnorm.train.merged import merge_runs
+from syncnorm.train.merged import Merged, merge_runs
 from syncnorm.train.task.measures import format_metric, format_value
+
+
+def _write(result: Merged, config: Config, output: Path) -> None:
+    """Make the new run's folder, whole or not at all."""
+    output.mkdir(parents=True)
+    try:
+        CheckpointStore(output / CHECKPOINTS).write(result.snapshot)
+        # Last: it makes the folder a run's.
+        write_config(config, output)
+    except BaseException:
+        files.remove(output)
+        raise
 
 
 def run_merge(
@@ -36,18 +50,10 @@ def run_merge(
     first, second = (read_run(folder, allowed) for folder in folders)
     workers = join(first.launch.device, launched)
     try:
-        try:
-            with errors_in_one_line(workers.rank):
-                result = merge_runs(
-                    folders, (first, second), output, alpha, is_matched, workers, allowed
-                )
+        with errors_in_one_line(workers.rank):
+            result = merge_runs(folders, (first, second), alpha, is_matched, workers, allowed)
             if workers.is_first:
-                # Last: it makes the folder a run's.
-                write_config(first, output)
-        except BaseException:
-            if workers.is_first:
-                files.remove(output)
-            raise
+                _write(result, first, output)
         if workers.is_first:
             a, b, merged = result.metrics
             for name, value in a.items():

@@ -27,7 +27,7 @@ class BatchSource(Source):
         return ops.pooled_statistic(local, group, layer.label, is_averaged=layer.is_prepared)
 
     def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        return ops.observed_statistic(local, layer.workers, layer.label)
+        return ops.statistic_if_alone(local, layer.workers, layer.label)
 
 
 class LocalSource(Source):

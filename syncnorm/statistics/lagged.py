@@ -252,17 +252,17 @@ class LaggedSource(Source):
             # Somebody may write them between any two calls.
             averages = self._read({name: layer})
         group, count, pooled = groups.statistics_group(layer.workers), local.sums[-1:], None
-        kept, of_moments = averages.copies[name], 2 * layer.num_features + 1
-        batch, estimate = Packed(kept[:of_moments]), kept[of_moments:].view(2, -1)
+        kept, size = averages.copies[name], 2 * layer.num_features + 1
+        moments, estimate = Packed(kept[:size]), kept[size:].view(2, -1)
         if averages.waits[name]:
-            batch = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
-            pooled = PooledMeans(batch, group, layer.label)
+            moments = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
+            pooled = PooledMeans(moments, group, layer.label)
         if layer.freeze is not None:
             means = pooled or FixedMeans(layer, estimate)
         else:
             backward = None if local.is_repeated else self._expect()
             means = LaggedMeans(self, layer, estimate, pooled, count, backward)
-        return Statistic(batch, means, is_pooled=group is not None)
+        return Statistic(moments, means, is_pooled=group is not None)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         self.pool.gather(layer, local)

@@ -71,7 +71,7 @@ class Source(ABC):
         """The same where something looks at operators, and would not see an exchange.
 
         Raises:
-            InputError: there would be one.
+            InputError: the source cannot do without one; by default, but for fake tensors.
         """
         return ops.unexchanged_statistic(local, layer.label)
 
@@ -162,7 +162,7 @@ class Unattached(Source):
     forward = untraced_forward
 
     def observed_statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
-        return ops.observed_statistic(local, layer.workers, layer.label)
+        return ops.statistic_if_alone(local, layer.workers, layer.label)
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if groups.statistics_group(layer.workers) is None:

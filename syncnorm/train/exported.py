@@ -11,6 +11,7 @@ the first and the last, the extra file `syncnorm.json` of the other.
 """
 
 import copy
+import io
 import json
 import logging
 import warnings
@@ -133,7 +134,10 @@ def _write_safetensors(model: LoadedModel, path: Path) -> None:
 
 
 def _write_program(model: LoadedModel, path: Path) -> None:
-    torch.export.save(make_program(model), path, extra_files={"syncnorm.json": describe(model)})
+    # Likewise: torch ends the process.
+    written = io.BytesIO()
+    torch.export.save(make_program(model), written, extra_files={"syncnorm.json": describe(model)})
+    path.write_bytes(written.getbuffer())
 
 
 def _write_onnx(model: LoadedModel, path: Path) -> None:

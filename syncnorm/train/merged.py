@@ -1,4 +1,4 @@
-"""One network of those of two runs, in a checkpoint of its own."""
+"""One network of those of two runs."""
 
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from syncnorm import recalibrate
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.merge import interpolate, match_weights
 from syncnorm.train.checkpoint.evaluated import NEWEST, share_evaluated
-from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
+from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import judged_split
 from syncnorm.train.loaded import make_evaluated, signature_of
@@ -24,27 +24,28 @@ from syncnorm.train.step import evaluate
 
 @dataclass(frozen=True)
 class Merged:
-    """Metrics of both runs and of the merged network.
+    """A merged network, and the metrics of both runs and its own.
 
     Args:
         split: that they are of.
         metrics: of the first run, the second and the merged network, by name.
+        snapshot: the merged network, to be written.
     """
 
     split: str
     metrics: tuple[dict[str, float], dict[str, float], dict[str, float]]
+    snapshot: Snapshot
 
 
 def merge_runs(
     folders: tuple[Path, Path],
     configs: tuple[Config, Config],
-    output: Path,
     alpha: float,
     is_matched: bool,
     workers: Workers,
     allowed: tuple[str, ...] = (),
 ) -> Merged:
-    """Interpolate the evaluated models of two runs, and write a checkpoint below `output`.
+    """Interpolate the evaluated models of two runs.
 
     Running statistics are re-estimated on the first run's training set, of which each worker has
     its share.
@@ -84,11 +85,9 @@ def merge_runs(
         first, second, third = (
             evaluate(task, each, feed, split, config, workers) for each in (a, b, merged)
         )
-        if workers.is_first:
-            # What the optimizer had is of neither.
-            snapshot = replace(snapshots[0], tensors={"model": merged.state_dict()}, states={})
-            CheckpointStore(output / CHECKPOINTS).write(snapshot)
-        return Merged(split, (first, second, third))
+        # What the optimizer had is of neither.
+        snapshot = replace(snapshots[0], tensors={"model": merged.state_dict()}, states={})
+        return Merged(split, (first, second, third), snapshot)
 
 
 def _has_statistics(model: nn.Module) -> bool:

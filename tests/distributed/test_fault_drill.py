@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-import threading
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -172,28 +171,39 @@ def test_the_watch_goes_on_when_torch_distributed_begins_anew(tmp_path):
             assert again == again_anew == ""
 
 
-def test_the_watch_rests_while_a_graph_is_captured(monkeypatch):
-    """Another thread's look at an event would end the capture. A stand-in for a message of CUDA's."""
-    watch, looked = inflight.Watchdog(), threading.Event()
-    monkeypatch.setattr(inflight, "_watchdog", watch)
-    monkeypatch.setattr(watch, "_check", looked.set)
-    monkeypatch.setattr(
-        inflight, "_recent", [SimpleNamespace(log=SimpleNamespace(margin_seconds=0.03))]
-    )
-    for is_capturing in (True, False):
+def test_events_are_not_looked_at_while_a_graph_is_captured(monkeypatch):
+    """Another thread's look would end the capture. What is no event is watched all the same.
+
+    With a stand-in for a message of CUDA's.
+    """
+    looks = []
+
+    class Event:
+        def query(self) -> bool:
+            looks.append(self)
+            return False
+
+    monkeypatch.setattr(inflight, "_watchdog", inflight.Watchdog())
+    stream = SimpleNamespace(record_event=Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
+    flights = [inflight.InFlight.__new__(inflight.InFlight) for _ in range(4)]
+    before, within, on_host, after = flights
+    for flight in flights:
+        flight._done, flight.is_finished, flight.work = None, False, None
+    on_device = cast(Any, SimpleNamespace(is_cuda=True, device="cuda"))
+    for flight, is_capturing in ((before, False), (within, True)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda c=is_capturing: c)
-        monkeypatch.setattr(
-            torch.cuda, "current_stream", lambda _: SimpleNamespace(record_event=object)
-        )
-        flight = inflight.InFlight.__new__(inflight.InFlight)
-        flight._done = None
-        flight.finish(SimpleNamespace(is_cuda=True, device="cuda"))
-        assert watch.rests == is_capturing
-        assert (flight._done is None) == is_capturing
-        if watch.thread is None:
-            watch.start()
-        assert looked.wait(0.3) != is_capturing
-    watch._end()
+        flight.finish(on_device)
+    assert [inflight._is_under_way(each) for each in (before, within, on_host)] == [
+        False,
+        False,
+        True,
+    ]
+    assert not looks
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    after.finish(on_device)
+    assert inflight._is_under_way(before)
+    assert len(looks) == 1
 
 
 def _state_without_the_other(kind: str) -> tuple[str, str]:

@@ -221,4 +221,4 @@ def test_a_run_that_is_done_leaves_its_page(tmp_path):
     done = commands.run(command, tmp_path, {"SYNCNORM_REPORT": "1"})
     page = run_folder(tmp_path, done) / "report.html"
     assert "Predictions" in page.read_text()
-    assert done.stderr.splitlines()[-1] == f"To see it: {page}"
+    assert done.stderr.splitlines()[-1] == f"To see it: {page.relative_to(tmp_path)}"

@@ -242,6 +242,16 @@ class _Merging(nn.Module):
         return x
 
 
+def test_within_forward_mode_differentiation():
+    """Nothing is exchanged, so that nothing is hidden from whoever looks at operators."""
+    batches = [torch.randn(4, 3) for _ in range(2)]
+    model, other = nn.Sequential(SyncBatchNorm(3)), nn.Sequential(SyncBatchNorm(3))
+    recalibrate(other, batches)
+    with torch.autograd.forward_ad.dual_level():
+        recalibrate(model, batches)
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+
+
 def test_modes_are_left_and_put_back_by_each_modules_own_train():
     model = nn.Sequential(
         _Merging(), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()).eval()

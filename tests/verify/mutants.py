@@ -338,7 +338,7 @@ class _LocalSecond(BatchSource):
 
 class _LocalSecondMeans(PooledMeans):
     def double_backward_means(self, local: Tensor) -> Tensor:
-        return local * moments.reciprocal(self._batch.n)
+        return local * moments.reciprocal(self._moments.n)
 
 
 class SevenfoldByInput(SyncBatchNorm):

@@ -1,10 +1,11 @@
 """The kernels that go over a tensor, in Triton's language. `geometry` says what the sizes mean.
 
 A program goes through `per` tiles of one group of channels. While it adds one, the next ones are on
-their way to its shared memory, some 10 KiB of them. (Unrolled loops would not do: the compiler waits
-for the first of their loads before it issues the others.) Float32 sums are short: 16 values of a
-lane, then the lanes of a tile; from there on all is float64, added in a fixed order. Coefficients
-are made in float64 and rounded once.
+their way to its shared memory, 10 to 24 KiB of them, on GPUs that copy so (from sm_80 on). Unrolled
+loops would not do: the compiler waits for the first of their loads before it issues the others.
+
+Float32 sums are short: 16 values of a lane, then the lanes of a tile; from there on all is float64,
+added in a fixed order. Coefficients are made in float64 and rounded once.
 """
 
 # The language of the kernels is not Python: numbers are given for constexpr, and functions return

@@ -181,7 +181,7 @@ def plan(
         flat = [a == 1 and c == length for a, c in zip(along, across)]
     else:
         form, bc = PLANES, 1
-        bj = _lanes(length, max(_RUN_BYTES // itemsize, tile // _power(outer)), tile)
+        bj = _lanes(length, max(64, tile // _power(outer)), tile)
         blocks = -(-length // bj)
         flat = [a == 1 for a in along[: len(strides)]]
     if mask is not None:
