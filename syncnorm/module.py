@@ -188,9 +188,8 @@ class SyncNorm(_BatchNorm):
         """
         weight, bias = self.weight, self.bias
         local = ops.local_sums(x, mask, weight, bias)
-        statistic, is_traced = None, local.is_compiled or local.observer is not None
-        if local.is_repeated and not is_traced:
-            statistic = repeated.find(self)
+        is_traced = local.is_compiled or local.observer is not None
+        statistic = repeated.find(self) if local.is_repeated and not is_traced else None
         if statistic is None:
             statistic = self.new_statistic(local)
         y, statistic = ops.normalize_batch(x, weight, bias, statistic, self.eps, local)
