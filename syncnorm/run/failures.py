@@ -79,7 +79,8 @@ def is_peer_loss(message: str) -> bool:
 def _describe(rank: int, failure: ProcessFailure) -> Failure:
     if failure.exitcode == -signal.SIGALRM:
         return Failure(
-            f"worker {rank} was stuck; where each worker was is in logs/stacks-*.txt",
+            f"worker {rank} was stuck: no progress within `launch.timeout_seconds`; where each "
+            "worker was is in logs/stacks-*.txt",
             "",
             is_loss=True,
         )

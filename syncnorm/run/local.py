@@ -116,7 +116,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
 def _run_once(task: Task, folder: Path, forks: bool, before: int | None) -> Failure | None:
     """Start the workers once and wait for them; return the failure, None if they are done."""
     launch = task.config.launch
-    patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, launch.timeout_seconds)
+    patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, task.config.timeout_seconds)
     return run_once(
         partial(run_launched, task),
         launch.most_workers,

@@ -149,7 +149,7 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
     # Elsewhere than on Linux, the workers of a launcher that is killed outright end by the timeouts
     # of their collectives.
     die_with_parent(launched.launcher_pid)
-    workers = join(task.config.launch.device, launched, task.config.launch.timeout_seconds)
+    workers = join(task.config.launch.device, launched, task.config.timeout_seconds)
     with open_run_folder(task, launched) as folder:
         if uses_store(task):
             # The machines need have no folder in common.
@@ -159,7 +159,7 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
             # Our own launcher has printed it before this process was there.
             print_workers(workers.world_size, workers.device)
         watch = SignalWatch(
-            task.config.launch.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
+            task.config.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
         # From here on the folder may be removed: all workers have made their files in it.
         meet(workers)
@@ -196,7 +196,7 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
     progress, config = Progress(), task.config
     mirror: Mirror | None = None
     if workers.is_first:
-        mirror = open_mirror(folder, config.checkpoint.keep, config.launch.timeout_seconds)
+        mirror = open_mirror(folder, config.checkpoint.keep, config.timeout_seconds)
     try:
         callbacks = task.given.give()
         outcome = train(

@@ -221,7 +221,9 @@ def test_a_stuck_worker_leaves_all_stacks(tmp_path):
     assert done.returncode == 1
     *_, message, folder = done.stderr.splitlines()
     assert re.fullmatch(
-        r"syncnorm: worker [01] was stuck; where each worker was is in logs/stacks-\*.txt", message
+        r"syncnorm: worker [01] was stuck: no progress within `launch.timeout_seconds`; where each "
+        r"worker was is in logs/stacks-\*.txt",
+        message,
     )
     stacks = [(tmp_path / folder / "logs" / f"stacks-{rank}.txt").read_text() for rank in (0, 1)]
     assert "other_steps.py" in stacks[1]

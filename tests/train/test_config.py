@@ -47,6 +47,19 @@ def test_defaults(config_path):
     assert config.launch.workers == 1
 
 
+@pytest.mark.parametrize(
+    ("overrides", "seconds"),
+    [
+        ([], 60.0),
+        (["train.compile=true"], 600.0),
+        (["launch.timeout_seconds=5"], 5.0),
+        (["train.compile=true", "launch.timeout_seconds=5"], 5.0),
+    ],
+)
+def test_a_compilation_is_given_more_time(overrides, seconds, config_path):
+    assert load_config(str(config_path), overrides).timeout_seconds == seconds
+
+
 def test_a_config_is_frozen(config_path):
     with pytest.raises(ValidationError):
         load_config(str(config_path)).train.lr = 1.0  # pyright: ignore[reportAttributeAccessIssue]

@@ -146,7 +146,7 @@ def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> Torc
         train_loop_config={"job": job.to_json()},
         torch_config=TorchConfig(
             backend="nccl" if capacity.is_gpu else "gloo",
-            timeout_s=round(launch.timeout_seconds) + _GROUP_MARGIN_SECONDS,
+            timeout_s=round(config.timeout_seconds) + _GROUP_MARGIN_SECONDS,
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -159,7 +159,7 @@ def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> Torc
             name="ray",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=launch.restarts, controller_failure_limit=3),
-            callbacks=[cast(UserCallback, SaveBeforeResize(folder, launch.timeout_seconds))],
+            callbacks=[cast(UserCallback, SaveBeforeResize(folder, config.timeout_seconds))],
             worker_runtime_env={"env_vars": env.ray_worker_environment()},
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),

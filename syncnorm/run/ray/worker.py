@@ -121,14 +121,14 @@ def _train(job: Job, folder: Path) -> WorkerResult:
     assert launched is not None
     launched = replace(launched, run_folder=folder)
     task = job.task()
-    launch = task.config.launch
-    workers = join(launch.device, launched, launch.timeout_seconds)
+    config = task.config
+    workers = join(config.launch.device, launched, config.timeout_seconds)
     with open_run_folder(task, launched):
         _detach_stderr()
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         if workers.is_first:
             print_workers(workers.world_size, workers.device)
-        watch = RayWatch(launch.timeout_seconds, folder, workers.rank)
+        watch = RayWatch(config.timeout_seconds, folder, workers.rank)
         try:
             outcome = train_in(folder, task, workers, watch)
         finally:

@@ -336,11 +336,12 @@ class LaunchSection(Section):
         gt=0,
         description="memory that a worker may use, in GiB; null: its share of what is free",
     )
-    timeout_seconds: Finite = Field(
-        default=60.0,
+    timeout_seconds: Finite | None = Field(
+        default=None,
         ge=1,
         le=604_800,
-        description="a worker that makes no progress for so long is stuck, and ends the attempt",
+        description="a worker that makes no progress for so long is stuck, and ends the attempt; "
+        "null: 60, or 600 with train.compile, whose first steps compile",
     )
     restarts: int = Field(
         default=3,
@@ -396,6 +397,11 @@ class Config(Section):
     def norm_batch(self) -> int:
         """Samples per statistic."""
         return self.train.norm_batch or self.train.global_batch
+
+    @property
+    def timeout_seconds(self) -> float:
+        """Time without progress after which a worker is stuck."""
+        return self.launch.timeout_seconds or (600.0 if self.train.compile else 60.0)
 
     @property
     def parts(self) -> int:
