@@ -51,7 +51,7 @@ def test_defaults(config_path):
     ("overrides", "seconds"),
     [
         ([], 60.0),
-        (["train.compile=true"], 600.0),
+        (["train.compile=true"], 1800.0),
         (["launch.timeout_seconds=5"], 5.0),
         (["train.compile=true", "launch.timeout_seconds=5"], 5.0),
     ],

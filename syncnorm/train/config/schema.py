@@ -341,7 +341,7 @@ class LaunchSection(Section):
         ge=1,
         le=604_800,
         description="a worker that makes no progress for so long is stuck, and ends the attempt; "
-        "null: 60, or 600 with train.compile, whose first steps compile",
+        "null: 60, or 1800 with train.compile, whose first steps compile",
     )
     restarts: int = Field(
         default=3,
@@ -401,7 +401,7 @@ class Config(Section):
     @property
     def timeout_seconds(self) -> float:
         """Time without progress after which a worker is stuck."""
-        return self.launch.timeout_seconds or (600.0 if self.train.compile else 60.0)
+        return self.launch.timeout_seconds or (1800.0 if self.train.compile else 60.0)
 
     @property
     def parts(self) -> int:
