@@ -196,7 +196,7 @@ def _train(
         statistic = ops.statistic_if_alone(local, process_group, name)
     else:
         statistic = ops.pooled_statistic(local, groups.statistics_group(process_group), name)
-    checks.check_count(statistic, checks.warn_single_value)
+        checks.check_count(statistic, checks.warn_single_value)
     if reference is not None:
         statistic = ops.renormalized(statistic, local, eps, reference)
     y, statistic = ops.normalize_batch(x, weight, bias, statistic, eps, local)

@@ -202,10 +202,9 @@ class SyncNorm(_BatchNorm):
     def new_statistic(self, local: LocalSums) -> Statistic:
         """The statistic to normalise a batch by. Here workers exchange."""
         source = self.statistics
-        if local.observer is None:
-            statistic = source.statistic(self, local)
-        else:
-            statistic = source.observed_statistic(self, local)
+        if local.observer is not None:
+            return source.observed_statistic(self, local)
+        statistic = source.statistic(self, local)
         checks.check_count(statistic, self._warn_once)
         return statistic
 

@@ -86,7 +86,9 @@ def local_sums(
     is_compiled = torch.compiler.is_compiling()
     # `is_recomputing()`, but for a call in every forward.
     is_repeated = not is_compiled and undocumented.backward_pass() != -1
-    chosen = kernels.fused_for(x, mask, weight, bias) if who is None else None
+    # A meta tensor stands for one of a device, whose launches can so be looked at without it.
+    is_plain = who is None or (who == observed.FAKE and x.is_meta)
+    chosen = kernels.fused_for(x, mask, weight, bias) if is_plain else None
     if chosen is not kernels.native:  # whose tensors are all in memory
         checks.check_devices(x, mask=mask, weight=weight, bias=bias)
     # Kernels would read beyond the end.
@@ -103,7 +105,14 @@ def local_sums(
                 return _cleaned_sums(chosen, x, mask, fault, is_repeated)
         has_several = mask is None and x.numel() > channels
         return LocalSums(
-            sums, mask, fault, mask, is_repeated, kernels=chosen, has_several=has_several
+            sums,
+            mask,
+            fault,
+            mask,
+            is_repeated,
+            observer=who,
+            kernels=chosen,
+            has_several=has_several,
         )
     with torch.no_grad():
         if who is not None:
@@ -306,7 +315,10 @@ def local_statistic(local: LocalSums, name: str) -> Statistic:
     """The moments of this worker's batch. *Collectives*: none."""
     if local.observer is None:
         return pooled_statistic(local, None, name)
-    batch = of_sums(local.sums, Observed)
+    if local.kernels is not None:
+        batch = Raw(local.sums, local.has_several)
+    else:
+        batch = of_sums(local.sums, Observed)
     return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
 
 

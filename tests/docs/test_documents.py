@@ -273,6 +273,7 @@ def test_every_page_with_python_has_a_test_that_runs_it():
         "recipes": "docs/test_recipes.py",
         "tutorial": "docs/test_tutorial.py",
         "use": "launch/test_use.py",
+        "cuda": "model/test_budgets.py",
     }
     have = {path.stem for path in DOCUMENTS if "```python\n" in path.read_text()}
     assert have - {"README"} == {*PAGES, "train", "data", "tasks", *elsewhere}

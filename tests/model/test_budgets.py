@@ -8,8 +8,10 @@ the table of docs/cuda.md.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.comm import exchange
+from syncnorm.maths import kernels
 from syncnorm.testing import RankPool
 from tests.as_device import as_device
 from tests.covering import covering
@@ -40,6 +43,7 @@ BUDGETS = {
 MESSAGE = ["new_full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
 # Of an H100.
 PROCESSORS = 132
+PAGE = Path(__file__).parents[2] / "docs" / "cuda.md"
 
 
 class Cost(NamedTuple):
@@ -119,7 +123,7 @@ def _costs(
     how: str,
     masked: bool,
     count: int,
-    kernels: str = "triton",
+    name: str = "triton",
 ) -> tuple[Cost, Cost]:
     """The costs of a second step of a model of `count` layers, forward and backward."""
     layers = [
@@ -129,18 +133,13 @@ def _costs(
         for _ in range(count)
     ]
     model = prepare_ddp(_Body(layers))
-    x = torch.zeros(32, 64, 56, 56, dtype=dtype)
-    if how == "channels_last":
-        x = x.to(memory_format=torch.channels_last)
-    elif how == "crop":
-        x = torch.zeros(32, 64, 58, 58, dtype=dtype)[:, :, 1:-1, 1:-1]
-    mask = torch.ones(32, 1, 56, 56) if masked else None
+    x, mask = _inputs(dtype, how, masked)
     if sync == "lagged":
         # Not in its first steps, in which it waits.
         for layer in layers:
             layer.lagged_waits.fill_(False)
             layer.lagged_updates.fill_(1)
-    with as_device(kernels):
+    with as_device(name):
         for _ in range(2):
             xs = [x.detach().requires_grad_() for _ in layers]
             gs = [torch.zeros_like(x) for _ in layers]
@@ -150,6 +149,16 @@ def _costs(
             with _Counter(x) as backward:
                 torch.autograd.backward(ys, gs)
     return forward.cost(), backward.cost()
+
+
+def _inputs(dtype: torch.dtype, how: str, masked: bool) -> tuple[Tensor, Tensor | None]:
+    """An input and its mask."""
+    x = torch.zeros(32, 64, 56, 56, dtype=dtype)
+    if how == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif how == "crop":
+        x = torch.zeros(32, 64, 58, 58, dtype=dtype)[:, :, 1:-1, 1:-1]
+    return x.requires_grad_(), torch.ones(32, 1, 56, 56) if masked else None
 
 
 class _Body(nn.Module):
@@ -194,6 +203,45 @@ def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
         assert one[0].messages == one[1].messages == MESSAGE
 
 
+@pytest.mark.parametrize("name", ["triton", "composed"])
+@pytest.mark.parametrize(
+    *covering(
+        ("is_renorm", "masked"),
+        is_renorm=[False, True],
+        dtype=[torch.float32, torch.bfloat16],
+        how=LAYOUTS,
+        masked=[False, True],
+    ),
+    ids=str,
+)
+def test_a_meta_tensor_takes_the_course_of_a_devices(pool, is_renorm, dtype, how, masked, name):
+    """So that anybody can log what a model of his own would launch. No worker is asked."""
+    expected = pool(1).run(_costs, "batch", is_renorm, dtype, how, masked, 1, name)[0]
+    with torch.device("meta"):
+        layer = SyncBatchRenorm(64, schedule=RenormSchedule()) if is_renorm else SyncBatchNorm(64)
+        x, mask = _inputs(dtype, how, masked)
+    with mock.patch.object(kernels, "_preferred", return_value=getattr(kernels, name)):
+        for _ in range(2):
+            x.grad = layer.weight.grad = layer.bias.grad = None
+            with Log() as forward:
+                y = layer(x, mask)
+            g = torch.empty_like(x)
+            with Log() as backward:
+                y.backward(g)
+    for log, cost in zip((forward, backward), expected, strict=True):
+        assert log.names == cost.launches
+        assert log.traffic(x) == pytest.approx(cost.traffic)
+
+
+def test_the_pages_block_lists_the_launches(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    exec(block, {})
+    first, *_ = lines = capsys.readouterr().out.splitlines()
+    assert first in block
+    names = [line.split(".")[1] for line in lines]
+    assert names == ["moments", "add_moments", "normalize", "update_running"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "traffic"), [(torch.float32, (5.2, 7.2)), (torch.bfloat16, (4.3, 9.3))], ids=str
 )
@@ -220,15 +268,15 @@ def main() -> None:
     without = itertools.product(
         ["batch"], (False, True), (False,), (torch.float32, torch.bfloat16), ["composed"]
     )
-    for sync, is_renorm, masked, dtype, kernels in itertools.chain(kinds, without):
+    for sync, is_renorm, masked, dtype, own in itertools.chain(kinds, without):
         args = sync, is_renorm, dtype, "channels_last", masked
-        one, three = (ranks.run(_costs, *args, count, kernels)[0] for count in (1, 3))
+        one, three = (ranks.run(_costs, *args, count, own)[0] for count in (1, 3))
         pairs = list(zip(one, three, strict=True))
         launches = [(len(b.launches) - len(a.launches)) / 2 for a, b in pairs]
         traffic = [(b.traffic - a.traffic) / 2 for a, b in pairs]
         name = f'{"SyncBatchRenorm" if is_renorm else "SyncBatchNorm"}, sync="{sync}"'
         name += ", a mask" * masked
-        if kernels == "composed":
+        if own == "composed":
             name += f", without Triton, {str(dtype).removeprefix('torch.')}"
         figures = f"{launches[0]:g} | {launches[1]:g} | {traffic[0]:.2f} | {traffic[1]:.2f}"
         print(f"| {name} | {figures} |")

@@ -8,6 +8,7 @@ import io
 import warnings
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from syncnorm import (
     SyncBatchRenorm,
     conversion_table,
     convert,
+    debug,
     explain,
     functional,
     monitor,
@@ -35,6 +37,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
+from syncnorm.maths import kernels
 from syncnorm.testing import assert_close
 
 CHANNELS = 3
@@ -202,6 +205,30 @@ def test_a_model_without_numbers_trains_and_is_explained(how, sync, kind):
         figures = _looked_at(kind, sync)
     assert set(figures.values()) == {None}
     assert not exchanges
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["triton", "composed"])
+def test_a_meta_tensor_is_never_read(name, kind):
+    """In debug mode, with a mask, at one value, without any, and differentiated twice."""
+    if name == "triton":
+        pytest.importorskip("triton", reason="needs Triton")
+    own = getattr(kernels, name)
+    with (
+        mock.patch.object(kernels, "_preferred", return_value=own),
+        debug(),
+        torch.device("meta"),
+    ):
+        layer = kind(3)
+        for shape in ((4, 3, 5), (1, 3), (0, 3, 2, 2), (2, 3, 4, 4, 4)):
+            x = torch.randn(shape, requires_grad=True)
+            for mask in (None, torch.ones(shape[0], 1, *shape[2:])):
+                y = layer(x, mask)
+                (grad,) = torch.autograd.grad(y, x, torch.ones_like(y), create_graph=True)
+                grad.square().sum().backward()
+                assert y.is_meta
+                assert x.grad.shape == y.shape == shape
+        layer.half()(x.half()).sum().backward()
 
 
 def test_a_fake_forward_in_half_precision_keeps_what_is_saved_small():

@@ -16,9 +16,9 @@ same name also does what is per channel, from the pooled sums on. Who computes a
 
     a CPU with the native library              native (C)
     a CPU without it, or tensors it refuses    the primitives here, by cpu
-    CUDA                                       triton
-    CUDA without Triton, other devices         composed, whose passes over x are portable's
-    compiled code, meta and fake tensors       the primitives here, by traced: plain operators
+    CUDA, meta tensors                         triton
+    without Triton, and other devices          composed, whose passes over x are portable's
+    compiled code, fake tensors                the primitives here, by traced: plain operators
     an empty tensor                            composed where kernels are fused, else zeros
 
 Batch norm and its gradient are these four with scale = weight / std, shift = bias, a = sum g / n
@@ -60,7 +60,7 @@ def _primitives_for(x: Tensor) -> ModuleType:
     """The module whose functions go over x, where no fused kernels do."""
     if torch.compiler.is_compiling() or (type(x) is not Tensor and isinstance(x, FakeTensor)):
         return traced
-    return cpu if is_host(x) else traced if x.is_meta else portable
+    return cpu if is_host(x) else portable
 
 
 def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
@@ -77,7 +77,7 @@ def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
         return None
     if native.is_usable(x, *others):
         return native if x.numel() else composed
-    if is_host(x) or x.is_meta or isinstance(x, FakeTensor):
+    if is_host(x) or isinstance(x, FakeTensor):
         return None
     # An empty tensor has no launch that fits it.
     return _preferred(x.device) if x.numel() else composed
@@ -112,13 +112,13 @@ def fused_for_lagged(
 
 
 def _preferred(device: torch.device) -> ModuleType:
-    return triton if device.type == "cuda" and triton.is_usable(device) else composed
+    return triton if device.type in ("cuda", "meta") and triton.is_usable(device) else composed
 
 
 def local_moments(x: Tensor, mask: Tensor | None) -> Tensor:
     """Raw sums of one worker, shape (2C+1,), float64: [sum wx, sum wx^2, sum w].
 
-    On a CPU, on meta and in code that is being compiled; see `fused_for` for others.
+    On a CPU and in code that is being compiled; see `fused_for` for others.
     """
     channels = x.shape[1]
     wide = sum_dtype(x.device)

@@ -4,8 +4,10 @@ The functions are those of `syncnorm.maths.kernels.composed` and, for (C,)-sized
 `syncnorm.ops` and `syncnorm.maths.lagged`; in one launch each, two for sums that several programs
 share. Any strides are taken as they are, without a copy of x. No tensor is empty.
 
-They are no operators of torch's: code that is compiled or exported, and fake tensors, go through
-the traced kernels, which the compiler fuses with what is around them.
+Code that is compiled or exported, and fake tensors, go through the traced kernels, which the
+compiler fuses with what is around them. On meta tensors each launch is an operator that does
+nothing, `torch.ops.syncnorm.NAME(tensors)`, so that a `TorchDispatchMode` sees what a GPU would
+launch, and what that reads and writes.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ def is_usable(device: torch.device) -> bool:
 
     While a graph is captured nothing can be tried.
     """
+    if device.type == "meta" and device not in _usable:
+        _usable[device] = _has_worked(device)
     if device not in _usable:
         if torch.cuda.is_current_stream_capturing():
             return False
@@ -54,10 +58,13 @@ def _has_worked(device: torch.device) -> bool:
     """
     if importlib.util.find_spec("triton") is None:
         return False
-    sums = torch.ones(3, dtype=torch.float64, device=device)
-    means, updates = torch.zeros_like(sums[:2]).view(2, 1), torch.zeros_like(sums[0]).long()
     try:
-        _launch().follow_gradients_(sums, means, updates, 0.5)
+        launch = _launch()
+        if device.type == "meta":
+            return True  # nothing runs there
+        sums = torch.ones(3, dtype=torch.float64, device=device)
+        means, updates = torch.zeros_like(sums[:2]).view(2, 1), torch.zeros_like(sums[0]).long()
+        launch.follow_gradients_(sums, means, updates, 0.5)
         return means.tolist() == [[1.0], [1.0]]
     except Exception as error:  # whatever a driver or a compiler raises
         warnings.warn(

@@ -15,6 +15,8 @@ from syncnorm.maths.kernels.triton.geometry import ELEMENTWISE, SUMS, Plan, Work
 
 # For tensors of the CPU, where Triton's interpreter runs one program after the other.
 _INTERPRETED = 1
+# Meta tensors stand for those of an H100.
+_PROCESSORS_OF_META = 132
 _NO_STRIDES = (0,) * 6
 _CHANNELS = 128
 # Channels that a program takes at a time that goes through all of them.
@@ -25,7 +27,7 @@ _NOTHING, _GIVEN, _SCHEDULE = 0, 1, 2
 @functools.lru_cache
 def _processors(of: torch.device) -> int:
     if of.type != "cuda":
-        return _INTERPRETED
+        return _PROCESSORS_OF_META if of.type == "meta" else _INTERPRETED
     return torch.cuda.get_device_properties(of).multi_processor_count
 
 
@@ -35,8 +37,23 @@ def _bits(value: float) -> int:
     return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
+@functools.cache
+def _operators() -> torch.library.Library:
+    return torch.library.Library("syncnorm", "FRAGMENT")
+
+
+@functools.cache
+def _operator(name: str) -> Any:
+    """The operator of a kernel on meta tensors: it is given what the kernel reads and writes."""
+    _operators().define(f"{name}(Tensor[] tensors) -> ()")
+    _operators().impl(name, lambda tensors: None, "Meta")
+    return getattr(torch.ops.syncnorm, name)
+
+
 def _launch(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4) -> None:
-    if of.type == "cuda" and of.index != torch.cuda.current_device():
+    if of.type == "meta":
+        _operator(kernel.__name__)([t.detach() for t in args if isinstance(t, Tensor)])
+    elif of.type == "cuda" and of.index != torch.cuda.current_device():
         with torch.cuda.device(of):
             kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
     else:
