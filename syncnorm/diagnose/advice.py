@@ -22,6 +22,7 @@ _LOSS_SHARE, _LOSS = 0.25, 0.02
 # With 4 samples per statistic ImageNet loses 4 points against 32 (Ioffe 2017, section 4.2).
 _FEW_SAMPLES = 4
 _NOISE, _FLAT, _RATIO, _COSINE = 0.05, 0.1, 100.0, 0.05
+_EARLIER = "Diagnose an earlier checkpoint (--checkpoint)."
 # Of a worker's mean, in standard deviations.
 _OUTLIER = 0.5
 
@@ -49,8 +50,8 @@ def _not_finite(measures: Measures) -> Iterator[str]:
     if "population" in loss and loss["population"] is None:
         yield (
             "the loss is NaN or infinite by the data's own statistics: weights or samples are, or "
-            "activations overflow. Diagnose an earlier checkpoint (--checkpoint), and look at the "
-            "samples; lower train.lr, or set train.clip."
+            f"activations overflow. {_EARLIER} Look at the samples; lower train.lr, or set "
+            "train.clip."
         )
 
 
@@ -80,9 +81,12 @@ def _running_lag(measures: Measures) -> Iterator[str]:
     if then is None:
         return
     if now is None:
+        # Other methods' statistics are left by `recalibrate`.
+        recalibrates = any(each["recalibrates"] for each in _layers(measures).values())
         yield (
             "evaluation has a loss of NaN or infinity by the running statistics, and of "
-            f"{then:.3g} by the data's. Recalibrate (syncnorm recalibrate RUN)."
+            f"{then:.3g} by the data's. "
+            + ("Recalibrate (syncnorm recalibrate RUN)." if recalibrates else _EARLIER)
         )
         return
     if now - then <= max(_LOSS, _LOSS_SHARE * abs(then)):
@@ -90,11 +94,12 @@ def _running_lag(measures: Measures) -> Iterator[str]:
     gaps = {name: _gap(e) for name, e in _layers(measures).items() if not e["is_frozen"]}
     if found := _worst(gaps, _LAG):
         worst, gap, more = found
+        ways = ["recalibrate (syncnorm recalibrate RUN)"] * _layers(measures)[worst]["recalibrates"]
+        text = ", or ".join([*ways, _way_to_follow(measures, _layers(measures)[worst])])
         yield (
             f"running statistics are not those of the data: {worst}'s are {gap:.2g} "
             f"standard deviations off{more}, and evaluation has a loss of {now:.3g}, with "
-            f"the data's {then:.3g}. Recalibrate (syncnorm recalibrate RUN), or "
-            f"{_way_to_follow(measures, _layers(measures)[worst])}."
+            f"the data's {then:.3g}. {text[0].upper()}{text[1:]}."
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -29,10 +30,10 @@ def measure_gradients(problem: Problem) -> dict[str, Any]:
         slope        = least-squares slope of log2(activation) by layer, towards the output
 
     d loss_i is the gradient of a sample's loss, in a loss that is a sum over samples. The cosine is
-    0 for weights straight in front of a batch norm, which does not see their length (but for eps):
-    `is_invariant` says for which ones that should hold.
+    0 for weights straight in front of batch norms alone, which do not see their length (but for
+    eps): `is_invariant` says for which ones that should hold.
 
-    *Collectives*: those of a gradient over all batches, and one sum of 2 numbers per layer; every
+    *Collectives*: those of a gradient over all batches, and one sum of 3 numbers per layer; every
     worker must call.
 
     Returns:
@@ -44,19 +45,19 @@ def measure_gradients(problem: Problem) -> dict[str, Any]:
         arXiv:1902.08129, for gradients that grow with depth.
     """
     layers = {n: m for n, m in problem.model.named_modules() if isinstance(m, _WEIGHTED)}
-    squares = {name: problem.zeros(2) for name in layers}
-    with _watching(problem, layers, squares):
-        loss, gradient = problem.gradient(problem.everything)
+    squares = {name: problem.zeros(3) for name in layers}
+    with _watching(problem, layers, squares) as look:
+        loss, gradient = problem.gradient(problem.everything, look)
     pooled = problem.sum(torch.cat([*squares.values(), problem.zeros(1)]), "activation gradients")
     scale = math.fsum(max(each.values(), default=0.0) for each in problem.counts)
     samples = float(problem.sizes.sum())
     found: dict[str, dict[str, Any]] = {}
-    for (name, layer), (square, followed) in zip(
-        layers.items(), pooled[:-1].view(-1, 2).tolist(), strict=True
+    for (name, layer), (square, outputs, normalised) in zip(
+        layers.items(), pooled[:-1].view(-1, 3).tolist(), strict=True
     ):
         # Each sample's loss has the weight 1 / count.
         activation = scale * math.sqrt(square / samples) if samples else 0.0
-        found[name] = {"activation": activation, "is_invariant": followed > 0}
+        found[name] = {"activation": activation, "is_invariant": 0 < outputs == normalised}
         found[name] |= _weight(problem, layer, gradient.get(f"{name}.weight"))
     logs = [math.log2(e["activation"]) for e in found.values() if e["activation"] > 0]
     return {
@@ -86,10 +87,19 @@ def _weight(problem: Problem, layer: Any, gradient: Tensor | None) -> dict[str, 
 @contextmanager
 def _watching(
     problem: Problem, layers: dict[str, Any], squares: dict[str, Tensor]
-) -> Iterator[None]:
-    """Add up the squares of the outputs' gradients, and count outputs that are normalised."""
+) -> Iterator[Callable[[Tensor], object]]:
+    """Add up the squares of the outputs' gradients, and count outputs: all, and those of which
+    nothing but batch norms makes use.
+
+    Yields:
+        What is to be called with each loss, before its backward pass.
+    """
     makers: Makers[str] = Makers()
     norms = watched(problem.model)
+    made: dict[Any, str] = {}
+    by_norms: Counter[Any] = Counter()
+    """Of the nodes of autograd's graph that made the outputs: who made them, and how many norms
+    were given them."""
 
     def add(name: str, gradient: Tensor) -> None:
         squares[name][0] += (gradient.double() / problem.scale).square().sum()
@@ -98,18 +108,40 @@ def _watching(
         if isinstance(output, Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: add(name, gradient))
             makers.note(output, name)
+            if len(output):
+                made[output.grad_fn] = name
 
-    def before(norm_name: str, x: Tensor) -> None:
-        name = makers.maker_of(x)
-        if name is not None and _is_by_batch(norms[norm_name]) and len(x):
-            squares[name][1] += 1
+    def before(norm_name: str, x: Tensor, weights: Tensor | None) -> None:
+        if makers.maker_of(x) is not None and _is_by_batch(norms[norm_name]):
+            by_norms[x.grad_fn] += 1
+
+    def look(loss: Tensor) -> None:
+        for node, uses in _uses(loss, made).items():
+            squares[made[node]][1] += 1
+            squares[made[node]][2] += uses == by_norms[node]
+        made.clear()
+        by_norms.clear()
 
     with ExitStack() as stack:
         stack.enter_context(listening(problem.model, before))
         for name, layer in layers.items():
             handle = layer.register_forward_hook(lambda m, a, y, name=name: after(name, y))
             stack.callback(handle.remove)
-        yield
+        yield look
+
+
+def _uses(loss: Tensor, nodes: Collection[Any]) -> Counter[Any]:
+    """Count how often each of these nodes of autograd's graph is made use of, if it is."""
+    uses: Counter[Any] = Counter()
+    rest, seen = [loss.grad_fn], {loss.grad_fn}
+    while rest:
+        node: Any = rest.pop()
+        for each, _ in node.next_functions:
+            uses[each] += each in nodes
+            if each is not None and each not in seen:
+                seen.add(each)
+                rest.append(each)
+    return Counter({node: number for node, number in uses.items() if number})
 
 
 def _is_by_batch(layer: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from syncnorm import checks
 from syncnorm.diagnose.problem import Forward, Problem
 from syncnorm.family.layer import Pooling
+from syncnorm.family.square import SquareNorm
 from syncnorm.module import SyncNorm
 
 
@@ -21,11 +24,12 @@ class Sums:
     """What has entered one layer, in float64.
 
     Args:
-        count: values per channel of each batch and part, (K, P).
-        total: sum of x - pivot, (K, P, C).
+        count: values per channel of each batch and part, (K, P); under a mask the sum of weights.
+        total: sum of x - pivot, (K, P, C); under a mask weighted, as all sums are.
         square: sum of (x - pivot)^2, (K, P, C).
         by_sample: sum over samples of (sum of x - pivot)^2 / values of the sample, (K, P, C).
         pivot: (C,).
+        calls: of the layer in a forward of the model.
     """
 
     count: Tensor
@@ -33,6 +37,7 @@ class Sums:
     square: Tensor
     by_sample: Tensor
     pivot: Tensor
+    calls: float
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean and biased variance over everything, (C,) each."""
@@ -63,12 +68,18 @@ def pools(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def listening(model: nn.Module, receive: Callable[[str, Tensor], object]) -> Iterator[None]:
-    """Call `receive` with the name and the input of each layer of `watched` before its forward."""
+def listening(
+    model: nn.Module, receive: Callable[[str, Tensor, Tensor | None], object]
+) -> Iterator[None]:
+    """Call `receive` before each forward of a layer of `watched`.
+
+    With its name, its input (N, C, *S), and the weights of its statistics (N, 1, *S), None where
+    all are 1.
+    """
 
     def hook(name: str) -> Callable[..., None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            receive(name, args[0] if args else next(iter(kwargs.values())))
+        def before(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            receive(name, *_given(layer, args, kwargs))
 
         return before
 
@@ -79,14 +90,26 @@ def listening(model: nn.Module, receive: Callable[[str, Tensor], object]) -> Ite
         yield
 
 
+def _given(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The input of a call, and its weights."""
+    given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
+    x = given.get("x", given.get("input"))
+    if x is None:  # of a class of somebody's own
+        x = args[0] if args else next(iter(kwargs.values()))
+    mask = given.get("mask") if isinstance(layer, SyncNorm | SquareNorm) else None
+    return x, None if mask is None else checks.expand_mask(mask, x)
+
+
 @torch.no_grad()
 def observe(
     problem: Problem, batches: Sequence[int], *, with_noise: bool = False
 ) -> tuple[float, dict[str, Sums]]:
     """Compute the loss normalised by batches, and the sums of what enters each layer.
 
-    *Collectives*: those of the forwards, and one sum of P (3C + 1) numbers for each layer and batch
-    and 1; every worker must call.
+    *Collectives*: those of the forwards, and one sum of P (3C + 1) numbers for each layer and
+    batch, 1 for each layer and 2; every worker must call.
 
     Returns:
         The loss, and the sums by layer.
@@ -95,25 +118,30 @@ def observe(
     size = len(batches), problem.parts
     sums = {n: problem.zeros(*size, 3 * m.num_features + 1) for n, m in layers.items()}
     pivots = {name: pivot_of(layer, problem) for name, layer in layers.items()}
-    loss, counts = problem.zeros(1), problem.total(batches)
+    calls = {name: problem.zeros(1) for name in layers}
+    loss, forwards, counts = problem.zeros(1), problem.zeros(1), problem.total(batches)
 
-    def receive(name: str, x: Tensor) -> None:
+    def receive(name: str, x: Tensor, weights: Tensor | None) -> None:
         number, forward = problem.under_way
-        for part, values in split(x.double().movedim(1, -1), forward):
-            sums[name][places[number], part] += _sums(values - pivots[name])
+        calls[name] += 1
+        values = split(x.double().movedim(1, -1) - pivots[name], forward)
+        weighted = values if weights is None else split(weights.double().movedim(1, -1), forward)
+        for (part, v), (_, w) in zip(values, weighted, strict=True):
+            sums[name][places[number], part] += _sums(v, None if weights is None else w)
 
     with problem.training(with_noise=with_noise), listening(problem.model, receive):
         for _, _, terms in problem.losses(batches):
             loss += problem.share(terms, counts).double()
-    message = torch.cat([loss, *(each.flatten() for each in sums.values())])
-    value, *parts = problem.sum(message, "activations").split(
-        [1, *(each.numel() for each in sums.values())]
-    )
+            forwards += 1
+    message = [loss, forwards, *calls.values(), *(each.flatten() for each in sums.values())]
+    sizes = [1, 1, len(calls), *(each.numel() for each in sums.values())]
+    value, number, times, *parts = problem.sum(torch.cat(message), "activations").split(sizes)
+    rates = (times / number.clamp(min=1)).tolist()
     pooled = {}
-    for (name, like), flat in zip(sums.items(), parts, strict=True):
+    for (name, like), flat, rate in zip(sums.items(), parts, rates, strict=True):
         channels = layers[name].num_features
         count, total, square, by_sample = flat.view_as(like).split([1, *[channels] * 3], -1)
-        pooled[name] = Sums(count.squeeze(-1), total, square, by_sample, pivots[name])
+        pooled[name] = Sums(count.squeeze(-1), total, square, by_sample, pivots[name], rate)
     return value.item(), pooled
 
 
@@ -140,8 +168,16 @@ def split(x: Tensor, forward: Forward) -> list[tuple[int, Tensor]]:
     return list(zip(forward.parts, cut, strict=True))
 
 
-def _sums(values: Tensor) -> Tensor:
-    """Sum (samples, values, C): the count, and by channel sums, squares, and squares of samples."""
-    of_samples = values.sum(1).square().sum(0) / max(1, values.shape[1])
-    count = values.new_full((1,), values.shape[0] * values.shape[1])
-    return torch.cat([count, values.sum((0, 1)), values.square().sum((0, 1)), of_samples])
+def _sums(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum (samples, values, C): the count, and by channel sums, squares, and squares of samples.
+
+    Weights are (samples, values, 1).
+    """
+    if weights is None:
+        weights = torch.ones_like(values[..., :1])
+    # Something that does not count may be anything.
+    values = values.masked_fill(weights == 0, 0.0)
+    weighted, n = values * weights, weights.sum(1)  # (samples, 1)
+    of_samples = (weighted.sum(1).square() / torch.where(n > 0, n, 1.0)).sum(0)
+    squares = (weighted * values).sum((0, 1))
+    return torch.cat([n.sum().view(1), weighted.sum((0, 1)), squares, of_samples])

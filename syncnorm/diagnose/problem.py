@@ -154,8 +154,8 @@ class Problem:
         self.sizes = flat[: sizes.numel()].view_as(sizes)
         pooled = flat[sizes.numel() :].view(len(found), len(names), 2)
         self.counts = [dict(zip(names, row, strict=True)) for row in pooled[..., 1].tolist()]
-        totals = pooled.sum(0)  # (terms, 2)
-        self.evaluation_loss = float((totals[:, 0] / totals[:, 1]).sum())
+        totals, counts = pooled.sum(0).unbind(1)  # (terms,)
+        self.evaluation_loss = float((totals / counts)[counts != 0].sum())
 
     @property
     def exchanges(self) -> bool:
@@ -215,10 +215,13 @@ class Problem:
             loss += self.share(terms, counts).double()
         return loss[0]
 
-    def gradient(self, batches: Sequence[int]) -> tuple[float, Gradient]:
+    def gradient(
+        self, batches: Sequence[int], look: Callable[[Tensor], object] = lambda share: None
+    ) -> tuple[float, Gradient]:
         """Compute the loss normalised by batches, and its gradient in float64.
 
-        `grad` of the parameters stays as it is.
+        `grad` of the parameters stays as it is. `look` is called with this worker's share of the
+        loss, (), before each backward pass.
 
         *Collectives*: those of the forwards and backwards, and one sum of as many numbers as there
         are parameters, and 1; every worker must call.
@@ -230,8 +233,9 @@ class Problem:
             for _, _, terms in self.losses(batches):
                 share = self.share(terms, counts)
                 loss += share.detach().double()
-                if not share.requires_grad:
+                if not share.requires_grad or not parameters:
                     continue
+                look(share)
                 # Summed, not averaged: shards may be uneven.
                 Shard.scaled_losses += 1
                 found = torch.autograd.grad(

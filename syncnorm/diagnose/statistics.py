@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.diagnose.observe import Sums, observe, pools, watched
 from syncnorm.diagnose.population import population
@@ -29,9 +30,10 @@ def measure_statistics(problem: Problem) -> dict[str, Any]:
         var_gap        = RMS over channels of log((running_var + eps) / (var + eps)) / 2
         flat_share     = share of channels with var < eps / 100
 
-    mean and var are those of all batches, as training normalises the layers before; `loss` is that
-    of training, of evaluation, and of evaluation by mean and var, unbiased as running variances are.
-    values is the number per channel in a statistic.
+    mean and var are those of all batches, as training normalises the layers before, weighted by
+    masks; `loss` is that of training, of evaluation, and of evaluation by mean and var, unbiased as
+    running variances are. values is the number per channel in a statistic. Nothing is flat where
+    there are not several values.
 
     *Statistics*: those of the training, running statistics frozen. m2 is the sum of squared
     deviations, a part what one worker of the training has, on however many workers this is computed.
@@ -80,17 +82,19 @@ def _figures(
     noise = None
     if noisy is not None:
         noise = _finite(((noisy.moments()[1] + eps) / (var + eps)).mean())
-    values = n.sum(1).min() / samples.min().clamp(min=1) * problem.samples
+    values = n.sum(1).min() / samples.min().clamp(min=1) * problem.samples / max(1, sums.calls)
+    flat = (var < _FLAT * eps).double().mean() if n.sum() > 1 else torch.zeros(())
     return {
         "between_share": _finite(between),
         "chance_share": _finite(chance),
         "part_gaps": torch.where(known, _rms(gaps), 0.0).tolist(),
         **_running_gaps(layer, mean, var, n.sum(), eps),
-        "flat_share": _finite((var < _FLAT * eps).double().mean()),
+        "flat_share": _finite(flat),
         "values": _finite(values),
         "noise_ratio": noise,
         "momentum": getattr(layer, "momentum", None),
         "is_frozen": name in problem.frozen,
+        "recalibrates": isinstance(layer, _BatchNorm),
         "is_pooled": pools(layer),
         "pools_running": bool(getattr(layer, "is_pooled", False)),
     }

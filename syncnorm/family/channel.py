@@ -110,8 +110,10 @@ class BatchChannelNorm(PooledBatchNorm):
 
     def finish(self, z: Tensor) -> Tensor:
         """Normalise groups of channels, and apply their weight and bias."""
-        # Not by the function of torch.nn, which raises on a worker that has a single value.
-        z = torch.group_norm(z, self.num_groups, eps=self.eps)
+        # Not by the function of torch.nn, which raises on a worker that has a single value. And not
+        # as channels last: torch's kernel for a CPU loses the variance there at a large mean.
+        dense = torch.group_norm(z.contiguous(), self.num_groups, eps=self.eps)
+        z = dense if z.is_contiguous() else torch.empty_like(z).copy_(dense)
         width = self.num_features // self.num_groups
         weight, bias = (
             None if each is None else each.repeat_interleave(width)
@@ -137,7 +139,7 @@ def by_estimates(layer: PooledBatchNorm, x: Tensor) -> Tensor:
     (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
     # E_B (x - estimate)^2, from moments about the batch's own mean.
     about_estimate = var + (mean - layer.running_mean).square()
-    layer.follow(count, mean=mean, var=about_estimate)
+    after = layer.follow(count, mean=mean, var=about_estimate)
     # A repeated forward finds estimates that have moved on.
-    seen = repeated.same(layer, lambda: (layer.running_mean.clone(), layer.running_var.clone()))
+    seen = repeated.same(layer, lambda: (after["mean"], after["var"]))
     return layer.standardize(x, *seen)

@@ -56,6 +56,7 @@ class EvoNorm(FamilyLayer):
         if variant not in ("b0", "b1", "b2"):
             raise InputError(f'`variant` must be "b0", "b1" or "b2", got {variant!r}')
         super().__init__(num_features, eps, momentum, **options)
+        del self.running_mean
         self.variant = variant
         v = None
         if variant == "b0":

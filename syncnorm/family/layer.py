@@ -240,22 +240,29 @@ class FamilyLayer(Pooling):
         return None
 
     @torch.no_grad()
-    def follow(self, count: Tensor, **values: Tensor) -> None:
+    def follow(self, count: Tensor, **values: Tensor) -> dict[str, Tensor]:
         """Move running statistics towards a batch's; they stay where the batch is empty.
 
         Args:
             count: of the batch's values, ().
             values: by the names of the buffers without `running_`, (C,).
+
+        Returns:
+            What they are with the batch, by the same names; also within `frozen_statistics`, where
+            nothing moves.
         """
-        # Activation checkpointing repeats a forward that has been counted.
-        if self.is_frozen or ops.is_recomputing():
-            return
-        self.num_batches_tracked += (count > 0).to(torch.int64)
-        rate = self.rate(self.num_batches_tracked)
+        step, after = self.num_batches_tracked + (count > 0), {}
+        rate = self.rate(step)
         for name, value in values.items():
             running = getattr(self, f"running_{name}")
             moved = torch.lerp(running.double(), value.detach(), rate)
-            running.copy_(torch.where(count > 0, moved, running.double()))
+            after[name] = torch.where(count > 0, moved, running.double()).to(running.dtype)
+        # Activation checkpointing repeats a forward that has been counted.
+        if not (self.is_frozen or ops.is_recomputing()):
+            for name, value in after.items():
+                getattr(self, f"running_{name}").copy_(value)
+            self.num_batches_tracked.copy_(step)
+        return after
 
     def rate(self, step: Tensor) -> Tensor:
         """Weigh a step, which count from 1, in what is averaged over steps, (), float64."""

@@ -176,7 +176,7 @@ def decay_lints(model: nn.Module, calls: Sequence[Call], optimizer: Optimizer) -
     values += f" to {rates[most]:.3g} at {most!r}" if len(shown) > 1 else ""
     return [
         f"weight decay {', '.join(f'{each:g}' for each in sorted(decays))} acts on {len(rates)} "
-        "weight(s) directly before batch norms, whose scale has no part in the output: what it "
+        "weight(s) directly before batch norms, which take their scale out: what it "
         f"sets is their effective learning rate lr / ||w||^2, now {values}. It grows as they "
         "shrink; watch it, or leave these weights out of the decay."
     ]

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm
-from syncnorm.diagnose import Forward, Problem, diagnose, shift, surface
+from syncnorm.diagnose import Forward, Problem, diagnose, observe, shift, surface
 from syncnorm.diagnose.covariate import measure_covariate_shift
 from syncnorm.diagnose.gradients import measure_gradients, slope
 from syncnorm.diagnose.shift import measure_shift
@@ -20,6 +22,7 @@ from syncnorm.diagnose.smoothness import measure_smoothness
 from syncnorm.diagnose.statistics import measure_statistics
 from syncnorm.diagnose.surface import measure_surface
 from syncnorm.errors import FaultError, InputError
+from syncnorm.family import EstimatedBatchNorm, EvoNorm, PowerNorm
 from tests.diagnose import cases
 
 PARTS = (3, 2, 4)
@@ -134,6 +137,145 @@ def test_weights_in_front_of_a_norm_are_orthogonal_to_their_gradient(problem):
     assert [layers[name]["is_invariant"] for name in ("0", "3", "7")] == [True, True, False]
     assert abs(layers["0"]["cosine"]) < 1e-4 > abs(layers["3"]["cosine"])
     assert abs(layers["7"]["cosine"]) > 1e-2
+
+
+class Branches(nn.Module):
+    """A linear layer in front of a norm, called or used in two places."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear, self.head = how, nn.Linear(4, 4), nn.Linear(4, cases.CLASSES)
+        self.norm = SyncBatchNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.linear(x)
+        y = self.norm(out).relu()
+        if self.how == "a shortcut":
+            y = y + out.tanh()
+        elif self.how == "two norms":
+            y = y + self.norm(out).tanh()
+        elif self.how == "two calls":
+            y = self.linear(y).tanh()
+        return self.head(y)
+
+
+def _rows(count: int = 32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 4, generator=generator, dtype=torch.float64)
+    return x, torch.randint(cases.CLASSES, (count,), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("how", "is_invariant"),
+    [("", True), ("two norms", True), ("a shortcut", False), ("two calls", False)],
+)
+def test_weights_are_invariant_if_norms_alone_see_their_outputs(how, is_invariant):
+    torch.manual_seed(1)
+    problem = _begun(cases.problem_of(Branches(how).double(), [_rows(), _rows()], (16, 16)))
+    layer = measure_gradients(problem)["layers"]["linear"]
+    assert layer["is_invariant"] == is_invariant
+    assert (abs(layer["cosine"]) < 1e-3) == is_invariant
+
+
+def test_values_are_those_of_one_call():
+    model = Branches("two norms").double()
+    found = measure_statistics(_begun(cases.problem_of(model, [_rows()], (16, 16))))
+    assert found["layers"]["norm"]["values"] == 32
+
+
+def test_a_layer_that_is_not_called_has_no_figures():
+    model = Branches("").double()
+    model.other = SyncBatchNorm(3)
+    found = measure_statistics(_begun(cases.problem_of(model, [_rows()], (16, 16))))
+    assert found["layers"]["other"]["flat_share"] == found["layers"]["other"]["values"] == 0
+    assert found["layers"]["other"]["mean_gap"] is None
+
+
+class Masked(nn.Module):
+    """Sequences of up to 10, of which the mask says where they end."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.head = norm, nn.Linear(4, cases.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (x[:, :1] < 50).double()
+        weighted = self.norm(mask=mask, x=x) * mask
+        return self.head(weighted.sum(2) / mask.sum(2))
+
+
+@pytest.mark.parametrize("make", [SyncBatchNorm, PowerNorm])
+def test_what_a_mask_leaves_out_is_left_out(make):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 4, 10, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(2, 11, (32,), generator=generator)
+    is_end = torch.arange(10) >= lengths.view(-1, 1, 1)
+    x, y = x.masked_fill(is_end, 60.0), torch.arange(32) % cases.CLASSES
+    problem = _begun(cases.problem_of(Masked(make(4)).double(), [(x, y)], (16, 16)))
+    layer = measure_statistics(problem)["layers"]["norm"]
+    values = x.movedim(1, -1)[~is_end[:, 0]]
+    mean, var = values.mean(0), values.var(0, correction=0)
+    assert layer["values"] == len(values)
+    _, sums = observe.observe(problem, problem.everything)
+    for got, expected in zip(sums["norm"].moments(), (mean, var), strict=True):
+        torch.testing.assert_close(got, expected)
+    if make is SyncBatchNorm:
+        gap = (mean / (var + EPS).sqrt()).square().mean().sqrt()
+        assert layer["mean_gap"] == pytest.approx(gap.item())
+    same = measure_shift(problem, problem.model)["layers"]["norm"]
+    assert same["histogram"]["max"] == 0
+    edges = {"norm": (mean - 100 * var.sqrt(), mean + 100 * var.sqrt())}
+    assert shift._histograms(problem, edges)["norm"].sum(1).tolist() == [len(values)] * 4
+
+
+def _with_nothing(
+    model: nn.Module, batch: tuple[Tensor, Tensor]
+) -> dict[str, tuple[Tensor, float]]:
+    found = cases.cross_entropy(model, batch)
+    return {**found, "nothing": (0 * found[""][0], 0.0)}
+
+
+def test_a_term_that_counts_nothing_is_left_out(model):
+    losses = []
+    for loss in (cases.cross_entropy, _with_nothing):
+        problem = cases.problem_of(model, [cases.samples(9)], PARTS, loss=loss)
+        losses.append(measure_statistics(_begun(problem))["loss"])
+    assert losses[0] == losses[1]
+
+
+def test_estimates_normalise_as_in_training():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), EstimatedBatchNorm(4), nn.Linear(4, 3)).double()
+    model[1].running_mean += 8
+    x, y = _rows()
+    loss = measure_statistics(_begun(cases.problem_of(model, [(x, y)], (16, 16))))["loss"]
+    with torch.no_grad():
+        evaluation = F.cross_entropy(model.eval()(x), y).item()
+        training = F.cross_entropy(model.train()(x), y).item()
+    assert loss["training"] == pytest.approx(training, rel=1e-9)
+    assert loss["evaluation"] == pytest.approx(evaluation, rel=1e-9)
+    assert abs(training - evaluation) > 0.1
+
+
+def test_a_running_mean_that_is_not_kept_has_no_gap():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), EvoNorm(4), nn.Flatten(), nn.Linear(16, 3)).double()
+    problem = _begun(cases.problem_of(model, [cases.samples(9)], PARTS))
+    assert measure_statistics(problem)["layers"]["1"]["mean_gap"] is None
+
+
+def _untrained() -> dict[str, Any]:
+    model = cases.network().requires_grad_(False)
+    problem = cases.problem_of(
+        model, [cases.samples(9)], (4, 5), rank=dist.get_rank(), world_size=dist.get_world_size()
+    )
+    return measure_gradients(_begun(problem))
+
+
+def test_a_model_that_is_not_trained_has_no_gradient(pool):
+    for world_size in (1, 2):
+        for found in pool(world_size).run(_untrained):
+            assert found["norm"] == 0
+            assert found["layers"]["0"]["gradient"] is None
 
 
 def test_a_relu_in_place_between_a_convolution_and_a_norm_is_seen():

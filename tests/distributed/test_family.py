@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -295,6 +296,19 @@ def test_differentiates_twice(name):
 
     assert torch.autograd.gradcheck(run, x.requires_grad_())
     assert torch.autograd.gradgradcheck(run, x)
+
+
+@pytest.mark.parametrize("estimate", [False, True])
+@pytest.mark.parametrize("ndim", [4, 5])
+def test_channels_last_loses_no_digits_of_groups_at_a_large_mean(ndim, estimate):
+    layout = torch.channels_last if ndim == 4 else torch.channels_last_3d
+    x = (torch.randn(3, 4, *[6] * (ndim - 2)) + 1000).to(memory_format=layout)
+    layer = BatchChannelNorm(4, 2, estimate=estimate)
+    for mode in (True, False):
+        truth = copy.deepcopy(layer).double().train(mode)(x.double())
+        y = layer.train(mode)(x)
+        torch.testing.assert_close(y.double(), truth, rtol=0, atol=2e-3)
+        assert y.is_contiguous(memory_format=layout)
 
 
 def test_evonorm_without_weight_and_bias_is_that_with_1_and_0():

@@ -93,7 +93,7 @@ def _found(**changes: Any) -> dict[str, Any]:
     layer = {
         "between_share": 0.4, "chance_share": 0.1, "part_gaps": [0.1, 0.2], "mean_gap": None,
         "var_gap": None, "flat_share": 0.0, "values": 12.0, "noise_ratio": None, "momentum": 0.1,
-        "is_frozen": False, "is_pooled": False, "pools_running": False,
+        "is_frozen": False, "is_pooled": False, "pools_running": False, "recalibrates": True,
     }  # fmt: skip
     statistics = {
         "loss": {"training": 1.0, "evaluation": None, "population": 2.0},

@@ -64,6 +64,17 @@ def test_a_copy_made_in_frozen_statistics_is_not_frozen():
     assert int(model[0].num_batches_tracked) == 0
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_frozen_forward_gives_what_one_that_moves_gives(name):
+    layer = ALL[name](4).double()
+    layer(batch(1).double())
+    other, x = copy.deepcopy(layer), batch().double()
+    with frozen_statistics(layer):
+        frozen = layer(x)
+    assert torch.equal(frozen, other(x))
+    assert torch.equal(frozen, layer(x))
+
+
 @pytest.mark.parametrize("cls", [L1BatchNorm, nn.BatchNorm2d])
 def test_a_copy_made_in_evaluation_statistics_is_no_part_of_it(cls):
     model = nn.Sequential(cls(4)).eval()

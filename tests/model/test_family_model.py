@@ -25,12 +25,15 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family import (
+    MABN,
     METHODS,
     BalancedBatchNorm,
     BatchChannelNorm,
+    EstimatedBatchNorm,
     EvoNorm,
     L1BatchNorm,
     RegionNorm,
+    UnifiedNorm,
 )
 from syncnorm.testing import shard
 
@@ -103,6 +106,17 @@ def test_revert_evaluates_as_before_and_has_counted_all(first):
     assert model[1].weight is weight
     assert int(model[1].num_batches_tracked) == 4
     torch.testing.assert_close(model(batch()), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cls", [L1BatchNorm, EstimatedBatchNorm, MABN, UnifiedNorm])
+def test_revert_of_a_half_model_runs(cls, dtype):
+    model = nn.Sequential(nn.BatchNorm2d(2)).to(dtype)
+    x = torch.randn(4, 2, 3, 3).to(dtype)
+    expected = model.eval()(x)
+    revert(convert(model, cls))
+    assert model[0].running_var.dtype == dtype
+    torch.testing.assert_close(model(x), expected)
 
 
 def test_revert_of_a_dead_channel_evaluates_as_before():
@@ -191,12 +205,16 @@ def test_frozen_statistics_do_not_move():
     assert int(model[1].num_batches_tracked) == 1
 
 
+def _move(layer: nn.Module) -> None:
+    next(b for name, b in layer.named_buffers() if name.startswith("running_")).add_(2.0)
+
+
 def on_ddp(parts: Tensor, kind: str) -> dict[str, Any]:
     """Take a step with DDP, in which rank 0 alone has other statistics before."""
     cls = {"l1": L1BatchNorm, "evo": EvoNorm}[kind]
     model = network(cls)
     if dist.get_rank() == 0:
-        model[1].running_mean += 2.0
+        _move(model[1])
     model = DistributedDataParallel(prepare_ddp(model))
     with exchange.record() as exchanges:
         loss = model(parts).square().mean()
@@ -218,7 +236,7 @@ def test_a_step_with_ddp_is_the_step_on_the_whole_batch(pool, kind):
     x = batch()
     by_rank = pool(2).run_each(on_ddp, [(part, kind) for part in shard(x, (3, 2))])
     alone = network({"l1": L1BatchNorm, "evo": EvoNorm}[kind])
-    alone[1].running_mean += 2.0
+    _move(alone[1])
     alone(x).square().mean().backward()
     for each in by_rank:
         assert each["label"] == "1"

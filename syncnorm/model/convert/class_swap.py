@@ -187,12 +187,14 @@ def swap_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
             **_settings_of(layer, [name for name in names if hasattr(layer, name)]),
         )
         layer.label = label
-    elif (
-        layer.weight is not None
-        and layer.weight.dtype in HALF_TYPES
-        and layer.running_mean is not None
-    ):
-        # With half weights torch's layer needs running statistics of their type.
+    else:
+        narrow_statistics(layer)
+
+
+def narrow_statistics(layer: _BatchNorm) -> None:
+    """Give running statistics the type of half weights, which torch's layer needs."""
+    has_both = layer.weight is not None and layer.running_mean is not None
+    if has_both and layer.weight.dtype in HALF_TYPES:
         for name in ("running_mean", "running_var"):
             layer._buffers[name] = layer.get_buffer(name).to(layer.weight.dtype)
 

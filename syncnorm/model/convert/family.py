@@ -17,7 +17,7 @@ from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.adapters import has_torchs_forward, own_class
-from syncnorm.model.convert.class_swap import LazySyncNorm, original_of
+from syncnorm.model.convert.class_swap import LazySyncNorm, narrow_statistics, original_of
 from syncnorm.module import SyncNorm
 
 _ORIGINAL = "_syncnorm_original"
@@ -135,6 +135,7 @@ def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNo
         if plain.weight is not None:
             new.register_parameter("weight", _parameter(plain.weight))
         new.register_parameter("bias", None if plain.bias is None else _parameter(plain.bias))
+    narrow_statistics(new)
     return new.train(layer.training)
 
 
