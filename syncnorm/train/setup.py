@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
 from syncnorm import prepare_ddp
-from syncnorm.comm import groups
+from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError, ExchangeError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import family_of, listed
@@ -54,6 +54,8 @@ from syncnorm.train.unused import Gradients
 from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
+
+_MOST_TERMS = 16
 
 
 @dataclass(frozen=True)
@@ -326,6 +328,8 @@ def make_setup(
     if model is None:
         model = make_bare_model(config, workers.device, data, total_steps, allowed)
     model = prepare_ddp(model)
+    # Whoever sends other counts of a loss's terms than the rest is an error, and no hang.
+    exchange.make_room(groups.statistics_group(), _MOST_TERMS)
     statistic_groups = _attach_statistic_groups(config, model)
     average = None
     if train.ema is not None:

@@ -236,13 +236,16 @@ def _sum_terms(
 
     *Collectives*: one sum of the counts; every worker must call, with terms of the same names.
 
+    Raises:
+        ExchangeError: the names differ; on all workers. (On CUDA the counts are NaN.)
+
     Returns:
         The sum, and the count that makes samples / count 1; NaN if a count of this worker's is
         none, which all workers then see.
     """
     mine = torch.stack([_as_count(n, setup.workers.device) for _, n in terms.values()])  # (terms,)
     names = ", ".join(terms)
-    counts = exchange.start_sum(mine, groups.statistics_group(), f"counts of {names}").wait()
+    counts = exchange.sum_(mine, groups.statistics_group(), f"counts of {names}")
     # A term that counts nothing on any worker is 0.
     shares = torch.where(counts > 0, 1 / counts, 0)
     total = sum(total * share for share, (total, _) in zip(shares, terms.values(), strict=True))

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import SyncBatchNorm, scale_loss
-from syncnorm.comm import exchange
-from syncnorm.errors import CheckpointError, ConfigError
+from syncnorm.comm import exchange, shared
+from syncnorm.errors import CheckpointError, ConfigError, ExchangeError
 from syncnorm.model.modes import in_evaluation
 from syncnorm.placement import shard
 from syncnorm.train import optim
@@ -393,10 +394,16 @@ def failed_sections(sections: dict[str, Any]) -> str:
     with tempfile.TemporaryDirectory() as folder:
         try:
             train_sections(folder, sections)
-        except ConfigError as error:
+        except (ConfigError, ExchangeError) as error:
             assert not multiprocessing.active_children(), "processes that load live on"
             return str(error)
     raise AssertionError("it has trained")
+
+
+def failed_by_gloo(sections: dict[str, Any]) -> str:
+    """Return the same where workers have no memory in common."""
+    with mock.patch.object(shared, "segment_of", return_value=None):
+        return failed_sections(sections)
 
 
 def train_example(

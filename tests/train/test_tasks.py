@@ -193,6 +193,7 @@ STRANGE = {
     "text": "got the count of type str",
     "number": "got the sum of type float",
     "nothing": "a loss of at least one term",
+    "unnamed": "must give the terms of a loss names, got 1 of type int",
     "metrics": "must give metric 'accuracy' as a sum and its count, got tensor(",
 }
 BROKEN = {
@@ -420,6 +421,17 @@ def test_a_task_that_gives_something_else_is_refused(pool, kind):
     for message in pool(2).run(runs.refused_sections, sections("Perceptron", "rows", task)):
         assert "`task.name`" in message
         assert STRANGE[kind] in message
+
+
+@pytest.mark.parametrize("sync", ["batch", "none"])
+@pytest.mark.parametrize("run", [runs.failed_sections, runs.failed_by_gloo])
+@pytest.mark.parametrize(("kind", "theirs"), [("more", "boxes, classes"), ("another", "boxes")])
+def test_terms_that_differ_between_workers_are_an_error_on_all(pool, kind, theirs, run, sync):
+    task = {"name": f"{TASKS}:OtherTerms", "options": {"kind": kind}}
+    options = sections("Perceptron", "rows", task) | {"norm": {"sync": sync}}
+    one, other = pool(2).run(run, options)
+    assert one == other
+    assert re.search(rf"rank 0 .*counts of classes, .*rank 1 .*counts of {theirs}, ", one), one
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -20,7 +20,11 @@ def loss_terms(task: Task, model: Model, batch: Any) -> dict[str, tuple[Tensor, 
     """
     result: Any = task.loss(model, batch)
     terms = result if isinstance(result, Mapping) else {WHOLE: result}
-    for pair in terms.values():
+    for name, pair in terms.items():
+        if not isinstance(name, str):
+            raise ConfigError(
+                f"`task.name` must give the terms of a loss names, got {name!r} {_describe(name)}"
+            )
         _check(pair)
     if not terms:
         raise ConfigError("`task.name` must give a loss of at least one term, got an empty mapping")
