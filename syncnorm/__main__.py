@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if refusal := system.refusal("the command"):
         print(f"syncnorm: {refusal}", file=sys.stderr)
         sys.exit(2)
+    if arguments is None:
+        system.prepare_standard_streams()
     # Python's own handler would print a traceback. A signal that a launcher ignores stays ignored.
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -10,6 +10,7 @@ Nothing here imports torch, which takes seconds.
 from __future__ import annotations
 
 import ctypes
+import io
 import multiprocessing
 import os
 import signal
@@ -55,6 +56,22 @@ def require_posix(part: str) -> None:
 def is_linux() -> bool:
     """True on Linux, where processes fork safely, die with their parents and share memory."""
     return sys.platform == "linux"
+
+
+def prepare_standard_streams() -> None:
+    """Have this process's standard streams take whatever is printed.
+
+    One that it was started without, as by `command >&-`, drops it. Otherwise the first file or
+    socket that is opened takes the stream's number, and what libraries print goes into that. A
+    letter that the encoding has not is printed by its number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            os.set_inheritable(null, True)
+            setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def lock(descriptor: int, *, waits: bool = False) -> None:

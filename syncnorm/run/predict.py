@@ -80,7 +80,9 @@ def _check_output(output: Path | None, files: Sequence[Path]) -> None:
     written = output.resolve()
     for path in (each.resolve() for each in files):
         holder = path if path.is_dir() else path.parent
-        is_among = path.is_dir() and output.is_dir() and written.is_relative_to(path)
+        # A file within is read before it is there; a folder is filled meanwhile.
+        is_filled = output.is_dir() or not output.suffix
+        is_among = path.is_dir() and is_filled and written.is_relative_to(path)
         if written in (path, holder) or is_among:
             raise ConfigError(
                 f"`--output` must be apart from what is predicted, got {str(output)!r} and "
@@ -180,7 +182,7 @@ def _written(output: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def _as_text(file: BinaryIO) -> Iterator[TextIO]:
-    text = TextIOWrapper(file, encoding="utf-8", newline="")
+    text = TextIOWrapper(file, encoding="utf-8", errors="backslashreplace", newline="")
     try:
         yield text
     finally:
@@ -189,6 +191,16 @@ def _as_text(file: BinaryIO) -> Iterator[TextIO]:
 
 def _place(sample: Sample) -> Row:
     return {"file": sample.file} | ({} if sample.index is None else {"index": sample.index})
+
+
+def _as_line(row: Row, encoding: str | None) -> str:
+    """Write JSON; a name that an encoding has not by numbers, as one that is no UTF-8."""
+    text = json.dumps(row, ensure_ascii=False)
+    try:
+        text.encode(encoding or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(row)
+    return text
 
 
 class _Rows:
@@ -204,7 +216,7 @@ class _Rows:
             if self._is_csv:
                 self._write_csv({"file": sample.file, "index": sample.index, **_flat(row)})
             else:
-                self._file.write(json.dumps(_place(sample) | row, ensure_ascii=False) + "\n")
+                self._file.write(_as_line(_place(sample) | row, self._file.encoding) + "\n")
 
     def _write_csv(self, row: Row) -> None:
         if self._table is None:
@@ -275,7 +287,7 @@ class _Masks:
             else:
                 path = path.with_name(f"{path.name}.npy")
                 self._write_array(path, mask)
-            print(json.dumps(_place(sample) | {"mask": str(path)}, ensure_ascii=False))
+            print(_as_line(_place(sample) | {"mask": str(path)}, sys.stdout.encoding))
 
     def _name(self, sample: Sample) -> str:
         """Name a mask as its image; of two images of one name, the second gets a number."""

@@ -1,6 +1,5 @@
 """The samples of files: images, folders of images, arrays of numpy."""
 
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Inputs
-from syncnorm.train.data.sources.images import SUFFIXES, is_image, read_pixels
+from syncnorm.train.data.sources.images import SUFFIXES, images_below, read_pixels
 
 _ARRAYS = (".npy", ".npz")
 
@@ -52,7 +51,13 @@ def read_samples(files: Iterable[Path], inputs: Inputs) -> Iterator[Sample | Unr
     """Yield the samples of files, in their order; of a folder the images below it, by name."""
     for path in files:
         if path.is_dir():
-            found = _images_below(path)
+            try:
+                found = [path / each for each in images_below(str(path))]
+            except OSError as error:
+                yield Unread(
+                    f"{error.filename}: must be a folder that can be read: {error.strerror}"
+                )
+                continue
             if not found:
                 yield Unread(f"{path}: must hold images, got none. They end in {_list(SUFFIXES)}.")
             for each in found:
@@ -138,18 +143,6 @@ def _load(path: Path) -> Any:
     except Exception as error:
         cause = " ".join(str(error).split())
         raise ConfigError(f"{path}: must be an array of numbers, got {cause}") from None
-
-
-def _images_below(root: Path) -> list[Path]:
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [
-            Path(folder) / name
-            for name in sorted(files)
-            if is_image(name) and not name.startswith(".")
-        ]
-    return found
 
 
 def _list(names: Iterable[str]) -> str:

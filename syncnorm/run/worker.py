@@ -112,8 +112,9 @@ def end_with(work: Callable[[], int | None], launched: Launched) -> NoReturn:
         if launched.launcher_pid is None and launched.rank == 0:
             print(f"syncnorm: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ConfigError) else 1
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as in a program that was started without
+            stream.flush()
     # Not sys.exit: DDP keeps the process group alive, and a thread of gloo that releases its last
     # message while the interpreter shuts down aborts the process, in one run of 15.
     os._exit(status)

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import subprocess
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -12,6 +13,7 @@ from subprocess import CompletedProcess
 import pytest
 
 from syncnorm.cli import main
+from syncnorm.run.ending import read_exit
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
@@ -213,6 +215,15 @@ def test_a_step_that_does_not_fit_is_refused_with_its_figures(tmp_path):
     )
     assert re.fullmatch(message, done.stderr), done.stderr
     assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_run_needs_no_standard_streams(tmp_path):
+    """As under some daemons, whose first files would take the streams' numbers."""
+    command = shlex.join([*commands.SYNCNORM, "train", "digits", *SHORT, "run_dir=runs"])
+    subprocess.run(["sh", "-c", f"{command} <&- >&- 2>&-"], cwd=tmp_path, check=True)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert read_exit(run).status == "done"
+    assert "accuracy" in json.loads((run / "exit.json").read_text())["metrics"]["test"]
 
 
 def test_a_run_that_is_done_leaves_its_page(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
+import os
 import random
 import re
 import shlex
@@ -207,6 +209,25 @@ def test_predictions_of_files_and_arrays_are_as_accurate(name, made, images, tmp
     assert (again["file"], again["index"]) == (str(images / "x.npy"), "3")
     assert first["name"] == first["class"] == again["class"] != first["class_2"]
     assert 1 >= float(first["probability"]) > float(first["probability_2"]) > 0
+
+
+def test_names_that_are_no_text_are_written_by_numbers(made, images, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    odd = tmp_path / "in" / os.fsdecode(b"caf\xe9 \xe6\x97\xa5.png")
+    odd.parent.mkdir()
+    shutil.copy(images / "0" / "003.png", odd)
+    for name in ("out.jsonl", "out.csv"):
+        status, _, err = command(capfd, "predict", made["norm"].folder, odd.parent, "-o", name)
+        assert status == 0, err
+    row = json.loads(Path("out.jsonl").read_text())
+    assert row["file"] == str(odd)
+    with Path("out.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["file"] == str(odd).replace("\udce9", "\\udce9")
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert command(capfd, "predict", made["norm"].folder, odd)[0] == 0
+    assert json.loads(narrow.buffer.getvalue())["file"] == str(odd)
 
 
 def test_a_file_that_is_no_image_stops_no_other(made, images, tmp_path, capfd):

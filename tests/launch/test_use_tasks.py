@@ -59,7 +59,7 @@ def test_other_tasks(task, pool, tmp_path, capfd):
         assert command(capfd, *predict, tmp_path / "seven.png", "-o", masks)[0] == 0
         # A mask has its image's name.
         image = (tmp_path / "seven.png").read_bytes()
-        for output in (tmp_path, masks):
+        for output in (tmp_path, masks, tmp_path / "not there yet"):
             status, _, err = command(
                 capfd, *predict, tmp_path / "seven.png", tmp_path, "-o", output
             )

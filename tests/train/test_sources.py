@@ -82,6 +82,18 @@ def test_a_test_set_is_cut_off_by_names_alone(tmp_path):
     assert folder(tmp_path, size=4).test is None
 
 
+def test_links_are_followed_but_not_round_in_a_circle(tmp_path):
+    write_folder(tmp_path / "there", names("more/", cat=2))
+    write_folder(tmp_path / "here", [*names("", cat=2, dog=1)])
+    (tmp_path / "here" / "cat" / "link").symlink_to(tmp_path / "there" / "more")
+    (tmp_path / "here" / "eel").symlink_to(tmp_path / "there")
+    assert len(folder(tmp_path / "here", size=4).train) == 2 + 2 + 1 + 2
+    (tmp_path / "there" / "more" / "back").symlink_to(tmp_path / "here" / "cat")
+    words = r"`data.root` must hold folders that can be read, got '.*': Too many levels of symbolic"
+    with pytest.raises(ConfigError, match=words):
+        folder(tmp_path / "here", size=4)
+
+
 def test_a_share_is_about_as_large_as_asked_for():
     for share in (0.0, 0.1, 0.9):
         held = sum(is_held_out(f"{number}.png", share) for number in range(4000))

@@ -180,6 +180,24 @@ def test_a_table_becomes_standardised_features_and_classes(tmp_path):
     assert targets_of(splits.test) == [0]
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, 1 / 3])
+def test_a_constant_of_an_array_is_a_constant(tmp_path, value):
+    x = np.full((37, 2), value)
+    x[:, 1] = np.arange(37)
+    np.savez(tmp_path / "some.npz", x_train=x, y_train=np.arange(37) % 2)
+    train = inputs_of(npz(tmp_path / "some.npz").train)
+    assert train[:, 0].abs().max() < 1e-15
+    assert train[:, 1].std(correction=0) == pytest.approx(1.0)
+
+
+def test_a_constant_without_an_exact_mean_is_a_constant(tmp_path):
+    write_csv(tmp_path / "train.csv", [["a", "y"], *([0.1, n % 2] for n in range(37))])
+    write_csv(tmp_path / "test.csv", [["a", "y"], [0.35, 0]])
+    splits = csv(tmp_path, target="y")
+    assert inputs_of(splits.train).abs().max() < 1e-15
+    assert splits.test[0][0].item() == pytest.approx(0.25)
+
+
 def test_classes_of_numbers_are_in_their_order(tmp_path):
     rows = [["x", "y"], *([n, label] for n, label in enumerate([10, 9, 2, 10]))]
     splits = csv(write_csv(tmp_path / "some.csv", rows), target="y")
@@ -229,10 +247,18 @@ def test_equal_rows_stay_together_in_a_cut(tmp_path):
         (
             [["a", "y"], [1, 0], ["nan", 1]],
             {},
-            "line 3, column a: must be a finite number, got 'nan'",
+            "line 3, column a: must be a finite number of at most 3.4e+38, got 'nan'",
         ),
-        ([["a", "y"], ["", 0]], {}, "line 2, column a: must be a finite number, got ''"),
-        ([["a", "y"], ["1_000", 0]], {}, "line 2, column a: must be a finite number, got '1_000'"),
+        (
+            [["a", "y"], ["", 0]],
+            {},
+            "line 2, column a: must be a finite number of at most 3.4e+38, got ''",
+        ),
+        (
+            [["a", "y"], ["1_000", 0]],
+            {},
+            "line 2, column a: must be a finite number of at most 3.4e+38, got '1_000'",
+        ),
         (
             [["a", "y"], ["red", 0]],
             {},
@@ -250,6 +276,8 @@ def test_equal_rows_stay_together_in_a_cut(tmp_path):
             "line 2, column y: must be a class of the training set, got ''",
         ),
         ([["a", "y"], [1, "x"]], {"kind": "regress"}, "line 2, column y: must be a finite number"),
+        ([["a", "y"], [1, "1e39"]], {"kind": "regress"}, "column y: must be a finite number of at"),
+        ([["a", "y"], ["-1e200", 0]], {}, "line 2, column a: must be a finite number of at most"),
         ([["a", "y"], [1, 0]], {"test": 1e-9}, "must leave samples for test"),
         ([["a", "y"], [1, 0]], {"kind": "rank"}, "`data.options.kind`: input should be 'classify'"),
         ([["a", "y"], [1, 0]], {"delimiter": ";"}, "`data.options.target` must name a column"),

@@ -250,10 +250,9 @@ def _figures(
     if mean is None or std is None:
         some = row(x[:: -(-len(x) // _MEASURED)], torch.float64)
         others = (0, *range(2, x.ndim))
-        found = [some.mean(others), some.std(others, correction=0)]
+        found = [*mean_and_std(some, others)]
         if not torch.stack(found).isfinite().all():
             raise ConfigError(f"{path}: x of train must be finite, got nan or inf")
-        found[1] = torch.where(found[1] == 0, 1, found[1])
     for number, (name, values) in enumerate((("mean", mean), ("std", std))):
         if values is None:
             continue
@@ -264,6 +263,14 @@ def _figures(
             )
         found[number : number + 1] = [torch.tensor(values, dtype=torch.float64)]
     return found[0].reshape(-1, *rest), found[1].reshape(-1, *rest)
+
+
+def mean_and_std(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Compute mean and biased standard deviation over `dims`; the latter is 1 of a constant."""
+    std = values.std(dims, correction=0)
+    # Where the mean of a constant is rounded, std is a rounding error.
+    is_constant = values.amax(dims) == values.amin(dims)
+    return values.mean(dims), torch.where(is_constant | (std == 0), 1, std)
 
 
 def row(values: Any, dtype: torch.dtype) -> Tensor:

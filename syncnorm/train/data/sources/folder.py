@@ -1,6 +1,5 @@
 """Images in folders, one folder for each class."""
 
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +16,7 @@ from syncnorm.train.data.sources.files import (
     list_folder,
     split_folders,
 )
-from syncnorm.train.data.sources.images import SUFFIXES, ImageReader, is_image, pillow
+from syncnorm.train.data.sources.images import SUFFIXES, ImageReader, images_below, pillow
 from syncnorm.train.data.sources.options import Share, Size, source
 from syncnorm.train.data.splits import Splits
 
@@ -124,20 +123,13 @@ def _images_by_class(root: Path) -> _Found:
         raise ConfigError(
             f"`data.root` must hold a folder of images for each class, got none in {str(root)!r}"
         )
-    return {name: _images_below(root, name) for name in names}
-
-
-def _images_below(root: Path, name: str) -> list[str]:
-    found = []
-    for folder_name, folders, files in os.walk(root / name):
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        below = os.path.relpath(folder_name, root)
-        found += [
-            f"{below}/{file}"
-            for file in sorted(files)
-            if is_image(file) and not file.startswith(".")
-        ]
-    return found
+    try:
+        return {name: [*images_below(str(root / name), f"{name}/")] for name in names}
+    except OSError as error:
+        raise ConfigError(
+            "`data.root` must hold folders that can be read, got "
+            f"{str(error.filename)!r}: {error.strerror}"
+        ) from None
 
 
 def _cut(found: _Found, share: float) -> dict[str, _Found]:

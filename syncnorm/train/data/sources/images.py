@@ -1,8 +1,11 @@
 """Images of files, read with Pillow and made tensors."""
 
+import errno
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +29,34 @@ def pillow() -> Any:
 def is_image(name: str) -> bool:
     """Tell by its suffix whether a file is an image."""
     return name.lower().endswith(SUFFIXES)
+
+
+def images_below(folder: str, prefix: str = "") -> Iterator[str]:
+    """Yield the images in a folder, and in those below it, links followed; each as prefix + path.
+
+    By name, a folder's own before those of its folders; without what a dot hides.
+
+    Raises:
+        OSError: a folder cannot be read, or links lead round in a circle.
+    """
+    yield from _images_below(folder, prefix, frozenset())
+
+
+def _images_below(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        shown = sorted(
+            (each for each in entries if not each.name.startswith(".")), key=lambda each: each.name
+        )
+    status = Path(folder).stat()
+    place = status.st_dev, status.st_ino
+    if place in above:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
+    is_folder = {each.name: each.is_dir() for each in shown}
+    yield from (
+        prefix + name for name, is_one in is_folder.items() if not is_one and is_image(name)
+    )
+    for name in (name for name, is_one in is_folder.items() if is_one):
+        yield from _images_below(f"{folder}/{name}", f"{prefix}{name}/", above | {place})
 
 
 def open_image(path: str) -> Any:

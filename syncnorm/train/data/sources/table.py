@@ -16,9 +16,12 @@ from torch.utils.data import TensorDataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Inputs
+from syncnorm.train.data.sources.arrays import mean_and_std
 from syncnorm.train.data.sources.files import SPLITS, check_not_empty, is_held_out, list_folder
 from syncnorm.train.data.sources.options import Column, Share, source
 from syncnorm.train.data.splits import Splits
+
+_LARGEST = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -78,8 +81,7 @@ def csv(
         check_not_empty(split, len(table.targets), repr(str(table.path)))
     count = len(columns)
     features = {split: _matrix(table, count) for split, table in tables.items()}
-    mean, std = features["train"].mean(0), features["train"].std(0, correction=0)
-    std = torch.where(std == 0, 1, std)
+    mean, std = mean_and_std(features["train"], (0,))
     classes = _classes(tables["train"].targets) if kind == "classify" else None
     sets: dict[str, Any] = {
         split: TensorDataset(
@@ -195,9 +197,10 @@ def _number(text: str, path: Path, line: int, column: str) -> float:
         value = math.nan if "_" in text else float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
+    if not abs(value) <= _LARGEST:
         raise ConfigError(
-            f"{path}, line {line}, column {column}: must be a finite number, got {text[:40]!r}. "
+            f"{path}, line {line}, column {column}: must be a finite number of at most "
+            f"{_LARGEST:.2g}, got {text[:40]!r}. "
             "Fill it in, or leave columns out by data.options.drop."
         )
     return value
