@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -512,3 +513,14 @@ def test_what_the_user_has_set_for_ray_stays(monkeypatch):
     env.set_for_ray_driver()
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
     assert os.environ["RAY_TRAIN_ENABLE_PRINT_PATCH"] == "0"
+
+
+@pytest.mark.parametrize(("ended", "seconds"), [(0.5, 2.5), (60, 0), (None, 0), (-60, 3)], ids=str)
+def test_a_job_that_ended_just_now_is_outwaited(monkeypatch, ended, seconds):
+    """By clocks that may differ: -60 is in the future."""
+    slept: list[float] = []
+    monkeypatch.setattr(submit.time, "sleep", slept.append)
+    monkeypatch.setattr(submit.time, "time", lambda: 1000.0)
+    end = None if ended is None else 1000 * (1000.0 - ended)
+    submit._outwait_monitor(SimpleNamespace(end_time=end))
+    assert slept == [pytest.approx(seconds)]

@@ -17,6 +17,8 @@ from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
 from syncnorm.train.metrics import last_step
 
 _POLL_SECONDS = 0.5
+# Three of the periods in which Ray looks after its jobs.
+_MONITOR_SECONDS = 3.0
 _RUNNING = ("PENDING", "RUNNING")
 # Ray's prefix of a line that another process of the job has written.
 _FROM_WORKER = re.compile(
@@ -126,6 +128,7 @@ def start(client: JobSubmissionClient, job: Entry) -> int | None:
             if found.status in _RUNNING:
                 return None
             lines = client.get_job_logs(job.submission_id).count("\n")
+            _outwait_monitor(found)
             client.delete_job(job.submission_id)
         client.submit_job(
             # Quoted: Ray passes the entrypoint to a shell.
@@ -140,6 +143,16 @@ def start(client: JobSubmissionClient, job: Entry) -> int | None:
             },
         )
     return lines
+
+
+def _outwait_monitor(job: Any) -> None:
+    """Wait until Ray looks after a job no more that has ended just now.
+
+    It looks once a second. A job of the same name that is submitted before the next look is taken
+    for the old one, whose process is gone, and declared failed.
+    """
+    since = time.time() - (job.end_time or 0) / 1000
+    time.sleep(min(_MONITOR_SECONDS, max(0.0, _MONITOR_SECONDS - since)))
 
 
 def follow(client: JobSubmissionClient, submission_id: str, lines: "LogLines") -> JobStatus:
