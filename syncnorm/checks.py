@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from syncnorm.ops import Statistic
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def input_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Find the input among the arguments of a norm's call, whatever it is called; None: not there."""
+    given = (value for name, value in kwargs.items() if name != "mask" and value is not None)
+    return args[0] if args else next(given, None)
 
 
 def one_input(x: Tensor | None, input: Tensor | None) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -94,11 +93,9 @@ def _given(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
     """The input of a call, and its weights."""
-    given = inspect.signature(layer.forward).bind(*args, **kwargs).arguments
-    x = given.get("x", given.get("input"))
-    if x is None:  # of a class of somebody's own
-        x = args[0] if args else next(iter(kwargs.values()))
-    mask = given.get("mask") if isinstance(layer, SyncNorm | SquareNorm) else None
+    x, mask = checks.input_of(args, kwargs), None
+    if isinstance(layer, SyncNorm | SquareNorm):
+        mask = args[1] if len(args) > 1 else kwargs.get("mask")
     return x, None if mask is None else checks.expand_mask(mask, x)
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
-from syncnorm import observed, ops
+from syncnorm import checks, observed, ops
 from syncnorm.family.layer import Pooling
 from syncnorm.model.makers import Makers
 from syncnorm.model.norm_parameters import is_norm
@@ -108,7 +108,7 @@ def _variances(
         seen: dict[nn.Module, float] = {}
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            x: Tensor = checks.input_of(args, kwargs)
             if observed.observer(x) is not None:
                 return
             by_channel = x.detach().transpose(0, 1).flatten(1).cpu().double()

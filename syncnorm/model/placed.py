@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from syncnorm import ops
+from syncnorm import checks, ops
 from syncnorm.comm import groups
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.grouped import StatisticGroups
@@ -106,7 +106,7 @@ class Placed:
         """Give a stand-in's rows a mask of zeros."""
         if not (self.is_stand_in and layer.training and isinstance(layer, SyncNorm)):
             return None
-        x = args[0] if args else kwargs.get("x", kwargs.get("input"))
+        x = checks.input_of(args, kwargs)
         if not isinstance(x, Tensor):
             return None
         # (N, 1, ...), which broadcasts to x, (N, C, *S).

@@ -207,7 +207,7 @@ def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> I
         return ops.normalize(input, layer.weight, layer.bias, statistic, layer.eps, None)
 
     def collect(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        keep(ops.local_sums(args[0] if args else next(iter(kwargs.values())), None).sums)
+        keep(ops.local_sums(checks.input_of(args, kwargs), None).sums)
 
     is_plain = not has_own_forward(layer)
     hook = None if is_plain else layer.register_forward_pre_hook(collect, with_kwargs=True)

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
-from syncnorm import observed
+from syncnorm import checks, observed
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
@@ -87,9 +87,7 @@ def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]
     seen: list[tuple[nn.Module, Shape]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        names = [name for name in kwargs if name != "mask"]
-        x = args[0] if args else kwargs[names[0]]
-        seen.append((module, tuple(x.shape)))
+        seen.append((module, tuple(checks.input_of(args, kwargs).shape)))
 
     with ExitStack() as stack, torch.no_grad():
         stack.enter_context(evaluating_untouched(model))

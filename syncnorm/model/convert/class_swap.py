@@ -231,7 +231,7 @@ class LazySyncNorm(_LazyNormBase, _BatchNorm):
         pending = self.pending
         become_class = self.__dict__.pop("cls_to_become", pending.cls.cls_to_become)
         # Loading a state dict initialises the parameters, and leaves the number of channels at 0.
-        x = args[0] if args else kwargs["input" if "input" in kwargs else "x"]
+        x = checks.input_of(args, kwargs)
         self.num_features = self.num_features or x.shape[1]
         self.swap_back()
         self.__class__ = become_class
