@@ -1,5 +1,7 @@
 """The command `syncnorm`. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped and resumable."""
 
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -277,13 +279,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: without the program's name; those of the process if None.
     """
     try:
-        app(args=arguments)
+        try:
+            app(args=arguments)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # an error shows here, and not when the interpreter ends
     except ConfigError as error:
         _stop(error, 2)
     except LocalRunError as error:
         _stop(error, error.exit_code)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+            raise
+        # What is left of the output goes nowhere.
+        with Path(os.devnull).open("w") as null:
+            os.dup2(null.fileno(), 1)
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        _stop(f"what it writes has no room: {error.strerror}", 1)
 
 
-def _stop(error: Exception, status: int) -> None:
+def _stop(error: Exception | str, status: int) -> None:
     print(f"syncnorm: {error}", file=sys.stderr)
     sys.exit(status)

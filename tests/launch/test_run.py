@@ -226,6 +226,14 @@ def test_a_run_needs_no_standard_streams(tmp_path):
     assert "accuracy" in json.loads((run / "exit.json").read_text())["metrics"]["test"]
 
 
+@pytest.mark.parametrize("arguments", [["--version"], ["config", "show", "digits"], ["doctor"]])
+def test_output_that_has_no_room_is_one_line(tmp_path, arguments):
+    command = f"{shlex.join([*commands.SYNCNORM, *arguments])} > /dev/full"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "syncnorm: what it writes has no room: No space left on device\n"
+
+
 def test_a_run_that_is_done_leaves_its_page(tmp_path):
     pytest.importorskip("matplotlib")
     command = [*commands.SYNCNORM, "train", "digits", *SHORT, "launch.workers=1"]
