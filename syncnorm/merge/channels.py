@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
@@ -61,6 +62,20 @@ def channels(model: nn.Module) -> list[Channels]:
     for node in trace(model).nodes:
         reader.read(node)
     return reader.sets()
+
+
+def _is_first_size(given: Any) -> bool:
+    """True for x.size(0), x.shape[0] and x.size()[0]."""
+    if not isinstance(given, fx.Node):
+        return False
+    of, *which = given.args
+    if given.target == "size":
+        return which == [0]
+    is_size = isinstance(of, fx.Node) and (
+        (of.target == "size" and len(of.args) == 1)
+        or (of.target is getattr and of.args[1:] == ("shape",))
+    )
+    return given.target is operator.getitem and which == [0] and is_size
 
 
 class _Reader:
@@ -179,9 +194,9 @@ class _Reader:
                 return self.flattened(x)
             if target in operations.POOLING and x.form in ("spatial", "input"):
                 return x
-            # A view of a size and -1.
+            # A view of the number of samples and -1.
             sizes = node.args[1:]
-            if target in operations.VIEWS and sizes[1:] == (-1,) and isinstance(sizes[0], fx.Node):
+            if target in operations.VIEWS and sizes[1:] == (-1,) and _is_first_size(sizes[0]):
                 return self.flattened(x)
             if (
                 target in operations.MEANS

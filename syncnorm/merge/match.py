@@ -27,7 +27,8 @@ def match_weights(a: nn.Module, b: nn.Module) -> nn.Module:
 
     Networks may be made of convolutions, linear layers, normalisation layers, activations, pools,
     flattening and sums; a sum makes its terms' channels one set, as in residual networks. Buffers
-    such as running statistics are permuted, too.
+    such as running statistics are permuted, too. Linear layers are taken to get (N, C): nothing in
+    a network tells a batch norm over tokens, (N, L, D), from one over as many features.
 
     *Collectives*: none. Where `a` and `b` are equal on all workers, so is the result.
 

@@ -177,10 +177,15 @@ def _width(layer: Any) -> int:
 def _adding_to(total: Tensor) -> Any:
     """A hook that adds the sums of a layer's output."""
 
-    def add(_: nn.Module, args: Any, output: Tensor) -> None:
-        total.add_(ops.local_sums(output, None).sums)
+    def add(layer: nn.Module, args: Any, output: Tensor) -> None:
+        total.add_(ops.local_sums(_by_channel(layer, output), None).sums)
 
     return add
+
+
+def _by_channel(layer: nn.Module, output: Tensor) -> Tensor:
+    """A layer's output with its channels second: of a linear one, whose channels are last, rows."""
+    return output.flatten(0, -2) if isinstance(layer, nn.Linear) else output
 
 
 class _Follower(_BatchNorm):
@@ -188,6 +193,19 @@ class _Follower(_BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         pass
+
+
+class _Pair(nn.Module):
+    """A layer and what follows it."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.norm = layer, norm
+        self.training = layer.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        output = self.layer(*args, **kwargs)
+        return self.norm(_by_channel(self.layer, output)).view_as(output)
 
 
 @contextmanager
@@ -208,10 +226,8 @@ def _followed(
             # Where fewer than two values come by there is no deviation.
             norm.running_var.fill_(torch.nan)  # pyright: ignore[reportOptionalMemberAccess]
             norms.append(norm)
-            pair = nn.Sequential(each.module, norm)
-            pair.training = each.module.training
             norm.training = model.training
-            model.set_submodule(each.name, pair)
+            model.set_submodule(each.name, _Pair(each.module, norm))
         yield norms
     finally:
         for each in bared[: len(norms)]:

@@ -119,7 +119,8 @@ def adopt_state_dict(
 
     Raises:
         InputError: names are missing or left over, or shapes differ; with `partial`, nothing fits;
-            the model is sharded. Nothing was changed.
+            the model is sharded. Nothing was changed. (What a module's own `set_extra_state` raises
+            comes after parameters were.)
 
     Example:
         >>> layer = nn.BatchNorm1d(1, eps=1e-3)

@@ -25,7 +25,9 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{name}.{key}" if name else key: parameter
         for name, module in model.named_modules()
         if is_norm(module)
-        for key, parameter in module.named_parameters(recurse=False)
+        for key, parameter in module.named_parameters()
+        # Of a parametrized one its original is.
+        if "." not in key or key.startswith("parametrizations.")
     }
 
 

@@ -32,7 +32,8 @@ class Placed:
     def __init__(self, sampler: ElasticBatchSampler, layers: dict[str, SyncNorm]) -> None:
         self.is_stand_in = False
         """True if this worker's batch has no weight."""
-        self._sampler = sampler
+        self._sampler: ElasticBatchSampler | None = sampler
+        """None in what was pickled with its model, whose batches are nobody's until `attach`."""
         self._groups = StatisticGroups(layers) if layers else None
         self._is_open = False
         """True if a step of several rounds has begun."""
@@ -87,6 +88,9 @@ class Placed:
         # A forward of a model in evaluation mode is of other data, even if some layers train.
         if not model.training or ops.is_recomputing():
             return
+        if self._sampler is None:
+            self._remove(model)
+            return
         parts, sampler = self._sampler._parts(), self._sampler
         sampler.note_training()
         self.is_stand_in = not any(parts)
@@ -122,11 +126,15 @@ class Placed:
                 layer.use_mode(layer.sync_mode)
             remove_deserted(model)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sampler": None, "is_stand_in": False, "_is_open": False}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Placed:
         """Copy with a model, whose copy is given batches of the same sampler."""
         memo[id(self._sampler)] = self._sampler
         memo[id(self)] = new = object.__new__(type(self))
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         new._is_open = False
-        self._sampler._register(new)
+        if self._sampler is not None:
+            self._sampler._register(new)
         return new

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import (
     SyncBatchNorm,
     debug,
+    gather,
     join,
     monitor,
     prepare_ddp,
@@ -263,6 +264,27 @@ def test_other_exchanges_are_answered_and_training_goes_on(pool):
     first, second = pool(2).run(_with_readings, counts)
     assert first == [sizes[0][0] + sizes[1][0], 4]
     assert second == [sizes[0][0] + sizes[1][0], sizes[1][1], sizes[1][2], 4]
+
+
+def _gathering(counts: list[int]) -> list[int]:
+    rank = dist.get_rank()
+    model = DistributedDataParallel(prepare_ddp(_network(SyncBatchNorm)))
+    sizes = []
+    with join(model, _momentum(model)):
+        for x in _batches(rank, counts[rank]):
+            y = model(x).flatten(1)
+            everybodys = gather(y)
+            (y @ everybodys.T).square().mean().backward()
+            sizes.append(len(everybodys))
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore::syncnorm.errors.UnevenShardsWarning")
+@pytest.mark.parametrize("counts", [[1, 3], [0, 2]])
+def test_a_gathering_gets_no_rows_of_who_has_left(pool, counts):
+    lengths = [[len(x) for x in _batches(rank, count)] for rank, count in enumerate(counts)]
+    steps = [sum(each[n] for each in lengths if n < len(each)) for n in range(max(counts))]
+    assert pool(2).run(_gathering, counts) == [steps[: counts[0]], steps]
 
 
 def _refused(kind: str) -> str:

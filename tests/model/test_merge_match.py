@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -214,6 +216,30 @@ class Mean(nn.Module):
         return x.mean(self.axis)
 
 
+class Flattening(nn.Module):
+    """A view of what `first` gives, and -1."""
+
+    def __init__(self, first: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.first = first
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(self.first(x), -1)
+
+
+@pytest.mark.parametrize(
+    "first", [lambda x: x.size(0), lambda x: x.shape[0], lambda x: x.size()[0]], ids="abc"
+)
+def test_a_view_of_the_number_of_samples_flattens(first):
+    torch.manual_seed(0)
+    a, b = (
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Flattening(first), nn.Linear(64, 2))
+        for _ in range(2)
+    )
+    x = torch.randn(5, 3, 6, 6)
+    torch.testing.assert_close(match_weights(a, b)(x), b(x))
+
+
 class Branching(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x if x.sum() > 0 else -x
@@ -232,6 +258,15 @@ class Branching(nn.Module):
         ([nn.Linear(4, 4), nn.MaxPool1d(2)], "got a layer of MaxPool1d at"),
         ([nn.Linear(4, 4), nn.Conv1d(4, 4, 1)], "got a convolution of what is no map at"),
         ([nn.Conv1d(4, 4, 1), Mean(-2)], "got an operation mean at"),
+        *(
+            ([nn.Conv2d(4, 4, 1), Flattening(first), nn.Linear(16, 4)], "got an operation reshape")
+            for first in (
+                lambda x: x.size(0) * x.size(1),
+                lambda x: x.size(1),
+                lambda x: x.shape[-1],
+                lambda x: x.dim(),
+            )
+        ),
         ([nn.Conv2d(4, 4, 1), nn.LSTM(4, 4)], "got a layer of LSTM at"),
         ([nn.Conv2d(4, 4, 1), nn.Linear(4, 4)], "of maps that were not flattened at"),
         ([nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(6, 4)], "got 6 features of 4 channels at"),

@@ -235,6 +235,17 @@ def test_the_targets_are_met():
     assert torch.equal(model[9].weight, interpolate(a, b, ALPHA)[9].weight)
 
 
+@pytest.mark.parametrize("length", [4, 5])
+def test_channels_of_linear_layers_are_the_last(length):
+    """Tokens (N, L, D) are rows."""
+    torch.manual_seed(0)
+    a, b = (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)).double() for _ in range(2))
+    x = torch.randn(50, length, 3, dtype=torch.float64)
+    tokens, rows = (repair(interpolate(a, b), a, b, [each]) for each in (x, x.flatten(0, 1)))
+    for got, expected in zip(tokens.parameters(), rows.parameters(), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_variance_falls_without_it():
     a, b = _bare(0), _bare(1)
     batches = _batches()

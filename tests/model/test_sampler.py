@@ -210,6 +210,29 @@ def test_models_with_a_sampler_can_be_copied_and_pickled(pool):
     assert pool(2).run(_copies) == [[True, True, False, True]] * 2
 
 
+def _loaded(norm_batch: int | None) -> tuple[Tensor, Tensor]:
+    """A model that was pickled at a step with a stand-in, and trains on batches of a loader."""
+    sampler = ElasticBatchSampler(5, 4, norm_batch=norm_batch)
+    model = sampler.attach(prepare_ddp(nn.Sequential(SyncBatchNorm(3, dtype=torch.float64))))
+    model(torch.randn(sampler.count, 3, dtype=torch.float64))
+    sampler.advance()
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = prepare_ddp(torch.load(file, weights_only=False))
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(4, 3, dtype=torch.float64) + 10 * dist.get_rank()
+    y = loaded(x)
+    assert not loaded._forward_pre_hooks or norm_batch is None
+    return x, y
+
+
+@pytest.mark.parametrize("norm_batch", [None, 1])
+def test_a_model_that_was_pickled_trains_on_other_batches(pool, norm_batch):
+    x, y = (torch.cat(each) for each in zip(*pool(2).run(_loaded, norm_batch), strict=True))
+    torch.testing.assert_close(y, torch.nn.functional.batch_norm(x, None, None, training=True))
+
+
 def _other_forwards() -> tuple[Tensor, Tensor, int]:
     """Forwards that are of no batch, while the cursor is at one with stand-ins."""
     torch.manual_seed(dist.get_rank())

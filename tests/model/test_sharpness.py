@@ -316,6 +316,14 @@ def test_only_normalisation_layers_are_trained():
     assert not model[3].training
 
 
+def test_of_a_parametrized_norm_the_originals_are_trained():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    for name in ("weight", "bias"):
+        nn.utils.parametrize.register_parametrization(model[1], name, nn.Softplus())
+    trained = {name for name, p in train_only_norms(model).named_parameters() if p.requires_grad}
+    assert trained == {f"1.parametrizations.{name}.original" for name in ("weight", "bias")}
+
+
 def test_a_model_without_such_layers():
     with pytest.raises(InputError, match="got none in Sequential"):
         train_only_norms(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False)))
