@@ -102,6 +102,8 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
             if task.resume is None:
                 remove_unstarted(folder)
             raise
+        if failure is None and _new_exit(folder, before) is None:
+            failure = Failure("the workers have ended before the run, with status 0", "")
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:

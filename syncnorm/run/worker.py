@@ -199,18 +199,19 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
     if workers.is_first:
         mirror = open_mirror(folder, config.checkpoint.keep, config.timeout_seconds)
     try:
-        callbacks = task.given.give()
-        outcome = train(
-            config,
-            workers,
-            folder,
-            progress,
-            watch,
-            task.allowed,
-            callbacks,
-            mirror=mirror,
-            shows=task.shows,
-        )
+        with _ends_are_errors():
+            callbacks = task.given.give()
+            outcome = train(
+                config,
+                workers,
+                folder,
+                progress,
+                watch,
+                task.allowed,
+                callbacks,
+                mirror=mirror,
+                shows=task.shows,
+            )
     except Exception as error:
         _log.info("failed after step %d", progress.step, exc_info=True)
         if workers.is_first:
@@ -226,6 +227,15 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
         _write_page(folder, workers, watch)
     _finish_copy(mirror, folder, outcome.step, watch)
     return outcome
+
+
+@contextmanager
+def _ends_are_errors() -> Iterator[None]:
+    """Take what ends a program for an error: from code of a run, it would end a worker as done."""
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"code of the run has raised {error!r}") from error
 
 
 def _write_page(folder: Path, workers: Workers, watch: Watch) -> None:

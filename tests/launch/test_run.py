@@ -226,6 +226,46 @@ def test_a_run_needs_no_standard_streams(tmp_path):
     assert "accuracy" in json.loads((run / "exit.json").read_text())["metrics"]["test"]
 
 
+ENDS = """
+import os
+import sys
+from syncnorm.train.models import MODELS
+
+def net(ending, **kwargs):
+    model, calls = MODELS["digits_resnet"](**kwargs), []
+    def end(*_):
+        calls.append(1)
+        if len(calls) > 3:
+            exec(ending)
+    model.register_forward_pre_hook(end)
+    return model
+"""
+
+
+@pytest.mark.parametrize(
+    ("ending", "reason"),
+    [
+        ("sys.exit(0)", "worker 0 failed: RuntimeError: code of the run has raised SystemExit(0)"),
+        (
+            "raise KeyboardInterrupt",
+            "worker 0 failed: RuntimeError: code of the run has raised KeyboardInterrupt()",
+        ),
+        ("os._exit(0)", "the workers have ended before the run, with status 0"),
+    ],
+)
+def test_a_worker_that_ends_with_status_0_has_failed(tmp_path, ending, reason):
+    (tmp_path / "mine.py").write_text(ENDS)
+    options = ["model.name=mine:net", f"model.options.ending={ending}", "launch.workers=1"]
+    command = [*commands.SYNCNORM, "train", "digits", *SHORT, *options, "--allow", "mine"]
+    done = commands.run(command, tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert f"syncnorm: {reason}" in done.stderr.splitlines()
+    (run,) = (tmp_path / "runs").iterdir()
+    end = read_exit(run)
+    assert end is not None
+    assert (end.status, end.reason, end.exit_code) == ("failed", reason, 1)
+
+
 @pytest.mark.parametrize("arguments", [["--version"], ["config", "show", "digits"], ["doctor"]])
 def test_output_that_has_no_room_is_one_line(tmp_path, arguments):
     command = f"{shlex.join([*commands.SYNCNORM, *arguments])} > /dev/full"

@@ -203,6 +203,29 @@ def test_a_runs_own_page_never_fails_it(tmp_path):
     write_own_report(tmp_path / "missing")
 
 
+@pytest.mark.parametrize(
+    ("decides", "column", "best"),
+    [
+        ("-NLL@val", "Best validation NLL@val", "0.2step 2"),
+        ("précision", "Best validation précision", "0.4step 1"),
+        ("", "Best metric", "–"),
+        ("left out", "Best metric", "–"),
+    ],
+)
+def test_the_best_is_of_what_decides(tmp_path, decides, column, best):
+    start = {"event": "start", "step": 0, "time": 1.0, "world_size": 1, "decides": decides}
+    values = [(0.9, 0.4, 0.3), (0.5, 0.2, 0.1)]
+    evaluated = [
+        {"event": "evaluation", "step": n, "validation_loss": loss, "validation_précision": p}
+        | {"validation_NLL@val": q + 0.1}
+        for n, (loss, p, q) in enumerate(values, start=1)
+    ]
+    page = report(tmp_path, write_run(tmp_path / "a", [start, step(1), *evaluated, step(2)]))
+    found = {name: text for name, text in page.summary[0].items() if name.startswith("Best")}
+    assert found == {column: best}
+    assert page.figure("Validation NLL@val")
+
+
 def test_metrics_of_the_end_alone_are_a_note(tmp_path):
     events = [{"event": "epoch", "step": number, "validation_accuracy": 0.5} for number in (1, 2)]
     end = {"event": "end", "step": 2, "test_accuracy": 0.25, "test_loss": 3.0}

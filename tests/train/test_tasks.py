@@ -18,7 +18,7 @@ from syncnorm.train.config.schema import TaskSection
 from syncnorm.train.task.builtin import TASKS as BUILTIN
 from syncnorm.train.task.builtin import make_builtin
 from syncnorm.train.task.make import make_task
-from syncnorm.train.task.supervised import Regress
+from syncnorm.train.task.supervised import Classify, Regress
 from tests.train import runs
 from tests.train.files import noise, write_image
 
@@ -401,6 +401,15 @@ def test_a_weight_for_each_output():
     one: Any = make_builtin("classify", None, {"weight": [1.0]})
     with pytest.raises(ConfigError, match=r"`task.options.weight` must .* 3 outputs, got 1"):
         one.loss(nn.Identity(), (torch.randn(4, 3), y))
+
+
+def test_ignored_samples_count_in_no_figure():
+    outputs, targets = torch.randn(6, 3), torch.tensor([0, 1, -100, 2, -100, 0])
+    found = Classify(None).metrics(nn.Identity(), (outputs, targets))
+    kept = targets >= 0
+    right = int((outputs.argmax(1) == targets)[kept].sum())
+    assert [int(each) for each in found["accuracy"]] == [right, 4]
+    assert int(found["loss"][1]) == 4
 
 
 class _WithAFunction(Regress):

@@ -106,7 +106,7 @@ def single_metrics(runs: Sequence[Run]) -> list[str]:
 
 def _metric_curve(name: str) -> Curve:
     split, _, metric = name.partition("_")
-    title = name.replace("_", " ").capitalize()
+    title = f"{split.capitalize()} {metric.replace('_', ' ')}"
     note = f"on the {split} set, all workers together"
     return Curve(name, title, note, share=is_share(metric), noisy=False)
 

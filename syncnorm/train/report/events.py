@@ -25,7 +25,7 @@ _CURVES = {
 # Events with metrics, which tasks name.
 _EVALUATED = ("epoch", "evaluation", "end")
 # The file may be anybody's, and names go into the page.
-_METRIC = re.compile(r"(validation|test)_[A-Za-z][\w.-]{0,60}", re.ASCII)
+_METRIC = re.compile(r"(validation|test)_\w[\w .,:@/%+()-]{0,60}")
 _MOST_METRICS = 40
 _KNOWN = {*_CURVES, "start", "layers", "checkpoint", "fault", "predictions"}
 

@@ -74,12 +74,11 @@ def summarize(run: Run) -> Summary:
 
 
 def _deciding(run: Run) -> tuple[str | None, int]:
-    """Find the metric that decides, and the sign by which higher is better."""
+    """Find the metric that decides, None if none does, and the sign by which higher is better."""
     decides = next((start.get("decides") for start in reversed(run.events.starts)), None)
     name = decides if isinstance(decides, str) else "accuracy"
-    found = run.events.metrics
-    wanted = [metric for metric in found if metric.partition("_")[2] == name.removeprefix("-")]
-    return (wanted or found or [None])[0], -1 if name[:1] == "-" else 1
+    wanted = (m for m in run.events.metrics if m.partition("_")[2] == name.removeprefix("-"))
+    return next(wanted, None), -1 if name[:1] == "-" else 1
 
 
 def not_finite_steps(run: Run) -> list[int]:

@@ -148,7 +148,7 @@ class Classify(Supervised):
     """One class for each sample: logits (N, K) against classes (N,) or probabilities (N, K).
 
     CrossEntropyLoss takes both targets, NLLLoss and MultiMarginLoss classes, others probabilities.
-    Metric: accuracy.
+    Metric: accuracy. Samples of `ignore_index` count neither in it nor in the loss.
     """
 
     best = "accuracy"
@@ -188,9 +188,13 @@ class Classify(Supervised):
             )
 
     def measure(self, outputs: Tensor, targets: Tensor) -> dict[str, Share]:
-        """Count the samples whose highest logit is that of their class."""
+        """Count the samples whose highest logit is that of their class, without those ignored."""
         classes = targets if targets.ndim == 1 else targets.argmax(1)
-        return {"accuracy": ((outputs.argmax(1) == classes).sum(), len(targets))}
+        right, ignored = outputs.argmax(1) == classes, getattr(self.criterion, "ignore_index", None)
+        if ignored is None or targets.ndim > 1:
+            return {"accuracy": (right.sum(), len(targets))}
+        kept = classes != ignored
+        return {"accuracy": (right[kept].sum(), kept.sum())}
 
 
 class Segment(Supervised):
