@@ -281,19 +281,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         try:
             app(args=arguments)
-        finally:
+        except SystemExit:
             if sys.stdout is not None:
                 sys.stdout.flush()  # an error shows here, and not when the interpreter ends
+            raise
     except ConfigError as error:
         _stop(error, 2)
     except LocalRunError as error:
         _stop(error, error.exit_code)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EPIPE):
+        if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
             raise
-        # What is left of the output goes nowhere.
-        with Path(os.devnull).open("w") as null:
-            os.dup2(null.fileno(), 1)
+        if arguments is None:  # what is left of the output goes nowhere
+            with Path(os.devnull).open("w") as null:
+                os.dup2(null.fileno(), 1)
         if error.errno == errno.EPIPE:
             sys.exit(1)
         _stop(f"what it writes has no room: {error.strerror}", 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -100,6 +100,8 @@ def _watching(
     by_norms: Counter[Any] = Counter()
     """Of the nodes of autograd's graph that made the outputs: who made them, and how many norms
     were given them."""
+    views: dict[Any, Any] = {}
+    """Of the nodes whose results were given to norms, the one that made the output."""
 
     def add(name: str, gradient: Tensor) -> None:
         squares[name][0] += (gradient.double() / problem.scale).square().sum()
@@ -113,14 +115,16 @@ def _watching(
 
     def before(norm_name: str, x: Tensor, weights: Tensor | None) -> None:
         if makers.maker_of(x) is not None and _is_by_batch(norms[norm_name]):
-            by_norms[x.grad_fn] += 1
+            node = x.grad_fn
+            views[node] = source = _source(node, made)
+            by_norms[source] += 1
 
     def look(loss: Tensor) -> None:
-        for node, uses in _uses(loss, made).items():
+        for node, uses in _uses(loss, made, views).items():
             squares[made[node]][1] += 1
-            squares[made[node]][2] += uses == by_norms[node]
-        made.clear()
-        by_norms.clear()
+            squares[made[node]][2] += uses <= by_norms[node]
+        for each in (made, views, by_norms):
+            each.clear()
 
     with ExitStack() as stack:
         stack.enter_context(listening(problem.model, before))
@@ -130,14 +134,27 @@ def _watching(
         yield look
 
 
-def _uses(loss: Tensor, nodes: Collection[Any]) -> Counter[Any]:
-    """Count how often each of these nodes of autograd's graph is made use of, if it is."""
+def _source(node: Any, made: Collection[Any]) -> Any:
+    """Go back over views to the node that made the output; None if there is none."""
+    while node is not None and node not in made:
+        before = [each for each, _ in node.next_functions if each is not None]
+        node = before[0] if len(before) == 1 else None
+    return node
+
+
+def _uses(loss: Tensor, made: Collection[Any], views: Mapping[Any, Any]) -> Counter[Any]:
+    """Count how often each of these nodes of autograd's graph is made use of, if it is.
+
+    A use of a view is one of its source; the view itself is none.
+    """
     uses: Counter[Any] = Counter()
     rest, seen = [loss.grad_fn], {loss.grad_fn}
     while rest:
         node: Any = rest.pop()
         for each, _ in node.next_functions:
-            uses[each] += each in nodes
+            is_view = views.get(node) is not None and node not in made
+            used = each if each in made else views.get(each)
+            uses[used] += used is not None and not is_view
             if each is not None and each not in seen:
                 seen.add(each)
                 rest.append(each)

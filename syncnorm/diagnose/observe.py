@@ -45,9 +45,14 @@ class Sums:
 
 def moments(count: Tensor, total: Tensor, square: Tensor, of: Sums) -> tuple[Tensor, Tensor]:
     """Mean and biased variance, from sums about the pivot."""
-    n = count.clamp(min=1)
+    n = at_least_something(count)
     mean = total / n
     return of.pivot + mean, (square / n - mean.square()).clamp(min=0)
+
+
+def at_least_something(count: Tensor) -> Tensor:
+    """Put 1 in the place of 0, to divide by; a sum of weights may be less than 1."""
+    return torch.where(count > 0, count, 1.0)
 
 
 def watched(model: nn.Module) -> dict[str, Any]:
@@ -175,6 +180,6 @@ def _sums(values: Tensor, weights: Tensor | None) -> Tensor:
     # Something that does not count may be anything.
     values = values.masked_fill(weights == 0, 0.0)
     weighted, n = values * weights, weights.sum(1)  # (samples, 1)
-    of_samples = (weighted.sum(1).square() / torch.where(n > 0, n, 1.0)).sum(0)
+    of_samples = (weighted.sum(1).square() / at_least_something(n)).sum(0)
     squares = (weighted * values).sum((0, 1))
     return torch.cat([n.sum().view(1), weighted.sum((0, 1)), squares, of_samples])

@@ -24,7 +24,7 @@ def population(problem: Problem, sums: dict[str, Sums]) -> Iterator[None]:
         for name in layers:
             n = sums[name].count.sum()
             mean, var = sums[name].moments()
-            values = {"mean": mean, "var": var * n / (n - 1).clamp(min=1)}
+            values = {"mean": mean, "var": var * n / torch.where(n > 1, n - 1, n)}
             for each, value in values.items():
                 if f"{name}.running_{each}" in buffers and n > 0:
                     buffers[f"{name}.running_{each}"].copy_(value)

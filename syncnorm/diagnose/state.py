@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from syncnorm.family.layer import Pooling
+from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.model.frozen import frozen_statistics
 from syncnorm.model.modes import evaluating, kept, put_modes
 from syncnorm.module import SyncNorm
@@ -41,6 +41,10 @@ def in_training(
             if any(isinstance(m, SyncNorm | Pooling) for m in model.modules()):
                 stack.enter_context(frozen_statistics(model))
         stack.enter_context(kept(dict(model.named_buffers())))
+        for m in model.modules():
+            if isinstance(m, FamilyLayer):
+                m.looks_ahead = True
+                stack.callback(delattr, m, "looks_ahead")
         yield
 
 

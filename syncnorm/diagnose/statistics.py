@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm.diagnose.observe import Sums, observe, pools, watched
+from syncnorm.diagnose.observe import Sums, at_least_something, observe, pools, watched
 from syncnorm.diagnose.population import population
 from syncnorm.diagnose.problem import Problem
 from syncnorm.diagnose.state import is_noise
@@ -102,12 +102,12 @@ def _figures(
 
 def _between(problem: Problem, sums: Sums, eps: float) -> tuple[Tensor, Tensor]:
     """The share of the variance that lies between the parts of a batch, and that by chance, ()."""
-    n = sums.count.clamp(min=1).unsqueeze(-1)  # (K, P, 1)
+    n = at_least_something(sums.count).unsqueeze(-1)  # (K, P, 1)
     within = (sums.square - sums.total.square() / n).clamp(min=0).sum(1)  # (K, C)
     count, total, square, by_sample = (
         each.sum(1) for each in (sums.count, sums.total, sums.square, sums.by_sample)
     )
-    of_mean = total.square() / count.clamp(min=1).unsqueeze(-1)
+    of_mean = total.square() / at_least_something(count).unsqueeze(-1)
     m2, between_samples = (square - of_mean).clamp(min=0), (by_sample - of_mean).clamp(min=0)
     all_of_it = m2.sum(0) + count.sum() * eps
     parts, samples = (problem.sizes > 0).sum(1), problem.sizes.sum(1)
@@ -118,7 +118,7 @@ def _between(problem: Problem, sums: Sums, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _part_means(sums: Sums) -> Tensor:
-    n = sums.count.sum(0).clamp(min=1).unsqueeze(-1)
+    n = at_least_something(sums.count.sum(0)).unsqueeze(-1)
     return sums.pivot + sums.total.sum(0) / n
 
 

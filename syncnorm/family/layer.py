@@ -157,6 +157,8 @@ class FamilyLayer(Pooling):
     eps: float
     momentum: float | None
     num_features: int
+    looks_ahead: bool = False
+    """True within a diagnosis: estimates are those with the batch, though nothing moves."""
     chosen: Chosen | None = None
     """Set within `evaluation_statistics`, where it takes the place of `normalize` and `evaluate`."""
     ones: ClassVar[frozenset[str]] = frozenset({"weight", "running_var"})

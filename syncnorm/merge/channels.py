@@ -68,8 +68,8 @@ def _is_first_size(given: Any) -> bool:
     """True for x.size(0), x.shape[0] and x.size()[0]."""
     if not isinstance(given, fx.Node):
         return False
-    of, *which = given.args
-    if given.target == "size":
+    of, *which = (*given.args, *given.kwargs.values())
+    if given.target == "size" and which:
         return which == [0]
     is_size = isinstance(of, fx.Node) and (
         (of.target == "size" and len(of.args) == 1)

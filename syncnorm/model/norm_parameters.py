@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
@@ -25,18 +26,25 @@ def norm_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
         f"{name}.{key}" if name else key: parameter
         for name, module in model.named_modules()
         if is_norm(module)
-        for key, parameter in module.named_parameters()
-        # Of a parametrized one its original is.
-        if "." not in key or key.startswith("parametrizations.")
+        for key, parameter in _own(module)
     }
+
+
+def _own(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A module's own parameters; in the place of a parametrized one its originals."""
+    found = [*module.named_parameters(recurse=False)]
+    if parametrize.is_parametrized(module):
+        for name, each in cast(nn.ModuleDict, module.parametrizations).items():
+            originals = each.named_parameters(recurse=False)
+            found += [(f"parametrizations.{name}.{key}", p) for key, p in originals]
+    return found
 
 
 def is_norm(module: nn.Module) -> bool:
     """True if a module is a normalisation layer."""
     if isinstance(module, _NORMS):
         return True
-    own = [*module.parameters(recurse=False)]
-    return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for p in own)
+    return "norm" in type(module).__name__.lower() and all(p.ndim <= 1 for _, p in _own(module))
 
 
 def train_only_norms(model: _Model) -> _Model:

@@ -69,7 +69,7 @@ def run_diagnose(request: Request, workers: int | None, launched: Launched | Non
 
 
 def _diagnose(request: Request, config: Config, launched: Launched | None) -> None:
-    workers = join(request.device, launched, config.timeout_seconds)
+    workers = join(request.device, launched, config.launch.patience_seconds)
     try:
         with _Bar(quiet=not workers.is_first) as bar:
             found = diagnose_run(

@@ -95,7 +95,7 @@ def _evaluate_and_print(request: Request, config: Config, launched: Launched | N
 
 
 def _evaluate(request: Request, config: Config, launched: Launched | None) -> Evaluation:
-    workers = join(request.device, launched, config.timeout_seconds)
+    workers = join(request.device, launched, config.launch.patience_seconds)
     try:
         return evaluate_run(
             request.run,

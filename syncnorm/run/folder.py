@@ -86,7 +86,7 @@ def upload_rest(folder: Path, config: Config) -> None:
 
     A fault is printed.
     """
-    mirror = open_mirror(folder, config.checkpoint.keep, config.timeout_seconds)
+    mirror = open_mirror(folder, config.checkpoint.keep, config.launch.patience_seconds)
     if mirror is None:
         return
     mirror.close()

@@ -103,7 +103,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
                 remove_unstarted(folder)
             raise
         if failure is None and _new_exit(folder, before) is None:
-            failure = Failure("the workers have ended before the run, with status 0", "")
+            failure = Failure("the workers ended with status 0 before the run was done", "")
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
@@ -118,7 +118,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
 def _run_once(task: Task, folder: Path, forks: bool, before: int | None) -> Failure | None:
     """Start the workers once and wait for them; return the failure, None if they are done."""
     launch = task.config.launch
-    patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, task.config.timeout_seconds)
+    patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, launch.patience_seconds)
     return run_once(
         partial(run_launched, task),
         launch.most_workers,

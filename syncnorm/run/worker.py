@@ -197,7 +197,7 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
     progress, config = Progress(), task.config
     mirror: Mirror | None = None
     if workers.is_first:
-        mirror = open_mirror(folder, config.checkpoint.keep, config.timeout_seconds)
+        mirror = open_mirror(folder, config.checkpoint.keep, config.launch.patience_seconds)
     try:
         with _ends_are_errors():
             callbacks = task.given.give()
@@ -235,7 +235,7 @@ def _ends_are_errors() -> Iterator[None]:
     try:
         yield
     except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(f"code of the run has raised {error!r}") from error
+        raise RuntimeError(f"the worker's program was ended by {error!r}") from error
 
 
 def _write_page(folder: Path, workers: Workers, watch: Watch) -> None:

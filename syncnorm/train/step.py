@@ -237,7 +237,8 @@ def _sum_terms(
     *Collectives*: one sum of the counts; every worker must call, with terms of the same names.
 
     Raises:
-        ExchangeError: the names differ; on all workers. (On CUDA the counts are NaN.)
+        ExchangeError: the names differ; on all workers. (On CUDA the sum is NaN, outside of debug
+            mode.)
 
     Returns:
         The sum, and the count that makes samples / count 1; NaN if a count of this worker's is
@@ -246,8 +247,8 @@ def _sum_terms(
     mine = torch.stack([_as_count(n, setup.workers.device) for _, n in terms.values()])  # (terms,)
     names = ", ".join(terms)
     counts = exchange.sum_(mine, groups.statistics_group(), f"counts of {names}")
-    # A term that counts nothing on any worker is 0.
-    shares = torch.where(counts > 0, 1 / counts, 0)
+    # A term that counts nothing on any worker is 0. NaN stays.
+    shares = torch.where(counts == 0, 0, 1 / counts)
     total = sum(total * share for share, (total, _) in zip(shares, terms.values(), strict=True))
     assert isinstance(total, Tensor)
     # One worker counts for all, so that samples / count is 1 to the bit.

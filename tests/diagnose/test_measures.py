@@ -149,7 +149,10 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        y = self.norm(out).relu()
+        if self.how == "a view":
+            y = self.norm(out.unsqueeze(2)).squeeze(2).relu()
+        else:
+            y = self.norm(out).relu()
         if self.how == "a shortcut":
             y = y + out.tanh()
         elif self.how == "two norms":
@@ -167,7 +170,13 @@ def _rows(count: int = 32) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize(
     ("how", "is_invariant"),
-    [("", True), ("two norms", True), ("a shortcut", False), ("two calls", False)],
+    [
+        ("", True),
+        ("a view", True),
+        ("two norms", True),
+        ("a shortcut", False),
+        ("two calls", False),
+    ],
 )
 def test_weights_are_invariant_if_norms_alone_see_their_outputs(how, is_invariant):
     torch.manual_seed(1)
@@ -194,38 +203,45 @@ def test_a_layer_that_is_not_called_has_no_figures():
 class Masked(nn.Module):
     """Sequences of up to 10, of which the mask says where they end."""
 
-    def __init__(self, norm: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, scale: float) -> None:
         super().__init__()
-        self.norm, self.head = norm, nn.Linear(4, cases.CLASSES)
+        self.norm, self.head, self.scale = norm, nn.Linear(4, cases.CLASSES), scale
 
     def forward(self, x: Tensor) -> Tensor:
         mask = (x[:, :1] < 50).double()
-        weighted = self.norm(mask=mask, x=x) * mask
+        weighted = self.norm(mask=self.scale * mask, x=x) * mask
         return self.head(weighted.sum(2) / mask.sum(2))
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-4])
 @pytest.mark.parametrize("make", [SyncBatchNorm, PowerNorm])
-def test_what_a_mask_leaves_out_is_left_out(make):
+def test_what_a_mask_leaves_out_is_left_out(make, scale):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(32, 4, 10, generator=generator, dtype=torch.float64)
     lengths = torch.randint(2, 11, (32,), generator=generator)
     is_end = torch.arange(10) >= lengths.view(-1, 1, 1)
     x, y = x.masked_fill(is_end, 60.0), torch.arange(32) % cases.CLASSES
-    problem = _begun(cases.problem_of(Masked(make(4)).double(), [(x, y)], (16, 16)))
+    problem = _begun(cases.problem_of(Masked(make(4), scale).double(), [(x, y)], (16, 16)))
     layer = measure_statistics(problem)["layers"]["norm"]
     values = x.movedim(1, -1)[~is_end[:, 0]]
     mean, var = values.mean(0), values.var(0, correction=0)
-    assert layer["values"] == len(values)
+    assert layer["values"] == pytest.approx(scale * len(values))
     _, sums = observe.observe(problem, problem.everything)
     for got, expected in zip(sums["norm"].moments(), (mean, var), strict=True):
         torch.testing.assert_close(got, expected)
     if make is SyncBatchNorm:
         gap = (mean / (var + EPS).sqrt()).square().mean().sqrt()
         assert layer["mean_gap"] == pytest.approx(gap.item())
+        gaps = [((x.movedim(1, -1)[part][~is_end[part, 0]].mean(0) - mean) / (var + EPS).sqrt())
+                for part in (slice(16), slice(16, 32))]  # fmt: skip
+        expected = [gap.square().mean().sqrt().item() for gap in gaps]
+        assert layer["part_gaps"] == pytest.approx(expected)
     same = measure_shift(problem, problem.model)["layers"]["norm"]
     assert same["histogram"]["max"] == 0
     edges = {"norm": (mean - 100 * var.sqrt(), mean + 100 * var.sqrt())}
-    assert shift._histograms(problem, edges)["norm"].sum(1).tolist() == [len(values)] * 4
+    assert shift._histograms(problem, edges)["norm"].sum(1).tolist() == pytest.approx(
+        [scale * len(values)] * 4
+    )
 
 
 def _with_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from syncnorm.family import (
     METHODS,
     BalancedBatchNorm,
     BatchChannelNorm,
+    EstimatedBatchNorm,
     EvoNorm,
     L1BatchNorm,
     MembranePotentialBatchNorm,
@@ -71,8 +73,31 @@ def test_a_frozen_forward_gives_what_one_that_moves_gives(name):
     other, x = copy.deepcopy(layer), batch().double()
     with frozen_statistics(layer):
         frozen = layer(x)
-    assert torch.equal(frozen, other(x))
-    assert torch.equal(frozen, layer(x))
+    if isinstance(layer, EstimatedBatchNorm):
+        # By estimates as they are, which are those of a step's first forward.
+        assert torch.equal(frozen, layer.eval()(x))
+    else:
+        assert torch.equal(frozen, other(x))
+        assert torch.equal(frozen, layer(x))
+
+
+@pytest.mark.parametrize("make", [EstimatedBatchNorm, partial(BatchChannelNorm, estimate=True)])
+def test_a_second_forward_of_a_step_is_the_first(make):
+    """SAM without a perturbation takes the plain step."""
+    x, steps = batch().double(), []
+    for is_sam in (False, True):
+        layer = make(4).double()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+
+        def closure(layer: nn.Module = layer) -> Tensor:
+            loss = (layer(x) ** 3).mean()
+            loss.backward()
+            return loss
+
+        SAM(optimizer, layer, rho=0.0).step(closure) if is_sam else (closure(), optimizer.step())
+        steps.append(layer.state_dict())
+    for name, value in steps[0].items():
+        torch.testing.assert_close(steps[1][name], value)
 
 
 @pytest.mark.parametrize("cls", [L1BatchNorm, nn.BatchNorm2d])

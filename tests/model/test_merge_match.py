@@ -228,7 +228,9 @@ class Flattening(nn.Module):
 
 
 @pytest.mark.parametrize(
-    "first", [lambda x: x.size(0), lambda x: x.shape[0], lambda x: x.size()[0]], ids="abc"
+    "first",
+    [lambda x: x.size(0), lambda x: x.size(dim=0), lambda x: x.shape[0], lambda x: x.size()[0]],
+    ids="abcd",
 )
 def test_a_view_of_the_number_of_samples_flattens(first):
     torch.manual_seed(0)

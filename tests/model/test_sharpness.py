@@ -316,6 +316,15 @@ def test_only_normalisation_layers_are_trained():
     assert not model[3].training
 
 
+class NormedConv(nn.Conv2d):
+    """No normalisation layer."""
+
+
+def test_a_parametrized_layer_with_norm_in_its_name_is_none():
+    layer = nn.utils.parametrizations.weight_norm(NormedConv(3, 4, 3))
+    assert norm_parameters(nn.Sequential(layer)) == {}
+
+
 def test_of_a_parametrized_norm_the_originals_are_trained():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     for name in ("weight", "bias"):

@@ -57,7 +57,9 @@ def test_defaults(config_path):
     ],
 )
 def test_a_compilation_is_given_more_time(overrides, seconds, config_path):
-    assert load_config(str(config_path), overrides).timeout_seconds == seconds
+    config = load_config(str(config_path), overrides)
+    assert config.timeout_seconds == seconds
+    assert config.launch.patience_seconds == min(seconds, 60.0)
 
 
 def test_a_config_is_frozen(config_path):

@@ -159,7 +159,7 @@ def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> Torc
             name="ray",
             storage_path=str(folder),
             failure_config=FailureConfig(max_failures=launch.restarts, controller_failure_limit=3),
-            callbacks=[cast(UserCallback, SaveBeforeResize(folder, config.timeout_seconds))],
+            callbacks=[cast(UserCallback, SaveBeforeResize(folder, launch.patience_seconds))],
             worker_runtime_env={"env_vars": env.ray_worker_environment()},
             logging_config=LoggingConfig(log_level="CRITICAL"),
         ),

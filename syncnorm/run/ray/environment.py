@@ -58,7 +58,7 @@ def make_runtime_env(config: Config, own: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: both set the same.
     """
-    seconds = max(_STOP_SECONDS, round(2 * config.timeout_seconds))
+    seconds = max(_STOP_SECONDS, round(2 * config.launch.patience_seconds))
     variables = dict(own.get("env_vars", {}))
     if _STOP_VARIABLE in variables:
         raise ConfigError(

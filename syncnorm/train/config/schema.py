@@ -351,6 +351,11 @@ class LaunchSection(Section):
     )
 
     @property
+    def patience_seconds(self) -> float:
+        """Time to wait for what does not compile."""
+        return self.timeout_seconds or 60.0
+
+    @property
     def fewest_workers(self) -> int:
         """The least number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
@@ -401,7 +406,8 @@ class Config(Section):
     @property
     def timeout_seconds(self) -> float:
         """Time without progress after which a worker is stuck."""
-        return self.launch.timeout_seconds or (1800.0 if self.train.compile else 60.0)
+        is_long = self.train.compile and self.launch.timeout_seconds is None
+        return 1800.0 if is_long else self.launch.patience_seconds
 
     @property
     def parts(self) -> int:

@@ -1,6 +1,5 @@
 """Images of files, read with Pillow and made tensors."""
 
-import errno
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -34,29 +33,30 @@ def is_image(name: str) -> bool:
 def images_below(folder: str, prefix: str = "") -> Iterator[str]:
     """Yield the images in a folder, and in those below it, links followed; each as prefix + path.
 
-    By name, a folder's own before those of its folders; without what a dot hides.
+    By name, a folder's own before those of its folders; without what a dot hides. A folder to which
+    several links lead, or one in a circle, counts once.
 
     Raises:
-        OSError: a folder cannot be read, or links lead round in a circle.
+        OSError: a folder cannot be read.
     """
-    yield from _images_below(folder, prefix, frozenset())
+    yield from _images_below(folder, prefix, set())
 
 
-def _images_below(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+def _images_below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:
+    status = Path(folder).stat()
+    if (status.st_dev, status.st_ino) in seen:
+        return
+    seen.add((status.st_dev, status.st_ino))
     with os.scandir(folder) as entries:
         shown = sorted(
             (each for each in entries if not each.name.startswith(".")), key=lambda each: each.name
         )
-    status = Path(folder).stat()
-    place = status.st_dev, status.st_ino
-    if place in above:
-        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), folder)
     is_folder = {each.name: each.is_dir() for each in shown}
     yield from (
         prefix + name for name, is_one in is_folder.items() if not is_one and is_image(name)
     )
     for name in (name for name, is_one in is_folder.items() if is_one):
-        yield from _images_below(f"{folder}/{name}", f"{prefix}{name}/", above | {place})
+        yield from _images_below(f"{folder}/{name}", f"{prefix}{name}/", seen)
 
 
 def open_image(path: str) -> Any:
