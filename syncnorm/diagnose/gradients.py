@@ -101,7 +101,7 @@ def _watching(
     """Of the nodes of autograd's graph that made the outputs: who made them, and how many norms
     were given them."""
     views: dict[Any, Any] = {}
-    """Of the nodes whose results were given to norms, the one that made the output."""
+    """Of the nodes of views that were given to norms, the one that made the output."""
 
     def add(name: str, gradient: Tensor) -> None:
         squares[name][0] += (gradient.double() / problem.scale).square().sum()
@@ -113,11 +113,14 @@ def _watching(
             if len(output):
                 made[output.grad_fn] = name
 
-    def before(norm_name: str, x: Tensor, weights: Tensor | None) -> None:
-        if makers.maker_of(x) is not None and _is_by_batch(norms[norm_name]):
-            node = x.grad_fn
-            views[node] = source = _source(node, made)
-            by_norms[source] += 1
+    def before(norm_name: str, x: Tensor, weights: Tensor) -> None:
+        if makers.maker_of(x) is not None and _is_by_batch(norms[norm_name]) and len(x):
+            node, path = x.grad_fn, []
+            while node is not None and node not in made:  # a view
+                path.append(node)
+                node = next((each for each, _ in node.next_functions), None)
+            views.update(dict.fromkeys(path, node))
+            by_norms[node] += 1
 
     def look(loss: Tensor) -> None:
         for node, uses in _uses(loss, made, views).items():
@@ -134,14 +137,6 @@ def _watching(
         yield look
 
 
-def _source(node: Any, made: Collection[Any]) -> Any:
-    """Go back over views to the node that made the output; None if there is none."""
-    while node is not None and node not in made:
-        before = [each for each, _ in node.next_functions if each is not None]
-        node = before[0] if len(before) == 1 else None
-    return node
-
-
 def _uses(loss: Tensor, made: Collection[Any], views: Mapping[Any, Any]) -> Counter[Any]:
     """Count how often each of these nodes of autograd's graph is made use of, if it is.
 
@@ -152,9 +147,8 @@ def _uses(loss: Tensor, made: Collection[Any], views: Mapping[Any, Any]) -> Coun
     while rest:
         node: Any = rest.pop()
         for each, _ in node.next_functions:
-            is_view = views.get(node) is not None and node not in made
             used = each if each in made else views.get(each)
-            uses[used] += used is not None and not is_view
+            uses[used] += used is not None and node not in views
             if each is not None and each not in seen:
                 seen.add(each)
                 rest.append(each)

@@ -72,13 +72,10 @@ def pools(layer: nn.Module) -> bool:
 
 
 @contextmanager
-def listening(
-    model: nn.Module, receive: Callable[[str, Tensor, Tensor | None], object]
-) -> Iterator[None]:
+def listening(model: nn.Module, receive: Callable[[str, Tensor, Tensor], object]) -> Iterator[None]:
     """Call `receive` before each forward of a layer of `watched`.
 
-    With its name, its input (N, C, *S), and the weights of its statistics (N, 1, *S), None where
-    all are 1.
+    With its name, its input (N, C, *S), and the weights of its statistics (N, 1, *S).
     """
 
     def hook(name: str) -> Callable[..., None]:
@@ -96,12 +93,12 @@ def listening(
 
 def _given(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """The input of a call, and its weights."""
+) -> tuple[Tensor, Tensor]:
+    """The input of a call, and its weights: those of a mask, or 1."""
     x, mask = checks.input_of(args, kwargs), None
     if isinstance(layer, SyncNorm | SquareNorm):
         mask = args[1] if len(args) > 1 else kwargs.get("mask")
-    return x, None if mask is None else checks.expand_mask(mask, x)
+    return x, torch.ones_like(x[:, :1]) if mask is None else checks.expand_mask(mask, x)
 
 
 @torch.no_grad()
@@ -123,13 +120,12 @@ def observe(
     calls = {name: problem.zeros(1) for name in layers}
     loss, forwards, counts = problem.zeros(1), problem.zeros(1), problem.total(batches)
 
-    def receive(name: str, x: Tensor, weights: Tensor | None) -> None:
+    def receive(name: str, x: Tensor, weights: Tensor) -> None:
         number, forward = problem.under_way
         calls[name] += 1
-        values = split(x.double().movedim(1, -1) - pivots[name], forward)
-        weighted = values if weights is None else split(weights.double().movedim(1, -1), forward)
-        for (part, v), (_, w) in zip(values, weighted, strict=True):
-            sums[name][places[number], part] += _sums(v, None if weights is None else w)
+        cut = (split(t.double().movedim(1, -1), forward) for t in (x, weights))
+        for (part, values), (_, w) in zip(*cut, strict=True):
+            sums[name][places[number], part] += _sums(values - pivots[name], w)
 
     with problem.training(with_noise=with_noise), listening(problem.model, receive):
         for _, _, terms in problem.losses(batches):
@@ -170,13 +166,11 @@ def split(x: Tensor, forward: Forward) -> list[tuple[int, Tensor]]:
     return list(zip(forward.parts, cut, strict=True))
 
 
-def _sums(values: Tensor, weights: Tensor | None) -> Tensor:
+def _sums(values: Tensor, weights: Tensor) -> Tensor:
     """Sum (samples, values, C): the count, and by channel sums, squares, and squares of samples.
 
     Weights are (samples, values, 1).
     """
-    if weights is None:
-        weights = torch.ones_like(values[..., :1])
     # Something that does not count may be anything.
     values = values.masked_fill(weights == 0, 0.0)
     weighted, n = values * weights, weights.sum(1)  # (samples, 1)

@@ -102,11 +102,10 @@ def _histograms(problem: Problem, edges: dict[str, tuple[Tensor, Tensor]]) -> di
     """Count the values of each channel by bin over all workers, (C, B) by layer."""
     counts = {name: problem.zeros(len(low) * BINS) for name, (low, _) in edges.items()}
 
-    def receive(name: str, x: Tensor, weights: Tensor | None) -> None:
+    def receive(name: str, x: Tensor, weights: Tensor) -> None:
         low, high = edges[name]
         rows = x.double().movedim(1, -1).reshape(-1, len(low))
-        if weights is not None:
-            weights = weights.double().flatten().repeat_interleave(len(low))
+        weights = weights.double().flatten().repeat_interleave(len(low))
         bins = ((rows - low) / (high - low) * BINS).floor().clamp(0, BINS - 1).nan_to_num(0)
         places = bins.long() + BINS * torch.arange(len(low), device=rows.device)
         counts[name] += torch.bincount(places.flatten(), weights, minlength=len(low) * BINS)

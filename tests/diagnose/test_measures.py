@@ -149,7 +149,9 @@ class Branches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        if self.how == "a view":
+        if self.how == "a view of a view":
+            y = self.norm(out.unsqueeze(2).unsqueeze(3)).flatten(1).relu()
+        elif self.how == "a view":
             y = self.norm(out.unsqueeze(2)).squeeze(2).relu()
         else:
             y = self.norm(out).relu()
@@ -173,6 +175,7 @@ def _rows(count: int = 32) -> tuple[Tensor, Tensor]:
     [
         ("", True),
         ("a view", True),
+        ("a view of a view", True),
         ("two norms", True),
         ("a shortcut", False),
         ("two calls", False),
