@@ -18,6 +18,7 @@ from syncnorm.run.env import read_launched
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.ray import cli
+from syncnorm.system import flush_streams
 
 # Nothing above imports torch, which takes seconds of a core: each command imports its own work.
 
@@ -282,8 +283,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(args=arguments)
         except SystemExit:
-            if sys.stdout is not None:
-                sys.stdout.flush()  # an error shows here, and not when the interpreter ends
+            flush_streams()  # an error shows here, and not when the interpreter ends
             raise
     except ConfigError as error:
         _stop(error, 2)

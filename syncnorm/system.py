@@ -74,6 +74,13 @@ def prepare_standard_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def flush_streams() -> None:
+    """Flush standard output and error, of which a program may have been started without."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
 def lock(descriptor: int, *, waits: bool = False) -> None:
     """Lock an open file or folder against all processes and threads on this machine.
 

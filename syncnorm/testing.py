@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import sys
 import tempfile
 import time
 import traceback
@@ -376,8 +375,7 @@ def leave(status: int) -> NoReturn:
     leaves a semaphore.
     """
     util._run_finalizers(0)  # pyright: ignore[reportAttributeAccessIssue] undocumented, and tested
-    sys.stdout.flush()
-    sys.stderr.flush()
+    system.flush_streams()
     os._exit(status)
 
 

@@ -139,9 +139,10 @@ def by_estimates(layer: PooledBatchNorm, x: Tensor) -> Tensor:
     (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
     # E_B (x - estimate)^2, from moments about the batch's own mean.
     about_estimate = var + (mean - layer.running_mean).square()
-    after = layer.follow(count, mean=mean, var=about_estimate)
-    if layer.is_frozen and not layer.looks_ahead:  # as in a second forward of a step
-        after = {"mean": layer.running_mean.clone(), "var": layer.running_var.clone()}
+    values = {"mean": mean, "var": about_estimate}
+    layer.follow(count, **values)
+    if layer.looks_ahead:
+        return layer.standardize(x, **layer.moved(count, **values))
     # A repeated forward finds estimates that have moved on.
-    seen = repeated.same(layer, lambda: (after["mean"], after["var"]))
+    seen = repeated.same(layer, lambda: (layer.running_mean.clone(), layer.running_var.clone()))
     return layer.standardize(x, *seen)

@@ -158,7 +158,7 @@ class FamilyLayer(Pooling):
     momentum: float | None
     num_features: int
     looks_ahead: bool = False
-    """True within a diagnosis: estimates are those with the batch, though nothing moves."""
+    """True within a diagnosis: estimates are those with the batch, though they are frozen."""
     chosen: Chosen | None = None
     """Set within `evaluation_statistics`, where it takes the place of `normalize` and `evaluate`."""
     ones: ClassVar[frozenset[str]] = frozenset({"weight", "running_var"})
@@ -242,28 +242,29 @@ class FamilyLayer(Pooling):
         return None
 
     @torch.no_grad()
-    def follow(self, count: Tensor, **values: Tensor) -> dict[str, Tensor]:
+    def follow(self, count: Tensor, **values: Tensor) -> None:
         """Move running statistics towards a batch's; they stay where the batch is empty.
 
         Args:
             count: of the batch's values, ().
             values: by the names of the buffers without `running_`, (C,).
-
-        Returns:
-            What they are with the batch, by the same names; also within `frozen_statistics`, where
-            nothing moves.
         """
-        step, after = self.num_batches_tracked + (count > 0), {}
-        rate = self.rate(step)
+        # Activation checkpointing repeats a forward that has been counted.
+        if self.is_frozen or ops.is_recomputing():
+            return
+        for name, value in self.moved(count, **values).items():
+            getattr(self, f"running_{name}").copy_(value)
+        self.num_batches_tracked += (count > 0).to(torch.int64)
+
+    @torch.no_grad()
+    def moved(self, count: Tensor, **values: Tensor) -> dict[str, Tensor]:
+        """Compute what `follow` makes of the running statistics, by the same names."""
+        rate = self.rate(self.num_batches_tracked + (count > 0))
+        after = {}
         for name, value in values.items():
             running = getattr(self, f"running_{name}")
             moved = torch.lerp(running.double(), value.detach(), rate)
             after[name] = torch.where(count > 0, moved, running.double()).to(running.dtype)
-        # Activation checkpointing repeats a forward that has been counted.
-        if not (self.is_frozen or ops.is_recomputing()):
-            for name, value in after.items():
-                getattr(self, f"running_{name}").copy_(value)
-            self.num_batches_tracked.copy_(step)
         return after
 
     def rate(self, step: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from syncnorm import checks
 from syncnorm.errors import InputError
 from syncnorm.model.sample import call
 
@@ -107,7 +108,7 @@ def arriving(model: nn.Module, name: str, batch: Any) -> Tensor:
     """What comes to a layer."""
 
     def stop(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        raise _Reached(args[0] if args else next(iter(kwargs.values())))
+        raise _Reached(checks.input_of(args, kwargs))
 
     layer = model.get_submodule(name)
     return _until(model, layer.register_forward_pre_hook(stop, with_kwargs=True), batch)

@@ -52,7 +52,7 @@ def read_samples(files: Iterable[Path], inputs: Inputs) -> Iterator[Sample | Unr
     for path in files:
         if path.is_dir():
             try:
-                found = [path / each for each in images_below(str(path))]
+                found = [path / each for each in images_below(path, "")]
             except OSError as error:
                 yield Unread(
                     f"{error.filename}: must be a folder that can be read: {error.strerror}"

@@ -32,7 +32,7 @@ from syncnorm.run.folder import (
 from syncnorm.run.given import Given
 from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
-from syncnorm.system import die_with_parent
+from syncnorm.system import die_with_parent, flush_streams
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
@@ -112,9 +112,7 @@ def end_with(work: Callable[[], int | None], launched: Launched) -> NoReturn:
         if launched.launcher_pid is None and launched.rank == 0:
             print(f"syncnorm: {error}", file=sys.stderr)
         status = 2 if isinstance(error, ConfigError) else 1
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:  # as in a program that was started without
-            stream.flush()
+    flush_streams()
     # Not sys.exit: DDP keeps the process group alive, and a thread of gloo that releases its last
     # message while the interpreter shuts down aborts the process, in one run of 15.
     os._exit(status)

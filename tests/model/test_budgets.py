@@ -29,7 +29,12 @@ from tests.unit.budgets import Log, size_of
 
 pytest.importorskip("triton", reason="needs Triton")
 
-LAYOUTS = ["contiguous", "channels_last", "crop"]
+CASES: dict[str, list[Any]] = {
+    "is_renorm": [False, True],
+    "dtype": [torch.float32, torch.bfloat16],
+    "how": ["contiguous", "channels_last", "crop"],
+    "masked": [False, True],
+}
 # For each mode launches of a layer, and bytes read and written in those of x, forward and backward.
 # Sums that several programs share take two launches. Besides: the layers' common message, and under
 # "lagged" the copy of all averages and the look at who waits.
@@ -176,10 +181,7 @@ class _Body(nn.Module):
     *covering(
         ("sync", "is_renorm", "masked"),
         sync=list(BUDGETS),
-        is_renorm=[False, True],
-        dtype=[torch.float32, torch.bfloat16],
-        how=LAYOUTS,
-        masked=[False, True],
+        **CASES,
     ),
     ids=str,
 )
@@ -207,10 +209,7 @@ def test_a_layer_is_at_the_floor(pool, sync, is_renorm, dtype, how, masked):
 @pytest.mark.parametrize(
     *covering(
         ("is_renorm", "masked"),
-        is_renorm=[False, True],
-        dtype=[torch.float32, torch.bfloat16],
-        how=LAYOUTS,
-        masked=[False, True],
+        **CASES,
     ),
     ids=str,
 )

@@ -35,8 +35,8 @@ def is_usable(device: torch.device) -> bool:
 
     While a graph is captured nothing can be tried.
     """
-    if device.type == "meta" and device not in _usable:
-        _usable[device] = _has_worked(device)
+    if device.type == "meta":
+        return _is_importable()  # nothing runs there
     if device not in _usable:
         if torch.cuda.is_current_stream_capturing():
             return False
@@ -58,17 +58,12 @@ def _has_worked(device: torch.device) -> bool:
     """
     if importlib.util.find_spec("triton") is None:
         return False
+    sums = torch.ones(3, dtype=torch.float64, device=device)
+    means, updates = torch.zeros_like(sums[:2]).view(2, 1), torch.zeros_like(sums[0]).long()
     try:
-        launch = _launch()
-        if device.type == "meta":
-            return True  # nothing runs there
-        sums = torch.ones(3, dtype=torch.float64, device=device)
-        means, updates = torch.zeros_like(sums[:2]).view(2, 1), torch.zeros_like(sums[0]).long()
-        launch.follow_gradients_(sums, means, updates, 0.5)
+        _launch().follow_gradients_(sums, means, updates, 0.5)
         return means.tolist() == [[1.0], [1.0]]
     except Exception as error:  # whatever a driver or a compiler raises
-        if device.type == "meta":
-            return False
         warnings.warn(
             f"Triton's kernels cannot be used on {device}, operators of torch are used instead, "
             f"which are slower: {type(error).__name__}: {error}",
@@ -83,6 +78,15 @@ def _launch() -> Any:
     from syncnorm.maths.kernels.triton import launch
 
     return launch
+
+
+@cache
+def _is_importable() -> bool:
+    try:
+        _launch()
+    except Exception:  # whatever a Triton raises that is not there, or broken
+        return False
+    return True
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:

@@ -267,12 +267,12 @@ def _figures(
 
 def mean_and_std(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Compute mean and biased standard deviation over `dims`; the latter is 1 of a constant."""
-    std = values.std(dims, correction=0)
-    # Where the mean of a constant is rounded, std is a rounding error.
-    if not values.numel():
-        return values.mean(dims), std
-    is_constant = values.amax(dims) == values.amin(dims)
-    return values.mean(dims), torch.where(is_constant | (std == 0), 1, std)
+    mean, std = values.mean(dims), values.std(dims, correction=0)
+    if values.numel():
+        # Where the mean of a constant is rounded, std is a rounding error.
+        is_constant = values.amax(dims) == values.amin(dims)
+        std = torch.where(is_constant | (std == 0), 1, std)
+    return mean, std
 
 
 def row(values: Any, dtype: torch.dtype) -> Tensor:

@@ -67,7 +67,7 @@ def folder(
     """Find images by class: root/{train,validation,test}/CLASS/*, or root/CLASS/*.
 
     Classes are numbered in the order of their names. Images may lie in folders below that of their
-    class.
+    class; links are followed, and each folder counts once.
 
     Args:
         root: the folder.
@@ -124,7 +124,7 @@ def _images_by_class(root: Path) -> _Found:
             f"`data.root` must hold a folder of images for each class, got none in {str(root)!r}"
         )
     try:
-        return {name: [*images_below(str(root / name), f"{name}/")] for name in names}
+        return {name: [*images_below(root, name)] for name in names}
     except OSError as error:
         raise ConfigError(
             "`data.root` must hold folders that can be read, got "

@@ -30,33 +30,30 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def images_below(folder: str, prefix: str = "") -> Iterator[str]:
-    """Yield the images in a folder, and in those below it, links followed; each as prefix + path.
+def images_below(root: Path, start: str) -> Iterator[str]:
+    """Yield the images in a folder `start` of root and in those below it, as paths from root.
 
-    By name, a folder's own before those of its folders; without what a dot hides. A folder to which
-    several links lead, or one in a circle, counts once.
+    By name, a folder's own before those of its folders; without what a dot hides. Links are
+    followed. A folder to which several lead, or one in a circle, counts once.
 
     Raises:
         OSError: a folder cannot be read.
     """
-    yield from _images_below(folder, prefix, set())
+    seen: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(root / start, onerror=_raise, followlinks=True):
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        below = os.path.relpath(folder, root)
+        shown = (each for each in sorted(files) if is_image(each) and not each.startswith("."))
+        yield from (f"{below}/{each}" for each in shown)
 
 
-def _images_below(folder: str, prefix: str, seen: set[tuple[int, int]]) -> Iterator[str]:
-    status = Path(folder).stat()
-    if (status.st_dev, status.st_ino) in seen:
-        return
-    seen.add((status.st_dev, status.st_ino))
-    with os.scandir(folder) as entries:
-        shown = sorted(
-            (each for each in entries if not each.name.startswith(".")), key=lambda each: each.name
-        )
-    is_folder = {each.name: each.is_dir() for each in shown}
-    yield from (
-        prefix + name for name, is_one in is_folder.items() if not is_one and is_image(name)
-    )
-    for name in (name for name, is_one in is_folder.items() if is_one):
-        yield from _images_below(f"{folder}/{name}", f"{prefix}{name}/", seen)
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def open_image(path: str) -> Any:
