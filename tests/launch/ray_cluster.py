@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -19,6 +20,12 @@ from tests.launch import commands
 
 # The machine may be busy with other things.
 PATIENCE_SECONDS = 1500
+# A port that was free may be taken before Ray listens on it.
+_ATTEMPTS = 3
+
+
+class NodeEnded(Exception):
+    """A node ended that was to run."""
 
 
 @dataclass
@@ -61,16 +68,24 @@ class Cluster:
         )
 
     def add_node(self, ip: str, cpus: int = 2) -> Node:
-        """Start another node and wait until it belongs to the cluster."""
+        """Start another node and wait until it belongs to the cluster.
+
+        Raises:
+            NodeEnded: it, or the head, has ended.
+        """
         # Of two log monitors on a machine each would tell every line.
         options = ["--address", self.gcs, "--include-log-monitor=false"]
         node = self._start(ip, cpus, *options)
         count = sum(each.process.poll() is None for each in self.nodes)
-        wait_until(lambda: self._count_nodes() >= count, self._logs)
+        self._wait_until(lambda: self._count_nodes() >= count, node)
         return node
 
     def start_head(self, ip: str, cpus: int) -> None:
-        """Start the first node and wait until it takes jobs."""
+        """Start the first node and wait until it takes jobs.
+
+        Raises:
+            NodeEnded: it has ended.
+        """
         port, dashboard = self.gcs.rpartition(":")[2], self.address.rpartition(":")[2]
         options = [
             "--head",
@@ -81,17 +96,29 @@ class Cluster:
             dashboard,
         ]
         options += ["--ray-client-server-port", str(free_port()), "--temp-dir", str(self.folder)]
-        self._start(ip, cpus, *options)
-        wait_until(self._answers, self._logs)
+        node = self._start(ip, cpus, *options)
+        self._wait_until(self._answers, node)
 
     def close(self) -> None:
-        """End all processes of the cluster."""
+        """End all processes of the cluster, and remove its folder."""
         for node in self.nodes:
             with contextlib.suppress(ProcessLookupError):
                 node.process.terminate()
         for node in self.nodes:
             end(node)
         kill_processes_of(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait_until(self, is_so: Callable[[], bool], node: Node) -> None:
+        """Wait for what comes true while the head and a new node run."""
+
+        def is_so_or_ended() -> bool:
+            for each in (self.nodes[0], node):
+                if each.process.poll() is not None:
+                    raise NodeEnded(f"{each.ip} ended: {self._logs()}")
+            return is_so()
+
+        wait_until(is_so_or_ended, self._logs)
 
     def _start(self, ip: str, cpus: int, *options: str) -> Node:
         command = [
@@ -150,6 +177,28 @@ def local_cluster(
     nodes: int = 2, cpus: int = 2, environment: Mapping[str, str] | None = None
 ) -> Iterator[Cluster]:
     """Start a cluster on 127.0.0.2 and following, and end it on the way out."""
+    cluster = _start_cluster(nodes, cpus, environment or {}, _ATTEMPTS)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def _start_cluster(nodes: int, cpus: int, environment: Mapping[str, str], attempts: int) -> Cluster:
+    cluster = _without_nodes(environment)
+    try:
+        cluster.start_head("127.0.0.2", cpus)
+        for number in range(1, nodes):
+            cluster.add_node(f"127.0.0.{2 + number}", cpus)
+        return cluster
+    except BaseException as error:
+        cluster.close()
+        if attempts == 1 or not isinstance(error, NodeEnded):
+            raise
+    return _start_cluster(nodes, cpus, environment, attempts - 1)
+
+
+def _without_nodes(environment: Mapping[str, str]) -> Cluster:
     # Sockets lie in it, and their paths must be short.
     folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))
     own = {
@@ -158,20 +207,12 @@ def local_cluster(
         # Else Ray takes a token that it finds in the home.
         "RAY_AUTH_MODE": "disabled",
     }
-    cluster = Cluster(
+    return Cluster(
         folder,
         f"http://127.0.0.1:{free_port()}",
         f"127.0.0.2:{free_port()}",
-        {**own, **(environment or {})},
+        {**own, **environment},
     )
-    try:
-        cluster.start_head("127.0.0.2", cpus)
-        for number in range(1, nodes):
-            cluster.add_node(f"127.0.0.{2 + number}", cpus)
-        yield cluster
-    finally:
-        cluster.close()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def end(node: Node) -> None:
@@ -194,10 +235,17 @@ def wait_until(is_so: Callable[[], bool], explain: Callable[[], str] = str) -> N
 
 
 def free_port() -> int:
-    """A port that nobody listens on, on any of this machine's addresses."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]
+    """A port that nobody listens on, on any of this machine's addresses.
+
+    None that the system gives to connections, nor that Ray gives to its workers: it would be taken
+    again before a process listens on it.
+    """
+    # Tests seed `random`, and those of another process with the same seeds.
+    numbers = random.SystemRandom()
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("", numbers.randrange(20_000, 32_768)))
+            return listener.getsockname()[1]
 
 
 def kill_processes_of(folder: Path) -> None:
