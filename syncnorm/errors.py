@@ -43,6 +43,11 @@ class CheckpointError(SyncnormError):
     """A checkpoint cannot be used; the message names the file and what is wrong with it."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Describe an exception in one line: its type and its message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 class SingleValueWarning(UserWarning):
     """A training statistic was taken over one value per channel, so the output is the bias."""
 

@@ -14,7 +14,7 @@ from syncnorm.bench.cases import cases
 from syncnorm.bench.report import Report, cores, machine
 from syncnorm.bench.runner import Runner
 from syncnorm.bench.table import print_case, print_end, print_head
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.run.env import Launched, set_for_children, set_for_nccl, set_for_profiler
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.interrupt import as_keyboard_interrupt
@@ -133,7 +133,7 @@ def _check_compiler(device: str) -> None:
     try:
         torch.compile(torch.sin)(torch.ones(3, device=device))
     except Exception as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        cause = in_one_line(error)[:300]
         raise ConfigError(f"`--compile` needs what torch.compile works with, got {cause}") from None
 
 

@@ -94,9 +94,13 @@ def fit(
         KeyboardInterrupt: after Ctrl-C, when all workers have saved.
     """
     given, named = _given(dataset, model, task)
-    others = [each for each in callbacks if not isinstance(each, Callback)]
+    others = [callbacks]
+    if isinstance(callbacks, Sequence):
+        others = [each for each in callbacks if not isinstance(each, Callback)]
     if others:
-        raise ConfigError(f"`callbacks` must be Callback objects, got {types_of(others[0])}")
+        raise ConfigError(
+            f"`callbacks` must be a list of Callback objects, got {types_of(others[0])}"
+        )
     written = _written(config, resume)
     set_values(written, {**overrides, **named})
     launched = read_launched()

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.config.callables import GIVEN, give
 from syncnorm.train.config.section import REFERENCE
@@ -72,7 +72,7 @@ def _pack(name: str, part: Any) -> bytes:
         Pickler(packed).dump(part)
         return packed.getvalue()
     except Exception as error:  # an object may raise anything
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = in_one_line(error)
         raise ConfigError(
             f"{name.removeprefix(f'{GIVEN}:')} cannot be sent to the workers: {reason}. Give a "
             "function that makes it."

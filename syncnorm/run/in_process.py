@@ -6,8 +6,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.run.errors import LocalRunError
+
+
+@contextmanager
+def ends_are_errors() -> Iterator[None]:
+    """Take what ends a program for an error: from code of a run, it would end a worker as done.
+
+    Raises:
+        RuntimeError: for a SystemExit or a KeyboardInterrupt.
+    """
+    try:
+        yield
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"the worker's program was ended by {error!r}") from error
 
 
 def add_working_folder_to_path() -> None:
@@ -24,18 +37,19 @@ def errors_in_one_line(rank: int = 0) -> Iterator[None]:
     The line ends with the place of the error, where the launcher's names a file with the traceback.
 
     Raises:
-        LocalRunError: for all exceptions but those that are one line already.
+        LocalRunError: for all exceptions but those that are one line already; for a `sys.exit`, too,
+            which would end a command as if it were done.
     """
     try:
         yield
     except (ConfigError, LocalRunError):
         raise
-    except Exception as error:
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+    except (Exception, SystemExit) as error:
+        text = in_one_line(error)
         raise LocalRunError(f"worker {rank} failed: {text} ({_place(error)})") from error
 
 
-def _place(error: Exception) -> str:
+def _place(error: BaseException) -> str:
     """Name the innermost line of user code; the innermost line if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
     package = str(Path(__file__).parents[1])

@@ -10,7 +10,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import env, interrupt
 from syncnorm.run.env import Launched, read_launched
 from syncnorm.run.errors import LocalRunError
-from syncnorm.run.in_process import errors_in_one_line
+from syncnorm.run.in_process import ends_are_errors, errors_in_one_line
 from syncnorm.run.local import run_once
 from syncnorm.run.machine import choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork
@@ -78,4 +78,5 @@ def _work(work: Work) -> NoReturn:
 @record
 def _as_launched(work: Work, launched: Launched) -> None:
     die_with_parent(launched.launcher_pid)
-    work(launched)
+    with ends_are_errors():
+        work(launched)

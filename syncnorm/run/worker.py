@@ -30,6 +30,7 @@ from syncnorm.run.folder import (
     write_config,
 )
 from syncnorm.run.given import Given
+from syncnorm.run.in_process import ends_are_errors
 from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.system import die_with_parent, flush_streams
@@ -197,7 +198,8 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
     if workers.is_first:
         mirror = open_mirror(folder, config.checkpoint.keep, config.launch.patience_seconds)
     try:
-        with _ends_are_errors():
+        # A program may have switched gradients off.
+        with ends_are_errors(), torch.inference_mode(False), torch.enable_grad():
             callbacks = task.given.give()
             outcome = train(
                 config,
@@ -225,15 +227,6 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
         _write_page(folder, workers, watch)
     _finish_copy(mirror, folder, outcome.step, watch)
     return outcome
-
-
-@contextmanager
-def _ends_are_errors() -> Iterator[None]:
-    """Take what ends a program for an error: from code of a run, it would end a worker as done."""
-    try:
-        yield
-    except (SystemExit, KeyboardInterrupt) as error:
-        raise RuntimeError(f"the worker's program was ended by {error!r}") from error
 
 
 def _write_page(folder: Path, workers: Workers, watch: Watch) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from syncnorm import system
 from syncnorm.comm import exchange
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.family.layer import Pooling
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
@@ -213,7 +213,7 @@ def _trial_copy(model: nn.Module) -> nn.Module | None:
     try:
         trial = copy.deepcopy(model)
     except Exception as error:  # modules of a user's may raise anything
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = in_one_line(error)
         _log.warning(
             "the model cannot be copied, so what a forward keeps of a sample is not known: %s",
             cause,

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.config.section import name_hint
 
 # A tag of timm follows a dot; a path of transformers has a slash.
@@ -54,7 +54,7 @@ def make_packaged(name: str, options: dict[str, Any], shape: Shape, *, may_load:
     except ConfigError:
         raise
     except (TypeError, ValueError, RuntimeError, AttributeError, OSError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = in_one_line(error)
         raise ConfigError(f"`model.options` must fit {name!r}: {cause}") from None
 
 
@@ -128,7 +128,7 @@ def _import(module: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except Exception as error:  # a build for another torch raises a RuntimeError
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = in_one_line(error)
         raise ConfigError(
             f"`model.name` must name a network of an installed package, got one of {package!r}, "
             f"which cannot be imported: {cause}. Install {package}, in a build for this torch."

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage] documented all the same
 
+from syncnorm.errors import in_one_line
 from syncnorm.verify.check import Check, CheckFailed, Verdict
 from syncnorm.verify.under_test import LayerUnderTest
 
@@ -117,7 +118,7 @@ class Context:
         except CheckFailed as failure:
             return _End("failed", str(failure))
         except Exception as error:  # whatever a layer may raise
-            return _End("raised", f"raised {describe(error)}")
+            return _End("raised", f"raised {in_one_line(error)[:300]}")
         return _End("passed")
 
     def _exchange(self, value: Any) -> list[Any]:
@@ -171,11 +172,6 @@ def _merge(ends: list[_End]) -> Verdict:
         return Verdict("failed", first.reason)
     same = [rank for rank, end in bad.items() if end == first]
     return Verdict("failed", f"{ranks_in_words(same)} {first.reason}")
-
-
-def describe(error: BaseException) -> str:
-    """Describe an error in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def ranks_in_words(ranks: list[int]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.module import SyncNorm
@@ -158,7 +158,7 @@ def load(reference: str) -> type[nn.Module]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # whatever the module does as it is run
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = in_one_line(error)
         raise ConfigError(
             f"`--layer` must name what can be imported, got {reference!r}: {cause}. "
             "Put its folder on PYTHONPATH, or work in that folder."

@@ -145,7 +145,12 @@ def test_under_torchrun_the_program_is_a_worker(tmp_path, whole):
         (CONFIG, {"model": 3}, "`model` must be a network, or a callable that makes one, got int"),
         (CONFIG, {"dataset": [1]}, "`dataset` must be a Splits or a Dataset, or a callable that"),
         (CONFIG, {"task": "classify"}, "`task` must be an object with `loss` and `metrics`, or a"),
-        (CONFIG, {"callbacks": [print]}, "`callbacks` must be Callback objects, got builtin_func"),
+        (
+            CONFIG,
+            {"callbacks": [print]},
+            "`callbacks` must be a list of Callback objects, got buil",
+        ),
+        (CONFIG, {"callbacks": syncnorm.Callback()}, "must be a list of Callback objects, got Cal"),
         (CONFIG, {}, "`data` is missing"),
         ("no_such_config", {}, "no configuration 'no_such_config'"),
         (

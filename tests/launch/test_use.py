@@ -142,6 +142,22 @@ def test_evaluate_on_several_workers_and_on_other_data(made, tmp_path, capfd):
     assert json.loads(out)["metrics"]["accuracy"] == metrics["accuracy"]
 
 
+def leaving(root):
+    """Data whose code ends the program."""
+    sys.exit(0)
+
+
+def test_code_that_ends_the_program_is_no_success(made, tmp_path, capfd):
+    data = ["--data", "name=tests.launch.test_use:leaving", "--allow", "tests"]
+    status, out, err = command(capfd, "evaluate", made["norm"].folder, *data)
+    assert (status, out) == (1, "")
+    assert err.startswith("syncnorm: worker 0 failed: SystemExit: 0 (")
+    whole = [*commands.SYNCNORM, "evaluate", str(made["norm"].folder), *data, "--workers", "2"]
+    done = commands.run(whole, tmp_path, {"PYTHONPATH": str(Path(__file__).parents[2])})
+    assert done.returncode == 1, done.stdout
+    assert "failed: RuntimeError: the worker's program was ended by SystemExit(0)" in done.stderr
+
+
 def test_evaluate_by_other_statistics(made, tmp_path, capfd):
     folder, metrics = made["renorm"]
     losses = {"running": metrics["loss"]}

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.config.strict_yaml import printable
@@ -54,7 +54,7 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
     try:
         found = getattr(importlib.import_module(module_name), name)
     except (Exception, SystemExit) as error:  # a module may raise anything as it is run
-        cause = printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        cause = printable(in_one_line(error))
         raise ConfigError(
             f"`{key}` must name what can be imported, got {reference!r}: {cause}. "
             "Install its package, put its folder on PYTHONPATH, or work in that folder."

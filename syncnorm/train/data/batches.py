@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from syncnorm.errors import in_one_line
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -45,7 +47,7 @@ class Collate:
                 return as_tensors(self._collate(list(samples)))
             return default_collate(list(samples))
         except Exception as error:  # of the user's code, or of samples that do not fit together
-            cause = " ".join(f"{type(error).__name__}: {error}".split())
+            cause = in_one_line(error)
             remedy = "" if self._collate else _remedy(samples)
             return Failure(f"`data.name` must give samples that make a batch: {cause}.{remedy}")
 

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from syncnorm.errors import in_one_line
+
 # More events than a logger that still works lets wait.
 _MOST_WAITING = 1000
 
@@ -70,7 +72,7 @@ class GuardedLogger:
                 logger.log(*event)
             logger.close()
         except (Exception, SystemExit) as error:  # of somebody else's code
-            self._drop(" ".join(f"{type(error).__name__}: {error}".split())[:500])
+            self._drop(in_one_line(error)[:500])
 
     def _drop(self, reason: str) -> None:
         if not self._is_dropped:

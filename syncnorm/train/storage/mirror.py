@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from syncnorm.errors import SyncnormError
+from syncnorm.errors import SyncnormError, in_one_line
 from syncnorm.train.checkpoint.snapshot import MANIFEST
 from syncnorm.train.checkpoint.store import BEST, CHECKPOINTS, CheckpointStore, read_mark
 from syncnorm.train.storage import (
@@ -21,7 +21,7 @@ from syncnorm.train.storage import (
     is_whole,
     read_origin,
 )
-from syncnorm.train.storage.remote import Remote, reason
+from syncnorm.train.storage.remote import Remote
 
 # At the end, when no later save tries again.
 _LAST_TRIES = 3
@@ -98,7 +98,7 @@ class Mirror:
             try:
                 self._copy(is_last)
             except Exception as error:  # of the disk or the store
-                fault = str(error) if isinstance(error, SyncnormError) else reason(error)
+                fault = str(error) if isinstance(error, SyncnormError) else in_one_line(error)[:300]
             else:
                 return None
         return fault

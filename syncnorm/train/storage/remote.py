@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.errors import ConfigError, SyncnormError, in_one_line
 
 T = TypeVar("T")
 
@@ -112,12 +112,7 @@ class Remote:
         try:
             yield
         except Exception as error:  # each store has its own
-            raise StorageError(f"cannot {what} {self.url}: {reason(error)}") from error
-
-
-def reason(error: BaseException) -> str:
-    """Describe an error in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise StorageError(f"cannot {what} {self.url}: {in_one_line(error)[:300]}") from error
 
 
 def within(seconds: float, call: Callable[[], T], url: str) -> T:
@@ -163,7 +158,7 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise ConfigError(f"{url} needs a package that is not installed: {error}") from None
     except Exception as error:  # each store has its own
-        raise ConfigError(f"{url} cannot be opened: {reason(error)}") from None
+        raise ConfigError(f"{url} cannot be opened: {in_one_line(error)[:300]}") from None
     return files, root.rstrip("/")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.config.section import name_hint
 
 # Where torchmetrics keeps its classes.
@@ -87,7 +87,7 @@ def _make(name: str, options: Mapping[str, Any], device: torch.device) -> Any:
     try:
         meter = known[name](**options).to(device)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        cause = " ".join(f"{type(error).__name__}: {error}".split())
+        cause = in_one_line(error)
         raise ConfigError(f"`task.metrics.{name}` must suit it: {cause}") from None
     if not all(isinstance(state, Tensor) for state in meter.metric_state.values()):
         raise ConfigError(

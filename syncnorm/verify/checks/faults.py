@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from syncnorm.errors import in_one_line
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_same_bits
-from syncnorm.verify.context import Context, describe
+from syncnorm.verify.context import Context
 from syncnorm.verify.oracle import random_batch
 from syncnorm.verify.steps import make_layer, my_shard, ragged, train_step
 
@@ -87,7 +88,7 @@ def _expect_one_error(
         layer(x) if mask is None else layer(x, mask)
         mine = None
     except Exception as error:  # whatever a layer may raise
-        mine = describe(error)
+        mine = in_one_line(error)[:300]
     said = context.gather(mine)
     others = [f"rank {rank}: {text}" for rank, text in enumerate(said)]
     expect(len(set(said)) == 1, f"workers do not raise the same error: {'; '.join(others)}")
