@@ -51,7 +51,7 @@ drill: $(ALL)  ## Kill runs, nodes and wires again and again, and compare what c
 	$(BIN)/python -m pytest -s -m slow tests/launch/test_ray_drill.py tests/launch/test_sweep_drill.py tests/launch/test_elastic.py tests/launch/test_network.py
 
 # With the torch that the machine has: it may be without a network.
-gpu:  ## Run the tests of CUDA and take the figures of this machine's GPU; 9 minutes, into build/gpu
+gpu:  ## Run the tests of CUDA and take the figures of this machine's GPU; 9 minutes at most, into build/gpu
 	$(PYTHON) -m benchmarks.gpu
 
 lint: $(ALL)

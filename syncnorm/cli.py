@@ -184,7 +184,7 @@ def verify(
     ] = None,
     deadline: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="Limit of the time for one check.")
-    ] = 20.0,
+    ] = 60.0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     address: Annotated[
         str | None,

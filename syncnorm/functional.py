@@ -41,8 +41,8 @@ def sync_batch_norm(
     global count. Otherwise the running statistics, exactly as `F.batch_norm`; without any, those of
     the local batch.
 
-    *Collectives*: in training over more than one worker one all-reduce of 2C+1 float64 numbers, and
-    one of 2C in the backward pass. Every worker must call, also one without samples. None in
+    *Collectives*: in training over more than one worker one all-reduce of 2C+2 float64 numbers, and
+    one in the backward pass. Every worker must call, also one without samples. None in
     evaluation.
 
     *Gradients*: of x through the pooled statistics; of weight and bias local sums

@@ -53,8 +53,8 @@ class SyncBatchNorm(SyncNorm):
     evaluation the running statistics are used, exactly as `torch.nn.BatchNorm2d` uses them, without
     communication.
 
-    *Collectives*: in training, with `sync="batch"` and more than one worker, one all-reduce of 2C+1
-    float64 numbers forward and one of 2C backward. Every worker must take part, also one whose
+    *Collectives*: in training, with `sync="batch"` and more than one worker, one all-reduce of 2C+2
+    float64 numbers forward and one backward. Every worker must take part, also one whose
     batch is empty. The first training forward makes a process group for statistics (`prepare_ddp`
     makes it earlier).
 

@@ -147,7 +147,7 @@ class SyncNorm(_BatchNorm):
 
     @property
     def failure(self) -> exchange.Failure | None:
-        """Of an exchange whose sums the running statistics lack; the next training forward raises it."""
+        """The failed exchange that the running statistics lack; the next training forward raises it."""
         return self.statistics.failure
 
     def settle(self) -> None:

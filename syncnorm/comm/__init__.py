@@ -6,6 +6,8 @@
     debug        debug mode
     shared       sums through memory that the workers of one host share
     inflight     the last exchanges, and a watchdog for those that are stuck
+    tally        how many exchanges were made, for tests
+    hosts        which workers share a host
     consensus    debug mode: agreement on an exchange before it is made
     exchange     the messages: sums and gathers of float64
     naming       the names of groups that only their members make

@@ -73,7 +73,7 @@ class Pooling(nn.Module):
 
     @property
     def failure(self) -> exchange.Failure | None:
-        """Of an exchange whose sums the statistics lack; the next training forward raises it."""
+        """The failed exchange that the statistics lack; the next training forward raises it."""
         return None
 
     def settle(self) -> None:

@@ -46,9 +46,9 @@ class Gathered:
     faults: dict[str, Tensor] = field(default_factory=dict)
     """True if a mask held something that is no weight."""
     tracked: set[str] | None = None
-    """The layers whose running statistics follow, as they were told when the first was called.
+    """Names of the layers that track statistics, as of the step's first call; None until then.
 
-    Those too that are called on other workers only. None before.
+    Layers that only other workers call are among them.
     """
     shard: LateShard | None = None
     """Of the first layer that was called."""

@@ -60,7 +60,7 @@ class Source(ABC):
 
     @property
     def failure(self) -> exchange.Failure | None:
-        """Of an exchange whose sums the running statistics lack; the next training forward raises it."""
+        """The failed exchange that the running statistics lack; the next training forward raises it."""
         return None
 
     @abstractmethod

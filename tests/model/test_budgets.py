@@ -238,7 +238,8 @@ def test_the_pages_block_lists_the_launches(capsys):
     first, *_ = lines = capsys.readouterr().out.splitlines()
     assert first in block
     names = [line.split(".")[1] for line in lines]
-    assert names == ["moments", "add_moments", "normalize", "update_running"]
+    forward = ["moments", "add_moments", "normalize", "update_running"]
+    assert names == [*forward, "backward_sums", "add_gradients", "backward_input"]
 
 
 @pytest.mark.parametrize(

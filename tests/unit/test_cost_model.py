@@ -53,7 +53,9 @@ def test_a_fit_recovers_the_link(way):
     assert cost_model.fit_best(timings, list(cost_model.WAYS), cores=2)[0] == way
     # Without a call's cost in what is fitted, none is found, rather than one below zero.
     free = [t._replace(seconds=t.seconds - 2.1e-5) for t in timings]
-    assert min(cost_model.fit(free, way, cores=2)[0]) >= 0
+    fitted = cost_model.fit(free, way, cores=2)[0]
+    assert min(fitted) >= 0
+    assert fitted.per_byte > 0
 
 
 def test_torchs_layers_by_hand():
