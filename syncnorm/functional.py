@@ -223,7 +223,23 @@ def evaluate(
         # F.batch_norm takes them all in the type of x, or all in float32 with a half x.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         running_mean, running_var, weight, bias = (None if t is None else t.to(wide) for t in given)
+    if torch.is_grad_enabled() and not x.is_contiguous() and _misleads_torch(x):
+        y = F.batch_norm(x.flatten(2), running_mean, running_var, weight, bias, False, 0.0, eps)
+        return y.view_as(x)
     return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+
+
+def _misleads_torch(x: Tensor) -> bool:
+    """True for a batch on a CPU whose gradient torch would read in another layout than it has.
+
+    One that is channels last, but for strides of sizes of 1: one image (H, W, C), permuted, or
+    tokens (N, L, C) as (N, C, L, 1). torch reads the gradient channels last, and does not make it so.
+    """
+    if not (x.is_cpu and x.ndim > 3) or torch.compiler.is_compiling():
+        return False
+    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    plain = torch.empty(x.shape, device="meta", memory_format=layout)
+    return x.is_contiguous(memory_format=layout) and x.stride() != plain.stride()
 
 
 def _check_arguments(

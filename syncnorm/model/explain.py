@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -160,9 +161,11 @@ def explain(
     }
     seen, lints = None, []
     if sample is not None:
-        with recorded_calls(model) as calls:
-            seen = record_shapes(model, sample)
-        lints += model_lints(model, calls, sample)
+        # What is compiled would be compiled again, with the hooks in it.
+        with torch.compiler.set_stance("force_eager"):
+            with recorded_calls(model) as calls:
+                seen = record_shapes(model, sample)
+            lints += model_lints(model, calls, sample)
         lints += [] if optimizer is None else decay_lints(model, calls, optimizer)
     switch = replaced(model)
     lints += [] if switch is None else [switch]

@@ -24,6 +24,7 @@ from syncnorm.model.norm_parameters import is_norm
 from syncnorm.model.sample import call, evaluating_untouched
 
 _BATCH_NORMS = (_BatchNorm, Pooling)
+_NO_EFFECT = ""
 
 
 class Call(NamedTuple):
@@ -88,7 +89,8 @@ def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -
     pairs: dict[nn.Module, nn.Module] = {}
     for i, module in enumerate(order):
         after = next((m for m in order[i + 1 :] if isinstance(m, _BATCH_NORMS)), None)
-        if isinstance(module, _DropoutNd) and module.p > 0 and after is not None:
+        is_on = isinstance(module, _DropoutNd) and module.p > 0 and _trains(model, module)
+        if is_on and after is not None and _trains(model, after):
             pairs[module] = after
     figures = _variances(model, pairs, sample) if pairs and sample is not None else {}
     return [
@@ -96,13 +98,17 @@ def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -
         f"variance that evaluation does not have{figures.get(after, '')}. Move it behind the last "
         "batch normalisation."
         for module, after in pairs.items()
+        if figures.get(after) != _NO_EFFECT
     ]
 
 
 def _variances(
     model: nn.Module, pairs: dict[nn.Module, nn.Module], sample: Any
 ) -> dict[nn.Module, str]:
-    """Say the variance of a batch norm's input with dropout and without, on the sample."""
+    """Say the variance of a batch norm's input with dropout and without, on the sample.
+
+    `_NO_EFFECT` where no dropout reaches it.
+    """
     found: dict[nn.Module, list[float]] = {norm: [] for norm in pairs.values()}
     for is_on in (True, False):
         seen: dict[nn.Module, float] = {}
@@ -124,7 +130,9 @@ def _variances(
         for norm, variance in seen.items():
             found[norm].append(variance)
     return {
-        norm: f", {on:.3g} against {off:.3g} on the sample (ratio {off / on:.2f})"
+        norm: _NO_EFFECT
+        if abs(off / on - 1) < 0.005
+        else f", {on:.3g} against {off:.3g} on the sample (ratio {off / on:.2f})"
         for norm, (on, off) in ((norm, pair) for norm, pair in found.items() if pair)
         if on > 0
     }
@@ -138,7 +146,7 @@ def head_lints(model: nn.Module, calls: Sequence[Call]) -> list[str]:
         if any(True for _ in each.module.parameters(recurse=False))
         or isinstance(each.module, _BATCH_NORMS)
     ]
-    is_last = layers and isinstance(layers[-1], _BATCH_NORMS) and _takes_batch(model, layers[-1])
+    is_last = layers and isinstance(layers[-1], _BATCH_NORMS) and _trains(model, layers[-1])
     if not is_last or all(is_norm(layer) for layer in layers):
         return []
     return [
@@ -160,7 +168,7 @@ def decay_lints(model: nn.Module, calls: Sequence[Call], optimizer: Optimizer) -
     decays: set[float] = set()
     for each in calls:
         weight = None if each.fed_by is None else getattr(each.fed_by, "weight", None)
-        if not isinstance(each.module, _BATCH_NORMS) or not _takes_batch(model, each.module):
+        if not isinstance(each.module, _BATCH_NORMS) or not _trains(model, each.module):
             continue
         group = groups.get(weight) if isinstance(weight, nn.Parameter) else None
         if weight is None or group is None or weight.ndim < 2 or not group.get("weight_decay"):
@@ -208,9 +216,9 @@ def sampler_lints(loader: DataLoader[Any]) -> list[str]:
     return []
 
 
-def _takes_batch(model: nn.Module, norm: nn.Module) -> bool:
-    """False if a batch norm is frozen: in evaluation mode while the model trains."""
-    return norm.training or not model.training
+def _trains(model: nn.Module, module: nn.Module) -> bool:
+    """False if a module is frozen: in evaluation mode while the model trains."""
+    return module.training or not model.training
 
 
 def _names(model: nn.Module) -> dict[nn.Module | None, str]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.data.datasets import types_of
 from syncnorm.train.models import MODELS, NormLayer
@@ -47,7 +47,17 @@ def build(
         model = make_packaged(name, options, shape, may_load=may_load)
     else:
         function = resolve(name, allowed, "model.name")
-        model = function(**_arguments(name, function, given, options))
+        arguments = _arguments(name, function, given, options)
+        try:
+            model = function(**arguments)
+        except Exception as error:
+            missing = [key for key, value in arguments.items() if value is None and key in given]
+            if not missing:
+                raise
+            raise ConfigError(
+                f"`model.options.{missing[0]}` must be given for {name!r}, since the data set does "
+                f"not say it: {in_one_line(error)}"
+            ) from error
     if not isinstance(model, nn.Module):
         raise ConfigError(
             f"`model.name` must return a torch.nn.Module, got {types_of(model)} of {name!r}."

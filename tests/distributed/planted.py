@@ -81,17 +81,18 @@ def counted_twice() -> Iterator[None]:
 def gated_exchange() -> Iterator[None]:
     """The exchange of the backward pass is left out where the input needs no gradient."""
     true = autograd._gradient
+    alone = SimpleNamespace(totals=lambda local: (local, None))
 
     def _gradient(*args: Any) -> Any:
         *others, gradient_means, bias_dtype, needs_input = args
-        means = gradient_means if needs_input else lambda local: local
+        means = gradient_means if needs_input else alone
         return true(*others, means, bias_dtype, needs_input)
 
     true_backward = FusedNormalize.backward
 
     def backward(ctx: Any, g: Tensor) -> Any:
         if not ctx.needs_input_grad[0]:
-            ctx.gradient_means = SimpleNamespace(totals=lambda local: (local, None))
+            ctx.gradient_means = alone
         return true_backward(ctx, g)
 
     with (

@@ -35,6 +35,7 @@ from syncnorm.train.config.file import load_config
 from tests.launch import commands
 from tests.launch.record import digests, run_folder
 from tests.train.runs import events
+from tests.unit.test_layers import gradients_in_evaluation
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -350,6 +351,8 @@ def test_torchs_layer_is_as_the_table_says(pool):
     source = inspect.getsource(_functions.SyncBatchNorm.forward)
     for line in ("dist.all_gather(", "dtype=mean.dtype", "counts = counts.to(running_mean.dtype)"):
         assert line in source
+    x = torch.randn(4, 3, 5).permute(2, 0, 1).unsqueeze(0)
+    assert gradients_in_evaluation(nn.BatchNorm2d(5), x, torch.randn(x.shape))[2] > 1
     backward = inspect.getsource(_functions.SyncBatchNorm.backward)
     assert re.search(r"if self.needs_input_grad\[0\]:[^}]*?all_reduce", backward)
 

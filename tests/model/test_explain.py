@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -273,6 +274,25 @@ class Backwards(nn.Module):
         return x
 
 
+class Beside(nn.Module):
+    """Runs two parts one after the other, on the same input, and a third on what they give."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second, self.head = first, second, head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.cat([self.first(x), self.second(x)], 1))
+
+
+def test_a_compiled_model_is_looked_at_uncompiled():
+    backend = mock.Mock(side_effect=lambda graph, _: graph)
+    model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), nn.ReLU())
+    found = explain(torch.compile(model, backend=backend), torch.randn(40, 4), world_size=2)
+    assert found.messages == 2
+    backend.assert_not_called()
+
+
 def test_dropout_before_batch_statistics_by_the_order_of_execution():
     x = torch.randn(40, 4)
     norm, dropout = nn.BatchNorm1d(4), nn.Dropout(0.2)
@@ -283,6 +303,11 @@ def test_dropout_before_batch_statistics_by_the_order_of_execution():
     assert explain(nn.Sequential(dropout, norm)).lints == [], (
         "without a sample the order is not known"
     )
+    for part in (norm, dropout):  # frozen, or off
+        part.eval()
+        assert explain(nn.Sequential(dropout, norm), x).lints == []
+        part.train()
+    assert explain(Beside(dropout, norm, nn.Linear(8, 2)), x).lints == []
     reverse = Backwards(norm, nn.ReLU(), dropout)
     for model, names in (
         (nn.Sequential(dropout, norm), ("0", "1")),

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.data.sources.arrays import npy, npz
 from syncnorm.train.data.sources.huggingface import hf
 from syncnorm.train.data.sources.table import csv
@@ -68,6 +69,19 @@ def test_numbers_of_every_type_are_read(tmp_path, dtype):
     assert inputs_of(splits.train).tolist() == x.astype("f4").tolist()
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64", "uint32", "float64"])
+def test_large_whole_numbers_keep_the_digits_that_differ(tmp_path, dtype):
+    """Such as dates in seconds."""
+    x = (1_700_000_000 + np.arange(40)).reshape(10, 4).astype(dtype)
+    splits = npz(write_npz(tmp_path, x_train=x, x_test=x[:4]))
+    expected = (x - x.mean(0, dtype="f8")) / x.std(0, dtype="f8")
+    got = inputs_of(splits.train)
+    assert got.dtype == (torch.float64 if dtype == "float64" else torch.float32)
+    assert got.numpy() == pytest.approx(expected, rel=1e-6)
+    raw = torch.from_numpy(x.astype("i8")).to(getattr(torch, dtype))
+    assert torch.equal(Standardise(splits.inputs, got.dtype)(raw), got)
+
+
 def test_floating_targets_are_numbers_to_learn(tmp_path):
     y = np.arange(10, dtype="f4")
     splits = npz(write_npz(tmp_path, y_train=y, y_test=y[:4]))
@@ -114,6 +128,10 @@ NAN[3, 1, 0, 0] = np.nan
     ("changed", "named"),
     [
         ({"y_train": None}, "must hold y_train, got"),
+        (
+            {"x_val": X, "y_val": np.arange(10), "x_valid": X, "y_valid": np.arange(10)},
+            "must hold one pair of arrays for validation, got val and valid in ",
+        ),
         ({"x_test": None}, "must hold x_test, got"),
         ({"x_train": NAN}, "must be finite, got nan or inf"),
         ({"y_train": np.arange(9)}, "must have x (N, C, ...) and y (N, ...), got (10, 3, 2, 2)"),
@@ -311,6 +329,23 @@ def test_a_test_table_that_does_not_fit_is_named(tmp_path, rows, named):
     assert named in str(caught.value)
 
 
+def test_two_tables_for_one_set_are_refused(tmp_path):
+    for name in ("train", "training"):
+        write_csv(tmp_path / f"{name}.csv", [["a", "y"], [1, "old"]])
+    with pytest.raises(ConfigError, match="must hold one table for train, got train and training"):
+        csv(tmp_path, target="y")
+
+
+def test_names_and_values_may_have_line_breaks(tmp_path):
+    (tmp_path / "train.csv").write_text('"a\nb",y\n1,"new\nold"\n2,x\n')
+    splits = csv(tmp_path / "train.csv", target="y")
+    assert splits.classes == ["new\nold", "x"]
+    assert inputs_of(splits.train).tolist() == [[-1], [1]]
+    (tmp_path / "train.csv").write_text('"a\nb",y\n1,u\nz,x\n')
+    with pytest.raises(ConfigError, match="line 4, column a\nb: must be a finite number"):
+        csv(tmp_path / "train.csv", target="y")
+
+
 def test_files_that_are_no_tables_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"train.csv or with one, got 0 in"):
         csv(tmp_path, target="y")
@@ -344,3 +379,29 @@ def test_a_data_set_of_hugging_face(tmp_path):
         hf(tmp_path / "sets", input="rows", target="labels")
     with pytest.raises(ConfigError, match="what save_to_disk"):
         hf(tmp_path, input="rows", target="label")
+
+
+def test_targets_of_hugging_faces_columns(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    columns = {
+        "x": [0.5, 1.5, 2.5],
+        "yes": [True, False, True],
+        "number": [2, 0, 1],
+        "missing": [1, None, 0],
+        "text": ["a", "b", "a"],
+    }
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "set"))
+    splits = hf(tmp_path / "set", input="x", target="yes")
+    assert (splits.num_classes, splits.in_channels) == (2, 1)
+    assert targets_of(splits.train) == [1, 0, 1]
+    assert splits.train[0][1].dtype == torch.int64
+    assert inputs_of(splits.train).tolist() == [[0.5], [1.5], [2.5]]
+    assert hf(tmp_path / "set", input="x", target="number").num_classes == 3
+    with pytest.raises(ConfigError, match="got none in row 1 of train in 'missing'"):
+        hf(tmp_path / "set", input="x", target="missing")
+    with pytest.raises(ConfigError, match=r"of string. `class_encode_column\('text'\)` makes"):
+        hf(tmp_path / "set", input="x", target="text")
+    whole = datasets.Dataset.from_dict(columns)
+    datasets.DatasetDict(train=whole, val=whole, valid=whole).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(ConfigError, match="must hold one set for validation, got val and valid"):
+        hf(tmp_path / "two", input="x", target="number")

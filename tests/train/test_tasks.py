@@ -412,6 +412,18 @@ def test_ignored_samples_count_in_no_figure():
     assert int(found["loss"][1]) == 4
 
 
+def test_class_probabilities_have_no_ignored_class():
+    task: Any = make_builtin("classify", None, {"ignore_index": 0})
+    probabilities = torch.full((4, 3), 1 / 3)
+    with pytest.raises(ConfigError, match=r"`task.options.ignore_index` must be less than 0 for"):
+        task.loss(nn.Identity(), (torch.randn(4, 3), probabilities))
+
+
+def test_yes_and_no_are_no_classes():
+    with pytest.raises(ConfigError, match=r"whole numbers, or .* got \(4,\) of torch.bool"):
+        Classify(None).loss(nn.Identity(), (torch.randn(4, 2), torch.ones(4) > 0))
+
+
 class _WithAFunction(Regress):
     def __init__(self) -> None:
         super().__init__()

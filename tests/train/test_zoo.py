@@ -41,6 +41,10 @@ def takes_one_and_any(num_classes, **options) -> nn.Module:
     return kept(num_classes=num_classes, **options)
 
 
+def counts(num_classes) -> nn.Module:
+    return nn.Linear(num_classes + 1, 2)
+
+
 def takes_none() -> nn.Module:
     return kept()
 
@@ -67,6 +71,17 @@ def test_options_that_a_callable_does_not_take():
     message = f"`model.options` must fit '{HERE}:takes_some': got an unexpected .* 'depth'"
     with pytest.raises(ConfigError, match=message):
         make(f"{HERE}:takes_some", depth=3)
+
+
+def test_a_callable_that_takes_a_number_of_classes_needs_one():
+    options = {"in_channels": 3, "num_classes": None, "norm_layer": SyncBatchNorm}
+    message = r"`model.options.num_classes` must be given for '.*counts', since .*: TypeError: "
+    with pytest.raises(ConfigError, match=message):
+        build(f"{HERE}:counts", {}, ["tests"], **options)
+    assert isinstance(build(f"{HERE}:counts", {"num_classes": 2}, ["tests"], **options), nn.Linear)
+    with pytest.raises(TypeError):
+        make(f"{HERE}:counts", num_classes="2")
+    assert vars(build(f"{HERE}:takes_any", {}, ["tests"], **options))["given"] == options
 
 
 def test_a_network_that_is_built_in_needs_the_shape_of_the_data():

@@ -37,6 +37,8 @@ from syncnorm.errors import InputError, SyncnormError
 from syncnorm.testing import assert_close
 from tests.as_device import as_device
 
+from .test_native import needs_library
+
 # torch's own layers may be without a bias from 2.13 on; ours in every version.
 WITHOUT_BIAS = [{"bias": False}] if "bias" in inspect.signature(nn.BatchNorm1d).parameters else []
 LAYERS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -131,6 +133,36 @@ def test_the_input_under_its_names(make):
         lazy = convert(nn.LazyBatchNorm1d(), make)
         assert torch.equal(lazy(**kwargs), expected)
         assert type(lazy) is make
+
+
+# Channels last, but for the strides of sizes of 1.
+ODDLY_STRIDED = {
+    "one image": lambda: torch.randn(4, 3, 5).permute(2, 0, 1).unsqueeze(0),
+    "one volume": lambda: torch.randn(2, 3, 4, 5).permute(3, 0, 1, 2).unsqueeze(0),
+    "tokens": lambda: torch.randn(7, 4, 5).transpose(1, 2).unsqueeze(-1),
+    "tokens, 5-D": lambda: torch.randn(7, 4, 5).transpose(1, 2)[..., None, None],
+    "one row": lambda: torch.randn(7, 4, 3, 5).permute(0, 3, 1, 2)[:, :, :1],
+}
+
+
+def gradients_in_evaluation(layer: nn.Module, x: torch.Tensor, g: torch.Tensor) -> list[float]:
+    """How far each gradient is off, of new layers."""
+    x = x.detach().requires_grad_()
+    layer.eval()(x).backward(g)
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    scale = (1 + layer.eps) ** -0.5
+    expected = {x: scale * g, layer.weight: scale * (g * x).sum(dims), layer.bias: g.sum(dims)}
+    return [(leaf.grad - e).abs().max().item() for leaf, e in expected.items()]
+
+
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
+@pytest.mark.parametrize("name", ODDLY_STRIDED)
+def test_gradients_in_evaluation_are_right_in_every_layout(make, name):
+    x = ODDLY_STRIDED[name]()
+    for g in (torch.randn(x.shape), torch.randn_like(x)):
+        assert max(gradients_in_evaluation(make(5), x, g)) < 1e-4
+    with torch.no_grad():
+        assert make(5).eval()(x).shape == x.shape
 
 
 def test_evaluation_is_exactly_torchs():
@@ -453,7 +485,7 @@ def test_several_values_of_total_weight_one_are_no_single_value(is_debug):
 WRONG_LENGTHS = [("weight", 2), ("weight", 1), ("bias", 5), ("running_mean", 4), ("running_var", 2)]
 
 
-@pytest.mark.parametrize("kernels", ["native", "composed"])
+@pytest.mark.parametrize("kernels", [pytest.param("native", marks=needs_library), "composed"])
 @pytest.mark.parametrize(("name", "length"), WRONG_LENGTHS)
 @pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
 def test_tensors_of_another_length_are_refused(make, name, length, kernels):

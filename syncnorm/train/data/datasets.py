@@ -16,6 +16,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.placement import epoch_order
 from syncnorm.train.data.cifar import read_binary, read_python
 from syncnorm.train.data.idx import read_idx
+from syncnorm.train.data.inputs import exact_type
 from syncnorm.train.data.paths import DataFiles
 
 
@@ -72,11 +73,12 @@ class Dataset:
 
     def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """Compute (images - mean) / std for each channel, in `dtype`, on the device of `images`."""
+        exact = exact_type(images.dtype, dtype)
         # (C, 1, 1), against images (N, C, H, W)
         mean, std = (
-            value.to(images.device, dtype).view(-1, 1, 1) for value in (self.mean, self.std)
+            value.to(images.device, exact).view(-1, 1, 1) for value in (self.mean, self.std)
         )
-        return (images.to(dtype) - mean) / std
+        return ((images.to(exact) - mean) / std).to(dtype)
 
 
 def make_dataset(

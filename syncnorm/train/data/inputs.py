@@ -80,6 +80,19 @@ class Signature(BaseModel):
         return None if self.classes is None or number >= len(self.classes) else self.classes[number]
 
 
+def exact_type(raw: torch.dtype, dtype: torch.dtype) -> torch.dtype:
+    """Choose the type in which the mean is taken off raw inputs: float64 where they have its digits.
+
+    Of a date in seconds float32 would lose the digits that differ.
+
+    Args:
+        raw: of the inputs.
+        dtype: of the run.
+    """
+    is_long = raw == torch.float64 or (not raw.is_floating_point and raw.itemsize > 2)
+    return torch.float64 if is_long else dtype
+
+
 class Standardise(nn.Module):
     """Makes of raw inputs what the model was trained on.
 
@@ -96,8 +109,7 @@ class Standardise(nn.Module):
     def __init__(self, inputs: Inputs, dtype: torch.dtype) -> None:
         super().__init__()
         self.inputs, self.dtype = inputs, dtype
-        # Of a raw float64, such as a date in seconds, float32 would lose the digits that differ.
-        exact = torch.float64 if inputs.dtype == "float64" else dtype
+        exact = exact_type(getattr(torch, inputs.dtype), dtype)
         rest = (1,) * (len(inputs.shape) - 1)
         for name in ("mean", "std"):
             values = getattr(inputs, name)

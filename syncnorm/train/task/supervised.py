@@ -163,13 +163,19 @@ class Classify(Supervised):
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Refuse what is not a row of logits for each sample."""
-        if targets.ndim not in (1, 2) or (targets.ndim == 2) != targets.is_floating_point():
+        is_mixed_up = (targets.ndim == 2) != targets.is_floating_point()
+        if targets.ndim not in (1, 2) or is_mixed_up or targets.dtype == torch.bool:
             raise ConfigError(
                 "`data.name` must give a class for each sample, (N,) of whole numbers, or class "
                 f"probabilities (N, K), got {_shape(targets)} of {targets.dtype}. Other targets "
                 "need another task.name."
             )
         name = type(self.criterion).__name__
+        if targets.ndim == 2 and getattr(self.criterion, "ignore_index", -1) >= 0:
+            raise ConfigError(
+                "`task.options.ignore_index` must be less than 0 for class probabilities, such as "
+                f"data.augment.mixup and cutmix make, got {self.criterion.ignore_index}"
+            )
         if name != "CrossEntropyLoss" and (targets.ndim == 1) != (name in _BY_SOFTMAX):
             wanted = "classes (N,)" if name in _BY_SOFTMAX else "class probabilities (N, K)"
             raise ConfigError(

@@ -12,11 +12,10 @@ from torch.utils.data import Dataset
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
 from syncnorm.train.data.inputs import Inputs
-from syncnorm.train.data.sources.files import check_not_empty, list_folder
+from syncnorm.train.data.sources.files import check_not_empty, choose_splits, list_folder
 from syncnorm.train.data.sources.options import Classes, load_module, source
 from syncnorm.train.data.splits import Splits
 
-_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
 # Rows of the training set that mean and std are measured from.
 _MEASURED = 4096
 
@@ -52,16 +51,15 @@ class ArrayPairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, x: Any, y: Any, mean: Tensor, std: Tensor) -> None:
         self._x, self._y = x, y
-        self._dtype = _floating_type(x.array)
-        self._mean, self._std = mean.to(self._dtype), std.to(self._dtype)
+        self._dtype, self._exact = _floating_type(x.array), _exact_type(x.array)
+        self._mean, self._std = mean.to(self._exact), std.to(self._exact)
 
     def __len__(self) -> int:
         return len(self._x.array)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return (row(self._x.array[index], self._dtype) - self._mean) / self._std, row(
-            self._y.array[index], _target_type(self._y.array)
-        )
+        x = (row(self._x.array[index], self._exact) - self._mean) / self._std
+        return x.to(self._dtype), row(self._y.array[index], _target_type(self._y.array))
 
 
 class _InMemory:
@@ -167,17 +165,18 @@ def _make_splits(
     std: Sequence[float] | None,
 ) -> Splits:
     pairs: dict[str, tuple[Any, Any]] = {}
-    for split, suffixes in _NAMES.items():
-        for suffix in suffixes:
-            wanted = {f"x_{suffix}", f"y_{suffix}"}
-            if wanted & names or suffix == "train":
-                missing = sorted(wanted - names)
-                if missing:
-                    raise ConfigError(
-                        f"`data.root` must hold {missing[0]}, got {str(path)!r} with "
-                        f"{', '.join(sorted(names)) or 'no array'}"
-                    )
-                pairs[split] = read(f"x_{suffix}"), read(f"y_{suffix}")
+    present = {name[2:] for name in names if name.startswith(("x_", "y_"))}
+    for split, suffix in {
+        "train": "train",
+        **choose_splits(present, "pair of arrays", path),
+    }.items():
+        missing = sorted({f"x_{suffix}", f"y_{suffix}"} - names)
+        if missing:
+            raise ConfigError(
+                f"`data.root` must hold {missing[0]}, got {str(path)!r} with "
+                f"{', '.join(sorted(names)) or 'no array'}"
+            )
+        pairs[split] = read(f"x_{suffix}"), read(f"y_{suffix}")
     first_x, first_y = (each.array for each in pairs["train"])
     for split, (x, y) in pairs.items():
         _check(path, split, x.array, y.array, first_x, first_y)
@@ -284,6 +283,12 @@ def row(values: Any, dtype: torch.dtype) -> Tensor:
 
 def _floating_type(array: Any) -> torch.dtype:
     return torch.float64 if array.dtype.kind == "f" and array.itemsize == 8 else torch.float32
+
+
+def _exact_type(array: Any) -> torch.dtype:
+    """The type that holds each number of an array to the digit; float32 has 24 bits."""
+    is_long = array.dtype.kind in "iu" and array.itemsize > 2
+    return torch.float64 if is_long else _floating_type(array)
 
 
 def _target_type(array: Any) -> torch.dtype:

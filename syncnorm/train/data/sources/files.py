@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -45,17 +45,31 @@ def split_folders(root: Path) -> dict[str, Path]:
     Raises:
         ConfigError: it is no folder, or two folders are for one set.
     """
-    found: dict[str, Path] = {}
-    present = set(list_folder(root, is_folder=True))
+    names = choose_splits(list_folder(root, is_folder=True), "folder", root)
+    return {split: root / name for split, name in names.items()}
+
+
+def choose_splits(present: Collection[str], what: str, root: Path) -> dict[str, str]:
+    """Choose the name of each set from those that are there.
+
+    Args:
+        present: the names.
+        what: one of them is, for the message.
+        root: where they are, for the message.
+
+    Raises:
+        ConfigError: two are for one set.
+    """
+    found: dict[str, str] = {}
     for split, names in SPLITS.items():
         some = [name for name in names if name in present]
         if len(some) > 1:
             raise ConfigError(
-                f"`data.root` must hold one folder for {split}, got {' and '.join(some)} in "
+                f"`data.root` must hold one {what} for {split}, got {' and '.join(some)} in "
                 f"{str(root)!r}"
             )
         if some:
-            found[split] = root / some[0]
+            found[split] = some[0]
     return found
 
 

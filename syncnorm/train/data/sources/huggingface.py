@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
-from syncnorm.train.data.sources.files import SPLITS, check_not_empty
+from syncnorm.train.data.sources.files import check_not_empty, choose_splits
 from syncnorm.train.data.sources.images import ImageReader, pillow
 from syncnorm.train.data.sources.options import Classes, Column, Size, load_module, source
 from syncnorm.train.data.splits import Splits
@@ -42,7 +42,12 @@ class Rows(Dataset[tuple[Tensor, Any]]):
         if hasattr(value, "convert"):  # an image of Pillow's
             name = f"row {index}"
             return self._reader.convert(value, name, in_training=self._in_training), target
-        return torch.as_tensor(value, dtype=torch.float32), torch.as_tensor(target)
+        numbers = torch.as_tensor(value, dtype=torch.float32)
+        target = torch.as_tensor(target)
+        # A single number is one feature; yes and no are classes.
+        return numbers.reshape(
+            numbers.shape or 1
+        ), target.long() if target.dtype == torch.bool else target
 
 
 @source
@@ -85,7 +90,10 @@ def hf(
             f"`data.root` must be what save_to_disk of Hugging Face's datasets wrote, got "
             f"{str(root)!r}: {error}"
         ) from None
-    found = _by_split(loaded) if isinstance(loaded, dict) else {"train": loaded}
+    found = {"train": loaded}
+    if isinstance(loaded, dict):
+        names = choose_splits(loaded, "set", root)
+        found = {split: loaded[name] for split, name in names.items()}
     if "train" not in found:
         raise ConfigError(
             f"`data.root` must hold a set train, got {', '.join(loaded)} in {str(root)!r}"
@@ -98,6 +106,7 @@ def hf(
                     f"{', '.join(rows.column_names)}, got {name!r}"
                 )
         check_not_empty(split, len(rows), repr(str(root)))
+        _check_targets(split, rows, target)
     train = found["train"]
     has_images = type(train.features[input]).__name__ == "Image"
     if has_images:
@@ -116,10 +125,21 @@ def hf(
     )
 
 
-def _by_split(loaded: dict[str, Any]) -> dict[str, Any]:
-    return {
-        split: loaded[name] for split, names in SPLITS.items() for name in names if name in loaded
-    }
+def _check_targets(split: str, rows: Any, target: str) -> None:
+    """Refuse a column of one value for each row that holds text, or nothing in some row."""
+    kind = getattr(rows.features[target], "dtype", "")
+    if "string" in kind:
+        raise ConfigError(
+            f"`data.options.target` must name a column of numbers or of classes, got {target!r} of "
+            f"{kind}. `class_encode_column({target!r})` makes classes of it."
+        )
+    if kind.startswith(("bool", "float", "int", "uint")):
+        for number, value in enumerate(rows[target]):
+            if value is None:
+                raise ConfigError(
+                    f"`data.options.target` must name a column with a value in each row, got none "
+                    f"in row {number} of {split} in {target!r}"
+                )
 
 
 def _count_classes(rows: Any, target: str) -> int | None:
@@ -129,6 +149,8 @@ def _count_classes(rows: Any, target: str) -> int | None:
     kind = getattr(feature, "dtype", "")
     if kind.startswith("float"):
         return 1
+    if kind == "bool":
+        return 2
     if kind.startswith(("int", "uint")):
         return max(rows[target]) + 1
     return None

@@ -17,7 +17,12 @@ from torch.utils.data import TensorDataset
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.data.sources.arrays import mean_and_std
-from syncnorm.train.data.sources.files import SPLITS, check_not_empty, is_held_out, list_folder
+from syncnorm.train.data.sources.files import (
+    check_not_empty,
+    choose_splits,
+    is_held_out,
+    list_folder,
+)
 from syncnorm.train.data.sources.options import Column, Share, source
 from syncnorm.train.data.splits import Splits
 
@@ -105,12 +110,8 @@ def _find(root: Path, test: float) -> dict[str, Path]:
     if not root.is_dir():
         return {"train": root}
     names = [name for name in list_folder(root, is_folder=False) if name.endswith(".csv")]
-    found = {
-        split: root / f"{stem}.csv"
-        for split, stems in SPLITS.items()
-        for stem in stems
-        if f"{stem}.csv" in names
-    }
+    stems = choose_splits([name.removesuffix(".csv") for name in names], "table", root)
+    found = {split: root / f"{stem}.csv" for split, stem in stems.items()}
     if "train" not in found:
         if len(names) != 1:
             raise ConfigError(
@@ -128,7 +129,7 @@ def _find(root: Path, test: float) -> dict[str, Path]:
 def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> list[str]:
     """Read the names of the features."""
     with _open(path) as file:
-        names = _header(path, file, delimiter)
+        names = _header(path, files.reader(file, delimiter=delimiter))
     for key, name in (("target", target), *(("drop", name) for name in drop)):
         if name not in names:
             raise ConfigError(
@@ -144,16 +145,16 @@ def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> li
 def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _Table:
     table = _Table.empty(path)
     with _open(path) as file:
-        names = _header(path, file, delimiter)
+        reader = files.reader(file, delimiter=delimiter)
+        names = _header(path, reader)
         missing = [name for name in (*columns, target) if name not in names]
         if missing:
             raise ConfigError(
                 f"{path}: must have the columns of the training set, got none named {missing[0]!r}"
             )
         places, target_place = [names.index(name) for name in columns], names.index(target)
-        reader = files.reader(file, delimiter=delimiter)
         for values in reader:
-            line = reader.line_num + 1  # after the header
+            line = reader.line_num
             if not values:
                 continue
             if len(values) != len(names):
@@ -180,10 +181,8 @@ def _open(path: Path) -> Iterator[Any]:
         raise ConfigError(f"{path}: must be comma-separated text in UTF-8: {error}") from None
 
 
-def _header(path: Path, file: Any, delimiter: str) -> list[str]:
-    names = [
-        name.strip() for name in next(files.reader([file.readline()], delimiter=delimiter), [])
-    ]
+def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    names = [name.strip() for name in next(reader, [])]
     if not all(names) or len(set(names)) < len(names) or not names:
         raise ConfigError(
             f"{path}: must begin with a line of different names of columns, got {names}"
