@@ -24,16 +24,13 @@ from syncnorm.maths.double_backward import SecondDerivative
 from syncnorm.maths.moments import reciprocal
 
 ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
-"""Keeps a Function in the backward pass where nothing else needs a gradient.
-
-It is given none.
-"""
+"""Keeps a Function in the backward pass where nothing else needs a gradient. Its own is None."""
 
 
 class GradientMeans(Protocol):
-    """Pools a worker's [sum g, sum g xhat], shape (2, C), to means over the whole statistic.
+    """Pools a worker's [sum g, sum g xhat], shape (2, C), over the whole statistic.
 
-    They enter the gradient of the input. Called once in each backward pass of a layer's call, on
+    Their means enter the gradient of the input. Called once in each backward pass of a layer's call, on
     every worker.
     """
 
@@ -69,7 +66,7 @@ class Normalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        anchor: Tensor,
+        anchor: Tensor | None,
         mean: Tensor,
         invstd: Tensor,
         mask: Tensor | None,

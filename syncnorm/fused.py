@@ -34,7 +34,7 @@ class FusedNormalize(torch.autograd.Function):
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        anchor: Tensor,
+        anchor: Tensor | None,
         mask: Tensor | None,
         kernels: ModuleType,
         batch: Moments,

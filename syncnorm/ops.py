@@ -246,7 +246,7 @@ class Statistic(NamedTuple):
     """The moments that normalise a batch, and how its gradient is pooled."""
 
     moments: Moments
-    """Of the batch; under "lagged", where a layer does not wait, averages of earlier steps."""
+    """The batch's moments; under "lagged", where a layer does not wait, averages of earlier steps."""
     gradient_means: GradientMeans
     is_pooled: bool
     """True if other workers take part, in the backward pass too."""

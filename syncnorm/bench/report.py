@@ -171,5 +171,5 @@ def machine(device: str) -> str:
 
 
 def cores() -> int:
-    """Those of the machine."""
+    """The number of the machine's cores."""
     return os.cpu_count() or 1

@@ -181,7 +181,7 @@ def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bo
 
 
 Failure = InFlight | ExchangeError
-"""Of an exchange that failed: itself, if some ranks sent another payload; or how it broke."""
+"""An exchange that failed: itself, if some ranks sent another payload; or how it broke."""
 
 
 def raise_failure(failure: Failure, group: dist.ProcessGroup) -> NoReturn:

@@ -84,7 +84,7 @@ class Tally:
 
 # A list, as every exchange looks through it: to iterate over a WeakSet takes longer than to count.
 watchers: list[weakref.ref[Tally] | weakref.ref[_Record]] = []
-"""Those who want to know of exchanges: mostly nobody."""
+"""The tallies that want to know of exchanges: mostly none."""
 
 
 def tell(kind: str, count: int, numbers: int, start: float) -> None:

@@ -234,7 +234,7 @@ RULES: dict[str, Rule] = {
     "learning rate": _rate_too_large,
     "invariance": _not_invariant,
 }
-"""By name, in the order in which they speak."""
+"""The advisers by name, in the order in which they speak."""
 
 
 def _layers(measures: Measures) -> Mapping[str, Any]:

@@ -76,7 +76,7 @@ MEASURES = {
         lambda problem: 3 * POINTS**2 * _first(problem),
     ),
 }
-"""By name, in the order in which they are computed."""
+"""The measures by name, in the order in which they are computed."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,7 @@ class Problem:
         self.tick = tick
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.counts: list[dict[str, float]] = []
-        """By batch, the count of each term over all workers; known after `begin`."""
+        """The count of each term over all workers, by batch; known after `begin`."""
         self.sizes = self.zeros(len(batches), parts)
         """Samples of each batch and part, (K, P); known after `begin`."""
         self.under_way = 0, Forward(None, {})
@@ -114,7 +114,7 @@ class Problem:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that are trained."""
+        """The parameters that are trained."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def sum(self, message: Tensor, what: str) -> Tensor:

@@ -56,7 +56,7 @@ METHODS: dict[str, Callable[..., FamilyLayer]] = {
     "power_norm": PowerNorm,
     "unified_norm": UnifiedNorm,
 }
-"""By name, the methods that take the place of a batch norm: from a number of channels to a layer.
+"""The methods that take the place of a batch norm, by name: from a number of channels to a layer.
 
 Others take an activation's place too (EvoNorm), or need more than x: a mask (RegionNorm), tasks
 (BalancedBatchNorm), time steps (MembranePotentialBatchNorm).

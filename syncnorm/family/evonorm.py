@@ -159,7 +159,7 @@ class _Divide(torch.autograd.Function):
 def _gradient_in_blocks(
     grad: Tensor, x: Tensor, left: Tensor, slope: Tensor, offset: Tensor, weight: Tensor
 ) -> tuple[Tensor, ...]:
-    """As `_gradient`, without a graph: over blocks that fit a cache, in two buffers."""
+    """The same as `_gradient`, without a graph: over blocks that fit a cache, in two buffers."""
     of_x, sums = torch.empty_like(x), x.new_zeros(5, *x.shape[:2], dtype=torch.float64)
     for out, of_left, of_slope, of_offset, of_weight, of_bias, g, block, least, a, b, w in blocks(
         of_x, *sums, grad, x, left, slope, offset, weight

@@ -25,7 +25,7 @@ class LateSums:
     def __init__(self) -> None:
         self._under_way: deque[tuple[exchange.Pending, Callable[[Tensor], None]]] = deque()
         self.failure: exchange.Failure | None = None
-        """Of an exchange whose sums the statistics lack; raised when all are there."""
+        """The failed exchange that the statistics lack; raised when all are there."""
         self._has_fault = False
         self._is_settling = False
 

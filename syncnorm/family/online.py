@@ -52,7 +52,7 @@ _LARGEST = 5.0
 
 
 class Start(NamedTuple):
-    """Where a training forward begins."""
+    """The averages with which a training forward begins."""
 
     mean: Tensor
     var: Tensor

@@ -49,7 +49,7 @@ class SquareNorm(FamilyLayer):
         CurrentBuffers.put_into(self, self.late)
         self._is_warmed_up = False
         self._forwards_left = 0
-        """For how many forwards the warm-up goes on at least."""
+        """The number of forwards for which the warm-up goes on at least."""
 
     def message_sizes(self) -> list[int]:
         return [self.num_features + 1, self.num_features + 1]

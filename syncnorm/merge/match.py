@@ -12,7 +12,7 @@ from syncnorm.merge.channels import Channels, Place, channels
 from syncnorm.merge.interpolate import bare, check_alike
 
 Orders = list[Tensor]
-"""For each set of channels the channel of `b` that takes each place."""
+"""The channel of `b` that takes each place, for each set of channels."""
 
 
 @torch.no_grad()
@@ -154,7 +154,7 @@ class _Matching:
 
 
 def _assignment(similarity: Tensor) -> Tensor:
-    """For each row the column with which the sum is largest, each column once."""
+    """The column for each row with which the sum is largest, each column once."""
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError:

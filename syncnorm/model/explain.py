@@ -63,7 +63,7 @@ class Row:
     bytes: int | None = None
     """Sent by one worker in these, and in the messages that the layer shares with others."""
     clock: int | None = None
-    """Of the renormalisation schedule: updates of the statistics so far."""
+    """The clock of the renormalisation schedule: updates of the statistics so far."""
     r_max: float | None = None
     d_max: float | None = None
     between: float | None = None

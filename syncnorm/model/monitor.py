@@ -282,7 +282,7 @@ def _m2(sums: Tensor, squares: Tensor, n: Tensor) -> Tensor:
 
 
 def _gaps(forwards: list[_LastForward], count: Tensor, eps: Tensor, owner: Tensor) -> Tensor:
-    """By channel, (4, T): the squares of both gaps, and 1 where r or d is at its bound.
+    """Four figures of each channel, (4, T): the squares of both gaps, and 1 where r or d is at its bound.
 
     Unclipped, d is the gap of the mean and log r that of the variance, in any layer.
     """

@@ -24,7 +24,7 @@ from syncnorm.statistics.source import Mode
 MODES: dict[str, type[Mode]] = {
     mode.name: mode for mode in (BatchMode, RunningMode, LaggedMode, LocalMode)
 }
-"""By the name that is given as `sync`; the first is the default."""
+"""The modes by the name that is given as `sync`; the first is the default."""
 
 
 def mode_of(sync: str | Lagged) -> Mode:

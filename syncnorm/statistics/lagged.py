@@ -219,7 +219,7 @@ class LaggedSource(Source):
         self._steps = Steps(self)
         self._backward = Backward()
         self._gradients: dict[str, list[Tensor]] = {}
-        """For each layer [sum g, sum g xhat], flat, and the count, of the calls so far."""
+        """[sum g, sum g xhat], flat, and the count, of each layer's calls so far."""
         self._late: dict[str, list[Tensor]] = {}
         """The same of steps whose message has left.
 
@@ -228,7 +228,7 @@ class LaggedSource(Source):
         self._sent: FlatMessage | None = None
         """The message of the backward pass, under way."""
         self._averages: _Averages | None = None
-        """As they are in the present step, while nobody moves them."""
+        """The averages of the present step, while nobody moves them."""
 
     @property
     def layers(self) -> Mapping[str, SyncNorm]:

@@ -51,7 +51,7 @@ class Gathered:
     Layers that only other workers call are among them.
     """
     shard: LateShard | None = None
-    """Of the first layer that was called."""
+    """Shard of the first layer that was called."""
 
 
 class Sent(NamedTuple):
@@ -59,7 +59,7 @@ class Sent(NamedTuple):
 
     message: FlatMessage
     rules: list[tuple[bool, float | None]]
-    """For each layer whether its running statistics follow, and by which momentum."""
+    """Whether each layer's running statistics follow, and its momentum."""
     members: list[int]
     shard: LateShard | None
 
@@ -98,7 +98,7 @@ class RunningPool:
         self._sent: Sent | None = None
         self._fault: str | None = None
         self.failure: exchange.Failure | None = None
-        """Of an exchange that failed; raised when all are there."""
+        """The failed exchange; raised when all are there."""
         for layer in layers.values():
             layer.statistics = source
             CurrentBuffers.put_into(layer, source)

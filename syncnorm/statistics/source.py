@@ -156,7 +156,7 @@ def untraced_forward(self: Source, layer: SyncNorm, x: Tensor, mask: Tensor | No
 
 
 class Unattached(Source):
-    """For modes in which layers act together: an error until `prepare_ddp` has introduced them."""
+    """The source of modes in which layers act together: an error until `prepare_ddp` has introduced them."""
 
     is_attached = False
     forward = untraced_forward

@@ -164,10 +164,8 @@ def _compute_gradient(
                 if isinstance(samples_of_mine, Failure):
                     failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
                 total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
-                mine = total.detach()
-                if loss is not None:
-                    mine, counted = loss.double() + mine, count + counted
-                loss, count = mine, counted
+                loss = total.detach() if loss is None else loss.double() + total.detach()
+                count = counted if number == 1 else count + counted
                 if is_last:
                     setup.gradients.begin()
                     pending = PendingNotes(setup, loss, count)

@@ -49,4 +49,4 @@ BASELINES: dict[str, Callable[[int, float], nn.Module]] = {
     "derf": lambda channels, eps: Derf(channels),
     "none": lambda channels, eps: NoNorm(channels),
 }
-"""By name, from a number of channels and an eps to a layer for input (N, C, *S)."""
+"""Makers by name: from a number of channels and an eps to a layer for input (N, C, *S)."""

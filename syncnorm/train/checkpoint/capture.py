@@ -74,7 +74,7 @@ class Progress:
 
     @property
     def mean_loss(self) -> float:
-        """Of this epoch's steps that were taken; NaN before the first."""
+        """The mean of this epoch's steps that were taken; NaN before the first."""
         taken = self.step_in_epoch - self.left_out
         return self.loss_sum / taken if taken else math.nan
 

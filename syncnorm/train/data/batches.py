@@ -15,7 +15,7 @@ from syncnorm.errors import in_one_line
 
 @dataclass(frozen=True)
 class Failure:
-    """In place of a sample or a batch that could not be read. As a value it passes any process.
+    """Stand-in for a sample or a batch that could not be read. As a value it passes any process.
 
     Args:
         message: the cause, for the user.

@@ -43,7 +43,7 @@ class _Glimpse(NamedTuple):
 
 
 _Sample = list[_Glimpse] | None
-"""Of the parts of a sample; None if it cannot be read, which the run says when it comes to it."""
+"""Digest of the parts of a sample; None if it cannot be read, which the run says when it comes to it."""
 
 
 def check_same_data(feed: Feed, workers: Workers) -> None:

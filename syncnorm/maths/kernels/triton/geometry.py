@@ -54,7 +54,7 @@ class Plan(NamedTuple):
     sizes: tuple[int, ...]
     """groups, per, tiles, blocks, outer, limit, length, e1, e2, e3 of the kernels."""
     strides: tuple[Strides, ...]
-    """For each tensor: four of the outer dimensions, of a group, of a lane."""
+    """Strides of each tensor: four of the outer dimensions, of a group, of a lane."""
     shape: tuple[int, ...]
     """FORM, OUTER, UNIT, BN, BJ, BC, WIDE of the kernels."""
     flat: tuple[bool, ...]
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 class _Dims(NamedTuple):
     sizes: tuple[int, ...]
     strides: tuple[Strides, ...]
-    """For each tensor, by dimension."""
+    """Strides of each tensor, by dimension."""
 
 
 def _collapse(shape: Strides, strides: tuple[Strides, ...]) -> _Dims:
