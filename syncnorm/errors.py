@@ -11,6 +11,17 @@ SingleValueWarning (UserWarning)   a statistic was taken over a single value
 UnevenShardsWarning (UserWarning)  workers held unequal shards, and the loss was not scaled
 """
 
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "ExchangeError",
+    "FaultError",
+    "InputError",
+    "SingleValueWarning",
+    "SyncnormError",
+    "UnevenShardsWarning",
+]
+
 
 class SyncnormError(Exception):
     """Base class of every error that syncnorm raises on purpose."""
