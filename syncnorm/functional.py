@@ -13,6 +13,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments
+from syncnorm.undocumented import is_tracing
 
 __all__ = ["sync_batch_norm", "sync_batch_renorm"]
 
@@ -42,7 +43,7 @@ def sync_batch_norm(
     the local batch.
 
     *Collectives*: in training over more than one worker one all-reduce of 2C+2 float64 numbers, and
-    one in the backward pass. Every worker must call, also one without samples. None in
+    one of as many in the backward pass. Every worker must call, also one without samples. None in
     evaluation.
 
     *Gradients*: of x through the pooled statistics; of weight and bias local sums
@@ -223,23 +224,23 @@ def evaluate(
         # F.batch_norm takes them all in the type of x, or all in float32 with a half x.
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         running_mean, running_var, weight, bias = (None if t is None else t.to(wide) for t in given)
-    if torch.is_grad_enabled() and not x.is_contiguous() and _misleads_torch(x):
-        y = F.batch_norm(x.flatten(2), running_mean, running_var, weight, bias, False, 0.0, eps)
-        return y.view_as(x)
-    return F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps)
+    arguments = (running_mean, running_var, weight, bias, False, 0.0, eps)
+    if x.is_cpu and x.ndim > 3 and torch.is_grad_enabled() and not _is_channels_last(x):
+        # torch's gradient of images would take some layouts of sizes of 1 for another one.
+        return F.batch_norm(x.flatten(2), *arguments).view_as(x)
+    return F.batch_norm(x, *arguments)
 
 
-def _misleads_torch(x: Tensor) -> bool:
-    """True for a batch on a CPU whose gradient torch would read in another layout than it has.
-
-    One that is channels last, but for strides of sizes of 1: one image (H, W, C), permuted, or
-    tokens (N, L, C) as (N, C, L, 1). torch reads the gradient channels last, and does not make it so.
-    """
-    if not (x.is_cpu and x.ndim > 3) or torch.compiler.is_compiling():
-        return False
-    layout = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-    plain = torch.empty(x.shape, device="meta", memory_format=layout)
-    return x.is_contiguous(memory_format=layout) and x.stride() != plain.stride()
+def _is_channels_last(x: Tensor) -> bool:
+    """True if x lies channels last, its sizes of 1 included; and in code that others will run."""
+    if torch.compiler.is_compiling() or is_tracing():
+        return True
+    size = 1
+    for dim in (1, *range(x.ndim - 1, 1, -1), 0):
+        if x.stride(dim) != size:
+            return False
+        size *= x.shape[dim]
+    return True
 
 
 def _check_arguments(

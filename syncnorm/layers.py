@@ -54,7 +54,7 @@ class SyncBatchNorm(SyncNorm):
     communication.
 
     *Collectives*: in training, with `sync="batch"` and more than one worker, one all-reduce of 2C+2
-    float64 numbers forward and one backward. Every worker must take part, also one whose
+    float64 numbers forward and one of as many backward. Every worker must take part, also one whose
     batch is empty. The first training forward makes a process group for statistics (`prepare_ddp`
     makes it earlier).
 

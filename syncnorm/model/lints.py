@@ -5,7 +5,8 @@ Each function gives sentences for a person, none where there is nothing to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -24,7 +25,6 @@ from syncnorm.model.norm_parameters import is_norm
 from syncnorm.model.sample import call, evaluating_untouched
 
 _BATCH_NORMS = (_BatchNorm, Pooling)
-_NO_EFFECT = ""
 
 
 class Call(NamedTuple):
@@ -86,56 +86,64 @@ def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -
     """
     names = _names(model)
     order = [each.module for each in calls]
-    pairs: dict[nn.Module, nn.Module] = {}
+    behind: dict[nn.Module, Sequence[nn.Module]] = {}
     for i, module in enumerate(order):
-        after = next((m for m in order[i + 1 :] if isinstance(m, _BATCH_NORMS)), None)
-        is_on = isinstance(module, _DropoutNd) and module.p > 0 and _trains(model, module)
-        if is_on and after is not None and _trains(model, after):
-            pairs[module] = after
-    figures = _variances(model, pairs, sample) if pairs and sample is not None else {}
-    return [
-        f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics hold a "
-        f"variance that evaluation does not have{figures.get(after, '')}. Move it behind the last "
-        "batch normalisation."
-        for module, after in pairs.items()
-        if figures.get(after) != _NO_EFFECT
-    ]
+        if isinstance(module, _DropoutNd) and module.p > 0 and _trains(model, module):
+            norms = [m for m in order[i + 1 :] if isinstance(m, _BATCH_NORMS) and _trains(model, m)]
+            behind.setdefault(module, norms)
+    all_norms = {norm for norms in behind.values() for norm in norms}
+    figures = (
+        {} if sample is None or not all_norms else _variances(model, behind, all_norms, sample)
+    )
+    found = []
+    for module, norms in behind.items():
+        # One that was not looked at may be meant.
+        after = next((norm for norm in norms if figures.get(norm, "") is not None), None)
+        if after is not None:
+            found.append(
+                f"dropout at {names[module]!r} runs before {names[after]!r}: training statistics "
+                f"hold a variance that evaluation does not have{figures.get(after, '')}. Move it "
+                "behind the last batch normalisation."
+            )
+    return found
 
 
 def _variances(
-    model: nn.Module, pairs: dict[nn.Module, nn.Module], sample: Any
-) -> dict[nn.Module, str]:
-    """Say the variance of a batch norm's input with dropout and without, on the sample.
+    model: nn.Module, dropouts: Iterable[nn.Module], norms: Iterable[nn.Module], sample: Any
+) -> dict[nn.Module, str | None]:
+    """Say the variances of the norms' inputs with dropout and without, on the sample.
 
-    `_NO_EFFECT` where no dropout reaches it.
+    Of a norm that is called several times, those of the first call that differs; None if none does:
+    no dropout reaches it.
     """
-    found: dict[nn.Module, list[float]] = {norm: [] for norm in pairs.values()}
-    for is_on in (True, False):
-        seen: dict[nn.Module, float] = {}
+    seen: dict[bool, dict[nn.Module, list[float]]] = {True: {}, False: {}}
+    for is_on, variances in seen.items():
 
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x: Tensor = checks.input_of(args, kwargs)
             if observed.observer(x) is not None:
                 return
             by_channel = x.detach().transpose(0, 1).flatten(1).cpu().double()
-            seen[module] = by_channel.var(1, correction=0).mean().item()  # noqa: B023 this round's
+            variance = by_channel.var(1, correction=0).mean().item()
+            variances.setdefault(module, []).append(variance)  # noqa: B023 this round's
 
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(evaluating_untouched(model))
-            for dropout in pairs:
+            for dropout in dropouts:
                 dropout.training = is_on
-            for norm in found:
+            for norm in norms:
                 stack.callback(norm.register_forward_pre_hook(look, with_kwargs=True).remove)
             call(model, sample, "sample")
-        for norm, variance in seen.items():
-            found[norm].append(variance)
-    return {
-        norm: _NO_EFFECT
-        if abs(off / on - 1) < 0.005
-        else f", {on:.3g} against {off:.3g} on the sample (ratio {off / on:.2f})"
-        for norm, (on, off) in ((norm, pair) for norm, pair in found.items() if pair)
-        if on > 0
-    }
+    return {norm: _contrast(with_it, seen[False][norm]) for norm, with_it in seen[True].items()}
+
+
+def _contrast(with_dropout: list[float], without: list[float]) -> str | None:
+    for on, off in zip(with_dropout, without, strict=False):
+        if not math.isclose(on, off, rel_tol=1e-5):
+            ratio = f" (ratio {off / on:.2f})" if on else ""
+            return f", {on:.3g} against {off:.3g} on the sample{ratio}"
+    # A constant sample tells nothing.
+    return None if any(without) else ""
 
 
 def head_lints(model: nn.Module, calls: Sequence[Call]) -> list[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 class BatchSource(Source):
     """The moments of the batch over the layer's process group, by one exchange.
 
-    *Collectives*: one all-reduce of 2C+2 float64 numbers, and one in the backward pass.
+    *Collectives*: one all-reduce of 2C+2 float64 numbers, and one of as many in the backward pass.
     """
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:

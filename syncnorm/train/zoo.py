@@ -50,12 +50,12 @@ def build(
         arguments = _arguments(name, function, given, options)
         try:
             model = function(**arguments)
-        except Exception as error:
+        except TypeError as error:
             missing = [key for key, value in arguments.items() if value is None and key in given]
-            if not missing:
+            if not missing or "NoneType" not in str(error):
                 raise
             raise ConfigError(
-                f"`model.options.{missing[0]}` must be given for {name!r}, since the data set does "
+                f"`model.options.{missing[0]}` may have to be given for {name!r}, since the data set does "
                 f"not say it: {in_one_line(error)}"
             ) from error
     if not isinstance(model, nn.Module):

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.launch import commands
 PATIENCE_SECONDS = 1500
 # A port that was free may be taken before Ray listens on it.
 _ATTEMPTS = 3
+_PORT_TAKEN = "ddress already in use"
 
 
 class NodeEnded(Exception):
@@ -177,25 +179,27 @@ def local_cluster(
     nodes: int = 2, cpus: int = 2, environment: Mapping[str, str] | None = None
 ) -> Iterator[Cluster]:
     """Start a cluster on 127.0.0.2 and following, and end it on the way out."""
-    cluster = _start_cluster(nodes, cpus, environment or {}, _ATTEMPTS)
+    cluster = _start_cluster(nodes, cpus, environment or {})
     try:
         yield cluster
     finally:
         cluster.close()
 
 
-def _start_cluster(nodes: int, cpus: int, environment: Mapping[str, str], attempts: int) -> Cluster:
-    cluster = _without_nodes(environment)
-    try:
-        cluster.start_head("127.0.0.2", cpus)
-        for number in range(1, nodes):
-            cluster.add_node(f"127.0.0.{2 + number}", cpus)
-        return cluster
-    except BaseException as error:
-        cluster.close()
-        if attempts == 1 or not isinstance(error, NodeEnded):
-            raise
-    return _start_cluster(nodes, cpus, environment, attempts - 1)
+def _start_cluster(nodes: int, cpus: int, environment: Mapping[str, str]) -> Cluster:
+    for left in reversed(range(_ATTEMPTS)):
+        cluster = _without_nodes(environment)
+        try:
+            cluster.start_head("127.0.0.2", cpus)
+            for number in range(1, nodes):
+                cluster.add_node(f"127.0.0.{2 + number}", cpus)
+            return cluster
+        except BaseException as error:
+            cluster.close()
+            if not left or not isinstance(error, NodeEnded) or _PORT_TAKEN not in str(error):
+                raise
+            warnings.warn(f"a cluster starts again: {error}", stacklevel=2)
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _without_nodes(environment: Mapping[str, str]) -> Cluster:
@@ -237,7 +241,7 @@ def wait_until(is_so: Callable[[], bool], explain: Callable[[], str] = str) -> N
 def free_port() -> int:
     """A port that nobody listens on, on any of this machine's addresses.
 
-    None that the system gives to connections, nor that Ray gives to its workers: it would be taken
+    None that Linux gives to connections by default, nor that Ray gives to its workers: it would be taken
     again before a process listens on it.
     """
     # Tests seed `random`, and those of another process with the same seeds.

@@ -285,6 +285,18 @@ class Beside(nn.Module):
         return self.head(torch.cat([self.first(x), self.second(x)], 1))
 
 
+class Residual(nn.Module):
+    """A block with dropout at the end of its branch, and a norm in its shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3))
+        self.shortcut, self.norm, self.head = nn.BatchNorm1d(4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.inner(x) + self.shortcut(x)))
+
+
 def test_a_compiled_model_is_looked_at_uncompiled():
     backend = mock.Mock(side_effect=lambda graph, _: graph)
     model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), nn.ReLU())
@@ -308,6 +320,9 @@ def test_dropout_before_batch_statistics_by_the_order_of_execution():
         assert explain(nn.Sequential(dropout, norm), x).lints == []
         part.train()
     assert explain(Beside(dropout, norm, nn.Linear(8, 2)), x).lints == []
+    # The norm of the shortcut is called before that behind the sum.
+    (lint,) = explain(Residual(), x).lints
+    assert lint.startswith("dropout at 'inner.1' runs before 'norm':")
     reverse = Backwards(norm, nn.ReLU(), dropout)
     for model, names in (
         (nn.Sequential(dropout, norm), ("0", "1")),

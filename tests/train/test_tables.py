@@ -329,6 +329,14 @@ def test_a_test_table_that_does_not_fit_is_named(tmp_path, rows, named):
     assert named in str(caught.value)
 
 
+def test_a_quote_that_is_left_open_makes_one_short_line(tmp_path):
+    (tmp_path / "train.csv").write_text('"a,y\n' + "1,2\n" * 1000)
+    with pytest.raises(ConfigError) as caught:
+        csv(tmp_path / "train.csv", target="y")
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
 def test_two_tables_for_one_set_are_refused(tmp_path):
     for name in ("train", "training"):
         write_csv(tmp_path / f"{name}.csv", [["a", "y"], [1, "old"]])
@@ -340,9 +348,11 @@ def test_names_and_values_may_have_line_breaks(tmp_path):
     (tmp_path / "train.csv").write_text('"a\nb",y\n1,"new\nold"\n2,x\n')
     splits = csv(tmp_path / "train.csv", target="y")
     assert splits.classes == ["new\nold", "x"]
+    (tmp_path / "named.csv").write_text('"y\nz",x\na,1\nb,2\n')
+    assert csv(tmp_path / "named.csv", target="y z").classes == ["a", "b"]
     assert inputs_of(splits.train).tolist() == [[-1], [1]]
-    (tmp_path / "train.csv").write_text('"a\nb",y\n1,u\nz,x\n')
-    with pytest.raises(ConfigError, match="line 4, column a\nb: must be a finite number"):
+    (tmp_path / "train.csv").write_text('"a\nb",y\n1,u\n\nz,"x\n"\n')
+    with pytest.raises(ConfigError, match="line 5, column a b: must be a finite number"):
         csv(tmp_path / "train.csv", target="y")
 
 
@@ -397,11 +407,22 @@ def test_targets_of_hugging_faces_columns(tmp_path):
     assert splits.train[0][1].dtype == torch.int64
     assert inputs_of(splits.train).tolist() == [[0.5], [1.5], [2.5]]
     assert hf(tmp_path / "set", input="x", target="number").num_classes == 3
+    image = pytest.importorskip("PIL.Image").new("RGB", (6, 4))
+    features = datasets.Features(x=datasets.Image(), yes=datasets.Value("bool"))
+    images = {"x": [image] * 3, "yes": columns["yes"]}
+    of_images = datasets.Dataset.from_dict(images, features=features)
+    of_images.save_to_disk(str(tmp_path / "images"))
+    train = hf(tmp_path / "images", input="x", target="yes", size=4).train
+    labels = next(iter(DataLoader(train, batch_size=3)))[1]
+    assert (labels.tolist(), labels.dtype) == ([1, 0, 1], torch.int64)
     with pytest.raises(ConfigError, match="got none in row 1 of train in 'missing'"):
         hf(tmp_path / "set", input="x", target="missing")
     with pytest.raises(ConfigError, match=r"of string. `class_encode_column\('text'\)` makes"):
         hf(tmp_path / "set", input="x", target="text")
     whole = datasets.Dataset.from_dict(columns)
+    whole.with_format("numpy").save_to_disk(str(tmp_path / "formatted"))
+    with pytest.raises(ConfigError, match="got none in row 1 of train in 'missing'"):
+        hf(tmp_path / "formatted", input="x", target="missing")
     datasets.DatasetDict(train=whole, val=whole, valid=whole).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ConfigError, match="must hold one set for validation, got val and valid"):
         hf(tmp_path / "two", input="x", target="number")

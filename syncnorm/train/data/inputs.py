@@ -81,7 +81,7 @@ class Signature(BaseModel):
 
 
 def exact_type(raw: torch.dtype, dtype: torch.dtype) -> torch.dtype:
-    """Choose the type in which the mean is taken off raw inputs: float64 where they have its digits.
+    """Choose the type in which the mean is taken off raw inputs: float64 where float32 would round.
 
     Of a date in seconds float32 would lose the digits that differ.
 

@@ -15,6 +15,7 @@ from syncnorm.train.data.sources.options import Classes, Column, Size, load_modu
 from syncnorm.train.data.splits import Splits
 
 _INSTALL = "pip install datasets"
+_NUMBERS = ("bool", "float", "int", "uint")
 
 
 class Rows(Dataset[tuple[Tensor, Any]]):
@@ -39,15 +40,13 @@ class Rows(Dataset[tuple[Tensor, Any]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Any]:
         row = self._rows[index]
         value, target = (row[name] for name in self._columns)
+        target = int(target) if isinstance(target, bool) else target
         if hasattr(value, "convert"):  # an image of Pillow's
             name = f"row {index}"
             return self._reader.convert(value, name, in_training=self._in_training), target
         numbers = torch.as_tensor(value, dtype=torch.float32)
-        target = torch.as_tensor(target)
-        # A single number is one feature; yes and no are classes.
-        return numbers.reshape(
-            numbers.shape or 1
-        ), target.long() if target.dtype == torch.bool else target
+        # A single number is one feature.
+        return numbers.reshape(numbers.shape or 1), torch.as_tensor(target)
 
 
 @source
@@ -126,20 +125,21 @@ def hf(
 
 
 def _check_targets(split: str, rows: Any, target: str) -> None:
-    """Refuse a column of one value for each row that holds text, or nothing in some row."""
-    kind = getattr(rows.features[target], "dtype", "")
-    if "string" in kind:
+    """Refuse a column with nothing in some row, or with one value a row that is no number."""
+    feature = rows.features[target]
+    kind = getattr(feature, "dtype", "")
+    if type(feature).__name__ == "Value" and not kind.startswith(_NUMBERS):
         raise ConfigError(
             f"`data.options.target` must name a column of numbers or of classes, got {target!r} of "
             f"{kind}. `class_encode_column({target!r})` makes classes of it."
         )
-    if kind.startswith(("bool", "float", "int", "uint")):
-        for number, value in enumerate(rows[target]):
-            if value is None:
-                raise ConfigError(
-                    f"`data.options.target` must name a column with a value in each row, got none "
-                    f"in row {number} of {split} in {target!r}"
-                )
+    column = rows.data.column(target)
+    if column.null_count:
+        first = column.is_null().index(True).as_py()
+        raise ConfigError(
+            f"`data.options.target` must name a column with a value in each row, got none in row "
+            f"{first} of {split} in {target!r}"
+        )
 
 
 def _count_classes(rows: Any, target: str) -> int | None:
@@ -152,7 +152,7 @@ def _count_classes(rows: Any, target: str) -> int | None:
     if kind == "bool":
         return 2
     if kind.startswith(("int", "uint")):
-        return max(rows[target]) + 1
+        return load_module("pyarrow.compute", _INSTALL).max(rows.data.column(target)).as_py() + 1
     return None
 
 

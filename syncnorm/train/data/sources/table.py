@@ -133,7 +133,7 @@ def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> li
     for key, name in (("target", target), *(("drop", name) for name in drop)):
         if name not in names:
             raise ConfigError(
-                f"`data.options.{key}` must name a column of {path}, {', '.join(names)}, got "
+                f"`data.options.{key}` must name a column of {path}, {', '.join(names)[:300]}, got "
                 f"{name!r}"
             )
     columns = [name for name in names if name != target and name not in drop]
@@ -153,8 +153,9 @@ def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _T
                 f"{path}: must have the columns of the training set, got none named {missing[0]!r}"
             )
         places, target_place = [names.index(name) for name in columns], names.index(target)
+        end = reader.line_num
         for values in reader:
-            line = reader.line_num
+            line, end = end + 1, reader.line_num
             if not values:
                 continue
             if len(values) != len(names):
@@ -182,10 +183,10 @@ def _open(path: Path) -> Iterator[Any]:
 
 
 def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
-    names = [name.strip() for name in next(reader, [])]
+    names = [" ".join(name.split()) for name in next(reader, [])]
     if not all(names) or len(set(names)) < len(names) or not names:
         raise ConfigError(
-            f"{path}: must begin with a line of different names of columns, got {names}"
+            f"{path}: must begin with a line of different names of columns, got {str(names)[:300]}"
         )
     return names
 
