@@ -226,8 +226,12 @@ def evaluate(
         running_mean, running_var, weight, bias = (None if t is None else t.to(wide) for t in given)
     arguments = (running_mean, running_var, weight, bias, False, 0.0, eps)
     if x.is_cpu and x.ndim > 3 and torch.is_grad_enabled() and not _is_channels_last(x):
-        # torch's gradient of images would take some layouts of sizes of 1 for another one.
-        return F.batch_norm(x.flatten(2), *arguments).view_as(x)
+        # torch's gradient of images would take some strides of sizes of 1 for another layout.
+        if x.is_contiguous() or x.stride(1) != 1:
+            return F.batch_norm(x.flatten(2), *arguments).view_as(x)
+        # Channels last but for such strides, which a reshape sets right.
+        by_row = x.movedim(1, -1).contiguous()
+        x = by_row.reshape(by_row.shape).movedim(-1, 1)
     return F.batch_norm(x, *arguments)
 
 

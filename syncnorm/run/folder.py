@@ -153,9 +153,12 @@ def lock(folder: Path) -> Any:
     """Lock a run's folder for as long as the returned file is open.
 
     Raises:
-        ConfigError: another process has locked it.
+        ConfigError: another process has locked it, or it cannot be written.
     """
-    file = (folder / "run.lock").open("w")
+    try:
+        file = (folder / "run.lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"run {str(folder)!r} must be writable: {error.strerror}") from None
     try:
         system.lock(file.fileno())
     except BlockingIOError:

@@ -1,5 +1,6 @@
 """The command `syncnorm recalibrate`: in this process, or as one worker of torchrun."""
 
+import os
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,13 +20,16 @@ def run_recalibrate(
     """Recalibrate a run, and print its metrics before and after.
 
     Raises:
-        ConfigError: `mix` is out of range, the folder is not a finished run's, or its configuration
+        ConfigError: `mix` is out of range, the folder is not a finished run's or cannot be written,
+            or its configuration
             names code that is not allowed.
         LocalRunError: code that the configuration names failed.
     """
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
     config = read_run(folder, allowed)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run {str(folder)!r} must be writable, for the new checkpoint")
     workers = join(config.launch.device, launched)
     try:
         with errors_in_one_line(workers.rank):

@@ -4,6 +4,7 @@ import faulthandler
 import logging
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType
@@ -86,11 +87,19 @@ class SignalWatch(Watchdog):
             self.stop, self._asked = signal.Signals(number).name, now
 
 
+class _FileHandler(logging.FileHandler):
+    """A handler that says nothing where there is no room for a line: the run says what fails."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 def open_log(path: Path, is_first: bool) -> None:
     """Log to a file, warnings included; the first worker's warnings go to standard error too."""
     path.parent.mkdir(exist_ok=True)
     root = logging.getLogger()
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))
     root.addHandler(handler)
     root.setLevel(logging.INFO)

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -216,7 +216,9 @@ def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcom
         _log.info("failed after step %d", progress.step, exc_info=True)
         if workers.is_first:
             code = 2 if isinstance(error, ConfigError) else 1
-            Exit("failed", f"{type(error).__name__}: {error}", progress.step, code).write(folder)
+            reason = f"{type(error).__name__}: {error}"
+            with suppress(OSError):  # a full disk, which may be what the error is of
+                Exit("failed", reason, progress.step, code).write(folder)
         if mirror is not None and (folder / "metrics.jsonl").exists():
             mirror.close()
             mirror.is_over(_LAST_COPY_SECONDS)

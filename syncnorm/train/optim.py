@@ -3,6 +3,7 @@
 import inspect
 import math
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache, partial
 from types import NoneType
@@ -13,7 +14,11 @@ from pydantic import BaseModel, ConfigDict, create_model
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR, SequentialLR
 
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.config.section import name_hint
+
+# Steps after a warm-up that are tried before a run begins.
+_TRIED = 3
 
 
 def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
@@ -211,8 +216,42 @@ def make_schedule(
         warmup: share of `total_steps`, in [0, 1).
         total_steps: steps of the whole run.
         options: arguments of a class of torch's, whose steps count from the end of the warm-up.
+
+    Raises:
+        ConfigError: the class ends or breaks before the run does.
     """
     warmup_steps = round(warmup * total_steps)
+    if name in SCHEDULERS:
+        trial = _trial_optimizer("SGD", {"momentum": 0.9})
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                _try_out(_sequence(name, trial, warmup_steps, total_steps, options), total_steps)
+        except Exception as error:  # a class may raise anything
+            raise ConfigError(
+                f"`train.schedule` must last for {total_steps} steps, {warmup_steps} of them "
+                f"warm-up, got {name} with {reprlib.repr(dict(options))}: {in_one_line(error)}"
+            ) from None
+    return _sequence(name, optimizer, warmup_steps, total_steps, options)
+
+
+def _try_out(schedule: LRScheduler, total_steps: int) -> None:
+    """Step as a run does, over its first steps, where a warm-up ends, and its length."""
+    last = schedule._schedulers[1] if isinstance(schedule, SequentialLR) else schedule
+    begin = schedule._milestones[0] if isinstance(schedule, SequentialLR) else 0
+    if isinstance(last, OneCycleLR) and last.total_steps < total_steps - begin:
+        raise ValueError(f"it has {last.total_steps} steps")
+    schedule.optimizer.step()  # torch warns if a schedule steps before its optimizer
+    for _ in range(min(total_steps, begin + _TRIED)):
+        schedule.step()
+
+
+def _sequence(
+    name: str,
+    optimizer: torch.optim.Optimizer,
+    warmup_steps: int,
+    total_steps: int,
+    options: Mapping[str, Any],
+) -> LRScheduler:
     if name in FACTORS:
         return LambdaLR(
             optimizer,

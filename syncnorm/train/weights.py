@@ -55,6 +55,7 @@ def load_weights(model: nn.Module, section: ModelSection, workers: Workers) -> N
     found = from_first(workers.is_first, lambda: read_weights(path))
     try:
         state = _without_prefix(found, model.state_dict())
+        _check_values(state, model.state_dict())
         adopted = adopt_state_dict(model, state, partial=section.partial)
     except InputError as error:
         remedy = "" if section.partial else " model.partial=true loads what fits."
@@ -66,6 +67,24 @@ def load_weights(model: nn.Module, section: ModelSection, workers: Workers) -> N
             module.num_batches_tracked.zero_()
     for line in (*adopted.notes, *adopted.left.lines()):
         _log.warning("weights of %s: %s", section.weights, line)
+
+
+def _check_values(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse tensors without numbers of their own, and numbers that the model's type has not."""
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            raise InputError(f"{name!r} must be a plain tensor with numbers in it")
+        wanted = own.get(name)
+        if not isinstance(wanted, Tensor) or not wanted.is_floating_point():
+            continue
+        if not value.is_floating_point():
+            raise InputError(f"{name!r} must be floating, got {value.dtype}")
+        if not torch.equal(value.to(wanted.dtype).isfinite(), value.isfinite()):
+            raise InputError(f"{name!r} must hold numbers of {wanted.dtype}, got larger ones")
+        if name.endswith("running_var") and (value < 0).any():
+            raise InputError(f"{name!r} must not be negative")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

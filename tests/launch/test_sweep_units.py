@@ -59,6 +59,7 @@ def test_a_grid_has_every_combination_and_draws_repeat_for_the_same_seed():
         ("sweep: {train.lr: {normal: [0, 1]}}", "got {'normal': \\[0, 1\\]}"),
         ("sweep: {train.lr: {uniform: [2, 1]}}", "got {'uniform': \\[2, 1\\]}"),
         ("sweep: {train.epochs: {randint: [1, 2.5]}}", "got {'randint': \\[1, 2.5\\]}"),
+        (f"sweep: {{train.lr: {{uniform: [1, {10**400}]}}}}", "got {'uniform'"),
         ("sweep: {train.lr: 3}", "`train.lr` must be a list of values.*got 3"),
         ("sweep: {train.lr: {uniform: [1, 2]}}\nsamples: 0", "`samples` must be .* got 0"),
         ("sweep: {train.lr: [1, 2]}\nsamples: 2", "`samples` must be 1 .* got 2"),
@@ -102,6 +103,40 @@ def test_trials_are_runs_named_by_what_varies(tmp_path, monkeypatch):
     assert (config.train.lr, config.norm.sync, config.train.epochs) == (0.1, "running", 1)
     assert config.launch.workers == 2
     assert make_sweep("digits", GRID, is_dated=False) == make_sweep("digits", GRID, is_dated=False)
+
+
+def test_a_section_that_varies_keeps_what_is_given_of_it(tmp_path, monkeypatch):
+    """Whatever the order in which they are given."""
+    monkeypatch.chdir(tmp_path)
+    sections = ["train.optimizer=SGD,AdamW", "train.schedule=linear,constant"]
+    fixed = ["train.optimizer.weight_decay=0.01", "train.schedule.warmup=0.3", "train.lr=0.2"]
+    for arguments in ([*sections, *fixed], [*fixed, *sections]):
+        sweep = make_sweep("digits", arguments)
+        assert len(sweep.trials) == 4
+        for number, name in enumerate(sweep.names()):
+            train = sweep.config(number).train
+            assert train.optimizer.options["weight_decay"] == 0.01
+            assert (train.schedule.warmup, train.lr) == (0.3, 0.2)
+            assert f"optimizer={train.optimizer.name}" in name
+            assert "lr=" not in name
+    (tmp_path / "space.yaml").write_text(
+        "sweep: {train.optimizer: {choice: [SGD, AdamW]}}\nsamples: 8"
+    )
+    values = ["train.optimizer.weight_decay=0.1,0.01"]
+    sweep = make_sweep("digits", values, space=tmp_path / "space.yaml")
+    decays = [
+        sweep.config(number).train.optimizer.options["weight_decay"]
+        for number in range(len(sweep.trials))
+    ]
+    assert decays == [0.1, 0.01] * 8
+
+
+@pytest.mark.parametrize("bounds", [(0.123451, 0.123459), (0.99996, 0.99999), (3.0, 3.0)])
+@pytest.mark.parametrize("kind", ["uniform", "loguniform"])
+def test_draws_stay_within_their_bounds(kind, bounds):
+    space = Space({}, {"train.lr": {kind: list(bounds)}}, samples=20)
+    for trial in space.trials():
+        assert bounds[0] <= trial["train.lr"] <= bounds[1]
 
 
 def test_asha_wants_a_validation_set():

@@ -56,6 +56,7 @@ def test_a_count_that_is_none_is_one_error_on_all(pool, wrong):
 def test_scale_loss_alone_is_the_loss():
     loss = torch.tensor(3.0, requires_grad=True)
     assert scale_loss(loss, 5) is loss
+    assert scale_loss(loss * torch.nan, 0) == 0
 
 
 def _buffers_under_ddp(prepare: bool, sync: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

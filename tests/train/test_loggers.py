@@ -65,6 +65,53 @@ def test_a_resumed_run_has_its_id_and_may_have_another_name(pool, tmp_path):
     ]
 
 
+class Spoils:
+    """Changes all that it is given."""
+
+    def __init__(self, run: LoggedRun) -> None:
+        run.config.clear()
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        figures.clear()
+
+    def close(self) -> None:
+        raise KeyboardInterrupt
+
+
+class Sees:
+    """Notes what it is given."""
+
+    seen: list[Any] = []  # noqa: RUF012 of all
+
+    def __init__(self, run: LoggedRun) -> None:
+        self.seen.append(run.config["train"]["epochs"])
+
+    def log(self, step: int, figures: dict[str, float]) -> None:
+        self.seen.append(figures)
+
+    def close(self) -> None:
+        pass
+
+
+def test_loggers_share_nothing_and_end_by_whatever_they_raise(tmp_path):
+    names = [f"{__name__}:Spoils", f"{__name__}:Sees"]
+    config = load_config("digits", [])
+    follow = config.follow.model_copy(update={"loggers": {name: {} for name in names}})
+    config = config.model_copy(update={"follow": follow})
+    spoils, sees = opened = open_loggers(config, tmp_path, ("tests",))
+    figures = {"loss": 1.0}
+    for logger in opened:
+        logger.log(1, figures)
+    for logger in opened:
+        logger.close(60.0)
+        assert logger.is_over(60.0)
+    assert figures == {"loss": 1.0}
+    assert Sees.seen == [config.train.epochs, {"loss": 1.0}]
+    (fault,) = spoils.pop_faults()
+    assert fault.endswith("is dropped, the run goes on: KeyboardInterrupt:")
+    assert sees.pop_faults() == []
+
+
 @pytest.mark.parametrize("method", ["__init__", "log", "close"])
 def test_a_logger_that_raises_is_dropped_and_the_run_goes_on(method, pool, tmp_path):
     both = {"tests.train.loggers:Raises": {"method": method}, "tests.train.loggers:Keeps": {}}

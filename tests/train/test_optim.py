@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from syncnorm.errors import ConfigError
 from syncnorm.train import optim
 
 
@@ -128,3 +129,23 @@ def test_parameters_that_are_taken_at_once_get_the_same_bits(name):
         assert optimizer.param_groups[0]["foreach"] is (not more)
         results.append(parameters)
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "warmup", "words"),
+    [
+        ("PolynomialLR", {"total_iters": 0}, 0.3, "4 of them warm-up.*ZeroDivisionError"),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 5}, 0.0, "it has 5 steps"),
+        ("OneCycleLR", {"max_lr": 0.1, "total_steps": 7}, 0.3, "it has 7 steps"),
+    ],
+)
+def test_a_schedule_that_ends_before_the_run_is_refused_at_its_beginning(
+    name, options, warmup, words
+):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1, momentum=0.9)
+    with pytest.raises(ConfigError, match=rf"`train.schedule` must last for 12 .*{words}"):
+        optim.make_schedule(name, optimizer, warmup, 12, options)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    if name == "OneCycleLR":
+        steps = 12 - round(12 * warmup)
+        optim.make_schedule(name, optimizer, warmup, 12, {**options, "total_steps": steps})

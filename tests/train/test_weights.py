@@ -1,6 +1,7 @@
 """Weights that a run begins with, parts that are frozen, and runs that get more epochs."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,27 @@ def test_bad_weights_are_one_error_before_the_first_step(pool, tmp_path, state, 
     assert first.startswith("`model.weights` must")
     assert message in first
     assert ("model.partial=true" in first) == (kind == "nothing fits")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("fc.weight", lambda t: t.to("meta"), "must be a plain tensor with numbers in it"),
+        ("fc.weight", lambda t: t.to_sparse(), "must be a plain tensor with numbers in it"),
+        ("fc.weight", lambda t: t.to(torch.uint8), "must be floating, got torch.uint8"),
+        ("fc.bias", lambda t: t.to(torch.complex64), "must be floating, got torch.complex64"),
+        ("fc.bias", lambda t: t.double() + 1e39, "must hold numbers of torch.float32, got larger"),
+        ("bn1.running_var", lambda t: -t, "must not be negative"),
+    ],
+    ids=["meta", "sparse", "bytes", "complex", "large", "negative"],
+)
+def test_numbers_that_are_none_of_the_models_are_refused(
+    pool, tmp_path, state, name, change, message
+):
+    torch.save({**state, name: change(state[name])}, tmp_path / "w.bin")
+    first, other = pool(2).run(runs.refused, [*TINY, f"model.weights={tmp_path / 'w.bin'}"])
+    assert first == other
+    assert re.search(rf"`model.weights` must fit the model, got .*: '{name}' {message}", first)
 
 
 def test_weights_of_which_nothing_fits_are_refused(pool, tmp_path, state):

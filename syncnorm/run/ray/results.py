@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.ray.sweep import Sweep, write_record
+from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.metrics import last_step, read_events
 from syncnorm.train.report import write_report
@@ -173,8 +174,15 @@ def _describe_best(folder: Path, best: TrialResult | None, metric: str) -> list[
         ]
     name = metric.removeprefix("-")
     value = format_value(name, best.best)
+    run, option = folder / best.trial, ""
+    try:
+        weights = CheckpointStore(run / CHECKPOINTS).best()
+    except CheckpointError:
+        weights = None
+    if weights is not None:  # the newest may be of a later evaluation, and worse
+        option = " --checkpoint best"
     return [
         f"best trial: {best.trial}, {_VALIDATION} {name.replace('_', ' ')} {value}",
-        f"to use it: syncnorm predict {folder / best.trial} FILES; to begin another run with its "
-        f"weights: model.weights={folder / best.trial}",
+        f"to use it: syncnorm predict {run} FILES{option}; to begin another run with its weights: "
+        f"model.weights={weights or run}",
     ]

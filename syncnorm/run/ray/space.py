@@ -4,7 +4,8 @@ import itertools
 import math
 import random
 import reprlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,34 @@ class Space:
             dict(zip(self.grids, values)) for values in itertools.product(*self.grids.values())
         ]
         return [
-            {**point, **{key: _draw(generator, one) for key, one in self.draws.items()}}
+            _sections_first(
+                {**point, **{key: _draw(generator, one) for key, one in self.draws.items()}}
+            )
             for _ in range(self.samples)
             for point in points
         ]
 
 
-def split_grids(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[Any]]]:
+def _sections_first(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a section before the keys in it: as a whole it would replace them."""
+    ordered: dict[str, Any] = {}
+    for key in values:
+        ordered |= {each: values[each] for each in values if key.startswith(f"{each}.")}
+        ordered[key] = values[key]
+    return ordered
+
+
+def split_grids(
+    arguments: Sequence[str], varied: Iterable[str] = ()
+) -> tuple[list[str], dict[str, list[Any]]]:
     """Separate KEY=VALUE,VALUE... from overrides with a single value.
+
+    A single value of a key within a section that varies as a whole counts as varied, too: each
+    trial's section would replace it.
+
+    Args:
+        arguments: as on the command line.
+        varied: keys that vary besides.
 
     Returns:
         The overrides that are the same for all trials, and the values of each key that varies.
@@ -71,15 +92,22 @@ def split_grids(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[Any
     Raises:
         ConfigError: the values are no list in YAML's terms, or the key is not one to vary.
     """
+    single: dict[str, list[Any]] = {}
     fixed, grids = [], {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         values = strict_yaml.parse(f"[{text}]", f"override {reprlib.repr(argument)}")
-        if not equals or len(values) < 2:
+        if equals and len(values) > 1:
+            _check_key(key)
+            grids[key] = values
+        else:
             fixed.append(argument)
-            continue
-        _check_key(key)
-        grids[key] = values
+            single[argument] = values
+    sections = tuple(f"{key}." for key in (*grids, *varied))
+    for argument, values in single.items():
+        if argument.startswith(sections) and values:
+            fixed.remove(argument)
+            grids[argument.partition("=")[0]] = values
     return fixed, grids
 
 
@@ -128,11 +156,12 @@ def _check_key(key: str) -> None:
 
 
 def _uniform(generator: random.Random, low: float, high: float) -> float:
-    return _rounded(generator.uniform(low, high))
+    return _rounded(generator.uniform(low, high), low, high)
 
 
 def _loguniform(generator: random.Random, low: float, high: float) -> float:
-    return _rounded(math.exp(generator.uniform(math.log(low), math.log(high))))
+    drawn = math.exp(generator.uniform(math.log(low), math.log(high)))
+    return _rounded(drawn, low, high)
 
 
 _RANGES: dict[str, Callable[[random.Random, Any, Any], Any]] = {
@@ -149,7 +178,9 @@ def _check_draw(where: str, values: Any) -> dict[str, Any]:
             return {kind: bounds}
         types = (int,) if kind == "randint" else (int, float)
         least = 0 if kind == "loguniform" else -math.inf
-        are_numbers = len(bounds) == 2 and all(type(bound) in types for bound in bounds)
+        are_numbers = len(bounds) == 2 and all(
+            type(bound) in types and abs(bound) <= sys.float_info.max for bound in bounds
+        )
         if kind in _RANGES and are_numbers and least < bounds[0] <= bounds[1]:
             return {kind: bounds}
     raise ConfigError(
@@ -163,5 +194,7 @@ def _draw(generator: random.Random, draw: Mapping[str, Any]) -> Any:
     return generator.choice(bounds) if kind == "choice" else _RANGES[kind](generator, *bounds)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.{_DIGITS}g}")
+def _rounded(value: float, low: float, high: float) -> float:
+    """Round to as few digits as stay between the bounds."""
+    rounded = (float(f"{value:.{digits}g}") for digits in range(_DIGITS, 18))
+    return next((each for each in rounded if low <= each <= high), low)

@@ -165,8 +165,8 @@ def make_sweep(
     Raises:
         ConfigError: a trial's configuration is invalid; or the folder is that of other trials.
     """
-    fixed, grids = split_grids(arguments)
     read_from = Space({}, {}) if space is None else read_space(space)
+    fixed, grids = split_grids(arguments, read_from.keys)
     twice = sorted(set(grids) & set(read_from.keys))
     if twice:
         raise ConfigError(f"{space}: `{twice[0]}` must be given once, and is given as values, too")

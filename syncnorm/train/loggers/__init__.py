@@ -82,11 +82,11 @@ def open_loggers(
     Raises:
         ConfigError: the package of one is missing, or its class is not allowed or not there.
     """
-    run = LoggedRun(
-        config.name or folder.name, tuple(config.tags), config.model_dump(mode="json"), folder
-    )
     made = []
     for name, options in config.follow.loggers.items():
+        # Its own, which it may change.
+        values = config.model_dump(mode="json")
+        run = LoggedRun(config.name or folder.name, tuple(config.tags), values, folder)
         if name in LOGGERS:
             _check_installed(name)
             make = partial(_make_builtin, name, run, options)

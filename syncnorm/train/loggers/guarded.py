@@ -39,7 +39,7 @@ class GuardedLogger:
         if self._waiting.qsize() >= _MOST_WAITING:
             self._drop(f"{_MOST_WAITING} steps behind")
         else:
-            self._waiting.put((step, figures))
+            self._waiting.put((step, dict(figures)))  # its own: others have it, too
 
     def close(self, patience_seconds: float) -> None:
         """Ask the logger to end, which it does after the figures that are waiting.
@@ -71,7 +71,7 @@ class GuardedLogger:
             while (event := self._waiting.get()) is not None and not self._is_dropped:
                 logger.log(*event)
             logger.close()
-        except (Exception, SystemExit) as error:  # of somebody else's code
+        except BaseException as error:  # of somebody else's code; in this thread none is for us
             self._drop(in_one_line(error)[:500])
 
     def _drop(self, reason: str) -> None:
