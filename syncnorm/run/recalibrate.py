@@ -1,6 +1,7 @@
 """The command `syncnorm recalibrate`: in this process, or as one worker of torchrun."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -12,6 +13,7 @@ from syncnorm.run.worker import join
 from syncnorm.train.loaded import read_run
 from syncnorm.train.recalibrate import recalibrate_run
 from syncnorm.train.task.measures import format_metric, format_value
+from syncnorm.train.waiting import from_first
 
 
 def run_recalibrate(
@@ -28,11 +30,10 @@ def run_recalibrate(
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
     config = read_run(folder, allowed)
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"run {str(folder)!r} must be writable, for the new checkpoint")
     workers = join(config.launch.device, launched)
     try:
         with errors_in_one_line(workers.rank):
+            from_first(workers.is_first, partial(_check_writable, folder))
             result = recalibrate_run(folder, config, workers, mix, allowed)
         if workers.is_first:
             for name, before in result.before.items():
@@ -41,3 +42,8 @@ def run_recalibrate(
             print(result.path, flush=True)
     finally:
         dist.destroy_process_group()
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"run {str(folder)!r} must be writable, for the new checkpoint")

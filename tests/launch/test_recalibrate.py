@@ -72,6 +72,14 @@ def test_a_new_checkpoint_beside_the_old_one(run, tmp_path, capsys):
         torch.testing.assert_close(value, alone[name], rtol=1e-6, atol=1e-7)
 
 
+def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, monkeypatch, capsys):
+    monkeypatch.setattr("syncnorm.run.recalibrate.os.access", lambda path, mode: False)
+    with pytest.raises(SystemExit) as caught:
+        main(["recalibrate", str(run)])
+    assert caught.value.code == 2
+    assert "must be writable, for the new checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
