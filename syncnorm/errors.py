@@ -56,7 +56,8 @@ class CheckpointError(SyncnormError):
 
 def in_one_line(error: BaseException) -> str:
     """Describe an exception in one line: its type and its message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    message = " ".join(str(error).split())
+    return ": ".join(filter(None, (type(error).__name__, message)))
 
 
 class SingleValueWarning(UserWarning):

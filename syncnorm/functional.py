@@ -225,26 +225,31 @@ def evaluate(
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         running_mean, running_var, weight, bias = (None if t is None else t.to(wide) for t in given)
     arguments = (running_mean, running_var, weight, bias, False, 0.0, eps)
-    if x.is_cpu and x.ndim > 3 and torch.is_grad_enabled() and not _is_channels_last(x):
-        # torch's gradient of images would take some strides of sizes of 1 for another layout.
+    if _is_misread(x):
         if x.is_contiguous() or x.stride(1) != 1:
             return F.batch_norm(x.flatten(2), *arguments).view_as(x)
-        # Channels last but for such strides, which a reshape sets right.
+        # Channels last but for some strides, which a reshape sets right.
         by_row = x.movedim(1, -1).contiguous()
         x = by_row.reshape(by_row.shape).movedim(-1, 1)
     return F.batch_norm(x, *arguments)
 
 
-def _is_channels_last(x: Tensor) -> bool:
-    """True if x lies channels last, its sizes of 1 included; and in code that others will run."""
+def _is_misread(x: Tensor) -> bool:
+    """True if torch's gradient may take x, or what comes back for it, for another layout.
+
+    It does so for images on a CPU with sizes of 1, whose strides say nothing. Those that lie
+    channels last, these sizes included, are safe. In code that others run it is theirs to see.
+    """
     if torch.compiler.is_compiling() or is_tracing():
-        return True
+        return False
+    if not (x.is_cpu and x.ndim > 3 and 1 in x.shape and torch.is_grad_enabled()):
+        return False
     size = 1
     for dim in (1, *range(x.ndim - 1, 1, -1), 0):
         if x.stride(dim) != size:
-            return False
+            return True
         size *= x.shape[dim]
-    return True
+    return False
 
 
 def _check_arguments(

@@ -69,6 +69,11 @@ def is_uneven(count: Tensor, n: float, workers: int) -> bool:
     return n > 0 and not math.isclose(count.item() * workers, n, rel_tol=1e-9)
 
 
+def of_nothing(loss: Tensor) -> Tensor:
+    """Zero, in the loss's graph: a mean over nothing may be NaN."""
+    return loss.nan_to_num(0.0) * 0.0
+
+
 class LateShard(Shard):
     """A shard whose pooled count arrives after the backward pass.
 

@@ -119,7 +119,8 @@ def adopt_state_dict(
 
     Raises:
         InputError: names are missing or left over, or shapes differ; with `partial`, nothing fits;
-            the model is sharded. Nothing was changed. (What a module's own `set_extra_state` raises
+            an entry holds no numbers, other kinds of numbers, or larger ones than the model's type
+            has; the model is sharded. Nothing was changed. (What a module's own `set_extra_state` raises
             comes after parameters were.)
 
     Example:
@@ -161,8 +162,37 @@ def adopt_state_dict(
     else:
         left = Left()
         _check(entries, target)
+    _check_numbers(entries, target, {name for name, _ in model.named_parameters()})
     model.load_state_dict(entries)
     return Adopted(layers, tuple(notes), left)
+
+
+class NumbersError(InputError):
+    """An entry's numbers are none that the model's tensor can hold."""
+
+
+def _check_numbers(entries: Entries, target: Mapping[str, Any], parameters: set[str]) -> None:
+    """Refuse what `load_state_dict` would fail at, or change without a word."""
+    for name, value in entries.items():
+        own = target.get(name)
+        if not isinstance(value, Tensor) or not isinstance(own, Tensor):
+            continue
+        rule = ""
+        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
+            rule = "a plain tensor with numbers in it"
+        elif own.is_floating_point():
+            if value.is_complex() or (name in parameters and not value.is_floating_point()):
+                rule = f"floating, got {value.dtype}"
+            elif not torch.equal(_finite(value.to(own.dtype)), _finite(value)):
+                rule = f"numbers that {own.dtype} has, got larger ones"
+            elif name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
+                rule = "at least 0, got a negative variance"
+        if rule:
+            raise NumbersError(f"{name!r} must be {rule}. Nothing was changed.")
+
+
+def _finite(t: Tensor) -> Tensor:
+    return t.double().isfinite()  # which some small types do not say themselves
 
 
 def _tensors(state: object) -> dict[str, Any]:

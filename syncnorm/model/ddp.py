@@ -20,7 +20,7 @@ from syncnorm.errors import FaultError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
-from syncnorm.shards import Shard
+from syncnorm.shards import Shard, of_nothing
 from syncnorm.statistics.steps import delimited_by, remove_deserted
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -253,7 +253,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:
-        The scaled loss; the loss itself with one worker; zero where this worker has no samples.
+        The scaled loss; zero where this worker has no samples; else, with one worker, the loss itself.
 
     Raises:
         FaultError: on every worker, if the count of one is none. On CUDA this is looked at in debug
@@ -264,7 +264,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     if group is None:
         if math.isnan(sent):
             raise _no_counts({0: local_count})
-        return loss if local_count else _of_nothing(loss)
+        return loss if local_count else of_nothing(loss)
     Shard.scaled_losses += 1
     # Filled rather than copied: a copy from the host would wait for the CUDA device.
     count = torch.full((1,), sent, dtype=torch.float64, device=loss.device)
@@ -273,13 +273,8 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
         given = exchange.gather(count.fill_(local_count), group, "fault", "scale_loss")
         raise _no_counts(dict(zip(groups.ranks(group), given.flatten().tolist(), strict=True)))
     if local_count == 0:
-        return _of_nothing(loss)
+        return of_nothing(loss)
     return loss * (local_count * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
-
-
-def _of_nothing(loss: Tensor) -> Tensor:
-    """Zero, in the loss's graph: the mean over nothing is NaN."""
-    return loss.nan_to_num(0.0) * 0.0
 
 
 def _no_counts(given: Mapping[int, float]) -> FaultError:

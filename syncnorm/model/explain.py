@@ -6,7 +6,9 @@ Nothing is changed and nothing exchanged: one worker may call alone.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -162,7 +164,8 @@ def explain(
     seen, lints = None, []
     if sample is not None:
         # What is compiled would be compiled again, with the hooks in it.
-        with torch.compiler.set_stance("force_eager"):
+        is_compiled = "torch._dynamo" in sys.modules
+        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
             with recorded_calls(model) as calls:
                 seen = record_shapes(model, sample)
             lints += model_lints(model, calls, sample)

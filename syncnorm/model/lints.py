@@ -134,7 +134,9 @@ def _variances(
             for norm in norms:
                 stack.callback(norm.register_forward_pre_hook(look, with_kwargs=True).remove)
             call(model, sample, "sample")
-    return {norm: _contrast(with_it, seen[False][norm]) for norm, with_it in seen[True].items()}
+    return {
+        norm: _contrast(with_it, seen[False].get(norm, [])) for norm, with_it in seen[True].items()
+    }
 
 
 def _contrast(with_dropout: list[float], without: list[float]) -> str | None:

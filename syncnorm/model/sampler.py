@@ -24,7 +24,7 @@ from syncnorm.placement import (
     size,
     too_few_at_once,
 )
-from syncnorm.shards import Shard
+from syncnorm.shards import Shard, of_nothing
 
 
 @lru_cache(maxsize=64)
@@ -257,7 +257,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         Shard.scaled_losses += 1
         self.note_training()
         if self.count == 0:
-            return loss.nan_to_num(0.0) * 0.0
+            return of_nothing(loss)
         return loss * (self.count * world_size / total)
 
     def advance(self) -> None:

@@ -10,6 +10,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
+from syncnorm.train.checkpoint.evaluated import RECALIBRATED
 from syncnorm.train.loaded import read_run
 from syncnorm.train.recalibrate import recalibrate_run
 from syncnorm.train.task.measures import format_metric, format_value
@@ -22,9 +23,8 @@ def run_recalibrate(
     """Recalibrate a run, and print its metrics before and after.
 
     Raises:
-        ConfigError: `mix` is out of range, the folder is not a finished run's or cannot be written,
-            or its configuration
-            names code that is not allowed.
+        ConfigError: `mix` is out of range, the folder is not a finished run's or cannot be
+            written, or its configuration names code that is not allowed.
         LocalRunError: code that the configuration names failed.
     """
     if not 0 < mix <= 1:
@@ -45,5 +45,6 @@ def run_recalibrate(
 
 
 def _check_writable(folder: Path) -> None:
-    if not os.access(folder, os.W_OK):
+    kept = folder / RECALIBRATED
+    if not os.access(kept if kept.exists() else folder, os.W_OK):
         raise ConfigError(f"run {str(folder)!r} must be writable, for the new checkpoint")

@@ -218,14 +218,16 @@ def make_schedule(
         options: arguments of a class of torch's, whose steps count from the end of the warm-up.
 
     Raises:
-        ConfigError: the class ends or breaks before the run does.
+        ConfigError: the class ends before the run does, or breaks in its first steps.
     """
     warmup_steps = round(warmup * total_steps)
     if name in SCHEDULERS:
         trial = _trial_optimizer("SGD", {"momentum": 0.9})
         try:
             with warnings.catch_warnings(action="ignore"):
-                _try_out(_sequence(name, trial, warmup_steps, total_steps, options), total_steps)
+                # Of a warm-up, which is our own, one step will do.
+                schedule = _sequence(name, trial, min(warmup_steps, 1), total_steps, options)
+                _try_out(schedule, total_steps - warmup_steps)
         except Exception as error:  # a class may raise anything
             raise ConfigError(
                 f"`train.schedule` must last for {total_steps} steps, {warmup_steps} of them "
@@ -234,14 +236,13 @@ def make_schedule(
     return _sequence(name, optimizer, warmup_steps, total_steps, options)
 
 
-def _try_out(schedule: LRScheduler, total_steps: int) -> None:
-    """Step as a run does, over its first steps, where a warm-up ends, and its length."""
+def _try_out(schedule: LRScheduler, steps: int) -> None:
+    """Step as a run does in the beginning; `steps` follow the warm-up."""
     last = schedule._schedulers[1] if isinstance(schedule, SequentialLR) else schedule
-    begin = schedule._milestones[0] if isinstance(schedule, SequentialLR) else 0
-    if isinstance(last, OneCycleLR) and last.total_steps < total_steps - begin:
+    if isinstance(last, OneCycleLR) and last.total_steps < steps:
         raise ValueError(f"it has {last.total_steps} steps")
     schedule.optimizer.step()  # torch warns if a schedule steps before its optimizer
-    for _ in range(min(total_steps, begin + _TRIED)):
+    for _ in range(min(steps, _TRIED) + isinstance(schedule, SequentialLR)):
         schedule.step()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm.errors import CheckpointError, ConfigError, InputError
-from syncnorm.model.adopt import adopt_state_dict
+from syncnorm.model.adopt import NumbersError, adopt_state_dict
 from syncnorm.train.checkpoint.evaluated import evaluated_state, read_evaluated
 from syncnorm.train.checkpoint.snapshot import MANIFEST, read_snapshot
 from syncnorm.train.checkpoint.store import CHECKPOINTS
@@ -55,10 +55,11 @@ def load_weights(model: nn.Module, section: ModelSection, workers: Workers) -> N
     found = from_first(workers.is_first, lambda: read_weights(path))
     try:
         state = _without_prefix(found, model.state_dict())
-        _check_values(state, model.state_dict())
         adopted = adopt_state_dict(model, state, partial=section.partial)
     except InputError as error:
-        remedy = "" if section.partial else " model.partial=true loads what fits."
+        # Numbers do not fit better in part.
+        has_remedy = not (section.partial or isinstance(error, NumbersError))
+        remedy = " model.partial=true loads what fits." if has_remedy else ""
         raise ConfigError(
             f"`model.weights` must fit the model, got {section.weights!r}: {error}{remedy}"
         ) from None
@@ -67,24 +68,6 @@ def load_weights(model: nn.Module, section: ModelSection, workers: Workers) -> N
             module.num_batches_tracked.zero_()
     for line in (*adopted.notes, *adopted.left.lines()):
         _log.warning("weights of %s: %s", section.weights, line)
-
-
-def _check_values(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Refuse tensors without numbers of their own, and numbers that the model's type has not."""
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            continue
-        if value.is_meta or value.layout is not torch.strided or value.is_quantized:
-            raise InputError(f"{name!r} must be a plain tensor with numbers in it")
-        wanted = own.get(name)
-        if not isinstance(wanted, Tensor) or not wanted.is_floating_point():
-            continue
-        if not value.is_floating_point():
-            raise InputError(f"{name!r} must be floating, got {value.dtype}")
-        if not torch.equal(value.to(wanted.dtype).isfinite(), value.isfinite()):
-            raise InputError(f"{name!r} must hold numbers of {wanted.dtype}, got larger ones")
-        if name.endswith("running_var") and (value < 0).any():
-            raise InputError(f"{name!r} must not be negative")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

@@ -108,7 +108,7 @@ def test_loggers_share_nothing_and_end_by_whatever_they_raise(tmp_path):
     assert figures == {"loss": 1.0}
     assert Sees.seen == [config.train.epochs, {"loss": 1.0}]
     (fault,) = spoils.pop_faults()
-    assert fault.endswith("is dropped, the run goes on: KeyboardInterrupt:")
+    assert fault.endswith("is dropped, the run goes on: KeyboardInterrupt")
     assert sees.pop_faults() == []
 
 

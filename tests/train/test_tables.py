@@ -349,7 +349,8 @@ def test_names_and_values_may_have_line_breaks(tmp_path):
     splits = csv(tmp_path / "train.csv", target="y")
     assert splits.classes == ["new\nold", "x"]
     (tmp_path / "named.csv").write_text('"y\nz",x\na,1\nb,2\n')
-    assert csv(tmp_path / "named.csv", target="y z").classes == ["a", "b"]
+    for target in ("y z", "y  z", "y\nz"):
+        assert csv(tmp_path / "named.csv", target=target).classes == ["a", "b"]
     assert inputs_of(splits.train).tolist() == [[-1], [1]]
     (tmp_path / "train.csv").write_text('"a\nb",y\n1,u\n\nz,"x\n"\n')
     with pytest.raises(ConfigError, match="line 5, column a b: must be a finite number"):
@@ -423,6 +424,7 @@ def test_targets_of_hugging_faces_columns(tmp_path):
     whole.with_format("numpy").save_to_disk(str(tmp_path / "formatted"))
     with pytest.raises(ConfigError, match="got none in row 1 of train in 'missing'"):
         hf(tmp_path / "formatted", input="x", target="missing")
+    assert targets_of(hf(tmp_path / "formatted", input="x", target="yes").train) == [1, 0, 1]
     datasets.DatasetDict(train=whole, val=whole, valid=whole).save_to_disk(str(tmp_path / "two"))
     with pytest.raises(ConfigError, match="must hold one set for validation, got val and valid"):
         hf(tmp_path / "two", input="x", target="number")

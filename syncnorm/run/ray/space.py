@@ -69,7 +69,8 @@ def _sections_first(values: Mapping[str, Any]) -> dict[str, Any]:
     """Put a section before the keys in it: as a whole it would replace them."""
     ordered: dict[str, Any] = {}
     for key in values:
-        ordered |= {each: values[each] for each in values if key.startswith(f"{each}.")}
+        sections = (each for each in sorted(values, key=len) if key.startswith(f"{each}."))
+        ordered |= {each: values[each] for each in sections}
         ordered[key] = values[key]
     return ordered
 
@@ -101,13 +102,16 @@ def split_grids(
             _check_key(key)
             grids[key] = values
         else:
-            fixed.append(argument)
             single[argument] = values
     sections = tuple(f"{key}." for key in (*grids, *varied))
     for argument, values in single.items():
-        if argument.startswith(sections) and values:
-            fixed.remove(argument)
-            grids[argument.partition("=")[0]] = values
+        if not argument.startswith(sections):
+            fixed.append(argument)
+            continue
+        key = argument.partition("=")[0]
+        if len(grids.get(key, ())) > 1:
+            raise ConfigError(f"`{key}` must be given once, and is given as values, too")
+        grids[key] = values or [None]
     return fixed, grids
 
 

@@ -97,6 +97,8 @@ def hf(
         raise ConfigError(
             f"`data.root` must hold a set train, got {', '.join(loaded)} in {str(root)!r}"
         )
+    # As plain values and images, whatever the format that they were saved with.
+    found = {split: rows.with_format(None) for split, rows in found.items()}
     for split, rows in found.items():
         for key, name in (("input", input), ("target", target)):
             if name not in rows.column_names:

@@ -78,7 +78,8 @@ def csv(
         ConfigError: a column is missing, or a value is no finite number; names file, line, column.
     """
     paths = _find(root, test)
-    columns = _columns(paths["train"], target, drop or [], delimiter)
+    target, drop = _folded(target), [_folded(name) for name in drop or []]
+    columns = _columns(paths["train"], target, drop, delimiter)
     tables = {split: _read(path, columns, target, delimiter) for split, path in paths.items()}
     if test:
         tables = _cut(tables["train"], len(columns), test)
@@ -182,8 +183,13 @@ def _open(path: Path) -> Iterator[Any]:
         raise ConfigError(f"{path}: must be comma-separated text in UTF-8: {error}") from None
 
 
+def _folded(name: str) -> str:
+    """A name of a column in one line."""
+    return " ".join(name.split())
+
+
 def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
-    names = [" ".join(name.split()) for name in next(reader, [])]
+    names = [_folded(name) for name in next(reader, [])]
     if not all(names) or len(set(names)) < len(names) or not names:
         raise ConfigError(
             f"{path}: must begin with a line of different names of columns, got {str(names)[:300]}"
