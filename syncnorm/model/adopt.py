@@ -183,7 +183,9 @@ def _check_numbers(entries: Entries, target: Mapping[str, Any], parameters: set[
         elif own.is_floating_point():
             if value.is_complex() or (name in parameters and not value.is_floating_point()):
                 rule = f"floating, got {value.dtype}"
-            elif not torch.equal(_finite(value.to(own.dtype)), _finite(value)):
+            elif value.dtype != own.dtype and not torch.equal(
+                _finite(value.to(own.dtype)), _finite(value)
+            ):
                 rule = f"numbers that {own.dtype} has, got larger ones"
             elif name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
                 rule = "at least 0, got a negative variance"

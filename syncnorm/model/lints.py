@@ -6,7 +6,7 @@ Each function gives sentences for a person, none where there is nothing to say.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -90,11 +90,9 @@ def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -
     for i, module in enumerate(order):
         if isinstance(module, _DropoutNd) and module.p > 0 and _trains(model, module):
             norms = [m for m in order[i + 1 :] if isinstance(m, _BATCH_NORMS) and _trains(model, m)]
-            behind.setdefault(module, norms)
-    all_norms = {norm for norms in behind.values() for norm in norms}
-    figures = (
-        {} if sample is None or not all_norms else _variances(model, behind, all_norms, sample)
-    )
+            if norms:
+                behind.setdefault(module, norms)
+    figures = _variances(model, behind, sample) if behind and sample is not None else {}
     found = []
     for module, norms in behind.items():
         # One that was not looked at may be meant.
@@ -109,9 +107,9 @@ def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -
 
 
 def _variances(
-    model: nn.Module, dropouts: Iterable[nn.Module], norms: Iterable[nn.Module], sample: Any
+    model: nn.Module, behind: Mapping[nn.Module, Sequence[nn.Module]], sample: Any
 ) -> dict[nn.Module, str | None]:
-    """Say the variances of the norms' inputs with dropout and without, on the sample.
+    """Say the variances of the inputs of norms behind dropouts, with these and without, on the sample.
 
     Of a norm that is called several times, those of the first call that differs; None if none does:
     no dropout reaches it.
@@ -129,9 +127,9 @@ def _variances(
 
         with ExitStack() as stack, torch.no_grad():
             stack.enter_context(evaluating_untouched(model))
-            for dropout in dropouts:
+            for dropout in behind:
                 dropout.training = is_on
-            for norm in norms:
+            for norm in {norm for norms in behind.values() for norm in norms}:
                 stack.callback(norm.register_forward_pre_hook(look, with_kwargs=True).remove)
             call(model, sample, "sample")
     return {

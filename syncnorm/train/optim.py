@@ -97,7 +97,7 @@ def check_schedule(name: str, options: Mapping[str, Any]) -> None:
     arguments(name).model_validate(_tuples(options))
     if name in SCHEDULERS:
         trial = _trial_optimizer("SGD", {"momentum": 0.9})
-        _attempt(name, options, lambda: _step_once(trial, SCHEDULERS[name](trial, **options)))
+        _attempt(name, options, lambda: _try_out(SCHEDULERS[name](trial, **options), 1))
 
 
 def check_together(
@@ -241,7 +241,8 @@ def _try_out(schedule: LRScheduler, steps: int) -> None:
     last = schedule._schedulers[1] if isinstance(schedule, SequentialLR) else schedule
     if isinstance(last, OneCycleLR) and last.total_steps < steps:
         raise ValueError(f"it has {last.total_steps} steps")
-    schedule.optimizer.step()  # torch warns if a schedule steps before its optimizer
+    # A length of 0 is divided by only now. torch warns if a schedule steps before its optimizer.
+    schedule.optimizer.step()
     for _ in range(min(steps, _TRIED) + isinstance(schedule, SequentialLR)):
         schedule.step()
 
@@ -327,12 +328,6 @@ def _trial_optimizer(name: str, options: Mapping[str, Any]) -> torch.optim.Optim
     light = type(name, (cls,), {"add_param_group": inspect.unwrap(cls.add_param_group)})
     # Two-dimensional, as Muon asks for matrices.
     return light([torch.zeros(1, 1, requires_grad=True)], lr=0.1, **_tuples(options))  # pyright: ignore[reportCallIssue]
-
-
-def _step_once(optimizer: torch.optim.Optimizer, schedule: LRScheduler) -> None:
-    # A length of 0 is divided by only now. torch warns if a schedule steps before its optimizer.
-    optimizer.step()
-    schedule.step()
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 
 SHAPE = (3, 32, 32)
 _PIXELS = 3 * 32 * 32
@@ -139,7 +139,7 @@ def _unpickle(content: bytes, path: Path) -> object:
         raise
     # A damaged pickle may raise anything.
     except Exception as error:
-        reason = f"{type(error).__name__}: {error}"[:200]
+        reason = in_one_line(error)[:200]
         raise ConfigError(
             f"{path}: must be a whole pickle, got {reason}. Fetch the file again."
         ) from None

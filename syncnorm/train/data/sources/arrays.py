@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
-from syncnorm.train.data.inputs import Inputs
+from syncnorm.train.data.inputs import Inputs, exact_type
 from syncnorm.train.data.sources.files import check_not_empty, choose_splits, list_folder
 from syncnorm.train.data.sources.options import Classes, load_module, source
 from syncnorm.train.data.splits import Splits
@@ -51,7 +51,8 @@ class ArrayPairs(Dataset[tuple[Tensor, Tensor]]):
 
     def __init__(self, x: Any, y: Any, mean: Tensor, std: Tensor) -> None:
         self._x, self._y = x, y
-        self._dtype, self._exact = _floating_type(x.array), _exact_type(x.array)
+        self._dtype, raw = _floating_type(x.array), _torch_type(x.array)
+        self._exact = exact_type(raw, self._dtype)
         self._mean, self._std = mean.to(self._exact), std.to(self._exact)
 
     def __len__(self) -> int:
@@ -185,7 +186,7 @@ def _make_splits(
     sets: dict[str, Any] = {split: ArrayPairs(x, y, *figures) for split, (x, y) in pairs.items()}
     inputs = Inputs(
         shape=first_x.shape[1:],
-        dtype=first_x.dtype.name if hasattr(torch, first_x.dtype.name) else "float32",
+        dtype=str(_torch_type(first_x)).removeprefix("torch."),
         mean=tuple(figures[0].flatten().tolist()),
         std=tuple(figures[1].flatten().tolist()),
     )
@@ -285,10 +286,9 @@ def _floating_type(array: Any) -> torch.dtype:
     return torch.float64 if array.dtype.kind == "f" and array.itemsize == 8 else torch.float32
 
 
-def _exact_type(array: Any) -> torch.dtype:
-    """The type that holds each number of an array to the digit; float32 has 24 bits."""
-    is_long = array.dtype.kind in "iu" and array.itemsize > 2
-    return torch.float64 if is_long else _floating_type(array)
+def _torch_type(array: Any) -> torch.dtype:
+    """Torch's type of an array's name; float32 for what torch has not."""
+    return getattr(torch, array.dtype.name, torch.float32)
 
 
 def _target_type(array: Any) -> torch.dtype:
