@@ -340,6 +340,7 @@ def test_outputs_that_are_no_numbers_are_no_prediction(made, tmp_path, capfd, mo
     assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 2]
     # Libraries may have something to say, too.
     line, last = [line for line in err.splitlines() if line.startswith("syncnorm: ")]
+    assert "Traceback" not in err
     assert line.startswith(f"syncnorm: {tmp_path / 'x.npy'}, sample 1: must have outputs that are")
     assert last == "syncnorm: 1 of the files or samples could not be predicted"
     output = tmp_path / "out.npz"
