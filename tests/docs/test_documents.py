@@ -35,7 +35,7 @@ from syncnorm.train.config.file import load_config
 from tests.launch import commands
 from tests.launch.record import digests, run_folder
 from tests.train.runs import events
-from tests.unit.test_layers import gradients_in_evaluation
+from tests.unit.test_evaluated_layouts import gradients_in_evaluation
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
