@@ -162,8 +162,8 @@ def test_memory_is_estimated_from_what_a_forward_keeps():
     assert adam.fixed == 4 * 4 * 77754
     assert plain.samples == 64
     assert needed("train.norm_batch=8", "launch.micro_batch=16")[0].samples == 16
-    # torch alone takes this much.
-    assert 1e8 < plain.process <= resident_memory()
+    # A process of many tests gives memory back in between.
+    assert plain.process == pytest.approx(resident_memory(), rel=0.2)
     assert plain.total == plain.process + plain.fixed + 64 * plain.per_sample
 
 
