@@ -227,7 +227,7 @@ def train(
             for callback in callbacks:
                 callback.on_end(run, metrics)
             digests = gather_digests(setup.model)
-            recorder.record_end(metrics, digests, is_done=is_done)
+            recorder.record_end(metrics, digests, judged_split(feed), is_done=is_done)
             recorder.close_loggers(watch.alive, is_done=is_done)
         return Outcome(metrics, digests, is_done, progress.step, _reason(run, is_done))
 

@@ -128,17 +128,27 @@ class Recorder:
             self.record_fault("checkpoint", fault)
 
     def record_end(
-        self, metrics: dict[str, dict[str, float]], digests: list[str], *, is_done: bool
+        self,
+        metrics: dict[str, dict[str, float]],
+        digests: list[str],
+        judged: str | None,
+        *,
+        is_done: bool,
     ) -> None:
-        """Record that the run is done, or was stopped, with the last metrics of each split."""
+        """Record that the run is done, or was stopped, with the last metrics of each split.
+
+        Args:
+            metrics: by the name of the split.
+            digests: of the model's state, for each worker.
+            judged: the split of the evaluations on the way, which loggers have.
+            is_done: False if the run was stopped.
+        """
         step = self._progress.step
-        figures = {
-            key: v for split, each in metrics.items() for key, v in _named(split, each).items()
-        }
-        self._metrics.write_timed(
-            "end" if is_done else "stop", step=step, digests=digests, **figures
-        )
-        self._log(step, figures)
+        figures = {split: _named(split, each) for split, each in metrics.items()}
+        flat = {name: value for each in figures.values() for name, value in each.items()}
+        self._metrics.write_timed("end" if is_done else "stop", step=step, digests=digests, **flat)
+        for split in figures.keys() - {judged}:
+            self._log(step, figures[split])
 
     def close_loggers(self, alive: Callable[[], None], *, is_done: bool) -> None:
         """Let the loggers send what they have, and wait for them, not for ever.

@@ -53,6 +53,16 @@ def test_a_logger_gets_the_run_and_its_figures(pool, tmp_path):
     assert logger_faults(tmp_path) == []
 
 
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_a_logger_gets_each_evaluation_once(share, pool, tmp_path):
+    own = {"tests.train.loggers:Keeps": {}}
+    train(pool, tmp_path, own, f"data.validation={share}", "train.epochs=2")
+    _, *logged, _ = map(json.loads, (tmp_path / "kept.jsonl").read_text().splitlines())
+    named = [{name for name in each if "accuracy" in name} for each in logged]
+    every, last = ("validation", [{"test_accuracy"}]) if share else ("test", [])
+    assert [each for each in named if each] == [{f"{every}_accuracy"}] * 2 + last
+
+
 def test_a_resumed_run_has_its_id_and_may_have_another_name(pool, tmp_path):
     own = {"tests.train.loggers:Keeps": {}}
     train(pool, tmp_path, own)
