@@ -149,7 +149,8 @@ def test_the_version_stands_in_one_place():
 
 def test_the_changelog_has_notes_of_this_version():
     notes = release.notes((ROOT / "CHANGELOG.md").read_text(), syncnorm.__version__)
-    assert notes.startswith("- ")
+    assert "(unreleased)" not in notes
+    assert "\n- " in notes
     assert "\n## " not in notes
 
 
