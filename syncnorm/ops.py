@@ -5,6 +5,8 @@
     y, statistic = normalize_batch(x, weight, bias, statistic, eps, local)
                                                                   backward: one exchange of 2C
 
+These are numbers of payload: with the identity of its layer each message has 2C+2 on the wire.
+
 The last differentiates through the moments too: to autograd they are part of it, so a layer may
 fold any constant factors into `weight` and `bias` (batch renormalisation does) and needs no
 backward of its own.
@@ -32,7 +34,6 @@ from syncnorm.maths.moments import (
     Raw,
     Unread,
     average_factor,
-    of_sums,
     reciprocal,
     update_running_mean_,
     update_running_var_,
@@ -149,19 +150,16 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
             since looking costs a host synchronisation; otherwise the output is NaN and the buffers
             keep still.
     """
-    message = local.sums if local.has_fault is None else _with_fault(local)
-    sums = exchange.sum_(message, group, "moments", name)
+    sums = exchange.sum_(message_of(local), group, "moments", name)
     if not local.is_compiled and (debug.is_on or is_host(sums)):
         _check(sums, local, group, name)
     return sums
 
 
-def _with_fault(local: LocalSums) -> Tensor:
-    """The sums, with a count of NaN for a fault.
-
-    So it travels: whether somebody has a mask is known to that worker alone.
-    """
-    assert local.has_fault is not None
+def message_of(local: LocalSums) -> Tensor:
+    """The sums as they travel: with a count of NaN for a fault, of which one worker alone knows."""
+    if local.has_fault is None:
+        return local.sums
     count = torch.where(local.has_fault, torch.nan, local.sums[-1:])
     return torch.cat([local.sums[:-1], count])
 
@@ -268,10 +266,10 @@ def pooled_statistic(
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
     shards are noticed.
     """
-    message = local.sums if local.has_fault is None else _with_fault(local)
+    message = local.sums if local.has_fault is None else message_of(local)
     sums = exchange.sum_(message, group, "moments", name)
     if local.is_compiled:
-        batch = of_sums(sums, Unread)
+        batch = Unread.of_sums(sums)
         return Statistic(batch, PooledMeans(batch, group, name), group is not None)
     batch, shard = Raw(sums, local.has_several), None
     n = batch.n
@@ -294,9 +292,9 @@ def statistic_if_alone(
         InputError: there are others in `process_group` to exchange with. (Fake tensors have nothing
             to exchange.)
     """
-    if local.observer != observed.FAKE and _is_alone(process_group):
+    if local.observer == observed.FAKE or _is_alone(process_group):
         return local_statistic(local, name)
-    return unexchanged_statistic(local, name)
+    raise observed.refuse(local.observer or "", name)
 
 
 def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
@@ -318,19 +316,8 @@ def local_statistic(local: LocalSums, name: str) -> Statistic:
     if local.kernels is not None:
         batch = Raw(local.sums, local.has_several)
     else:
-        batch = of_sums(local.sums, Observed)
+        batch = Observed.of_sums(local.sums)
     return Statistic(batch, PooledMeans(batch, None, name), is_pooled=False)
-
-
-def unexchanged_statistic(local: LocalSums, name: str) -> Statistic:
-    """The moments of this worker's batch, in place of what an exchange gives, for fake tensors.
-
-    Raises:
-        InputError: something else looks at operators, which would not see the exchange.
-    """
-    if local.observer != observed.FAKE:
-        raise observed.refuse(local.observer or "", name)
-    return local_statistic(local, name)
 
 
 def normalize(

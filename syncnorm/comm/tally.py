@@ -14,10 +14,11 @@ class Exchange(NamedTuple):
     """One message as its sender saw it."""
 
     kind: str
-    """The payload: "moments", "gradients", "second" (derivatives), "fault", "count"; "all moments",
-    "all gradients" of a model; "population" of `recalibrate`, "targets" and "least squares" of
-    `merge`, "monitor" of `monitor`, "diagnosis" of `diagnose`, "agreement" before anything is pooled,
-    "join" of `join`; "no data" for the zeros of a rank that has none."""
+    """The payload: "moments", "gradients", "second" (derivatives), "fault", "count", and "sums" of a
+    layer of the family; "all moments", "all gradients" of a model; "rows" of `gather`, "population"
+    of `recalibrate`, "targets" and "least squares" of `merge`, "monitor" of `monitor`, "diagnosis"
+    of `diagnose`, "agreement" before anything is pooled, "join" of `join`; "notes", "counts of ..."
+    and "used parameters" of the trainer; "no data" for the zeros of a rank that has none."""
     numel: int
     """Float64 numbers sent, identity and padding included (see `exchange.size_of`)."""
     seconds: float

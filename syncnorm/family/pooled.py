@@ -23,7 +23,7 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
 from syncnorm.family.passes import affine_map, by_operators
 from syncnorm.family.passes import channels as channels  # methods take it from here
-from syncnorm.maths.moments import Moments, Unread, of_sums
+from syncnorm.maths.moments import Raw, Unread
 from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.statistics import repeated
 
@@ -121,15 +121,8 @@ def _total(
     x: Tensor, weights: Sequence[Tensor | None], group: groups.Group | None, name: str
 ) -> Tensor:
     """Sum [w x, w x^2, w] for each weighting over all workers, (R, 2C+1)."""
-    local = []
-    for each in weights:
-        sums = ops.local_sums(x, each)
-        count = sums.sums[-1:]
-        if sums.has_fault is not None:
-            # As NaN: whose weights are wrong is known to that worker alone.
-            count = torch.where(sums.has_fault, torch.nan, count)
-        local += [sums.sums[:-1], count]
-    total = exchange.sum_(torch.cat(local), group, "moments", name).view(len(weights), -1)
+    local = torch.cat([ops.message_of(ops.local_sums(x, each)) for each in weights])
+    total = exchange.sum_(local, group, "moments", name).view(len(weights), -1)
     if observed.is_readable(total) and any(map(math.isnan, total[:, -1].tolist())):
         # Of two weightings the second is what the first leaves of 1.
         rule = "finite weights >= 0" if len(weights) == 1 else "weights in [0, 1]"
@@ -153,8 +146,8 @@ def moments_of_sums(
         name: of the layer, for errors.
         total: (R, 2C+1), [sum w x, sum w x^2, sum w] over all workers, float64.
     """
-    kind = Moments if observed.is_readable(total) else Unread
-    parts = [of_sums(row, kind) for row in total]
+    moments = Raw if observed.is_readable(total) else Unread.of_sums
+    parts = [moments(row) for row in total]
     mean = torch.stack([part.mean for part in parts])
     var = torch.stack([part.var for part in parts])
     count = torch.stack([part.count for part in parts])

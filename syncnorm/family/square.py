@@ -85,11 +85,7 @@ class SquareNorm(FamilyLayer):
         @torch.no_grad()
         def first() -> Call:
             self.late.begin(self)
-            squares, count = local.sums[self.num_features :].split([self.num_features, 1])
-            if local.has_fault is not None:
-                # As a count of NaN: whose weights are wrong is known to that worker alone.
-                count = torch.where(local.has_fault, torch.nan, count)
-            return self.begin(torch.cat([squares, count]))
+            return self.begin(ops.message_of(local)[self.num_features :])
 
         call, _ = repeated.begin(self, first)
         return divide(x, local.mask, call, self.eps, self.gradient_scale)

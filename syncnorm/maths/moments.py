@@ -9,7 +9,7 @@ total.
 from __future__ import annotations
 
 from functools import cached_property
-from typing import ClassVar
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from syncnorm.maths.precision import rounding
 
 
 class Moments:
-    """Weighted moments of C channels.
+    """Weighted moments of C channels: an `Unread`, a `Packed` or a `Raw`.
 
     Attributes:
         count: total weight n, shape (), float64.
@@ -28,17 +28,14 @@ class Moments:
         n: the count: a number on the CPU, which saves operators; elsewhere the tensor, unread.
     """
 
-    _is_read: ClassVar[bool] = True
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    n: float | Tensor
     has_several: bool = False
     """True if more than one value counts, as this worker knows without a look at the count."""
     rows: Tensor
     """What a kernel has made of them, set by the call: see `syncnorm.maths.kernels.composed`."""
-
-    def __init__(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
-        self.count = count
-        self.mean = mean
-        self.m2 = m2
-        self.n: float | Tensor = count.item() if self._is_read and is_host(count) else count
 
     @cached_property
     def packed(self) -> tuple[Tensor, bool]:
@@ -68,7 +65,15 @@ class Moments:
 class Unread(Moments):
     """Moments whose numbers are not there to be read: in code that is being compiled."""
 
-    _is_read: ClassVar[bool] = False
+    def __init__(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        self.count = self.n = count
+        self.mean = mean
+        self.m2 = m2
+
+    @classmethod
+    def of_sums(cls, sums: Tensor) -> Self:
+        """Moments from raw sums, as `Raw` takes them."""
+        return cls(sums[-1], *_finish(sums, sums[-1]))
 
 
 class Packed(Moments):
@@ -76,8 +81,7 @@ class Packed(Moments):
 
     def __init__(self, packed: Tensor) -> None:
         self.packed = packed, False
-        self.count: Tensor = packed[-1]
-        self.n: float | Tensor = self.count
+        self.count = self.n = packed[-1]
 
     @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -93,18 +97,18 @@ class Packed(Moments):
 class Raw(Moments):
     """Moments that are raw sums until somebody looks: kernels may finish them themselves.
 
+    Raw sums lose digits with the square of mean/std: in float64 about 1e-16 * (mean/std)^2 of var.
+
     Args:
         sums: [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
         has_several: see `Moments`.
     """
 
-    count: Tensor
-
     def __init__(self, sums: Tensor, has_several: bool = False) -> None:
         self.packed = sums, True
         self.has_several = has_several
         self.count = sums[-1]
-        self.n: float | Tensor = self.count.item() if is_host(sums) else self.count
+        self.n = self.count.item() if is_host(sums) else self.count
 
     @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -129,14 +133,6 @@ def reciprocal(count: float | Tensor) -> float | Tensor:
     if not isinstance(count, Tensor):
         return 0.0 if count == 0 else 1.0 / count
     return torch.where(count == 0, count, count.reciprocal())
-
-
-def of_sums(sums: Tensor, kind: type[Moments] = Moments) -> Moments:
-    """Moments from the raw sums [sum wx (C), sum wx^2 (C), sum w (1)], shape (2C+1,), float64.
-
-    Raw sums lose digits with the square of mean/std: in float64 about 1e-16 * (mean/std)^2 of var.
-    """
-    return Raw(sums) if kind is Moments else kind(sums[-1], *_finish(sums, sums[-1]))
 
 
 def _finish(sums: Tensor, n: float | Tensor) -> tuple[Tensor, Tensor]:

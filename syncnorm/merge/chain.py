@@ -15,7 +15,7 @@ from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.standardised import CONVOLUTIONS
-from syncnorm.maths.moments import of_sums
+from syncnorm.maths.moments import Raw
 from syncnorm.merge.calls import Call, calls
 from syncnorm.merge.gram import Sums, add, arriving, leaving, with_bias
 from syncnorm.merge.interpolate import bare, check_alike, tensors
@@ -145,7 +145,7 @@ def _follow(
             sums += ops.local_sums(arriving(merged, step.name, batch), None).sums
     except Exception as error:  # sent to the other workers, then raised
         failure = error
-    population = of_sums(_pooled(sums, failure, group, "population", step.name))
+    population = Raw(_pooled(sums, failure, group, "population", step.name))
     if population.count == 0:
         raise FaultError("`batches` must hold data on at least one worker, got none")
     norm.running_mean.copy_(population.mean)

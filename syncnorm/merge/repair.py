@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import ops
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
-from syncnorm.maths.moments import of_sums
+from syncnorm.maths.moments import Raw
 from syncnorm.merge.calls import LAYERS, TRANSPOSED, Call, calls
 from syncnorm.merge.interpolate import bare, check_alike, check_alpha
 from syncnorm.model.failing import check_finite, sum_unless_failed
@@ -149,7 +149,7 @@ def _targets(
     message = sum_unless_failed(message, failure, group, "targets")
     pooled = message.split([len(t) for ts in sums for t in ts])
     check_finite(zip([each.name for each in bared] * 2, pooled, strict=True))
-    moments = [of_sums(each) for each in pooled]
+    moments = [Raw(each) for each in pooled]
     if all(each.count == 0 for each in moments):
         raise FaultError(
             "`batches` must hold data on at least one worker, got none. Nothing was changed."

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import observed
 from syncnorm.comm import exchange, groups
 from syncnorm.layers import SyncBatchRenorm
-from syncnorm.maths.moments import Moments, of_sums, reciprocal
+from syncnorm.maths.moments import Moments, Raw, reciprocal
 from syncnorm.maths.precision import for_sums, sum_dtype
 from syncnorm.module import Seen, SyncNorm
 from syncnorm.statistics.flat import device_of, zeros
@@ -166,7 +166,7 @@ class _LastForward(NamedTuple):
 
 def _nothing(layer: SyncNorm) -> Seen:
     sums = zeros(2 * layer.num_features + 1, device_of(layer))
-    return Seen(sums, of_sums(sums), None)
+    return Seen(sums, Raw(sums), None)
 
 
 class _Layout(NamedTuple):

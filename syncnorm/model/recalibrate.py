@@ -16,7 +16,7 @@ from syncnorm import checks, ops
 from syncnorm.comm import groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.layers import SyncBatchRenorm
-from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.maths.moments import Moments, Raw
 from syncnorm.maths.precision import sum_dtype
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
@@ -225,14 +225,14 @@ def _collecting_theirs(layer: _BatchNorm, keep: Callable[[Tensor], object]) -> I
 
 def _pool(
     sums: dict[str, Tensor], failure: Exception | None, group: groups.Group | None
-) -> list[Moments]:
+) -> list[Raw]:
     """The moments over all workers, from one all-reduce; an error is raised on all of them."""
     device = next(iter(sums.values())).device
     message = torch.cat([s.to(device) for s in sums.values()])
     message = sum_unless_failed(message, failure, group, "population")
     pooled = message.split([s.numel() for s in sums.values()])
     check_finite(zip(sums, pooled, strict=True))
-    population = [of_sums(s) for s in pooled]
+    population = [Raw(s) for s in pooled]
     if all(batch.count == 0 for batch in population):
         raise FaultError(
             "`batches` must hold data on at least one worker, got none. Nothing was changed."

@@ -25,7 +25,7 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels, lagged
 from syncnorm.maths.lagged import Lagged
-from syncnorm.maths.moments import Moments, Packed, of_sums
+from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
@@ -255,7 +255,7 @@ class LaggedSource(Source):
         kept, size = averages.copies[name], 2 * layer.num_features + 1
         moments, estimate = Packed(kept[:size]), kept[size:].view(2, -1)
         if averages.waits[name]:
-            moments = of_sums(exchange.sum_(local.sums, group, "moments", layer.label))
+            moments = Raw(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(moments, group, layer.label)
         if layer.freeze is not None:
             means = pooled or FixedMeans(layer, estimate)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from syncnorm import ops
+from syncnorm import observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
@@ -73,7 +73,9 @@ class Source(ABC):
         Raises:
             InputError: the source cannot do without one; by default, but for fake tensors.
         """
-        return ops.unexchanged_statistic(local, layer.label)
+        if local.observer != observed.FAKE:
+            raise observed.refuse(local.observer or "", layer.label)
+        return ops.local_statistic(local, layer.label)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
         """Update the running statistics by this call, now or when the step ends.

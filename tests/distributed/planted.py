@@ -27,7 +27,7 @@ def local_count() -> Iterator[None]:
     def pooled_statistic(
         local: ops.LocalSums, group: Any, name: str, **options: Any
     ) -> ops.Statistic:
-        means = ops.PooledMeans(moments.of_sums(local.sums), group, name)
+        means = ops.PooledMeans(moments.Raw(local.sums), group, name)
         return true(local, group, name, **options)._replace(gradient_means=means)
 
     with patch.object(ops, "pooled_statistic", pooled_statistic):

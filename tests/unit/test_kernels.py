@@ -13,7 +13,7 @@ from torch import Tensor
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, reference
 from syncnorm.maths import kernels
 from syncnorm.maths.kernels import composed, cpu, layout, portable, traced
-from syncnorm.maths.moments import of_sums
+from syncnorm.maths.moments import Raw
 from syncnorm.testing import assert_close
 from tests import as_device
 from tests.covering import covering
@@ -126,7 +126,7 @@ def test_variance_at_large_means(shape, how, bound, ratio):
     """A block sum in plain float32 would be off by 1e-3 at mean/std 1e2 and useless at 1e4."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1)) + ratio
     x = _arrange(x, how)
-    got = of_sums(kernels.local_moments(x, None))
+    got = Raw(kernels.local_moments(x, None))
     dims = [0, *range(2, len(shape))]
     truth = x.double().var(dims, correction=0)
     assert ((got.var - truth).abs() / truth).max() <= bound
@@ -203,7 +203,7 @@ def test_half_types_are_summed_as_exactly_as_float32(implementation, shape, how,
     x = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * 2 + mean
     x = _arrange(x.to(dtype), how)
     dims = [0, *range(2, len(shape))]
-    got, truth = of_sums(kernels.local_moments(x, None)), x.double().var(dims, correction=0)
+    got, truth = Raw(kernels.local_moments(x, None)), x.double().var(dims, correction=0)
     assert ((got.mean - x.double().mean(dims)).abs() / truth.sqrt()).max() <= 5e-6
     assert ((got.var - truth).abs() / truth).max() <= 2e-5
 
@@ -228,7 +228,7 @@ def test_a_mask_keeps_its_elements_out_of_the_pivot():
     x = torch.randn(64, 4, 32, generator=torch.Generator().manual_seed(2)) + 1e4
     mask = torch.zeros(64, 1, 32)
     mask[:, :, 20:] = 1.0
-    got = of_sums(kernels.local_moments(torch.where(mask > 0, x, -1e4), mask))
+    got = Raw(kernels.local_moments(torch.where(mask > 0, x, -1e4), mask))
     truth = x[:, :, 20:].double().var((0, 2), correction=0)
     assert ((got.var - truth).abs() / truth).max() <= 1e-5
 

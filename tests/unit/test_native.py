@@ -20,7 +20,7 @@ from syncnorm.maths import kernels, lagged, moments
 from syncnorm.maths.kernels import composed
 from syncnorm.maths.kernels import native as ours
 from syncnorm.maths.kernels.batch import Reference, Scheduled
-from syncnorm.maths.moments import Moments, Packed, Raw, of_sums
+from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
 from syncnorm.undocumented import TorchDispatchMode
@@ -62,7 +62,7 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None) -> None:
     raw = torch.cat([(w * wide).sum(over), (w * wide * wide).sum(over), w.sum().view(1)])
     assert_close(sums, raw, rtol=1e-12, atol=1e-12 * x.numel())
     y, rows = ours.normalize(x, Raw(sums), weight, bias, EPS, None)
-    _, wanted_rows = composed.normalize(x, of_sums(raw), weight, bias, EPS, None)
+    _, wanted_rows = composed.normalize(x, Raw(raw), weight, bias, EPS, None)
     assert_close(rows, wanted_rows, rtol=1e-9, atol=1e-9)
     mean, _, invstd = rows
     xhat = (wide - facing(mean, x)) * facing(invstd, x)
@@ -134,7 +134,7 @@ def test_bits_do_not_depend_on_threads(shape):
 @pytest.mark.parametrize("arrangement", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_variance_far_from_zero(arrangement):
     x = (randn(32, 16, 20, 20) + 1e4).contiguous(memory_format=arrangement)
-    batch = of_sums(ours.moments(x, None))
+    batch = Raw(ours.moments(x, None))
     exact = x.double().var((0, 2, 3), correction=0)
     assert ((batch.var - exact) / exact).abs().max() < 1e-6
 
@@ -219,9 +219,7 @@ def test_correction_as_by_operators(step, n):
     sums = _sums(n, 0.4, 0.0 if n == 1 else 2.0)
     weight = torch.tensor([1.0, 2.0, -1.0])
     y, rows = ours.normalize(x, Raw(sums), weight, None, EPS, Reference(mean, var, bounds))
-    z, wanted = composed.normalize(
-        x, of_sums(sums), weight, None, EPS, Reference(mean, var, bounds)
-    )
+    z, wanted = composed.normalize(x, Raw(sums), weight, None, EPS, Reference(mean, var, bounds))
     assert_close(rows, wanted, rtol=1e-12, atol=1e-12)
     assert_close(y, z, rtol=1e-5, atol=1e-5)
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from syncnorm.maths import kernels, lagged, moments, renorm
 from syncnorm.maths.kernels.triton import geometry, launch
-from syncnorm.maths.moments import Moments, of_sums
+from syncnorm.maths.moments import Moments, Raw, Unread
 from syncnorm.testing import assert_close
 from tests.covering import covering
 from tests.unit.kernel_inputs import facing, poison, randn
@@ -112,7 +112,7 @@ def _check_all(x: Tensor, g: Tensor, mask: Tensor | None, factor: float = 1.0) -
     fine = F64 if dtype == F64 else F32
     assert_close(sums, expected, fine, "moments")
 
-    batch = of_sums(expected)
+    batch = Raw(expected)
     invstd = batch.invstd(EPS)
     xhat = (x.double() - facing(batch.mean, x)) * facing(invstd, x)
     y, rows = _normalize(x, expected, True, weight, bias, EPS)
@@ -286,7 +286,7 @@ def test_variance_at_large_means(shape, how, masked):
         mask = (_rand(shape[0], 1, *shape[2:]) > 0.3).float()
         mask[: shape[0] // 3] = 0.0
         x = _arrange(torch.where(mask > 0, x, 1e30), how)
-    got = of_sums(launch.moments(x, mask))
+    got = Raw(launch.moments(x, mask))
     w = _count(x, mask)
     mean = (w * x.double()).sum(_over(x)) / w.sum()
     var = (w * (x.double() - facing(mean, x)).square()).sum(_over(x)) / w.sum()
@@ -301,7 +301,7 @@ def test_half_types_are_summed_as_exactly_as_float32(how, mean, dtype):
     """Their coarse grid makes float32 round each addition of a long sum the same way."""
     for shape in [(1, 1, 200, 200), (8, 4, 32, 32)]:
         x = _arrange((randn(*shape, seed=4) * 2 + mean).to(dtype), how)
-        got, truth = of_sums(launch.moments(x, None)), x.double().var(_over(x), correction=0)
+        got, truth = Raw(launch.moments(x, None)), x.double().var(_over(x), correction=0)
         assert ((got.mean - x.double().mean(_over(x))).abs() / truth.sqrt()).max() <= 5e-6
         assert ((got.var - truth).abs() / truth).max() <= 2e-5
 
@@ -388,9 +388,9 @@ def _batch(n: float, is_raw: bool, channels: int = 5) -> Tensor:
 
 def _moments_of(batch: Tensor, is_raw: bool) -> Moments:
     if is_raw:
-        return of_sums(batch)
+        return Raw(batch)
     mean, m2, _ = batch.split(((len(batch) - 1) // 2, (len(batch) - 1) // 2, 1))
-    return Moments(batch[-1], mean, m2)
+    return Unread(batch[-1], mean, m2)
 
 
 SCHEDULES = [

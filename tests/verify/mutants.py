@@ -40,7 +40,7 @@ class LocalGradient(SyncBatchNorm):
 class _LocalGradient(BatchSource):
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         statistic = super().statistic(layer, local)
-        return statistic._replace(gradient_means=PooledMeans(moments.of_sums(local.sums), None))
+        return statistic._replace(gradient_means=PooledMeans(moments.Raw(local.sums), None))
 
 
 class RankZero(SyncBatchNorm):
