@@ -253,11 +253,11 @@ def _explain(
     channels, calls = layer.num_features, 1 if shapes is None else len(shapes)
     if group is None or not channels:
         return None, row, []
-    own, largest = [*mode.own_sizes(channels, calls)], 2 * channels + 1
+    sizes, largest = mode.own_sizes(channels), 2 * channels + 1
     if isinstance(layer, Pooling):
         sizes = layer.message_sizes()
-        own, largest = sizes * calls, max(sizes)
-    return _Part(mode, groups.rule_of(kept), group, channels, own, largest), row, []
+        largest = max(sizes)
+    return _Part(mode, groups.rule_of(kept), group, channels, sizes * calls, largest), row, []
 
 
 def _class_name(layer: nn.Module) -> str:

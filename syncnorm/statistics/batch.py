@@ -45,8 +45,8 @@ class BatchMode(Mode):
     def new_source(self) -> Source:
         return BatchSource()
 
-    def own_sizes(self, channels: int, calls: int) -> list[int]:
-        return [2 * channels + 1, 2 * channels] * calls
+    def own_sizes(self, channels: int) -> list[int]:
+        return [2 * channels + 1, 2 * channels]
 
 
 class LocalMode(Mode):

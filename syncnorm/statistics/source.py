@@ -222,8 +222,8 @@ class Mode(ABC):
         """The names of these buffers."""
         return [*self.buffers(1, "meta")]
 
-    def own_sizes(self, channels: int, calls: int) -> list[int]:
-        """Numbers in each exchange that a layer makes alone and waits for, in a training step."""
+    def own_sizes(self, channels: int) -> list[int]:
+        """Numbers in each exchange that a call of a layer makes and waits for, both ways."""
         return []
 
     def flat_sizes(self, channels: Sequence[int], workers: int) -> list[int]:

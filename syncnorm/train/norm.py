@@ -91,7 +91,7 @@ _CLASS: dict[NormName, type[nn.Module]] = {
     "sync_batch_norm": SyncNorm,
     "sync_batch_renorm": SyncNorm,
     "frozen": FrozenBatchNorm,
-    **dict.fromkeys(cast("dict[NormName, Any]", METHODS), FamilyLayer),
+    **dict.fromkeys(METHODS, FamilyLayer),
     "group_norm": nn.GroupNorm,
     "layer_norm": nn.GroupNorm,
     "rms_norm": ChannelRMSNorm,

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from syncnorm.verify.compare import expect, expect_step
 from syncnorm.verify.context import Context
-from syncnorm.verify.oracle import Batch, Oracle, Step, Use, initial_statistics, parameters
+from syncnorm.verify.oracle import (
+    Batch,
+    Oracle,
+    Step,
+    Use,
+    initial_statistics,
+    parameters,
+    random_batch,
+)
 
 Layout = Callable[[Tensor], Tensor]
 
@@ -157,6 +165,13 @@ def check_steps(
         expect_step(got, expected, sizes, x.dtype, factor=factor, what=what)
         steps.append(got)
     return steps
+
+
+def check_three_steps(context: Context, **options: Any) -> None:
+    """Make three steps of a layer with these options on uneven shards, as `check_steps` does."""
+    sizes = ragged(context.world_size)
+    batches = [random_batch(sum(sizes), seed=seed) for seed in range(3)]
+    check_steps(context, batches, sizes, **options)
 
 
 def _wants_gradient(layer: nn.Module, name: str) -> bool:

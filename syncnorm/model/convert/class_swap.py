@@ -58,11 +58,7 @@ class Request:
 
     def settings(self, layer: _BatchNorm) -> dict[str, Any]:
         """The arguments of `set_up`: the options, else the values that a layer of ours has."""
-        names = [
-            p.name
-            for p in inspect.signature(self.to.set_up).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
-        ]
+        names = _setting_names(self.to)
         current = _settings_of(layer, names) if isinstance(layer, SyncNorm) else {}
         return current | {name: value for name, value in self.options.items() if name in names}
 
@@ -181,11 +177,8 @@ def swap_back(layer: nn.Module, born: type[_BatchNorm] | None = None) -> None:
     if original.workers is not False:
         attributes["process_group"] = groups.to_user(original.workers)
     if isinstance(layer, SyncNorm):
-        label, names = layer.label, ("sync", "schedule", "running_average")
-        layer.set_up(
-            layer.process_group,
-            **_settings_of(layer, [name for name in names if hasattr(layer, name)]),
-        )
+        label = layer.label
+        layer.set_up(layer.process_group, **_settings_of(layer, _setting_names(type(layer))))
         layer.label = label
     else:
         narrow_statistics(layer)
@@ -197,6 +190,12 @@ def narrow_statistics(layer: _BatchNorm) -> None:
     if has_both and layer.weight.dtype in HALF_TYPES:
         for name in ("running_mean", "running_var"):
             layer._buffers[name] = layer.get_buffer(name).to(layer.weight.dtype)
+
+
+def _setting_names(cls: type[SyncNorm]) -> list[str]:
+    """The options of `set_up`."""
+    parameters = inspect.signature(cls.set_up).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
 
 
 def _settings_of(layer: SyncNorm, names: list[str]) -> dict[str, Any]:

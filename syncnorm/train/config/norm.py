@@ -1,37 +1,23 @@
 """The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
 import inspect
-from typing import Annotated, Any, Literal, Self, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_type_hints
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from syncnorm import RenormSchedule
 from syncnorm.errors import InputError
 from syncnorm.family import METHODS
+from syncnorm.family.plain import BASELINES
 from syncnorm.statistics import MODES
 from syncnorm.statistics.source import Mode
 from syncnorm.train.config.section import Finite, Section, Whole, check_patterns, name_hint
 
-NormName = Literal[
-    "batch_norm",
-    "sync_batch_norm",
-    "sync_batch_renorm",
-    "frozen",
-    "batch_channel_norm",
-    "estimated_batch_norm",
-    "l1_batch_norm",
-    "mabn",
-    "online_norm",
-    "power_norm",
-    "unified_norm",
-    "group_norm",
-    "layer_norm",
-    "rms_norm",
-    "instance_norm",
-    "dynamic_tanh",
-    "derf",
-    "none",
-]
+if TYPE_CHECKING:
+    NormName = str
+else:
+    _BATCH_NORMS = ("batch_norm", "sync_batch_norm", "sync_batch_renorm", "frozen")
+    NormName = Literal[*_BATCH_NORMS, *METHODS, *BASELINES]
 WeightName = Literal[
     "weight_norm", "spectral_norm", "centred", "standardized", "scaled_standardized"
 ]
@@ -87,8 +73,8 @@ class NormSection(Section):
         default="sync_batch_norm",
         description="sync_batch_norm and sync_batch_renorm are ours; batch_norm is torch's own, "
         "with the statistics of each worker's forward; frozen is a batch norm that only evaluates; "
-        "the next seven are methods of syncnorm.family, and those from group_norm on, which has up "
-        "to 32 groups, use no batch statistics",
+        f"the next {len(METHODS)} are methods of syncnorm.family, and those from group_norm on, "
+        "which has up to 32 groups, use no batch statistics",
     )
     rules: Annotated[dict[str, NormName], AfterValidator(check_patterns)] = Field(
         default={},

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect_close
 from syncnorm.verify.context import Context
 from syncnorm.verify.oracle import Oracle, random_batch
-from syncnorm.verify.steps import check_steps, make_layer, my_shard, ragged
+from syncnorm.verify.steps import check_three_steps, make_layer, my_shard, ragged
 
 
 @check("momentum-none", "momentum=None averages all batches alike", needs="momentum")
 def momentum_none(context: Context) -> None:
-    _check_steps(context, momentum=None)
+    check_three_steps(context, momentum=None)
 
 
 @check("momentum-one", "momentum=1 keeps the last batch alone", needs="momentum")
 def momentum_one(context: Context) -> None:
-    _check_steps(context, momentum=1.0)
+    check_three_steps(context, momentum=1.0)
 
 
 @check("large-eps", "eps is added to the variance, inside the root", needs="eps")
 def large_eps(context: Context) -> None:
-    _check_steps(context, eps=0.5)
+    check_three_steps(context, eps=0.5)
 
 
 @check("no-affine", "affine=False has no weight and no bias", needs="affine")
 def no_affine(context: Context) -> None:
-    _check_steps(context, affine=False)
+    check_three_steps(context, affine=False)
 
 
 @check(
@@ -39,18 +37,11 @@ def no_affine(context: Context) -> None:
     needs="track_running_stats",
 )
 def no_running_stats(context: Context) -> None:
-    _check_steps(context, track_running_stats=False)
+    check_three_steps(context, track_running_stats=False)
     sizes = ragged(context.world_size)
     layer = make_layer(context, 4, track_running_stats=False).eval()
     x, _, _ = my_shard(context, random_batch(sum(sizes)), sizes)
     alone = Oracle(context.under_test, 4, {"track_running_stats": False})(x.cpu())
     expect_close(
         f"output of rank {context.rank} in evaluation", layer(x).cpu(), alone, torch.float64
-    )
-
-
-def _check_steps(context: Context, **options: Any) -> None:
-    sizes = ragged(context.world_size)
-    check_steps(
-        context, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes, **options
     )

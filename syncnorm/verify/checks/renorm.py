@@ -15,22 +15,30 @@ from syncnorm.verify.check import check
 from syncnorm.verify.compare import expect, expect_close, expect_shards, expect_step
 from syncnorm.verify.context import Context
 from syncnorm.verify.oracle import Oracle, initial_statistics, parameters, random_batch
-from syncnorm.verify.steps import check_steps, make_layer, my_shard, plainly, ragged, train_step
+from syncnorm.verify.steps import (
+    check_steps,
+    check_three_steps,
+    make_layer,
+    my_shard,
+    plainly,
+    ragged,
+    train_step,
+)
 
 
 @check("renorm-clipped", "r and d at their bounds are the paper's", needs="renorm")
 def clipped(context: Context) -> None:
-    _check_steps(context, bounds=(1.1, 0.05))
+    check_three_steps(context, bounds=(1.1, 0.05))
 
 
 @check("renorm-partly-clipped", "so are those of which some are at their bounds", needs="renorm")
 def partly_clipped(context: Context) -> None:
-    _check_steps(context, bounds=(1.5, 0.5))
+    check_three_steps(context, bounds=(1.5, 0.5))
 
 
 @check("renorm-unclipped", "so are those within their bounds", needs="renorm")
 def unclipped(context: Context) -> None:
-    _check_steps(context, bounds=(100.0, 100.0))
+    check_three_steps(context, bounds=(100.0, 100.0))
 
 
 @check("renorm-is-batch-norm", "r_max = 1 and d_max = 0 is batch normalisation", needs="renorm")
@@ -94,7 +102,7 @@ def constant_r_and_d(context: Context) -> None:
 )
 def old_statistics(context: Context) -> None:
     """With momentum 1 the new ones are the batch's, and r = 1, d = 0 to nearly all digits."""
-    _check_steps(context, bounds=(100.0, 100.0), momentum=1.0)
+    check_three_steps(context, bounds=(100.0, 100.0), momentum=1.0)
 
 
 @check(
@@ -103,14 +111,14 @@ def old_statistics(context: Context) -> None:
     needs="renorm, momentum, eps",
 )
 def averages_std(context: Context) -> None:
-    _check_steps(context, momentum=0.5, eps=0.2)
+    check_three_steps(context, momentum=0.5, eps=0.2)
 
 
 @check(
     "renorm-var", 'running_average="var" averages the unbiased variance', needs="renorm, momentum"
 )
 def averages_var(context: Context) -> None:
-    _check_steps(context, momentum=0.5, running_average="var")
+    check_three_steps(context, momentum=0.5, running_average="var")
 
 
 @check(
@@ -177,10 +185,3 @@ def _follow(
         expect_step(
             got, oracle.step(batch, plainly), sizes, torch.float64, what=f"step {number + 1}: "
         )
-
-
-def _check_steps(context: Context, **options: Any) -> None:
-    sizes = ragged(context.world_size)
-    check_steps(
-        context, [random_batch(sum(sizes), seed=seed) for seed in range(3)], sizes, **options
-    )
