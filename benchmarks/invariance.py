@@ -50,12 +50,13 @@ from syncnorm.testing import RankPool
 from syncnorm.train import loop
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
-from syncnorm.train.data.datasets import DATASETS, Dataset
+from syncnorm.train.data.builtin import DATASETS
+from syncnorm.train.data.datasets import Dataset
 from syncnorm.train.data.feed import TEST, TRAIN, MemoryFeed
 from syncnorm.train.metrics import read_events
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_setup
 from syncnorm.train.step import StepBatch, evaluate, training_step
+from syncnorm.train.workers import Workers
 
 STEPS, SEEN_AT, WORLD_SIZES = 100, (1, 10, 50, 100), (1, 2, 3, 4)
 FLOAT64_BOUND, FLOAT32_BOUND, SMOOTH_BOUND = 1e-12, 4.0, 1e-4

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from syncnorm.placement import epoch_order
-from syncnorm.train.data.datasets import DATASETS, Dataset
+from syncnorm.train.data.builtin import DATASETS
+from syncnorm.train.data.datasets import Dataset
 from syncnorm.train.models import NormLayer
 
 

@@ -25,9 +25,9 @@ from syncnorm.testing import RankPool
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION
 from syncnorm.train.data.regimes import training_order
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, load_feed, make_setup
 from syncnorm.train.step import StepBatch, evaluate, training_step
+from syncnorm.train.workers import Workers
 
 RESULTS = "results.jsonl"
 ALLOWED = ("benchmarks",)

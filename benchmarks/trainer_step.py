@@ -31,14 +31,15 @@ from syncnorm import SyncBatchNorm, prepare_ddp
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
+from syncnorm.train.data.builtin import digits
+from syncnorm.train.data.datasets import Dataset, Split, make_dataset
 from syncnorm.train.data.feed import TRAIN, Feed, LoaderFeed, MemoryFeed
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.loop import Run, take_step
 from syncnorm.train.models import MODELS
-from syncnorm.train.placement import Workers
 from syncnorm.train.recorder import Recorder
 from syncnorm.train.setup import make_setup
+from syncnorm.train.workers import Workers
 
 WORKERS = 2
 RESNET = ["model.name=resnet18_imagenet", "train.global_batch=64"]

@@ -24,7 +24,8 @@ from torch.utils.data import Dataset
 
 from syncnorm.train import files
 from syncnorm.train.checkpoint.store import CheckpointStore, Snapshot
-from syncnorm.train.data.datasets import Split, digits
+from syncnorm.train.data.builtin import digits
+from syncnorm.train.data.datasets import Split
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.models import MODELS
 

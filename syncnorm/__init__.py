@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from syncnorm._public import *
     from syncnorm.run.fit import fit as fit
     from syncnorm.train.callbacks import Callback as Callback
-    from syncnorm.train.loaded import load as load
+    from syncnorm.train.finished.load import load as load
 
 __all__ = [
     "SAM",
@@ -42,7 +42,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 # The trainer's names. It needs more packages than torch, so that `from syncnorm import *` is without.
-_TRAINER = {"Callback": "train.callbacks", "fit": "run.fit", "load": "train.loaded"}
+_TRAINER = {"Callback": "train.callbacks", "fit": "run.fit", "load": "train.finished.load"}
 
 
 def __getattr__(name: str) -> Any:

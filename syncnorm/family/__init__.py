@@ -1,7 +1,17 @@
 """Methods of the literature that use statistics of the batch, pooled over the workers.
 
-Each file is one method: which sums travel, what becomes of them. `syncnorm.family.pooled` has sums
-and moments over all workers with their gradients, `syncnorm.family.layer` what layers share.
+A method is a file: which sums travel, what becomes of them. What methods share:
+
+    layer.py       `Pooling` and `FamilyLayer`: the group, buffers, forward, evaluation
+    pooled.py      sums and moments over all workers, with their gradients
+    passes.py      passes over x, with gradients
+    batch.py       batch normalisation on these: the base of methods that add to it
+    square.py      layers that divide by a root mean square: window.py has averages over steps,
+                   surrogate.py their gradient, late.py sums that nobody waits for
+    recurrence.py  online normalisation's loops over samples
+    momentum.py    AdaB2N's weight of a batch
+    reference.py   each method on the whole batch in float64, for tests
+
 `syncnorm.family.plain` has baselines without batch statistics.
 """
 

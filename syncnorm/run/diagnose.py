@@ -18,9 +18,9 @@ from syncnorm.run.env import Launched
 from syncnorm.run.own_workers import check_device, run_on
 from syncnorm.run.worker import join
 from syncnorm.train.config.schema import Config
-from syncnorm.train.diagnosed import RunDiagnosis, diagnose_run
 from syncnorm.train.files import write_text_whole
-from syncnorm.train.loaded import read_run
+from syncnorm.train.finished.diagnose import RunDiagnosis, diagnose_run
+from syncnorm.train.finished.load import read_run
 from syncnorm.train.report.text import duration
 
 NAME = "diagnosis"

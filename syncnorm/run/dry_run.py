@@ -24,10 +24,10 @@ from syncnorm.train.memory import (
     format_bytes,
     peak_memory,
 )
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.train.weights import load_weights
+from syncnorm.train.workers import Workers
 from syncnorm.undocumented import fake_store
 
 

@@ -14,8 +14,8 @@ from syncnorm.run.env import Launched
 from syncnorm.run.own_workers import check_device, run_on
 from syncnorm.run.worker import join
 from syncnorm.train.config.schema import Config
-from syncnorm.train.judged import Evaluation, evaluate_run
-from syncnorm.train.loaded import read_run
+from syncnorm.train.finished.evaluate import Evaluation, evaluate_run
+from syncnorm.train.finished.load import read_run
 from syncnorm.train.metrics import json_value
 from syncnorm.train.task.measures import format_metric
 

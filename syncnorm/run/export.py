@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from syncnorm.run.in_process import errors_in_one_line
-from syncnorm.train.exported import export_model
-from syncnorm.train.loaded import load
+from syncnorm.train.finished.export import export_model
+from syncnorm.train.finished.load import load
 
 
 def run_export(run: Path, output: Path, checkpoint: str, allowed: tuple[str, ...]) -> None:

@@ -12,8 +12,8 @@ from syncnorm.run.worker import join
 from syncnorm.train import files
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import Config
-from syncnorm.train.loaded import read_run
-from syncnorm.train.merged import Merged, merge_runs
+from syncnorm.train.finished.load import read_run
+from syncnorm.train.finished.merge import Merged, merge_runs
 from syncnorm.train.task.measures import format_metric, format_value
 
 

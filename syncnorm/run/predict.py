@@ -22,8 +22,8 @@ from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
 from syncnorm.train.files import written_whole
-from syncnorm.train.loaded import LoadedModel, load
-from syncnorm.train.predicted import Row, check_rows, masks_of, predict, read, rows_of
+from syncnorm.train.finished.load import LoadedModel, load
+from syncnorm.train.finished.predict import Row, check_rows, masks_of, predict, read, rows_of
 
 _BATCH = 64
 

@@ -11,8 +11,8 @@ from syncnorm.run.env import Launched
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.worker import join
 from syncnorm.train.checkpoint.evaluated import RECALIBRATED
-from syncnorm.train.loaded import read_run
-from syncnorm.train.recalibrate import recalibrate_run
+from syncnorm.train.finished.load import read_run
+from syncnorm.train.finished.recalibrate import recalibrate_run
 from syncnorm.train.task.measures import format_metric, format_value
 from syncnorm.train.waiting import from_first
 

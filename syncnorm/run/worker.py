@@ -40,11 +40,11 @@ from syncnorm.train.config.section import is_url
 from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
-from syncnorm.train.placement import Workers
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import describe_metrics
 from syncnorm.train.waiting import from_all, in_thread_of_first, wait_for_first
+from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)
 

@@ -33,7 +33,6 @@ from syncnorm.train.data.same import check_same_data
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory
 from syncnorm.train.notes import Flags
-from syncnorm.train.placement import Workers
 from syncnorm.train.predictions import collect_predictions
 from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
@@ -42,6 +41,7 @@ from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.storage.mirror import Mirror
 from syncnorm.train.waiting import from_all
 from syncnorm.train.weights import load_weights
+from syncnorm.train.workers import Workers
 
 # Steps in a row that may be left out for not being finite; more are no accident.
 _MOST_SKIPPED = 10

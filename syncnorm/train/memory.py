@@ -30,13 +30,13 @@ from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
-from syncnorm.train.placement import Workers, place
 from syncnorm.train.setup import autocast
 from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.task.measures import check_metrics
 from syncnorm.train.task.meters import Meters
 from syncnorm.train.waiting import from_all
+from syncnorm.train.workers import Workers, place
 
 _log = logging.getLogger(__name__)
 

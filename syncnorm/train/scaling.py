@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from syncnorm.train.placement import Workers
+from syncnorm.train.workers import Workers
 
 # Of the loss of the whole step. A worker's own scale is so many times smaller as DDP's average over
 # the workers makes its gradients greater.

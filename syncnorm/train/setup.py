@@ -7,7 +7,7 @@ import inspect
 import logging
 import random
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import DATASETS, Dataset, checked_splits, hold_out, types_of
+from syncnorm.train.data.builtin import DATASETS
+from syncnorm.train.data.datasets import Dataset, types_of
 from syncnorm.train.data.feed import TRAIN, VALIDATION, Feed, LoaderFeed, MemoryFeed, judged_split
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import check_regime
@@ -46,11 +47,11 @@ from syncnorm.train.norm import (
     warn_of_no_pooling,
 )
 from syncnorm.train.parameters import freeze, parameter_groups
-from syncnorm.train.placement import Workers, place
 from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task
 from syncnorm.train.unused import Gradients
+from syncnorm.train.workers import Workers, place
 from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
@@ -196,7 +197,7 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
     data = _load_data(config, allowed)
     feed: Feed
     if isinstance(data, Dataset):
-        feed = MemoryFeed(hold_out(data, config.data.validation), config, device)
+        feed = MemoryFeed(data.hold_out(config.data.validation), config, device)
     else:
         feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
     check_regime(config, feed)
@@ -227,17 +228,14 @@ def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
     if config.data.name in SOURCES:
         return SOURCES[config.data.name](root, **config.data.options)
     made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
-    if isinstance(made, Splits):
-        return made.check()
-    if not isinstance(made, Dataset):
+    if not isinstance(made, Dataset | Splits):
         raise ConfigError(
             "`data.name` must return a syncnorm.train.data.splits.Splits of data sets, or a "
             f"syncnorm.train.data.datasets.Dataset of images in memory, got {types_of(made)} of "
             f"{config.data.name!r}. make_dataset(train, test, num_classes) there makes one of two "
             "Split(images, labels)."
         )
-    train, test = checked_splits(made.train, made.test, made.num_classes)
-    return replace(made, train=train, test=test)
+    return made.check()
 
 
 def make_model(

@@ -37,7 +37,6 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
-from syncnorm.train.placement import Workers
 from syncnorm.train.scaling import unscale
 from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
 from syncnorm.train.task import Number, Task
@@ -45,6 +44,7 @@ from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
 from syncnorm.train.task.measures import Measures
 from syncnorm.train.task.meters import Meters
 from syncnorm.train.waiting import from_all
+from syncnorm.train.workers import Workers
 
 
 @dataclass(frozen=True)

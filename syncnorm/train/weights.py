@@ -27,8 +27,8 @@ from syncnorm.train.checkpoint.evaluated import evaluated_state, read_evaluated
 from syncnorm.train.checkpoint.snapshot import MANIFEST, read_snapshot
 from syncnorm.train.checkpoint.store import CHECKPOINTS
 from syncnorm.train.config.schema import ModelSection
-from syncnorm.train.placement import Workers
 from syncnorm.train.waiting import from_first
+from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)
 

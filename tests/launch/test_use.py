@@ -32,9 +32,9 @@ from syncnorm.run.folder import write_config
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.datasets import digits
+from syncnorm.train.data.builtin import digits
+from syncnorm.train.finished.predict import predict
 from syncnorm.train.models import MODELS
-from syncnorm.train.predicted import predict
 from tests.launch import commands
 from tests.train import runs
 

@@ -14,8 +14,8 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config, TaskSection
 from syncnorm.train.data.inputs import Signature, Standardise
 from syncnorm.train.data.sources.images import ImageReader, read_pixels
-from syncnorm.train.loaded import LoadedModel
-from syncnorm.train.predicted import rows_of
+from syncnorm.train.finished.load import LoadedModel
+from syncnorm.train.finished.predict import rows_of
 from tests.launch.test_use import command, make
 
 # By task, the shapes of a sample and of a target, and the network.

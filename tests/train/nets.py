@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from drills import kill_worker
-from syncnorm.train.data.datasets import Dataset, Split, digits, make_dataset
+from syncnorm.train.data.builtin import digits
+from syncnorm.train.data.datasets import Dataset, Split, make_dataset
 from syncnorm.train.models import MODELS, BasicBlock, ResNet
 
 

@@ -26,18 +26,19 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
-from syncnorm.train.data.datasets import Dataset, Split, digits
+from syncnorm.train.data.builtin import digits
+from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
 from syncnorm.train.notes import Flags
 from syncnorm.train.parameters import parameter_groups
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import Setup, make_bare_model, make_model, make_setup
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.task.supervised import Classify
 from syncnorm.train.weights import load_weights
+from syncnorm.train.workers import Workers
 from tests.train import nets
 
 

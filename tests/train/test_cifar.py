@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.data.builtin import cifar10
 from syncnorm.train.data.cifar import read_binary, read_python
-from syncnorm.train.data.datasets import cifar10
 
 NAMES = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
 

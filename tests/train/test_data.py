@@ -12,7 +12,8 @@ from sklearn.model_selection import train_test_split
 
 from syncnorm.errors import ConfigError
 from syncnorm.placement import epoch_order
-from syncnorm.train.data.datasets import DATASETS, Split, digits, make_dataset
+from syncnorm.train.data.builtin import DATASETS, digits
+from syncnorm.train.data.datasets import Split, make_dataset
 
 
 def some_split(count: int, dtype: torch.dtype = torch.float64, channels: int = 2) -> Split:

@@ -12,8 +12,8 @@ from torch import nn
 from syncnorm import SyncBatchNorm
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.file import load_config
-from syncnorm.train.diagnosed import diagnose_run
-from syncnorm.train.parts import plan_step
+from syncnorm.train.finished.diagnose import diagnose_run
+from syncnorm.train.finished.parts import plan_step
 from syncnorm.train.task.supervised import Classify
 from tests.diagnose.test_workers import differences
 from tests.train import runs

@@ -14,8 +14,8 @@ from syncnorm.errors import ConfigError
 from syncnorm.family import METHODS, L1BatchNorm
 from syncnorm.family.plain import BASELINES
 from syncnorm.train.config.norm import NormSection
-from syncnorm.train.exported import plain_network
-from syncnorm.train.loaded import load
+from syncnorm.train.finished.export import plain_network
+from syncnorm.train.finished.load import load
 from syncnorm.train.norm import apply_rules, fit_layers, make_norm_layer
 from tests.train import nets, runs
 from tests.train.test_loop import FEW, RAGGED, last, run

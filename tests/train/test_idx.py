@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data.datasets import DATASETS, fashion_mnist, mnist
+from syncnorm.train.data.builtin import DATASETS, fashion_mnist, mnist
 from syncnorm.train.data.idx import read_idx
 
 NAMES = [

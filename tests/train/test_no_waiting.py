@@ -19,9 +19,9 @@ from syncnorm.run.dry_run import _return_bucket
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.feed import TRAIN, MemoryFeed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_setup
 from syncnorm.train.step import StepBatch, training_step
+from syncnorm.train.workers import Workers
 from syncnorm.undocumented import TorchDispatchMode, fake_store
 from tests.train.nets import Net
 from tests.train.runs import images_and_labels

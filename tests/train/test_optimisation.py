@@ -18,15 +18,15 @@ from syncnorm.errors import ConfigError
 from syncnorm.train import optim, scaling
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.train import TrainSection
-from syncnorm.train.data.datasets import digits
+from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.feed import TRAIN, MemoryFeed
 from syncnorm.train.economy import economise
 from syncnorm.train.models import MODELS
 from syncnorm.train.parameters import parameter_groups
-from syncnorm.train.placement import Workers
 from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, make_setup
 from syncnorm.train.step import StepResult, training_step
+from syncnorm.train.workers import Workers
 from tests.train import runs
 from tests.train.test_loop import THIN
 from tests.train.test_options import needed

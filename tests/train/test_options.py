@@ -13,13 +13,13 @@ from syncnorm.errors import ConfigError
 from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.norm import NormSection
-from syncnorm.train.data.datasets import digits
+from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.feed import MemoryFeed
 from syncnorm.train.memory import Need, check_fits, estimate
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import make_bare_model, task_of
+from syncnorm.train.workers import Workers
 from tests.launch import commands
 from tests.train import nets, runs
 from tests.train.test_loop import THIN

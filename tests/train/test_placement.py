@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from syncnorm import ElasticBatchSampler
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.config.train import TrainSection
-from syncnorm.train.placement import place
+from syncnorm.train.workers import place
 
 
 def test_a_statistic_that_needs_more_samples_at_once_than_allowed_is_refused():

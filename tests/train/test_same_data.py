@@ -17,7 +17,7 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import LoaderFeed
 from syncnorm.train.data.same import check_same_data
 from syncnorm.train.data.splits import Splits
-from syncnorm.train.placement import Workers
+from syncnorm.train.workers import Workers
 from tests.train.samples import Given, Noise
 from tests.train.test_tasks import sections
 

@@ -19,7 +19,7 @@ from syncnorm import SyncBatchNorm, SyncBatchRenorm, native
 from syncnorm.maths import kernels, lagged, moments
 from syncnorm.maths.kernels import composed
 from syncnorm.maths.kernels import native as ours
-from syncnorm.maths.kernels.batch import Reference, Scheduled
+from syncnorm.maths.kernels.arguments import Reference, Scheduled
 from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build

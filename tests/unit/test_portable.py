@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import composed, portable
-from syncnorm.maths.kernels.batch import Reference
+from syncnorm.maths.kernels.arguments import Reference
 from syncnorm.maths.moments import Raw
 from tests.unit.budgets import Log
 

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from syncnorm.device import is_host
 from syncnorm.maths.kernels import composed, cpu, native, portable, traced, triton
-from syncnorm.maths.kernels.batch import Reference, Scheduled
+from syncnorm.maths.kernels.arguments import Reference, Scheduled
 from syncnorm.maths.kernels.composed import is_weight
 from syncnorm.maths.precision import sum_dtype
 from syncnorm.undocumented import FakeTensor

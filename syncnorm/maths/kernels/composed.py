@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels import portable
-from syncnorm.maths.kernels.batch import Reference, Scheduled
+from syncnorm.maths.kernels.arguments import Reference, Scheduled
 from syncnorm.maths.moments import Moments
 from syncnorm.maths.precision import rounding, sum_dtype
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from syncnorm import native
 from syncnorm.maths.kernels import layout
-from syncnorm.maths.kernels.batch import Reference, Scheduled, mark_written
+from syncnorm.maths.kernels.arguments import Reference, Scheduled, mark_written
 from syncnorm.maths.moments import Moments
 
 if TYPE_CHECKING:

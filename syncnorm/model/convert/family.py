@@ -23,7 +23,7 @@ from syncnorm.module import SyncNorm
 _ORIGINAL = "_syncnorm_original"
 
 
-class Original(NamedTuple):
+class Replaced(NamedTuple):
     """The batch norm that a layer of the family has replaced."""
 
     cls: type[_BatchNorm]
@@ -78,7 +78,7 @@ def make(
         new.requires_grad_(False)
     tracked = layer.num_batches_tracked
     counted = 0 if tracked is None or observed.is_fake(layer) else int(tracked)
-    setattr(new, _ORIGINAL, Original(_torchs(layer), layer.eps, layer.momentum, counted))
+    setattr(new, _ORIGINAL, Replaced(_torchs(layer), layer.eps, layer.momentum, counted))
     return new.train(layer.training)
 
 
@@ -100,7 +100,7 @@ def back_reason(layer: FamilyLayer, to: type[_BatchNorm] | None) -> str | None:
     """Find why a layer of the family cannot become a batch norm; None if it can."""
     if layer.as_batch_norm() is None:
         return f"is a {type(layer).__name__}, which no batch norm evaluates as"
-    was: Original | None = getattr(layer, _ORIGINAL, None)
+    was: Replaced | None = getattr(layer, _ORIGINAL, None)
     if to is None and (was is None or issubclass(was.cls, SyncNorm)):
         return "was built as one of ours: `to` must say what it shall be"
     return None
@@ -111,7 +111,7 @@ def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNo
     layer.settle()
     plain = layer.as_batch_norm()
     assert plain is not None
-    was: Original | None = getattr(layer, _ORIGINAL, None)
+    was: Replaced | None = getattr(layer, _ORIGINAL, None)
     cls = was.cls if was is not None and not issubclass(was.cls, SyncNorm) else to
     assert cls is not None
     is_affine = plain.weight is not None

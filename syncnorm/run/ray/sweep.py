@@ -18,7 +18,7 @@ from syncnorm.run.ray.space import Space, read_space, split_grids
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import Written, check, read, set_values
 from syncnorm.train.config.schema import MATHEMATICS, Config
-from syncnorm.train.data.datasets import DATASETS
+from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.metrics import json_value
 

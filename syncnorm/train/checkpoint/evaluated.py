@@ -9,8 +9,8 @@ from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.train import buffers
 from syncnorm.train.checkpoint.snapshot import MANIFEST, Snapshot
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
-from syncnorm.train.placement import Workers
 from syncnorm.train.waiting import from_first
+from syncnorm.train.workers import Workers
 
 NEWEST, BEST = "newest", "best"
 # The name of a checkpoint, and of its folder, whose running statistics were computed anew.

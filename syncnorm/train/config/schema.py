@@ -28,7 +28,7 @@ from syncnorm.train.config.section import (
     name_or_reference_schema,
 )
 from syncnorm.train.config.train import TrainSection
-from syncnorm.train.data.datasets import DATASETS
+from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.data.sources import SOURCES, check_source_options
 from syncnorm.train.models import MODELS
 from syncnorm.train.packages import PACKAGED
@@ -178,7 +178,7 @@ class DataSection(Section):
     """The data set."""
 
     name: Annotated[str, AfterValidator(_known_dataset)] = Field(
-        description="a data set of syncnorm.train.data.datasets, a format of "
+        description="a data set of syncnorm.train.data.builtin, a format of "
         "syncnorm.train.data.sources, or package.module:callable, which "
         "is called with root and `options` and returns a syncnorm.train.data.datasets.Dataset or a "
         "syncnorm.train.data.splits.Splits; its package must be allowed on the command line",

@@ -10,8 +10,8 @@ from torch import Tensor
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.batches import leaves
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed
-from syncnorm.train.placement import Workers
 from syncnorm.train.waiting import from_all
+from syncnorm.train.workers import Workers
 
 # Of a large tensor so many values are compared.
 _MOST_VALUES = 256

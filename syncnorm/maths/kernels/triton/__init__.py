@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from syncnorm.maths.kernels.batch import Reference, Scheduled, mark_written
+from syncnorm.maths.kernels.arguments import Reference, Scheduled, mark_written
 from syncnorm.maths.moments import Moments
 
 if TYPE_CHECKING:

@@ -11,10 +11,10 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split
 from syncnorm.train.data.inputs import Inputs, Signature
 from syncnorm.train.economy import set_tf32
-from syncnorm.train.loaded import make_evaluated, signature_of
-from syncnorm.train.placement import Workers
+from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.setup import load_feed, task_of
 from syncnorm.train.step import evaluate
+from syncnorm.train.workers import Workers
 
 # Sources that take the figures to standardise by as options, in the units of their samples.
 _TAKE_FIGURES = ("npz", "npy")

@@ -14,12 +14,12 @@ from syncnorm.train.checkpoint.evaluated import NEWEST, share_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import judged_split
-from syncnorm.train.loaded import make_evaluated, signature_of
-from syncnorm.train.placement import Workers
-from syncnorm.train.recalibrate import share_of_batches
+from syncnorm.train.finished.load import make_evaluated, signature_of
+from syncnorm.train.finished.recalibrate import share_of_batches
 from syncnorm.train.renewal import Judged
 from syncnorm.train.setup import autocast, load_feed, task_of
 from syncnorm.train.step import evaluate
+from syncnorm.train.workers import Workers
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
-from syncnorm.train.placement import Workers
 from syncnorm.train.renewal import Judged
 from syncnorm.train.setup import autocast, load_feed, make_model, task_of
 from syncnorm.train.step import evaluate
+from syncnorm.train.workers import Workers
 
 
 @dataclass(frozen=True)

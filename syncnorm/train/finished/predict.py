@@ -8,7 +8,7 @@ from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Signature
-from syncnorm.train.loaded import LoadedModel
+from syncnorm.train.finished.load import LoadedModel
 from syncnorm.train.task.builtin import TASKS, make_builtin
 from syncnorm.train.task.supervised import Supervised, call
 

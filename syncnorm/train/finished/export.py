@@ -33,7 +33,7 @@ from syncnorm.model.convert.family import put
 from syncnorm.module import SyncNorm
 from syncnorm.train import files
 from syncnorm.train.data.inputs import Standardise
-from syncnorm.train.loaded import LoadedModel
+from syncnorm.train.finished.load import LoadedModel
 from syncnorm.train.task.supervised import call
 
 # torch.export takes a size of 0 or 1 for a constant.

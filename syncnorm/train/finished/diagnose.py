@@ -25,15 +25,15 @@ from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import training_order
 from syncnorm.train.economy import set_tf32
-from syncnorm.train.loaded import make_evaluated, random_numbers_kept, signature_of
+from syncnorm.train.finished.load import make_evaluated, random_numbers_kept, signature_of
+from syncnorm.train.finished.parts import Part, Plan, plan_step
 from syncnorm.train.parameters import freeze
-from syncnorm.train.parts import Part, Plan, plan_step
-from syncnorm.train.placement import Workers
 from syncnorm.train.setup import autocast, load_feed, make_network, task_of
 from syncnorm.train.step import raise_failure
 from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.weights import load_weights
+from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)
 
