@@ -18,8 +18,8 @@ Where to look on:
     comm/          process groups, and the exchange with its errors
 
 Renormalisation is the same with r and d folded into weight and bias: `ops.fold`. In evaluation
-neither exchanges anything; `functional.evaluate` is torch's own batch norm. CONTRIBUTING.md has
-the words that are used.
+neither exchanges anything: `inference.py`, torch's own batch norm. CONTRIBUTING.md has the words
+that are used.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, functional, observed, ops
+from syncnorm import checks, inference, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.maths import renorm
@@ -177,7 +177,7 @@ class SyncNorm(_BatchNorm):
 
         Called by the source, for an evaluation forward.
         """
-        return functional.evaluate(
+        return inference.evaluate(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
 

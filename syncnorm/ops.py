@@ -21,11 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm import checks, compiled, observed, undocumented
+from syncnorm import checks, compiled, faults, observed, undocumented
 from syncnorm.autograd import ANCHOR, GradientMeans, Normalize
 from syncnorm.comm import debug, exchange, groups
 from syncnorm.device import is_host
-from syncnorm.errors import FaultError
 from syncnorm.fused import apply_fused
 from syncnorm.maths import formula, kernels, renorm
 from syncnorm.maths.moments import (
@@ -39,8 +38,6 @@ from syncnorm.maths.moments import (
     update_running_var_,
 )
 from syncnorm.shards import Shard, is_uneven
-
-_MAX_DIMS = 8
 
 
 class LocalSums(NamedTuple):
@@ -152,7 +149,7 @@ def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tens
     """
     sums = exchange.sum_(message_of(local), group, "moments", name)
     if not local.is_compiled and (debug.is_on or is_host(sums)):
-        _check(sums, local, group, name)
+        faults.check(sums, local.sums, local.given, group, name)
     return sums
 
 
@@ -162,40 +159,6 @@ def message_of(local: LocalSums) -> Tensor:
         return local.sums
     count = torch.where(local.has_fault, torch.nan, local.sums[-1:])
     return torch.cat([local.sums[:-1], count])
-
-
-def _check(sums: Tensor, local: LocalSums, group: groups.Group | None, name: str) -> None:
-    """Raise if some worker's data is at fault. Looks at values."""
-    if math.isnan(sums[-1]) or (debug.is_on and not sums.isfinite().all()):
-        _raise_fault(local, group, name)
-
-
-def _raise_fault(local: LocalSums, group: groups.Group | None, name: str) -> None:
-    """Find out together whose data is at fault, and raise the same error everywhere."""
-    report = torch.zeros(3 + _MAX_DIMS, dtype=torch.float64, device="cpu")
-    report[0] = not local.sums[:-1].isfinite().all()
-    if local.given is not None:
-        wrong = local.given[~kernels.is_weight(local.given)]
-        if wrong.numel():
-            report[1], report[2] = 1.0, wrong[0]
-            shape = local.given.shape[:_MAX_DIMS]
-            report[3 : 3 + len(shape)] = torch.tensor(shape, device="cpu")
-    reports = exchange.gather(report.to(local.sums), group, "fault", name).tolist()
-    masks, inputs = [], []
-    for rank, (is_input, is_mask, value, *shape) in zip(groups.ranks(group), reports, strict=True):
-        if is_mask:
-            masks.append(f"{value:g} (shape {tuple(int(s) for s in shape if s)}, rank {rank})")
-        if is_input:
-            inputs.append(rank)
-    if masks:
-        raise FaultError(
-            f"`mask` must hold finite weights >= 0, got {', '.join(masks)} in {name}. "
-            "Give weight 0 to elements that should not count. Nothing was updated."
-        )
-    raise FaultError(
-        f"`x` must be finite (debug mode), got NaN or infinity on rank(s) {inputs} in {name}. "
-        "Look at what comes before that layer, on those ranks. Nothing was updated."
-    )
 
 
 class PooledMeans:
@@ -275,7 +238,7 @@ def pooled_statistic(
     n = batch.n
     # Where a look at the count would wait, it is looked at in debug mode only.
     if debug.is_on or (not isinstance(n, Tensor) and math.isnan(n)):
-        _check(sums, local, group, name)
+        faults.check(sums, local.sums, local.given, group, name)
     # A forward that is repeated comes after the loss was scaled.
     if is_averaged and group is not None and not local.is_repeated and not isinstance(n, Tensor):
         count = local.sums[-1]

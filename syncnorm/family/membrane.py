@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.family.batch import PooledBatchNorm
-from syncnorm.family.pooled import channels
+from syncnorm.family.passes import channels
 
 
 class MembranePotentialBatchNorm(PooledBatchNorm):

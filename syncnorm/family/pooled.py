@@ -22,7 +22,6 @@ from syncnorm.autograd import ANCHOR
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError
 from syncnorm.family.passes import affine_map, by_operators
-from syncnorm.family.passes import channels as channels  # methods take it from here
 from syncnorm.maths.moments import Raw, Unread
 from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.statistics import repeated

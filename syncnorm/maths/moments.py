@@ -29,9 +29,9 @@ class Moments:
     """
 
     count: Tensor
+    n: float | Tensor
     mean: Tensor
     m2: Tensor
-    n: float | Tensor
     has_several: bool = False
     """True if more than one value counts, as this worker knows without a look at the count."""
     rows: Tensor
@@ -66,9 +66,10 @@ class Unread(Moments):
     """Moments whose numbers are not there to be read: in code that is being compiled."""
 
     def __init__(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
-        self.count = self.n = count
-        self.mean = mean
-        self.m2 = m2
+        self.count: Tensor = count
+        self.n: float | Tensor = count
+        self.mean: Tensor = mean
+        self.m2: Tensor = m2
 
     @classmethod
     def of_sums(cls, sums: Tensor) -> Self:
@@ -81,7 +82,8 @@ class Packed(Moments):
 
     def __init__(self, packed: Tensor) -> None:
         self.packed = packed, False
-        self.count = self.n = packed[-1]
+        self.count: Tensor = packed[-1]
+        self.n: float | Tensor = self.count
 
     @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -107,8 +109,8 @@ class Raw(Moments):
     def __init__(self, sums: Tensor, has_several: bool = False) -> None:
         self.packed = sums, True
         self.has_several = has_several
-        self.count = sums[-1]
-        self.n = self.count.item() if is_host(sums) else self.count
+        self.count: Tensor = sums[-1]
+        self.n: float | Tensor = self.count.item() if is_host(sums) else self.count
 
     @property
     def mean(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import functional, observed, ops
+from syncnorm import inference, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
@@ -87,7 +87,7 @@ class How:
         """The evaluation forward of a layer."""
         if self.statistics == "running" or observed.observer(x) == observed.FAKE:
             kept = layer.running_mean, layer.running_var
-            return functional.evaluate(x, *kept, layer.weight, layer.bias, layer.eps)
+            return inference.evaluate(x, *kept, layer.weight, layer.bias, layer.eps)
         local = ops.local_sums(x, mask)
         if local.observer is not None:
             raise InputError(

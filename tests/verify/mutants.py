@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, checks, functional, ops
+from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, checks, inference, ops
 from syncnorm.maths import moments
 from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
@@ -567,7 +567,7 @@ class VaryingCorrection(SyncBatchRenorm):
     """Gradients flow through r and d: unclipped, it is evaluation."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return functional.evaluate(
+        return inference.evaluate(
             x, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import checks
-from syncnorm.family.pooled import channels
+from syncnorm.family.passes import channels
 
 
 class DynamicTanh(nn.Module):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import checks
-from syncnorm.family.pooled import channels, widened
+from syncnorm.family.passes import channels
+from syncnorm.family.pooled import widened
 
 
 class ChannelRMSNorm(nn.Module):
