@@ -18,6 +18,7 @@ from syncnorm.diagnose.smoothness import STEPS, measure_smoothness
 from syncnorm.diagnose.statistics import measure_statistics
 from syncnorm.diagnose.surface import POINTS, measure_surface
 from syncnorm.errors import InputError
+from syncnorm.model.sample import uncompiled
 
 Cost = Callable[[Problem], int]
 
@@ -135,6 +136,16 @@ def diagnose(
         FaultError: the loss cannot be computed on some worker; on all of them.
     """
     names = choose(only, has_early=early is not None)
+    with uncompiled():
+        return _diagnose(problem, early, names, begin)
+
+
+def _diagnose(
+    problem: Problem,
+    early: nn.Module | None,
+    names: Sequence[str],
+    begin: Callable[[dict[str, int], float], object],
+) -> Diagnosis:
     start = time.monotonic()
     problem.begin()
     forward = (time.monotonic() - start) / max(1, problem.passes)

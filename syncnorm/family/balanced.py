@@ -16,7 +16,7 @@ exp(psi) in the sum, as if it had a mean and a deviation of 0, and mean and var 
 Here tasks that are not in the batch have no part in p, so that the weights sum to 1. Both are the
 same where every task is there, and a network need not be told of a task's end.
 
-*Collectives*: one all-reduce of T(2C+1) numbers, the counts and sums of T tasks, and one in the
+*Collectives*: one all-reduce of T(2C+2) numbers, the counts and sums of T tasks, and one in the
 backward pass: the weights need the counts of all workers, and counts that went first would be a
 second message to wait for. `balance_loss` has no more.
 
@@ -38,7 +38,7 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.momentum import momentum_at
 from syncnorm.family.passes import sample_sums
-from syncnorm.family.pooled import pooled_sum
+from syncnorm.family.pooled import not_negative, pooled_sum
 from syncnorm.statistics import repeated
 from syncnorm.undocumented import disable_dynamo
 
@@ -104,40 +104,45 @@ class BalancedBatchNorm(PooledBatchNorm):
             self._batch = None
         # A forward may be repeated when `tasks_of` is over.
         tasks = repeated.same(self, lambda: self.tasks)
-        count, first, second = self._task_sums(x, tasks)
+        count, values, first, second = self._task_sums(x, tasks)
         is_there = count > 0
         shares = (self.psi.double().exp() + count) * is_there
         shares = shares / shares.sum().clamp(min=1)
         weights = shares / count.clamp(min=1)
         mean, square = weights @ first, weights @ second
-        var = (square - mean.square()).clamp(min=0)
+        var = not_negative(square - mean.square())
         if not is_repeated:
             self._batch = mean, var
         # A single value says nothing about scale.
-        has_several = count.sum() * math.prod(x.shape[2:]) > 1
-        self.follow(count.sum(), mean=mean, var=torch.where(has_several, var, self.running_var))
+        var_seen = torch.where(values.sum() > 1, var, self.running_var)
+        self.follow(count.sum(), mean=mean, var=var_seen)
         return self.standardize(x, mean, var)
 
-    def _task_sums(self, x: Tensor, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Count samples by task, (T,), and add the means of x and of x^2 of each, (T, C)."""
+    def _task_sums(self, x: Tensor, tasks: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Count samples and values by task, (T,), and add each sample's means of x and x^2, (T, C).
+
+        Samples without positions do not count.
+        """
         is_right_shape = tasks is None or tasks.shape == (len(x),)
         if tasks is None or not is_right_shape:
             tasks = x.new_zeros(len(x), dtype=torch.int64)
         numbers = torch.arange(self.num_tasks, device=x.device)
         members = (tasks == numbers[:, None]).double()  # (T, N)
-        first, second = sample_sums(x) / math.prod(x.shape[2:])
+        positions = math.prod(x.shape[2:])
+        first, second = sample_sums(x) / max(1, positions)
         # As NaN: whose tasks are wrong is known to that worker alone.
         is_wrong = (members.sum() != len(x)) | (not is_right_shape)
-        count = members.sum(1, keepdim=True).masked_fill(is_wrong, torch.nan)
-        local = torch.cat([count, members @ first, members @ second], 1)
+        count = (members * (positions > 0)).sum(1, keepdim=True).masked_fill(is_wrong, torch.nan)
+        local = torch.cat([count, count * positions, members @ first, members @ second], 1)
         total = pooled_sum(local, self.group, self)
-        count, first, second = total.split((1, self.num_features, self.num_features), 1)
+        channels = self.num_features
+        count, values, first, second = total.split((1, 1, channels, channels), 1)
         if observed.is_readable(count) and count[0].isnan():
             raise FaultError(
                 f"`tasks` must be in 0 ... {self.num_tasks - 1}, one for each sample of x, in "
                 f"{self.label}; some worker's are not. Nothing was updated."
             )
-        return count.detach()[:, 0], first, second
+        return count.detach()[:, 0], values.detach(), first, second
 
     def balance_loss(self) -> Tensor:
         """Give the term of the loss that holds the last batch close to the running statistics.
@@ -172,7 +177,7 @@ class BalancedBatchNorm(PooledBatchNorm):
 
     def message_sizes(self) -> list[int]:
         """Count the numbers in each message of a training step, forward, then backward."""
-        return 2 * [self.num_tasks * (2 * self.num_features + 1)]
+        return 2 * [self.num_tasks * (2 * self.num_features + 2)]
 
     def __getstate__(self) -> dict[str, Any]:
         # What a step leaves has a graph, and cannot be copied; a copy is in no block of `tasks_of`.

@@ -24,7 +24,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.family.passes import blocks, channels, over_positions, per_sample, sample_sums
-from syncnorm.family.pooled import pooled_sum, unbiased
+from syncnorm.family.pooled import not_negative, pooled_sum, unbiased
 from syncnorm.undocumented import disable_dynamo
 
 
@@ -96,8 +96,7 @@ class EvoNorm(FamilyLayer):
         total = pooled_sum(torch.cat([*sums.sum(1), count]), group, self)
         n = total[-1].clamp(min=1)
         mean, square = (total[:-1] / n).chunk(2)
-        # Rounding may leave less than nothing.
-        return total[-1].detach(), (square - mean.square()).clamp(min=0)
+        return total[-1].detach(), not_negative(square - mean.square())
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise by the running variance."""
@@ -106,9 +105,8 @@ class EvoNorm(FamilyLayer):
     def _divide(self, x: Tensor, sums: Tensor, var: Tensor) -> Tensor:
         mean, square = sums / math.prod(x.shape[2:])  # of samples, (N, C)
         if self.v is not None:
-            # Rounding may leave less than nothing.
             slope = self.v.double().expand_as(mean)
-            offset = ((square - mean.square()).clamp(min=0) + self.eps).sqrt()
+            offset = (not_negative(square - mean.square()) + self.eps).sqrt()
         else:
             offset = (square + self.eps).sqrt()
             slope = offset if self.variant == "b1" else torch.full_like(offset, -1)

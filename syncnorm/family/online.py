@@ -131,7 +131,8 @@ class OnlineNorm(PooledBatchNorm):
     def normalize(self, x: Tensor) -> Tensor:
         start, is_repeated = repeated.begin(self, self._begin)
         y: Tensor = _Online.apply(x, self, start, is_repeated, ANCHOR)  # pyright: ignore[reportAssignmentType]
-        return y
+        # The backward pass keeps y, and a function in place may follow where nothing else does.
+        return y.clone() if self.weight is None and self.guard is None else y
 
     @torch.no_grad()
     def _begin(self) -> Start:

@@ -205,6 +205,14 @@ def unbiased(var: Tensor, count: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(count > 1, var * count / (count - 1).clamp(min=1), otherwise)
 
 
+def not_negative(var: Tensor) -> Tensor:
+    """Put 0 where rounding has left less, with the gradient of what is exactly 0 there.
+
+    A clamp has none: the second derivative of a variance that is 0 is not 0.
+    """
+    return var + (-var.detach()).clamp(min=0)
+
+
 def widened(x: Tensor) -> Tensor:
     """Convert half types to float32, to compute in it."""
     return x.float() if x.dtype in HALF_TYPES else x

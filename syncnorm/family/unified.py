@@ -4,16 +4,18 @@
     g = r weight dL/dy                              dx = (g - c z) / sqrt(s2 + eps)
     c <- c + momentum (mean of the last M b - c)    before dx, b = mean(g z)
 
-s2 is the geometric mean of the mean squares of x in the last M steps, in the warm-up the batch's
-own; a channel that is 0 throughout one of them has the mean 0, and is divided by sqrt(eps) alone,
-as in the authors' code. r acts on the gradient alone (see `syncnorm.family.window`). No mean is subtracted. Evaluation
-divides by the root of `running_square`.
+s2 is the geometric mean of the mean squares of x in the last M steps. In the warm-up the batch's own
+mean square and its own b take the place of both means. A channel that is 0 throughout one of the
+steps has the mean 0, and is divided by sqrt(eps) alone, as in the authors' code. r acts on the
+gradient alone (see `syncnorm.family.window`). No mean is subtracted. Evaluation divides by the root
+of `running_square`.
 
 With `outlier_filtration` a step whose arithmetic mean A and geometric mean G over the window have
-A - G > M V in some channel is an outlier. V is the variance of all square roots in the window before
-it, (M, C) numbers. It is normalised by its own q in both passes, and in the windows the running
-values take its place; `running_square` itself follows its q, as in the authors' code. All of this
-is decided from sums over all workers, so all take the same branch.
+A - G > M V in some channel is an outlier. V is the unbiased variance of all square roots in the
+window before it, (M, C) numbers. An outlier is normalised by its own q and corrected by its own b,
+and in the windows the running values take its place. `running_square` and c do follow its q and b,
+as in the authors' code. All of this is decided from sums over all workers, so all take the same
+branch.
 
 *Collectives*: one all-reduce of C+1 numbers in each pass, which with `lagged` nobody waits for after
 the warm-up. The authors' windows hold the present step, hence the default.
@@ -44,7 +46,7 @@ class UnifiedNorm(WindowNorm):
             over all.
         affine: True for a weight and a bias per channel.
         window: M, steps that are averaged over, at least 2.
-        warmup: steps that use the batch's own statistics; M do at least.
+        warmup: steps without windows; the first M are, at least.
         renorm_after: steps before r counts.
         outlier_filtration: True to leave outliers out of the windows; the authors do for images.
         lagged: True for windows that end with the step before, which nobody waits for.

@@ -56,7 +56,7 @@ class WindowNorm(SquareNorm):
         momentum: weight of a step in the running mean square; None: it is the average over all.
         affine: True for a weight and a bias per channel.
         window: M, at least 2.
-        warmup: steps that use the batch's own statistics in both passes; M do at least.
+        warmup: steps without windows, which use the batch's own numbers; the first M are, at least.
         renorm_after: steps before r counts.
         lagged: True for windows that end with the step before.
         options: `sync`, `process_group`, `device` and `dtype`, see `FamilyLayer`.

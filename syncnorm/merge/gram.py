@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from syncnorm import checks
 from syncnorm.errors import InputError
-from syncnorm.model.sample import call
+from syncnorm.model.sample import call, uncompiled
 
 # Numbers of unfolded input that are there at once: 128 MiB.
 _ROOM = 1 << 24
@@ -125,7 +125,8 @@ def leaving(model: nn.Module, name: str, batch: Any) -> Tensor:
 
 def _until(model: nn.Module, hook: Any, batch: Any) -> Tensor:
     try:
-        call(model, batch, "batches")
+        with uncompiled():
+            call(model, batch, "batches")
     except _Reached as reached:
         return reached.value
     finally:

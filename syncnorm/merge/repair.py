@@ -19,7 +19,7 @@ from syncnorm.merge.interpolate import bare, check_alike, check_alpha
 from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating
 from syncnorm.model.recalibrate import recalibrate
-from syncnorm.model.sample import call, check_batches
+from syncnorm.model.sample import call, check_batches, uncompiled
 
 
 @torch.no_grad()
@@ -133,6 +133,7 @@ def _targets(
     sums = [[_zeros(each.module) for each in bared] for _ in (a, b)]
     failure = None
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         for model, totals in zip((a, b), sums, strict=True):
             stack.enter_context(evaluating(model))
             for each, total in zip(bared, totals, strict=True):

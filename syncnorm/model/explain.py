@@ -6,13 +6,10 @@ Nothing is changed and nothing exchanged: one worker may call alone.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +26,7 @@ from syncnorm.model.convert.others import is_home_made, kind_of, stays_local
 from syncnorm.model.convert.refuse import reason
 from syncnorm.model.ddp import replaced
 from syncnorm.model.lints import decay_lints, model_lints, recorded_calls, sampler_lints
-from syncnorm.model.sample import Shape, record_shapes
+from syncnorm.model.sample import Shape, record_shapes, uncompiled
 from syncnorm.module import SyncNorm
 from syncnorm.statistics import mode_of
 from syncnorm.statistics.batch import BatchMode
@@ -163,9 +160,7 @@ def explain(
     }
     seen, lints = None, []
     if sample is not None:
-        # What is compiled would be compiled again, with the hooks in it.
-        is_compiled = "torch._dynamo" in sys.modules
-        with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+        with uncompiled():
             with recorded_calls(model) as calls:
                 seen = record_shapes(model, sample)
             lints += model_lints(model, calls, sample)

@@ -16,6 +16,9 @@ from syncnorm.module import Freeze, SyncNorm
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
     """Freeze the running statistics within the block; training forwards still normalise by batch.
 
+    (Those of `EstimatedBatchNorm` and of a BatchChannelNorm with `estimate`, whose statistics are
+    estimates that take the batch in first, normalise by the estimates that there are.)
+
     For forwards that are no step of the training: the second one of sharpness-aware minimisation,
     those of a teacher or for a gradient penalty. Running statistics, their counter (the clock of
     renormalisation's schedule), the averages of `sync="lagged"` and what `monitor` shows stay as

@@ -61,10 +61,13 @@ def recorded_calls(model: nn.Module) -> Iterator[list[Call]]:
 
     with ExitStack() as stack:
         for module in model.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
+                continue
             if any(True for _ in module.parameters(recurse=False)) or not any(module.children()):
                 stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after).remove)
-        stack.callback(model.register_forward_hook(end).remove)
+        if not isinstance(model, torch.jit.ScriptModule):
+            stack.callback(model.register_forward_hook(end).remove)
         yield calls
 
 

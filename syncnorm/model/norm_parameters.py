@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import Pooling
+from syncnorm.model.sample import check_not_lazy
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -61,7 +62,7 @@ def train_only_norms(model: _Model) -> _Model:
         `model`.
 
     Raises:
-        InputError: it has no parameter of a normalisation layer.
+        InputError: it has no parameter of a normalisation layer, or lazy ones.
 
     Example:
         >>> model = train_only_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)))
@@ -73,6 +74,7 @@ def train_only_norms(model: _Model) -> _Model:
         weights begin at random in [0, 1): `nn.init.uniform_(layer.weight)`, before
         DistributedDataParallel gives all workers the first one's.
     """
+    check_not_lazy(model)
     trained = {id(p) for p in norm_parameters(model).values()}
     if not trained:
         raise InputError(

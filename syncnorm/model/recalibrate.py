@@ -22,7 +22,7 @@ from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.model.convert.others import family_of, has_own_forward, listed
 from syncnorm.model.failing import check_finite, sum_unless_failed
 from syncnorm.model.modes import evaluating, kept
-from syncnorm.model.sample import call, check_batches
+from syncnorm.model.sample import call, check_batches, check_not_lazy, uncompiled
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Source, untraced_forward
@@ -47,7 +47,8 @@ def recalibrate(
     rounding.
 
     *Collectives*: one all-reduce at the end. Every worker of `process_group` must call, with any
-    number of batches, also none. All end with the same bits (with mix < 1, if they began with the
+    number of batches, also none; with equally many if FSDP has sharded the model, which exchanges
+    in each forward. All end with the same bits (with mix < 1, if they began with the
     same).
 
     Args:
@@ -65,8 +66,8 @@ def recalibrate(
         `model`.
 
     Raises:
-        InputError: `mix` is out of range, `batches` is a single one, or there is no layer to
-            recalibrate.
+        InputError: `mix` is out of range, `batches` is a single one, the model has lazy parameters,
+            or there is no layer to recalibrate.
         FaultError: no worker had a batch, what comes to a layer is not finite, or the forward failed
             on another worker (the failing one raises its own error); on all workers, and nothing
             was changed.
@@ -89,6 +90,7 @@ def recalibrate(
     if not 0 < mix <= 1:
         raise InputError(f"`mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
     check_batches(batches)
+    check_not_lazy(model)
     # DDP's own forward would exchange, but workers have different numbers of batches.
     bare = model.module if isinstance(model, DistributedDataParallel) else model
     layers = _layers(bare)
@@ -134,6 +136,7 @@ def _collect(
         _mean(m).new_zeros(2 * m.num_features + 1, dtype=sum_dtype(_mean(m).device)) for m in layers
     ]
     with ExitStack() as stack:
+        stack.enter_context(uncompiled())
         stack.enter_context(_modes(model, layers))
         for layer, total in zip(layers, sums, strict=True):
             if isinstance(layer, SyncNorm):

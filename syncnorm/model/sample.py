@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from syncnorm import checks, observed
@@ -33,7 +35,7 @@ def call(model: nn.Module, batch: Any, argument: str) -> None:
     Raises:
         InputError: the model does not take these arguments.
     """
-    signature = inspect.signature(model.forward)
+    signature = inspect.signature(_innermost(model).forward)
     args, kwargs = (), {}
     if isinstance(batch, Mapping):
         kwargs = dict(batch)
@@ -57,6 +59,28 @@ def call(model: nn.Module, batch: Any, argument: str) -> None:
     model(*args, **kwargs)
 
 
+def _innermost(model: nn.Module) -> nn.Module:
+    """The model that wrappers of torch's pass their arguments to."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:  # of torch.compile
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what torch.compile has compiled as it was written.
+
+    Compiled code would not call hooks that came later, or would be compiled again with them.
+    """
+    is_compiled = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if is_compiled else nullcontext():
+        yield
+
+
 def check_batches(batches: object) -> None:
     """Refuse a single batch in the place of several: its samples would be taken for batches.
 
@@ -70,6 +94,16 @@ def check_batches(batches: object) -> None:
         )
 
 
+def check_not_lazy(model: nn.Module) -> None:
+    """Raise InputError if a parameter or a buffer has no shape yet."""
+    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
+    if lazy:
+        raise InputError(
+            f"`model` must have its parameters, got lazy ones: {', '.join(lazy)}. Run it once "
+            "before."
+        )
+
+
 def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]]:
     """The batch norms and dropouts that the sample passes, in order, with their inputs' shapes.
 
@@ -78,12 +112,7 @@ def record_shapes(model: nn.Module, sample: Any) -> list[tuple[nn.Module, Shape]
     Raises:
         InputError: the model has lazy parameters, or does not take the sample.
     """
-    lazy = [name for name, p in (*model.named_parameters(), *model.named_buffers()) if is_lazy(p)]
-    if lazy:
-        raise InputError(
-            f"`model` must have its parameters for a sample, got lazy ones: {lazy}. Run it once "
-            "before."
-        )
+    check_not_lazy(model)
     seen: list[tuple[nn.Module, Shape]] = []
 
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

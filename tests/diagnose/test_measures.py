@@ -80,6 +80,18 @@ def test_shares_and_gaps_by_hand(model, problem):
     assert not layer["is_pooled"]
 
 
+def test_a_model_that_has_been_compiled_is_measured_as_it_was_written(model):
+    compiled = torch.compile(model, backend="eager")
+    compiled(cases.samples(9)[0])
+    data = [cases.samples(9)]
+    found, expected = (
+        diagnose(cases.problem_of(m, data, PARTS), only=["statistics"]).measures["statistics"]
+        for m in (compiled, model)
+    )
+    assert found["loss"] == expected["loss"]
+    assert [*found["layers"].values()] == [*expected["layers"].values()]
+
+
 def test_samples_shared_out_at_random_have_the_share_of_chance(model):
     x, y = cases.samples(60)
     x = x + 3 * torch.randn(60, 1, 1, 1, generator=torch.Generator().manual_seed(1))

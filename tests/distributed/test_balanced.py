@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 from typing import Any
 
@@ -136,6 +137,28 @@ def test_a_far_running_mean_costs_no_digits():
     layer, exact = made().float(), made()
     y, expected = layer((x + 1e3).float(), tasks), exact((x + 1e3).float().double(), tasks)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-4)
+
+
+def statistics_of(shape: tuple[int, ...]) -> tuple[list[float], list[float], int]:
+    """The running statistics after a batch of this rank's shape."""
+    layer = made(momentum=1.0, kappa=1.0)
+    layer(torch.arange(math.prod(shape), dtype=torch.float64).view(shape))
+    return layer.running_mean.tolist(), layer.running_var.tolist(), int(layer.num_batches_tracked)
+
+
+def test_samples_without_positions_do_not_count(pool):
+    one, other = pool(2).run_each(statistics_of, [((2, CHANNELS, 0),), ((2, CHANNELS, 3),)])
+    (alone,) = pool(1).run(statistics_of, (2, CHANNELS, 3))
+    assert one == other == alone
+    empty, again = pool(2).run_each(statistics_of, [((2, CHANNELS, 0),), ((1, CHANNELS, 0),)])
+    assert empty == again == ([0.0] * CHANNELS, [1.0] * CHANNELS, 0)
+
+
+def test_a_single_value_is_one_to_all_workers(pool):
+    """Whatever sizes their empty shards have."""
+    one, other = pool(2).run_each(statistics_of, [((1, CHANNELS, 1),), ((0, CHANNELS, 3),)])
+    assert one == other
+    assert one[1] == [1.0] * CHANNELS
 
 
 def wrong_tasks(tasks: list[int]) -> str:

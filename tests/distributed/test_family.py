@@ -298,6 +298,18 @@ def test_differentiates_twice(name):
     assert torch.autograd.gradgradcheck(run, x)
 
 
+@pytest.mark.parametrize("name", ["evo_b0", "balanced"])
+def test_differentiates_twice_where_positions_are_equal(name):
+    """A variance that rounding has brought below 0 has a second derivative, too."""
+    layer = METHODS[name].make()
+    fill(layer)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(3, CHANNELS, 1, 1, generator=generator, dtype=torch.float64)
+        x = x.expand(-1, -1, 1, 3).contiguous().requires_grad_()
+        assert torch.autograd.gradgradcheck(layer, x)
+
+
 @pytest.mark.parametrize("estimate", [False, True])
 @pytest.mark.parametrize("ndim", [4, 5])
 def test_channels_last_loses_no_digits_of_groups_at_a_large_mean(ndim, estimate):

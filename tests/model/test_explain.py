@@ -305,6 +305,11 @@ def test_a_compiled_model_is_looked_at_uncompiled():
     backend.assert_not_called()
 
 
+def test_a_part_that_is_scripted_takes_no_hooks():
+    model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), torch.jit.script(nn.ReLU()))
+    assert explain(model, torch.randn(40, 4), world_size=2).messages == 2
+
+
 def test_dropout_before_batch_statistics_by_the_order_of_execution():
     x = torch.randn(40, 4)
     norm, dropout = nn.BatchNorm1d(4), nn.Dropout(0.2)
@@ -485,7 +490,7 @@ def test_bad_arguments():
     lazy = nn.Sequential(nn.LazyBatchNorm1d())
     with pytest.raises(
         InputError,
-        match=re.escape("`model` must have its parameters for a sample, got lazy ones: ['0.w"),
+        match=re.escape("`model` must have its parameters, got lazy ones: 0.w"),
     ):
         explain(lazy, torch.zeros(4, 2))
     assert isinstance(lazy[0], nn.LazyBatchNorm1d)

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from syncnorm import (
     SyncBatchNorm,
+    SyncBatchRenorm,
     convert,
     explain,
     frozen_statistics,
@@ -148,6 +150,33 @@ class Special(nn.BatchNorm2d):
         return super().forward(input) + 1
 
 
+class StaysFrozen(nn.BatchNorm2d):
+    """A batch norm that never trains."""
+
+    def train(self, mode: bool = True) -> StaysFrozen:
+        return super().train(False)
+
+
+class OfWidth(nn.BatchNorm2d):
+    """A batch norm with a constructor of its own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+
+
+class AnyDimension(nn.BatchNorm2d):
+    """A batch norm that loses nothing."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        pass
+
+
+def with_forward() -> nn.BatchNorm2d:
+    layer = nn.BatchNorm2d(4)
+    layer.forward = lambda x: x
+    return layer
+
+
 def hooked() -> nn.BatchNorm2d:
     layer = nn.BatchNorm2d(4)
     layer.register_forward_hook(lambda *_: None)
@@ -158,6 +187,11 @@ def hooked() -> nn.BatchNorm2d:
     ("layer", "message"),
     [
         (Special(4), "is a Special, whose own forward would be lost"),
+        (with_forward(), "has a forward that was set on the instance"),
+        (StaysFrozen(4), "is a StaysFrozen, whose own methods would be lost"),
+        (OfWidth(4), "is a OfWidth, whose own methods would be lost"),
+        (torch.jit.script(nn.BatchNorm2d(4)), "is compiled by torch.jit"),
+        (SyncBatchNorm(4, sync="running"), "`sync` must be .*, got 'running'"),
         (nn.LazyBatchNorm2d(), "is lazy or parametrized"),
         (nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
         (hooked(), "has hooks, which a new layer does not have"),
@@ -168,6 +202,77 @@ def test_convert_refuses_what_would_be_lost(layer, message):
     with pytest.raises(InputError, match=message):
         convert(model, L1BatchNorm)
     assert type(model[0]) is nn.BatchNorm2d
+
+
+def test_a_class_with_nothing_of_its_own_is_replaced_and_comes_back():
+    model = nn.Sequential(AnyDimension(4))
+    assert isinstance(convert(model, L1BatchNorm)[0], L1BatchNorm)
+    assert type(revert(model)[0]) is AnyDimension
+
+
+def test_convert_keeps_the_workers_and_the_mode():
+    model = nn.Sequential(SyncBatchNorm(4, process_group=1), SyncBatchNorm(4, sync="none"))
+    convert(model, L1BatchNorm)
+    assert [layer.process_group for layer in model] == [1, None]
+    assert [layer.sync for layer in model] == ["batch", "none"]
+
+
+def group_after_a_round() -> list[Any]:
+    """The groups of torch's layer while it is one of the family, and afterwards."""
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    model = convert(nn.Sequential(nn.SyncBatchNorm(4, process_group=group)), L1BatchNorm)
+    model(torch.full((2, 4, 1, 1), float(dist.get_rank())))
+    mean = model[0].running_mean.tolist()
+    revert(model)
+    return [mean, type(model[0]) is nn.SyncBatchNorm, model[0].process_group is group]
+
+
+def test_the_group_of_torchs_layer_comes_along_and_back(pool):
+    for rank, found in enumerate(pool(2).run(group_after_a_round)):
+        assert found == [pytest.approx([0.1 * rank] * 4), True, True]
+
+
+def test_revert_of_a_chain_gives_what_was_there_first():
+    model = nn.Sequential(nn.BatchNorm2d(4))
+    model[0].num_batches_tracked.fill_(7)
+    revert(convert(convert(model, SyncBatchRenorm), L1BatchNorm))
+    assert (model[0].momentum, int(model[0].num_batches_tracked)) == (0.1, 7)
+    revert(convert(convert(model, momentum=0.5, eps=0.1), MABN))
+    # With the eps of the layer that it evaluates as.
+    assert (model[0].momentum, model[0].eps) == (0.1, 0.1)
+
+
+def test_revert_refuses_what_would_be_lost():
+    model = convert(nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm2d(4)), L1BatchNorm)
+    model[1].register_forward_hook(lambda *_: None)
+    with pytest.raises(InputError, match="'1' has hooks, which a new layer does not have"):
+        revert(model)
+    parametrized = convert(nn.Sequential(nn.BatchNorm2d(4)), L1BatchNorm)
+    parametrize.register_parametrization(parametrized[0], "weight", nn.Identity())
+    with pytest.raises(InputError, match="'0' is parametrized"):
+        revert(parametrized)
+    assert isinstance(model[0], L1BatchNorm)
+
+
+@pytest.mark.parametrize(
+    ("norm", "act"),
+    [(SyncBatchNorm, lambda m: convert(m, L1BatchNorm)), (L1BatchNorm, revert)],
+    ids=["convert", "revert"],
+)
+def test_no_layer_is_replaced_within_a_block_that_holds_it(norm, act):
+    model = convert(nn.Sequential(nn.BatchNorm2d(4)), norm)
+    with frozen_statistics(model), pytest.raises(InputError, match="wait for the end of its block"):
+        act(model)
+    act(model)
+
+
+@pytest.mark.parametrize("to", [SyncBatchNorm, MABN])
+def test_a_model_of_another_method_is_not_converted_without_a_word(to):
+    model = nn.Sequential(L1BatchNorm(4))
+    with pytest.warns(UserWarning, match=r"layers of syncnorm.family, '0' \(L1BatchNorm\)") as said:
+        convert(model, to)
+    assert said[0].filename == __file__
+    assert isinstance(model[0], L1BatchNorm)
 
 
 def test_convert_names_the_option_that_was_meant():

@@ -16,6 +16,7 @@ from syncnorm import (
     SyncBatchNorm,
     SyncBatchRenorm,
     accumulate,
+    convert,
     frozen_statistics,
     monitor,
     prepare_ddp,
@@ -23,6 +24,7 @@ from syncnorm import (
     reference,
 )
 from syncnorm.comm import exchange
+from syncnorm.errors import InputError
 from syncnorm.family import EstimatedBatchNorm
 from syncnorm.testing import assert_close
 from tests.model.parts import state_of, uneven_batch
@@ -186,6 +188,23 @@ def test_checkpointed_forwards_that_are_repeated_after_the_block(sync, use_reent
     assert all(torch.equal(v, before[k]) for k, v in state_of(model).items())
     model(x.detach())
     assert _counters(model) == [3, 3]
+
+
+def test_an_instance_norm_with_running_statistics_is_told():
+    norm = nn.InstanceNorm2d(4, track_running_stats=True)
+    with pytest.warns(UserWarning, match=r"'1' \(InstanceNorm2d\)"):
+        with frozen_statistics(nn.Sequential(SyncBatchNorm(4), norm)):
+            pass
+    with pytest.raises(InputError, match="got only a InstanceNorm2d itself"):
+        with frozen_statistics(norm):
+            pass
+
+
+def test_a_lazy_layer_that_was_converted_asks_for_a_forward():
+    model = convert(nn.Sequential(nn.LazyBatchNorm2d()))
+    with pytest.raises(InputError, match="Lazy ones are converted in their first forward"):
+        with frozen_statistics(model):
+            pass
 
 
 @pytest.mark.parametrize("last", [SyncBatchNorm, EstimatedBatchNorm])

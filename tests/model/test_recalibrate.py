@@ -7,7 +7,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp, recalibrate
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    prepare_ddp,
+    recalibrate,
+    train_only_norms,
+)
 from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
 from syncnorm.reference import moments
@@ -240,6 +247,39 @@ class _Merging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         assert self.is_merged
         return x
+
+
+class _OwnForward(nn.BatchNorm1d):
+    def forward(self, input):
+        return super().forward(input)
+
+
+class _Pair(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x, y):
+        return self.norm(x) + y
+
+
+@pytest.mark.parametrize("norm", [_OwnForward, SyncBatchNorm])
+def test_a_model_that_has_been_compiled(norm):
+    model, batches = _Pair(norm(3)), [(torch.randn(8, 3), torch.ones(3), "more")] * 2
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(*batches[0][:2])
+    recalibrate(compiled, batches)
+    torch.testing.assert_close(model.norm.running_mean, batches[0][0].mean(0))
+
+
+def test_lazy_parameters_are_refused_before_anything_runs():
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyLinear(2))
+    with pytest.raises(InputError, match=r"must have its parameters, got lazy ones: 1\.weight"):
+        recalibrate(model, [torch.randn(4, 3)])
+    with pytest.raises(InputError, match=r"must have its parameters, got lazy ones: 1\.weight"):
+        train_only_norms(model)
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def test_within_forward_mode_differentiation():

@@ -106,7 +106,8 @@ def short_runs(v: Tensor) -> list[Runs]:
     samples, channels, length = v.shape
     run = _run_of(length)
     if run is None:
-        return short_runs(v.transpose(1, 2).reshape(-1, channels))
+        # Of one sample the reshape is a view.
+        return short_runs(v.transpose(1, 2).reshape(-1, channels).contiguous())
     # (N, C, L) -> (N, C * L / run, run)
     return [Runs(v if run == length else v.view(samples, -1, run), length // run)]
 

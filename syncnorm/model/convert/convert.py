@@ -20,7 +20,6 @@ from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert import family
 from syncnorm.model.convert.class_swap import LazySyncNorm, Request, original_of, swap_back, swap_in
 from syncnorm.model.convert.others import (
-    has_batch_norm,
     home_made,
     is_home_made,
     nothing_to_convert,
@@ -105,9 +104,9 @@ def convert(
     A layer of the family (`syncnorm.family`) is another method, not a batch norm that pools: new
     layers take the places of the old ones. They share weight and bias with them, begin with their
     running statistics, and have eps and a momentum other than its default from them (an OnlineNorm
-    keeps its momentum, which is about samples rather than batches). Where weight
-    and bias are frozen, all parameters are. Hooks and subclasses with a forward of their own are
-    refused.
+    keeps its momentum, which is about samples rather than batches), the process group, and the
+    `sync` of a layer of ours. Where weight and bias are frozen, all parameters are. Hooks and
+    subclasses with methods of their own are refused.
 
     *Collectives*: none. Every worker must convert alike.
 
@@ -144,7 +143,7 @@ def convert(
     _check_target(to, options)
     if issubclass(to, FamilyLayer):
         done = _replace(module, to, process_group, select, options)
-        _warn_of_others(done, select)
+        _warn_of_others(done, select, to)
         return done
     request = Request(to, groups.to_handle(process_group), options)
     layers = {
@@ -159,17 +158,17 @@ def convert(
     for layer, names in layers.items():
         swap_in(layer, names[0], request)
     remove_deserted(module)
-    _warn_of_others(module, select)
+    _warn_of_others(module, select, to)
     return module
 
 
-def _warn_of_others(module: nn.Module, select: Select | None) -> None:
+def _warn_of_others(module: nn.Module, select: Select | None, to: type[nn.Module]) -> None:
     """Warn, in the name of who calls `convert`, of what is left as it was."""
     said = None
     if not callable(select):  # a function is called with batch norms of torch's only
         chosen = _select(_named(module), select, may_be_none=True)
         said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
-    if said is None and not has_batch_norm(module):
+    if said is None and not any(isinstance(m, _BatchNorm | to) for m in module.modules()):
         said = nothing_to_convert(module)
     if said is not None:
         warnings.warn(said, stacklevel=3)
@@ -188,10 +187,11 @@ def _replace(
         for layer, names in _select(_named(module), select).items()
         if isinstance(layer, _BatchNorm)
     }
-    faults = {
+    faults = scripted(module, lambda name, m: bool(_select({m: [name]}, select, may_be_none=True)))
+    faults |= {
         names[0]: why
         for layer, names in layers.items()
-        if (why := family.own_reason(layer) or wrapped(module, layer))
+        if (why := wrapped(module, layer) or family.own_reason(layer))
     }
     _refuse(faults, "replaced")
     news: dict[nn.Module, FamilyLayer] = {}
@@ -255,7 +255,8 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     dimensions its input has, as torch's classes do: it becomes a `to`. (Where a model needs
     several, revert its parts.)
 
-    A layer of the family becomes a new batch norm that evaluates as it does, if there is one.
+    A layer of the family becomes a new batch norm that evaluates as it does, with its eps, if there
+    is one.
 
     *Collectives*: none. Every worker must revert alike. To train on under DistributedDataParallel,
     wrap anew.
@@ -296,7 +297,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     faults |= {
         names[0]: why
         for layer, names in replaced.items()
-        if (why := family.back_reason(layer, to) or wrapped(module, layer))
+        if (why := wrapped(module, layer) or family.back_reason(layer, to))
     }
     _refuse(faults, "reverted")
     ignored = {

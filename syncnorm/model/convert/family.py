@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -16,33 +16,64 @@ from syncnorm.comm import groups
 from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.model.convert.adapters import has_torchs_forward, own_class
-from syncnorm.model.convert.class_swap import LazySyncNorm, narrow_statistics, original_of
+from syncnorm.model.convert.adapters import TORCHS, has_torchs_forward, own_class
+from syncnorm.model.convert.class_swap import (
+    LazySyncNorm,
+    Original,
+    narrow_statistics,
+    original_of,
+)
+from syncnorm.model.convert.refuse import busy
 from syncnorm.module import SyncNorm
 
 _ORIGINAL = "_syncnorm_original"
+# What a subclass may have of its own that a new layer of another class does not lose.
+_NOTHING = {
+    *("__module__", "__qualname__", "__doc__", "__annotations__", "__firstlineno__"),
+    *("__static_attributes__", "__dict__", "__weakref__", "_check_input_dim"),
+}
 
 
 class Replaced(NamedTuple):
     """The batch norm that a layer of the family has replaced."""
 
     cls: type[_BatchNorm]
-    eps: float
     momentum: float | None
     counted: int
     """Batches that it had counted."""
+    workers: groups.GroupHandle | Literal[False]
+    """The process group, if it was torch's SyncBatchNorm; else False."""
 
 
 def own_reason(layer: _BatchNorm) -> str | None:
     """Find why a batch norm cannot be replaced; None if it can."""
     if isinstance(layer, LazySyncNorm | _LazyNormBase) or parametrize.is_parametrized(layer):
         return "is lazy or parametrized"
-    if not isinstance(layer, SyncNorm) and not has_torchs_forward(own_class(layer)):
-        return f"is a {own_class(layer).__name__}, whose own forward would be lost"
-    if isinstance(layer, SyncNorm) and own_class(layer) not in (SyncBatchNorm, SyncBatchRenorm):
-        return f"is a {own_class(layer).__name__}, whose own methods would be lost"
+    cls = own_class(layer)
+    if not isinstance(layer, SyncNorm) and not has_torchs_forward(cls):
+        return f"is a {cls.__name__}, whose own forward would be lost"
+    if "forward" in vars(layer):
+        return "has a forward that was set on the instance, which would be lost"
+    if not (cls in (SyncBatchNorm, SyncBatchRenorm) or _adds_nothing(cls)):
+        return f"is a {cls.__name__}, whose own methods would be lost"
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
+    if isinstance(layer, SyncNorm) and (why := busy(layer)):
+        return why
+    return _hooked(layer)
+
+
+def _adds_nothing(cls: type) -> bool:
+    """True if a subclass of torch's batch norms has no constructor and no methods of its own."""
+    for each in cls.__mro__:
+        if each in TORCHS:
+            return True
+        if vars(each).keys() - _NOTHING:
+            return False
+    return False
+
+
+def _hooked(layer: nn.Module) -> str | None:
     # Those of forwards, backwards and state dicts.
     if any(kept for name, kept in vars(layer).items() if name.endswith("_hooks")):
         return "has hooks, which a new layer does not have"
@@ -53,9 +84,12 @@ def make(
     layer: _BatchNorm, to: type[FamilyLayer], process_group: groups.Spec, options: dict[str, Any]
 ) -> FamilyLayer:
     """Make the layer that takes the place of a batch norm."""
+    kept: dict[str, Any] = {"eps": layer.eps}
     if isinstance(layer, SyncNorm):
         layer.settle()
-    kept: dict[str, Any] = {"eps": layer.eps}
+        kept["sync"] = layer.sync_mode.name
+    if process_group is None:
+        process_group = getattr(layer, "process_group", None)
     # A default says nothing about another method's, nor does one for batches about samples.
     default = 0.01 if isinstance(layer, SyncBatchRenorm) else 0.1
     if layer.momentum != default and not issubclass(to, OnlineNorm):
@@ -76,15 +110,25 @@ def make(
     if is_affine and not any(p.requires_grad for p in layer.parameters(recurse=False)):
         # What a method has besides is frozen as well.
         new.requires_grad_(False)
-    tracked = layer.num_batches_tracked
-    counted = 0 if tracked is None or observed.is_fake(layer) else int(tracked)
-    setattr(new, _ORIGINAL, Replaced(_torchs(layer), layer.eps, layer.momentum, counted))
+    setattr(new, _ORIGINAL, _replaced(layer))
     return new.train(layer.training)
 
 
-def _torchs(layer: _BatchNorm) -> type[_BatchNorm]:
-    original = original_of(layer)
-    return own_class(layer) if original is None else original.cls
+def _replaced(layer: _BatchNorm) -> Replaced:
+    """The record of a batch norm; of a converted one of what it was before."""
+    tracked = layer.num_batches_tracked
+    counted = 0 if tracked is None or observed.is_fake(layer) else int(tracked)
+    was = original_of(layer)
+    if was is None:
+        was = Original(own_class(layer))
+        if isinstance(layer, nn.SyncBatchNorm):
+            was.workers = groups.to_handle(layer.process_group)
+    return Replaced(
+        was.cls,
+        was.changed.get("momentum", layer.momentum),
+        was.counted + counted,
+        was.workers,
+    )
 
 
 def put(module: nn.Module, news: Mapping[Any, nn.Module]) -> nn.Module:
@@ -98,12 +142,18 @@ def put(module: nn.Module, news: Mapping[Any, nn.Module]) -> nn.Module:
 
 def back_reason(layer: FamilyLayer, to: type[_BatchNorm] | None) -> str | None:
     """Find why a layer of the family cannot become a batch norm; None if it can."""
+    if parametrize.is_parametrized(layer):
+        return "is parametrized"
     if layer.as_batch_norm() is None:
         return f"is a {type(layer).__name__}, which no batch norm evaluates as"
+    if layer.is_frozen or layer.chosen is not None:
+        return (
+            "is used by frozen_statistics or evaluation_statistics; wait for the end of its block"
+        )
     was: Replaced | None = getattr(layer, _ORIGINAL, None)
     if to is None and (was is None or issubclass(was.cls, SyncNorm)):
         return "was built as one of ours: `to` must say what it shall be"
-    return None
+    return _hooked(layer)
 
 
 def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNorm:
@@ -136,6 +186,8 @@ def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNo
             new.register_parameter("weight", _parameter(plain.weight))
         new.register_parameter("bias", None if plain.bias is None else _parameter(plain.bias))
     narrow_statistics(new)
+    if was is not None and was.workers is not False and isinstance(new, nn.SyncBatchNorm):
+        new.process_group = groups.to_user(was.workers)
     return new.train(layer.training)
 
 

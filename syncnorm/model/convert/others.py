@@ -75,13 +75,14 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
     )
 
 
-def has_batch_norm(model: nn.Module) -> bool:
-    """True if there is a batch norm of torch's, or one of ours."""
-    return any(isinstance(m, _BatchNorm | FamilyLayer) for m in model.modules())
-
-
 def nothing_to_convert(model: nn.Module) -> str:
     """The warning about a model without a batch norm."""
+    family = family_of(model)
+    if family:
+        return (
+            f"`module` has no batch norm but layers of syncnorm.family, {listed(family)}: nothing "
+            "was converted. Call revert(module) before, which makes them batch norms again."
+        )
     frozen = {name: m for name, m in model.named_modules() if is_frozen(m)}
     of_frozen = (
         f" Its layers {listed(frozen)} apply running statistics and never update them: build the "
@@ -111,6 +112,8 @@ def check_covers(model: nn.Module, what: str, *, acts_on_family: bool) -> None:
         if m.training and (_updates(m) or is_home_made(m)) and not isinstance(m, SyncNorm)
     }
     remedy = "convert(model) makes torch's batch norms layers of ours."
+    if any(isinstance(m, LazySyncNorm) for m in others.values()):
+        remedy = "Lazy ones are converted in their first forward: call the model once."
     family = {} if acts_on_family else {n: m for n, m in family_of(model).items() if m.training}
     if family:
         others |= family
@@ -144,11 +147,11 @@ def listed(layers: dict[str, nn.Module]) -> str:
 
 
 def _updates(layer: nn.Module) -> bool:
-    """True if a batch norm of torch's, or a lazy one, moves running statistics in training."""
+    """True if a batch or instance norm of torch's, or a lazy one, moves running statistics."""
     if isinstance(layer, LazySyncNorm):
         return True
     return (
-        isinstance(layer, _BatchNorm)
+        isinstance(layer, _NormBase)
         and layer.track_running_stats
         and layer.running_mean is not None
     )

@@ -32,7 +32,7 @@ def reason(layer: _BatchNorm, request: Request) -> str | None:
             "again afterwards"
         )
     if isinstance(layer, SyncNorm):
-        return _busy(layer) or _subclass_of_ours(cls) or _untracked(layer, request)
+        return busy(layer) or _subclass_of_ours(cls) or _untracked(layer, request)
     if not has_torchs_forward(cls) and adapter_of(cls) is None:
         return (
             f"is a {cls.__qualname__}, whose own forward would be lost; say what it does with "
@@ -57,7 +57,8 @@ def _class_to_be(layer: _BatchNorm) -> type[Any]:
     )
 
 
-def _busy(layer: SyncNorm) -> str | None:
+def busy(layer: SyncNorm) -> str | None:
+    """The reason why a layer must stay what it is for now; None if there is none."""
     if layer.statistics.is_busy:
         return (
             "is used by accumulate, evaluation_statistics or recalibrate; wait for the end of its "
@@ -142,13 +143,13 @@ def born_reason(layer: nn.Module, to: type[_BatchNorm] | None) -> str | None:
         return None
     assert isinstance(layer, SyncNorm)
     if original_of(layer) is not None:
-        return _busy(layer)
+        return busy(layer)
     if to is None:
         return (
             "was built as ours, so it cannot be known what it should be; pass `to`, such as "
             "torch.nn.BatchNorm2d"
         )
-    return _busy(layer) or _subclass_of_ours(own_class(layer))
+    return busy(layer) or _subclass_of_ours(own_class(layer))
 
 
 def wrapped(module: nn.Module, layer: nn.Module) -> str | None:
