@@ -56,7 +56,10 @@ class CheckpointError(SyncnormError):
 
 def in_one_line(error: BaseException) -> str:
     """Describe an exception in one line: its type and its message."""
-    message = " ".join(str(error).split())
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # a class of the user's may do anything
+        message = "without a message that can be read"
     return ": ".join(filter(None, (type(error).__name__, message)))
 
 

@@ -80,7 +80,7 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
             return folder
         status = 128 + stopped.number
         reason = f"stopped by {stopped.number.name}, without saving"
-        _write_exit(reason, folder, status)
+        _write_exit(reason, folder, before, status)
         upload_rest(folder, task.config)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
     return folder
@@ -107,7 +107,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
-            raise LocalRunError(_record_failure(failure, task, folder))
+            raise LocalRunError(_record_failure(failure, task, folder, before))
         again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
@@ -184,7 +184,7 @@ def _raise_if_stopped(
         )
 
 
-def _record_failure(failure: Failure, task: Task, folder: Path) -> str:
+def _record_failure(failure: Failure, task: Task, folder: Path, before: int | None) -> str:
     """Record the failure in the run's folder and return the message for the user.
 
     A run that failed before it began leaves no folder but its traceback, in place of the last one.
@@ -193,7 +193,7 @@ def _record_failure(failure: Failure, task: Task, folder: Path) -> str:
         remove_unstarted(folder)
     if not folder.exists():
         return f"{failure.reason}\n{_write_traceback(failure, folder.parent)}"
-    _write_exit(failure.reason, folder)
+    _write_exit(failure.reason, folder, before)
     if not failure.traceback:
         return f"{failure.reason}\n{folder}"
     return f"{failure.reason}\n{_write_traceback(failure, folder)}"
@@ -209,6 +209,8 @@ def _write_traceback(failure: Failure, folder: Path) -> Path:
     return path
 
 
-def _write_exit(reason: str, folder: Path, status: int = 1) -> None:
+def _write_exit(reason: str, folder: Path, before: int | None, status: int = 1) -> None:
+    """Record a failure, after the last step that is known of."""
+    end, step = _new_exit(folder, before), last_step(folder / "metrics.jsonl")
     with contextlib.suppress(OSError):
-        Exit("failed", reason, last_step(folder / "metrics.jsonl"), status).write(folder)
+        Exit("failed", reason, max(step, 0 if end is None else end.step), status).write(folder)

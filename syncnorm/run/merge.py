@@ -1,5 +1,8 @@
 """The command `syncnorm merge`: in this process, or as one worker of torchrun."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,18 +18,42 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.finished.load import read_run
 from syncnorm.train.finished.merge import Merged, merge_runs
 from syncnorm.train.task.measures import format_metric, format_value
+from syncnorm.train.waiting import from_first
+
+
+@contextmanager
+def _made(output: Path, is_first: bool) -> Iterator[None]:
+    """Make the new run's folder, and take it away again if the block fails.
+
+    *Collectives*: one broadcast; every worker must call.
+
+    Raises:
+        ConfigError: it cannot be made; on all workers, before the work.
+    """
+    from_first(is_first, partial(_make, output))
+    try:
+        yield
+    except BaseException:
+        if is_first:
+            files.remove(output)
+        raise
+
+
+def _make(output: Path) -> None:
+    if output.exists():
+        raise ConfigError(f"`--output` must be a new folder, got {str(output)!r}, which is there")
+    try:
+        output.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(
+            f"`--output` must be a folder that can be made, got {str(output)!r}: {error.strerror}"
+        ) from None
 
 
 def _write(result: Merged, config: Config, output: Path) -> None:
-    """Make the new run's folder, whole or not at all."""
-    output.mkdir(parents=True)
-    try:
-        CheckpointStore(output / CHECKPOINTS).write(result.snapshot)
-        # Last: it makes the folder a run's.
-        write_config(config, output)
-    except BaseException:
-        files.remove(output)
-        raise
+    CheckpointStore(output / CHECKPOINTS).write(result.snapshot)
+    # Last: it makes the folder a run's.
+    write_config(config, output)
 
 
 def run_merge(
@@ -45,12 +72,10 @@ def run_merge(
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"`--alpha` must be in [0, 1], got {alpha}. 1 is all of the second run.")
-    if output.exists():
-        raise ConfigError(f"`--output` must be a new folder, got {str(output)!r}, which is there")
     first, second = (read_run(folder, allowed) for folder in folders)
     workers = join(first.launch.device, launched)
     try:
-        with errors_in_one_line(workers.rank):
+        with errors_in_one_line(workers.rank), _made(output, workers.is_first):
             result = merge_runs(folders, (first, second), alpha, is_matched, workers, allowed)
             if workers.is_first:
                 _write(result, first, output)

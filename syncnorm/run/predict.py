@@ -64,13 +64,20 @@ def run_predict(
                 f"run {str(run)!r}: its samples are no pairs of one tensor and a target. Use "
                 "syncnorm.load, and call it as you need it."
             )
-        failed = 0
+        failed = number = 0
         _check_output(output, files)
         with _open(model, output, top) as writer:
             for batch in _batches(read_samples(files, inputs)):
                 failed += _predict(model, batch, writer)
+                number += len(batch)
+            if failed == number:  # an earlier output stays
+                raise _lost(failed)
     if failed:
-        raise LocalRunError(f"{failed} of the files or samples could not be predicted")
+        raise _lost(failed)
+
+
+def _lost(count: int) -> LocalRunError:
+    return LocalRunError(f"{count} of the files or samples could not be predicted")
 
 
 def _check_output(output: Path | None, files: Sequence[Path]) -> None:

@@ -43,6 +43,16 @@ def _prepare(run: str, allow: list[str] | None) -> tuple[Path, tuple[str, ...]]:
     return local_copy(run), tuple(allow or ())
 
 
+def _check_alone(command: str) -> None:
+    """Raise ConfigError on one of several workers, which would all write the same."""
+    launched = read_launched()
+    if launched is not None and launched.world_size > 1:
+        raise ConfigError(
+            f"`syncnorm {command}` must run in one process, got {launched.world_size} workers of "
+            "torchrun. Start it without."
+        )
+
+
 def recalibrate(
     run: _Run,
     mix: Annotated[float, typer.Option(help="Weight of the new statistics, in (0, 1].")] = 1.0,
@@ -149,6 +159,7 @@ def predict(
     """
     from syncnorm.run.predict import run_predict
 
+    _check_alone("predict")
     folder, allowed = _prepare(run, allow)
     run_predict(folder, files, output, top, checkpoint, allowed)
 
@@ -173,6 +184,7 @@ def export(
     """
     from syncnorm.run.export import run_export
 
+    _check_alone("export")
     folder, allowed = _prepare(run, allow)
     run_export(folder, output, checkpoint, allowed)
 

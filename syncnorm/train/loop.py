@@ -6,13 +6,13 @@ train
             take_step       one optimizer step (`syncnorm.train.step`), recorded
             _evaluate       after the last step of an epoch, or every so many steps
             _save_if_due    a checkpoint, where one is due
-    _test                   of a run that was judged by a validation set
+    _final_metrics          with those of the test set, where a validation set has decided
 """
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +45,8 @@ from syncnorm.train.workers import Workers
 
 # Steps in a row that may be left out for not being finite; more are no accident.
 _MOST_SKIPPED = 10
+# For a save that is under way when a run fails; less than what the other workers wait for this one.
+_LAST_SAVE_SECONDS = 30.0
 
 
 class SaveError(SyncnormError):
@@ -201,9 +203,12 @@ def train(
         if resumed.source is None:
             load_weights(setup.model, config.model, workers)
         saver = None if store is None else BackgroundSaver(store)
-        with Recorder(
-            setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
-        ) as recorder:
+        with (
+            _last_save(saver, config.timeout_seconds),
+            Recorder(
+                setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
+            ) as recorder,
+        ):
             run = Run(
                 config,
                 workers,
@@ -230,6 +235,18 @@ def train(
             recorder.record_end(metrics, digests, judged_split(feed), is_done=is_done)
             recorder.close_loggers(watch.alive, is_done=is_done)
         return Outcome(metrics, digests, is_done, progress.step, _reason(run, is_done))
+
+
+@contextmanager
+def _last_save(saver: BackgroundSaver | None, timeout_seconds: float) -> Iterator[None]:
+    """Finish a save that is under way when the block fails: its state is good to go on from."""
+    try:
+        yield
+    except BaseException:
+        if saver is not None:
+            # The others wait for this worker meanwhile, and must not be the first to give up.
+            saver.wait(min(_LAST_SAVE_SECONDS, timeout_seconds / 2))
+        raise
 
 
 def _reason(run: Run, is_done: bool) -> str:

@@ -123,7 +123,15 @@ def test_a_disk_without_room_leaves_nothing(made, tmp_path, capfd):
 
 def test_bad_input(made, tmp_path, capfd):
     a, b, c = made
+    (tmp_path / "file").touch()
+    made_in = tmp_path / "file" / "x"
     refused = {
+        (
+            a,
+            b,
+            "-o",
+            made_in,
+        ): f"must be a folder that can be made, got '{made_in}': Not a directory",
         (a, b, "-o", a): f"`--output` must be a new folder, got '{a}', which is there",
         (a, b, "-o", tmp_path / "x", "--alpha", "2"): "`--alpha` must be in [0, 1], got 2.0",
         (a, c, "-o", tmp_path / "x"): f"runs '{a}' and '{c}' must be of one `model`",

@@ -313,6 +313,10 @@ def test_a_file_is_what_it_was_until_all_is_predicted(
     assert {each.name: each.read_text() for each in tmp_path.glob("*out*")} == {
         output.name: "of an earlier one"
     }
+    broken = tmp_path / "broken.png"
+    broken.write_text("no image")
+    assert command(capfd, "predict", made["norm"].folder, broken, "-o", output)[0] == 1
+    assert output.read_text() == "of an earlier one"
     assert command(capfd, "predict", made["norm"].folder, some, "-o", output)[0] == 0
     assert output.read_bytes() != b"of an earlier one"
     assert len(list(tmp_path.glob("*out*"))) == 1
@@ -514,6 +518,15 @@ def test_a_run_that_is_none(spoil, message, made, images, tmp_path, capfd):
         assert message in err
         assert err.count("\n") == 1
     assert not list(tmp_path.glob("*model*"))
+
+
+@pytest.mark.parametrize("arguments", [["predict", "RUN", "x"], ["export", "RUN", "-o", "x.pt2"]])
+def test_several_workers_do_not_write_the_same(arguments, made, tmp_path, monkeypatch, capfd):
+    for name, value in (("RANK", 1), ("WORLD_SIZE", 2), ("LOCAL_RANK", 1), ("LOCAL_WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    test_bad_input(
+        arguments, "must run in one process, got 2 workers", made, tmp_path, monkeypatch, capfd
+    )
 
 
 @pytest.mark.parametrize(

@@ -256,6 +256,15 @@ def test_with_float16_it_is_the_same_training_on_any_number_of_workers(pool):
     assert narrow[0] != wide[0]
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
+def test_the_scale_that_is_saved_is_the_same_for_any_number_of_workers(world_size):
+    scaler = scaling.make_scaler("float16", Workers(0, world_size, torch.device("cpu")))
+    state = scaling.scaler_state(scaler, world_size)
+    assert state["scale"] == 2.0**16
+    scaling.load_scaler(scaler, state | {"scale": 2.0**9}, world_size)
+    assert scaling.scaler_state(scaler, world_size)["scale"] == 2.0**9
+
+
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_a_gradient_that_is_not_finite_at_any_scale_is_no_overflow(world_size):
     weight = nn.Parameter(torch.ones(1))

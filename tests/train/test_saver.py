@@ -7,15 +7,21 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 from syncnorm.errors import InputError
 from syncnorm.train import files
+from syncnorm.train.callbacks import Callback
+from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.checkpoint.saver import BackgroundSaver, SaveResult
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.config.file import load_config
+from syncnorm.train.loop import train
+from tests.train import runs
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
 ROOT = Path(__file__).parents[2]
@@ -143,6 +149,43 @@ def test_a_save_under_way_is_finished_when_the_program_ends(tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert store.newest()[1:] == (tmp_path / "step-00000005", [])
+
+
+class _Fails(Callback):
+    def on_step(self, run, loss):
+        if run.progress.step == 3:
+            raise RuntimeError("in step 3")
+
+
+def fails_while_saving(folder: str) -> list[str]:
+    """Train until an error comes while the state of step 2 is being written; what is there then."""
+    begun, released = threading.Event(), threading.Event()
+    write, wait = CheckpointStore.write, BackgroundSaver.wait
+
+    def slowly(self, *args, **kwargs):
+        begun.set()
+        assert released.wait(900)
+        return write(self, *args, **kwargs)
+
+    def until_it_is_there(self, seconds=None):
+        released.set()
+        wait(self, seconds)
+
+    config = load_config("digits", ["train.epochs=1", "checkpoint.every=2"])
+    with (
+        mock.patch.object(CheckpointStore, "write", slowly),
+        mock.patch.object(BackgroundSaver, "wait", until_it_is_there),
+        pytest.raises(RuntimeError, match="in step 3"),
+    ):
+        train(config, runs.workers(), Path(folder), Progress(), runs.Free(), (), [_Fails()])
+    found = names(Path(folder) / "checkpoints")
+    released.set()
+    assert begun.is_set()
+    return found
+
+
+def test_a_save_under_way_is_finished_when_the_run_fails(pool, tmp_path):
+    assert pool(1).run(fails_while_saving, str(tmp_path)) == [["step-00000002"]]
 
 
 # A full disk

@@ -30,7 +30,8 @@ class SaveResult:
 class BackgroundSaver:
     """Writes one checkpoint at a time in a thread of its own. To be called from one thread.
 
-    At the interpreter's exit, a save that is under way is finished first.
+    At the interpreter's exit a save that is under way is finished first. Who ends the process in
+    another way (`os._exit`) calls `wait` before.
 
     Args:
         store: the run's checkpoints.
@@ -57,9 +58,9 @@ class BackgroundSaver:
         self._saves.append(self._thread.submit(self._save, snapshot.on_cpu(), is_best))
         return True
 
-    def wait(self) -> None:
-        """Wait until no save is under way."""
-        futures.wait(self._saves)
+    def wait(self, seconds: float | None = None) -> None:
+        """Wait until no save is under way, or for so many seconds."""
+        futures.wait(self._saves, seconds)
 
     def pop_results(self) -> list[SaveResult]:
         """Pop the results of finished saves, in their order.

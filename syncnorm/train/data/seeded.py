@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, get_worker_info
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.classes import Classes
 from syncnorm.train.data.generators import generators_in, seed_generators
@@ -63,8 +63,8 @@ class Seeded(Dataset[Any]):
         split = self._split
         if isinstance(self._data, Part):  # of the training set, which the user knows as a whole
             split, index = "train", self._data.number(index)
-        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        cause = " ".join(f"{name}{error}".split())
+        is_ours = isinstance(error, ConfigError)
+        cause = " ".join(str(error).split()) if is_ours else in_one_line(error)
         return Failure(
             f"`data.name` must give every sample, but sample {index} of {split} failed: {cause}"
         )
