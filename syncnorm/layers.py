@@ -15,7 +15,7 @@ Where to look on:
     autograd.py    the same in a few operators, to read first (SYNCNORM_NATIVE=0 takes this way on
                    a CPU), and the gradient's gradient
     maths/         formulas, and the kernels that touch x: maths/kernels/__init__.py chooses
-    comm/          process groups, and the exchange with its errors
+    comm/          process groups, and the all-reduce: `exchange.sum_` (shared.py within a machine)
 
 Renormalisation is the same with r and d folded into weight and bias: `ops.fold`. In evaluation
 neither exchanges anything: `inference.py`, torch's own batch norm. CONTRIBUTING.md has the words

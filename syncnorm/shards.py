@@ -55,8 +55,8 @@ class Shard:
             f"{n / len(ranks):g}, and "
             "scale_loss was not called before the backward pass. DistributedDataParallel weights "
             "the workers equally, "
-            "so the gradient is not that of the whole batch. Add `loss = scale_loss(loss, "
-            "len(x))`. A loss that is "
+            "so the gradient is not that of the whole batch. Add `loss = scale_loss(loss, n)`, n being "
+            "what its mean is over: samples, boxes, pixels. A loss that is "
             "weighted in another way needs nothing: filter this UnevenShardsWarning.",
             UnevenShardsWarning,
             stacklevel=2,

@@ -166,7 +166,7 @@ class InFlight:
             return
         if diagnose is not None:
             raise ExchangeError(diagnose(error)) from error
-        alone = ", or evaluates without model.eval()" if self.kind == "moments" else ""
+        alone = ", evaluates without model.eval()," if self.kind == "moments" else ""
         raise ExchangeError(
             f"exchange must be made by all of ranks {self.log.members}, got an error on rank "
             f"{rank()} at {self} after {time.monotonic() - self.began:.1f} s: {error}. A worker "

@@ -99,7 +99,7 @@ class Explanation:
             for line in cells
         ]
         total = f"a training step: {self.messages} message(s), {self.bytes} bytes from each worker"
-        total += ", for 1 worker; world_size=8 reckons with more" if self.is_alone else ""
+        total += ", for 1 worker; for 8: explain(..., world_size=8)" if self.is_alone else ""
         return "\n".join([*lines, total, *(f"! {lint}" for lint in self.lints)])
 
 

@@ -167,7 +167,8 @@ def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]
             else:
                 raise ConfigError(
                     "`--output` must end in .jsonl, .json (an object in each line), .csv or .npz "
-                    f"(the outputs as they are), got {str(output)!r}"
+                    f"(the outputs as they are), got {str(output)!r}. A folder of masks is for "
+                    "task.name segment."
                 )
             yield writer
             writer.close()

@@ -26,7 +26,7 @@ def describe_model(setup: Setup) -> str:
     count = sum(p.numel() for p in setup.model.parameters() if p.requires_grad)
     return (
         f"model: {setup.config.model.name}, {count} parameters trained, {len(setup.layers)} "
-        "layers of syncnorm's"
+        f"layer{'' if len(setup.layers) == 1 else 's'} of syncnorm's"
     )
 
 

@@ -42,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 GIB = 2**30
 _TRIAL_SAMPLES = 4
+# So much may chance (dropout, say) change a mean; a sum doubles.
+_SAME = 0.2
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,15 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
     if trial is None:
         return 0
 
-    def loss_of(part: Any) -> Tensor:
+    def terms_of(part: Any) -> dict[str, tuple[Tensor, Any]]:
         with autocast(config, workers.device):
-            terms = loss_terms(task, trial, part).values()
-            return torch.stack([total for total, _ in terms]).sum()
+            return loss_terms(task, trial, part)
 
+    def loss_of(part: Any) -> Tensor:
+        return torch.stack([total for total, _ in terms_of(part).values()]).sum()
+
+    if ":" in config.task.name:
+        _warn_of_means(terms_of, batch, feed.load(TRAIN, torch.cat([indices, indices]), epoch=1))
     per_sample = _saved_bytes(trial, partial(loss_of, batch)) // count
     half = count // 2
     if workers.device.type == "cuda" and half:
@@ -183,6 +189,25 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
     if judged is not None:
         _try_metrics(config, workers, trial, task, judged)
     return per_sample
+
+
+@torch.no_grad()
+def _warn_of_means(
+    terms_of: Callable[[Any], dict[str, tuple[Tensor, Any]]], batch: Any, twice: Any
+) -> None:
+    """Warn of losses that are means where sums are asked for: twice the samples leave them alike."""
+    once, more = terms_of(batch), terms_of(twice)
+    means = [
+        name or "the loss"
+        for name, (total, _) in once.items()
+        if name in more and total != 0 and abs(float(more[name][0] / total) - 1) < _SAME
+    ]
+    if means:
+        _log.warning(
+            "task.name should give sums, but twice the samples have the same in %s: that looks like "
+            'a mean, which would be divided by its count again. Give reduction="sum"',
+            ", ".join(means),
+        )
 
 
 @torch.no_grad()

@@ -12,7 +12,6 @@ import re
 import shlex
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -119,6 +118,7 @@ def run_the_blocks(page: str) -> str:
         "dataset": TensorDataset(torch.randn(100, 3, 8, 8), torch.zeros(100, dtype=torch.long)),
         "optimizer": torch.optim.SGD(model.parameters(), lr=0.1),
         "contextlib": contextlib,
+        "size": len,
     }
     blocks = _blocks((ROOT / "docs" / f"{page}.md").read_text(), "python")
     for block in blocks:
@@ -187,7 +187,7 @@ def test_a_model_and_data_of_your_own_as_the_page_says(tmp_path):
     (block,), (command,) = _blocks(text, "python"), _blocks(text, "console")
     (tmp_path / "mine.py").write_text(block)
     out = _run([*shlex.split(command), "--dry-run"], tmp_path).stdout
-    assert "model: mine:model, 258 parameters trained, 1 layers of syncnorm's" in out
+    assert "model: mine:model, 258 parameters trained, 1 layer of syncnorm's" in out
     assert "data: 192 training and 64 test images of 3x16x16" in out
 
 
@@ -256,11 +256,11 @@ def test_a_data_set_and_a_task_of_ones_own_are_what_the_trainer_takes():
         exec(compile(block, f"docs/{page}.md", "exec"), names)
     splits = data["load"](Path("scans")).check()
     assert (len(splits.train), splits.num_classes) == (4, 5)
-    batch = types.SimpleNamespace(images=torch.eye(3), labels=torch.tensor([0, 1, 1]))
-    detect = task["Detect"]()
-    loss, count = detect.loss(nn.Identity(), batch)
+    batch = torch.eye(3), torch.tensor([0, 1, 1])
+    labels = task["Labels"]()
+    loss, count = labels.loss(nn.Identity(), batch)
     assert (count, loss.shape) == (3, ())
-    right, of = detect.metrics(nn.Identity(), batch)[detect.best]
+    right, of = labels.metrics(nn.Identity(), batch)[labels.best]
     assert (int(right), of) == (2, 3)
 
 

@@ -467,10 +467,10 @@ def test_one_worker_is_said_and_no_reason_for_renormalisation_alone():
         found.rows[0].advice
         == "4 sample(s) per statistic: pool over more workers or SyncBatchRenorm"
     )
-    hint = "a training step: 0 message(s), 0 bytes from each worker, for 1 worker; world_size=8 reckons with more"
+    hint = "a training step: 0 message(s), 0 bytes from each worker, for 1 worker; for 8: explain(..., world_size=8)"
     assert str(found).splitlines()[2] == hint
-    assert "reckons with more" not in str(explain(model, x, 1)) + str(explain(model, x, 2))
-    assert "reckons with more" not in str(explain(nn.GroupNorm(1, 2), x))
+    assert "for 1 worker" not in str(explain(model, x, 1)) + str(explain(model, x, 2))
+    assert "for 1 worker" not in str(explain(nn.GroupNorm(1, 2), x))
 
 
 def _wrapped() -> list[str]:

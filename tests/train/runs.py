@@ -379,6 +379,17 @@ def train_sections(
     return train(Config(**sections), workers(), Path(folder), progress, watch, ("tests",)), progress
 
 
+def warnings_of_sections(folder: str, sections: dict[str, Any]) -> list[str]:
+    """Train by a whole configuration; what is logged of warnings."""
+    said = Said()
+    logging.getLogger().addHandler(said)
+    try:
+        train_sections(folder, sections)
+    finally:
+        logging.getLogger().removeHandler(said)
+    return said.lines
+
+
 def refused_sections(sections: dict[str, Any]) -> str:
     """Return the error of a configuration that must be refused before the first step."""
     with tempfile.TemporaryDirectory() as folder:

@@ -219,6 +219,25 @@ class Strange:
         return {"accuracy": model(batch[0])} if self.kind == "metrics" else {}
 
 
+class Mean:
+    """A task that gives a mean in place of a sum, by `kind` in one of its terms."""
+
+    best = ""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        outputs, labels = model(batch[0]), batch[1]
+        mean = F.cross_entropy(outputs, labels), len(labels)
+        if self.kind == "whole":
+            return mean
+        return {"boxes": mean, "classes": (outputs.square().sum(), len(labels))}
+
+    def metrics(self, model: Any, batch: Any) -> Any:
+        return {}
+
+
 class OtherTerms:
     """The last worker has terms of its own, by `kind`: "more" or "another"."""
 

@@ -444,6 +444,22 @@ def test_a_task_that_gives_something_else_is_refused(pool, kind):
         assert STRANGE[kind] in message
 
 
+@pytest.mark.parametrize(("kind", "named"), [("whole", "the loss"), ("term", "boxes")])
+def test_a_mean_in_place_of_a_sum_is_noticed(kind, named, pool, tmp_path):
+    task = {"name": f"{TASKS}:Mean", "options": {"kind": kind}}
+    options = sections("Perceptron", "rows", task, train={"epochs": 1})
+    (lines,) = pool(1).run(runs.warnings_of_sections, str(tmp_path), options)
+    (said,) = [line for line in lines if "task.name" in line]
+    assert f"twice the samples have the same in {named}: that looks like a mean" in said
+
+
+@pytest.mark.parametrize("kind", ["contrast", "boxes"])
+def test_a_sum_is_not_taken_for_a_mean(kind, pool, tmp_path):
+    options = {**KINDS[kind], "train": {**KINDS[kind]["train"], "epochs": 1}}
+    (lines,) = pool(1).run(runs.warnings_of_sections, str(tmp_path), options)
+    assert not [line for line in lines if "task.name" in line]
+
+
 @pytest.mark.parametrize("sync", ["batch", "none"])
 @pytest.mark.parametrize("run", [runs.failed_sections, runs.failed_by_gloo])
 @pytest.mark.parametrize(("kind", "theirs"), [("more", "boxes, classes"), ("another", "boxes")])

@@ -41,7 +41,9 @@ class Classes:
             target = sample[1]
         wrong = self._wrong(target)
         if wrong is not None:
-            raise ConfigError(f"its class must be from 0 to {self.count - 1}, got {wrong}")
+            is_map = getattr(target, "ndim", 0) > 0
+            hint = "; task.name=segment leaves 255 out" if is_map and wrong == 255 else ""
+            raise ConfigError(f"its class must be from 0 to {self.count - 1}, got {wrong}{hint}")
 
     def _wrong(self, target: Any) -> int | None:
         """Find a class that is not there, in an int, a tensor, or what numpy has of them."""
