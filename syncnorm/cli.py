@@ -85,7 +85,7 @@ def train(
     from syncnorm.run.dry_run import dry_run
     from syncnorm.run.local import run_local
     from syncnorm.run.resume import NoConfigError, choose_config
-    from syncnorm.run.worker import Task, run_worker
+    from syncnorm.run.worker import RunRequest, run_worker
     from syncnorm.train.config.callables import check_callables
     from syncnorm.train.config.file import check
 
@@ -93,16 +93,16 @@ def train(
         written = choose_config(config, overrides or [], resume)
     except NoConfigError as error:
         raise typer.BadParameter(str(error), param_hint="config") from None
-    task = Task(check(written), written.path.stem, resume, tuple(allow or ()))
-    check_callables(task.config, task.allowed)
+    request = RunRequest(check(written), written.path.stem, resume, tuple(allow or ()))
+    check_callables(request.config, request.allowed)
     launched = read_launched()
     add_working_folder_to_path()
     if dry:
-        print(dry_run(task))
+        print(dry_run(request))
     elif launched is None:
-        run_local(task)
+        run_local(request)
     else:
-        run_worker(task, launched)
+        run_worker(request, launched)
 
 
 use.add_commands(app)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from syncnorm.comm import exchange
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import check_capacity, choose_device
-from syncnorm.run.worker import Task
+from syncnorm.run.worker import RunRequest
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN
 from syncnorm.train.data.regimes import training_order
@@ -31,7 +31,7 @@ from syncnorm.train.workers import Workers
 from syncnorm.undocumented import fake_store
 
 
-def dry_run(task: Task) -> str:
+def dry_run(request: RunRequest) -> str:
     """Build the model, take one step as the first of `launch.workers`, and describe its costs.
 
     There are no other workers, and so the loss means nothing: their part of every sum is missing.
@@ -41,7 +41,7 @@ def dry_run(task: Task) -> str:
         ConfigError: the configuration does not fit the machine or the data.
         LocalRunError: code that the configuration names failed.
     """
-    config = task.config
+    config = request.config
     device = choose_device(config.launch.device, 0, config.launch.most_workers)
     note = check_capacity(config.launch, device)
     if note is not None:
@@ -58,21 +58,21 @@ def dry_run(task: Task) -> str:
     )
     try:
         with errors_in_one_line():
-            return _describe(task, config, workers)
+            return _describe(request, config, workers)
     finally:
         dist.destroy_process_group()
 
 
-def _describe(task: Task, config: Config, workers: Workers) -> str:
-    with closing(load_feed(config, workers.device, task.allowed)) as feed:
+def _describe(request: RunRequest, config: Config, workers: Workers) -> str:
+    with closing(load_feed(config, workers.device, request.allowed)) as feed:
         steps_per_epoch = -(-feed.sizes[TRAIN] // config.train.global_batch)
         total_steps = config.train.epochs * steps_per_epoch
-        learned = task_of(config, workers.device, feed, task.allowed)
-        model = make_bare_model(config, workers.device, feed, total_steps, task.allowed)
-        need = estimate(config, workers, feed, model, learned)
+        task = task_of(config, workers.device, feed, request.allowed)
+        model = make_bare_model(config, workers.device, feed, total_steps, request.allowed)
+        need = estimate(config, workers, feed, model, task)
         free = available_bytes(config, workers, 1)
         check_fits(need, free, 0)
-        setup = make_setup(config, workers, feed, total_steps, model=model, task=learned)
+        setup = make_setup(config, workers, feed, total_steps, model=model, task=task)
         load_weights(setup.model, config.model, workers)
         setup.ddp.register_comm_hook(None, _return_bucket)
         order = training_order(config, feed, 1)

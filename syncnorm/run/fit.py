@@ -19,7 +19,7 @@ from syncnorm.run.given import Constant, Given, name_of
 from syncnorm.run.local import run_local
 from syncnorm.run.notebook import Follower, is_notebook
 from syncnorm.run.resume import choose_config
-from syncnorm.run.worker import Task, work_in_program
+from syncnorm.run.worker import RunRequest, work_in_program
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.config.callables import GIVEN, check_callables
 from syncnorm.train.config.file import Written, check, from_values, set_values
@@ -105,7 +105,7 @@ def fit(
     set_values(written, {**overrides, **named})
     launched = read_launched()
     follower = Follower() if launched is None and is_notebook() else None
-    run = Task(
+    run = RunRequest(
         check(written),
         "fit" if isinstance(config, Mapping) else written.path.stem,
         None if resume is None else str(resume),
@@ -130,9 +130,9 @@ def fit(
         return _run(run, follower.begin)
 
 
-def _run(task: Task, begin: Callable[[Path], None] | None = None) -> Result:
+def _run(request: RunRequest, begin: Callable[[Path], None] | None = None) -> Result:
     try:
-        folder = run_local(task, begin)
+        folder = run_local(request, begin)
     except RunStopped as stopped:
         if stopped.number == signal.SIGINT:
             raise KeyboardInterrupt(str(stopped)) from None

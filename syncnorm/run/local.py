@@ -21,7 +21,7 @@ from syncnorm.run.given import Given
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
-from syncnorm.run.worker import Task, print_workers, run_launched, uses_store
+from syncnorm.run.worker import RunRequest, print_workers, run_launched, uses_store
 from syncnorm.system import call_apart
 from syncnorm.train.metrics import MetricsFile, last_step
 
@@ -29,13 +29,13 @@ from syncnorm.train.metrics import MetricsFile, last_step
 _LEAST_SHUTDOWN_SECONDS = 30
 
 
-def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
+def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) -> Path:
     """Start `launch.workers` workers, and wait for them.
 
     Workers that are killed are restarted from the newest checkpoint.
 
     Args:
-        task: checked already.
+        request: checked already.
         begin: called with the run's folder before the workers start.
 
     Returns:
@@ -47,59 +47,60 @@ def run_local(task: Task, begin: Callable[[Path], None] | None = None) -> Path:
         LocalRunError: the run failed.
         RunStopped: it was stopped, and can be resumed.
     """
-    launch = task.config.launch
+    launch = request.config.launch
     device = choose_device(launch.device, 0, launch.most_workers)
     note = check_capacity(launch, device)
     forks = can_fork(device)
     if forks:
         prepare_to_fork()
-    if forks and uses_store(task):
+    if forks and uses_store(request):
         # Objects of a program need not be pickled, and are not needed.
-        folder = call_apart(_find_folder, replace(task, given=Given()))
+        folder = call_apart(_find_folder, replace(request, given=Given()))
     else:
-        folder = _find_folder(task)
-    if note is not None:
-        print(f"syncnorm: {note}", file=sys.stderr)
+        folder = _find_folder(request)
     before = _stamp(folder)
-    if begin is not None:
-        begin(folder)
-    if task.shows:
-        print_workers(launch.most_workers, device)
     try:
-        with env.for_workers(folder), interrupt.for_launcher():
-            _run_with_restarts(task, folder, forks, before)
+        # From here on a signal leaves a record of the end in the folder.
+        with interrupt.for_launcher(), env.for_workers(folder):
+            if note is not None:
+                print(f"syncnorm: {note}", file=sys.stderr)
+            if begin is not None:
+                begin(folder)
+            if request.shows:
+                print_workers(launch.most_workers, device)
+            _run_with_restarts(request, folder, forks, before)
     except LocalRunError:
-        upload_rest(folder, task.config)
+        upload_rest(folder, request.config)
         raise
     except interrupt.Stopped as stopped:
         # The workers had a limit for their last copy.
-        upload_rest(folder, task.config)
-        _raise_if_stopped(folder, task, before, stopped.number)
+        upload_rest(folder, request.config)
+        _raise_if_stopped(folder, request, before, stopped.number)
         end = _new_exit(folder, before)
         if end is not None and end.status == "done":
             return folder
         status = 128 + stopped.number
         reason = f"stopped by {stopped.number.name}, without saving"
         _write_exit(reason, folder, before, status)
-        upload_rest(folder, task.config)
+        upload_rest(folder, request.config)
         raise LocalRunError(f"{reason}\n{folder}", status) from None
     return folder
 
 
-def _find_folder(task: Task) -> Path:
-    if task.resume is None:
-        return make_run_folder(task.config, task.name)
-    return check_resumable(task.config, task.resume)
+def _find_folder(request: RunRequest) -> Path:
+    if request.resume is None:
+        return make_run_folder(request.config, request.name)
+    return check_resumable(request.config, request.resume)
 
 
-def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None) -> None:
+def _run_with_restarts(request: RunRequest, folder: Path, forks: bool, before: int | None) -> None:
     """Start the workers, again after the loss of one, until they are done."""
-    launch = task.config.launch
+    launch = request.config.launch
     for attempt in range(launch.restarts + 1):
         try:
-            failure = _run_once(task, folder, forks, before)
+            failure = _run_once(request, folder, forks, before)
         except ConfigError:
-            if task.resume is None:
+            if request.resume is None:
                 remove_unstarted(folder)
             raise
         if failure is None and _new_exit(folder, before) is None:
@@ -107,7 +108,7 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
-            raise LocalRunError(_record_failure(failure, task, folder, before))
+            raise LocalRunError(_record_failure(failure, request, folder, before))
         again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
@@ -115,16 +116,16 @@ def _run_with_restarts(task: Task, folder: Path, forks: bool, before: int | None
         print(f"syncnorm: {again}", file=sys.stderr)
 
 
-def _run_once(task: Task, folder: Path, forks: bool, before: int | None) -> Failure | None:
+def _run_once(request: RunRequest, folder: Path, forks: bool, before: int | None) -> Failure | None:
     """Start the workers once and wait for them; return the failure, None if they are done."""
-    launch = task.config.launch
+    launch = request.config.launch
     patience_seconds = max(_LEAST_SHUTDOWN_SECONDS, launch.patience_seconds)
     return run_once(
-        partial(run_launched, task),
+        partial(run_launched, request),
         launch.most_workers,
         forks,
         patience_seconds,
-        partial(_raise_if_stopped, folder, task, before),
+        partial(_raise_if_stopped, folder, request, before),
     )
 
 
@@ -172,24 +173,24 @@ def _new_exit(folder: Path, before: int | None) -> Exit | None:
 
 
 def _raise_if_stopped(
-    folder: Path, task: Task, before: int | None, number: int | None = None
+    folder: Path, request: RunRequest, before: int | None, number: int | None = None
 ) -> None:
     end = _new_exit(folder, before)
     if end is not None and end.status == "stopped":
         raise RunStopped(
             f"stopped after step {end.step}: {end.reason}. To go on: "
-            f"{resume_command(folder, task.allowed)}",
+            f"{resume_command(folder, request.allowed)}",
             folder,
             number,
         )
 
 
-def _record_failure(failure: Failure, task: Task, folder: Path, before: int | None) -> str:
+def _record_failure(failure: Failure, request: RunRequest, folder: Path, before: int | None) -> str:
     """Record the failure in the run's folder and return the message for the user.
 
     A run that failed before it began leaves no folder but its traceback, in place of the last one.
     """
-    if task.resume is None and failure.traceback and not failure.is_loss:
+    if request.resume is None and failure.traceback and not failure.is_loss:
         remove_unstarted(folder)
     if not folder.exists():
         return f"{failure.reason}\n{_write_traceback(failure, folder.parent)}"

@@ -57,7 +57,7 @@ _SHOWN_DIGITS = 16
 
 
 @dataclass(frozen=True)
-class Task:
+class RunRequest:
     """A run as the command line asks for it.
 
     Args:
@@ -79,21 +79,21 @@ class Task:
     prints: bool = True
 
 
-def uses_store(task: Task) -> bool:
+def uses_store(request: RunRequest) -> bool:
     """Return True if the run's folder is copied to or from a store."""
-    return is_url(task.config.run_dir) or is_url(str(task.resume))
+    return is_url(request.config.run_dir) or is_url(str(request.resume))
 
 
-def run_launched(task: Task) -> NoReturn:
+def run_launched(request: RunRequest) -> NoReturn:
     """Train as the rank that the environment names, and end this process."""
     launched = read_launched()
     assert launched is not None
-    run_worker(task, launched)
+    run_worker(request, launched)
 
 
-def run_worker(task: Task, launched: Launched) -> NoReturn:
+def run_worker(request: RunRequest, launched: Launched) -> NoReturn:
     """Train by `work`, and end this process with the status of the command."""
-    end_with(partial(work, task, launched), launched)
+    end_with(partial(work, request, launched), launched)
 
 
 def end_with(work: Callable[[], int | None], launched: Launched) -> NoReturn:
@@ -120,23 +120,23 @@ def end_with(work: Callable[[], int | None], launched: Launched) -> NoReturn:
 
 
 @record
-def work(task: Task, launched: Launched) -> int:
+def work(request: RunRequest, launched: Launched) -> int:
     """Train as the rank that the launcher gave this process.
 
     Returns:
         The exit status: 0 done, 75 stopped and saved.
     """
-    return 0 if _work(task, launched)[1].is_done else RESUMABLE
+    return 0 if _work(request, launched)[1].is_done else RESUMABLE
 
 
-def work_in_program(task: Task, launched: Launched) -> tuple[Path, Exit]:
+def work_in_program(request: RunRequest, launched: Launched) -> tuple[Path, Exit]:
     """Train as `work` does, in a process that goes on afterwards.
 
     Returns:
         The run's folder and the record of its end.
     """
     try:
-        folder, outcome = _work(task, launched, stays=True)
+        folder, outcome = _work(request, launched, stays=True)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -145,31 +145,31 @@ def work_in_program(task: Task, launched: Launched) -> tuple[Path, Exit]:
     return folder, _exit_record(outcome)
 
 
-def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path, Outcome]:
+def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tuple[Path, Outcome]:
     # Elsewhere than on Linux, the workers of a launcher that is killed outright end by the timeouts
     # of their collectives.
     die_with_parent(launched.launcher_pid)
-    workers = join(task.config.launch.device, launched, task.config.timeout_seconds)
-    with open_run_folder(task, launched) as folder:
-        if uses_store(task):
+    workers = join(request.config.launch.device, launched, request.config.timeout_seconds)
+    with open_run_folder(request, launched) as folder:
+        if uses_store(request):
             # The machines need have no folder in common.
             folder.mkdir(parents=True, exist_ok=True)
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
-        if workers.is_first and launched.launcher_pid is None and task.shows:
+        if workers.is_first and launched.launcher_pid is None and request.shows:
             # Our own launcher has printed it before this process was there.
             print_workers(workers.world_size, workers.device)
         watch = SignalWatch(
-            task.config.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
+            request.config.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
         # From here on the folder may be removed: all workers have made their files in it.
         meet(workers)
         try:
-            outcome = train_in(folder, task, workers, watch)
+            outcome = train_in(folder, request, workers, watch)
         finally:
             watch.close()
             if stays:
                 watch.leave_signals()
-        if workers.is_first and task.prints:
+        if workers.is_first and request.prints:
             print("\n".join([*summarize(outcome), str(folder)]), flush=True)
             if outcome.is_done:
                 page = folder / "report.html"
@@ -183,34 +183,34 @@ def _work(task: Task, launched: Launched, *, stays: bool = False) -> tuple[Path,
     return folder, outcome
 
 
-def train_in(folder: Path, task: Task, workers: Workers, watch: Watch) -> Outcome:
+def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) -> Outcome:
     """Train in a run's folder, and record the end in `exit.json`.
 
     Args:
         folder: from `open_run_folder`.
-        task: the same on all workers.
+        request: the same on all workers.
         workers: this worker's place.
         watch: gets the progress, and may ask to stop.
     """
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
-    progress, config = Progress(), task.config
+    progress, config = Progress(), request.config
     mirror: Mirror | None = None
     if workers.is_first:
         mirror = open_mirror(folder, config.checkpoint.keep, config.launch.patience_seconds)
     try:
         # A program may have switched gradients off.
         with ends_are_errors(), torch.inference_mode(False), torch.enable_grad():
-            callbacks = task.given.give()
+            callbacks = request.given.give()
             outcome = train(
                 config,
                 workers,
                 folder,
                 progress,
                 watch,
-                task.allowed,
+                request.allowed,
                 callbacks,
                 mirror=mirror,
-                shows=task.shows,
+                shows=request.shows,
             )
     except Exception as error:
         _log.info("failed after step %d", progress.step, exc_info=True)
@@ -294,8 +294,8 @@ def meet(workers: Workers) -> None:
 
 
 @contextmanager
-def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
-    """Agree on the run's folder, check that all workers have the same task, and lock the folder.
+def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
+    """Agree on the run's folder, check that all workers have the same request, and lock the folder.
 
     A folder that was made here is removed if the run is refused before it begins.
 
@@ -307,22 +307,22 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
     mine: Any = None
     held, is_new = None, False
     # In a thread, for a copy from a store may take longer than the others' collectives.
-    choose = partial(_choose_folder, task, launched) if launched.rank == 0 else None
+    choose = partial(_choose_folder, request, launched) if launched.rank == 0 else None
     chosen = in_thread_of_first(choose, lambda: None)
     if chosen is not None:
         try:
             mine, is_new = chosen.result()
             held = lock(mine)
             # A resumed run may have more epochs, or other workers.
-            write_config(task.config, mine)
+            write_config(request.config, mine)
             (mine / "exit.json").unlink(missing_ok=True)
         except ConfigError as error:
             mine = error
-    answers: list[tuple[str, Any]] = from_all((task.config.model_dump_json(), mine))
+    answers: list[tuple[str, Any]] = from_all((request.config.model_dump_json(), mine))
     different = [rank for rank, (text, _) in enumerate(answers) if text != answers[0][0]]
     if different:
         raise ConfigError(
-            f"configuration {task.name!r} of workers {different} differs from that of worker 0"
+            f"configuration {request.name!r} of workers {different} differs from that of worker 0"
         )
     folder = answers[0][1]
     if isinstance(folder, ConfigError):
@@ -338,7 +338,7 @@ def open_run_folder(task: Task, launched: Launched) -> Iterator[Path]:
             held.close()
 
 
-def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
+def _choose_folder(request: RunRequest, launched: Launched) -> tuple[Path, bool]:
     """Return the run's folder, and True if it is new.
 
     It is the one that our launcher made, the user named, or this launch made before; else a new
@@ -346,12 +346,14 @@ def _choose_folder(task: Task, launched: Launched) -> tuple[Path, bool]:
     """
     if launched.run_folder is not None:
         return launched.run_folder, False
-    if task.resume is not None:
-        return check_resumable(task.config, task.resume), False
-    found = None if launched.launch_id is None else find_relaunched(task.config, launched.launch_id)
+    if request.resume is not None:
+        return check_resumable(request.config, request.resume), False
+    found = (
+        None if launched.launch_id is None else find_relaunched(request.config, launched.launch_id)
+    )
     if found is not None:
         return found, False
-    return make_run_folder(task.config, task.name, launched.launch_id), True
+    return make_run_folder(request.config, request.name, launched.launch_id), True
 
 
 def _exit_record(outcome: Outcome) -> Exit:

@@ -14,7 +14,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import machine
 from syncnorm.run.env import Launched
 from syncnorm.run.machine import check_free_memory, core_warning
-from syncnorm.run.worker import Task, open_run_folder
+from syncnorm.run.worker import RunRequest, open_run_folder
 from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import LaunchSection
@@ -172,7 +172,7 @@ def test_a_folder_is_removed_where_the_run_was_refused_before_it_began(pool, in_
 def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
     """Refuse a configuration as a worker of torchrun."""
     rank = dist.get_rank()
-    task = Task(load_config("digits", [f"run_dir={run_dir}"]), "digits")
+    task = RunRequest(load_config("digits", [f"run_dir={run_dir}"]), "digits")
     with contextlib.suppress(ConfigError):
         with open_run_folder(task, Launched(rank, 2, rank, 2)) as folder:
             assert (folder / "config.yaml").exists()

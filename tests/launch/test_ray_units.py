@@ -199,7 +199,7 @@ def test_a_job_is_the_same_after_its_journey():
     job = make_job("digits", overrides, ("one", "two.three"))
     arrived = Job.from_json(job.to_json())
     assert arrived == job
-    task = arrived.task()
+    task = arrived.request()
     assert task.allowed == ("one", "two.three")
     assert task.config.mathematics() == load_config("digits", overrides).mathematics()
     assert task.config.launch.workers == [1, 3]
@@ -222,7 +222,7 @@ def test_a_run_is_entered_again_and_by_nobody_else(tmp_path):
     place = f"run_dir={tmp_path}"
     job = make_job("digits", [place], (), "mine")
     assert prepare_folder(job) == tmp_path / "mine"
-    assert load_config(str(tmp_path / "mine" / "config.yaml")) == job.task().config
+    assert load_config(str(tmp_path / "mine" / "config.yaml")) == job.request().config
     assert (
         prepare_folder(make_job("digits", [place, "launch.workers=4"], (), "mine"))
         == tmp_path / "mine"
@@ -417,7 +417,7 @@ def test_what_is_not_packed(tmp_path, clean, token):
     # A working folder may be known by another name, too.
     (tmp_path / "alias").symlink_to(here)
     clean.chdir(tmp_path / "alias")
-    environment = make_runtime_env(make_job("mine.yaml", [], ["mine"]).task().config, {})
+    environment = make_runtime_env(make_job("mine.yaml", [], ["mine"]).request().config, {})
     package = tmp_path / "package.zip"
     create_package(
         environment["working_dir"],
@@ -432,11 +432,11 @@ def test_what_is_not_packed(tmp_path, clean, token):
     assert not [name for name in names if name.startswith(("runs/", "images/", ".venv/", ".ray/"))]
     assert int(environment["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"]) >= 120
     # Without code of the user's nothing is sent but the configuration.
-    assert "working_dir" not in make_runtime_env(make_job("digits", [], []).task().config, {})
+    assert "working_dir" not in make_runtime_env(make_job("digits", [], []).request().config, {})
 
 
 def test_a_runtime_environment_of_ones_own(tmp_path, clean):
-    config = make_job("digits", [], []).task().config
+    config = make_job("digits", [], []).request().config
     path = tmp_path / "env.yaml"
     path.write_text("pip: [einops]\nenv_vars: {A: b}\nexcludes: [big]\nworking_dir: code\n")
     clean.chdir(tmp_path)

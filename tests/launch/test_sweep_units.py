@@ -99,7 +99,7 @@ def test_trials_are_runs_named_by_what_varies(tmp_path, monkeypatch):
     assert sweep.names()[:2] == ["trial-00-lr=0.05-sync=batch", "trial-01-lr=0.05-sync=running"]
     job = sweep.job(3)
     assert job.folder == f"{sweep.folder}/trial-03-lr=0.1-sync=running"
-    config = job.task().config
+    config = job.request().config
     assert (config.train.lr, config.norm.sync, config.train.epochs) == (0.1, "running", 1)
     assert config.launch.workers == 2
     assert make_sweep("digits", GRID, is_dated=False) == make_sweep("digits", GRID, is_dated=False)

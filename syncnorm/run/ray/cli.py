@@ -100,7 +100,7 @@ def submit(
     from syncnorm.run.ray.job import check_folder, make_job
 
     job = make_job(config, overrides or [], allow or [], submission_id)
-    environment = make_runtime_env(job.task().config, read_runtime_env(runtime_env))
+    environment = make_runtime_env(job.request().config, read_runtime_env(runtime_env))
     resources = read_resources(
         entrypoint_num_cpus, entrypoint_num_gpus, entrypoint_memory, entrypoint_resources
     )

@@ -77,14 +77,14 @@ def run_job(job: Job) -> int:
     env.set_for_ray_driver()
     epochs = _recorded_epochs(Path(job.folder))
     folder = prepare_folder(job)
-    has_more = epochs is not None and job.task().config.train.epochs > epochs
+    has_more = epochs is not None and job.request().config.train.epochs > epochs
     if (end := read_exit(folder)) is not None and end.status == "done" and not has_more:
         print("\n".join([*_describe_done(end), str(folder)]))
         return 0
     for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
         (folder / name).unlink(missing_ok=True)
     ray.init(address="auto", logging_level=logging.WARNING)
-    config = job.task().config
+    config = job.request().config
     capacity = read_capacity(config)
     check_capacity(config, capacity)
     stopping = StopHandler(folder)

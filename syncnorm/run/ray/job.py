@@ -10,7 +10,7 @@ from typing import Any
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.folder import check_resumable, write_config
-from syncnorm.run.worker import Task
+from syncnorm.run.worker import RunRequest
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
@@ -54,16 +54,16 @@ class Job:
         try:
             values = json.loads(text)
             job = Job(**{**values, "allowed": tuple(values["allowed"])})
-            job.task()
+            job.request()
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"a job must be JSON as `syncnorm submit` makes it: {error}"
             ) from None
         return job
 
-    def task(self) -> Task:
-        """Build the task for a worker."""
-        return Task(Config.model_validate(self.config), self.name, allowed=self.allowed)
+    def request(self) -> RunRequest:
+        """Make the request for a worker."""
+        return RunRequest(Config.model_validate(self.config), self.name, allowed=self.allowed)
 
 
 def make_job(
@@ -128,7 +128,7 @@ def check_folder(job: Job) -> None:
     if not (folder / "config.yaml").exists():
         return
     try:
-        check_resumable(job.task().config, folder)
+        check_resumable(job.request().config, folder)
     except ConfigError as error:
         raise ConfigError(
             f"`--id` must be a new name, or that of a run of the same configuration, got "
@@ -143,7 +143,7 @@ def prepare_folder(job: Job) -> Path:
         ConfigError: it cannot be made, or belongs to another run.
     """
     folder = Path(job.folder)
-    config = job.task().config
+    config = job.request().config
     if (folder / "config.yaml").exists():
         check_folder(job)
         return folder

@@ -120,17 +120,17 @@ def _train(job: Job, folder: Path) -> WorkerResult:
     launched = read_launched()
     assert launched is not None
     launched = replace(launched, run_folder=folder)
-    task = job.task()
-    config = task.config
+    request = job.request()
+    config = request.config
     workers = join(config.launch.device, launched, config.timeout_seconds)
-    with open_run_folder(task, launched):
+    with open_run_folder(request, launched):
         _detach_stderr()
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         if workers.is_first:
             print_workers(workers.world_size, workers.device)
         watch = RayWatch(config.timeout_seconds, folder, workers.rank)
         try:
-            outcome = train_in(folder, task, workers, watch)
+            outcome = train_in(folder, request, workers, watch)
         finally:
             watch.close()
         # A peer may still be completing the last collective.
