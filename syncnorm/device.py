@@ -14,5 +14,8 @@ def is_host(t: Tensor) -> bool:
 
 def first_tensor(module: nn.Module) -> Tensor | None:
     """The first buffer or parameter of a module's own, past what would wait for sums under way."""
-    tensors = (*dict.values(module._buffers), *module._parameters.values())
+    buffers = module._buffers
+    # A module that torch.jit has compiled has no dict.
+    own = dict.values(buffers) if isinstance(buffers, dict) else buffers.values()
+    tensors = (*own, *module._parameters.values())
     return next((tensor for tensor in tensors if tensor is not None), None)

@@ -1,7 +1,5 @@
 """The command `syncnorm merge`: in this process, or as one worker of torchrun."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,29 +19,17 @@ from syncnorm.train.task.measures import format_metric, format_value
 from syncnorm.train.waiting import from_first
 
 
-@contextmanager
-def _made(output: Path, is_first: bool) -> Iterator[None]:
-    """Make the new run's folder, and take it away again if the block fails.
-
-    *Collectives*: one broadcast; every worker must call.
-
-    Raises:
-        ConfigError: it cannot be made; on all workers, before the work.
-    """
-    from_first(is_first, partial(_make, output))
+def _check_output(output: Path) -> None:
+    """Raise ConfigError unless the new run's folder can be made, before the work."""
     try:
-        yield
-    except BaseException:
-        if is_first:
-            files.remove(output)
-        raise
-
-
-def _make(output: Path) -> None:
-    if output.exists():
-        raise ConfigError(f"`--output` must be a new folder, got {str(output)!r}, which is there")
-    try:
+        if output.exists():
+            raise ConfigError(
+                f"`--output` must be a new folder, got {str(output)!r}, which is there"
+            )
+        missing = [each for each in (output, *output.parents) if not each.exists()]
         output.mkdir(parents=True)
+        for each in missing:
+            each.rmdir()
     except OSError as error:
         raise ConfigError(
             f"`--output` must be a folder that can be made, got {str(output)!r}: {error.strerror}"
@@ -51,9 +37,15 @@ def _make(output: Path) -> None:
 
 
 def _write(result: Merged, config: Config, output: Path) -> None:
-    CheckpointStore(output / CHECKPOINTS).write(result.snapshot)
-    # Last: it makes the folder a run's.
-    write_config(config, output)
+    """Make the new run's folder, whole or not at all."""
+    output.mkdir(parents=True)
+    try:
+        CheckpointStore(output / CHECKPOINTS).write(result.snapshot)
+        # Last: it makes the folder a run's.
+        write_config(config, output)
+    except BaseException:
+        files.remove(output)
+        raise
 
 
 def run_merge(
@@ -75,7 +67,8 @@ def run_merge(
     first, second = (read_run(folder, allowed) for folder in folders)
     workers = join(first.launch.device, launched)
     try:
-        with errors_in_one_line(workers.rank), _made(output, workers.is_first):
+        with errors_in_one_line(workers.rank):
+            from_first(workers.is_first, partial(_check_output, output))
             result = merge_runs(folders, (first, second), alpha, is_matched, workers, allowed)
             if workers.is_first:
                 _write(result, first, output)

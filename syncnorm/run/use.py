@@ -48,8 +48,8 @@ def _check_alone(command: str) -> None:
     launched = read_launched()
     if launched is not None and launched.world_size > 1:
         raise ConfigError(
-            f"`syncnorm {command}` must run in one process, got {launched.world_size} workers of "
-            "torchrun. Start it without."
+            f"`syncnorm {command}` must run in one process, got {launched.world_size} workers "
+            "(WORLD_SIZE). Start it without torchrun, or with RANK unset."
         )
 
 

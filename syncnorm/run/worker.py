@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.run.ending import Exit
 from syncnorm.run.env import Launched, read_launched, set_for_nccl, writes_report
 from syncnorm.run.errors import RESUMABLE
@@ -216,7 +216,7 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
         _log.info("failed after step %d", progress.step, exc_info=True)
         if workers.is_first:
             code = 2 if isinstance(error, ConfigError) else 1
-            reason = f"{type(error).__name__}: {error}"
+            reason = in_one_line(error)
             with suppress(OSError):  # a full disk, which may be what the error is of
                 Exit("failed", reason, progress.step, code).write(folder)
         if mirror is not None and (folder / "metrics.jsonl").exists():

@@ -104,7 +104,10 @@ def _first_not_finite(setup: Setup, feed: Feed, batch: StepBatch) -> tuple[int, 
     # The order of construction stands for that of the forward, which workers may make different
     # numbers of times.
     modules = [
-        (name, module) for name, module in setup.model.named_modules() if not any(module.children())
+        (name, module)
+        for name, module in setup.model.named_modules()
+        # Those that torch.jit has compiled take no hooks.
+        if not (any(module.children()) or isinstance(module, torch.jit.ScriptModule))
     ]
     with ExitStack() as stack:
         for order, (name, module) in enumerate(modules, start=1):

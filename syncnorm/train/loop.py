@@ -46,7 +46,7 @@ from syncnorm.train.workers import Workers
 # Steps in a row that may be left out for not being finite; more are no accident.
 _MOST_SKIPPED = 10
 # For a save that is under way when a run fails; less than what the other workers wait for this one.
-_LAST_SAVE_SECONDS = 30.0
+_LAST_SAVE_SECONDS = 20.0
 
 
 class SaveError(SyncnormError):
@@ -204,7 +204,7 @@ def train(
             load_weights(setup.model, config.model, workers)
         saver = None if store is None else BackgroundSaver(store)
         with (
-            _last_save(saver, config.timeout_seconds),
+            _last_save(saver, watch, config.timeout_seconds),
             Recorder(
                 setup, folder, progress, total_steps, allowed, mirror=mirror, shows=shows
             ) as recorder,
@@ -238,13 +238,16 @@ def train(
 
 
 @contextmanager
-def _last_save(saver: BackgroundSaver | None, timeout_seconds: float) -> Iterator[None]:
+def _last_save(
+    saver: BackgroundSaver | None, watch: Watch, timeout_seconds: float
+) -> Iterator[None]:
     """Finish a save that is under way when the block fails: its state is good to go on from."""
     try:
         yield
     except BaseException:
         if saver is not None:
             # The others wait for this worker meanwhile, and must not be the first to give up.
+            watch.alive()
             saver.wait(min(_LAST_SAVE_SECONDS, timeout_seconds / 2))
         raise
 

@@ -175,8 +175,9 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
     def loss_of(part: Any) -> Tensor:
         return torch.stack([total for total, _ in terms_of(part).values()]).sum()
 
-    if ":" in config.task.name:
-        _warn_of_means(terms_of, batch, feed.load(TRAIN, torch.cat([indices, indices]), epoch=1))
+    is_own = ":" in config.task.name
+    if is_own and not getattr(task, "needs_whole_step", False):
+        _warn_of_means(terms_of, batch, lambda: feed.load(TRAIN, torch.cat([indices] * 2), epoch=1))
     per_sample = _saved_bytes(trial, partial(loss_of, batch)) // count
     half = count // 2
     if workers.device.type == "cuda" and half:
@@ -191,16 +192,26 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
     return per_sample
 
 
-@torch.no_grad()
 def _warn_of_means(
-    terms_of: Callable[[Any], dict[str, tuple[Tensor, Any]]], batch: Any, twice: Any
+    terms_of: Callable[[Any], dict[str, tuple[Tensor, Any]]],
+    batch: Any,
+    load_twice: Callable[[], Any],
 ) -> None:
-    """Warn of losses that are means where sums are asked for: twice the samples leave them alike."""
-    once, more = terms_of(batch), terms_of(twice)
+    """Warn of losses that are means where sums are asked for: twice the samples leave them alike.
+
+    Their counts do grow. A loss that takes no sample twice is not looked at.
+    """
+    once = terms_of(batch)
+    try:
+        more = terms_of(load_twice())
+    except Exception:  # the same on all workers, which have the same samples here
+        return
     means = [
         name or "the loss"
-        for name, (total, _) in once.items()
-        if name in more and total != 0 and abs(float(more[name][0] / total) - 1) < _SAME
+        for name, (total, count) in once.items()
+        if name in more
+        and float(more[name][1]) > float(count)
+        and abs(float(more[name][0]) - float(total)) < _SAME * abs(float(total))
     ]
     if means:
         _log.warning(

@@ -53,8 +53,9 @@ def unscale(
 def scaler_state(scaler: torch.amp.GradScaler, world_size: int) -> dict[str, Any]:
     """Describe the state of a scaler, for any number of workers."""
     state = scaler.state_dict()
+    scale = state["scale"] * world_size
     # A power of 2, as the first one is: its share of 3 workers is rounded.
-    return state | {"scale": 2.0 ** round(math.log2(state["scale"] * world_size))}
+    return state | {"scale": 2.0 ** round(math.log2(scale)) if scale > 0 else scale}
 
 
 def load_scaler(scaler: torch.amp.GradScaler, state: dict[str, Any], world_size: int) -> None:

@@ -275,7 +275,7 @@ def test_uneven_shards_without_scale_loss_are_noticed_once(pool, sizes, how, cou
                 f"rank {rank} had {sizes[rank]} of {whole} values per channel in '1'"
                 in found[rank][0]
             )
-            assert "Add `loss = scale_loss(loss, len(x))`" in found[rank][0]
+            assert "Add `loss = scale_loss(loss, n)`" in found[rank][0]
 
 
 def _twice_in_a_step() -> list[str]:

@@ -123,7 +123,8 @@ def test_layers_that_training_forwards_do_not_update_need_not_be_ours(block):
     for other in (
         nn.BatchNorm1d(3).eval(),
         without,
-        nn.InstanceNorm1d(3, track_running_stats=True),
+        nn.InstanceNorm1d(3),
+        nn.InstanceNorm1d(3, track_running_stats=True).eval(),
         nn.GroupNorm(1, 3),
     ):
         with warnings.catch_warnings():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any
 from unittest import mock
 
@@ -306,8 +307,12 @@ def test_a_compiled_model_is_looked_at_uncompiled():
 
 
 def test_a_part_that_is_scripted_takes_no_hooks():
-    model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), torch.jit.script(nn.ReLU()))
-    assert explain(model, torch.randn(40, 4), world_size=2).messages == 2
+    scripted = torch.jit.script(nn.BatchNorm1d(4))
+    model = nn.Sequential(nn.Linear(4, 4), SyncBatchNorm(4), nn.Dropout(), scripted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert explain(model, torch.randn(40, 4), world_size=2).messages == 2
+    assert scripted.running_mean.tolist() == [0.0] * 4
 
 
 def test_dropout_before_batch_statistics_by_the_order_of_execution():

@@ -193,5 +193,5 @@ def forward_meets_backward() -> str:
 
 def test_a_forward_does_not_meet_another_workers_backward_pass(pool):
     for said in pool(2).run(forward_meets_backward):
-        assert "(sums, 9 float64" in said
-        assert "(backward, gradients, 9 float64" in said
+        assert "(sums, 10 float64" in said
+        assert "(backward, gradients, 10 float64" in said

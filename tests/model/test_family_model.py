@@ -164,6 +164,10 @@ class OfWidth(nn.BatchNorm2d):
         super().__init__(width)
 
 
+class OfOurs(SyncBatchNorm):
+    """A subclass of ours."""
+
+
 class AnyDimension(nn.BatchNorm2d):
     """A batch norm that loses nothing."""
 
@@ -188,10 +192,15 @@ def hooked() -> nn.BatchNorm2d:
     [
         (Special(4), "is a Special, whose own forward would be lost"),
         (with_forward(), "has a forward that was set on the instance"),
-        (StaysFrozen(4), "is a StaysFrozen, whose own methods would be lost"),
-        (OfWidth(4), "is a OfWidth, whose own methods would be lost"),
+        (StaysFrozen(4), "is a StaysFrozen, whose own train would be lost"),
+        (OfWidth(4), "is a OfWidth, whose own __init__ would be lost"),
+        (convert(StaysFrozen(4)), "is a SyncBatchNorm_StaysFrozen, whose own train would be lost"),
+        (OfOurs(4), "is a OfOurs, whose own methods would be lost"),
         (torch.jit.script(nn.BatchNorm2d(4)), "is compiled by torch.jit"),
-        (SyncBatchNorm(4, sync="running"), "`sync` must be .*, got 'running'"),
+        (
+            SyncBatchNorm(4, sync="running"),
+            "has sync='running', which is no method's; give convert",
+        ),
         (nn.LazyBatchNorm2d(), "is lazy or parametrized"),
         (nn.BatchNorm2d(4, track_running_stats=False), "keeps no running statistics"),
         (hooked(), "has hooks, which a new layer does not have"),
@@ -207,6 +216,8 @@ def test_convert_refuses_what_would_be_lost(layer, message):
 def test_a_class_with_nothing_of_its_own_is_replaced_and_comes_back():
     model = nn.Sequential(AnyDimension(4))
     assert isinstance(convert(model, L1BatchNorm)[0], L1BatchNorm)
+    assert type(revert(model)[0]) is AnyDimension
+    assert isinstance(convert(convert(model), L1BatchNorm)[0], L1BatchNorm)
     assert type(revert(model)[0]) is AnyDimension
 
 
@@ -273,6 +284,11 @@ def test_a_model_of_another_method_is_not_converted_without_a_word(to):
         convert(model, to)
     assert said[0].filename == __file__
     assert isinstance(model[0], L1BatchNorm)
+    mixed = convert(nn.Sequential(nn.BatchNorm2d(4), EvoNorm(4)), L1BatchNorm)
+    mixed.append(nn.BatchNorm2d(4))
+    with pytest.warns(UserWarning, match=r"syncnorm.family, '0' \(L1BatchNorm\), which stay what"):
+        convert(mixed, to)
+    assert isinstance(mixed[2], to)
 
 
 def test_convert_names_the_option_that_was_meant():

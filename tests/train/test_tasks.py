@@ -453,9 +453,11 @@ def test_a_mean_in_place_of_a_sum_is_noticed(kind, named, pool, tmp_path):
     assert f"twice the samples have the same in {named}: that looks like a mean" in said
 
 
-@pytest.mark.parametrize("kind", ["contrast", "boxes"])
+@pytest.mark.parametrize("kind", ["contrast", "boxes", "no mean", "constant"])
 def test_a_sum_is_not_taken_for_a_mean(kind, pool, tmp_path):
-    options = {**KINDS[kind], "train": {**KINDS[kind]["train"], "epochs": 1}}
+    task = {"name": f"{TASKS}:Mean", "options": {"kind": kind}}
+    options = KINDS.get(kind) or sections("Perceptron", "rows", task)
+    options = {**options, "train": {**options["train"], "epochs": 1}}
     (lines,) = pool(1).run(runs.warnings_of_sections, str(tmp_path), options)
     assert not [line for line in lines if "task.name" in line]
 

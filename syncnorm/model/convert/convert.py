@@ -23,6 +23,7 @@ from syncnorm.model.convert.others import (
     home_made,
     is_home_made,
     nothing_to_convert,
+    stays_another,
     stays_local,
 )
 from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
@@ -168,6 +169,9 @@ def _warn_of_others(module: nn.Module, select: Select | None, to: type[nn.Module
     if not callable(select):  # a function is called with batch norms of torch's only
         chosen = _select(_named(module), select, may_be_none=True)
         said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
+        others = {names[0]: m for m, names in chosen.items() if family.is_another(m, to)}
+        if said is None and others:
+            said = stays_another(others)
     if said is None and not any(isinstance(m, _BatchNorm | to) for m in module.modules()):
         said = nothing_to_convert(module)
     if said is not None:
@@ -297,7 +301,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     faults |= {
         names[0]: why
         for layer, names in replaced.items()
-        if (why := wrapped(module, layer) or family.back_reason(layer, to))
+        if (why := wrapped(module, layer) or family.back_reason(layer, to) or family.hooked(layer))
     }
     _refuse(faults, "reverted")
     ignored = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +14,11 @@ from torch.nn.utils import parametrize
 
 from syncnorm import observed
 from syncnorm.comm import groups
+from syncnorm.errors import InputError
 from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
-from syncnorm.model.convert.adapters import TORCHS, has_torchs_forward, own_class
+from syncnorm.model.convert.adapters import TORCHS, Over, has_torchs_forward, own_class, their_class
 from syncnorm.model.convert.class_swap import (
     LazySyncNorm,
     Original,
@@ -54,26 +56,33 @@ def own_reason(layer: _BatchNorm) -> str | None:
         return f"is a {cls.__name__}, whose own forward would be lost"
     if "forward" in vars(layer):
         return "has a forward that was set on the instance, which would be lost"
-    if not (cls in (SyncBatchNorm, SyncBatchRenorm) or _adds_nothing(cls)):
+    is_theirs = issubclass(cls, Over) or not isinstance(layer, SyncNorm)
+    if not is_theirs and cls not in (SyncBatchNorm, SyncBatchRenorm):
         return f"is a {cls.__name__}, whose own methods would be lost"
+    if names := _own_names(their_class(layer)):
+        return f"is a {cls.__name__}, whose own {', '.join(sorted(names))} would be lost"
     if layer.running_mean is None or layer.running_var is None:
         return "keeps no running statistics"
     if isinstance(layer, SyncNorm) and (why := busy(layer)):
         return why
-    return _hooked(layer)
+    return hooked(layer)
 
 
-def _adds_nothing(cls: type) -> bool:
-    """True if a subclass of torch's batch norms has no constructor and no methods of its own."""
-    for each in cls.__mro__:
-        if each in TORCHS:
-            return True
-        if vars(each).keys() - _NOTHING:
-            return False
-    return False
+def _own_names(cls: type) -> set[str]:
+    """The names that a subclass of torch's batch norms adds to them."""
+    names: set[str] = set()
+    for each in itertools.takewhile(lambda each: each not in TORCHS, cls.__mro__):
+        names |= vars(each).keys() - _NOTHING
+    return names
 
 
-def _hooked(layer: nn.Module) -> str | None:
+def is_another(layer: nn.Module, to: type[nn.Module]) -> bool:
+    """True if a layer took a batch norm's place and is no `to`."""
+    return hasattr(layer, _ORIGINAL) and not isinstance(layer, to)
+
+
+def hooked(layer: nn.Module) -> str | None:
+    """The reason why a layer with hooks stays what it is; None if it has none."""
     # Those of forwards, backwards and state dicts.
     if any(kept for name, kept in vars(layer).items() if name.endswith("_hooks")):
         return "has hooks, which a new layer does not have"
@@ -87,7 +96,9 @@ def make(
     kept: dict[str, Any] = {"eps": layer.eps}
     if isinstance(layer, SyncNorm):
         layer.settle()
-        kept["sync"] = layer.sync_mode.name
+        kept["sync"] = sync = layer.sync_mode.name
+        if sync not in ("batch", "none") and "sync" not in options:
+            raise InputError(f"has sync={sync!r}, which is no method's; give convert a `sync`")
     if process_group is None:
         process_group = getattr(layer, "process_group", None)
     # A default says nothing about another method's, nor does one for batches about samples.
@@ -153,7 +164,7 @@ def back_reason(layer: FamilyLayer, to: type[_BatchNorm] | None) -> str | None:
     was: Replaced | None = getattr(layer, _ORIGINAL, None)
     if to is None and (was is None or issubclass(was.cls, SyncNorm)):
         return "was built as one of ours: `to` must say what it shall be"
-    return _hooked(layer)
+    return None
 
 
 def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNorm:

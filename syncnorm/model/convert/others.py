@@ -75,14 +75,19 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
     )
 
 
+def stays_another(layers: dict[str, nn.Module]) -> str:
+    """The warning about layers of the family that a conversion to something else passes over."""
+    return (
+        f"`module` has layers of syncnorm.family, {listed(layers)}, which stay what they are. Call "
+        "revert(module) before, which makes them batch norms again."
+    )
+
+
 def nothing_to_convert(model: nn.Module) -> str:
     """The warning about a model without a batch norm."""
     family = family_of(model)
     if family:
-        return (
-            f"`module` has no batch norm but layers of syncnorm.family, {listed(family)}: nothing "
-            "was converted. Call revert(module) before, which makes them batch norms again."
-        )
+        return stays_another(family)
     frozen = {name: m for name, m in model.named_modules() if is_frozen(m)}
     of_frozen = (
         f" Its layers {listed(frozen)} apply running statistics and never update them: build the "
@@ -111,9 +116,16 @@ def check_covers(model: nn.Module, what: str, *, acts_on_family: bool) -> None:
         for name, m in model.named_modules()
         if m.training and (_updates(m) or is_home_made(m)) and not isinstance(m, SyncNorm)
     }
-    remedy = "convert(model) makes torch's batch norms layers of ours."
-    if any(isinstance(m, LazySyncNorm) for m in others.values()):
-        remedy = "Lazy ones are converted in their first forward: call the model once."
+    default = "convert(model) makes torch's batch norms layers of ours."
+    remedies = {
+        default: _is_torchs,
+        "Lazy ones are converted in their first forward: call the model once.": _is_lazy,
+        "Instance norms keep no statistics with track_running_stats=False.": _is_instance_norm,
+    }
+    remedy = " ".join(
+        words for words, is_meant in remedies.items() if any(map(is_meant, others.values()))
+    )
+    remedy = remedy or default
     family = {} if acts_on_family else {n: m for n, m in family_of(model).items() if m.training}
     if family:
         others |= family
@@ -144,6 +156,18 @@ def listed(layers: dict[str, nn.Module]) -> str:
         for name, m in [*layers.items()][:6]
     ]
     return ", ".join(named) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
+
+
+def _is_lazy(layer: nn.Module) -> bool:
+    return isinstance(layer, LazySyncNorm)
+
+
+def _is_torchs(layer: nn.Module) -> bool:
+    return isinstance(layer, _BatchNorm) and not _is_lazy(layer)
+
+
+def _is_instance_norm(layer: nn.Module) -> bool:
+    return isinstance(layer, _NormBase) and not isinstance(layer, _BatchNorm)
 
 
 def _updates(layer: nn.Module) -> bool:
