@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -239,6 +240,7 @@ class Pending:
             with flight:
                 is_same = sent is None or sent.wait(flight.timeout_seconds)
                 if wire is not None and isinstance(flight.work, dist.Work):
+                    _check_process(flight)
                     _wait(flight.work)
             flight.finish(self._message)
             if sent is not None:
@@ -331,6 +333,9 @@ def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name:
     for announce in announcers:
         announce(way, envelope[0], group)
     flight = InFlight(envelope, log, kind, name, count)
+    if os.getpid() != log.pid:
+        with flight:
+            _check_process(flight)
     if debug.is_on:
         flight.timeout_seconds = debug.wait_seconds or flight.timeout_seconds
         consensus = Consensus(flight, group)
@@ -338,6 +343,12 @@ def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name:
         with flight:
             consensus.agree()
     return flight
+
+
+def _check_process(flight: InFlight) -> None:
+    """Raise in a fork, which would wait for ever for threads that it does not have."""
+    if os.getpid() != flight.log.pid:
+        raise RuntimeError(shared.FORKED)
 
 
 def _wait(work: dist.Work | None) -> None:

@@ -56,7 +56,7 @@ def l1_batch_norm(x: Tensor, state: dict[str, Tensor], eps: float, momentum: flo
 
 def region_norm(x: Tensor, mask: Tensor, state: dict[str, Tensor], eps: float) -> Tensor:
     """Normalisation of a mask and its complement apart. arXiv:1911.10375, section 3."""
-    x = x.double()
+    x, mask = x.double(), mask.double()
     y = torch.zeros_like(x)
     for region, weight, bias in zip((mask, 1 - mask), state["weight"], state["bias"]):
         n, mean, var = moments(x, region)

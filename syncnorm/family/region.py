@@ -23,6 +23,7 @@ from syncnorm.comm import groups
 from syncnorm.family.layer import Pooling
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments, widened
+from syncnorm.maths.precision import for_sums
 from syncnorm.undocumented import disable_dynamo
 
 
@@ -87,7 +88,8 @@ class RegionNorm(Pooling):
             FaultError: on every worker, if a weight of one of them, or 1 minus it, is negative.
         """
         checks.check_input(x, self.num_features)
-        inside = checks.expand_mask(mask, x)
+        # In a half type the two would not add up to 1.
+        inside = for_sums(checks.expand_mask(mask, x))
         regions = (inside, 1 - inside)
         return self._normalize(widened(x), regions).to(x.dtype)
 

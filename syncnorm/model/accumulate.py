@@ -10,6 +10,7 @@ from torch import nn
 
 from syncnorm.errors import InputError
 from syncnorm.model.convert.others import check_covers
+from syncnorm.model.join.join import is_open
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.accumulated import Accumulating
 
@@ -33,8 +34,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             "lagged" layers.
 
     Raises:
-        InputError: the model is already accumulating; or its training forwards update running
-            statistics, and none of batch norms of ours.
+        InputError: the model is already accumulating, or has `sync="running"` within `join`; or its
+            training forwards update running statistics, and none of batch norms of ours.
 
     Warns:
         UserWarning: they update some of other layers, too, such as those of `syncnorm.family`;
@@ -58,6 +59,11 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         )
     # Layers of a common pool take the block as one long step; any other collects its own moments.
     steps = [source.steps for source in sources if source.steps is not None]
+    if steps and is_open():
+        raise InputError(
+            '`model` must have sync="batch" or "none" for accumulate within `join`, got "running". '
+            "Where a worker's data ends within the block, the others would wait."
+        )
     alone = {m: Accumulating(m.statistics) for m in layers if m.statistics.steps is None}
     for each in steps:
         each.listener.begin()

@@ -187,8 +187,8 @@ def _check_numbers(entries: Entries, target: Mapping[str, Any], parameters: set[
                 _finite(value.to(own.dtype)), _finite(value)
             ):
                 rule = f"numbers that {own.dtype} has, got larger ones"
-            elif name.rpartition(".")[2] == "running_var" and bool((value < 0).any()):
-                rule = "at least 0, got a negative variance"
+            elif name.rpartition(".")[2] == "running_var" and not bool((value >= 0).all()):
+                rule = "at least 0, got a negative variance or nan"
         if rule:
             raise NumbersError(f"{name!r} must be {rule}. Nothing was changed.")
 

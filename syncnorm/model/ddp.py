@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from syncnorm import undocumented
 from syncnorm.comm import agreement, debug, exchange, groups
 from syncnorm.device import is_host
-from syncnorm.errors import FaultError
+from syncnorm.errors import FaultError, InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard, of_nothing
 from syncnorm.statistics.steps import delimited_by, remove_deserted
+from syncnorm.undocumented import disable_dynamo
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -234,7 +235,8 @@ def _attach(model: nn.Module, layers: dict[str, SyncNorm]) -> None:
         next(iter(some.values())).sync_mode.attach(some, model)
 
 
-def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None) -> Tensor:
+@disable_dynamo
+def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = None) -> Tensor:
     """Weight a worker's mean loss so that DDP's average over workers is the mean over all samples.
 
         scaled = loss * local_count * world_size / global_count
@@ -249,7 +251,7 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
             one by at least 1: the gradient of 0 / 0 is NaN whatever multiplies it. In a half type
             the weight is rounded to that type, by up to 0.2 %: better a float32 loss.
         local_count: the number of these samples, finite and >= 0 (or of whatever the mean is over:
-            boxes, valid pixels).
+            boxes, valid pixels); a number, or a tensor of one.
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:
@@ -258,23 +260,36 @@ def scale_loss(loss: Tensor, local_count: int, process_group: groups.Spec = None
     Raises:
         FaultError: on every worker, if the count of one is none. On CUDA this is looked at in debug
             mode only; otherwise the loss is NaN on every worker.
+        InputError: the loss is no single number.
     """
-    group = groups.statistics_group(process_group)
-    sent = local_count if 0 <= local_count < math.inf else math.nan
+    if loss.numel() != 1:
+        raise InputError(
+            f"`loss` must be a mean over this worker's samples, of shape (), got {tuple(loss.shape)}"
+        )
+    group, given = groups.statistics_group(process_group), _number(local_count)
+    sent = given if 0 <= given < math.inf else math.nan
     if group is None:
         if math.isnan(sent):
-            raise _no_counts({0: local_count})
-        return loss if local_count else of_nothing(loss)
+            raise _no_counts({0: given})
+        return loss if given else of_nothing(loss)
     Shard.scaled_losses += 1
     # Filled rather than copied: a copy from the host would wait for the CUDA device.
     count = torch.full((1,), sent, dtype=torch.float64, device=loss.device)
     total = exchange.sum_(count, group, "count", "scale_loss")
     if (debug.is_on or is_host(total)) and math.isnan(total):
-        given = exchange.gather(count.fill_(local_count), group, "fault", "scale_loss")
-        raise _no_counts(dict(zip(groups.ranks(group), given.flatten().tolist(), strict=True)))
-    if local_count == 0:
+        found = exchange.gather(count.fill_(given), group, "fault", "scale_loss")
+        raise _no_counts(dict(zip(groups.ranks(group), found.flatten().tolist(), strict=True)))
+    if given == 0:
         return of_nothing(loss)
-    return loss * (local_count * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
+    return loss * (given * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
+
+
+def _number(count: Any) -> float:
+    """A count, in whose own type products may have no room; NaN if it is none, for all to know."""
+    try:
+        return float(count)
+    except (TypeError, ValueError, RuntimeError):
+        return math.nan
 
 
 def _no_counts(given: Mapping[int, float]) -> FaultError:

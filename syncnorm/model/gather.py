@@ -12,8 +12,10 @@ from torch.autograd.function import once_differentiable
 
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
+from syncnorm.undocumented import disable_dynamo
 
 
+@disable_dynamo
 def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
     """Gather the rows of all workers, in rank order, with gradients.
 

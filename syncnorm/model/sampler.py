@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -113,10 +114,14 @@ class ElasticBatchSampler(Sampler[list[int]]):
     ) -> None:
         _check_at_least_one("size", size)
         _check_at_least_one("global_batch", global_batch)
+        if not isinstance(norm_batch, Integral | None):
+            raise InputError(f"`norm_batch` must be a whole number, got {norm_batch!r}.")
         wrong = "" if norm_batch is None else no_whole_statistics(global_batch, norm_batch)
         if wrong:
             raise InputError(f"`norm_batch` {wrong}")
         _check_at_least_one("micro_batch", micro_batch)
+        if not isinstance(seed, Integral):
+            raise InputError(f"`seed` must be a whole number, got {seed!r}.")
         if (rank is None) != (world_size is None):
             raise InputError("`rank` and `world_size` must be given together, got one of them.")
         _check_at_least_one("world_size", world_size)
@@ -290,7 +295,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
             InputError: the state is that of another size, global_batch, norm_batch, seed or
                 shuffle, or no state at all; the cursor is where it was.
         """
-        missing = {*_FIXED, "epoch", "step"} - {*state_dict}
+        missing = {*_FIXED, "epoch", "step"} - {*(state_dict or ())}
         if missing:
             raise InputError(
                 f"`state_dict` must be of an ElasticBatchSampler, got one without {sorted(missing)}."
@@ -305,7 +310,12 @@ class ElasticBatchSampler(Sampler[list[int]]):
                 f"`state_dict` must be of a sampler with the same arguments, got {got}. The number "
                 "of workers and micro_batch may differ; the samples of a step may not."
             )
-        if not 0 <= state_dict["step"] < self.steps_per_epoch or state_dict["epoch"] < 0:
+        are_whole = all(isinstance(state_dict[name], Integral) for name in ("step", "epoch"))
+        if (
+            not are_whole
+            or not 0 <= state_dict["step"] < self.steps_per_epoch
+            or state_dict["epoch"] < 0
+        ):
             raise InputError(
                 f"`state_dict` must have a step from 0 to {self.steps_per_epoch - 1} of an epoch "
                 f"from 0 on, got step {state_dict['step']} of epoch {state_dict['epoch']}."
@@ -399,8 +409,8 @@ class ElasticBatchSampler(Sampler[list[int]]):
 
 
 def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise InputError(f"`{name}` must be at least 1, got {value}.")
+    if value is not None and (not isinstance(value, Integral) or value < 1):
+        raise InputError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
 
 
 def _check_pools_all(layers: Mapping[str, SyncNorm]) -> None:

@@ -111,7 +111,8 @@ class SAM:
         if any(p.grad is not None for p in self._all()):
             raise InputError(
                 "`closure` must make the whole gradient of a step, got gradients that were there "
-                "before. Accumulate within the closure, or call optimizer.zero_grad() before."
+                "before. Accumulate within the closure, or call model.zero_grad() before: the optimizer may "
+                "not have all parameters."
             )
         with torch.enable_grad():
             loss = closure()

@@ -280,6 +280,14 @@ def test_a_planted_defect_is_seen(pool, name, defect):
         compare(name, sizes, batches, by_rank)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_regions_of_a_soft_mask_in_a_half_type_make_a_whole(dtype):
+    x, mask, _ = data(0, 5)
+    soft = (mask * torch.linspace(0.1, 0.9, mask.numel()).view_as(mask)).to(dtype)
+    layer = RegionNorm(CHANNELS).double()
+    close(layer(x, soft), layer(x, soft.double()))
+
+
 def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
 

@@ -248,6 +248,24 @@ def test_other_options_compile(options):
     _against_eager(SyncBatchNorm(CHANNELS, dtype=torch.float64, **options))
 
 
+@pytest.mark.parametrize("sync", ["batch", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
+def test_several_layers_compile_for_any_size_at_once(make, dtype, sync):
+    torch._dynamo.reset()
+    model = nn.Sequential(make(CHANNELS, sync=sync), nn.Tanh(), make(CHANNELS, sync=sync)).to(dtype)
+    plain = copy.deepcopy(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for size in (3, 5):
+        x = _sample(size, dtype=dtype)
+        y, expected = compiled(x), plain(x)
+        assert_close(y, expected, dtype, "y")
+        for each in (y, expected):
+            each.backward(_sample(size, 7, dtype))
+    for got, wanted in zip(model.parameters(), plain.parameters(), strict=True):
+        assert_close(got.grad, wanted.grad, dtype, "gradient")
+
+
 def test_what_a_layer_is_given_by_torchs_name_and_running_statistics_that_were_taken_away():
     layer = SyncBatchRenorm(CHANNELS, dtype=torch.float64)
     assert_close(_compiled(layer)(input=_sample(5)), _sample_normalised(), torch.float64, "y")

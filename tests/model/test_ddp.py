@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +17,7 @@ from syncnorm import (
     SyncBatchNorm,
     SyncBatchRenorm,
     accumulate,
+    gather,
     prepare_ddp,
     scale_loss,
 )
@@ -51,6 +53,47 @@ def test_a_count_that_is_none_is_one_error_on_all(pool, wrong):
     assert first == second
     assert f"`local_count` must be finite and >= 0, got {wrong} on rank 1. It" in first
     assert f"got {wrong} on rank 0" in _of_no_count(wrong)
+
+
+def _by(kind: str) -> float:
+    """A loss of 2 by a count of this type, as many on each worker."""
+    counts = {
+        "int8": torch.tensor(100, dtype=torch.int8),
+        "uint8": torch.tensor([200], dtype=torch.uint8),
+        "numpy": np.uint8(200),
+        "half": torch.tensor(60_000.0, dtype=torch.float16),
+        "bool": torch.tensor(True),
+    }
+    return scale_loss(torch.tensor(2.0), counts[kind]).item()
+
+
+@pytest.mark.parametrize("kind", ["int8", "uint8", "numpy", "half", "bool"])
+def test_a_count_may_have_any_type_of_number(pool, kind):
+    assert pool(3).run(_by, kind) == [pytest.approx(2.0, rel=1e-6)] * 3
+
+
+def test_what_is_no_number_is_one_error_on_all(pool):
+    first, second = pool(2).run_each(_of_no_count, [(3,), (torch.ones(2),)])
+    assert first == second
+    assert "`local_count` must be finite and >= 0, got nan on rank 1" in first
+    with pytest.raises(InputError, match=r"`loss` must be a mean .* of shape \(\), got \(2,\)"):
+        scale_loss(torch.ones(2), 3)
+
+
+def _compiled_step() -> float:
+    weight = torch.ones(2, requires_grad=True)
+
+    def step(x):
+        loss = (gather(x) * weight).mean()
+        scale_loss(loss, 3).backward()
+
+    torch.compile(step, backend="eager")(torch.full((4, 2), 2.0))
+    return weight.grad.tolist()
+
+
+def test_a_compiled_step_calls_them(pool):
+    assert pool(2).run(_compiled_step) == [[1.0, 1.0]] * 2
+    assert _compiled_step() == [1.0, 1.0]
 
 
 def test_scale_loss_alone_is_the_loss():

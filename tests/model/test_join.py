@@ -4,6 +4,7 @@ each step.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -16,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import (
     SyncBatchNorm,
+    accumulate,
     debug,
     gather,
     join,
@@ -302,12 +304,17 @@ def _refused(kind: str) -> str:
         )
     if kind == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    blocks = contextlib.ExitStack()
+    if "running" in kind:
+        model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync="running")))
+    if "within" in kind:
+        blocks.enter_context({"join": join, "accumulate": accumulate}[kind.split()[-1]](model))
     try:
         # No machine of the tests has NCCL: gloo under its name.
         with pytest.MonkeyPatch.context() as patch:
             if "nccl" in kind:
                 patch.setattr(undocumented, "backend_for", lambda group, device: "nccl")
-            with join(model):
+            with blocks, accumulate(model) if "accumulate within" in kind else join(model):
                 return "accepted"
     except InputError as error:
         return str(error)
@@ -330,6 +337,14 @@ def _refused(kind: str) -> str:
             "lagged",
             '`sync` must be "batch", "running" or "none" where workers may run out of data, got '
             "\"lagged\" in '0'",
+        ),
+        ("join within join", "`model` must not be in a `join` already"),
+        ("join within accumulate", "`model` must not be accumulating where workers may run out"),
+        ("running join within accumulate", "`model` must not be accumulating where workers may"),
+        ("accumulate within join", "accepted"),
+        (
+            "running accumulate within join",
+            '`model` must have sync="batch" or "none" for accumulate within `join`, got "running"',
         ),
         (
             "lone",

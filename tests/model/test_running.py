@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from syncnorm import SyncBatchNorm, accumulate, prepare_ddp, reference
 from syncnorm.comm import exchange
-from syncnorm.testing import assert_close, shard
+from syncnorm.errors import ExchangeError
+from syncnorm.testing import RankPool, assert_close, shard
 from tests.model.parts import KINDS, state_of, uneven_batch
 
 
@@ -32,6 +34,34 @@ def _train(
         for batch in batches:
             wrapped(batch.split(list(sizes))[rank]).square().mean().nan_to_num().backward()
     return state_of(model), [(e.kind, e.numel) for e in record]
+
+
+def _evaluated_in_a_fork() -> tuple[int, list[int]]:
+    """The status of a child that evaluates while an update is under way; and the steps counted."""
+    model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="running")))
+    batches = [torch.randn(4, 3) for _ in range(2)]
+    model(batches[0])
+    child = os.fork()
+    if child == 0:
+        try:
+            model.eval()(batches[0])
+            with pytest.raises(ExchangeError, match="a forked process has no part"):
+                model.train()(batches[1])
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    counts = [int(model[0].num_batches_tracked)]
+    model(batches[1])
+    return status, [*counts, int(model[0].num_batches_tracked)]
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_a_forked_process_waits_for_nobody(monkeypatch, switch):
+    """As a loader's process does that holds the model."""
+    monkeypatch.setenv("SYNCNORM_SHARED_MEMORY", switch)
+    with RankPool(2, timeout_seconds=120) as ranks:
+        assert ranks.run(_evaluated_in_a_fork) == [(0, [1, 2])] * 2
 
 
 @pytest.mark.parametrize("layers", [1, 5])

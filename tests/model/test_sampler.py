@@ -306,8 +306,8 @@ def one_layer(**options: Any) -> nn.Module:
 
 SAMPLER = {"size": 9, "global_batch": 4}
 ERRORS = [
-    (lambda: ElasticBatchSampler(0, 4), "`size` must be at least 1, got 0"),
-    (lambda: ElasticBatchSampler(9, 0), "`global_batch` must be at least 1, got 0"),
+    (lambda: ElasticBatchSampler(0, 4), "`size` must be a whole number, at least 1, got 0"),
+    (lambda: ElasticBatchSampler(9, 0), "`global_batch` must be a whole number, at least 1, got 0"),
     *(
         (
             partial(ElasticBatchSampler, 9, 4, norm_batch=wrong),
@@ -315,7 +315,17 @@ ERRORS = [
         )
         for wrong in (-2, 0, 3, 5)
     ),
-    (lambda: ElasticBatchSampler(9, 4, micro_batch=0), "`micro_batch` must be at least 1, got 0"),
+    (
+        lambda: ElasticBatchSampler(9, 4, micro_batch=0),
+        "`micro_batch` must be a whole number, at least 1, got 0",
+    ),
+    (lambda: ElasticBatchSampler(9.0, 4), "`size` must be a whole number, at least 1, got 9.0"),
+    (lambda: ElasticBatchSampler(9, 4, norm_batch=2.0), "`norm_batch` must be a whole number"),
+    (lambda: ElasticBatchSampler(9, 4, seed="a"), "`seed` must be a whole number, got 'a'"),
+    (
+        lambda: ElasticBatchSampler(9, 4).load_state_dict(None),
+        "`state_dict` must be of an ElasticBatchSampler, got one without",
+    ),
     (lambda: ElasticBatchSampler(9, 4, rank=1), "must be given together, got one of them"),
     (lambda: ElasticBatchSampler(9, 4, rank=2, world_size=2), "`rank` must be from 0 to 1, got 2"),
     (

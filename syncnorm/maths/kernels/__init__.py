@@ -53,8 +53,6 @@ __all__ = [
     "normalize",
 ]
 
-_LARGEST = torch.finfo(torch.float32).max
-
 
 def _primitives_for(x: Tensor) -> ModuleType:
     """The module whose functions go over x, where no fused kernels do."""
@@ -181,6 +179,7 @@ def _rounded(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """
     if x.dtype == torch.float64 or mean.dtype != torch.float64:
         return mean, None
-    # Clamped, though that changes nothing: a compiler leaves out a conversion and the one back.
-    rounded = mean.float().clamp(-_LARGEST, _LARGEST).double()
+    # Clamped to float32's largest numbers, though that changes nothing: a compiler leaves out a
+    # conversion and the one back. (With dynamic=True it takes a number that has a name for an input.)
+    rounded = mean.float().clamp(-3.4028234663852886e38, 3.4028234663852886e38).double()
     return rounded, mean - rounded

@@ -66,6 +66,7 @@ class Coordinator:
         self.group = group
         self._members = groups.ranks(group)
         self._device = groups.device_for(group)
+        self._models: list[nn.Module] = []
         self._parts: list[Part] = []
         self._layers: list[SyncNorm | Pooling] = []
         self._stateful: list[Stateful] = []
@@ -86,7 +87,12 @@ class Coordinator:
         self, model: nn.Module, layers: list[SyncNorm | Pooling], stateful: Sequence[Stateful]
     ) -> Iterator[None]:
         """Coordinate the forwards of `model` within the block; hand its state over at the end."""
+        if any(model in other.modules() or other in model.modules() for other in self._models):
+            raise InputError(
+                "`model` must not be in a `join` already, got one within its own block. Use one block."
+            )
         before = len(self._parts), len(self._layers), len(self._stateful)
+        self._models.append(model)
         if layers:
             self._device = groups.device_for(self.group, device_of(layers[0]))
         self._layers += layers
@@ -97,6 +103,7 @@ class Coordinator:
         try:
             yield
         finally:
+            self._models.remove(model)
             for handle in handles:
                 handle.remove()
             for part in self._parts[before[0] :]:

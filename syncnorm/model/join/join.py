@@ -63,7 +63,8 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
     Raises:
         InputError: a layer has `sync="lagged"` (its averages also follow the backward pass of a
             worker's last step) or pools over other workers than the rest; DDP sends by NCCL; FSDP
-            shards the model; one of `stateful` has no state.
+            shards the model; one of `stateful` has no state; the model is in a `join` or in
+            `accumulate` already.
         FaultError: the workers that still have data begin different forwards; the same on all
             workers.
         ExchangeError: another worker's block ended with an error.
@@ -94,6 +95,11 @@ def join(model: nn.Module, *stateful: Stateful) -> Iterator[None]:
 
 def _check(layers: list[SyncNorm | Pooling], group: groups.Group | None) -> None:
     for layer in layers:
+        if isinstance(layer, SyncNorm) and layer.statistics.is_accumulating:
+            raise InputError(
+                "`model` must not be accumulating where workers may run out of data, got `join` "
+                "within `accumulate`. Open `join` first."
+            )
         if isinstance(layer, SyncNorm) and not layer.sync_mode.allows_join:
             raise InputError(
                 '`sync` must be "batch", "running" or "none" where workers may run out of data, '
@@ -136,6 +142,11 @@ def _check_collectives(model: nn.Module) -> None:
 
 
 _open: list[Coordinator] = []
+
+
+def is_open() -> bool:
+    """True within a `join`."""
+    return bool(_open)
 
 
 @contextmanager
