@@ -212,6 +212,13 @@ def test_digits():
     assert torch.allclose(shares[0], shares[1], atol=3e-3)
 
 
+def test_digits_say_that_they_take_no_folder(tmp_path, caplog):
+    digits(None)
+    assert not caplog.records
+    digits(tmp_path)
+    assert caplog.messages == ["data.root is not used: the digits come with the package"]
+
+
 def test_digits_are_scikit_learns_and_split_by_its_rule(tmp_path):
     pixels, labels = load_digits(return_X_y=True)
     indices = train_test_split(

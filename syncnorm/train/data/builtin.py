@@ -1,5 +1,6 @@
 """The data sets that have a name: digits, MNIST, Fashion-MNIST and CIFAR-10."""
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
@@ -11,6 +12,8 @@ from syncnorm.train.data.cifar import read_binary, read_python
 from syncnorm.train.data.datasets import Dataset, Split, check_labels, make_dataset
 from syncnorm.train.data.idx import read_idx
 from syncnorm.train.data.paths import DataFiles
+
+_log = logging.getLogger(__name__)
 
 _NUMERALS = tuple("0123456789")
 _CLOTHES = (
@@ -81,10 +84,12 @@ def digits(root: Path | None) -> Dataset:
     training alone.
 
     Args:
-        root: not used.
+        root: not used, which a line says.
     """
     import numpy as np
 
+    if root is not None:
+        _log.warning("data.root is not used: the digits come with the package")
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:
         everything = Split(
             torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
