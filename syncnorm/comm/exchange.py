@@ -238,9 +238,10 @@ class Pending:
             flight, self._flight = self._flight, None
             (wire, self._wire), (sent, self._sent) = (self._wire, None), (self._sent, None)
             with flight:
+                if os.getpid() != flight.log.pid:
+                    _check_arrived(flight, is_shared=sent is not None)
                 is_same = sent is None or sent.wait(flight.timeout_seconds)
                 if wire is not None and isinstance(flight.work, dist.Work):
-                    _check_process(flight)
                     _wait(flight.work)
             flight.finish(self._message)
             if sent is not None:
@@ -334,8 +335,7 @@ def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name:
         announce(way, envelope[0], group)
     flight = InFlight(envelope, log, kind, name, count)
     if os.getpid() != log.pid:
-        with flight:
-            _check_process(flight)
+        raise _forked(flight)
     if debug.is_on:
         flight.timeout_seconds = debug.wait_seconds or flight.timeout_seconds
         consensus = Consensus(flight, group)
@@ -345,10 +345,18 @@ def _begin(way: str, message: Tensor, group: dist.ProcessGroup, kind: str, name:
     return flight
 
 
-def _check_process(flight: InFlight) -> None:
-    """Raise in a fork, which would wait for ever for threads that it does not have."""
-    if os.getpid() != flight.log.pid:
-        raise RuntimeError(shared.FORKED)
+def _check_arrived(flight: InFlight, *, is_shared: bool) -> None:
+    """Raise in a fork unless the sum was there before: gloo's threads, and the memory, are not."""
+    work = flight.work
+    if is_shared or (isinstance(work, dist.Work) and not work.is_completed()):
+        raise _forked(flight)
+
+
+def _forked(flight: InFlight) -> ExchangeError:
+    return ExchangeError(
+        f"exchange must be made by the process that belongs to the group, got {flight} in a fork "
+        f"of it: {shared.FORKED}. Start processes of your own by spawn, or evaluate in this one."
+    )
 
 
 def _wait(work: dist.Work | None) -> None:

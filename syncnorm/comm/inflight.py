@@ -55,8 +55,8 @@ class GroupLog:
         """The number of exchanges that were agreed upon (debug mode)."""
         self.room = 0
         """The least size of a sum over the group (see `syncnorm.comm.exchange.make_room`)."""
-        self.pid = os.getpid()
-        """The process that belongs to the group; a fork of it lacks gloo's threads."""
+        self.pid: int = os.getpid()
+        """The process that has used the group first; a fork of it lacks gloo's threads."""
         self.is_on_one_level = False
         """True while all members send by torch.distributed, whatever `hosts` has made."""
 

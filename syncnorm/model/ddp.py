@@ -258,17 +258,17 @@ def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = No
         The scaled loss; zero where this worker has no samples; else, with one worker, the loss itself.
 
     Raises:
-        FaultError: on every worker, if the count of one is none. On CUDA this is looked at in debug
-            mode only; otherwise the loss is NaN on every worker.
-        InputError: the loss is no single number.
+        FaultError: on every worker, if the count of one is none, or its loss no single number. On
+            CUDA this is looked at in debug mode only; otherwise the loss is NaN on every worker.
+        InputError: the loss is no single number, with one worker.
     """
-    if loss.numel() != 1:
-        raise InputError(
-            f"`loss` must be a mean over this worker's samples, of shape (), got {tuple(loss.shape)}"
-        )
-    group, given = groups.statistics_group(process_group), _number(local_count)
+    group = groups.statistics_group(process_group)
+    # What is no number, or no mean, travels as NaN, so that all raise.
+    given = _number(local_count) if loss.numel() == 1 else math.nan
     sent = given if 0 <= given < math.inf else math.nan
     if group is None:
+        if loss.numel() != 1:
+            raise InputError(f"`loss` must be a mean, of shape (), got {tuple(loss.shape)}")
         if math.isnan(sent):
             raise _no_counts({0: given})
         return loss if given else of_nothing(loss)
@@ -285,10 +285,10 @@ def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = No
 
 
 def _number(count: Any) -> float:
-    """A count, in whose own type products may have no room; NaN if it is none, for all to know."""
+    """The count as a float, since products of small whole numbers would overflow; NaN if it is none."""
     try:
-        return float(count)
-    except (TypeError, ValueError, RuntimeError):
+        return math.nan if isinstance(count, str | bytes) else float(count)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
 
 
@@ -296,5 +296,6 @@ def _no_counts(given: Mapping[int, float]) -> FaultError:
     wrong = ", ".join(f"{n:g} on rank {r}" for r, n in given.items() if not 0 <= n < math.inf)
     return FaultError(
         f"`local_count` must be finite and >= 0, got {wrong}. It is the number of this worker's "
-        "samples, 0 without any."
+        "samples, 0 without any; nan is also what is no number, and the count of a loss that is no "
+        "single one."
     )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import operator
 import weakref
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -114,13 +114,13 @@ class ElasticBatchSampler(Sampler[list[int]]):
     ) -> None:
         _check_at_least_one("size", size)
         _check_at_least_one("global_batch", global_batch)
-        if not isinstance(norm_batch, Integral | None):
+        if norm_batch is not None and not _is_whole(norm_batch):
             raise InputError(f"`norm_batch` must be a whole number, got {norm_batch!r}.")
         wrong = "" if norm_batch is None else no_whole_statistics(global_batch, norm_batch)
         if wrong:
             raise InputError(f"`norm_batch` {wrong}")
         _check_at_least_one("micro_batch", micro_batch)
-        if not isinstance(seed, Integral):
+        if not _is_whole(seed):
             raise InputError(f"`seed` must be a whole number, got {seed!r}.")
         if (rank is None) != (world_size is None):
             raise InputError("`rank` and `world_size` must be given together, got one of them.")
@@ -310,14 +310,14 @@ class ElasticBatchSampler(Sampler[list[int]]):
                 f"`state_dict` must be of a sampler with the same arguments, got {got}. The number "
                 "of workers and micro_batch may differ; the samples of a step may not."
             )
-        are_whole = all(isinstance(state_dict[name], Integral) for name in ("step", "epoch"))
+        are_whole = _is_whole(state_dict["step"]) and _is_whole(state_dict["epoch"])
         if (
             not are_whole
             or not 0 <= state_dict["step"] < self.steps_per_epoch
             or state_dict["epoch"] < 0
         ):
             raise InputError(
-                f"`state_dict` must have a step from 0 to {self.steps_per_epoch - 1} of an epoch "
+                f"`state_dict` must have a whole step from 0 to {self.steps_per_epoch - 1} of an epoch "
                 f"from 0 on, got step {state_dict['step']} of epoch {state_dict['epoch']}."
             )
         self.epoch, self.step = state_dict["epoch"], state_dict["step"]
@@ -408,8 +408,17 @@ class ElasticBatchSampler(Sampler[list[int]]):
         return {**self.__dict__, "_placed": []}
 
 
+def _is_whole(value: Any) -> bool:
+    """True for a whole number of Python's, numpy's or torch's."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _check_at_least_one(name: str, value: int | None) -> None:
-    if value is not None and (not isinstance(value, Integral) or value < 1):
+    if value is not None and (not _is_whole(value) or value < 1):
         raise InputError(f"`{name}` must be a whole number, at least 1, got {value!r}.")
 
 

@@ -1,5 +1,6 @@
 """The command `syncnorm merge`: in this process, or as one worker of torchrun."""
 
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -26,10 +27,12 @@ def _check_output(output: Path) -> None:
             raise ConfigError(
                 f"`--output` must be a new folder, got {str(output)!r}, which is there"
             )
-        missing = [each for each in (output, *output.parents) if not each.exists()]
-        output.mkdir(parents=True)
-        for each in missing:
-            each.rmdir()
+        whole = output.resolve()
+        missing = [each for each in (whole, *whole.parents) if not each.exists()]
+        whole.mkdir(parents=True)
+        with suppress(OSError):  # somebody else may have put something there
+            for each in missing:
+                each.rmdir()
     except OSError as error:
         raise ConfigError(
             f"`--output` must be a folder that can be made, got {str(output)!r}: {error.strerror}"

@@ -302,7 +302,7 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
     *Collectives*: broadcasts and one all_gather_object; every worker must call.
 
     Raises:
-        ConfigError: the workers' tasks differ, or the folder cannot be used; on all workers.
+        ConfigError: the workers' configurations differ, or the folder cannot be used; on all workers.
     """
     mine: Any = None
     held, is_new = None, False

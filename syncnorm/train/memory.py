@@ -201,17 +201,22 @@ def _warn_of_means(
 
     Their counts do grow. A loss that takes no sample twice is not looked at.
     """
-    once = terms_of(batch)
+
+    def numbers_of(part: Any) -> dict[str, tuple[float, float]]:
+        pairs = terms_of(part).items()
+        return {name: (total.item(), float(count)) for name, (total, count) in pairs}
+
+    once = numbers_of(batch)
     try:
-        more = terms_of(load_twice())
-    except Exception:  # the same on all workers, which have the same samples here
+        more = numbers_of(load_twice())
+    except Exception:  # nothing is exchanged meanwhile
         return
     means = [
         name or "the loss"
         for name, (total, count) in once.items()
         if name in more
-        and float(more[name][1]) > float(count)
-        and abs(float(more[name][0]) - float(total)) < _SAME * abs(float(total))
+        and more[name][1] > count
+        and abs(more[name][0] - total) < _SAME * abs(total)
     ]
     if means:
         _log.warning(

@@ -304,11 +304,13 @@ def _refused(kind: str) -> str:
         )
     if kind == "fsdp2":
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    blocks = contextlib.ExitStack()
     if "running" in kind:
         model = prepare_ddp(nn.Sequential(SyncBatchNorm(4, sync="running")))
+    blocks, other = contextlib.ExitStack(), model
+    if "sharing" in kind:  # another model with the same layer
+        other = prepare_ddp(nn.Sequential(nn.Identity(), model[0]))
     if "within" in kind:
-        blocks.enter_context({"join": join, "accumulate": accumulate}[kind.split()[-1]](model))
+        blocks.enter_context({"join": join, "accumulate": accumulate}[kind.split()[-1]](other))
     try:
         # No machine of the tests has NCCL: gloo under its name.
         with pytest.MonkeyPatch.context() as patch:
@@ -339,6 +341,7 @@ def _refused(kind: str) -> str:
             "\"lagged\" in '0'",
         ),
         ("join within join", "`model` must not be in a `join` already"),
+        ("sharing join within join", "accepted"),
         ("join within accumulate", "`model` must not be accumulating where workers may run out"),
         ("running join within accumulate", "`model` must not be accumulating where workers may"),
         ("accumulate within join", "accepted"),

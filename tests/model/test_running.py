@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import SyncBatchNorm, accumulate, prepare_ddp, reference
+from syncnorm import SyncBatchNorm, accumulate, debug, prepare_ddp, reference
 from syncnorm.comm import exchange
 from syncnorm.errors import ExchangeError
 from syncnorm.testing import RankPool, assert_close, shard
@@ -36,8 +36,13 @@ def _train(
     return state_of(model), [(e.kind, e.numel) for e in record]
 
 
-def _evaluated_in_a_fork() -> tuple[int, list[int]]:
+def _evaluated_in_a_fork(is_debug: bool) -> tuple[int, list[int]]:
     """The status of a child that evaluates while an update is under way; and the steps counted."""
+    with debug(timeout_seconds=60) if is_debug else nullcontext():
+        return _evaluated_in_a_child()
+
+
+def _evaluated_in_a_child() -> tuple[int, list[int]]:
     model = prepare_ddp(nn.Sequential(SyncBatchNorm(3, sync="running")))
     batches = [torch.randn(4, 3) for _ in range(2)]
     model(batches[0])
@@ -56,12 +61,13 @@ def _evaluated_in_a_fork() -> tuple[int, list[int]]:
     return status, [*counts, int(model[0].num_batches_tracked)]
 
 
+@pytest.mark.parametrize("is_debug", [False, True])
 @pytest.mark.parametrize("switch", ["0", "1"])
-def test_a_forked_process_waits_for_nobody(monkeypatch, switch):
-    """As a loader's process does that holds the model."""
+def test_a_forked_process_waits_for_nobody(monkeypatch, switch, is_debug):
+    """As a loader's process does that holds the model; and its parent goes on."""
     monkeypatch.setenv("SYNCNORM_SHARED_MEMORY", switch)
     with RankPool(2, timeout_seconds=120) as ranks:
-        assert ranks.run(_evaluated_in_a_fork) == [(0, [1, 2])] * 2
+        assert ranks.run(_evaluated_in_a_fork, is_debug) == [(0, [1, 2])] * 2
 
 
 @pytest.mark.parametrize("layers", [1, 5])

@@ -372,7 +372,7 @@ ERRORS = [
         lambda: ElasticBatchSampler(9, 4).load_state_dict(
             ElasticBatchSampler(9, 4).state_dict() | {"step": 3}
         ),
-        "a step from 0 to 2 of an epoch from 0 on, got step 3 of epoch 0",
+        "a whole step from 0 to 2 of an epoch from 0 on, got step 3 of epoch 0",
     ),
 ]
 

@@ -131,7 +131,8 @@ def convert(
         InputError: an option is unknown or breaks its rule, `select` chooses nothing, or a layer
             cannot be converted: it names each, and why. Nothing was changed.
 
-    Warns: UserWarning: there is no batch norm; or layers that are no subclass of torch's batch norms
+    Warns: UserWarning: there is no batch norm; `select` names layers that another method has taken
+        the place of; or layers that are no subclass of torch's batch norms
         keep running statistics, too, and stay local.
 
     Example:
@@ -170,7 +171,7 @@ def _warn_of_others(module: nn.Module, select: Select | None, to: type[nn.Module
         chosen = _select(_named(module), select, may_be_none=True)
         said = stays_local({names[0]: m for m, names in chosen.items() if is_home_made(m)})
         others = {names[0]: m for m, names in chosen.items() if family.is_another(m, to)}
-        if said is None and others:
+        if said is None and select is not None and others:
             said = stays_another(others)
     if said is None and not any(isinstance(m, _BatchNorm | to) for m in module.modules()):
         said = nothing_to_convert(module)
@@ -274,7 +275,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
 
     Raises:
         InputError: a layer was built as ours and `to` is not given, it is wrapped, or it is one of
-            the family and no batch norm evaluates as it does. Nothing was changed.
+            the family that has hooks, or that no batch norm evaluates as. Nothing was changed.
 
     Example:
         >>> import torch

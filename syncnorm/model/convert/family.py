@@ -98,7 +98,10 @@ def make(
         layer.settle()
         kept["sync"] = sync = layer.sync_mode.name
         if sync not in ("batch", "none") and "sync" not in options:
-            raise InputError(f"has sync={sync!r}, which is no method's; give convert a `sync`")
+            raise InputError(
+                f'`sync` must be "batch" or "none" for a method of the family, got {sync!r}. Give '
+                "convert one of them"
+            )
     if process_group is None:
         process_group = getattr(layer, "process_group", None)
     # A default says nothing about another method's, nor does one for batches about samples.

@@ -78,8 +78,9 @@ def stays_local(layers: dict[str, nn.Module]) -> str | None:
 def stays_another(layers: dict[str, nn.Module]) -> str:
     """The warning about layers of the family that a conversion to something else passes over."""
     return (
-        f"`module` has layers of syncnorm.family, {listed(layers)}, which stay what they are. Call "
-        "revert(module) before, which makes them batch norms again."
+        f"`module` has layers of syncnorm.family, {listed(layers)}, which stay what they are: nothing "
+        "of them was converted. revert(module), with `to` if they were built so, makes them batch "
+        "norms."
     )
 
 

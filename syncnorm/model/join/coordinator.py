@@ -66,7 +66,7 @@ class Coordinator:
         self.group = group
         self._members = groups.ranks(group)
         self._device = groups.device_for(group)
-        self._models: list[nn.Module] = []
+        self._modules: set[nn.Module] = set()
         self._parts: list[Part] = []
         self._layers: list[SyncNorm | Pooling] = []
         self._stateful: list[Stateful] = []
@@ -87,23 +87,22 @@ class Coordinator:
         self, model: nn.Module, layers: list[SyncNorm | Pooling], stateful: Sequence[Stateful]
     ) -> Iterator[None]:
         """Coordinate the forwards of `model` within the block; hand its state over at the end."""
-        if any(model in other.modules() or other in model.modules() for other in self._models):
+        modules = [module for module in model.modules() if _is_part(module, model)]
+        if not self._modules.isdisjoint(modules):
             raise InputError(
                 "`model` must not be in a `join` already, got one within its own block. Use one block."
             )
         before = len(self._parts), len(self._layers), len(self._stateful)
-        self._models.append(model)
         if layers:
             self._device = groups.device_for(self.group, device_of(layers[0]))
         self._layers += layers
         self._stateful += stateful
-        handles = [
-            self._hook(module, layers) for module in model.modules() if _is_part(module, model)
-        ]
+        self._modules.update(modules)
+        handles = [self._hook(module, layers) for module in modules]
         try:
             yield
         finally:
-            self._models.remove(model)
+            self._modules.difference_update(modules)
             for handle in handles:
                 handle.remove()
             for part in self._parts[before[0] :]:
