@@ -113,6 +113,7 @@ def choose(only: Sequence[str] | None, *, has_early: bool) -> list[str]:
     ]
 
 
+@uncompiled()
 def diagnose(
     problem: Problem,
     early: nn.Module | None = None,
@@ -136,16 +137,6 @@ def diagnose(
         FaultError: the loss cannot be computed on some worker; on all of them.
     """
     names = choose(only, has_early=early is not None)
-    with uncompiled():
-        return _diagnose(problem, early, names, begin)
-
-
-def _diagnose(
-    problem: Problem,
-    early: nn.Module | None,
-    names: Sequence[str],
-    begin: Callable[[dict[str, int], float], object],
-) -> Diagnosis:
     start = time.monotonic()
     problem.begin()
     forward = (time.monotonic() - start) / max(1, problem.passes)

@@ -40,10 +40,11 @@ def read_exit(folder: Path) -> Exit | None:
     """Read `exit.json`; None while the run goes on, or after it was killed."""
     try:
         end = Exit(**json.loads((folder / "exit.json").read_text(encoding="utf-8")))
+        step = int(end.step)
         metrics = {
             split: {name: float(value) for name, value in each.items()}
             for split, each in end.metrics.items()
         }
     except (OSError, ValueError, TypeError, AttributeError):
         return None
-    return replace(end, metrics=metrics)
+    return replace(end, step=step, metrics=metrics)

@@ -213,7 +213,5 @@ def _write_traceback(failure: Failure, folder: Path) -> Path:
 def _write_exit(reason: str, folder: Path, before: int | None, status: int = 1) -> None:
     """Record a failure, after the last step that is known of."""
     end, step = _new_exit(folder, before), last_step(folder / "metrics.jsonl")
-    if end is not None and isinstance(end.step, int):
-        step = max(step, end.step)
     with contextlib.suppress(OSError):
-        Exit("failed", reason, step, status).write(folder)
+        Exit("failed", reason, max(step, 0 if end is None else end.step), status).write(folder)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from syncnorm.errors import SyncnormError
 from syncnorm.model.lints import Call, decay_lints, model_lints, recorded_calls
+from syncnorm.model.sample import uncompiled
 from syncnorm.train import buffers
 from syncnorm.train.data.batches import tensors_of
 from syncnorm.train.data.feed import TRAIN, Feed
@@ -131,7 +132,7 @@ def _repeat_forwards(
     setup: Setup, feed: Feed, batch: StepBatch, found: list[tuple[int, str]]
 ) -> None:
     placement, before = setup.placement(len(batch.indices)), setup.copy_buffers()
-    with one_update(setup.model), torch.compiler.set_stance("force_eager"):
+    with one_update(setup.model), uncompiled():
         for parts, indices in zip(placement.rounds, setup.forwards(batch.indices), strict=True):
             samples = feed.load(TRAIN, indices, batch.epoch)
             if not all(tensor.isfinite().all() for tensor in tensors_of(samples)):

@@ -194,12 +194,12 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
         ConfigError: a file is missing or damaged, a callable may not be called or returns something
             else, or there is no validation set where one is needed.
     """
-    data = _load_data(config, allowed)
+    data = _load_data(config, allowed).hold_out(config.data.validation)
     feed: Feed
     if isinstance(data, Dataset):
-        feed = MemoryFeed(data.hold_out(config.data.validation), config, device)
+        feed = MemoryFeed(data, config, device)
     else:
-        feed = LoaderFeed(data.hold_out(config.data.validation), config, device)
+        feed = LoaderFeed(data, config, device)
     check_regime(config, feed)
     if config.train.global_batch > feed.sizes[TRAIN]:
         _log.warning(

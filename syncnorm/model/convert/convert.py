@@ -302,7 +302,7 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
     faults |= {
         names[0]: why
         for layer, names in replaced.items()
-        if (why := wrapped(module, layer) or family.back_reason(layer, to) or family.hooked(layer))
+        if (why := wrapped(module, layer) or family.back_reason(layer, to))
     }
     _refuse(faults, "reverted")
     ignored = {

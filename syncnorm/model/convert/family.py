@@ -65,7 +65,7 @@ def own_reason(layer: _BatchNorm) -> str | None:
         return "keeps no running statistics"
     if isinstance(layer, SyncNorm) and (why := busy(layer)):
         return why
-    return hooked(layer)
+    return _hooked(layer)
 
 
 def _own_names(cls: type) -> set[str]:
@@ -81,7 +81,7 @@ def is_another(layer: nn.Module, to: type[nn.Module]) -> bool:
     return hasattr(layer, _ORIGINAL) and not isinstance(layer, to)
 
 
-def hooked(layer: nn.Module) -> str | None:
+def _hooked(layer: nn.Module) -> str | None:
     """The reason why a layer with hooks stays what it is; None if it has none."""
     # Those of forwards, backwards and state dicts.
     if any(kept for name, kept in vars(layer).items() if name.endswith("_hooks")):
@@ -167,7 +167,7 @@ def back_reason(layer: FamilyLayer, to: type[_BatchNorm] | None) -> str | None:
     was: Replaced | None = getattr(layer, _ORIGINAL, None)
     if to is None and (was is None or issubclass(was.cls, SyncNorm)):
         return "was built as one of ours: `to` must say what it shall be"
-    return None
+    return _hooked(layer)
 
 
 def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNorm:

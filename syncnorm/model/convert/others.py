@@ -6,6 +6,7 @@ import warnings
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer, Pooling
@@ -20,6 +21,12 @@ _SCALES = {
     for name in ("var", "variance", "std", "stddev")
 }
 _SCALES |= {"ra_var"}
+# By the first class that fits, what makes a layer ours, or keeps it without statistics.
+_REMEDIES = {
+    LazySyncNorm: "Lazy ones are converted in their first forward: call the model once.",
+    _BatchNorm: "convert(model) makes torch's batch norms layers of ours.",
+    _InstanceNorm: "Instance norms keep no statistics with track_running_stats=False.",
+}
 
 
 def is_home_made(layer: nn.Module) -> bool:
@@ -117,16 +124,8 @@ def check_covers(model: nn.Module, what: str, *, acts_on_family: bool) -> None:
         for name, m in model.named_modules()
         if m.training and (_updates(m) or is_home_made(m)) and not isinstance(m, SyncNorm)
     }
-    default = "convert(model) makes torch's batch norms layers of ours."
-    remedies = {
-        default: _is_torchs,
-        "Lazy ones are converted in their first forward: call the model once.": _is_lazy,
-        "Instance norms keep no statistics with track_running_stats=False.": _is_instance_norm,
-    }
-    remedy = " ".join(
-        words for words, is_meant in remedies.items() if any(map(is_meant, others.values()))
-    )
-    remedy = remedy or default
+    kinds = {next((k for k in _REMEDIES if isinstance(m, k)), _BatchNorm) for m in others.values()}
+    remedy = " ".join(words for kind, words in _REMEDIES.items() if kind in kinds)
     family = {} if acts_on_family else {n: m for n, m in family_of(model).items() if m.training}
     if family:
         others |= family
@@ -157,18 +156,6 @@ def listed(layers: dict[str, nn.Module]) -> str:
         for name, m in [*layers.items()][:6]
     ]
     return ", ".join(named) + (f" and {len(layers) - 6} more" if len(layers) > 6 else "")
-
-
-def _is_lazy(layer: nn.Module) -> bool:
-    return isinstance(layer, LazySyncNorm)
-
-
-def _is_torchs(layer: nn.Module) -> bool:
-    return isinstance(layer, _BatchNorm) and not _is_lazy(layer)
-
-
-def _is_instance_norm(layer: nn.Module) -> bool:
-    return isinstance(layer, _NormBase) and not isinstance(layer, _BatchNorm)
 
 
 def _updates(layer: nn.Module) -> bool:

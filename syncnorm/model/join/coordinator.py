@@ -42,6 +42,7 @@ class Part:
 
     number: int
     """Its index in messages."""
+    module: nn.Module
     layers: list[SyncNorm | Pooling]
     reductions: Reductions | None
 
@@ -66,7 +67,6 @@ class Coordinator:
         self.group = group
         self._members = groups.ranks(group)
         self._device = groups.device_for(group)
-        self._modules: set[nn.Module] = set()
         self._parts: list[Part] = []
         self._layers: list[SyncNorm | Pooling] = []
         self._stateful: list[Stateful] = []
@@ -88,7 +88,7 @@ class Coordinator:
     ) -> Iterator[None]:
         """Coordinate the forwards of `model` within the block; hand its state over at the end."""
         modules = [module for module in model.modules() if _is_part(module, model)]
-        if not self._modules.isdisjoint(modules):
+        if any(part.module in modules for part in self._parts):
             raise InputError(
                 "`model` must not be in a `join` already, got one within its own block. Use one block."
             )
@@ -97,12 +97,10 @@ class Coordinator:
             self._device = groups.device_for(self.group, device_of(layers[0]))
         self._layers += layers
         self._stateful += stateful
-        self._modules.update(modules)
         handles = [self._hook(module, layers) for module in modules]
         try:
             yield
         finally:
-            self._modules.difference_update(modules)
             for handle in handles:
                 handle.remove()
             for part in self._parts[before[0] :]:
@@ -114,7 +112,7 @@ class Coordinator:
                 del some[count:]
 
     def _hook(self, module: nn.Module, layers: list[SyncNorm | Pooling]) -> Any:
-        part = Part(len(self._parts), layers, None)
+        part = Part(len(self._parts), module, layers, None)
         if isinstance(module, DistributedDataParallel):
             part.reductions = Reductions(module, partial(self._on_reduction, part), self._share)
         self._parts.append(part)
