@@ -43,13 +43,6 @@ class Seen(NamedTuple):
     correction: renorm.Correction | None
 
 
-class Freeze:
-    """Frozen-statistics flag of a layer; not copied or pickled."""
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-
 # The buffers of all modes.
 MODE_BUFFERS = {name for mode in MODES.values() for name in mode().buffer_names}
 
@@ -70,6 +63,8 @@ class SyncNorm(_BatchNorm):
     running_mean: Tensor | None
     running_var: Tensor | None
 
+    has_frozen_statistics: bool
+    """True within `frozen_statistics`: forwards must leave no trace. Not copied or pickled."""
     averages_std = False
     """True if the running variance follows by its root, the standard deviation."""
     statistics: Source
@@ -126,8 +121,7 @@ class SyncNorm(_BatchNorm):
         for name, value in self.sync_mode.buffers(self.num_features, where).items():
             self.register_buffer(name, value)
         self.seen: Seen | None = None
-        self.freeze: Freeze | None = None
-        """Set while forwards must leave no trace."""
+        self.has_frozen_statistics = False
         self._has_warned = False
 
     def use_mode(self, mode: Mode) -> None:
@@ -193,7 +187,7 @@ class SyncNorm(_BatchNorm):
         if statistic is None:
             statistic = self.new_statistic(local)
         y, statistic = ops.normalize_batch(x, weight, bias, statistic, self.eps, local)
-        if not local.is_repeated and self.freeze is None:
+        if not local.is_repeated and not self.has_frozen_statistics:
             self._follow(local, statistic)
         if not is_traced and not local.is_repeated and ops.may_be_repeated():
             repeated.keep(self, statistic)
@@ -316,6 +310,9 @@ class SyncNorm(_BatchNorm):
             # batch norm's.
             self.sync_mode.begin(self)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "has_frozen_statistics": False}  # pyright: ignore[reportGeneralTypeIssues]
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise InputError(

@@ -10,7 +10,6 @@ A method is a file: which sums travel, what becomes of them. What methods share:
                    surrogate.py their gradient, late.py sums that nobody waits for
     recurrence.py  online normalisation's loops over samples
     momentum.py    AdaB2N's weight of a batch
-    reference.py   each method on the whole batch in float64, for tests
 
 `syncnorm.family.plain` has baselines without batch statistics.
 """

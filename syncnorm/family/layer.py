@@ -29,6 +29,8 @@ class Pooling(nn.Module):
     num_features: int
     workers: groups.GroupHandle
     label: str
+    has_frozen_statistics: bool
+    """True within `frozen_statistics`: nothing that is kept between steps moves."""
 
     def __init__(
         self, sync: Literal["batch", "none"] = "batch", process_group: groups.Spec = None
@@ -39,8 +41,7 @@ class Pooling(nn.Module):
         self.workers = groups.to_handle(process_group)
         self.label = type(self).__name__
         """Its name in errors; `prepare_ddp` makes it the name within the model."""
-        self.is_frozen = False
-        """True within `frozen_statistics`: nothing that is kept between steps moves."""
+        self.has_frozen_statistics = False
         self.gradient_scale = 1
         """What gradients are divided by when they are averaged: the workers of `prepare_ddp`.
 
@@ -112,7 +113,7 @@ class Pooling(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # Nothing is under way in a copy, and it is in none of the blocks that the layer is in.
         self.settle()
-        return {**self.__dict__, "is_frozen": False}
+        return {**self.__dict__, "has_frozen_statistics": False}
 
     @property
     def process_group(self) -> groups.Spec:
@@ -250,7 +251,7 @@ class FamilyLayer(Pooling):
             values: by the names of the buffers without `running_`, (C,).
         """
         # Activation checkpointing repeats a forward that has been counted.
-        if self.is_frozen or ops.is_recomputing():
+        if self.has_frozen_statistics or ops.is_recomputing():
             return
         for name, value in self.moved(count, **values).items():
             getattr(self, f"running_{name}").copy_(value)

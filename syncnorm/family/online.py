@@ -137,9 +137,9 @@ class OnlineNorm(PooledBatchNorm):
     @torch.no_grad()
     def _begin(self) -> Start:
         self.late.begin(self)
-        averages = not self.is_frozen and self.group is not None
+        averages = not self.has_frozen_statistics and self.group is not None
         mean, var = self.running_mean.double(), self.running_var.double()
-        return Start(mean.clone(), var.clone(), averages, self.is_frozen)
+        return Start(mean.clone(), var.clone(), averages, self.has_frozen_statistics)
 
     def average_moments(self, samples: int) -> None:
         """Start to average mean and variance over the workers, by this one's samples."""

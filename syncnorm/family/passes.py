@@ -16,6 +16,7 @@ from torch import Tensor
 from syncnorm import observed, ops
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Packed
+from syncnorm.maths.shapes import facing
 
 # Operands of a block, one after the other, should stay in the second-level cache.
 _BLOCK = 131_072
@@ -23,7 +24,7 @@ _BLOCK = 131_072
 
 def channels(values: Tensor, x: Tensor) -> Tensor:
     """Shape per-channel values (C,) to be broadcast against x (N, C, *S), in its type."""
-    return values.to(x.dtype).view(1, -1, *[1] * (x.ndim - 2))
+    return facing(values.to(x.dtype), x)
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:

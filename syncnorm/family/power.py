@@ -103,7 +103,7 @@ class PowerNorm(SquareNorm):
         return by_own_rms(grouped, (2,), self.eps).flatten(1, 2)
 
     def begin(self, sums: Tensor) -> Call:
-        is_frozen = self.is_frozen
+        is_frozen = self.has_frozen_statistics
         # Looked at before anything is sent: a buffer that is looked at waits.
         nu = self.nu.to(torch.float64, copy=True)
         if self.is_warming_up(self.warmup):

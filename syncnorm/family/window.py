@@ -118,7 +118,7 @@ class WindowNorm(SquareNorm):
     def begin(self, sums: Tensor) -> Call:
         if self.lagged and not self.is_warming_up(max(self.warmup - 1, self.window)):
             return self._begin_lagged(sums)
-        is_frozen = self.is_frozen
+        is_frozen = self.has_frozen_statistics
         total = self.pool(sums, "moments")
         step = self._enter(total)
         r = torch.where(step.is_outlier, 1.0, self._renorm(step.square, step.number))
@@ -136,7 +136,7 @@ class WindowNorm(SquareNorm):
 
     def _begin_lagged(self, sums: Tensor) -> Call:
         is_frozen, square, c = (
-            self.is_frozen,
+            self.has_frozen_statistics,
             self.average(self.squares),
             self.standing_correction(),
         )

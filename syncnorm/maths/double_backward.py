@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths import kernels
+from syncnorm.maths.shapes import facing
 
 
 @dataclass(frozen=True)
@@ -90,4 +91,4 @@ class SecondDerivative:
 
 
 def _times(t: Tensor, coefficient: Tensor) -> Tensor:
-    return t * coefficient.to(t.dtype).view(-1, *[1] * (t.ndim - 2))
+    return t * facing(coefficient.to(t.dtype), t)

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.precision import for_sums, rounding, sum_dtype
+from syncnorm.maths.shapes import all_but_channels, facing
 
 
 def raw_sums(x: Tensor, mask: Tensor | None) -> Tensor:
     """[sum wx, sum wx^2, sum w], shape (2C+1,)."""
     wide, w = for_sums(x), _weights(x, mask)
     wx = w * wide
-    return torch.cat([wx.sum(_over(x)), (wx * wide).sum(_over(x)), w.sum().view(1)])
+    return torch.cat(
+        [wx.sum(all_but_channels(x)), (wx * wide).sum(all_but_channels(x)), w.sum().view(1)]
+    )
 
 
 def normalize(
@@ -31,8 +34,8 @@ def normalize(
     """y, in the type of x; the moments are functions of x."""
     centred, _, var, is_single = _moments(x, mask)
     s = _invstd(var + eps, is_single)
-    y = centred * _facing(s if weight is None else s * weight, x)
-    return (y if bias is None else y + _facing(for_sums(bias), x)).to(x.dtype)
+    y = centred * facing(s if weight is None else s * weight, x)
+    return (y if bias is None else y + facing(for_sums(bias), x)).to(x.dtype)
 
 
 def gradient(
@@ -46,12 +49,12 @@ def gradient(
     # The constant between the variance and 1 / invstd^2. It is infinite where invstd is 0.
     eps = (invstd.pow(-2) - var).detach()
     s = _invstd(var + eps, is_single)
-    xhat, wide = centred * _facing(s, x), for_sums(g)
-    sum_g, sum_g_xhat = wide.sum(_over(x)), (wide * xhat).sum(_over(x))
+    xhat, wide = centred * facing(s, x), for_sums(g)
+    sum_g, sum_g_xhat = wide.sum(all_but_channels(x)), (wide * xhat).sum(all_but_channels(x))
     through = _weights(x, mask) * (
-        _facing(sum_g * inverse, x) + xhat * _facing(sum_g_xhat * inverse, x)
+        facing(sum_g * inverse, x) + xhat * facing(sum_g_xhat * inverse, x)
     )
-    dx = (wide - through) * _facing(s if weight is None else s * weight, x)
+    dx = (wide - through) * facing(s if weight is None else s * weight, x)
     return dx.to(x.dtype), sum_g_xhat, sum_g
 
 
@@ -60,9 +63,9 @@ def _moments(x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Te
     wide, w = for_sums(x), _weights(x, mask)
     count = w.sum()
     inverse = torch.where(count == 0, 0.0, 1.0 / count)
-    mean = (w * wide).sum(_over(x)) * inverse
-    centred = wide - _facing(mean, x)
-    var = (w * centred.square()).sum(_over(x)) * inverse
+    mean = (w * wide).sum(all_but_channels(x)) * inverse
+    centred = wide - facing(mean, x)
+    var = (w * centred.square()).sum(all_but_channels(x)) * inverse
     # The mean of a single value is rounded, where its weight is no whole number.
     error = (rounding(mean.dtype) * mean).square()
     return centred, inverse, var, (count <= 1) & (var <= error)
@@ -77,12 +80,3 @@ def _weights(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         return for_sums(mask)
     return torch.ones_like(x[:, :1], dtype=sum_dtype(x.device))
-
-
-def _over(x: Tensor) -> list[int]:
-    """All dimensions but the channels."""
-    return [0, *range(2, x.ndim)]
-
-
-def _facing(c: Tensor, x: Tensor) -> Tensor:
-    return c.view(-1, *[1] * (x.ndim - 2))

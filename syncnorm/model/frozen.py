@@ -9,7 +9,7 @@ from torch import nn
 
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import check_covers
-from syncnorm.module import Freeze, SyncNorm
+from syncnorm.module import SyncNorm
 
 
 @contextmanager
@@ -51,20 +51,14 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
         0
     """
     check_covers(model, "frozen_statistics", acts_on_family=True)
-    layers = [m for m in model.modules() if isinstance(m, SyncNorm)]
-    family = [m for m in model.modules() if isinstance(m, Pooling)]
-    before = [layer.freeze for layer in layers]
-    was_frozen = [layer.is_frozen for layer in family]
+    before = {
+        m: m.has_frozen_statistics for m in model.modules() if isinstance(m, SyncNorm | Pooling)
+    }
     try:
-        for layer in layers:
-            layer.statistics.settle()
-            layer.freeze = Freeze()
-        for layer in family:
+        for layer in before:
             layer.settle()
-            layer.is_frozen = True
+            layer.has_frozen_statistics = True
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer.freeze = was
-        for layer, was in zip(family, was_frozen, strict=True):
-            layer.is_frozen = was
+        for layer, was in before.items():
+            layer.has_frozen_statistics = was

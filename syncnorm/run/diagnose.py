@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,7 +15,7 @@ from syncnorm.diagnose.diagnosis import choose
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.run.env import Launched
 from syncnorm.run.own_workers import check_device, run_on
-from syncnorm.run.worker import join
+from syncnorm.run.worker import joined
 from syncnorm.train.config.schema import Config
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.finished.diagnose import RunDiagnosis, diagnose_run
@@ -69,8 +68,7 @@ def run_diagnose(request: Request, workers: int | None, launched: Launched | Non
 
 
 def _diagnose(request: Request, config: Config, launched: Launched | None) -> None:
-    workers = join(request.device, launched, config.launch.patience_seconds)
-    try:
+    with joined(config, request.device, launched) as workers:
         with _Bar(quiet=not workers.is_first) as bar:
             found = diagnose_run(
                 request.run,
@@ -84,8 +82,6 @@ def _diagnose(request: Request, config: Config, launched: Launched | None) -> No
             )
         if workers.is_first:
             _write(request.run, found)
-    finally:
-        dist.destroy_process_group()
 
 
 def _write(folder: Path, found: RunDiagnosis) -> None:

@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from syncnorm.errors import ConfigError
 from syncnorm.model.mixed import Choice, Mix, Prior
 from syncnorm.run.env import Launched
 from syncnorm.run.own_workers import check_device, run_on
-from syncnorm.run.worker import join
+from syncnorm.run.worker import joined
 from syncnorm.train.config.schema import Config
 from syncnorm.train.finished.evaluate import Evaluation, evaluate_run
 from syncnorm.train.finished.load import read_run
@@ -59,8 +57,7 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
         ConfigError: bad input; see `evaluate_run`.
         LocalRunError: code that the configuration names failed, or a worker was lost.
     """
-    work = partial(_evaluate_and_print, request, _read(request))
-    run_on(work, workers, launched, request.device)
+    run_on(partial(_evaluate, request, _read(request)), workers, launched, request.device)
 
 
 def _read(request: Request) -> Config:
@@ -90,14 +87,9 @@ def _statistics(text: str) -> Choice:
     return text
 
 
-def _evaluate_and_print(request: Request, config: Config, launched: Launched | None) -> None:
-    _print(request, _evaluate(request, config, launched))
-
-
-def _evaluate(request: Request, config: Config, launched: Launched | None) -> Evaluation:
-    workers = join(request.device, launched, config.launch.patience_seconds)
-    try:
-        return evaluate_run(
+def _evaluate(request: Request, config: Config, launched: Launched | None) -> None:
+    with joined(config, request.device, launched) as workers:
+        found = evaluate_run(
             request.run,
             config,
             workers,
@@ -107,8 +99,7 @@ def _evaluate(request: Request, config: Config, launched: Launched | None) -> Ev
             has_other_data=bool(request.data),
             statistics=_statistics(request.statistics),
         )
-    finally:
-        dist.destroy_process_group()
+    _print(request, found)
 
 
 def _print(request: Request, found: Evaluation) -> None:

@@ -4,13 +4,11 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
 from syncnorm.run.folder import write_config
-from syncnorm.run.in_process import errors_in_one_line
-from syncnorm.run.worker import join
+from syncnorm.run.own_workers import run_on
+from syncnorm.run.worker import joined
 from syncnorm.train import files
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import Config
@@ -68,18 +66,22 @@ def run_merge(
     if not 0 <= alpha <= 1:
         raise ConfigError(f"`--alpha` must be in [0, 1], got {alpha}. 1 is all of the second run.")
     first, second = (read_run(folder, allowed) for folder in folders)
-    workers = join(first.launch.device, launched)
-    try:
-        with errors_in_one_line(workers.rank):
+    device = first.launch.device
+
+    def work(launched: Launched | None) -> None:
+        with joined(first, device, launched) as workers:
             from_first(workers.is_first, partial(_check_output, output))
             result = merge_runs(folders, (first, second), alpha, is_matched, workers, allowed)
             if workers.is_first:
                 _write(result, first, output)
-        if workers.is_first:
-            a, b, merged = result.metrics
-            for name, value in a.items():
-                others = f"{format_value(name, b[name])}, merged {format_value(name, merged[name])}"
-                print(f"{result.split} {format_metric(name, value)} and {others}")
-            print(output, flush=True)
-    finally:
-        dist.destroy_process_group()
+                _print(result, output)
+
+    run_on(work, None, launched, device)
+
+
+def _print(result: Merged, output: Path) -> None:
+    a, b, merged = result.metrics
+    for name, value in a.items():
+        others = f"{format_value(name, b[name])}, merged {format_value(name, merged[name])}"
+        print(f"{result.split} {format_metric(name, value)} and {others}")
+    print(output, flush=True)

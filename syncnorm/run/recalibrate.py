@@ -4,15 +4,13 @@ import os
 from functools import partial
 from pathlib import Path
 
-import torch.distributed as dist
-
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
-from syncnorm.run.in_process import errors_in_one_line
-from syncnorm.run.worker import join
+from syncnorm.run.own_workers import run_on
+from syncnorm.run.worker import joined
 from syncnorm.train.checkpoint.evaluated import RECALIBRATED
 from syncnorm.train.finished.load import read_run
-from syncnorm.train.finished.recalibrate import recalibrate_run
+from syncnorm.train.finished.recalibrate import Recalibrated, recalibrate_run
 from syncnorm.train.task.measures import format_metric, format_value
 from syncnorm.train.waiting import from_first
 
@@ -30,18 +28,23 @@ def run_recalibrate(
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")
     config = read_run(folder, allowed)
-    workers = join(config.launch.device, launched)
-    try:
-        with errors_in_one_line(workers.rank):
+    device = config.launch.device
+
+    def work(launched: Launched | None) -> None:
+        with joined(config, device, launched) as workers:
             from_first(workers.is_first, partial(_check_writable, folder))
             result = recalibrate_run(folder, config, workers, mix, allowed)
-        if workers.is_first:
-            for name, before in result.before.items():
-                after = format_value(name, result.after[name])
-                print(f"{result.split} {format_metric(name, before)} before, {after} after")
-            print(result.path, flush=True)
-    finally:
-        dist.destroy_process_group()
+            if workers.is_first:
+                _print(result)
+
+    run_on(work, None, launched, device)
+
+
+def _print(result: Recalibrated) -> None:
+    for name, before in result.before.items():
+        after = format_value(name, result.after[name])
+        print(f"{result.split} {format_metric(name, before)} before, {after} after")
+    print(result.path, flush=True)
 
 
 def _check_writable(folder: Path) -> None:

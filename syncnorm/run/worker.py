@@ -37,6 +37,7 @@ from syncnorm.system import die_with_parent, flush_streams
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
+from syncnorm.train.economy import set_tf32
 from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
@@ -284,6 +285,23 @@ def join(wanted_device: str, launched: Launched | None, timeout_seconds: float =
     else:
         dist.init_process_group(backend, timeout=timeout)
     return Workers(rank, world_size, device, local[1])
+
+
+@contextmanager
+def joined(config: Config, device: str, launched: Launched | None) -> Iterator[Workers]:
+    """Join the other workers for work on a finished run, and leave them after the block.
+
+    Args:
+        config: of the run.
+        device: auto, cpu or cuda.
+        launched: this worker's rank; None for a single process.
+    """
+    workers = join(device, launched, config.launch.patience_seconds)
+    set_tf32(config.train.tf32)
+    try:
+        yield workers
+    finally:
+        dist.destroy_process_group()
 
 
 def meet(workers: Workers) -> None:

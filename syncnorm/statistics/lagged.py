@@ -257,7 +257,7 @@ class LaggedSource(Source):
         if averages.waits[name]:
             moments = Raw(exchange.sum_(local.sums, group, "moments", layer.label))
             pooled = PooledMeans(moments, group, layer.label)
-        if layer.freeze is not None:
+        if layer.has_frozen_statistics:
             means = pooled or FixedMeans(layer, estimate)
         else:
             backward = None if local.is_repeated else self._expect()

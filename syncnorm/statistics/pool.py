@@ -116,7 +116,7 @@ class RunningPool:
         """
         layers = self.layers.values()
         return any(
-            each.training and each.statistics is self.source and each.freeze is None
+            each.training and each.statistics is self.source and not each.has_frozen_statistics
             for each in layers
         ) and not observed.is_fake(next(iter(layers)))
 
@@ -138,7 +138,7 @@ class RunningPool:
 
     def check_outside(self, layer: SyncNorm, local: LocalSums) -> None:
         """Raise InputError, before any exchange, for a call that `gather` has no open step for."""
-        if not local.is_repeated and layer.freeze is None:
+        if not local.is_repeated and not layer.has_frozen_statistics:
             raise InputError(
                 f"`sync={self._sync!r}` must be used through the model that was given to "
                 f"prepare_ddp, got a direct call of layer {layer.label!r}. Call the model itself, or "

@@ -50,7 +50,7 @@ class RunningSource(Source):
         if not self._steps.is_open:
             self.pool.check_outside(layer, local)
         batch = Raw(local.sums, local.has_several)
-        shard = None if layer.freeze is not None else self.pool.shard(layer, local)
+        shard = None if layer.has_frozen_statistics else self.pool.shard(layer, local)
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:

@@ -45,7 +45,7 @@ def renew_statistics(
     Raises:
         ConfigError: samples cannot be read; on all workers.
     """
-    if setup.average is None or not _has_statistics(setup.average.module):
+    if setup.average is None or not has_statistics(setup.average.module):
         return
     config, workers, failures = setup.config, setup.workers, [""]
     order = epoch_order(feed.sizes[TRAIN], config.train.seed, epoch)[:_MOST_SAMPLES]
@@ -84,7 +84,8 @@ class Judged(nn.Module):
         self._measure(batch)
 
 
-def _has_statistics(model: nn.Module) -> bool:
+def has_statistics(model: nn.Module) -> bool:
+    """True if there is a batch norm that `syncnorm.recalibrate` gives new statistics."""
     return any(
         isinstance(module, _BatchNorm)
         and module.running_mean is not None

@@ -238,17 +238,6 @@ def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
     return made.check()
 
 
-def make_model(
-    config: Config,
-    device: torch.device,
-    data: Feed,
-    total_steps: int,
-    allowed: tuple[str, ...] = (),
-) -> nn.Module:
-    """Build the model for data of this shape, ready for DDP."""
-    return prepare_ddp(make_bare_model(config, device, data, total_steps, allowed))
-
-
 def make_bare_model(
     config: Config,
     device: torch.device,

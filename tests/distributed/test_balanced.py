@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import SyncBatchNorm, prepare_ddp, scale_loss
 from syncnorm.errors import FaultError, InputError
-from syncnorm.family import BalancedBatchNorm, EvoNorm, momentum_at, reference, tasks_of
+from syncnorm.family import BalancedBatchNorm, EvoNorm, momentum_at, tasks_of
 from syncnorm.testing import shard
+from tests.distributed import family_reference as reference
 
 CHANNELS, TASKS = 3, 4
 

@@ -29,9 +29,9 @@ from syncnorm.family import (
     RegionNorm,
     UnifiedNorm,
     passes,
-    reference,
 )
 from syncnorm.testing import shard
+from tests.distributed import family_reference as reference
 from tests.distributed import planted_averages, planted_family
 
 # Beyond the steps in which averages begin.

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from syncnorm.comm import exchange
 from syncnorm.errors import ExchangeError
-from syncnorm.family import MembranePotentialBatchNorm, reference
+from syncnorm.family import MembranePotentialBatchNorm
 from syncnorm.testing import shard
+from tests.distributed import family_reference as reference
 
 CHANNELS, TIMES = 3, 4
 

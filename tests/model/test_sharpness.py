@@ -237,7 +237,9 @@ def test_a_closure_that_raises_leaves_parameters_and_statistics():
     for key, p in model.named_parameters():
         assert torch.equal(p, before[key])
     assert all(
-        layer.freeze is None for layer in model.modules() if isinstance(layer, SyncBatchNorm)
+        not layer.has_frozen_statistics
+        for layer in model.modules()
+        if isinstance(layer, SyncBatchNorm)
     )
 
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import SyncBatchNorm, scale_loss
+from syncnorm import SyncBatchNorm, prepare_ddp, scale_loss
 from syncnorm.comm import exchange, shared
 from syncnorm.errors import CheckpointError, ConfigError, ExchangeError
 from syncnorm.model.modes import in_evaluation
@@ -34,7 +34,7 @@ from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
 from syncnorm.train.notes import Flags
 from syncnorm.train.parameters import parameter_groups
-from syncnorm.train.setup import Setup, make_bare_model, make_model, make_setup
+from syncnorm.train.setup import Setup, make_bare_model, make_setup
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.task.supervised import Classify
 from syncnorm.train.weights import load_weights
@@ -310,7 +310,8 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
         "digits", ["train.dtype=float64", "norm.momentum=0.1", f"model.name={model}"]
     )
     data = images_and_labels(count)
-    net = make_model(config, torch.device("cpu"), feed_of(data, config), 10, ("tests",))
+    feed = feed_of(data, config)
+    net = prepare_ddp(make_bare_model(config, torch.device("cpu"), feed, 10, ("tests",)))
     ddp = DistributedDataParallel(net)
     optimizer = optim.make_optimizer(
         config.train.optimizer.name,

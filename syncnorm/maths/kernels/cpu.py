@@ -12,13 +12,12 @@ The running variance is always passed as 1 and eps as 0: standard deviations are
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from syncnorm.maths.kernels import layout
+from syncnorm.maths.kernels import layout, portable
 from syncnorm.maths.precision import HALF_TYPES
+from syncnorm.maths.shapes import facing
 
 # The type that the arithmetic is done in: at least float32.
 _WIDE = dict.fromkeys((*HALF_TYPES, torch.float32), torch.float32) | {torch.float64: torch.float64}
@@ -29,7 +28,6 @@ _SHORT_PLANE = 8
 # The mean times a slope, where multiplying out begins to cost a digit.
 _FAR = 16.0
 
-_forward_operator = torch.ops.aten.native_batch_norm.out
 _backward_operator = torch.ops.aten.native_batch_norm_backward.default
 _SUMS_ONLY = [False, True, True]
 
@@ -94,7 +92,7 @@ def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]
     xs = cut.blocks(v)
     ws = [None] * len(xs) if w is None else cut.blocks(w)
     products = _Products(cut, p, len(xs))
-    for x, weights, centre in zip(xs, ws, cut.coefficients(_facing(p, v), len(xs)), strict=True):
+    for x, weights, centre in zip(xs, ws, cut.coefficients(facing(p, v), len(xs)), strict=True):
         wide = x.to(p.dtype)
         b = wide - centre
         if is_half:
@@ -102,11 +100,6 @@ def _sums_about(v: Tensor, w: Tensor | None, p: Tensor) -> tuple[Tensor, Tensor]
         products.add(b if weights is None else b.mul_(weights), wide)
     total, squares = products.totals()
     return (total / _SCATTER, squares / _SCATTER) if is_half else (total, squares)
-
-
-def _facing(c: Tensor, v: Tensor) -> Tensor:
-    """A (C,) coefficient, shaped to broadcast against blocks of v."""
-    return c if v.ndim == 2 else c.unsqueeze(-1)
 
 
 class _Products:
@@ -133,11 +126,7 @@ class _Products:
 
 def normalize(x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """(x - mean) * scale + shift, in the type and layout of x."""
-    x, mean = _centred_if_far(layout.dense(x), mean, scale)
-    y, wide = torch.empty_like(x), _WIDE[x.dtype]
-    mean, scale, shift = mean.to(wide), scale.to(wide), shift.to(wide)
-    _affine_into_(layout.flat(y), layout.flat(x), mean, scale, shift, torch.ones_like(mean))
-    return y
+    return portable.normalize(*_centred_if_far(x, mean, scale), scale, shift)
 
 
 def _centred_if_far(x: Tensor, mean: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
@@ -147,42 +136,10 @@ def _centred_if_far(x: Tensor, mean: Tensor, slope: Tensor) -> tuple[Tensor, Ten
     """
     if x.dtype != torch.float32 or not ((mean * slope).abs() > _FAR).any():
         return x, mean
-    return x - mean.float().view(-1, *[1] * (x.ndim - 2)), torch.zeros_like(mean)
+    return x - facing(mean.float(), x), torch.zeros_like(mean)
 
 
-def _affine_into_(
-    out: Tensor, x: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, one: Tensor
-) -> None:
-    nothing = one.new_empty(0)
-    _forward_operator(
-        x, scale, shift, mean, one, False, 0.0, 0.0, out=out, save_mean=nothing, save_invstd=nothing
-    )
-
-
-def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
-    """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
-    x = layout.dense(x)
-    g, v = _summable(layout.like(grad_output, x)), _summable(x)
-    # The operator adds the values of a channel one by one, in float32: equal ones, all rounded
-    # alike, would drift.
-    parts = zip(layout.short_runs(g), layout.short_runs(v), strict=True)
-    sums = [
-        _run_sums(g.part, x.part, x.repeat(mean.to(_WIDE[x.part.dtype])), x.total) for g, x in parts
-    ]
-    return torch.cat(
-        sums[0] if len(sums) == 1 else [first + rest for first, rest in zip(*sums, strict=True)]
-    )
-
-
-def _run_sums(
-    g: Tensor, x: Tensor, mean: Tensor, total: Callable[[Tensor], Tensor]
-) -> list[Tensor]:
-    cut = layout.Cut.of(x)
-    gs, xs = cut.blocks(g), cut.blocks(x)
-    products = _Products(cut, mean, len(xs))
-    for g_block, x_block in zip(gs, xs, strict=True):
-        products.add(g_block, x_block)
-    return [total(each) for each in products.totals()]
+backward_sums = portable.backward_sums
 
 
 def backward_input(
@@ -195,27 +152,5 @@ def backward_input(
     mask: Tensor | None,
 ) -> Tensor:
     """scale * (g - w * (a + b * (x - mean))), in the type and layout of x."""
-    slope = -scale * b
-    x, mean = _centred_if_far(layout.dense(x), mean, slope)
-    grad_input, wide = torch.empty_like(x), _WIDE[x.dtype]
-    v, g = layout.flat(x), layout.flat(layout.like(grad_output, x))
-    cut = layout.Cut.of(v)
-    outs, gs, xs = cut.blocks(layout.flat(grad_input)), cut.blocks(g), cut.blocks(v)
-    ws: list[Tensor | None] = [None] * len(xs)
-    if mask is not None:
-        ws = [*cut.blocks(layout.view(mask.to(wide), rows=v.ndim == 2))]
-    affine = torch.stack([mean, slope, -scale * a, torch.ones_like(mean)]).to(wide)
-    columns = [*affine.unbind(), _facing(scale.to(wide), v)]
-    coefficients = cut.columns(columns, len(xs))
-    for o, g_block, x_block, w, (*affine, factor) in zip(
-        outs, gs, xs, ws, coefficients, strict=True
-    ):
-        # Half types are worked on in float32 and rounded once.
-        t = o if o.dtype == wide else torch.empty_like(o, dtype=wide)
-        _affine_into_(t, x_block.to(wide), *affine)
-        if w is not None:
-            t *= w
-        t.addcmul_(g_block.to(wide), factor)
-        if t is not o:
-            o.copy_(t)
-    return grad_input
+    x, mean = _centred_if_far(x, mean, scale * b)
+    return portable.backward_input(grad_output, x, mean, scale, a, b, mask)

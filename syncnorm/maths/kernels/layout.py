@@ -7,7 +7,6 @@ L, C)). `planes`: (N, C, prod(S)) where the tensor is contiguous. Anything else 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -20,10 +19,6 @@ BLOCK_ELEMENTS = 131_072
 BLOCK_ROWS = 4_096
 # Longer runs of one channel are summed in pieces of this length.
 PLANE = 4_096
-# An operator should add so many values of one channel one after the other: in a plane (of which it
-# adds some side by side), and in rows. Rows of more channels than _ROW leave the first-level cache.
-_RUN, _RUN_ROWS = 256, 256
-_ROW = 512
 
 
 def is_rows(x: Tensor) -> bool:
@@ -59,65 +54,6 @@ def view(t: Tensor, *, rows: bool) -> Tensor:
     if rows:
         return t.movedim(1, -1).reshape(-1, t.shape[1])
     return t.reshape(t.shape[0], t.shape[1], -1)
-
-
-class Runs(NamedTuple):
-    """A view in which each of C channels is `times` channels, whose sums are taken apart."""
-
-    part: Tensor
-    """(rows, times * C), each run of all channels; or (N, C * times, L), all of each channel."""
-    times: int
-
-    def repeat(self, c: Tensor) -> Tensor:
-        """(C,) coefficients for the channels of `part`."""
-        if self.times == 1:
-            return c
-        return (
-            c.repeat(self.times)
-            if self.part.ndim == 2
-            else c.view(-1, 1).expand(-1, self.times).reshape(-1)
-        )
-
-    def total(self, sums: Tensor) -> Tensor:
-        """Sums by the channels of `part`, added up by channel: shape (C,)."""
-        if self.times == 1:
-            return sums
-        return (
-            sums.view(self.times, -1).sum(0)
-            if self.part.ndim == 2
-            else sums.view(-1, self.times).sum(1)
-        )
-
-
-def short_runs(v: Tensor) -> list[Runs]:
-    """Cut a (rows, C) or (N, C, L) view into parts with short runs of each channel.
-
-    Copied only if L has no divisor that is a good length.
-    """
-    if v.ndim == 2:
-        # (rows, C) -> (rows // times, times * C), and what remains as one row.
-        rows, channels = v.shape
-        times = min(_ROW // channels, rows // _RUN_ROWS)
-        if times < 4:
-            return [Runs(v, 1)]
-        rest = rows % times
-        parts = [Runs(v[: rows - rest].view(-1, times * channels), times)]
-        return [*parts, Runs(v[rows - rest :].view(1, -1), rest)] if rest else parts
-    samples, channels, length = v.shape
-    run = _run_of(length)
-    if run is None:
-        # Of one sample the reshape is a view.
-        return short_runs(v.transpose(1, 2).reshape(-1, channels).contiguous())
-    # (N, C, L) -> (N, C * L / run, run)
-    return [Runs(v if run == length else v.view(samples, -1, run), length // run)]
-
-
-@functools.cache
-def _run_of(length: int) -> int | None:
-    """The length of the runs of a plane: its own, or a divisor; None if no divisor will do."""
-    if length <= 4 * _RUN:
-        return length
-    return next((run for run in range(_RUN, 31, -1) if length % run == 0), None)
 
 
 class Cut(NamedTuple):

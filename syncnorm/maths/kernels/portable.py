@@ -20,6 +20,7 @@ from torch import Tensor
 
 from syncnorm.maths.kernels import layout, traced
 from syncnorm.maths.precision import HALF_TYPES, sum_dtype
+from syncnorm.maths.shapes import all_but_channels, facing
 
 # Where batch norm takes half types with float32 coefficients. "meta" stands for CUDA; tensors of a
 # CPU come from tests.
@@ -55,7 +56,7 @@ def raw_sums(x: Tensor, mask: Tensor | None, count: Tensor | None) -> Tensor:
         sums = torch.addcmul(s1, p, count)
         return torch.cat([sums, torch.addcmul(s2, p, s1 + sums), count])
     pivot = None if x.dtype in HALF_TYPES else _pivot(x)
-    runs, dims, size = _runs(x if pivot is None else x - _facing(pivot, x))
+    runs, dims, size = _runs(x if pivot is None else x - facing(pivot, x))
     # Of each run its sum, or its mean less the pivot, and its variance: float32 has no room for
     # the square of all that it has room for, summed.
     if pivot is None:
@@ -161,7 +162,7 @@ def combine(
     dtype = arithmetic_dtype(x)
     mask = None if mask is None else mask.to(dtype)
     scale, shift, slope = (c.to(dtype) for c in (scale, shift, slope))
-    factor = _facing(scale, x)
+    factor = facing(scale, x)
     if x.device.type not in _HAVE_OPERATORS:
         result = torch.empty_like(x)
         for out, part, g, w in _slices(result, x, grad_output, mask):
@@ -175,7 +176,7 @@ def combine(
         return result.addcmul_(grad_output, factor)
     # With the rounded slope, so that a large mean is taken off exactly.
     shift = torch.addcmul(shift, slope, mean, value=-1, out=torch.empty_like(shift))
-    slope, shift = _facing(slope, x), _facing(shift, x)
+    slope, shift = facing(slope, x), facing(shift, x)
     result = torch.empty_like(x)
     # Two slices: a float32 one is as large as x.
     for out, part, g, w in _slices(result, x, grad_output, mask, most=2):
@@ -190,11 +191,6 @@ def combine(
 def arithmetic_dtype(x: Tensor) -> torch.dtype:
     """The type of the coefficients that x meets: at least float32."""
     return torch.float32 if x.dtype in HALF_TYPES else x.dtype
-
-
-def _facing(c: Tensor, x: Tensor) -> Tensor:
-    """A (C,) coefficient, shaped to broadcast against x."""
-    return c.view(-1, *[1] * (x.ndim - 2))
 
 
 def _batch_norm(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -215,11 +211,11 @@ def _pivot(x: Tensor) -> Tensor:
     integers is exact.
     """
     index = [slice(None)] * x.ndim
-    for dim in (0, *range(2, x.ndim)):
+    for dim in all_but_channels(x):
         size = x.shape[dim]
         number = min(_PIVOT_SAMPLES if dim == 0 else 2, 1 << (size.bit_length() - 1))
         index[dim] = slice(0, size // number * number, size // number)
-    return x[tuple(index)].mean([0, *range(2, x.ndim)], dtype=arithmetic_dtype(x))
+    return x[tuple(index)].mean(all_but_channels(x), dtype=arithmetic_dtype(x))
 
 
 def _runs(x: Tensor) -> tuple[Tensor, list[int], int]:
@@ -284,7 +280,7 @@ def _sums_about_a_pivot(
     p = traced.weighted_mean(weighted, count).to(mask.dtype)
     zero, parts = torch.zeros_like(p, dtype=wide), []
     for part, w in _slices(x, mask, most=_FEW):
-        b = part - _facing(p, x)
+        b = part - facing(p, x)
         parts.append(backward_sums(b * w, b, zero))
         del b
     s1, s2 = _add(parts).view(2, -1)

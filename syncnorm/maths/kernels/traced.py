@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.precision import sum_dtype
+from syncnorm.maths.shapes import all_but_channels, facing
 
 # So few that what is compiled for any number of samples from 2 on needs no second version.
 _PIVOT_SAMPLES = 2
@@ -24,12 +25,12 @@ def _wide(x: Tensor) -> Tensor:
 
 def _channels(t: Tensor, x: Tensor) -> Tensor:
     """A (C,) coefficient, shaped and typed to meet the wide x."""
-    return t.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
+    return facing(t.to(x.dtype), x)
 
 
 def total(t: Tensor) -> Tensor:
     """The sum over all dimensions but the channels, shape (C,)."""
-    return t.sum([0, *range(2, t.ndim)], dtype=sum_dtype(t.device))
+    return t.sum(all_but_channels(t), dtype=sum_dtype(t.device))
 
 
 def centred_sums(

@@ -160,7 +160,7 @@ def back_reason(layer: FamilyLayer, to: type[_BatchNorm] | None) -> str | None:
         return "is parametrized"
     if layer.as_batch_norm() is None:
         return f"is a {type(layer).__name__}, which no batch norm evaluates as"
-    if layer.is_frozen or layer.chosen is not None:
+    if layer.has_frozen_statistics or layer.chosen is not None:
         return (
             "is used by frozen_statistics or evaluation_statistics; wait for the end of its block"
         )

@@ -66,7 +66,7 @@ def busy(layer: SyncNorm) -> str | None:
         )
     return (
         None
-        if layer.freeze is None
+        if not layer.has_frozen_statistics
         else "is used by frozen_statistics; wait for the end of its block"
     )
 

@@ -24,7 +24,6 @@ from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import training_order
-from syncnorm.train.economy import set_tf32
 from syncnorm.train.finished.load import make_evaluated, random_numbers_kept, signature_of
 from syncnorm.train.finished.parts import Part, Plan, plan_step
 from syncnorm.train.parameters import freeze
@@ -108,7 +107,6 @@ def diagnose_run(
         ConfigError: bad input, samples that cannot be read, or a loss that cannot be computed; on
             all workers.
     """
-    set_tf32(config.train.tf32)
     snapshot = share_evaluated(folder, checkpoint, workers)
     signature = signature_of(snapshot, folder)
     with closing(load_feed(config, workers.device, allowed)) as feed:

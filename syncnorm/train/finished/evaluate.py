@@ -10,7 +10,6 @@ from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split
 from syncnorm.train.data.inputs import Inputs, Signature
-from syncnorm.train.economy import set_tf32
 from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.setup import load_feed, task_of
 from syncnorm.train.step import evaluate
@@ -71,7 +70,6 @@ def evaluate_run(
     Raises:
         ConfigError: bad input; on all workers.
     """
-    set_tf32(config.train.tf32)
     snapshot = share_evaluated(folder, checkpoint, workers)
     signature = signature_of(snapshot, folder)
     if has_other_data:

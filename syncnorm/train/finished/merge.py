@@ -4,19 +4,15 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from syncnorm import recalibrate
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.merge import interpolate, match_weights
 from syncnorm.train.checkpoint.evaluated import NEWEST, share_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.feed import judged_split
 from syncnorm.train.finished.load import make_evaluated, signature_of
-from syncnorm.train.finished.recalibrate import share_of_batches
-from syncnorm.train.renewal import Judged
+from syncnorm.train.finished.recalibrate import share_of_batches, split_to_compare_by
+from syncnorm.train.renewal import Judged, has_statistics
 from syncnorm.train.setup import autocast, load_feed, task_of
 from syncnorm.train.step import evaluate
 from syncnorm.train.workers import Workers
@@ -67,9 +63,7 @@ def merge_runs(
             "inputs that were standardised alike, and on the same classes"
         )
     with closing(load_feed(config, workers.device, allowed)) as feed:
-        split = judged_split(feed)
-        if split is None:
-            raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+        split = split_to_compare_by(feed)
         a, b = (
             make_evaluated(each, signatures[0], snapshot, folder, workers.device, allowed)
             for each, snapshot, folder in zip(configs, snapshots, folders, strict=True)
@@ -79,7 +73,7 @@ def merge_runs(
         except InputError as error:
             raise ConfigError(str(error)) from None
         task = task_of(config, workers.device, feed, allowed)
-        if _has_statistics(merged):
+        if has_statistics(merged):
             with autocast(config, workers.device):
                 recalibrate(Judged(merged, task), share_of_batches(feed, workers, config))
         first, second, third = (
@@ -88,7 +82,3 @@ def merge_runs(
         # What the optimizer had is of neither.
         snapshot = replace(snapshots[0], tensors={"model": merged.state_dict()}, states={})
         return Merged(split, (first, second, third), snapshot)
-
-
-def _has_statistics(model: nn.Module) -> bool:
-    return any(isinstance(m, _BatchNorm) and m.running_mean is not None for m in model.modules())

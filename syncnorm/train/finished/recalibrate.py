@@ -15,15 +15,15 @@ from syncnorm.train.checkpoint.evaluated import (
     NEWEST,
     RECALIBRATED,
     evaluated_unsaved,
-    load_evaluated,
     share_evaluated,
 )
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
+from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.renewal import Judged
-from syncnorm.train.setup import autocast, load_feed, make_model, task_of
+from syncnorm.train.setup import autocast, load_feed, task_of
 from syncnorm.train.step import evaluate
 from syncnorm.train.workers import Workers
 
@@ -57,12 +57,10 @@ def recalibrate_run(
     """
     snapshot = share_evaluated(folder, NEWEST, workers)
     with closing(load_feed(config, workers.device, allowed)) as feed:
-        split = judged_split(feed)
-        if split is None:
-            raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+        split = split_to_compare_by(feed)
         task = task_of(config, workers.device, feed, allowed)
-        model = make_model(config, workers.device, feed, 1, allowed)
-        load_evaluated(model, snapshot, folder)
+        signature = signature_of(snapshot, folder)
+        model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
         put_in_evaluation(model, snapshot.facts["in_evaluation"])
         before = evaluate(task, model, feed, split, config, workers)
         with autocast(config, workers.device):
@@ -77,6 +75,18 @@ def recalibrate_run(
                 replace(snapshot, tensors={"model": model.state_dict()}, states=states)
             )
         return Recalibrated(split, before, after, path)
+
+
+def split_to_compare_by(feed: Feed) -> str:
+    """The split that two networks are compared by.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    split = judged_split(feed)
+    if split is None:
+        raise ConfigError("`data.name` must have a test set or a validation set to compare by")
+    return split
 
 
 def share_of_batches(feed: Feed, workers: Workers, config: Config) -> Iterator[tuple[Any]]:
