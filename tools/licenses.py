@@ -46,14 +46,14 @@ def closure(extras: Collection[str], root: str = "syncnorm") -> dict[str, Distri
 
 def license_of(metadata: Message) -> str:
     """What a package's metadata say of its license, in the field that says it best; or nothing."""
-    if expression := metadata["License-Expression"]:
+    if expression := metadata.get("License-Expression"):
         return expression
     classifiers = metadata.get_all("Classifier") or []
     named = [each.split(" :: ")[-1] for each in classifiers if each.startswith(_CLASSIFIER)]
     if named := [each for each in named if each != "OSI Approved"]:
         return "; ".join(named)
     # Some have the whole text there.
-    lines = (metadata["License"] or "").strip().splitlines()
+    lines = (metadata.get("License") or "").strip().splitlines()
     return lines[0].strip() if lines else ""
 
 

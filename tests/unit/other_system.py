@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.elastic.multiprocessing.redirects  # which torch 2.15 imports late
 import torch.nn.functional as F
 
 NO_LINUX = ("sched_getaffinity", "sched_setaffinity", "memfd_create", "pidfd_open")
