@@ -54,7 +54,7 @@ from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.data.datasets import Dataset
 from syncnorm.train.data.feed import TEST, TRAIN, MemoryFeed
 from syncnorm.train.metrics import read_events
-from syncnorm.train.setup import make_setup
+from syncnorm.train.setup import make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, evaluate, training_step
 from syncnorm.train.workers import Workers
 
@@ -129,7 +129,10 @@ def train(job: Job) -> Trained:
     data = _load(config.data.name, config.data.root, job.samples)
     feed = MemoryFeed(data, config, workers.device)
     per_epoch = math.ceil(len(data.train) / config.train.global_batch)
-    setup = make_setup(config, workers, feed, config.train.epochs * per_epoch)
+    total = config.train.epochs * per_epoch
+    task = task_of(config, workers.device, feed)
+    model = make_bare_model(config, workers.device, feed, total)
+    setup = make_setup(config, workers, feed.signature, total, model, task)
     if job.nudged is not None:
         _nudge(setup.model, job.nudged)
     watch, losses, clipped = monitor(setup.model), [], []

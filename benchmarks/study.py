@@ -25,7 +25,7 @@ from syncnorm.testing import RankPool
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION
 from syncnorm.train.data.regimes import training_order
-from syncnorm.train.setup import Setup, load_feed, make_setup
+from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, evaluate, training_step
 from syncnorm.train.workers import Workers
 
@@ -81,7 +81,9 @@ def _train(job: Job) -> Result:
     feed = load_feed(config, workers.device, ALLOWED)
     batch, epochs = config.train.global_batch, range(1, config.train.epochs + 1)
     total = math.ceil(feed.sizes[TRAIN] / batch) * len(epochs)
-    setup = make_setup(config, workers, feed, total, ALLOWED)
+    task = task_of(config, workers.device, feed, ALLOWED)
+    model = make_bare_model(config, workers.device, feed, total, ALLOWED)
+    setup = make_setup(config, workers, feed.signature, total, model, task)
     losses: list[float] = []
     seen: list[float] = []
     orders = (training_order(config, feed, epoch).split(batch) for epoch in epochs)

@@ -34,11 +34,12 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.datasets import Dataset, Split, make_dataset
 from syncnorm.train.data.feed import TRAIN, Feed, LoaderFeed, MemoryFeed
+from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.loop import Run, take_step
 from syncnorm.train.models import MODELS
 from syncnorm.train.recorder import Recorder
-from syncnorm.train.setup import make_setup
+from syncnorm.train.setup import make_bare_model, make_setup, task_of
 from syncnorm.train.workers import Workers
 
 WORKERS = 2
@@ -71,7 +72,7 @@ class Shaken(torch.utils.data.Dataset):
     """Images one by one, mirrored at random."""
 
     def __init__(self, data: Dataset) -> None:
-        self.images = data.standardise(data.train.images, torch.float32)
+        self.images = Standardise(data.inputs, torch.float32)(data.train.images)
         self.labels = data.train.labels
 
     def __len__(self) -> int:
@@ -93,7 +94,9 @@ def trainer_step(
     config: Config, data: Dataset, workers: Workers, folder: Path
 ) -> Callable[[], None]:
     feed = feed_of(config, data, workers)
-    setup = make_setup(config, workers, feed, total_steps=10**6)
+    task = task_of(config, workers.device, feed)
+    model = make_bare_model(config, workers.device, feed, 10**6)
+    setup = make_setup(config, workers, feed.signature, 10**6, model, task)
     progress = Progress(epoch=1)
     recorder = Recorder(setup, folder, progress, total_steps=10**6)
     run = Run(
@@ -139,7 +142,7 @@ def plain_batches(
     if config.data.loader.workers:
         sampler: Any = (indices.tolist() for indices in mine)
         return iter(DataLoader(Shaken(data), batch_sampler=sampler, num_workers=1))
-    images = data.standardise(data.train.images, torch.float32)
+    images = Standardise(data.inputs, torch.float32)(data.train.images)
     return ((images[indices], data.train.labels[indices]) for indices in mine)
 
 

@@ -283,37 +283,31 @@ def task_of(
 ) -> Task:
     """Build the task of a run."""
     dtype = getattr(torch, config.train.dtype)
-    return make_task(config.task, device, dtype, feed.num_classes, allowed)
+    return make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
 
 
 def make_setup(
     config: Config,
     workers: Workers,
-    data: Feed,
+    signature: Signature,
     total_steps: int,
-    allowed: tuple[str, ...] = (),
-    model: nn.Module | None = None,
-    task: Task | None = None,
+    model: nn.Module,
+    task: Task,
 ) -> Setup:
-    """Build model, optimizer and schedule; alike on all workers, as all draw from the same seed.
+    """Build all that a step works on around a model and a task; alike on all workers.
 
     *Collectives*: those of prepare_ddp and DistributedDataParallel; every worker must call.
 
     Args:
         config: what to build.
         workers: this worker's rank and device.
-        data: for its shape.
+        signature: of the data.
         total_steps: length of the run.
-        allowed: packages whose callables a configuration may name.
-        model: of `make_bare_model`, where it has been built already.
-        task: of `make_task`, where it has been built already.
+        model: of `make_bare_model`.
+        task: of `task_of`.
     """
     train = config.train
     set_tf32(train.tf32)
-    if task is None:
-        task = task_of(config, workers.device, data, allowed)
-    if model is None:
-        model = make_bare_model(config, workers.device, data, total_steps, allowed)
     model = prepare_ddp(model)
     # Whoever sends other counts of a loss's terms than the rest is an error, and no hang.
     exchange.make_room(groups.statistics_group(), _MOST_TERMS)
@@ -353,7 +347,7 @@ def make_setup(
         layers=[m for m in model.modules() if isinstance(m, SyncNorm | Pooling)],
         statistic_groups=statistic_groups,
         shared_buffers=SharedBuffers(model, None if average is None else average.module),
-        signature=data.signature,
+        signature=signature,
     )
 
 

@@ -29,12 +29,13 @@ from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
+from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.diagnose import first_step
 from syncnorm.train.loop import Outcome, train
 from syncnorm.train.metrics import read_events
 from syncnorm.train.notes import Flags
 from syncnorm.train.parameters import parameter_groups
-from syncnorm.train.setup import Setup, make_bare_model, make_setup
+from syncnorm.train.setup import Setup, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.task.supervised import Classify
 from syncnorm.train.weights import load_weights
@@ -256,6 +257,13 @@ def images_and_labels(count: int) -> Dataset:
     return dataset_of(split, split, 4)
 
 
+def setup_of(config: Config, workers: Workers, feed: Feed, total_steps: int = 10) -> Setup:
+    """Build a setup on all ranks; a configuration may name what is in `tests`."""
+    task = task_of(config, workers.device, feed, ("tests",))
+    model = make_bare_model(config, workers.device, feed, total_steps, ("tests",))
+    return make_setup(config, workers, feed.signature, total_steps, model, task)
+
+
 def one_step(
     count: int, overrides: list[str], steps: int = 1
 ) -> tuple[StepResult, list[Tensor], dict[str, Tensor]]:
@@ -267,7 +275,7 @@ def one_step(
     options = ["train.dtype=float64", "norm.momentum=0.1", "model.name=tests.train.nets:thin"]
     config = load_config("digits", [*options, *overrides])
     feed = feed_of(images_and_labels(count), config)
-    setup = make_setup(config, workers(), feed, 10, ("tests",))
+    setup = setup_of(config, workers(), feed)
     for step in range(1, steps + 1):
         result = take_whole_step(setup, feed, step)
     setup.flush_statistics()
@@ -288,7 +296,7 @@ def unused_steps(overrides: list[str]) -> tuple[list[str], list[Tensor], list[Te
     """
     config = load_config("digits", ["train.dtype=float64", *overrides])
     feed = feed_of(images_and_labels(12), config)
-    setup = make_setup(config, workers(), feed, 10, ("tests",))
+    setup = setup_of(config, workers(), feed)
     take_whole_step(setup, feed, 1)
     parameters = list(setup.model.parameters())
     parameters[0].requires_grad_(False)
@@ -326,7 +334,7 @@ def plain_steps(count: int, model: str, steps: int) -> tuple[list[Tensor], dict[
     for _ in range(steps):
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(
-            ddp(data.standardise(mine.images, torch.float64)), mine.labels
+            ddp(Standardise(data.inputs, torch.float64)(mine.images)), mine.labels
         )
         scale_loss(loss, len(mine)).backward()
         optimizer.step()
@@ -343,7 +351,7 @@ def first_warnings(options: list[str]) -> list[str]:
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
-            setup = make_setup(config, workers(), feed, 10, ("tests",))
+            setup = setup_of(config, workers(), feed)
             take_whole_step(setup, feed, 1, first_step)
     finally:
         logging.getLogger().removeHandler(said)

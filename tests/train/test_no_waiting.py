@@ -19,12 +19,11 @@ from syncnorm.run.dry_run import _return_bucket
 from syncnorm.train.config.file import load_config
 from syncnorm.train.data.feed import TRAIN, MemoryFeed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
-from syncnorm.train.setup import make_setup
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.train.workers import Workers
 from syncnorm.undocumented import TorchDispatchMode, fake_store
 from tests.train.nets import Net
-from tests.train.runs import images_and_labels
+from tests.train.runs import images_and_labels, setup_of
 
 META = torch.device("meta")
 
@@ -89,7 +88,7 @@ def _steps(overrides: list[str], monkeypatch: Any) -> list[str]:
     feed = MemoryFeed(images_and_labels(16), config, META)
     # DDP reads the shapes of the others' parameters when it is made.
     monkeypatch.setattr(distributed, "_verify_param_shape_across_processes", lambda *_: None)
-    setup = make_setup(config, Workers(0, 2, META), feed, 10, ("tests",))
+    setup = setup_of(config, Workers(0, 2, META), feed)
     setup.ddp.register_comm_hook(None, _return_bucket)
     setup.ddp.reducer = Arranged(setup.ddp.reducer)
     read: list[PendingNotes] = []

@@ -24,7 +24,7 @@ from syncnorm.train.economy import economise
 from syncnorm.train.models import MODELS
 from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.renewal import renew_statistics
-from syncnorm.train.setup import Setup, make_setup
+from syncnorm.train.setup import Setup
 from syncnorm.train.step import StepResult, training_step
 from syncnorm.train.workers import Workers
 from tests.train import runs
@@ -207,7 +207,7 @@ def take_steps(
     workers = Workers(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     data = type(data)(data.train[:samples], data.test[:80], 10, data.mean, data.std)
     feed = MemoryFeed(data, config, workers.device)
-    setup = make_setup(config, workers, feed, steps, ("tests",))
+    setup = runs.setup_of(config, workers, feed, steps)
     results = [
         runs.take_whole_step(setup, feed, step, training_step) for step in range(1, steps + 1)
     ]

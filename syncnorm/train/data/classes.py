@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.task.builtin import TASKS
 
 if TYPE_CHECKING:
     from syncnorm.train.config.schema import TaskSection
-
-# By task, the class that its loss takes for none if the configuration names no other.
-_IGNORED = {"classify": -100, "segment": 255}
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class Classes:
 
 def classes_of(task: "TaskSection", num_classes: int | None) -> Classes | None:
     """Find the classes that a task's targets may name; None if they name none, or are not known."""
-    if task.name not in _IGNORED or num_classes is None:
+    ignored = getattr(TASKS.get(task.name), "ignored", None)
+    if ignored is None or num_classes is None:
         return None
-    return Classes(num_classes, task.options.get("ignore_index", _IGNORED[task.name]))
+    return Classes(num_classes, task.options.get("ignore_index", ignored))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.placement import epoch_order
-from syncnorm.train.data.inputs import exact_type
+from syncnorm.train.data.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -57,24 +57,24 @@ class Dataset:
     classes: Sequence[str] | None = None
 
     def to(self, device: torch.device | str) -> "Dataset":
-        """Move to a device; dtypes stay."""
+        """Move the splits to a device; dtypes stay."""
         return replace(
             self,
             train=self.train.to(device),
             test=self.test.to(device),
-            mean=self.mean.to(device),
-            std=self.std.to(device),
             validation=None if self.validation is None else self.validation.to(device),
         )
 
-    def standardise(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Compute (images - mean) / std for each channel, in `dtype`, on the device of `images`."""
-        exact = exact_type(images.dtype, dtype)
-        # (C, 1, 1), against images (N, C, H, W)
-        mean, std = (
-            value.to(images.device, exact).view(-1, 1, 1) for value in (self.mean, self.std)
+    @property
+    def inputs(self) -> Inputs:
+        """What a model is given, before it is standardised."""
+        images = self.train.images
+        return Inputs(
+            shape=tuple(images.shape[1:]),
+            dtype=str(images.dtype).removeprefix("torch."),
+            mean=tuple(self.mean.tolist()),
+            std=tuple(self.std.tolist()),
         )
-        return ((images.to(exact) - mean) / std).to(dtype)
 
     def check(self) -> "Dataset":
         """Return this with labels in int64; see `checked_splits` for what is refused."""

@@ -22,7 +22,7 @@ from syncnorm.train.data.augment import augment
 from syncnorm.train.data.augmented import Augmented
 from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
 from syncnorm.train.data.classes import classes_of
-from syncnorm.train.data.inputs import Inputs, Signature
+from syncnorm.train.data.inputs import Inputs, Signature, Standardise
 from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
 from syncnorm.train.data.splits import Splits
@@ -37,17 +37,13 @@ class Feed(Protocol):
     Attributes:
         sizes: samples of each of `train`, `validation` and `test` that there is.
         index_device: of the tensors of indices that it takes.
-        in_channels: of the inputs; None if it is not known.
-        num_classes: of the targets; None if it is not known.
-        signature: the same, and what else a model must be used with.
+        signature: the inputs and outputs of a model for it.
         labels: (N,), int64, on the CPU, of the training set; None if they are not known before
             samples are read.
     """
 
     sizes: dict[str, int]
     index_device: torch.device
-    in_channels: int | None
-    num_classes: int | None
     signature: Signature
     labels: Tensor | None
 
@@ -95,34 +91,19 @@ class MemoryFeed:
         self._data = data.to(device)
         self._config = config
         self.index_device = device
-        self._standardise_by(data.mean, data.std)
         self.sizes = {name: len(split) for name, split in self._splits().items()}
-        self.in_channels: int | None = data.train.images.shape[1]
-        self.num_classes: int | None = data.num_classes
         self.labels: Tensor | None = data.train.labels.cpu()
-        images = data.train.images
-        inputs = Inputs(
-            shape=tuple(images.shape[1:]),
-            dtype=_name(images.dtype),
-            mean=tuple(data.mean.tolist()),
-            std=tuple(data.std.tolist()),
-        )
-        self.signature = _signature(self, inputs, data.classes)
+        inputs, channels = data.inputs, data.train.images.shape[1]
+        self.signature = _signature(inputs, channels, data.num_classes, data.classes)
+        self._standardise = self._standardise_by(inputs)
 
     def standardise_as(self, inputs: Inputs) -> None:
         """Standardise by the figures of another run's inputs."""
-        mean, std = (
-            torch.tensor(values, dtype=torch.float64) for values in (inputs.mean, inputs.std)
-        )
-        self._standardise_by(mean, std)
+        figures = {"mean": inputs.mean, "std": inputs.std}
+        self._standardise = self._standardise_by(self._data.inputs.model_copy(update=figures))
 
-    def _standardise_by(self, mean: Tensor, std: Tensor) -> None:
-        # In the type of the images, to which each batch would bring them.
-        mean, std = (
-            value.to(self.index_device, getattr(torch, self._config.train.dtype))
-            for value in (mean, std)
-        )
-        self._data = replace(self._data, mean=mean, std=std)
+    def _standardise_by(self, inputs: Inputs) -> Standardise:
+        return Standardise(inputs, getattr(torch, self._config.train.dtype)).to(self.index_device)
 
     def _splits(self) -> dict[str, datasets.Split]:
         data = self._data
@@ -156,9 +137,6 @@ class MemoryFeed:
         images = self._standardise(part.images)
         changed = augment(images, indices, config.data.augment, config.train.seed, epoch)
         return changed, part.labels
-
-    def _standardise(self, images: Tensor) -> Tensor:
-        return self._data.standardise(images, getattr(torch, self._config.train.dtype))
 
     def _probabilities(self, labels: Tensor) -> Tensor:
         dtype = getattr(torch, self._config.train.dtype)
@@ -212,13 +190,11 @@ class LoaderFeed:
             name: len(data) for (name, in_epoch), data in self._sets.items() if not in_epoch
         }
         self.index_device = torch.device("cpu")
-        self.in_channels: int | None = splits.in_channels
-        self.num_classes: int | None = splits.num_classes
         self.labels: Tensor | None = splits.known_labels()
         self._nothing: Any = None
         self._nothing = empty_like(self.load(TRAIN, torch.zeros(1, dtype=torch.int64)))
         inputs = splits.inputs or _as_prepared(self._nothing)
-        self.signature = _signature(self, inputs, splits.classes)
+        self.signature = _signature(inputs, splits.in_channels, splits.num_classes, splits.classes)
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
         """Iterate over the batch of each forward; loader processes work ahead."""
@@ -322,11 +298,16 @@ def _as_prepared(batch: Any) -> Inputs | None:
     return Inputs(shape=tuple(inputs.shape[1:]), dtype=_name(inputs.dtype))
 
 
-def _signature(feed: Feed, inputs: Inputs | None, classes: Sequence[str] | None) -> Signature:
+def _signature(
+    inputs: Inputs | None,
+    in_channels: int | None,
+    num_classes: int | None,
+    classes: Sequence[str] | None,
+) -> Signature:
     return Signature(
         inputs=inputs,
-        in_channels=feed.in_channels,
-        num_classes=feed.num_classes,
+        in_channels=in_channels,
+        num_classes=num_classes,
         classes=None if classes is None else tuple(map(str, classes)),
     )
 

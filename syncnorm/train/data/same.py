@@ -58,7 +58,8 @@ def check_same_data(feed: Feed, workers: Workers) -> None:
     if workers.world_size == 1:
         return
     facts = {f"{name} samples": feed.sizes.get(split) for split, name in _NAMES.items()}
-    facts |= {"classes": feed.num_classes, "channels": feed.in_channels}
+    model = feed.signature
+    facts |= {"classes": model.num_classes, "channels": model.in_channels}
     read = {split: _read(feed, split) for split in feed.sizes}
     everyone = from_all((facts, _checksum(feed.labels), read))
     first_facts, first_checksum, first_read = everyone[0]

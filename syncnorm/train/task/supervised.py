@@ -40,6 +40,8 @@ class Supervised:
     default_loss = ""
     losses: ClassVar[tuple[str, ...]] = ()
     """Losses of torch.nn that suit the task."""
+    ignored: ClassVar[int | None] = None
+    """The class of targets that do not count, unless `ignore_index` names another; None: none."""
     classes: int | None = None
     """Number of classes of the data; None if it is not known."""
     meters: Meters | None = None
@@ -160,6 +162,7 @@ class Classify(Supervised):
         *_PER_ROW,
         *_DISTANCES,
     )
+    ignored: ClassVar[int | None] = -100
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Refuse what is not a row of logits for each sample."""
@@ -213,9 +216,10 @@ class Segment(Supervised):
     best = "mean_iou"
     default_loss = "CrossEntropyLoss"
     losses: ClassVar[tuple[str, ...]] = _PER_TARGET
+    ignored: ClassVar[int | None] = 255
 
     def __init__(self, loss: str | None = None, **options: Any) -> None:
-        super().__init__(loss, **{"ignore_index": 255, **options})
+        super().__init__(loss, **{"ignore_index": self.ignored, **options})
 
     def check(self, outputs: Tensor, targets: Tensor) -> None:
         """Refuse what is not a map of logits for each map of classes."""
