@@ -135,7 +135,7 @@ def _mask(how: str, signals: Iterable[int]) -> Iterable[int]:
     return signal.pthread_sigmask(getattr(signal, how), signals)
 
 
-def die_with_parent(expected: int | None = None) -> None:
+def die_with_parent(expected: int | None) -> None:
     """Let the kernel kill this process when its parent dies, however that happens. Linux only.
 
     Args:

@@ -17,7 +17,7 @@ POINTS = 7
 MODES = ("evaluation", "batch", "recalibrated")
 
 
-def measure_surface(problem: Problem, points: int = POINTS, seed: int = 0) -> dict[str, Any]:
+def measure_surface(problem: Problem, points: int = POINTS) -> dict[str, Any]:
     """Evaluate the loss of the first batch on a grid of weights.
 
         f(a, b) = loss(theta + a d1 + b d2)      a, b in [-1, 1], `points` of each
@@ -38,7 +38,7 @@ def measure_surface(problem: Problem, points: int = POINTS, seed: int = 0) -> di
         Li et al., Visualizing the Loss Landscape of Neural Nets, arXiv:1712.09913, section 4.
         Deviations: a coarse grid, one batch, and the modes.
     """
-    directions = [random_direction(problem, seed + number) for number in (1, 2)]
+    directions = [random_direction(problem, number) for number in (1, 2)]
     axis = torch.linspace(-1, 1, points, dtype=torch.float64).tolist()
     batch: list[float] = []
     local: list[Tensor] = []

@@ -54,7 +54,7 @@ def square_of(total: Tensor) -> Tensor:
 
 
 def divide(
-    x: Tensor, weights: Tensor | None, call: Call, eps: float, gradient_scale: float = 1
+    x: Tensor, weights: Tensor | None, call: Call, eps: float, gradient_scale: float
 ) -> Tensor:
     """Divide x (N, C, *S) by a call's root mean square. Takes part in every backward pass.
 

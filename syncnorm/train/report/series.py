@@ -26,12 +26,12 @@ def points(curve: Mapping[int, float]) -> tuple[Array, Array]:
     )
 
 
-def thin(x: Array, y: Array, most: int = MOST_POINTS) -> tuple[Array, Array]:
-    """Keep the lowest and the highest point of each of most/2 buckets, which looks the same."""
-    if len(x) <= most:
+def thin(x: Array, y: Array) -> tuple[Array, Array]:
+    """Keep the lowest and the highest point of each of some buckets, which looks the same."""
+    if len(x) <= MOST_POINTS:
         return x, y
     kept: set[int] = {0, len(x) - 1}
-    for start, stop in _buckets(len(x), most // 2 - 1):
+    for start, stop in _buckets(len(x), MOST_POINTS // 2 - 1):
         part = y[start:stop]
         # A bucket without any value keeps one point, and so stays a gap.
         kept.add(start + int(np.argmin(np.where(np.isnan(part), np.inf, part))))
