@@ -23,8 +23,8 @@ _BLOCK = 131_072
 
 
 def channels(values: Tensor, x: Tensor) -> Tensor:
-    """Shape per-channel values (C,) to be broadcast against x (N, C, *S), in its type."""
-    return facing(values.to(x.dtype), x)
+    """Shape per-channel values (C,) as (1, C, 1, ...), to meet x (N, C, *S), in its type."""
+    return facing(values.to(x.dtype), x).unsqueeze(0)
 
 
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
