@@ -16,13 +16,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncnorm import observed
+from syncnorm.errors import InputError
 from syncnorm.maths import formula, kernels
 from syncnorm.maths.double_backward import SecondDerivative
 from syncnorm.maths.moments import reciprocal
 
+_THIRD = (
+    "the gradient of this layer must be differentiated once, got a third derivative through it. "
+    "Take one of lower order, or a method of syncnorm.family whose gradients have any."
+)
 ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
 """Keeps a Function in the backward pass where nothing else needs a gradient. Its own is None."""
 
@@ -191,8 +195,17 @@ class _Gradient(torch.autograd.Function):
         return grads
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, v, u, t):  # pyright: ignore[reportIncompatibleMethodOverride]
+        with torch.no_grad():
+            grads = _Gradient._backward(ctx, v, u, t)
+        sources = [each for each in (v, u, t, *ctx.saved_tensors[:3]) if each is not None]
+        return *(
+            None if each is None else not_differentiable(_THIRD, each, *sources) for each in grads
+        ), *[None] * 7
+
+    @staticmethod
+    def _backward(ctx, v, u, t):
+        """The gradients by g, x and weight."""
         g, x, weight, mean, invstd, mask, *means = ctx.saved_tensors
         who = next(
             filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None
@@ -204,9 +217,7 @@ class _Gradient(torch.autograd.Function):
                     None if each is None else each.view_as(each) for each in (g, x, weight)
                 )
                 grads = formula_gradient(who, ctx.gradient_means, g, x, weight, mask, invstd)
-            return *_pull_back(
-                _typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight)
-            ), *[None] * 7
+            return _pull_back(_typed(*grads, weight, ctx.bias_dtype), (v, u, t), (g, x, weight))
         wide = torch.promote_types(x.dtype, torch.float32)
         v = torch.zeros_like(x) if v is None else v
         u, t = (torch.zeros_like(mean) if each is None else each.to(mean.dtype) for each in (u, t))
@@ -224,7 +235,32 @@ class _Gradient(torch.autograd.Function):
             grad_g = second.wrt_gradient(pooled).to(g.dtype)
         if ctx.needs_input_grad[1]:
             grad_x = second.wrt_input(pooled).to(x.dtype)
-        return grad_g, grad_x, grad_weight, None, None, None, None, None, None, None
+        return [grad_g, grad_x, grad_weight]
+
+
+def not_differentiable(message: str, grad: Tensor, *sources: Tensor) -> Tensor:
+    """Return a gradient whose own is an InputError with this message.
+
+    torch's `once_differentiable` raises in no pass that names its inputs: what else leads to them
+    is taken for the whole there.
+
+    Args:
+        message: of the error.
+        grad: the gradient.
+        sources: what it is made from.
+    """
+    return _NotDifferentiable.apply(message, grad, *sources)  # pyright: ignore[reportReturnType]
+
+
+class _NotDifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, message, grad, *sources):  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.message = message
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, v):  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise InputError(ctx.message)
 
 
 def _pull_back(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from syncnorm import rng
 from syncnorm.family.layer import FamilyLayer, Pooling
 from syncnorm.model.frozen import frozen_statistics
 from syncnorm.model.modes import evaluating, kept, put_modes
@@ -51,15 +50,9 @@ def in_training(
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Draw the same random numbers in each block of this seed; the program's go on as before."""
-    before = random.getstate()
-    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(before)
+    with rng.kept():
+        rng.seed_all(seed)
+        yield
 
 
 def is_noise(module: nn.Module) -> bool:

@@ -20,8 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from syncnorm.autograd import ANCHOR
-from syncnorm.errors import InputError
+from syncnorm.autograd import ANCHOR, not_differentiable
 from syncnorm.family.passes import affine_map, products
 from syncnorm.maths import kernels
 
@@ -104,18 +103,10 @@ class _Divide(torch.autograd.Function):
 
 def once_differentiated(grad_input: Tensor, *sources: Tensor) -> Tensor:
     """Return a gradient that is no derivative, as one that cannot be differentiated."""
-    return _NoSecond.apply(grad_input, *sources)  # pyright: ignore[reportReturnType]
-
-
-class _NoSecond(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, grad_input: Tensor, *sources: Tensor) -> Tensor:
-        return grad_input.view_as(grad_input)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        raise InputError(
-            "the gradient of this layer must not be differentiated, got a second backward pass "
-            "through it. It is made of averages over steps and is no derivative of the output; "
-            "take a layer whose gradient is one, such as SyncBatchNorm."
-        )
+    return not_differentiable(
+        "the gradient of this layer must not be differentiated, got a second backward pass "
+        "through it. It is made of averages over steps and is no derivative of the output; "
+        "take a layer whose gradient is one, such as SyncBatchNorm.",
+        grad_input,
+        *sources,
+    )

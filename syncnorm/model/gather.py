@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
@@ -28,8 +27,8 @@ def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
 
     *Collectives*: two all-gathers in the forward pass (the numbers and shapes of rows, and the rows
     as float64), one all-reduce in the backward pass; every worker must call, and all or none must run
-    the backward pass. *Gradients*: of a row, the sum of all workers' gradients of its copies. Once
-    differentiable.
+    each backward pass. *Gradients*: of a row, the sum of all workers' gradients of its copies; of
+    any order, where a gradient's own takes one all-gather, and so on in turn.
 
     Args:
         x: (n, *S), floating; n may differ between workers and be 0, S is the same on all.
@@ -50,36 +49,59 @@ def gather(x: Tensor, process_group: groups.Spec = None) -> Tensor:
     if x.ndim < 1 or not x.is_floating_point():
         raise InputError(f"`x` must be floating, (n, *S), got shape {tuple(x.shape)} of {x.dtype}")
     group = groups.statistics_group(process_group)
-    return x if group is None else _Gather.apply(x, group)  # pyright: ignore[reportReturnType]
+    if group is None:
+        return x
+    return _Gather.apply(x, group, _gather_sizes(x, group))  # pyright: ignore[reportReturnType]
+
+
+def _gather_sizes(x: Tensor, group: Any) -> list[int]:
+    """Gather the number of rows of each worker."""
+    shape = tuple(x.shape[1:])
+    own = [len(x), math.prod(shape), zlib.crc32(repr(shape).encode())]
+    sent = torch.tensor(own, dtype=torch.float64, device=x.device)
+    sizes, numbers, shapes = (
+        list(map(int, each)) for each in exchange.gather(sent, group, "rows").t().tolist()
+    )
+    # One that has left the loop, within `join`, sends zeros.
+    if len({each for each in shapes if each}) > 1:
+        given = zip(groups.ranks(group), numbers, strict=True)
+        raise FaultError(
+            "`x` must have rows of one shape on all workers, got rows of "
+            f"{', '.join(f'{number} numbers on rank {rank}' for rank, number in given)}"
+        )
+    return sizes
 
 
 class _Gather(torch.autograd.Function):
+    """All workers' rows of each worker's own; its gradient is `_SumOfCopies`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        shape = tuple(x.shape[1:])
-        own = [len(x), math.prod(shape), zlib.crc32(repr(shape).encode())]
-        sent = torch.tensor(own, dtype=torch.float64, device=x.device)
-        sizes, numbers, shapes = (
-            list(map(int, each)) for each in exchange.gather(sent, group, "rows").t().tolist()
-        )
-        # One that has left the loop, within `join`, sends zeros.
-        if len({each for each in shapes if each}) > 1:
-            given = zip(groups.ranks(group), numbers, strict=True)
-            raise FaultError(
-                "`x` must have rows of one shape on all workers, got rows of "
-                f"{', '.join(f'{number} numbers on rank {rank}' for rank, number in given)}"
-            )
+    def forward(ctx: Any, x: Tensor, group: Any, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
         padded = x.new_zeros(max(sizes), *x.shape[1:], dtype=torch.float64)
         padded[: len(x)] = x
         rows = exchange.gather(padded, group, "rows")  # (workers, most rows, *S)
-        start = sum(sizes[: groups.ranks(group).index(groups.rank())])
-        ctx.group, ctx.own = group, slice(start, start + len(x))
         return torch.cat([part[:size] for part, size in zip(rows, sizes)]).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad: Tensor
-    ) -> tuple[Tensor, None]:
-        total = exchange.sum_(grad.double().flatten(), ctx.group, "rows")
-        return total.view(grad.shape)[ctx.own].to(grad.dtype), None
+    ) -> tuple[Any, None, None]:
+        return _SumOfCopies.apply(grad, ctx.group, ctx.sizes), None, None
+
+
+class _SumOfCopies(torch.autograd.Function):
+    """A worker's own rows of the sum over all workers' copies; its gradient is `_Gather`."""
+
+    @staticmethod
+    def forward(ctx: Any, copies: Tensor, group: Any, sizes: list[int]) -> Tensor:
+        ctx.group, ctx.sizes = group, sizes
+        total = exchange.sum_(copies.double().flatten(), group, "rows").view(copies.shape)
+        own = groups.ranks(group).index(groups.rank())
+        return total.split(sizes)[own].to(copies.dtype)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Any, None, None]:
+        return _Gather.apply(grad, ctx.group, ctx.sizes), None, None

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm import system
+from syncnorm import rng, system
 from syncnorm.comm import exchange
 from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.family.layer import Pooling
@@ -149,8 +149,7 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
     fixed = parameters * (2 + _states_per_parameter(config))
     # The process has the parameters already, which `fixed` counts.
     process = 0 if workers.device.type == "cuda" else max(system.resident_memory() - parameters, 0)
-    is_cuda = workers.device.type == "cuda"
-    with torch.random.fork_rng(devices=[workers.device] if is_cuda else []):
+    with rng.kept():
         per_sample = _try_step(config, workers, feed, model, task)
     return Need(
         process, fixed, per_sample, _most_samples(config, workers.world_size, feed.sizes[TRAIN])

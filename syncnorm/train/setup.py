@@ -5,7 +5,6 @@ A `Setup` is all that a step works on; `make_setup` builds it, alike on all work
 
 import inspect
 import logging
-import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 
-from syncnorm import prepare_ddp
+from syncnorm import prepare_ddp, rng
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError, ExchangeError
 from syncnorm.family.layer import Pooling
@@ -263,7 +262,7 @@ def make_network(
     config: Config, signature: Signature, total_steps: int, allowed: tuple[str, ...] = ()
 ) -> nn.Module:
     """Build the network that `model` names, with the layers that `norm` names, on the CPU."""
-    seed_random(config.train.seed)
+    rng.seed_all(config.train.seed)
     model = build(
         config.model.name,
         config.model.options,
@@ -388,13 +387,3 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     for number in (step, rank):
         mixed = (mixed * 6364136223846793005 + 1442695040888963407 + number) % 2**63
     return mixed
-
-
-def seed_random(seed: int) -> None:
-    """Seed torch's random numbers and Python's: a callable of the user's may draw from either."""
-    # Not torch.manual_seed: of each kind of device that is not there it keeps the seed and the stack
-    # of the call, in case that it comes, which takes as long as several layers.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(seed)
-    random.seed(seed)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm import accumulate
+from syncnorm import accumulate, rng
 from syncnorm.comm import exchange, groups
 from syncnorm.errors import ConfigError
 from syncnorm.family.plain import clip_gradients_adaptively_
@@ -38,7 +38,7 @@ from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
 from syncnorm.train.scaling import unscale
-from syncnorm.train.setup import Setup, autocast, seed_random, step_seed
+from syncnorm.train.setup import Setup, autocast, step_seed
 from syncnorm.train.task import Number, Task
 from syncnorm.train.task.losses import WHOLE, loss_terms, needs_whole_step
 from syncnorm.train.task.measures import Measures
@@ -117,7 +117,7 @@ def training_step(
     """
     skips = setup.config.train.not_finite == "skip"
     before = setup.copy_buffers() if skips else []
-    seed_random(step_seed(setup.config.train.seed, batch.step, setup.workers.rank))
+    rng.seed_all(step_seed(setup.config.train.seed, batch.step, setup.workers.rank))
     setup.optimizer.zero_grad(set_to_none=True)
     notes = _compute_gradient(setup, batches, batch, flags)
     share = _scale_gradient(setup, notes, len(batch.indices))

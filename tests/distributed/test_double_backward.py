@@ -251,15 +251,29 @@ def test_second_derivatives_in_one_process_pass_torchs_own_check():
     assert torch.autograd.gradgradcheck(layer, (x,))
 
 
-def test_a_third_derivative_is_torchs_error():
-    x = torch.randn(4, CHANNELS, dtype=torch.float64, requires_grad=True)
-    (dx,) = torch.autograd.grad(functional.sync_batch_norm(x).pow(3).sum(), x, create_graph=True)
+def _third(layer: nn.Module | None, named: bool, of_weight: bool) -> str | None:
+    """The error of a third derivative, with the inputs of its pass named or not."""
+    x = torch.randn(4, CHANNELS, 3, dtype=torch.float64, requires_grad=True)
+    y = functional.sync_batch_norm(x) if layer is None else layer(x)
+    first = layer.weight if of_weight and layer is not None else x
+    (dx,) = torch.autograd.grad(y.pow(3).sum(), first, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.pow(3).sum(), x, create_graph=True)
-    with pytest.raises(
-        RuntimeError,
-        match="differentiate twice a function that was marked with @once_differentiable",
-    ):
-        ddx.sum().backward()
+    try:
+        ddx.square().sum().backward(inputs=[x] if named else None)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["all", "named"])
+@pytest.mark.parametrize("of_weight", [False, True], ids=["of x", "of weight"])
+@pytest.mark.parametrize("options", [None, {}, RENORM], ids=["function", "norm", "renorm"])
+def test_a_third_derivative_is_an_error(pool, options, of_weight, named):
+    """Also where a pass names its inputs: other ways to them would be taken for all there are."""
+    layer = None if options is None else make_layer(CHANNELS, dtype=torch.float64, **options)
+    for error in pool(2).run(_third, layer, named, of_weight):
+        assert error is not None
+        assert "must be differentiated once, got a third derivative" in error
 
 
 def _lagged_twice() -> list[str]:

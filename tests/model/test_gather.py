@@ -40,6 +40,28 @@ def test_the_gradient_is_that_of_the_loss_over_the_whole_batch(pool):
         assert_close(gradient, expected, torch.float64, "gradient")
 
 
+def _penalty(order: int) -> Tensor:
+    """The gradient of a penalty on a gradient, or of one on that, by this worker's rows."""
+    x = _batch().flatten(1).split(SIZES)[dist.get_rank()].clone().requires_grad_()
+    value = (x @ gather(x).T).sin().sum()
+    for _ in range(order - 1):
+        (g,) = torch.autograd.grad(value, x, create_graph=True)
+        value = g.square().sum()
+    return torch.autograd.grad(value, x)[0]
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_gradients_of_any_order_are_those_of_the_whole_batch(pool, order):
+    whole = _batch().flatten(1).requires_grad_()
+    value = (whole @ whole.T).sin().sum()
+    for _ in range(order - 1):
+        (g,) = torch.autograd.grad(value, whole, create_graph=True)
+        value = g.square().sum()
+    (expected,) = torch.autograd.grad(value, whole)
+    for part, got in zip(expected.split(SIZES), pool(3).run(_penalty, order), strict=True):
+        torch.testing.assert_close(got, part, rtol=1e-10, atol=1e-10)
+
+
 def _unlike(shapes: list[tuple[int, ...]]) -> str:
     with pytest.raises(FaultError) as caught:
         gather(torch.ones(shapes[dist.get_rank()]))

@@ -4,14 +4,15 @@ import math
 import random
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from syncnorm import rng
 from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import running_digest
-from syncnorm.train.setup import seed_random
 from tests.train import runs
 
 # On 3 workers: ragged, one empty, two empty.
@@ -53,19 +54,20 @@ def test_steps_are_those_of_one_worker(pool, count, overrides):
         )
 
 
-def test_seeding_draws_as_torch_and_python_do_and_keeps_nothing():
+def test_seeding_draws_as_torch_python_and_numpy_do_and_keeps_nothing():
     """torch.manual_seed keeps a stack of each call for each kind of device that is not there."""
     torch.manual_seed(7)
     expected = torch.rand(3), random.Random(7).random()
     tracemalloc.start()
     for seed in range(100):
-        seed_random(seed)
+        rng.seed_all(seed)
     kept, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 10_000
-    seed_random(7)
+    rng.seed_all(7)
     assert torch.equal(torch.rand(3), expected[0])
     assert random.random() == expected[1]
+    assert np.random.rand() == np.random.RandomState([6, 0]).rand() != expected[1]
 
 
 GROUPS = ["train.global_batch=24", "train.norm_batch=6"]

@@ -13,6 +13,7 @@ import random
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
@@ -327,14 +328,18 @@ def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(own["rng"]["cuda"])
     version, numbers, gauss = own["rng"]["python"]
     random.setstate((version, tuple(numbers), gauss))
+    name, numbers, *rest = own["rng"]["numpy"]
+    np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
 
 
 def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
+    name, of_numpy, *rest = np.random.get_state(legacy=True)
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": [version, list(numbers), gauss],
+        "numpy": [name, of_numpy.tolist(), *rest],
     }
 
 

@@ -1,15 +1,13 @@
 """Samples whose random changes depend on (seed, epoch, index) alone."""
 
 import hashlib
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch.utils.data import Dataset, get_worker_info
 
+from syncnorm import rng
 from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.classes import Classes
@@ -48,7 +46,7 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         index, epoch = key
         seed = sample_seed(self._seed, epoch, index)
-        with random_numbers(seed):
+        with _seeded(seed):
             try:
                 seed_generators(self._generators, seed)
                 sample = self._data[index]
@@ -77,32 +75,12 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 
 
 @contextmanager
-def random_numbers(seed: int) -> Iterator[None]:
-    """Seed torch's numbers of the CPU, Python's and numpy's, and put them back at the end.
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the random numbers of the CPU, and put them back at the end.
 
     In a loader's process nobody else draws from them, and they stay as they are then.
     """
-    if get_worker_info() is not None:
-        _seed_all(seed)
+    is_loader = get_worker_info() is not None
+    with nullcontext() if is_loader else rng.kept(devices=False):
+        rng.seed_all(seed, devices=False)
         yield
-        return
-    numpy = sys.modules.get("numpy")
-    before = torch.get_rng_state(), random.getstate()
-    numpy_before = None if numpy is None else numpy.random.get_state()
-    _seed_all(seed)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(before[0])
-        random.setstate(before[1])
-        if numpy is not None and numpy_before is not None:
-            numpy.random.set_state(numpy_before)
-
-
-def _seed_all(seed: int) -> None:
-    # Not torch.manual_seed, which would seed the devices' too.
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed ^ 1)  # numpy's generator is Python's, and would draw the same
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed([seed % 2**32, seed >> 32])

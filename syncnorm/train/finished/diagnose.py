@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from syncnorm import prepare_ddp
+from syncnorm import prepare_ddp, rng
 from syncnorm.diagnose import Forward, Problem, advise, diagnose
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.family.layer import Pooling
@@ -24,7 +24,7 @@ from syncnorm.train.data.batches import Failure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import training_order
-from syncnorm.train.finished.load import make_evaluated, random_numbers_kept, signature_of
+from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.finished.parts import Part, Plan, plan_step
 from syncnorm.train.parameters import freeze
 from syncnorm.train.setup import autocast, load_feed, make_network, task_of
@@ -157,7 +157,7 @@ def _initial_model(
     config: Config, signature: Signature, workers: Workers, allowed: tuple[str, ...]
 ) -> nn.Module | None:
     """Build the model with the values that the run began with; None if they are not there."""
-    with random_numbers_kept():
+    with rng.kept():
         model = make_network(config, signature, 1, allowed)
     model.to(workers.device, getattr(torch, config.train.dtype))
     try:

@@ -1,9 +1,7 @@
 """The model of a run, ready to be used on raw inputs."""
 
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from syncnorm import rng
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.checkpoint.evaluated import NEWEST, load_evaluated, read_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
@@ -171,20 +170,8 @@ def make_evaluated(
     Raises:
         ConfigError: the weights do not fit.
     """
-    with random_numbers_kept():
+    with rng.kept():
         network = make_network(config, signature, 1, allowed)
     network.to(device, getattr(torch, config.train.dtype))
     load_evaluated(network, snapshot, folder)
     return network.eval()
-
-
-@contextmanager
-def random_numbers_kept() -> Iterator[None]:
-    """Give a program back the random numbers that it would have had."""
-    before = random.getstate()
-    try:
-        devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(before)
