@@ -47,6 +47,11 @@ def check_input(x: Tensor, num_features: int | None) -> None:
     """Raise InputError unless x is a floating (N, C, *S) tensor with C = num_features."""
     if not isinstance(x, Tensor):
         raise _no_tensor("x", x)
+    if x.is_nested and x.layout == torch.strided:  # which has no shape to speak of
+        raise InputError(
+            "`x` must be dense, got a nested tensor. Call torch.nested.to_padded_tensor(x, 0.0), and "
+            "give a mask."
+        )
     if x.ndim < 2:
         raise InputError(
             f"`x` must have 2 or more dimensions (N, C, *S), got {x.ndim} (shape "
