@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
@@ -49,8 +50,9 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         signal.setitimer(signal.ITIMER_REAL, 0)
         self._stacks.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        with suppress(FileNotFoundError):  # somebody has removed the folder
+            if self._path.stat().st_size == 0:
+                self._path.unlink()
 
 
 class SignalWatch(Watchdog):

@@ -38,7 +38,7 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
 from syncnorm.train.economy import set_tf32
-from syncnorm.train.header import describe_workers
+from syncnorm.train.header import describe_workers, shown_path
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.report import write_own_report
@@ -151,7 +151,9 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
     # of their collectives.
     die_with_parent(launched.launcher_pid)
     workers = join(request.config.launch.device, launched, request.config.timeout_seconds)
-    with open_run_folder(request, launched) as folder:
+    with open_run_folder(request, launched) as named:
+        # Code of the user's may change the working folder.
+        folder = named.absolute()
         if uses_store(request):
             # The machines need have no folder in common.
             folder.mkdir(parents=True, exist_ok=True)
@@ -171,10 +173,11 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
             if stays:
                 watch.leave_signals()
         if workers.is_first and request.prints:
-            print("\n".join([*summarize(outcome), str(folder)]), flush=True)
+            shown = shown_path(folder, request.config)
+            print("\n".join([*summarize(outcome), str(shown)]), flush=True)
             if outcome.is_done:
-                page = folder / "report.html"
-                command = shlex.join(["syncnorm", "report", str(folder)])
+                page = shown / "report.html"
+                command = shlex.join(["syncnorm", "report", str(shown)])
                 print(
                     f"To see it: {page if page.exists() else command}", file=sys.stderr, flush=True
                 )

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.setup import Setup
 
@@ -40,6 +41,18 @@ def describe_data(setup: Setup, feed: Feed) -> str:
     return f"data: {feed.describe()}, {steps} step{'s' if steps > 1 else ''} per epoch{order}"
 
 
+def shown_path(folder: Path, config: Config) -> Path:
+    """Write a run's folder from the working folder, as `run_dir` was given."""
+    here = Path.cwd()
+    if Path(config.run_dir).is_absolute() or not folder.is_relative_to(here):
+        return folder
+    return folder.relative_to(here)
+
+
 def header(setup: Setup, feed: Feed, folder: Path) -> list[str]:
     """Write the lines about a run that is about to train."""
-    return [describe_model(setup), describe_data(setup, feed), f"folder: {folder}"]
+    return [
+        describe_model(setup),
+        describe_data(setup, feed),
+        f"folder: {shown_path(folder, setup.config)}",
+    ]

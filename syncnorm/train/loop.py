@@ -29,7 +29,7 @@ from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed, judged_split
 from syncnorm.train.data.regimes import training_order
-from syncnorm.train.data.same import check_same_data
+from syncnorm.train.data.same import check_same_data, warn_of_own_random_numbers
 from syncnorm.train.diagnose import NotFiniteError, describe_not_finite, first_step
 from syncnorm.train.memory import check_memory
 from syncnorm.train.notes import Flags
@@ -187,6 +187,8 @@ def train(
     with closing(load_feed(config, workers.device, allowed)) as feed:
         watch.alive()
         check_same_data(feed, workers)
+        if workers.is_first:
+            warn_of_own_random_numbers(feed)
         steps_per_epoch = math.ceil(feed.sizes[TRAIN] / config.train.global_batch)
         total_steps = config.train.epochs * steps_per_epoch
         # Built once: what a callable of the user's does as it builds, a download say, it does once.

@@ -12,6 +12,7 @@ the greatest part with small networks; on a GPU it lies elsewhere.
 import copy
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -44,6 +45,8 @@ GIB = 2**30
 _TRIAL_SAMPLES = 4
 # So much may chance (dropout, say) change a mean; a sum doubles.
 _SAME = 0.2
+# What does not depend on the samples is the same to rounding.
+_ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
 
     is_own = ":" in config.task.name
     if is_own and not getattr(task, "needs_whole_step", False):
-        _warn_of_means(terms_of, batch, lambda: feed.load(TRAIN, torch.cat([indices] * 2), epoch=1))
+        _warn_of_means(terms_of, batch, lambda some: feed.load(TRAIN, some, epoch=1), indices)
     per_sample = _saved_bytes(trial, partial(loss_of, batch)) // count
     half = count // 2
     if workers.device.type == "cuda" and half:
@@ -194,33 +197,40 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
 def _warn_of_means(
     terms_of: Callable[[Any], dict[str, tuple[Tensor, Any]]],
     batch: Any,
-    load_twice: Callable[[], Any],
+    load: Callable[[Tensor], Any],
+    indices: Tensor,
 ) -> None:
     """Warn of losses that are means where sums are asked for: twice the samples leave them alike.
 
-    Their counts do grow. A loss that takes no sample twice is not looked at.
+    Their counts do grow; or stay, where fewer samples have another loss. A loss that takes no sample
+    twice is not looked at.
     """
 
     def numbers_of(part: Any) -> dict[str, tuple[float, float]]:
         pairs = terms_of(part).items()
         return {name: (total.item(), float(count)) for name, (total, count) in pairs}
 
+    def is_like(some: dict[str, tuple[float, float]], name: str, share: float) -> bool:
+        total = once[name][0]
+        return name not in some or abs(some[name][0] - total) <= share * abs(total)
+
     once = numbers_of(batch)
-    try:
-        more = numbers_of(load_twice())
-    except Exception:  # nothing is exchanged meanwhile
-        return
+    more: dict[str, tuple[float, float]] = {}
+    fewer = more
+    with suppress(Exception):  # nothing is exchanged meanwhile
+        more = numbers_of(load(torch.cat([indices] * 2)))
+        fewer = numbers_of(load(indices[: -(-len(indices) // 2)]))
     means = [
         name or "the loss"
-        for name, (total, count) in once.items()
+        for name, (_, count) in once.items()
         if name in more
-        and more[name][1] > count
-        and abs(more[name][0] - total) < _SAME * abs(total)
+        and is_like(more, name, _SAME)
+        and (more[name][1] > count or not is_like(fewer, name, _ROUNDING))
     ]
     if means:
         _log.warning(
             "task.name should give sums, but twice the samples have the same in %s: that looks like "
-            'a mean, which would be divided by its count again. Give reduction="sum"',
+            'a mean. Give reduction="sum", and the number of samples: by them workers are weighted',
             ", ".join(means),
         )
 

@@ -307,6 +307,7 @@ class _Profile:
     def __init__(self, first: int | None, folder: Path, rank: int) -> None:
         self._first = first
         self._path = folder / "profile" / f"rank-{rank}.json"
+        self._is_first = rank == 0
         self._profiler: torch.profiler.profile | None = None
         self._last = 0
 
@@ -322,8 +323,13 @@ class _Profile:
 
     def stop(self) -> None:
         """Write the trace, for chrome://tracing and Perfetto."""
+        if self._profiler is None and self._first is not None and self._is_first:
+            _log.warning("follow.profile: step %d did not come, and there is no trace", self._first)
         if self._profiler is not None:
             self._profiler.stop()
-            self._path.parent.mkdir(exist_ok=True)
-            self._profiler.export_chrome_trace(str(self._path))
+            try:
+                self._path.parent.mkdir(exist_ok=True)
+                self._profiler.export_chrome_trace(str(self._path))
+            except (OSError, RuntimeError) as error:  # a full disk
+                _log.warning("the profile could not be written to %s: %s", self._path, error)
             self._profiler, self._first = None, None

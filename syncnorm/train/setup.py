@@ -8,12 +8,14 @@ import logging
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from syncnorm import prepare_ddp, rng
@@ -249,6 +251,7 @@ def make_bare_model(
     Each change to a model of the user's is logged in a line.
     """
     model = make_network(config, data.signature, total_steps, allowed)
+    _check_trainable(model)
     if begin_training(model):
         _log.warning("the model came in evaluation mode as a whole: it is put into training mode")
     freeze(model, config.train.freeze)
@@ -256,6 +259,25 @@ def make_bare_model(
     economise(model, config.train)
     # Drawn in float32 whatever the dtype, so that a float64 run starts from the same weights.
     return model.to(device, getattr(torch, config.train.dtype))
+
+
+def _check_trainable(model: nn.Module) -> None:
+    """Refuse what cannot be brought to `train.dtype`, or has no shape yet.
+
+    Raises:
+        ConfigError: the model has it.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise ConfigError(
+                f"`model.name` must give a model whose parameters have their shapes, got a lazy "
+                f"one, {name!r}. Run a sample through it where you make it."
+            )
+        if tensor.is_complex():
+            raise ConfigError(
+                f"`model.name` must give a model of real numbers, which train.dtype says, got "
+                f"{name!r} of {tensor.dtype}. Keep its two parts: torch.view_as_real."
+            )
 
 
 def make_network(

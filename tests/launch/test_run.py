@@ -219,6 +219,36 @@ def test_a_step_that_does_not_fit_is_refused_with_its_figures(tmp_path):
     assert not list((tmp_path / "runs").iterdir())
 
 
+MEDDLES = """
+import os
+import shutil
+from pathlib import Path
+from syncnorm.train.data.builtin import digits
+
+def data(root):
+    (run,) = Path("mine").iterdir()
+    shutil.rmtree(run / "logs")
+    (run / "profile").touch()
+    os.chdir("elsewhere")
+    return digits(None)
+"""
+
+
+def test_a_program_that_leaves_its_folder_and_takes_logs_away_loses_no_run(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "meddles.py").write_text(MEDDLES)
+    options = ["data.name=meddles:data", "run_dir=mine", "launch.workers=1", "follow.profile=2"]
+    command = [*commands.SYNCNORM, "train", "digits", *SHORT, *options, "--allow", "meddles"]
+    done = commands.run(command, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the profile could not be written" in done.stderr
+    (run,) = (tmp_path / "mine").iterdir()
+    assert read_exit(run).status == "done"
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert (run / "checkpoints" / "step-00000012").exists()
+    assert done.stdout.splitlines()[-1] == str(run)
+
+
 def test_a_run_needs_no_standard_streams(tmp_path):
     """As under some daemons, whose first files would take the streams' numbers."""
     command = shlex.join([*commands.SYNCNORM, "train", "digits", *SHORT, "run_dir=runs"])

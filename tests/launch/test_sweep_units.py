@@ -50,6 +50,11 @@ def test_a_grid_has_every_combination_and_draws_repeat_for_the_same_seed():
     assert Space({}, space.draws, 20, seed=8).trials() != Space({}, space.draws, 20, 7).trials()
 
 
+def test_a_value_is_tried_once():
+    with pytest.raises(ConfigError, match=r"`train.lr` must have each value once in a sweep, got"):
+        Space({"train.lr": [0.1, 0.2, 0.1]}, {}).trials()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

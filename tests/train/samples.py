@@ -1,12 +1,20 @@
 """Data sets for the tests of loading, importable by a loader's process."""
 
 import random
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+
+class Slotted:
+    __slots__ = ("empty", "rng")
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng()
 
 
 class Noise(Dataset[Any]):
@@ -19,6 +27,16 @@ class Noise(Dataset[Any]):
         self.old = np.random.RandomState()
         own = np.random.default_rng()
         self.change: Callable[[], float] = lambda: own.random()
+        one, two = np.random.default_rng(), np.random.default_rng()
+
+        def by_default(rng: np.random.Generator = one) -> float:
+            return rng.random()
+
+        def by_keyword(*, rng: np.random.Generator = two) -> float:
+            return rng.random()
+
+        self.others = [by_default, by_keyword, random.Random().random]
+        self.slotted = deque([Slotted()])
 
     def __len__(self) -> int:
         return self.count
@@ -34,6 +52,8 @@ class Noise(Dataset[Any]):
             holder["of numpy"].random(),  # pyright: ignore
             self.old.rand(),
             self.change(),
+            *(draw() for draw in self.others),
+            self.slotted[0].rng.random(),
         ]
         return torch.tensor([index, *numbers], dtype=torch.float64)
 

@@ -232,6 +232,8 @@ class Mean:
         mean = F.cross_entropy(outputs, labels), len(labels)
         if self.kind == "whole":
             return mean
+        if self.kind == "count of 1":
+            return mean[0], 1
         if self.kind == "no mean":
             # A gradient within a loss, that takes no sample twice; and a term that is not per sample.
             assert len(torch.unique(batch[0], dim=0)) == len(labels)
@@ -321,3 +323,16 @@ def broken(root: Path | None, how: str) -> Any:
         "test class": Splits(good, Broken(60, "class"), num_classes=4),
         "targets": Splits(Rows(60, "values"), good, num_classes=4),
     }[how]
+
+
+class Unfit(Perceptron):
+    """A perceptron with a parameter that is complex or lazy, by `kind`, or a complex buffer."""
+
+    def __init__(self, kind: str, **rest: Any) -> None:
+        super().__init__(**rest)
+        if kind == "lazy":
+            self.more = nn.LazyLinear(2)
+        elif kind == "buffer":
+            self.register_buffer("phase", torch.ones(2, dtype=torch.complex64))
+        else:
+            self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))

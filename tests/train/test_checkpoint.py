@@ -17,8 +17,15 @@ def store(tmp_path: Path) -> CheckpointStore:
     return CheckpointStore(tmp_path / "checkpoints")
 
 
+def test_a_run_whose_folder_is_gone_does_not_come_back_in_part(tmp_path):
+    store = CheckpointStore(tmp_path / "gone" / "checkpoints")
+    with pytest.raises(FileNotFoundError):
+        store.write(make_snapshot(1))
+    assert not (tmp_path / "gone").exists()
+
+
 def test_the_newest_are_kept_and_the_best(tmp_path):
-    store = CheckpointStore(tmp_path / "a" / "checkpoints", keep=2)
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2)
     assert store.newest() == (None, None, [])
     assert store.best() is None
     for step in range(1, 7):

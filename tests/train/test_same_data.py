@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import LoaderFeed
-from syncnorm.train.data.same import check_same_data
+from syncnorm.train.data.same import check_same_data, warn_of_own_random_numbers
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.workers import Workers
 from tests.train.samples import Given, Noise
@@ -138,3 +138,13 @@ def test_workers_must_have_the_same_data(pool, name):
     else:
         assert found[0].startswith("`data.name` must give the same data on all workers, got")
         assert FAULTS[name] in found[0]
+
+
+@pytest.mark.parametrize(
+    ("data", "is_told"), [(_Unseeded(), True), (Noise(), False)], ids=["unseeded", "noise"]
+)
+def test_a_sample_that_is_another_one_at_each_look_is_told(data, is_told, caplog):
+    config = Config(**sections("Perceptron", "rows"))
+    feed = LoaderFeed(Splits(data, data, num_classes=2), config, torch.device("cpu"))
+    warn_of_own_random_numbers(feed)
+    assert ("is another one each time that it is read" in caplog.text) == is_told

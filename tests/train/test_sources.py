@@ -37,6 +37,22 @@ def test_images_by_class_in_folders_of_sets(tmp_path):
     assert inputs_of(splits.train).shape == (5, 3, 8, 8)
 
 
+def test_sets_may_have_capitals_and_what_is_left_out_is_told(tmp_path, caplog):
+    """Else a test set is trained on, as a class of its own."""
+    write_folder(tmp_path, [*names("Train/", cat=2, dog=3), *names("TEST/", dog=1)])
+    write_folder(tmp_path, names("more/", cat=1))
+    write_image(tmp_path / "Train/cat/9.gif", noise(1))
+    (tmp_path / "Train/cat/8.HEIC").write_bytes(b"none of Pillow's")
+    splits = folder(tmp_path, size=8)
+    assert targets_of(splits.train) == [0, 0, 0, 1, 1, 1]
+    assert targets_of(splits.test) == [1]
+    assert "data.root: more are no sets of" in caplog.text
+    assert "1 .heic left out, of suffixes that are not read" in caplog.text
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ConfigError, match="must hold one folder for train, got Train and train"):
+        folder(tmp_path, size=8)
+
+
 def test_pixels_are_standardised(tmp_path):
     pixels = noise(5, 8, 8)
     write_image(tmp_path / "a/1.png", pixels)

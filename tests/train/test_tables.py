@@ -224,23 +224,39 @@ def test_classes_of_numbers_are_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("labels", "ordered"),
+    ("labels", "message"),
     [
         (
-            ["2", "1.00", "01", "1.0", "10", "1e0", "1"],
-            ["01", "1", "1.0", "1.00", "1e0", "2", "10"],
+            ["2", "1", "1.0"],
+            "must name classes that differ, got '1' and '1.0', which are one number",
         ),
-        (
-            ["nan", "9", "-nan", "NaN", *map(str, range(9))],
-            ["-nan", *map(str, range(10)), "NaN", "nan"],
-        ),
+        (["2", "01", "1"], "must name classes that differ, got '01' and '1', which are one number"),
+        (["2", "NaN", "1"], "line 3, column y: must be a class of the training set, got 'NaN'"),
+        (["cat", "dog", "nan"], "line 4, column y: must be a class of the training set, got 'nan'"),
+        (["1", "", "2"], "line 3, column y: must be a class of the training set, got ''"),
     ],
-    ids=["equal numbers", "none"],
 )
-def test_the_order_of_classes_is_that_of_every_process(tmp_path, labels, ordered):
-    """Also where numbers alone do not tell: the order of a set differs between processes."""
+def test_targets_that_name_no_class_of_their_own_are_refused(tmp_path, labels, message):
     rows = [["x", "y"], *([n, label] for n, label in enumerate(labels))]
-    assert csv(write_csv(tmp_path / "some.csv", rows), target="y").classes == ordered
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        csv(write_csv(tmp_path / "some.csv", rows), target="y")
+
+
+def test_a_quote_that_is_not_closed_is_an_error(tmp_path):
+    """Not a value of all the rest of the file."""
+    lines = ["x,y", "1,a", '2,"b', *(f"{n},a" for n in range(9))]
+    (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
+    with pytest.raises(ConfigError, match="quotes that are closed: unexpected end of data"):
+        csv(tmp_path, target="y")
+
+
+def test_names_of_sets_may_have_capitals(tmp_path, caplog):
+    for name in ("Train.csv", "TEST.CSV", "other.csv"):
+        write_csv(tmp_path / name, [["x", "y"], [1, 0], [2, 1]])
+    splits = csv(tmp_path, target="y")
+    assert splits.test is not None
+    assert (len(splits.train), len(splits.test)) == (2, 2)
+    assert "data.root: other are no sets of" in caplog.text
 
 
 def test_a_table_of_numbers_to_learn(tmp_path):
@@ -361,7 +377,7 @@ def test_files_that_are_no_tables_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"train.csv or with one, got 0 in"):
         csv(tmp_path, target="y")
     (tmp_path / "train.csv").write_bytes(b"a,y\n\xff\xfe\x00,1\n")
-    with pytest.raises(ConfigError, match="must be comma-separated text in UTF-8"):
+    with pytest.raises(ConfigError, match="must be text in UTF-8 of values"):
         csv(tmp_path, target="y")
 
 

@@ -200,7 +200,9 @@ def test_a_task_that_gives_something_else_is_refused(pool, kind):
         assert STRANGE[kind] in message
 
 
-@pytest.mark.parametrize(("kind", "named"), [("whole", "the loss"), ("term", "boxes")])
+@pytest.mark.parametrize(
+    ("kind", "named"), [("whole", "the loss"), ("term", "boxes"), ("count of 1", "the loss")]
+)
 def test_a_mean_in_place_of_a_sum_is_noticed(kind, named, pool, tmp_path):
     task = {"name": f"{TASKS}:Mean", "options": {"kind": kind}}
     options = sections("Perceptron", "rows", task, train={"epochs": 1})
@@ -227,6 +229,20 @@ def test_terms_that_differ_between_workers_are_an_error_on_all(pool, kind, their
     one, other = pool(2).run(run, options)
     assert one == other
     assert re.search(rf"rank 0 .*counts of classes, .*rank 1 .*counts of {theirs}, ", one), one
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("complex", "must give a model of real numbers, which train.dtype says, got 'phase' of"),
+        ("buffer", "must give a model of real numbers, which train.dtype says, got 'phase' of"),
+        ("lazy", "must give a model whose parameters have their shapes, got a lazy one, 'more."),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused(pool, kind, message):
+    options = sections("Unfit", "rows", model={"options": {"kind": kind}})
+    for error in pool(2).run(runs.refused_sections, options):
+        assert f"`model.name` {message}" in error
 
 
 @pytest.mark.parametrize("kind", BROKEN)

@@ -291,7 +291,9 @@ INPUT_ERRORS = [
         for mode in (True, False)
     ),
     (
-        lambda: SyncBatchNorm(3)(torch.nested.nested_tensor([torch.randn(3, 2), torch.randn(3, 4)])),
+        lambda: SyncBatchNorm(3)(
+            torch.nested.nested_tensor([torch.randn(3, 2), torch.randn(3, 4)])
+        ),
         "`x` must be dense, got a nested tensor. Call torch.nested.to_padded_tensor(x, 0.0), and",
     ),
     (

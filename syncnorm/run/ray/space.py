@@ -44,7 +44,7 @@ class Space:
         """Return the values of each trial; the same for the same space.
 
         Raises:
-            ConfigError: there are none, or too many.
+            ConfigError: there are none, or too many, or a value is there twice.
         """
         count = math.prod(map(len, self.grids.values())) * self.samples
         if not self.keys or count > _MOST_TRIALS:
@@ -52,6 +52,11 @@ class Space:
                 f"a sweep must have 1 to {_MOST_TRIALS} trials, got {count if self.keys else 0}. "
                 "Give values to try, such as train.lr=0.1,0.2, or --space FILE."
             )
+        for key, values in self.grids.items():
+            if len(set(map(repr, values))) < len(values):
+                raise ConfigError(
+                    f"`{key}` must have each value once in a sweep, got {values!r:.200}"
+                )
         generator = random.Random(self.seed)
         points = [
             dict(zip(self.grids, values)) for values in itertools.product(*self.grids.values())

@@ -219,8 +219,8 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
         store: on the first worker, which alone reads; None on the others.
 
     Raises:
-        CheckpointError: the checkpoint is of another configuration; on all workers.
-        ConfigError: there are checkpoints, none of which can be read or gone on with; likewise.
+        ConfigError: the checkpoint is of another configuration, or there are checkpoints, none of
+            which can be read or gone on with; on all workers.
     """
 
     def read() -> tuple[Snapshot | None, str | None, list[str]]:
@@ -250,10 +250,10 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
 
 
 def check_same(config: Config, snapshot: Snapshot) -> None:
-    """Raise CheckpointError unless the snapshot is of a run with the same mathematics."""
+    """Raise ConfigError unless the snapshot is of a run with the same mathematics."""
     differences = describe_differences(config, snapshot.facts.get("config"))
     if differences:
-        raise CheckpointError(
+        raise ConfigError(
             f"the checkpoint of step {snapshot.step} is of another configuration: {differences}"
         )
 
@@ -334,12 +334,13 @@ def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
 
 def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
-    name, of_numpy, *rest = np.random.get_state(legacy=True)
+    of_numpy: Any = np.random.get_state()
+    name, keys, *rest = of_numpy
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": [version, list(numbers), gauss],
-        "numpy": [name, of_numpy.tolist(), *rest],
+        "numpy": [name, keys.tolist(), *rest],
     }
 
 

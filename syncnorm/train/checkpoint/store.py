@@ -40,7 +40,7 @@ class CheckpointStore:
     Only one process writes; others may read meanwhile.
 
     Args:
-        folder: made when the first checkpoint is written.
+        folder: made when the first checkpoint is written, in a folder that is there.
         keep: number of the newest to keep, besides the best one.
     """
 
@@ -65,7 +65,8 @@ class CheckpointStore:
             InputError: the snapshot holds something that could not be read back.
         """
         if not self.folder.is_dir():
-            self.folder.mkdir(parents=True, exist_ok=True)
+            # Not its parent's: a run's folder that is gone is not to come back without the rest.
+            self.folder.mkdir(exist_ok=True)
             files.sync_folder(self.folder.parent)
         path = self.folder / _folder_name(snapshot.step)
         temporary = self.folder / f".tmp-{path.name}"

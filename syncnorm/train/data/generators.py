@@ -4,8 +4,10 @@ import functools
 import inspect
 import random
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, MethodType, ModuleType
+from contextlib import suppress
+from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,8 +20,9 @@ def generators_in(root: Any) -> list[Any]:
     """Find the objects below `root` that draw from a generator of their own, in a fixed order.
 
     Such an object is a generator of torch, of numpy or of Python, or has a method
-    `set_random_state(seed)`, as MONAI's have. Attributes, short containers, partial functions,
-    bound methods and closures are looked through. What a module or a class holds is not seen.
+    `set_random_state(seed)`, as MONAI's have. Attributes, slots, short containers, partial
+    functions, bound methods, and closures and defaults of functions are looked through. What a
+    module or a class holds is not seen.
     """
     found, seen, stack = [], set[int](), [root]
     while stack:
@@ -56,6 +59,8 @@ def _seeder(value: Any) -> Callable[[int], Any] | None:
             return value.seed
         if isinstance(value, numpy.random.Generator):
             return functools.partial(_seed_bits, value.bit_generator)
+        if isinstance(value, numpy.random.BitGenerator):
+            return functools.partial(_seed_bits, value)
     # MONAI's are shared by all of a class until each is set. By its class, as an object may answer to
     # any name; albumentations has a method of this name without a seed, and generators as above.
     method = getattr(type(value), "set_random_state", None)
@@ -77,15 +82,23 @@ def _members(value: Any) -> Iterator[Any]:
                 yield cell.cell_contents
             except ValueError:  # not filled yet
                 continue
-    elif isinstance(value, MethodType):
+        yield from value.__defaults__ or ()
+        yield from (value.__kwdefaults__ or {}).values()
+        yield from value.__dict__.values()
+    elif isinstance(value, MethodType | BuiltinMethodType):
         yield value.__self__
     elif isinstance(value, functools.partial):
         yield from (value.func, *value.args, *value.keywords.values())
     elif isinstance(value, dict):  # another mapping may read a file for each value
         if len(value) <= _MOST_MEMBERS:
             yield from value.values()
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple | deque):
         if len(value) <= _MOST_MEMBERS:
             yield from value
     else:
         yield from getattr(value, "__dict__", {}).values()
+        for kind in type(value).__mro__:
+            slots = kind.__dict__.get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                with suppress(AttributeError):  # not filled yet
+                    yield getattr(value, name)

@@ -1,5 +1,6 @@
 """A check that all workers have the same data: each makes its own, of files or by a program."""
 
+import logging
 import math
 import zlib
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from syncnorm.train.data.batches import leaves
 from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed
 from syncnorm.train.waiting import from_all
 from syncnorm.train.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 # Of a large tensor so many values are compared.
 _MOST_VALUES = 256
@@ -86,6 +89,28 @@ def check_same_data(feed: Feed, workers: Workers) -> None:
                 f"another sample {_middle(feed, split)} of the {_NAMES[split]} set on rank {rank} "
                 "than on rank 0"
             )
+
+
+def warn_of_own_random_numbers(feed: Feed) -> None:
+    """Log it where a sample is another one each time that an epoch reads it. No exchange.
+
+    Its random changes come from numbers that are not seeded, and depend on who reads what before:
+    on the workers and on loader processes.
+    """
+    once, again = _read(feed, TRAIN), _read(feed, TRAIN)
+    if once is None or again is None:
+        return
+    if len(once) == len(again) and all(
+        a.shape == b.shape and torch.equal(a.values.nan_to_num(), b.values.nan_to_num())
+        for a, b in zip(once, again, strict=True)
+    ):
+        return
+    _log.warning(
+        "data.name: sample %d of the training set is another one each time that it is read, so the "
+        "run depends on the number of workers. Let it draw torch's, numpy's or Python's own random "
+        "numbers, or those of a generator that the data set keeps",
+        _middle(feed, TRAIN),
+    )
 
 
 def _refusal(what: str) -> ConfigError:

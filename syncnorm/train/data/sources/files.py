@@ -1,13 +1,16 @@
 """The files of a source: found under its folder, and cut into sets."""
 
 import hashlib
+import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from syncnorm.errors import ConfigError
+
+_log = logging.getLogger(__name__)
 
 SPLITS = {
     "train": ("train", "training"),
@@ -45,12 +48,14 @@ def split_folders(root: Path) -> dict[str, Path]:
     Raises:
         ConfigError: it is no folder, or two folders are for one set.
     """
-    names = choose_splits(list_folder(root, is_folder=True), "folder", root)
+    present = list_folder(root, is_folder=True)
+    names = choose_splits(present, "folder", root)
+    tell_left_out(present, names, root)
     return {split: root / name for split, name in names.items()}
 
 
 def choose_splits(present: Collection[str], what: str, root: Path) -> dict[str, str]:
-    """Choose the name of each set from those that are there.
+    """Choose the name of each set from those that are there, capitals or not.
 
     Args:
         present: the names.
@@ -62,7 +67,7 @@ def choose_splits(present: Collection[str], what: str, root: Path) -> dict[str, 
     """
     found: dict[str, str] = {}
     for split, names in SPLITS.items():
-        some = [name for name in names if name in present]
+        some = sorted(name for name in present if name.casefold() in names)
         if len(some) > 1:
             raise ConfigError(
                 f"`data.root` must hold one {what} for {split}, got {' and '.join(some)} in "
@@ -71,6 +76,13 @@ def choose_splits(present: Collection[str], what: str, root: Path) -> dict[str, 
         if some:
             found[split] = some[0]
     return found
+
+
+def tell_left_out(present: Collection[str], chosen: Mapping[str, str], root: Path) -> None:
+    """Log the names beside a training set that are no set's."""
+    left = sorted(set(present) - set(chosen.values()))
+    if "train" in chosen and left:
+        _log.warning("data.root: %s are no sets of %s, and left out", ", ".join(left), root)
 
 
 def list_folder(folder: Path, *, is_folder: bool) -> list[str]:

@@ -1,7 +1,9 @@
 """Images of files, read with Pillow and made tensors."""
 
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,25 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.data.sources.options import load_module
 
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (
+    *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+)
+# Not read: Pillow needs more for them, or they are not of 8 bits for each channel.
+_OTHERS = (
+    ".avif",
+    ".dcm",
+    ".dng",
+    ".exr",
+    ".hdr",
+    ".heic",
+    ".heif",
+    ".jp2",
+    ".jxl",
+    ".psd",
+    ".svg",
+)
+_log = logging.getLogger(__name__)
 INSTALL = "pip install 'syncnorm[data]'"
 # Of ImageNet's training images, for values from 0 to 1.
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -34,12 +54,14 @@ def images_below(root: Path, start: str) -> Iterator[str]:
     """Yield the images in a folder `start` of root and in those below it, as paths from root.
 
     By name, a folder's own before those of its folders; without what a dot hides. Links are
-    followed. A folder to which several lead, or one in a circle, counts once.
+    followed. A folder to which several lead, or one in a circle, counts once. Images of kinds that
+    are not read are logged.
 
     Raises:
         OSError: a folder cannot be read.
     """
     seen: set[tuple[int, int]] = set()
+    others: Counter[str] = Counter()
     for folder, folders, files in os.walk(root / start, onerror=_raise, followlinks=True):
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in seen:
@@ -48,8 +70,12 @@ def images_below(root: Path, start: str) -> Iterator[str]:
         seen.add((status.st_dev, status.st_ino))
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         below = os.path.relpath(folder, root)
-        shown = (each for each in sorted(files) if is_image(each) and not each.startswith("."))
-        yield from (f"{below}/{each}" for each in shown)
+        shown = sorted(each for each in files if not each.startswith("."))
+        yield from (f"{below}/{each}" for each in shown if is_image(each))
+        others.update(Path(each).suffix.lower() for each in shown if each.lower().endswith(_OTHERS))
+    if others:
+        counts = ", ".join(f"{number} {suffix}" for suffix, number in sorted(others.items()))
+        _log.warning("%s: %s left out, of suffixes that are not read", root / start, counts)
 
 
 def _raise(error: OSError) -> None:

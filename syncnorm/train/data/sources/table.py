@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from syncnorm.train.data.sources.files import (
     choose_splits,
     is_held_out,
     list_folder,
+    tell_left_out,
 )
 from syncnorm.train.data.sources.options import Column, Share, source
 from syncnorm.train.data.splits import Splits
@@ -110,16 +112,21 @@ def csv(
 def _find(root: Path, test: float) -> dict[str, Path]:
     if not root.is_dir():
         return {"train": root}
-    names = [name for name in list_folder(root, is_folder=False) if name.endswith(".csv")]
-    stems = choose_splits([name.removesuffix(".csv") for name in names], "table", root)
-    found = {split: root / f"{stem}.csv" for split, stem in stems.items()}
+    names = {
+        Path(name).stem: name
+        for name in list_folder(root, is_folder=False)
+        if name.lower().endswith(".csv")
+    }
+    stems = choose_splits(names, "table", root)
+    tell_left_out(names, stems, root)
+    found = {split: root / names[stem] for split, stem in stems.items()}
     if "train" not in found:
         if len(names) != 1:
             raise ConfigError(
                 f"`data.root` must be a .csv file, or a folder with train.csv or with one, got "
                 f"{len(names)} in {str(root)!r}"
             )
-        found = {"train": root / names[0]}
+        found = {"train": root / next(iter(names.values()))}
     if test and len(found) > 1:
         raise ConfigError(
             f"`data.options.test` must be 0 where {str(root)!r} has several sets, got {test}"
@@ -130,12 +137,13 @@ def _find(root: Path, test: float) -> dict[str, Path]:
 def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> list[str]:
     """Read the names of the features."""
     with _open(path) as file:
-        names = _header(path, files.reader(file, delimiter=delimiter))
+        names = _header(path, _rows(file, delimiter))
     for key, name in (("target", target), *(("drop", name) for name in drop)):
         if name not in names:
+            hint = "; data.options.delimiter says what is between two" if len(names) == 1 else ""
             raise ConfigError(
                 f"`data.options.{key}` must name a column of {path}, {', '.join(names)[:300]}, got "
-                f"{name!r}"
+                f"{name!r}{hint}"
             )
     columns = [name for name in names if name != target and name not in drop]
     if not columns:
@@ -146,7 +154,7 @@ def _columns(path: Path, target: str, drop: Sequence[str], delimiter: str) -> li
 def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _Table:
     table = _Table.empty(path)
     with _open(path) as file:
-        reader = files.reader(file, delimiter=delimiter)
+        reader = _rows(file, delimiter)
         names = _header(path, reader)
         missing = [name for name in (*columns, target) if name not in names]
         if missing:
@@ -171,6 +179,11 @@ def _read(path: Path, columns: Sequence[str], target: str, delimiter: str) -> _T
     return table
 
 
+def _rows(file: Any, delimiter: str) -> Any:
+    # Strict: a quote that nobody closes would make one value of the rest of the file.
+    return files.reader(file, delimiter=delimiter, strict=True)
+
+
 @contextmanager
 def _open(path: Path) -> Iterator[Any]:
     try:
@@ -180,7 +193,10 @@ def _open(path: Path) -> Iterator[Any]:
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, files.Error) as error:
-        raise ConfigError(f"{path}: must be comma-separated text in UTF-8: {error}") from None
+        raise ConfigError(
+            f"{path}: must be text in UTF-8 of values with a delimiter between them, and quotes that "
+            f"are closed: {error}"
+        ) from None
 
 
 def _folded(name: str) -> str:
@@ -192,7 +208,8 @@ def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
     names = [_folded(name) for name in next(reader, [])]
     if not all(names) or len(set(names)) < len(names) or not names:
         raise ConfigError(
-            f"{path}: must begin with a line of different names of columns, got {str(names)[:300]}"
+            f"{path}: must begin with a line of different names of columns, got {str(names)[:300]}. "
+            "pandas leaves the name of its index out: to_csv(..., index=False)."
         )
     return names
 
@@ -235,7 +252,14 @@ def _classes(targets: Sequence[str]) -> list[str]:
         return names
     if any(map(math.isnan, numbers.values())):  # there is no order of numbers with it
         return names
-    return sorted(names, key=lambda name: numbers[name])
+    names.sort(key=lambda name: numbers[name])
+    for one, other in pairwise(names):
+        if numbers[one] == numbers[other]:
+            raise ConfigError(
+                f"`data.options.target` must name classes that differ, got {one!r} and {other!r}, "
+                "which are one number. Write them alike."
+            )
+    return names
 
 
 def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
@@ -245,7 +269,8 @@ def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
     numbers = {name: number for number, name in enumerate(classes)}
     for name, line in zip(table.targets, table.lines, strict=True):
-        if name not in numbers or not name:
+        # As pandas, numpy and R write what is missing.
+        if name not in numbers or name.casefold().lstrip("+-") in ("", "nan"):
             raise ConfigError(
                 f"{table.path}, line {line}, column {column}: must be a class of the training set, "
                 f"got {name[:40]!r}"
