@@ -5,6 +5,7 @@ one vectorised pass, which a general reduction does not (var_mean takes 20 times
 in float32, so it is given blocks that fit in the cache, with both factors centred, and the blocks
 are added in float64. With g = w (x - p) and running_mean = p it yields the centred raw sums; with
 the gradient, the backward sums. The squares of a block must stay below 3e38: deviations of 1e17 do.
+The other three are those of `portable`, which knows these operators, too.
 
 The running variance is always passed as 1 and eps as 0: standard deviations are folded into the
 (C,)-sized coefficients, in float64.
@@ -139,7 +140,9 @@ def _centred_if_far(x: Tensor, mean: Tensor, slope: Tensor) -> tuple[Tensor, Ten
     return x - facing(mean.float(), x), torch.zeros_like(mean)
 
 
-backward_sums = portable.backward_sums
+def backward_sums(grad_output: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """[sum g (C), sum g (x - mean) (C)], shape (2C,), float64."""
+    return portable.backward_sums(grad_output, x, mean)
 
 
 def backward_input(
