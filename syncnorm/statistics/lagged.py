@@ -45,7 +45,6 @@ class LaggedMode(Mode):
 
     name: ClassVar[str] = "lagged"
     normalizes_by_batch: ClassVar[bool] = False
-    allows_join: ClassVar[bool] = False
 
     def __init__(self, options: Lagged | None = None) -> None:
         self.options = options or Lagged()

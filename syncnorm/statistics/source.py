@@ -186,8 +186,6 @@ class Mode(ABC):
     """True if a batch is normalised by statistics of all workers, not by its own."""
     normalizes_by_batch: ClassVar[bool] = True
     """True if it is normalised by moments of a batch, which have a count, not by an average."""
-    allows_join: ClassVar[bool] = True
-    """True if workers may run out of data at different times."""
 
     @classmethod
     def pools_each_batch(cls) -> bool:

@@ -3,8 +3,8 @@
 `native_batch_norm_backward` in evaluation mode returns sum g and sum g (x - running_mean) / std in
 one vectorised pass, which a general reduction does not (var_mean takes 20 times as long). It sums
 in float32, so it is given blocks that fit in the cache, with both factors centred, and the blocks
-are added in float64. With g = w (x - p) and running_mean = p it yields the centred raw sums; with
-the gradient, the backward sums. The squares of a block must stay below 3e38: deviations of 1e17 do.
+are added in float64. With g = w (x - p) and running_mean = p it yields the centred raw sums. The
+squares of a block must stay below 3e38: deviations of 1e17 do.
 The other three are those of `portable`, which knows these operators, too.
 
 The running variance is always passed as 1 and eps as 0: standard deviations are folded into the

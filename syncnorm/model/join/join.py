@@ -100,7 +100,7 @@ def _check(layers: list[SyncNorm | Pooling], group: groups.Group | None) -> None
                 "`model` must not be accumulating where workers may run out of data, got `join` "
                 "within `accumulate`. Open `join` first."
             )
-        if isinstance(layer, SyncNorm) and not layer.sync_mode.allows_join:
+        if isinstance(layer, SyncNorm) and not layer.sync_mode.normalizes_by_batch:
             raise InputError(
                 '`sync` must be "batch", "running" or "none" where workers may run out of data, '
                 f'got "{layer.sync}" in {layer.label!r}. Give the workers equally many batches, '
