@@ -1,7 +1,7 @@
-"""The autograd Function of devices whose kernels finish statistics themselves.
+"""The autograd Function where kernels finish statistics themselves: on CUDA, and natively on a CPU.
 
 It is `syncnorm.autograd.Normalize` with the arithmetic of (C,)-sized numbers moved into the kernels
-(see `syncnorm.maths.kernels.composed`), which a GPU would otherwise spend most launches on. Beside
+(see `syncnorm.maths.kernels.composed`), which would otherwise take most of the launches and of the calls. Beside
 y a call leaves what it was made by in the batch's `rows`: mean, m2 and invstd, and r and d of batch
 renormalisation.
 """

@@ -135,24 +135,6 @@ def _cleaned_sums(
     return LocalSums(chosen.moments(x, clean), clean, fault, mask, is_repeated, kernels=chosen)
 
 
-def pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
-    """The raw sums of all workers of `group`, shape (2C+1,), float64.
-
-    *Collectives*: one all-reduce of 2C+1 numbers; every worker must call, with samples or without.
-    A second message only to say who was at fault.
-
-    Raises:
-        FaultError: on every worker, if the mask of one is negative or not finite; in debug mode
-            also if the input of one is not finite. On CUDA both are looked at in debug mode only,
-            since looking costs a host synchronisation; otherwise the output is NaN and the buffers
-            keep still.
-    """
-    sums = exchange.sum_(message_of(local), group, "moments", name)
-    if not local.is_compiled and (debug.is_on or is_host(sums)):
-        faults.check(sums, local.sums, local.given, group, name)
-    return sums
-
-
 def message_of(local: LocalSums) -> Tensor:
     """The sums as they travel: with a count of NaN for a fault, of which one worker alone knows."""
     if local.has_fault is None:
@@ -224,10 +206,19 @@ class Statistic(NamedTuple):
 def pooled_statistic(
     local: LocalSums, group: groups.Group | None, name: str, *, is_averaged: bool = False
 ) -> Statistic:
-    """The moments of the batch over all workers of `group`. *Collectives*: as `pooled_sums`.
+    """The moments of the batch over all workers of `group`.
 
     With `is_averaged`, the gradients are about to be averaged over the workers, so that uneven
     shards are noticed.
+
+    *Collectives*: one all-reduce of the message, 2C+1 numbers and its identity; every worker must
+    call, with samples or without. A second message only to say who was at fault.
+
+    Raises:
+        FaultError: on every worker, if the mask of one is negative or not finite; in debug mode
+            also if the input of one is not finite. On CUDA both are looked at in debug mode only,
+            since looking costs a host synchronisation; otherwise the output is NaN and the buffers
+            keep still.
     """
     message = local.sums if local.has_fault is None else message_of(local)
     sums = exchange.sum_(message, group, "moments", name)

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import inference, observed, ops
-from syncnorm.comm import exchange, groups
+from syncnorm import faults, inference, observed, ops
+from syncnorm.comm import debug, exchange, groups
+from syncnorm.device import is_host
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.family.passes import affine
@@ -112,7 +113,7 @@ class How:
         is_prior = isinstance(self.statistics, Prior)
         sent = torch.cat([samples, local.sums]) if is_prior else local.sums
         message = local._replace(sums=sent)
-        total = repeated.same(layer, lambda: ops.pooled_sums(message, self.group, name))
+        total = repeated.same(layer, lambda: _pooled_sums(message, self.group, name))
         sums = total[is_prior:].view(1, -1)
         batch = moments_of_sums(x, [local.mask], sums, self.group, name)
         (mean,), (var,), (count,) = batch.mean, batch.var, batch.count
@@ -158,3 +159,11 @@ def _mixed(batch: Tensor, running: Tensor, a: Tensor) -> Tensor:
     running = running.double()
     mixed = torch.where(a == 0, batch, torch.lerp(batch, running, a))
     return torch.where(a == 1, running, mixed)
+
+
+def _pooled_sums(local: LocalSums, group: groups.Group | None, name: str) -> Tensor:
+    """The local sums of all workers added up, float64. Raises and exchanges as `pooled_statistic`."""
+    sums = exchange.sum_(ops.message_of(local), group, "moments", name)
+    if not local.is_compiled and (debug.is_on or is_host(sums)):
+        faults.check(sums, local.sums, local.given, group, name)
+    return sums

@@ -12,7 +12,8 @@ and what these share: `pool.py` (the running statistics of all layers in one mes
 `flat.py` (that message), `steps.py` (where a step begins and ends), `buffers.py` (buffers that are
 up to date for whoever reaches for them).
 
-A new mode is a file with a `Mode` and its `Source`, and a line in `MODES`.
+A new mode is a file with a `Mode` and its `Source`, and a line in `MODES`; for the trainer its name
+in `train/config/norm.py`, too.
 """
 
 from syncnorm.maths.lagged import Lagged

@@ -264,7 +264,7 @@ class LaggedSource(Source):
         return Statistic(moments, means, is_pooled=group is not None)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
-        self.pool.gather(layer, local)
+        self.pool.collect(layer, local)
 
     def trains(self) -> bool:
         """True if a forward that begins now trains any layer."""
@@ -289,7 +289,7 @@ class LaggedSource(Source):
             self._send_gradients()
 
     def drop(self) -> None:
-        """Forget what the step has gathered and not sent."""
+        """Forget what the step has collected and not sent."""
         self.pool.drop()
         # Of a step whose forward's message has left, the backward's follows in any case.
         if not self._backward.is_due:

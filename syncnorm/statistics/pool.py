@@ -39,7 +39,7 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass
-class Gathered:
+class Collected:
     """Sums and faults of the layers since a step began, by name."""
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class RunningPool:
         self._sync = sync
         self._buffers = (*_BUFFERS, *buffers)
         self._follow = follow
-        self._gathered = Gathered()
+        self._collected = Collected()
         self._sent: Sent | None = None
         self._fault: str | None = None
         self.failure: exchange.Failure | None = None
@@ -120,11 +120,11 @@ class RunningPool:
             for each in layers
         ) and not observed.is_fake(next(iter(layers)))
 
-    def gather(self, layer: SyncNorm, local: LocalSums) -> None:
+    def collect(self, layer: SyncNorm, local: LocalSums) -> None:
         """Keep the sums of a call for the step's message."""
         if local.observer is not None:
             return
-        name, kept = self.names[layer], self._gathered
+        name, kept = self.names[layer], self._collected
         if kept.tracked is None:
             kept.tracked = self._tracked()
         if name not in kept.sums:
@@ -137,7 +137,7 @@ class RunningPool:
             kept.faults[name] = kept.faults.get(name, local.has_fault) | local.has_fault
 
     def check_outside(self, layer: SyncNorm, local: LocalSums) -> None:
-        """Raise InputError, before any exchange, for a call that `gather` has no open step for."""
+        """Raise InputError, before any exchange, for a call that `collect` has no open step for."""
         if not local.is_repeated and not layer.has_frozen_statistics:
             raise InputError(
                 f"`sync={self._sync!r}` must be used through the model that was given to "
@@ -148,11 +148,11 @@ class RunningPool:
 
     def shard(self, layer: SyncNorm, local: LocalSums) -> LateShard | None:
         """The check for uneven shards, at one layer of a step; None at the others."""
-        is_first = self._gathered.shard is None and not (local.is_repeated or local.is_compiled)
+        is_first = self._collected.shard is None and not (local.is_repeated or local.is_compiled)
         if not is_first or Shard.has_warned or not is_host(local.sums):
             return None
-        self._gathered.shard = LateShard(local.sums[-1], self.names[layer])
-        return self._gathered.shard
+        self._collected.shard = LateShard(local.sums[-1], self.names[layer])
+        return self._collected.shard
 
     def begin(self) -> None:
         """Start a step; drop what an unfinished one has left. Every worker must call.
@@ -172,21 +172,21 @@ class RunningPool:
             raise FaultError(fault)
 
     def drop(self) -> None:
-        """Forget what a step has gathered and not sent."""
-        self._gathered = Gathered()
+        """Forget what a step has collected and not sent."""
+        self._collected = Collected()
 
     def send(self) -> None:
-        """Send what was gathered, for all layers, on its way. Every worker must call."""
+        """Send what was collected, for all layers, on its way. Every worker must call."""
         self.settle()
-        gathered, self._gathered = self._gathered, Gathered()
+        collected, self._collected = self._collected, Collected()
         group = self.group
-        tracked = self._tracked() if gathered.tracked is None else gathered.tracked
+        tracked = self._tracked() if collected.tracked is None else collected.tracked
         rules = [(name in tracked, layer.momentum) for name, layer in self.layers.items()]
         members = groups.ranks(group)
-        faults = self._faults(gathered, members)
-        parts = {name: [sums] for name, sums in gathered.sums.items()}
+        faults = self._faults(collected, members)
+        parts = {name: [sums] for name, sums in collected.sums.items()}
         message = FlatMessage(self.layers, parts, faults, group, "all moments", self._buffers)
-        self._sent = Sent(message, rules, members, gathered.shard)
+        self._sent = Sent(message, rules, members, collected.shard)
 
     def _tracked(self) -> set[str]:
         return {name for name, layer in self.layers.items() if layer.is_tracking}
@@ -225,13 +225,13 @@ class RunningPool:
                 shard.compare(counts[shard.name][-1].item(), members, shard.name)
 
     def discard(self, layer: SyncNorm) -> None:
-        """Drop what is gathered for a layer whose state is about to be replaced.
+        """Drop what is collected for a layer whose state is about to be replaced.
 
         The others get what is under way. A fault stays: this worker may be alone in replacing its
         state, and all are to raise.
         """
         self.settle()
-        self._gathered.sums.pop(self.names[layer], None)
+        self._collected.sums.pop(self.names[layer], None)
 
     def release(self, layer: SyncNorm) -> None:
         """Let a layer go, up to date. On every worker alike."""
@@ -240,21 +240,21 @@ class RunningPool:
         del self.layers[self.names.pop(layer)]
         layer.__dict__["_buffers"] = dict(layer._buffers)
 
-    def _faults(self, gathered: Gathered, members: list[int]) -> Tensor:
+    def _faults(self, collected: Collected, members: list[int]) -> Tensor:
         """One number for each worker: at which layer its data was at fault, 0 for none.
 
         Layers count from 1; below 0 it is the input (debug mode), above 0 the mask.
         """
         device = device_of(next(iter(self.layers.values())))
         faults = zeros(len(members), device)
-        if not (gathered.faults or debug.is_on):
+        if not (collected.faults or debug.is_on):
             return faults
         mine = faults[members.index(groups.rank())]
         numbers = {name: number for number, name in enumerate(self.layers, start=1)}
-        for name, sums in gathered.sums.items():  # in the order of the calls: the first is named
+        for name, sums in collected.sums.items():  # in the order of the calls: the first is named
             number = numbers[name]
-            if name in gathered.faults:
-                is_faulty = gathered.faults[name].to(device)
+            if name in collected.faults:
+                is_faulty = collected.faults[name].to(device)
                 mine.copy_(torch.where((mine == 0) & is_faulty, float(number), mine))
             if debug.is_on:
                 is_finite = sums.to(device).isfinite().all()

@@ -54,7 +54,7 @@ class RunningSource(Source):
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
 
     def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
-        self.pool.gather(layer, local)
+        self.pool.collect(layer, local)
 
     def settle(self) -> None:
         self.pool.settle()

@@ -37,7 +37,7 @@ from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.task.measures import check_metrics
 from syncnorm.train.task.meters import Meters
 from syncnorm.train.waiting import from_all
-from syncnorm.train.workers import Workers, place
+from syncnorm.train.workers import Workers, place_checked
 
 _log = logging.getLogger(__name__)
 
@@ -330,7 +330,7 @@ def _most_samples(config: Config, world_size: int, size: int) -> int:
     global_batch, micro_batch = config.train.global_batch, config.launch.micro_batch
     counts = {min(global_batch, size), (size - 1) % global_batch + 1}
     if config.norm.mode.pools_each_batch():
-        steps = [place(n, config.norm_batch, 0, world_size, micro_batch) for n in counts]
+        steps = [place_checked(n, config.norm_batch, 0, world_size, micro_batch) for n in counts]
     else:
         steps = [place_local(n, 0, world_size, micro_batch) for n in counts]
     forwards = [parts for step in steps for parts in step.rounds]

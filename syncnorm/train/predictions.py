@@ -14,7 +14,7 @@ from torch import Tensor
 from syncnorm.model.modes import evaluating
 from syncnorm.placement import shard
 from syncnorm.train.buffers import SharedBuffers
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.report.predictions import (
     MOST_CLASSES,
@@ -80,7 +80,7 @@ def _judge(
     assert isinstance(task, Classify)
     with evaluating(model), setup.autocast():
         for batch in feed.batches(split, indices.split(_MOST_AT_ONCE) if len(indices) else ()):
-            if isinstance(batch, Failure):
+            if isinstance(batch, ReadFailure):
                 return None
             alive()
             inputs, targets = pair_of(batch)

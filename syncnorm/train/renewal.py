@@ -15,10 +15,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from syncnorm import recalibrate
 from syncnorm.model.failing import NotFiniteFault
 from syncnorm.placement import epoch_order
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.setup import Setup
-from syncnorm.train.step import raise_failure
+from syncnorm.train.step import raise_read_failure
 from syncnorm.train.task import Task
 
 _log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def renew_statistics(
 
     def batches() -> Iterator[tuple[Any]]:
         for batch in feed.batches(TRAIN, mine):
-            if isinstance(batch, Failure):
+            if isinstance(batch, ReadFailure):
                 failures.append(batch.message)
                 return
             yield (batch,)
@@ -65,7 +65,7 @@ def renew_statistics(
             recalibrate(Judged(setup.average.module, setup.task), batches())
     except NotFiniteFault as fault:
         _log.warning("the moving average keeps its running statistics: %s", fault)
-    raise_failure(failures[-1])
+    raise_read_failure(failures[-1])
 
 
 class Judged(nn.Module):

@@ -52,7 +52,7 @@ from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task
 from syncnorm.train.unused import Gradients
-from syncnorm.train.workers import Workers, place
+from syncnorm.train.workers import Workers, place_checked
 from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Setup:
         micro_batch = self.config.launch.micro_batch
         if not self.config.norm.mode.pools_each_batch() or not self.layers:
             return place_local(count, rank, world_size, micro_batch)
-        return place(count, self.config.norm_batch, rank, world_size, micro_batch)
+        return place_checked(count, self.config.norm_batch, rank, world_size, micro_batch)
 
     def forwards(self, indices: Tensor) -> list[Tensor]:
         """List the indices of each of this worker's forwards in a step over `indices`, (N,)."""

@@ -34,7 +34,7 @@ from syncnorm.module import SyncNorm
 from syncnorm.placement import Placement, shard
 from syncnorm.shards import Shard
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import Feed
 from syncnorm.train.notes import Flags, Notes, PendingNotes
 from syncnorm.train.scaling import unscale
@@ -161,7 +161,7 @@ def _compute_gradient(
             is_last = number == len(placement.rounds)
             with nullcontext() if is_last else setup.ddp.no_sync():
                 samples_of_mine = next(batches)
-                if isinstance(samples_of_mine, Failure):
+                if isinstance(samples_of_mine, ReadFailure):
                     failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
                 total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
                 loss = total.detach() if loss is None else loss.double() + total.detach()
@@ -176,13 +176,13 @@ def _compute_gradient(
     assert pending is not None
     notes = pending.exchange(flags, failed=bool(failure), lacks=lacks)
     if notes.failed:
-        raise_failure(failure)
+        raise_read_failure(failure)
     if notes.lack:
         setup.gradients.drop_unused()
     return notes
 
 
-def raise_failure(message: str) -> None:
+def raise_read_failure(message: str) -> None:
     """Raise the workers' failures to read samples, if there are some, on all alike.
 
     *Collectives*: one gathering of messages; every worker must call.
@@ -341,7 +341,7 @@ def evaluate(
     chosen = evaluation_statistics(model, statistics) if is_pooled else nullcontext()
     with evaluating(model), chosen, autocast(config, workers.device):
         for number, batch in enumerate(feed.batches(split, forwards), start=1):
-            if isinstance(batch, Failure):
+            if isinstance(batch, ReadFailure):
                 failure = failure or batch.message
                 # The layers of the others wait for those of this worker.
                 if not is_pooled or number > len(forwards):
@@ -349,7 +349,7 @@ def evaluate(
                 batch = batch.instead
             measures.add(task.metrics(model, batch))
             alive()
-    raise_failure(failure)
+    raise_read_failure(failure)
     first = task.best.removeprefix("-")
     metrics = measures.gather() | ({} if meters is None else meters.gather())
     return dict(sorted(metrics.items(), key=lambda item: item[0] != first))

@@ -31,7 +31,7 @@ class Workers:
         return self.rank == 0
 
 
-def place(
+def place_checked(
     count: int, norm_batch: int, rank: int, world_size: int, micro_batch: int | None
 ) -> Placement:
     """Place a step as `syncnorm.placement.place` does.

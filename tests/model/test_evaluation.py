@@ -199,7 +199,7 @@ def planted(defect: str, x: Tensor, cotangent: Tensor) -> dict[str, Any]:
         if defect == "no gradient of the moments":
             patch.setattr(mixed, "moments_of_sums", detached)
         elif defect == "not pooled":
-            patch.setattr(mixed.ops, "pooled_sums", local)
+            patch.setattr(mixed, "_pooled_sums", local)
         choice = Mix(0.3) if defect == "other weight" else Mix(0.7)
         return run("batch", choice, x, None, cotangent)
 

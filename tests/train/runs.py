@@ -25,7 +25,7 @@ from syncnorm.train.buffers import gather_digests
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.datasets import Dataset, Split
 from syncnorm.train.data.feed import TEST, TRAIN, Feed, MemoryFeed
@@ -222,7 +222,7 @@ class OneUnreadable(MemoryFeed):
                 yield batch
                 continue
             while True:
-                yield Failure("unreadable", self.load(split, torch.zeros(0, dtype=torch.long)))
+                yield ReadFailure("unreadable", self.load(split, torch.zeros(0, dtype=torch.long)))
 
 
 def evaluate_unreadable(statistics: str) -> tuple[str, int]:

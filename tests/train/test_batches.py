@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from syncnorm.train.data.batches import Collate, Failure, as_tensors, empty_like, to_device
+from syncnorm.train.data.batches import Collate, ReadFailure, as_tensors, empty_like, to_device
 
 CPU = torch.device("cpu")
 
@@ -90,7 +90,7 @@ def test_arrays_become_tensors():
 
 def message(samples: list[Any], collate: Any = None) -> str:
     failed = Collate(collate)(samples)
-    assert isinstance(failed, Failure)
+    assert isinstance(failed, ReadFailure)
     assert failed.message.startswith("`data.name` must give samples that make a batch: ")
     return failed.message
 
@@ -118,4 +118,4 @@ def test_an_error_in_the_users_collate_is_named():
 
 
 def test_a_sample_that_failed_fails_the_batch():
-    assert Collate()([1, Failure("sample 3 failed"), 2]) == Failure("sample 3 failed")
+    assert Collate()([1, ReadFailure("sample 3 failed"), 2]) == ReadFailure("sample 3 failed")

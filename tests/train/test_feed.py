@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data import feed
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import TRAIN, VALIDATION, LoaderFeed
 from syncnorm.train.data.splits import Splits
 from tests.train.test_tasks import sections
@@ -77,7 +77,7 @@ def test_a_signal_to_all_processes_leaves_the_loaders_to_the_worker(tmp_path):
     (loader,) = set(next(batches)[1].tolist())
     for each in (signal.SIGTERM, signal.SIGINT):
         os.kill(loader, each)
-    assert len([batch for batch in batches if not isinstance(batch, Failure)]) == COUNT // 4 - 1
+    assert len([batch for batch in batches if not isinstance(batch, ReadFailure)]) == COUNT // 4 - 1
 
 
 def test_a_loader_that_is_killed_is_a_failure_of_the_next_batch_and_of_nothing_else(tmp_path):
@@ -86,7 +86,7 @@ def test_a_loader_that_is_killed_is_a_failure_of_the_next_batch_and_of_nothing_e
     (loader,) = set(next(batches)[1].tolist())
     os.kill(loader, signal.SIGKILL)
     signal.sigtimedwait([signal.SIGCHLD], 0.5)
-    failed = next(batch for batch in batches if isinstance(batch, Failure))
+    failed = next(batch for batch in batches if isinstance(batch, ReadFailure))
     assert failed.message.startswith("`data.loader.workers` must be processes that live")
     assert len(failed.instead[0]) == 0
 

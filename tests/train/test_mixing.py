@@ -15,7 +15,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import AugmentSection
 from syncnorm.train.data.augment import augment, draw
 from syncnorm.train.data.augmented import Augmented
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.mixing import draw_beta, mix, partners
 from syncnorm.train.data.seeded import Seeded
 
@@ -184,7 +184,7 @@ def test_probabilities_are_mixed_too():
 )
 def test_a_sample_that_cannot_be_changed_is_named(sample, options, named):
     failed = Augmented(Seeded(Given(sample, sample), 0), options, 0, CLASSES)[1, 1]
-    assert isinstance(failed, Failure)
+    assert isinstance(failed, ReadFailure)
     assert "sample 1 of train failed: data.augment" in failed.message
     assert named in failed.message
 
@@ -193,7 +193,7 @@ def test_inputs_of_different_shapes_cannot_be_mixed():
     given = Given((torch.zeros(2), 0), (torch.zeros(3), 0))
     data = Augmented(Seeded(given, 0), MIXUP, 0, CLASSES)
     failures = [data[index, epoch] for index in (0, 1) for epoch in range(1, 9)]
-    messages = [failed.message for failed in failures if isinstance(failed, Failure)]
+    messages = [failed.message for failed in failures if isinstance(failed, ReadFailure)]
     assert any("inputs of one shape, got (2,) and (3,) of sample 1" in text for text in messages)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.data.batches import Collate, Failure
+from syncnorm.train.data.batches import Collate, ReadFailure
 from syncnorm.train.data.seeded import Key, Seeded, sample_seed
 
 from .samples import Given, Noise
@@ -105,7 +105,7 @@ def test_an_error_in_reading_names_key_sample_and_cause(workers):
     )
     good, bad = loader
     assert good.item() == 2
-    assert isinstance(bad, Failure)
+    assert isinstance(bad, ReadFailure)
     assert bad.message == (
         "`data.name` must give every sample, but sample 2 of train failed: Unreadable: a.bin breaks "
         "off in line 7"

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.augment import augment
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.mixing import mix, partners
 from syncnorm.train.data.seeded import Key, Seeded
 
@@ -48,7 +48,7 @@ class Augmented(Dataset[Any]):
     def __getitem__(self, key: Key) -> Any:
         index, epoch = key
         sample = self._samples[key]
-        if not epoch or isinstance(sample, Failure):
+        if not epoch or isinstance(sample, ReadFailure):
             return sample
         try:
             image, target = self._changed(sample, key)
@@ -57,7 +57,7 @@ class Augmented(Dataset[Any]):
             numbers = torch.tensor([index])
             partner = int(partners(numbers, len(self), self._seed, epoch))
             other = self._samples[partner, epoch]
-            if isinstance(other, Failure):
+            if isinstance(other, ReadFailure):
                 return other
             other_image, other_target = self._changed(other, (partner, epoch))
             if other_image.shape != image.shape:

@@ -14,7 +14,7 @@ from syncnorm.errors import in_one_line
 
 
 @dataclass(frozen=True)
-class Failure:
+class ReadFailure:
     """Stand-in for a sample or a batch that could not be read. As a value it passes any process.
 
     Args:
@@ -27,7 +27,7 @@ class Failure:
 
 
 class Collate:
-    """Makes a batch of a list of samples, or a `Failure`.
+    """Makes a batch of a list of samples, or a `ReadFailure`.
 
     Arrays of numpy become tensors, also those in the batch of a collate of the user's.
 
@@ -39,7 +39,7 @@ class Collate:
         self._collate = collate
 
     def __call__(self, samples: Sequence[Any]) -> Any:
-        failed = next((sample for sample in samples if isinstance(sample, Failure)), None)
+        failed = next((sample for sample in samples if isinstance(sample, ReadFailure)), None)
         if failed is not None:
             return failed
         try:
@@ -49,7 +49,7 @@ class Collate:
         except Exception as error:  # of the user's code, or of samples that do not fit together
             cause = in_one_line(error)
             remedy = "" if self._collate else _remedy(samples)
-            return Failure(f"`data.name` must give samples that make a batch: {cause}.{remedy}")
+            return ReadFailure(f"`data.name` must give samples that make a batch: {cause}.{remedy}")
 
 
 def _remedy(samples: Sequence[Any]) -> str:

@@ -20,7 +20,7 @@ from syncnorm.train.config.schema import Config
 from syncnorm.train.data import datasets
 from syncnorm.train.data.augment import augment
 from syncnorm.train.data.augmented import Augmented
-from syncnorm.train.data.batches import Collate, Failure, empty_like, to_device
+from syncnorm.train.data.batches import Collate, ReadFailure, empty_like, to_device
 from syncnorm.train.data.classes import classes_of
 from syncnorm.train.data.inputs import Inputs, Signature, Standardise
 from syncnorm.train.data.mixing import mix, partners
@@ -48,7 +48,7 @@ class Feed(Protocol):
     labels: Tensor | None
 
     def batches(self, split: str, forwards: Iterable[Tensor], epoch: int = 0) -> Iterator[Any]:
-        """Yield the batch of each forward, on the worker's device, or a `Failure`.
+        """Yield the batch of each forward, on the worker's device, or a `ReadFailure`.
 
         Only one iteration over a split, in an epoch or without, may be under way.
 
@@ -217,7 +217,7 @@ class LoaderFeed:
         (batch,) = islice(
             self._read(*self._make_loader(use, workers, stays=False), [indices], epoch), 1
         )
-        if isinstance(batch, Failure):
+        if isinstance(batch, ReadFailure):
             raise ConfigError(batch.message)
         return batch
 
@@ -235,7 +235,7 @@ class LoaderFeed:
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            failure = Failure(
+            failure = ReadFailure(
                 f"`data.loader.workers` must be processes that live, got: {error}. Set "
                 "data.loader.workers=0 to load in the worker itself, and see its error.",
                 self._nothing,
@@ -259,7 +259,7 @@ class LoaderFeed:
         self._loaders.clear()
 
     def _finish(self, batch: Any, size: int) -> Any:
-        if isinstance(batch, Failure):
+        if isinstance(batch, ReadFailure):
             return replace(batch, instead=self._nothing)
         return to_device(batch if size else empty_like(batch), self._device, self._dtype)
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from syncnorm import rng
 from syncnorm.errors import ConfigError, in_one_line
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.classes import Classes
 from syncnorm.train.data.generators import generators_in, seed_generators
 from syncnorm.train.data.splits import Part
@@ -25,7 +25,7 @@ class Seeded(Dataset[Any]):
     training draws from them, put back afterwards. Generators that the data set or
     its transforms keep are seeded, too, as far as `generators_in` finds them when this is made.
 
-    An error becomes a `Failure`, which travels from a loader's process as a value.
+    An error becomes a `ReadFailure`, which travels from a loader's process as a value.
 
     Args:
         data: takes an index.
@@ -56,14 +56,14 @@ class Seeded(Dataset[Any]):
             except Exception as error:  # a data set of the user's may raise anything
                 return self.failure(index, error)
 
-    def failure(self, index: int, error: Exception) -> Failure:
+    def failure(self, index: int, error: Exception) -> ReadFailure:
         """Say which sample failed, and why."""
         split = self._split
         if isinstance(self._data, Part):  # of the training set, which the user knows as a whole
             split, index = "train", self._data.number(index)
         is_ours = isinstance(error, ConfigError)
         cause = " ".join(str(error).split()) if is_ours else in_one_line(error)
-        return Failure(
+        return ReadFailure(
             f"`data.name` must give every sample, but sample {index} of {split} failed: {cause}"
         )
 

@@ -20,7 +20,7 @@ from syncnorm.placement import size
 from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import training_order
@@ -28,7 +28,7 @@ from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.finished.parts import Part, Plan, plan_step
 from syncnorm.train.parameters import freeze
 from syncnorm.train.setup import autocast, load_feed, make_network, task_of
-from syncnorm.train.step import raise_failure
+from syncnorm.train.step import raise_read_failure
 from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.weights import load_weights
@@ -208,11 +208,11 @@ def _load(
     failure = ""
     loaded = feed.batches(TRAIN, [indices for _, _, indices in forwards], epoch)
     for (number, sizes, _), batch in zip(forwards, loaded, strict=False):
-        if isinstance(batch, Failure):
+        if isinstance(batch, ReadFailure):
             failure = batch.message
             break
         found[number].append(Forward(batch, sizes))
-    raise_failure(failure)
+    raise_read_failure(failure)
     return found
 
 

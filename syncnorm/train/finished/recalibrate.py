@@ -19,7 +19,7 @@ from syncnorm.train.checkpoint.evaluated import (
 )
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.schema import Config
-from syncnorm.train.data.batches import Failure
+from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
 from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.renewal import Judged
@@ -94,6 +94,6 @@ def share_of_batches(feed: Feed, workers: Workers, config: Config) -> Iterator[t
     indices = torch.arange(feed.sizes[TRAIN], device=feed.index_device)
     mine = indices.split(config.train.global_batch)[workers.rank :: workers.world_size]
     for batch in feed.batches(TRAIN, mine):
-        if isinstance(batch, Failure):
+        if isinstance(batch, ReadFailure):
             raise ConfigError(batch.message)  # `recalibrate` tells the other workers
         yield (batch,)
