@@ -25,7 +25,8 @@ from syncnorm.maths.moments import reciprocal
 
 _THIRD = (
     "the gradient of this layer must be differentiated once, got a third derivative through it. "
-    "Take one of lower order, or a method of syncnorm.family whose gradients have any."
+    "Take one of lower order (torch.autograd.functional.vhp, where hvp takes a third), or a method "
+    "of syncnorm.family whose gradients have any."
 )
 ANCHOR = torch.zeros((), requires_grad=True, device="cpu")
 """Keeps a Function in the backward pass where nothing else needs a gradient. Its own is None."""

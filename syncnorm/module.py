@@ -311,8 +311,9 @@ class SyncNorm(_BatchNorm):
             self.sync_mode.begin(self)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "has_frozen_statistics": False}  # pyright: ignore[reportGeneralTypeIssues]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.has_frozen_statistics = False
 
     def __prepare_scriptable__(self) -> NoReturn:
         raise InputError(

@@ -151,9 +151,7 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
     # of their collectives.
     die_with_parent(launched.launcher_pid)
     workers = join(request.config.launch.device, launched, request.config.timeout_seconds)
-    with open_run_folder(request, launched) as named:
-        # Code of the user's may change the working folder.
-        folder = named.absolute()
+    with open_run_folder(request, launched) as folder:
         if uses_store(request):
             # The machines need have no folder in common.
             folder.mkdir(parents=True, exist_ok=True)
@@ -345,9 +343,10 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         raise ConfigError(
             f"configuration {request.name!r} of workers {different} differs from that of worker 0"
         )
-    folder = answers[0][1]
-    if isinstance(folder, ConfigError):
-        raise folder
+    if isinstance(answers[0][1], ConfigError):
+        raise answers[0][1]
+    # Code of the user's may change the working folder.
+    folder = Path(answers[0][1]).absolute()
     try:
         yield folder
     except ConfigError:

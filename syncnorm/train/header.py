@@ -43,10 +43,12 @@ def describe_data(setup: Setup, feed: Feed) -> str:
 
 def shown_path(folder: Path, config: Config) -> Path:
     """Write a run's folder from the working folder, as `run_dir` was given."""
-    here = Path.cwd()
-    if Path(config.run_dir).is_absolute() or not folder.is_relative_to(here):
+    if Path(config.run_dir).is_absolute():
         return folder
-    return folder.relative_to(here)
+    try:
+        return folder.relative_to(Path.cwd())
+    except (OSError, ValueError):  # the working folder is another one now, or gone
+        return folder
 
 
 def header(setup: Setup, feed: Feed, folder: Path) -> list[str]:

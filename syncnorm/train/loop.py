@@ -187,8 +187,7 @@ def train(
     with closing(load_feed(config, workers.device, allowed)) as feed:
         watch.alive()
         check_same_data(feed, workers)
-        if workers.is_first:
-            warn_of_own_random_numbers(feed)
+        warn_of_own_random_numbers(feed)
         steps_per_epoch = math.ceil(feed.sizes[TRAIN] / config.train.global_batch)
         total_steps = config.train.epochs * steps_per_epoch
         # Built once: what a callable of the user's does as it builds, a download say, it does once.

@@ -214,7 +214,7 @@ def _warn_of_means(
         total = once[name][0]
         return name not in some or abs(some[name][0] - total) <= share * abs(total)
 
-    once = numbers_of(batch)
+    once, again = numbers_of(batch), numbers_of(batch)
     more: dict[str, tuple[float, float]] = {}
     fewer = more
     with suppress(Exception):  # nothing is exchanged meanwhile
@@ -224,8 +224,13 @@ def _warn_of_means(
         name or "the loss"
         for name, (_, count) in once.items()
         if name in more
+        and once[name][0]
         and is_like(more, name, _SAME)
-        and (more[name][1] > count or not is_like(fewer, name, _ROUNDING))
+        # Chance is not the samples' doing.
+        and (
+            more[name][1] > count
+            or (is_like(again, name, 0) and not is_like(fewer, name, _ROUNDING))
+        )
     ]
     if means:
         _log.warning(

@@ -309,10 +309,11 @@ class _Profile:
         self._path = folder / "profile" / f"rank-{rank}.json"
         self._is_first = rank == 0
         self._profiler: torch.profiler.profile | None = None
-        self._last = 0
+        self._last = self._done = 0
 
     def step(self, done: int) -> None:
         """Start before step `first`, and stop PROFILED_STEPS later."""
+        self._done = done
         if self._first is None:
             return
         if self._profiler is None and done + 1 == max(self._first, 2):
@@ -323,7 +324,7 @@ class _Profile:
 
     def stop(self) -> None:
         """Write the trace, for chrome://tracing and Perfetto."""
-        if self._profiler is None and self._first is not None and self._is_first:
+        if self._is_first and self._first is not None and 0 < self._done < self._first:
             _log.warning("follow.profile: step %d did not come, and there is no trace", self._first)
         if self._profiler is not None:
             self._profiler.stop()

@@ -11,10 +11,18 @@ from torch.utils.data import Dataset
 
 
 class Slotted:
-    __slots__ = ("empty", "rng")
+    """Its own slot is private; what is not there is not asked for, and may be costly."""
+
+    __slots__ = ("__rng", "empty")
 
     def __init__(self) -> None:
-        self.rng = np.random.default_rng()
+        self.__rng = np.random.default_rng()
+
+    def __getattr__(self, name: str) -> Any:
+        raise OSError(f"{name} is read from a file that is not there")
+
+    def draw(self) -> float:
+        return self.__rng.random()
 
 
 class Noise(Dataset[Any]):
@@ -53,7 +61,7 @@ class Noise(Dataset[Any]):
             self.old.rand(),
             self.change(),
             *(draw() for draw in self.others),
-            self.slotted[0].rng.random(),
+            self.slotted[0].draw(),
         ]
         return torch.tensor([index, *numbers], dtype=torch.float64)
 

@@ -242,7 +242,13 @@ class Mean:
             return {"boxes": (inner.square().sum(), len(labels)), "weights": (weights, 1)}
         if self.kind == "constant":
             weights = sum(p.square().sum() for p in model.parameters())
-            return {"weights": (weights, 1), "classes": (outputs.square().sum(), len(labels))}
+            chance, nothing = (torch.rand(()) + 1, 1), (0 * mean[0], 1)
+            return {
+                "weights": (weights, 1),
+                "chance": chance,
+                "nothing": nothing,
+                "classes": (outputs.square().sum(), len(labels)),
+            }
         return {"boxes": mean, "classes": (outputs.square().sum(), len(labels))}
 
     def metrics(self, model: Any, batch: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -140,11 +141,19 @@ def test_workers_must_have_the_same_data(pool, name):
         assert FAULTS[name] in found[0]
 
 
+def _quantised(samples: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated
+        return torch.quantize_per_tensor(torch.stack(samples).float(), 0.1, 0, torch.qint8)
+
+
 @pytest.mark.parametrize(
-    ("data", "is_told"), [(_Unseeded(), True), (Noise(), False)], ids=["unseeded", "noise"]
+    ("data", "collate", "is_told"),
+    [(_Unseeded(), None, True), (Noise(), None, False), (Noise(), _quantised, False)],
+    ids=["unseeded", "noise", "not compared"],
 )
-def test_a_sample_that_is_another_one_at_each_look_is_told(data, is_told, caplog):
+def test_a_sample_that_is_another_one_at_each_look_is_told(data, collate, is_told, caplog):
     config = Config(**sections("Perceptron", "rows"))
-    feed = LoaderFeed(Splits(data, data, num_classes=2), config, torch.device("cpu"))
+    feed = LoaderFeed(Splits(data, data, collate=collate), config, torch.device("cpu"))
     warn_of_own_random_numbers(feed)
     assert ("is another one each time that it is read" in caplog.text) == is_told

@@ -53,6 +53,13 @@ def test_sets_may_have_capitals_and_what_is_left_out_is_told(tmp_path, caplog):
         folder(tmp_path, size=8)
 
 
+def test_a_class_may_have_the_name_of_a_set_with_a_capital(tmp_path):
+    write_folder(
+        tmp_path, [f"{name}/{n}.png" for name in ("Bus", "Car", "Train") for n in range(2)]
+    )
+    assert folder(tmp_path, size=8).classes == ["Bus", "Car", "Train"]
+
+
 def test_pixels_are_standardised(tmp_path):
     pixels = noise(5, 8, 8)
     write_image(tmp_path / "a/1.png", pixels)

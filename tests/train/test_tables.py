@@ -242,11 +242,19 @@ def test_targets_that_name_no_class_of_their_own_are_refused(tmp_path, labels, m
         csv(write_csv(tmp_path / "some.csv", rows), target="y")
 
 
+@pytest.mark.parametrize(
+    "labels", [["+", "-"], ["100", "1e2"], ["9007199254740992", "9007199254740993"]], ids=str
+)
+def test_codes_are_classes(tmp_path, labels):
+    rows = [["x", "y"], *([n, label] for n, label in enumerate(labels))]
+    assert csv(write_csv(tmp_path / "some.csv", rows), target="y").num_classes == 2
+
+
 def test_a_quote_that_is_not_closed_is_an_error(tmp_path):
     """Not a value of all the rest of the file."""
     lines = ["x,y", "1,a", '2,"b', *(f"{n},a" for n in range(9))]
     (tmp_path / "train.csv").write_text("\n".join(lines) + "\n")
-    with pytest.raises(ConfigError, match="quotes that are closed: unexpected end of data"):
+    with pytest.raises(ConfigError, match="quotes around whole ones only: unexpected end of data"):
         csv(tmp_path, target="y")
 
 

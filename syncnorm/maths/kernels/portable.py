@@ -18,12 +18,12 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from syncnorm.device import is_host
 from syncnorm.maths.kernels import layout, traced
 from syncnorm.maths.precision import HALF_TYPES, sum_dtype
 from syncnorm.maths.shapes import all_but_channels, facing
 
-# Where batch norm takes half types with float32 coefficients. "meta" stands for CUDA; tensors of a
-# CPU come from tests.
+# Where batch norm takes half types with float32 coefficients. "meta" stands for CUDA.
 _HAVE_OPERATORS = ("cuda", "meta", "cpu")
 _PIVOT_SAMPLES = 8
 # A run has at most about so many values: in planes, and in rows, which the operator of a CPU adds
@@ -32,7 +32,7 @@ _RUN, _RUN_ROWS = 1024, 256
 # A slice has at least so many elements. A tensor is cut into so many slices that temporaries are
 # no larger than it is: few for two of them, more for the traced kernels.
 _SLICE = 1 << 18
-_FEW, _SLICES = 4, 16
+_FEW, _SLICES, _MANY = 4, 16, 256
 
 _forward_operator = torch.ops.aten.native_batch_norm.out
 _backward_operator = torch.ops.aten.native_batch_norm_backward.default
@@ -178,12 +178,16 @@ def combine(
     shift = torch.addcmul(shift, slope, mean, value=-1, out=torch.empty_like(shift))
     slope, shift = facing(slope, x), facing(shift, x)
     result = torch.empty_like(x)
-    # Two slices: a float32 one is as large as x.
-    for out, part, g, w in _slices(result, x, grad_output, mask, most=2):
+    # Two slices: a float32 one is as large as x. On a CPU launches cost nothing, and memory does.
+    most = _MANY if is_host(x) else 2
+    for out, part, g, w in _slices(result, x, grad_output, mask, most=most):
         t = torch.addcmul(shift, part, slope)
         if w is not None:
             t *= w
-        torch.addcmul(t, g, factor, out=out)
+        if is_host(x):  # to write another type than the operands' is slow there
+            out.copy_(t.addcmul_(g, factor))
+        else:
+            torch.addcmul(t, g, factor, out=out)
         del t
     return result
 
@@ -252,8 +256,9 @@ def _add(terms: Iterable[Tensor]) -> Tensor:
 
 def _slices(x: Tensor, *others: Tensor | None, most: int = _SLICES) -> Iterator[tuple[Tensor, ...]]:
     """The same parts of an (N, C, *S) tensor and of those that go with it, none of them copied."""
-    dim = max((d for d in range(x.ndim) if d != 1), key=lambda d: x.shape[d])
     number = max(1, min(most, x.numel() // _SLICE))
+    # Samples lie together.
+    dim = max((d for d in range(x.ndim) if d != 1), key=lambda d: min(x.shape[d], number))
     parts = x.chunk(number, dim)
     rest = ([None] * len(parts) if t is None else t.chunk(number, dim) for t in others)
     return zip(parts, *rest, strict=True)  # pyright: ignore[reportReturnType]

@@ -221,6 +221,7 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
     Raises:
         ConfigError: the checkpoint is of another configuration, or there are checkpoints, none of
             which can be read or gone on with; on all workers.
+        CheckpointError: the checkpoint is of another model.
     """
 
     def read() -> tuple[Snapshot | None, str | None, list[str]]:
@@ -328,8 +329,9 @@ def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(own["rng"]["cuda"])
     version, numbers, gauss = own["rng"]["python"]
     random.setstate((version, tuple(numbers), gauss))
-    name, numbers, *rest = own["rng"]["numpy"]
-    np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
+    if "numpy" in own["rng"]:
+        name, numbers, *rest = own["rng"]["numpy"]
+        np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
 
 
 def _random_state() -> dict[str, Any]:

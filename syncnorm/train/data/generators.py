@@ -7,7 +7,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from types import BuiltinMethodType, FunctionType, MethodType, ModuleType
+from types import BuiltinMethodType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -96,9 +96,11 @@ def _members(value: Any) -> Iterator[Any]:
         if len(value) <= _MOST_MEMBERS:
             yield from value
     else:
-        yield from getattr(value, "__dict__", {}).values()
+        with suppress(AttributeError):  # it has slots alone
+            # Past what an object answers of its own.
+            yield from object.__getattribute__(value, "__dict__").values()
         for kind in type(value).__mro__:
-            slots = kind.__dict__.get("__slots__", ())
-            for name in (slots,) if isinstance(slots, str) else slots:
-                with suppress(AttributeError):  # not filled yet
-                    yield getattr(value, name)
+            for slot in vars(kind).values():
+                if isinstance(slot, MemberDescriptorType):
+                    with suppress(AttributeError):  # not filled yet
+                        yield slot.__get__(value)

@@ -92,7 +92,7 @@ def check_same_data(feed: Feed, workers: Workers) -> None:
 
 
 def warn_of_own_random_numbers(feed: Feed) -> None:
-    """Log it where a sample is another one each time that an epoch reads it. No exchange.
+    """Log it where a sample is another one each time that this worker reads it. No exchange.
 
     Its random changes come from numbers that are not seeded, and depend on who reads what before:
     on the workers and on loader processes.
@@ -140,7 +140,8 @@ def _checksum(labels: Tensor | None) -> int | None:
 
 def _is_compared(leaf: Any) -> bool:
     if isinstance(leaf, Tensor):
-        return leaf.layout == torch.strided and not leaf.is_complex()
+        is_plain = leaf.layout == torch.strided and not leaf.is_nested and not leaf.is_quantized
+        return is_plain and not leaf.is_complex()
     # Not texts: the path of a file may be another on each machine.
     return isinstance(leaf, bool | int | float)
 

@@ -49,7 +49,13 @@ def split_folders(root: Path) -> dict[str, Path]:
         ConfigError: it is no folder, or two folders are for one set.
     """
     present = list_folder(root, is_folder=True)
-    names = choose_splits(present, "folder", root)
+    # With capitals it may be a class, which holds files.
+    sets = [
+        name
+        for name in present
+        if name == name.casefold() or not list_folder(root / name, is_folder=False)
+    ]
+    names = choose_splits(sets, "folder", root)
     tell_left_out(present, names, root)
     return {split: root / name for split, name in names.items()}
 

@@ -2,10 +2,12 @@
 
 import csv as files
 import math
+import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,6 +30,8 @@ from syncnorm.train.data.sources.files import (
 from syncnorm.train.data.sources.options import Column, Share, source
 from syncnorm.train.data.splits import Splits
 
+# Others are codes, such as 1e2.
+_PLAIN = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 _LARGEST = torch.finfo(torch.float32).max
 
 
@@ -194,8 +198,8 @@ def _open(path: Path) -> Iterator[Any]:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (UnicodeDecodeError, files.Error) as error:
         raise ConfigError(
-            f"{path}: must be text in UTF-8 of values with a delimiter between them, and quotes that "
-            f"are closed: {error}"
+            f"{path}: must be text in UTF-8 of values with a delimiter between them, and quotes "
+            f"around whole ones only: {error}"
         ) from None
 
 
@@ -253,8 +257,8 @@ def _classes(targets: Sequence[str]) -> list[str]:
     if any(map(math.isnan, numbers.values())):  # there is no order of numbers with it
         return names
     names.sort(key=lambda name: numbers[name])
-    for one, other in pairwise(names):
-        if numbers[one] == numbers[other]:
+    for one, other in pairwise(name for name in names if _PLAIN.fullmatch(name)):
+        if Decimal(one) == Decimal(other):
             raise ConfigError(
                 f"`data.options.target` must name classes that differ, got {one!r} and {other!r}, "
                 "which are one number. Write them alike."
@@ -270,7 +274,7 @@ def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
     numbers = {name: number for number, name in enumerate(classes)}
     for name, line in zip(table.targets, table.lines, strict=True):
         # As pandas, numpy and R write what is missing.
-        if name not in numbers or name.casefold().lstrip("+-") in ("", "nan"):
+        if name not in numbers or name.casefold() in ("", "nan", "+nan", "-nan"):
             raise ConfigError(
                 f"{table.path}, line {line}, column {column}: must be a class of the training set, "
                 f"got {name[:40]!r}"
