@@ -18,7 +18,7 @@ from syncnorm.run.env import read_launched
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.ray import cli
-from syncnorm.system import flush_streams
+from syncnorm.system import flush_streams, tell
 
 # Nothing above imports torch, which takes seconds of a core: each command imports its own work.
 
@@ -301,5 +301,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _stop(error: Exception | str, status: int) -> None:
-    print(f"syncnorm: {error}", file=sys.stderr)
+    tell(f"syncnorm: {error}")
     sys.exit(status)

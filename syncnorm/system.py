@@ -10,6 +10,7 @@ Nothing here imports torch, which takes seconds.
 from __future__ import annotations
 
 import ctypes
+import errno
 import io
 import multiprocessing
 import os
@@ -72,6 +73,28 @@ def prepare_standard_streams() -> None:
             setattr(sys, name, open(null, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def tell(text: str, *, is_result: bool = False) -> None:
+    """Print what a run has to say: where nobody reads any more, or there is no room, it goes on.
+
+    Args:
+        text: of one or more lines.
+        is_result: True for standard output.
+    """
+    stream = sys.stdout if is_result else sys.stderr
+    if stream is None:
+        return
+    try:
+        print(text, file=stream, flush=True)
+    except OSError as error:
+        if not is_result and error.errno != errno.EPIPE:
+            return
+        # What is left of it goes nowhere, so that the end of the process does not fail of it.
+        with suppress(OSError, ValueError), Path(os.devnull).open("w") as null:
+            os.dup2(null.fileno(), stream.fileno())
+    except ValueError:  # it is closed
+        pass
 
 
 def flush_streams() -> None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from syncnorm.diagnose import MEASURES
@@ -17,6 +16,7 @@ from syncnorm.run.env import Launched
 from syncnorm.run.own_workers import check_device, run_on
 from syncnorm.run.worker import joined
 from syncnorm.train.config.schema import Config
+from syncnorm.train.display import Screen
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.finished.diagnose import RunDiagnosis, diagnose_run
 from syncnorm.train.finished.load import read_run
@@ -116,7 +116,7 @@ class _Bar:
     """Shows on standard error how long a diagnosis will take and, on a terminal, how far it is."""
 
     def __init__(self, *, quiet: bool) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = Screen(stderr=True, quiet=quiet, highlight=False)
         self._progress = Progress(
             TextColumn("[bold]diagnosing"),
             BarColumn(40),

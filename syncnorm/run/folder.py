@@ -3,7 +3,6 @@
 import itertools
 import json
 import secrets
-import sys
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -93,7 +92,7 @@ def upload_rest(folder: Path, config: Config) -> None:
     while not mirror.is_over(1.0):
         pass
     for fault in mirror.pop_faults():
-        print(f"syncnorm: {fault}", file=sys.stderr)
+        system.tell(f"syncnorm: {fault}")
 
 
 def find_relaunched(config: Config, launch: str) -> Path | None:

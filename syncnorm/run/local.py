@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,7 +21,7 @@ from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
 from syncnorm.run.worker import RunRequest, print_workers, run_launched, uses_store
-from syncnorm.system import call_apart
+from syncnorm.system import call_apart, tell
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -63,7 +62,7 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
         # From here on a signal leaves a record of the end in the folder.
         with interrupt.for_launcher(), env.for_workers(folder):
             if note is not None:
-                print(f"syncnorm: {note}", file=sys.stderr)
+                tell(f"syncnorm: {note}")
             if begin is not None:
                 begin(folder)
             if request.shows:
@@ -113,7 +112,7 @@ def _run_with_restarts(request: RunRequest, folder: Path, forks: bool, before: i
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again
         )
-        print(f"syncnorm: {again}", file=sys.stderr)
+        tell(f"syncnorm: {again}")
 
 
 def _run_once(request: RunRequest, folder: Path, forks: bool, before: int | None) -> Failure | None:

@@ -4,7 +4,7 @@ import gc
 import logging
 import os
 import shlex
-import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ from syncnorm.run.given import Given
 from syncnorm.run.in_process import ends_are_errors
 from syncnorm.run.machine import choose_device
 from syncnorm.run.watchdog import SignalWatch, open_log
-from syncnorm.system import die_with_parent, flush_streams
+from syncnorm.system import die_with_parent, flush_streams, tell
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
@@ -53,6 +53,8 @@ _log = logging.getLogger(__name__)
 _GROUP_MARGIN_SECONDS = 30.0
 # For the copy of a run that has failed, which the other workers do not wait for.
 _LAST_COPY_SECONDS = 5.0
+# On a network a new folder may take a while to show.
+_VISIBLE_SECONDS = 5.0
 # Of a digest; all of them are in metrics.jsonl.
 _SHOWN_DIGITS = 16
 
@@ -112,9 +114,10 @@ def end_with(work: Callable[[], int | None], launched: Launched) -> NoReturn:
         # Our own launcher reads the worker's error file and prints the cause once, not once per
         # worker.
         if launched.launcher_pid is None and launched.rank == 0:
-            print(f"syncnorm: {error}", file=sys.stderr)
+            tell(f"syncnorm: {error}")
         status = 2 if isinstance(error, ConfigError) else 1
-    flush_streams()
+    with suppress(OSError):
+        flush_streams()
     # Not sys.exit: DDP keeps the process group alive, and a thread of gloo that releases its last
     # message while the interpreter shuts down aborts the process, in one run of 15.
     os._exit(status)
@@ -172,13 +175,11 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
                 watch.leave_signals()
         if workers.is_first and request.prints:
             shown = shown_path(folder, request.config)
-            print("\n".join([*summarize(outcome), str(shown)]), flush=True)
+            tell("\n".join([*summarize(outcome), str(shown)]), is_result=True)
             if outcome.is_done:
                 page = shown / "report.html"
                 command = shlex.join(["syncnorm", "report", str(shown)])
-                print(
-                    f"To see it: {page if page.exists() else command}", file=sys.stderr, flush=True
-                )
+                tell(f"To see it: {page if page.exists() else command}")
         # A peer may still be completing the last collective.
         meet(workers)
     dist.destroy_process_group()
@@ -321,7 +322,8 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
     *Collectives*: broadcasts and one all_gather_object; every worker must call.
 
     Raises:
-        ConfigError: the workers' configurations differ, or the folder cannot be used; on all workers.
+        ConfigError: the workers' configurations differ, or the folder cannot be used, or not by all;
+            on all workers.
     """
     mine: Any = None
     held, is_new = None, False
@@ -348,6 +350,12 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
     # Code of the user's may change the working folder.
     folder = Path(answers[0][1]).absolute()
     try:
+        lacking = [] if uses_store(request) else _without_folder(folder)
+        if lacking:
+            raise ConfigError(
+                f"`run_dir` must be a folder that all machines share, got {str(folder)!r}, which workers "
+                f"{lacking} do not see. Start them in one folder, or give a path that is the same"
+            )
         yield folder
     except ConfigError:
         if is_new:
@@ -356,6 +364,15 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
     finally:
         if held is not None:
             held.close()
+
+
+def _without_folder(folder: Path) -> list[int]:
+    """List the workers that do not see the run's folder. *Collectives*: one all_gather_object."""
+    deadline = time.monotonic() + _VISIBLE_SECONDS
+    while not (folder / "config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = from_all((folder / "config.yaml").exists())
+    return [rank for rank, sees in enumerate(seen) if not sees]
 
 
 def _choose_folder(request: RunRequest, launched: Launched) -> tuple[Path, bool]:
@@ -385,7 +402,7 @@ def _exit_record(outcome: Outcome) -> Exit:
 
 def print_workers(count: int, device: torch.device) -> None:
     """Print the first line of a run."""
-    print(describe_workers(count, device), file=sys.stderr, flush=True)
+    tell(describe_workers(count, device))
 
 
 def summarize(outcome: Outcome) -> list[str]:

@@ -1,5 +1,6 @@
 """The screen of a run: a line per epoch and, on a terminal, a progress bar below."""
 
+from contextlib import suppress
 from typing import Self
 
 from rich.console import Console
@@ -9,6 +10,13 @@ _LEAST_BAR, _MOST_BAR = 10, 40
 # What stands beside bar, count and figures: "training", "steps", the time that is left ("1:23:45"),
 # and a blank before each of the five columns on the right.
 _BESIDE = len("training") + len("steps") + len("1:23:45") + 5
+
+
+class Screen(Console):
+    """Standard error, whose reader may go away: then nothing is shown any more."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 class Display:
@@ -27,7 +35,7 @@ class Display:
     def __init__(
         self, total_steps: int, *, done: int = 0, is_pooled: bool = True, quiet: bool
     ) -> None:
-        self._console = Console(stderr=True, quiet=quiet, highlight=False)
+        self._console = Screen(stderr=True, quiet=quiet, highlight=False)
         self._is_shown = not quiet and self._console.is_terminal
         self._is_pooled = is_pooled
         self._count_width = 2 * len(str(total_steps)) + 1
@@ -50,16 +58,19 @@ class Display:
         self._show()
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        with suppress(OSError):
+            self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._progress.stop()
+        with suppress(OSError):
+            self._progress.stop()
 
     def print_line(self, line: str) -> None:
         """Print a line, above the bar if there is one."""
         # soft_wrap: a log file has no width at which to break lines
-        self._console.print(line, soft_wrap=True, markup=False)
+        with suppress(OSError):  # a full disk does not end a run
+            self._console.print(line, soft_wrap=True, markup=False)
 
     def advance(self, step: int, loss: float) -> None:
         """Show that a step is done, and its loss."""

@@ -14,6 +14,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from syncnorm import system
@@ -144,7 +145,7 @@ class Cluster:
                 stderr=log,
                 start_new_session=True,
                 # The rest of a node dies with this command.
-                preexec_fn=system.die_with_parent,
+                preexec_fn=partial(system.die_with_parent, os.getpid()),
             )
         self.nodes.append(Node(process, ip))
         return self.nodes[-1]

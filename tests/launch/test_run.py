@@ -314,3 +314,18 @@ def test_a_run_that_is_done_leaves_its_page(tmp_path):
     page = run_folder(tmp_path, done) / "report.html"
     assert "Predictions" in page.read_text()
     assert done.stderr.splitlines()[-1] == f"To see it: {page.relative_to(tmp_path)}"
+
+
+@pytest.mark.parametrize(
+    "reader", ["| true", "2>&1 | head -n 1", "2>&1 | head -n 4", "> /dev/full", "> /dev/full 2>&1"]
+)
+def test_a_run_goes_on_where_nobody_reads_what_it_says(tmp_path, reader):
+    """Its result is in its folder."""
+    options = shlex.join([*SHORT, "launch.workers=1", "train.epochs=3"])
+    command = f"set -o pipefail; {shlex.join(commands.SYNCNORM)} train digits {options} {reader}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True)
+    assert done.returncode == 0, done
+    (run,) = (tmp_path / "runs").iterdir()
+    end = read_exit(run)
+    assert end is not None
+    assert (end.status, end.step) == ("done", 36)

@@ -225,7 +225,13 @@ def _start(
     if json:
         _print_status(status, json)
     elif status.exit_code == 75:
-        _print_note(f"stopped after step {status.step}. To go on: the same command")
+        after = f" after step {status.step}" if status.step else ""
+        _print_note(f"stopped{after}. To go on: the same command")
+    elif status.exit_code != 0 and not status.reason:
+        _print_note(
+            f"{id} ended without a record of why, and Ray says {status.status}. To go on: the same "
+            "command"
+        )
     raise typer.Exit(1 if status.exit_code is None else status.exit_code)
 
 

@@ -105,7 +105,7 @@ def write_results(sweep: Sweep, results: Sequence[TrialResult], metric: str) -> 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text_whole(folder / TABLE, text.getvalue())
-    lines = [*_aligned([header, *rows]), *_describe_best(folder, best, metric)]
+    lines = [*_aligned([header, *rows]), *_describe_best(folder, results, best, metric)]
     lines += [f"{each.trial}: {each.reason}" for each in results if each.status == "failed"]
     begun = [
         folder / each.trial for each in results if (folder / each.trial / "metrics.jsonl").exists()
@@ -166,7 +166,11 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _describe_best(folder: Path, best: TrialResult | None, metric: str) -> list[str]:
+def _describe_best(
+    folder: Path, results: Sequence[TrialResult], best: TrialResult | None, metric: str
+) -> list[str]:
+    if all(each.status == "failed" for each in results):
+        return ["no best trial: all have failed"]
     if best is None or best.best is None:
         return [
             "no best trial: there is no validation set, and a test set is not chosen by; "

@@ -23,6 +23,8 @@ from syncnorm.train.files import write_text_whole
 from syncnorm.train.metrics import json_value
 
 RECORD = "sweep.json"
+# Keys whose values are paths, which the cluster's machines read from another folder.
+_PATHS = ("data.root", "model.weights")
 _LONGEST_NAME = 100
 
 
@@ -173,6 +175,7 @@ def make_sweep(
     trials = Space(
         {**read_from.grids, **grids}, read_from.draws, read_from.samples, read_from.seed
     ).trials()
+    trials = [_from_here(values) for values in trials]
     written = read(source, fixed)
     # The first trial's, as the file may leave out what is varied.
     set_values(written, trials[0])
@@ -196,6 +199,14 @@ def make_sweep(
     if (recorded := read_sweep(folder)) is not None:
         _check_same(sweep, recorded)
     return sweep
+
+
+def _from_here(values: dict[str, Any]) -> dict[str, Any]:
+    """Make paths among a trial's values start at the current folder, as `absolute` does."""
+    return {
+        key: str(Path(value).absolute()) if key in _PATHS and isinstance(value, str) else value
+        for key, value in values.items()
+    }
 
 
 def read_sweep(folder: Path) -> Sweep | None:
