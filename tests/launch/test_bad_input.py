@@ -4,6 +4,7 @@ import contextlib
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError
-from syncnorm.run import machine
+from syncnorm.run import machine, worker
 from syncnorm.run.env import Launched
 from syncnorm.run.machine import check_free_memory, core_warning
 from syncnorm.run.worker import RunRequest, open_run_folder
@@ -181,6 +182,27 @@ def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
             if has_begun and rank == 0:
                 (folder / "metrics.jsonl").touch()
             raise ConfigError("no")
+
+
+def test_workers_that_do_not_share_a_folder_are_told_so(pool, in_empty_folder):
+    for rank in range(2):
+        (in_empty_folder / str(rank)).mkdir()
+    for error in pool(2).run(refuse_apart, str(in_empty_folder)):
+        assert "`run_dir` must be a folder that all machines share, got" in error
+        assert "which workers [1] do not see" in error
+    assert not list((in_empty_folder / "0" / "runs").iterdir())
+
+
+def refuse_apart(folder: str) -> str:
+    """Open a run's folder from another working folder on each worker, as machines have them."""
+    rank = dist.get_rank()
+    task = RunRequest(load_config("digits", ["run_dir=runs"]), "digits")
+    with contextlib.chdir(f"{folder}/{rank}"), mock.patch.object(worker, "_VISIBLE_SECONDS", 0.1):
+        try:
+            with open_run_folder(task, Launched(rank, 2, rank, 2)):
+                return "it was opened"
+        except ConfigError as error:
+            return str(error)
 
 
 @pytest.mark.parametrize(

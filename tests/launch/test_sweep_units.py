@@ -215,6 +215,21 @@ def test_the_best_is_chosen_by_validation_and_failures_are_named(tmp_path, monke
     assert best.trial in (folder / "report.html").read_text()
 
 
+def test_where_all_have_failed_none_is_the_best(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep("digits", GRID)
+    for number in range(4):
+        write_trial(sweep, number, "failed", [], 1)
+    found = results.read_results(sweep, "accuracy")
+    assert "no best trial: all have failed" in results.write_results(sweep, found, "accuracy")
+
+
+def test_paths_that_vary_are_the_clusters_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sweep = make_sweep("digits", ["model.weights=a,b", "data.root=null"])
+    assert [sweep.config(n).model.weights for n in range(2)] == [str(tmp_path / n) for n in "ab"]
+
+
 def test_without_a_validation_set_none_is_the_best(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep = make_sweep("digits", GRID)
