@@ -22,8 +22,9 @@ from benchmarks.regimes import NETWORKS, TARGET, Plan, begin
 from benchmarks.regimes import ROWS as REGIME_ROWS
 from benchmarks.regimes_page import cell
 from benchmarks.study import Job, Study
-from syncnorm.family import METHODS, reference
+from syncnorm.family import METHODS
 from syncnorm.train.models import NormLayer
+from tests.distributed import family_reference as reference
 
 RATES = {"convolutional": (0.5, 0.1), "fully_connected": (0.02, 0.005)}
 CENTRED = "norm.weights=centred"

@@ -38,7 +38,7 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.config.schema import Config
 from syncnorm.train.config.section import is_url
 from syncnorm.train.economy import set_tf32
-from syncnorm.train.header import describe_workers, shown_path
+from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile
 from syncnorm.train.report import write_own_report
@@ -154,7 +154,9 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
     # of their collectives.
     die_with_parent(launched.launcher_pid)
     workers = join(request.config.launch.device, launched, request.config.timeout_seconds)
-    with open_run_folder(request, launched) as folder:
+    with open_run_folder(request, launched) as named:
+        # Code of the user's may change the working folder.
+        folder = named.absolute()
         if uses_store(request):
             # The machines need have no folder in common.
             folder.mkdir(parents=True, exist_ok=True)
@@ -174,12 +176,11 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
             if stays:
                 watch.leave_signals()
         if workers.is_first and request.prints:
-            shown = shown_path(folder, request.config)
-            tell("\n".join([*summarize(outcome), str(shown)]), is_result=True)
+            tell("\n".join([*summarize(outcome), str(named)]), is_result=True)
             if outcome.is_done:
-                page = shown / "report.html"
-                command = shlex.join(["syncnorm", "report", str(shown)])
-                tell(f"To see it: {page if page.exists() else command}")
+                command = shlex.join(["syncnorm", "report", str(named)])
+                has_page = (folder / "report.html").exists()
+                tell(f"To see it: {named / 'report.html' if has_page else command}")
         # A peer may still be completing the last collective.
         meet(workers)
     dist.destroy_process_group()
@@ -347,8 +348,8 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         )
     if isinstance(answers[0][1], ConfigError):
         raise answers[0][1]
-    # Code of the user's may change the working folder.
-    folder = Path(answers[0][1]).absolute()
+    named = Path(answers[0][1])
+    folder = named.absolute()
     try:
         lacking = [] if uses_store(request) else _without_folder(folder)
         if lacking:
@@ -356,7 +357,7 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
                 f"`run_dir` must be a folder that all machines share, got {str(folder)!r}, which workers "
                 f"{lacking} do not see. Start them in one folder, or give a path that is the same"
             )
-        yield folder
+        yield named
     except ConfigError:
         if is_new:
             remove_unstarted(folder)

@@ -246,7 +246,7 @@ def test_a_program_that_leaves_its_folder_and_takes_logs_away_loses_no_run(tmp_p
     assert read_exit(run).status == "done"
     assert not list((tmp_path / "elsewhere").iterdir())
     assert (run / "checkpoints" / "step-00000012").exists()
-    assert done.stdout.splitlines()[-1] == str(run)
+    assert done.stdout.splitlines()[-1] == f"mine/{run.name}"
 
 
 def test_a_run_needs_no_standard_streams(tmp_path):

@@ -76,6 +76,7 @@ def train_digits(
     folder: str, overrides: list[str], stop_at: int | None = None, stopped_rank: int = 0
 ) -> tuple[Outcome, Progress]:
     """Train as configs/digits.yaml says, but for `overrides`; one rank may be asked to stop."""
+    Path(folder).mkdir(exist_ok=True)
     progress = Progress()
     watch = Free(stop_at if dist.get_rank() == stopped_rank else None, progress)
     return train(

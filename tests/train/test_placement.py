@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from syncnorm import ElasticBatchSampler
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.config.train import TrainSection
-from syncnorm.train.workers import place
+from syncnorm.train.workers import place_checked
 
 
 def test_a_statistic_that_needs_more_samples_at_once_than_allowed_is_refused():
@@ -18,15 +18,15 @@ def test_a_statistic_that_needs_more_samples_at_once_than_allowed_is_refused():
         r"shared by 2 worker\(s\), got 31"
     )
     with pytest.raises(ConfigError, match=message):
-        place(64, 64, 0, 2, 31)
-    place(64, 64, 0, 2, 32)
+        place_checked(64, 64, 0, 2, 31)
+    place_checked(64, 64, 0, 2, 32)
 
 
 def test_what_a_worker_must_have_at_once_is_of_the_norm_batches_as_they_are_cut():
     """48 samples at 32 a statistic are two of 24."""
-    assert place(48, 32, 0, 1, 24).rounds == ((slice(0, 24),), (slice(24, 48),))
+    assert place_checked(48, 32, 0, 1, 24).rounds == ((slice(0, 24),), (slice(24, 48),))
     with pytest.raises(ConfigError, match=r"at least 24 where .* got 23"):
-        place(48, 32, 0, 1, 23)
+        place_checked(48, 32, 0, 1, 23)
 
 
 def test_the_trainer_and_the_sampler_take_the_same_numbers():
@@ -35,7 +35,7 @@ def test_the_trainer_and_the_sampler_take_the_same_numbers():
         global_batch, norm_batch, world_size, micro_batch = numbers
         with suppress(ValidationError, ConfigError):
             train = TrainSection(epochs=1, lr=0.1, global_batch=global_batch, norm_batch=norm_batch)
-            place(train.global_batch, norm_batch, 0, world_size, micro_batch)
+            place_checked(train.global_batch, norm_batch, 0, world_size, micro_batch)
             taken["trainer"].add(numbers)
         with suppress(InputError):
             sampler = ElasticBatchSampler(

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -218,3 +219,10 @@ def test_all_that_the_extras_bring_names_its_license():
     assert len(table.splitlines()) > 50
     with pytest.raises(ValueError, match=r"must be among .*train.*, got trian"):
         licenses.table(["trian"])
+
+
+def test_programs_beside_the_package_find_what_they_import():
+    for folder in ("benchmarks", "drills", "tools"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if path.name != "__main__.py":
+                import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
