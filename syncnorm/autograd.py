@@ -197,17 +197,18 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, v, u, t):  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them out no second time
         with torch.no_grad():
-            grads = _Gradient._backward(ctx, v, u, t)
-        sources = [each for each in (v, u, t, *ctx.saved_tensors[:3]) if each is not None]
+            grads = _Gradient._backward(ctx, saved, v, u, t)
+        sources = [each for each in (v, u, t, *saved[:3]) if each is not None]
         return *(
             None if each is None else not_differentiable(_THIRD, each, *sources) for each in grads
         ), *[None] * 7
 
     @staticmethod
-    def _backward(ctx, v, u, t):
+    def _backward(ctx, saved, v, u, t):
         """The gradients by g, x and weight."""
-        g, x, weight, mean, invstd, mask, *means = ctx.saved_tensors
+        g, x, weight, mean, invstd, mask, *means = saved
         who = next(
             filter(None, (observed.observer(each) for each in (v, u, t) if each is not None)), None
         )

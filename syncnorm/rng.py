@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -27,7 +27,8 @@ def seed_all(seed: int, *, devices: bool = True) -> None:
     if numpy is not None:
         # Its generator is Python's: of the same seed it would draw the same.
         other = seed ^ 1
-        numpy.random.seed([other % 2**32, other >> 32])
+        with suppress(TypeError):  # a program has chosen a generator that cannot be seeded so
+            numpy.random.seed([other % 2**32, other >> 32])
 
 
 @contextmanager

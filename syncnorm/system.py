@@ -87,20 +87,22 @@ def tell(text: str, *, is_result: bool = False) -> None:
         return
     try:
         print(text, file=stream, flush=True)
+    except UnicodeEncodeError:
+        tell(text.encode("ascii", "backslashreplace").decode(), is_result=is_result)
     except OSError as error:
-        if not is_result and error.errno != errno.EPIPE:
-            return
-        # What is left of it goes nowhere, so that the end of the process does not fail of it.
-        with suppress(OSError, ValueError), Path(os.devnull).open("w") as null:
-            os.dup2(null.fileno(), stream.fileno())
+        is_gone = error.errno == errno.EPIPE or (is_result and error.errno == errno.ENOSPC)
+        if is_gone and (stream is sys.__stdout__ or stream is sys.__stderr__):
+            # What is left of it goes nowhere, so that the end of the process does not fail of it.
+            with suppress(OSError, ValueError), Path(os.devnull).open("w") as null:
+                os.dup2(null.fileno(), stream.fileno())
     except ValueError:  # it is closed
         pass
 
 
 def flush_streams() -> None:
-    """Flush standard output and error, of which a program may have been started without."""
+    """Flush standard output and error, where they are there and open."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
+        if stream is not None and not stream.closed:
             stream.flush()
 
 

@@ -4,7 +4,7 @@
     layers run        each leaves the sums of its batch
     forward ends      what was left is sent, for all layers in one message
 
-What one step has gathered is dropped whole if the forward raises. Within `accumulate`, several
+What one step has collected is dropped whole if the forward raises. Within `accumulate`, several
 forwards are one step, which the block delimits.
 """
 
@@ -37,11 +37,11 @@ class StepListener(Protocol):
         ...
 
     def send(self) -> None:
-        """Send what the step has gathered. Every worker must call."""
+        """Send what the step has collected. Every worker must call."""
         ...
 
     def drop(self) -> None:
-        """Forget what the step has gathered and not sent."""
+        """Forget what the step has collected and not sent."""
         ...
 
 

@@ -324,7 +324,8 @@ class _Profile:
 
     def stop(self) -> None:
         """Write the trace, for chrome://tracing and Perfetto."""
-        if self._is_first and self._first is not None and 0 < self._done < self._first:
+        is_early = self._profiler is None and 0 < self._done < (self._first or 0)
+        if is_early and self._is_first:
             _log.warning("follow.profile: step %d did not come, and there is no trace", self._first)
         if self._profiler is not None:
             self._profiler.stop()

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import Lagged, SyncBatchNorm, functional, prepare_ddp, reference
 from syncnorm.comm import exchange
@@ -249,6 +250,31 @@ def test_second_derivatives_in_one_process_pass_torchs_own_check():
     layer = SyncBatchNorm(CHANNELS, affine=False, dtype=torch.float64)
     x = Batch.random((3, CHANNELS, 2), torch.float64).x.requires_grad_()
     assert torch.autograd.gradgradcheck(layer, (x,))
+
+
+def _checkpointed_penalty(use_checkpoint: bool) -> list[Tensor]:
+    """The gradients of a penalty on a gradient, with the forward repeated for it or not."""
+    layer = make_layer(CHANNELS, dtype=torch.float64)
+    x = torch.randn(4, CHANNELS, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x.requires_grad_()
+
+    def penalty(x: Tensor) -> Tensor:
+        (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+        return dx.square().sum()
+
+    value = checkpoint(penalty, x, use_reentrant=False) if use_checkpoint else penalty(x)
+    assert isinstance(value, Tensor)
+    value.backward()
+    return [x.grad, layer.weight.grad]
+
+
+def test_a_penalty_within_activation_checkpointing(pool):
+    for got, expected in zip(
+        pool(2).run(_checkpointed_penalty, True),
+        pool(2).run(_checkpointed_penalty, False),
+        strict=True,
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def _third(layer: nn.Module | None, named: bool, of_weight: bool) -> str | None:

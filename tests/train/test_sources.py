@@ -43,6 +43,7 @@ def test_sets_may_have_capitals_and_what_is_left_out_is_told(tmp_path, caplog):
     write_folder(tmp_path, names("more/", cat=1))
     write_image(tmp_path / "Train/cat/9.gif", noise(1))
     (tmp_path / "Train/cat/8.HEIC").write_bytes(b"none of Pillow's")
+    (tmp_path / "Train/Thumbs.db").write_bytes(b"what Windows leaves")
     splits = folder(tmp_path, size=8)
     assert targets_of(splits.train) == [0, 0, 0, 1, 1, 1]
     assert targets_of(splits.test) == [1]

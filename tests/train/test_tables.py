@@ -265,6 +265,9 @@ def test_names_of_sets_may_have_capitals(tmp_path, caplog):
     assert splits.test is not None
     assert (len(splits.train), len(splits.test)) == (2, 2)
     assert "data.root: other are no sets of" in caplog.text
+    write_csv(tmp_path / "TEST.csv", [["x", "y"], [1, 0]])
+    with pytest.raises(ConfigError, match=r"must hold one table of each name, got TEST\.CSV and"):
+        csv(tmp_path, target="y")
 
 
 def test_a_table_of_numbers_to_learn(tmp_path):

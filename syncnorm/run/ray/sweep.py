@@ -18,6 +18,7 @@ from syncnorm.run.ray.space import Space, read_space, split_grids
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import Written, check, read, set_values
 from syncnorm.train.config.schema import MATHEMATICS, Config
+from syncnorm.train.config.section import is_url
 from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.metrics import json_value
@@ -204,7 +205,9 @@ def make_sweep(
 def _from_here(values: dict[str, Any]) -> dict[str, Any]:
     """Make paths among a trial's values start at the current folder, as `absolute` does."""
     return {
-        key: str(Path(value).absolute()) if key in _PATHS and isinstance(value, str) else value
+        key: str(Path(value).absolute())
+        if key in _PATHS and isinstance(value, str) and value and not is_url(value)
+        else value
         for key, value in values.items()
     }
 

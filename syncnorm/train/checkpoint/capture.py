@@ -336,14 +336,16 @@ def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
 
 def _random_state() -> dict[str, Any]:
     version, numbers, gauss = random.getstate()
-    of_numpy: Any = np.random.get_state()
-    name, keys, *rest = of_numpy
-    return {
+    state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
         "python": [version, list(numbers), gauss],
-        "numpy": [name, keys.tolist(), *rest],
     }
+    of_numpy: Any = np.random.get_state()
+    if isinstance(of_numpy, tuple):  # of a program that has chosen another generator it is a dict
+        name, keys, *rest = of_numpy
+        state["numpy"] = [name, keys.tolist(), *rest]
+    return state
 
 
 def _plain_items(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from syncnorm.errors import ConfigError
+from syncnorm.train.data.sources.images import is_image
 
 _log = logging.getLogger(__name__)
 
@@ -49,11 +50,12 @@ def split_folders(root: Path) -> dict[str, Path]:
         ConfigError: it is no folder, or two folders are for one set.
     """
     present = list_folder(root, is_folder=True)
-    # With capitals it may be a class, which holds files.
+    # With capitals it may be a class, which holds images.
     sets = [
         name
         for name in present
-        if name == name.casefold() or not list_folder(root / name, is_folder=False)
+        if name == name.casefold()
+        or not any(map(is_image, list_folder(root / name, is_folder=False)))
     ]
     names = choose_splits(sets, "folder", root)
     tell_left_out(present, names, root)

@@ -116,11 +116,14 @@ def csv(
 def _find(root: Path, test: float) -> dict[str, Path]:
     if not root.is_dir():
         return {"train": root}
-    names = {
-        Path(name).stem: name
-        for name in list_folder(root, is_folder=False)
-        if name.lower().endswith(".csv")
-    }
+    tables = [name for name in list_folder(root, is_folder=False) if name.lower().endswith(".csv")]
+    names = {Path(name).stem: name for name in tables}
+    if len(names) < len(tables):
+        twice = next(name for name in tables if names[Path(name).stem] != name)
+        raise ConfigError(
+            f"`data.root` must hold one table of each name, got {twice} and "
+            f"{names[Path(twice).stem]} in {str(root)!r}"
+        )
     stems = choose_splits(names, "table", root)
     tell_left_out(names, stems, root)
     found = {split: root / names[stem] for split, stem in stems.items()}
