@@ -113,6 +113,23 @@ def list_folder(folder: Path, *, is_folder: bool) -> list[str]:
         ) from None
 
 
+def by_stem(names: Collection[str], what: str, root: Path) -> dict[str, str]:
+    """Map names of files without their suffixes to the names.
+
+    Raises:
+        ConfigError: two differ in their suffixes alone.
+    """
+    stems = {Path(name).stem: name for name in names}
+    for name in names:
+        other = stems[Path(name).stem]
+        if other != name:
+            raise ConfigError(
+                f"`data.root` must hold one {what} of each name, got {name} and {other} in "
+                f"{str(root)!r}"
+            )
+    return stems
+
+
 def is_held_out(name: str, share: float) -> bool:
     """Decide by a hash of its name whether a sample is in the share that is cut off.
 

@@ -9,7 +9,13 @@ from torch.utils.data import Dataset
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
-from syncnorm.train.data.sources.files import Paths, check_not_empty, list_folder, split_folders
+from syncnorm.train.data.sources.files import (
+    Paths,
+    by_stem,
+    check_not_empty,
+    list_folder,
+    split_folders,
+)
 from syncnorm.train.data.sources.images import ImageReader, as_tensor, is_image, open_image, pillow
 from syncnorm.train.data.sources.options import Classes, Size, source
 from syncnorm.train.data.splits import Splits
@@ -125,18 +131,11 @@ def masks(
 
 
 def _pairs(split: str, root: Path) -> tuple[Paths, Paths]:
-    by_stem: list[dict[str, str]] = []
+    pairs: list[dict[str, str]] = []
     for part in ("images", "masks"):
         names = [name for name in list_folder(root / part, is_folder=False) if is_image(name)]
-        stems = {Path(name).stem: name for name in names}
-        if len(stems) < len(names):
-            twice = next(name for name in names if stems[Path(name).stem] != name)
-            raise ConfigError(
-                f"`data.root` must hold one file of each name, got {twice} and "
-                f"{stems[Path(twice).stem]} in {str(root / part)!r}"
-            )
-        by_stem.append(stems)
-    images, found = by_stem
+        pairs.append(by_stem(names, "file", root / part))
+    images, found = pairs
     single = sorted(images.keys() ^ found.keys())
     if single:
         raise ConfigError(

@@ -21,6 +21,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.data.sources.arrays import mean_and_std
 from syncnorm.train.data.sources.files import (
+    by_stem,
     check_not_empty,
     choose_splits,
     is_held_out,
@@ -117,13 +118,7 @@ def _find(root: Path, test: float) -> dict[str, Path]:
     if not root.is_dir():
         return {"train": root}
     tables = [name for name in list_folder(root, is_folder=False) if name.lower().endswith(".csv")]
-    names = {Path(name).stem: name for name in tables}
-    if len(names) < len(tables):
-        twice = next(name for name in tables if names[Path(name).stem] != name)
-        raise ConfigError(
-            f"`data.root` must hold one table of each name, got {twice} and "
-            f"{names[Path(twice).stem]} in {str(root)!r}"
-        )
+    names = by_stem(tables, "table", root)
     stems = choose_splits(names, "table", root)
     tell_left_out(names, stems, root)
     found = {split: root / names[stem] for split, stem in stems.items()}
