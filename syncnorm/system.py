@@ -102,7 +102,7 @@ def tell(text: str, *, is_result: bool = False) -> None:
 def flush_streams() -> None:
     """Flush standard output and error, where they are there and open."""
     for stream in (sys.stdout, sys.stderr):
-        if stream is not None and not stream.closed:
+        if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
 
 

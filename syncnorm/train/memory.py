@@ -214,10 +214,11 @@ def _warn_of_means(
         total = once[name][0]
         return name not in some or abs(some[name][0] - total) <= share * abs(total)
 
-    once, again = numbers_of(batch), numbers_of(batch)
+    once = again = numbers_of(batch)
     more: dict[str, tuple[float, float]] = {}
     fewer = more
     with suppress(Exception):  # nothing is exchanged meanwhile
+        again = numbers_of(batch)
         more = numbers_of(load(torch.cat([indices] * 2)))
         fewer = numbers_of(load(indices[: -(-len(indices) // 2)]))
     means = [

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -141,6 +142,16 @@ def test_workers_must_have_the_same_data(pool, name):
         assert FAULTS[name] in found[0]
 
 
+_HIDDEN = np.random.default_rng()
+
+
+class _Hidden(_Unseeded):
+    """Samples that draw from a generator in a global variable, of which each process has a copy."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(_HIDDEN.random(4))
+
+
 def _quantised(samples: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it is deprecated
@@ -148,12 +159,17 @@ def _quantised(samples: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("data", "collate", "is_told"),
-    [(_Unseeded(), None, True), (Noise(), None, False), (Noise(), _quantised, False)],
-    ids=["unseeded", "noise", "not compared"],
+    ("data", "collate", "workers", "is_told"),
+    [
+        (_Hidden(), None, 0, True),
+        (_Hidden(), None, 2, True),
+        (Noise(), None, 2, False),
+        (Noise(), _quantised, 0, False),
+    ],
+    ids=["unseeded", "unseeded, loaders", "noise", "not compared"],
 )
-def test_a_sample_that_is_another_one_at_each_look_is_told(data, collate, is_told, caplog):
-    config = Config(**sections("Perceptron", "rows"))
+def test_a_sample_that_is_another_one_at_each_look_is_told(data, collate, workers, is_told, caplog):
+    config = Config(**sections("Perceptron", "rows", data={"loader": {"workers": workers}}))
     feed = LoaderFeed(Splits(data, data, collate=collate), config, torch.device("cpu"))
     warn_of_own_random_numbers(feed)
     assert ("is another one each time that it is read" in caplog.text) == is_told

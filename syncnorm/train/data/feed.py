@@ -67,6 +67,10 @@ class Feed(Protocol):
         """
         ...
 
+    def load_each(self, split: str, forwards: Sequence[Tensor], epoch: int = 0) -> list[Any]:
+        """Load batches one after the other, in one process. Raises as `load`."""
+        ...
+
     def describe(self) -> str:
         """Describe the data in a few words."""
         ...
@@ -131,6 +135,10 @@ class MemoryFeed:
         samples = images, self._probabilities(labels)
         other_samples = other_images, self._probabilities(other_labels)
         return mix(samples, other_samples, indices, options, seed, epoch)
+
+    def load_each(self, split: str, forwards: Sequence[Tensor], epoch: int = 0) -> list[Any]:
+        """Gather batches one after the other."""
+        return [self.load(split, indices, epoch) for indices in forwards]
 
     def _augmented(self, indices: Tensor, epoch: int) -> tuple[Tensor, Tensor]:
         part, config = self._data.train[indices], self._config
@@ -207,19 +215,23 @@ class LoaderFeed:
         return self._readings[use]
 
     def load(self, split: str, indices: Tensor, epoch: int = 0) -> Any:
-        """Load one batch, where batches are loaded.
+        """Load one batch, where batches are loaded."""
+        return self.load_each(split, [indices], epoch)[0]
+
+    def load_each(self, split: str, forwards: Sequence[Tensor], epoch: int = 0) -> list[Any]:
+        """Load batches one after the other, in one process, where batches are loaded.
 
         A data set that opens a file when it is first read must not do so before loaders fork: they
         would share the place in it.
         """
         use = split, split == TRAIN and epoch > 0
         workers = min(1, self._config.data.loader.workers)
-        (batch,) = islice(
-            self._read(*self._make_loader(use, workers, stays=False), [indices], epoch), 1
-        )
-        if isinstance(batch, ReadFailure):
-            raise ConfigError(batch.message)
-        return batch
+        loader = self._make_loader(use, workers, stays=False)
+        batches = [*islice(self._read(*loader, forwards, epoch), len(forwards))]
+        for batch in batches:
+            if isinstance(batch, ReadFailure):
+                raise ConfigError(batch.message)
+        return batches
 
     def _read(
         self,

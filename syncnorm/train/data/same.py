@@ -97,18 +97,16 @@ def warn_of_own_random_numbers(feed: Feed) -> None:
     Its random changes come from numbers that are not seeded, and depend on who reads what before:
     on the workers and on loader processes.
     """
-    # Twice in one batch, which one process reads.
-    index = torch.tensor([_middle(feed, TRAIN)] * 2, device=feed.index_device)
+    index = torch.tensor([_middle(feed, TRAIN)], device=feed.index_device)
     try:
-        found = leaves(feed.load(TRAIN, index, epoch=1))
+        batches = feed.load_each(TRAIN, [index, index], epoch=1)
     except ConfigError:  # the run says so when it comes to it
         return
-    pairs = [
-        [_glimpse(row).values.nan_to_num() for row in leaf]
-        for leaf in found
-        if isinstance(leaf, Tensor) and _is_compared(leaf) and leaf.ndim and len(leaf) == 2
-    ]
-    if all(torch.equal(once, again) for once, again in pairs):
+    once, again = map(_glimpses, batches)
+    if len(once) == len(again) and all(
+        a.shape == b.shape and torch.equal(a.values.nan_to_num(), b.values.nan_to_num())
+        for a, b in zip(once, again, strict=True)
+    ):
         return
     _log.warning(
         "data.name: sample %d of the training set is another one each time that it is read, so the "
@@ -136,6 +134,10 @@ def _read(feed: Feed, split: str) -> _Sample:
         sample = feed.load(split, index, epoch=int(split == TRAIN))
     except ConfigError:
         return None
+    return _glimpses(sample)
+
+
+def _glimpses(sample: Any) -> list[_Glimpse]:
     return [_glimpse(leaf) for leaf in leaves(sample) if _is_compared(leaf)]
 
 
