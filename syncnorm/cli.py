@@ -1,7 +1,6 @@
 """The command `syncnorm`. Exit status: 0 done, 1 failed, 2 bad input, 75 stopped and resumable."""
 
 import errno
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from syncnorm.run.env import read_launched
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.ray import cli
-from syncnorm.system import flush_streams, tell
+from syncnorm.system import flush_streams, send_nowhere, tell
 
 # Nothing above imports torch, which takes seconds of a core: each command imports its own work.
 
@@ -292,9 +291,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:
             raise
-        if arguments is None:  # what is left of the output goes nowhere
-            with Path(os.devnull).open("w") as null:
-                os.dup2(null.fileno(), 1)
+        if arguments is None:
+            send_nowhere(1)
         if error.errno == errno.EPIPE:
             sys.exit(1)
         _stop(f"what it writes has no room: {error.strerror}", 1)

@@ -92,11 +92,16 @@ def tell(text: str, *, is_result: bool = False) -> None:
     except OSError as error:
         is_gone = error.errno == errno.EPIPE or (is_result and error.errno == errno.ENOSPC)
         if is_gone and (stream is sys.__stdout__ or stream is sys.__stderr__):
-            # What is left of it goes nowhere, so that the end of the process does not fail of it.
-            with suppress(OSError, ValueError), Path(os.devnull).open("w") as null:
-                os.dup2(null.fileno(), stream.fileno())
+            with suppress(OSError, ValueError):
+                send_nowhere(stream.fileno())
     except ValueError:  # it is closed
         pass
+
+
+def send_nowhere(descriptor: int) -> None:
+    """Let what is left for an open file go nowhere, so that the process does not fail of it."""
+    with Path(os.devnull).open("w") as null:
+        os.dup2(null.fileno(), descriptor)
 
 
 def flush_streams() -> None:

@@ -19,6 +19,8 @@ SPLITS = {
     "test": ("test", "testing"),
 }
 
+_NAMES = {name for names in SPLITS.values() for name in names}
+
 
 class Paths(Sequence[str]):
     """The paths of files below a folder, in three objects however many there are.
@@ -50,12 +52,15 @@ def split_folders(root: Path) -> dict[str, Path]:
         ConfigError: it is no folder, or two folders are for one set.
     """
     present = list_folder(root, is_folder=True)
-    # With capitals it may be a class, which holds images.
+    # With capitals it may be a class, which holds images. Classes of other names are not listed.
     sets = [
         name
         for name in present
-        if name == name.casefold()
-        or not any(map(is_image, list_folder(root / name, is_folder=False)))
+        if name in _NAMES
+        or (
+            name.casefold() in _NAMES
+            and not any(map(is_image, list_folder(root / name, is_folder=False)))
+        )
     ]
     names = choose_splits(sets, "folder", root)
     tell_left_out(present, names, root)
