@@ -224,6 +224,26 @@ def numbering_groups_from(number: int) -> Iterator[None]:
         c10d._world.group_count = before
 
 
+@contextmanager
+def connecting_anew() -> Iterator[None]:
+    """Have torch connect the groups made within by themselves, without ranks that are not in them.
+
+    Where the default group was made with a `device_id`, torch would split its communicator for
+    NCCL's groups, in which all ranks have to take part.
+    """
+    world = c10d._get_default_group()
+    before, world.bound_device_id = world.bound_device_id, None
+    try:
+        yield
+    finally:
+        world.bound_device_id = before
+
+
+def bound_device(group: dist.ProcessGroup) -> torch.device | None:
+    """The device that a group was bound to, as `init_process_group(device_id=...)` does, if any."""
+    return group.bound_device_id
+
+
 def is_named_by_count() -> bool:
     """True if the number in a group's name is that of the groups made so far: torch >= 2.15.
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from syncnorm import undocumented
 from syncnorm.comm import exchange, hosts, naming, rules
 from syncnorm.comm.handles import (
     GivenGroup,
@@ -245,6 +246,7 @@ def _make_among(rule: Ranks, handle: GroupHandle, parent: Group) -> None:
     among = parent if isinstance(handle, GivenGroup) and handle.group is parent else None
     with (
         naming.explain_absence(rule.members),
+        undocumented.connecting_anew(),
         naming.same_name(rule.members, among, device_for(parent)),
     ):
         # The timeout of the user's group: torch would give its own default of half an hour.

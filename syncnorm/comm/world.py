@@ -39,8 +39,13 @@ def ranks(group: Group | None) -> list[int]:
 
 
 def device_for(group: Group, preferred: torch.device | None = None) -> torch.device:
-    """A device whose tensors `group` can send: the preferred one, else the CPU, else any."""
+    """A device whose tensors `group` can send: the preferred one, else the CPU, else its own."""
     types = undocumented.device_types(group)
     if preferred is not None and preferred.type in types:
         return preferred
-    return torch.device("cpu" if "cpu" in types else types[0])
+    if "cpu" in types:
+        return torch.device("cpu")
+    # Else the current device of the type: torch allows for a process that never chose one.
+    world = dist.group.WORLD
+    bound = None if world is None else undocumented.bound_device(world)
+    return bound if bound is not None and bound.type == types[0] else torch.device(types[0])

@@ -29,9 +29,10 @@ def economise(model: nn.Module, train: TrainSection) -> None:
 def set_tf32(wanted: bool | None) -> None:
     """Let CUDA compute products and convolutions of float32 in TF32, or not; None: as it is."""
     if wanted is not None:
-        precision = "tf32" if wanted else "ieee"
-        torch.backends.cuda.matmul.fp32_precision = precision
-        torch.backends.cudnn.fp32_precision = precision  # pyright: ignore[reportAttributeAccessIssue]
+        # Not by `fp32_precision`: torch 2.11's for cudnn says nothing to convolutions, and
+        # `torch.backends.cudnn.flags` cannot read what is set so.
+        torch.backends.cuda.matmul.allow_tf32 = wanted
+        torch.backends.cudnn.allow_tf32 = wanted
 
 
 def _recompute(model: nn.Module, patterns: Sequence[str]) -> None:

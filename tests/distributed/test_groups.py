@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -301,6 +302,27 @@ def _made_by_members() -> tuple[str, str, list[int]]:
     # For torch itself: where this differs, a group that all make together has several names.
     dist.distributed_c10d._world.group_count = count
     return before, made.group_name if made is not None else "", live.ranks(made)
+
+
+def _splits() -> int:
+    """Splits of the default group that are asked for while its ranks but the last make a group."""
+    asked, world = [], dist.group.WORLD
+    assert world is not None
+    among = dist.new_group([0, 1])
+    world.bound_device_id = torch.device(
+        "cuda", dist.get_rank()
+    )  # by init_process_group's device_id
+    with mock.patch.object(dist.distributed_c10d, "_get_split_source", side_effect=asked.append):
+        if dist.get_rank() < 2:
+            prepare_ddp(nn.Sequential(SyncBatchNorm(3)), among)(torch.randn(4, 3))
+    world.bound_device_id = None
+    return len(asked)
+
+
+def test_a_group_of_some_ranks_asks_nothing_of_the_others():
+    """NCCL splits the communicator of a default group with a device together with all its ranks."""
+    with RankPool(3) as ranks:
+        assert ranks.run(_splits) == [0, 0, 0]
 
 
 def test_members_that_have_made_different_numbers_of_groups_do_not_wait_for_each_other():

@@ -20,7 +20,7 @@ from syncnorm.train.config.file import load_config
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.feed import TRAIN, MemoryFeed
-from syncnorm.train.economy import economise
+from syncnorm.train.economy import economise, set_tf32
 from syncnorm.train.models import MODELS
 from syncnorm.train.parameters import parameter_groups
 from syncnorm.train.renewal import renew_statistics
@@ -321,3 +321,22 @@ def renewed_without_numbers() -> tuple[bool, bool]:
 
 def test_an_average_that_is_not_finite_keeps_its_statistics_and_the_run_goes_on(pool):
     assert pool(2).run(renewed_without_numbers) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_tf32_holds_for_products_and_for_convolutions(wanted):
+    """Also where torch's own defaults for convolutions and for recurrent layers are others."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    parts = (matmul, cudnn.conv, cudnn.rnn)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        set_tf32(wanted)
+        assert [part.fp32_precision == "tf32" for part in parts] == [wanted] * 3
+        # Readable by the names from before `fp32_precision`, which torch's own code reads.
+        assert torch.get_float32_matmul_precision() == ("high" if wanted else "highest")
+        with cudnn.flags():
+            pass
+        set_tf32(None)
+        assert (matmul.allow_tf32, cudnn.allow_tf32) == (wanted, wanted)
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before

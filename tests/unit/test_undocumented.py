@@ -3,13 +3,16 @@
 A release of torch that changes one of them fails here, whatever else it breaks.
 """
 
+import contextlib
 import copy
 import functools
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
@@ -310,6 +313,30 @@ def test_the_number_in_a_groups_name():
     with RankPool(1) as ranks:
         ((said, seen),) = ranks.run(_name_by_count)
     assert said == seen
+
+
+def _splits() -> list[int]:
+    """Numbers of splits of the default group that a group of one asks for: as torch has it, and ours."""
+    world, asked = dist.group.WORLD, []
+    assert world is not None
+    assert undocumented.bound_device(world) is None
+    world.bound_device_id = torch.device("cuda", 1)  # as init_process_group(device_id=...) sets it
+    assert undocumented.bound_device(world) == torch.device("cuda", 1)
+    numbers = []
+    with mock.patch.object(c10d, "_get_split_source", side_effect=asked.append):
+        for way in (contextlib.nullcontext, undocumented.connecting_anew):
+            asked.clear()
+            with way():
+                dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+            numbers.append(len(asked))
+    assert undocumented.bound_device(world) == torch.device("cuda", 1)
+    world.bound_device_id = None
+    return numbers
+
+
+def test_a_group_connects_without_the_ranks_that_are_not_in_it():
+    with RankPool(1) as ranks:
+        assert ranks.run(_splits) == [[1, 0]]
 
 
 def test_the_fake_backend_sends_nothing():
