@@ -4,7 +4,9 @@ The notes decide whether the optimizer steps, so the host has to read them in ev
 sent when the host is through with the backward pass, which is when workers of one host come
 together anyway. On CUDA they have a stream of their own, on which they wait for the forward pass
 alone: while the host reads them, the device is busy with the backward pass, and the optimizer's
-work comes in time.
+work comes in time. Over several workers they come after the sums of the layers' backward pass, as
+NCCL runs what is sent by one communicator in the order of the calls: with `sync="batch"` near its
+end, with "running" after the statistics.
 """
 
 import functools
