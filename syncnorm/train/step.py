@@ -102,7 +102,7 @@ def training_step(
     `train.not_finite: skip` the buffers do, too.
 
     *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, a sum of
-    the counts if the loss has several terms, one of who has used which parameter if some worker has
+    the counts if the loss has several terms or autocast is float16, one of who has used which parameter if some worker has
     not used all, and a broadcast of the model's own buffers if it has some; every worker must call.
 
     Args:
@@ -153,6 +153,7 @@ def _compute_gradient(
     placement = setup.placement(samples)
     loss: Tensor | None = None
     count: Number = 0
+    per_sample: Tensor | None = None
     failure, pending = "", None
     # DDP averages over the workers; a step's gradient is the sum of their shares.
     weight = setup.workers.world_size / samples
@@ -164,6 +165,11 @@ def _compute_gradient(
                 if isinstance(samples_of_mine, ReadFailure):
                     failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
                 total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
+                if placement.has_rounds and setup.scaler.is_enabled():
+                    # As in `_loss_sum`, but the whole count comes after the backward passes.
+                    if per_sample is None:
+                        per_sample = _count_per_sample(setup, counted, parts)
+                    total, counted = total / per_sample, counted / per_sample
                 loss = total.detach() if loss is None else loss.double() + total.detach()
                 count = counted if number == 1 else count + counted
                 if is_last:
@@ -180,6 +186,21 @@ def _compute_gradient(
     if notes.lack:
         setup.gradients.drop_unused()
     return notes
+
+
+def _count_per_sample(setup: Setup, count: Number, parts: tuple[slice, ...]) -> Tensor:
+    """Estimate what a sample counts by the first forwards of all workers; 1 where nothing counts.
+
+    *Collectives*: one sum; every worker must call.
+
+    Returns:
+        A power of two, by which division is exact.
+    """
+    samples = sum(part.stop - part.start for part in parts)
+    mine = torch.stack([_as_count(n, setup.workers.device) for n in (count, samples)])
+    ratio = exchange.sum_(mine, groups.statistics_group(), "counts of a forward")
+    ratio = ratio[0] / ratio[1]
+    return torch.where((ratio > 0) & ratio.isfinite(), ratio.log2().round().exp2(), 1.0)
 
 
 def raise_read_failure(message: str) -> None:

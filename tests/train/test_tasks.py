@@ -287,10 +287,15 @@ def test_metrics_that_exchange_are_refused(pool):
         assert "`task.name` must measure without exchanges" in message
 
 
-def test_float16_has_room_for_a_loss_over_many_pixels(pool, tmp_path):
-    """Its gradients are those of the mean, however many pixels an image has."""
+@pytest.mark.parametrize("has_rounds", [False, True])
+def test_float16_has_room_for_a_loss_over_many_pixels(pool, tmp_path, has_rounds):
+    """Its gradients are those of the mean, however many pixels an image has, in each forward."""
     narrow = {"dtype": "float32", "autocast": "float16", "epochs": 4}
     options = sections("SmallUNet", "shapes", {"name": "segment"}, train=narrow)
+    if has_rounds:
+        options["train"] |= {"global_batch": 4, "norm_batch": 1, "epochs": 1}
+        options["data"]["options"] = {"count": 48}
+        options["launch"] = {"micro_batch": 1}
     for world_size in (1, 2):
         folder = tmp_path / str(world_size)
         folder.mkdir()
