@@ -160,6 +160,12 @@ KINDS = {
         "data.augment.cutout=2",
         "train.clip=1",
     ],
+    # Whose product of momenta is float32 beside parameters of float64.
+    "single numbers": [
+        "train.dtype=float64",
+        "train.optimizer.name=NAdam",
+        "train.optimizer.momentum=null",
+    ],
 }
 
 

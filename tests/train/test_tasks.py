@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from syncnorm.train.checkpoint.store import CheckpointStore
+from syncnorm.train.task.meters import Meters
 from tests.train import runs
 from tests.train.files import noise, write_image
 
@@ -365,6 +368,25 @@ def test_metrics_of_torchmetrics_are_those_of_the_whole_set(pool, tmp_path):
     assert 0 < first["test"]["MulticlassAUROC"] < 1
 
 
+def _correlation(sizes: list[int]) -> float:
+    """The correlation of rows of which this worker has so many."""
+    generator = torch.Generator().manual_seed(0)
+    rank, rows = dist.get_rank(), torch.randn(2, sum(sizes), generator=generator).double()
+    outputs, targets = rows
+    meters = Meters({"PearsonCorrCoef": {}}, torch.device("cpu"))
+    if sizes[rank]:
+        meters.update(outputs.split(sizes)[rank], targets.split(sizes)[rank])
+    (result,) = meters.gather().values()
+    return result - torch.corrcoef(rows)[0, 1].item()
+
+
+@pytest.mark.parametrize("sizes", [[2, 3, 4], [9, 0, 0], [0, 0, 9]], ids=str)
+def test_a_metric_that_merges_means_is_that_of_the_whole_set(pool, sizes):
+    """Also where a worker has no samples, whose means are of nothing."""
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    assert pool(3).run(_correlation, sizes) == pytest.approx([0, 0, 0], abs=1e-12)
+
+
 @pytest.mark.parametrize(
     ("task", "words"),
     [
@@ -374,6 +396,10 @@ def test_metrics_of_torchmetrics_are_those_of_the_whole_set(pool, tmp_path):
             {"metrics": {"MulticlassAUROC": {"num_classes": 4}}},
             "must add up, but MulticlassAUROC keeps every sample",
         ),
+        (
+            {"metrics": {"MulticlassROC": {"num_classes": 4, "thresholds": 5}}},
+            "`task.metrics.MulticlassROC` must give a number, or several in one tensor, got tuple",
+        ),
         ({"best": "f2"}, "`task.best` must be measured, got 'f2' of accuracy, loss"),
     ],
     ids=str,
@@ -382,6 +408,20 @@ def test_metrics_that_cannot_be_measured_are_refused(pool, task, words):
     pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
     for message in pool(2).run(runs.refused_sections, sections("Perceptron", "rows", task)):
         assert words in message
+
+
+def test_a_metric_that_fails_over_several_workers_is_refused_for_one(pool):
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    task = {"name": "regress", "metrics": {"NormalizedRootMeanSquaredError": {}}}
+    options = sections(
+        "Perceptron",
+        "rows",
+        task,
+        model={"options": {"outputs": 1}},
+        data={"options": {"kind": "values"}},
+    )
+    (message,) = pool(1).run(runs.refused_sections, options)
+    assert "must be one that several workers can measure together, got IndexError" in message
 
 
 VALIDATED = sections(

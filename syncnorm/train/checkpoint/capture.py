@@ -149,7 +149,7 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
         if setup.average is not None:
             buffers.load(setup.average, snapshot.tensors["ema"], unsaved.get("ema", {}))
         put_in_evaluation(setup.model, snapshot.facts["in_evaluation"])
-        setup.optimizer.load_state_dict(snapshot.states["optimizer"])
+        _load_optimizer(setup.optimizer, snapshot.states["optimizer"])
         setup.schedule.load_state_dict(snapshot.states["schedule"])
         _lengthen(setup, snapshot)
         if setup.scaler.is_enabled():
@@ -165,6 +165,23 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
         raise CheckpointError(
             f"the checkpoint of step {snapshot.step} does not fit the configuration: {reason}"
         ) from error
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, single numbers in the type that they were saved in.
+
+    torch gives them that of the parameter, and what NAdam, ASGD and others multiply up would go on
+    in another one.
+    """
+    optimizer.load_state_dict(state)
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        loaded = optimizer.state[parameter] if number in state["state"] else {}
+        for name, value in loaded.items():
+            if isinstance(value, Tensor) and value.ndim == 0:
+                saved = state["state"][number][name]
+                loaded[name] = saved.to(value.device, copy=True)
 
 
 def _lengthen(setup: Setup, snapshot: Snapshot) -> None:
