@@ -132,7 +132,7 @@ def train(job: Job) -> Trained:
     total = config.train.epochs * per_epoch
     task = task_of(config, workers.device, feed)
     model = make_bare_model(config, workers.device, feed, total)
-    setup = make_setup(config, workers, feed.signature, total, model, task)
+    setup = make_setup(config, workers, feed, total, model, task)
     if job.nudged is not None:
         _nudge(setup.model, job.nudged)
     watch, losses, clipped = monitor(setup.model), [], []

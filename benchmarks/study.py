@@ -83,7 +83,7 @@ def _train(job: Job) -> Result:
     total = math.ceil(feed.sizes[TRAIN] / batch) * len(epochs)
     task = task_of(config, workers.device, feed, ALLOWED)
     model = make_bare_model(config, workers.device, feed, total, ALLOWED)
-    setup = make_setup(config, workers, feed.signature, total, model, task)
+    setup = make_setup(config, workers, feed, total, model, task)
     losses: list[float] = []
     seen: list[float] = []
     orders = (training_order(config, feed, epoch).split(batch) for epoch in epochs)

@@ -96,7 +96,7 @@ def trainer_step(
     feed = feed_of(config, data, workers)
     task = task_of(config, workers.device, feed)
     model = make_bare_model(config, workers.device, feed, 10**6)
-    setup = make_setup(config, workers, feed.signature, 10**6, model, task)
+    setup = make_setup(config, workers, feed, 10**6, model, task)
     progress = Progress(epoch=1)
     recorder = Recorder(setup, folder, progress, total_steps=10**6)
     run = Run(

@@ -72,7 +72,7 @@ def _describe(request: RunRequest, config: Config, workers: Workers) -> str:
         need = estimate(config, workers, feed, model, task)
         free = available_bytes(config, workers, 1)
         check_fits(need, free, 0)
-        setup = make_setup(config, workers, feed.signature, total_steps, model, task)
+        setup = make_setup(config, workers, feed, total_steps, model, task)
         load_weights(setup.model, config.model, workers)
         setup.ddp.register_comm_hook(None, _return_bucket)
         order = training_order(config, feed, 1)

@@ -194,7 +194,7 @@ def train(
         task = task_of(config, workers.device, feed, allowed)
         model = make_bare_model(config, workers.device, feed, total_steps, allowed)
         check_memory(config, workers, feed, model, task)
-        setup = make_setup(config, workers, feed.signature, total_steps, model, task)
+        setup = make_setup(config, workers, feed, total_steps, model, task)
         store = (
             CheckpointStore(folder / CHECKPOINTS, config.checkpoint.keep)
             if workers.is_first

@@ -11,6 +11,7 @@ the greatest part with small networks; on a GPU it lies elsewhere.
 
 import copy
 import logging
+import reprlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
     """
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     # Before the process is measured: the first optimizer imports much.
-    fixed = parameters * (2 + _states_per_parameter(config))
+    fixed = parameters * (2 + _states_per_parameter(config, workers.device))
     # The process has the parameters already, which `fixed` counts.
     process = 0 if workers.device.type == "cuda" else max(system.resident_memory() - parameters, 0)
     with rng.kept():
@@ -317,13 +318,23 @@ def _peak(model: nn.Module, loss: Callable[[], Tensor], device: torch.device) ->
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def _states_per_parameter(config: Config) -> int:
-    """Count the numbers that the optimizer and the average keep for each parameter."""
-    probe = torch.zeros(8, 8, requires_grad=True)
-    probe.grad = torch.ones(8, 8)
+def _states_per_parameter(config: Config, device: torch.device) -> int:
+    """Count the numbers that the optimizer and the average keep for each parameter.
+
+    Raises:
+        ConfigError: the optimizer cannot take a step.
+    """
+    probe = torch.zeros(8, 8, device=device, requires_grad=True)
+    probe.grad = torch.ones_like(probe)
     section = config.train.optimizer
     optimizer = optim.make_optimizer(section.name, [probe], 0.0, section.options)
-    optimizer.step()
+    try:
+        optimizer.step()
+    except Exception as error:  # such as an argument that is for CUDA
+        raise ConfigError(
+            f"`train.optimizer` must step on {device.type}, got {section.name} with "
+            f"{reprlib.repr(section.options)}: {in_one_line(error)}"
+        ) from None
     states = sum(
         v.numel()
         for state in optimizer.state.values()

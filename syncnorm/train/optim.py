@@ -167,6 +167,9 @@ def make_optimizer(
     """Build the optimizer over parameter groups, or those of the parameters that are trained.
 
     A group steps at the optimizer's learning rate times its `rate`, if it has one.
+
+    Raises:
+        ConfigError: the optimizer does not take such parameters, as Muon does matrices alone.
     """
     trained = [each for each in parameters if isinstance(each, dict) or each.requires_grad]
     together = (
@@ -174,7 +177,12 @@ def make_optimizer(
         if name in _SAME_TOGETHER and not {"foreach", "fused"} & options.keys()
         else {}
     )
-    optimizer = OPTIMIZERS[name](trained, lr=lr, **together, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    try:
+        optimizer = OPTIMIZERS[name](trained, lr=lr, **together, **_tuples(options))  # pyright: ignore[reportCallIssue]
+    except Exception as error:
+        raise ConfigError(
+            f"`train.optimizer` must take the model's parameters, got {name}: {in_one_line(error)}"
+        ) from None
     _apply_rates(optimizer)
     return optimizer
 

@@ -30,7 +30,7 @@ from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
-from syncnorm.train.config.callables import resolve
+from syncnorm.train.config.callables import check_arguments, resolve
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.data.datasets import Dataset, types_of
@@ -79,6 +79,7 @@ class Setup:
         statistic_groups: the source of their statistics, where a step has several of each layer.
         shared_buffers: buffers that are neither a batch norm's nor each worker's own.
         signature: the inputs and outputs of the network.
+        samples: in the training set.
     """
 
     config: Config
@@ -95,6 +96,7 @@ class Setup:
     statistic_groups: StatisticGroups | None
     shared_buffers: SharedBuffers
     signature: Signature
+    samples: int
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -228,7 +230,9 @@ def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
         return DATASETS[config.data.name](root)
     if config.data.name in SOURCES:
         return SOURCES[config.data.name](root, **config.data.options)
-    made = resolve(config.data.name, allowed, "data.name")(root, **config.data.options)
+    function = resolve(config.data.name, allowed, "data.name")
+    check_arguments("data.options", config.data.name, function, root, **config.data.options)
+    made = function(root, **config.data.options)
     if not isinstance(made, Dataset | Splits):
         raise ConfigError(
             "`data.name` must return a syncnorm.train.data.splits.Splits of data sets, or a "
@@ -310,7 +314,7 @@ def task_of(
 def make_setup(
     config: Config,
     workers: Workers,
-    signature: Signature,
+    feed: Feed,
     total_steps: int,
     model: nn.Module,
     task: Task,
@@ -322,7 +326,7 @@ def make_setup(
     Args:
         config: what to build.
         workers: this worker's rank and device.
-        signature: of the data.
+        feed: of the data; nothing is read.
         total_steps: length of the run.
         model: of `make_bare_model`.
         task: of `task_of`.
@@ -368,7 +372,8 @@ def make_setup(
         layers=[m for m in model.modules() if isinstance(m, SyncNorm | Pooling)],
         statistic_groups=statistic_groups,
         shared_buffers=SharedBuffers(model, None if average is None else average.module),
-        signature=signature,
+        signature=feed.signature,
+        samples=feed.sizes[TRAIN],
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from syncnorm.errors import ConfigError, in_one_line
-from syncnorm.train.config.callables import resolve
+from syncnorm.train.config.callables import check_arguments, resolve
 from syncnorm.train.data.datasets import types_of
 from syncnorm.train.models import MODELS, NormLayer
 from syncnorm.train.packages import PACKAGED, Shape, make_packaged
@@ -89,8 +89,5 @@ def _arguments(
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     chosen = {key: value for key, value in given.items() if takes_any or key in parameters}
     arguments = {**chosen, **options}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"`model.options` must fit {name!r}: {error}") from None
+    check_arguments("model.options", name, function, **arguments)
     return arguments

@@ -262,7 +262,7 @@ def setup_of(config: Config, workers: Workers, feed: Feed, total_steps: int = 10
     """Build a setup on all ranks; a configuration may name what is in `tests`."""
     task = task_of(config, workers.device, feed, ("tests",))
     model = make_bare_model(config, workers.device, feed, total_steps, ("tests",))
-    return make_setup(config, workers, feed.signature, total_steps, model, task)
+    return make_setup(config, workers, feed, total_steps, model, task)
 
 
 def one_step(
@@ -420,6 +420,15 @@ def failed_sections(sections: dict[str, Any]) -> str:
             assert not multiprocessing.active_children(), "processes that load live on"
             return str(error)
     raise AssertionError("it has trained")
+
+
+def error_of_sections(folder: str, sections: dict[str, Any]) -> str:
+    """Train in a folder; the error with which that is refused, empty if it is not."""
+    try:
+        train_sections(folder, sections)
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def failed_by_gloo(sections: dict[str, Any]) -> str:

@@ -253,6 +253,22 @@ NETS = "tests.train.nets"
             [f"data.name={NETS}:masks"],
             "got (1437, 1, 8, 8) and (1437, 8, 8). Other data come as a Splits",
         ),
+        (
+            [f"data.name={NETS}:two_folders", "data.options.size=3"],
+            f"`data.options` must fit '{NETS}:two_folders': got an unexpected keyword",
+        ),
+        (
+            [f"task.name={NETS}:two_folders", "task.options.size=3"],
+            f"`task.options` must fit '{NETS}:two_folders': ",
+        ),
+        (
+            ["train.optimizer.name=Muon"],
+            "`train.optimizer` must take the model's parameters, got Muon: ValueError: Muon only",
+        ),
+        (
+            ["train.optimizer.differentiable=true"],
+            "`train.optimizer` must step on cpu, got SGD with {'differentiable': True, ",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_alike_before_the_first_step(pool, options, message):

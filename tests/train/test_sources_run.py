@@ -1,5 +1,6 @@
 """Runs on sources of files, with random changes and loader processes: one curve on any workers."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,41 @@ def test_the_curve_is_that_of_one_worker(pool, tmp_path, kind):
         curves.append(losses(folder))
     assert len(curves[0]) >= 9
     assert curves[1] == pytest.approx(curves[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("renamed", r"got classes \['dog', 'zebra'\], not \['cat', 'dog'\]"),
+        ("other figures", r"got inputs \{"),
+        ("a row less", "got samples 40, not 50"),
+        ("rounded", ""),
+    ],
+)
+def test_a_run_goes_on_with_the_data_that_it_began_with(pool, tmp_path, change, words):
+    path, folder = tmp_path / "rows.csv", tmp_path / "run"
+    folder.mkdir()
+    rows = [[*((17 * i + j) % 23 for j in range(8)), ("cat", "dog")[i % 2]] for i in range(50)]
+    changed = {
+        "renamed": [[*row[:-1], row[-1].replace("cat", "zebra")] for row in rows],
+        "other figures": [[row[0] + i % 2, *row[1:]] for i, row in enumerate(rows)],
+        "a row less": rows[:-10],
+        "rounded": [[row[0] + 1e-9, *row[1:]] for row in rows],
+    }
+    write_rows(path, rows)
+    options = {
+        "model": {"name": "tests.train.tasks:Perceptron"},
+        "data": {"name": "csv", "root": str(path), "options": {"target": "kind"}},
+        "train": {"epochs": 2, "global_batch": 10, "lr": 0.1},
+    }
+    pool(2).run(runs.train_sections, str(folder), options, 2)
+    write_rows(path, changed[change])
+    for message in pool(2).run(runs.error_of_sections, str(folder), options):
+        assert re.search(words, message) if words else message == ""
+        assert "Bring them back" in message or not words
+
+
+def write_rows(path: Path, rows: list[list]) -> None:
+    path.write_text(
+        "\n".join(["a,b,c,d,e,f,g,h,kind", *(",".join(map(str, row)) for row in rows)]) + "\n"
+    )

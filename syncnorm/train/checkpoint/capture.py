@@ -10,6 +10,8 @@ import logging
 import math
 import platform
 import random
+import reprlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -131,7 +133,8 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "world_size": setup.workers.world_size,
             "config": setup.config.model_dump(),
             "versions": versions(),
-            "signature": setup.signature.model_dump(),
+            "signature": setup.signature.model_dump(mode="json"),
+            "samples": setup.samples,
         },
     )
 
@@ -259,6 +262,7 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
                     "train its model further, begin a run with model.weights=FOLDER."
                 )
             check_same(setup.config, snapshot)
+            _check_same_data(setup, snapshot.facts)
         return snapshot, None if path is None else path.name, faults
 
     snapshot, source, faults = from_first(store is not None, read)
@@ -274,6 +278,33 @@ def check_same(config: Config, snapshot: Snapshot) -> None:
         raise ConfigError(
             f"the checkpoint of step {snapshot.step} is of another configuration: {differences}"
         )
+
+
+def _check_same_data(setup: Setup, facts: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless the data are those that the run began with, as far as it can be seen.
+
+    Figures that were measured elsewhere may differ in rounding.
+    """
+    found = setup.signature.model_dump(mode="json") | {"samples": setup.samples}
+    before = {"samples": facts.get("samples"), **(facts.get("signature") or {})}
+    for name, was in before.items():
+        now = found.get(name)
+        if was is not None and now is not None and not _is_same(now, was):
+            raise ConfigError(
+                f"a run must go on with the data that it began with, got {name} "
+                f"{reprlib.repr(now)}, not {reprlib.repr(was)}. Bring them back, or begin a new run "
+                "with model.weights=RUN."
+            )
+
+
+def _is_same(now: Any, was: Any) -> bool:
+    if isinstance(now, dict) and isinstance(was, dict):
+        return now.keys() == was.keys() and all(_is_same(now[key], was[key]) for key in now)
+    if isinstance(now, list) and isinstance(was, list):
+        return len(now) == len(was) and all(map(_is_same, now, was))
+    if isinstance(now, float) and isinstance(was, float):
+        return math.isclose(now, was, rel_tol=1e-6, abs_tol=1e-6)
+    return now == was
 
 
 def describe_differences(config: Config, recorded: Any) -> str:

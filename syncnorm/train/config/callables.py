@@ -8,6 +8,7 @@ they need no permission.
 """
 
 import importlib
+import inspect
 import re
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
@@ -55,15 +56,35 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
         found = getattr(importlib.import_module(module_name), name)
     except (Exception, SystemExit) as error:  # a module may raise anything as it is run
         cause = printable(in_one_line(error))
+        is_absent = isinstance(error, ModuleNotFoundError)
+        remedy = "Install its package, put its folder on PYTHONPATH, or work in that folder."
         raise ConfigError(
-            f"`{key}` must name what can be imported, got {reference!r}: {cause}. "
-            "Install its package, put its folder on PYTHONPATH, or work in that folder."
+            f"`{key}` must name what can be imported, got {reference!r}: {cause}"
+            + (f". {remedy}" if is_absent else "")
         ) from None
     if not callable(found):
         raise ConfigError(
             f"`{key}` must name a callable, got {reference!r}, which is {reprlib.repr(found)}"
         )
     return found
+
+
+def check_arguments(
+    key: str, reference: str, function: Callable[..., Any], *args: Any, **options: Any
+) -> None:
+    """Check that a callable takes these arguments, as far as its signature says it.
+
+    Raises:
+        ConfigError: it does not; names `key`, which has the options.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # such as a class of C's
+        return
+    try:
+        signature.bind(*args, **options)
+    except TypeError as error:
+        raise ConfigError(f"`{key}` must fit {reference!r}: {error}") from None
 
 
 def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str, str]:
