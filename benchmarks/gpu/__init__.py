@@ -2,6 +2,7 @@
 
     __main__.py     runs the parts, one after the other, and keeps what each has found
     part.py         what the parts share: how long they may take, and the rows that they write
+    timing.py       clocks, and groups of processes
     machine.py      the card and the versions
     outcomes.py     a plugin of pytest that writes down each test's outcome
     step.py         a training step of ResNet-50, by normalisation layer

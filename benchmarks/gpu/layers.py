@@ -14,7 +14,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import paired
-from benchmarks.gpu import part
+from benchmarks.gpu import part, timing
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 
 SHAPES = [(8, 64, 7, 7), (32, 256, 14, 14), (64, 128)]
@@ -74,7 +74,7 @@ def replayed(step: OneStep) -> Step:
     """A graph of the step."""
     if step.x.device.type == "cpu":
         return step
-    graph = part.captured(step)
+    graph = timing.captured(step)
 
     def replay(kept: OneStep = step) -> None:  # whose tensors are those of the graph
         graph.replay()
@@ -91,7 +91,7 @@ WAYS: dict[str, tuple[Callable[[OneStep], Step], tuple[str, ...]]] = {
 
 def measure(settings: part.Settings) -> None:
     """Write a row for each layer, shape and way, those that take least time first."""
-    with part.workers() as (number, backend):
+    with timing.workers() as (number, backend):
         for way in WAYS:
             for shape in SHAPES[-1:] if settings.is_small else SHAPES:
                 key = {"part": "layers", "way": way, "shape": shape}
@@ -116,7 +116,7 @@ def _measure_shape(settings: part.Settings, key: dict[str, Any]) -> None:
     def turn(step: Step) -> None:
         for _ in range(calls):
             step()
-        part.synchronize(settings.device)
+        timing.synchronize(settings.device)
 
     turns: dict[str, Callable[[], None]] = {}
     for name in names:
@@ -132,7 +132,7 @@ def _measure_shape(settings: part.Settings, key: dict[str, Any]) -> None:
     if not turns:
         return
     for name, seconds in paired.rounds(turns, rounds, warm_up=1).items():
-        found = part.spread([each / calls for each in seconds])
+        found = timing.spread([each / calls for each in seconds])
         settings.write(**key, layer=name, calls=calls, **found)
 
 
@@ -146,7 +146,7 @@ def launches(name: str, settings: part.Settings) -> int | None:
         activities.pop()
     with profile(activities=activities) as seen:
         step()
-        part.synchronize(settings.device)
+        timing.synchronize(settings.device)
     number = sum(event.device_type == DeviceType.CUDA for event in seen.events())
     return number if settings.device == "cuda" else None
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import part
+from benchmarks.gpu import part, timing
 from syncnorm.maths.moments import Raw
 
 BATCH = 256
@@ -86,7 +86,7 @@ KERNELS = {
 
 def measure(settings: part.Settings) -> None:
     """Write a row for each primitive of each kind of kernels, the largest shapes first."""
-    clock = part.Clock(settings.device)
+    clock = timing.Clock(settings.device)
     for dtype in (torch.bfloat16, torch.float32):
         for layout in ("channels last", "contiguous"):
             for shape, layers in (SMALL_SHAPES if settings.is_small else SHAPES).items():
@@ -99,7 +99,7 @@ def measure(settings: part.Settings) -> None:
 
 
 def _measure_shape(
-    settings: part.Settings, clock: part.Clock, key: dict[str, Any], dtype: torch.dtype
+    settings: part.Settings, clock: timing.Clock, key: dict[str, Any], dtype: torch.dtype
 ) -> None:
     batch = 2 if settings.is_small else BATCH
     where: dict[str, Any] = {"device": settings.device, "dtype": dtype}
@@ -109,12 +109,12 @@ def _measure_shape(
     )
     channels = x.shape[1]
     weight, bias = (torch.rand(channels, device=settings.device) for _ in range(2))
-    copy = part.spread(clock.seconds(lambda: g.copy_(x), 20))
+    copy = timing.spread(clock.seconds(lambda: g.copy_(x), 20))
     bandwidth = COPY_TRAFFIC * x.nbytes / copy["median"]
     settings.write(**key, kernels="copy", bytes=x.nbytes, bandwidth=bandwidth, **copy)
 
     def timed(function: Callable[[], object], primitive: str, count: int) -> dict[str, Any]:
-        found = part.spread(clock.seconds(function, count, writes=primitive not in READ_ONLY))
+        found = timing.spread(clock.seconds(function, count, writes=primitive not in READ_ONLY))
         share = TRAFFIC[primitive] * x.nbytes / found["median"] / bandwidth
         return {"share": share, "bytes": x.nbytes, **found}
 

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import paired
-from benchmarks.gpu import part
+from benchmarks.gpu import part, timing
 from syncnorm import SyncBatchNorm, prepare_ddp
 from syncnorm.bench.memory import peak_bytes
 from syncnorm.testing import RankPool
@@ -88,7 +88,7 @@ def _peak(step: Callable[[], None], device: str) -> int | None:
 def measure(settings: part.Settings) -> None:
     """Write a row for each layer, anew whenever there are more rounds."""
     torch.backends.cudnn.benchmark = True
-    with part.workers() as (number, backend):
+    with timing.workers() as (number, backend):
         batch = _batch_size(settings)
         key = {"part": "step", "ranks": number, "backend": backend, "batch": batch}
         turns: dict[str, Callable[[], None]] = {}
@@ -112,7 +112,7 @@ def measure(settings: part.Settings) -> None:
 def _turn(step: Callable[[], None], settings: part.Settings) -> None:
     for _ in range(1 if settings.is_small else STEPS):
         step()
-    part.synchronize(settings.device)
+    timing.synchronize(settings.device)
 
 
 def _measure_rounds(
@@ -133,7 +133,7 @@ def _measure_rounds(
         longest = max(longest, (time.monotonic() - start) / at_once)
         done, at_once = done + at_once, ROUNDS_AT_ONCE
         for name, times in seconds.items():
-            row = {"layer": name, "steps": steps, "peak": peaks[name], **part.spread(times)}
+            row = {"layer": name, "steps": steps, "peak": peaks[name], **timing.spread(times)}
             if LOCAL in seconds:
                 row["to_local"] = paired.ratio(times, seconds[LOCAL])
             _write(settings, **key, **row)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks.gpu import part
+from benchmarks.gpu import timing
 from syncnorm import undocumented
 from syncnorm.module import SyncNorm
 from syncnorm.testing import assert_close
@@ -29,7 +29,7 @@ def captured(step: Callable[[], object], device: str) -> torch.cuda.CUDAGraph | 
     """A graph of the step, where there are graphs."""
     if device == "cpu":
         return Uncaptured(step)
-    return part.captured(step)
+    return timing.captured(step)
 
 
 class Step:

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from benchmarks.gpu import layers, machine, part, primitives, step, table
+from benchmarks.gpu import layers, machine, part, primitives, step, table, timing
 from syncnorm.train.models import MODELS
 
 command = importlib.import_module("benchmarks.gpu.__main__")
@@ -53,7 +53,7 @@ def test_a_step_in_one_process(settings):
 
 def test_the_second_rank_that_is_nobody_takes_the_messages_of_torchs_own_layer():
     """On a GPU `torch.nn.SyncBatchNorm` gathers a row into one row of as many parts as ranks."""
-    with part.workers():
+    with timing.workers():
         gathered = torch.zeros(1, 6)
         dist.all_gather_into_tensor(gathered, torch.arange(3.0), None, async_op=False)
     assert gathered.tolist() == [[0.0, 1.0, 2.0] * 2]
