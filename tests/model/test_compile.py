@@ -26,6 +26,7 @@ from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional,
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
+from tests.covering import covering
 from tests.distributed.steps import (
     Batch,
     Outcome,
@@ -248,9 +249,14 @@ def test_other_options_compile(options):
     _against_eager(SyncBatchNorm(CHANNELS, dtype=torch.float64, **options))
 
 
-@pytest.mark.parametrize("sync", ["batch", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
+@pytest.mark.parametrize(
+    *covering(
+        make=[SyncBatchNorm, SyncBatchRenorm],
+        dtype=[torch.float32, torch.bfloat16, torch.float64],
+        sync=["batch", "none"],
+    ),
+    ids=str,
+)
 def test_several_layers_compile_for_any_size_at_once(make, dtype, sync):
     torch._dynamo.reset()
     model = nn.Sequential(make(CHANNELS, sync=sync), nn.Tanh(), make(CHANNELS, sync=sync)).to(dtype)
