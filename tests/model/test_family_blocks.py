@@ -67,18 +67,24 @@ def test_a_copy_made_in_frozen_statistics_is_not_frozen():
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_frozen_forward_gives_what_one_that_moves_gives(name):
+def test_a_frozen_forward_moves_nothing_and_gives_what_one_that_moves_gives(name):
     layer = ALL[name](4).double()
     layer(batch(1).double())
     other, x = copy.deepcopy(layer), batch().double()
+    before = copy.deepcopy(layer.state_dict())
     with frozen_statistics(layer):
         frozen = layer(x)
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
     if isinstance(layer, EstimatedBatchNorm):
         # By estimates as they are, which are those of a step's first forward.
         assert torch.equal(frozen, layer.eval()(x))
     else:
         assert torch.equal(frozen, other(x))
         assert torch.equal(frozen, layer(x))
+        # The block is over, and nothing of it is left.
+        moved = other.state_dict()
+        assert all(torch.equal(moved[key], value) for key, value in layer.state_dict().items())
+        assert not all(torch.equal(before[key], value) for key, value in moved.items())
 
 
 @pytest.mark.parametrize("make", [EstimatedBatchNorm, partial(BatchChannelNorm, estimate=True)])
