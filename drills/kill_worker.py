@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from syncnorm.train import files
-from syncnorm.train.checkpoint.store import CheckpointStore, Snapshot
+from syncnorm.train.checkpoint.snapshot import Snapshot
+from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.data.datasets import Split
 from syncnorm.train.data.splits import Splits

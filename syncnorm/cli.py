@@ -12,7 +12,7 @@ from typer.core import TyperCommand
 from syncnorm import __version__
 from syncnorm.errors import ConfigError
 from syncnorm.run import use
-from syncnorm.run.arguments import Allow, Config, Overrides
+from syncnorm.run.arguments import Allow, Config, Insecure, Overrides
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import LocalRunError
 from syncnorm.run.in_process import add_working_folder_to_path
@@ -67,8 +67,7 @@ def train(
     dry: Annotated[
         bool,
         typer.Option(
-            "--dry-run",
-            help="Take one step without the other workers, print its costs, and stop.",
+            "--dry-run", help="Take one step without the other workers, print its costs, and stop."
         ),
     ] = False,
     resume: Annotated[
@@ -133,10 +132,7 @@ def report(
 
 
 @config_app.command()
-def show(
-    config: Config,
-    overrides: Overrides = None,
-) -> None:
+def show(config: Config, overrides: Overrides = None) -> None:
     """Print the resolved configuration, with the origin of each value."""
     from syncnorm.train.config.show import show as show_config
 
@@ -155,9 +151,7 @@ def schema(
 
 
 @app.command()
-def doctor(
-    run_dir: Annotated[Path, typer.Option(help="The folder for runs.")] = Path(),
-) -> None:
+def doctor(run_dir: Annotated[Path, typer.Option(help="The folder for runs.")] = Path()) -> None:
     """Check this machine: versions, devices, memory, network, disk.
 
     Exit status 1 if a run would fail.
@@ -191,9 +185,7 @@ def verify(
             help="http(s)://HOST:PORT of a Ray dashboard; starts the workers on its cluster."
         ),
     ] = None,
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Connect to another machine without a token.")
-    ] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Compare layers on live workers with the whole batch in float64.
 

@@ -6,7 +6,7 @@
     debug        debug mode
     shared       sums through memory that the workers of one host share
     inflight     the last exchanges, and a watchdog for those that are stuck
-    tally        how many exchanges were made, for tests
+    tally        counts and times of the exchanges
     hosts        which workers share a host
     consensus    debug mode: agreement on an exchange before it is made
     exchange     the messages: sums and gathers of float64

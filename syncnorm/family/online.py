@@ -152,10 +152,7 @@ class OnlineNorm(PooledBatchNorm):
             # Before, whether another worker has samples is not known.
             self.num_batches_tracked.add_((total[-1] > 0).long())
             keep(
-                self,
-                total,
-                running_mean=moved(self.running_mean, mean, m),
-                running_var=running_var,
+                self, total, running_mean=moved(self.running_mean, mean, m), running_var=running_var
             )
 
         self._send(samples, "moments", torch.cat([mean, var + mean.square()]), follow)

@@ -86,11 +86,7 @@ class _Read(NamedTuple):
 
 
 def adopt_state_dict(
-    model: nn.Module,
-    state: Mapping[str, Any],
-    *,
-    source: str | None = None,
-    partial: bool = False,
+    model: nn.Module, state: Mapping[str, Any], *, source: str | None = None, partial: bool = False
 ) -> Adopted:
     """Fill `model` from a state dict of another library: all of it, or nothing and an error.
 

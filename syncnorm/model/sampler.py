@@ -18,13 +18,7 @@ from syncnorm.comm import exchange, groups
 from syncnorm.errors import FaultError, InputError
 from syncnorm.model.placed import Placed
 from syncnorm.module import SyncNorm
-from syncnorm.placement import (
-    Placement,
-    epoch_order,
-    no_whole_statistics,
-    size,
-    too_few_at_once,
-)
+from syncnorm.placement import Placement, epoch_order, no_whole_statistics, size, too_few_at_once
 from syncnorm.shards import Shard, of_nothing
 
 

@@ -9,8 +9,12 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
     Ray        syncnorm submit               ray.worker.work       Ray Train, ray.driver
 
     process                     files
-    the command                 in_process, interrupt, dry_run, recalibrate, verify, doctor
-    launcher, this machine      local, processes, machine (devices, memory), failures (their cause)
+    the command                 use (options, export), arguments, resume, in_process, interrupt; one each of
+                                dry_run, verify, doctor, bench, diagnose, recalibrate, evaluate,
+                                predict (of samples), merge
+    a program, a notebook       fit, given (its objects), notebook (progress)
+    launcher, this machine      local (a run), own_workers (one piece of work), processes,
+                                machine (devices, memory), failures (their cause)
     worker                      worker, watchdog (stop signals, stuck limit, log)
     any of them                 env (environment variables), folder (a run's folder), ending (`exit.json`),
                                 errors

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -42,8 +42,8 @@ class Request:
     checkpoint: str
     only: Sequence[str] | None
     batches: int
-    allowed: tuple[str, ...] = ()
-    device: str = "auto"
+    allowed: tuple[str, ...]
+    device: str
 
 
 def run_diagnose(request: Request, workers: int | None, launched: Launched | None) -> None:
@@ -85,7 +85,7 @@ def _diagnose(request: Request, config: Config, launched: Launched | None) -> No
 
 
 def _write(folder: Path, found: RunDiagnosis) -> None:
-    text = json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(asdict(found), indent=1, allow_nan=False) + "\n"
     try:
         write_text_whole(folder / f"{NAME}.json", text)
         written = _write_page(folder, found) or folder / f"{NAME}.json"
@@ -109,7 +109,7 @@ def _write_page(folder: Path, found: RunDiagnosis) -> Path | None:
             file=sys.stderr,
         )
         return None
-    return write_page(found.as_json(), folder / f"{NAME}.html")
+    return write_page(asdict(found), folder / f"{NAME}.html")
 
 
 class _Bar:

@@ -57,7 +57,7 @@ class Check:
     remedy: str = ""
 
 
-def diagnose(run_dir: Path = Path("runs")) -> list[Check]:
+def diagnose(run_dir: Path) -> list[Check]:
     """Check this machine; takes some seconds, and leaves nothing behind.
 
     Args:

@@ -41,8 +41,8 @@ class Request:
     checkpoint: str
     allowed: tuple[str, ...]
     as_json: bool
-    device: str = "auto"
-    statistics: str = "running"
+    device: str
+    statistics: str
 
 
 def run_evaluate(request: Request, workers: int | None, launched: Launched | None) -> None:
@@ -99,12 +99,11 @@ def _evaluate(request: Request, config: Config, launched: Launched | None) -> No
             has_other_data=bool(request.data),
             statistics=_statistics(request.statistics),
         )
-    _print(request, found)
+        if workers.is_first:
+            _print(request, found)
 
 
 def _print(request: Request, found: Evaluation) -> None:
-    if not found.is_first:
-        return
     if request.as_json:
         facts = {"run": str(request.run), "step": found.step, "split": found.split}
         facts |= {"samples": found.samples, "metrics": json_value(found.metrics)}

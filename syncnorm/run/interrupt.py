@@ -7,9 +7,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 STATUS = 128 + signal.SIGINT
 """The exit status of a command that Ctrl-C has ended."""
@@ -54,7 +57,7 @@ def as_keyboard_interrupt() -> Iterator[None]:
     Raises:
         SystemExit: with `STATUS`, if the block does not catch it.
     """
-    with _handled(signal.default_int_handler, signal.SIGINT):
+    with handled(signal.default_int_handler, signal.SIGINT):
         try:
             yield
         except KeyboardInterrupt:
@@ -78,21 +81,25 @@ def for_launcher() -> Iterator[None]:
         asked = now
         raise Stopped(number)
 
-    with _handled(stop, *STOP_SIGNALS):
+    with handled(stop, *STOP_SIGNALS):
         yield
 
 
 @contextmanager
-def _handled(handler: object, *numbers: signal.Signals) -> Iterator[None]:
-    # Only the main thread may set handlers. A signal that a launcher ignores stays ignored.
-    before = {number: signal.getsignal(number) for number in numbers}
-    if threading.current_thread() is not threading.main_thread():
-        before = {}
+def handled(handler: Handler, *numbers: signal.Signals) -> Iterator[None]:
+    """Handle signals within the block. Those that are ignored, as under nohup, stay so."""
+    # Only the main thread may set handlers.
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if is_main}
     before = {number: one for number, one in before.items() if one is not signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+    put_handlers(dict.fromkeys(before, handler))
     try:
         yield
     finally:
-        for number, one in before.items():
-            signal.signal(number, one)
+        put_handlers(before)
+
+
+def put_handlers(handlers: Mapping[signal.Signals, Handler]) -> None:
+    """Set the handlers of signals; None, one that Python has not set, is the default."""
+    for number, handler in handlers.items():
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -20,8 +20,9 @@ from syncnorm.run.given import Given
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
-from syncnorm.run.worker import RunRequest, print_workers, run_launched, uses_store
+from syncnorm.run.worker import RunRequest, run_launched, uses_store
 from syncnorm.system import call_apart, tell
+from syncnorm.train.header import describe_workers
 from syncnorm.train.metrics import MetricsFile, last_step
 
 # Time for workers to finish their step and save after a signal to stop.
@@ -66,7 +67,7 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
             if begin is not None:
                 begin(folder)
             if request.shows:
-                print_workers(launch.most_workers, device)
+                tell(describe_workers(launch.most_workers, device))
             _run_with_restarts(request, folder, forks, before)
     except LocalRunError:
         upload_rest(folder, request.config)

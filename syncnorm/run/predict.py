@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Protocol, TextIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -262,14 +263,12 @@ class _Arrays:
         self._outputs.append(outputs)
 
     def close(self) -> None:
-        import numpy
-
         outputs = torch.cat(self._outputs) if self._outputs else torch.zeros(0)
-        numpy.savez(
+        np.savez(
             self._file,
             outputs=outputs.numpy(),
-            files=numpy.array([sample.file for sample in self._samples], dtype=str),
-            indices=numpy.array([sample.index or 0 for sample in self._samples], dtype=int),
+            files=np.array([sample.file for sample in self._samples], dtype=str),
+            indices=np.array([sample.index or 0 for sample in self._samples], dtype=int),
         )
 
 
@@ -311,9 +310,7 @@ class _Masks:
         pillow().fromarray(mask.numpy()).save(path)
 
     def _write_array(self, path: Path, mask: Tensor) -> None:
-        import numpy
-
-        numpy.save(path, mask.numpy())
+        np.save(path, mask.numpy())
 
     def close(self) -> None:
         pass

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,10 +125,8 @@ def _check_type(path: Path, values: Tensor, inputs: Inputs) -> None:
 
 
 def _load(path: Path) -> Any:
-    import numpy
-
     try:
-        array: Any = numpy.load(path, allow_pickle=False)
+        array: Any = np.load(path, allow_pickle=False)
         if path.suffix == ".npz":
             with array as archive:
                 if not archive.files:

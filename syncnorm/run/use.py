@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.arguments import Allow
+from syncnorm.run.arguments import Allow, Device, Workers
 from syncnorm.run.env import read_launched
 from syncnorm.run.in_process import add_working_folder_to_path
 
@@ -76,11 +76,9 @@ def evaluate(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Other data: keys of data, such as root=DIR."),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
-    ] = None,
+    workers: Workers = None,
     checkpoint: _Checkpoint = "newest",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     statistics: Annotated[
         str,
         typer.Option(
@@ -114,11 +112,9 @@ def diagnose(
         ),
     ] = None,
     batches: Annotated[int, typer.Option(min=1, help="Batches to look at, at most.")] = 4,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers to start; this process alone if not given.")
-    ] = None,
+    workers: Workers = None,
     checkpoint: _Checkpoint = "newest",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Device = "auto",
     allow: Allow = None,
 ) -> None:
     """Measure how a run trains, and say what stands out: statistics, gradients, loss surface.
@@ -182,11 +178,15 @@ def export(
 
     The last line of standard output is the file.
     """
-    from syncnorm.run.export import run_export
+    from syncnorm.run.in_process import errors_in_one_line
+    from syncnorm.train.finished.export import export_model
+    from syncnorm.train.finished.load import load
 
     _check_alone("export")
     folder, allowed = _prepare(run, allow)
-    run_export(folder, output, checkpoint, allowed)
+    with errors_in_one_line():
+        export_model(load(folder, checkpoint=checkpoint, allow=allowed), output)
+    print(output)
 
 
 def merge(

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 
-from syncnorm.run.interrupt import SAME_SIGNAL_SECONDS
+from syncnorm.run.interrupt import SAME_SIGNAL_SECONDS, put_handlers
 
 # Between the stack dump and the end: the other workers dump theirs at about the same time.
 _LAST_WORDS_SECONDS = 5.0
@@ -75,8 +75,7 @@ class SignalWatch(Watchdog):
 
     def leave_signals(self) -> None:
         """Give the signals back, for a process that goes on."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        put_handlers(self._before)
 
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         # No collective here: a worker without the signal would not take part. The stop flag in the

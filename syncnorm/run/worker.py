@@ -163,7 +163,7 @@ def _work(request: RunRequest, launched: Launched, *, stays: bool = False) -> tu
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         if workers.is_first and launched.launcher_pid is None and request.shows:
             # Our own launcher has printed it before this process was there.
-            print_workers(workers.world_size, workers.device)
+            tell(describe_workers(workers.world_size, workers.device))
         watch = SignalWatch(
             request.config.timeout_seconds, folder / "logs" / f"stacks-{workers.rank}.txt"
         )
@@ -402,11 +402,6 @@ def _exit_record(outcome: Outcome) -> Exit:
     return Exit("stopped", f"{outcome.reason}; saved", outcome.step, RESUMABLE, metrics)
 
 
-def print_workers(count: int, device: torch.device) -> None:
-    """Print the first line of a run."""
-    tell(describe_workers(count, device))
-
-
 def summarize(outcome: Outcome) -> list[str]:
     """Describe the result of a run for the user; the last line is the metric that decides."""
     if not outcome.is_done:
@@ -421,7 +416,4 @@ def summarize(outcome: Outcome) -> list[str]:
             "each worker judged its share of the samples by its own; the checkpoint holds those "
             "of worker 0",
         ]
-    return [
-        *lines,
-        *describe_metrics(outcome.metrics),
-    ]
+    return [*lines, *describe_metrics(outcome.metrics)]

@@ -29,8 +29,8 @@ from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
 from syncnorm.statistics.buffers import written
 from syncnorm.statistics.flat import FlatMessage
-from syncnorm.statistics.pool import RunningPool
-from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
+from syncnorm.statistics.pool import PooledSource, RunningPool
+from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
 
@@ -199,7 +199,7 @@ class LaggedMeans(FixedMeans):
         return LaggedMeans(self.source, self.layer, self.estimate, pooled, self.count, None)
 
 
-class LaggedSource(Source):
+class LaggedSource(PooledSource):
     """The layers of one model that share two messages a step.
 
     The layers hold the averages in buffers, so that a resumed run is exact.
@@ -207,10 +207,6 @@ class LaggedSource(Source):
     Args:
         layers: by name, in the same order on all workers, over the same process group.
     """
-
-    pool: RunningPool
-
-    forward = untraced_forward
 
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
@@ -233,14 +229,6 @@ class LaggedSource(Source):
     def layers(self) -> Mapping[str, SyncNorm]:
         return self.pool.layers
 
-    @property
-    def steps(self) -> Steps:
-        return self._steps
-
-    @property
-    def failure(self) -> exchange.Failure | None:
-        return self.pool.failure
-
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         name = self.pool.names[layer]
         if self._steps.is_open:
@@ -262,9 +250,6 @@ class LaggedSource(Source):
             backward = None if local.is_repeated else self._expect()
             means = LaggedMeans(self, layer, estimate, pooled, count, backward)
         return Statistic(moments, means, is_pooled=group is not None)
-
-    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
-        self.pool.collect(layer, local)
 
     def trains(self) -> bool:
         """True if a forward that begins now trains any layer."""
@@ -297,20 +282,20 @@ class LaggedSource(Source):
             self._gradients = {}
 
     def settle(self) -> None:
-        self.pool.settle()
+        super().settle()
         if self._sent is not None:
             self._apply_gradients()
 
     def discard(self, layer: SyncNorm) -> None:
         self.settle()
-        self.pool.discard(layer)
+        super().discard(layer)
         for kept in (self._gradients, self._late):
             kept.pop(self.pool.names[layer], None)
         self._averages = None
 
     def release(self, layer: SyncNorm) -> None:
         self.discard(layer)
-        self.pool.release(layer)
+        super().release(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         # Nothing is under way in a copy.
@@ -318,12 +303,7 @@ class LaggedSource(Source):
         return {**self.__dict__, "_averages": None}
 
     def add_gradients(
-        self,
-        layer: SyncNorm,
-        local: Tensor,
-        count: Tensor,
-        backward: Backward | None,
-        number: int,
+        self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None, number: int
     ) -> None:
         """Keep a call's [sum g, sum g xhat], shape (2, C), and count for the message, and note it.
 

@@ -29,7 +29,8 @@ from syncnorm.ops import LocalSums
 from syncnorm.shards import LateShard, Shard
 from syncnorm.statistics.buffers import CurrentBuffers, written
 from syncnorm.statistics.flat import FlatMessage, device_of, zeros
-from syncnorm.statistics.source import Source, Unattached
+from syncnorm.statistics.source import Source, Unattached, untraced_forward
+from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
 
 if TYPE_CHECKING:
@@ -286,3 +287,31 @@ class RunningPool:
         # Nothing is under way in a copy.
         self.settle()
         return {**self.__dict__, "failure": None}
+
+
+class PooledSource(Source):
+    """A source of layers that act together, at the steps that the forwards of their model delimit."""
+
+    pool: RunningPool
+    _steps: Steps
+    forward = untraced_forward
+
+    @property
+    def steps(self) -> Steps:
+        return self._steps
+
+    @property
+    def failure(self) -> exchange.Failure | None:
+        return self.pool.failure
+
+    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
+        self.pool.collect(layer, local)
+
+    def settle(self) -> None:
+        self.pool.settle()
+
+    def discard(self, layer: SyncNorm) -> None:
+        self.pool.discard(layer)
+
+    def release(self, layer: SyncNorm) -> None:
+        self.pool.release(layer)

@@ -12,39 +12,26 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from syncnorm.comm import exchange
-from syncnorm.maths.moments import Moments, Raw
+from syncnorm.maths.moments import Raw
 from syncnorm.ops import LocalSums, PooledMeans, Statistic
-from syncnorm.statistics.pool import RunningPool
-from syncnorm.statistics.source import Mode, Source, Unattached, untraced_forward
+from syncnorm.statistics.pool import PooledSource, RunningPool
+from syncnorm.statistics.source import Mode, Source, Unattached
 from syncnorm.statistics.steps import Steps
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
 
 
-class RunningSource(Source):
+class RunningSource(PooledSource):
     """The layers of one model that pool their running statistics together.
 
     Args:
         layers: by name, in the same order on all workers, over the same process group.
     """
 
-    pool: RunningPool
-
-    forward = untraced_forward
-
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         self.pool = RunningPool(self, layers, next(iter(layers.values())).sync)
         self._steps = Steps(self.pool)
-
-    @property
-    def steps(self) -> Steps:
-        return self._steps
-
-    @property
-    def failure(self) -> exchange.Failure | None:
-        return self.pool.failure
 
     def statistic(self, layer: SyncNorm, local: LocalSums) -> Statistic:
         if not self._steps.is_open:
@@ -52,18 +39,6 @@ class RunningSource(Source):
         batch = Raw(local.sums, local.has_several)
         shard = None if layer.has_frozen_statistics else self.pool.shard(layer, local)
         return Statistic(batch, PooledMeans(batch, None, layer.label, shard), is_pooled=False)
-
-    def record(self, layer: SyncNorm, local: LocalSums, moments: Moments) -> None:
-        self.pool.collect(layer, local)
-
-    def settle(self) -> None:
-        self.pool.settle()
-
-    def discard(self, layer: SyncNorm) -> None:
-        self.pool.discard(layer)
-
-    def release(self, layer: SyncNorm) -> None:
-        self.pool.release(layer)
 
 
 class RunningMode(Mode):

@@ -5,7 +5,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,20 +17,13 @@ def open_to_write(path: Path) -> BinaryIO:
     return path.open("wb")
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
     """Write a file under another name, bring it to disk, and rename it into place.
 
     Args:
-        path: the file; one that exists is replaced.
-        write: called with the open file.
+        path: the file; one that exists is replaced once the block ends.
     """
-    with written_whole(path) as file:
-        write(file)
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """`write_whole` for what is written bit by bit: the open file, in place once the block ends."""
     partial = path.with_name(f".tmp-{path.name}")
     try:
         with _synced(partial) as file:
@@ -43,8 +36,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text_whole(path: Path, text: str) -> None:
-    """`write_whole` for a string."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """`written_whole` for a string."""
+    with written_whole(path) as file:
+        file.write(text.encode())
 
 
 def write_bytes_synced(path: Path, data: bytes) -> None:

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from syncnorm.errors import ConfigError, SyncnormError
@@ -39,7 +38,7 @@ from syncnorm.train.renewal import renew_statistics
 from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.storage.mirror import Mirror
-from syncnorm.train.waiting import from_all
+from syncnorm.train.waiting import from_all, from_first
 from syncnorm.train.weights import load_weights
 from syncnorm.train.workers import Workers
 
@@ -444,13 +443,5 @@ def _save_if_due(run: Run, *, is_due: bool, is_best: bool, ends_run: bool) -> No
         if not is_started:
             run.recorder.record_unsaved()
         error = results[-1].error if ends_run and results else None
-    if ends_run:
-        _raise_save_error(error, progress)
-
-
-def _raise_save_error(error: str | None, progress: Progress) -> None:
-    """Wait for the first worker's save, and raise its error, if any, on all workers."""
-    shared = [error]
-    dist.broadcast_object_list(shared, src=0)
-    if shared[0] is not None:
-        raise SaveError(f"the state after step {progress.step} could not be saved: {shared[0]}")
+    if ends_run and (error := from_first(run.saver is not None, lambda: error)) is not None:
+        raise SaveError(f"the state after step {progress.step} could not be saved: {error}")

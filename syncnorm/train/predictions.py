@@ -16,12 +16,7 @@ from syncnorm.placement import shard
 from syncnorm.train.buffers import SharedBuffers
 from syncnorm.train.data.batches import ReadFailure
 from syncnorm.train.data.feed import Feed
-from syncnorm.train.report.predictions import (
-    MOST_CLASSES,
-    MOST_PAIRS,
-    SHOWN_RIGHT,
-    SHOWN_WRONG,
-)
+from syncnorm.train.report.predictions import MOST_CLASSES, MOST_PAIRS, SHOWN_RIGHT, SHOWN_WRONG
 from syncnorm.train.setup import Setup
 from syncnorm.train.task.supervised import Classify, pair_of
 from syncnorm.train.waiting import from_all

@@ -295,8 +295,7 @@ def _open_on_first(setup: Setup, folder: Path, allowed: tuple[str, ...]) -> list
     loggers: list[GuardedLogger] = []
     # They stay where they are: the others get nothing but the error.
     from_first(
-        setup.workers.is_first,
-        lambda: loggers.extend(open_loggers(setup.config, folder, allowed)),
+        setup.workers.is_first, lambda: loggers.extend(open_loggers(setup.config, folder, allowed))
     )
     return loggers
 

@@ -22,10 +22,7 @@ def make_scaler(autocast: str | None, workers: Workers) -> torch.amp.GradScaler:
 
 
 def unscale(
-    scaler: torch.amp.GradScaler,
-    optimizer: torch.optim.Optimizer,
-    is_finite: bool,
-    world_size: int,
+    scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, is_finite: bool, world_size: int
 ) -> tuple[bool, bool]:
     """Divide the gradients by the scale, and choose the next one.
 

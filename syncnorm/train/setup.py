@@ -312,12 +312,7 @@ def task_of(
 
 
 def make_setup(
-    config: Config,
-    workers: Workers,
-    feed: Feed,
-    total_steps: int,
-    model: nn.Module,
-    task: Task,
+    config: Config, workers: Workers, feed: Feed, total_steps: int, model: nn.Module, task: Task
 ) -> Setup:
     """Build all that a step works on around a model and a task; alike on all workers.
 

@@ -75,10 +75,7 @@ def _check_shape(name: str, in_channels: int | None, num_classes: int | None) ->
 
 
 def _arguments(
-    name: str,
-    function: Callable[..., Any],
-    given: Mapping[str, Any],
-    options: dict[str, Any],
+    name: str, function: Callable[..., Any], given: Mapping[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Choose those of the given arguments that the signature names; all, if it takes any."""
     try:

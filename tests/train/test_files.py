@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, write_whole
+from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, written_whole
 from syncnorm.train.metrics import MetricsFile, last_step, read_events
 
 
@@ -26,12 +26,13 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a"
     write_text_whole(path, "old")
 
-    def half(file):
-        file.write(b"ne")
-        raise OSError(28, "No space left on device")
+    def half():
+        with written_whole(path) as file:
+            file.write(b"ne")
+            raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        write_whole(path, half)
+        half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import Counter, OrderedDict
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_plain_values_of_every_kind(store):
 
 def test_facts_that_are_not_finite_are_json_all_the_same(store):
     progress = Progress(1, 2, 2, loss_sum=math.inf, metrics={"loss": math.nan}, best=-math.inf)
-    facts = {"position": progress.as_facts(), "list": [-math.inf, (math.nan,)]}
+    facts = {"position": asdict(progress), "list": [-math.inf, (math.nan,)]}
     path = store.write(Snapshot(1, {}, {}, facts))
     read = json.loads((path / "state.json").read_text(), parse_constant=pytest.fail)
     assert read["list"] == ["-inf", ["nan"]]

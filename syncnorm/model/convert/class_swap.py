@@ -72,12 +72,7 @@ class Request:
             layer.eps,
             layer.process_group,
             _settings_of(layer, list(settings)),
-        ) == (
-            self.momentum(layer),
-            self.options.get("eps", layer.eps),
-            self.group(layer),
-            settings,
-        )
+        ) == (self.momentum(layer), self.options.get("eps", layer.eps), self.group(layer), settings)
 
 
 @dataclass

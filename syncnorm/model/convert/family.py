@@ -19,12 +19,7 @@ from syncnorm.family import OnlineNorm
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.model.convert.adapters import TORCHS, Over, has_torchs_forward, own_class, their_class
-from syncnorm.model.convert.class_swap import (
-    LazySyncNorm,
-    Original,
-    narrow_statistics,
-    original_of,
-)
+from syncnorm.model.convert.class_swap import LazySyncNorm, Original, narrow_statistics, original_of
 from syncnorm.model.convert.refuse import busy
 from syncnorm.module import SyncNorm
 
@@ -138,10 +133,7 @@ def _replaced(layer: _BatchNorm) -> Replaced:
         if isinstance(layer, nn.SyncBatchNorm):
             was.workers = groups.to_handle(layer.process_group)
     return Replaced(
-        was.cls,
-        was.changed.get("momentum", layer.momentum),
-        was.counted + counted,
-        was.workers,
+        was.cls, was.changed.get("momentum", layer.momentum), was.counted + counted, was.workers
     )
 
 

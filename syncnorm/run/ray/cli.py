@@ -5,6 +5,7 @@ import json as json_format
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.arguments import Allow, Config
+from syncnorm.run.arguments import Allow, Config, Insecure, Overrides
 from syncnorm.run.env import set_for_ray_of_own
 from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.interrupt import as_keyboard_interrupt
@@ -31,9 +32,6 @@ _Address = Annotated[
     typer.Option(
         help="http(s)://HOST:PORT of the dashboard; RAY_ADDRESS if it is set, else this machine's."
     ),
-]
-_Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Connect to another machine without a token.")
 ]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on standard output, all else on standard error.")
@@ -61,9 +59,7 @@ _Wait = Annotated[bool, typer.Option(help="Follow the job until it is over.")]
 
 def submit(
     config: Config,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Replace values.")
-    ] = None,
+    overrides: Overrides = None,
     address: _Address = None,
     submission_id: Annotated[
         str | None,
@@ -88,7 +84,7 @@ def submit(
         str | None,
         typer.Option(metavar="JSON", help="Further resources of Ray of the job's driver."),
     ] = None,
-    insecure: _Insecure = False,
+    insecure: Insecure = False,
     json: _Json = False,
 ) -> None:
     """Train on a Ray cluster, from the run's newest checkpoint if there is one.
@@ -145,7 +141,7 @@ def sweep(
     wait: _Wait = True,
     allow: Allow = None,
     runtime_env: _RuntimeEnv = None,
-    insecure: _Insecure = False,
+    insecure: Insecure = False,
     json: _Json = False,
 ) -> None:
     """Train trials of a configuration that differ in some keys, by Ray Tune, and compare them.
@@ -236,7 +232,7 @@ def _start(
 
 
 def status(
-    submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
+    submission_id: _Id, address: _Address = None, insecure: Insecure = False, json: _Json = False
 ) -> None:
     """Print the state of a job."""
     with _client(address, insecure) as client:
@@ -249,7 +245,7 @@ def logs(
     submission_id: _Id,
     address: _Address = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Until the job is over.")] = False,
-    insecure: _Insecure = False,
+    insecure: Insecure = False,
     json: _Json = False,
 ) -> None:
     """Print the log of a job."""
@@ -278,21 +274,21 @@ def verify_on_cluster(
 
 
 def stop(
-    submission_id: _Id, address: _Address = None, insecure: _Insecure = False, json: _Json = False
+    submission_id: _Id, address: _Address = None, insecure: Insecure = False, json: _Json = False
 ) -> None:
     """Let a job finish its step, save and end. Submitted again, it goes on from there."""
     with _client(address, insecure) as client:
         _stop(client, submission_id, json)
 
 
-def list_jobs(address: _Address = None, insecure: _Insecure = False, json: _Json = False) -> None:
+def list_jobs(address: _Address = None, insecure: Insecure = False, json: _Json = False) -> None:
     """List the jobs that syncnorm submitted to a cluster, the oldest first."""
     with _client(address, insecure) as client:
         from syncnorm.run.ray import submit
 
         jobs = submit.list_statuses(client)
         if json:
-            print(json_format.dumps([job.as_dict() for job in jobs]))
+            print(json_format.dumps([asdict(job) for job in jobs]))
             return
         if not jobs:
             _print_note(f"no jobs of syncnorm's on {client.get_address()}")
@@ -368,7 +364,7 @@ def _stop(client: "JobSubmissionClient", submission_id: str, json: bool) -> None
 
 
 def _print_status(status: "JobStatus", json: bool) -> None:
-    print(json_format.dumps(status.as_dict()) if json else _format(status), flush=True)
+    print(json_format.dumps(asdict(status)) if json else _format(status), flush=True)
 
 
 def _format(status: "JobStatus") -> str:

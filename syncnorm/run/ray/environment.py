@@ -97,11 +97,7 @@ def read_resources(
     Raises:
         ConfigError: the JSON is no mapping from names to numbers.
     """
-    named = {
-        "entrypoint_num_cpus": cpus,
-        "entrypoint_num_gpus": gpus,
-        "entrypoint_memory": memory,
-    }
+    named = {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus, "entrypoint_memory": memory}
     found: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     if others is not None:
         try:

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,10 +61,6 @@ class JobStatus:
     def is_over(self) -> bool:
         """True if the job has ended."""
         return self.status not in _RUNNING
-
-    def as_dict(self) -> dict[str, Any]:
-        """Convert to a dict, for --json."""
-        return asdict(self)
 
 
 def get_status(client: JobSubmissionClient, submission_id: str) -> JobStatus:

@@ -29,7 +29,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit
 from syncnorm.run.errors import RESUMABLE, LocalRunError
-from syncnorm.run.interrupt import STOP_SIGNALS
+from syncnorm.run.interrupt import STOP_SIGNALS, handled, put_handlers
 from syncnorm.run.ray import results
 from syncnorm.run.ray.cluster import read_capacity
 from syncnorm.run.ray.job import STOP, prepare_folder
@@ -279,24 +279,15 @@ class _Teller(tune.Callback):
 @contextmanager
 def _stopping(sweep: Sweep) -> Iterator[None]:
     """Let the trials save and end on the first signal to stop; a second one ends this process."""
-    folder = Path(sweep.folder)
-    # One that is ignored, as under nohup, stays ignored.
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    before = {number: one for number, one in before.items() if one is not signal.SIG_IGN}
 
     def stop(number: int, frame: FrameType | None) -> None:
-        for each, handler in before.items():
-            signal.signal(each, handler if handler is not None else signal.SIG_DFL)
-        (folder / STOP).touch()
+        put_handlers(before)
+        (Path(sweep.folder) / STOP).touch()
         print("syncnorm: stopping: the trials save", file=sys.stderr, flush=True)
 
-    for number in before:
-        signal.signal(number, stop)
-    try:
+    with handled(stop, *STOP_SIGNALS):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 def _metric(sweep: Sweep) -> str:

@@ -13,14 +13,9 @@ from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.failures import is_peer_loss
 from syncnorm.run.ray.job import STOP, Job
 from syncnorm.run.watchdog import Watchdog, open_log
-from syncnorm.run.worker import (
-    join,
-    meet,
-    open_run_folder,
-    print_workers,
-    summarize,
-    train_in,
-)
+from syncnorm.run.worker import join, meet, open_run_folder, summarize, train_in
+from syncnorm.system import tell
+from syncnorm.train.header import describe_workers
 
 # The controller puts a file of this name into the run's folder: save and end, for the number of
 # workers is to change.
@@ -127,7 +122,7 @@ def _train(job: Job, folder: Path) -> WorkerResult:
         _detach_stderr()
         open_log(folder / "logs" / f"rank-{workers.rank}.log", workers.is_first)
         if workers.is_first:
-            print_workers(workers.world_size, workers.device)
+            tell(describe_workers(workers.world_size, workers.device))
         watch = RayWatch(config.timeout_seconds, folder, workers.rank)
         try:
             outcome = train_in(folder, request, workers, watch)

@@ -60,12 +60,8 @@ class Progress:
     best: float | None = None
     since_best: int = 0
 
-    def as_facts(self) -> dict[str, Any]:
-        """Convert to a dict for JSON, which keeps every bit of a finite float."""
-        return asdict(self)
-
     def load_facts(self, facts: dict[str, Any]) -> None:
-        """Load a dict of `as_facts`, as JSON has it; TypeError or KeyError if it is another."""
+        """Load what JSON has of a dict of one; TypeError or KeyError if it is another."""
         facts = from_json_value(facts)
         for name, value in asdict(Progress(**{name: facts[name] for name in asdict(self)})).items():
             setattr(self, name, value)
@@ -128,7 +124,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             **({"buffers": unsaved} if unsaved["model"] else {}),
         },
         facts={
-            "position": progress.as_facts(),
+            "position": asdict(progress),
             "in_evaluation": in_evaluation(setup.model),
             "world_size": setup.workers.world_size,
             "config": setup.config.model_dump(),

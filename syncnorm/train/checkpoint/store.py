@@ -24,8 +24,6 @@ from syncnorm.train.checkpoint.snapshot import (
     write_snapshot,
 )
 
-__all__ = ["CheckpointStore", "Snapshot"]
-
 # The folder of checkpoints within a run's folder.
 CHECKPOINTS = "checkpoints"
 BEST = "best.json"

@@ -9,12 +9,17 @@ from syncnorm.train import optim
 from syncnorm.train.config.section import Finite, Section, Whole, check_patterns
 
 
-class OptimizerSection(Section):
-    """An optimizer of torch.optim; every further key is an argument of it."""
+class _OpenSection(Section):
+    model_config: ClassVar[ConfigDict] = ConfigDict(extra="allow")
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="allow", frozen=True, strict=True, allow_inf_nan=False
-    )
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of what `name` names."""
+        return dict(self.model_extra or {})
+
+
+class OptimizerSection(_OpenSection):
+    """An optimizer of torch.optim; every further key is an argument of it."""
 
     name: Annotated[str, AfterValidator(optim.check_optimizer_name)] = Field(
         default="SGD",
@@ -22,23 +27,14 @@ class OptimizerSection(Section):
         json_schema_extra={"enum": list(optim.OPTIMIZERS)},
     )
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments, but for the learning rate."""
-        return dict(self.model_extra or {})
-
     @model_validator(mode="after")
     def _options_are_its_own(self) -> Self:
         optim.check_optimizer(self.name, self.options)
         return self
 
 
-class ScheduleSection(Section):
+class ScheduleSection(_OpenSection):
     """The schedule of the learning rate; every further key is an argument of a class of torch's."""
-
-    model_config: ClassVar[ConfigDict] = ConfigDict(
-        extra="allow", frozen=True, strict=True, allow_inf_nan=False
-    )
 
     name: Annotated[str, AfterValidator(optim.check_schedule_name)] = Field(
         default="cosine",
@@ -53,11 +49,6 @@ class ScheduleSection(Section):
         lt=1,
         description="share of all steps over which the learning rate first rises in a line",
     )
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The arguments."""
-        return dict(self.model_extra or {})
 
     @model_validator(mode="after")
     def _options_are_its_own(self) -> Self:
@@ -161,7 +152,7 @@ class TrainSection(Section):
     )
 
     @model_validator(mode="after")
-    def _groups_are_whole(self) -> Self:
+    def _keys_fit_together(self) -> Self:
         wrong = no_whole_statistics(self.global_batch, self.norm_batch or self.global_batch)
         if wrong:
             raise ValueError(f"norm_batch {wrong}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -86,7 +87,7 @@ def leaves(sample: Any) -> Iterator[Any]:
 
 def as_tensors(batch: Any) -> Any:
     """Make tensors of the arrays of numpy in a batch."""
-    if _type_name(batch) == "numpy.ndarray":
+    if type(batch) is np.ndarray:
         return torch.as_tensor(batch)
     return map_members(batch, as_tensors)
 
@@ -158,5 +159,5 @@ def map_members(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _type_name(value: object) -> str:
-    # By name: neither numpy nor PIL need be there.
+    # By name: PIL need not be there.
     return f"{type(value).__module__}.{type(value).__qualname__}"

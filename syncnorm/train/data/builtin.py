@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from syncnorm.errors import ConfigError
@@ -28,18 +29,7 @@ _CLOTHES = (
     "Bag",
     "Ankle boot",
 )
-_THINGS = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
+_THINGS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _IDX = (
     "train-images-idx3-ubyte",
     "train-labels-idx1-ubyte",
@@ -86,8 +76,6 @@ def digits(root: Path | None) -> Dataset:
     Args:
         root: not used, which a line says.
     """
-    import numpy as np
-
     if root is not None:
         _log.warning("data.root is not used: the digits come with the package")
     with np.load(Path(__file__).with_name("digits.npz"), allow_pickle=False) as file:

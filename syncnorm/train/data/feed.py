@@ -234,11 +234,7 @@ class LoaderFeed:
         return batches
 
     def _read(
-        self,
-        loader: DataLoader[Any],
-        plan: "_Plan",
-        forwards: Iterable[Tensor],
-        epoch: int,
+        self, loader: DataLoader[Any], plan: "_Plan", forwards: Iterable[Tensor], epoch: int
     ) -> Generator[Any]:
         plan.begin(forwards, epoch)
         try:

@@ -3,13 +3,13 @@
 import functools
 import inspect
 import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from types import BuiltinMethodType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 
 # Longer containers hold samples, paths or labels, not transforms.
@@ -53,14 +53,12 @@ def _seeder(value: Any) -> Callable[[int], Any] | None:
         return value.manual_seed
     if isinstance(value, random.Random):
         return value.seed
-    numpy = sys.modules.get("numpy")  # where it was never imported, nothing is of its types
-    if numpy is not None:
-        if isinstance(value, numpy.random.RandomState):
-            return value.seed
-        if isinstance(value, numpy.random.Generator):
-            return functools.partial(_seed_bits, value.bit_generator)
-        if isinstance(value, numpy.random.BitGenerator):
-            return functools.partial(_seed_bits, value)
+    if isinstance(value, np.random.RandomState):
+        return value.seed
+    if isinstance(value, np.random.Generator):
+        return functools.partial(_seed_bits, value.bit_generator)
+    if isinstance(value, np.random.BitGenerator):
+        return functools.partial(_seed_bits, value)
     # MONAI's are shared by all of a class until each is set. By its class, as an object may answer to
     # any name; albumentations has a method of this name without a seed, and generators as above.
     method = getattr(type(value), "set_random_state", None)

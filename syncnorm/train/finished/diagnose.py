@@ -42,7 +42,7 @@ _LEAST_OF_LR = 0.01
 
 @dataclass(frozen=True)
 class RunDiagnosis:
-    """What was measured of a run, ready for JSON.
+    """What was measured of a run: what `diagnosis.json` holds.
 
     Args:
         run: its name.
@@ -65,10 +65,6 @@ class RunDiagnosis:
     measures: dict[str, dict[str, Any]]
     advice: list[dict[str, str]]
     seconds: dict[str, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """Convert to what `diagnosis.json` holds."""
-        return asdict(self)
 
 
 Begin = Callable[[dict[str, int], float], Callable[[int], object]]

@@ -28,14 +28,12 @@ class Evaluation:
         samples: of the split.
         metrics: by name; the one that decides comes first.
         step: of the checkpoint.
-        is_first: True on the worker that prints them.
     """
 
     split: str
     samples: int
     metrics: dict[str, float]
     step: int
-    is_first: bool
 
 
 def evaluate_run(
@@ -86,7 +84,7 @@ def evaluate_run(
         task = task_of(config, workers.device, feed, allowed)
         model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
         metrics = evaluate(task, model, feed, chosen, config, workers, statistics=statistics)
-        return Evaluation(chosen, feed.sizes[chosen], metrics, snapshot.step, workers.is_first)
+        return Evaluation(chosen, feed.sizes[chosen], metrics, snapshot.step)
 
 
 def _with_figures(config: Config, inputs: Inputs | None) -> Config:

@@ -145,11 +145,7 @@ def _write_onnx(model: LoadedModel, path: Path) -> None:
     try:
         with _quiet():
             exported: Any = torch.onnx.export(
-                program,
-                dynamo=True,
-                verbose=False,
-                input_names=["input"],
-                output_names=["output"],
+                program, dynamo=True, verbose=False, input_names=["input"], output_names=["output"]
             )
     except ImportError as error:
         raise ConfigError(

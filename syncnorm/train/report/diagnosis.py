@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from syncnorm import __version__
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.report.diagnosis_figures import along_gradient, by_layer, surfaces
+from syncnorm.train.report.page import template
 from syncnorm.train.report.svg import figure_style
-from syncnorm.train.report.text import ABSENT, grouped, plain
+from syncnorm.train.report.text import ABSENT, plain
 
 _MODES = {
     "evaluation": "by running statistics as they are",
@@ -76,18 +74,7 @@ def render(found: Mapping[str, Any]) -> str:
     }
     with figure_style():
         parts = [makers[name](each) for name, each in found["measures"].items() if each]
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["grouped"] = grouped
-    page = environment.from_string(_read("diagnosis.html")).render(
-        found=found, parts=parts, style=Markup(_read("page.css")), version=__version__
-    )
-    return plain(page) + "\n"
-
-
-def _read(name: str) -> str:
-    return files("syncnorm.train.report").joinpath(name).read_text(encoding="utf-8")
+    return plain(template("diagnosis.html").render(found=found, parts=parts)) + "\n"
 
 
 def _statistics(found: Mapping[str, Any]) -> Part:

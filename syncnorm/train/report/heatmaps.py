@@ -131,11 +131,7 @@ def _colours(finite: Array) -> ScalarMappable:
 
 
 def _heat_figure(
-    statistic: Statistic,
-    each: Grid,
-    colours: ScalarMappable,
-    runs: Sequence[Run],
-    index: int,
+    statistic: Statistic, each: Grid, colours: ScalarMappable, runs: Sequence[Run], index: int
 ) -> Markup:
     rows = min(len(each.layers), _MOST_ROWS)
     figure = Figure(figsize=(WIDTH, 0.55 + 0.16 * max(rows, 4)), layout="constrained")

@@ -6,7 +6,7 @@ from importlib.resources import files
 from itertools import groupby
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from syncnorm import __version__
@@ -15,12 +15,7 @@ from syncnorm.train.report.events import Layers, Mark
 from syncnorm.train.report.heatmaps import STATISTICS, heat_figures
 from syncnorm.train.report.marks import SIGNS
 from syncnorm.train.report.run import Run
-from syncnorm.train.report.summary import (
-    Summary,
-    config_differences,
-    not_finite_steps,
-    summarize,
-)
+from syncnorm.train.report.summary import Summary, config_differences, not_finite_steps, summarize
 from syncnorm.train.report.svg import RUN_COLOURS, figure_style, run_dashes
 from syncnorm.train.report.text import ABSENT, clock, duration, grouped, percent, plain, rate
 from syncnorm.train.task.measures import format_metric, format_value
@@ -35,44 +30,40 @@ def render_page(runs: Sequence[Run], refresh_seconds: int | None = None) -> str:
         curves = [(curve, curve_figure(curve, runs)) for curve in all_curves(runs)]
         maps = [(statistic, heat_figures(statistic, runs)) for statistic in STATISTICS]
     summaries = [summarize(run) for run in runs]
-    page = (
-        _environment()
-        .from_string(_read("page.html"))
-        .render(
-            runs=runs,
-            refresh_seconds=refresh_seconds,
-            summaries=summaries,
-            best=_best(summaries),
-            metric=_common_metric(summaries),
-            notes=[(index, note) for index, run in enumerate(runs) for note in _notes(run)],
-            differences=config_differences(runs),
-            curves=[(curve, figure) for curve, figure in curves if figure is not None],
-            absent_curves=[curve for curve, figure in curves if figure is None],
-            kinds=[
-                k for k in SIGNS if any(mark.kind == k for run in runs for mark in run.events.marks)
-            ],
-            maps=[(statistic, figures) for statistic, figures in maps if figures],
-            layers={
-                index: _layer_table(run.events.layers[max(run.events.layers)])
-                for index, run in enumerate(runs)
-                if run.events.layers
-            },
-            predictions={
-                index: run.events.predictions
-                for index, run in enumerate(runs)
-                if run.events.predictions is not None
-            },
-            marks=[
-                (index, row)
-                for index, run in enumerate(runs)
-                for row in _shorten(_mark_rows(run.events.marks))
-            ],
-            machines={
-                index: _machine(run.events.starts[-1])
-                for index, run in enumerate(runs)
-                if run.events.starts
-            },
-        )
+    page = template("page.html").render(
+        runs=runs,
+        refresh_seconds=refresh_seconds,
+        summaries=summaries,
+        best=_best(summaries),
+        metric=_common_metric(summaries),
+        notes=[(index, note) for index, run in enumerate(runs) for note in _notes(run)],
+        differences=config_differences(runs),
+        curves=[(curve, figure) for curve, figure in curves if figure is not None],
+        absent_curves=[curve for curve, figure in curves if figure is None],
+        kinds=[
+            k for k in SIGNS if any(mark.kind == k for run in runs for mark in run.events.marks)
+        ],
+        maps=[(statistic, figures) for statistic, figures in maps if figures],
+        layers={
+            index: _layer_table(run.events.layers[max(run.events.layers)])
+            for index, run in enumerate(runs)
+            if run.events.layers
+        },
+        predictions={
+            index: run.events.predictions
+            for index, run in enumerate(runs)
+            if run.events.predictions is not None
+        },
+        marks=[
+            (index, row)
+            for index, run in enumerate(runs)
+            for row in _shorten(_mark_rows(run.events.marks))
+        ],
+        machines={
+            index: _machine(run.events.starts[-1])
+            for index, run in enumerate(runs)
+            if run.events.starts
+        },
     )
     return plain(page) + "\n"
 
@@ -81,7 +72,8 @@ def _read(name: str) -> str:
     return files("syncnorm.train.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def _environment() -> Environment:
+def template(name: str) -> Template:
+    """Make a template of a file beside this one, which escapes all values."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -98,7 +90,7 @@ def _environment() -> Environment:
         "style": Markup(_read("page.css")),
         "version": __version__,
     }
-    return environment
+    return environment.from_string(_read(name))
 
 
 def _best(summaries: Sequence[Summary]) -> list[int]:

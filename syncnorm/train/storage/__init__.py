@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeGuard
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.checkpoint.snapshot import MANIFEST
 from syncnorm.train.checkpoint.store import CHECKPOINTS
 from syncnorm.train.config.section import check_path_or_url, is_url
 from syncnorm.train.files import write_text_whole
@@ -83,11 +82,6 @@ def checkpoint_files(names: dict[str, int]) -> dict[int, dict[str, int]]:
     return found
 
 
-def checkpoint_path(step: int, name: str = "") -> str:
-    """Return the name of a checkpoint in a store, or of a file of it."""
+def checkpoint_path(step: int, name: str) -> str:
+    """Return the name of a file of a checkpoint in a store."""
     return f"{CHECKPOINTS}/step-{step:08d}/{name}"
-
-
-def is_whole(files: dict[str, int]) -> bool:
-    """Return True if a checkpoint in a store has its last file."""
-    return MANIFEST in files

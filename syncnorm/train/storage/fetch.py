@@ -22,7 +22,6 @@ from syncnorm.train.storage import (
     RECORDS,
     checkpoint_files,
     checkpoint_path,
-    is_whole,
     read_origin,
     write_origin,
 )
@@ -128,7 +127,7 @@ def _check_free(folder: Path, url: str) -> None:
 def _fetch(remote: Remote, sizes: dict[str, int], folder: Path) -> None:
     store = CheckpointStore(folder / CHECKPOINTS)
     store.clean()
-    there = {s: each for s, each in checkpoint_files(sizes).items() if is_whole(each)}
+    there = {s: each for s, each in checkpoint_files(sizes).items() if MANIFEST in each}
     _, newest, _ = store.newest()
     here = -1 if newest is None else int(newest.name.rpartition("-")[2])
     if max(there, default=-1) <= here and (folder / "config.yaml").exists():
@@ -143,7 +142,8 @@ def _fetch(remote: Remote, sizes: dict[str, int], folder: Path) -> None:
         _fetch_checkpoint(remote, step, there[step], store)
     if mark is not None and best:
         store.folder.mkdir(exist_ok=True)
-        files.write_whole(store.folder / BEST, lambda file: file.write(mark))
+        with files.written_whole(store.folder / BEST) as file:
+            file.write(mark)
     # The newest that is good, and not the older ones.
     any(
         step <= here

@@ -18,7 +18,6 @@ from syncnorm.train.storage import (
     RECORDS,
     checkpoint_files,
     checkpoint_path,
-    is_whole,
     read_origin,
 )
 from syncnorm.train.storage.remote import Remote
@@ -165,7 +164,7 @@ class Mirror:
         if manifest is None or self._manifests.get(step) == manifest:
             return
         there = checkpoint_files(names).get(step, {})
-        if is_whole(there):
+        if MANIFEST in there:
             if remote.read(checkpoint_path(step, MANIFEST)) == manifest:
                 self._manifests[step] = manifest
                 return
@@ -188,7 +187,7 @@ class Mirror:
     def _prune(self, remote: Remote, newest: int, best: set[int]) -> None:
         """Remove old checkpoints as the store on disk does; never later ones."""
         there = {s: files for s, files in checkpoint_files(remote.sizes()).items() if s <= newest}
-        whole = sorted((step for step, files in there.items() if is_whole(files)), reverse=True)
+        whole = sorted((step for step, files in there.items() if MANIFEST in files), reverse=True)
         for step in there.keys() - {*whole[: self._keep], *best}:
             # The manifest first: what is half removed must not look damaged.
             rest = there[step].keys() - {MANIFEST}

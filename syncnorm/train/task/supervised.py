@@ -290,10 +290,7 @@ class Multilabel(Supervised):
         found, right = self.read(outputs) > 0.5, targets > 0.5
         both = (found & right).sum()
         matches = (found == right).flatten(1).all(1).sum()
-        return {
-            "f1": (2 * both, found.sum() + right.sum()),
-            "exact_match": (matches, len(targets)),
-        }
+        return {"f1": (2 * both, found.sum() + right.sum()), "exact_match": (matches, len(targets))}
 
 
 class Regress(Supervised):

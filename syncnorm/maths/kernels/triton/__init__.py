@@ -111,13 +111,7 @@ def normalize(
         running_mean, running_var, bounds = reference
         if isinstance(bounds, Scheduled):
             step, ramps = bounds
-            schedule = (
-                ramps.r_max,
-                ramps.d_max,
-                ramps.warmup_steps,
-                ramps.r_steps,
-                ramps.d_steps,
-            )
+            schedule = (ramps.r_max, ramps.d_max, ramps.warmup_steps, ramps.r_steps, ramps.d_steps)
         else:
             r_max, d_max = bounds
     return _launch().normalize(

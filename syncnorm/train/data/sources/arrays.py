@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,7 +14,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
 from syncnorm.train.data.inputs import Inputs, exact_type
 from syncnorm.train.data.sources.files import check_not_empty, choose_splits, list_folder
-from syncnorm.train.data.sources.options import Classes, load_module, source
+from syncnorm.train.data.sources.options import Classes, source
 from syncnorm.train.data.splits import Splits
 
 # Rows of the training set that mean and std are measured from.
@@ -149,9 +150,8 @@ def npy(
 
 
 def _read(path: Path, mmap_mode: Any) -> Any:
-    numpy = load_module("numpy", "pip install numpy")
     try:
-        return numpy.load(path, mmap_mode=mmap_mode, allow_pickle=False)
+        return np.load(path, mmap_mode=mmap_mode, allow_pickle=False)
     # A damaged file may raise anything: ValueError, EOFError, zipfile.BadZipFile.
     except Exception as error:
         raise ConfigError(f"{path}: must be arrays that numpy can read: {error}") from None
@@ -277,9 +277,8 @@ def mean_and_std(values: Tensor, dims: tuple[int, ...]) -> tuple[Tensor, Tensor]
 
 def row(values: Any, dtype: torch.dtype) -> Tensor:
     """Copy a part of an array of numbers into a tensor."""
-    numpy = load_module("numpy", "pip install numpy")
     kinds = {torch.float32: "f4", torch.float64: "f8", torch.int64: "i8"}
-    return torch.from_numpy(numpy.array(values, dtype=kinds[dtype]))
+    return torch.from_numpy(np.array(values, dtype=kinds[dtype]))
 
 
 def _floating_type(array: Any) -> torch.dtype:
@@ -296,6 +295,5 @@ def _target_type(array: Any) -> torch.dtype:
 
 
 def _is_finite(array: Any) -> bool:
-    numpy = load_module("numpy", "pip install numpy")
     # The sum of what is finite may overflow; the extremes tell without a copy.
-    return bool(array.size == 0 or numpy.isfinite([array.min(), array.max()]).all())
+    return bool(array.size == 0 or np.isfinite([array.min(), array.max()]).all())

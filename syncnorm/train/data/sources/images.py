@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -206,8 +207,7 @@ def _channels_first(image: Any) -> Tensor:
 
 def as_tensor(image: Any) -> Tensor:
     """Copy the pixels of an image of Pillow's: (H, W) or (H, W, C)."""
-    numpy = load_module("numpy", "pip install numpy")
-    return torch.from_numpy(numpy.array(image))
+    return torch.from_numpy(np.array(image))
 
 
 def _random_box(width: int, height: int) -> tuple[float, float, float, float]:
