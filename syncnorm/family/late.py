@@ -15,7 +15,7 @@ from torch import Tensor
 
 from syncnorm import observed
 from syncnorm.comm import exchange
-from syncnorm.errors import FaultError
+from syncnorm.errors import FaultError, InputError
 from syncnorm.family.layer import Pooling
 
 
@@ -85,6 +85,26 @@ class LateSums:
     def __getstate__(self) -> dict[str, Any]:
         self.settle()
         return {**self.__dict__, "failure": None}
+
+
+def same_buffers(layer: Pooling) -> Callable[[], None]:
+    """Note a layer's buffers in a forward, for a backward pass that reads or writes them.
+
+    Returns:
+        What raises InputError where the layer has others by then.
+    """
+    before = dict.copy(layer._buffers)  # past `CurrentBuffers`, which may wait
+
+    def check() -> None:
+        now = layer._buffers
+        if any(dict.get(now, name) is not buffer for name, buffer in before.items()):
+            raise InputError(
+                f"the backward pass of {layer.label} must find the buffers of its forward, whose "
+                "averages are in the gradient, got others, as after torch.func.functional_call. "
+                "Load them into a copy of the layer."
+            )
+
+    return check
 
 
 def keep(layer: Pooling, total: Tensor, **values: Tensor) -> None:

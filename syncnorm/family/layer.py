@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from syncnorm import checks, observed, ops
+from syncnorm import checks, observed, ops, undocumented
 from syncnorm.comm import exchange, groups
+from syncnorm.errors import InputError
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import widened
 from syncnorm.maths.precision import HALF_TYPES
@@ -198,6 +199,11 @@ class FamilyLayer(Pooling):
         self.check(x)
         if not self.training:
             self.settle()
+        elif undocumented.is_tracing():
+            raise InputError(
+                f"{self.label} must be traced in evaluation mode, got training: a trace would keep "
+                "the numbers of this batch. Call model.eval() first."
+            )
         return self.finish(self.standardized(widened(x))).to(x.dtype)
 
     def check(self, x: Tensor) -> None:

@@ -39,7 +39,7 @@ from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.family import recurrence
 from syncnorm.family.batch import PooledBatchNorm
-from syncnorm.family.late import LateSums, keep
+from syncnorm.family.late import LateSums, keep, same_buffers
 from syncnorm.family.layer import PlainBatchNorm
 from syncnorm.family.passes import affine, by_own_rms
 from syncnorm.family.surrogate import mean_of, once_differentiated
@@ -59,6 +59,8 @@ class Start(NamedTuple):
     averages: bool
     """True if the workers average what they have at its end."""
     is_frozen: bool
+    check: Callable[[], None]
+    """Raises where the backward pass finds other buffers."""
 
     def for_repetition(self) -> Start:
         """Return itself: a repeated forward begins there, too."""
@@ -139,7 +141,8 @@ class OnlineNorm(PooledBatchNorm):
         self.late.begin(self)
         averages = not self.has_frozen_statistics and self.group is not None
         mean, var = self.running_mean.double(), self.running_var.double()
-        return Start(mean.clone(), var.clone(), averages, self.has_frozen_statistics)
+        is_frozen = self.has_frozen_statistics
+        return Start(mean.clone(), var.clone(), averages, is_frozen, same_buffers(self))
 
     def average_moments(self, samples: int) -> None:
         """Start to average mean and variance over the workers, by this one's samples."""
@@ -228,6 +231,7 @@ class _Online(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         y, invstd = ctx.saved_tensors
         layer: OnlineNorm = ctx.layer
+        ctx.start.check()
         with torch.no_grad():
             scale = layer.gradient_scale
             # Taken from the dict, past what would wait for the message of the forward.

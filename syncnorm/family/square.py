@@ -13,7 +13,7 @@ from syncnorm import checks, observed, ops
 from syncnorm.comm import exchange, groups
 from syncnorm.device import is_host
 from syncnorm.errors import InputError
-from syncnorm.family.late import LateSums, is_faulty, mask_fault
+from syncnorm.family.late import LateSums, is_faulty, mask_fault, same_buffers
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments, widened
@@ -85,7 +85,14 @@ class SquareNorm(FamilyLayer):
         @torch.no_grad()
         def first() -> Call:
             self.late.begin(self)
-            return self.begin(ops.message_of(local)[self.num_features :])
+            check = same_buffers(self)
+            call = self.begin(ops.message_of(local)[self.num_features :])
+
+            def correction(local: Tensor) -> Tensor:
+                check()
+                return call.correction(local)
+
+            return call._replace(correction=correction)
 
         call, _ = repeated.begin(self, first)
         return divide(x, local.mask, call, self.eps, self.gradient_scale)

@@ -33,12 +33,14 @@ def describe_model(setup: Setup) -> str:
 
 def describe_data(setup: Setup, feed: Feed) -> str:
     """Describe the data, the length of an epoch, and an order that is not just any."""
-    steps, regime = (
-        -(-feed.sizes[TRAIN] // setup.config.train.global_batch),
-        setup.config.data.regime,
-    )
+    steps = -(-feed.sizes[TRAIN] // setup.config.train.global_batch)
+    regime, classes = setup.config.data.regime, setup.signature.num_classes
     order = "" if regime == "iid" else f", regime {regime}"
-    return f"data: {feed.describe()}, {steps} step{'s' if steps > 1 else ''} per epoch{order}"
+    has_classes = setup.config.task.name in ("classify", "segment") and (classes or 0) > 1
+    count = f" of {classes} classes" if has_classes else ""
+    return (
+        f"data: {feed.describe()}{count}, {steps} step{'s' if steps > 1 else ''} per epoch{order}"
+    )
 
 
 def shown_path(folder: Path, config: Config) -> Path:

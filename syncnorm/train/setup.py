@@ -306,7 +306,18 @@ def make_network(
 def task_of(
     config: Config, device: torch.device, feed: Feed, allowed: tuple[str, ...] = ()
 ) -> Task:
-    """Build the task of a run."""
+    """Build the task of a run.
+
+    Raises:
+        ConfigError: see `make_task`; or all samples are of one class.
+    """
+    classes = feed.signature.classes
+    if config.task.name == "classify" and feed.signature.num_classes == 1:
+        raise ConfigError(
+            "`data` must have several classes for task classify, got one"
+            f"{f', {classes[0]!r}' if classes else ''}: there is nothing to tell apart. Classes of "
+            "a folder are the folders right in it."
+        )
     dtype = getattr(torch, config.train.dtype)
     return make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
 

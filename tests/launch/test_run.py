@@ -48,7 +48,7 @@ def test_standard_error_says_what_is_trained_then_a_line_per_epoch(local):
     assert header == [
         "2 workers on cpu",
         "model: digits_resnet, 77754 parameters trained, 9 layers of syncnorm's",
-        "data: 1437 training and 360 test images of 1x8x8, 12 steps per epoch",
+        "data: 1437 training and 360 test images of 1x8x8 of 10 classes, 12 steps per epoch",
         f"folder: {run}",
     ]
     assert epoch.startswith("epoch 1/1  step 12  loss ")

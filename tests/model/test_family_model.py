@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
@@ -33,6 +34,8 @@ from syncnorm.family import (
     EstimatedBatchNorm,
     EvoNorm,
     L1BatchNorm,
+    OnlineNorm,
+    PowerNorm,
     RegionNorm,
     UnifiedNorm,
 )
@@ -433,3 +436,31 @@ def test_a_single_value_leaves_the_running_scale_alone(cls):
     name = "running_deviation" if cls is L1BatchNorm else "running_var"
     assert layer.get_buffer(name).tolist() == [1.0, 1.0]
     assert int(layer.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("name", ["OnlineNorm", "PowerNorm", "MABN", "UnifiedNorm"])
+def test_a_gradient_of_averages_needs_the_buffers_of_its_forward(name):
+    """Others, in which averages of the backward pass would be read and written, are an error."""
+    layer = {
+        "OnlineNorm": lambda: OnlineNorm(2),
+        "PowerNorm": lambda: PowerNorm(2, warmup=0),
+        "MABN": lambda: MABN(2, warmup=0, window=2),
+        "UnifiedNorm": lambda: UnifiedNorm(2, warmup=0, window=2, lagged=True),
+    }[name]()
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    y = functional_call(layer, state, (torch.randn(4, 2, 3, requires_grad=True),))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    with pytest.raises(InputError, match="must find the buffers of its forward"):
+        y.square().sum().backward()
+    after = layer.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    layer(torch.randn(4, 2, 3, requires_grad=True)).square().sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_layer_in_training_is_not_traced():
+    layer, x = L1BatchNorm(2), torch.randn(4, 2, 3)
+    with pytest.raises(InputError, match="must be traced in evaluation mode, got training"):
+        torch.jit.trace(layer, (x,))
+    layer.eval()
+    assert torch.equal(torch.jit.trace(layer, (x,))(x[:1]), layer(x[:1]))

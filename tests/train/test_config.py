@@ -109,6 +109,14 @@ def test_null(key, config_path):
     )
 
 
+def test_a_path_may_begin_at_home(config_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/somewhere")
+    paths = ["run_dir=~/runs", "data.root=~/data", "model.weights=a~b"]
+    config = load_config(str(config_path), paths)
+    assert (config.run_dir, config.data.root) == ("/somewhere/runs", "/somewhere/data")
+    assert config.model.weights == "a~b"
+
+
 def test_null_takes_an_argument_of_the_file_out(config_path):
     config_path.write_text(
         GOOD.replace("lr: 1e-1", "lr: 1e-1, optimizer: {momentum: 0.9, nesterov: true}")

@@ -254,6 +254,10 @@ NETS = "tests.train.nets"
             "got (1437, 1, 8, 8) and (1437, 8, 8). Other data come as a Splits",
         ),
         (
+            [f"data.name={NETS}:one_class"],
+            "must have several classes for task classify, got one: there is nothing to tell apart",
+        ),
+        (
             [f"data.name={NETS}:two_folders", "data.options.size=3"],
             f"`data.options` must fit '{NETS}:two_folders': got an unexpected keyword",
         ),

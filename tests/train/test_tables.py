@@ -136,6 +136,10 @@ NAN[3, 1, 0, 0] = np.nan
         ({"x_train": NAN}, "must be finite, got nan or inf"),
         ({"y_train": np.arange(9)}, "must have x (N, C, ...) and y (N, ...), got (10, 3, 2, 2)"),
         ({"y_train": np.arange(10) - 1}, "y of train must be from 0 to 8, got -1 for sample 0"),
+        (
+            {"y_train": np.arange(10, dtype="u8") + 2**63},
+            "y of train must number the classes from 0, got 9223372036854775817 for sample 9",
+        ),
         ({"y_test": np.array([0, 1, 2, 5])}, "y of test must be from 0 to 4, got 5 for sample 3"),
         ({"y_train": np.array(["a"] * 10)}, "y of train must be numbers, got <U1"),
         ({"x_test": X[:4, :2]}, "x of test must be like that of train, float64 (N, 3, 2, 2), got"),

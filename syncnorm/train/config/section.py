@@ -8,6 +8,7 @@ import reprlib
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -54,7 +55,8 @@ def _local_path(text: str) -> str:
             f"must be a path on a file system of this machine, got {reprlib.repr(text)}. "
             "Mount what is elsewhere, and give the path of a mounted folder, without file://."
         )
-    return text
+    # No shell does it in a file.
+    return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
@@ -68,7 +70,7 @@ def is_url(text: str) -> bool:
 def check_path_or_url(text: str) -> str:
     """Return `text`; ValueError if it is neither a local path nor the address of a folder.
 
-    The address is of a store such as `s3://bucket/runs`, without a password in it.
+    A path's `~` is the home folder. The address is of a store such as `s3://bucket/runs`, without a password in it.
     """
     found = _URL.match(text)
     if found is None or found[1].lower() in ("file", "local"):

@@ -170,8 +170,8 @@ class Classify(Supervised):
         if targets.ndim not in (1, 2) or is_mixed_up or targets.dtype == torch.bool:
             raise ConfigError(
                 "`data.name` must give a class for each sample, (N,) of whole numbers, or class "
-                f"probabilities (N, K), got {_shape(targets)} of {targets.dtype}. Other targets "
-                "need another task.name."
+                f"probabilities (N, K), got {_shape(targets)} of {targets.dtype}. Save "
+                "classes as integers; other targets need another task.name."
             )
         name = type(self.criterion).__name__
         if targets.ndim == 2 and getattr(self.criterion, "ignore_index", -1) >= 0:

@@ -1,5 +1,6 @@
 """Arrays of numpy: of one .npz in memory, or of .npy files that stay on disk."""
 
+import logging
 import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from syncnorm.train.data.splits import Splits
 
 # Rows of the training set that mean and std are measured from.
 _MEASURED = 4096
+# What has more is no number of a class, but a key of some kind.
+_MOST_CLASSES = 10**7
+_log = logging.getLogger(__name__)
 
 
 class Mapped:
@@ -228,8 +232,15 @@ def _count_classes(path: Path, targets: dict[str, Any], wanted: int | None) -> i
             return wanted
         return 1 if first.ndim == 1 else first.shape[1]
     if wanted is None and first.ndim > 1:
+        if first.shape[1:] == (1,):
+            _log.warning("%s: y has the shape (N, 1); one class for each sample is (N,)", path)
         return None
     count = int(first.max()) + 1 if wanted is None else wanted
+    if count > _MOST_CLASSES:
+        raise ConfigError(
+            f"{path}: y of train must number the classes from 0, got {int(first.max())} for sample "
+            f"{int(first.argmax())}. Number them anew, or give data.options.num_classes."
+        )
     if first.ndim == 1:  # more dimensions may hold 255 for none
         for split, y in targets.items():
             if y.min() < 0 or y.max() >= count:

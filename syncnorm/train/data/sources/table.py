@@ -31,7 +31,7 @@ from syncnorm.train.data.sources.files import (
 from syncnorm.train.data.sources.options import Column, Share, source
 from syncnorm.train.data.splits import Splits
 
-# Others are codes, such as 1e2.
+# Others may be codes, such as 1e2.
 _PLAIN = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?")
 _LARGEST = torch.finfo(torch.float32).max
 
@@ -271,7 +271,7 @@ def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
         return torch.tensor(values, dtype=torch.float32)
     numbers = {name: number for number, name in enumerate(classes)}
     for name, line in zip(table.targets, table.lines, strict=True):
-        # As pandas, numpy and R write what is missing.
+        # As pandas and numpy write what is missing.
         if name not in numbers or name.casefold() in ("", "nan", "+nan", "-nan"):
             raise ConfigError(
                 f"{table.path}, line {line}, column {column}: must be a class of the training set, "
