@@ -208,6 +208,8 @@ class LaggedSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    pool: RunningPool
+
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         buffers = ("lagged_mean", "lagged_var", "lagged_waits")
         self.pool = RunningPool(self, layers, LaggedMode.name, buffers, self._follow_moments)
@@ -282,7 +284,7 @@ class LaggedSource(PooledSource):
             self._gradients = {}
 
     def settle(self) -> None:
-        super().settle()
+        self.pool.settle()
         if self._sent is not None:
             self._apply_gradients()
 

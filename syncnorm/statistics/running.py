@@ -29,6 +29,8 @@ class RunningSource(PooledSource):
         layers: by name, in the same order on all workers, over the same process group.
     """
 
+    pool: RunningPool
+
     def __init__(self, layers: dict[str, SyncNorm]) -> None:
         self.pool = RunningPool(self, layers, next(iter(layers.values())).sync)
         self._steps = Steps(self.pool)

@@ -34,7 +34,7 @@ def describe_model(setup: Setup) -> str:
 def describe_data(setup: Setup, feed: Feed) -> str:
     """Describe the data, the length of an epoch, and an order that is not just any."""
     steps = -(-feed.sizes[TRAIN] // setup.config.train.global_batch)
-    regime, classes = setup.config.data.regime, setup.signature.num_classes
+    regime, classes = setup.config.data.regime, feed.signature.num_classes
     order = "" if regime == "iid" else f", regime {regime}"
     has_classes = setup.config.task.name in ("classify", "segment") and (classes or 0) > 1
     count = f" of {classes} classes" if has_classes else ""
