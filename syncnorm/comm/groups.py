@@ -244,10 +244,11 @@ def _make_among(rule: Ranks, handle: GroupHandle, parent: Group) -> None:
         return
     backend = dist.get_backend_config(parent)
     among = parent if isinstance(handle, GivenGroup) and handle.group is parent else None
+    device = device_for(parent)  # before `connecting_anew`, within which no device is known
     with (
         naming.explain_absence(rule.members),
         undocumented.connecting_anew(),
-        naming.same_name(rule.members, among, device_for(parent)),
+        naming.same_name(rule.members, among, device),
     ):
         # The timeout of the user's group: torch would give its own default of half an hour.
         group = dist.new_group(

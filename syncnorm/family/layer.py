@@ -199,15 +199,15 @@ class FamilyLayer(Pooling):
         self.check(x)
         if not self.training:
             self.settle()
-        elif undocumented.is_tracing():
-            raise InputError(
-                f"{self.label} must be traced in evaluation mode, got training: a trace would keep "
-                "the numbers of this batch. Call model.eval() first."
-            )
         return self.finish(self.standardized(widened(x))).to(x.dtype)
 
     def check(self, x: Tensor) -> None:
         """Raise InputError for an input of another shape, before any exchange."""
+        if self.training and undocumented.is_tracing():
+            raise InputError(
+                f"{self.label} must be traced in evaluation mode, got training: a trace would keep "
+                "the numbers of this batch. Call model.eval() first."
+            )
         checks.check_input(x, self.num_features)
 
     def standardized(self, x: Tensor, *weights: Tensor | None) -> Tensor:

@@ -29,10 +29,13 @@ def economise(model: nn.Module, train: TrainSection) -> None:
 def set_tf32(wanted: bool | None) -> None:
     """Let CUDA compute products and convolutions of float32 in TF32, or not; None: as it is."""
     if wanted is not None:
-        # Not by `fp32_precision`: torch 2.11's for cudnn says nothing to convolutions, and
-        # `torch.backends.cudnn.flags` cannot read what is set so.
-        torch.backends.cuda.matmul.allow_tf32 = wanted
-        torch.backends.cudnn.allow_tf32 = wanted
+        # Not by `cudnn.fp32_precision`: torch 2.11's says nothing to convolutions, and torch's own
+        # older code, such as `cudnn.flags`, cannot read what is set so.
+        cudnn: Any = torch.backends.cudnn
+        torch.backends.cuda.matmul.allow_tf32 = cudnn.allow_tf32 = wanted
+        # Else what is turned off is as a program has set `torch.backends.fp32_precision`.
+        for part in (cudnn.conv, cudnn.rnn):
+            part.fp32_precision = "tf32" if wanted else "ieee"
 
 
 def _recompute(model: nn.Module, patterns: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import copy
 import logging
 import reprlib
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -246,21 +246,23 @@ def _warn_of_means(
 def _try_metrics(
     config: Config, workers: Workers, trial: nn.Module, task: Task, batch: Any
 ) -> None:
-    def measure() -> Any:
-        rng.seed_all(0)  # for a model that draws in evaluation, too
-        return task.metrics(trial, batch)
-
-    with evaluating(trial), autocast(config, workers.device), exchange.record() as exchanges:
-        metrics = measure()
-        meters: Meters | None = getattr(task, "meters", None)
-        if meters is not None and not exchanges:
-            meters.check(measure)
+    meters: Meters | None = getattr(task, "meters", None)
+    with (
+        evaluating(trial),
+        autocast(config, workers.device),
+        exchange.record() as exchanges,
+        nullcontext([]) if meters is None else meters.kept() as kept,
+    ):
+        metrics = task.metrics(trial, batch)
     if exchanges:
         raise ConfigError(
             "`task.name` must measure without exchanges, such as syncnorm.gather's: workers have "
             f"unequally many batches in an evaluation, got {len(exchanges)} for one batch"
         )
     check_metrics(metrics)
+    if meters is not None:
+        for outputs, targets in kept:
+            meters.check(outputs, targets)
     names = [*metrics, *(meters.names if meters is not None else ())]
     best = task.best.removeprefix("-")
     # Of torchmetrics', one of several values has a number with its name.

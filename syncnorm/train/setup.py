@@ -253,7 +253,17 @@ def make_bare_model(
     """Build the model for data of this shape. No exchange.
 
     Each change to a model of the user's is logged in a line.
+
+    Raises:
+        ConfigError: all samples are of one class.
     """
+    classes = data.signature.classes
+    if config.task.name == "classify" and data.signature.num_classes == 1:
+        raise ConfigError(
+            "`data` must have several classes for task classify, got one"
+            f"{f', {classes[0]!r}' if classes else ''}: there is nothing to tell apart. Classes of "
+            "a folder are the folders right in it."
+        )
     model = make_network(config, data.signature, total_steps, allowed)
     _check_trainable(model)
     if begin_training(model):
@@ -306,18 +316,7 @@ def make_network(
 def task_of(
     config: Config, device: torch.device, feed: Feed, allowed: tuple[str, ...] = ()
 ) -> Task:
-    """Build the task of a run.
-
-    Raises:
-        ConfigError: see `make_task`; or all samples are of one class.
-    """
-    classes = feed.signature.classes
-    if config.task.name == "classify" and feed.signature.num_classes == 1:
-        raise ConfigError(
-            "`data` must have several classes for task classify, got one"
-            f"{f', {classes[0]!r}' if classes else ''}: there is nothing to tell apart. Classes of "
-            "a folder are the folders right in it."
-        )
+    """Build the task of a run."""
     dtype = getattr(torch, config.train.dtype)
     return make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
 

@@ -102,7 +102,8 @@ def training_step(
     `train.not_finite: skip` the buffers do, too.
 
     *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, a sum of
-    the counts if the loss has several terms or autocast is float16, one of who has used which parameter if some worker has
+    the counts if the loss has several terms or autocast is float16, one of who has used which
+    parameter if some worker has
     not used all, and a broadcast of the model's own buffers if it has some; every worker must call.
 
     Args:

@@ -1,5 +1,6 @@
 """Callables that a configuration names: imported only from packages that are allowed."""
 
+import functools
 import re
 import sys
 from collections import OrderedDict
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.callables import check_callables, resolve
+from syncnorm.train.config.callables import check_arguments, check_callables, resolve
 from syncnorm.train.config.schema import Config
 
 # What it does as it is imported leaves a trace.
@@ -56,6 +57,20 @@ def imported(package: Path) -> list[str]:
 def test_what_is_allowed_is_imported(reference, allowed, modules, package):
     assert resolve(reference, allowed, "model.name")(width=3) == {"width": 3}
     assert imported(package) == modules
+
+
+def test_arguments_are_those_of_a_callable_itself():
+    def data(root):
+        return root
+
+    @functools.wraps(data)
+    def limited(root, *, limit):
+        return data(root)[:limit]
+
+    check_arguments("data.options", "mine:limited", limited, "x", limit=2)
+    with pytest.raises(ConfigError, match=r"`data.options` must fit 'mine:data': got an unexp"):
+        check_arguments("data.options", "mine:data", data, "x", limit=2)
+    check_arguments("data.options", "builtins:dict", dict, limit=2)
 
 
 def test_a_class_is_a_callable():

@@ -115,6 +115,10 @@ def test_a_path_may_begin_at_home(config_path, monkeypatch):
     config = load_config(str(config_path), paths)
     assert (config.run_dir, config.data.root) == ("/somewhere/runs", "/somewhere/data")
     assert config.model.weights == "a~b"
+    with pytest.raises(
+        ConfigError, match=r"`data.root` must begin with the name of a user after ~"
+    ):
+        load_config(str(config_path), ["data.root=~nobody_of_this_name/data"])
 
 
 def test_null_takes_an_argument_of_the_file_out(config_path):

@@ -338,5 +338,10 @@ def test_tf32_holds_for_products_and_for_convolutions(wanted):
             pass
         set_tf32(None)
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (wanted, wanted)
+        # Whatever a program has said of all.
+        cudnn.fp32_precision = "ieee" if wanted else "tf32"  # pyright: ignore[reportAttributeAccessIssue]
+        set_tf32(wanted)
+        assert [part.fp32_precision == "tf32" for part in parts] == [wanted] * 3
     finally:
+        cudnn.fp32_precision = "none"  # pyright: ignore[reportAttributeAccessIssue]
         matmul.allow_tf32, cudnn.allow_tf32 = before

@@ -18,7 +18,7 @@ from syncnorm.train.data.feed import MemoryFeed
 from syncnorm.train.memory import Need, check_fits, estimate
 from syncnorm.train.models import MODELS
 from syncnorm.train.norm import FrozenBatchNorm, apply_rules, fit_layers, make_norm_layer
-from syncnorm.train.setup import make_bare_model, task_of
+from syncnorm.train.setup import load_feed, make_bare_model, task_of
 from syncnorm.train.workers import Workers
 from tests.launch import commands
 from tests.train import nets, runs
@@ -279,6 +279,12 @@ def test_what_cannot_be_trained_is_refused_alike_before_the_first_step(pool, opt
     first, second = pool(2).run(runs.refused, options)
     assert message in first
     assert first == second, "with the figures of the same worker"
+
+
+def test_a_set_of_one_class_can_be_evaluated():
+    """The accuracy of a run on samples that are all of one class is a question like others."""
+    config, device = load_config("digits", [f"data.name={NETS}:one_class"]), torch.device("cpu")
+    assert task_of(config, device, load_feed(config, device, ("tests",))).best == "accuracy"
 
 
 def converted(**options) -> nn.Sequential:

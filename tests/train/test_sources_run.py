@@ -74,12 +74,14 @@ def test_the_curve_is_that_of_one_worker(pool, tmp_path, kind):
 def test_a_run_goes_on_with_the_data_that_it_began_with(pool, tmp_path, change, words):
     path, folder = tmp_path / "rows.csv", tmp_path / "run"
     folder.mkdir()
-    rows = [[*((17 * i + j) % 23 for j in range(8)), ("cat", "dog")[i % 2]] for i in range(50)]
+    # The first is as dates are, far from 0.
+    numbers = [[(17 * i + j) % 23 + (j == 0) * 10**9 for j in range(8)] for i in range(50)]
+    rows = [[*row, ("cat", "dog")[i % 2]] for i, row in enumerate(numbers)]
     changed = {
         "renamed": [[*row[:-1], row[-1].replace("cat", "zebra")] for row in rows],
         "other figures": [[row[0] + i % 2, *row[1:]] for i, row in enumerate(rows)],
         "a row less": rows[:-10],
-        "rounded": [[row[0] + 1e-9, *row[1:]] for row in rows],
+        "rounded": [[row[0] + 1e-6, *row[1:]] for row in rows],
     }
     write_rows(path, rows)
     options = {

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.task.meters import Meters
 from tests.train import runs
@@ -398,7 +399,7 @@ def test_a_metric_that_merges_means_is_that_of_the_whole_set(pool, sizes):
         ),
         (
             {"metrics": {"MulticlassROC": {"num_classes": 4, "thresholds": 5}}},
-            "`task.metrics.MulticlassROC` must give a number, or several in one tensor, got tuple",
+            "`task.metrics.MulticlassROC` must give a number, or several, got tuple",
         ),
         ({"best": "f2"}, "`task.best` must be measured, got 'f2' of accuracy, loss"),
     ],
@@ -408,6 +409,26 @@ def test_metrics_that_cannot_be_measured_are_refused(pool, task, words):
     pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
     for message in pool(2).run(runs.refused_sections, sections("Perceptron", "rows", task)):
         assert words in message
+
+
+def test_metrics_are_tried_in_other_batches():
+    """Of one whose range is a batch's own; and of one that gives two numbers, no curve."""
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 6, 1, 16, 16, generator=generator) * torch.arange(1.0, 7).view(
+        6, 1, 1, 1
+    )
+    name = "StructuralSimilarityIndexMeasure"
+    with pytest.raises(ConfigError, match=r"same on any number of workers, got .* smaller batches"):
+        Meters({name: {}}, torch.device("cpu")).check(*images)
+    Meters({name: {"data_range": 6.0}}, torch.device("cpu")).check(*images)
+    name = "BinaryRecallAtFixedPrecision"
+    meters = Meters({name: {"min_precision": 0.5, "thresholds": 9}}, torch.device("cpu"))
+    pair = torch.rand(8, generator=generator), torch.arange(8) % 2
+    meters.check(*pair)
+    with meters.kept() as kept:
+        meters.update(*pair)
+    assert [each.tolist() for each in kept[0]] == [each.tolist() for each in pair]
 
 
 def test_a_metric_that_fails_over_several_workers_is_refused_for_one(pool):

@@ -294,13 +294,22 @@ def _check_same_data(setup: Setup, facts: Mapping[str, Any]) -> None:
 
 
 def _is_same(now: Any, was: Any) -> bool:
-    if isinstance(now, dict) and isinstance(was, dict):
-        return now.keys() == was.keys() and all(_is_same(now[key], was[key]) for key in now)
-    if isinstance(now, list) and isinstance(was, list):
-        return len(now) == len(was) and all(map(_is_same, now, was))
-    if isinstance(now, float) and isinstance(was, float):
-        return math.isclose(now, was, rel_tol=1e-6, abs_tol=1e-6)
-    return now == was
+    if not isinstance(now, dict) or not isinstance(was, dict):
+        return now == was
+    # Of the inputs. A mean is measured as exactly as the spread about it.
+    figures = [
+        [*zip(each.get("mean") or (), each.get("std") or (), strict=True)] for each in (now, was)
+    ]
+    are_like = {**now, "mean": 0, "std": 0} == {**was, "mean": 0, "std": 0}
+    return (
+        are_like
+        and len(figures[0]) == len(figures[1])
+        and all(
+            abs(mean - mean_was) <= 1e-6 * std_was + 1e-12 * abs(mean_was)
+            and math.isclose(std, std_was, rel_tol=1e-6)
+            for (mean, std), (mean_was, std_was) in zip(*figures, strict=True)
+        )
+    )
 
 
 def describe_differences(config: Config, recorded: Any) -> str:

@@ -78,7 +78,8 @@ def check_arguments(
         ConfigError: it does not; names `key`, which has the options.
     """
     try:
-        signature = inspect.signature(function)
+        # Of the function itself: one that wraps another may take more than that does.
+        signature = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):  # such as a class of C's
         return
     try:

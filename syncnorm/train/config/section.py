@@ -56,7 +56,13 @@ def _local_path(text: str) -> str:
             "Mount what is elsewhere, and give the path of a mounted folder, without file://."
         )
     # No shell does it in a file.
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError:
+        raise ValueError(
+            f"must begin with the name of a user after ~, got {reprlib.repr(text)}. Write ./~ for a "
+            "name that begins so."
+        ) from None
 
 
 LocalPath = Annotated[str, Field(min_length=1), AfterValidator(_local_path)]
@@ -70,7 +76,8 @@ def is_url(text: str) -> bool:
 def check_path_or_url(text: str) -> str:
     """Return `text`; ValueError if it is neither a local path nor the address of a folder.
 
-    A path's `~` is the home folder. The address is of a store such as `s3://bucket/runs`, without a password in it.
+    A path's `~` is the home folder. The address is of a store such as `s3://bucket/runs`, without a
+    password in it.
     """
     found = _URL.match(text)
     if found is None or found[1].lower() in ("file", "local"):

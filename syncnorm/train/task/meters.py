@@ -1,8 +1,8 @@
 """Metrics of torchmetrics, for those that add up over batches and workers."""
 
-import copy
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.train.config.section import name_hint
 from syncnorm.train.waiting import from_all
 
+Batch = tuple[Tensor, Tensor]
+"""Outputs and targets."""
 # Gathers a state: of all workers, in rank order.
 Gather = Callable[..., list[Tensor]]
 
@@ -33,6 +35,7 @@ class Meters:
 
     def __init__(self, wanted: Mapping[str, Mapping[str, Any]], device: torch.device) -> None:
         self._meters = {name: _make(name, options, device) for name, options in wanted.items()}
+        self._kept: list[Batch] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -50,49 +53,50 @@ class Meters:
         Raises:
             ConfigError: a metric refuses it.
         """
+        if self._kept is not None:
+            self._kept.append((outputs, targets))
+            return
         for name, meter in self._meters.items():
-            try:
-                meter.update(outputs, targets)
-            except Exception as error:
-                raise ConfigError(
-                    f"`task.metrics.{name}` must suit the task: {in_one_line(error)}"
-                ) from None
+            _update(name, meter, outputs, targets)
 
-    def check(self, add: Callable[[], object]) -> None:
-        """Compute each metric as if three workers had a batch each, and one had all three.
+    @contextmanager
+    def kept(self) -> Iterator[list[Batch]]:
+        """Keep the batches that are added in the block, in place of adding them."""
+        self._kept = kept = []
+        try:
+            yield kept
+        finally:
+            self._kept = None
 
-        No exchange.
+    def check(self, outputs: Tensor, targets: Tensor) -> None:
+        """Check that each metric is the same however many workers measure it. No exchange.
 
-        Args:
-            add: adds a batch, the same at each call.
+        Three times a batch is given to one worker, to three, and to one in parts.
 
         Raises:
-            ConfigError: it is not the same, cannot be computed of several workers' states, or is
-                something else than numbers.
+            ConfigError: it is not, cannot be computed of several workers' states, or is something
+                else than numbers.
         """
-        self.reset()
-        add()
-        of_three = {
-            name: _compute(
-                name, copy.deepcopy(meter), lambda state, group=None: [state.clone()] * 3
-            )
-            for name, meter in self._meters.items()
-        }
-        add()
-        add()
+        batch = [(outputs, targets)]
+        parts = [(outputs[part], targets[part]) for part in (slice(1), slice(1, None))]
+        has_parts = 1 < len(targets) == len(outputs)
         for name, meter in self._meters.items():
-            of_one, several = meter.compute(), of_three[name]
-            if not isinstance(of_one, Tensor):
+            value = _measure(name, meter, batch * 3)
+            if not isinstance(value, Tensor):
                 raise ConfigError(
-                    f"`task.metrics.{name}` must give a number, or several in one tensor, got "
-                    f"{type(of_one).__name__}. It measures a curve: choose a figure of it."
+                    f"`task.metrics.{name}` must give a number, or several, got "
+                    f"{type(value).__name__}. It measures a curve: choose a figure of it."
                 )
-            if not torch.allclose(several, of_one, equal_nan=True):
-                raise ConfigError(
-                    f"`task.metrics.{name}` must be the same on any number of workers, got "
-                    f"{several.tolist()} of three with a batch each, and {of_one.tolist()} of one "
-                    "with all three"
-                )
+            others = {"of three workers": _measure(name, meter, batch, workers=3)}
+            if has_parts:
+                others["in smaller batches"] = _measure(name, meter, parts * 3)
+            for way, other in others.items():
+                if not torch.allclose(other, value, equal_nan=True):
+                    raise ConfigError(
+                        f"`task.metrics.{name}` must be the same on any number of workers, got "
+                        f"{value.tolist()}, and {way} {other.tolist()}. It may need an argument, "
+                        "such as data_range."
+                    )
 
     def gather(self) -> dict[str, float]:
         """Compute each metric over all workers; one of several values has a number with its name.
@@ -101,36 +105,56 @@ class Meters:
         """
         from torchmetrics.utilities.distributed import gather_all_tensors
 
-        def gather(state: Tensor, group: Any = None) -> list[Tensor]:
-            states = gather_all_tensors(state, group)
-            # A state of nothing is not always neutral: some metrics divide by its count.
-            return [
-                one for one, counts in zip(states, has_samples, strict=True) if counts
-            ] or states
-
+        has_samples = from_all([bool(meter.update_called) for meter in self._meters.values()])
         results: dict[str, float] = {}
-        for name, meter in self._meters.items():
-            has_samples = from_all(bool(meter.update_called))
+        for (name, meter), counts in zip(self._meters.items(), zip(*has_samples), strict=True):
+
+            def gather(state: Tensor, group: Any = None, counts: Any = counts) -> list[Tensor]:
+                states = gather_all_tensors(state, group)
+                # A state of nothing is not always neutral: some metrics divide by its count.
+                return [one for one, has in zip(states, counts, strict=True) if has] or states
+
             values = _compute(name, meter, gather).flatten().tolist()
             names = [name] if len(values) == 1 else [f"{name}_{i}" for i in range(len(values))]
             results.update(zip(names, values, strict=True))
         return results
 
 
+def _update(name: str, meter: Any, outputs: Tensor, targets: Tensor) -> None:
+    try:
+        meter.update(outputs, targets)
+    except Exception as error:
+        raise ConfigError(
+            f"`task.metrics.{name}` must suit the task: {in_one_line(error)}"
+        ) from None
+
+
+def _measure(name: str, meter: Any, batches: Sequence[Batch], workers: int = 1) -> Any:
+    """Compute a metric as if each of so many workers had these batches."""
+    meter.reset()
+    for outputs, targets in batches:
+        _update(name, meter, outputs, targets)
+    return _compute(name, meter, lambda state, group=None: [state.clone() for _ in range(workers)])
+
+
 def _compute(name: str, meter: Any, gather: Gather) -> Any:
-    """Compute a metric of the states that `gather` gives.
+    """Compute a metric of the states that `gather` gives, its numbers in one tensor.
 
     Raises:
         ConfigError: it cannot be computed of them.
     """
     try:
         with meter.sync_context(dist_sync_fn=gather, distributed_available=lambda: True):
-            return meter.compute()
+            found = meter.compute()
     except Exception as error:  # some are not made for several workers, and fail anyhow
         raise ConfigError(
             f"`task.metrics.{name}` must be one that several workers can measure together, got "
             f"{in_one_line(error)}"
         ) from None
+    is_several = isinstance(found, tuple) and all(
+        isinstance(each, Tensor) and each.numel() == 1 for each in found
+    )
+    return torch.stack([each.reshape(()) for each in found]) if is_several else found
 
 
 def _make(name: str, options: Mapping[str, Any], device: torch.device) -> Any:
