@@ -1,9 +1,11 @@
 """Normalisation layers of a model, as the configuration asks for them."""
 
+import functools
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self, cast
 
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, parametrize
 
-from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert
+from syncnorm import SyncBatchNorm, SyncBatchRenorm, convert, rng
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.family import METHODS, CentredWeight, standardize_weights
 from syncnorm.family.layer import FamilyLayer, Pooling
@@ -286,3 +288,29 @@ def reparametrize(model: nn.Module, weights: WeightName | None) -> None:
         case "scaled_standardized":
             # Of a ReLU in front.
             standardize_weights(model, scaled=True, gamma=math.sqrt(2 / (1 - 1 / math.pi)))
+
+
+@contextmanager
+def power_iterations_held(model: nn.Module) -> Iterator[None]:
+    """Have spectral norms make no power iteration in the block: a step's first forward makes one.
+
+    Else there would be as many as a worker has forwards, and a weight that is computed again would
+    be another one.
+    """
+    kind = _spectral_norm()
+    held = [m for m in model.modules() if isinstance(m, kind) and m.training]
+    for module in held:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in held:
+            module.training = True
+
+
+@functools.cache
+def _spectral_norm() -> type[nn.Module]:
+    # Its name is torch's own.
+    with rng.kept(devices=False):
+        layer: Any = parametrizations.spectral_norm(nn.Linear(1, 1))
+    return type(layer.parametrizations.weight[0])

@@ -34,7 +34,15 @@ from syncnorm.train.config.callables import check_arguments, resolve
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.data.datasets import Dataset, types_of
-from syncnorm.train.data.feed import TRAIN, VALIDATION, Feed, LoaderFeed, MemoryFeed, judged_split
+from syncnorm.train.data.feed import (
+    TRAIN,
+    VALIDATION,
+    Feed,
+    LoaderFeed,
+    MemoryFeed,
+    judged_split,
+    labels_checksum,
+)
 from syncnorm.train.data.inputs import Signature
 from syncnorm.train.data.regimes import check_regime
 from syncnorm.train.data.sources import SOURCES
@@ -80,6 +88,7 @@ class Setup:
         shared_buffers: buffers that are neither a batch norm's nor each worker's own.
         signature: the inputs and outputs of the network.
         samples: in the training set.
+        labels_checksum: of the training set; None if they are not known before they are read.
     """
 
     config: Config
@@ -97,6 +106,7 @@ class Setup:
     shared_buffers: SharedBuffers
     signature: Signature
     samples: int
+    labels_checksum: int | None
 
     @property
     def evaluated_model(self) -> nn.Module:
@@ -379,6 +389,7 @@ def make_setup(
         shared_buffers=SharedBuffers(model, None if average is None else average.module),
         signature=feed.signature,
         samples=feed.sizes[TRAIN],
+        labels_checksum=labels_checksum(feed),
     )
 
 

@@ -166,6 +166,8 @@ KINDS = {
         "train.optimizer.name=NAdam",
         "train.optimizer.momentum=null",
     ],
+    # Whose state is paired with weights by their places in memory.
+    "fused": ["train.channels_last=true", "train.optimizer.fused=true"],
 }
 
 

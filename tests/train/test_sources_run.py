@@ -68,6 +68,7 @@ def test_the_curve_is_that_of_one_worker(pool, tmp_path, kind):
         ("renamed", r"got classes \['dog', 'zebra'\], not \['cat', 'dog'\]"),
         ("other figures", r"got inputs \{"),
         ("a row less", "got samples 40, not 50"),
+        ("other labels", "got other labels. Bring"),
         ("rounded", ""),
     ],
 )
@@ -81,6 +82,7 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(pool, tmp_path, change, 
         "renamed": [[*row[:-1], row[-1].replace("cat", "zebra")] for row in rows],
         "other figures": [[row[0] + i % 2, *row[1:]] for i, row in enumerate(rows)],
         "a row less": rows[:-10],
+        "other labels": [[*row[:-1], ("dog", "cat")[i % 2]] for i, row in enumerate(rows)],
         "rounded": [[row[0] + 1e-6, *row[1:]] for row in rows],
     }
     write_rows(path, rows)

@@ -54,8 +54,28 @@ def test_steps_are_those_of_one_worker(pool, count, overrides):
         )
 
 
+def test_spectral_norms_make_one_iteration_in_a_step(pool):
+    """Whatever number of forwards a worker has, and whether weights are computed again."""
+    spectral = [*GROUPS, "norm.weights=spectral_norm"]
+    (expected, parameters, buffers), *_ = pool(1).run(runs.one_step, 24, spectral, 3)
+    for world_size, options in (
+        (1, ["launch.micro_batch=6"]),
+        (2, ["launch.micro_batch=6"]),
+        (1, ["train.recompute=[layer1]"]),
+    ):
+        for result, some, others in pool(world_size).run(
+            runs.one_step, 24, [*spectral, *options], 3
+        ):
+            assert result.loss == pytest.approx(expected.loss, rel=1e-12)
+            close(some, parameters, "parameters")
+            for name, buffer in buffers.items():
+                close([others[name].double()], [buffer.double()], name)
+    assert any(name.endswith("._u") for name in buffers)
+
+
 def test_seeding_draws_as_torch_python_and_numpy_do_and_keeps_nothing():
     """torch.manual_seed keeps a stack of each call for each kind of device that is not there."""
+    rng.seed_all(7)  # what the first call imports is kept
     torch.manual_seed(7)
     expected = torch.rand(3), random.Random(7).random()
     tracemalloc.start()

@@ -279,6 +279,10 @@ def test_a_table_of_numbers_to_learn(tmp_path):
     splits = csv(path, target="y", kind="regress")
     assert splits.num_classes == 1
     assert targets_of(splits.train) == [0.5, -2.0]
+    # Dates in seconds, for a run in float64.
+    path = write_csv(tmp_path / "dates.csv", [["y", "x"], [1_700_000_001, 1], [1_700_000_002, 3]])
+    splits = csv(path, target="y", kind="regress")
+    assert targets_of(splits.train) == [1_700_000_001, 1_700_000_002]
 
 
 def test_equal_rows_stay_together_in_a_cut(tmp_path):

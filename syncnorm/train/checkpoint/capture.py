@@ -131,6 +131,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "versions": versions(),
             "signature": setup.signature.model_dump(mode="json"),
             "samples": setup.samples,
+            "labels": setup.labels_checksum,
         },
     )
 
@@ -170,7 +171,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
     """Load an optimizer's state, single numbers in the type that they were saved in.
 
     torch gives them that of the parameter, and what NAdam, ASGD and others multiply up would go on
-    in another one.
+    in another one. A tensor of the parameter's shape lies in memory as the parameter does, whose
+    elements fused optimizers pair with it by their places: snapshots are contiguous.
     """
     optimizer.load_state_dict(state)
     numbers = [number for group in state["param_groups"] for number in group["params"]]
@@ -181,6 +183,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
             if isinstance(value, Tensor) and value.ndim == 0:
                 saved = state["state"][number][name]
                 loaded[name] = saved.to(value.device, copy=True)
+            elif isinstance(value, Tensor) and value.shape == parameter.shape:
+                loaded[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _lengthen(setup: Setup, snapshot: Snapshot) -> None:
@@ -281,15 +285,18 @@ def _check_same_data(setup: Setup, facts: Mapping[str, Any]) -> None:
 
     Figures that were measured elsewhere may differ in rounding.
     """
-    found = setup.signature.model_dump(mode="json") | {"samples": setup.samples}
+    found = {"samples": setup.samples, **setup.signature.model_dump(mode="json")}
+    found["labels"] = setup.labels_checksum
     before = {"samples": facts.get("samples"), **(facts.get("signature") or {})}
+    before["labels"] = facts.get("labels")
     for name, was in before.items():
         now = found.get(name)
         if was is not None and now is not None and not _is_same(now, was):
+            values = f"{name} {reprlib.repr(now)}, not {reprlib.repr(was)}"
             raise ConfigError(
-                f"a run must go on with the data that it began with, got {name} "
-                f"{reprlib.repr(now)}, not {reprlib.repr(was)}. Bring them back, or begin a new run "
-                "with model.weights=RUN."
+                "a run must go on with the data that it began with, got "
+                f"{'other labels' if name == 'labels' else values}. Bring them back, or begin a new "
+                "run with model.weights=RUN."
             )
 
 

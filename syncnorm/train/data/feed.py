@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import zlib
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -83,6 +84,11 @@ class Feed(Protocol):
 def judged_split(feed: Feed) -> str | None:
     """Name the split that is evaluated while a run goes on, if there is one."""
     return next((name for name in (VALIDATION, TEST) if feed.sizes.get(name)), None)
+
+
+def labels_checksum(feed: Feed) -> int | None:
+    """Compute a checksum of the training set's labels; None if they are not known."""
+    return None if feed.labels is None else zlib.crc32(feed.labels.cpu().numpy().tobytes())
 
 
 class MemoryFeed:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import zlib
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.batches import leaves
-from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed
+from syncnorm.train.data.feed import TEST, TRAIN, VALIDATION, Feed, labels_checksum
 from syncnorm.train.waiting import from_all
 from syncnorm.train.workers import Workers
 
@@ -64,7 +63,7 @@ def check_same_data(feed: Feed, workers: Workers) -> None:
     model = feed.signature
     facts |= {"classes": model.num_classes, "channels": model.in_channels}
     read = {split: _read(feed, split) for split in feed.sizes}
-    everyone = from_all((facts, _checksum(feed.labels), read))
+    everyone = from_all((facts, labels_checksum(feed), read))
     first_facts, first_checksum, first_read = everyone[0]
     for rank, (other, checksum, _) in enumerate(everyone):
         for what, number in first_facts.items():
@@ -139,10 +138,6 @@ def _read(feed: Feed, split: str) -> _Sample:
 
 def _glimpses(sample: Any) -> list[_Glimpse]:
     return [_glimpse(leaf) for leaf in leaves(sample) if _is_compared(leaf)]
-
-
-def _checksum(labels: Tensor | None) -> int | None:
-    return None if labels is None else zlib.crc32(labels.cpu().numpy().tobytes())
 
 
 def _is_compared(leaf: Any) -> bool:

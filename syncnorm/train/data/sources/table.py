@@ -69,7 +69,7 @@ def csv(
 
     Each has a first line with the names of the columns. Samples are features (F,), float32,
     standardised by the training set's mean and standard deviation (biased; of a constant column 1),
-    and a class, or a number (float32).
+    and a class, or a number (float64; batches have it as `train.dtype`).
 
     Args:
         root: a file, or a folder with train.csv or with one file.
@@ -268,7 +268,7 @@ def _targets(table: _Table, column: str, classes: list[str] | None) -> Tensor:
     if classes is None:
         pairs = zip(table.targets, table.lines, strict=True)
         values = [_number(text, table.path, line, column) for text, line in pairs]
-        return torch.tensor(values, dtype=torch.float32)
+        return torch.tensor(values, dtype=torch.float64)
     numbers = {name: number for number, name in enumerate(classes)}
     for name, line in zip(table.targets, table.lines, strict=True):
         # As pandas and numpy write what is missing.
