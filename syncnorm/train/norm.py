@@ -292,13 +292,19 @@ def reparametrize(model: nn.Module, weights: WeightName | None) -> None:
 
 @contextmanager
 def power_iterations_held(model: nn.Module) -> Iterator[None]:
-    """Have spectral norms make no power iteration in the block: a step's first forward makes one.
+    """Have each spectral norm make a power iteration now, and none in the block.
 
-    Else there would be as many as a worker has forwards, and a weight that is computed again would
-    be another one.
+    Else there would be as many as a worker has forwards, or uses a layer in one, and a weight that
+    is computed again would be another one.
     """
-    kind = _spectral_norm()
-    held = [m for m in model.modules() if isinstance(m, kind) and m.training]
+    kind, held = _spectral_norm(), []
+    for layer in filter(parametrize.is_parametrized, model.modules()):
+        for name, parts in cast("Any", layer).parametrizations.items():
+            trained = [part for part in parts if isinstance(part, kind) and part.training]
+            if trained:
+                with torch.no_grad():
+                    getattr(layer, name)
+                held += trained
     for module in held:
         module.training = False
     try:

@@ -16,7 +16,7 @@ summed gradient is multiplied by samples / count, if that is not 1.
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,8 +159,7 @@ def _compute_gradient(
     failure, pending = "", None
     # DDP averages over the workers; a step's gradient is the sum of their shares.
     weight = setup.workers.world_size / samples
-    with ExitStack() as step:
-        step.enter_context(_one_update(setup, placement))
+    with _one_update(setup, placement), power_iterations_held(setup.model):
         for number, parts in enumerate(placement.rounds, start=1):
             is_last = number == len(placement.rounds)
             with nullcontext() if is_last else setup.ddp.no_sync():
@@ -168,8 +167,6 @@ def _compute_gradient(
                 if isinstance(samples_of_mine, ReadFailure):
                     failure, samples_of_mine = samples_of_mine.message, samples_of_mine.instead
                 total, counted = _loss_sum(setup, samples_of_mine, samples, placement, parts)
-                if number == 1:
-                    step.enter_context(power_iterations_held(setup.model))
                 if placement.has_rounds and setup.scaler.is_enabled():
                     # As in `_loss_sum`, but the whole count comes after the backward passes.
                     if per_sample is None:

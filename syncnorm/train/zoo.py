@@ -1,13 +1,12 @@
 """The network that `model.name` stands for: a built-in one, a package's, or a user's callable."""
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from syncnorm.errors import ConfigError, in_one_line
-from syncnorm.train.config.callables import check_arguments, resolve
+from syncnorm.train.config.callables import check_arguments, own_signature, resolve
 from syncnorm.train.data.datasets import types_of
 from syncnorm.train.models import MODELS, NormLayer
 from syncnorm.train.packages import PACKAGED, Shape, make_packaged
@@ -78,9 +77,8 @@ def _arguments(
     name: str, function: Callable[..., Any], given: Mapping[str, Any], options: dict[str, Any]
 ) -> dict[str, Any]:
     """Choose those of the given arguments that the signature names; all, if it takes any."""
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # such as a class of C's
+    signature = own_signature(function)
+    if signature is None:
         return {**given, **options}
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())

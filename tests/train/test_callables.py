@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.callables import check_arguments, check_callables, resolve
@@ -71,6 +72,11 @@ def test_arguments_are_those_of_a_callable_itself():
     with pytest.raises(ConfigError, match=r"`data.options` must fit 'mine:data': got an unexp"):
         check_arguments("data.options", "mine:data", data, "x", limit=2)
     check_arguments("data.options", "builtins:dict", dict, limit=2)
+    # What hands everything on takes what it wraps.
+    for handed_on in (torch.no_grad()(data), functools.lru_cache(data)):
+        check_arguments("data.options", "mine:data", handed_on, "x")
+        with pytest.raises(ConfigError, match=r"must fit 'mine:data': got an unexp"):
+            check_arguments("data.options", "mine:data", handed_on, "x", limit=2)
 
 
 def test_a_class_is_a_callable():

@@ -411,6 +411,21 @@ def test_metrics_that_cannot_be_measured_are_refused(pool, task, words):
         assert words in message
 
 
+@pytest.mark.parametrize("name", ["R2Score", "ExplainedVariance", "PearsonCorrCoef"])
+def test_metrics_of_numbers_far_from_zero_are_exact(name):
+    """Batches are of float32, whose squares lose what sets them apart."""
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randn(4, generator=generator) * 10 + 100
+    outputs = torch.randn(4, generator=generator) * 0.1 + 100
+    Meters({name: {}}, torch.device("cpu")).check(outputs, targets)
+
+
+def test_metrics_of_segmentation_are_known():
+    pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")
+    assert Meters({"MeanIoU": {"num_classes": 3}}, torch.device("cpu")).names == ["MeanIoU"]
+
+
 def test_metrics_are_tried_in_other_batches():
     """Of one whose range is a batch's own; and of one that gives two numbers, no curve."""
     pytest.importorskip("torchmetrics", reason="the extra metrics is not installed")

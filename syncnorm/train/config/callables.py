@@ -77,15 +77,35 @@ def check_arguments(
     Raises:
         ConfigError: it does not; names `key`, which has the options.
     """
-    try:
-        # Of the function itself: one that wraps another may take more than that does.
-        signature = inspect.signature(function, follow_wrapped=False)
-    except (TypeError, ValueError):  # such as a class of C's
+    signature = own_signature(function)
+    if signature is None:
         return
     try:
         signature.bind(*args, **options)
     except TypeError as error:
         raise ConfigError(f"`{key}` must fit {reference!r}: {error}") from None
+
+
+def own_signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Find what a callable takes; None if it is not known, as of a class of C's.
+
+    One that wraps another may take more or less than that does, unless it hands all of it on.
+    """
+    if not inspect.ismethod(function):  # what that wraps has no object
+        function = inspect.unwrap(function, stop=lambda each: not _takes_anything(each))
+    try:
+        return inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes_anything(function: Callable[..., Any]) -> bool:
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters
+    except (TypeError, ValueError):  # such as what functools.lru_cache makes
+        return True
+    kinds = {each.kind for each in parameters.values()}
+    return kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
 
 def check_allowed(reference: str, allowed: Sequence[str], key: str) -> tuple[str, str]:

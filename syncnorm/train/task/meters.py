@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -121,8 +121,11 @@ class Meters:
 
 
 def _update(name: str, meter: Any, outputs: Tensor, targets: Tensor) -> None:
+    # Sums of squares of float32 lose what lies far from 0, other digits in each cut of a batch.
+    exact = [each.double() if each.is_floating_point() else each for each in (outputs, targets)]
     try:
-        meter.update(outputs, targets)
+        with torch.autocast(outputs.device.type, enabled=False):
+            meter.update(*exact)
     except Exception as error:
         raise ConfigError(
             f"`task.metrics.{name}` must suit the task: {in_one_line(error)}"
@@ -165,6 +168,9 @@ def _make(name: str, options: Mapping[str, Any], device: torch.device) -> Any:
             f"`task.metrics` must be left out where torchmetrics is not installed: {error}. "
             "Install it with: pip install 'syncnorm[metrics]'"
         ) from None
+    for module in filter(None, _MODULES):
+        with suppress(ImportError):  # torchmetrics itself leaves some to whoever asks for them
+            importlib.import_module(f"torchmetrics.{module}")
     known = {
         key: value
         for module in _MODULES

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -45,10 +46,8 @@ class Rows(Dataset[tuple[Tensor, Any]]):
             name = f"row {index}"
             return self._reader.convert(value, name, in_training=self._in_training), target
         numbers = torch.as_tensor(value, dtype=torch.float32)
-        # A single number is one feature. A date in seconds needs more than float32.
-        is_number = isinstance(target, float)
-        target = torch.as_tensor(target, dtype=torch.float64 if is_number else None)
-        return numbers.reshape(numbers.shape or 1), target
+        # A single number is one feature. As numpy has a target: a date needs more than float32.
+        return numbers.reshape(numbers.shape or 1), torch.from_numpy(np.array(target))
 
 
 @source
