@@ -45,7 +45,7 @@ def device_for(group: Group, preferred: torch.device | None = None) -> torch.dev
         return preferred
     if "cpu" in types:
         return torch.device("cpu")
-    # Else the current device of the type: torch allows for a process that never chose one.
+    # That of `init_process_group(device_id=...)`, which need not be the current one.
     world = dist.group.WORLD
     bound = None if world is None else undocumented.bound_device(world)
     return bound if bound is not None and bound.type == types[0] else torch.device(types[0])

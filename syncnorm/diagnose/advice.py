@@ -65,7 +65,8 @@ def _between_workers(measures: Measures) -> Iterator[str]:
         and each["chance_share"] is not None
         and each["chance_share"] < 1
     }
-    for worst, _, more in _worst(excess, _BETWEEN):
+    if found := _worst(excess, _BETWEEN):
+        worst, _, more = found
         each = _layers(measures)[worst]
         yield (
             f"{_percent(each['between_share'])} of {worst}'s variance lies between workers, where "
@@ -91,7 +92,8 @@ def _running_lag(measures: Measures) -> Iterator[str]:
     if now - then <= max(_LOSS, _LOSS_SHARE * abs(then)):
         return
     gaps = {name: _gap(e) for name, e in _layers(measures).items() if not e["is_frozen"]}
-    for worst, gap, more in _worst(gaps, _LAG):
+    if found := _worst(gaps, _LAG):
+        worst, gap, more = found
         ways = ["recalibrate (syncnorm recalibrate RUN)"] * _layers(measures)[worst]["recalibrates"]
         text = ", or ".join([*ways, _way_to_follow(measures, _layers(measures)[worst])])
         yield (
@@ -111,7 +113,8 @@ def _way_to_follow(measures: Measures, layer: Mapping[str, Any]) -> str:
 
 def _frozen_far_off(measures: Measures) -> Iterator[str]:
     gaps = {name: _gap(e) for name, e in _layers(measures).items() if e["is_frozen"]}
-    for worst, gap, more in _worst(gaps, _FROZEN_GAP):
+    if found := _worst(gaps, _FROZEN_GAP):
+        worst, gap, more = found
         yield (
             f"{worst} is frozen, and its running statistics are {gap:.2g} standard "
             f"deviations from the data's{more}: recalibrate before it is frozen, or train "
@@ -132,7 +135,8 @@ def _few_samples(measures: Measures) -> Iterator[str]:
 
 def _noise_in_front(measures: Measures) -> Iterator[str]:
     ratios = {n: e["noise_ratio"] for n, e in _layers(measures).items() if e["noise_ratio"]}
-    for worst, ratio, more in _worst(ratios, 1 + _NOISE):
+    if found := _worst(ratios, 1 + _NOISE):
+        worst, ratio, more = found
         yield (
             f"dropout makes the variance in front of {worst} {ratio:.2f} times as large in "
             f"training as in evaluation{more}: put it behind the last normalisation."
@@ -141,7 +145,8 @@ def _noise_in_front(measures: Measures) -> Iterator[str]:
 
 def _flat_channels(measures: Measures) -> Iterator[str]:
     shares = {name: each["flat_share"] or 0.0 for name, each in _layers(measures).items()}
-    for worst, share, more in _worst(shares, _FLAT):
+    if found := _worst(shares, _FLAT):
+        worst, share, more = found
         yield (
             f"{_percent(share)} of the channels in front of {worst} are the same for all "
             f"samples{more}: they are dead. A lower learning rate or another "
@@ -207,7 +212,8 @@ def _not_invariant(measures: Measures) -> Iterator[str]:
         for name, each in measures.get("gradients", {}).get("layers", {}).items()
         if each["is_invariant"] and each["cosine"] is not None
     }
-    for worst, cosine, more in _worst(cosines, _COSINE):
+    if found := _worst(cosines, _COSINE):
+        worst, cosine, more = found
         yield (
             f"{worst} is followed by a normalisation, and its gradient should be orthogonal to its "
             f"weights, but their cosine is {cosine:.2g}{more}: that normalisation's "
@@ -243,14 +249,15 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _worst(values: Mapping[str, float], bound: float) -> Iterator[tuple[str, float, str]]:
-    """Yield the layer with the largest value, if that is above a bound.
+def _worst(values: Mapping[str, float], bound: float) -> tuple[str, float, str] | None:
+    """Find the layer with the largest value, if that is above a bound.
 
-    Yields:
+    Returns:
         Its name, its value, and a clause about the others above the bound.
     """
     above = {name: value for name, value in values.items() if value > bound}
-    if above:
-        worst, more = max(above, key=lambda name: above[name]), len(above) - 1
-        others = f" (and so for {more} other layer{'s' if more > 1 else ''})" if more else ""
-        yield worst, above[worst], others
+    if not above:
+        return None
+    worst, more = max(above, key=lambda name: above[name]), len(above) - 1
+    others = f" (and so for {more} other layer{'s' if more > 1 else ''})" if more else ""
+    return worst, above[worst], others

@@ -290,14 +290,14 @@ class LaggedSource(PooledSource):
 
     def discard(self, layer: SyncNorm) -> None:
         self.settle()
-        super().discard(layer)
+        self.pool.discard(layer)
         for kept in (self._gradients, self._late):
             kept.pop(self.pool.names[layer], None)
         self._averages = None
 
     def release(self, layer: SyncNorm) -> None:
         self.discard(layer)
-        super().release(layer)
+        self.pool.release(layer)
 
     def __getstate__(self) -> dict[str, Any]:
         # Nothing is under way in a copy.

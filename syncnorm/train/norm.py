@@ -4,10 +4,10 @@ import functools
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -290,28 +290,45 @@ def reparametrize(model: nn.Module, weights: WeightName | None) -> None:
             standardize_weights(model, scaled=True, gamma=math.sqrt(2 / (1 - 1 / math.pi)))
 
 
+class Spectral(NamedTuple):
+    """A parameter that torch's spectral norm computes."""
+
+    layer: nn.Module
+    name: str
+    part: nn.Module
+    """The parametrization, which iterates in training whenever the parameter is looked at."""
+
+
+def spectral_norms(model: nn.Module) -> list[Spectral]:
+    """Find the spectral norms of a model."""
+    kind = _spectral_norm()
+    return [
+        Spectral(layer, name, part)
+        for layer in filter(parametrize.is_parametrized, model.modules())
+        for name, parts in cast("Any", layer).parametrizations.items()
+        for part in parts
+        if isinstance(part, kind)
+    ]
+
+
 @contextmanager
-def power_iterations_held(model: nn.Module) -> Iterator[None]:
-    """Have each spectral norm make a power iteration now, and none in the block.
+def power_iterations_held(norms: Sequence[Spectral]) -> Iterator[None]:
+    """Have each spectral norm that trains make a power iteration now, and none in the block.
 
     Else there would be as many as a worker has forwards, or uses a layer in one, and a weight that
     is computed again would be another one.
     """
-    kind, held = _spectral_norm(), []
-    for layer in filter(parametrize.is_parametrized, model.modules()):
-        for name, parts in cast("Any", layer).parametrizations.items():
-            trained = [part for part in parts if isinstance(part, kind) and part.training]
-            if trained:
-                with torch.no_grad():
-                    getattr(layer, name)
-                held += trained
-    for module in held:
-        module.training = False
+    held = [each for each in norms if each.part.training]
+    with torch.no_grad():
+        for layer, name, _ in held:
+            getattr(layer, name)
+    for each in held:
+        each.part.training = False
     try:
         yield
     finally:
-        for module in held:
-            module.training = True
+        for each in held:
+            each.part.training = True
 
 
 @functools.cache

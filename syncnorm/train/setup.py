@@ -30,7 +30,7 @@ from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
 from syncnorm.train.buffers import SharedBuffers
-from syncnorm.train.config.callables import check_arguments, resolve
+from syncnorm.train.config.callables import call
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import DATASETS
 from syncnorm.train.data.datasets import Dataset, types_of
@@ -49,10 +49,12 @@ from syncnorm.train.data.sources import SOURCES
 from syncnorm.train.data.splits import Splits
 from syncnorm.train.economy import economise, set_tf32
 from syncnorm.train.norm import (
+    Spectral,
     apply_rules,
     fit_layers,
     make_norm_layer,
     reparametrize,
+    spectral_norms,
     warn_of_no_pooling,
 )
 from syncnorm.train.parameters import freeze, parameter_groups
@@ -112,6 +114,11 @@ class Setup:
     def evaluated_model(self) -> nn.Module:
         """The network that is evaluated: the moving average, if there is one."""
         return self.model if self.average is None else self.average.module
+
+    @cached_property
+    def spectral_norms(self) -> list[Spectral]:
+        """The network's spectral norms."""
+        return spectral_norms(self.model)
 
     @cached_property
     def before_the_last_linear(self) -> list[nn.Parameter]:
@@ -240,9 +247,7 @@ def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
         return DATASETS[config.data.name](root)
     if config.data.name in SOURCES:
         return SOURCES[config.data.name](root, **config.data.options)
-    function = resolve(config.data.name, allowed, "data.name")
-    check_arguments("data.options", config.data.name, function, root, **config.data.options)
-    made = function(root, **config.data.options)
+    made = call("data", config.data.name, allowed, root, **config.data.options)
     if not isinstance(made, Dataset | Splits):
         raise ConfigError(
             "`data.name` must return a syncnorm.train.data.splits.Splits of data sets, or a "

@@ -104,8 +104,8 @@ def training_step(
 
     *Collectives*: the layers' statistics, one sum of the workers' notes, DDP's gradients, a sum of
     the counts if the loss has several terms or autocast is float16, one of who has used which
-    parameter if some worker has
-    not used all, and a broadcast of the model's own buffers if it has some; every worker must call.
+    parameter if some worker has not used all, and a broadcast of the model's own buffers if it has
+    some; every worker must call.
 
     Args:
         setup: the model and its optimizer.
@@ -159,7 +159,7 @@ def _compute_gradient(
     failure, pending = "", None
     # DDP averages over the workers; a step's gradient is the sum of their shares.
     weight = setup.workers.world_size / samples
-    with _one_update(setup, placement), power_iterations_held(setup.model):
+    with _one_update(setup, placement), power_iterations_held(setup.spectral_norms):
         for number, parts in enumerate(placement.rounds, start=1):
             is_last = number == len(placement.rounds)
             with nullcontext() if is_last else setup.ddp.no_sync():

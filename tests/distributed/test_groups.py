@@ -309,9 +309,8 @@ def _splits() -> int:
     asked, world = [], dist.group.WORLD
     assert world is not None
     among = dist.new_group([0, 1])
-    world.bound_device_id = torch.device(
-        "cuda", dist.get_rank()
-    )  # by init_process_group's device_id
+    # As init_process_group(device_id=...) sets it.
+    world.bound_device_id = torch.device("cuda", dist.get_rank())
     with mock.patch.object(dist.distributed_c10d, "_get_split_source", side_effect=asked.append):
         if dist.get_rank() < 2:
             prepare_ddp(nn.Sequential(SyncBatchNorm(3)), among)(torch.randn(4, 3))

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from tests.train import runs
-from tests.train.files import noise, write_folder, write_image
+from tests.train.files import noise, write_csv, write_folder, write_image
 
 TRAIN = {"epochs": 3, "global_batch": 12, "lr": 0.02, "dtype": "float64"}
+HEAD = [*"abcdefgh", "kind"]
 CHANGES = {"crop": 1, "flip": True, "cutout": 3, "mixup": 0.4, "cutmix": 1.0}
 
 
@@ -85,20 +86,14 @@ def test_a_run_goes_on_with_the_data_that_it_began_with(pool, tmp_path, change, 
         "other labels": [[*row[:-1], ("dog", "cat")[i % 2]] for i, row in enumerate(rows)],
         "rounded": [[row[0] + 1e-6, *row[1:]] for row in rows],
     }
-    write_rows(path, rows)
+    write_csv(path, [HEAD, *rows])
     options = {
         "model": {"name": "tests.train.tasks:Perceptron"},
         "data": {"name": "csv", "root": str(path), "options": {"target": "kind"}},
         "train": {"epochs": 2, "global_batch": 10, "lr": 0.1},
     }
     pool(2).run(runs.train_sections, str(folder), options, 2)
-    write_rows(path, changed[change])
+    write_csv(path, [HEAD, *changed[change]])
     for message in pool(2).run(runs.error_of_sections, str(folder), options):
         assert re.search(words, message) if words else message == ""
         assert "Bring them back" in message or not words
-
-
-def write_rows(path: Path, rows: list[list]) -> None:
-    path.write_text(
-        "\n".join(["a,b,c,d,e,f,g,h,kind", *(",".join(map(str, row)) for row in rows)]) + "\n"
-    )

@@ -129,9 +129,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "world_size": setup.workers.world_size,
             "config": setup.config.model_dump(),
             "versions": versions(),
-            "signature": setup.signature.model_dump(mode="json"),
-            "samples": setup.samples,
-            "labels": setup.labels_checksum,
+            **_data_facts(setup),
         },
     )
 
@@ -285,10 +283,7 @@ def _check_same_data(setup: Setup, facts: Mapping[str, Any]) -> None:
 
     Figures that were measured elsewhere may differ in rounding.
     """
-    found = {"samples": setup.samples, **setup.signature.model_dump(mode="json")}
-    found["labels"] = setup.labels_checksum
-    before = {"samples": facts.get("samples"), **(facts.get("signature") or {})}
-    before["labels"] = facts.get("labels")
+    found, before = _flat_data_facts(_data_facts(setup)), _flat_data_facts(facts)
     for name, was in before.items():
         now = found.get(name)
         if was is not None and now is not None and not _is_same(now, was):
@@ -298,6 +293,20 @@ def _check_same_data(setup: Setup, facts: Mapping[str, Any]) -> None:
                 f"{'other labels' if name == 'labels' else values}. Bring them back, or begin a new "
                 "run with model.weights=RUN."
             )
+
+
+def _data_facts(setup: Setup) -> dict[str, Any]:
+    return {
+        "signature": setup.signature.model_dump(mode="json"),
+        "samples": setup.samples,
+        "labels": setup.labels_checksum,
+    }
+
+
+def _flat_data_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+    # Labels last: of other classes or samples they are others, too.
+    signature = facts.get("signature") or {}
+    return {"samples": facts.get("samples"), **signature, "labels": facts.get("labels")}
 
 
 def _is_same(now: Any, was: Any) -> bool:

@@ -69,6 +69,17 @@ def resolve(reference: str, allowed: Sequence[str], key: str) -> Callable[..., A
     return found
 
 
+def call(section: str, reference: str, allowed: Sequence[str], *args: Any, **options: Any) -> Any:
+    """Import the callable that a section's `name` names, and call it with its `options`.
+
+    Raises:
+        ConfigError: see `resolve` and `check_arguments`.
+    """
+    function = resolve(reference, allowed, f"{section}.name")
+    check_arguments(f"{section}.options", reference, function, *args, **options)
+    return function(*args, **options)
+
+
 def check_arguments(
     key: str, reference: str, function: Callable[..., Any], *args: Any, **options: Any
 ) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.config.callables import check_arguments, resolve
+from syncnorm.train.config.callables import call
 from syncnorm.train.config.schema import TaskSection
 from syncnorm.train.config.section import REFERENCE
 from syncnorm.train.task import Task
@@ -43,9 +43,7 @@ def make_task(
                 task.meters = Meters(section.metrics, device)
         task.best = task.best if section.best is None else section.best
         return task
-    function = resolve(section.name, allowed, "task.name")
-    check_arguments("task.options", section.name, function, **section.options)
-    made: Any = function(**section.options)
+    made: Any = call("task", section.name, allowed, **section.options)
     missing = [name for name in ("loss", "metrics") if not callable(getattr(made, name, None))]
     missing += [] if isinstance(getattr(made, "best", None), str) else ["best"]
     if missing:

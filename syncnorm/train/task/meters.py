@@ -18,7 +18,15 @@ Batch = tuple[Tensor, Tensor]
 Gather = Callable[..., list[Tensor]]
 
 # Where torchmetrics keeps its classes.
-_MODULES = ("classification", "regression", "segmentation", "image", "text", "audio", "")
+_MODULES = (
+    "torchmetrics.classification",
+    "torchmetrics.regression",
+    "torchmetrics.segmentation",
+    "torchmetrics.image",
+    "torchmetrics.text",
+    "torchmetrics.audio",
+    "torchmetrics",
+)
 
 
 class Meters:
@@ -168,15 +176,14 @@ def _make(name: str, options: Mapping[str, Any], device: torch.device) -> Any:
             f"`task.metrics` must be left out where torchmetrics is not installed: {error}. "
             "Install it with: pip install 'syncnorm[metrics]'"
         ) from None
-    for module in filter(None, _MODULES):
-        with suppress(ImportError):  # torchmetrics itself leaves some to whoever asks for them
-            importlib.import_module(f"torchmetrics.{module}")
-    known = {
-        key: value
-        for module in _MODULES
-        for key, value in vars(getattr(torchmetrics, module, torchmetrics)).items()
-        if isinstance(value, type) and issubclass(value, torchmetrics.Metric)
-    }
+    known: dict[str, Any] = {}
+    for module in _MODULES:
+        with suppress(ImportError):  # an old version has none of this name
+            known |= {
+                key: value
+                for key, value in vars(importlib.import_module(module)).items()
+                if isinstance(value, type) and issubclass(value, torchmetrics.Metric)
+            }
     if name not in known:
         raise ConfigError(
             f"`task.metrics` must name classes of torchmetrics, got {name!r}."
