@@ -39,8 +39,7 @@ class Follower:
     def begin(self, folder: Path) -> None:
         """Follow the run in this folder from now on; what it did before is not shown again."""
         self._path = folder / "metrics.jsonl"
-        if self._path.exists():
-            self._read = self._path.stat().st_size
+        self._read = len(self._whole_lines())
 
     def __enter__(self) -> Self:
         from IPython.display import display
@@ -66,14 +65,18 @@ class Follower:
             self._handle.update(self._screen)
 
     def _new_events(self) -> list[dict[str, Any]]:
-        if self._path is None or not self._path.exists():
-            return []
-        with self._path.open("rb") as file:
-            file.seek(self._read)
-            text = file.read()
-        whole = text[: text.rfind(b"\n") + 1]
+        whole = self._whole_lines(self._read)
         self._read += len(whole)
         return [json.loads(line) for line in whole.splitlines()]
+
+    def _whole_lines(self, begin: int = 0) -> bytes:
+        """Read the events from a byte on, without a line that is being written."""
+        if self._path is None or not self._path.exists():
+            return b""
+        with self._path.open("rb") as file:
+            file.seek(begin)
+            text = file.read()
+        return text[: text.rfind(b"\n") + 1]
 
 
 class Screen:

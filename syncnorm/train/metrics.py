@@ -26,7 +26,7 @@ class MetricsFile:
         self._path = path
         self._is_complete = True
         if path is not None and path.exists():
-            _close_torn_line(path)
+            _drop_torn_line(path)
 
     def write(self, event: str, **values: Any) -> None:
         """Append `{"event": event, **values}`."""
@@ -46,7 +46,7 @@ class MetricsFile:
         )
         try:
             if not self._is_complete:
-                _close_torn_line(self._path)
+                _drop_torn_line(self._path)
             _append(self._path, text.encode())
         except OSError as error:
             if self._is_complete:
@@ -108,11 +108,15 @@ def _append(path: Path, data: bytes) -> None:
         os.close(descriptor)
 
 
-def _close_torn_line(path: Path) -> None:
-    """End the last line, which after a kill may lack its end: the next must not be added to it."""
+def _drop_torn_line(path: Path) -> None:
+    """Cut off the last line if it lacks its end, as after a kill: the next must not be added to it.
+
+    What reads the file line by line finds nothing but JSON.
+    """
     with contextlib.suppress(OSError), path.open("rb+") as file:
         if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
-            file.write(b"\n")
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def json_value(value: Any) -> Any:

@@ -151,7 +151,15 @@ def test_a_line_that_is_cut_off_by_a_full_disk_leaves_the_next_one_whole(tmp_pat
     assert message.endswith("cannot be written, the run goes on without: File too large")
     events, torn = read_events(path)
     assert [event["step"] for event in events] == [1, 3]
-    assert torn == 1
+    assert torn == 0
+
+
+@pytest.mark.parametrize("left", ["", '{"event": "step", "step": 1}\n'])
+def test_a_line_that_a_killed_run_has_left_without_its_end_is_cut_off(tmp_path, left):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(left + '{"event": "st')
+    MetricsFile(path).write("step", step=2)
+    assert path.read_text() == left + '{"event": "step", "step": 2}\n'
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5_000, "[1]", '{"step": 7}', "\xff"])
