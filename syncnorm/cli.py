@@ -14,7 +14,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import use
 from syncnorm.run.arguments import Allow, Config, Insecure, Overrides
 from syncnorm.run.env import read_launched
-from syncnorm.run.errors import LocalRunError
+from syncnorm.run.errors import RunError
 from syncnorm.run.in_process import add_working_folder_to_path
 from syncnorm.run.ray import cli
 from syncnorm.system import flush_streams, send_nowhere, tell
@@ -141,8 +141,10 @@ def show(config: Config, overrides: Overrides = None) -> None:
 
 @config_app.command()
 def schema(
-    markdown: Annotated[bool, typer.Option(help="As Markdown, for docs/config.md.")] = False,
-    json: Annotated[bool, typer.Option(help="As JSON Schema, for editors.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="As Markdown, for docs/config.md.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="As JSON Schema, for editors.")] = False,
 ) -> None:
     """Print every key with its type, range, default and meaning."""
     from syncnorm.train.config.show import schema as schema_text
@@ -232,7 +234,9 @@ def bench(
     ] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of a case, at most.")] = 31,
     seconds: Annotated[float, typer.Option(min=1, help="Time for everything, about.")] = 300.0,
-    json: Annotated[Path | None, typer.Option(help="A file for all figures.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="A file for all figures, as JSON.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="A picture: .svg, .png or .pdf.")] = None,
 ) -> None:
     """Compare the speed of normalisation layers on this machine.
@@ -245,7 +249,7 @@ def bench(
     if layer:
         add_working_folder_to_path()
     options = Options(
-        workers, device, batch, layer or (), case or (), compile, rounds, seconds, json, plot
+        workers, device, batch, layer or (), case or (), compile, rounds, seconds, output, plot
     )
     run_bench(options, read_launched())
 
@@ -278,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
     except ConfigError as error:
         _stop(error, 2)
-    except LocalRunError as error:
+    except RunError as error:
         _stop(error, error.exit_code)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EPIPE) or error.filename is not None:

@@ -16,7 +16,7 @@ from syncnorm.bench.runner import Runner
 from syncnorm.bench.table import print_case, print_end, print_head
 from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.run.env import Launched, set_for_children, set_for_nccl, set_for_profiler
-from syncnorm.run.errors import LocalRunError
+from syncnorm.run.errors import RunError
 from syncnorm.run.interrupt import as_keyboard_interrupt
 from syncnorm.train.files import write_text_whole
 
@@ -37,7 +37,7 @@ class Options:
         compiles: compare compiled layers, too.
         rounds: of a case, at most.
         seconds: for everything, about.
-        json, plot: files to write.
+        output, plot: files to write, of all figures and of a picture.
     """
 
     workers: int | None = None
@@ -48,7 +48,7 @@ class Options:
     compiles: bool = False
     rounds: int = 31
     seconds: float = 300.0
-    json: Path | None = None
+    output: Path | None = None
     plot: Path | None = None
 
 
@@ -57,7 +57,7 @@ def run_bench(options: Options, launched: Launched | None) -> None:
 
     Raises:
         ConfigError: an argument is invalid; raised before a worker is started.
-        LocalRunError: a layer failed; raised when everything is written.
+        RunError: a layer failed; raised when everything is written.
     """
     if launched is not None:
         raise ConfigError(
@@ -85,18 +85,18 @@ def run_bench(options: Options, launched: Launched | None) -> None:
     with as_keyboard_interrupt():
         Runner(report, options.rounds, print_case).run(on, compared, options.seconds)
     print_end(report)
-    if options.json is not None:
+    if options.output is not None:
         text = report.model_dump_json(indent=1) + "\n"
-        _write(options.json, lambda path: write_text_whole(path, text))
+        _write(options.output, lambda path: write_text_whole(path, text))
     if options.plot is not None:
         # Here, because only the picture needs matplotlib, which takes a second.
         from syncnorm.bench.plot import write_plot
 
         _write(options.plot, lambda path: write_plot(report, path))
     if errors := report.errors():
-        raise LocalRunError("; ".join(f"{layer} failed: {e}" for layer, e in errors.items()))
+        raise RunError("; ".join(f"{layer} failed: {e}" for layer, e in errors.items()))
     if not report.cases:
-        raise LocalRunError("no case was measured")
+        raise RunError("no case was measured")
 
 
 def _count_workers(options: Options) -> int:
@@ -115,7 +115,7 @@ def _count_workers(options: Options) -> int:
 
 
 def _check_files(options: Options) -> None:
-    for name, path in (("--json", options.json), ("--plot", options.plot)):
+    for name, path in (("--output", options.output), ("--plot", options.plot)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"`{name}` must be a file in a folder that exists, got '{path}'.")
     if options.plot is None:
@@ -141,5 +141,5 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
     try:
         write(path)
     except OSError as error:
-        raise LocalRunError(f"'{path}' could not be written: {error}") from None
+        raise RunError(f"'{path}' could not be written: {error}") from None
     print(path)

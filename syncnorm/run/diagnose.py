@@ -56,7 +56,7 @@ def run_diagnose(request: Request, workers: int | None, launched: Launched | Non
 
     Raises:
         ConfigError: bad input; see `diagnose_run`.
-        LocalRunError: code that the configuration names failed, or a worker was lost.
+        RunError: code that the configuration names failed, or a worker was lost.
     """
     check_device(request.device)
     try:

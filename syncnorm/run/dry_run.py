@@ -39,7 +39,7 @@ def dry_run(request: RunRequest) -> str:
 
     Raises:
         ConfigError: the configuration does not fit the machine or the data.
-        LocalRunError: code that the configuration names failed.
+        RunError: code that the configuration names failed.
     """
     config = request.config
     device = choose_device(config.launch.device, 0, config.launch.most_workers)

@@ -8,8 +8,8 @@ from syncnorm.errors import SyncnormError
 RESUMABLE = 75
 
 
-class LocalRunError(SyncnormError):
-    """A local run failed or was stopped; the message is for the person who started it.
+class RunError(SyncnormError):
+    """A run or a command failed or was stopped; the message is for the person who started it.
 
     Args:
         message: the reason.
@@ -21,8 +21,8 @@ class LocalRunError(SyncnormError):
         self.exit_code = exit_code
 
 
-class RunStopped(LocalRunError):
-    """A local run was stopped, has saved, and can be resumed.
+class RunStopped(RunError):
+    """A run was stopped, has saved, and can be resumed.
 
     Args:
         message: the reason.

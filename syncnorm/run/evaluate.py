@@ -55,7 +55,7 @@ def run_evaluate(request: Request, workers: int | None, launched: Launched | Non
 
     Raises:
         ConfigError: bad input; see `evaluate_run`.
-        LocalRunError: code that the configuration names failed, or a worker was lost.
+        RunError: code that the configuration names failed, or a worker was lost.
     """
     run_on(partial(_evaluate, request, _read(request)), workers, launched, request.device)
 

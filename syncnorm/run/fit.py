@@ -90,7 +90,7 @@ def fit(
 
     Raises:
         ConfigError: the configuration, or what is given, cannot be used.
-        LocalRunError: a worker failed.
+        RunError: a worker failed.
         KeyboardInterrupt: after Ctrl-C, when all workers have saved.
     """
     given, named = _given(dataset, model, task)

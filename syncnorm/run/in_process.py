@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from syncnorm.errors import ConfigError, in_one_line
-from syncnorm.run.errors import LocalRunError
+from syncnorm.run.errors import RunError
 
 
 @contextmanager
@@ -37,16 +37,16 @@ def errors_in_one_line(rank: int = 0) -> Iterator[None]:
     The line ends with the place of the error, where the launcher's names a file with the traceback.
 
     Raises:
-        LocalRunError: for all exceptions but those that are one line already; for a `sys.exit`, too,
+        RunError: for all exceptions but those that are one line already; for a `sys.exit`, too,
             which would end a command as if it were done.
     """
     try:
         yield
-    except (ConfigError, LocalRunError):
+    except (ConfigError, RunError):
         raise
     except (Exception, SystemExit) as error:
         text = in_one_line(error)
-        raise LocalRunError(f"worker {rank} failed: {text} ({_place(error)})") from error
+        raise RunError(f"worker {rank} failed: {text} ({_place(error)})") from error
 
 
 def _place(error: BaseException) -> str:

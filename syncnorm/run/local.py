@@ -13,7 +13,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from syncnorm.errors import ConfigError
 from syncnorm.run import env, interrupt
 from syncnorm.run.ending import Exit, read_exit
-from syncnorm.run.errors import LocalRunError, RunStopped
+from syncnorm.run.errors import RunError, RunStopped
 from syncnorm.run.failures import Failure, root_cause
 from syncnorm.run.folder import check_resumable, make_run_folder, remove_unstarted, upload_rest
 from syncnorm.run.given import Given
@@ -44,7 +44,7 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
     Raises:
         ConfigError: the machine lacks devices or memory, the run's folder cannot be made or belongs
             to another configuration, or the workers refused the configuration.
-        LocalRunError: the run failed.
+        RunError: the run failed.
         RunStopped: it was stopped, and can be resumed.
     """
     launch = request.config.launch
@@ -69,7 +69,7 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
             if request.shows:
                 tell(describe_workers(launch.most_workers, device))
             _run_with_restarts(request, folder, forks, before)
-    except LocalRunError:
+    except RunError:
         upload_rest(folder, request.config)
         raise
     except interrupt.Stopped as stopped:
@@ -83,7 +83,7 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
         reason = f"stopped by {stopped.number.name}, without saving"
         _write_exit(reason, folder, before, status)
         upload_rest(folder, request.config)
-        raise LocalRunError(f"{reason}\n{folder}", status) from None
+        raise RunError(f"{reason}\n{folder}", status) from None
     return folder
 
 
@@ -108,7 +108,7 @@ def _run_with_restarts(request: RunRequest, folder: Path, forks: bool, before: i
         if failure is None:
             return
         if not failure.is_loss or attempt == launch.restarts:
-            raise LocalRunError(_record_failure(failure, request, folder, before))
+            raise RunError(_record_failure(failure, request, folder, before))
         again = f"{failure.reason}; starting again ({attempt + 1} of {launch.restarts})"
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=last_step(folder / "metrics.jsonl"), kind="restart", message=again

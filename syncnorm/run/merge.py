@@ -61,7 +61,7 @@ def run_merge(
 
     Raises:
         ConfigError: `alpha` is out of range, `output` is there, or the runs cannot be merged.
-        LocalRunError: code that the configuration names failed.
+        RunError: code that the configuration names failed.
     """
     if not 0 <= alpha <= 1:
         raise ConfigError(f"`--alpha` must be in [0, 1], got {alpha}. 1 is all of the second run.")

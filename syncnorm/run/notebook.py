@@ -30,7 +30,7 @@ class Follower:
     """Shows a run below the cell, in a thread of its own, until the block ends."""
 
     def __init__(self) -> None:
-        self._screen = Screen()
+        self._view = CellView()
         self._path: Path | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
@@ -44,7 +44,7 @@ class Follower:
     def __enter__(self) -> Self:
         from IPython.display import display
 
-        self._handle: Any = display(self._screen, display_id=True)
+        self._handle: Any = display(self._view, display_id=True)
         self._thread.start()
         return self
 
@@ -60,9 +60,9 @@ class Follower:
     def _look(self) -> None:
         events = self._new_events()
         for event in events:
-            self._screen.take(event)
+            self._view.take(event)
         if events:
-            self._handle.update(self._screen)
+            self._handle.update(self._view)
 
     def _new_events(self) -> list[dict[str, Any]]:
         whole = self._whole_lines(self._read)
@@ -79,7 +79,7 @@ class Follower:
         return text[: text.rfind(b"\n") + 1]
 
 
-class Screen:
+class CellView:
     """What is to be seen of a run: a bar, and a line for each epoch."""
 
     def __init__(self) -> None:

@@ -9,7 +9,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from syncnorm.errors import ConfigError
 from syncnorm.run import env, interrupt
 from syncnorm.run.env import Launched, read_launched
-from syncnorm.run.errors import LocalRunError
+from syncnorm.run.errors import RunError
 from syncnorm.run.in_process import ends_are_errors, errors_in_one_line
 from syncnorm.run.local import run_once
 from syncnorm.run.machine import choose_device
@@ -42,7 +42,7 @@ def run_on(work: Work, workers: int | None, launched: Launched | None, device: s
 
     Raises:
         ConfigError: bad input.
-        LocalRunError: code of the user's failed, or a worker was lost.
+        RunError: code of the user's failed, or a worker was lost.
     """
     if launched is not None and workers is not None:
         raise ConfigError(
@@ -64,9 +64,9 @@ def _start(work: Work, count: int, device: str) -> None:
         with env.for_workers(), interrupt.for_launcher():
             failure = run_once(partial(_work, work), count, forks, _PATIENCE_SECONDS)
     except interrupt.Stopped as stopped:
-        raise LocalRunError(f"stopped by {stopped.number.name}", 128 + stopped.number) from None
+        raise RunError(f"stopped by {stopped.number.name}", 128 + stopped.number) from None
     if failure is not None:
-        raise LocalRunError(failure.reason)
+        raise RunError(failure.reason)
 
 
 def _work(work: Work) -> NoReturn:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from syncnorm.errors import ConfigError
-from syncnorm.run.errors import LocalRunError
+from syncnorm.run.errors import RunError
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
@@ -53,7 +53,7 @@ def run_predict(
 
     Raises:
         ConfigError: bad input; see `load`.
-        LocalRunError: some files were not predicted, each of which has had its line; or code that
+        RunError: some files were not predicted, each of which has had its line; or code that
             the configuration names failed.
     """
     with errors_in_one_line():
@@ -77,8 +77,8 @@ def run_predict(
         raise _lost(failed)
 
 
-def _lost(count: int) -> LocalRunError:
-    return LocalRunError(f"{count} of the files or samples could not be predicted")
+def _lost(count: int) -> RunError:
+    return RunError(f"{count} of the files or samples could not be predicted")
 
 
 def _check_output(output: Path | None, files: Sequence[Path]) -> None:
@@ -175,7 +175,7 @@ def _open(model: LoadedModel, output: Path | None, top: int) -> Iterator[Writer]
             writer.close()
     except OSError as error:
         if output is None:
-            raise LocalRunError(f"standard output cannot be written: {error.strerror}") from None
+            raise RunError(f"standard output cannot be written: {error.strerror}") from None
         raise ConfigError(
             f"`--output` must be writable, got {str(output)!r}: {error.strerror or error}"
         ) from None

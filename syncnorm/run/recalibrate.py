@@ -23,7 +23,7 @@ def run_recalibrate(
     Raises:
         ConfigError: `mix` is out of range, the folder is not a finished run's or cannot be
             written, or its configuration names code that is not allowed.
-        LocalRunError: code that the configuration names failed.
+        RunError: code that the configuration names failed.
     """
     if not 0 < mix <= 1:
         raise ConfigError(f"`--mix` must be in (0, 1], got {mix}. 1 replaces the old statistics.")

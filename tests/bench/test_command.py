@@ -27,7 +27,7 @@ def _called(capfd, *arguments: str) -> tuple[int, str, str]:
 
 def test_figures_of_layers_on_two_workers(capfd, tmp_path):
     json, plot = tmp_path / "all.json", tmp_path / "all.svg"
-    files = ["--json", str(json), "--plot", str(plot)]
+    files = ["--output", str(json), "--plot", str(plot)]
     layers = ["--layer", f"{OURS}:Twice", "--layer", f"{OURS}:RaisesOnOne"]
     status, out, err = _called(
         capfd, "--case", "8x64x8x8", "--rounds", "2", "--seconds", "600", *files, *layers
@@ -74,7 +74,7 @@ def test_figures_of_layers_on_two_workers(capfd, tmp_path):
 def test_figures_of_compiled_layers_and_of_a_model(capfd, tmp_path):
     json = tmp_path / "all.json"
     which = ["--case", "8x64x8x8", "--case", "resnet18", "--batch", "2"]
-    options = ["--rounds", "1", "--seconds", "1800", "--json", str(json)]
+    options = ["--rounds", "1", "--seconds", "1800", "--output", str(json)]
     status, _, err = _called(capfd, *which, *options)
     assert status == 0, err
     (model,) = [c for c in Report.model_validate_json(json.read_text()).cases if c.kind == "model"]
@@ -103,7 +103,7 @@ def test_what_there_is_no_time_for_is_told(monkeypatch):
         (["--device", "cuda"], "`--device` must be cpu where there is no CUDA device, got 'cuda'."),
         (["--case", "resnet19"], "`--case` must be part of the name of a case, got 'resnet19'."),
         (["--plot", "plot.bmp"], "`--plot` must end with .pdf, .png, .svg, got 'plot.bmp'."),
-        (["--json", "missing/a.json"], "`--json` must be a file in a folder that exists"),
+        (["--output", "missing/a.json"], "`--output` must be a file in a folder that exists"),
         (["--workers", "0"], "--workers"),
     ],
     ids=str,

@@ -122,7 +122,7 @@ def test_workers_that_are_spawned_get_what_is_given(tmp_path, whole):
     results, err = run_program("threads", tmp_path)
     assert results["spawned"]["metrics"] == whole[1]["two"]["metrics"]
     failed, refused = [line for line in err.splitlines() if line.startswith(("failed", "refused"))]
-    assert failed.startswith("failed: LocalRunError: worker ")
+    assert failed.startswith("failed: RunError: worker ")
     assert "RuntimeError: the callback is broken" in failed
     assert refused.startswith("refused: ConfigError: callbacks cannot be sent to the workers: ")
     assert len(list((tmp_path / "runs").iterdir())) == 2

@@ -28,7 +28,7 @@ from ray.tune.search import Searcher
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit
-from syncnorm.run.errors import RESUMABLE, LocalRunError
+from syncnorm.run.errors import RESUMABLE, RunError
 from syncnorm.run.interrupt import STOP_SIGNALS, handled, put_handlers
 from syncnorm.run.ray import results
 from syncnorm.run.ray.cluster import read_capacity
@@ -65,7 +65,7 @@ def run_local_sweep(sweep: Sweep) -> int:
 
     Raises:
         ConfigError: the machine is too small for a trial, or a folder does not fit.
-        LocalRunError: Ray did not start.
+        RunError: Ray did not start.
     """
     env.set_for_ray_sweep()
     try:
@@ -81,7 +81,7 @@ def run_local_sweep(sweep: Sweep) -> int:
         # Ray's own class for a node that is not up within 30 seconds.
         if "timed out during startup" not in str(error):
             raise
-        raise LocalRunError(
+        raise RunError(
             "Ray did not start within its 30 seconds: this machine is very busy. Try again."
         ) from None
     try:

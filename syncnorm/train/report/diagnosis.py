@@ -23,8 +23,8 @@ _MODES = {
 
 
 @dataclass
-class Part:
-    """A part of the page.
+class Section:
+    """A section of the page.
 
     Args:
         title: of the measure.
@@ -77,9 +77,9 @@ def render(found: Mapping[str, Any]) -> str:
     return plain(template("diagnosis.html").render(found=found, parts=parts)) + "\n"
 
 
-def _statistics(found: Mapping[str, Any]) -> Part:
+def _statistics(found: Mapping[str, Any]) -> Section:
     layers, loss = found["layers"], found["loss"]
-    part = Part(
+    section = Section(
         "Statistics of the normalisation layers",
         "Of what enters each layer, over all batches, as training normalises the layers before.",
         [
@@ -90,18 +90,18 @@ def _statistics(found: Mapping[str, Any]) -> Part:
         ],
     )
     between = _columns(layers, {"between workers": "between_share", "by chance": "chance_share"})
-    part.add(
+    section.add(
         "Variance between workers",
         "Its share of all variance, and what samples shared out at random would leave.",
         by_layer("between", "Variance between workers", [*layers], between, share=True),
     )
     gaps = _columns(layers, {"mean": "mean_gap", "deviation": "var_gap"})
-    part.add(
+    section.add(
         "Running statistics against the data's",
         "The mean's distance in standard deviations; the logarithm of the deviations' ratio.",
         by_layer("gaps", "Gap of running statistics", [*layers], gaps),
     )
-    part.tabulate(
+    section.tabulate(
         layers,
         {
             "Between workers": "between_share",
@@ -113,12 +113,12 @@ def _statistics(found: Mapping[str, Any]) -> Part:
             "Frozen": "is_frozen",
         },
     )
-    return part
+    return section
 
 
-def _gradients(found: Mapping[str, Any]) -> Part:
+def _gradients(found: Mapping[str, Any]) -> Section:
     layers = found["layers"]
-    part = Part(
+    section = Section(
         "The gradient by depth",
         "Layers in the order of construction. In front of a batch norm the cosine of weights and "
         "gradient is 0.",
@@ -129,18 +129,18 @@ def _gradients(found: Mapping[str, Any]) -> Part:
         ],
     )
     norms = _columns(layers, {"of outputs, a sample's": "activation", "of weights": "gradient"})
-    part.add(
+    section.add(
         "Norm of the gradient",
         "Even over depth where signals pass well.",
         by_layer("gradient", "Norm of the gradient", [*layers], norms, log=True),
     )
     rates = _columns(layers, {"lr / |W|^2": "effective_lr", "lr |grad| / |W|": "update_ratio"})
-    part.add(
+    section.add(
         "Effective learning rate",
         "The rate at which a normalised weight turns, and the relative length of a step.",
         by_layer("rates", "Effective learning rate", [*layers], rates, log=True),
     )
-    part.tabulate(
+    section.tabulate(
         layers,
         {
             "Of outputs": "activation",
@@ -152,14 +152,14 @@ def _gradients(found: Mapping[str, Any]) -> Part:
             "Normalised": "is_invariant",
         },
     )
-    return part
+    return section
 
 
-def _smoothness(found: Mapping[str, Any]) -> Part:
+def _smoothness(found: Mapping[str, Any]) -> Section:
     def interval(values: list[Any]) -> str:
         return " to ".join(_cell(each) for each in values)
 
-    part = Part(
+    section = Section(
         "The loss along the gradient",
         "Steps along each batch's gradient; means over the batches. Plain gradient descent lowers "
         "the loss while the learning rate is below 2 / smoothness.",
@@ -170,26 +170,26 @@ def _smoothness(found: Mapping[str, Any]) -> Part:
             ("norm of the gradient", _cell(found["norm"])),
         ],
     )
-    part.add("Loss", "Of the batch itself.", along_gradient(found))
-    return part
+    section.add("Loss", "Of the batch itself.", along_gradient(found))
+    return section
 
 
-def _shift(found: Mapping[str, Any]) -> Part:
+def _shift(found: Mapping[str, Any]) -> Section:
     layers = {
         name: {f"{form} {of}": each[form][of] for form in each for of in each[form]}
         for name, each in found["layers"].items()
     }
-    part = Part(
+    section = Section(
         "Distributions since the beginning",
         "Kullback-Leibler divergence of what entered each layer at first from what does now.",
     )
     keys = {"median channel": "histogram median", "furthest channel": "histogram max"}
-    part.add(
+    section.add(
         "Shift",
         "In nats, by histograms.",
         by_layer("shift", "Shift", [*layers], _columns(layers, keys), log=True),
     )
-    part.tabulate(
+    section.tabulate(
         layers,
         {
             "Histogram, median": "histogram median",
@@ -198,42 +198,42 @@ def _shift(found: Mapping[str, Any]) -> Part:
             "Normal form, furthest": "gaussian max",
         },
     )
-    return part
+    return section
 
 
-def _covariate(found: Mapping[str, Any]) -> Part:
+def _covariate(found: Mapping[str, Any]) -> Section:
     inputs, gradients = found["inputs"], found["gradients"]
-    part = Part(
+    section = Section(
         "Internal covariate shift by a step",
         "What a step of all layers before does to a layer's inputs, and to its gradient.",
     )
     drifts = _columns(inputs, {"mean": "mean_drift", "deviation": "std_drift"})
-    part.add(
+    section.add(
         "Drift of inputs",
         "In standard deviations; the logarithm of the deviations' ratio.",
         by_layer("drift", "Drift of inputs", [*inputs], drifts),
     )
     changes = _columns(gradients, {"relative change": "relative", "cosine": "cosine"})
-    part.add(
+    section.add(
         "Change of gradients",
         "The gradient after the layers before have moved, against the one before.",
         by_layer("change", "Change of gradients", [*gradients], changes),
     )
-    part.tabulate(
+    section.tabulate(
         gradients, {"Change": "change", "Relative change": "relative", "Cosine": "cosine"}
     )
-    return part
+    return section
 
 
-def _surface(found: Mapping[str, Any]) -> Part:
-    part = Part(
+def _surface(found: Mapping[str, Any]) -> Section:
+    section = Section(
         "The loss around the weights",
         "Along two random directions whose filters are as long as the weights', of one batch. The "
         "cross is the model.",
     )
     for mode, figure in surfaces(found).items():
-        part.add(mode.capitalize(), _MODES[mode], figure)
-    return part
+        section.add(mode.capitalize(), _MODES[mode], figure)
+    return section
 
 
 def _columns(
