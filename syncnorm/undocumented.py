@@ -153,8 +153,34 @@ def disable_dynamo(function: F) -> F:
 
 
 def keep_order(operator: torch.library.CustomOpDef) -> None:  # pyright: ignore[reportPrivateImportUsage]
-    """Have compiled code call `operator` in program order, also where its result is not used."""
+    """Have compiled code call `operator` in program order, also where its result is not used.
+
+    Inductor needs `keep_order_in_inductor`, too.
+    """
     operator.register_effect(EffectType.ORDERED)
+
+
+def keep_order_in_inductor(operator: torch._ops.OpOverload) -> None:
+    """Have inductor's scheduler know of the order; call it while `operator` is being traced.
+
+    Before torch 2.15 inductor notes that one call comes after another under a name that its
+    scheduler does not ask for, and moves calls whose inputs do not depend on each other, to save
+    memory (pytorch#188301).
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or operator in lowering.lowerings:
+        return
+    make = lowering.fallback_handler(operator, add_to_fallback_set=False)
+
+    def lower(*args: Any, **kwargs: Any) -> Any:
+        graph = lowering.V.graph
+        begin, last = len(graph.operations), graph.effectful_ops.get(EffectType.ORDERED)
+        result = make(*args, **kwargs)
+        for operation in graph.operations[begin:] if last is not None else ():
+            graph.additional_buffer_deps[operation.get_operation_name()].add(last.get_name())
+        return result
+
+    lowering.lowerings[operator] = lower
 
 
 # Process groups.

@@ -1,13 +1,14 @@
 """Compiled layers: one graph, the exchanges in it, and the numbers of the uncompiled layer and of
 the oracle.
 
-aot_eager traces and partitions as the default backend does and needs no C++ compiler; one slow test
-has that, too.
+aot_eager traces and partitions as the default backend does and needs no C++ compiler; a few tests
+have that, too.
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import warnings
 from typing import Any
@@ -389,6 +390,45 @@ class _Operators(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
         return func(*args, **(kwargs or {}))
+
+
+class _Branches(nn.Module):
+    """Layers whose exchanges do not depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(make_layer(CHANNELS, dtype=torch.float64) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        long, short, middle = x.repeat(1, 1, 16).sin(), x * 2 + 1, x.repeat(1, 1, 4) * 3 + 5
+        a, b, c = (
+            norm(each).relu().mean((1, 2))
+            for norm, each in zip(self.norms, (long, short, middle), strict=True)
+        )
+        return a + b * c
+
+
+def _branches(sizes: list[int], folder: str) -> list[dict[str, Tensor]]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder  # no code of an earlier run
+    found: list[dict[str, Tensor]] = []
+    rank = dist.get_rank()
+    for is_compiled in (False, True):
+        model = _Branches()
+        run = _compiled(model, "inductor") if is_compiled else model
+        run(_sample(sizes[rank], rank)).square().sum().backward()
+        gradients = {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+        found.append({**dict(model.named_buffers()), **gradients})
+    del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    return found
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the default backend needs a C++ compiler")
+@pytest.mark.parametrize("sizes", [[0, 6], pytest.param([1, 6], marks=pytest.mark.slow)], ids=str)
+def test_inductor_exchanges_in_the_same_order_on_workers_with_other_graphs(pool, sizes, tmp_path):
+    """A worker without samples would have the statistics of one layer in the place of another's."""
+    for eager, compiled in pool(2).run(_branches, sizes, str(tmp_path)):
+        for name, expected in eager.items():
+            assert_close(compiled[name], expected, torch.float64, name)
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ A release of torch that changes one of them fails here, whatever else it breaks.
 import contextlib
 import copy
 import functools
+import shutil
 from datetime import timedelta
 from unittest import mock
 
@@ -221,7 +222,19 @@ def test_compiled_code_calls_what_dynamo_is_kept_from():
     assert seen == [False, False]
 
 
-def test_compiled_code_keeps_the_order_of_calls_that_nobody_needs():
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor",
+            marks=pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
+        ),
+    ],
+)
+def test_compiled_code_keeps_the_order_of_calls_that_nobody_needs(backend, tmp_path, monkeypatch):
+    """Nor does one depend on another. By itself inductor calls the second, the third, the first."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     calls: list[int] = []
 
     @torch.library.custom_op("syncnorm_test::note", mutates_args=())
@@ -231,16 +244,17 @@ def test_compiled_code_keeps_the_order_of_calls_that_nobody_needs():
 
     @note.register_fake
     def _(x: Tensor, number: int) -> Tensor:
+        undocumented.keep_order_in_inductor(torch.ops.syncnorm_test.note.default)
         return torch.empty_like(x)
 
     undocumented.keep_order(note)
 
     def function(x: Tensor) -> Tensor:
-        for number in range(3):
-            note(x, number)
+        for number, size in enumerate((7, 5, 6)):
+            note(torch.zeros(size), number)
         return x * 2
 
-    torch.compile(function, backend="aot_eager")(torch.ones(2))
+    torch.compile(function, backend=backend)(torch.ones(2))
     assert calls == [0, 1, 2]
 
 
