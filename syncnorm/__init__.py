@@ -53,7 +53,16 @@ def __getattr__(name: str) -> Any:
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _TRAINER:
-        return getattr(import_module(f"{__name__}.{_TRAINER[name]}"), name)
+        try:
+            return getattr(import_module(f"{__name__}.{_TRAINER[name]}"), name)
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] in ("", __name__, "torch"):
+                raise
+            raise ModuleNotFoundError(
+                f"syncnorm.{name} needs {error.name}. Install it with: pip install "
+                "'syncnorm[train]'",
+                name=error.name,
+            ) from None
     # A module of the package is imported alone: the public names are made of them, and may be half
     # way there.
     if name in __all__ and name not in ("functional", "groups"):

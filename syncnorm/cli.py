@@ -94,7 +94,8 @@ def train(
     request = RunRequest(check(written), written.path.stem, resume, tuple(allow or ()))
     check_callables(request.config, request.allowed)
     launched = read_launched()
-    add_working_folder_to_path()
+    if request.allowed:  # else a file here could take the place of a package
+        add_working_folder_to_path()
     if dry:
         print(dry_run(request))
     elif launched is None:

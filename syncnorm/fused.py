@@ -53,6 +53,7 @@ class FusedNormalize(torch.autograd.Function):
         ctx: Any, g: Tensor
     ) -> tuple[Tensor | None, ...]:
         x, weight, rows, mask = ctx.saved_tensors
+        g = g.resolve_neg()
         who = observed.observer(g)
         is_seen = torch.is_grad_enabled() or torch.compiler.is_compiling()
         if is_seen or (who is not None and who != observed.FAKE):

@@ -176,8 +176,9 @@ def keep_order_in_inductor(operator: torch._ops.OpOverload) -> None:
         graph = lowering.V.graph
         begin, last = len(graph.operations), graph.effectful_ops.get(EffectType.ORDERED)
         result = make(*args, **kwargs)
-        for operation in graph.operations[begin:] if last is not None else ():
-            graph.additional_buffer_deps[operation.get_operation_name()].add(last.get_name())
+        if last is not None:
+            for operation in graph.operations[begin:]:
+                graph.additional_buffer_deps[operation.get_operation_name()].add(last.get_name())
         return result
 
     lowering.lowerings[operator] = lower

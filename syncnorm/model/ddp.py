@@ -296,6 +296,6 @@ def _no_counts(given: Mapping[int, float]) -> FaultError:
     wrong = ", ".join(f"{n:g} on rank {r}" for r, n in given.items() if not 0 <= n < math.inf)
     return FaultError(
         f"`local_count` must be finite and >= 0, got {wrong}. It is the number of this worker's "
-        "samples, 0 without any; nan is also what is no number, and the count of a loss that is no "
-        "single one."
+        "samples, 0 without any. Here nan also means a count that is no number, or a loss of several "
+        "values: pass its mean."
     )

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import secrets
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from syncnorm.train.checkpoint.capture import describe_differences
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.section import is_url
-from syncnorm.train.files import remove, write_text_whole
+from syncnorm.train.files import open_regular, regular, remove, write_text_whole
 from syncnorm.train.storage import LOCAL_ROOT, read_origin, write_origin
 from syncnorm.train.storage.fetch import claim, disclaim, local_copy
 from syncnorm.train.storage.mirror import open_mirror
@@ -100,7 +101,8 @@ def find_relaunched(config: Config, launch: str) -> Path | None:
     folders = []
     for note in local_root(config).glob("*/launch.json"):
         try:
-            is_same = json.loads(note.read_text(encoding="utf-8")) == {"launch": launch}
+            with open_regular(note) as file:
+                is_same = json.load(file) == {"launch": launch}
         except (OSError, ValueError):
             continue
         end = read_exit(note.parent)
@@ -155,7 +157,7 @@ def lock(folder: Path) -> Any:
         ConfigError: another process has locked it, or it cannot be written.
     """
     try:
-        file = (folder / "run.lock").open("w")
+        file = os.fdopen(regular(folder / "run.lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise ConfigError(f"run {str(folder)!r} must be writable: {error.strerror}") from None
     try:

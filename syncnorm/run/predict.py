@@ -22,11 +22,15 @@ from syncnorm.run.errors import RunError
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
+from syncnorm.system import tell
+from syncnorm.train.data.inputs import Inputs
 from syncnorm.train.files import written_whole
 from syncnorm.train.finished.load import LoadedModel, load
 from syncnorm.train.finished.predict import Row, check_rows, masks_of, predict, read, rows_of
 
 _BATCH = 64
+# Standard deviations: the brightest pixel of a photograph is 2 or 3 above the mean, of a dark one 5.
+_FAR = 20.0
 
 
 class Writer(Protocol):
@@ -66,9 +70,11 @@ def run_predict(
                 "syncnorm.load, and call it as you need it."
             )
         failed = number = 0
+        is_warned = False
         _check_output(output, files)
         with _open(model, output, top) as writer:
             for batch in _batches(read_samples(files, inputs)):
+                is_warned = is_warned or _warn_of_units(batch, inputs)
                 failed += _predict(model, batch, writer)
                 number += len(batch)
             if failed == number:  # an earlier output stays
@@ -79,6 +85,22 @@ def run_predict(
 
 def _lost(count: int) -> RunError:
     return RunError(f"{count} of the files or samples could not be predicted")
+
+
+def _warn_of_units(batch: Sequence[Sample | Unread], inputs: Inputs) -> bool:
+    """Warn of the first image whose numbers are far from those that the run was trained on."""
+    for sample in batch:
+        if not isinstance(sample, Sample) or not inputs.are_images or inputs.mean is None:
+            continue
+        distance = inputs.distance(sample.value)
+        if distance > _FAR:
+            tell(
+                f"syncnorm: {sample.file}: reaches {int(sample.value.max())}, "
+                f"{distance:.0f} standard deviations above the mean of what the run was trained "
+                "on: are its numbers on another scale?"
+            )
+            return True
+    return False
 
 
 def _check_output(output: Path | None, files: Sequence[Path]) -> None:
@@ -307,10 +329,12 @@ class _Masks:
     def _write_image(self, path: Path, mask: Tensor) -> None:
         from syncnorm.train.data.sources.images import pillow
 
-        pillow().fromarray(mask.numpy()).save(path)
+        with written_whole(path) as file:
+            pillow().fromarray(mask.numpy()).save(file, format="PNG")
 
     def _write_array(self, path: Path, mask: Tensor) -> None:
-        np.save(path, mask.numpy())
+        with written_whole(path) as file:
+            np.save(file, mask.numpy())
 
     def close(self) -> None:
         pass

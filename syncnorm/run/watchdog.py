@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from syncnorm.run.interrupt import SAME_SIGNAL_SECONDS, put_handlers
+from syncnorm.train.files import remove_link
 
 # Between the stack dump and the end: the other workers dump theirs at about the same time.
 _LAST_WORDS_SECONDS = 5.0
@@ -32,6 +33,7 @@ class Watchdog:
         self._timeout = timeout_seconds
         self._path = stacks
         # After those of an attempt before this one.
+        remove_link(stacks)
         self._stacks = stacks.open("a", encoding="utf-8")
         self._armed = 0.0
         self.alive()
@@ -99,6 +101,7 @@ class _FileHandler(logging.FileHandler):
 def open_log(path: Path, is_first: bool) -> None:
     """Log to a file, warnings included; the first worker's warnings go to standard error too."""
     path.parent.mkdir(exist_ok=True)
+    remove_link(path)
     root = logging.getLogger()
     handler = _FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_LOG_FORMAT))

@@ -13,8 +13,39 @@ from syncnorm import system
 
 
 def open_to_write(path: Path) -> BinaryIO:
-    """Open a file for writing; all writes of this module pass here, so a drill can count bytes."""
-    return path.open("wb")
+    """Open a file for writing; all writes of this module pass here, so a drill can count bytes.
+
+    A link in its place is replaced.
+    """
+    remove_link(path)
+    return open(path, "wb", opener=regular)
+
+
+def remove_link(path: Path) -> None:
+    """Remove a link where a file is to be written.
+
+    A run's folder may be somebody else's, and a link in it may lead to any file of the user's.
+    """
+    if path.is_symlink():
+        path.unlink()
+
+
+def regular(path: str | Path, flags: int) -> int:
+    """Open a file of a folder that somebody else may have made; an opener for `open`.
+
+    Raises:
+        OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
+    """
+    try:
+        # Non-blocking: opening a pipe would wait until somebody is at its other end.
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        is_other = error.errno in (errno.ELOOP, errno.ENXIO)
+        raise _not_regular(Path(path)) if is_other else error from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(Path(path))
+    return descriptor
 
 
 @contextlib.contextmanager
@@ -62,15 +93,7 @@ def open_regular(path: Path) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
     """
-    try:
-        # Non-blocking: opening a pipe would wait until somebody writes into it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise _not_regular(path) if error.errno == errno.ELOOP else error from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_regular(path)
-    return os.fdopen(descriptor, "rb")
+    return os.fdopen(regular(path, os.O_RDONLY), "rb")
 
 
 def remove(path: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from syncnorm.train.files import open_regular, regular
+
 _log = logging.getLogger(__name__)
 
 
@@ -74,7 +76,7 @@ def each_event(path: Path) -> Iterator[dict[str, Any] | None]:
     Raises:
         OSError: the file is there and cannot be read.
     """
-    with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+    with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
         for line in filter(bytes.strip, file):
             try:
                 event = json.loads(line)
@@ -100,7 +102,7 @@ def _append(path: Path, data: bytes) -> None:
     Raises:
         OSError: it could not be written; a part of it may be there.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    descriptor = regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     try:
         while data:
             data = data[os.write(descriptor, data) :]
@@ -113,7 +115,7 @@ def _drop_torn_line(path: Path) -> None:
 
     What reads the file line by line finds nothing but JSON.
     """
-    with contextlib.suppress(OSError), path.open("rb+") as file:
+    with contextlib.suppress(OSError), open(path, "rb+", opener=regular) as file:
         if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)

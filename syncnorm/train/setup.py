@@ -250,7 +250,8 @@ def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
     made = call("data", config.data.name, allowed, root, **config.data.options)
     if not isinstance(made, Dataset | Splits):
         raise ConfigError(
-            "`data.name` must return a syncnorm.train.data.splits.Splits of data sets, or a "
+            "`data.name` must return a syncnorm.train.data.splits.Splits(train, test, "
+            "num_classes=..., in_channels=...) of data sets, or a "
             f"syncnorm.train.data.datasets.Dataset of images in memory, got {types_of(made)} of "
             f"{config.data.name!r}. make_dataset(train, test, num_classes) there makes one of two "
             "Split(images, labels)."

@@ -22,6 +22,20 @@ from syncnorm.train.config.schema import LaunchSection
 from tests.launch import commands
 
 
+def test_modules_of_the_working_folder_are_for_what_was_allowed(tmp_path, monkeypatch):
+    """In a folder of somebody else's a file could take the place of a package."""
+    found: list[bool] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [each for each in sys.path if each])
+    monkeypatch.setattr(
+        "syncnorm.run.local.run_local", lambda request: found.append(str(tmp_path) in sys.path)
+    )
+    for more in ([], ["--allow", "mine"]):
+        with pytest.raises(SystemExit):
+            main(["train", "digits", *more])
+    assert found == [False, True]
+
+
 @pytest.fixture
 def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

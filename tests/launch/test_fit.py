@@ -221,6 +221,18 @@ def test_a_class_is_sent_whose_attributes_have_names_of_torchs_modules():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("name", ["fit", "load"])
+def test_what_is_not_installed_is_named(name):
+    code = f"import sys; sys.modules['pydantic'] = None; import syncnorm; syncnorm.{name}"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.stderr.splitlines()[-1] == (
+        f"ModuleNotFoundError: syncnorm.{name} needs pydantic. Install it with: pip install "
+        "'syncnorm[train]'"
+    )
+
+
 def test_in_a_notebook_the_progress_is_below_the_cell(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")

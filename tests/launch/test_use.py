@@ -295,6 +295,20 @@ def test_numbers_of_another_type_than_the_training_data_are_refused(
     assert command(capfd, "predict", made["norm"].folder, path)[0] == 0
 
 
+def test_numbers_on_another_scale_are_told_of(made, tmp_path, capfd):
+    """An ordinary image goes to 255, and the digits to 16; fractions are what `ToTensor` makes."""
+    folder = made["norm"].folder
+    for name in ("a.png", "b.png"):
+        Image.fromarray(TEST.images[3, 0].numpy() * 15).save(tmp_path / name)
+    status, out, err = command(capfd, "predict", folder, tmp_path)
+    assert (status, len(out.splitlines())) == (0, 2)
+    (line,) = err.splitlines()
+    assert re.fullmatch(rf"syncnorm: {tmp_path}/a.png: reaches 2\d\d, 3\d standard dev.*", line)
+    model = syncnorm.load(folder)
+    with pytest.warns(UserWarning, match="numbers of 0 to 255, got fractions up to 1: give bytes"):
+        model(TEST.images / 16)
+
+
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "npz"])
 def test_a_file_is_what_it_was_until_all_is_predicted(
     suffix, made, images, tmp_path, capfd, monkeypatch

@@ -449,7 +449,8 @@ def test_a_bad_file_is_one_message_that_names_file_and_key(text, message, tmp_pa
         ("train.lr=[1]", r"`train.lr` must be a valid number, got \[1\] \(from the command line\)"),
         (
             "train.lr=a: b",
-            r"override 'train.lr=a: b': the value must be a value or a list of values",
+            r"override 'train.lr=a: b': the value must be a value or a list of values, got {'a': "
+            r"'b'}. Members of a mapping are given one by one: train.lr.NAME=VALUE.",
         ),
         ("launch.workers=[4, 2]", r"`launch`: workers must be \[fewest, most\], got \[4, 2\]"),
         (

@@ -1,15 +1,20 @@
 """Files that are whole or absent, folders with one writer, and metrics."""
 
 import contextlib
+import errno
 import json
+import logging
 import multiprocessing
 import os
 import resource
 import signal
-from pathlib import Path
 
 import pytest
 
+from syncnorm.errors import ConfigError
+from syncnorm.run.ending import read_exit
+from syncnorm.run.folder import lock
+from syncnorm.run.watchdog import Watchdog, open_log
 from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, written_whole
 from syncnorm.train.metrics import MetricsFile, last_step, read_events
 
@@ -126,14 +131,21 @@ def test_metrics_are_json_lines_also_when_a_loss_is_not_finite(tmp_path):
     assert last_step(path) == 2
 
 
-def test_metrics_that_cannot_be_written_are_lost_with_one_word(caplog):
-    metrics = MetricsFile(Path("/dev/full"))
-    for step in range(3):
-        metrics.write("step", step=step)
+def raise_full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_metrics_that_cannot_be_written_are_lost_with_one_word(caplog, tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", raise_full)
+        for step in range(3):
+            metrics.write("step", step=step)
     (message,) = caplog.messages
-    assert (
-        message == "/dev/full: cannot be written, the run goes on without: No space left on device"
-    )
+    assert message == f"{path}: cannot be written, the run goes on without: No space left on device"
+    metrics.write("step", step=3)
+    assert last_step(path) == 3
 
 
 def test_a_line_that_is_cut_off_by_a_full_disk_leaves_the_next_one_whole(tmp_path, caplog):
@@ -152,6 +164,50 @@ def test_a_line_that_is_cut_off_by_a_full_disk_leaves_the_next_one_whole(tmp_pat
     events, torn = read_events(path)
     assert [event["step"] for event in events] == [1, 3]
     assert torn == 0
+
+
+def _log_to(path):
+    root = logging.getLogger()
+    before = root.handlers[:]
+    open_log(path, is_first=False)
+    for handler in set(root.handlers) - set(before):
+        root.removeHandler(handler)
+        handler.close()
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        (".tmp-config.yaml", lambda folder: write_text_whole(folder / "config.yaml", "run: 1\n")),
+        ("metrics.jsonl", lambda folder: MetricsFile(folder / "metrics.jsonl").write("step")),
+        ("run.lock", lock),
+        ("logs/rank-0.log", lambda folder: _log_to(folder / "logs/rank-0.log")),
+        ("stacks-0.txt", lambda folder: Watchdog(60, folder / "stacks-0.txt").close()),
+    ],
+    ids=["config", "metrics", "lock", "log", "stacks"],
+)
+def test_a_link_in_a_runs_folder_leads_nowhere(name, write, tmp_path):
+    """The folder may be somebody else's, and the file at the other end one that a shell reads."""
+    other, folder = tmp_path / "other", tmp_path / "run"
+    other.write_text("alias ll=ls")
+    (folder / name).parent.mkdir(parents=True)
+    (folder / name).symlink_to(other)
+    with contextlib.suppress(ConfigError):  # of a lock
+        write(folder)
+    assert other.read_text() == "alias ll=ls"
+    # What is refused stays for somebody to look at; in place of others the file is written.
+    assert (folder / name).is_symlink() == (name in ("metrics.jsonl", "run.lock"))
+
+
+def test_a_pipe_in_a_runs_folder_is_not_waited_for(tmp_path):
+    for name in ("metrics.jsonl", "exit.json", "run.lock"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="Not a regular file"):
+        last_step(tmp_path / "metrics.jsonl")
+    MetricsFile(tmp_path / "metrics.jsonl").write("step", step=1)
+    assert read_exit(tmp_path) is None
+    with pytest.raises(ConfigError, match="must be writable: Not a regular file"):
+        lock(tmp_path)
 
 
 @pytest.mark.parametrize("left", ["", '{"event": "step", "step": 1}\n'])

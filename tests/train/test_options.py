@@ -247,7 +247,7 @@ NETS = "tests.train.nets"
         ),
         (
             [f"data.name={NETS}:two_folders"],
-            "must return a syncnorm.train.data.splits.Splits of data sets, or a",
+            "must return a syncnorm.train.data.splits.Splits(train, test, num_classes=..., in_channels",
         ),
         (
             [f"data.name={NETS}:masks"],

@@ -331,7 +331,7 @@ def test_more_runs_than_colours(tmp_path):
         (["bad-exit"], r"bad-exit/exit.json: must be JSON: "),
         (["odd-exit"], r"odd-exit/exit.json: must be an object with a `status`, got \[1\]"),
         (["no-text"], r"no-text/config.yaml: must be UTF-8: invalid start byte at byte 0"),
-        (["unreadable"], r"unreadable/metrics.jsonl: cannot be read: Is a directory"),
+        (["unreadable"], r"unreadable/metrics.jsonl: cannot be read: Not a regular file"),
     ],
 )
 def test_bad_runs(tmp_path, folders, message):

@@ -1,5 +1,6 @@
 """Sources of images: folders by class, and masks."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -147,6 +148,38 @@ def test_images_with_masks(tmp_path):
     assert image.shape == (3, 4, 4)
     assert mask.dtype == torch.int64
     assert mask.tolist() == [[255] * 4, *([2] * 4 for _ in range(3))]
+
+
+@pytest.mark.parametrize(
+    ("values", "warns"), [((0, 255), True), ((255,), True), ((0, 1), False), ((0, 1, 255), False)]
+)
+def test_masks_of_one_class_and_none_are_told(tmp_path, caplog, values, warns):
+    """Two classes are often written as 0 and 255, of which nothing is left to learn."""
+    for split in ("train", "test"):
+        for number in range(3):
+            write_image(tmp_path / split / "images" / f"{number}.png", noise(number, 6, 8))
+            mask = np.full((6, 8), values[0])
+            mask[number:] = values[-1]
+            mask[5] = values[len(values) // 2]
+            write_image(tmp_path / split / "masks" / f"{number}.png", mask)
+    masks(tmp_path, num_classes=2, size=4)
+    assert ("nothing is left to tell apart" in caplog.text) == warns
+
+
+def test_postscript_is_no_image(tmp_path, monkeypatch):
+    """Pillow would have Ghostscript run it."""
+    called = tmp_path / "called"
+    script = tmp_path / "bin" / "gs"
+    script.parent.mkdir()
+    script.write_text(f"#!/bin/sh\ntouch {called}\necho 10.0\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    program = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(hi) print\n%%EOF\n"
+    write_folder(tmp_path, names("train/", cat=2, dog=2))
+    (tmp_path / "train/cat/0.png").write_text(program)
+    with pytest.raises(ConfigError, match=r"train/cat/0.png: must be an image that can be read"):
+        folder(tmp_path).train[0]
+    assert not called.exists()
 
 
 def test_an_image_is_mirrored_with_its_mask(tmp_path):

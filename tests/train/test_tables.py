@@ -1,5 +1,6 @@
 """Sources of numbers: arrays in memory and on disk, tables, and Hugging Face's data sets."""
 
+import json
 import pickle
 import re
 from pathlib import Path
@@ -425,6 +426,26 @@ def test_a_data_set_of_hugging_face(tmp_path):
         hf(tmp_path / "sets", input="rows", target="labels")
     with pytest.raises(ConfigError, match="what save_to_disk"):
         hf(tmp_path, input="rows", target="label")
+
+
+def test_an_image_of_hugging_face_is_no_address(tmp_path):
+    """The package `datasets` would ask a web server for it, or open any file."""
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("PIL")
+    encoded = datasets.Features(
+        image={"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        label=datasets.Value("int64"),
+    )
+    image = {"bytes": None, "path": "http://127.0.0.1:9/x.png"}
+    whole = datasets.Dataset.from_dict({"image": [image] * 2, "label": [0, 1]}, features=encoded)
+    whole.save_to_disk(str(tmp_path / "set"))
+    info = tmp_path / "set" / "dataset_info.json"
+    facts = json.loads(info.read_text())
+    facts["features"]["image"] = {"_type": "Image"}
+    info.write_text(json.dumps(facts))
+    splits = hf(tmp_path / "set", input="image", target="label", size=4)
+    with pytest.raises(ConfigError, match="row 1: must hold an image itself, got its path"):
+        splits.train[1]
 
 
 def test_targets_of_hugging_faces_columns(tmp_path):

@@ -168,6 +168,30 @@ def test_gradients_by_finite_differences():
     assert torch.autograd.gradcheck(f, (x, weight, bias))
 
 
+@pytest.mark.parametrize("make", [SyncBatchNorm, SyncBatchRenorm])
+def test_tensors_that_torch_keeps_with_the_other_sign(make):
+    """Such as the imaginary part of a conjugate: what is in memory is its negative."""
+    x, g = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0)).double()
+    layer, other = make(3).double(), make(3).double()
+    given, plain = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, expected = layer(torch._neg_view(given)), other(-plain)
+    y.backward(torch._neg_view(g))
+    expected.backward(-g)
+    assert_close(y, expected, torch.float64, "y")
+    assert_close(given.grad, plain.grad, torch.float64, "gradient of x")
+    assert_close(layer.weight.grad, other.weight.grad, torch.float64, "gradient of the weight")
+    weight = torch.complex(torch.zeros(1).double(), torch.ones(1).double()).conj().imag
+    assert weight.is_neg()
+    assert weight.is_contiguous()
+    column = x[:, :1]
+    assert_close(
+        functional.sync_batch_norm(column, weight=weight),
+        -functional.sync_batch_norm(column),
+        torch.float64,
+        "y",
+    )
+
+
 def test_the_output_may_be_modified_in_place():
     """ReLU(inplace=True) after the layer, in every layout: an output that is a view would refuse."""
     for x in (

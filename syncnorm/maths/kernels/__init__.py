@@ -77,8 +77,10 @@ def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
         return native if x.numel() else composed
     if is_host(x) or isinstance(x, FakeTensor):
         return None
-    # An empty tensor has no launch that fits it.
-    return _preferred(x.device) if x.numel() else composed
+    # An empty tensor has no launch that fits it, and one kept with the other sign is misread.
+    if x.numel() == 0 or any(t is not None and t.is_neg() for t in (x, *others)):
+        return composed
+    return _preferred(x.device)
 
 
 def fused_for_running(*tensors: Tensor) -> ModuleType | None:

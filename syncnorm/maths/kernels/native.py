@@ -76,11 +76,17 @@ def _types() -> set[torch.dtype]:
 
 
 def is_usable(*tensors: Tensor | None) -> bool:
-    """True if the native library is there, and the tensors are in memory and of kinds it knows."""
+    """True if the native library is there, and the tensors are in memory and of kinds it knows.
+
+    A tensor that torch keeps with the other sign is of none, such as an imaginary part of a
+    conjugate.
+    """
     types = _types()
     # A loop: a generator would be a Python call for each tensor, in every forward.
     for t in tensors:
-        if t is not None and not (type(t) in _PLAIN and t.dtype in types and t.is_cpu):
+        if t is not None and not (
+            type(t) in _PLAIN and t.dtype in types and t.is_cpu and not t.is_neg()
+        ):
             return False
     return bool(types)
 

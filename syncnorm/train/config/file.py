@@ -144,7 +144,8 @@ def _apply(values: dict[str, Any], override: str) -> Key:
     value = strict_yaml.parse(text, shown)
     if isinstance(value, dict) and value:  # none: what has no options, such as a logger
         raise ConfigError(
-            f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}"
+            f"{shown}: the value must be a value or a list of values, got {reprlib.repr(value)}. "
+            f"Members of a mapping are given one by one: {name}.NAME=VALUE."
         )
     return _set(values, key, value, shown)
 

@@ -53,6 +53,15 @@ class Inputs(BaseModel):
         """True if a sample is an image of 8 bits, grey or in colour."""
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.dtype == "uint8"
 
+    def distance(self, sample: Tensor) -> float:
+        """How far a sample's largest value is above the mean of training, in standard deviations.
+
+        Args:
+            sample: raw; `mean` is not None.
+        """
+        mean, std = (torch.tensor(each, dtype=torch.float64) for each in (self.mean, self.std))
+        return float(((sample.flatten(1).amax(1).double() - mean) / std).max())
+
     def describe(self) -> str:
         """Describe a batch of them in a few words."""
         return f"(N, {', '.join(map(str, self.shape))}) of {self.dtype}"

@@ -1,6 +1,7 @@
 """The model of a run, ready to be used on raw inputs."""
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.batches import map_members, to_device
-from syncnorm.train.data.inputs import Signature, Standardise
+from syncnorm.train.data.inputs import Inputs, Signature, Standardise
 from syncnorm.train.setup import autocast, make_network
 from syncnorm.train.storage.fetch import local_copy
 
@@ -77,9 +78,24 @@ class LoadedModel(nn.Module):
             )
 
         def change(value: Any) -> Any:
-            return standardise(value.to(device)) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            _warn_of_fractions(value, standardise.inputs)
+            return standardise(value.to(device))
 
         return tuple(map(change, inputs)), {name: change(each) for name, each in named.items()}
+
+
+def _warn_of_fractions(x: Tensor, inputs: Inputs) -> None:
+    """Warn of fractions of 255 where a run had bytes; on a CPU, where looking is free."""
+    if inputs.dtype != "uint8" or x.device.type != "cpu" or not x.is_floating_point():
+        return
+    if x.numel() and 0 < float(x.amax()) <= 1 and bool((x != x.round()).any()):
+        warnings.warn(
+            f"`input` must be {inputs.describe()}, numbers of 0 to 255, got fractions up to "
+            f"{float(x.amax()):.3g}: give bytes, or multiply by 255",
+            stacklevel=4,
+        )
 
 
 def load(

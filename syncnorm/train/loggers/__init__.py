@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import LOGGERS, Config
-from syncnorm.train.files import write_text_whole
+from syncnorm.train.files import open_regular, write_text_whole
 from syncnorm.train.loggers.guarded import GuardedLogger
 
 IDS = "loggers.json"
@@ -63,7 +63,8 @@ class LoggedRun:
 
     def _ids(self) -> dict[str, str]:
         try:
-            found = json.loads((self.folder / IDS).read_text(encoding="utf-8"))
+            with open_regular(self.folder / IDS) as file:
+                found = json.load(file)
         except (OSError, ValueError):
             return {}
         # The folder may be somebody else's.

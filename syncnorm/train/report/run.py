@@ -9,6 +9,7 @@ from typing import Any
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config import strict_yaml
+from syncnorm.train.files import open_regular
 from syncnorm.train.report.events import Events, read_events
 
 
@@ -118,7 +119,8 @@ def _read_exit(path: Path) -> tuple[str | None, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with open_regular(path) as file:
+            return file.read().decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -13,7 +13,7 @@ from typing import TypeGuard
 from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.store import CHECKPOINTS
 from syncnorm.train.config.section import check_path_or_url, is_url
-from syncnorm.train.files import write_text_whole
+from syncnorm.train.files import open_regular, write_text_whole
 
 # In the run's folder: the address that it is copied to.
 ORIGIN = "storage.json"
@@ -41,7 +41,8 @@ def read_origin(folder: Path) -> str | None:
         ConfigError: it is not the address of this run. The folder may be somebody else's, or a copy.
     """
     try:
-        url = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))["url"]
+        with open_regular(folder / ORIGIN) as file:
+            url = json.load(file)["url"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError):

@@ -13,6 +13,7 @@ from pathlib import Path
 from syncnorm.errors import SyncnormError, in_one_line
 from syncnorm.train.checkpoint.snapshot import MANIFEST
 from syncnorm.train.checkpoint.store import BEST, CHECKPOINTS, CheckpointStore, read_mark
+from syncnorm.train.files import open_regular
 from syncnorm.train.storage import (
     LAST_RECORDS,
     RECORDS,
@@ -144,7 +145,8 @@ class Mirror:
             path = self._folder / name
             try:
                 facts = path.stat()
-                data = path.read_bytes()
+                with open_regular(path) as file:
+                    data = file.read()
             except FileNotFoundError:
                 if name in names:  # such as the end of a run that goes on
                     remote.remove([name])
@@ -170,7 +172,10 @@ class Mirror:
                 return
             remote.remove([checkpoint_path(step, MANIFEST)])
         try:
-            files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+            # A link in somebody else's folder may lead to any file of the user's.
+            files = sorted(
+                path for path in folder.iterdir() if path.name != MANIFEST and not path.is_symlink()
+            )
             for path in files:
                 remote.upload(path, checkpoint_path(step, path.name), self._moved)
                 self._moved()
@@ -204,6 +209,7 @@ def open_mirror(folder: Path, keep: int, patience_seconds: float) -> Mirror | No
 
 def _read(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        with open_regular(path) as file:
+            return file.read()
     except FileNotFoundError:
         return None

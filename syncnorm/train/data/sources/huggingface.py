@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's package `datasets`, saved on disk."""
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
 from syncnorm.train.data.sources.files import check_not_empty, choose_splits
-from syncnorm.train.data.sources.images import ImageReader, pillow
+from syncnorm.train.data.sources.images import ImageReader, open_image, pillow
 from syncnorm.train.data.sources.options import Classes, Column, Size, load_module, source
 from syncnorm.train.data.splits import Splits
 
@@ -27,13 +28,20 @@ class Rows(Dataset[tuple[Tensor, Any]]):
         columns: names of the input and of the target.
         reader: of images.
         in_training: True if images are changed at random.
+        has_images: True if inputs are images, as they are encoded.
     """
 
     def __init__(
-        self, rows: Any, columns: tuple[str, str], reader: ImageReader, *, in_training: bool
+        self,
+        rows: Any,
+        columns: tuple[str, str],
+        reader: ImageReader,
+        *,
+        in_training: bool,
+        has_images: bool,
     ) -> None:
         self._rows, self._columns = rows, columns
-        self._reader, self._in_training = reader, in_training
+        self._reader, self._in_training, self._has_images = reader, in_training, has_images
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -42,12 +50,28 @@ class Rows(Dataset[tuple[Tensor, Any]]):
         row = self._rows[index]
         value, target = (row[name] for name in self._columns)
         target = int(target) if isinstance(target, bool) else target
-        if hasattr(value, "convert"):  # an image of Pillow's
+        if self._has_images:
             name = f"row {index}"
-            return self._reader.convert(value, name, in_training=self._in_training), target
+            image = open_image(BytesIO(_encoded(value, name)), name)
+            return self._reader.convert(image, name, in_training=self._in_training), target
         numbers = torch.as_tensor(value, dtype=torch.float32)
         # A single number is one feature. As numpy has a target: a date needs more than float32.
         return numbers.reshape(numbers.shape or 1), torch.from_numpy(np.array(target))
+
+
+def _encoded(image: Any, name: str) -> bytes:
+    """The bytes of an image that is not decoded: its path may be an address, and leads anywhere.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    encoded = image.get("bytes") if isinstance(image, dict) else None
+    if not encoded:
+        raise ConfigError(
+            f"{name}: must hold an image itself, got its path or nothing. save_to_disk of a newer "
+            "`datasets` writes images into the set."
+        )
+    return encoded
 
 
 @source
@@ -113,9 +137,13 @@ def hf(
     has_images = type(train.features[input]).__name__ == "Image"
     if has_images:
         pillow()
+        as_encoded = datasets.Image(decode=False)
+        found = {split: rows.cast_column(input, as_encoded) for split, rows in found.items()}
     reader = ImageReader(size, channels, mean, std, random_crop)
     sets: dict[str, Any] = {
-        split: Rows(rows, (input, target), reader, in_training=split == "train")
+        split: Rows(
+            rows, (input, target), reader, in_training=split == "train", has_images=has_images
+        )
         for split, rows in found.items()
     }
     return Splits(

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ _OTHERS = (
     ".psd",
     ".svg",
 )
+# By content, whatever the suffix: on PostScript Pillow would start Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _log = logging.getLogger(__name__)
 INSTALL = "pip install 'syncnorm[data]'"
 # Of ImageNet's training images, for values from 0 to 1.
@@ -83,20 +85,26 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def open_image(path: str) -> Any:
-    """Read an image of a file, whole.
+def open_image(file: str | BinaryIO, name: str = "") -> Any:
+    """Read an image whole.
+
+    Args:
+        file: its path, or what it is read from.
+        name: of it in messages; its path if not given.
 
     Raises:
-        ConfigError: it cannot be read; names the file.
+        ConfigError: it cannot be read; names it.
     """
     image_module = pillow()
     try:
-        image = image_module.open(path)
+        image = image_module.open(file, formats=_FORMATS)
         image.load()
         return image
     # A damaged file may raise anything: OSError, SyntaxError, ValueError, DecompressionBombError.
     except Exception as error:
-        raise ConfigError(f"{path}: must be an image that can be read, got {error}") from None
+        raise ConfigError(
+            f"{name or file}: must be an image that can be read, got {error}"
+        ) from None
 
 
 @dataclass(frozen=True)

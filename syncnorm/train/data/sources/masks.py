@@ -1,5 +1,6 @@
 """Images with a mask each, which has a class for each pixel."""
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,8 @@ from syncnorm.train.data.sources.options import Classes, Size, source
 from syncnorm.train.data.splits import Splits
 
 IGNORED = 255
+_LOOKED_AT = 50  # masks
+_log = logging.getLogger(__name__)
 # Of Pillow: black and white, 8 bits, numbers of colours, 16 and 32 bits.
 _MASK_MODES = ("1", "L", "P", "I;16", "I")
 
@@ -63,6 +66,10 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
         if self._flip and torch.rand(()) < 0.5:
             return pixels.flip(-1), classes.flip(-1)
         return pixels, classes
+
+    def classes_of(self, index: int) -> list[int]:
+        """The classes in a mask, 255 among them."""
+        return as_tensor(self._read_mask(self._masks[index])).unique().tolist()
 
     def _read_mask(self, path: str) -> Any:
         mask = open_image(path)
@@ -121,6 +128,7 @@ def masks(
         for split, path in folders.items()
     }
     unchanged = sets["train"].without_changes()
+    _warn_of_one_class(unchanged)
     return Splits(
         **sets,
         num_classes=num_classes,
@@ -128,6 +136,27 @@ def masks(
         unchanged=unchanged,
         inputs=reader.inputs,
     )
+
+
+def _warn_of_one_class(train: MaskFolder) -> None:
+    """Log it if masks spread over the set hold one class and 255: a usual way to write two."""
+    found: set[int] = set()
+    for index in range(0, len(train), max(len(train) // _LOOKED_AT, 1)):
+        try:
+            found.update(train.classes_of(index))
+        except ConfigError:
+            return  # the run names it, if it comes to this sample
+        if len(found - {IGNORED}) > 1:
+            return
+    if IGNORED in found:
+        _log.warning(
+            "masks of the training set hold the class %s and %d alone, and %d counts as none: "
+            "nothing is left to tell apart. If %d is a class, write it as 1.",
+            *sorted(found - {IGNORED}) or ["none"],
+            IGNORED,
+            IGNORED,
+            IGNORED,
+        )
 
 
 def _pairs(split: str, root: Path) -> tuple[Paths, Paths]:
