@@ -64,6 +64,9 @@ def read_events(path: Path) -> tuple[list[dict[str, Any]], int]:
     Returns:
         The events in their order, and the number of lines that are none, as the last one after a
         kill may be.
+
+    Raises:
+        OSError: the file is there and cannot be read.
     """
     lines = list(each_event(path))
     events = [event for event in lines if event is not None]
@@ -88,10 +91,12 @@ def each_event(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def last_step(path: Path) -> int:
-    """Find the last optimizer step in a run's events; 0 if there is none."""
-    return next(
-        (e["step"] for e in reversed(read_events(path)[0]) if isinstance(e.get("step"), int)), 0
-    )
+    """Find the last optimizer step in a run's events; 0 if there is none to be read."""
+    with contextlib.suppress(OSError):
+        for event in reversed(read_events(path)[0]):
+            if isinstance(event.get("step"), int):
+                return event["step"]
+    return 0
 
 
 def _append(path: Path, data: bytes) -> None:
