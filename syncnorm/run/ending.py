@@ -39,7 +39,7 @@ class Exit:
 def read_exit(folder: Path) -> Exit | None:
     """Read `exit.json`; None while the run goes on, or after it was killed."""
     try:
-        with open_regular(folder / "exit.json") as file:
+        with open_regular(folder / "exit.json", follows_links=True) as file:
             end = Exit(**json.load(file))
         step = int(end.step)
         metrics = {

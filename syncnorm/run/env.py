@@ -181,11 +181,16 @@ def ray_sweep_environment() -> dict[str, str]:
     }
 
 
-def trial_environment() -> dict[str, str]:
-    """Return the environment of a trial's launcher, which a process of Ray's starts."""
+def trial_environment(*, has_code: bool) -> dict[str, str]:
+    """Return the environment of a trial's launcher, which a process of Ray's starts.
+
+    Args:
+        has_code: True if modules of the working folder may be imported.
+    """
+    here, tree = str(Path.cwd()), str(Path(__file__).resolve().parents[2])
     # Ray sets OMP_NUM_THREADS to the number of CPUs, and the path of modules in `sys.path` alone.
-    path = os.pathsep.join(place for place in sys.path if place)
-    return {**os.environ, **_WORKER, **_MALLOC, "PYTHONPATH": path}
+    places = [place for place in sys.path if place and (has_code or place != here or here == tree)]
+    return {**os.environ, **_WORKER, **_MALLOC, "PYTHONPATH": os.pathsep.join(places)}
 
 
 def ray_worker_environment() -> dict[str, str]:

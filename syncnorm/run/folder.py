@@ -145,6 +145,12 @@ def check_resumable(config: Config, source: Path | str) -> Path:
             f"differs: {differences}. Only {', '.join(CHANGEABLE)} may change, and train.epochs may "
             "grow."
         )
+    record = folder / "metrics.jsonl"
+    if record.exists() and (record.is_symlink() or not record.is_file()):
+        raise ConfigError(
+            f"`--resume`: {str(record)!r} must be a file, which the run adds to, got a link or a "
+            "pipe. Put a copy in its place."
+        )
     if is_url(str(source)):
         claim(str(source).rstrip("/"), (folder / "config.yaml").read_text(encoding="utf-8"))
     return folder
@@ -159,7 +165,9 @@ def lock(folder: Path) -> Any:
     try:
         file = os.fdopen(regular(folder / "run.lock", os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
-        raise ConfigError(f"run {str(folder)!r} must be writable: {error.strerror}") from None
+        raise ConfigError(
+            f"run {str(folder)!r} must be writable, its run.lock too: {error.strerror}"
+        ) from None
     try:
         system.lock(file.fileno())
     except BlockingIOError:
@@ -174,9 +182,8 @@ def lock(folder: Path) -> Any:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     try:
-        recorded = strict_yaml.parse(
-            (folder / "config.yaml").read_text(encoding="utf-8"), "config.yaml"
-        )
+        with open_regular(folder / "config.yaml", follows_links=True) as file:
+            recorded = strict_yaml.parse(file.read().decode(), "config.yaml")
     except (OSError, ValueError):
         return None
     return recorded if isinstance(recorded, dict) else None

@@ -22,6 +22,7 @@ from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
 from syncnorm.run.resume import resume_command
 from syncnorm.run.worker import RunRequest, run_launched, uses_store
 from syncnorm.system import call_apart, tell
+from syncnorm.train.files import open_to_write
 from syncnorm.train.header import describe_workers
 from syncnorm.train.metrics import MetricsFile, last_step
 
@@ -204,7 +205,8 @@ def _write_traceback(failure: Failure, folder: Path) -> Path:
     """Write it into a folder; return where it is, or the folder if that cannot be written."""
     path = folder / "traceback.txt"
     try:
-        path.write_text(failure.traceback, encoding="utf-8")
+        with open_to_write(path) as file:
+            file.write(failure.traceback.encode())
     except OSError:
         return folder
     return path

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from syncnorm.train.files import open_regular
 from syncnorm.train.task.measures import format_metric
 
 _LOOK_SECONDS = 0.25
@@ -73,9 +74,12 @@ class Follower:
         """Read the events from a byte on, without a line that is being written."""
         if self._path is None or not self._path.exists():
             return b""
-        with self._path.open("rb") as file:
-            file.seek(begin)
-            text = file.read()
+        try:
+            with open_regular(self._path, follows_links=True) as file:
+                file.seek(begin)
+                text = file.read()
+        except OSError:
+            return b""  # the run tells of it
         return text[: text.rfind(b"\n") + 1]
 
 

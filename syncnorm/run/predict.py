@@ -29,8 +29,8 @@ from syncnorm.train.finished.load import LoadedModel, load
 from syncnorm.train.finished.predict import Row, check_rows, masks_of, predict, read, rows_of
 
 _BATCH = 64
-# Standard deviations: the brightest pixel of a photograph is 2 or 3 above the mean, of a dark one 5.
-_FAR = 20.0
+# Standard deviations of pixels: a white photograph is 2 or 3 from the mean of all.
+_FAR = 5.0
 
 
 class Writer(Protocol):
@@ -95,9 +95,9 @@ def _warn_of_units(batch: Sequence[Sample | Unread], inputs: Inputs) -> bool:
         distance = inputs.distance(sample.value)
         if distance > _FAR:
             tell(
-                f"syncnorm: {sample.file}: reaches {int(sample.value.max())}, "
-                f"{distance:.0f} standard deviations above the mean of what the run was trained "
-                "on: are its numbers on another scale?"
+                f"syncnorm: {sample.file}: the mean of its pixels is {distance:.0f} standard "
+                "deviations from that of what the run was trained on: are its numbers on another "
+                "scale?"
             )
             return True
     return False
@@ -329,11 +329,11 @@ class _Masks:
     def _write_image(self, path: Path, mask: Tensor) -> None:
         from syncnorm.train.data.sources.images import pillow
 
-        with written_whole(path) as file:
+        with written_whole(path, to_disk=False) as file:
             pillow().fromarray(mask.numpy()).save(file, format="PNG")
 
     def _write_array(self, path: Path, mask: Tensor) -> None:
-        with written_whole(path) as file:
+        with written_whole(path, to_disk=False) as file:
             np.save(file, mask.numpy())
 
     def close(self) -> None:

@@ -15,19 +15,22 @@ from syncnorm import system
 def open_to_write(path: Path) -> BinaryIO:
     """Open a file for writing; all writes of this module pass here, so a drill can count bytes.
 
-    A link in its place is replaced.
+    A link or a pipe in its place is replaced.
     """
     remove_link(path)
     return open(path, "wb", opener=regular)
 
 
 def remove_link(path: Path) -> None:
-    """Remove a link where a file is to be written.
+    """Remove a link or a pipe where a file is to be written.
 
-    A run's folder may be somebody else's, and a link in it may lead to any file of the user's.
+    A run's folder may be somebody else's: a link in it may lead to any file of the user's, and
+    opening a pipe would wait.
     """
-    if path.is_symlink():
-        path.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            path.unlink()
 
 
 def regular(path: str | Path, flags: int) -> int:
@@ -49,21 +52,23 @@ def regular(path: str | Path, flags: int) -> int:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path, *, to_disk: bool = True) -> Iterator[BinaryIO]:
     """Write a file under another name, bring it to disk, and rename it into place.
 
     Args:
         path: the file; one that exists is replaced once the block ends.
+        to_disk: False for one of many that can be made again, if the machine fails.
     """
     partial = path.with_name(f".tmp-{path.name}")
     try:
-        with _synced(partial) as file:
+        with (_synced if to_disk else open_to_write)(partial) as file:
             yield file
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    if to_disk:
+        sync_folder(path.parent)
 
 
 def write_text_whole(path: Path, text: str) -> None:
@@ -87,12 +92,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path, *, follows_links: bool = False) -> BinaryIO:
     """Open a file for reading that somebody else may have written.
+
+    Args:
+        path: the file.
+        follows_links: True where what is read goes nowhere but to who reads it.
 
     Raises:
         OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
     """
+    if follows_links:
+        path = path.resolve()
     return os.fdopen(regular(path, os.O_RDONLY), "rb")
 
 

@@ -79,7 +79,7 @@ def each_event(path: Path) -> Iterator[dict[str, Any] | None]:
     Raises:
         OSError: the file is there and cannot be read.
     """
-    with contextlib.suppress(FileNotFoundError), open_regular(path) as file:
+    with contextlib.suppress(FileNotFoundError), open_regular(path, follows_links=True) as file:
         for line in filter(bytes.strip, file):
             try:
                 event = json.loads(line)
@@ -116,14 +116,20 @@ def _append(path: Path, data: bytes) -> None:
 
 
 def _drop_torn_line(path: Path) -> None:
-    """Cut off the last line if it lacks its end, as after a kill: the next must not be added to it.
+    """Cut off what a kill has left of a last line: the next must not be added to it.
 
     What reads the file line by line finds nothing but JSON.
     """
     with contextlib.suppress(OSError), open(path, "rb+", opener=regular) as file:
         if file.seek(0, 2) and file.seek(-1, 2) is not None and file.read(1) != b"\n":
             file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            data = file.read()
+            begin = data.rfind(b"\n") + 1
+            try:
+                json.loads(data[begin:])
+                file.write(b"\n")  # whole but for its end, as an editor leaves it
+            except (ValueError, RecursionError):
+                file.truncate(begin)
 
 
 def json_value(value: Any) -> Any:

@@ -19,13 +19,24 @@ from tests.model.lightning_workers import kept_workers
 
 
 @contextmanager
-def _as_torchrun_does() -> Iterator[None]:
-    """What torchrun sets. The process group is there already, so nobody connects to the port."""
+def _accelerate_by_torchrun() -> Iterator[None]:
+    """What torchrun sets. The process group is there already, so nobody connects to the port.
+
+    Accelerate keeps what it has found in the process, which other tests have used, or will.
+    """
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def reset() -> None:
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._reset_state()
+
     rank, size = str(dist.get_rank()), str(dist.get_world_size())
     there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
              "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
+    reset()
     with mock.patch.dict(os.environ, there):
         yield
+    reset()
 
 
 def _ddp(path: Path | None, done: int, steps: int) -> Any:
@@ -33,13 +44,8 @@ def _ddp(path: Path | None, done: int, steps: int) -> Any:
 
 
 def _accelerate(path: Path | None, done: int, steps: int) -> Any:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    with _as_torchrun_does():
-        result = importlib.import_module("examples.accelerate_digits").train(path, steps - done)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    return result
+    with _accelerate_by_torchrun():
+        return importlib.import_module("examples.accelerate_digits").train(path, steps - done)
 
 
 def _lightning(path: Path | None, done: int, steps: int) -> Any:
@@ -49,13 +55,9 @@ def _lightning(path: Path | None, done: int, steps: int) -> Any:
 
 
 def _hf_trainer(path: Path | None, done: int, steps: int) -> Any:
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
     assert path is not None
-    with _as_torchrun_does():
+    with _accelerate_by_torchrun():
         trainer, losses = importlib.import_module("examples.hf_trainer_digits").train(path, steps)
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     return trainer.accelerator.unwrap_model(trainer.model), losses
 
 

@@ -1,12 +1,15 @@
 """What of a sweep needs no Ray: its trials, their names and configurations, and the results."""
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from syncnorm.errors import ConfigError
+from syncnorm.run import env
 from syncnorm.run.ending import Exit
 from syncnorm.run.ray import results
 from syncnorm.run.ray.job import prepare_folder
@@ -240,3 +243,13 @@ def test_without_a_validation_set_none_is_the_best(tmp_path, monkeypatch):
     assert results.exit_code(found) == 75
     lines = results.write_results(sweep, found, "accuracy")
     assert any(line.startswith("no best trial: there is no validation set") for line in lines)
+
+
+@pytest.mark.parametrize("has_code", [False, True])
+def test_a_trial_finds_modules_of_the_working_folder_where_code_was_allowed(
+    has_code, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), "/elsewhere"])
+    places = env.trial_environment(has_code=has_code)["PYTHONPATH"].split(os.pathsep)
+    assert places == [str(tmp_path), "/elsewhere"][not has_code :]

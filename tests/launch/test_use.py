@@ -303,10 +303,21 @@ def test_numbers_on_another_scale_are_told_of(made, tmp_path, capfd):
     status, out, err = command(capfd, "predict", folder, tmp_path)
     assert (status, len(out.splitlines())) == (0, 2)
     (line,) = err.splitlines()
-    assert re.fullmatch(rf"syncnorm: {tmp_path}/a.png: reaches 2\d\d, 3\d standard dev.*", line)
+    where = f"syncnorm: {tmp_path}/a.png: the mean of its pixels is "
+    assert re.fullmatch(rf"{where}1\d standard deviations from that of .*another scale\?", line)
     model = syncnorm.load(folder)
-    with pytest.warns(UserWarning, match="numbers of 0 to 255, got fractions up to 1: give bytes"):
-        model(TEST.images / 16)
+    with pytest.warns(UserWarning, match="of 0 to 255, got fractions of at most 1: give bytes"):
+        model((TEST.images / 16).requires_grad_())
+
+
+def test_a_loaded_model_is_transformed_and_exported(made):
+    """No value is looked at there."""
+    model, x = syncnorm.load(made["norm"].folder), TEST.images[:3].float()
+    outputs = model(x)
+    batched = torch.func.vmap(lambda each: model(each[None])[0])(x)
+    assert torch.allclose(batched, outputs, atol=1e-5)
+    program = torch.export.export(model, (x,)).module()
+    assert torch.allclose(program(x), outputs, atol=1e-5)
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "npz"])

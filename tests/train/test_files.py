@@ -13,8 +13,9 @@ import pytest
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.ending import read_exit
-from syncnorm.run.folder import lock
+from syncnorm.run.folder import check_resumable, lock, write_config
 from syncnorm.run.watchdog import Watchdog, open_log
+from syncnorm.train.config.file import load_config
 from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, written_whole
 from syncnorm.train.metrics import MetricsFile, last_step, read_events
 
@@ -207,16 +208,41 @@ def test_a_pipe_in_a_runs_folder_is_not_waited_for(tmp_path):
     assert last_step(tmp_path / "metrics.jsonl") == 0
     MetricsFile(tmp_path / "metrics.jsonl").write("step", step=1)
     assert read_exit(tmp_path) is None
-    with pytest.raises(ConfigError, match="must be writable: Not a regular file"):
+    with pytest.raises(
+        ConfigError, match=r"must be writable, its run.lock too: Not a regular file"
+    ):
         lock(tmp_path)
+    for name in ("log", "stacks"):
+        os.mkfifo(tmp_path / name)
+    _log_to(tmp_path / "log")
+    Watchdog(60, tmp_path / "stacks").close()
+
+
+def test_a_record_that_is_a_link_is_read_and_not_resumed(tmp_path):
+    config = load_config("digits", [])
+    write_config(config, tmp_path)
+    (tmp_path / "kept").write_text('{"event": "step", "step": 7}\n')
+    (tmp_path / "metrics.jsonl").symlink_to("kept")
+    assert last_step(tmp_path / "metrics.jsonl") == 7
+    with pytest.raises(ConfigError, match=r"metrics.jsonl' must be a file, .*, got a link"):
+        check_resumable(config, tmp_path)
 
 
 @pytest.mark.parametrize("left", ["", '{"event": "step", "step": 1}\n'])
-def test_a_line_that_a_killed_run_has_left_without_its_end_is_cut_off(tmp_path, left):
+@pytest.mark.parametrize(
+    ("last", "kept"),
+    [
+        ('{"event": "st', ""),
+        ("[" * 100_000, ""),
+        ('{"event": "stop"}', '{"event": "stop"}\n'),  # as an editor leaves it
+    ],
+    ids=["torn", "deep", "whole"],
+)
+def test_a_line_that_a_killed_run_has_left_without_its_end(tmp_path, left, last, kept):
     path = tmp_path / "metrics.jsonl"
-    path.write_text(left + '{"event": "st')
+    path.write_text(left + last)
     MetricsFile(path).write("step", step=2)
-    assert path.read_text() == left + '{"event": "step", "step": 2}\n'
+    assert path.read_text() == left + kept + '{"event": "step", "step": 2}\n'
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, "1" * 5_000, "[1]", '{"step": 7}', "\xff"])

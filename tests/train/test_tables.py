@@ -1,5 +1,6 @@
 """Sources of numbers: arrays in memory and on disk, tables, and Hugging Face's data sets."""
 
+import io
 import json
 import pickle
 import re
@@ -446,6 +447,32 @@ def test_an_image_of_hugging_face_is_no_address(tmp_path):
     splits = hf(tmp_path / "set", input="image", target="label", size=4)
     with pytest.raises(ConfigError, match="row 1: must hold an image itself, got its path"):
         splits.train[1]
+
+
+def test_images_of_hugging_face_are_what_its_package_decodes(tmp_path):
+    """Turned by their orientation, in the mode of the features; other columns are let alone."""
+    datasets = pytest.importorskip("datasets")
+    image_module = pytest.importorskip("PIL.Image")
+    wide = image_module.fromarray(np.arange(72, dtype=np.uint8).reshape(4, 6, 3) * 3)
+    exif = wide.getexif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    encoded = io.BytesIO()
+    wide.save(encoded, "PNG", exif=exif)
+    features = datasets.Features(
+        image=datasets.Image(mode="L"), other=datasets.Image(), label=datasets.Value("int64")
+    )
+    image = {"bytes": encoded.getvalue(), "path": None}
+    other = {"bytes": None, "path": "http://127.0.0.1:9/x.png"}
+    rows = {"image": [image] * 2, "other": [other] * 2, "label": [0, 1]}
+    whole = datasets.Dataset.from_dict(rows, features=features)
+    expected = np.asarray(whole.select_columns("image")[0]["image"])
+    assert expected.shape == (6, 4)
+    by_path = {**rows, "other": [{"bytes": b"no image", "path": None}] * 2}
+    datasets.Dataset.from_dict(by_path, features=features).save_to_disk(str(tmp_path / "set"))
+    plain = {"mean": [0.0], "std": [1.0], "channels": 1}
+    splits = hf(tmp_path / "set", input="image", target="label", size=4, **plain)
+    middle = torch.from_numpy(expected[1:5].copy()) / 255
+    assert torch.allclose(splits.train[0][0][0], middle, atol=1e-6)
 
 
 def test_targets_of_hugging_faces_columns(tmp_path):

@@ -232,27 +232,27 @@ def test_compiled_code_calls_what_dynamo_is_kept_from():
         ),
     ],
 )
-def test_compiled_code_keeps_the_order_of_calls_that_nobody_needs(backend, tmp_path, monkeypatch):
-    """Nor does one depend on another. By itself inductor calls the second, the third, the first."""
+@pytest.mark.parametrize("is_used", [False, True])
+def test_compiled_code_keeps_the_order_of_calls(backend, is_used, tmp_path, monkeypatch):
+    """None depends on another. Of those that are used inductor itself calls the first one last."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     calls: list[int] = []
 
-    @torch.library.custom_op("syncnorm_test::note", mutates_args=())
+    @torch.library.custom_op(f"syncnorm_test::note_{backend}_{is_used}", mutates_args=())
     def note(x: Tensor, number: int) -> Tensor:
         calls.append(number)
         return x.clone()
 
     @note.register_fake
     def _(x: Tensor, number: int) -> Tensor:
-        undocumented.keep_order_in_inductor(torch.ops.syncnorm_test.note.default)
+        undocumented.keep_order_in_inductor(note._opoverload)
         return torch.empty_like(x)
 
     undocumented.keep_order(note)
 
-    def function(x: Tensor) -> Tensor:
-        for number, size in enumerate((7, 5, 6)):
-            note(torch.zeros(size), number)
-        return x * 2
+    def function(x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        sums = [note(torch.zeros(size), number).sum() for number, size in enumerate((7, 5, 6))]
+        return x * 2, sums if is_used else []
 
     torch.compile(function, backend=backend)(torch.ones(2))
     assert calls == [0, 1, 2]

@@ -33,6 +33,7 @@ from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
+from syncnorm.train.files import open_to_write
 from syncnorm.train.metrics import last_step
 from syncnorm.train.task.measures import describe_metrics
 
@@ -183,7 +184,7 @@ class StopHandler:
     def _handle_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.is_asked:
             self.is_asked = True
-            (self._folder / STOP).touch()
+            open_to_write(self._folder / STOP).close()
             threading.Thread(target=self._end_without_workers, daemon=True).start()
 
     def _end_without_workers(self) -> None:

@@ -36,6 +36,7 @@ from syncnorm.run.ray.job import STOP, prepare_folder
 from syncnorm.run.ray.sweep import Sweep, write_record
 from syncnorm.system import die_with_parent
 from syncnorm.train.config.schema import Config
+from syncnorm.train.files import open_to_write, remove_link
 from syncnorm.train.metrics import last_step
 from syncnorm.train.task.make import make_task
 
@@ -166,15 +167,18 @@ def _started(folder: Path, allowed: Sequence[str]) -> Iterator[subprocess.Popen[
     """Start the launcher of a trial, which ends with this process, however that ends."""
     (folder / "logs").mkdir(exist_ok=True)
     options = [word for package in allowed for word in ("--allow", package)]
-    command = [sys.executable, "-m", "syncnorm", "train", "--resume", str(folder), *options]
+    # By itself Python looks for modules in the working folder before all others.
+    program = [sys.executable, *([] if allowed else ["-P"]), "-m", "syncnorm"]
+    command = [*program, "train", "--resume", str(folder), *options]
     (folder / "exit.json").unlink(missing_ok=True)
+    remove_link(folder / _LOG)
     with (folder / _LOG).open("ab") as log:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=env.trial_environment(),
+            env=env.trial_environment(has_code=bool(allowed)),
             preexec_fn=partial(die_with_parent, os.getpid()),
         )
     try:
@@ -283,7 +287,7 @@ def _stopping(sweep: Sweep) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         put_handlers(before)
-        (Path(sweep.folder) / STOP).touch()
+        open_to_write(Path(sweep.folder) / STOP).close()
         print("syncnorm: stopping: the trials save", file=sys.stderr, flush=True)
 
     with handled(stop, *STOP_SIGNALS):

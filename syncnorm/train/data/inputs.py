@@ -54,13 +54,16 @@ class Inputs(BaseModel):
         return len(self.shape) == 3 and self.shape[0] in (1, 3) and self.dtype == "uint8"
 
     def distance(self, sample: Tensor) -> float:
-        """How far a sample's largest value is above the mean of training, in standard deviations.
+        """How far the means of a sample's channels are from those of training, at most.
 
         Args:
             sample: raw; `mean` is not None.
+
+        Returns:
+            In standard deviations of a value.
         """
         mean, std = (torch.tensor(each, dtype=torch.float64) for each in (self.mean, self.std))
-        return float(((sample.flatten(1).amax(1).double() - mean) / std).max())
+        return float(((sample.flatten(1).double().mean(1) - mean).abs() / std).max())
 
     def describe(self) -> str:
         """Describe a batch of them in a few words."""

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from syncnorm import rng
+from syncnorm import observed, rng
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.checkpoint.evaluated import NEWEST, load_evaluated, read_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
@@ -88,12 +88,17 @@ class LoadedModel(nn.Module):
 
 def _warn_of_fractions(x: Tensor, inputs: Inputs) -> None:
     """Warn of fractions of 255 where a run had bytes; on a CPU, where looking is free."""
-    if inputs.dtype != "uint8" or x.device.type != "cpu" or not x.is_floating_point():
+    if torch.compiler.is_compiling() or inputs.dtype != "uint8" or not x.is_floating_point():
         return
+    # A transform, a tracer or a graph has no values to look at.
+    if x.device.type != "cpu" or observed.observer(x) is not None:
+        return
+    x = x.detach()
     if x.numel() and 0 < float(x.amax()) <= 1 and bool((x != x.round()).any()):
+        # The same words each time: Python shows them once.
         warnings.warn(
-            f"`input` must be {inputs.describe()}, numbers of 0 to 255, got fractions up to "
-            f"{float(x.amax()):.3g}: give bytes, or multiply by 255",
+            f"`input` must be {inputs.describe()}, numbers of 0 to 255, got fractions of at most 1: "
+            "give bytes, or multiply by 255",
             stacklevel=4,
         )
 

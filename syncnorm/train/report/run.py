@@ -119,7 +119,7 @@ def _read_exit(path: Path) -> tuple[str | None, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        with open_regular(path) as file:
+        with open_regular(path, follows_links=True) as file:
             return file.read().decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None

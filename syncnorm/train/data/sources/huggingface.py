@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.section import Finite
 from syncnorm.train.data.sources.files import check_not_empty, choose_splits
-from syncnorm.train.data.sources.images import ImageReader, open_image, pillow
+from syncnorm.train.data.sources.images import INSTALL, ImageReader, open_image, pillow
 from syncnorm.train.data.sources.options import Classes, Column, Size, load_module, source
 from syncnorm.train.data.splits import Splits
 
@@ -29,6 +29,7 @@ class Rows(Dataset[tuple[Tensor, Any]]):
         reader: of images.
         in_training: True if images are changed at random.
         has_images: True if inputs are images, as they are encoded.
+        mode: of Pillow, which the features ask for; None: as each image is.
     """
 
     def __init__(
@@ -39,9 +40,11 @@ class Rows(Dataset[tuple[Tensor, Any]]):
         *,
         in_training: bool,
         has_images: bool,
+        mode: str | None = None,
     ) -> None:
         self._rows, self._columns = rows, columns
         self._reader, self._in_training, self._has_images = reader, in_training, has_images
+        self._mode = mode
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -52,7 +55,7 @@ class Rows(Dataset[tuple[Tensor, Any]]):
         target = int(target) if isinstance(target, bool) else target
         if self._has_images:
             name = f"row {index}"
-            image = open_image(BytesIO(_encoded(value, name)), name)
+            image = _decoded(_encoded(value, name), name, self._mode)
             return self._reader.convert(image, name, in_training=self._in_training), target
         numbers = torch.as_tensor(value, dtype=torch.float32)
         # A single number is one feature. As numpy has a target: a date needs more than float32.
@@ -72,6 +75,12 @@ def _encoded(image: Any, name: str) -> bytes:
             "`datasets` writes images into the set."
         )
     return encoded
+
+
+def _decoded(encoded: bytes, name: str, mode: str | None) -> Any:
+    """Decode an image as `datasets` does: turned by its EXIF orientation, and in a mode of Pillow."""
+    image = load_module("PIL.ImageOps", INSTALL).exif_transpose(open_image(BytesIO(encoded), name))
+    return image if mode in (None, image.mode) else image.convert(mode)
 
 
 @source
@@ -133,8 +142,11 @@ def hf(
                 )
         check_not_empty(split, len(rows), repr(str(root)))
         _check_targets(split, rows, target)
+    # A row of another column may be an address, too, and is decoded with the rest of the row.
+    found = {split: rows.select_columns([*{input, target}]) for split, rows in found.items()}
     train = found["train"]
     has_images = type(train.features[input]).__name__ == "Image"
+    mode = train.features[input].mode if has_images else None
     if has_images:
         pillow()
         as_encoded = datasets.Image(decode=False)
@@ -142,7 +154,12 @@ def hf(
     reader = ImageReader(size, channels, mean, std, random_crop)
     sets: dict[str, Any] = {
         split: Rows(
-            rows, (input, target), reader, in_training=split == "train", has_images=has_images
+            rows,
+            (input, target),
+            reader,
+            in_training=split == "train",
+            has_images=has_images,
+            mode=mode,
         )
         for split, rows in found.items()
     }

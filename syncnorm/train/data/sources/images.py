@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -36,7 +37,10 @@ _OTHERS = (
     ".svg",
 )
 # By content, whatever the suffix: on PostScript Pillow would start Ghostscript.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO"),
+    *("PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"),
+)
 _log = logging.getLogger(__name__)
 INSTALL = "pip install 'syncnorm[data]'"
 # Of ImageNet's training images, for values from 0 to 1.
@@ -85,6 +89,14 @@ def _raise(error: OSError) -> None:
     raise error
 
 
+@cache
+def _formats() -> tuple[str, ...]:
+    """Those of `_FORMATS` that this Pillow was built with."""
+    image_module = pillow()
+    image_module.init()
+    return tuple(each for each in _FORMATS if each in image_module.OPEN)
+
+
 def open_image(file: str | BinaryIO, name: str = "") -> Any:
     """Read an image whole.
 
@@ -97,13 +109,16 @@ def open_image(file: str | BinaryIO, name: str = "") -> Any:
     """
     image_module = pillow()
     try:
-        image = image_module.open(file, formats=_FORMATS)
+        image = image_module.open(file, formats=_formats())
         image.load()
         return image
     # A damaged file may raise anything: OSError, SyntaxError, ValueError, DecompressionBombError.
     except Exception as error:
+        cause = str(error)
+        if isinstance(error, image_module.UnidentifiedImageError):
+            cause = f"another kind than {', '.join(_formats())}"
         raise ConfigError(
-            f"{name or file}: must be an image that can be read, got {error}"
+            f"{name or file}: must be an image that can be read, got {cause}"
         ) from None
 
 

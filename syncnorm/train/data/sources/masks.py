@@ -1,9 +1,11 @@
 """Images with a mask each, which has a class for each pixel."""
 
 import logging
+import random
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -69,7 +71,7 @@ class MaskFolder(Dataset[tuple[Tensor, Tensor]]):
 
     def classes_of(self, index: int) -> list[int]:
         """The classes in a mask, 255 among them."""
-        return as_tensor(self._read_mask(self._masks[index])).unique().tolist()
+        return np.unique(np.asarray(self._read_mask(self._masks[index]))).tolist()
 
     def _read_mask(self, path: str) -> Any:
         mask = open_image(path)
@@ -141,7 +143,9 @@ def masks(
 def _warn_of_one_class(train: MaskFolder) -> None:
     """Log it if masks spread over the set hold one class and 255: a usual way to write two."""
     found: set[int] = set()
-    for index in range(0, len(train), max(len(train) // _LOOKED_AT, 1)):
+    # Not every n-th: sets are made with periods of their own.
+    looked_at = random.Random(0).sample(range(len(train)), min(len(train), _LOOKED_AT))
+    for index in looked_at:
         try:
             found.update(train.classes_of(index))
         except ConfigError:
@@ -150,8 +154,9 @@ def _warn_of_one_class(train: MaskFolder) -> None:
             return
     if IGNORED in found:
         _log.warning(
-            "masks of the training set hold the class %s and %d alone, and %d counts as none: "
-            "nothing is left to tell apart. If %d is a class, write it as 1.",
+            "%d masks of the training set, all that were looked at, hold the class %s and %d alone, "
+            "and %d counts as none: nothing is left to tell apart. If %d is a class, write it as 1.",
+            len(looked_at),
             *sorted(found - {IGNORED}) or ["none"],
             IGNORED,
             IGNORED,
