@@ -152,6 +152,18 @@ def disable_dynamo(function: F) -> F:
     return cast(F, call)
 
 
+def leave_uncompiled(function: F) -> F:
+    """Have torch.compile run `function` as it is where torch calls it, with no import of Dynamo.
+
+    `disable_dynamo` is for calls in code that is compiled: where nothing but the call is, its
+    wrapper would be compiled.
+    """
+    own = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
+    strategy = own._FrameExecStrategy(own._FrameAction.SKIP, own._FrameAction.DEFAULT)
+    own.set_code_exec_strategy(function.__code__, strategy)
+    return function
+
+
 def keep_order(operator: torch.library.CustomOpDef) -> None:  # pyright: ignore[reportPrivateImportUsage]
     """Have compiled code call `operator` in program order, also where its result is not used.
 
@@ -332,6 +344,11 @@ def arrange_buckets(ddp: DistributedDataParallel, parameters: Sequence[Tensor]) 
     for parameter in parameters:
         parameter.grad = None
     ddp.reducer._rebuild_buckets()
+
+
+def is_before_static_graph(ddp: DistributedDataParallel) -> bool:
+    """True until the first step of a DDP model with `static_graph`, which has exchanges of its own."""
+    return ddp.static_graph and not ddp._static_graph_delay_allreduce_enqueued
 
 
 def is_managed_by_fsdp(module: nn.Module) -> bool:

@@ -155,6 +155,7 @@ def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> None:
             dist.broadcast(buffer, group=group, group_src=0)
 
 
+@undocumented.leave_uncompiled
 def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
     """Broadcast our buffers when DistributedDataParallel wraps a model.
 

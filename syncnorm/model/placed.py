@@ -36,7 +36,7 @@ class Placed:
         """None in what was pickled with its model, whose batches are nobody's until `attach`."""
         self._groups = StatisticGroups(layers) if layers else None
         self._is_open = False
-        """True if a step of several rounds has begun."""
+        """True if a step has begun that some numbers of workers take in several rounds."""
         self._handles: list[RemovableHandle] = []
         sampler._register(self)
 
@@ -96,7 +96,8 @@ class Placed:
         self.is_stand_in = not any(parts)
         if self._groups is None:
             return
-        if sampler.rounds > 1 and not self._is_open:
+        # Not by the number of rounds: that depends on how many workers there are.
+        if sampler.micro_batch is not None and not self._is_open:
             self._groups.steps.listener.begin()
             self._is_open = self._groups.steps.is_held = True
         if self.is_stand_in:

@@ -262,7 +262,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
     def advance(self) -> None:
         """Move the cursor: the loop is done with a batch. Call it after each, on every worker.
 
-        *Collectives*: none where `rounds` is 1. Else, at a step's last batch, one message of the
+        *Collectives*: none without `micro_batch`. Else, at a step's last batch, one message of the
         running statistics for each model attached, which is not waited for.
         """
         placed = self._attached()

@@ -392,6 +392,23 @@ class _Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_models_without_our_layers_are_compiled_with_their_backward_pass():
+    """The package has a hook on all modules, and torch makes some while it compiles."""
+    model = nn.Sequential(nn.Conv1d(3, 3, 1))
+    x = _sample(4, dtype=torch.float32).requires_grad_()
+
+    def step(x: Tensor) -> Tensor:
+        y = model(x)
+        y.square().sum().backward()
+        return y
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        y = torch.compile(step, backend="aot_eager_decomp_partition")(x)
+    assert torch.allclose(y, model(x), atol=1e-6)
+    assert x.grad is not None
+
+
 class _Branches(nn.Module):
     """Layers whose exchanges do not depend on each other."""
 

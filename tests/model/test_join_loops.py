@@ -5,6 +5,7 @@ together.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import SyncBatchNorm, accumulate, join, prepare_ddp, scale_loss
-from syncnorm.errors import ExchangeError
+from syncnorm.errors import ExchangeError, FaultError
 from syncnorm.testing import assert_close
 from tests.model.parts import uneven_batch
 
@@ -170,6 +171,12 @@ def test_several_forwards_before_a_backward_pass(pool, kind, counts):
     _hold(pool(2).run(_on_worker, counts, kind, {}), counts, kind)
 
 
+def _error(counts: list[int], kind: str, ddp: dict[str, object]) -> str:
+    with pytest.raises(FaultError) as caught:
+        _on_worker(counts, kind, ddp)
+    return str(caught.value)
+
+
 SETTINGS = [
     ("_views", {"static_graph": True}),
     ("_unused", {"find_unused_parameters": True}),
@@ -186,6 +193,17 @@ def test_with_other_settings_of_ddp(pool, kind, ddp):
         for state in got:
             state["seen"] = got[1]["seen"]
     _hold(got, [1, 3], kind)
+
+
+@pytest.mark.parametrize("counts", [[3, 0], [1, 2, 0]], ids=str)
+def test_a_static_graph_is_learned_by_all_workers(pool, counts):
+    """Before it is known DDP makes exchanges that the others cannot make for a worker."""
+    message = (
+        r"`static_graph=True` needs all workers in DistributedDataParallel's first step, got data on "
+        rf"{len(counts) - 1} of {len(counts)}\. Leave"
+    )
+    for error in pool(len(counts)).run(_error, counts, "_views", {"static_graph": True}):
+        assert re.search(message, error), error
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,36 @@ def test_a_step_of_several_rounds_is_one_update(pool):
     assert int(one["0.num_batches_tracked"]) == 2
 
 
+def _two_views(evaluates: bool) -> tuple[dict[str, Tensor], list[list[float]]]:
+    """An epoch of two forwards a step, or of one and a look at the statistics before `advance`."""
+    data = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data += torch.arange(24.0)[:, None]
+    sampler = ElasticBatchSampler(24, 8, norm_batch=2, micro_batch=2, shuffle=False)
+    model = sampler.attach(prepare_ddp(nn.Sequential(SyncBatchRenorm(3, dtype=torch.float64))))
+    seen: list[list[float]] = []
+    while sampler.epoch < 1:
+        for indices in sampler:
+            model(data[indices])
+            if not evaluates:
+                model(2 * data[indices])
+            elif sampler.ends_step:
+                seen.append(model.eval()(torch.ones(1, 3).double())[0].tolist())
+                model.train()
+            sampler.advance()
+    return model.state_dict(), seen
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_several_forwards_of_a_batch_are_one_update_on_any_number_of_workers(pool, evaluates):
+    (one, seen), *_ = pool(1).run(_two_views, evaluates)
+    assert int(one["0.num_batches_tracked"]) == 3
+    for world_size in (2, 4):
+        for state, looks in pool(world_size).run(_two_views, evaluates):
+            assert torch.allclose(torch.tensor(looks), torch.tensor(seen), atol=1e-12)
+            for key, value in one.items():
+                assert torch.allclose(state[key], value, atol=1e-12, rtol=0), key
+
+
 def _rounds_by_hand(is_attached: bool) -> dict[str, Tensor]:
     """Two steps, by a sampler or by `accumulate`; with it a first one that broke off and came again."""
     data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -423,6 +423,20 @@ def _buckets(are_arranged: bool) -> list[list[list[int]]]:
     return steps
 
 
+def _static_graph() -> list[bool]:
+    found: list[bool] = []
+    for is_static in (False, True):
+        ddp = DistributedDataParallel(nn.Linear(2, 2), static_graph=is_static)
+        for _ in range(2):
+            found.append(undocumented.is_before_static_graph(ddp))
+            ddp(torch.ones(2, 2)).sum().backward()
+    return [*found, undocumented.is_before_static_graph(ddp)]
+
+
+def test_ddp_says_if_it_has_learned_a_static_graph(pool):
+    assert pool(1).run(_static_graph)[0] == [False, False, True, False, False]
+
+
 def test_ddp_arranges_its_buckets_before_the_first_step(pool):
     first, second = pool(1).run(_buckets, True)[0]
     assert first == second == [[2], [1, 0]]

@@ -230,10 +230,18 @@ class Coordinator:
                 "gradients, in no_sync or not. Evaluate under torch.no_grad(), or after the block."
             )
         self._num_present = round(count)
-        if count and not present:
+        if count and self._has_absent:
             number, flags = divmod(round(total / count), _FLAG_VALUES)
-            if self._parts[number].reductions is not None:
-                self._reductions(number).match_forward(flags)
+            reductions = self._parts[number].reductions
+            if reductions is not None and reductions.learns_graph(flags):
+                self._is_aborted = True
+                raise FaultError(
+                    "`static_graph=True` needs all workers in DistributedDataParallel's first step, "
+                    f"got data on {self._num_present} of {len(self._members)}. Leave it out, or "
+                    "make a first step with data on every worker."
+                )
+            if reductions is not None and not present:
+                reductions.match_forward(flags)
         return self._num_present
 
     def _send_header(self, code: int, numel: int) -> None:

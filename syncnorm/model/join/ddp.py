@@ -81,6 +81,11 @@ class Reductions:
         """Have DDP broadcast buffers from a worker that has data, or from rank 0 as usual."""
         self._ddp._join_config = self._ddp._join_config._replace(enable=has_absent)
 
+    def learns_graph(self, flags: int) -> bool:
+        """True if a forward with these flags begins the step in which DDP learns a static graph."""
+        is_step = flags & (GRADIENTS | SYNC) == GRADIENTS | SYNC
+        return is_step and undocumented.is_before_static_graph(self._ddp)
+
     def match_forward(self, flags: int) -> None:
         """Make the exchanges of DDP in a forward of the others."""
         self.wait()
