@@ -103,7 +103,7 @@ def open_regular(path: Path, *, follows_links: bool = False) -> BinaryIO:
         OSError: it cannot be opened, or is a link, a folder, a pipe or a device.
     """
     if follows_links:
-        path = path.resolve()
+        path = Path(os.path.realpath(path))  # pathlib raises at links in a circle
     return os.fdopen(regular(path, os.O_RDONLY), "rb")
 
 
