@@ -55,7 +55,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     sources = {id(m.statistics): m.statistics for m in layers}.values()
     if any(source.is_accumulating for source in sources):
         raise InputError(
-            "`model` must not be accumulating already, got one within its own block. Use one block."
+            "`model` must not be accumulating already, got one within its own block, or in a step "
+            "of an ElasticBatchSampler with `micro_batch`. Use one block, or call `advance`."
         )
     # Layers of a common pool take the block as one long step; any other collects its own moments.
     steps = [source.steps for source in sources if source.steps is not None]

@@ -58,7 +58,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
     *Cursor*: `epoch` and `step` count what the loop has told by `advance` that it has done, not
     what a DataLoader has fetched ahead. Iteration begins there.
 
-    *Collectives*: those of `attach`, and of `advance` where steps have several rounds.
+    *Collectives*: those of `attach`, and of `advance` where it ends steps of several statistics.
 
     Args:
         size: number of samples in the data set.
@@ -197,8 +197,8 @@ class ElasticBatchSampler(Sampler[list[int]]):
 
         Each training forward is of the batch at the cursor. The layers take each statistic over
         `norm_batch` samples, alone or with neighbouring workers; stand-ins have no weight; and a
-        step of several rounds makes one update of the running statistics, with `advance`, as
-        within `accumulate`.
+        step of several statistics makes one update of the running statistics with `micro_batch`: at
+        its last `advance`, as within `accumulate`. Until then they are those before the step.
 
         *Collectives*: two all-gathers of some bytes, and the creation of groups. Every worker must
         call, after `prepare_ddp` and before DistributedDataParallel wraps the model.
@@ -262,8 +262,9 @@ class ElasticBatchSampler(Sampler[list[int]]):
     def advance(self) -> None:
         """Move the cursor: the loop is done with a batch. Call it after each, on every worker.
 
-        *Collectives*: none without `micro_batch`. Else, at a step's last batch, one message of the
-        running statistics for each model attached, which is not waited for.
+        *Collectives*: none without `micro_batch`, or where a step is one statistic. Else, at a
+        step's last batch, one message of the running statistics for each model attached, which is
+        not waited for.
         """
         placed = self._attached()
         for each in placed:

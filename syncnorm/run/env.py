@@ -187,9 +187,12 @@ def trial_environment(*, has_code: bool) -> dict[str, str]:
     Args:
         has_code: True if modules of the working folder may be imported.
     """
-    here, tree = str(Path.cwd()), str(Path(__file__).resolve().parents[2])
+    # Not resolved: the package may be a link in the working folder.
+    here, tree = str(Path.cwd()), str(Path(__file__).parents[2])
     # Ray sets OMP_NUM_THREADS to the number of CPUs, and the path of modules in `sys.path` alone.
-    places = [place for place in sys.path if place and (has_code or place != here or here == tree)]
+    places = [place for place in sys.path if place and (place != here or here == tree)]
+    if has_code and here != tree:
+        places.append(here)  # last: a module there may have the name of one that we import
     return {**os.environ, **_WORKER, **_MALLOC, "PYTHONPATH": os.pathsep.join(places)}
 
 

@@ -146,10 +146,11 @@ def check_resumable(config: Config, source: Path | str) -> Path:
             "grow."
         )
     record = folder / "metrics.jsonl"
-    if record.exists() and (record.is_symlink() or not record.is_file()):
+    # Also a link that leads nowhere, which does not `exist`.
+    if os.path.lexists(record) and (record.is_symlink() or not record.is_file()):
         raise ConfigError(
-            f"`--resume`: {str(record)!r} must be a file, which the run adds to, got a link or a "
-            "pipe. Put a copy in its place."
+            f"`--resume`: {str(record)!r} must be a file, which the run adds to, got a link, a "
+            "folder or a pipe. Put a copy in its place, or nothing."
         )
     if is_url(str(source)):
         claim(str(source).rstrip("/"), (folder / "config.yaml").read_text(encoding="utf-8"))

@@ -283,6 +283,14 @@ class LaggedSource(PooledSource):
             self._backward = Backward()
             self._gradients = {}
 
+    def keep(self) -> None:
+        """Remember what the step has collected so far."""
+        self.pool.keep()
+
+    def undo(self) -> None:
+        """Forget what the step has collected since `keep`."""
+        self.pool.undo()
+
     def settle(self) -> None:
         self.pool.settle()
         if self._sent is not None:

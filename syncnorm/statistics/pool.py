@@ -14,7 +14,7 @@ applied, what was written stays.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -95,7 +95,7 @@ class RunningPool:
         self._sync = sync
         self._buffers = (*_BUFFERS, *buffers)
         self._follow = follow
-        self._collected = Collected()
+        self._collected = self._kept = Collected()
         self._sent: Sent | None = None
         self._fault: str | None = None
         self.failure: exchange.Failure | None = None
@@ -175,6 +175,15 @@ class RunningPool:
     def drop(self) -> None:
         """Forget what a step has collected and not sent."""
         self._collected = Collected()
+
+    def keep(self) -> None:
+        """Remember what a step has collected so far."""
+        now = self._collected
+        self._kept = replace(now, sums=dict(now.sums), faults=dict(now.faults))
+
+    def undo(self) -> None:
+        """Forget what a step has collected since `keep`."""
+        self._collected, self._kept = self._kept, Collected()
 
     def send(self) -> None:
         """Send what was collected, for all layers, on its way. Every worker must call."""

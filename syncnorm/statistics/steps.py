@@ -4,8 +4,8 @@
     layers run        each leaves the sums of its batch
     forward ends      what was left is sent, for all layers in one message
 
-What one step has collected is dropped whole if the forward raises. Within `accumulate`, several
-forwards are one step, which the block delimits.
+What one step has collected is dropped whole if the forward raises. Within `accumulate`, or a step of
+a sampler, several forwards are one step, which loses what a forward that raises has left.
 """
 
 from __future__ import annotations
@@ -44,6 +44,14 @@ class StepListener(Protocol):
         """Forget what the step has collected and not sent."""
         ...
 
+    def keep(self) -> None:
+        """Remember what the step has collected so far."""
+        ...
+
+    def undo(self) -> None:
+        """Forget what the step has collected since `keep`."""
+        ...
+
 
 class Steps:
     """Tells a listener where the steps of its model begin and end."""
@@ -79,14 +87,18 @@ class Steps:
             return
         self.is_open = False
         if begins:
-            if not self.is_held:
+            if self.is_held:
+                self.listener.keep()
+            else:
                 self.listener.begin()
             self.is_open, self._handled = True, sys.exc_info()[1]
         elif begins is None:
             # Called for a forward that raised, too, while its exception is being handled.
             has_raised = sys.exc_info()[1] is not self._handled
             self._handled = None
-            if not has_raised and not self.is_held:
+            if has_raised and self.is_held:
+                self.listener.undo()
+            elif not has_raised and not self.is_held:
                 self.listener.send()
 
     def __getstate__(self) -> dict[str, object]:

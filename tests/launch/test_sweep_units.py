@@ -252,4 +252,4 @@ def test_a_trial_finds_modules_of_the_working_folder_where_code_was_allowed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(tmp_path), "/elsewhere"])
     places = env.trial_environment(has_code=has_code)["PYTHONPATH"].split(os.pathsep)
-    assert places == [str(tmp_path), "/elsewhere"][not has_code :]
+    assert places == ["/elsewhere", *[str(tmp_path)] * has_code]

@@ -195,6 +195,30 @@ def test_with_other_settings_of_ddp(pool, kind, ddp):
     _hold(got, [1, 3], kind)
 
 
+def _evaluates_the_wrapper(ddp: dict[str, object]) -> list[float]:
+    torch.manual_seed(0)
+    rank = dist.get_rank()
+    model = nn.Sequential(nn.Linear(2, 3), SyncBatchNorm(3), nn.Linear(3, 2)).double()
+    wrapped = DistributedDataParallel(prepare_ddp(model), **ddp)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with join(wrapped, optimizer):
+        for i in range(3 if rank == 0 else 1):
+            with torch.no_grad():
+                wrapped.eval()(torch.ones(2, 2).double())
+            x = torch.full((4, 2), float(rank + i)).double() + torch.arange(4)[:, None]
+            optimizer.zero_grad()
+            wrapped.train()(x).square().mean().backward()
+            optimizer.step()
+    return [float(each.sum()) for each in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("ddp", [{}, {"static_graph": True}], ids=str)
+def test_an_evaluation_of_the_wrapper_exchanges_nothing(pool, ddp):
+    """Where a worker has no data any more, DDP would ask the others in each forward."""
+    first, second = pool(2).run(_evaluates_the_wrapper, ddp)
+    assert first == second
+
+
 @pytest.mark.parametrize("counts", [[3, 0], [1, 2, 0]], ids=str)
 def test_a_static_graph_is_learned_by_all_workers(pool, counts):
     """Before it is known DDP makes exchanges that the others cannot make for a worker."""

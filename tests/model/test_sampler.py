@@ -442,6 +442,43 @@ def test_several_forwards_of_a_batch_are_one_update_on_any_number_of_workers(poo
                 assert torch.allclose(state[key], value, atol=1e-12, rtol=0), key
 
 
+class _FailsOnce(nn.Module):
+    """Between two layers."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.left = at
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            raise ValueError("no memory")
+        return x
+
+
+def _retried(at: int) -> dict[str, Tensor]:
+    data = torch.randn(24, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data += torch.arange(24.0)[:, None]
+    sampler = ElasticBatchSampler(24, 8, norm_batch=2, micro_batch=2, shuffle=False)
+    a, b = (SyncBatchNorm(3, dtype=torch.float64) for _ in range(2))
+    model = sampler.attach(prepare_ddp(nn.Sequential(a, _FailsOnce(at), b)))
+    for indices in sampler:
+        try:
+            model(data[indices])
+        except ValueError:
+            model(data[indices])
+        sampler.advance()
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_forward_that_raises_is_no_part_of_its_step(pool, world_size):
+    (expected,) = pool(1).run(_retried, 0)
+    for state in pool(world_size).run(_retried, 2):
+        for key, value in expected.items():
+            assert torch.allclose(state[key], value, atol=1e-12, rtol=0), key
+
+
 def _rounds_by_hand(is_attached: bool) -> dict[str, Tensor]:
     """Two steps, by a sampler or by `accumulate`; with it a first one that broke off and came again."""
     data = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

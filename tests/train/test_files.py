@@ -224,8 +224,10 @@ def test_a_record_that_is_a_link_is_read_and_not_resumed(tmp_path):
     (tmp_path / "kept").write_text('{"event": "step", "step": 7}\n')
     (tmp_path / "metrics.jsonl").symlink_to("kept")
     assert last_step(tmp_path / "metrics.jsonl") == 7
-    with pytest.raises(ConfigError, match=r"metrics.jsonl' must be a file, .*, got a link"):
-        check_resumable(config, tmp_path)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"metrics.jsonl' must be a file, .*, got a link"):
+            check_resumable(config, tmp_path)
+        (tmp_path / "kept").unlink(missing_ok=True)  # then it leads nowhere
 
 
 @pytest.mark.parametrize("left", ["", '{"event": "step", "step": 1}\n'])

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from syncnorm.errors import ConfigError
 from syncnorm.train.data.inputs import Standardise
 from syncnorm.train.data.sources.arrays import npy, npz
-from syncnorm.train.data.sources.huggingface import hf
+from syncnorm.train.data.sources.huggingface import _decoded, hf
 from syncnorm.train.data.sources.table import csv
 
 from .files import inputs_of, samples_of, targets_of, write_csv
@@ -473,6 +473,13 @@ def test_images_of_hugging_face_are_what_its_package_decodes(tmp_path):
     splits = hf(tmp_path / "set", input="image", target="label", size=4, **plain)
     middle = torch.from_numpy(expected[1:5].copy()) / 255
     assert torch.allclose(splits.train[0][0][0], middle, atol=1e-6)
+
+
+def test_an_image_whose_orientation_cannot_be_read_stays_as_it_is():
+    image_module = pytest.importorskip("PIL.Image")
+    encoded = io.BytesIO()
+    image_module.new("RGB", (8, 6)).save(encoded, "PNG", exif=b"Exif\0\0garbage12")
+    assert _decoded(encoded.getvalue(), "row 1", "L").size == (8, 6)
 
 
 def test_targets_of_hugging_faces_columns(tmp_path):

@@ -61,8 +61,8 @@ def busy(layer: SyncNorm) -> str | None:
     """The reason why a layer must stay what it is for now; None if there is none."""
     if layer.statistics.is_busy:
         return (
-            "is used by accumulate, evaluation_statistics or recalibrate; wait for the end of its "
-            "block"
+            "is used by accumulate, evaluation_statistics or recalibrate, or in a step of an "
+            "ElasticBatchSampler; wait for the end of the block, or call `advance`"
         )
     return (
         None

@@ -131,6 +131,8 @@ class Coordinator:
         """Count the workers that have data. This one has, since it begins a forward."""
         flags = part.flags(module)
         if not flags:
+            if part.reductions is not None:
+                part.reductions.set_has_absent(False)  # else DDP has an exchange of its own
             return
         self._count_present(1.0, part.number * _FLAG_VALUES + flags)
         self._steps += 1

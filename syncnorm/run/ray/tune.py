@@ -168,7 +168,7 @@ def _started(folder: Path, allowed: Sequence[str]) -> Iterator[subprocess.Popen[
     (folder / "logs").mkdir(exist_ok=True)
     options = [word for package in allowed for word in ("--allow", package)]
     # By itself Python looks for modules in the working folder before all others.
-    program = [sys.executable, *([] if allowed else ["-P"]), "-m", "syncnorm"]
+    program = [sys.executable, "-P", "-m", "syncnorm"]
     command = [*program, "train", "--resume", str(folder), *options]
     (folder / "exit.json").unlink(missing_ok=True)
     remove_link(folder / _LOG)

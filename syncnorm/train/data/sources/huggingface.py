@@ -1,5 +1,6 @@
 """Data sets of Hugging Face's package `datasets`, saved on disk."""
 
+import contextlib
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +80,10 @@ def _encoded(image: Any, name: str) -> bytes:
 
 def _decoded(encoded: bytes, name: str, mode: str | None) -> Any:
     """Decode an image as `datasets` does: turned by its EXIF orientation, and in a mode of Pillow."""
-    image = load_module("PIL.ImageOps", INSTALL).exif_transpose(open_image(BytesIO(encoded), name))
+    image = open_image(BytesIO(encoded), name)
+    # What is wrong with it raises anything, as in `open_image`. The pixels have been read.
+    with contextlib.suppress(Exception):
+        image = load_module("PIL.ImageOps", INSTALL).exif_transpose(image)
     return image if mode in (None, image.mode) else image.convert(mode)
 
 

@@ -22,7 +22,7 @@ SUFFIXES = (
     *(".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg"),
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
-# Not read: Pillow needs more for them, or they are not of 8 bits for each channel.
+# Not looked for in folders: not every Pillow reads them, or they are not of 8 bits for each channel.
 _OTHERS = (
     ".avif",
     ".dcm",
@@ -38,7 +38,7 @@ _OTHERS = (
 )
 # By content, whatever the suffix: on PostScript Pillow would start Ghostscript.
 _FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO"),
+    *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000"),
     *("PCX", "PNG", "PPM", "TGA", "TIFF", "WEBP"),
 )
 _log = logging.getLogger(__name__)
