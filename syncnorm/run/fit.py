@@ -2,7 +2,9 @@
 
 import itertools
 import signal
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -29,6 +31,7 @@ from syncnorm.train.data.splits import Splits
 __all__ = ["Callback", "Result", "fit"]
 
 _calls = itertools.count(1)
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,24 @@ class Result:
     metrics: dict[str, dict[str, float]]
 
 
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Refuse a call while another thread makes one.
+
+    Workers learn of their run by the environment of this process, and of what is given by one table.
+    """
+    if not _lock.acquire(blocking=False):
+        raise ConfigError(
+            "`fit` must be called by one thread of a program at a time, got a call while another is "
+            "under way. Make the calls one after the other, or in processes of their own."
+        )
+    try:
+        yield
+    finally:
+        _lock.release()
+
+
+@_alone()
 def fit(
     config: str | Path | Mapping[str, Any] | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from syncnorm import rng
 from syncnorm.errors import SyncnormError
 from syncnorm.model.lints import Call, decay_lints, model_lints, recorded_calls
 from syncnorm.model.sample import uncompiled
@@ -16,7 +17,7 @@ from syncnorm.train import buffers
 from syncnorm.train.data.batches import tensors_of
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.notes import Flags
-from syncnorm.train.setup import Setup
+from syncnorm.train.setup import Setup, step_seed
 from syncnorm.train.step import StepBatch, StepResult, one_update, training_step
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.waiting import from_all
@@ -37,8 +38,20 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
     """
     slots = setup.shared_buffers.slots
     before = {name: value.clone() for name, value in buffers.values(slots).items()}
+    with rng.kept():
+        rng.seed_all(step_seed(setup.config.train.seed, batch.step, setup.workers.rank))
+        undrawn = torch.get_rng_state()
     with _recorded(setup) as calls:
         result = training_step(setup, batches, batch, flags)
+    # Of layers of dropout a line has spoken already.
+    is_told = any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in setup.model.modules()
+    )
+    if any(from_all(not torch.equal(torch.get_rng_state(), undrawn))) and not is_told:
+        _log.warning(
+            "the model or the loss draws random numbers: they depend on the number of workers, and "
+            "so does the run"
+        )
     for lint in model_lints(setup.model, calls):
         _log.warning("%s", lint)
     for lint in decay_lints(setup.model, calls, setup.optimizer):

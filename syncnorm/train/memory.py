@@ -190,9 +190,42 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
         less = _peak(trial, partial(loss_of, fewer), workers.device)
         more = _peak(trial, partial(loss_of, batch), workers.device)
         per_sample = max(per_sample, (more - less) // (count - half))
+    # A loss that gathers has the samples of others then.
+    looks_across = getattr(task, "needs_whole_step", False)
+    if not looks_across and _leaves_a_worker_empty(config, workers.world_size, feed.sizes[TRAIN]):
+        _try_empty(terms_of, feed.load(TRAIN, indices[:0], epoch=1), workers.world_size)
     if judged is not None:
         _try_metrics(config, workers, trial, task, judged)
     return per_sample
+
+
+def _try_empty(
+    terms_of: Callable[[Any], dict[str, tuple[Tensor, Any]]], batch: Any, world_size: int
+) -> None:
+    """Try the loss of a batch without samples, which comes at the end of an epoch at the latest.
+
+    Raises:
+        ConfigError: it raises, or is not finite.
+    """
+    rule = (
+        "`task.name` and `model.name` must take a batch without samples, which some of "
+        f"{world_size} workers have in a short step, and give a finite loss, got "
+    )
+    try:
+        terms = terms_of(batch)
+    except ConfigError:
+        raise
+    except Exception as error:  # code of a user's may raise anything
+        raise ConfigError(
+            f"{rule}{in_one_line(error)}. Name sizes in place of -1 in reshape and view; or take "
+            "fewer workers, or another train.global_batch."
+        ) from error
+    bad = [name or "the loss" for name, (total, _) in terms.items() if not total.isfinite()]
+    if bad:
+        raise ConfigError(
+            f"{rule}one that is not in {', '.join(bad)}. A mean over nothing is NaN: give "
+            'reduction="sum".'
+        )
 
 
 def _warn_of_means(
@@ -352,14 +385,23 @@ def _most_samples(config: Config, world_size: int, size: int) -> int:
     Raises:
         ConfigError: `launch.micro_batch` is too small for one of them.
     """
+    return max(_forward_sizes(config, world_size, size, rank=0))
+
+
+def _leaves_a_worker_empty(config: Config, world_size: int, size: int) -> bool:
+    return any(0 in _forward_sizes(config, world_size, size, rank) for rank in range(world_size))
+
+
+def _forward_sizes(config: Config, world_size: int, size: int, rank: int) -> list[int]:
+    """List the samples of a worker's forwards in a whole step and in an epoch's last one."""
     global_batch, micro_batch = config.train.global_batch, config.launch.micro_batch
     counts = {min(global_batch, size), (size - 1) % global_batch + 1}
     if config.norm.mode.pools_each_batch():
-        steps = [place_checked(n, config.norm_batch, 0, world_size, micro_batch) for n in counts]
+        steps = [place_checked(n, config.norm_batch, rank, world_size, micro_batch) for n in counts]
     else:
-        steps = [place_local(n, 0, world_size, micro_batch) for n in counts]
+        steps = [place_local(n, rank, world_size, micro_batch) for n in counts]
     forwards = [parts for step in steps for parts in step.rounds]
-    return max(sum(part.stop - part.start for part in parts) for parts in forwards)
+    return [sum(part.stop - part.start for part in parts) for parts in forwards]
 
 
 def available_bytes(config: Config, workers: Workers, started: int) -> float:

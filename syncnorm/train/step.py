@@ -220,8 +220,11 @@ def raise_read_failure(message: str) -> None:
 
 def _one_update(setup: Setup, placement: Placement) -> AbstractContextManager[Any]:
     # One forward makes one update by itself, and sends its message while the backward pass runs.
-    # All workers must send it at the same point, also one that has fewer forwards than others.
-    return one_update(setup.model) if placement.has_rounds else nullcontext()
+    # All workers must send it at the same point, also one that has fewer forwards than others; and
+    # how many a worker has depends on how many workers there are, while a task may call the model
+    # several times in each.
+    is_one = placement.has_rounds or setup.statistic_groups is not None
+    return one_update(setup.model) if is_one else nullcontext()
 
 
 def one_update(model: nn.Module) -> AbstractContextManager[Any]:

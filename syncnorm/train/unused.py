@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import undocumented
 from syncnorm.comm import exchange, groups
+from syncnorm.errors import ConfigError
 
 
 class Gradients:
@@ -31,6 +32,8 @@ class Gradients:
             for name, p in ddp.module.named_parameters()
             if p.requires_grad and name not in ignored
         ]
+        # Neither DDP nor the optimizer knows these.
+        self._frozen = {n: p for n, p in ddp.module.named_parameters() if not p.requires_grad}
         self._before: list[tuple[Tensor | None, int]] = []
         self._unused: list[int] = []
         # DDP refuses zeros for a gradient that is to be sparse.
@@ -38,7 +41,18 @@ class Gradients:
             undocumented.arrange_buckets(ddp, self._parameters)
 
     def begin(self) -> None:
-        """Note the gradients before the backward pass in which DDP sums them."""
+        """Note the gradients before the backward pass in which DDP sums them.
+
+        Raises:
+            ConfigError: a parameter that was frozen when the run began is not any more.
+        """
+        if thawed := [name for name, p in self._frozen.items() if p.requires_grad]:
+            more = f" and {len(thawed) - 3} more" if len(thawed) > 3 else ""
+            raise ConfigError(
+                "`model` must have all parameters that are ever trained as ones that require a "
+                f"gradient when it is made, got some that do so later: {', '.join(thawed[:3])}{more}. "
+                "To train them later, freeze them in a callback's `on_start`."
+            )
         self._before = [(p.grad, _version(p.grad)) for p in self._parameters]
 
     def complete(self) -> bool:

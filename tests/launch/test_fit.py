@@ -221,6 +221,14 @@ def test_a_class_is_sent_whose_attributes_have_names_of_torchs_modules():
     assert done.returncode == 0, done.stderr
 
 
+def test_a_second_thread_is_refused(monkeypatch):
+    """Workers find their run by the environment of the process."""
+    from syncnorm.run import fit
+
+    with fit._alone(), pytest.raises(ConfigError, match="by one thread of a program at a time"):
+        syncnorm.fit("digits")
+
+
 @pytest.mark.parametrize("name", ["fit", "load"])
 def test_what_is_not_installed_is_named(name):
     code = f"import sys; sys.modules['pydantic'] = None; import syncnorm; syncnorm.{name}"

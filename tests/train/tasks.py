@@ -273,6 +273,58 @@ class OtherTerms:
         return {}
 
 
+class Crossed:
+    """Cross entropy, as one writes it."""
+
+    best = ""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        x, y = batch
+        return F.cross_entropy(model(x), y, reduction="sum"), len(y)
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, tuple[Tensor, int]]:
+        return {"loss": Crossed.loss(self, model, batch)}
+
+
+class TwoViews(Crossed):
+    """Calls the model three times."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        x, y = batch
+        apart = (model(x) - model(-x)).square().sum()
+        return apart + F.cross_entropy(model(x), y, reduction="sum"), len(y)
+
+
+class MeanTimesCount(Crossed):
+    """NaN without samples."""
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, int]:
+        x, y = batch
+        return F.cross_entropy(model(x), y) * len(y), len(y)
+
+
+class Thawing(Perceptron):
+    """Begins to train a part in its third training forward."""
+
+    def __init__(self, num_classes: int, norm_layer, **_) -> None:
+        super().__init__(num_classes, norm_layer)
+        self.hidden.requires_grad_(False)
+        self.forwards = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.forwards += self.training
+        if self.forwards == 5:
+            self.hidden.requires_grad_(True)
+        return super().forward(x)
+
+
+class Folding(Perceptron):
+    """Has no shape for nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.view(len(x), -1))
+
+
 class Contrast:
     """A contrastive loss of each row against all rows of the step, by two views of it."""
 

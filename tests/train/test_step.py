@@ -252,6 +252,10 @@ SHARED = "center, shift, is_bright, seen, queue, first"
             ],
         ),
         (
+            ["model.name=tests.train.nets:Drawing"],
+            ["the model or the loss draws random numbers"],
+        ),
+        (
             ["model.name=tests.train.nets:Routed"],
             [UNUSED],
         ),

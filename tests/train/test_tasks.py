@@ -520,3 +520,49 @@ def test_without_a_validation_set_nothing_is_chosen(pool, section, key):
     for message in pool(2).run(runs.refused_sections, options):
         assert f"`{section}.{next(iter(key))}` must be left out" in message
         assert "Set data.validation" in message
+
+
+@pytest.mark.parametrize(
+    "launch", [{}, {"micro_batch": 4}, {"micro_batch": 12}], ids=["whole", "small", "large"]
+)
+def test_a_task_that_calls_the_model_again_is_the_same_on_any_number_of_workers(
+    pool, tmp_path, launch
+):
+    """The running statistics of several statistics follow once a step."""
+    options = sections("Perceptron", "rows", {"name": f"{TASKS}:TwoViews"}, launch=launch)
+    options["train"] |= {"epochs": 1, "norm_batch": 4}
+    found: list[dict[str, float]] = []
+    for world_size in (1, 2, 3):
+        (folder := tmp_path / str(world_size)).mkdir()
+        (outcome, _), *_ = pool(world_size).run(runs.train_sections, str(folder), options)
+        found.append(outcome.metrics["test"])
+    assert found[1:] == [pytest.approx(found[0], rel=1e-9)] * 2
+
+
+@pytest.mark.parametrize(
+    ("net", "task", "got"),
+    [
+        (
+            "Perceptron",
+            f"{TASKS}:MeanTimesCount",
+            "one that is not in the loss. A mean over nothing",
+        ),
+        ("Folding", "classify", "RuntimeError: cannot reshape tensor of 0 elements"),
+    ],
+)
+def test_a_part_without_samples_is_tried_before_the_first_step(pool, tmp_path, net, task, got):
+    """It would come at the end of an epoch: 301 samples are 12 steps, and one of 13."""
+    options = sections(net, "rows", {"name": task}, train={"global_batch": 60, "epochs": 1})
+    for message in pool(2).run(runs.refused_sections, options):
+        assert "must take a batch without samples, which some of 2 workers have" in message
+        assert got in message
+    options["train"]["global_batch"] = 24
+    (outcome, _), *_ = pool(2).run(runs.train_sections, str(tmp_path), options)
+    assert outcome.is_done
+
+
+def test_parameters_that_are_to_be_trained_later_are_there_from_the_start(pool):
+    """Neither DDP nor the optimizer would know them, and a clipped gradient would differ."""
+    options = sections("Thawing", "rows", train={"clip": 0.1})
+    for message in pool(2).run(runs.failed_sections, options):
+        assert "got some that do so later: hidden.weight. To train them later, freeze" in message
