@@ -47,7 +47,7 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
     is_told = any(
         isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in setup.model.modules()
     )
-    if any(from_all(not torch.equal(torch.get_rng_state(), undrawn))) and not is_told:
+    if not (is_told or torch.equal(torch.get_rng_state(), undrawn)):
         _log.warning(
             "the model or the loss draws random numbers: they depend on the number of workers, and "
             "so does the run"
