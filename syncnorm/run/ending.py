@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from syncnorm.train.files import open_regular, write_text_whole
+from syncnorm.train.files import read_regular, write_text_whole
 from syncnorm.train.metrics import json_value
 
 
@@ -39,8 +39,7 @@ class Exit:
 def read_exit(folder: Path) -> Exit | None:
     """Read `exit.json`; None while the run goes on, or after it was killed."""
     try:
-        with open_regular(folder / "exit.json", follows_links=True) as file:
-            end = Exit(**json.load(file))
+        end = Exit(**json.loads(read_regular(folder / "exit.json", follows_links=True)))
         step = int(end.step)
         metrics = {
             split: {name: float(value) for name, value in each.items()}

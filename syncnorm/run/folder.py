@@ -15,7 +15,7 @@ from syncnorm.train.checkpoint.capture import describe_differences
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.section import is_url
-from syncnorm.train.files import open_regular, regular, remove, write_text_whole
+from syncnorm.train.files import read_regular, regular, remove, write_text_whole
 from syncnorm.train.storage import LOCAL_ROOT, read_origin, write_origin
 from syncnorm.train.storage.fetch import claim, disclaim, local_copy
 from syncnorm.train.storage.mirror import open_mirror
@@ -101,8 +101,7 @@ def find_relaunched(config: Config, launch: str) -> Path | None:
     folders = []
     for note in local_root(config).glob("*/launch.json"):
         try:
-            with open_regular(note) as file:
-                is_same = json.load(file) == {"launch": launch}
+            is_same = json.loads(read_regular(note)) == {"launch": launch}
         except (OSError, ValueError):
             continue
         end = read_exit(note.parent)
@@ -146,8 +145,7 @@ def check_resumable(config: Config, source: Path | str) -> Path:
             "grow."
         )
     record = folder / "metrics.jsonl"
-    # Also a link that leads nowhere, which does not `exist`.
-    if os.path.lexists(record) and (record.is_symlink() or not record.is_file()):
+    if record.is_symlink() or (record.exists() and not record.is_file()):
         raise ConfigError(
             f"`--resume`: {str(record)!r} must be a file, which the run adds to, got a link, a "
             "folder or a pipe. Put a copy in its place, or nothing."
@@ -183,8 +181,8 @@ def lock(folder: Path) -> Any:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     try:
-        with open_regular(folder / "config.yaml", follows_links=True) as file:
-            recorded = strict_yaml.parse(file.read().decode(), "config.yaml")
+        text = read_regular(folder / "config.yaml", follows_links=True).decode()
+        recorded = strict_yaml.parse(text, "config.yaml")
     except (OSError, ValueError):
         return None
     return recorded if isinstance(recorded, dict) else None

@@ -17,7 +17,7 @@ from syncnorm.train import buffers
 from syncnorm.train.data.batches import tensors_of
 from syncnorm.train.data.feed import TRAIN, Feed
 from syncnorm.train.notes import Flags
-from syncnorm.train.setup import Setup, step_seed
+from syncnorm.train.setup import Setup, active_dropout, step_seed
 from syncnorm.train.step import StepBatch, StepResult, one_update, training_step
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.waiting import from_all
@@ -44,10 +44,7 @@ def first_step(setup: Setup, batches: Iterator[Any], batch: StepBatch, flags: Fl
     with _recorded(setup) as calls:
         result = training_step(setup, batches, batch, flags)
     # Of layers of dropout a line has spoken already.
-    is_told = any(
-        isinstance(m, nn.modules.dropout._DropoutNd) and m.p for m in setup.model.modules()
-    )
-    if not (is_told or torch.equal(torch.get_rng_state(), undrawn)):
+    if not (active_dropout(setup.model) or torch.equal(torch.get_rng_state(), undrawn)):
         _log.warning(
             "the model or the loss draws random numbers: they depend on the number of workers, and "
             "so does the run"

@@ -107,6 +107,12 @@ def open_regular(path: Path, *, follows_links: bool = False) -> BinaryIO:
     return os.fdopen(regular(path, os.O_RDONLY), "rb")
 
 
+def read_regular(path: Path, *, follows_links: bool = False) -> bytes:
+    """Read what `open_regular` opens."""
+    with open_regular(path, follows_links=follows_links) as file:
+        return file.read()
+
+
 def remove(path: Path) -> None:
     """Remove a file, a link or a whole folder, as far as possible."""
     if path.is_dir() and not path.is_symlink():

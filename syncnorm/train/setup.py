@@ -417,13 +417,17 @@ def _attach_statistic_groups(config: Config, model: nn.Module) -> StatisticGroup
     return statistic_groups
 
 
-def _warn_of_dropout(model: nn.Module) -> None:
-    active = [
+def active_dropout(model: nn.Module) -> list[str]:
+    """Names of the layers of dropout that drop something."""
+    return [
         name
         for name, m in model.named_modules()
         if isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0
     ]
-    if active:
+
+
+def _warn_of_dropout(model: nn.Module) -> None:
+    if active := active_dropout(model):
         _log.warning(
             "dropout at %s: its noise depends on the number of workers, and so does the run",
             ", ".join(active),

@@ -8,6 +8,7 @@ from ray.train.v2._internal.execution.controller.state import TrainControllerSta
 
 from syncnorm.run.ending import read_exit
 from syncnorm.run.ray.worker import RESIZE
+from syncnorm.train.files import open_to_write
 
 _POLL_SECONDS = 0.1
 
@@ -34,7 +35,7 @@ class SaveBeforeResize(ControllerCallback):
         if type(current_state).__name__ != "ResizingState":
             return
         ask = self._folder / RESIZE
-        ask.touch()
+        open_to_write(ask).close()
         deadline = time.monotonic() + self._patience
         # exit.json is written once the checkpoint is on disk.
         while read_exit(self._folder) is None and time.monotonic() < deadline:

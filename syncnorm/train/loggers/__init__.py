@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.callables import resolve
 from syncnorm.train.config.schema import LOGGERS, Config
-from syncnorm.train.files import open_regular, write_text_whole
+from syncnorm.train.files import read_regular, write_text_whole
 from syncnorm.train.loggers.guarded import GuardedLogger
 
 IDS = "loggers.json"
@@ -63,8 +63,7 @@ class LoggedRun:
 
     def _ids(self) -> dict[str, str]:
         try:
-            with open_regular(self.folder / IDS) as file:
-                found = json.load(file)
+            found = json.loads(read_regular(self.folder / IDS))
         except (OSError, ValueError):
             return {}
         # The folder may be somebody else's.

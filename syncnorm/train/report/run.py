@@ -9,7 +9,7 @@ from typing import Any
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config import strict_yaml
-from syncnorm.train.files import open_regular
+from syncnorm.train.files import read_regular
 from syncnorm.train.report.events import Events, read_events
 
 
@@ -119,8 +119,7 @@ def _read_exit(path: Path) -> tuple[str | None, str]:
 
 def _read_text(path: Path) -> str:
     try:
-        with open_regular(path, follows_links=True) as file:
-            return file.read().decode()
+        return read_regular(path, follows_links=True).decode()
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

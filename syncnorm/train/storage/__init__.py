@@ -13,7 +13,7 @@ from typing import TypeGuard
 from syncnorm.errors import ConfigError
 from syncnorm.train.checkpoint.store import CHECKPOINTS
 from syncnorm.train.config.section import check_path_or_url, is_url
-from syncnorm.train.files import open_regular, write_text_whole
+from syncnorm.train.files import read_regular, write_text_whole
 
 # In the run's folder: the address that it is copied to.
 ORIGIN = "storage.json"
@@ -41,8 +41,7 @@ def read_origin(folder: Path) -> str | None:
         ConfigError: it is not the address of this run. The folder may be somebody else's, or a copy.
     """
     try:
-        with open_regular(folder / ORIGIN) as file:
-            url = json.load(file)["url"]
+        url = json.loads(read_regular(folder / ORIGIN))["url"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError):

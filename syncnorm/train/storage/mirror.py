@@ -13,7 +13,7 @@ from pathlib import Path
 from syncnorm.errors import SyncnormError, in_one_line
 from syncnorm.train.checkpoint.snapshot import MANIFEST
 from syncnorm.train.checkpoint.store import BEST, CHECKPOINTS, CheckpointStore, read_mark
-from syncnorm.train.files import open_regular
+from syncnorm.train.files import read_regular
 from syncnorm.train.storage import (
     LAST_RECORDS,
     RECORDS,
@@ -145,8 +145,7 @@ class Mirror:
             path = self._folder / name
             try:
                 facts = path.stat()
-                with open_regular(path) as file:
-                    data = file.read()
+                data = read_regular(path)
             except FileNotFoundError:
                 if name in names:  # such as the end of a run that goes on
                     remote.remove([name])
@@ -209,7 +208,6 @@ def open_mirror(folder: Path, keep: int, patience_seconds: float) -> Mirror | No
 
 def _read(path: Path) -> bytes | None:
     try:
-        with open_regular(path) as file:
-            return file.read()
+        return read_regular(path)
     except FileNotFoundError:
         return None
