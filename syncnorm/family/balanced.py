@@ -28,7 +28,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class BalancedBatchNorm(PooledBatchNorm):
     kappa: float
     num_tasks: int
     psi: nn.Parameter
+    not_by_channel: ClassVar[frozenset[str]] = frozenset({"psi"})
 
     def __init__(
         self,

@@ -165,6 +165,8 @@ class FamilyLayer(Pooling):
     """Set within `evaluation_statistics`, where it takes the place of `normalize` and `evaluate`."""
     ones: ClassVar[frozenset[str]] = frozenset({"weight", "running_var"})
     """The parameters and buffers that begin at 1; all others begin at 0."""
+    not_by_channel: ClassVar[frozenset[str]] = frozenset()
+    """The parameters and buffers whose last axis is none of channels, whatever its length."""
     scales_at_once: ClassVar[bool] = False
     """True if `normalize` and `evaluate` apply weight and bias, by `scale`."""
 

@@ -222,7 +222,7 @@ class _Online(torch.autograd.Function):
             layer.running_mean.copy_(torch.where(is_new, mean, start.mean))
             layer.running_var.copy_(torch.where(is_new, var, start.var))
             if start.averages:
-                layer.average_moments(len(x))
+                layer.average_moments(len(x) if x.numel() else 0)
             elif x.numel():
                 layer.num_batches_tracked.add_(1)
         return y
@@ -246,7 +246,8 @@ class _Online(torch.autograd.Function):
                 kept_u.copy_(torch.where(is_new, u, kept_u.double()))
                 kept_v.copy_(torch.where(is_new, v, kept_v.double()))
                 if ctx.start.averages:
-                    layer.average_gradients(len(y), torch.cat([kept_u, kept_v]).double())
+                    samples = len(y) if y.numel() else 0
+                    layer.average_gradients(samples, torch.cat([kept_u, kept_v]).double())
         return once_differentiated(grad_input, grad, y), None, None, None, None
 
 

@@ -18,6 +18,7 @@ def forward(
     Returns:
         y; 1 / sqrt(var + eps) before each sample, (N, C); mean and var after the last, (C,).
     """
+    rate = rate if x.numel() else 0.0  # samples without positions say nothing
     mu, v = x.new_zeros(2, *x.shape[:2], dtype=torch.float64)
     for block, mean_of, var_of in blocks(x, mu, v):
         mean_of.copy_(over_positions(block) / _places(x))
@@ -39,6 +40,7 @@ def backward(
     Returns:
         The gradient of x; u and v after the last sample, (C,).
     """
+    rate = rate if y.numel() else 0.0
     squares, products, means = y.new_zeros(3, *y.shape[:2], dtype=torch.float64)
     for g, block, square, product in blocks(grad, y, squares, products):
         square.copy_(over_positions(block.square()) / _places(y))

@@ -82,6 +82,7 @@ class RegionNorm(Pooling):
         Args:
             x: (N, C, *S).
             mask: weights in [0, 1], broadcastable to (N, 1, *S): 1 inside, 0 outside.
+                It is constant: it gets no gradient.
 
         Raises:
             InputError: the mask does not broadcast.

@@ -59,7 +59,7 @@ class SquareNorm(FamilyLayer):
 
         Args:
             x: (N, C, *S).
-            mask: weights >= 0, broadcastable to (N, 1, *S), of the elements in the statistics of
+            mask: constant weights >= 0, broadcastable to (N, 1, *S), of the elements in the statistics of
                 training; None: all 1.
 
         Raises:

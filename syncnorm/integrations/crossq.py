@@ -47,8 +47,9 @@ def convert_policy(
     Parameters stay the tensors that the optimizers hold. Momentum, eps, bounds, warm-up, clock and
     averages keep their values. Evaluation gives the same outputs. In training, batches are
     normalised by the biased variance, as in the paper; sb3-contrib takes the unbiased one, larger
-    by n / (n - 1). State dicts keep sb3-contrib's names: `model.save` works, and `CrossQ.load`
-    gives a policy with its layers.
+    by n / (n - 1), and after the warm-up divides by sqrt(var / r^2 + eps), which for a variance of
+    the size of eps is not sqrt(var + eps) / r, the paper's. State dicts keep sb3-contrib's names:
+    `model.save` works, and `CrossQ.load` gives a policy with its layers.
 
     *Collectives*: none. With `sync="batch"` training then pools over `process_group`, where there
     is one.

@@ -171,7 +171,11 @@ class _Reader:
             if hasattr(module, name)
         )
         (size,) = size if isinstance(size, tuple) else (size,)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        others = getattr(module, "not_by_channel", frozenset())
+        named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in named:
+            if name in others:
+                continue
             if tensor.is_floating_point() and tensor.ndim and tensor.shape[-1] == size:
                 self.put(node, x, tensor, tensor.ndim - 1, size)
         return x

@@ -120,6 +120,9 @@ def explain(
     buffers and random numbers are put back. (Forward hooks of the model's own run.) Where dropout
     comes before a batch norm it passes twice more, for the variances with dropout and without.
 
+    Messages and bytes are those after `prepare_ddp` of this model alone, which gives the messages
+    of a process group one size.
+
     *Collectives*: none, whatever the layers; one worker may call alone.
 
     Args:

@@ -446,6 +446,30 @@ def test_a_step_without_any_sample_is_not_counted(pool):
     assert pool(2).run(counted_steps, "none", *sizes) == [[1, 1, 1], [1, 1, 2]]
 
 
+def without_positions(shapes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Statistics after two steps of an online layer on (samples, positions) of this worker."""
+    layer = OnlineNorm(C).double()
+    fill(layer)
+    samples, positions = shapes[dist.get_rank()]
+    for _ in range(2):
+        x = torch.linspace(-1, 1, samples * C * positions, dtype=torch.float64)
+        layer(x.view(samples, C, positions).requires_grad_()).square().sum().backward()
+    return dict(layer.state_dict())
+
+
+def test_samples_without_positions_move_no_online_statistics(pool):
+    """They are as no samples."""
+    (alone,) = pool(1).run(without_positions, [(2, 4)])
+    for state in pool(2).run(without_positions, [(2, 4), (3, 0)]):
+        for key, value in alone.items():
+            close(state[key], value)
+    untouched = OnlineNorm(C).double()
+    fill(untouched)
+    for state in pool(2).run(without_positions, [(2, 0), (0, 4)]):
+        for key, value in untouched.state_dict().items():
+            assert torch.equal(state[key], value), key
+
+
 @pytest.mark.parametrize("sync", ["batch", "none"])
 @pytest.mark.parametrize("factor", [1e20, 1e-30, math.inf])
 @pytest.mark.parametrize(

@@ -47,6 +47,18 @@ def test_training_is_theirs_but_for_the_unbiased_variance_and_the_running_statis
     assert_close(ours.eval()(x), theirs.eval()(x), torch.float64, "evaluation")
 
 
+def test_a_variance_of_the_size_of_eps_is_normalised_as_in_the_paper():
+    """Theirs adds eps to var / r^2 after the warm-up."""
+    theirs, ours = _layers(warmup_steps=-1)
+    eps, running_var = ours[0].eps, 0.004
+    ours[0].running_var.fill_(running_var)
+    theirs[0].ra_var.fill_(running_var)
+    x = torch.randn(4096, C, dtype=torch.float64) * 0.03
+    y = ours(x)
+    assert_close(y, x / (running_var + eps) ** 0.5, torch.float64, "sigma_B r is the running one")
+    assert theirs(x).std() > 1.1 * y.std()
+
+
 def test_the_warm_up_ends_with_the_same_batch():
     """The negative control of the test above: one batch later is far off."""
     assert _worst(_layers(WARMUP)[0], _layers(WARMUP + 1)[1]) > 10.0 / N

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm
 from syncnorm.errors import InputError
-from syncnorm.family import MABN, EvoNorm, L1BatchNorm, PowerNorm
+from syncnorm.family import MABN, BalancedBatchNorm, EvoNorm, L1BatchNorm, PowerNorm, tasks_of
 from syncnorm.merge import chain_of_merges, interpolate, match_weights
 from syncnorm.merge import channels as channels_module
 from syncnorm.merge.channels import channels
@@ -175,6 +175,23 @@ def test_sums_that_are_not_one_set_change_the_function(monkeypatch):
 
 def _agreement(a: nn.Module, b: nn.Module) -> float:
     return sum((p * q).sum().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_what_is_not_by_channel_stays_however_many_there_are():
+    """Here as many tasks as channels."""
+    nets = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        nets.append(
+            nn.Sequential(nn.Linear(3, 4), BalancedBatchNorm(4, num_tasks=4), nn.Linear(4, 2))
+        )
+    first, second = nets
+    with torch.no_grad():
+        second[1].psi.copy_(torch.arange(4.0))
+    matched, x, tasks = match_weights(first, second), torch.randn(8, 3), torch.arange(8) % 4
+    assert not torch.equal(matched[0].weight, second[0].weight), "some order is better"
+    with tasks_of(second, tasks), tasks_of(matched, tasks):
+        torch.testing.assert_close(matched(x), second(x))
 
 
 def test_one_hidden_layer_gets_the_best_of_all_orders():
