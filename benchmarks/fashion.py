@@ -1,13 +1,14 @@
-"""Fashion-MNIST from its four gzip idx files, and the small network that is trained on it."""
+"""Fashion-MNIST, standardised, and the small network that is trained on it."""
 
 from __future__ import annotations
 
-import gzip
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from syncnorm.train.data.builtin import fashion_mnist
 
 CLASSES = 10
 
@@ -17,29 +18,11 @@ def load(root: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
     Images have the shape (N, 1, 28, 28) and are standardised, labels have (N,).
     """
-    if not (root / "train-images-idx3-ubyte.gz").exists():
-        raise SystemExit(
-            f"No Fashion-MNIST in {root}. Pass the folder that holds its four .gz files, for "
-            "example that of "
-            "Debian's package dataset-fashion-mnist."
-        )
+    data = fashion_mnist(root)
     parts = []
-    for name in ("train", "t10k"):
-        images = (
-            _read(root / f"{name}-images-idx3-ubyte.gz", header=16).view(-1, 1, 28, 28).float()
-            / 255
-        )
-        parts += [
-            (images - 0.2860) / 0.3530,
-            _read(root / f"{name}-labels-idx1-ubyte.gz", header=8).long(),
-        ]
+    for split in (data.train, data.test):
+        parts += [(split.images.float() / 255 - 0.2860) / 0.3530, split.labels]
     return tuple(parts)  # pyright: ignore[reportReturnType]
-
-
-def _read(path: Path, header: int) -> Tensor:
-    return torch.frombuffer(
-        bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8
-    )
 
 
 def network(norm: Callable[[int], nn.Module]) -> nn.Sequential:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -27,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks import fashion, paired
 from syncnorm import Lagged, RenormSchedule, SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.comm import exchange
+from syncnorm.testing import RankPool
 
 LABELS = ((0, 1, 2), (3, 4), (5, 6, 7), (8, 9))
 STEPS, LOCAL_BATCH, LAYERS = 1500, 32, 4
@@ -81,16 +80,12 @@ def train(row: Row, seed: int, data: tuple[torch.Tensor, ...]) -> tuple[float, f
     return 100 * right.item() / len(test_labels), 100 * waited / (STEPS * LAYERS)
 
 
-def _worker(rank: int, folder: str, root: str, seeds: int, names: list[str]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=len(LABELS)
-    )
+def _worker(root: str, seeds: int, names: list[str]) -> None:
     data = fashion.load(Path(root))
     for name in names:
         start = time.perf_counter()
         results = [train(ROWS[name], seed, data) for seed in range(seeds)]
-        if rank == 0:
+        if dist.get_rank() == 0:
             accuracies = [a for a, _ in results]
             each = ", ".join(f"{a:.1f}" for a in accuracies)
             waiting = statistics.mean(w for _, w in results)
@@ -100,7 +95,6 @@ def _worker(rank: int, folder: str, root: str, seeds: int, names: list[str]) -> 
                 f"{seconds:.0f} |",
                 flush=True,
             )
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -118,8 +112,8 @@ def main() -> None:
         "run |"
     )
     print("|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, sys.argv[1], seeds, names), nprocs=len(LABELS))
+    with RankPool(len(LABELS), timeout_seconds=paired.MOST_SECONDS) as pool:
+        pool.run(_worker, sys.argv[1], seeds, names)
 
 
 if __name__ == "__main__":

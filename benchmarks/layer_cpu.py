@@ -11,14 +11,11 @@ differentiable operators. The workers begin each of them together. With `--famil
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from benchmarks import paired
@@ -26,6 +23,7 @@ from syncnorm import SyncBatchNorm
 from syncnorm.bench.naive import NaiveSyncBatchNorm
 from syncnorm.comm import exchange, groups
 from syncnorm.family import METHODS, BalancedBatchNorm, EvoNorm, RegionNorm
+from syncnorm.testing import RankPool
 
 SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14), (16, 512, 7, 7), (8, 64, 8, 8), (200_000, 64)]
 FAMILY_SHAPES = [(32, 64, 56, 56), (32, 256, 14, 14)]
@@ -97,11 +95,8 @@ def _line_up() -> None:
     exchange.sum_(torch.zeros(1, dtype=torch.float64), groups.statistics_group(), "line up")
 
 
-def _worker(rank: int, folder: str, rounds: int, family: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=WORKERS
-    )
+def _worker(rounds: int, family: bool) -> None:
+    rank = dist.get_rank()
     if family:
         _print_family(rounds)
     for shape, channels_last in [] if family else _cases():
@@ -116,7 +111,6 @@ def _worker(rank: int, folder: str, rounds: int, family: bool) -> None:
         faults = paired.page_faults() - faults
         if rank == 0:
             _print_row(shape, channels_last, seconds, faults)
-    dist.destroy_process_group()
 
 
 def _print_row(
@@ -152,8 +146,8 @@ def main() -> None:
         ]
         print(f"| {' | '.join([*columns, 'plain / ours', 'page faults'])} |")
         print("|---|---|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, given.rounds, given.family), nprocs=WORKERS)
+    with RankPool(WORKERS, timeout_seconds=paired.MOST_SECONDS) as pool:
+        pool.run(_worker, given.rounds, given.family)
 
 
 if __name__ == "__main__":

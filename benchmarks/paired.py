@@ -7,26 +7,26 @@ import resource
 import sys
 
 from syncnorm.bench.paired import Ratio, ratio, rounds
+from syncnorm.run import env
 
 __all__ = ["Ratio", "fix_allocator", "page_faults", "ratio", "rounds", "settings"]
 
-ALLOCATOR = {
-    "MALLOC_MMAP_THRESHOLD_": "4294967296",
-    "MALLOC_TRIM_THRESHOLD_": "17179869184",
-    "MALLOC_TOP_PAD_": "268435456",
-}
+MOST_SECONDS = 24 * 3600.0
+"""For a call of a pool of ranks that measures: whoever asked for the rounds waits for them."""
 
 
 def fix_allocator() -> None:
     """Restart this program with glibc's allocator told to keep memory, unless it already is."""
-    wanted = {**ALLOCATOR, "OMP_NUM_THREADS": "1"}
+    wanted = env.ray_worker_environment()
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
 def settings() -> str:
     """The allocator's settings in force, for the head of a table."""
-    return ", ".join(f"{name}={os.environ.get(name, 'unset')}" for name in ALLOCATOR)
+    return ", ".join(
+        f"{name}={os.environ.get(name, 'unset')}" for name in env.ray_worker_environment()
+    )
 
 
 def page_faults() -> int:

@@ -9,19 +9,17 @@ differ in their normalisation layer alone take turns; ratios are to local BatchN
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import paired
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm.testing import RankPool
 from syncnorm.train.models import MODELS
 
 BATCH, SIZE = 32, 64
@@ -52,11 +50,8 @@ def _step(norm: Callable[[int], nn.Module], rank: int) -> Callable[[], None]:
     return step
 
 
-def _worker(rank: int, folder: str, rounds: int, workers: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", (Path(folder) / "rendezvous").as_uri(), rank=rank, world_size=workers
-    )
+def _worker(rounds: int) -> None:
+    rank = dist.get_rank()
     steps = {name: _step(norm, rank) for name, norm in NORMS.items()}
     faults = paired.page_faults()
     seconds = paired.rounds(steps, rounds)
@@ -68,7 +63,6 @@ def _worker(rank: int, folder: str, rounds: int, workers: int) -> None:
                 f"{1e3 * sorted(values)[len(values) // 2]:.0f} |"
             )
         print(f"page faults in all rounds: {paired.page_faults() - faults}", flush=True)
-    dist.destroy_process_group()
 
 
 def main() -> None:
@@ -81,8 +75,8 @@ def main() -> None:
     )
     print("| normalisation | step time / local, median [95 % interval] | median ms |")
     print("|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (folder, rounds, workers), nprocs=workers)
+    with RankPool(workers, timeout_seconds=paired.MOST_SECONDS) as pool:
+        pool.run(_worker, rounds)
 
 
 if __name__ == "__main__":

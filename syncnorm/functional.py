@@ -11,6 +11,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.maths import kernels
 from syncnorm.maths.moments import Moments
+from syncnorm.undocumented import unseen_by_selective_checkpoint
 
 __all__ = ["sync_batch_norm", "sync_batch_renorm"]
 
@@ -177,6 +178,7 @@ def sync_batch_renorm(
     return _train(x, mask, weight, bias, eps, process_group, "sync_batch_renorm", reference, update)
 
 
+@unseen_by_selective_checkpoint
 def _train(
     x: Tensor,
     mask: Tensor | None,

@@ -24,6 +24,7 @@ from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics import MODES, mode_of, repeated
 from syncnorm.statistics.buffers import LoadedMark
 from syncnorm.statistics.source import Mode, Source
+from syncnorm.undocumented import count_dispatch_modes, unseen_by_selective_checkpoint
 
 # fairscale's checkpoint wrapper sets track_running_stats to False in the forward that is made
 # without gradients, to leave the update to the repetition, and keeps its value here. Our layers
@@ -113,6 +114,8 @@ class SyncNorm(_BatchNorm):
         """Its name in errors; `prepare_ddp` makes it the name within the model."""
         self.is_prepared = False
         """Set by `prepare_ddp`: gradients are averaged over the workers."""
+        self.kept_from_ddp: set[str] = set()
+        """The names of its buffers that DistributedDataParallel is not to broadcast."""
         mean, var = self.running_mean, self.running_var
         if mean is not None and var is not None and mean.dtype in HALF_TYPES:
             self.running_mean, self.running_var = mean.float(), var.float()
@@ -162,9 +165,10 @@ class SyncNorm(_BatchNorm):
             x = checks.one_input(x, input)
         checks.check_input(x, self.num_features)
         weights = None if mask is None else checks.expand_mask(mask, x)
-        if self.training:
-            return self.statistics.forward(self, x, weights)
-        return self.statistics.evaluate(self, x, weights)
+        normalize = self.statistics.forward if self.training else self.statistics.evaluate
+        if not torch.compiler.is_compiling() and count_dispatch_modes():
+            normalize = unseen_by_selective_checkpoint(normalize)
+        return normalize(self, x, weights)
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise x by the running statistics, or by the local batch without them.

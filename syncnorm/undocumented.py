@@ -29,7 +29,13 @@ from torch.autograd.function import BackwardCFunction
 from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils.checkpoint import _CheckpointFrame, checkpoint
+from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.utils.checkpoint import (
+    _CachedTorchDispatchMode,
+    _CachingTorchDispatchMode,
+    _CheckpointFrame,
+    checkpoint,
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -122,7 +128,42 @@ has_legacy_batch: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batch
 """True for a batch of gradients: `torch.autograd.grad(..., is_grads_batched=True)`."""
 
 count_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-"""The number of dispatch modes that are active, infrastructure of torch's own left out."""
+"""The number of dispatch modes that are active."""
+
+
+def unseen_by_selective_checkpoint(call: F) -> F:
+    """Hide the operators of a function from selective activation checkpointing.
+
+    That hands out what it has saved in the order of the first forward. A layer whose forward is
+    repeated takes fewer operators, as it neither exchanges nor updates; and what a kernel writes
+    into memory that it was given is known to it alone.
+    """
+
+    @functools.wraps(call)
+    def unseen(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not count_dispatch_modes():
+            return call(*args, **kwargs)
+        with _without_selective_checkpoint():
+            return call(*args, **kwargs)
+
+    return cast(F, unseen)
+
+
+@contextmanager
+def _without_selective_checkpoint() -> Iterator[None]:
+    """Take the modes of selective checkpointing off the stack, from among others."""
+    modes = [_pop_mode() for _ in range(count_dispatch_modes())]
+    selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+    kept = [mode for mode in reversed(modes) if not isinstance(mode, selective)]
+    for mode in kept:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in kept:
+            _pop_mode()
+        for mode in reversed(modes):
+            _push_mode(mode)
 
 
 def has_proxy_mode() -> bool:
@@ -305,20 +346,15 @@ def count_own_groups() -> int:
 
 # Wrappers of models.
 
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
-
 
 def ignored_by_ddp(model: nn.Module) -> Collection[str]:
     """The names of parameters and buffers that DistributedDataParallel is told to ignore."""
-    return getattr(model, _IGNORED, ())
+    return getattr(model, "_ddp_params_and_buffers_to_ignore", ())
 
 
-def set_ignored_by_ddp(model: nn.Module, names: Collection[str]) -> None:
-    """Tell a DistributedDataParallel that is made later of `model` what to ignore."""
-    if names:
-        setattr(model, _IGNORED, names)
-    else:
-        model.__dict__.pop(_IGNORED, None)
+def let_ddp_ignore(ddp: DistributedDataParallel, names: Collection[str]) -> None:
+    """Have a DistributedDataParallel that is about to take its module ignore these, too."""
+    ddp.parameters_to_ignore.update(names)
 
 
 def arrange_buckets(ddp: DistributedDataParallel, parameters: Sequence[Tensor]) -> None:

@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import paired
 from benchmarks.gpu import part, timing
-from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm import prepare_ddp
+from syncnorm.bench.candidates import LOCAL, MODES, Candidate
 
 SHAPES = [(8, 64, 7, 7), (32, 256, 14, 14), (64, 128)]
 ROUNDS, CALLS = 9, 100
@@ -25,24 +26,10 @@ COMPILE_SECONDS = 40.0
 Step = Callable[[], object]
 
 
-def _local(channels: int, ndim: int) -> nn.Module:
-    return nn.BatchNorm1d(channels) if ndim == 2 else nn.BatchNorm2d(channels)
-
-
-NORMS: dict[str, Callable[[int, int], nn.Module]] = {
-    "nn.BatchNorm": _local,
-    "nn.SyncBatchNorm": lambda channels, _: nn.SyncBatchNorm(channels),
-    **{
-        f"SyncBatchNorm, sync={sync}": lambda channels, _, sync=sync: SyncBatchNorm(
-            channels, sync=sync
-        )
-        for sync in ("none", "batch", "running", "lagged")
-    },
-    "SyncBatchRenorm, sync=batch": lambda channels, _: SyncBatchRenorm(channels),
-}
+NORMS = (LOCAL, "nn.SyncBatchNorm", *MODES, "renorm, sync=batch")
 # The host takes no part in a replay, so modes whose messages it handles are none for a graph; and
 # compiling takes its time.
-CAPTURED = ("nn.BatchNorm", "SyncBatchNorm, sync=none", "SyncBatchNorm, sync=batch")
+CAPTURED = (LOCAL, "sync=none", "sync=batch")
 
 
 class OneStep:
@@ -50,7 +37,7 @@ class OneStep:
 
     def __init__(self, name: str, x: Tensor, g: Tensor) -> None:
         torch.manual_seed(0)
-        norm = NORMS[name](x.shape[1], x.ndim)
+        norm = Candidate(name).make(x.shape[1], x.ndim)
         self.model: Any = prepare_ddp(nn.Sequential(norm).to(x.device))
         self.x, self.g = x.detach().requires_grad_(), g
 
@@ -83,7 +70,7 @@ def replayed(step: OneStep) -> Step:
 
 
 WAYS: dict[str, tuple[Callable[[OneStep], Step], tuple[str, ...]]] = {
-    "eager": (eager, tuple(NORMS)),
+    "eager": (eager, NORMS),
     "graph": (replayed, CAPTURED),
     "compiled": (compiled, CAPTURED),
 }

@@ -15,27 +15,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import paired
 from benchmarks.gpu import part, timing
-from syncnorm import SyncBatchNorm, prepare_ddp
+from syncnorm import prepare_ddp
+from syncnorm.bench.candidates import LOCAL, MODES, Candidate
 from syncnorm.bench.memory import peak_bytes
 from syncnorm.testing import RankPool
 from syncnorm.train.models import MODELS
 
-LOCAL = "nn.BatchNorm2d"
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    LOCAL: nn.BatchNorm2d,
-    "nn.SyncBatchNorm": nn.SyncBatchNorm,
-    **{
-        f"SyncBatchNorm, sync={sync}": lambda channels, sync=sync: SyncBatchNorm(
-            channels, sync=sync
-        )
-        for sync in ("none", "batch", "running", "lagged")
-    },
-}
+NORMS = (LOCAL, "nn.SyncBatchNorm", *MODES)
 BATCH, SIZE = 256, 224
 # Of a device on which that batch does not fit.
 BYTES_PER_IMAGE = 2**27
@@ -51,11 +41,11 @@ def _batch_size(settings: part.Settings) -> int:
     return BATCH if fits >= BATCH else 2 ** (int(fits).bit_length() - 1)
 
 
-def _step(norm: Callable[[int], nn.Module], settings: part.Settings, batch: int) -> Any:
+def _step(norm: Candidate, settings: part.Settings, batch: int) -> Any:
     """A function that makes one training step."""
     torch.manual_seed(0)
     model = MODELS["digits_resnet" if settings.is_small else "resnet50_imagenet"](
-        in_channels=3, num_classes=1000, norm_layer=norm
+        in_channels=3, num_classes=1000, norm_layer=norm.make
     )
     device, channels_last = settings.device, torch.channels_last
     wrapped = prepare_ddp(model.to(device=device, memory_format=channels_last))
@@ -93,9 +83,9 @@ def measure(settings: part.Settings) -> None:
         key = {"part": "step", "ranks": number, "backend": backend, "batch": batch}
         turns: dict[str, Callable[[], None]] = {}
         peaks: dict[str, int | None] = {}
-        for name, norm in NORMS.items():
+        for name in NORMS:
             try:
-                step = _step(norm, settings, batch)
+                step = _step(Candidate(name), settings, batch)
                 for _ in range(2):  # the first makes the optimizer's buffers, and chooses kernels
                     step()
                 peaks[name] = _peak(step, settings.device)

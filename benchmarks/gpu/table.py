@@ -99,7 +99,7 @@ def _step(rows: list[Row]) -> str:
         peak = "" if row["peak"] is None else f"{row['peak'] / 2**30:.2f}"
         cells = [row["layer"], ratio, _in(row, 1e3, 2), peak, row["repetitions"]]
         table.append(cells)
-    head = ["normalisation", "step time / nn.BatchNorm2d, median [95 % interval]"]
+    head = ["normalisation", "step time / local, median [95 % interval]"]
     head += ["ms, median [quartiles]", "peak memory, GiB", "rounds"]
     ranks = (
         f"one process; messages go to a second rank that is nobody (backend {first['backend']})"

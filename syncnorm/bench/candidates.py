@@ -14,13 +14,11 @@ from syncnorm.verify.under_test import layer_under_test, load
 
 LOCAL = "local"
 _TORCH = "nn.SyncBatchNorm"
+MODES = ("sync=none", "sync=running", "sync=lagged", "sync=batch")
 _LAYERS: dict[str, Callable[[int], nn.Module]] = {
     _TORCH: nn.SyncBatchNorm,
     "naive": NaiveSyncBatchNorm,
-    **{
-        f"sync={sync}": partial(SyncBatchNorm, sync=sync)
-        for sync in ("none", "running", "lagged", "batch")
-    },
+    **{mode: partial(SyncBatchNorm, sync=mode.removeprefix("sync=")) for mode in MODES},
     **{
         f"renorm, sync={sync}": partial(SyncBatchRenorm, sync=sync) for sync in ("running", "batch")
     },

@@ -43,6 +43,8 @@ class Pooling(nn.Module):
         self.label = type(self).__name__
         """Its name in errors; `prepare_ddp` makes it the name within the model."""
         self.has_frozen_statistics = False
+        self.kept_from_ddp: set[str] = set()
+        """The names of its buffers that DistributedDataParallel is not to broadcast."""
         self.gradient_scale = 1
         """What gradients are divided by when they are averaged: the workers of `prepare_ddp`.
 
@@ -196,6 +198,7 @@ class FamilyLayer(Pooling):
             "num_batches_tracked", torch.zeros((), dtype=torch.int64, device=device)
         )
 
+    @undocumented.unseen_by_selective_checkpoint
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x, (N, C, *S)."""
         self.check(x)

@@ -24,7 +24,7 @@ from syncnorm.family.layer import Pooling
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments, widened
 from syncnorm.maths.precision import for_sums
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class RegionNorm(Pooling):
@@ -76,6 +76,7 @@ class RegionNorm(Pooling):
     def message_sizes(self) -> list[int]:
         return [2 * (2 * self.num_features + 1), 4 * self.num_features]
 
+    @unseen_by_selective_checkpoint
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Normalise x.
 

@@ -20,7 +20,7 @@ from syncnorm.family.pooled import pooled_moments, widened
 from syncnorm.family.surrogate import Call, divide
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 def check_steps(name: str, steps: int, least: int = 0) -> None:
@@ -54,13 +54,14 @@ class SquareNorm(FamilyLayer):
     def message_sizes(self) -> list[int]:
         return [self.num_features + 1, self.num_features + 1]
 
+    @unseen_by_selective_checkpoint
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Normalise x.
 
         Args:
             x: (N, C, *S).
-            mask: constant weights >= 0, broadcastable to (N, 1, *S), of the elements in the statistics of
-                training; None: all 1.
+            mask: constant weights >= 0, broadcastable to (N, 1, *S), of the elements in the
+                statistics of training; None: all 1.
 
         Raises:
             InputError: the mask does not broadcast.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -95,7 +95,11 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
             exchange.make_room(groups.statistics_group(layer.workers), _largest_message(layer))
     _attach(model, {name: m for name, m in ours.items() if isinstance(m, SyncNorm)})
     if among is not None:
-        _keep_from_ddp(model, _buffer_names(ours))
+        # What somebody else has excluded is left to him.
+        excluded = set(undocumented.ignored_by_ddp(model))
+        for name, layer in ours.items():
+            keys = [key for key, _ in layer.named_buffers(recurse=False)]
+            layer.kept_from_ddp = {k for k in keys if f"{name}.{k}".lstrip(".") not in excluded}
         _give_state_of_rank_zero(model, among)
     return model
 
@@ -109,55 +113,27 @@ def _share_group(layers: Iterable[SyncNorm | Pooling], process_group: groups.Spe
                 layer.workers = kept
 
 
-# The buffers that prepare_ddp has told DDP to ignore. The others that it ignores are the user's.
-_OURS = "_syncnorm_buffers_kept_from_ddp"
+def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> set[str]:
+    """Broadcast rank 0's buffers of our layers that DDP does not; their names in `model`.
 
-
-def _keep_from_ddp(model: nn.Module, names: Collection[str]) -> None:
-    """Exclude exactly these buffers of ours from the broadcast before each forward.
-
-    Names that somebody else has excluded stay excluded.
+    Layers know which these are. Names may have changed since `prepare_ddp`: it may have been given
+    a part of the model, and parts may be wrapped, by torch.compile or for checkpointing.
     """
-    before: Collection[str] = getattr(model, _OURS, ())
-    # Also under the names in torch.compile's wrapper, which passes this attribute on.
-    theirs = {
-        name
-        for name in undocumented.ignored_by_ddp(model)
-        if name.removeprefix("_orig_mod.") not in before
+    buffers = {
+        f"{name}.{key}".lstrip("."): buffer
+        for name, m in model.named_modules()
+        if isinstance(m, SyncNorm | Pooling)
+        for key, buffer in m.named_buffers(recurse=False)
+        if key in m.kept_from_ddp
     }
-    ours = sorted(set(names) - theirs)
-    ignored = sorted(theirs | {f"{prefix}{name}" for name in ours for prefix in ("", "_orig_mod.")})
-    undocumented.set_ignored_by_ddp(model, ignored)
-    if ours:
-        setattr(model, _OURS, ours)
-    else:
-        model.__dict__.pop(_OURS, None)
-
-
-def _buffer_names(layers: Mapping[str, nn.Module]) -> set[str]:
-    return {
-        f"{name}.{key}".lstrip(".")
-        for name, m in layers.items()
-        for key, _ in m.named_buffers(recurse=False)
-    }
-
-
-def let_broadcast(model: nn.Module, names: Collection[str]) -> None:
-    """Let DistributedDataParallel broadcast these buffers again, which prepare_ddp has excluded."""
-    _keep_from_ddp(model, set(getattr(model, _OURS, ())) - set(names))
-
-
-def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> None:
-    """Broadcast rank 0's buffers of our layers."""
-    names = set(getattr(model, _OURS, ()))
-    for name, buffer in model.named_buffers():
-        if name.removeprefix("_orig_mod.") in names:
-            dist.broadcast(buffer, group=group, group_src=0)
+    for buffer in buffers.values():
+        dist.broadcast(buffer, group=group, group_src=0)
+    return set(buffers)
 
 
 @undocumented.leave_uncompiled
 def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
-    """Broadcast our buffers when DistributedDataParallel wraps a model.
+    """Broadcast our buffers when DistributedDataParallel wraps a model, and keep them from it.
 
     Every worker of its group comes to this point. DDP itself broadcasts rank 0's state there, but
     not the buffers that are excluded from its broadcasts.
@@ -165,9 +141,9 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
     # Only while it is constructed: a later assignment may be made by one worker alone.
     if not isinstance(ddp, DistributedDataParallel) or name != "module" or name in ddp._modules:
         return
-    if model is not None and getattr(model, _OURS, None):
+    if model is not None:
         assert ddp.process_group is not None
-        _give_state_of_rank_zero(model, ddp.process_group)
+        undocumented.let_ddp_ignore(ddp, _give_state_of_rank_zero(model, ddp.process_group))
 
 
 # A hook on every module of this process, since a prepared model may have been copied or unpickled.

@@ -235,7 +235,8 @@ def _pool(
     message = sum_unless_failed(message, failure, group, "population")
     pooled = message.split([s.numel() for s in sums.values()])
     check_finite(zip(sums, pooled, strict=True))
-    population = [Raw(s) for s in pooled]
+    # Each where the layer is.
+    population = [Raw(own.copy_(s)) for own, s in zip(sums.values(), pooled, strict=True)]
     if all(batch.count == 0 for batch in population):
         raise FaultError(
             "`batches` must hold data on at least one worker, got none. Nothing was changed."

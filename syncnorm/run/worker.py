@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,11 @@ from syncnorm.train.config.section import is_url
 from syncnorm.train.economy import set_tf32
 from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
-from syncnorm.train.metrics import MetricsFile
+from syncnorm.train.metrics import MetricsFile, last_step
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import describe_metrics
-from syncnorm.train.waiting import from_all, in_thread_of_first, wait_for_first
+from syncnorm.train.waiting import from_all, from_first, in_thread_of_first, wait_for_first
 from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)
@@ -222,7 +222,9 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
             code = 2 if isinstance(error, ConfigError) else 1
             reason = in_one_line(error)
             with suppress(OSError):  # a full disk, which may be what the error is of
-                Exit("failed", reason, progress.step, code).write(folder)
+                # A resumed run that is refused has not read its checkpoint.
+                step = max(progress.step, last_step(folder / "metrics.jsonl"))
+                Exit("failed", reason, step, code).write(folder)
         if mirror is not None and (folder / "metrics.jsonl").exists():
             mirror.close()
             mirror.is_over(_LAST_COPY_SECONDS)
@@ -320,37 +322,37 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
 
     A folder that was made here is removed if the run is refused before it begins.
 
-    *Collectives*: broadcasts and one all_gather_object; every worker must call.
+    *Collectives*: all_gather_objects and broadcasts; every worker must call.
 
     Raises:
         ConfigError: the workers' configurations differ, or the folder cannot be used, or not by all;
             on all workers.
     """
-    mine: Any = None
-    held, is_new = None, False
-    # In a thread, for a copy from a store may take longer than the others' collectives.
-    choose = partial(_choose_folder, request, launched) if launched.rank == 0 else None
-    chosen = in_thread_of_first(choose, lambda: None)
-    if chosen is not None:
-        try:
-            mine, is_new = chosen.result()
-            held = lock(mine)
-            # A resumed run may have more epochs, or other workers.
-            write_config(request.config, mine)
-            (mine / "exit.json").unlink(missing_ok=True)
-        except ConfigError as error:
-            mine = error
-    answers: list[tuple[str, Any]] = from_all((request.config.model_dump_json(), mine))
-    different = [rank for rank, (text, _) in enumerate(answers) if text != answers[0][0]]
+    answers = from_all(request.config.model_dump_json())
+    different = [rank for rank, text in enumerate(answers) if text != answers[0]]
     if different:
         raise ConfigError(
             f"configuration {request.name!r} of workers {different} differs from that of worker 0"
         )
-    if isinstance(answers[0][1], ConfigError):
-        raise answers[0][1]
-    named = Path(answers[0][1])
-    folder = named.absolute()
+    held, made = None, None
+    # In a thread, for a copy from a store may take longer than the others' collectives.
+    choose = partial(_choose_folder, request, launched) if launched.rank == 0 else None
+    chosen = in_thread_of_first(choose, lambda: None)
+
+    def take() -> Path:
+        nonlocal held, made
+        assert chosen is not None
+        mine, is_new = chosen.result()
+        made = mine.absolute() if is_new else None
+        held = lock(mine)
+        # A resumed run may have more epochs, or other workers.
+        write_config(request.config, mine)
+        (mine / "exit.json").unlink(missing_ok=True)
+        return mine
+
     try:
+        named = from_first(chosen is not None, take)
+        folder = named.absolute()
         lacking = [] if uses_store(request) else _without_folder(folder)
         if lacking:
             raise ConfigError(
@@ -359,8 +361,8 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
             )
         yield named
     except ConfigError:
-        if is_new:
-            remove_unstarted(folder)
+        if made is not None:
+            remove_unstarted(made)
         raise
     finally:
         if held is not None:

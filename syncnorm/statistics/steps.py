@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from syncnorm import ops
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class StepListener(Protocol):
@@ -81,6 +81,7 @@ class Steps:
             self._delimit(begins=None)
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def _delimit(self, begins: bool | None) -> None:
         """Begin a forward, of training or not, or end it (None). A repeated one is no step."""
         if ops.is_recomputing():

@@ -14,6 +14,7 @@ from syncnorm.cli import main
 from syncnorm.errors import ConfigError
 from syncnorm.run import machine, worker
 from syncnorm.run.env import Launched
+from syncnorm.run.folder import write_config
 from syncnorm.run.machine import check_free_memory, core_warning
 from syncnorm.run.worker import RunRequest, open_run_folder
 from syncnorm.system import resident_memory
@@ -196,6 +197,34 @@ def refuse_in_folder(run_dir: str, has_begun: bool) -> None:
             if has_begun and rank == 0:
                 (folder / "metrics.jsonl").touch()
             raise ConfigError("no")
+
+
+def test_workers_with_other_configurations_leave_a_run_as_it_was(pool, in_empty_folder):
+    runs = in_empty_folder / "runs"
+    for error in pool(2).run(refuse_different, str(runs), None):
+        assert error == "configuration 'digits' of workers [1] differs from that of worker 0"
+    assert not runs.exists() or not list(runs.iterdir())
+    run = runs / "mine"
+    run.mkdir(parents=True)
+    write_config(load_config("digits", [f"run_dir={runs}"]), run)
+    (run / "metrics.jsonl").touch()
+    (run / "exit.json").write_text("{}")
+    before = (run / "config.yaml").read_text()
+    pool(2).run(refuse_different, str(runs), str(run))
+    assert (run / "config.yaml").read_text() == before
+    assert (run / "exit.json").exists()
+
+
+def refuse_different(run_dir: str, resume: str | None) -> str:
+    """Open a run's folder with more epochs, and on the second worker with still more."""
+    rank = dist.get_rank()
+    config = load_config("digits", [f"run_dir={run_dir}", f"train.epochs={90 + rank}"])
+    request = RunRequest(config, "digits", None if resume is None else Path(resume))
+    try:
+        with open_run_folder(request, Launched(rank, 2, rank, 2)):
+            return "it was opened"
+    except ConfigError as error:
+        return str(error)
 
 
 def test_workers_that_do_not_share_a_folder_are_told_so(pool, in_empty_folder):

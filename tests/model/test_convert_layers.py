@@ -505,7 +505,7 @@ def _prepared_and_back(sync: str) -> bool:
     assert not model._forward_pre_hooks
     assert [*model._forward_hooks.values()] == [scale]
     assert not model._forward_hooks_always_called
-    assert "_ddp_params_and_buffers_to_ignore" not in vars(model)
+    assert not any("kept_from_ddp" in vars(m) for m in model)
     assert list(model.state_dict()) == list(
         nn.Sequential(nn.Linear(3, 4), *map(nn.BatchNorm1d, (4, 4))).state_dict()
     )

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import (
@@ -238,7 +241,42 @@ def test_buffers_of_others_are_left_to_ddp(pool, how):
     for rank, (seen, ignored) in enumerate(pool(2).run(_others_buffers, how)):
         assert seen == [rank, rank, rank, 0 if how == "broadcast" else rank]
         ours = {f"1.{key}" for key in ("running_mean", "running_var", "num_batches_tracked")}
-        assert ignored == {"left", *ours, *(f"_orig_mod.{name}" for name in ours)}
+        assert ignored == {"left", *ours}
+
+
+def _statistics_of_ones_own(how: str) -> Tensor:
+    """Running means after steps of a layer that pools with nobody, in a model that is wrapped since
+    it was prepared.
+    """
+    torch.manual_seed(0)
+    model = prepare_ddp(nn.Sequential(nn.Conv1d(2, 3, 1), SyncBatchNorm(3, process_group=1)))
+    if how == "compiled":
+        model = torch.compile(model, backend="eager")
+    elif how == "a part compiled":
+        model[1] = torch.compile(model[1], backend="eager")
+    elif how == "a part of another":
+        model = nn.Sequential(model, nn.Flatten())
+    elif how == "checkpointed":
+        apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, SyncBatchNorm))
+    elif how == "told to leave others":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["other"])
+    x = torch.arange(24.0).view(4, 2, 3)
+    ddp = DistributedDataParallel(model)
+    for _ in range(2):
+        ddp((1.0 + dist.get_rank()) * x).sum().backward()
+    ddp(torch.zeros(4, 2, 3))
+    (mean,) = (b for name, b in model.named_buffers() if name.endswith("running_mean"))
+    return mean
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["compiled", "a part compiled", "a part of another", "checkpointed", "told to leave others"],
+)
+def test_what_is_each_workers_own_stays_so_however_the_model_is_wrapped(pool, how):
+    plain = pool(2).run(_statistics_of_ones_own, "plain")
+    assert not torch.allclose(*plain)
+    torch.testing.assert_close(pool(2).run(_statistics_of_ones_own, how), plain)
 
 
 def _prepare_wrapped() -> str:

@@ -72,7 +72,7 @@ def train(is_converted: bool) -> dict[str, Tensor]:
         optimizer.zero_grad()
         scale_loss(F.cross_entropy(wrapped(x), y), len(x)).backward()
         optimizer.step()
-    assert ("_ddp_params_and_buffers_to_ignore" in vars(model)) == is_converted
+    assert bool(wrapped.parameters_to_ignore) == is_converted
     return revert(model).state_dict()
 
 

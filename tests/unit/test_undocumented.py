@@ -4,7 +4,6 @@ A release of torch that changes one of them fails here, whatever else it breaks.
 """
 
 import contextlib
-import copy
 import functools
 import shutil
 from datetime import timedelta
@@ -18,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.graph import save_on_cpu
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from syncnorm import undocumented
 from syncnorm.testing import RankPool
@@ -176,6 +176,35 @@ def test_dispatch_modes():
     with FakeTensorMode():
         assert undocumented.count_dispatch_modes() == 1
         assert isinstance(torch.ones(3), undocumented.FakeTensor)
+
+
+def test_selective_checkpointing_alone_sees_nothing_of_a_function():
+    class Names(undocumented.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    @undocumented.unseen_by_selective_checkpoint
+    def hidden(x):
+        return x.sin()
+
+    def policy(context, func, *args, **kwargs):
+        asked.append(func.overloadpacket.__name__)
+        return True
+
+    seen: list[str] = []
+    asked: list[str] = []
+    outer, inner = Names(), Names()
+    with outer, create_selective_checkpoint_contexts(policy)[0], inner:
+        hidden(torch.ones(3)).cos()
+        before = undocumented.count_dispatch_modes()
+        with pytest.raises(AttributeError):
+            hidden(None)
+        assert undocumented.count_dispatch_modes() == before == 3
+    assert asked == ["ones", "cos"]
+    # What is saved is detached.
+    found = [name for name in seen if name != "detach"]
+    assert found == ["ones", "ones", "sin", "sin", "cos", "cos"]
 
 
 def test_own_dispatch_modes():
@@ -364,27 +393,29 @@ def test_the_fake_backend_sends_nothing():
         dist.destroy_process_group()
 
 
-def _after_ddp(ignored: list[str]) -> float:
+def _after_ddp(ignored: list[str], is_told_late: bool) -> float:
     """A buffer of this rank after DDP has broadcast those of rank 0, unless it was told not to."""
     model = nn.BatchNorm1d(1)
     model.running_mean.fill_(dist.get_rank())
-    undocumented.set_ignored_by_ddp(model, ignored)
-    assert list(undocumented.ignored_by_ddp(model)) == ignored
-    DistributedDataParallel(model)
+    if is_told_late:
+
+        def tell(ddp: nn.Module, name: str, module: nn.Module | None) -> None:
+            if name == "module":
+                undocumented.let_ddp_ignore(ddp, ignored)
+
+        with register_module_module_registration_hook(tell):
+            DistributedDataParallel(model)
+    else:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
+        assert list(undocumented.ignored_by_ddp(model)) == ignored
+        DistributedDataParallel(model)
     return model.running_mean.item()
 
 
-def test_ddp_reads_what_it_is_to_ignore(pool):
-    assert pool(2).run(_after_ddp, []) == [0, 0]
-    assert pool(2).run(_after_ddp, ["running_mean"]) == [0, 1]
-
-
-def test_nothing_is_left_of_an_empty_list_for_ddp():
-    model = nn.Linear(1, 1)
-    before = copy.copy(vars(model))
-    undocumented.set_ignored_by_ddp(model, ["weight"])
-    undocumented.set_ignored_by_ddp(model, [])
-    assert vars(model) == before
+@pytest.mark.parametrize("is_told_late", [False, True])
+def test_ddp_reads_what_it_is_to_ignore(pool, is_told_late):
+    assert pool(2).run(_after_ddp, [], is_told_late) == [0, 0]
+    assert pool(2).run(_after_ddp, ["running_mean"], is_told_late) == [0, 1]
 
 
 def _sharded() -> list[bool]:

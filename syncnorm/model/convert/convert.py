@@ -27,7 +27,6 @@ from syncnorm.model.convert.others import (
     stays_local,
 )
 from syncnorm.model.convert.refuse import born_reason, reason, scripted, wrapped
-from syncnorm.model.ddp import let_broadcast
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.steps import remove_deserted
 
@@ -305,17 +304,10 @@ def revert(module: nn.Module, *, to: type[_BatchNorm] | None = None) -> nn.Modul
         if (why := wrapped(module, layer) or family.back_reason(layer, to))
     }
     _refuse(faults, "reverted")
-    ignored = {
-        f"{name}.{key}".lstrip(".")
-        for m, names in (layers | replaced).items()
-        for name in names
-        for key in m._buffers
-    }
     for layer in layers:
         swap_back(layer, to)
     done = family.put(module, {m: family.make_batch_norm(m, to) for m in replaced})
     remove_deserted(done)
-    let_broadcast(done, ignored)
     return done
 
 

@@ -115,11 +115,15 @@ class CheckpointStore:
             CheckpointError: the folder of all checkpoints is there and cannot be listed.
         """
         faults: list[str] = []
-        for _, path in sorted(self.folders().items(), reverse=True):
+        tried: set[Path] = set()
+        # Listed anew each time: one that is gone was pruned by a writer meanwhile, which has
+        # written a newer one.
+        while untried := {s: path for s, path in self.folders().items() if path not in tried}:
+            path = untried[max(untried)]
+            tried.add(path)
             try:
                 return self.read(path), path, faults
             except CheckpointError as error:
-                # One that is gone was pruned by a writer meanwhile.
                 if _exists(path):
                     faults.append(str(error))
         return None, None, faults

@@ -1,11 +1,15 @@
 """The evaluation of a run's model on one of its sets, or on other data."""
 
+import math
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from syncnorm.errors import ConfigError
 from syncnorm.model.mixed import Choice
+from syncnorm.system import tell
 from syncnorm.train.checkpoint.evaluated import share_evaluated
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TEST, Feed, MemoryFeed, judged_split
@@ -17,6 +21,9 @@ from syncnorm.train.workers import Workers
 
 # Sources that take the figures to standardise by as options, in the units of their samples.
 _TAKE_FIGURES = ("npz", "npy")
+# Of standardised samples a channel has a mean near 0 and a deviation near 1. These are of others.
+_FAR, _FLAT = 5.0, 0.1
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -81,6 +88,8 @@ def evaluate_run(
                 f"`--split` must be one of {', '.join(feed.sizes)}, which the data has, got "
                 f"{chosen or 'none'}"
             )
+        if has_other_data and workers.is_first:
+            _warn_of_units(feed, chosen, signature.inputs)
         task = task_of(config, workers.device, feed, allowed)
         model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
         metrics = evaluate(task, model, feed, chosen, config, workers, statistics=statistics)
@@ -107,6 +116,10 @@ def _fit(feed: Feed, signature: Signature) -> None:
             f"`--data` must have the run's classes {', '.join(wanted.classes):.200}, got "
             f"{', '.join(found.classes):.200}"
         )
+    if (found.num_classes or 0) > (wanted.num_classes or math.inf):
+        raise ConfigError(
+            f"`--data` must have the run's {wanted.num_classes} classes, got {found.num_classes}"
+        )
     if found.inputs is None or wanted.inputs is None:
         return
     if found.inputs.shape != wanted.inputs.shape:
@@ -119,4 +132,18 @@ def _fit(feed: Feed, signature: Signature) -> None:
         raise ConfigError(
             "`--data` must be standardised by the run's mean and std, got those of another "
             "training set. Keep the run's training set beside the other samples."
+        )
+
+
+def _warn_of_units(feed: Feed, split: str, inputs: Inputs | None) -> None:
+    """Say so where other data seem to be on another scale than the run's, such as [0, 1] for bytes."""
+    if inputs is None or inputs.mean is None:
+        return
+    samples, _ = feed.load(split, torch.arange(min(_LOOKED_AT, feed.sizes[split])))
+    std, mean = torch.std_mean(samples.transpose(0, 1).flatten(1).double(), 1, correction=0)
+    if mean.abs().max() > _FAR or std.max() < _FLAT:
+        tell(
+            "syncnorm: --data: by the run's mean and std its samples have a mean of "
+            f"{mean[mean.abs().argmax()]:.2g} and a standard deviation of {std.max():.2g}: are its "
+            "numbers on another scale?"
         )

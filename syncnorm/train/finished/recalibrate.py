@@ -11,6 +11,7 @@ import torch
 from syncnorm import recalibrate
 from syncnorm.errors import ConfigError
 from syncnorm.model.modes import put_in_evaluation
+from syncnorm.train import files
 from syncnorm.train.checkpoint.evaluated import (
     NEWEST,
     RECALIBRATED,
@@ -74,6 +75,11 @@ def recalibrate_run(
             path = store.write(
                 replace(snapshot, tensors={"model": model.state_dict()}, states=states)
             )
+            # Also of a later step, whose checkpoint is gone or damaged: `--checkpoint recalibrated`
+            # would take it for the newest.
+            for other in store.folders().values():
+                if other != path:
+                    files.remove(other)
         return Recalibrated(split, before, after, path)
 
 
