@@ -8,7 +8,8 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Proxy
 
 from syncnorm import observed
 from syncnorm.comm import debug, groups
@@ -78,7 +79,20 @@ def check_input(x: Tensor, num_features: int | None) -> None:
         )
 
 
+def no_script(layer: nn.Module) -> InputError:
+    """Make the error of a layer that is given to torch.jit.script."""
+    return InputError(
+        f"`torch.jit.script` must be given torch's layers, got {type(layer).__name__}. Script "
+        "revert(model), or trace the model in evaluation mode."
+    )
+
+
 def _no_tensor(name: str, value: object) -> InputError:
+    if isinstance(value, Proxy):
+        return InputError(
+            f"`{name}` must be a tensor, got a proxy of torch.fx. Have its tracer take the layer "
+            "for one node: is_leaf_module."
+        )
     kind = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
     return InputError(
         f"`{name}` must be a tensor, got a {kind}. torch.as_tensor makes one of an array."

@@ -123,8 +123,12 @@ def report(
     The page is one file that loads nothing. The last line of standard output is its path.
     """
     from syncnorm.run.interrupt import as_keyboard_interrupt
+    from syncnorm.train.files import check_output
     from syncnorm.train.report import watch_report, write_report
 
+    if output.suffix not in (".html", ".htm"):  # a run's record, say
+        raise ConfigError(f"`--output` must end in .html, got {str(output)!r}")
+    check_output(output)
     if watch:
         with as_keyboard_interrupt():
             print(watch_report(runs, output))

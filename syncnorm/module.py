@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import checks, inference, observed, ops
 from syncnorm.comm import exchange, groups
-from syncnorm.errors import InputError
 from syncnorm.maths import renorm
 from syncnorm.maths.lagged import Lagged
 from syncnorm.maths.moments import Moments
@@ -320,11 +319,7 @@ class SyncNorm(_BatchNorm):
         self.has_frozen_statistics = False
 
     def __prepare_scriptable__(self) -> NoReturn:
-        raise InputError(
-            f"`torch.jit.script` must be given torch's layers, got {type(self).__name__}. Script "
-            "revert(model), or "
-            "trace the model in evaluation mode."
-        )
+        raise checks.no_script(self)
 
     def _warn_once(self) -> None:
         if not self._has_warned:

@@ -152,7 +152,7 @@ def unseen_by_selective_checkpoint(call: F) -> F:
 @contextmanager
 def _without_selective_checkpoint() -> Iterator[None]:
     """Take the modes of selective checkpointing off the stack, from among others."""
-    modes = [_pop_mode() for _ in range(count_dispatch_modes())]
+    modes: list[Any] = [_pop_mode() for _ in range(count_dispatch_modes())]
     selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
     kept = [mode for mode in reversed(modes) if not isinstance(mode, selective)]
     for mode in kept:

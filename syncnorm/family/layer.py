@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,9 @@ class Pooling(nn.Module):
 
         What is kept of gradients is kept without it, and holds for any number of workers.
         """
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise checks.no_script(self)
 
     @property
     def is_pooled(self) -> bool:

@@ -18,7 +18,7 @@ from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.run.env import Launched, set_for_children, set_for_nccl, set_for_profiler
 from syncnorm.run.errors import RunError
 from syncnorm.run.interrupt import as_keyboard_interrupt
-from syncnorm.train.files import write_text_whole
+from syncnorm.train.files import check_output, write_text_whole
 
 _LOCAL_WORKERS = 2
 _FORMATS = (".pdf", ".png", ".svg")
@@ -118,6 +118,8 @@ def _check_files(options: Options) -> None:
     for name, path in (("--output", options.output), ("--plot", options.plot)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"`{name}` must be a file in a folder that exists, got '{path}'.")
+        if path is not None:
+            check_output(path, name)
     if options.plot is None:
         return
     if options.plot.suffix not in _FORMATS:

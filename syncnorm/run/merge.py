@@ -22,9 +22,7 @@ def _check_output(output: Path) -> None:
     """Raise ConfigError unless the new run's folder can be made, before the work."""
     try:
         if output.exists():
-            raise ConfigError(
-                f"`--output` must be a new folder, got {str(output)!r}, which is there"
-            )
+            raise _is_there(output)
         whole = output.resolve()
         missing = [each for each in (whole, *whole.parents) if not each.exists()]
         whole.mkdir(parents=True)
@@ -37,9 +35,16 @@ def _check_output(output: Path) -> None:
         ) from None
 
 
+def _is_there(output: Path) -> ConfigError:
+    return ConfigError(f"`--output` must be a new folder, got {str(output)!r}, which is there")
+
+
 def _write(result: Merged, config: Config, output: Path) -> None:
     """Make the new run's folder, whole or not at all."""
-    output.mkdir(parents=True)
+    try:
+        output.mkdir(parents=True)
+    except FileExistsError:
+        raise _is_there(output) from None
     try:
         CheckpointStore(output / CHECKPOINTS).write(result.snapshot)
         # Last: it makes the folder a run's.

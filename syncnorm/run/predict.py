@@ -24,7 +24,7 @@ from syncnorm.run.machine import choose_device
 from syncnorm.run.samples import Sample, Unread, read_samples
 from syncnorm.system import tell
 from syncnorm.train.data.inputs import Inputs
-from syncnorm.train.files import written_whole
+from syncnorm.train.files import check_output, written_whole
 from syncnorm.train.finished.load import LoadedModel, load
 from syncnorm.train.finished.predict import Row, check_rows, masks_of, predict, read, rows_of
 
@@ -107,6 +107,7 @@ def _check_output(output: Path | None, files: Sequence[Path]) -> None:
     """Raise ConfigError for an output that would replace what is predicted, or lie among it."""
     if output is None:
         return
+    check_output(output)
     written = output.resolve()
     for path in (each.resolve() for each in files):
         holder = path if path.is_dir() else path.parent

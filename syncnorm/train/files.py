@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from syncnorm import system
+from syncnorm.errors import ConfigError
 
 
 def open_to_write(path: Path) -> BinaryIO:
@@ -81,6 +82,17 @@ def write_bytes_synced(path: Path, data: bytes) -> None:
     """Write a file in place and bring it to disk, but not yet its entry in the folder."""
     with _synced(path) as file:
         file.write(data)
+
+
+def check_output(path: Path, name: str = "--output") -> None:
+    """Refuse what a file that a user asks for must not take the place of.
+
+    Raises:
+        ConfigError: it is a device or a pipe, or a link to one that is open, as /dev/stdout is.
+    """
+    is_open_one = path.is_symlink() and str(path.readlink()).startswith("/proc/")
+    if is_open_one or (path.exists() and not (path.is_file() or path.is_dir())):
+        raise ConfigError(f"`{name}` must be a file, got {str(path)!r}, a device or a pipe")
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,20 @@ def test_code_of_a_package_that_is_allowed(run, tmp_path, capsys):
     assert err.startswith("syncnorm: worker 0 failed: IndexError: index 7 is out of bounds")
     assert re.search(r"\(.*/nets.py, line \d+, in fails\)\n$", err)
     assert err.count("\n") == 1
+
+
+def test_what_was_recalibrated_last_is_the_recalibrated_one(run, tmp_path, capsys):
+    """Also where one of a later step, which is damaged now, was recalibrated before."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    later = CheckpointStore(folder / "recalibrated").write(
+        replace(newest(folder / "checkpoints"), step=99)
+    )
+    with pytest.raises(SystemExit) as caught:
+        main(["recalibrate", str(folder)])
+    assert not caught.value.code
+    (found,) = (path for path in later.parent.iterdir() if path.name.startswith("step-"))
+    assert found == later.with_name("step-00000012")
 
 
 def no_checkpoints(folder: Path) -> None:

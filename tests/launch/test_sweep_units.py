@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit
+from syncnorm.run.folder import lock
 from syncnorm.run.ray import results
 from syncnorm.run.ray.job import prepare_folder
 from syncnorm.run.ray.space import Space, read_space, split_grids
@@ -173,6 +175,23 @@ def test_a_sweep_goes_on_with_its_own_trials_alone(tmp_path, monkeypatch):
     assert choose_sweep("digits", GRID, resume=folder, **options).trials == sweep.trials
     with pytest.raises(ConfigError, match="whose trials are others"):
         choose_sweep("digits", ["train.lr=0.05,0.2", *GRID[1:]], resume=folder, **options)
+
+
+def test_one_sweep_is_run_by_one_process(tmp_path, monkeypatch):
+    from syncnorm.run.ray import tune
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tune, "_resources", lambda config: {})
+    sweep = make_sweep("digits", GRID)
+    folder = Path(sweep.folder)
+    folder.mkdir(parents=True)
+    write_record(sweep, [], None)
+    before = (folder / "sweep.json").read_bytes()
+    with closing(lock(folder)):
+        with pytest.raises(ConfigError, match="is being trained by another process"):
+            tune.run_sweep(sweep)
+    assert (folder / "sweep.json").read_bytes() == before
+    assert sorted(path.name for path in folder.iterdir()) == ["run.lock", "sweep.json"]
 
 
 def write_trial(sweep: Sweep, number: int, status: Any, values: list[float], code: int = 0) -> None:

@@ -26,14 +26,16 @@ from torch import nn
 
 import syncnorm
 from syncnorm.cli import main
-from syncnorm.errors import InputError
+from syncnorm.errors import ConfigError, InputError
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import write_config
+from syncnorm.run.worker import RunRequest, train_in
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import digits
 from syncnorm.train.finished.predict import predict
+from syncnorm.train.metrics import last_step
 from syncnorm.train.models import MODELS
 from tests.launch import commands
 from tests.train import runs
@@ -140,6 +142,58 @@ def test_evaluate_on_several_workers_and_on_other_data(made, tmp_path, capfd):
     status, out, err = command(capfd, "evaluate", folder, *options)
     assert status == 0, err
     assert json.loads(out)["metrics"]["accuracy"] == metrics["accuracy"]
+
+
+def resume_without_memory(folder: str) -> None:
+    config = load_config(f"{folder}/config.yaml", ["launch.memory_gib=0.05"])
+    with pytest.raises(ConfigError, match="must be such that a step fits into memory"):
+        train_in(Path(folder), RunRequest(config, "digits"), runs.workers(), runs.Free())
+
+
+def test_a_run_that_is_refused_when_it_is_resumed_has_its_steps(made, pool, tmp_path):
+    """The refusal comes before its checkpoint is read."""
+    folder = tmp_path / "run"
+    shutil.copytree(made["norm"].folder, folder)
+    pool(1).run(resume_without_memory, str(folder))
+    found = read_exit(folder)
+    assert found is not None
+    assert (found.status, found.step) == ("failed", last_step(folder / "metrics.jsonl"))
+    assert found.step > 0
+
+
+@pytest.mark.parametrize("factor", [1 / 255, 15.0])
+def test_other_data_on_another_scale_are_told_of(made, capfd, monkeypatch, factor):
+    monkeypatch.setattr(sys.modules[__name__], "FACTOR", factor)
+    data = ["--data", "name=tests.launch.test_use:scaled_digits", "--allow", "tests"]
+    status, _, err = command(capfd, "evaluate", made["norm"].folder, *data)
+    assert status == 0
+    assert err.startswith("syncnorm: --data: by the run's mean and std its samples have a mean of ")
+    assert err.endswith("are its numbers on another scale?\n")
+    assert err.count("\n") == 1
+
+
+FACTOR = 1.0
+
+
+def scaled_digits(root):
+    from syncnorm.train.data.datasets import Split, make_dataset
+
+    data = digits(root)
+    scaled = [Split(FACTOR * s.images.float(), s.labels) for s in (data.train, data.test)]
+    return make_dataset(*scaled, 10)
+
+
+def test_other_data_have_no_more_classes_than_the_run(made, capfd):
+    data = ["--data", "name=tests.launch.test_use:digits_of_12_classes", "--allow", "tests"]
+    status, _, err = command(capfd, "evaluate", made["norm"].folder, *data)
+    assert (status, err) == (2, "syncnorm: `--data` must have the run's 10 classes, got 12\n")
+
+
+def digits_of_12_classes(root):
+    from syncnorm.train.data.datasets import make_dataset
+
+    data = digits(root)
+    return make_dataset(data.train, data.test, 12)
 
 
 def leaving(root):

@@ -37,6 +37,7 @@ from syncnorm import (
 )
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
+from syncnorm.family import L1BatchNorm
 from syncnorm.maths import kernels
 from syncnorm.testing import assert_close
 
@@ -168,9 +169,27 @@ def test_a_trace_is_that_of_torchs_layer_for_any_batch_size(training, track):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_script_says_what_to_do():
-    with pytest.raises(InputError, match=r"got SyncBatchNorm. Script revert\(model\)"):
-        torch.jit.script(convert(_net()))
+@pytest.mark.parametrize("kind", [SyncBatchNorm, L1BatchNorm])
+def test_script_says_what_to_do(kind):
+    with pytest.raises(InputError, match=rf"got {kind.__name__}. Script revert\(model\)"):
+        torch.jit.script(convert(_net(), kind))
+
+
+def test_torch_fx_is_told_to_take_a_layer_of_the_family_for_one_node():
+    model = convert(_net(), L1BatchNorm)
+    with pytest.raises(
+        InputError, match=r"got a proxy of torch\.fx\. Have its tracer take the layer"
+    ):
+        torch.fx.symbolic_trace(model)
+
+    class Whole(torch.fx.Tracer):
+        def is_leaf_module(self, m, qualified_name):
+            return isinstance(m, L1BatchNorm) or super().is_leaf_module(m, qualified_name)
+
+    graph = Whole().trace(model)
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == [
+        name for name, _ in model.named_children()
+    ]
 
 
 # Fake and meta tensors

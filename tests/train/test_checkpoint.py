@@ -70,6 +70,24 @@ def test_a_run_that_goes_back_keeps_what_it_writes(tmp_path):
     assert (snapshot.step, len(faults)) == (20, 1)
 
 
+def test_the_newest_of_a_run_that_goes_on_is_not_the_best(tmp_path, monkeypatch):
+    """The writer prunes what was listed, and has written a newer one."""
+    store, writer = CheckpointStore(tmp_path), CheckpointStore(tmp_path, keep=1)
+    writer.write(make_snapshot(1), is_best=True)
+    writer.write(make_snapshot(2))
+    read, steps = store.read, iter((3, 4))
+
+    def outrun(path):
+        if (step := next(steps, None)) is not None:
+            writer.write(make_snapshot(step))
+        return read(path)
+
+    monkeypatch.setattr(store, "read", outrun)
+    snapshot, path, faults = store.newest()
+    assert snapshot is not None
+    assert (snapshot.step, path, faults) == (4, tmp_path / "step-00000004", [])
+
+
 def test_a_mark_without_its_checkpoint_leaves_the_one_before(store):
     store.write(make_snapshot(1), is_best=True)
     before = (store.folder / "best.json").read_bytes()

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,14 @@ from syncnorm.run.ending import read_exit
 from syncnorm.run.folder import check_resumable, lock, write_config
 from syncnorm.run.watchdog import Watchdog, open_log
 from syncnorm.train.config.file import load_config
-from syncnorm.train.files import only_writer, open_regular, remove, write_text_whole, written_whole
+from syncnorm.train.files import (
+    check_output,
+    only_writer,
+    open_regular,
+    remove,
+    write_text_whole,
+    written_whole,
+)
 from syncnorm.train.metrics import MetricsFile, last_step, read_events
 
 
@@ -41,6 +49,20 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         half()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_a_user_asks_for_replaces_no_device_and_no_pipe(tmp_path):
+    pipe, stdout, link = (tmp_path / name for name in ("pipe", "stdout", "link"))
+    os.mkfifo(pipe)
+    stdout.symlink_to("/proc/self/fd/1")
+    link.symlink_to("new")
+    for path in (Path("/dev/null"), Path("/dev/stdout"), pipe, stdout):
+        with pytest.raises(ConfigError, match=r"`--page` must be a file, got .*, a device or a"):
+            check_output(path, "--page")
+    for path in (link, tmp_path, tmp_path / "new"):
+        check_output(path)
+    link.with_name("new").touch()
+    check_output(link)
 
 
 def test_only_a_regular_file_is_opened(tmp_path):

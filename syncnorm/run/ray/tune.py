@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit
 from syncnorm.run.errors import RESUMABLE, RunError
+from syncnorm.run.folder import lock
 from syncnorm.run.interrupt import STOP_SIGNALS, handled, put_handlers
 from syncnorm.run.ray import results
 from syncnorm.run.ray.cluster import read_capacity
@@ -98,14 +99,26 @@ def run_sweep(sweep: Sweep) -> int:
         The exit status: 0 all done, 1 some failed, 75 stopped and saved.
 
     Raises:
-        ConfigError: the cluster is too small for a trial, the trials have different metrics, or a
-            folder does not fit; nothing was started.
+        ConfigError: the cluster is too small for a trial, the trials have different metrics, a
+            folder does not fit, or another process runs the sweep; nothing was started.
     """
     # It misses the files of metrics that the trials write by themselves.
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     folder = Path(sweep.folder)
     metric = _metric(sweep)
     resources = _resources(sweep.config(0))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"`run_dir` must be a folder that can be written to, got {str(folder.parent)!r}: "
+            f"{error.strerror}"
+        ) from None
+    with closing(lock(folder)):  # another one would end the trials of this one
+        return _run(sweep, folder, metric, resources)
+
+
+def _run(sweep: Sweep, folder: Path, metric: str, resources: dict[str, float]) -> int:
     for number in range(len(sweep.trials)):
         prepare_folder(sweep.job(number))
     for name in (STOP, "exit.json"):

@@ -139,7 +139,9 @@ def _warn_of_units(feed: Feed, split: str, inputs: Inputs | None) -> None:
     """Say so where other data seem to be on another scale than the run's, such as [0, 1] for bytes."""
     if inputs is None or inputs.mean is None:
         return
-    samples, _ = feed.load(split, torch.arange(min(_LOOKED_AT, feed.sizes[split])))
+    samples, _ = feed.load(
+        split, torch.arange(min(_LOOKED_AT, feed.sizes[split]), device=feed.index_device)
+    )
     std, mean = torch.std_mean(samples.transpose(0, 1).flatten(1).double(), 1, correction=0)
     if mean.abs().max() > _FAR or std.max() < _FLAT:
         tell(

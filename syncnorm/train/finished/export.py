@@ -77,6 +77,7 @@ def export_model(model: LoadedModel, path: Path) -> None:
     }
     if path.suffix not in writers:
         raise ConfigError(f"`--output` must end in {', '.join(writers)}, got {str(path)!r}")
+    files.check_output(path)
     folder = path.with_name(f".tmp-{path.name}")
     partial = folder / path.name
     try:
