@@ -29,7 +29,11 @@ from torch.autograd.function import BackwardCFunction
 from torch.distributed import distributed_c10d as c10d
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
-from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.utils._python_dispatch import (
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 from torch.utils.checkpoint import (
     _CachedTorchDispatchMode,
     _CachingTorchDispatchMode,
@@ -143,26 +147,29 @@ def unseen_by_selective_checkpoint(call: F) -> F:
     def unseen(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not count_dispatch_modes():
             return call(*args, **kwargs)
-        with _without_selective_checkpoint():
+        modes = _get_current_dispatch_mode_stack()
+        selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
+        others = [mode for mode in modes if not isinstance(mode, selective)]
+        if len(others) == len(modes):
+            return call(*args, **kwargs)
+        with _dispatch_modes(others):
             return call(*args, **kwargs)
 
     return cast(F, unseen)
 
 
 @contextmanager
-def _without_selective_checkpoint() -> Iterator[None]:
-    """Take the modes of selective checkpointing off the stack, from among others."""
-    modes: list[Any] = [_pop_mode() for _ in range(count_dispatch_modes())]
-    selective = (_CachingTorchDispatchMode, _CachedTorchDispatchMode)
-    kept = [mode for mode in reversed(modes) if not isinstance(mode, selective)]
-    for mode in kept:
+def _dispatch_modes(wanted: Sequence[TorchDispatchMode]) -> Iterator[None]:
+    """Have these dispatch modes on the stack in place of those that are there."""
+    there: list[Any] = [_pop_mode() for _ in range(count_dispatch_modes())]
+    for mode in wanted:
         _push_mode(mode)
     try:
         yield
     finally:
-        for _ in kept:
+        for _ in wanted:
             _pop_mode()
-        for mode in reversed(modes):
+        for mode in reversed(there):
             _push_mode(mode)
 
 
