@@ -111,6 +111,11 @@ def flush_streams() -> None:
             stream.flush()
 
 
+def leads_to_open_file(path: Path) -> bool:
+    """True for a link to a file that a process has open, as /dev/stdout is."""
+    return path.is_symlink() and str(path.readlink()).startswith("/proc/")
+
+
 def lock(descriptor: int, *, waits: bool = False) -> None:
     """Lock an open file or folder against all processes and threads on this machine.
 

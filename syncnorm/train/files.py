@@ -90,8 +90,8 @@ def check_output(path: Path, name: str = "--output") -> None:
     Raises:
         ConfigError: it is a device or a pipe, or a link to one that is open, as /dev/stdout is.
     """
-    is_open_one = path.is_symlink() and str(path.readlink()).startswith("/proc/")
-    if is_open_one or (path.exists() and not (path.is_file() or path.is_dir())):
+    is_other = path.exists() and not (path.is_file() or path.is_dir())
+    if is_other or system.leads_to_open_file(path):
         raise ConfigError(f"`{name}` must be a file, got {str(path)!r}, a device or a pipe")
 
 
