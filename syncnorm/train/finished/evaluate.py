@@ -17,6 +17,7 @@ from syncnorm.train.data.inputs import Inputs, Signature
 from syncnorm.train.finished.load import make_evaluated, signature_of
 from syncnorm.train.setup import load_feed, task_of
 from syncnorm.train.step import evaluate
+from syncnorm.train.waiting import from_first
 from syncnorm.train.workers import Workers
 
 # Sources that take the figures to standardise by as options, in the units of their samples.
@@ -59,7 +60,8 @@ def evaluate_run(
     The result is that of the run's own evaluation: the same samples are counted, on any number of
     workers. With other statistics it is that of batches as large as a step's.
 
-    *Collectives*: a broadcast of the checkpoint and those of `evaluate`; every worker must call.
+    *Collectives*: broadcasts of the checkpoint and of other data's faults, and those of `evaluate`;
+    every worker must call.
 
     Args:
         folder: of the run.
@@ -88,8 +90,8 @@ def evaluate_run(
                 f"`--split` must be one of {', '.join(feed.sizes)}, which the data has, got "
                 f"{chosen or 'none'}"
             )
-        if has_other_data and workers.is_first:
-            _warn_of_units(feed, chosen, signature.inputs)
+        if has_other_data:
+            from_first(workers.is_first, lambda: _warn_of_units(feed, chosen, signature.inputs))
         task = task_of(config, workers.device, feed, allowed)
         model = make_evaluated(config, signature, snapshot, folder, workers.device, allowed)
         metrics = evaluate(task, model, feed, chosen, config, workers, statistics=statistics)
