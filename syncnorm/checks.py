@@ -83,7 +83,7 @@ def no_script(layer: nn.Module) -> InputError:
     """Make the error of a layer that is given to torch.jit.script."""
     return InputError(
         f"`torch.jit.script` must be given torch's layers, got {type(layer).__name__}. Script "
-        "revert(model), or trace the model in evaluation mode."
+        "revert(model), where that gives them, or trace the model in evaluation mode."
     )
 
 

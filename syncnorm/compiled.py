@@ -10,7 +10,7 @@ from torch import Tensor
 
 from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments, Unread
-from syncnorm.undocumented import backward_pass
+from syncnorm.undocumented import backward_pass, ignore_in_selective_checkpoints
 
 
 def unless_repeated(batch: Moments) -> Moments:
@@ -43,6 +43,11 @@ def _constant(t: Tensor) -> Tensor:
             "running statistics that have moved since: leave the layer out of one of them."
         )
     return t.clone()
+
+
+# Both ask whether they are repeated: nobody may give them what came of the first forward.
+for _operator in (torch.ops.syncnorm.unless_repeated, torch.ops.syncnorm.constant):
+    ignore_in_selective_checkpoints(_operator.default)
 
 
 @_unless_repeated.register_fake

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from syncnorm import checks, ops
-from syncnorm.undocumented import is_tracing
+from syncnorm.undocumented import is_tracing, unseen_by_selective_checkpoint
 
 
+@unseen_by_selective_checkpoint
 def evaluate(
     x: Tensor,
     running_mean: Tensor | None,

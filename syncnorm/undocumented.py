@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import (
     _push_mode,
 )
 from torch.utils.checkpoint import (
+    SAC_IGNORED_OPS,
     _CachedTorchDispatchMode,
     _CachingTorchDispatchMode,
     _CheckpointFrame,
@@ -156,6 +157,11 @@ def unseen_by_selective_checkpoint(call: F) -> F:
             return call(*args, **kwargs)
 
     return cast(F, unseen)
+
+
+def ignore_in_selective_checkpoints(operator: torch._ops.OpOverload) -> None:
+    """Have selective activation checkpointing run an operator anew, whatever it is to save."""
+    SAC_IGNORED_OPS.add(operator)
 
 
 @contextmanager

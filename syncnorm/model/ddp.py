@@ -128,7 +128,10 @@ def _give_state_of_rank_zero(model: nn.Module, group: groups.Group) -> set[str]:
     }
     for buffer in buffers.values():
         dist.broadcast(buffer, group=group, group_src=0)
-    return set(buffers)
+    kept = {id(buffer) for buffer in buffers.values()}
+    # A buffer may have further names, under which DDP would find it first.
+    named = model.named_buffers(remove_duplicate=False)
+    return {name for name, buffer in named if id(buffer) in kept}
 
 
 @undocumented.leave_uncompiled

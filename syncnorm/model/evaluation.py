@@ -19,7 +19,7 @@ from syncnorm.model.mixed import Choice, How, Mix, Prior
 from syncnorm.module import SyncNorm
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Lent, Source
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 @contextmanager
@@ -174,6 +174,7 @@ class _Theirs:
         self.layer, self.name, self.how = layer, name or type(layer).__name__, how
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def __call__(self, input: Tensor) -> Tensor:  # torch's name for the argument
         if self.layer.training:
             raise _training(self.name)

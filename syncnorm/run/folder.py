@@ -172,7 +172,7 @@ def lock(folder: Path) -> Any:
     except BlockingIOError:
         file.close()
         raise ConfigError(
-            f"run {str(folder)!r} is being trained by another process. Stop that one first."
+            f"{str(folder)!r} is being trained by another process. Stop that one first."
         ) from None
     except OSError:
         pass  # a file system without locks

@@ -345,9 +345,15 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         mine, is_new = chosen.result()
         made = mine.absolute() if is_new else None
         held = lock(mine)
-        # A resumed run may have more epochs, or other workers.
-        write_config(request.config, mine)
-        (mine / "exit.json").unlink(missing_ok=True)
+        try:
+            # A resumed run may have more epochs, or other workers.
+            write_config(request.config, mine)
+            (mine / "exit.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run {str(mine)!r} must be writable, its {Path(str(error.filename)).name} too: "
+                f"{error.strerror}"
+            ) from None
         return mine
 
     try:

@@ -90,8 +90,12 @@ def check_output(path: Path, name: str = "--output") -> None:
     Raises:
         ConfigError: it is a device or a pipe, or a link to one that is open, as /dev/stdout is.
     """
-    is_other = path.exists() and not (path.is_file() or path.is_dir())
-    if is_other or system.leads_to_open_file(path):
+    try:
+        is_open_one = system.leads_to_open_file(path)
+        is_other = stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR)
+    except OSError:  # not there, or not to be written, which shows then
+        return
+    if is_open_one or is_other:
         raise ConfigError(f"`{name}` must be a file, got {str(path)!r}, a device or a pipe")
 
 

@@ -317,5 +317,5 @@ def test_two_launches_do_not_share_a_folder(tmp_path):
     assert done.returncode == 2
     assert (
         done.stderr.splitlines()[-1]
-        == f"syncnorm: run {str(run)!r} is being trained by another process. Stop that one first."
+        == f"syncnorm: {str(run)!r} is being trained by another process. Stop that one first."
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm
 
@@ -20,6 +23,21 @@ def uneven_batch(size: int, seed: int, channels: int = 4) -> Tensor:
     g = torch.Generator().manual_seed(seed)
     offset = torch.linspace(-3, 3, max(size, 1), dtype=torch.float64)[:size].view(-1, 1, 1)
     return torch.randn(size, channels, 5, generator=g, dtype=torch.float64) + offset
+
+
+def selective_contexts(ours_alone: bool = False) -> Any:
+    """The contexts of a checkpoint that is to save each result, but a convolution's or a tanh's.
+
+    Or those of syncnorm's own operators alone, for compiled code that runs operators one by one.
+    """
+    recomputed = ("aten.convolution.default", "aten.tanh.default")
+
+    def choose(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        name, policy = str(operator), CheckpointPolicy
+        is_saved = name.startswith("syncnorm.") if ours_alone else name not in recomputed
+        return policy.MUST_SAVE if is_saved else policy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(choose)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

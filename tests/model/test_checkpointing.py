@@ -14,11 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import (
     RenormSchedule,
@@ -39,7 +35,7 @@ from syncnorm.family import (
     RegionNorm,
 )
 from syncnorm.functional import sync_batch_norm
-from tests.model.parts import uneven_batch
+from tests.model.parts import selective_contexts, uneven_batch
 
 
 def _checkpointed(reentrant: bool | None, make: str) -> list[Tensor]:
@@ -219,22 +215,15 @@ SELECTIVE = {
 }
 
 
-def _saved_but_for_others(_: object, operator: object, *args: object, **kwargs: object) -> object:
-    recomputed = (torch.ops.aten.convolution.default, torch.ops.aten.tanh.default)
-    policy = CheckpointPolicy
-    return policy.PREFER_RECOMPUTE if operator in recomputed else policy.MUST_SAVE
-
-
 def _selectively_checkpointed(make: str, is_checkpointed: bool) -> list[Tensor]:
-    """Gradients and buffers where a checkpoint is to save each result but a convolution's."""
+    """Gradients and buffers."""
     torch.manual_seed(0)
     parts = nn.Conv1d(4, 6, 3, padding=1), SELECTIVE[make](6), nn.Tanh()
     model = prepare_ddp(nn.Sequential(*parts).double())
-    contexts = functools.partial(create_selective_checkpoint_contexts, _saved_but_for_others)
     for step in range(3):
         x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
         if is_checkpointed:
-            y = checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+            y = checkpoint(model, x, use_reentrant=False, context_fn=selective_contexts)
             assert isinstance(y, Tensor)
         else:
             y = model(x)

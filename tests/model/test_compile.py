@@ -11,6 +11,7 @@ import copy
 import os
 import shutil
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from tests.distributed.steps import (
     oracle_steps,
     parameters,
 )
+from tests.model.parts import selective_contexts
 
 CHANNELS = 3
 RENORM = {"bounds": (1.5, 0.5)}
@@ -336,10 +338,16 @@ def test_modes_in_which_layers_act_together_run_beside_the_graph(pool, sync, kin
             assert_close(a, b, torch.float64, sync)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_a_compiled_layer_updates_once(reentrant):
-    layer = SyncBatchNorm(CHANNELS, dtype=torch.float64)
-    _against_eager(layer, run=lambda forward, x: checkpoint(forward, x, use_reentrant=reentrant))
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "selective"])
+def test_checkpointing_a_compiled_layer_updates_once(how):
+    # Where a compiler runs operators one by one, selective checkpoints take no ordered ones.
+    is_selective = how == "selective"
+    layer = SyncBatchNorm(CHANNELS, sync="none" if is_selective else "batch", dtype=torch.float64)
+    options = {"context_fn": partial(selective_contexts, True)} if is_selective else {}
+    _against_eager(
+        layer,
+        run=lambda forward, x: checkpoint(forward, x, use_reentrant=how == "reentrant", **options),
+    )
 
 
 class _Checkpointed(nn.Module):
@@ -351,13 +359,14 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("is_inside", [False, True])
-def test_checkpointing_a_compiled_renormalisation_is_an_error(is_inside):
+@pytest.mark.parametrize("how", ["inside", "outside", "selective"])
+def test_checkpointing_a_compiled_renormalisation_is_an_error(how):
     """It would see running statistics that have moved, and be wrong without a word."""
     layer = SyncBatchRenorm(CHANNELS, schedule=SCHEDULE, sync="none", dtype=torch.float64)
-    compiled = _compiled(_Checkpointed(layer) if is_inside else layer)
+    compiled = _compiled(_Checkpointed(layer) if how == "inside" else layer)
     x = _sample(4).requires_grad_()
-    y = compiled(x) if is_inside else checkpoint(compiled, x, use_reentrant=False)
+    options = {"context_fn": partial(selective_contexts, True)} if how == "selective" else {}
+    y = compiled(x) if how == "inside" else checkpoint(compiled, x, use_reentrant=False, **options)
     with pytest.raises(
         InputError, match="`checkpoint` must not repeat a renormalisation that is compiled"
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 
 import numpy as np
@@ -258,6 +259,11 @@ def _statistics_of_ones_own(how: str) -> Tensor:
         model = nn.Sequential(model, nn.Flatten())
     elif how == "checkpointed":
         apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, SyncBatchNorm))
+    elif how == "a buffer by two names":
+        view = nn.Module()
+        view.register_buffer("running_mean_seen", model[1].running_mean)
+        model = nn.Sequential(OrderedDict(view=view, model=model))
+        view.forward = lambda x: x
     elif how == "told to leave others":
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["other"])
     x = torch.arange(24.0).view(4, 2, 3)
@@ -265,13 +271,16 @@ def _statistics_of_ones_own(how: str) -> Tensor:
     for _ in range(2):
         ddp((1.0 + dist.get_rank()) * x).sum().backward()
     ddp(torch.zeros(4, 2, 3))
-    (mean,) = (b for name, b in model.named_buffers() if name.endswith("running_mean"))
+    (mean,) = (b for name, b in model.named_buffers() if "running_mean" in name)
     return mean
 
 
 @pytest.mark.parametrize(
     "how",
-    ["compiled", "a part compiled", "a part of another", "checkpointed", "told to leave others"],
+    [
+        *("compiled", "a part compiled", "a part of another", "checkpointed"),
+        *("a buffer by two names", "told to leave others"),
+    ],
 )
 def test_what_is_each_workers_own_stays_so_however_the_model_is_wrapped(pool, how):
     plain = pool(2).run(_statistics_of_ones_own, "plain")

@@ -41,7 +41,7 @@ from syncnorm.family import (
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.model import mixed
 from syncnorm.testing import assert_close, shard
-from tests.model.parts import HomeMade, state_of
+from tests.model.parts import HomeMade, selective_contexts, state_of
 
 C = 3
 SPLITS = [(5,), (3, 2), (5, 0), (1, 0, 4)]
@@ -378,25 +378,28 @@ def test_blocks_end_where_they_should(kind):
 
 
 def repeated(
-    name: str, choice: Any, x: Tensor, cotangent: Tensor, is_repeated: bool = True
+    name: str, choice: Any, x: Tensor, cotangent: Tensor, how: dict[str, Any] | None
 ) -> list[Any]:
     """Evaluate with gradients, rank 1 within a checkpoint: output, gradient and messages."""
     layer = make_family(name) if name in FAMILY else make(name)[0]
     x = x.clone().requires_grad_()
     with evaluation_statistics(layer, choice), exchange.record() as sent:
-        is_again = is_repeated and dist.get_rank() == 1
-        y = checkpoint(layer, x, use_reentrant=False) if is_again else layer(x)
+        if how is not None and dist.get_rank() == 1:
+            y = checkpoint(layer, x, use_reentrant=False, **how)
+        else:
+            y = layer(x)
         y.backward(cotangent)
     return [y.detach(), x.grad, [each.kind for each in sent]]
 
 
+@pytest.mark.parametrize("how", [{}, {"context_fn": selective_contexts}], ids=["all", "some"])
 @pytest.mark.parametrize("choice", [Mix(0.7), Prior(4)], ids=str)
 @pytest.mark.parametrize("name", ["batch", "torch", "l1", "evo", "channel"])
-def test_a_forward_that_one_worker_repeats_exchanges_nothing(pool, name, choice):
+def test_a_forward_that_one_worker_repeats_exchanges_nothing(pool, name, choice, how):
     x, _, cotangent = data()
     parts = [*zip(shard(x, (3, 2)), shard(cotangent, (3, 2)))]
-    again = pool(2).run_each(repeated, [(name, choice, *each) for each in parts])
-    plain = pool(2).run_each(repeated, [(name, choice, *each, False) for each in parts])
+    again = pool(2).run_each(repeated, [(name, choice, *each, how) for each in parts])
+    plain = pool(2).run_each(repeated, [(name, choice, *each, None) for each in parts])
     for got, expected in zip(again, plain, strict=True):
         assert_close(got[0], expected[0], torch.float64, "y")
         assert_close(got[1], expected[1], torch.float64, "dx")

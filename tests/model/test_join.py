@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from syncnorm import (
     SyncBatchNorm,
@@ -30,7 +31,7 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
-from tests.model.parts import uneven_batch
+from tests.model.parts import selective_contexts, uneven_batch
 
 
 @dataclass
@@ -168,6 +169,26 @@ def test_with_other_settings_of_ddp(pool, ddp):
 def test_in_debug_mode(pool):
     counts = [3, 1]
     _compare(pool(2).run(_on_worker, counts, {}, True), _on_one(counts), counts)
+
+
+def _with_checkpoints(is_selective: bool) -> list[Tensor]:
+    """What training leaves where the forwards are checkpointed, of a model without DDP."""
+    model = prepare_ddp(_network(SyncBatchNorm))
+    options = {"context_fn": selective_contexts} if is_selective else {}
+    rank, seen = dist.get_rank(), []
+    with join(model):
+        for x in _batches(rank, 2 + rank):
+            y = checkpoint(model, x, use_reentrant=False, **options)
+            assert isinstance(y, Tensor)
+            _loss(y).backward()
+            seen.append(y.detach())
+    return [*seen, *(p.grad for p in model.parameters()), *model.state_dict().values()]
+
+
+def test_selective_checkpoints_see_no_exchange(pool):
+    plain = pool(2).run(_with_checkpoints, False)
+    for got, expected in zip(pool(2).run(_with_checkpoints, True), plain, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_without_scaled_loss_it_differs(pool):

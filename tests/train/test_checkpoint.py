@@ -88,6 +88,34 @@ def test_the_newest_of_a_run_that_goes_on_is_not_the_best(tmp_path, monkeypatch)
     assert (snapshot.step, path, faults) == (4, tmp_path / "step-00000004", [])
 
 
+@pytest.mark.parametrize("moment", ["aside", "half read"])
+def test_the_newest_may_be_replaced_while_it_is_read(tmp_path, monkeypatch, moment):
+    store, writer = CheckpointStore(tmp_path), CheckpointStore(tmp_path)
+    writer.write(make_snapshot(1))
+    path = writer.write(make_snapshot(2))
+    aside, read, calls = path.with_name(f".tmp-old-{path.name}"), store.read, []
+
+    def replaced(given):
+        calls.append(given)
+        if len(calls) == 1 and moment == "half read":
+            (given / "rng.pt").unlink()
+            with pytest.raises(CheckpointError):
+                read(given)
+            writer.write(make_snapshot(2))
+            raise CheckpointError("a file is gone")
+        if len(calls) == 1:
+            path.rename(aside)
+        elif moment == "aside" and len(calls) == 2:
+            aside.rename(path)
+        return read(given)
+
+    monkeypatch.setattr(store, "read", replaced)
+    snapshot, found, faults = store.newest()
+    assert snapshot is not None
+    assert (snapshot.step, found, faults) == (2, path, [])
+    assert calls == ([path, path] if moment == "half read" else [path, aside, path])
+
+
 def test_a_mark_without_its_checkpoint_leaves_the_one_before(store):
     store.write(make_snapshot(1), is_best=True)
     before = (store.folder / "best.json").read_bytes()

@@ -25,7 +25,7 @@ from syncnorm.model.join.ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.join.handover import Handover, Stateful
 from syncnorm.module import SyncNorm
 from syncnorm.statistics.flat import device_of
-from syncnorm.undocumented import after_backward, disable_dynamo
+from syncnorm.undocumented import after_backward, disable_dynamo, unseen_by_selective_checkpoint
 
 _NEXT, _SUM, _GATHER, _REDUCE = 1, 2, 3, 4
 _CODES = {"sum": _SUM, "native sum": _SUM, "gather": _GATHER}
@@ -117,7 +117,8 @@ class Coordinator:
             part.reductions = Reductions(module, partial(self._on_reduction, part), self._share)
         self._parts.append(part)
         return module.register_forward_pre_hook(
-            disable_dynamo(partial(self._on_forward, part)), prepend=True
+            disable_dynamo(unseen_by_selective_checkpoint(partial(self._on_forward, part))),
+            prepend=True,
         )
 
     def _share(self) -> float:

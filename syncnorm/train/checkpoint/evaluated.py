@@ -38,7 +38,7 @@ def read_evaluated(folder: Path, checkpoint: str = NEWEST) -> Snapshot:
     store = CheckpointStore(where)
     try:
         if checkpoint not in (NEWEST, RECALIBRATED):
-            return store.read(_find(store, checkpoint))
+            return _read(store, checkpoint)
         snapshot, _, faults = store.newest()
     except (OSError, CheckpointError) as error:
         raise ConfigError(f"{where}: {error}") from None
@@ -47,6 +47,17 @@ def read_evaluated(folder: Path, checkpoint: str = NEWEST) -> Snapshot:
     for fault in faults:
         _log.warning("a newer checkpoint is left out: %s", fault)
     return snapshot
+
+
+def _read(store: CheckpointStore, checkpoint: str) -> Snapshot:
+    path = _find(store, checkpoint)
+    try:
+        return store.read(path)
+    except CheckpointError:
+        if _find(store, checkpoint) == path:
+            raise
+    # Another one has become the best meanwhile, and this one was pruned.
+    return _read(store, checkpoint)
 
 
 def _find(store: CheckpointStore, checkpoint: str) -> Path:

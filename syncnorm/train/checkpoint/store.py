@@ -11,6 +11,7 @@ died, and the next write removes it.
 import re
 from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
@@ -115,16 +116,20 @@ class CheckpointStore:
             CheckpointError: the folder of all checkpoints is there and cannot be listed.
         """
         faults: list[str] = []
-        tried: set[Path] = set()
-        # Listed anew each time: one that is gone was pruned by a writer meanwhile, which has
-        # written a newer one.
-        while untried := {s: path for s, path in self.folders().items() if path not in tried}:
-            path = untried[max(untried)]
-            tried.add(path)
+        tried: set[_Found] = set()
+        # Listed anew each time: one that is gone, or another one now, was pruned or replaced by a
+        # writer meanwhile, and a newer one is there.
+        while untried := {
+            step: found
+            for step, path in self.folders().items()
+            if (found := _find(path)) not in tried
+        }:
+            found = untried[max(untried)]
+            tried.add(found)
             try:
-                return self.read(path), path, faults
+                return self.read(found.path), found.path, faults
             except CheckpointError as error:
-                if _exists(path):
+                if found.identity is not None and _find(found.path) == found:
                     faults.append(str(error))
         return None, None, faults
 
@@ -205,6 +210,20 @@ class CheckpointStore:
                 # Renamed first: a checkpoint that a kill left half removed would look damaged.
                 gone = folders[old].rename(self.folder / f".tmp-gone-{folders[old].name}")
                 files.remove(gone)
+
+
+class _Found(NamedTuple):
+    """A folder, and what tells it from another one that takes its place; None: it is not there."""
+
+    path: Path
+    identity: tuple[int, int] | None
+
+
+def _find(path: Path) -> _Found:
+    with suppress(OSError):
+        status = path.lstat()
+        return _Found(path, (status.st_ino, status.st_ctime_ns))
+    return _Found(path, None)
 
 
 class _Mark(BaseModel):

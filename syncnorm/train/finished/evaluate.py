@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from syncnorm.errors import ConfigError
 from syncnorm.model.mixed import Choice
@@ -141,9 +142,13 @@ def _warn_of_units(feed: Feed, split: str, inputs: Inputs | None) -> None:
     """Say so where other data seem to be on another scale than the run's, such as [0, 1] for bytes."""
     if inputs is None or inputs.mean is None:
         return
-    samples, _ = feed.load(
-        split, torch.arange(min(_LOOKED_AT, feed.sizes[split]), device=feed.index_device)
-    )
+    size = feed.sizes[split]
+    # All over the split, which may be sorted.
+    spread = torch.arange(0, size, max(1, size // _LOOKED_AT), device=feed.index_device)
+    batch = feed.load(split, spread[:_LOOKED_AT])
+    samples = batch[0] if isinstance(batch, tuple | list) and batch else None
+    if not isinstance(samples, Tensor) or samples.ndim < 2:
+        return
     std, mean = torch.std_mean(samples.transpose(0, 1).flatten(1).double(), 1, correction=0)
     if mean.abs().max() > _FAR or std.max() < _FLAT:
         tell(
