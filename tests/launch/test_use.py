@@ -34,6 +34,8 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.builtin import digits
+from syncnorm.train.data.inputs import Inputs
+from syncnorm.train.data.splits import Splits
 from syncnorm.train.finished.predict import predict
 from syncnorm.train.metrics import last_step
 from syncnorm.train.models import MODELS
@@ -181,6 +183,44 @@ def scaled_digits(root):
     data = digits(root)
     scaled = [Split(FACTOR * s.images.float(), s.labels) for s in (data.train, data.test)]
     return make_dataset(*scaled, 10)
+
+
+class Mapping(nn.Module):
+    """A network that is called with a mapping."""
+
+    def __init__(self, in_channels: int, num_classes: int, norm_layer: Any) -> None:
+        super().__init__()
+        self.linear = nn.Linear(in_channels, num_classes)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.linear(values)
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"values": torch.full((4,), index - 16.0), "labels": int(index > 16)}
+
+
+def mappings(root, seed=0):
+    inputs = Inputs(shape=(4,), dtype="float32", mean=(0.0,) * 4, std=(1.0,) * 4)
+    return Splits(Rows(), Rows(), num_classes=2, in_channels=4, inputs=inputs)
+
+
+def test_other_data_may_be_mappings(pool, tmp_path, capfd):
+    config = Config(
+        model={"name": "tests.launch.test_use:Mapping"},
+        data={"name": "tests.launch.test_use:mappings"},
+        norm={"name": "batch_norm", "sync": "none"},
+        train={"epochs": 1, "global_batch": 16, "lr": 0.1},
+    )
+    folder, metrics = make(pool, tmp_path / "run", config)
+    other = ["--data", "options.seed=5", "--allow", "tests", "--json"]
+    status, out, err = command(capfd, "evaluate", folder, *other)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["metrics"] == pytest.approx(metrics)
 
 
 def test_other_data_have_no_more_classes_than_the_run(made, capfd):
