@@ -411,7 +411,12 @@ def update_running_(
         return
     chosen = kernels.fused_for_running(running_mean, running_var, batch.count)
     if chosen is not kernels.native:
-        checks.check_devices(batch.count, running_mean=running_mean, running_var=running_var)
+        checks.check_devices(
+            batch.count,
+            running_mean=running_mean,
+            running_var=running_var,
+            num_batches_tracked=counter,
+        )
     if chosen is not None and not isinstance(batch, Unread):
         channels = batch.packed[0].numel() // 2
         if not running_mean.shape == running_var.shape == (channels,):

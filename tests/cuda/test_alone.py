@@ -79,7 +79,15 @@ def test_a_gradient_that_lies_in_another_way(device, dtype):
 
 
 @pytest.mark.parametrize("layout", [torch.clone, rows], ids=["planes", "rows"])
-@pytest.mark.parametrize("shape", [(4, 3, 65, 67), (64, 2048), (256, 7, 3), (3, 1, 5, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *((4, 3, 65, 67), (64, 2048), (256, 7, 3), (3, 1, 5, 1)),
+        # More channels than a block of rows has, and no multiple of them.
+        *((9, 1000), (5, 80, 3, 3)),
+    ],
+    ids=str,
+)
 def test_sizes_that_no_block_divides(device, shape, layout):
     for dtype in (torch.float32, torch.bfloat16):
         check(device, Batch.random(shape, dtype), {"bounds": (1.25, 0.25)}, layout, layout)
@@ -89,6 +97,7 @@ SHAPES = [
     (64, 64, 112, 112),
     (128, 256, 28, 28),
     (256, 2048, 7, 7),
+    (128, 672, 14, 14),
     (2, 3, 999, 512),
     (300_001, 64),
 ]

@@ -7,6 +7,7 @@ import math
 import os
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ SMALL = [s for s in SHAPES if math.prod(s) < 10_000] + [
     (3, 16, 1, 3),
     (5, 6, 9, 16),
     (1, 2, 3, 5, 300),
+    # More channels than lanes, and no multiple of them.
+    (7, 80),
+    (3, 112, 2, 3),
 ]
 F32, F64 = torch.float32, torch.float64
 
@@ -248,6 +252,21 @@ def test_offsets_beyond_32_bits():
     assert large is not None
     assert large.strides[0][3] == 2**31
     assert large.shape[2] == 1
+
+
+def test_channels_that_are_far_apart():
+    """Where x has its channels last, and its gradient the last one 2^31 elements from the first."""
+    channels, far = 128, 2**24 + 2**18
+    x = randn(1, 5, channels).bfloat16().movedim(-1, 1)
+    # Of which little is touched; PyTorch's empty tensors are poisoned here.
+    memory = torch.from_numpy(np.empty(channels * far, np.uint16)).view(torch.bfloat16)
+    g = memory.as_strided((1, channels, 5), (channels * far, far, 1))
+    g.copy_(randn(1, channels, 5, seed=1))
+    rows = torch.ones(3, channels, dtype=F64)
+    local, *_ = _backward_sums(g, x, rows, None, None)
+    wide = g.double()
+    expected = torch.stack([wide.sum((0, 2)), (wide * (x.double() - 1)).sum((0, 2))])
+    assert_close(local, expected, F32, "sums")
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])

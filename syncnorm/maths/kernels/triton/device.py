@@ -68,7 +68,7 @@ def moments(
     # About a pivot near the mean, so that a large mean costs no digits of the variance: the mean of
     # the first tile, of which something counts.
     if w is None:
-        o, lane, ok = cell(begin, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        o, lane, ok = cell(begin, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         v = tl.load(x + at, ok, other=0).to(F)
@@ -79,7 +79,7 @@ def moments(
         weight = tl.sum(tl.sum(v, 1), 0)
         t = begin
         while (t < end) & (weight == 0):
-            o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
             v = tl.load(x + at, ok, other=0).to(F)
@@ -112,7 +112,7 @@ def moments(
         s2 = tl.zeros([BN, BJ], F)
         s0 = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
         for t in tl.range(start, tl.minimum(start + SHORT, end), num_stages=STAGES):
-            o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
             v = tl.load(x + at, ok, other=0).to(F)
@@ -221,7 +221,7 @@ def normalize(
     factor = by_lane(scale.to(F), length, FORM, BC, BJ)
     term = by_lane(shift.to(F), length, FORM, BC, BJ)
     for t in range(begin, end):
-        o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         to = offsets(o, lane, group, length, e1, e2, e3, y0, y1, y2, y3, yg, yl,
@@ -254,7 +254,7 @@ def backward_sums(
         s1 = tl.zeros([BN, BJ], F)
         s2 = tl.zeros([BN, BJ], F)
         for t in tl.range(start, tl.minimum(start + SHORT, end), num_stages=STAGES):
-            o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
             of = offsets(o, lane, group, length, e1, e2, e3, g0, g1, g2, g3, gg, gl,
@@ -317,7 +317,7 @@ def backward_input(
     constant = by_lane(a.to(F), length, FORM, BC, BJ)
     slope = by_lane(b.to(F), length, FORM, BC, BJ)
     for t in range(begin, end):
-        o, lane, ok = cell(t, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         of = offsets(o, lane, group, length, e1, e2, e3, g0, g1, g2, g3, gg, gl,

@@ -32,18 +32,23 @@ def program(groups, per, tiles, WIDE: tl.constexpr):
 
 @triton.jit
 def cell(
-    t, blocks, outer, limit,
+    t, group, blocks, outer, limit,
     FORM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """The outer indices (BN, 1) and lanes (1, BJ) of a tile, and where it is within the tensor."""
-    row = tl.arange(0, BN)[:, None]
-    lane = tl.arange(0, BJ)[None, :]
+    # In as many bits as the group: a lane's stride may lead beyond 32 of them.
+    row = tl.arange(0, BN)[:, None].to(group.dtype)
+    lane = tl.arange(0, BJ)[None, :].to(group.dtype)
+    end = limit * UNIT
+    if FORM == ROWS:
+        # The channels that are left: of the last group they may be fewer than its lanes.
+        end -= group * BJ
     if FORM == PLANES:
         o = t // blocks * BN + row
         lane = t % blocks * BJ + lane
     else:
         o = t * BN + row
-    return o, lane, (o < outer) & (lane < limit * UNIT)
+    return o, lane, (o < outer) & (lane < end)
 
 
 @triton.jit
