@@ -16,6 +16,7 @@ from syncnorm import (
     SyncBatchNorm,
     SyncBatchRenorm,
     accumulate,
+    functional,
     monitor,
     prepare_ddp,
 )
@@ -184,6 +185,10 @@ def test_a_fault_leaves_the_statistics_of_all_layers(pool, kernels):
 def test_tensors_of_another_device_are_refused():
     with as_device(), pytest.raises(InputError, match="`weight` must be on the device of x, cpu"):
         SyncBatchNorm(3, device="meta", track_running_stats=False)(torch.randn(4, 3))
+    statistics = torch.zeros(3), torch.ones(3)
+    counter = torch.zeros((), dtype=torch.int64, device="meta")
+    with as_device(), pytest.raises(InputError, match="`num_batches_tracked` must be on the dev"):
+        functional.sync_batch_norm(torch.randn(4, 3), *statistics, num_batches_tracked=counter)
 
 
 def test_weights_that_are_none_make_nan_and_leave_the_buffers():
