@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from torch import nn
 
 from syncnorm.train.workers import Workers
 
@@ -53,6 +54,13 @@ def scaler_state(scaler: torch.amp.GradScaler, world_size: int) -> dict[str, Any
     scale = state["scale"] * world_size
     # A power of 2, as the first one is: its share of 3 workers is rounded.
     return state | {"scale": 2.0 ** round(math.log2(scale)) if scale > 0 else scale}
+
+
+def rescale_gradient_averages(model: nn.Module, factor: float) -> None:
+    """Multiply, in place, what layers of sync="lagged" keep of gradients, which have the loss's scale."""
+    for name, average in model.named_buffers():
+        if name.rpartition(".")[2] == "lagged_gradient":
+            average.mul_(factor)
 
 
 def load_scaler(scaler: torch.amp.GradScaler, state: dict[str, Any], world_size: int) -> None:

@@ -173,11 +173,17 @@ def test_the_same_training_is_the_same_job(tmp_path, monkeypatch):
     assert job.folder == str(tmp_path / "runs" / job.submission_id)
     assert job.config["data"]["root"] == str(tmp_path / "images")
     same = make_job(
-        "digits", ["launch.workers=[2, 8]", "checkpoint.every=7", "run_dir=/elsewhere"], ()
+        "digits",
+        [
+            *("data.root=images", "launch.workers=[2, 8]"),
+            *("checkpoint.every=7", "run_dir=/elsewhere"),
+        ],
+        (),
     )
     assert same.submission_id == job.submission_id
     assert same.folder == f"/elsewhere/{job.submission_id}"
-    assert make_job("digits", ["train.lr=0.2"], ()).submission_id != job.submission_id
+    for other in (["train.lr=0.2", "data.root=images"], ["data.root=others"], []):
+        assert make_job("digits", other, ()).submission_id != job.submission_id
 
 
 def test_a_name_that_ray_would_not_take(tmp_path):

@@ -113,6 +113,7 @@ def test_trials_are_runs_named_by_what_varies(tmp_path, monkeypatch):
     assert (config.train.lr, config.norm.sync, config.train.epochs) == (0.1, "running", 1)
     assert config.launch.workers == 2
     assert make_sweep("digits", GRID, is_dated=False) == make_sweep("digits", GRID, is_dated=False)
+    assert make_sweep("digits", [*GRID, "name=other"]).submission_id.startswith("other-sweep-")
 
 
 def test_a_section_that_varies_keeps_what_is_given_of_it(tmp_path, monkeypatch):

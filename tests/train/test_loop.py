@@ -171,6 +171,21 @@ KINDS = {
 }
 
 
+def test_lagged_statistics_go_on_with_another_number_of_workers(pool, tmp_path):
+    """Their averages of gradients have the scale of the loss, which has that of the workers."""
+    options = [*SHORT, THIN, "norm.sync=lagged", "train.dtype=float64"]
+    run(pool, 1, tmp_path / "whole", options)
+    run(pool, 1, tmp_path / "parts", options, stop_at=3, rank=0)
+    run(pool, 2, tmp_path / "parts", options)
+    expected = last(tmp_path / "whole").tensors["model"]
+    for name, value in last(tmp_path / "parts").tensors["model"].items():
+        # Of two workers.
+        factor = 2.0 if name.endswith("lagged_gradient") else 1.0
+        torch.testing.assert_close(
+            value, expected[name] * factor if factor > 1 else expected[name], rtol=1e-6, atol=1e-9
+        )
+
+
 # With three workers the order of a sum can differ, with two it cannot.
 @pytest.mark.parametrize(
     ("kind", "world_size"),

@@ -221,6 +221,19 @@ def test_ignored_samples_count_in_no_figure():
     assert int(found["loss"][1]) == 4
 
 
+@pytest.mark.parametrize("ignored", [-100, 0, 255])
+def test_an_ignored_class_has_no_part_in_the_mean_over_classes(ignored):
+    task = make_builtin("segment", None, {"ignore_index": ignored})
+    targets = torch.tensor([[0, 1, 1, 2, 2, 2]])
+    found = torch.tensor([[1, 1, 0, 2, 2, 1]])
+    outputs = F.one_hot(found, 3).movedim(-1, 1).float()
+    hits, unions = task.measure(outputs, targets)["mean_iou"]
+    # Of class 0 the first pixel is counted, and the third one's prediction, or neither.
+    expected = ([1, 2], [3, 3]) if ignored == 0 else ([0, 1, 2], [2, 4, 3])
+    is_there = unions > 0
+    assert (hits[is_there].tolist(), unions[is_there].tolist()) == expected
+
+
 def test_class_probabilities_have_no_ignored_class():
     task: Any = make_builtin("classify", None, {"ignore_index": 0})
     probabilities = torch.full((4, 3), 1 / 3)

@@ -159,7 +159,9 @@ def prepare_folder(job: Job) -> Path:
 
 
 def _hash(config: Config) -> str:
-    return hashlib.sha256(json.dumps(config.mathematics(), sort_keys=True).encode()).hexdigest()[:8]
+    # Where the data lies, too: other data are another training.
+    fixed = [config.mathematics(), config.data.root]
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def absolute(config: Config) -> Config:

@@ -187,7 +187,7 @@ def make_sweep(
         base["data"]["root"] = config.data.root
     if config.model.weights is not None:
         base["model"]["weights"] = config.model.weights
-    name = Path(source).stem
+    name = config.name or Path(source).stem
     stem = f"{id_of(name)}-sweep"
     if resume is not None:
         folder = resume.absolute()

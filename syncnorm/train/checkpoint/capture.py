@@ -29,7 +29,7 @@ from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import MATHEMATICS, WHEREABOUTS, Config
 from syncnorm.train.config.section import leaves
 from syncnorm.train.metrics import from_json_value, json_value
-from syncnorm.train.scaling import load_scaler, scaler_state
+from syncnorm.train.scaling import load_scaler, rescale_gradient_averages, scaler_state
 from syncnorm.train.setup import Setup
 from syncnorm.train.waiting import from_all, from_first
 
@@ -150,9 +150,11 @@ def restore(setup: Setup, progress: Progress, snapshot: Snapshot) -> None:
         _load_optimizer(setup.optimizer, snapshot.states["optimizer"])
         setup.schedule.load_state_dict(snapshot.states["schedule"])
         _lengthen(setup, snapshot)
-        if setup.scaler.is_enabled():
-            load_scaler(setup.scaler, snapshot.states["scaler"], setup.workers.world_size)
         own = snapshot.states["workers"]
+        if setup.scaler.is_enabled():  # whose product with the number of workers stays
+            load_scaler(setup.scaler, snapshot.states["scaler"], setup.workers.world_size)
+        else:
+            rescale_gradient_averages(setup.model, setup.workers.world_size / len(own))
         if len(own) == setup.workers.world_size:
             _restore_own(setup, own[setup.workers.rank])
         progress.load_facts(snapshot.facts["position"])

@@ -250,6 +250,9 @@ class Segment(Supervised):
             + torch.bincount(right, minlength=classes)
             - hits
         )
+        # Nobody can be right about a class that is ignored: it is none of the mean's.
+        if 0 <= self.criterion.ignore_index < classes:
+            union[self.criterion.ignore_index] = 0
         return {"mean_iou": (hits, union), "accuracy": (hits.sum(), kept.sum())}
 
 
