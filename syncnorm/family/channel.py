@@ -38,7 +38,7 @@ from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments
 from syncnorm.statistics import repeated
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class EstimatedBatchNorm(PooledBatchNorm):
@@ -53,6 +53,7 @@ class EstimatedBatchNorm(PooledBatchNorm):
     """
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Have the estimates follow the batch, and normalise by them."""
         return by_estimates(self, x)
@@ -104,6 +105,7 @@ class BatchChannelNorm(PooledBatchNorm):
             self.register_parameter(name, value)
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch or by estimates."""
         return by_estimates(self, x) if self.estimate else super().normalize(x)

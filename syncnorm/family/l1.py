@@ -23,7 +23,7 @@ from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.passes import blocks, by_channel, channels
 from syncnorm.family.pooled import pooled_sum
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 _NORMAL = math.sqrt(math.pi / 2)
 
@@ -67,6 +67,7 @@ class L1BatchNorm(FamilyLayer):
         return PlainBatchNorm(self.running_mean, var, self.weight, self.bias, self.eps**2)
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)

@@ -96,6 +96,7 @@ class RegionNorm(Pooling):
         return self._normalize(widened(x), regions).to(x.dtype)
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def _normalize(self, wide: Tensor, regions: tuple[Tensor, Tensor]) -> Tensor:
         batch = pooled_moments(wide, regions, self.group, self)
         y = torch.zeros_like(wide)

@@ -80,6 +80,7 @@ class SquareNorm(FamilyLayer):
         return x
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         local = ops.local_sums(x, weights)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from syncnorm.maths.moments import Moments, Raw
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.source import Lent, Source
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -29,6 +29,7 @@ class Accumulating(Lent):
         took their batches."""
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         return self.source.forward(layer, x, mask)
 

@@ -19,7 +19,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.running import RunningSource
-from syncnorm.undocumented import disable_dynamo
+from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -53,6 +53,7 @@ class StatisticGroups(RunningSource):
         self._parts = list(parts)
 
     @disable_dynamo
+    @unseen_by_selective_checkpoint
     def forward(self, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
         parts = self._rows(x.shape[0])
         if parts is None:

@@ -20,6 +20,7 @@ from syncnorm import (
     RenormSchedule,
     SyncBatchNorm,
     SyncBatchRenorm,
+    accumulate,
     convert,
     frozen_statistics,
     prepare_ddp,
@@ -215,19 +216,23 @@ SELECTIVE = {
 }
 
 
-def _selectively_checkpointed(make: str, is_checkpointed: bool) -> list[Tensor]:
+def _selectively_checkpointed(
+    make: str, is_checkpointed: bool, is_compiled: bool = False, accumulates: bool = False
+) -> list[Tensor]:
     """Gradients and buffers."""
     torch.manual_seed(0)
     parts = nn.Conv1d(4, 6, 3, padding=1), SELECTIVE[make](6), nn.Tanh()
     model = prepare_ddp(nn.Sequential(*parts).double())
+    forward = torch.compile(model, backend="aot_eager") if is_compiled else model
     for step in range(3):
         x = uneven_batch(4, step + 10 * dist.get_rank()).requires_grad_()
-        if is_checkpointed:
-            y = checkpoint(model, x, use_reentrant=False, context_fn=selective_contexts)
-            assert isinstance(y, Tensor)
-        else:
-            y = model(x)
-        y.square().mean().backward()
+        with accumulate(model) if accumulates else contextlib.nullcontext():
+            if is_checkpointed:
+                y = checkpoint(forward, x, use_reentrant=False, context_fn=selective_contexts)
+                assert isinstance(y, Tensor)
+            else:
+                y = forward(x)
+            y.square().mean().backward()
     return [x.grad, *(p.grad for p in model.parameters()), *model.state_dict().values()]
 
 
@@ -240,6 +245,26 @@ def test_selective_checkpoints_see_nothing_of_a_layer(pool, make):
     ):
         for one, other in zip(got, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("make", "accumulates"),
+    [
+        *((name, False) for name in SELECTIVE if not name.endswith(("batch", "none", "function"))),
+        ("norm batch", True),
+        ("renorm lagged", True),
+    ],
+)
+def test_selective_checkpoints_around_compiled_code_see_nothing_of_layers_beside_it(
+    pool, make, accumulates
+):
+    plain = pool(2).run(_selectively_checkpointed, make, False, False, accumulates)
+    for got, expected in zip(
+        pool(2).run(_selectively_checkpointed, make, True, True, accumulates), plain, strict=True
+    ):
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def _messages(reentrant: bool, make: str) -> list[str]:
