@@ -205,6 +205,17 @@ def test_ours_keep_what_no_option_says():
     assert not hasattr(layer, "schedule")
 
 
+@pytest.mark.parametrize("sync", ["lagged", Lagged()], ids=str)
+def test_the_mode_that_a_layer_has_is_no_other(sync):
+    """Its averages stay."""
+    model = nn.Sequential(SyncBatchNorm(4, sync="lagged"))
+    updates = model[0].lagged_updates
+    convert(model, sync=sync)
+    assert model[0].lagged_updates is updates
+    convert(model, sync=Lagged(max_drift=0.5))
+    assert model[0].lagged_updates is not updates
+
+
 def test_layers_that_were_built_as_ours_become_what_is_said():
     model = nn.Sequential(SyncBatchNorm(4), SyncBatchRenorm(4, sync="lagged"), nn.BatchNorm2d(4))
     convert(model[2])

@@ -21,6 +21,7 @@ from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.precision import HALF_TYPES
 from syncnorm.model.convert.adapters import over, own_class, set_class, their_class
 from syncnorm.module import SyncNorm
+from syncnorm.statistics import mode_of
 
 # Attributes of torch's layers that a swap may set to another value.
 _SHARED = ("momentum", "eps", "workers", "sync_mode")
@@ -60,7 +61,11 @@ class Request:
         """The arguments of `set_up`: the options, else the values that a layer of ours has."""
         names = _setting_names(self.to)
         current = _settings_of(layer, names) if isinstance(layer, SyncNorm) else {}
-        return current | {name: value for name, value in self.options.items() if name in names}
+        given = {name: value for name, value in self.options.items() if name in names}
+        if "sync" in given:
+            # As a layer has it, so that what is asked for again is known as the same.
+            given["sync"] = mode_of(given["sync"]).argument
+        return current | given
 
     def is_met_by(self, layer: _BatchNorm) -> bool:
         """True if a conversion by this request would not change the layer."""
