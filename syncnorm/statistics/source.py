@@ -29,7 +29,11 @@ from syncnorm.errors import InputError
 from syncnorm.maths.moments import Moments
 from syncnorm.ops import LocalSums, Statistic
 from syncnorm.statistics.steps import Steps
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
+from syncnorm.undocumented import (
+    count_dispatch_modes,
+    disable_dynamo,
+    unseen_by_selective_checkpoint,
+)
 
 if TYPE_CHECKING:
     from syncnorm.module import SyncNorm
@@ -152,13 +156,12 @@ def _itself(source: Source) -> Source:
 
 
 @disable_dynamo
-@unseen_by_selective_checkpoint
 def untraced_forward(self: Source, layer: SyncNorm, x: Tensor, mask: Tensor | None) -> Tensor:
-    """The `forward` of a source that compiled code calls rather than contains.
-
-    Compiled code that calls it does not see whether it runs in a selective checkpoint.
-    """
-    return layer.train_forward(x, mask)
+    """The `forward` of a source that compiled code calls rather than contains."""
+    forward = layer.train_forward
+    if count_dispatch_modes():  # which a compiled forward of the layer does not look at
+        forward = unseen_by_selective_checkpoint(forward)
+    return forward(x, mask)
 
 
 class Unattached(Source):
