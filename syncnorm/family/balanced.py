@@ -40,7 +40,6 @@ from syncnorm.family.momentum import momentum_at
 from syncnorm.family.passes import sample_sums
 from syncnorm.family.pooled import not_negative, pooled_sum
 from syncnorm.statistics import repeated
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class BalancedBatchNorm(PooledBatchNorm):
@@ -97,8 +96,6 @@ class BalancedBatchNorm(PooledBatchNorm):
         with tasks_of(self, tasks):
             return super().forward(x)
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch, its tasks balanced."""
         is_repeated = ops.is_recomputing()

@@ -18,7 +18,6 @@ from torch import Tensor
 from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.pooled import pooled_moments, unbiased
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class PooledBatchNorm(FamilyLayer):
@@ -29,8 +28,6 @@ class PooledBatchNorm(FamilyLayer):
 
     scales_at_once: ClassVar[bool] = True
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)

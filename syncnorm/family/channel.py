@@ -38,7 +38,6 @@ from syncnorm.family.batch import PooledBatchNorm
 from syncnorm.family.passes import affine
 from syncnorm.family.pooled import pooled_moments
 from syncnorm.statistics import repeated
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class EstimatedBatchNorm(PooledBatchNorm):
@@ -52,8 +51,6 @@ class EstimatedBatchNorm(PooledBatchNorm):
         options: see `FamilyLayer`.
     """
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Have the estimates follow the batch, and normalise by them."""
         return by_estimates(self, x)
@@ -104,8 +101,6 @@ class BatchChannelNorm(PooledBatchNorm):
             value = None if like is None else nn.Parameter(like.detach()[:num_groups].clone())
             self.register_parameter(name, value)
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch or by estimates."""
         return by_estimates(self, x) if self.estimate else super().normalize(x)

@@ -25,7 +25,6 @@ from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.family.passes import blocks, channels, over_positions, per_sample, sample_sums
 from syncnorm.family.pooled import not_negative, pooled_sum, unbiased
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 
 class EvoNorm(FamilyLayer):
@@ -76,8 +75,6 @@ class EvoNorm(FamilyLayer):
         if x.ndim < 3:
             raise InputError(f"`x` must have positions, (N, C, *S), got shape {tuple(x.shape)}")
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         sums = sample_sums(x)

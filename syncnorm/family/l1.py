@@ -23,7 +23,6 @@ from syncnorm.comm import groups
 from syncnorm.family.layer import FamilyLayer, PlainBatchNorm
 from syncnorm.family.passes import blocks, by_channel, channels
 from syncnorm.family.pooled import pooled_sum
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 _NORMAL = math.sqrt(math.pi / 2)
 
@@ -66,8 +65,6 @@ class L1BatchNorm(FamilyLayer):
         var = deviation * (deviation + 2 * self.eps)
         return PlainBatchNorm(self.running_mean, var, self.weight, self.bias, self.eps**2)
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         """Normalise by the batch."""
         count, batch = self.batch_statistics(x, self.group)

@@ -222,7 +222,13 @@ class FamilyLayer(Pooling):
         """Normalise as the mode says, or as `evaluation_statistics` does."""
         if self.chosen is not None:
             return self.chosen(self, x, weights)
-        return self.normalize(x, *weights) if self.training else self.evaluate(x)
+        return self._by_batch(x, *weights) if self.training else self.evaluate(x)
+
+    @undocumented.disable_dynamo
+    @undocumented.unseen_by_selective_checkpoint
+    def _by_batch(self, x: Tensor, *weights: Tensor | None) -> Tensor:
+        """Normalise by the batch: compiled code calls this, and does not see its checkpoints."""
+        return self.normalize(x, *weights)
 
     @abstractmethod
     def normalize(self, x: Tensor) -> Tensor:

@@ -45,7 +45,6 @@ from syncnorm.family.passes import affine, by_own_rms
 from syncnorm.family.surrogate import mean_of, once_differentiated
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
 
 Guard = Literal["layer_scaling", "clamp"]
 _LARGEST = 5.0
@@ -129,8 +128,6 @@ class OnlineNorm(PooledBatchNorm):
     def message_sizes(self) -> list[int]:
         return [2 * self.num_features + 1, 2 * self.num_features + 1]
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor) -> Tensor:
         start, is_repeated = repeated.begin(self, self._begin)
         y: Tensor = _Online.apply(x, self, start, is_repeated, ANCHOR)  # pyright: ignore[reportAssignmentType]

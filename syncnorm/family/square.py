@@ -20,7 +20,7 @@ from syncnorm.family.pooled import pooled_moments, widened
 from syncnorm.family.surrogate import Call, divide
 from syncnorm.statistics import repeated
 from syncnorm.statistics.buffers import CurrentBuffers
-from syncnorm.undocumented import disable_dynamo, unseen_by_selective_checkpoint
+from syncnorm.undocumented import unseen_by_selective_checkpoint
 
 
 def check_steps(name: str, steps: int, least: int = 0) -> None:
@@ -79,8 +79,6 @@ class SquareNorm(FamilyLayer):
         """Transform x before all else."""
         return x
 
-    @disable_dynamo
-    @unseen_by_selective_checkpoint
     def normalize(self, x: Tensor, weights: Tensor | None = None) -> Tensor:
         local = ops.local_sums(x, weights)
 
