@@ -313,6 +313,34 @@ def test_variance_at_large_means(shape, how, masked):
     assert ((got.mean - mean).abs() <= 1e-6 * var.sqrt()).all()
 
 
+@pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_the_mean_of_integers_is_exact_however_they_are_sharded(how, dtype):
+    """Of a power of two in number; a shard's own mean has more digits than there are."""
+    for sizes, seed in itertools.product([(1, 7), (1, 1, 6), (1, 1, 1, 5)], range(4)):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randint(-64, 64, (8, 3, 2, 2), generator=generator).to(dtype)
+        sums = sum(launch.moments(_arrange(part, how), None) for part in x.split(sizes))
+        assert torch.equal(sums[:3], x.double().sum(_over(x))), (sizes, seed)
+
+
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_also_of_many(how):
+    """Float32 has room for the sums of a tile's lanes."""
+    for least, most in [(-64, 64), (0, 2), (1000, 1017)]:
+        x = torch.randint(least, most, (64, 3, 16, 16), generator=torch.Generator().manual_seed(2))
+        x = _arrange(x.float(), how)
+        sums = sum(launch.moments(part, None) for part in x.split([1, 3, 60]))
+        assert torch.equal(sums[:3], x.double().sum(_over(x))), (least, most)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e6, 1e12])
+def test_a_constant_has_no_variance(size):
+    x = torch.tensor([0.1, -3.7, 2.0 / 3.0])[:, None].expand(7, 3, 11) * size
+    got = Raw(launch.moments(x, None))
+    assert (got.m2 / got.count <= 1e-20 * got.mean.square()).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mean", [1.0, 30.0])
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
@@ -552,7 +580,7 @@ def test_at_the_very_bound_a_layer_waits_as_it_does_elsewhere(max_drift):
             batch = torch.tensor([0.5, 8 * near, 8.0], dtype=F64)
             mean, var = torch.full((1,), 0.5).double(), torch.full((1,), start, dtype=F64)
             expected = lagged.has_drifted(_moments_of(batch, False), mean, var, EPS, options)
-            waits = torch.tensor(False)
+            waits = torch.tensor(0)
             _follow(batch, False, mean, var, torch.tensor(3), waits, options)
             assert waits == expected, (start, near)
             decided.append(waits.item())
@@ -570,7 +598,7 @@ def test_averages_of_moments_follow_as_they_do_elsewhere(is_raw, n, max_drift, u
     options = lagged.Lagged(max_drift=max_drift)
     for waited in (False, True):
         mean, var = randn(700, seed=9).double(), (_rand(700, seed=10) + 0.1).double()
-        number, waits = torch.tensor([updates, 5]), torch.tensor(waited)
+        number, waits = torch.tensor([updates, 5]), torch.tensor(int(waited))
         truth = [t.clone() for t in (mean, var, number, waits)]
         lagged.follow_moments_(
             _moments_of(batch, is_raw), truth[0], truth[1], truth[2][0], truth[3], EPS, options

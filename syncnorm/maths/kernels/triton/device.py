@@ -34,6 +34,7 @@ from syncnorm.maths.kernels.triton.tiles import (
     by_lane,
     cell,
     fold,
+    largest,
     offsets,
     program,
     quotient,
@@ -43,6 +44,9 @@ from syncnorm.maths.kernels.triton.tiles import (
 
 # Values of a lane that are added in the type of the arithmetic.
 SHORT: tl.constexpr = tl.constexpr(16)
+# 2^17 times a distance, added to a float32 number and taken away again, leaves multiples of a 64th
+# of the distance.
+COARSE: tl.constexpr = tl.constexpr(131072.0)
 # Where the bounds of r and d come from.
 NO_BOUNDS: tl.constexpr = tl.constexpr(0)
 GIVEN: tl.constexpr = tl.constexpr(1)
@@ -73,6 +77,11 @@ def moments(
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         v = tl.load(x + at, ok, other=0).to(F)
         pivot = quotient(fold(v, FORM), fold(ok.to(F), FORM))
+        # With few digits, by the distance of the values: a mean of three integers has all digits, and
+        # what is left of integers without it would be rounded, their own mean inexact.
+        far = largest(tl.where(ok, v - pivot[None, :], 0.0), FORM) * COARSE
+        coarse = (pivot + far) - far
+        pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
     else:
         v = tl.zeros([BN, BJ], F)
         pivot = fold(v, FORM)

@@ -119,6 +119,16 @@ def fold(acc, FORM: tl.constexpr):
 
 
 @triton.jit
+def largest(v, FORM: tl.constexpr):
+    """The largest absolute value of a tile for each lane, (BJ,); for planes of the whole, (1,)."""
+    if FORM == PLANES:
+        most = tl.max(tl.max(tl.abs(v), 1), 0, keep_dims=True)
+    else:
+        most = tl.max(tl.abs(v), 0)
+    return most
+
+
+@triton.jit
 def quotient(a, b):
     """a / b, rounded once. Of float32 a GPU's plain division is not, and integers lose their mean."""
     if a.dtype == tl.float32:
