@@ -231,7 +231,8 @@ def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = No
             one by at least 1: the gradient of 0 / 0 is NaN whatever multiplies it. In a half type
             the weight is rounded to that type, by up to 0.2 %: better a float32 loss.
         local_count: the number of these samples, finite and >= 0 (or of whatever the mean is over:
-            boxes, valid pixels); a number, or a tensor of one.
+            boxes, valid pixels); a number, or a tensor of one. On the loss's CUDA device it stays
+            there, and nothing waits for it.
         process_group: the workers among which the batch is sharded; None: all of them.
 
     Returns:
@@ -243,6 +244,13 @@ def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = No
         InputError: the loss is no single number, with one worker.
     """
     group = groups.statistics_group(process_group)
+    if (
+        isinstance(local_count, Tensor)
+        and not (debug.is_on or is_host(local_count))
+        and local_count.device == loss.device
+        and local_count.numel() == loss.numel() == 1
+    ):
+        return _scale_by_unread(loss, local_count, group)
     # What is no number, or no mean, travels as NaN, so that all raise.
     given = _number(local_count) if loss.numel() == 1 else math.nan
     sent = given if 0 <= given < math.inf else math.nan
@@ -262,6 +270,19 @@ def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = No
     if given == 0:
         return of_nothing(loss)
     return loss * (given * len(groups.ranks(group)) / total).squeeze(0).to(loss.dtype)
+
+
+def _scale_by_unread(loss: Tensor, local_count: Tensor, group: groups.Group | None) -> Tensor:
+    """`scale_loss` by a count that the host does not know: NaN where it is no count."""
+    given = local_count.detach().to(torch.float64).view(1)
+    count = total = torch.where((given >= 0) & given.isfinite(), given, torch.nan)
+    workers = 1
+    if group is not None:
+        Shard.scaled_losses += 1
+        workers = len(groups.ranks(group))
+        total = exchange.sum_(count, group, "count", "scale_loss")
+    weight = (count * workers / torch.where(total == 0, 1.0, total)).squeeze(0)
+    return torch.where(weight == 0, of_nothing(loss), loss * weight.to(loss.dtype))
 
 
 def _number(count: Any) -> float:

@@ -98,6 +98,15 @@ def test_nor_with_a_cumulative_average(device, world):
         step()
 
 
+def test_nor_for_a_count_on_the_device(device, world):
+    mean = torch.tensor(3.0, device=device, requires_grad=True)
+    valid = torch.arange(5, device=device) > 1
+    with watching(device, "error"):
+        loss = scale_loss(mean, valid.sum())
+        loss.backward()
+    assert loss.item() == pytest.approx(3.0, rel=1e-6)
+
+
 @pytest.mark.parametrize("kind", ["norm", "renorm"])
 def test_lagged_waits_once_a_step(device, world, kind):
     assert waits(device, "lagged", kind) <= STEPS

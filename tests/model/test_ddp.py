@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -29,6 +30,8 @@ from syncnorm.comm import exchange
 from syncnorm.errors import FaultError, InputError
 from syncnorm.model.adopt import adopt_state_dict
 from syncnorm.module import SyncNorm
+from tests.as_device import as_device
+from tests.unit.budgets import Log
 
 
 def _scaled(counts: list[int]) -> tuple[float, list[tuple[str, int]]]:
@@ -43,6 +46,34 @@ def test_scale_loss(pool, counts):
     for rank, (loss, exchanges) in enumerate(pool(len(counts)).run(_scaled, counts)):
         assert loss == pytest.approx(3.0 * counts[rank] * len(counts) / total if total else 0.0)
         assert exchanges == [("count", 2)]
+
+
+def _scaled_by_unread(counts: list[float]) -> tuple[list[float], list[str]]:
+    """The loss and its gradient, of a mean over nothing where there is none; and what was called."""
+    count = counts[dist.get_rank()] if dist.is_initialized() else counts[0]
+    mean = torch.tensor(3.0 if count else torch.nan, requires_grad=True)
+    with as_device(), Log("cpu") as log:
+        loss = scale_loss(mean, torch.tensor(count))
+        loss.backward()
+    return [loss.item(), mean.grad.item()], log.names
+
+
+@pytest.mark.parametrize(
+    "counts", [[5], [0], [1, 3], [0, 5], [2, 0, 4], [0, 0], [1.5, 2.0]], ids=str
+)
+def test_a_count_on_a_device_is_not_read(pool, counts):
+    total = sum(counts) or 1
+    run = pool(len(counts)).run(_scaled_by_unread, counts)
+    for count, (got, operators) in zip(counts, run, strict=True):
+        weight = count * len(counts) / total
+        assert got == pytest.approx([3.0 * weight, weight])
+        assert "aten._local_scalar_dense" not in operators
+
+
+@pytest.mark.parametrize("wrong", [-1.0, float("nan"), float("inf")])
+def test_one_on_a_device_that_is_none_makes_all_losses_nan(pool, wrong):
+    for (loss, _), _ in [*pool(2).run(_scaled_by_unread, [3.0, wrong]), _scaled_by_unread([wrong])]:
+        assert math.isnan(loss)
 
 
 def _of_no_count(count: float, shape: tuple[int, ...] = ()) -> str:
