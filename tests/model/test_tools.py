@@ -33,6 +33,7 @@ from syncnorm import (
     monitor,
     observed,
     prepare_ddp,
+    register_adapter,
     revert,
 )
 from syncnorm.comm import exchange
@@ -96,6 +97,14 @@ def test_fx_takes_a_layer_as_one_call_of_a_module(kind, training):
     assert torch.equal(graph(IMAGES), model(IMAGES))
 
 
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+register_adapter(Doubled, lambda layer, x, normalize: 2 * normalize(x))
+
+
 class _Masked(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -113,6 +122,14 @@ def test_fx_takes_masks_and_the_functional_form():
     assert torch.equal(graph(x, mask), model(x, mask))
     assert "sync_batch_norm" in graph.code
     assert not torch.equal(graph(x, mask), graph(x, torch.ones_like(mask)))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_fx_takes_what_an_adapter_adds_once(training):
+    model = convert(nn.Sequential(nn.Conv2d(2, 4, 3), Doubled(4))).train(training)
+    graph, x = torch.fx.symbolic_trace(model), torch.randn(3, 2, 5, 5)
+    assert [n.target for n in graph.graph.nodes if n.op == "call_module"] == ["0", "1"]
+    assert torch.equal(graph(x), model(x))
 
 
 def test_fx_of_a_layer_alone_says_what_to_do():
