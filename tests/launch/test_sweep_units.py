@@ -209,7 +209,7 @@ def write_trial(sweep: Sweep, number: int, status: Any, values: list[float], cod
 
 def test_the_best_is_chosen_by_validation_and_failures_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    sweep = make_sweep("digits", GRID)
+    sweep = make_sweep("digits", GRID, allowed=["mine"])
     write_trial(sweep, 0, "done", [0.5, 0.7])
     write_trial(sweep, 1, "done", [0.9, 0.6])
     write_trial(sweep, 2, "failed", [0.95], 1)
@@ -227,6 +227,8 @@ def test_the_best_is_chosen_by_validation_and_failures_are_named(tmp_path, monke
     lines = results.write_results(sweep, found, "accuracy")
     assert lines[-1] == sweep.folder
     assert f"best trial: {best.trial}, validation accuracy 90.00 %" in lines
+    (use,) = (line for line in lines if line.startswith("to use it: "))
+    assert f"syncnorm predict {sweep.folder}/{best.trial} FILES --allow mine; " in use
     assert "trial-02-lr=0.1-sync=batch: reason" in lines
     folder = Path(sweep.folder)
     record = json.loads((folder / "sweep.json").read_text())

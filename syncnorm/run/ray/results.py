@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def write_results(sweep: Sweep, results: Sequence[TrialResult], metric: str) -> 
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     write_text_whole(folder / TABLE, text.getvalue())
-    lines = [*_aligned([header, *rows]), *_describe_best(folder, results, best, metric)]
+    lines = [*_aligned([header, *rows]), *_describe_best(sweep, results, best, metric)]
     lines += [f"{each.trial}: {each.reason}" for each in results if each.status == "failed"]
     begun = [
         folder / each.trial for each in results if (folder / each.trial / "metrics.jsonl").exists()
@@ -167,7 +168,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _describe_best(
-    folder: Path, results: Sequence[TrialResult], best: TrialResult | None, metric: str
+    sweep: Sweep, results: Sequence[TrialResult], best: TrialResult | None, metric: str
 ) -> list[str]:
     if all(each.status == "failed" for each in results):
         return ["no best trial: all have failed"]
@@ -178,15 +179,17 @@ def _describe_best(
         ]
     name = metric.removeprefix("-")
     value = format_value(name, best.best)
-    run, option = folder / best.trial, ""
+    run = Path(sweep.folder) / best.trial
+    options = [word for package in sweep.allowed for word in ("--allow", package)]
     try:
         weights = CheckpointStore(run / CHECKPOINTS).best()
     except CheckpointError:
         weights = None
     if weights is not None:  # the newest may be of a later evaluation, and worse
-        option = " --checkpoint best"
+        options += ["--checkpoint", "best"]
+    command = shlex.join(["syncnorm", "predict", str(run), "FILES", *options])
     return [
         f"best trial: {best.trial}, {_VALIDATION} {name.replace('_', ' ')} {value}",
-        f"to use it: syncnorm predict {run} FILES{option}; to begin another run with its weights: "
+        f"to use it: {command}; to begin another run with its weights: "
         f"model.weights={weights or run}",
     ]
