@@ -116,7 +116,7 @@ def follow_moments_(
         batch: the pooled moments.
         mean, var: the averages, (C,).
         updates: the number of values in them, shape ().
-        waits: True if the layer is to wait, shape ().
+        waits: 1 if the layer is to wait, or 0; shape ().
         eps: of the layer.
         options: the rates and the guard.
     """

@@ -435,7 +435,7 @@ int syncnorm_update_running(void *running_mean, int mean_type, void *running_var
 
 /* The averages of sync="lagged", as of syncnorm.maths.lagged. */
 int syncnorm_follow_moments(const double *numbers, int is_raw, long channels, double *mean, double *var, int64_t *updates,
-                            _Bool *waits, double eps, double max_drift, double max_ratio, double rate) {
+                            int64_t *waits, double eps, double max_drift, double max_ratio, double rate) {
   batch b = batch_of(numbers, is_raw, channels);
   double *new_mean = malloc(sizeof *new_mean * 2 * channels), *m2 = new_mean + channels;
   int is_finite = 1, has_drifted = 0;

@@ -67,7 +67,8 @@ class LaggedMode(Mode):
             "lagged_gradient": torch.zeros(2, num_features, **wide),
             # How many values entered the averages: of moments, of gradient means.
             "lagged_updates": torch.zeros(2, dtype=torch.int64, device=device),
-            "lagged_waits": torch.ones((), dtype=torch.bool, device=device),
+            # 1 or 0: torch's averages of models (`AveragedModel`) cannot take a bool.
+            "lagged_waits": torch.ones((), dtype=torch.int64, device=device),
         }
 
     def flat_sizes(self, channels: Sequence[int], workers: int) -> list[int]:
@@ -383,7 +384,7 @@ class LaggedSource(PooledSource):
                 copies = lagged.snapshots([(o.mean, o.var, o.gradient) for o in owns.values()])
                 averages.copies.update(zip(owns, copies, strict=True))
                 waits = torch.stack([o.waits for o in owns.values()]).tolist()
-                averages.waits.update(zip(owns, waits, strict=True))
+                averages.waits.update(zip(owns, map(bool, waits), strict=True))
         return averages
 
     def _follow_moments(self, layer: SyncNorm, batch: Moments) -> None:

@@ -142,7 +142,7 @@ def _costs(
     if sync == "lagged":
         # Not in its first steps, in which it waits.
         for layer in layers:
-            layer.lagged_waits.fill_(False)
+            layer.lagged_waits.zero_()
             layer.lagged_updates.fill_(1)
     with as_device(name):
         for _ in range(2):

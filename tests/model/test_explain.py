@@ -90,7 +90,7 @@ def _said_and_done(
     if sync == "lagged":  # and wherever it has drifted
         model.state_dict()
         for name in ("norm", "other", "unused"):
-            model[0].get_submodule(name).lagged_waits.fill_(False)
+            model[0].get_submodule(name).lagged_waits.zero_()
         for source in {id(m.statistics): m.statistics for m in model[0].children()}.values():
             source._averages = None
     with exchange.record() as made:

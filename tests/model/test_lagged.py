@@ -100,7 +100,7 @@ def _oracle(
         )
         state[f"{name}.lagged_mean"], state[f"{name}.lagged_var"] = rule.average
         state[f"{name}.lagged_gradient"] = torch.stack(rule.gradient)
-        state[f"{name}.lagged_waits"] = torch.tensor(rule.waits)
+        state[f"{name}.lagged_waits"] = torch.tensor(int(rule.waits))
     return losses, waits, state
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import (
     SyncBatchNorm,
@@ -24,7 +25,7 @@ from tests.as_device import as_device
 
 def test_a_batch_norms_state_loads_and_the_layer_starts_by_pooling():
     layer = SyncBatchNorm(3, sync="lagged")
-    layer.lagged_waits.fill_(False)
+    layer.lagged_waits.zero_()
     layer.load_state_dict(nn.BatchNorm1d(3).state_dict())
     assert bool(layer.lagged_waits)
     assert torch.equal(layer.lagged_updates, torch.zeros(2, dtype=torch.int64))
@@ -42,9 +43,31 @@ def test_averages_stay_double_and_resets_are_whole():
     assert layer.lagged_gradient.dtype == torch.float64
     assert layer.running_mean.dtype == torch.float32
     assert layer.weight.dtype == torch.float16
-    layer.lagged_waits.fill_(False)
+    layer.lagged_waits.zero_()
     layer.reset_running_stats()
     assert bool(layer.lagged_waits)
+
+
+def test_torchs_averages_of_models_take_its_buffers():
+    model = prepare_ddp(nn.Sequential(nn.Linear(3, 3), SyncBatchNorm(3, sync="lagged")))
+    average, seen = AveragedModel(model, use_buffers=True), []
+    for _ in range(3):
+        model(torch.randn(5, 3)).square().mean().backward()
+        average.update_parameters(model)
+        seen.append(model.state_dict()["1.lagged_mean"].clone())
+    got = average.module.state_dict()["1.lagged_mean"]
+    torch.testing.assert_close(got, torch.stack(seen).mean(0))
+
+
+def test_a_state_dict_whose_flag_is_a_bool_loads():
+    layer, other = (SyncBatchNorm(3, sync="lagged") for _ in range(2))
+    state = layer.state_dict() | {"lagged_waits": torch.tensor(False)}
+    other.load_state_dict(state)
+    assert other.lagged_waits.dtype == torch.int64
+    assert not other.lagged_waits
+    prepared = prepare_ddp(nn.Sequential(other))
+    prepared.load_state_dict({f"0.{k}": v for k, v in state.items()}, assign=True)
+    prepared(torch.randn(5, 3)).square().mean().backward()
 
 
 def test_loading_other_layers_leaves_the_averages():

@@ -231,7 +231,7 @@ def test_averages_have_the_bits_of_operators(n, updates):
     options, seen = lagged.Lagged(), []
     for rules in (ours, lagged):
         mean, var = randn(203, seed=1).double(), randn(203, seed=2).double().square()
-        count, waits = torch.tensor(updates), torch.tensor(updates == 0)
+        count, waits = torch.tensor(updates), torch.tensor(int(updates == 0))
         rules.follow_moments_(Raw(_many_sums(n, 203)), mean, var, count, waits, EPS, options)
         gradient, many = randn(2, 203).double(), torch.tensor(updates)
         rules.follow_gradients_(_many_sums(n, 203), gradient, many, options)
@@ -255,7 +255,7 @@ def test_at_the_very_bound_a_layer_waits_as_by_operators(max_drift):
                 seen = []
                 for rules in (ours, lagged):
                     mean, var = torch.full((1,), 0.5).double(), torch.full((1,), start, dtype=F64)
-                    waits, count = torch.tensor(False), torch.tensor(3)
+                    waits, count = torch.tensor(0), torch.tensor(3)
                     rules.follow_moments_(Packed(packed), mean, var, count, waits, EPS, options)
                     seen.append(waits.item())
                 assert seen[0] == seen[1], (start, near)

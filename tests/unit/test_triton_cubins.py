@@ -156,7 +156,7 @@ def test_all_else_compiles(arch, tmp_path, monkeypatch):
         launch.backward_input(n.expand_as(x), x, rows, c, rows[:2], None, mask)
         launch.update_running_(c, c, step, batch, True, None, 1e-3, True)
         launch.update_running_(c, c.double(), None, batch, False, 0.1, 1e-3, False)
-        waits, averages = torch.empty((), device="meta", dtype=torch.bool), batch[:6]
+        waits, averages = torch.empty((), device="meta", dtype=torch.int64), batch[:6]
         launch.follow_moments_(batch, True, averages, averages, step, waits, 1e-3, 0.3, 2.0, 0.1)
         launch.follow_moments_(batch, False, averages, averages, step, waits, 1e-3, 0.3, 2.0, 0.1)
         launch.follow_gradients_(batch, batch[:12].view(2, 6), step, 0.1)

@@ -103,7 +103,7 @@ def fused_for_lagged(
             return None
     if not mean.shape == var.shape == gradient.shape[1:]:
         return None
-    if updates.dtype != torch.int64 or waits.dtype != torch.bool or not updates.is_contiguous():
+    if not updates.dtype == waits.dtype == torch.int64 or not updates.is_contiguous():
         return None
     if not torch.compiler.is_compiling() and native.is_usable(mean, var, gradient):
         return native

@@ -234,7 +234,7 @@ def follow_moments(
     waited = tl.load(waits).to(tl.int32)
     # All threads have read what is written below.
     tl.debug_barrier()
-    tl.store(waits, tl.where(is_new != 0, has_drifted, waited | has_fault) != 0)
+    tl.store(waits, tl.where(is_new != 0, has_drifted, waited | has_fault).to(tl.int64))
     tl.store(updates, number + is_new)
     for start in range(0, channels, BC):
         channel = start + tl.arange(0, BC)
