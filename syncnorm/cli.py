@@ -110,7 +110,8 @@ use.add_commands(app)
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folders of the runs to compare.")
+        list[str],
+        typer.Argument(metavar="RUN", help="Folders or addresses of the runs to compare."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
     watch: Annotated[
@@ -129,11 +130,12 @@ def report(
     if output.suffix not in (".html", ".htm"):  # a run's record, say
         raise ConfigError(f"`--output` must end in .html, got {str(output)!r}")
     check_output(output)
+    folders = [use.folder_of(run) for run in runs]
     if watch:
         with as_keyboard_interrupt():
-            print(watch_report(runs, output))
+            print(watch_report(folders, output))
     else:
-        print(write_report(runs, output))
+        print(write_report(folders, output))
 
 
 @config_app.command()

@@ -17,7 +17,7 @@ from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.section import is_url
 from syncnorm.train.files import read_regular, regular, remove, write_text_whole
 from syncnorm.train.storage import LOCAL_ROOT, read_origin, write_origin
-from syncnorm.train.storage.fetch import claim, disclaim, local_copy
+from syncnorm.train.storage.fetch import check_not_behind, claim, disclaim, local_copy
 from syncnorm.train.storage.mirror import open_mirror
 
 
@@ -126,6 +126,8 @@ def check_resumable(config: Config, source: Path | str) -> Path:
             refuses.
     """
     folder = local_copy(source)
+    if not is_url(str(source)):
+        check_not_behind(folder)
     if read_origin(folder) is None and is_url(config.run_dir):
         raise ConfigError(
             "`run_dir` must stay a folder for a run that began in one, got "

@@ -36,6 +36,11 @@ class Given:
         self._parts: dict[str, Any] = {**(callables or {}), "callbacks": tuple(callbacks)}
         self._is_packed = False
 
+    @property
+    def is_empty(self) -> bool:
+        """True if there are none of either."""
+        return self._parts == {"callbacks": ()}
+
     def give(self) -> tuple[Callback, ...]:
         """Hand the callables over to this process, and return the callbacks."""
         parts = dict(self._parts)
@@ -48,7 +53,7 @@ class Given:
         return callbacks
 
     def __getstate__(self) -> dict[str, Any]:
-        if self._is_packed or self._parts == {"callbacks": ()}:
+        if self._is_packed or self.is_empty:
             return dict(self.__dict__)
         return {
             "_parts": {name: _pack(name, part) for name, part in self._parts.items()},

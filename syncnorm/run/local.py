@@ -25,6 +25,7 @@ from syncnorm.system import call_apart, tell
 from syncnorm.train.files import open_to_write
 from syncnorm.train.header import describe_workers
 from syncnorm.train.metrics import MetricsFile, last_step
+from syncnorm.train.storage import read_origin
 
 # Time for workers to finish their step and save after a signal to stop.
 _LEAST_SHUTDOWN_SECONDS = 30
@@ -54,8 +55,9 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
     forks = can_fork(device)
     if forks:
         prepare_to_fork()
-    if forks and uses_store(request):
-        # Objects of a program need not be pickled, and are not needed.
+    if forks and _asks_a_store(request):
+        # Apart, since the threads of a store's package would not survive the fork. Objects of a
+        # program need not be pickled, and are not needed.
         folder = call_apart(_find_folder, replace(request, given=Given()))
     else:
         folder = _find_folder(request)
@@ -86,6 +88,12 @@ def run_local(request: RunRequest, begin: Callable[[Path], None] | None = None) 
         upload_rest(folder, request.config)
         raise RunError(f"{reason}\n{folder}", status) from None
     return folder
+
+
+def _asks_a_store(request: RunRequest) -> bool:
+    return uses_store(request) or (
+        request.resume is not None and read_origin(Path(request.resume)) is not None
+    )
 
 
 def _find_folder(request: RunRequest) -> Path:
@@ -179,11 +187,16 @@ def _raise_if_stopped(
     end = _new_exit(folder, before)
     if end is not None and end.status == "stopped":
         raise RunStopped(
-            f"stopped after step {end.step}: {end.reason}. To go on: "
-            f"{resume_command(folder, request.allowed)}",
+            f"stopped after step {end.step}: {end.reason}. To go on: {_to_go_on(folder, request)}",
             folder,
             number,
         )
+
+
+def _to_go_on(folder: Path, request: RunRequest) -> str:
+    if request.given.is_empty:
+        return resume_command(folder, request.allowed)
+    return f"the same call of syncnorm.fit with resume={str(folder)!r}"
 
 
 def _record_failure(failure: Failure, request: RunRequest, folder: Path, before: int | None) -> str:

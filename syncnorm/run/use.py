@@ -24,7 +24,14 @@ def add_commands(app: typer.Typer) -> None:
 
 
 def _prepare(run: str, allow: list[str] | None) -> tuple[Path, tuple[str, ...]]:
-    """Find a run's folder, and make code of the user's importable if some is allowed.
+    """Find a run's folder, and make code of the user's importable if some is allowed."""
+    if allow:
+        add_working_folder_to_path()
+    return folder_of(run), tuple(allow or ())
+
+
+def folder_of(run: str) -> Path:
+    """Find a run's folder; of a run in a store it is a copy, which is made.
 
     Raises:
         ConfigError: a store refuses; or a worker of torchrun is given an address, which each of
@@ -32,15 +39,13 @@ def _prepare(run: str, allow: list[str] | None) -> tuple[Path, tuple[str, ...]]:
     """
     from syncnorm.train.config.section import is_url
 
-    if allow:
-        add_working_folder_to_path()
     if not is_url(run):
-        return Path(run), tuple(allow or ())
+        return Path(run)
     if read_launched() is not None:
         raise ConfigError(f"under torchrun a run must be named by its folder, got {run!r}")
     from syncnorm.train.storage.fetch import local_copy
 
-    return local_copy(run), tuple(allow or ())
+    return local_copy(run)
 
 
 def _check_alone(command: str) -> None:

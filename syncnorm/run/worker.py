@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import secrets
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -199,6 +200,13 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
     _log.info("worker %d of %d on %s", workers.rank, workers.world_size, workers.device)
     progress, config = Progress(), request.config
     mirror: Mirror | None = None
+    has_begun = False
+
+    def begin() -> None:
+        nonlocal has_begun
+        _begin(config, folder)
+        has_begun = True
+
     if workers.is_first:
         mirror = open_mirror(folder, config.checkpoint.keep, config.launch.patience_seconds)
     try:
@@ -213,12 +221,14 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
                 watch,
                 request.allowed,
                 callbacks,
+                begin=begin,
                 mirror=mirror,
                 shows=request.shows,
             )
     except Exception as error:
         _log.info("failed after step %d", progress.step, exc_info=True)
-        if workers.is_first:
+        # A run that is refused before it goes on stays as it was.
+        if workers.is_first and (has_begun or not isinstance(error, ConfigError)):
             code = 2 if isinstance(error, ConfigError) else 1
             reason = in_one_line(error)
             with suppress(OSError):  # a full disk, which may be what the error is of
@@ -235,6 +245,21 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
         _write_page(folder, workers, watch)
     _finish_copy(mirror, folder, outcome.step, watch)
     return outcome
+
+
+def _begin(config: Config, folder: Path) -> None:
+    """Make the configuration that of the folder: a resumed run may have more epochs, or other workers.
+
+    The record of the end before is removed.
+    """
+    try:
+        write_config(config, folder)
+        (folder / "exit.json").unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run {str(folder)!r} must be writable, its {Path(str(error.filename)).name} too: "
+            f"{error.strerror}"
+        ) from None
 
 
 def _write_page(folder: Path, workers: Workers, watch: Watch) -> None:
@@ -345,21 +370,12 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         mine, is_new = chosen.result()
         made = mine.absolute() if is_new else None
         held = lock(mine)
-        try:
-            # A resumed run may have more epochs, or other workers.
-            write_config(request.config, mine)
-            (mine / "exit.json").unlink(missing_ok=True)
-        except OSError as error:
-            raise ConfigError(
-                f"run {str(mine)!r} must be writable, its {Path(str(error.filename)).name} too: "
-                f"{error.strerror}"
-            ) from None
         return mine
 
     try:
         named = from_first(chosen is not None, take)
         folder = named.absolute()
-        lacking = [] if uses_store(request) else _without_folder(folder)
+        lacking = [] if uses_store(request) else _without_folder(folder, chosen is not None)
         if lacking:
             raise ConfigError(
                 f"`run_dir` must be a folder that all machines share, got {str(folder)!r}, which workers "
@@ -375,13 +391,28 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
             held.close()
 
 
-def _without_folder(folder: Path) -> list[int]:
-    """List the workers that do not see the run's folder. *Collectives*: one all_gather_object."""
+def _without_folder(folder: Path, is_first: bool) -> list[int]:
+    """List the workers that do not see the run's folder. *Collectives*: a broadcast and a gathering.
+
+    A copy of it, on a disk of the machine's own and under the same path, is another folder.
+    """
+
+    def put_mark() -> str:
+        name = f".seen-{secrets.token_hex(8)}"
+        try:
+            (folder / name).touch()
+        except OSError as error:
+            raise ConfigError(f"run {str(folder)!r} must be writable: {error.strerror}") from None
+        return name
+
+    mark = folder / from_first(is_first, put_mark)
     deadline = time.monotonic() + _VISIBLE_SECONDS
-    config = folder / "config.yaml"
-    while not os.path.exists(config) and time.monotonic() < deadline:  # noqa: PTH110 raises nothing
+    while not os.path.exists(mark) and time.monotonic() < deadline:  # noqa: PTH110 raises nothing
         time.sleep(0.1)
-    seen = from_all(os.path.exists(config))  # noqa: PTH110
+    seen = from_all(os.path.exists(mark))  # noqa: PTH110
+    if is_first:
+        with suppress(OSError):
+            mark.unlink()
     return [rank for rank, sees in enumerate(seen) if not sees]
 
 

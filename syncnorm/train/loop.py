@@ -11,7 +11,7 @@ train
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,6 +159,7 @@ def train(
     allowed: tuple[str, ...] = (),
     callbacks: Sequence[Callback] = (),
     *,
+    begin: Callable[[], None] = lambda: None,
     mirror: Mirror | None = None,
     shows: bool = True,
 ) -> Outcome:
@@ -175,6 +176,7 @@ def train(
         watch: told of progress, asked whether to stop.
         allowed: packages whose callables the configuration may name.
         callbacks: called at points of the run, the same ones on all workers.
+        begin: called on the first worker once nothing more can be refused, before the first step.
         mirror: on the first worker, copies the folder to the run's store, if it has one.
         shows: True to show the run on the screen.
 
@@ -202,6 +204,7 @@ def train(
         resumed = resume(setup, progress, store)
         if resumed.source is None:
             load_weights(setup.model, config.model, workers)
+        from_first(workers.is_first, begin)
         saver = None if store is None else BackgroundSaver(store)
         with (
             _last_save(saver, watch, config.timeout_seconds),

@@ -302,7 +302,8 @@ def _try_metrics(
     bare = best.rstrip("0123456789").removesuffix("_") if meters is not None else best
     if best and best not in names and bare not in names:
         raise ConfigError(
-            f"`task.best` must be measured, got {best!r} of {', '.join(names)}. Empty is none."
+            f"`task.best` must be measured, got {best!r} of "
+            f"{', '.join(names) or 'nothing that is'}. Empty is none."
         )
 
 

@@ -332,9 +332,23 @@ def make_network(
 def task_of(
     config: Config, device: torch.device, feed: Feed, allowed: tuple[str, ...] = ()
 ) -> Task:
-    """Build the task of a run."""
+    """Build the task of a run.
+
+    Raises:
+        ConfigError: what it takes to choose is asked for, and no metric decides.
+    """
     dtype = getattr(torch, config.train.dtype)
-    return make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
+    task = make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
+    for key, needs_it in (
+        ("checkpoint.best", config.checkpoint.best),
+        ("train.patience", config.train.patience),
+    ):
+        if needs_it and not task.best:
+            raise ConfigError(
+                f"`{key}` must be left out where no metric decides: the task's `best` is empty. "
+                "Name one by task.best."
+            )
+    return task
 
 
 def make_setup(

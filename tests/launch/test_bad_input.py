@@ -21,6 +21,7 @@ from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import LaunchSection
 from tests.launch import commands
+from tests.train.runs import Free, workers
 
 
 def test_modules_of_the_working_folder_are_for_what_was_allowed(tmp_path, monkeypatch):
@@ -227,19 +228,51 @@ def refuse_different(run_dir: str, resume: str | None) -> str:
         return str(error)
 
 
-def test_workers_that_do_not_share_a_folder_are_told_so(pool, in_empty_folder):
+def test_a_run_that_is_refused_before_it_goes_on_stays_as_it_was(pool, in_empty_folder):
+    """The data are gone; a next resume would have the epochs of the one that was refused."""
+    run = in_empty_folder / "runs" / "mine"
+    run.mkdir(parents=True)
+    arguments = ["data.name=npz", "data.root=gone.npz", f"run_dir={run.parent}", "train.epochs="]
+    write_config(load_config("digits", [*arguments[:-1], "train.epochs=3"]), run)
+    (run / "metrics.jsonl").touch()
+    (run / "exit.json").write_text("{}")
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    for error in pool(2).run(refuse_data, [*arguments[:-1], "train.epochs=9"], str(run)):
+        assert "gone.npz" in error
+    after = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    assert after == before | {"run.lock": b""}
+
+
+def refuse_data(arguments: list[str], run: str) -> str:
+    rank = dist.get_rank()
+    request = RunRequest(load_config("digits", arguments), "digits", Path(run))
+    try:
+        with open_run_folder(request, Launched(rank, 2, rank, 2)) as folder:
+            worker.train_in(folder, request, workers(), Free())
+    except ConfigError as error:
+        return str(error)
+    return "it was trained"
+
+
+@pytest.mark.parametrize("is_a_copy", [False, True])
+def test_workers_that_do_not_share_a_folder_are_told_so(pool, in_empty_folder, is_a_copy):
+    """Nor are two copies of a run, each on a disk of its own, one folder."""
     for rank in range(2):
-        (in_empty_folder / str(rank)).mkdir()
-    for error in pool(2).run(refuse_apart, str(in_empty_folder)):
+        run = in_empty_folder / str(rank) / "runs" / "mine"
+        run.mkdir(parents=True)
+        write_config(load_config("digits", ["run_dir=runs"]), run)
+    resume = "runs/mine" if is_a_copy else None
+    for error in pool(2).run(refuse_apart, str(in_empty_folder), resume):
         assert "`run_dir` must be a folder that all machines share, got" in error
         assert "which workers [1] do not see" in error
-    assert not list((in_empty_folder / "0" / "runs").iterdir())
+    assert [path.name for path in (in_empty_folder / "0" / "runs").iterdir()] == ["mine"]
+    assert not list(in_empty_folder.rglob(".seen*"))
 
 
-def refuse_apart(folder: str) -> str:
+def refuse_apart(folder: str, resume: str | None) -> str:
     """Open a run's folder from another working folder on each worker, as machines have them."""
     rank = dist.get_rank()
-    task = RunRequest(load_config("digits", ["run_dir=runs"]), "digits")
+    task = RunRequest(load_config("digits", ["run_dir=runs"]), "digits", resume)
     with contextlib.chdir(f"{folder}/{rank}"), mock.patch.object(worker, "_VISIBLE_SECONDS", 0.1):
         try:
             with open_run_folder(task, Launched(rank, 2, rank, 2)):

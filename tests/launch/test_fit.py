@@ -115,6 +115,8 @@ def test_ctrl_c_saves_and_is_a_keyboard_interrupt(tmp_path):
     assert re.match(r"stopped after step \d+: asked to stop by SIGINT; saved\. To go on: ", last)
     assert "Traceback" not in err
     (run,) = (tmp_path / "runs").iterdir()
+    # The command line does not know the program's model.
+    assert last.endswith(f"the same call of syncnorm.fit with resume='runs/{run.name}'")
     assert json.loads((run / "exit.json").read_text())["status"] == "stopped"
 
 

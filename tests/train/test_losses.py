@@ -241,6 +241,22 @@ def test_class_probabilities_have_no_ignored_class():
         task.loss(nn.Identity(), (torch.randn(4, 3), probabilities))
 
 
+@pytest.mark.parametrize("name", ["classify", "segment"])
+def test_classes_may_be_any_whole_numbers(name):
+    """Some of torch's losses take int64 alone; numpy's whole numbers are often others."""
+    logits = torch.randn(4, 3) if name == "classify" else torch.randn(4, 3, 2, 2)
+    found = []
+    for dtype in (torch.int64, torch.uint8, torch.int8, torch.int16, torch.int32):
+        classes = torch.ones(logits[:, 0].shape, dtype=dtype)
+        task, batch = make_builtin(name, None, {}), (torch.zeros(4, 1), classes)
+        shares = [
+            task.loss(lambda x: logits, batch),
+            *task.metrics(lambda x: logits, batch).values(),
+        ]
+        found.append([torch.as_tensor(each).tolist() for share in shares for each in share])
+    assert all(each == found[0] for each in found)
+
+
 def test_yes_and_no_are_no_classes():
     with pytest.raises(ConfigError, match=r"whole numbers, or .* got \(4,\) of torch.bool"):
         Classify(None).loss(nn.Identity(), (torch.randn(4, 2), torch.ones(4) > 0))

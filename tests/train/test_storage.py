@@ -4,6 +4,7 @@ import json
 import os
 import threading
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
@@ -15,7 +16,7 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.loop import train
 from syncnorm.train.storage import read_origin, write_origin
-from syncnorm.train.storage.fetch import local_copy
+from syncnorm.train.storage.fetch import check_not_behind, local_copy
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.storage.remote import Remote, StorageError, within
 from tests.train import runs
@@ -196,6 +197,26 @@ def test_a_run_that_got_further_here_is_left_as_it_is(tmp_path, memory):
     local_copy(URL)
     assert sorted(CheckpointStore(there / "checkpoints").folders()) == [2, 4, 6]
     assert (there / "metrics.jsonl").read_text() != "longer"
+
+
+def test_a_folder_that_was_overtaken_by_its_copy_is_not_gone_on_with(tmp_path, memory, caplog):
+    """Another machine went on from the address: its record and configuration stay there."""
+    folder = make_run(tmp_path, 2)
+    copy(folder)
+    here = local_copy(URL)
+    check_not_behind(here)
+    make_run(tmp_path, 4)
+    copy(folder)
+    with pytest.raises(ConfigError, match=f"step 2, its copy in the store step 4.*{URL}"):
+        check_not_behind(here)
+    CheckpointStore(here / "checkpoints").write(make_snapshot(4))
+    check_not_behind(here)
+    check_not_behind(folder)  # has no address
+    memory.store.clear()
+    check_not_behind(here)
+    with mock.patch.object(Remote, "sizes", side_effect=ConfigError("no answer")):
+        check_not_behind(here)
+    assert "no answer" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -520,6 +520,9 @@ def test_without_a_validation_set_nothing_is_chosen(pool, section, key):
     for message in pool(2).run(runs.refused_sections, options):
         assert f"`{section}.{next(iter(key))}` must be left out" in message
         assert "Set data.validation" in message
+    options = VALIDATED | {section: VALIDATED.get(section, {}) | key, "task": {"best": ""}}
+    for message in pool(2).run(runs.refused_sections, options):
+        assert f"`{section}.{next(iter(key))}` must be left out where no metric decides" in message
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,32 @@ def read_config(url: str) -> str:
     return text.decode(errors="replace")
 
 
+def check_not_behind(folder: Path) -> None:
+    """Refuse to go on in a folder whose run another machine has taken further.
+
+    The record and the configuration of that machine would be replaced in the store.
+
+    Raises:
+        ConfigError: the store has a later checkpoint. One that does not answer is passed over.
+    """
+    url = read_origin(folder)
+    if url is None:
+        return
+    try:
+        remote = within(_ANSWER_SECONDS, lambda: Remote(url), url)
+        sizes = within(_ANSWER_SECONDS, remote.sizes, url)
+    except ConfigError as error:
+        _log.warning("%s", error)
+        return
+    there = max((s for s, each in checkpoint_files(sizes).items() if MANIFEST in each), default=-1)
+    here = max(CheckpointStore(folder / CHECKPOINTS).folders(), default=-1)
+    if there > here:
+        raise ConfigError(
+            f"`--resume` must name what got furthest: {str(folder)!r} has step {max(here, 0)}, its "
+            f"copy in the store step {there}. Go on from that: --resume {url}"
+        )
+
+
 def local_copy(source: str | Path) -> Path:
     """Return a run's folder on this machine; of a run in a store a copy, which it makes.
 

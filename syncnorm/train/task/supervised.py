@@ -123,7 +123,7 @@ class Supervised:
         if not targets.is_floating_point():
             raise ConfigError(
                 f"`data.name` must give floating targets for task.loss "
-                f"{type(self.criterion).__name__}, got {targets.dtype}"
+                f"{type(self.criterion).__name__}, got whole numbers or bool"
             )
 
     def count(self, targets: Tensor) -> Tensor | int:
@@ -381,6 +381,8 @@ def _compute_one(criterion: nn.Module) -> None:
 def pair_of(batch: Any) -> tuple[Any, Tensor]:
     """Take a batch apart: a pair, or a mapping whose `labels` are the targets.
 
+    Whole numbers are int64 afterwards: some of torch's losses take no others.
+
     Raises:
         ConfigError: it is something else.
     """
@@ -399,6 +401,8 @@ def pair_of(batch: Any) -> tuple[Any, Tensor]:
             f"`data.name` must give targets as one tensor for this task, got a "
             f"{type(targets).__name__}"
         )
+    if targets.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        targets = targets.long()
     return inputs, targets
 
 
