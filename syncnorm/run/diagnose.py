@@ -1,6 +1,7 @@
 """The command `syncnorm diagnose`: in this process, on workers of its own, or under torchrun."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -64,6 +65,9 @@ def run_diagnose(request: Request, workers: int | None, launched: Launched | Non
     except InputError as error:
         raise ConfigError(str(error).replace("`only`", "`--only`")) from None
     config = read_run(request.run, request.allowed)
+    is_first = launched is None or launched.rank == 0
+    if is_first and not os.access(request.run, os.W_OK):
+        raise ConfigError(f"run {str(request.run)!r} must be writable, for {NAME}.json")
     run_on(partial(_diagnose, request, config), workers, launched, request.device)
 
 

@@ -378,7 +378,7 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         lacking = [] if uses_store(request) else _without_folder(folder, chosen is not None)
         if lacking:
             raise ConfigError(
-                f"`run_dir` must be a folder that all machines share, got {str(folder)!r}, which workers "
+                f"`run_dir` must be a folder that all machines share, got {str(named)!r}, which workers "
                 f"{lacking} do not see. Start them in one folder, or give a path that is the same"
             )
         yield named

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -105,6 +107,14 @@ def _found(**changes: Any) -> dict[str, Any]:
         "advice": [{"rule": "between workers", "text": "40 % of <b>norm</b>'s variance"}],
         "seconds": {}, **changes,
     }  # fmt: skip
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_at_once(run, capfd):
+    # For root, permissions do not say no.
+    with mock.patch.object(os, "access", return_value=False):
+        status, _, err = command(capfd, run)
+    assert status == 2
+    assert "must be writable, for diagnosis.json" in err.splitlines()[-1]
 
 
 def test_the_page_shows_advice_and_escapes_names():

@@ -15,6 +15,7 @@ from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.loop import train
+from syncnorm.train.storage import mirror as mirror_module
 from syncnorm.train.storage import read_origin, write_origin
 from syncnorm.train.storage.fetch import check_not_behind, local_copy
 from syncnorm.train.storage.mirror import Mirror, open_mirror
@@ -277,6 +278,26 @@ def test_a_failed_copy_is_a_fault_and_tried_again(tmp_path, memory, monkeypatch)
         f"{folder} is not copied: the network is gone; the next save tries again"
     ]
     assert steps_there(memory) == [2]
+
+
+def test_a_store_that_stays_away_is_told_of_once_and_at_the_end(tmp_path, memory, monkeypatch):
+    tried = threading.Semaphore(0)
+
+    def fail(self):
+        tried.release()
+        raise StorageError("the network is gone")
+
+    monkeypatch.setattr(Remote, "sizes", fail)
+    monkeypatch.setattr(mirror_module, "_PAUSE_SECONDS", 0.0)
+    mirror = Mirror(make_run(tmp_path, 2), URL, 3)
+    for _ in range(3):
+        mirror.request()
+        assert tried.acquire(timeout=60)
+    mirror.close()
+    assert mirror.is_over(60)
+    first, last = mirror.pop_faults()
+    assert first.endswith("is gone; the next save tries again")
+    assert last.endswith("is gone; what is here is whole")
 
 
 def test_a_copy_that_does_not_move_is_given_up(tmp_path, memory, monkeypatch):

@@ -43,6 +43,7 @@ class Mirror:
         self._folder, self._keep, self._patience = folder, keep, patience_seconds
         self._asked, self._is_ending = threading.Event(), False
         self._faults: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._last_fault: str | None = None
         self._moved_at = time.monotonic()
         self._remote: Remote | None = None
         # By name, size and time of the local record that was copied; by step, the manifest.
@@ -84,8 +85,10 @@ class Mirror:
             # What is there before `close` is called is in the copy that begins now.
             is_last = self._is_ending
             fault = self._try(_LAST_TRIES if is_last else 1, is_last)
-            if fault is not None:
+            # A store that is away is told of once, and at the end.
+            if fault is not None and (is_last or fault != self._last_fault):
                 self._add_fault(fault, is_last)
+            self._last_fault = fault
             if is_last:
                 return
 
