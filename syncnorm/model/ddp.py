@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from syncnorm.statistics.steps import delimited_by, remove_deserted
 from syncnorm.undocumented import disable_dynamo
 
 _Model = TypeVar("_Model", bound=nn.Module)
+# Prepared models with layers of ours, and none of torch's then.
+_without_theirs: WeakSet[nn.Module] = WeakSet()
 
 
 def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
@@ -67,13 +70,17 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
     Warns:
         UserWarning: the model contains torch.nn.SyncBatchNorm, which a sync-bn switch may have put
             in our place; or home-made layers with running statistics, which stay local; or DDP has
-            wrapped it already.
+            wrapped it already. When DDP wraps the model: torch.nn.SyncBatchNorm has come into it
+            meanwhile.
     """
     ours = {name: m for name, m in model.named_modules() if isinstance(m, SyncNorm | Pooling)}
     among = groups.existing_group(process_group)
-    for said in (replaced(model), stays_local(home_made(model)), _wrapped(model)):
+    switched = replaced(model)
+    for said in (switched, stays_local(home_made(model)), _wrapped(model)):
         if said is not None:
             warnings.warn(said, stacklevel=2)
+    if ours and switched is None:
+        _without_theirs.add(model)
     _share_group(ours.values(), process_group)
     if among is not None and len(groups.ranks(among)) > 1:
         layers = [
@@ -146,6 +153,9 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
         return
     if model is not None:
         assert ddp.process_group is not None
+        for part in model.modules():
+            if part in _without_theirs and (said := replaced(part)) is not None:
+                warnings.warn(said, stacklevel=2)
         undocumented.let_ddp_ignore(ddp, _give_state_of_rank_zero(model, ddp.process_group))
 
 

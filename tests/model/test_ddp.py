@@ -340,6 +340,19 @@ def test_prepare_ddp_says_when_a_switch_has_replaced_our_layers():
         prepare_ddp(model)
 
 
+def _switched_when_prepared() -> None:
+    model = prepare_ddp(nn.Sequential(nn.Linear(2, 4), SyncBatchNorm(4)))
+    whole = nn.ModuleDict({"net": nn.SyncBatchNorm.convert_sync_batchnorm(model)})
+    # On a CPU DDP then refuses torch's layers.
+    with pytest.warns(UserWarning, match=r"contains torch.nn.SyncBatchNorm at \['1'\]"):
+        with pytest.raises(ValueError, match="SyncBatchNorm"):
+            DistributedDataParallel(whole)
+
+
+def test_so_does_ddp_when_it_was_after_prepare_ddp(pool):
+    pool(2).run(_switched_when_prepared)
+
+
 def test_scale_loss_of_nothing_is_zero(pool):
     assert pool(2).run(_scaled_mean_of_nothing) == [(0.0, 0.0)] * 2
 
