@@ -44,6 +44,16 @@ def one_input(x: Tensor | None, input: Tensor | None) -> Tensor:
     return given
 
 
+def check_local(x: Tensor) -> None:
+    """Raise InputError if x is a DTensor, whose values are those of several workers."""
+    if hasattr(x, "device_mesh"):  # torch's own test would import all that DTensor needs
+        raise InputError(
+            f"`x` must be this worker's shard in training, got a {type(x).__name__} of shape "
+            f"{tuple(x.shape)}. Pass x.to_local(), sharded along dimension 0: the layer pools over the "
+            "workers itself."
+        )
+
+
 def check_input(x: Tensor, num_features: int | None) -> None:
     """Raise InputError unless x is a floating (N, C, *S) tensor with C = num_features."""
     if not isinstance(x, Tensor):

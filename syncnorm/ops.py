@@ -78,8 +78,11 @@ def local_sums(
         weight, bias: what x will be normalised with, (C,) or None.
 
     Raises:
-        InputError: they are on several devices, or weight or bias has not C elements.
+        InputError: they are on several devices, x is a DTensor, or weight or bias has not C
+            elements.
     """
+    if type(x) is not Tensor:
+        checks.check_local(x)
     who = observed.observer(x)
     is_compiled = torch.compiler.is_compiling()
     # `is_recomputing()`, but for a call in every forward.

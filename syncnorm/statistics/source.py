@@ -160,6 +160,12 @@ def untraced_forward(self: Source, layer: SyncNorm, x: Tensor, mask: Tensor | No
     """The `forward` of a source that compiled code calls rather than contains."""
     forward = layer.train_forward
     if count_dispatch_modes():  # which a compiled forward of the layer does not look at
+        if torch.compiler.is_exporting():
+            raise InputError(
+                '`sync` must be "batch" or "none" where torch.export takes a training forward, got '
+                f"{layer.sync!r} in layer {layer.label!r}. Export in evaluation mode, or convert with "
+                'sync="batch".'
+            )
         forward = unseen_by_selective_checkpoint(forward)
     return forward(x, mask)
 

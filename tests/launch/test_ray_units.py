@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import zipfile
@@ -25,7 +26,12 @@ from syncnorm.run.ending import Exit
 from syncnorm.run.ray import cli, submit
 from syncnorm.run.ray.client import ClusterError, check_address, translated_errors
 from syncnorm.run.ray.cluster import capacity_of, check_capacity
-from syncnorm.run.ray.environment import make_runtime_env, read_resources, read_runtime_env
+from syncnorm.run.ray.environment import (
+    exclude_patterns,
+    make_runtime_env,
+    read_resources,
+    read_runtime_env,
+)
 from syncnorm.run.ray.job import STOP, Job, check_folder, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, RayWatch
@@ -391,6 +397,34 @@ def test_a_log_of_before_is_not_told_again(capsys):
     lines.restart()
     lines.feed(LOG + "new\n")
     assert capsys.readouterr() == ("new\n", "")
+
+
+def test_what_ray_cannot_pack_is_left_out(tmp_path, clean):
+    """It would wait for a pipe, and fail on a name that is no text."""
+    clean.chdir(tmp_path)
+    for folder in ("sub", "runs"):
+        (tmp_path / folder).mkdir()
+    os.mkfifo(tmp_path / "sub" / "a pipe")
+    os.mkfifo(tmp_path / "runs" / "pipe")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind("socket")
+        (tmp_path / "code.py").write_text("")
+        (tmp_path / "dangling").symlink_to("nothing")
+        Path(os.fsdecode(b"bad\xff.txt")).write_text("")
+        patterns = exclude_patterns(tmp_path, "runs")
+        own = [each for each in patterns if not each.startswith("**/")]
+        assert own == ["/bad?.txt", "/runs", "/socket", "/sub/a[ ]pipe"]
+        package = tmp_path.parent / "package.zip"
+        create_package(str(tmp_path), package, include_gitignore=True, excludes=patterns)
+    with zipfile.ZipFile(package) as packed:
+        assert {"code.py", "dangling"} >= {n for n in packed.namelist() if not n.endswith("/")}
+
+
+def test_a_working_folder_that_is_too_large_is_one_line():
+    said = "Request failed with status code 413: Maximum request body size 104857600 exceeded."
+    with pytest.raises(ConfigError, match="Keep data elsewhere"):
+        with translated_errors("http://127.0.0.1:8265"):
+            raise RuntimeError(said)
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import (
+    DTensor,
+    Placement,
+    Replicate,
+    Shard,
+    distribute_module,
+    distribute_tensor,
+)
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from syncnorm import SyncBatchNorm, prepare_ddp, reference, scale_loss
 from syncnorm.comm import exchange
+from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
 from tests.model.parts import uneven_batch
 
@@ -207,6 +215,22 @@ def _fully_sharded(
         _train(model, torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9), steps)
     assert [e.numel for e in record if e.kind == "moments"] == [14] * steps
     return {k: _full(v).clone() for k, v in model.state_dict().items()}
+
+
+def _by_dtensor(placement: Placement) -> str:
+    mesh = init_device_mesh("cpu", (2,))
+    layer = distribute_module(prepare_ddp(SyncBatchNorm(4)), mesh)
+    x = distribute_tensor(torch.randn(8, 4), mesh, [placement])
+    layer.eval()(x)
+    with pytest.raises(InputError) as caught:
+        layer.train()(x)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()], ids=str)
+def test_a_dtensor_is_one_error_on_all_workers(pool, placement):
+    for said in pool(2).run(_by_dtensor, placement):
+        assert "`x` must be this worker's shard in training, got a DTensor of shape (8, 4)" in said
 
 
 @pytest.mark.parametrize("each", [False, True])

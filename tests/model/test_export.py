@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
+from syncnorm.errors import InputError
+from syncnorm.testing import assert_close
 
 KINDS = {
     "norm": lambda sync: SyncBatchNorm(3, sync=sync),
@@ -52,6 +55,23 @@ def test_torch_export_gives_a_plain_batch_norm_for_any_batch_size(kind, sync, st
     ]
     x = torch.randn(7, 2, 5, 5)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+@pytest.mark.parametrize("sync", ["batch", "none", "running", "lagged"])
+def test_a_training_forward_is_exported_or_refused(sync, prepared):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), SyncBatchNorm(4, sync=sync))
+    if prepared:
+        prepare_ddp(model)
+    x = torch.randn(4, 3, 8, 8)
+    if sync in ("running", "lagged"):
+        with pytest.raises(InputError, match=r"where torch\.export takes a training forward, got"):
+            torch.export.export(model, (x,), strict=False)
+    else:
+        program = torch.export.export(copy.deepcopy(model), (x,), strict=False)
+        assert_close(program.module()(x), model(x), torch.float32, "y")
+    model(x).sum().backward()
+    assert int(model[1].num_batches_tracked) > 0 or sync in ("running", "lagged")
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from syncnorm.train.storage import read_origin, write_origin
 from syncnorm.train.storage.fetch import check_not_behind, local_copy
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.storage.remote import Remote, StorageError, within
+from tests.launch.ray_cluster import wait_until
 from tests.train import runs
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
@@ -278,6 +279,19 @@ def test_a_failed_copy_is_a_fault_and_tried_again(tmp_path, memory, monkeypatch)
         f"{folder} is not copied: the network is gone; the next save tries again"
     ]
     assert steps_there(memory) == [2]
+
+
+def test_what_somebody_removes_there_is_copied_again(tmp_path, memory):
+    mirror = Mirror(make_run(tmp_path, 2, best=2), URL, 3)
+    mirror.request()
+    wait_until(lambda: steps_there(memory) == [2])
+    before = sorted(memory.find("/bucket/runs/mine"))
+    memory.rm("/bucket/runs/mine", recursive=True)
+    mirror.close()
+    assert mirror.is_over(60)
+    assert mirror.pop_faults() == []
+    assert before
+    assert sorted(memory.find("/bucket/runs/mine")) == before
 
 
 def test_a_store_that_stays_away_is_told_of_once_and_at_the_end(tmp_path, memory, monkeypatch):

@@ -78,7 +78,7 @@ def translated_errors(address: str) -> Iterator[None]:
     """Translate exceptions of Ray's client inside the block.
 
     Raises:
-        ConfigError: the cluster refuses the token, or demands one.
+        ConfigError: the cluster refuses the token, or demands one; or the working folder is too large.
         ClusterError: anything else.
     """
     try:
@@ -98,6 +98,12 @@ def translated_errors(address: str) -> Iterator[None]:
                 "started, or the head's agent did not come up, mostly because its port is taken. "
                 "Try again in a minute; if it stays so, dashboard_agent.log in the head's logs "
                 "says why: start the head with --dashboard-agent-listen-port below 32768."
+            ) from None
+        if "Maximum request body size" in str(error):
+            raise ConfigError(
+                "the working folder, which is sent for the code in it, must not be larger than a Ray "
+                "cluster takes. Keep data elsewhere, in data.root, or give `excludes` in "
+                "--runtime-env."
             ) from None
         raise ClusterError(
             f"the Ray cluster at {address}: {' '.join(str(error).split())[:500]}"

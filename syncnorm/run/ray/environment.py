@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,28 @@ def exclude_patterns(here: Path, *others: str | None) -> list[str]:
                 found |= {
                     str(name.relative_to(root)) for root in (here, home) if root in name.parents
                 }
-    return [
-        *_NEVER_PACKED,
-        *sorted("/" + "".join(_ESCAPED.get(c, c) for c in name) for name in found),
-    ]
+    found |= set(_unpackable(here, found))
+    return [*_NEVER_PACKED, *sorted("/" + "".join(map(_escape, name)) for name in found)]
+
+
+def _unpackable(here: Path, left_out: set[str]) -> Iterator[str]:
+    """Name what Ray would wait for, such as a pipe, cannot read, or cannot write into an archive."""
+    skipped = {pattern.removeprefix("**/") for pattern in _NEVER_PACKED}
+    for folder, folders, files in os.walk(here):
+        at = Path(folder).relative_to(here)
+        for name in (*folders, *files):
+            path = here / at / name
+            is_fit = path.is_dir() or (path.is_file() and os.access(path, os.R_OK))
+            # A link to nothing is packed as one.
+            if not name.isprintable() or not (is_fit or path.is_symlink()):
+                yield str(at / name)
+        folders[:] = [
+            name for name in folders if name not in skipped and str(at / name) not in left_out
+        ]
+
+
+def _escape(character: str) -> str:
+    """Escape a character of a path for a pattern. One that is no text is a surrogate in Python."""
+    if "\ud800" <= character <= "\udfff":
+        return "?"
+    return _ESCAPED.get(character, character)

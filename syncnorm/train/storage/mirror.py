@@ -46,7 +46,8 @@ class Mirror:
         self._last_fault: str | None = None
         self._moved_at = time.monotonic()
         self._remote: Remote | None = None
-        # By name, size and time of the local record that was copied; by step, the manifest.
+        # By name, size and time of the local record that was copied; by step, the manifest. Copied
+        # again if somebody has removed it there.
         self._records: dict[str, tuple[int, int]] = {}
         self._manifests: dict[int, bytes] = {}
         self._mark: bytes | None = None
@@ -125,7 +126,7 @@ class Mirror:
         # Read after the list: whatever is on it has been judged.
         mark = _read(self._folder / CHECKPOINTS / BEST)
         best = read_mark(mark)
-        if mark is not None and mark != self._mark:
+        if mark is not None and (mark != self._mark or f"{CHECKPOINTS}/{BEST}" not in names):
             remote.write(f"{CHECKPOINTS}/{BEST}", mark)
             self._mark = mark
         newest = max(local, default=0)
@@ -156,7 +157,7 @@ class Mirror:
             if name.endswith(".jsonl"):
                 data = data[: data.rfind(b"\n") + 1]  # without a line that is being written
             now = (facts.st_size, facts.st_mtime_ns)
-            if self._records.get(name) != now:
+            if self._records.get(name) != now or name not in names:
                 remote.write(name, data)
                 self._records[name] = now
                 self._moved()
@@ -165,10 +166,12 @@ class Mirror:
         self, remote: Remote, step: int, folder: Path, names: dict[str, int]
     ) -> None:
         manifest = _read(folder / MANIFEST)
-        if manifest is None or self._manifests.get(step) == manifest:
+        if manifest is None:
             return
         there = checkpoint_files(names).get(step, {})
         if MANIFEST in there:
+            if self._manifests.get(step) == manifest:
+                return
             if remote.read(checkpoint_path(step, MANIFEST)) == manifest:
                 self._manifests[step] = manifest
                 return
