@@ -27,18 +27,18 @@ from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.family.layer import Pooling
 from syncnorm.model.modes import evaluating
 from syncnorm.module import SyncNorm
-from syncnorm.placement import place_local
+from syncnorm.placement import size
 from syncnorm.statistics import mode_of
 from syncnorm.train import optim
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN, Feed, judged_split
-from syncnorm.train.setup import autocast
+from syncnorm.train.setup import autocast, our_layers
 from syncnorm.train.task import Task
 from syncnorm.train.task.losses import loss_terms
 from syncnorm.train.task.measures import check_metrics
 from syncnorm.train.task.meters import Meters
 from syncnorm.train.waiting import from_all
-from syncnorm.train.workers import Workers, place_checked
+from syncnorm.train.workers import Workers, place_step
 
 _log = logging.getLogger(__name__)
 
@@ -155,9 +155,9 @@ def estimate(config: Config, workers: Workers, feed: Feed, model: nn.Module, tas
     process = 0 if workers.device.type == "cuda" else max(system.resident_memory() - parameters, 0)
     with rng.kept():
         per_sample = _try_step(config, workers, feed, model, task)
-    return Need(
-        process, fixed, per_sample, _most_samples(config, workers.world_size, feed.sizes[TRAIN])
-    )
+    # The first worker has most.
+    most = max(_forward_sizes(config, model, workers.world_size, feed.sizes[TRAIN], rank=0))
+    return Need(process, fixed, per_sample, most)
 
 
 def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, task: Task) -> int:
@@ -192,7 +192,10 @@ def _try_step(config: Config, workers: Workers, feed: Feed, model: nn.Module, ta
         per_sample = max(per_sample, (more - less) // (count - half))
     # A loss that gathers has the samples of others then.
     looks_across = getattr(task, "needs_whole_step", False)
-    if not looks_across and _leaves_a_worker_empty(config, workers.world_size, feed.sizes[TRAIN]):
+    if not looks_across and any(
+        0 in _forward_sizes(config, model, workers.world_size, feed.sizes[TRAIN], rank)
+        for rank in range(workers.world_size)
+    ):
         _try_empty(terms_of, feed.load(TRAIN, indices[:0], epoch=1), workers.world_size)
     if judged is not None:
         _try_metrics(config, workers, trial, task, judged)
@@ -380,29 +383,18 @@ def _states_per_parameter(config: Config, device: torch.device) -> int:
     return round(states / probe.numel()) + (config.train.ema is not None)
 
 
-def _most_samples(config: Config, world_size: int, size: int) -> int:
-    """Find the largest forward of the busiest worker in a whole step and in an epoch's last one.
+def _forward_sizes(
+    config: Config, model: nn.Module, world_size: int, samples: int, rank: int
+) -> list[int]:
+    """List the samples of a worker's forwards in a whole step and in an epoch's last one.
 
     Raises:
         ConfigError: `launch.micro_batch` is too small for one of them.
     """
-    return max(_forward_sizes(config, world_size, size, rank=0))
-
-
-def _leaves_a_worker_empty(config: Config, world_size: int, size: int) -> bool:
-    return any(0 in _forward_sizes(config, world_size, size, rank) for rank in range(world_size))
-
-
-def _forward_sizes(config: Config, world_size: int, size: int, rank: int) -> list[int]:
-    """List the samples of a worker's forwards in a whole step and in an epoch's last one."""
-    global_batch, micro_batch = config.train.global_batch, config.launch.micro_batch
-    counts = {min(global_batch, size), (size - 1) % global_batch + 1}
-    if config.norm.mode.pools_each_batch():
-        steps = [place_checked(n, config.norm_batch, rank, world_size, micro_batch) for n in counts]
-    else:
-        steps = [place_local(n, rank, world_size, micro_batch) for n in counts]
-    forwards = [parts for step in steps for parts in step.rounds]
-    return [sum(part.stop - part.start for part in parts) for parts in forwards]
+    global_batch, has_layers = config.train.global_batch, bool(our_layers(model))
+    counts = {min(global_batch, samples), (samples - 1) % global_batch + 1}
+    steps = [place_step(config, n, rank, world_size, has_layers=has_layers) for n in counts]
+    return [sum(map(size, parts)) for step in steps for parts in step.rounds]
 
 
 def available_bytes(config: Config, workers: Workers, started: int) -> float:

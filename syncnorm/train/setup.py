@@ -25,7 +25,7 @@ from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import family_of, listed
 from syncnorm.model.modes import begin_training
 from syncnorm.module import SyncNorm
-from syncnorm.placement import Placement, place_local
+from syncnorm.placement import Placement
 from syncnorm.statistics.grouped import StatisticGroups
 from syncnorm.train import optim
 from syncnorm.train.average import MovingAverage
@@ -62,7 +62,7 @@ from syncnorm.train.scaling import make_scaler
 from syncnorm.train.task import Task
 from syncnorm.train.task.make import make_task
 from syncnorm.train.unused import Gradients
-from syncnorm.train.workers import Workers, place_checked
+from syncnorm.train.workers import Workers, place_step
 from syncnorm.train.zoo import build
 
 _log = logging.getLogger(__name__)
@@ -130,10 +130,7 @@ class Setup:
     def placement(self, count: int) -> Placement:
         """Place a step of `count` samples: this worker's forwards, and who shares a statistic."""
         rank, world_size = self.workers.rank, self.workers.world_size
-        micro_batch = self.config.launch.micro_batch
-        if not self.config.norm.mode.pools_each_batch() or not self.layers:
-            return place_local(count, rank, world_size, micro_batch)
-        return place_checked(count, self.config.norm_batch, rank, world_size, micro_batch)
+        return place_step(self.config, count, rank, world_size, has_layers=bool(self.layers))
 
     def forwards(self, indices: Tensor) -> list[Tensor]:
         """List the indices of each of this worker's forwards in a step over `indices`, (N,)."""
@@ -404,7 +401,7 @@ def make_setup(
         schedule,
         make_scaler(train.autocast, workers),
         average,
-        layers=[m for m in model.modules() if isinstance(m, SyncNorm | Pooling)],
+        layers=our_layers(model),
         statistic_groups=statistic_groups,
         shared_buffers=SharedBuffers(model, None if average is None else average.module),
         signature=feed.signature,
@@ -418,6 +415,11 @@ def _no_buffer_broadcast() -> dict[str, Any]:
     parameters = inspect.signature(DistributedDataParallel).parameters
     name = "forward_sync_buffers" if "forward_sync_buffers" in parameters else "broadcast_buffers"
     return {name: False}
+
+
+def our_layers(model: nn.Module) -> list[SyncNorm | Pooling]:
+    """List the layers of a network that are syncnorm's."""
+    return [module for module in model.modules() if isinstance(module, SyncNorm | Pooling)]
 
 
 def _attach_statistic_groups(config: Config, model: nn.Module) -> StatisticGroups | None:

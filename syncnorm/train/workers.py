@@ -7,6 +7,7 @@ import torch
 from syncnorm import placement
 from syncnorm.errors import ConfigError
 from syncnorm.placement import Placement
+from syncnorm.train.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,26 @@ class Workers:
     def is_first(self) -> bool:
         """True on the worker that writes files and prints."""
         return self.rank == 0
+
+
+def place_step(
+    config: Config, count: int, rank: int, world_size: int, *, has_layers: bool
+) -> Placement:
+    """Place a step of `count` samples as the configuration says.
+
+    Args:
+        config: of the run.
+        count: the step's samples.
+        rank, world_size: of the worker whose part it is.
+        has_layers: True if the network has layers of ours, whose statistics are to be whole.
+
+    Raises:
+        ConfigError: see `place_checked`.
+    """
+    micro_batch = config.launch.micro_batch
+    if config.norm.mode.pools_each_batch() and has_layers:
+        return place_checked(count, config.norm_batch, rank, world_size, micro_batch)
+    return placement.place_local(count, rank, world_size, micro_batch)
 
 
 def place_checked(

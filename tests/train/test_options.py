@@ -167,6 +167,16 @@ def test_memory_is_estimated_from_what_a_forward_keeps():
     assert plain.total == plain.process + plain.fixed + 64 * plain.per_sample
 
 
+def test_a_forward_may_be_small_where_no_layer_of_ours_is_left():
+    """As the steps are placed: there is no statistic that needs its samples at once."""
+    config = load_config("digits", ["launch.workers=1", "launch.micro_batch=16"])
+    config = config.model_copy(update={"norm": NormSection(rules={".*": "frozen"})})
+    cpu = torch.device("cpu")
+    feed, workers = MemoryFeed(digits(None), config, cpu), Workers(0, 1, cpu)
+    model, task = make_bare_model(config, cpu, feed, 100), task_of(config, cpu, feed)
+    assert estimate(config, workers, feed, model, task).samples == 16
+
+
 @pytest.mark.parametrize("sync", ["batch", "running", "lagged", "none"])
 @pytest.mark.parametrize("name", ["rows", "Volumes", "own_norms"])
 def test_memory_is_estimated_with_our_layers_for_any_number_of_dimensions(name, sync):
