@@ -6,6 +6,7 @@ import random
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -49,3 +50,36 @@ def kept(*, devices: bool = True) -> Iterator[None]:
         random.setstate(of_python)
         if numpy is not None:
             numpy.random.set_state(of_numpy)
+
+
+def state() -> dict[str, Any]:
+    """Return where they stand, for `load_state`: tensors and plain values, to be saved.
+
+    Of the devices' those of the present one; of numpy's where something has imported it.
+    """
+    version, numbers, gauss = random.getstate()
+    found: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
+        "python": [version, list(numbers), gauss],
+    }
+    numpy = sys.modules.get("numpy")
+    of_numpy = None if numpy is None else numpy.random.get_state()
+    if isinstance(of_numpy, tuple):  # of a program that has chosen another generator it is a dict
+        name, keys, *rest = of_numpy
+        found["numpy"] = [name, keys.tolist(), *rest]
+    return found
+
+
+def load_state(found: dict[str, Any]) -> None:
+    """Have them go on from where they stood."""
+    torch.set_rng_state(found["torch"])
+    if found["cuda"] is not None:
+        torch.cuda.set_rng_state(found["cuda"])
+    version, numbers, gauss = found["python"]
+    random.setstate((version, tuple(numbers), gauss))
+    if "numpy" in found:
+        import numpy as np
+
+        name, numbers, *rest = found["numpy"]
+        np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))

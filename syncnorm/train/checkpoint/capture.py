@@ -9,17 +9,16 @@ import contextlib
 import logging
 import math
 import platform
-import random
 import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from syncnorm import rng
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
 from syncnorm.train import buffers, optim
@@ -103,7 +102,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
     *Collectives*: one gathering of each worker's own state; every worker must call.
     """
     setup.flush_statistics()
-    mine = {"rng": _random_state(), "buffers": _own_buffers(setup.model)}
+    mine = {"rng": rng.state(), "buffers": _own_buffers(setup.model)}
     if setup.average is not None:
         mine["ema"] = _own_buffers(setup.average.module)
     own = from_all(mine)
@@ -395,28 +394,7 @@ def _restore_own(setup: Setup, own: dict[str, Any]) -> None:
     if setup.average is not None:
         average = setup.average.module
         buffers.copy_into(average, buffers.local_slots(average), own["ema"])
-    torch.set_rng_state(own["rng"]["torch"])
-    if own["rng"]["cuda"] is not None:
-        torch.cuda.set_rng_state(own["rng"]["cuda"])
-    version, numbers, gauss = own["rng"]["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    if "numpy" in own["rng"]:
-        name, numbers, *rest = own["rng"]["numpy"]
-        np.random.set_state((name, np.array(numbers, dtype=np.uint32), *rest))
-
-
-def _random_state() -> dict[str, Any]:
-    version, numbers, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
-        "python": [version, list(numbers), gauss],
-    }
-    of_numpy: Any = np.random.get_state()
-    if isinstance(of_numpy, tuple):  # of a program that has chosen another generator it is a dict
-        name, keys, *rest = of_numpy
-        state["numpy"] = [name, keys.tolist(), *rest]
-    return state
+    rng.load_state(own["rng"])
 
 
 def _plain_items(state: dict[str, Any]) -> dict[str, Any]:
