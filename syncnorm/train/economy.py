@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm.errors import ConfigError
+from syncnorm.train.config.section import check_finds
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.data.batches import map_members
 
@@ -45,12 +45,7 @@ def _recompute(model: nn.Module, patterns: Sequence[str]) -> None:
     names and state dict stay.
     """
     modules = {name: module for name, module in model.named_modules() if name}
-    for pattern in patterns:
-        if not any(re.search(pattern, name) for name in modules):
-            raise ConfigError(
-                f"`train.recompute` must each find a module, got {pattern!r}. The modules are "
-                f"{', '.join(list(modules)[:8])}, ..."
-            )
+    check_finds("train.recompute", patterns, modules, "a module")
     found: list[str] = []
     for name, module in modules.items():  # a module comes before those within it
         is_within = any(name.startswith(f"{outer}.") for outer in found)

@@ -23,6 +23,7 @@ from syncnorm.family.standardised import convolutions
 from syncnorm.model.convert.adapters import has_torchs_forward, own_class
 from syncnorm.module import SyncNorm
 from syncnorm.train.config.norm import NormName, NormSection, WeightName
+from syncnorm.train.config.section import check_finds
 from syncnorm.train.models import NormLayer
 
 _log = logging.getLogger(__name__)
@@ -197,12 +198,7 @@ def apply_rules(model: nn.Module, norm: NormSection, total_steps: int) -> None:
         ConfigError: a rule finds no normalisation layer, or one that does more than normalise.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, _NORMS)}
-    for pattern in norm.rules:
-        if not any(re.search(pattern, name) for name in layers):
-            raise ConfigError(
-                f"`norm.rules` must each find a normalisation layer, got {pattern!r}. "
-                f"The layers are {', '.join(layers)}."
-            )
+    check_finds("norm.rules", norm.rules, layers, "a normalisation layer")
     for name, layer in layers.items():
         kind = _kind(name, norm)
         if kind != norm.name:

@@ -2,14 +2,14 @@
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from syncnorm.errors import ConfigError
 from syncnorm.model.norm_parameters import norm_parameters
-from syncnorm.train.config.section import name_hint
+from syncnorm.train.config.section import check_finds
 from syncnorm.train.config.train import TrainSection
 from syncnorm.train.optim import OPTIMIZERS
 
@@ -25,19 +25,14 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     modules = {name: module for name, module in model.named_modules() if name}
     parameters = dict(model.named_parameters())
+    check_finds("train.freeze", patterns, [*modules, *parameters], "a module or a parameter")
     for pattern in patterns:
-        names = [*modules, *parameters]
-        found = [name for name in names if re.search(pattern, name)]
-        if not found:
-            raise ConfigError(
-                f"`train.freeze` must each find a module or a parameter, got {pattern!r}."
-                f"{name_hint(pattern, names)}"
-            )
-        for name in found:
-            if name in modules:
-                modules[name].requires_grad_(False).eval()
-            else:
-                parameters[name].requires_grad_(False)
+        for name, module in modules.items():
+            if re.search(pattern, name):
+                module.requires_grad_(False).eval()
+        for name, parameter in parameters.items():
+            if re.search(pattern, name):
+                parameter.requires_grad_(False)
     if patterns and not any(p.requires_grad for p in parameters.values()):
         raise ConfigError(
             f"`train.freeze` must leave a parameter to train, got {list(patterns)}, which find all "
@@ -55,7 +50,7 @@ def parameter_groups(model: nn.Module, train: TrainSection) -> list[dict[str, An
         ConfigError: an expression of `train.rates` finds no parameter that is trained.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    _check_found(train.rates, trained)
+    check_finds("train.rates", train.rates, trained, "a parameter that is trained")
     undecayed = _undecayed(model) if train.decay == "weights" and _has_decay(train) else set()
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in trained.items():
@@ -81,12 +76,3 @@ def _has_decay(train: TrainSection) -> bool:
     if "weight_decay" not in parameters:
         return False
     return bool(train.optimizer.options.get("weight_decay", parameters["weight_decay"].default))
-
-
-def _check_found(rates: Mapping[str, float], names: Iterable[str]) -> None:
-    for pattern in rates:
-        if not any(re.search(pattern, name) for name in names):
-            raise ConfigError(
-                f"`train.rates` must each find a parameter that is trained, got {pattern!r}. "
-                f"The parameters are {', '.join(list(names)[:8])}, ..."
-            )

@@ -177,7 +177,7 @@ def test_the_outermost_modules_are_recomputed_and_keep_nothing():
     nn.init.zeros_(model.layer1[0].bn2.weight)
     x = torch.randn(2, 16, 8, 8)
     assert not torch.equal(average.layer1(x), model.layer1(x)), "a copy computes its own"
-    message = r"`train.recompute` must each find a module, got 'layr'. The modules are conv1, "
+    message = r"`train.recompute` must each find a module, got 'layr'. The nearest is 'layer1'. There are conv1, "
     with pytest.raises(ConfigError, match=message):
         economise(model, section(recompute=["layr"]))
 

@@ -66,7 +66,7 @@ def test_weights_are_kept_when_a_rule_exchanges_a_layer():
 def test_a_rule_that_finds_nothing_is_refused():
     message = (
         r"`norm.rules` must each find a normalisation layer, got 'layr1'. "
-        "The layers are bn1, layer1.0.bn1, "
+        "There are bn1, layer1.0.bn1, "
     )
     with pytest.raises(ConfigError, match=message):
         network(NormSection(rules={"bn1": "frozen", "layr1": "group_norm"}))

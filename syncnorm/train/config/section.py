@@ -14,6 +14,8 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.config import JsonDict
 
+from syncnorm.errors import ConfigError
+
 # The path of a key, such as ("train", "lr").
 Key = tuple[str, ...]
 
@@ -141,6 +143,24 @@ def check_patterns(patterns: _Patterns) -> _Patterns:
                 f"must have regular expressions{place}, got {reprlib.repr(pattern)}: {error}"
             ) from None
     return patterns
+
+
+def check_finds(key: str, patterns: Iterable[str], names: Collection[str], what: str) -> None:
+    """Raise ConfigError unless each of a key's expressions finds a name of the model's.
+
+    Args:
+        key: that holds the expressions.
+        patterns: the expressions, searched for in each name.
+        names: those that there are.
+        what: they are the names of.
+    """
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in names):
+            first = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
+            raise ConfigError(
+                f"`{key}` must each find {what}, got {pattern!r}.{name_hint(pattern, names)} "
+                f"There are {first or 'none'}."
+            )
 
 
 def check_name_or_reference(name: str, known: Sequence[str]) -> str:
