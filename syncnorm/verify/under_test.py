@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
 from syncnorm.maths.renorm import RenormSchedule
+from syncnorm.model.arguments import constructor_arguments
 from syncnorm.module import SyncNorm
 from syncnorm.verify.reshape import reshape
 
@@ -97,8 +98,8 @@ def layer_under_test(reference: str) -> LayerUnderTest:
         ConfigError: there is no such class, or it is no layer.
     """
     cls = load(reference)
-    accepted = _accepted(cls)
-    claims = accepted & set(_OPTIONS)
+    accepted = frozenset(constructor_arguments(cls))
+    claims = set(accepted & set(_OPTIONS))
     if issubclass(cls, SyncNorm):
         claims.update(_OURS)
     elif "mask" in inspect.signature(cls.forward).parameters:
@@ -107,7 +108,7 @@ def layer_under_test(reference: str) -> LayerUnderTest:
         claims = (claims | {"renorm"}) - {"track_running_stats"}
     dimensions = tuple(ndim for ndim in DIMENSIONS if _takes(cls, ndim)) or DIMENSIONS
     claims |= {f"{ndim}-D input" for ndim in dimensions}
-    return LayerUnderTest(reference, frozenset(accepted), frozenset(claims), dimensions)
+    return LayerUnderTest(reference, accepted, frozenset(claims), dimensions)
 
 
 def _takes(cls: type[nn.Module], ndim: int) -> bool:
@@ -122,18 +123,6 @@ def _takes(cls: type[nn.Module], ndim: int) -> bool:
     except Exception:  # it looks at more than the input: the checks will show
         return True
     return True
-
-
-def _accepted(cls: type[nn.Module]) -> set[str]:
-    """Names of a constructor's arguments; where it has **kwargs, also those of its base class."""
-    names: set[str] = set()
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(base.__init__).parameters.values()
-            names |= {p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
-                break
-    return names
 
 
 def ours() -> list[LayerUnderTest]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from syncnorm.comm import groups
 from syncnorm.errors import InputError
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.layers import SyncBatchNorm, SyncBatchRenorm
+from syncnorm.model.arguments import constructor_arguments
 from syncnorm.model.convert import family
 from syncnorm.model.convert.class_swap import LazySyncNorm, Request, original_of, swap_back, swap_in
 from syncnorm.model.convert.others import (
@@ -352,16 +352,13 @@ def _change(before: float | None, after: float | None) -> str:
 
 def _check_target(to: type[SyncNorm] | type[FamilyLayer], options: dict[str, Any]) -> None:
     """Raise InputError unless `to` can be built with these options."""
-    if isinstance(to, type) and issubclass(to, FamilyLayer) and to is not FamilyLayer:
-        known = family.option_names(to)
-    elif to in (SyncBatchNorm, SyncBatchRenorm):
-        known = {*inspect.signature(to).parameters}
-    else:
+    is_family = isinstance(to, type) and issubclass(to, FamilyLayer) and to is not FamilyLayer
+    if not is_family and to not in (SyncBatchNorm, SyncBatchRenorm):
         raise InputError(
             "`to` must be SyncBatchNorm, SyncBatchRenorm or a layer of syncnorm.family that takes "
             f"the place of a batch norm, got {to!r}. Pass the class."
         )
-    names = known - {"process_group", *_KEPT}
+    names = constructor_arguments(to).keys() - {"process_group", *_KEPT}
     for name in options.keys() - names:
         if name in _KEPT:
             raise InputError(

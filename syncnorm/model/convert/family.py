@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -199,13 +198,3 @@ def make_batch_norm(layer: FamilyLayer, to: type[_BatchNorm] | None) -> _BatchNo
 
 def _parameter(value: torch.Tensor) -> nn.Parameter:
     return value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
-
-
-def option_names(to: type[FamilyLayer]) -> set[str]:
-    """Collect the names of the arguments of a layer and of its bases."""
-    names: set[str] = set()
-    for cls in to.__mro__[: to.__mro__.index(FamilyLayer) + 1]:
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD:
-                names.add(name)
-    return names - {"self"}

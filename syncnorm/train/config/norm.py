@@ -1,6 +1,5 @@
 """The section `norm` of a configuration: the normalisation layers, and what they pool."""
 
-import inspect
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, cast, get_type_hints
 
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError, model_validator
@@ -9,6 +8,7 @@ from syncnorm import RenormSchedule
 from syncnorm.errors import InputError
 from syncnorm.family import METHODS
 from syncnorm.family.plain import BASELINES
+from syncnorm.model.arguments import constructor_arguments
 from syncnorm.statistics import MODES
 from syncnorm.statistics.source import Mode
 from syncnorm.train.config.section import Finite, Section, Whole, check_patterns, name_hint
@@ -180,7 +180,11 @@ def _check_arguments(name: str, options: dict[str, Any]) -> None:
     Raises:
         ValueError: it has not.
     """
-    types = _arguments_of(cast("type", METHODS[name]))
+    types = {
+        key: get_type_hints(cls.__init__)[key]
+        for key, cls in constructor_arguments(cast("type", METHODS[name])).items()
+        if key not in _NO_OPTIONS
+    }
     for key, value in options.items():
         if key not in types:
             raise ValueError(
@@ -192,16 +196,3 @@ def _check_arguments(name: str, options: dict[str, Any]) -> None:
         except ValidationError as error:
             rule = error.errors()[0]["msg"].replace("Input should", "must")
             raise ValueError(f"options.{key} {rule} with name {name}, got {value!r}") from None
-
-
-def _arguments_of(cls: type) -> dict[str, Any]:
-    """Find the types of a layer's arguments, also those that it passes on to its base's."""
-    found: dict[str, Any] = {}
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            hints, parameters = get_type_hints(base.__init__), inspect.signature(base).parameters
-            kinds = {each.kind for each in parameters.values()}
-            found |= {key: hints[key] for key in parameters if key not in ("options", *found)}
-            if inspect.Parameter.VAR_KEYWORD not in kinds:
-                break
-    return {key: hint for key, hint in found.items() if key not in _NO_OPTIONS}
