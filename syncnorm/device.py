@@ -1,7 +1,10 @@
-"""The one fact about a tensor's device that decides a course of action, and a module's tensor."""
+"""The devices of layers and models, and the one fact about a device that decides what is done."""
 
 from __future__ import annotations
 
+from itertools import chain
+
+import torch
 from torch import Tensor, nn
 
 _HOSTS = ("cpu",)
@@ -19,3 +22,15 @@ def first_tensor(module: nn.Module) -> Tensor | None:
     own = dict.values(buffers) if isinstance(buffers, dict) else buffers.values()
     tensors = (*own, *module._parameters.values())
     return next((tensor for tensor in tensors if tensor is not None), None)
+
+
+def layer_device(layer: nn.Module) -> torch.device:
+    """The device of a layer's own tensors; the CPU without any. Waits for nothing."""
+    first = first_tensor(layer)
+    return torch.device("cpu") if first is None else first.device
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of a model's first parameter, or else buffer; the CPU without any."""
+    tensors = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from syncnorm.comm import exchange, groups
+from syncnorm.device import model_device
 from syncnorm.diagnose.state import in_training, seeded
 from syncnorm.errors import FaultError, InputError
 from syncnorm.model.modes import evaluating
@@ -92,7 +93,7 @@ class Problem:
         self.frozen, self.scale = frozenset(frozen), scale
         self.group = groups.statistics_group(process_group)
         self.tick = tick
-        self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        self.device = model_device(model)
         self.counts: list[dict[str, float]] = []
         """The count of each term over all workers, by batch; known after `begin`."""
         self.sizes = self.zeros(len(batches), parts)

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import undocumented
 from syncnorm.comm import agreement, debug, exchange, groups
-from syncnorm.device import is_host
+from syncnorm.device import is_host, model_device
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.convert.others import home_made, stays_local
@@ -92,7 +92,7 @@ def prepare_ddp(model: _Model, process_group: groups.Spec = None) -> _Model:
             )
             for name, m in ours.items()
         ]
-        agreement.agree(layers, among, _device(model))
+        agreement.agree(layers, among, model_device(model))
     for name, layer in ours.items():
         layer.label = name or layer.label
         if isinstance(layer, Pooling):
@@ -174,10 +174,6 @@ def _state(layer: nn.Module) -> str:
 
 def _largest_message(layer: SyncNorm | Pooling) -> int:
     return max(layer.message_sizes()) if isinstance(layer, Pooling) else 2 * layer.num_features + 1
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
 def replaced(model: nn.Module) -> str | None:

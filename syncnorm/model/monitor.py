@@ -22,11 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import observed
 from syncnorm.comm import exchange, groups
+from syncnorm.device import layer_device
 from syncnorm.layers import SyncBatchRenorm
 from syncnorm.maths.moments import Moments, Raw, reciprocal
 from syncnorm.maths.precision import for_sums, sum_dtype
 from syncnorm.module import Seen, SyncNorm
-from syncnorm.statistics.flat import device_of, zeros
+from syncnorm.statistics.flat import zeros
 
 Figures = dict[str, float | None]
 _NAMES = ("count", "between_share", "mean_gap", "var_gap", "r_clipped", "d_clipped")
@@ -165,7 +166,7 @@ class _LastForward(NamedTuple):
 
 
 def _nothing(layer: SyncNorm) -> Seen:
-    sums = zeros(2 * layer.num_features + 1, device_of(layer))
+    sums = zeros(2 * layer.num_features + 1, layer_device(layer))
     return Seen(sums, Raw(sums), None)
 
 
@@ -208,7 +209,7 @@ def _constants(facts: tuple[tuple[float, ...], ...], device: torch.device) -> tu
 
 def _figures(layers: list[SyncNorm], group: groups.Group | None) -> Tensor:
     """The figures of each layer, (L, 6) in the order of _NAMES, from one exchange for all of them."""
-    device = device_of(layers[0])
+    device = layer_device(layers[0])
     layout = _Layout.of(tuple(layer.num_features for layer in layers), device)
     facts = tuple(
         (layer.eps, float(not layer.sync_mode.normalizes_by_batch), float(layer.seen is not None))

@@ -15,6 +15,7 @@ from torch.utils.data import Sampler
 
 from syncnorm import placement
 from syncnorm.comm import exchange, groups
+from syncnorm.device import model_device
 from syncnorm.errors import FaultError, InputError
 from syncnorm.model.placed import Placed
 from syncnorm.module import SyncNorm
@@ -382,8 +383,7 @@ class ElasticBatchSampler(Sampler[list[int]]):
         rank, world_size = self._workers()
         said, world = [json.dumps([words, rank, world_size])], groups.statistics_group()
         if world is not None:
-            first = next((t for t in (*model.parameters(), *model.buffers())), torch.empty(0))
-            device = groups.device_for(world, first.device)
+            device = groups.device_for(world, model_device(model))
             said = exchange.gather_text(said[0], world, "agreement", device)
         for other, text in enumerate(said):
             theirs, *workers = json.loads(text)

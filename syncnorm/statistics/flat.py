@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncnorm.comm import debug, exchange, groups
-from syncnorm.device import first_tensor, is_host
+from syncnorm.device import is_host, layer_device
 from syncnorm.maths.precision import sum_dtype
 from syncnorm.statistics.buffers import Marks, mark
 
@@ -55,9 +55,9 @@ class FlatMessage:
     ) -> None:
         self.layers = list(layers.values())
         self.marks: Marks = mark(self.layers, written)
-        device = device_of(self.layers[0])
+        device = layer_device(self.layers[0])
         self._devices = [
-            parts[name][0].device if name in parts else device_of(layer)
+            parts[name][0].device if name in parts else layer_device(layer)
             for name, layer in layers.items()
         ]
         packed: list[Tensor] = []
@@ -99,12 +99,6 @@ def sizes(layers: Iterable[SyncNorm]) -> list[int]:
 def title(names: Sequence[str]) -> str:
     """The name of all layers together, in errors."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-
-
-def device_of(layer: nn.Module) -> torch.device:
-    """The device of a layer's sums. Waits for nothing."""
-    first = first_tensor(layer)
-    return torch.device("cpu") if first is None else first.device
 
 
 def zeros(size: int, device: torch.device) -> Tensor:

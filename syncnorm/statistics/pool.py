@@ -22,13 +22,13 @@ from torch import Tensor
 
 from syncnorm import observed
 from syncnorm.comm import debug, exchange, groups
-from syncnorm.device import is_host
+from syncnorm.device import is_host, layer_device
 from syncnorm.errors import FaultError, InputError
 from syncnorm.maths.moments import Moments, Raw
 from syncnorm.ops import LocalSums
 from syncnorm.shards import LateShard, Shard
 from syncnorm.statistics.buffers import CurrentBuffers, written
-from syncnorm.statistics.flat import FlatMessage, device_of, zeros
+from syncnorm.statistics.flat import FlatMessage, zeros
 from syncnorm.statistics.source import Source, Unattached, untraced_forward
 from syncnorm.statistics.steps import Steps
 from syncnorm.undocumented import disable_dynamo
@@ -255,7 +255,7 @@ class RunningPool:
 
         Layers count from 1; below 0 it is the input (debug mode), above 0 the mask.
         """
-        device = device_of(next(iter(self.layers.values())))
+        device = layer_device(next(iter(self.layers.values())))
         faults = zeros(len(members), device)
         if not (collected.faults or debug.is_on):
             return faults

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from syncnorm import undocumented
+from syncnorm.device import model_device
 from syncnorm.family.layer import Pooling
 from syncnorm.module import SyncNorm
 from syncnorm.train.waiting import from_all
@@ -72,7 +73,7 @@ def unsaved(model: nn.Module) -> dict[str, Tensor]:
 def load(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
     """Load a state dict, in which buffers may have grown, and the `unsaved` buffers with it."""
     slots = shared_slots(model)
-    _reshape(slots, {name: state[name] for name in slots if name in state}, _device(model))
+    _reshape(slots, {name: state[name] for name in slots if name in state}, model_device(model))
     model.load_state_dict(state)
     copy_into(model, slots, others)
 
@@ -80,7 +81,7 @@ def load(model: nn.Module, state: Mapping[str, Tensor], others: Mapping[str, Ten
 @torch.no_grad()
 def copy_into(model: nn.Module, slots: Slots, new: Mapping[str, Tensor]) -> None:
     """Copy values into buffers of the model; KeyError for one that is not among the slots."""
-    _reshape(slots, new, _device(model))
+    _reshape(slots, new, model_device(model))
     for name, value in new.items():
         module, key = slots[name]
         getattr(module, key).copy_(value)
@@ -98,7 +99,7 @@ class SharedBuffers:
 
     def __init__(self, model: nn.Module, average: nn.Module | None = None) -> None:
         self.slots = shared_slots(model)
-        self._device = _device(model)
+        self._device = model_device(model)
         self._average = average
         self._average_slots = {} if average is None else shared_slots(average)
 
@@ -221,10 +222,6 @@ def _is_common(layer: nn.Module) -> bool:
 
 def _layouts(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def _reshape(slots: Slots, like: Mapping[str, Tensor], device: torch.device) -> None:

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm.comm import exchange, groups, inflight
+from syncnorm.device import layer_device
 from syncnorm.errors import ExchangeError, FaultError, InputError
 from syncnorm.family.layer import Pooling
 from syncnorm.model.join.ddp import GRADIENTS, SYNC, Reductions
 from syncnorm.model.join.handover import Handover, Stateful
 from syncnorm.module import SyncNorm
-from syncnorm.statistics.flat import device_of
 from syncnorm.undocumented import after_backward, disable_dynamo, unseen_by_selective_checkpoint
 
 _NEXT, _SUM, _GATHER, _REDUCE = 1, 2, 3, 4
@@ -94,7 +94,7 @@ class Coordinator:
             )
         before = len(self._parts), len(self._layers), len(self._stateful)
         if layers:
-            self._device = groups.device_for(self.group, device_of(layers[0]))
+            self._device = groups.device_for(self.group, layer_device(layers[0]))
         self._layers += layers
         self._stateful += stateful
         handles = [self._hook(module, layers) for module in modules]

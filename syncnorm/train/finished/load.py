@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from syncnorm import observed, rng
+from syncnorm.device import model_device
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.train.checkpoint.evaluated import NEWEST, load_evaluated, read_evaluated
 from syncnorm.train.checkpoint.snapshot import Snapshot
@@ -57,7 +58,7 @@ class LoadedModel(nn.Module):
         Raises:
             InputError: the batch is not what the model was trained on.
         """
-        device = next((each.device for each in self.network.parameters()), torch.device("cpu"))
+        device = model_device(self.network)
         with autocast(self.config, device):
             args, kwargs = self._standardised(device, *inputs, **named)
             prepared = map_members((args, kwargs), lambda x: to_device(x, device, self._dtype))
