@@ -6,25 +6,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
-from unittest.mock import PropertyMock, patch
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
 from syncnorm.comm import exchange
 from syncnorm.family.late import keep
-from syncnorm.family.layer import Pooling
 from syncnorm.family.mabn import MABN
 from syncnorm.family.online import OnlineNorm
 from syncnorm.family.power import PowerNorm
 from syncnorm.family.surrogate import Call, mean_of
 from syncnorm.family.unified import UnifiedNorm
 from syncnorm.family.window import WindowNorm
-
-
-def unpooled() -> AbstractContextManager[Any]:
-    """Each worker takes its own statistics."""
-    return patch.object(Pooling, "group", PropertyMock(return_value=None))
+from tests.distributed.planted_family import unpooled
 
 
 @contextmanager

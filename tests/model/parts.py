@@ -25,6 +25,17 @@ def uneven_batch(size: int, seed: int, channels: int = 4) -> Tensor:
     return torch.randn(size, channels, 5, generator=g, dtype=torch.float64) + offset
 
 
+def batches_of(rank: int, count: int) -> list[Tensor]:
+    """A worker's batches, of sizes that differ by worker and step."""
+    return [uneven_batch(2 + (rank + 2 * step) % 4, 100 * rank + step) for step in range(count)]
+
+
+def union_of(counts: list[int]) -> list[Tensor]:
+    """The whole batches of workers that have so many."""
+    shards = [batches_of(rank, count) for rank, count in enumerate(counts)]
+    return [torch.cat([s[step] for s in shards if step < len(s)]) for step in range(max(counts))]
+
+
 def selective_contexts(ours_alone: bool = False) -> Any:
     """The contexts of a checkpoint that is to save each result, but a convolution's or a tanh's.
 

@@ -12,17 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import syncnorm
 from syncnorm import SyncBatchNorm, SyncBatchRenorm, prepare_ddp
 from syncnorm.testing import RankPool
 from tests import ways
+from tests.operators import Operators
 
 _FOLDER = str(Path(syncnorm.__file__).parent)
 _PAGE = Path(__file__).parents[2] / "docs" / "cpu.md"
@@ -36,16 +35,6 @@ MOST = {
 }
 
 pytestmark = pytest.mark.skipif(ways.refusal() != "", reason=ways.refusal())
-
-
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -82,7 +71,7 @@ def costs(sync: str, is_renorm: bool, count: int) -> tuple[list[str], list[str],
     # The fewest of some steps: one that waits long for the other worker makes calls to look for it.
     steps = [_step(model, x, g) for _ in range(5)]
     forward, backward = (min(calls, key=len) for calls in zip(*steps, strict=True))
-    with _Operators() as operators:
+    with Operators() as operators:
         model(x).backward(g)
     return forward, backward, operators.names
 

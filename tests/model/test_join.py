@@ -31,7 +31,7 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
-from tests.model.parts import selective_contexts, uneven_batch
+from tests.model.parts import batches_of, selective_contexts, uneven_batch, union_of
 
 
 @dataclass
@@ -54,11 +54,6 @@ def _network(norm: type[nn.Module], **options) -> nn.Sequential:
         norm(3, **options),
     ]
     return nn.Sequential(*parts, nn.Flatten(), nn.Linear(9, 2)).double()
-
-
-def _batches(rank: int, count: int) -> list[Tensor]:
-    """Of sizes that differ by worker and step."""
-    return [uneven_batch(2 + (rank + 2 * step) % 4, 100 * rank + step) for step in range(count)]
 
 
 def _loss(y: Tensor) -> Tensor:
@@ -105,7 +100,7 @@ def _on_worker(
     ):
         with join(wrapped):
             outputs, gradients = _train(
-                wrapped, _momentum(model), _batches(rank, counts[rank]), is_scaled
+                wrapped, _momentum(model), batches_of(rank, counts[rank]), is_scaled
             )
     return Trained(
         outputs,
@@ -119,19 +114,16 @@ def _on_one(counts: list[int]) -> Trained:
     """torch's own layer, on the union of what the workers have in each step."""
     model = _network(nn.BatchNorm1d)
     return Trained(
-        *_train(model, _momentum(model), _union(counts), False), dict(model.state_dict()), []
+        *_train(model, _momentum(model), union_of(counts), False), dict(model.state_dict()), []
     )
-
-
-def _union(counts: list[int]) -> list[Tensor]:
-    shards = [_batches(rank, count) for rank, count in enumerate(counts)]
-    return [torch.cat([s[step] for s in shards if step < len(s)]) for step in range(max(counts))]
 
 
 def _compare(got: list[Trained], whole: Trained, counts: list[int]) -> None:
     for rank, each in enumerate(got):
         for step in range(counts[rank]):
-            before = sum(len(_batches(r, counts[r])[step]) for r in range(rank) if step < counts[r])
+            before = sum(
+                len(batches_of(r, counts[r])[step]) for r in range(rank) if step < counts[r]
+            )
             mine = whole.outputs[step][before : before + len(each.outputs[step])]
             assert_close(
                 each.outputs[step], mine, torch.float64, f"output, rank {rank}, step {step}"
@@ -177,7 +169,7 @@ def _with_checkpoints(is_selective: bool) -> list[Tensor]:
     options = {"context_fn": selective_contexts} if is_selective else {}
     rank, seen = dist.get_rank(), []
     with join(model):
-        for x in _batches(rank, 2 + rank):
+        for x in batches_of(rank, 2 + rank):
             y = checkpoint(model, x, use_reentrant=False, **options)
             assert isinstance(y, Tensor)
             _loss(y).backward()
@@ -205,7 +197,7 @@ def _epochs(counts: list[int], make: str, is_handed: bool) -> dict[str, Tensor]:
     wrapped, optimizer = DistributedDataParallel(model), globals()[make](model)
     for _ in range(2):
         with join(wrapped, *([optimizer] if is_handed else [])):
-            _train(wrapped, optimizer, _batches(rank, counts[rank]), True)
+            _train(wrapped, optimizer, batches_of(rank, counts[rank]), True)
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -215,7 +207,7 @@ def test_several_epochs_with_an_optimizer_that_remembers(pool, counts, make):
     whole = _network(nn.BatchNorm1d)
     optimizer = globals()[make](whole)
     for _ in range(2):
-        _train(whole, optimizer, _union(counts), False)
+        _train(whole, optimizer, union_of(counts), False)
     for state in pool(len(counts)).run(_epochs, counts, make, True):
         for name, expected in whole.state_dict().items():
             assert_close(state[name], expected, torch.float64, name, factor=100)
@@ -250,14 +242,14 @@ def _running(counts: list[int]) -> dict[str, Tensor]:
     wrapped = DistributedDataParallel(model)
     rank = dist.get_rank()
     with join(wrapped):
-        for x in _batches(rank, counts[rank]):
+        for x in batches_of(rank, counts[rank]):
             wrapped(x).square().mean().backward()
     return {k: v.clone() for k, v in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("counts", [[2, 4], [0, 3, 1]], ids=str)
 def test_running_statistics_that_are_pooled_later(pool, counts):
-    shards = [_batches(rank, count) for rank, count in enumerate(counts)]
+    shards = [batches_of(rank, count) for rank, count in enumerate(counts)]
     running = reference.RunningStatistics.initial(4)
     for step in range(max(counts)):
         reference.batch_norm(torch.cat([s[step] for s in shards if step < len(s)]), running=running)
@@ -274,7 +266,7 @@ def _with_readings(counts: list[int]) -> list[float]:
     model = prepare_ddp(nn.Sequential(layer))
     watch, shares = monitor(model), []
     with join(model):
-        for x in _batches(rank, counts[rank]):
+        for x in batches_of(rank, counts[rank]):
             model(x)
             shares.append(watch.read()["layers"]["0"]["count"])
     model(uneven_batch(3, rank))
@@ -283,7 +275,7 @@ def _with_readings(counts: list[int]) -> list[float]:
 
 def test_other_exchanges_are_answered_and_training_goes_on(pool):
     counts = [1, 3]
-    sizes = [[5 * len(x) for x in _batches(rank, count)] for rank, count in enumerate(counts)]
+    sizes = [[5 * len(x) for x in batches_of(rank, count)] for rank, count in enumerate(counts)]
     first, second = pool(2).run(_with_readings, counts)
     assert first == [sizes[0][0] + sizes[1][0], 4]
     assert second == [sizes[0][0] + sizes[1][0], sizes[1][1], sizes[1][2], 4]
@@ -294,7 +286,7 @@ def _gathering(counts: list[int]) -> list[int]:
     model = DistributedDataParallel(prepare_ddp(_network(SyncBatchNorm)))
     sizes = []
     with join(model, _momentum(model)):
-        for x in _batches(rank, counts[rank]):
+        for x in batches_of(rank, counts[rank]):
             y = model(x).flatten(1)
             everybodys = gather(y)
             (y @ everybodys.T).square().mean().backward()
@@ -305,7 +297,7 @@ def _gathering(counts: list[int]) -> list[int]:
 @pytest.mark.filterwarnings("ignore::syncnorm.errors.UnevenShardsWarning")
 @pytest.mark.parametrize("counts", [[1, 3], [0, 2]])
 def test_a_gathering_gets_no_rows_of_who_has_left(pool, counts):
-    lengths = [[len(x) for x in _batches(rank, count)] for rank, count in enumerate(counts)]
+    lengths = [[len(x) for x in batches_of(rank, count)] for rank, count in enumerate(counts)]
     steps = [sum(each[n] for each in lengths if n < len(each)) for n in range(max(counts))]
     assert pool(2).run(_gathering, counts) == [steps[: counts[0]], steps]
 

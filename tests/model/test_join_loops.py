@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from syncnorm import SyncBatchNorm, accumulate, join, prepare_ddp, scale_loss
 from syncnorm.errors import ExchangeError, FaultError
 from syncnorm.testing import assert_close
-from tests.model.parts import uneven_batch
+from tests.model.parts import batches_of, union_of
 
 
 class _Net(nn.Module):
@@ -120,15 +120,6 @@ def _steps(
     return optimizer
 
 
-def _batches(rank: int, count: int) -> list[Tensor]:
-    return [uneven_batch(2 + (rank + 2 * step) % 4, 100 * rank + step) for step in range(count)]
-
-
-def _union(counts: list[int]) -> list[Tensor]:
-    shards = [_batches(rank, count) for rank, count in enumerate(counts)]
-    return [torch.cat([s[step] for s in shards if step < len(s)]) for step in range(max(counts))]
-
-
 def _on_worker(
     counts: list[int], kind: str, ddp: dict, every: int = 1, is_quiet: bool = False
 ) -> dict[str, Tensor]:
@@ -138,7 +129,7 @@ def _on_worker(
     with join(wrapped):
         _steps(
             wrapped,
-            _batches(rank, counts[rank]),
+            batches_of(rank, counts[rank]),
             kind,
             scale_loss,
             wrapped.no_sync,
@@ -154,7 +145,9 @@ def _on_worker(
 def _hold(got: list[dict[str, Tensor]], counts: list[int], kind: str, every: int = 1) -> None:
     whole = _Net(SyncBatchNorm).double()
     with torch.random.fork_rng():
-        _steps(whole, _union(counts), kind, lambda loss, count: loss, contextlib.nullcontext, every)
+        _steps(
+            whole, union_of(counts), kind, lambda loss, count: loss, contextlib.nullcontext, every
+        )
     for rank, state in enumerate(got):
         for name, expected in whole.state_dict().items():
             assert_close(
@@ -262,7 +255,7 @@ def _handed(counts: list[int]) -> tuple[list, dict[str, Tensor]]:
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2)
     average, counter = AveragedModel(wrapped.module, use_buffers=True), _Counter()
     with join(wrapped, optimizer, schedule, scaler, average, counter):
-        for x in _batches(rank, counts[rank]):
+        for x in batches_of(rank, counts[rank]):
             scaler.scale(scale_loss(_loss(wrapped(x.float())), len(x))).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -296,7 +289,7 @@ def _failed(kind: str, counts: list[int]) -> str:
     own = {"opaque": [_Opaque()], "stateless": [object()]}.get(kind, [])
     try:
         with join(wrapped, *own):
-            for x in _batches(rank, counts[rank]):
+            for x in batches_of(rank, counts[rank]):
                 y = wrapped(x)
                 if kind == "all" or (kind == "one" and rank == 2 and counts[0] == 0):
                     raise ValueError("a user's own")
@@ -384,7 +377,7 @@ def _adversaries(counts: list[int]) -> list[dict[str, Tensor]]:
     optimizers = _optimizers(models)
     for _ in range(2):
         with join(models[0], optimizers[0]), join(models[1], optimizers[1]):
-            _play(models, optimizers, _batches(rank, counts[rank]), scale_loss)
+            _play(models, optimizers, batches_of(rank, counts[rank]), scale_loss)
     return [{k: v.clone() for k, v in model.module.state_dict().items()} for model in models]
 
 
@@ -393,7 +386,7 @@ def test_two_models_that_are_trained_together(pool, counts):
     models = [_Net(SyncBatchNorm).double(), _critic(SyncBatchNorm)]
     optimizers = _optimizers(models)
     for _ in range(2):
-        _play(models, optimizers, _union(counts), lambda loss, count: loss)
+        _play(models, optimizers, union_of(counts), lambda loss, count: loss)
     for states in pool(2).run(_adversaries, counts):
         for state, whole in zip(states, models, strict=True):
             for name, expected in whole.state_dict().items():

@@ -23,9 +23,9 @@ from syncnorm.maths.kernels.arguments import Reference, Scheduled
 from syncnorm.maths.moments import Moments, Packed, Raw
 from syncnorm.maths.renorm import RenormSchedule
 from syncnorm.native import build
-from syncnorm.undocumented import TorchDispatchMode
 from tests import ways
 from tests.covering import covering
+from tests.operators import Operators
 from tests.unit.kernel_inputs import facing, poison, randn
 from tests.unit.test_kernels import SHAPES
 
@@ -353,23 +353,13 @@ def test_pointers_are_passed_as_the_library_takes_them():
     assert ctypes.sizeof(ours._Reference) == 5 * 8 + 2 * 8 + 3 * 8 + 2 * 4
 
 
-class _Operators(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 def _count_operators(kind: str, sync: str) -> list[str]:
     layer = {"norm": SyncBatchNorm, "renorm": SyncBatchRenorm}[kind](16, sync=sync)
     x, g = torch.randn(4, 16, 5, requires_grad=True), torch.randn(4, 16, 5)
     layer(x).backward(g)
     layer.zero_grad(set_to_none=True)
     x.grad = None
-    with _Operators() as seen:
+    with Operators() as seen:
         layer(x).backward(g)
     return seen.names
 
