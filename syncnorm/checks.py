@@ -232,7 +232,7 @@ def warn_single_value() -> None:
     )
 
 
-def wrong_shape(name: str, t: Tensor, channels: int, x: Tensor | None = None) -> InputError:
+def wrong_shape(name: str, t: Tensor, channels: int, x: Tensor | None) -> InputError:
     """Make the error of a tensor that is not (C,), for the input x if it is at hand."""
     of_x = "" if x is None else f" (x has shape {tuple(x.shape)})"
     return InputError(

@@ -165,7 +165,7 @@ def _share(
         if handle is not None:
             ranks = dist.get_process_group_ranks(group)
             peers = [said[member] for member in host]
-            segment = Segment(handle, host.index(me), peers, [ranks[member] for member in host])
+            segment = Segment(handle, peers, [ranks[member] for member in host])
             handle = None
         if len(hosts) > 1:
             _levels[group] = TwoLevels(segment, between)

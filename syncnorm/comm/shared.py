@@ -166,12 +166,11 @@ class Message:
 class Segment:
     """One member's view of the memory that a group shares."""
 
-    def __init__(self, handle: int, me: int, peers: list[Facts], members: list[int]) -> None:
+    def __init__(self, handle: int, peers: list[Facts], members: list[int]) -> None:
         library = _functions()
         assert library is not None
         self._library = library
         self._handle: int | None = handle
-        self._me = me
         self._peers = peers
         self._members = members
         self._lock = threading.Lock()

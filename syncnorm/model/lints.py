@@ -82,7 +82,7 @@ def model_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -> 
     return [*dropout_lints(model, calls, sample), *head_lints(model, calls)]
 
 
-def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any = None) -> list[str]:
+def dropout_lints(model: nn.Module, calls: Sequence[Call], sample: Any) -> list[str]:
     """Name each dropout that runs before a batch norm, and the variances there.
 
     Li et al., arXiv:1801.05134: the variance that training sees is not that of evaluation.

@@ -28,7 +28,7 @@ _MOST_PIXELS = 32
 
 @torch.no_grad()
 def collect_predictions(
-    setup: Setup, feed: Feed, split: str, alive: Callable[[], object] = lambda: None
+    setup: Setup, feed: Feed, split: str, alive: Callable[[], object]
 ) -> dict[str, Any] | None:
     """Compare predictions with classes, over up to 8192 samples, the first of the split.
 

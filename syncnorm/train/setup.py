@@ -308,7 +308,7 @@ def _check_trainable(model: nn.Module) -> None:
 
 
 def make_network(
-    config: Config, signature: Signature, total_steps: int, allowed: tuple[str, ...] = ()
+    config: Config, signature: Signature, total_steps: int, allowed: tuple[str, ...]
 ) -> nn.Module:
     """Build the network that `model` names, with the layers that `norm` names, on the CPU."""
     rng.seed_all(config.train.seed)

@@ -76,8 +76,8 @@ def diagnose_run(
     workers: Workers,
     checkpoint: str,
     count: int,
-    only: Sequence[str] | None = None,
-    allowed: tuple[str, ...] = (),
+    only: Sequence[str] | None,
+    allowed: tuple[str, ...],
     begin: Begin = lambda costs, seconds: lambda cost: None,
 ) -> RunDiagnosis:
     """Diagnose the evaluated model of a run on some batches of its epoch, augmented as there.

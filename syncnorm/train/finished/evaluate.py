@@ -51,10 +51,10 @@ def evaluate_run(
     workers: Workers,
     split: str | None,
     checkpoint: str,
-    allowed: tuple[str, ...] = (),
+    allowed: tuple[str, ...],
     *,
-    has_other_data: bool = False,
-    statistics: Choice = "running",
+    has_other_data: bool,
+    statistics: Choice,
 ) -> Evaluation:
     """Evaluate the model of a run, each worker on its shard.
 

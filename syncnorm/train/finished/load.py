@@ -140,7 +140,7 @@ def load(
 
 def read_run(
     folder: Path,
-    allowed: tuple[str, ...] = (),
+    allowed: tuple[str, ...],
     keys: Sequence[str] = ("model.name", "data.name", "task.name"),
     overrides: Sequence[str] = (),
 ) -> Config:
@@ -185,7 +185,7 @@ def make_evaluated(
     snapshot: Snapshot,
     folder: Path,
     device: torch.device,
-    allowed: tuple[str, ...] = (),
+    allowed: tuple[str, ...],
 ) -> nn.Module:
     """Build the evaluated network of a run, in evaluation mode. No exchange.
 

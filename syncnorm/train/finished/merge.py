@@ -39,7 +39,7 @@ def merge_runs(
     alpha: float,
     is_matched: bool,
     workers: Workers,
-    allowed: tuple[str, ...] = (),
+    allowed: tuple[str, ...],
 ) -> Merged:
     """Interpolate the evaluated models of two runs.
 

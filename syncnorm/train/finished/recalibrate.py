@@ -47,7 +47,7 @@ class Recalibrated:
 
 
 def recalibrate_run(
-    folder: Path, config: Config, workers: Workers, mix: float, allowed: tuple[str, ...] = ()
+    folder: Path, config: Config, workers: Workers, mix: float, allowed: tuple[str, ...]
 ) -> Recalibrated:
     """Recalibrate the evaluated model on the training set, and write a new checkpoint.
 

@@ -24,7 +24,7 @@ _MOST_ROWS = 200
 _DASHES = {"solid": "none", "dashed": "5 2", "dotted": "1.5 1.5", "dashdot": "5 2 1.5 2"}
 
 
-def render_page(runs: Sequence[Run], refresh_seconds: int | None = None) -> str:
+def render_page(runs: Sequence[Run], refresh_seconds: int | None) -> str:
     """Render the page as HTML."""
     with figure_style():
         curves = [(curve, curve_figure(curve, runs)) for curve in all_curves(runs)]
