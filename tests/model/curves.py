@@ -40,16 +40,22 @@ def batches(steps: int, size: int, dtype: torch.dtype) -> list[tuple[Tensor, Ten
 def train(
     data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], sync: str, ulps: int = 0
 ) -> list[float]:
-    """The curve of the large batch's loss. On several ranks each trains on its shard, under DDP."""
-    rank = dist.get_rank() if dist.is_initialized() else 0
+    """The curve of a ResNet-18, one weight of which may be moved by one unit in its last place."""
     torch.manual_seed(0)
-    dtype = data[0][0].dtype
-    model = resnet18(lambda channels: SyncBatchNorm(channels, sync=sync)).to(dtype)
+    model = resnet18(lambda channels: SyncBatchNorm(channels, sync=sync)).to(data[0][0].dtype)
     if ulps:
         _nudge(model, ulps)
+    return curve_of(model, data, sizes, lr=0.005)
+
+
+def curve_of(
+    model: nn.Module, data: Sequence[tuple[Tensor, Tensor]], sizes: Sequence[int], lr: float
+) -> list[float]:
+    """The curve of the large batch's loss. On several ranks each trains on its shard, under DDP."""
+    rank = dist.get_rank() if len(sizes) > 1 else 0
     if len(sizes) > 1:
         model = DistributedDataParallel(prepare_ddp(model))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.005, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
     losses = []
     for images, labels in data:
         optimizer.zero_grad()

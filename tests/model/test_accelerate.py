@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from unittest import mock
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -12,7 +9,15 @@ from torch import Tensor
 
 from syncnorm import convert, prepare_ddp, revert, scale_loss
 from tests.frameworks import frameworks
-from tests.model.whole import LR, SIZES, largest_difference, net, shards, train_alone
+from tests.model.whole import (
+    LR,
+    SIZES,
+    as_torchruns_worker,
+    largest_difference,
+    net,
+    shards,
+    train_alone,
+)
 
 with_frameworks = frameworks("accelerate")
 
@@ -20,16 +25,8 @@ with_frameworks = frameworks("accelerate")
 def train(is_converted: bool) -> tuple[dict[str, Tensor], str]:
     """Train this worker's shards; the state at the end, and what Accelerate made of the model."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    # Another test of this process may have left a state of one process.
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    # What torchrun sets; the process group is there already, so nobody connects to the port.
-    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
-             "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
-    with mock.patch.dict(os.environ, there):
+    with as_torchruns_worker():
         accelerator = Accelerator(cpu=True)
         model = net()
         if is_converted:
@@ -40,8 +37,6 @@ def train(is_converted: bool) -> tuple[dict[str, Tensor], str]:
             optimizer.zero_grad()
             accelerator.backward(scale_loss(F.cross_entropy(wrapped(x), y), len(x)))
             optimizer.step()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     return revert(accelerator.unwrap_model(wrapped)).state_dict(), type(wrapped).__name__
 
 

@@ -9,12 +9,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from syncnorm import convert, prepare_ddp, revert, scale_loss
+from syncnorm import convert, revert
+from tests.model.curves import curve_of
 from tests.model.foreign import ARCHITECTURES
 
 STEPS, SIZE, SIZES = 5, 9, (6, 3)
@@ -36,24 +34,8 @@ def _train(
     model = ARCHITECTURES[name]().double()
     if is_converted:
         convert(model)
-    rank = dist.get_rank() if len(sizes) > 1 else 0
-    trained = DistributedDataParallel(prepare_ddp(model)) if len(sizes) > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-    losses = []
-    for images, labels in _batches():
-        optimizer.zero_grad()
-        x, y = images.split(list(sizes))[rank], labels.split(list(sizes))[rank]
-        loss = F.cross_entropy(trained(x), y)
-        if len(sizes) > 1:
-            loss = scale_loss(loss, len(x))
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.detach())
-    curve = torch.stack(losses)
-    if len(sizes) > 1:
-        dist.all_reduce(curve)
-        curve /= len(sizes)
-    return curve.tolist(), {key: value.clone() for key, value in revert(model).state_dict().items()}
+    curve = curve_of(model, _batches(), sizes, lr=0.02)
+    return curve, {key: value.clone() for key, value in revert(model).state_dict().items()}
 
 
 @pytest.mark.parametrize("name", ["digits_resnet", "transformers ResNet"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,7 +11,7 @@ from torch.utils.data import Dataset
 
 from syncnorm import convert, prepare_ddp, revert
 from tests.frameworks import frameworks
-from tests.model.whole import largest_difference
+from tests.model.whole import as_torchruns_worker, largest_difference
 
 with_frameworks = frameworks("transformers", "accelerate")
 STEPS, BATCH = 3, 8
@@ -33,7 +31,6 @@ class Images(Dataset[dict[str, Tensor]]):
 
 def train(is_converted: bool) -> dict[str, Tensor]:
     """Train a small ResNet, BATCH samples a step over all workers; the state at its end."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
     from transformers import (
         ResNetConfig,
         ResNetForImageClassification,
@@ -42,17 +39,10 @@ def train(is_converted: bool) -> dict[str, Tensor]:
         set_seed,
     )
 
-    # Another test of this process may have left a state of one process.
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    # What torchrun sets; the process group is there already, so nobody connects to the port.
-    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
-             "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
-    with mock.patch.dict(os.environ, there), tempfile.TemporaryDirectory() as folder:
+    with as_torchruns_worker(), tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, use_cpu=True, ddp_backend="gloo", num_train_epochs=1, learning_rate=0.05, optim="sgd",
-            per_device_train_batch_size=BATCH // int(size), report_to="none", save_strategy="no",
+            per_device_train_batch_size=BATCH // dist.get_world_size(), report_to="none", save_strategy="no",
             disable_tqdm=True, max_grad_norm=0.0, average_tokens_across_devices=False, train_sampling_strategy="sequential",
         )  # fmt: skip
         set_seed(0)
@@ -67,8 +57,6 @@ def train(is_converted: bool) -> dict[str, Tensor]:
         if is_converted:
             model = prepare_ddp(convert(model).to(arguments.device))
         Trainer(model=model, args=arguments, train_dataset=Images()).train()
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
     return revert(model).state_dict()
 
 

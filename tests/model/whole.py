@@ -4,7 +4,13 @@ shards.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,3 +56,23 @@ def largest_difference(got: dict[str, Tensor], expected: dict[str, Tensor]) -> f
         float((got[key] - value).abs().max() / value.abs().max().clamp(min=1e-3))
         for key, value in expected.items()
     )
+
+
+@contextmanager
+def as_torchruns_worker() -> Iterator[None]:
+    """Have Accelerate find this rank as a worker of torchrun, and no state of another test's."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    # The process group is there already, so nobody connects to the port.
+    there = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
+             "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}  # fmt: skip
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._reset_state()
+    try:
+        with mock.patch.dict(os.environ, there):
+            yield
+    finally:
+        for state in states:
+            state._reset_state()
