@@ -82,8 +82,9 @@ def train(
     """
     from syncnorm.run.dry_run import dry_run
     from syncnorm.run.local import run_local
+    from syncnorm.run.request import RunRequest
     from syncnorm.run.resume import NoConfigError, choose_config
-    from syncnorm.run.worker import RunRequest, run_worker
+    from syncnorm.run.worker import run_worker
     from syncnorm.train.config.callables import check_callables
     from syncnorm.train.config.file import check
 

@@ -15,9 +15,10 @@ Under every launcher the rank gets to `worker.train_in`, which calls `syncnorm.t
     a program, a notebook       fit, given (its objects), notebook (progress)
     launcher, this machine      local (a run), own_workers (one piece of work), processes,
                                 machine (devices, memory), failures (their cause)
-    worker                      worker, watchdog (stop signals, stuck limit, log)
-    any of them                 env (environment variables), folder (a run's folder), ending (`exit.json`),
-                                errors
+    worker                      worker, joining (the others), entering (the run's folder), watchdog
+                                (stop signals, stuck limit, log)
+    any of them                 request (a run as it is asked for), env (environment variables), folder
+                                (a run's folder), ending (`exit.json`), errors
     doctor's two processes      loopback
 
     the command, for Ray        ray.cli, ray.client (job server), ray.submit (jobs), ray.environment

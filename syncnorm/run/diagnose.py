@@ -14,8 +14,8 @@ from syncnorm.diagnose import MEASURES
 from syncnorm.diagnose.diagnosis import choose
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.run.env import Launched
+from syncnorm.run.joining import joined
 from syncnorm.run.own_workers import check_device, run_on
-from syncnorm.run.worker import joined
 from syncnorm.train.config.schema import Config
 from syncnorm.train.display import Screen
 from syncnorm.train.files import write_text_whole

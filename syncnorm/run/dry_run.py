@@ -11,7 +11,7 @@ import torch.distributed as dist
 from syncnorm.comm import exchange
 from syncnorm.run.in_process import errors_in_one_line
 from syncnorm.run.machine import check_capacity, choose_device
-from syncnorm.run.worker import RunRequest
+from syncnorm.run.request import RunRequest
 from syncnorm.train.config.schema import Config
 from syncnorm.train.data.feed import TRAIN
 from syncnorm.train.data.regimes import training_order

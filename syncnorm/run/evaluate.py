@@ -9,8 +9,8 @@ from pathlib import Path
 from syncnorm.errors import ConfigError
 from syncnorm.model.mixed import Choice, Mix, Prior
 from syncnorm.run.env import Launched
+from syncnorm.run.joining import joined
 from syncnorm.run.own_workers import check_device, run_on
-from syncnorm.run.worker import joined
 from syncnorm.train.config.schema import Config
 from syncnorm.train.finished.evaluate import Evaluation, evaluate_run
 from syncnorm.train.finished.load import read_run

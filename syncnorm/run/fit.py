@@ -20,8 +20,9 @@ from syncnorm.run.errors import RunStopped
 from syncnorm.run.given import Constant, Given, name_of
 from syncnorm.run.local import run_local
 from syncnorm.run.notebook import Follower, is_notebook
+from syncnorm.run.request import RunRequest
 from syncnorm.run.resume import choose_config
-from syncnorm.run.worker import RunRequest, work_in_program
+from syncnorm.run.worker import work_in_program
 from syncnorm.train.callbacks import Callback
 from syncnorm.train.config.callables import GIVEN, check_callables
 from syncnorm.train.config.file import Written, check, from_values, set_values

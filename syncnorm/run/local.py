@@ -19,8 +19,9 @@ from syncnorm.run.folder import check_resumable, make_run_folder, remove_unstart
 from syncnorm.run.given import Given
 from syncnorm.run.machine import check_capacity, choose_device
 from syncnorm.run.processes import can_fork, prepare_to_fork, run_processes
+from syncnorm.run.request import RunRequest, uses_store
 from syncnorm.run.resume import resume_command
-from syncnorm.run.worker import RunRequest, run_launched, uses_store
+from syncnorm.run.worker import run_launched
 from syncnorm.system import call_apart, tell
 from syncnorm.train.files import open_to_write
 from syncnorm.train.header import describe_workers

@@ -7,8 +7,8 @@ from pathlib import Path
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
 from syncnorm.run.folder import write_config
+from syncnorm.run.joining import joined
 from syncnorm.run.own_workers import run_on
-from syncnorm.run.worker import joined
 from syncnorm.train import files
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.config.schema import Config

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched
+from syncnorm.run.joining import joined
 from syncnorm.run.own_workers import run_on
-from syncnorm.run.worker import joined
 from syncnorm.train.checkpoint.evaluated import RECALIBRATED
 from syncnorm.train.finished.load import read_run
 from syncnorm.train.finished.recalibrate import Recalibrated, recalibrate_run

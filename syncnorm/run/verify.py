@@ -7,7 +7,7 @@ import torch.distributed as dist
 from syncnorm.errors import ConfigError
 from syncnorm.run.env import Launched, read_host, set_for_children
 from syncnorm.run.interrupt import as_keyboard_interrupt
-from syncnorm.run.worker import join
+from syncnorm.run.joining import join
 from syncnorm.testing import leave
 from syncnorm.verify import (
     LaunchedRunner,

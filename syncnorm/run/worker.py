@@ -3,13 +3,9 @@
 import gc
 import logging
 import os
-import secrets
 import shlex
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -20,72 +16,31 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from syncnorm.errors import ConfigError, in_one_line
 from syncnorm.run.ending import Exit
-from syncnorm.run.env import Launched, read_launched, set_for_nccl, writes_report
+from syncnorm.run.entering import open_run_folder
+from syncnorm.run.env import Launched, read_launched, writes_report
 from syncnorm.run.errors import RESUMABLE
-from syncnorm.run.folder import (
-    check_resumable,
-    find_relaunched,
-    lock,
-    make_run_folder,
-    remove_unstarted,
-    write_config,
-)
-from syncnorm.run.given import Given
+from syncnorm.run.folder import write_config
 from syncnorm.run.in_process import ends_are_errors
-from syncnorm.run.machine import choose_device
+from syncnorm.run.joining import join, meet
+from syncnorm.run.request import RunRequest, uses_store
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.system import die_with_parent, flush_streams, tell
 from syncnorm.train.checkpoint.capture import Progress
-from syncnorm.train.config.schema import Config
-from syncnorm.train.config.section import is_url
-from syncnorm.train.economy import set_tf32
 from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile, last_step
 from syncnorm.train.report import write_own_report
 from syncnorm.train.storage.mirror import Mirror, open_mirror
 from syncnorm.train.task.measures import describe_metrics
-from syncnorm.train.waiting import from_all, from_first, in_thread_of_first, wait_for_first
+from syncnorm.train.waiting import in_thread_of_first, wait_for_first
 from syncnorm.train.workers import Workers
 
 _log = logging.getLogger(__name__)
 
-# The watchdog acts first, and writes the stacks of a stuck worker.
-_GROUP_MARGIN_SECONDS = 30.0
 # For the copy of a run that has failed, which the other workers do not wait for.
 _LAST_COPY_SECONDS = 5.0
-# On a network a new folder may take a while to show.
-_VISIBLE_SECONDS = 5.0
 # Of a digest; all of them are in metrics.jsonl.
 _SHOWN_DIGITS = 16
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """A run as the command line asks for it.
-
-    Args:
-        config: the same on all workers.
-        name: of the configuration, for the run's folder.
-        resume: the folder or the address of the run to resume; None for a new run.
-        allowed: packages whose callables the configuration may name.
-        given: objects of a program that the configuration names besides.
-        shows: True to show the progress, on standard error.
-        prints: True to print the result, on standard output.
-    """
-
-    config: Config
-    name: str
-    resume: Path | str | None = None
-    allowed: tuple[str, ...] = ()
-    given: Given = field(default_factory=Given)
-    shows: bool = True
-    prints: bool = True
-
-
-def uses_store(request: RunRequest) -> bool:
-    """Return True if the run's folder is copied to or from a store."""
-    return is_url(request.config.run_dir) or is_url(str(request.resume))
 
 
 def run_launched(request: RunRequest) -> NoReturn:
@@ -232,7 +187,7 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
             code = 2 if isinstance(error, ConfigError) else 1
             reason = in_one_line(error)
             with suppress(OSError):  # a full disk, which may be what the error is of
-                # A resumed run that is refused has not read its checkpoint.
+                # A resumed run that fails early has not read its checkpoint.
                 step = max(progress.step, last_step(folder / "metrics.jsonl"))
                 Exit("failed", reason, step, code).write(folder)
         if mirror is not None and (folder / "metrics.jsonl").exists():
@@ -284,154 +239,6 @@ def _finish_copy(mirror: Mirror | None, folder: Path, step: int, watch: Watch) -
         MetricsFile(folder / "metrics.jsonl").write_timed(
             "fault", step=step, kind="storage", message=fault
         )
-
-
-def join(wanted_device: str, launched: Launched | None, timeout_seconds: float = 60.0) -> Workers:
-    """Join the other workers, if there are any, in a default process group.
-
-    Args:
-        wanted_device: the configuration's `launch.device`.
-        launched: this worker's rank; None for a single process.
-        timeout_seconds: of collectives, and half a minute more; torch's default is half an hour.
-    """
-    rank, world_size, local = 0, 1, (0, 1)
-    if launched is not None:
-        rank, world_size, local = (
-            launched.rank,
-            launched.world_size,
-            (launched.local_rank, launched.local_world_size),
-        )
-    device = choose_device(wanted_device, *local)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        set_for_nccl()
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(seconds=timeout_seconds + _GROUP_MARGIN_SECONDS)
-    if dist.is_initialized():  # by Ray
-        pass
-    elif launched is None:
-        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
-    return Workers(rank, world_size, device, local[1])
-
-
-@contextmanager
-def joined(config: Config, device: str, launched: Launched | None) -> Iterator[Workers]:
-    """Join the other workers for work on a finished run, and leave them after the block.
-
-    Args:
-        config: of the run.
-        device: auto, cpu or cuda.
-        launched: this worker's rank; None for a single process.
-    """
-    workers = join(device, launched, config.launch.patience_seconds)
-    set_tf32(config.train.tf32)
-    try:
-        yield workers
-    finally:
-        dist.destroy_process_group()
-
-
-def meet(workers: Workers) -> None:
-    """Wait until all workers are here. *Collectives*: a barrier; every worker must call."""
-    # Of several devices NCCL would guess one, and warn.
-    device = workers.device
-    dist.barrier(device_ids=[device.index] if device.type == "cuda" else None)
-
-
-@contextmanager
-def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
-    """Agree on the run's folder, check that all workers have the same request, and lock the folder.
-
-    A folder that was made here is removed if the run is refused before it begins.
-
-    *Collectives*: all_gather_objects and broadcasts; every worker must call.
-
-    Raises:
-        ConfigError: the workers' configurations differ, or the folder cannot be used, or not by all;
-            on all workers.
-    """
-    answers = from_all(request.config.model_dump_json())
-    different = [rank for rank, text in enumerate(answers) if text != answers[0]]
-    if different:
-        raise ConfigError(
-            f"configuration {request.name!r} of workers {different} differs from that of worker 0"
-        )
-    held, made = None, None
-    # In a thread, for a copy from a store may take longer than the others' collectives.
-    choose = partial(_choose_folder, request, launched) if launched.rank == 0 else None
-    chosen = in_thread_of_first(choose, lambda: None)
-
-    def take() -> Path:
-        nonlocal held, made
-        assert chosen is not None
-        mine, is_new = chosen.result()
-        made = mine.absolute() if is_new else None
-        held = lock(mine)
-        return mine
-
-    try:
-        named = from_first(chosen is not None, take)
-        folder = named.absolute()
-        lacking = [] if uses_store(request) else _without_folder(folder, chosen is not None)
-        if lacking:
-            raise ConfigError(
-                f"`run_dir` must be a folder that all machines share, got {str(named)!r}, which workers "
-                f"{lacking} do not see. Start them in one folder, or give a path that is the same"
-            )
-        yield named
-    except ConfigError:
-        if made is not None:
-            remove_unstarted(made)
-        raise
-    finally:
-        if held is not None:
-            held.close()
-
-
-def _without_folder(folder: Path, is_first: bool) -> list[int]:
-    """List the workers that do not see the run's folder. *Collectives*: a broadcast and a gathering.
-
-    A copy of it, on a disk of the machine's own and under the same path, is another folder.
-    """
-
-    def put_mark() -> str:
-        name = f".seen-{secrets.token_hex(8)}"
-        try:
-            (folder / name).touch()
-        except OSError as error:
-            raise ConfigError(f"run {str(folder)!r} must be writable: {error.strerror}") from None
-        return name
-
-    mark = folder / from_first(is_first, put_mark)
-    deadline = time.monotonic() + _VISIBLE_SECONDS
-    while not os.path.exists(mark) and time.monotonic() < deadline:  # noqa: PTH110 raises nothing
-        time.sleep(0.1)
-    seen = from_all(os.path.exists(mark))  # noqa: PTH110
-    if is_first:
-        with suppress(OSError):
-            mark.unlink()
-    return [rank for rank, sees in enumerate(seen) if not sees]
-
-
-def _choose_folder(request: RunRequest, launched: Launched) -> tuple[Path, bool]:
-    """Return the run's folder, and True if it is new.
-
-    It is the one that our launcher made, the user named, or this launch made before; else a new
-    one.
-    """
-    if launched.run_folder is not None:
-        return launched.run_folder, False
-    if request.resume is not None:
-        return check_resumable(request.config, request.resume), False
-    found = (
-        None if launched.launch_id is None else find_relaunched(request.config, launched.launch_id)
-    )
-    if found is not None:
-        return found, False
-    return make_run_folder(request.config, request.name, launched.launch_id), True
 
 
 def _exit_record(outcome: Outcome) -> Exit:

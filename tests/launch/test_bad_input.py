@@ -12,11 +12,12 @@ import torch.distributed as dist
 
 from syncnorm.cli import main
 from syncnorm.errors import ConfigError
-from syncnorm.run import machine, worker
+from syncnorm.run import entering, machine
+from syncnorm.run.entering import open_run_folder
 from syncnorm.run.env import Launched
 from syncnorm.run.folder import write_config
 from syncnorm.run.machine import check_free_memory, core_warning
-from syncnorm.run.worker import RunRequest, open_run_folder
+from syncnorm.run.request import RunRequest
 from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import LaunchSection
@@ -273,7 +274,7 @@ def refuse_apart(folder: str, resume: str | None) -> str:
     """Open a run's folder from another working folder on each worker, as machines have them."""
     rank = dist.get_rank()
     task = RunRequest(load_config("digits", ["run_dir=runs"]), "digits", resume)
-    with contextlib.chdir(f"{folder}/{rank}"), mock.patch.object(worker, "_VISIBLE_SECONDS", 0.1):
+    with contextlib.chdir(f"{folder}/{rank}"), mock.patch.object(entering, "_VISIBLE_SECONDS", 0.1):
         try:
             with open_run_folder(task, Launched(rank, 2, rank, 2)):
                 return "it was opened"

@@ -29,7 +29,8 @@ from syncnorm.cli import main
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import write_config
-from syncnorm.run.worker import RunRequest, train_in
+from syncnorm.run.request import RunRequest
+from syncnorm.run.worker import train_in
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config

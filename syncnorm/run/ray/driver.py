@@ -27,6 +27,7 @@ from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.errors import RESUMABLE
+from syncnorm.run.joining import GROUP_MARGIN_SECONDS
 from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity
 from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
@@ -37,8 +38,6 @@ from syncnorm.train.files import open_to_write
 from syncnorm.train.metrics import last_step
 from syncnorm.train.task.measures import describe_metrics
 
-# The watchdog of a stuck worker must act before its collectives time out.
-_GROUP_MARGIN_SECONDS = 30
 # Polls, a second apart, that must find no worker before a stopped job counts as having none.
 _LOOKS = 3
 
@@ -147,7 +146,7 @@ def _trainer(job: Job, config: Config, capacity: Capacity, folder: Path) -> Torc
         train_loop_config={"job": job.to_json()},
         torch_config=TorchConfig(
             backend="nccl" if capacity.is_gpu else "gloo",
-            timeout_s=round(config.timeout_seconds) + _GROUP_MARGIN_SECONDS,
+            timeout_s=round(config.timeout_seconds + GROUP_MARGIN_SECONDS),
         ),
         scaling_config=ScalingConfig(
             num_workers=workers,

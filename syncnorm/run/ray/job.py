@@ -10,7 +10,7 @@ from typing import Any
 
 from syncnorm.errors import ConfigError
 from syncnorm.run.folder import check_resumable, write_config
-from syncnorm.run.worker import RunRequest
+from syncnorm.run.request import RunRequest
 from syncnorm.train.config.callables import check_callables
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.run.entering import open_run_folder
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.failures import is_peer_loss
+from syncnorm.run.joining import join, meet
 from syncnorm.run.ray.job import STOP, Job
 from syncnorm.run.watchdog import Watchdog, open_log
-from syncnorm.run.worker import join, meet, open_run_folder, summarize, train_in
+from syncnorm.run.worker import summarize, train_in
 from syncnorm.system import tell
 from syncnorm.train.header import describe_workers
 
