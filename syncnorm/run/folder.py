@@ -11,7 +11,7 @@ from typing import Any
 from syncnorm import system
 from syncnorm.errors import ConfigError
 from syncnorm.run.ending import read_exit
-from syncnorm.train.checkpoint.capture import describe_differences
+from syncnorm.train.checkpoint.same_run import describe_differences
 from syncnorm.train.config import strict_yaml
 from syncnorm.train.config.schema import CHANGEABLE, Config
 from syncnorm.train.config.section import is_url

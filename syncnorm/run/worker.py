@@ -26,6 +26,7 @@ from syncnorm.run.request import RunRequest, uses_store
 from syncnorm.run.watchdog import SignalWatch, open_log
 from syncnorm.system import die_with_parent, flush_streams, tell
 from syncnorm.train.checkpoint.capture import Progress
+from syncnorm.train.config.schema import Config
 from syncnorm.train.header import describe_workers
 from syncnorm.train.loop import Outcome, Watch, train
 from syncnorm.train.metrics import MetricsFile, last_step

@@ -16,8 +16,8 @@ A run goes through the files in this order:
                   are what the workers tell each other of it, scaling.py is for float16
     loop.py       `train`: epochs of steps, evaluation, checkpoints, until the end or a stop;
                   callbacks.py has the points where code of the user's is called
-    checkpoint/   capture.py gathers the state and restores it, saver.py writes in the background,
-                  store.py keeps the folders, snapshot.py is the format of one
+    checkpoint/   capture.py gathers the state and restores it, of the same_run.py alone; saver.py
+                  writes in the background, store.py keeps the folders, snapshot.py is the format
     recorder.py   records it all: metrics.jsonl (metrics.py), the screen (header.py, display.py),
                   predictions.py, loggers/; storage/ copies a run's folder elsewhere
     finished/     what is done with a run once it has trained; report/ is its page

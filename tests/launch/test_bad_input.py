@@ -18,6 +18,7 @@ from syncnorm.run.env import Launched
 from syncnorm.run.folder import write_config
 from syncnorm.run.machine import check_free_memory, core_warning
 from syncnorm.run.request import RunRequest
+from syncnorm.run.worker import train_in
 from syncnorm.system import resident_memory
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import LaunchSection
@@ -249,7 +250,7 @@ def refuse_data(arguments: list[str], run: str) -> str:
     request = RunRequest(load_config("digits", arguments), "digits", Path(run))
     try:
         with open_run_folder(request, Launched(rank, 2, rank, 2)) as folder:
-            worker.train_in(folder, request, workers(), Free())
+            train_in(folder, request, workers(), Free())
     except ConfigError as error:
         return str(error)
     return "it was trained"

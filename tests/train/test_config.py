@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from syncnorm.errors import ConfigError
-from syncnorm.train.checkpoint.capture import describe_differences
+from syncnorm.train.checkpoint.same_run import describe_differences
 from syncnorm.train.config.file import find_config, load_config
 from syncnorm.train.config.messages import OTHER_NAMES, _all_keys
 from syncnorm.train.config.schema import CHANGEABLE, Config

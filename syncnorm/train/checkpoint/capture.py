@@ -5,29 +5,28 @@ optimizer, schedule, random numbers and progress. From it a run goes on bit for 
 without it, on as many workers; on another number of workers as the same training, to rounding.
 """
 
-import contextlib
 import logging
 import math
 import platform
-import reprlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from syncnorm import rng
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.model.modes import in_evaluation, put_in_evaluation
 from syncnorm.train import buffers, optim
+from syncnorm.train.checkpoint.same_run import (
+    check_same,
+    check_same_data,
+    data_facts,
+    epochs_of,
+)
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
-from syncnorm.train.config import strict_yaml
-from syncnorm.train.config.schema import MATHEMATICS, WHEREABOUTS, Config
-from syncnorm.train.config.section import leaves
-from syncnorm.train.metrics import from_json_value, json_value
+from syncnorm.train.metrics import from_json_value
 from syncnorm.train.scaling import load_scaler, rescale_gradient_averages, scaler_state
 from syncnorm.train.setup import Setup
 from syncnorm.train.waiting import from_all, from_first
@@ -128,7 +127,7 @@ def capture(setup: Setup, progress: Progress) -> Snapshot:
             "world_size": setup.workers.world_size,
             "config": setup.config.model_dump(),
             "versions": versions(),
-            **_data_facts(setup),
+            **data_facts(setup),
         },
     )
 
@@ -192,7 +191,7 @@ def _lengthen(setup: Setup, snapshot: Snapshot) -> None:
     Raises:
         ConfigError: the schedule has an end that does not move with the run.
     """
-    train, before = setup.config.train, _epochs(snapshot.facts["config"])
+    train, before = setup.config.train, epochs_of(snapshot.facts["config"])
     if before >= train.epochs:
         return
     old = setup.schedule.get_last_lr()[0]
@@ -261,121 +260,13 @@ def resume(setup: Setup, progress: Progress, store: CheckpointStore | None) -> R
                     "train its model further, begin a run with model.weights=FOLDER."
                 )
             check_same(setup.config, snapshot)
-            _check_same_data(setup, snapshot.facts)
+            check_same_data(setup, snapshot.facts)
         return snapshot, None if path is None else path.name, faults
 
     snapshot, source, faults = from_first(store is not None, read)
     if snapshot is not None:
         restore(setup, progress, snapshot)
     return Resumed(source, faults)
-
-
-def check_same(config: Config, snapshot: Snapshot) -> None:
-    """Raise ConfigError unless the snapshot is of a run with the same mathematics."""
-    differences = describe_differences(config, snapshot.facts.get("config"))
-    if differences:
-        raise ConfigError(
-            f"the checkpoint of step {snapshot.step} is of another configuration: {differences}"
-        )
-
-
-def _check_same_data(setup: Setup, facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless the data are those that the run began with, as far as it can be seen.
-
-    Figures that were measured elsewhere may differ in rounding.
-    """
-    found, before = _flat_data_facts(_data_facts(setup)), _flat_data_facts(facts)
-    for name, was in before.items():
-        now = found.get(name)
-        if was is not None and now is not None and not _is_same(now, was):
-            values = f"{name} {reprlib.repr(now)}, not {reprlib.repr(was)}"
-            raise ConfigError(
-                "a run must go on with the data that it began with, got "
-                f"{'other labels' if name == 'labels' else values}. Bring them back, or begin a new "
-                "run with model.weights=RUN."
-            )
-
-
-def _data_facts(setup: Setup) -> dict[str, Any]:
-    return {
-        "signature": setup.signature.model_dump(mode="json"),
-        "samples": setup.samples,
-        "labels": setup.labels_checksum,
-    }
-
-
-def _flat_data_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    # Labels last: of other classes or samples they are others, too.
-    signature = facts.get("signature") or {}
-    return {"samples": facts.get("samples"), **signature, "labels": facts.get("labels")}
-
-
-def _is_same(now: Any, was: Any) -> bool:
-    if not isinstance(now, dict) or not isinstance(was, dict):
-        return now == was
-    # Of the inputs. A mean is measured as exactly as the spread about it.
-    figures = [
-        [*zip(each.get("mean") or (), each.get("std") or (), strict=True)] for each in (now, was)
-    ]
-    are_like = {**now, "mean": 0, "std": 0} == {**was, "mean": 0, "std": 0}
-    return (
-        are_like
-        and len(figures[0]) == len(figures[1])
-        and all(
-            abs(mean - mean_was) <= 1e-6 * std_was + 1e-12 * abs(mean_was)
-            and math.isclose(std, std_was, rel_tol=1e-6)
-            for (mean, std), (mean_was, std_was) in zip(*figures, strict=True)
-        )
-    )
-
-
-def describe_differences(config: Config, recorded: Any) -> str:
-    """Describe what keeps a configuration from going on with a run; empty if nothing does.
-
-    Those are the keys that fix the result, with both values. `train.epochs` may be larger.
-
-    Args:
-        config: to go on with.
-        recorded: the run's configuration as a dict.
-    """
-    if not isinstance(recorded, dict):
-        return "the recorded one is no mapping"
-    mine, theirs = (
-        # A record has words in place of NaN and the infinities, which equals nothing either.
-        _flatten(json_value(sections))
-        for sections in (config.mathematics(), _mathematics(recorded))
-    )
-    keys = {key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)}
-    if _epochs(recorded) < config.train.epochs:
-        keys.discard("train.epochs")
-    write = strict_yaml.dump_line
-    return ", ".join(
-        f"{key}: {write(theirs.get(key))} there, {write(mine.get(key))} here"
-        for key in sorted(keys)
-    )
-
-
-def _mathematics(recorded: dict[str, Any]) -> dict[str, Any]:
-    """The sections that fix the result, with today's defaults for keys that are newer."""
-    for values in (recorded, from_json_value(recorded)):
-        with contextlib.suppress(ValidationError):
-            return Config.model_validate(values).mathematics()
-    sections = {name: recorded[name] for name in MATHEMATICS if name in recorded}
-    data = sections.get("data")
-    if isinstance(data, dict):
-        sections["data"] = {k: v for k, v in data.items() if k not in WHEREABOUTS}
-    return sections
-
-
-def _epochs(recorded: dict[str, Any]) -> float:
-    train = recorded.get("train")
-    epochs = train.get("epochs") if isinstance(train, dict) else None
-    return epochs if isinstance(epochs, int) else math.inf
-
-
-def _flatten(values: dict[str, Any]) -> dict[str, Any]:
-    # An empty mapping says as much as a missing one.
-    return {".".join(map(str, key)): value for key, value in leaves(values) if value != {}}
 
 
 def _scaler_states(setup: Setup) -> dict[str, Any]:
