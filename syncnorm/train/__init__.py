@@ -11,7 +11,7 @@ A run goes through the files in this order:
     task/         the loss of a batch and the metrics, as sums and counts
     zoo.py        the network: of models.py, of packages.py or a callable; norm.py gives it its
                   layers, weights.py the weights it begins with, economy.py a cheaper step
-    memory.py     refuses a step that would not fit into memory
+    trial.py      tries the task on a few samples; memory.py refuses a step that would not fit
     step.py       one optimizer step: `training_step`, from forward to the new parameters; notes.py
                   are what the workers tell each other of it, scaling.py is for float16
     loop.py       `train`: epochs of steps, evaluation, checkpoints, until the end or a stop;
