@@ -1,11 +1,16 @@
 """The steps of a model whose layers act together: delimited by its training forwards.
 
-    forward begins    the last step's messages are waited for, and a new step is begun
-    layers run        each leaves the sums of its batch
-    forward ends      what was left is sent, for all layers in one message
+    forward begins   begin   the last step's messages are waited for, and a new step is begun
+    layers run               each leaves the sums of its batch
+    forward ends     send    what was left is sent, for all layers in one message
 
-What one step has collected is dropped whole if the forward raises. Within `accumulate`, or a step of
-a sampler, several forwards are one step, which loses what a forward that raises has left.
+A forward that raises sends nothing, and the next `begin` drops what it has left. Within `accumulate`,
+or a step of a sampler, several forwards are one step:
+
+    block begins     begin
+    forward begins   keep    what the forwards before it have left
+    forward raises   undo    what it has left itself
+    block ends       send    or `drop`, if it raises
 """
 
 from __future__ import annotations
