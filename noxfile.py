@@ -62,6 +62,7 @@ PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
         [
             "tests/unit/test_triton.py",
             "tests/unit/test_triton_cubins.py",
+            "tests/unit/test_ptx.py",
             "tests/model/test_budgets.py",
             "tests/distributed/test_device_course.py",
         ],

@@ -48,6 +48,7 @@ LONGEST = (
     "test_diagnosed.py",
     "test_gpu_bench.py",
     "test_triton.py",
+    "test_ptx.py",
     "test_other_layers.py",
     "test_site.py",
     "test_weights.py",

@@ -13,18 +13,11 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
 
 from syncnorm.maths.kernels.triton import launch  # noqa: E402
+from tests.unit.triton_ahead import options, source  # noqa: E402
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-POINTERS = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float64: "*fp64",
-    torch.bool: "*i1",
-    torch.int64: "*i64",
-}
 # Blocks of 128 threads with so many registers: 4 are at work on a multiprocessor, or 8, or 7.
 REGISTERS = {"moments": 128, "backward_sums": 128, "normalize": 64, "backward_input": 72}
 FORMS = {
@@ -50,18 +43,8 @@ def _launches(run: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tupl
 
 
 def _compile(kernel: Any, args: tuple[Any, ...], warps: int, arch: int) -> Any:
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel.params, args, strict=True)):
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = POINTERS[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "i32" if abs(value) < 2**31 else "i64"
-    source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source(kernel, args), target=target, options=options(warps))
 
 
 def _usage(compiled: Any, folder: Path) -> tuple[int, int]:

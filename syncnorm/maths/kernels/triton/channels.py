@@ -161,19 +161,19 @@ def update_running(
 ):  # fmt: skip
     """Count the batch and have the running statistics follow it.
 
-    Nothing but the first program's own counter is read that a program changes: a cumulative
-    average, whose weight comes from the counter, has one program.
+    The first program alone reads and writes the counter: a cumulative average, whose weight comes
+    from the counter, has one program.
     """
     n = tl.load(batch + 2 * channels)
     factor = float64_of(momentum)
     if counter is not None:
-        counted = tl.load(counter) + (n > 0).to(counter.dtype.element_ty)
+        is_first = tl.program_id(0) == 0
+        counted = tl.load(counter, is_first, other=0) + (n > 0).to(counter.dtype.element_ty)
         if IS_CUMULATIVE:
             factor = 1.0 / tl.maximum(counted.to(tl.float64), 1.0)
         # All threads have read it.
         tl.debug_barrier()
-        if tl.program_id(0) == 0:
-            tl.store(counter, counted)
+        tl.store(counter, counted, is_first)
     step = tl.num_programs(0) * BC
     for start in range(tl.program_id(0) * BC, channels, step):
         channel = start + tl.arange(0, BC)
