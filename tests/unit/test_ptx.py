@@ -45,8 +45,8 @@ def _laid_out(x: Tensor, how: str) -> Tensor:
         return torch.cat([x, x], -1)[..., : x.shape[-1]]
     if how == "odd start":
         return x.new_zeros(x.numel() + 1)[1:].view(x.shape).copy_(x)
-    if how == "expanded":
-        return x[:1].expand_as(x)
+    if how == "expanded":  # not to channels of one value each, whose gradient is all rounding
+        return (x[:1] if x.ndim > 2 else x[:, :1]).expand_as(x)
     return _arrange(x, how)
 
 
