@@ -125,9 +125,12 @@ def report(
     The page is one file that loads nothing. The last line of standard output is its path.
     """
     from syncnorm.run.interrupt import as_keyboard_interrupt
+    from syncnorm.train.config.section import is_url
     from syncnorm.train.files import check_output
     from syncnorm.train.report import watch_report, write_report
 
+    if watch and any(map(is_url, runs)):
+        raise ConfigError("`--watch` must be left out for addresses: a copy is made of each, once")
     if output.suffix not in (".html", ".htm"):  # a run's record, say
         raise ConfigError(f"`--output` must end in .html, got {str(output)!r}")
     check_output(output)

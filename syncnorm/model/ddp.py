@@ -19,6 +19,7 @@ from syncnorm.comm import agreement, debug, exchange, groups
 from syncnorm.device import is_host, model_device
 from syncnorm.errors import FaultError, InputError
 from syncnorm.family.layer import Pooling
+from syncnorm.maths.precision import for_sums
 from syncnorm.model.convert.others import home_made, stays_local
 from syncnorm.module import SyncNorm
 from syncnorm.shards import Shard, of_nothing
@@ -153,9 +154,9 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
         return
     if model is not None:
         assert ddp.process_group is not None
-        for part in model.modules():
-            if part in _without_theirs and (said := replaced(part)) is not None:
-                warnings.warn(said, stacklevel=2)
+        if any(part in _without_theirs and replaced(part) is not None for part in model.modules()):
+            # Called from torch's registration of the module, in DDP's constructor.
+            warnings.warn(str(replaced(model)), stacklevel=4)
         undocumented.let_ddp_ignore(ddp, _give_state_of_rank_zero(model, ddp.process_group))
 
 
@@ -280,7 +281,7 @@ def scale_loss(loss: Tensor, local_count: float, process_group: groups.Spec = No
 
 def _scale_by_unread(loss: Tensor, local_count: Tensor, group: groups.Group | None) -> Tensor:
     """`scale_loss` by a count that the host does not know: NaN where it is no count."""
-    given = local_count.detach().to(torch.float64).view(1)
+    given = for_sums(local_count.detach()).view(1)
     count = total = torch.where((given >= 0) & given.isfinite(), given, torch.nan)
     workers = 1
     if group is not None:

@@ -24,7 +24,14 @@ from syncnorm.train.memory import (
     format_bytes,
     peak_memory,
 )
-from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
+from syncnorm.train.setup import (
+    Setup,
+    check_decides,
+    load_feed,
+    make_bare_model,
+    make_setup,
+    task_of,
+)
 from syncnorm.train.step import StepBatch, training_step
 from syncnorm.train.weights import load_weights
 from syncnorm.train.workers import Workers
@@ -68,6 +75,8 @@ def _describe(request: RunRequest, config: Config, workers: Workers) -> str:
         steps_per_epoch = -(-feed.sizes[TRAIN] // config.train.global_batch)
         total_steps = config.train.epochs * steps_per_epoch
         task = task_of(config, workers.device, feed, request.allowed)
+        if request.resume is None:
+            check_decides(config, task)
         model = make_bare_model(config, workers.device, feed, total_steps, request.allowed)
         need = estimate(config, workers, feed, model, task)
         free = available_bytes(config, workers, 1)

@@ -18,6 +18,7 @@ from syncnorm.run.folder import (
     remove_unstarted,
 )
 from syncnorm.run.request import RunRequest, uses_store
+from syncnorm.train.files import read_regular, written_whole
 from syncnorm.train.waiting import from_all, from_first, in_thread_of_first
 
 # On a network a new folder may take a while to show.
@@ -43,6 +44,7 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
             f"configuration {request.name!r} of workers {different} differs from that of worker 0"
         )
     held, made = None, None
+    ended: list[tuple[Path, bytes]] = []
     # In a thread, for a copy from a store may take longer than the others' collectives.
     choose = partial(_choose_folder, request, launched) if launched.rank == 0 else None
     chosen = in_thread_of_first(choose, lambda: None)
@@ -53,6 +55,7 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         mine, is_new = chosen.result()
         made = mine.absolute() if is_new else None
         held = lock(mine)
+        ended.extend(_remove_end(mine))
         return mine
 
     try:
@@ -68,10 +71,32 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
     except ConfigError:
         if made is not None:
             remove_unstarted(made)
+        for path, before in ended:
+            _put_back(path, before)
         raise
     finally:
         if held is not None:
             held.close()
+
+
+def _remove_end(folder: Path) -> list[tuple[Path, bytes]]:
+    """Remove the record of the last end, for the run goes on; return it, if there was one."""
+    path = folder.absolute() / "exit.json"
+    try:
+        found = [(path, read_regular(path, follows_links=True))] if path.exists() else []
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"run {str(folder)!r} must be writable, its exit.json too: {error.strerror}"
+        ) from None
+    return found
+
+
+def _put_back(path: Path, before: bytes) -> None:
+    """Leave a run that was refused before it went on with the record that it had."""
+    if not path.exists():
+        with suppress(OSError), written_whole(path) as file:
+            file.write(before)
 
 
 def _without_folder(folder: Path, is_first: bool) -> list[int]:

@@ -204,17 +204,12 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
 
 
 def _begin(config: Config, folder: Path) -> None:
-    """Make the configuration that of the folder: a resumed run may have more epochs, or other workers.
-
-    The record of the end before is removed.
-    """
+    """Make the configuration that of the folder: a resumed run may have more epochs, or other workers."""
     try:
         write_config(config, folder)
-        (folder / "exit.json").unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"run {str(folder)!r} must be writable, its {Path(str(error.filename)).name} too: "
-            f"{error.strerror}"
+            f"run {str(folder)!r} must be writable, its config.yaml too: {error.strerror}"
         ) from None
 
 

@@ -35,7 +35,14 @@ from syncnorm.train.notes import Flags
 from syncnorm.train.predictions import collect_predictions
 from syncnorm.train.recorder import Recorder
 from syncnorm.train.renewal import renew_statistics
-from syncnorm.train.setup import Setup, load_feed, make_bare_model, make_setup, task_of
+from syncnorm.train.setup import (
+    Setup,
+    check_decides,
+    load_feed,
+    make_bare_model,
+    make_setup,
+    task_of,
+)
 from syncnorm.train.step import StepBatch, StepResult, evaluate, training_step
 from syncnorm.train.storage.mirror import Mirror
 from syncnorm.train.waiting import from_all, from_first
@@ -203,6 +210,7 @@ def train(
         )
         resumed = resume(setup, progress, store)
         if resumed.source is None:
+            check_decides(config, task)
             load_weights(setup.model, config.model, workers)
         from_first(workers.is_first, begin)
         saver = None if store is None else BackgroundSaver(store)

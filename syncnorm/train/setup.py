@@ -329,13 +329,19 @@ def make_network(
 def task_of(
     config: Config, device: torch.device, feed: Feed, allowed: tuple[str, ...] = ()
 ) -> Task:
-    """Build the task of a run.
+    """Build the task of a run."""
+    dtype = getattr(torch, config.train.dtype)
+    return make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
+
+
+def check_decides(config: Config, task: Task) -> None:
+    """Refuse a new run in which something is to be chosen, and no metric decides.
+
+    Not one that has begun, since neither key may change then.
 
     Raises:
-        ConfigError: what it takes to choose is asked for, and no metric decides.
+        ConfigError: see there.
     """
-    dtype = getattr(torch, config.train.dtype)
-    task = make_task(config.task, device, dtype, feed.signature.num_classes, allowed)
     for key, needs_it in (
         ("checkpoint.best", config.checkpoint.best),
         ("train.patience", config.train.patience),
@@ -345,7 +351,6 @@ def task_of(
                 f"`{key}` must be left out where no metric decides: the task's `best` is empty. "
                 "Name one by task.best."
             )
-    return task
 
 
 def make_setup(

@@ -196,7 +196,7 @@ def _trained(model: nn.Module) -> dict[str, torch.Tensor]:
 def _write(model: nn.Module) -> None:
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
-            value.fill_(3 if value.dtype != torch.bool else 0)
+            value.fill_(3)
 
 
 ARRIVALS: dict[str, Callable[[nn.Module], object]] = {
@@ -344,9 +344,10 @@ def _switched_when_prepared() -> None:
     model = prepare_ddp(nn.Sequential(nn.Linear(2, 4), SyncBatchNorm(4)))
     whole = nn.ModuleDict({"net": nn.SyncBatchNorm.convert_sync_batchnorm(model)})
     # On a CPU DDP then refuses torch's layers.
-    with pytest.warns(UserWarning, match=r"contains torch.nn.SyncBatchNorm at \['1'\]"):
+    with pytest.warns(UserWarning, match=r"SyncBatchNorm at \['net.1'\]") as caught:
         with pytest.raises(ValueError, match="SyncBatchNorm"):
             DistributedDataParallel(whole)
+    assert [each.filename for each in caught] == [__file__]
 
 
 def test_so_does_ddp_when_it_was_after_prepare_ddp(pool):

@@ -214,6 +214,12 @@ def test_a_folder_that_was_overtaken_by_its_copy_is_not_gone_on_with(tmp_path, m
     CheckpointStore(here / "checkpoints").write(make_snapshot(4))
     check_not_behind(here)
     check_not_behind(folder)  # has no address
+    # What is damaged there is not fetched, though the record up to it is.
+    (folder / "metrics.jsonl").write_text('{"event": "step", "step": 6}\n')
+    CheckpointStore(folder / "checkpoints").write(make_snapshot(6))
+    copy(folder)
+    memory.pipe("/bucket/runs/mine/checkpoints/step-00000006/model.safetensors", b"torn")
+    check_not_behind(local_copy(URL))
     memory.store.clear()
     check_not_behind(here)
     with mock.patch.object(Remote, "sizes", side_effect=ConfigError("no answer")):
@@ -373,6 +379,7 @@ def resume_from_memory(root: str) -> tuple[str, str]:
         train_on(folder, config, stop_at)
         url = read_origin(folder)
         assert url is not None
+        behind = folder.absolute()
         empty = Path(root) / f"empty-{stop_at}"
         empty.mkdir()
         os.chdir(empty)
@@ -382,6 +389,9 @@ def resume_from_memory(root: str) -> tuple[str, str]:
         digests.append(json.dumps([end["digests"], end["test_loss"], end["step"]]))
         steps = [event["step"] for event in runs.events(folder, "step")]
         assert steps == [1, 2, 3, 4, 5, 6], "the record came along"
+        if stop_at is not None:
+            with pytest.raises(ConfigError, match="`--resume` must name what got furthest"):
+                check_resumable(config, behind)
     return digests[0], digests[1]
 
 

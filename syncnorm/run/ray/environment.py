@@ -149,7 +149,7 @@ def _unpackable(here: Path, left_out: set[str]) -> Iterator[str]:
             path = here / at / name
             is_fit = path.is_dir() or (path.is_file() and os.access(path, os.R_OK))
             # A link to nothing is packed as one.
-            if not name.isprintable() or not (is_fit or path.is_symlink()):
+            if any(map(_is_no_text, name)) or not (is_fit or path.is_symlink()):
                 yield str(at / name)
         folders[:] = [
             name for name in folders if name not in skipped and str(at / name) not in left_out
@@ -157,7 +157,10 @@ def _unpackable(here: Path, left_out: set[str]) -> Iterator[str]:
 
 
 def _escape(character: str) -> str:
-    """Escape a character of a path for a pattern. One that is no text is a surrogate in Python."""
-    if "\ud800" <= character <= "\udfff":
-        return "?"
-    return _ESCAPED.get(character, character)
+    """Escape a character of a path for a pattern."""
+    return "?" if _is_no_text(character) else _ESCAPED.get(character, character)
+
+
+def _is_no_text(character: str) -> bool:
+    """A byte of a name that is no text is a surrogate in Python."""
+    return "\ud800" <= character <= "\udfff"

@@ -16,6 +16,7 @@ from syncnorm.train import files
 from syncnorm.train.checkpoint.snapshot import MANIFEST
 from syncnorm.train.checkpoint.store import BEST, CHECKPOINTS, CheckpointStore, read_mark
 from syncnorm.train.config.section import check_path_or_url, is_url
+from syncnorm.train.metrics import last_step
 from syncnorm.train.storage import (
     LAST_RECORDS,
     LOCAL_ROOT,
@@ -90,10 +91,12 @@ def check_not_behind(folder: Path) -> None:
         _log.warning("%s", error)
         return
     there = max((s for s, each in checkpoint_files(sizes).items() if MANIFEST in each), default=-1)
-    here = max(CheckpointStore(folder / CHECKPOINTS).folders(), default=-1)
+    # The record has the steps up to a checkpoint that was damaged there, too, and not fetched.
+    record = last_step(folder / "metrics.jsonl")
+    here = max(record, *CheckpointStore(folder / CHECKPOINTS).folders())
     if there > here:
         raise ConfigError(
-            f"`--resume` must name what got furthest: {str(folder)!r} has step {max(here, 0)}, its "
+            f"`--resume` must name what got furthest: {str(folder)!r} has step {here}, its "
             f"copy in the store step {there}. Go on from that: --resume {url}"
         )
 

@@ -86,6 +86,7 @@ def moments(
         v = tl.zeros([BN, BJ], F)
         pivot = fold(v, FORM)
         weight = tl.sum(tl.sum(v, 1), 0)
+        c = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
         t = begin
         while (t < end) & (weight == 0):
             o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
@@ -102,6 +103,10 @@ def moments(
             pivot = by_channel(pivot, length, FORM, BC, BJ) * BC
             pivot = tl.sum(by_lane(pivot, length, FORM, BC, BJ), 0)
         pivot = quotient(pivot, weight)
+        # Likewise; v and c are of the tile that the mean is of.
+        far = largest(tl.where(c != 0, v - pivot[None, :], 0.0), FORM) * COARSE
+        coarse = (pivot + far) - far
+        pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     first = tl.zeros_like(pivot).to(tl.float64)
     second = first
