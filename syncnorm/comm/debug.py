@@ -25,6 +25,7 @@ def debug(enabled: bool = True, *, timeout_seconds: float | None = None) -> Iter
       come within `timeout_seconds`, every rank that is in an exchange, or comes to one later,
       raises the same `ExchangeError`, which names the exchange of each rank;
     - a statistic over a single value per channel is an error on all ranks rather than a warning;
+    - NaN or infinity in one rank's input is an error on all ranks, which names layer and rank;
     - faults in the data are looked for on CUDA too, at the price of a host synchronisation.
 
     *Collectives*: none; ranks agree through the Store of the process group, which takes about a
@@ -38,9 +39,10 @@ def debug(enabled: bool = True, *, timeout_seconds: float | None = None) -> Iter
         InputError: `timeout_seconds` is not positive.
 
     Example:
+        >>> import torch
+        >>> from syncnorm import SyncBatchNorm
         >>> with debug(timeout_seconds=30):
-        ...     is_on
-        True
+        ...     y = SyncBatchNorm(3)(torch.randn(8, 3))
     """
     global is_on, wait_seconds
     if timeout_seconds is not None and not timeout_seconds > 0:

@@ -145,7 +145,7 @@ def explain(
             has lazy parameters and a sample was given.
 
     Example:
-        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
         >>> print(explain(model, torch.zeros(2, 3, 4, 4), world_size=4))
         layer  now          convert        sync   workers  samples  values  messages  bytes
         1      BatchNorm2d  SyncBatchNorm  batch  4        8        32      2         288

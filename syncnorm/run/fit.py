@@ -112,7 +112,8 @@ def fit(
 
     Raises:
         ConfigError: the configuration, or what is given, cannot be used.
-        RunError: a worker failed.
+        RunError: a worker failed; as a RunStopped, a signal other than Ctrl-C's stopped the run, when
+            all workers have saved.
         KeyboardInterrupt: after Ctrl-C, when all workers have saved.
     """
     given, named = _given(dataset, model, task)

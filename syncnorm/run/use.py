@@ -76,7 +76,9 @@ def recalibrate(
 
 def evaluate(
     run: _Run,
-    split: Annotated[str | None, typer.Option(help="train, validation or test (default).")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="train, validation or test (default, if there is one).")
+    ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Other data: keys of data, such as root=DIR."),

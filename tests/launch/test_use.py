@@ -405,6 +405,12 @@ def test_numbers_on_another_scale_are_told_of(made, tmp_path, capfd):
         model((TEST.images / 16).requires_grad_())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_model_is_loaded_where_there_is_a_device(made):
+    with pytest.raises(ConfigError, match="`device` must be cpu where there is no CUDA device"):
+        syncnorm.load(next(iter(made.values())).folder, device="cuda")
+
+
 def test_a_loaded_model_is_transformed_and_exported(made):
     """No value is looked at there."""
     model, x = syncnorm.load(made["norm"].folder), TEST.images[:3].float()

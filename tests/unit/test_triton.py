@@ -334,6 +334,17 @@ def test_also_of_many(how):
         assert torch.equal(sums[:3], x.double().sum(_over(x))), (least, most)
 
 
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_also_of_those_that_a_mask_leaves(how):
+    """Whatever lies elsewhere."""
+    x = torch.randint(-9, 10, (4, 3, 7, 7), generator=torch.Generator().manual_seed(3)).float()
+    mask = (_rand(4, 1, 7, 7) > 0.4).float()
+    mask[:2] = 0.0
+    x = _arrange(torch.where(mask > 0, x, 1e30), how)
+    sums = launch.moments(x, mask)
+    assert torch.equal(sums[:3], (_count(x, mask) * x.double()).sum(_over(x)))
+
+
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e6, 1e12])
 def test_a_constant_has_no_variance(size):
     x = torch.tensor([0.1, -3.7, 2.0 / 3.0])[:, None].expand(7, 3, 11) * size

@@ -119,7 +119,7 @@ def convert(
         select: which layers; (qualified name, layer) -> bool, or a regular expression to be found
             in the name. A layer with several names is chosen if one of them is. None: all.
         options: of the target: momentum, eps, sync, and for SyncBatchRenorm schedule,
-            running_average.
+            running_average; for a layer of the family its own arguments.
 
     Returns:
         `module`; the new layer, if it is a batch norm that becomes a layer of the family. (The

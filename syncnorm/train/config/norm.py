@@ -126,8 +126,8 @@ class NormSection(Section):
         if not self.names & pooled:
             if self.mode.is_pooled and "sync" in self.model_fields_set:
                 raise ValueError(
-                    f"sync must be none with name {self.name}, got {self.sync!r}. Use name "
-                    "sync_batch_norm to pool."
+                    f"sync must be none with name {self.name}, got {self.sync!r}. Set norm.sync=none, "
+                    "or take name sync_batch_norm to pool."
                 )
             # So that the run's config.yaml has the value that holds, and can be read again.
             object.__setattr__(self, "sync", "none")

@@ -123,13 +123,17 @@ def load(
         allow: packages whose callables the run's configuration may name.
 
     Raises:
-        ConfigError: it is not a run's folder, has no such checkpoint, names code that is not
-            allowed, or its weights do not fit.
+        ConfigError: it is not a run's folder, has no such checkpoint or a damaged one, names code
+            that is not allowed, or its weights do not fit; or there is no CUDA device.
 
     Example:
         >>> model = load("runs/digits-20261127-201500")  # doctest: +SKIP
         >>> model(images).softmax(1), model.classes, model.task  # doctest: +SKIP
     """
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"`device` must be cpu where there is no CUDA device, got {str(device)!r}"
+        )
     folder, allowed = local_copy(run), tuple(allow)
     config = read_run(folder, allowed, ("model.name",))
     snapshot = read_evaluated(folder, checkpoint)
