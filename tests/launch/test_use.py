@@ -15,6 +15,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import write_config
 from syncnorm.run.request import RunRequest
 from syncnorm.run.worker import train_in
+from syncnorm.train import loop
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
 from syncnorm.train.config.schema import Config
@@ -153,11 +155,26 @@ def resume_without_memory(folder: str) -> None:
         train_in(Path(folder), RunRequest(config, "digits"), runs.workers(), runs.Free())
 
 
-def test_a_run_that_is_refused_when_it_is_resumed_has_its_steps(made, pool, tmp_path):
-    """The refusal comes before its checkpoint is read."""
+def resume_and_fail(folder: str) -> None:
+    request = RunRequest(load_config(f"{folder}/config.yaml"), "digits")
+    with mock.patch.object(loop, "check_memory", side_effect=RuntimeError("a driver is gone")):
+        with pytest.raises(RuntimeError, match="a driver is gone"):
+            train_in(Path(folder), request, runs.workers(), runs.Free())
+
+
+def test_a_run_that_is_refused_when_it_is_resumed_stays_as_it_was(made, pool, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(made["norm"].folder, folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     pool(1).run(resume_without_memory, str(folder))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_one_that_fails_then_has_its_steps(made, pool, tmp_path):
+    """The failure comes before its checkpoint is read."""
+    folder = tmp_path / "run"
+    shutil.copytree(made["norm"].folder, folder)
+    pool(1).run(resume_and_fail, str(folder))
     found = read_exit(folder)
     assert found is not None
     assert (found.status, found.step) == ("failed", last_step(folder / "metrics.jsonl"))
