@@ -183,15 +183,16 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
             )
     except Exception as error:
         _log.info("failed after step %d", progress.step, exc_info=True)
-        # A run that is refused before it goes on stays as it was.
-        if workers.is_first and (has_begun or not isinstance(error, ConfigError)):
+        # A run that is refused before it goes on stays as it was, in its store, too.
+        is_refused = isinstance(error, ConfigError) and not has_begun
+        if workers.is_first and not is_refused:
             code = 2 if isinstance(error, ConfigError) else 1
             reason = in_one_line(error)
             with suppress(OSError):  # a full disk, which may be what the error is of
                 # A resumed run that fails early has not read its checkpoint.
                 step = max(progress.step, last_step(folder / "metrics.jsonl"))
                 Exit("failed", reason, step, code).write(folder)
-        if mirror is not None and (folder / "metrics.jsonl").exists():
+        if mirror is not None and not is_refused and (folder / "metrics.jsonl").exists():
             mirror.close()
             mirror.is_over(_LAST_COPY_SECONDS)
         raise
