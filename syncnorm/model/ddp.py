@@ -154,9 +154,10 @@ def _when_wrapped(ddp: nn.Module, name: str, model: nn.Module | None) -> None:
         return
     if model is not None:
         assert ddp.process_group is not None
-        if any(part in _without_theirs and replaced(part) is not None for part in model.modules()):
+        said = replaced(model)
+        if said is not None and any(m in _without_theirs and replaced(m) for m in model.modules()):
             # Called from torch's registration of the module, in DDP's constructor.
-            warnings.warn(str(replaced(model)), stacklevel=4)
+            warnings.warn(said, stacklevel=4)
         undocumented.let_ddp_ignore(ddp, _give_state_of_rank_zero(model, ddp.process_group))
 
 

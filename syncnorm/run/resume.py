@@ -47,5 +47,9 @@ def choose_config(config: str | None, overrides: Sequence[str], resume: str | No
 
 def resume_command(folder: Path, allowed: Sequence[str]) -> str:
     """Write the command that goes on with a run, to be pasted into a shell."""
-    options = [word for package in allowed for word in ("--allow", package)]
-    return shlex.join(["syncnorm", "train", "--resume", str(folder), *options])
+    return shlex.join(["syncnorm", "train", "--resume", str(folder), *allow_options(allowed)])
+
+
+def allow_options(allowed: Sequence[str]) -> list[str]:
+    """Write the options of a command that is to take the same packages' callables."""
+    return [word for package in allowed for word in ("--allow", package)]

@@ -226,16 +226,22 @@ def load_feed(config: Config, device: torch.device, allowed: tuple[str, ...] = (
             feed.sizes[TRAIN],
         )
     if judged_split(feed) != VALIDATION:
-        for key, needs_it in (
-            ("checkpoint.best", config.checkpoint.best),
-            ("train.patience", config.train.patience),
-        ):
-            if needs_it:
-                raise ConfigError(
-                    f"`{key}` must be left out where there is no validation set: the test set "
-                    "chooses nothing. Set data.validation to a share of the training set."
-                )
+        _refuse_to_choose(
+            config,
+            "there is no validation set: the test set chooses nothing. Set data.validation to a "
+            "share of the training set",
+        )
     return feed
+
+
+def _refuse_to_choose(config: Config, why: str) -> None:
+    """Raise ConfigError if a key asks for what is chosen by the deciding metric on a validation set."""
+    for key, is_asked in (
+        ("checkpoint.best", config.checkpoint.best),
+        ("train.patience", config.train.patience),
+    ):
+        if is_asked:
+            raise ConfigError(f"`{key}` must be left out where {why}.")
 
 
 def _load_data(config: Config, allowed: tuple[str, ...]) -> Dataset | Splits:
@@ -337,20 +343,15 @@ def task_of(
 def check_decides(config: Config, task: Task) -> None:
     """Refuse a new run in which something is to be chosen, and no metric decides.
 
-    Not one that has begun, since neither key may change then.
+    Not one that has begun, which could not go on without what it was begun with.
 
     Raises:
-        ConfigError: see there.
+        ConfigError: `checkpoint.best` or `train.patience` is set, and the task has no `best`.
     """
-    for key, needs_it in (
-        ("checkpoint.best", config.checkpoint.best),
-        ("train.patience", config.train.patience),
-    ):
-        if needs_it and not task.best:
-            raise ConfigError(
-                f"`{key}` must be left out where no metric decides: the task's `best` is empty. "
-                "Name one by task.best."
-            )
+    if not task.best:
+        _refuse_to_choose(
+            config, "no metric decides: the task's `best` is empty. Name one by task.best"
+        )
 
 
 def make_setup(

@@ -12,6 +12,7 @@ from typing import Any
 from syncnorm.errors import CheckpointError, ConfigError
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.ray.sweep import Sweep, write_record
+from syncnorm.run.resume import allow_options
 from syncnorm.train.checkpoint.store import CHECKPOINTS, CheckpointStore
 from syncnorm.train.files import write_text_whole
 from syncnorm.train.metrics import last_step, read_events
@@ -180,7 +181,7 @@ def _describe_best(
     name = metric.removeprefix("-")
     value = format_value(name, best.best)
     run = Path(sweep.folder) / best.trial
-    options = [word for package in sweep.allowed for word in ("--allow", package)]
+    options = allow_options(sweep.allowed)
     try:
         weights = CheckpointStore(run / CHECKPOINTS).best()
     except CheckpointError:

@@ -35,6 +35,7 @@ from syncnorm.run.ray import results
 from syncnorm.run.ray.cluster import read_capacity
 from syncnorm.run.ray.job import STOP, prepare_folder
 from syncnorm.run.ray.sweep import Sweep, write_record
+from syncnorm.run.resume import allow_options
 from syncnorm.system import die_with_parent
 from syncnorm.train.config.schema import Config
 from syncnorm.train.files import open_to_write, remove_link
@@ -179,10 +180,9 @@ def run_trial(settings: dict[str, Any]) -> None:
 def _started(folder: Path, allowed: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Start the launcher of a trial, which ends with this process, however that ends."""
     (folder / "logs").mkdir(exist_ok=True)
-    options = [word for package in allowed for word in ("--allow", package)]
     # By itself Python looks for modules in the working folder before all others.
     program = [sys.executable, "-P", "-m", "syncnorm"]
-    command = [*program, "train", "--resume", str(folder), *options]
+    command = [*program, "train", "--resume", str(folder), *allow_options(allowed)]
     (folder / "exit.json").unlink(missing_ok=True)
     remove_link(folder / _LOG)
     with (folder / _LOG).open("ab") as log:

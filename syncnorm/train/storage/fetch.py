@@ -73,6 +73,21 @@ def read_config(url: str) -> str:
     return text.decode(errors="replace")
 
 
+def _look(url: str) -> tuple[Remote, dict[str, int]]:
+    """Open the address of a run, and list what is there, with its sizes.
+
+    Raises:
+        ConfigError: the store refuses or does not answer.
+    """
+    remote = within(_ANSWER_SECONDS, lambda: Remote(url), url)
+    return remote, within(_ANSWER_SECONDS, remote.sizes, url)
+
+
+def _whole(sizes: dict[str, int]) -> dict[int, dict[str, int]]:
+    """The files of each checkpoint that has its manifest, by step."""
+    return {s: each for s, each in checkpoint_files(sizes).items() if MANIFEST in each}
+
+
 def check_not_behind(folder: Path) -> None:
     """Refuse to go on in a folder whose run another machine has taken further.
 
@@ -85,12 +100,11 @@ def check_not_behind(folder: Path) -> None:
     if url is None:
         return
     try:
-        remote = within(_ANSWER_SECONDS, lambda: Remote(url), url)
-        sizes = within(_ANSWER_SECONDS, remote.sizes, url)
+        _, sizes = _look(url)
     except ConfigError as error:
         _log.warning("%s", error)
         return
-    there = max((s for s, each in checkpoint_files(sizes).items() if MANIFEST in each), default=-1)
+    there = max(_whole(sizes), default=-1)
     # The record has the steps up to a checkpoint that was damaged there, too, and not fetched.
     record = last_step(folder / "metrics.jsonl")
     here = max(record, *CheckpointStore(folder / CHECKPOINTS).folders())
@@ -120,8 +134,7 @@ def local_copy(source: str | Path) -> Path:
     name = url.rpartition("/")[2]
     if not _NAME.fullmatch(name):
         raise ConfigError(f"the address of a run must end with its name, got {url!r}")
-    remote = within(_ANSWER_SECONDS, lambda: Remote(url), url)
-    sizes = within(_ANSWER_SECONDS, remote.sizes, url)
+    remote, sizes = _look(url)
     if "config.yaml" not in sizes:
         raise ConfigError(f"there is no run at {url}: no config.yaml")
     folder = LOCAL_ROOT / name
@@ -156,7 +169,7 @@ def _check_free(folder: Path, url: str) -> None:
 def _fetch(remote: Remote, sizes: dict[str, int], folder: Path) -> None:
     store = CheckpointStore(folder / CHECKPOINTS)
     store.clean()
-    there = {s: each for s, each in checkpoint_files(sizes).items() if MANIFEST in each}
+    there = _whole(sizes)
     _, newest, _ = store.newest()
     here = -1 if newest is None else int(newest.name.rpartition("-")[2])
     if max(there, default=-1) <= here and (folder / "config.yaml").exists():

@@ -77,11 +77,7 @@ def moments(
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         v = tl.load(x + at, ok, other=0).to(F)
         pivot = quotient(fold(v, FORM), fold(ok.to(F), FORM))
-        # With few digits, by the distance of the values: a mean of three integers has all digits, and
-        # what is left of integers without it would be rounded, their own mean inexact.
-        far = largest(tl.where(ok, v - pivot[None, :], 0.0), FORM) * COARSE
-        coarse = (pivot + far) - far
-        pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
+        counts = ok
     else:
         v = tl.zeros([BN, BJ], F)
         pivot = fold(v, FORM)
@@ -103,10 +99,12 @@ def moments(
             pivot = by_channel(pivot, length, FORM, BC, BJ) * BC
             pivot = tl.sum(by_lane(pivot, length, FORM, BC, BJ), 0)
         pivot = quotient(pivot, weight)
-        # Likewise; v and c are of the tile that the mean is of.
-        far = largest(tl.where(c != 0, v - pivot[None, :], 0.0), FORM) * COARSE
-        coarse = (pivot + far) - far
-        pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
+        counts = c != 0
+    # With few digits, by the distance of the values: a mean of three integers has all digits, and
+    # what is left of integers without it would be rounded, their own mean inexact.
+    far = largest(tl.where(counts, v - pivot[None, :], 0.0), FORM) * COARSE
+    coarse = (pivot + far) - far
+    pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     first = tl.zeros_like(pivot).to(tl.float64)
     second = first
