@@ -7,7 +7,7 @@ that they would have. These are errors, with the kernel and the line of its PTX:
 - one at an address that is no multiple of its size, a vector's included,
 - a number that one thread writes and another reads or writes with no barrier between, in shared and
   in global memory; and between programs, which no barrier is between,
-- a read of shared memory that nobody has written, or a cp.async that is not waited for,
+- a read of shared memory that nobody has written,
 - a barrier or a shuffle that not all threads of the block or the warp reach together.
 
 Threads go side by side, one instruction after the other, and programs one by one: what is found
@@ -35,7 +35,7 @@ from tests.unit.triton_ahead import Ptx, ptx
 _SHARED = 0x1000
 _TOGETHER = {
     "warp": r"shfl|redux|bar\.warp",
-    "block": r"bar\.sync|cp\.async\.(commit|wait)|(ld|st)matrix",
+    "block": r"bar\.sync|(ld|st)matrix",
 }
 
 
@@ -89,8 +89,6 @@ class Machine:
         self.me = self.clock.first + np.arange(self.threads, dtype=np.int32)
         shared = np.zeros(self.code.shared, np.uint8)
         self.shared = Memory("shared memory", _SHARED, shared, self.clock, is_shared=True)
-        # Groups of copies on their way, the last one open.
-        self.copies: list[list[tuple[np.ndarray, ...]]] = [[]]
         self.registers: dict[str, np.ndarray] = {}
         self.names = {
             "%tid.x": np.arange(self.threads),

@@ -60,7 +60,6 @@ class Memory:
             np.full(data.size, who, np.int32) for who in (NOBODY, NOBODY, -1)
         )
         self.written, self.read_at = (np.zeros(data.size, np.int64) for _ in "wr")
-        self.is_pending = np.zeros(data.size, bool)
 
     def has(self, address: int) -> bool:
         return self.base <= address < self.base + self.data.size
@@ -68,8 +67,6 @@ class Memory:
     def read(self, addresses: np.ndarray, size: int, me: np.ndarray) -> np.ndarray:
         """The bytes at some addresses, (threads, size)."""
         at, me = self._places(addresses, size), me[:, None]
-        if self.is_pending[at].any():
-            raise PtxError(f"reads {self.name} before its cp.async is waited for")
         self._must_be_ordered(at, me, "reads", self.writer, self.writer, self.written)
         if self.is_shared and (self.writer[at] == NOBODY).any():
             raise PtxError(f"reads {self.name} that nobody has written")
@@ -85,25 +82,16 @@ class Memory:
     def write(self, addresses: np.ndarray, values: np.ndarray, me: np.ndarray) -> None:
         """Write (threads, size) bytes."""
         at, me = self._places(addresses, values.shape[1]), me[:, None]
-        self._may_write(at, me, values)
+        self._must_be_ordered(at, me, "writes", self.first, self.last, self.read_at)
+        is_new = self.data[at] != values if self.is_shared else np.ones(at.shape, bool)
+        writer, when = self.writer, self.written
+        self._must_be_ordered(at[is_new], _spread(me, at)[is_new], "writes", writer, writer, when)
         self.data[at], self.writer[at], self.written[at] = values, me, self.clock.now
         is_lost = self.writer[at] != me
         if self.is_shared:
             is_lost = (self.data[at] != values) & (self.writer[at] // WARP != me // WARP)
         if is_lost.any():
             raise PtxError(f"two threads write {self.name} in one place at once")
-
-    def expect(self, addresses: np.ndarray, size: int, me: np.ndarray) -> np.ndarray:
-        """Places that a cp.async will write, which nobody may touch meanwhile."""
-        at = self._places(addresses, size)
-        self._may_write(at, me[:, None])
-        self.is_pending[at] = True
-        return at
-
-    def arrive(self, at: np.ndarray, values: np.ndarray, me: np.ndarray) -> None:
-        """Write what was expected: the threads that copied it have waited for it."""
-        self.is_pending[at] = False
-        self.data[at], self.writer[at], self.written[at] = values, me[:, None], self.clock.now
 
     def _places(self, addresses: np.ndarray, size: int) -> np.ndarray:
         if (addresses % size).any():
@@ -112,16 +100,6 @@ class Memory:
         if (places < 0).any() or (places >= self.data.size).any():
             raise PtxError(f"leaves the {self.data.size} bytes of {self.name}")
         return places
-
-    def _may_write(self, at: np.ndarray, me: np.ndarray, values: np.ndarray | None = None) -> None:
-        if self.is_pending[at].any():
-            raise PtxError(f"writes {self.name} where a cp.async does that is not waited for")
-        self._must_be_ordered(at, me, "writes", self.first, self.last, self.read_at)
-        is_new = np.ones(at.shape, bool)
-        if self.is_shared and values is not None:
-            is_new = self.data[at] != values
-        writer, when = self.writer, self.written
-        self._must_be_ordered(at[is_new], _spread(me, at)[is_new], "writes", writer, writer, when)
 
     def _must_be_ordered(
         self,

@@ -188,33 +188,6 @@ def _matrices(m: Machine, of: str, turned: str | None, *operands: str) -> None:
             m.shared.write(places[rows], raw, me[rows])
 
 
-@_opcode(r"cp\.async\.c[ag]\.shared\.global")
-def _copy(m: Machine, to: str, address: str, size: str, given: str) -> None:
-    lanes, length = m.lanes, int(size, 0)
-    _, places, me = m.addressed("shared", to)
-    values = np.zeros((m.threads, length), np.uint8)
-    m.lanes = lanes & (m.value(given, "s32") == length)
-    if (m.value(given, "s32")[lanes & ~m.lanes] != 0).any():
-        raise PtxError("copies a part of what it writes")
-    memory, of, readers = m.addressed("global", address)
-    values[m.lanes] = memory.read(of, length, readers)
-    m.copies[-1].append((m.shared.expect(places, length, me), values[lanes], me))
-
-
-@_opcode(r"cp\.async\.commit_group")
-def _commit(m: Machine) -> None:
-    m.copies.append([])
-
-
-@_opcode(r"cp\.async\.wait_group")
-def _wait(m: Machine, left: str) -> None:
-    done = max(0, len(m.copies) - 1 - int(left))
-    for group in m.copies[:done]:
-        for copy in group:
-            m.shared.arrive(*copy)
-    del m.copies[:done]
-
-
 @_opcode(r"bar\.sync")
 def _barrier(m: Machine, number: str) -> None:
     if number != "0":

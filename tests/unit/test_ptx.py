@@ -123,14 +123,8 @@ RUNS = {
 SOME = r"mov.u32 %r0, %tid.x;\nsetp.lt.u32 %p0, %r0, 40;\n@%p0 \1"
 
 
-def _one_more(found: re.Match[str]) -> str:
-    return f"wait_group {int(found[1]) + 1}"
-
-
 MUTANTS = {
     "no barrier": ("moments", r"bar\.sync\s+0;", "", "reads byte .* no barrier between"),
-    "no wait": ("moments", r"cp\.async\.wait_group\s+\d+;", "", "reads shared memory before its cp.async"),
-    "a wait for less": ("moments", r"wait_group\s+(\d+)", _one_more, "before its cp.async"),
     "nothing written": ("moments", r"(?:@%p\d+ )?st\.shared.*", "", "that nobody has written"),
     "beyond shared memory": ("moments", r"(st\.shared\S*\s+\[\s*\w*%?\w+)[^]]*", r"\1 + 65536", "leaves the .* of shared"),
     "a load, moved by an element": ("normalize", r"(ld\.global\.v4\.b32 .*) \+ 0 \]", r"\1 + 2 ]", "takes 16 bytes"),

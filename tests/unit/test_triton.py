@@ -204,26 +204,27 @@ def test_views_are_read_as_they_are(name, monkeypatch):
 def test_more_than_four_dimensions_are_copied():
     x = randn(3, 2, 4, 4, 4, 4)[1:, :, 1:3, 1:3, 1:3, 1:3]
     _check_all(x, x.transpose(2, 5), _rand(2, 1, 2, 2, 2, 2))
-    assert geometry.plan(tuple(x.shape), (x.stride(),), None, 4, geometry.SUMS, 1) is None
+    assert geometry.plan(tuple(x.shape), (x.stride(),), None, 4, geometry.SUMS_OF_ONE, 1) is None
 
 
 @pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
 def test_many_small_tiles_and_splits(how, monkeypatch):
     """Small tiles bring every loop to more than one turn, and are added in a fixed order."""
-    for name in ("SUMS", "ELEMENTWISE"):
-        monkeypatch.setattr(launch, name, geometry.Work(tile=8, programs=3, whole=1))
+    for name in ("SUMS_OF_ONE", "SUMS_OF_TWO", "ELEMENTWISE"):
+        monkeypatch.setattr(launch, name, geometry.Work(8, 64, (3, 3, 3), 1))
     x, mask = _arrange(randn(20, 4, 3) * 2 + 3, how), _rand(20, 1, 3)
     _check_all(x, randn(20, 4, 3, seed=1), mask)
     assert torch.equal(launch.moments(x, mask), launch.moments(x, mask))
-    plan = geometry.plan((20, 4, 3), (x.stride(),), None, 4, launch.SUMS, 1)
+    plan = geometry.plan((20, 4, 3), (x.stride(),), None, 4, launch.SUMS_OF_ONE, 1)
     assert plan is not None
     assert plan.splits > 1
 
 
 def test_more_tiles_than_float32_adds(monkeypatch):
-    monkeypatch.setattr(launch, "SUMS", geometry.Work(tile=8, programs=3, whole=1))
+    for name in ("SUMS_OF_ONE", "SUMS_OF_TWO"):
+        monkeypatch.setattr(launch, name, geometry.Work(8, 64, (3, 3, 3), 1))
     x, g = randn(20, 1, 35) + 1, randn(20, 1, 35, seed=1)
-    plan = geometry.plan((20, 1, 35), (x.stride(),), None, 4, launch.SUMS, 1)
+    plan = geometry.plan((20, 1, 35), (x.stride(),), None, 4, launch.SUMS_OF_ONE, 1)
     assert plan is not None
     assert plan.sizes[1] > 16
     for mask in (None, _rand(20, 1, 35)):
@@ -237,9 +238,9 @@ def test_more_tiles_than_float32_adds(monkeypatch):
 def test_offsets_beyond_32_bits():
     """The interpreter reports an overflow of 32 bits."""
     shape, far = (2, 3, 5, 7), (2**31, 2**30, 7, 1)
-    near = geometry.plan(shape, (randn(*shape).stride(),), None, 4, geometry.SUMS, 1)
-    wide = geometry.plan(shape, (far,), None, 4, geometry.SUMS, 1)
-    expanded = geometry.plan((2**16, 2, 2**15), ((0, 0, 0),), None, 4, geometry.SUMS, 132)
+    near = geometry.plan(shape, (randn(*shape).stride(),), None, 4, geometry.SUMS_OF_ONE, 1)
+    wide = geometry.plan(shape, (far,), None, 4, geometry.SUMS_OF_ONE, 1)
+    expanded = geometry.plan((2**16, 2, 2**15), ((0, 0, 0),), None, 4, geometry.SUMS_OF_ONE, 132)
     assert near is not None
     assert wide is not None
     assert expanded is not None
@@ -247,7 +248,7 @@ def test_offsets_beyond_32_bits():
     # Kernels multiply strides by the unit, in 32 bits where what is left of a stride has so few.
     shape = (2, 64, 128, 512, 512)
     large = geometry.plan(
-        shape, (torch.empty(shape, device="meta").stride(),), None, 2, geometry.SUMS, 132
+        shape, (torch.empty(shape, device="meta").stride(),), None, 2, geometry.SUMS_OF_ONE, 132
     )
     assert large is not None
     assert large.strides[0][3] == 2**31

@@ -1,8 +1,9 @@
 """The kernels that go over a tensor, in Triton's language. `geometry` says what the sizes mean.
 
-A program goes through `per` tiles of one group of channels. While it adds one, the next ones are on
-their way to its shared memory, 10 to 24 KiB of them, on GPUs that copy so (from sm_80 on). Unrolled
-loops would not do: the compiler waits for the first of their loads before it issues the others.
+A program goes through `per` tiles of one group of channels. Of a tile that is added a thread loads
+64 bytes before it uses any, and several programs of a multiprocessor keep the memory busy. Copies
+to shared memory while the last tile is added would cost nearly twice the instructions: by its data
+sheet an H200 has time for 14 while it reads a value in bfloat16.
 
 Float32 sums are short: 16 values of a lane, then the lanes of a tile; from there on all is float64,
 added in a fixed order. Coefficients are made in float64 and rounded once.
@@ -30,18 +31,24 @@ from syncnorm.maths.kernels.triton.tiles import (
     PLANES,
     ROWS,
     RUNS,
+    add_vectors,
     by_channel,
     by_lane,
     cell,
     fold,
+    following,
     largest,
     offsets,
+    place,
     program,
     quotient,
     values_before,
     weights,
 )
 
+# Vectors of 16 bytes that a thread has of a tile, of one tensor, and of each of two.
+OF_ONE: tl.constexpr = tl.constexpr(4)
+OF_TWO: tl.constexpr = tl.constexpr(2)
 # Values of a lane that are added in the type of the arithmetic.
 SHORT: tl.constexpr = tl.constexpr(16)
 # 2^17 times a distance, added to a float32 number and taken away again, leaves multiples of a 64th
@@ -72,7 +79,8 @@ def moments(
     # About a pivot near the mean, so that a large mean costs no digits of the variance: the mean of
     # the first tile, of which something counts.
     if w is None:
-        o, lane, ok = cell(begin, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
+        row, block = place(begin, blocks, FORM, BN)
+        o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         v = tl.load(x + at, ok, other=0).to(F)
@@ -84,8 +92,10 @@ def moments(
         weight = tl.sum(tl.sum(v, 1), 0)
         c = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
         t = begin
+        row, block = place(begin, blocks, FORM, BN)
         while (t < end) & (weight == 0):
-            o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
+            o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
+            row, block = following(row, block, blocks, FORM, BN)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
             v = tl.load(x + at, ok, other=0).to(F)
@@ -103,7 +113,7 @@ def moments(
     # With few digits, by the distance of the values: a mean of three integers has all digits, and
     # what is left of integers without it would be rounded, their own mean inexact.
     far = largest(tl.where(counts, v - pivot[None, :], 0.0), FORM) * COARSE
-    coarse = (pivot + far) - far
+    coarse = ((pivot + far) - far).to(x.dtype.element_ty).to(F)
     pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
     pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
     first = tl.zeros_like(pivot).to(tl.float64)
@@ -117,32 +127,38 @@ def moments(
         number = first
     else:
         number = tl.zeros([1], tl.float64)
-    wrong = tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32)
-    STAGES: tl.constexpr = 6 if x.dtype.element_ty.primitive_bitwidth == 16 else 4
-    for start in range(begin, end, SHORT):
-        s1 = tl.zeros([BN, BJ], F)
-        s2 = tl.zeros([BN, BJ], F)
-        s0 = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
-        for t in tl.range(start, tl.minimum(start + SHORT, end), num_stages=STAGES):
-            o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
+    # What is not there is read as the pivot, and adds nothing.
+    other = pivot[None, :].to(x.dtype.element_ty)
+    centre = other.to(F)
+    VECTORS: tl.constexpr = OF_ONE if w is None else OF_TWO
+    nothing = add_vectors(tl.zeros([BN, BJ], F), FORM, VECTORS)
+    no_weight = add_vectors(tl.zeros([BN, 1 if FORM == ROWS else BJ], F), FORM, VECTORS)
+    wrong = add_vectors(tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32), FORM, VECTORS)
+    row, block = place(begin, blocks, FORM, BN)
+    for start in range(begin, end, SHORT // VECTORS):
+        s1 = nothing
+        s2 = nothing
+        s0 = no_weight
+        for _ in range(start, tl.minimum(start + SHORT // VECTORS, end)):
+            o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
+            row, block = following(row, block, blocks, FORM, BN)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
-            v = tl.load(x + at, ok, other=0).to(F)
-            b = tl.where(ok, v - pivot[None, :], 0.0)
+            b = tl.load(x + at, ok, other=other).to(F) - centre
             wb = b
             if w is not None:
                 c, is_wrong = weights(w, o, lane, ok, outer, length, e1, e2, e3,
                                        w0, w1, w2, w3, wl, F, FORM, OUTER, UNIT, WF)  # fmt: skip
                 wb = c * b
-                s0 += c
-                wrong |= is_wrong.to(tl.int32)
-            s1 += wb
-            s2 += wb * b
+                s0 += add_vectors(c, FORM, VECTORS)
+                wrong |= add_vectors(is_wrong.to(tl.int32), FORM, VECTORS)
+            s1 += add_vectors(wb, FORM, VECTORS)
+            s2 += add_vectors(wb * b, FORM, VECTORS)
         first += fold(s1, FORM).to(tl.float64)
         second += fold(s2, FORM).to(tl.float64)
         if w is not None:
             number += fold(s0, FORM).to(tl.float64)
-    p = pivot.to(tl.float64)
+    p = tl.reshape(centre, [1 if FORM == PLANES else BJ]).to(tl.float64)
     # In this order: the sum of squares is changed by the sum about the pivot.
     second += p * (2.0 * first + number * p)
     first += number * p
@@ -232,8 +248,10 @@ def normalize(
     centre = by_lane(centre, length, FORM, BC, BJ)
     factor = by_lane(scale.to(F), length, FORM, BC, BJ)
     term = by_lane(shift.to(F), length, FORM, BC, BJ)
-    for t in range(begin, end):
-        o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
+    row, block = place(begin, blocks, FORM, BN)
+    for _ in range(begin, end):
+        o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
+        row, block = following(row, block, blocks, FORM, BN)
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         to = offsets(o, lane, group, length, e1, e2, e3, y0, y1, y2, y3, yg, yl,
@@ -261,20 +279,22 @@ def backward_sums(
     centre = by_lane(rounded, length, FORM, BC, BJ)
     s = tl.zeros([1 if FORM == PLANES else BJ], tl.float64)
     q = s
-    STAGES: tl.constexpr = 4 if x.dtype.element_ty.primitive_bitwidth == 16 else 3
-    for start in range(begin, end, SHORT):
-        s1 = tl.zeros([BN, BJ], F)
-        s2 = tl.zeros([BN, BJ], F)
-        for t in tl.range(start, tl.minimum(start + SHORT, end), num_stages=STAGES):
-            o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
+    nothing = add_vectors(tl.zeros([BN, BJ], F), FORM, OF_TWO)
+    row, block = place(begin, blocks, FORM, BN)
+    for start in range(begin, end, SHORT // OF_TWO):
+        s1 = nothing
+        s2 = nothing
+        for _ in range(start, tl.minimum(start + SHORT // OF_TWO, end)):
+            o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
+            row, block = following(row, block, blocks, FORM, BN)
             at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                           FORM, OUTER, UNIT, BC, XF)  # fmt: skip
             of = offsets(o, lane, group, length, e1, e2, e3, g0, g1, g2, g3, gg, gl,
                           FORM, OUTER, UNIT, BC, GF)  # fmt: skip
             v = tl.load(x + at, ok, other=0).to(F)
             dy = tl.load(g + of, ok, other=0).to(F)
-            s1 += dy
-            s2 += dy * (v - centre)
+            s1 += add_vectors(dy, FORM, OF_TWO)
+            s2 += add_vectors(dy * (v - centre), FORM, OF_TWO)
         s += fold(s1, FORM).to(tl.float64)
         q += fold(s2, FORM).to(tl.float64)
     s = by_channel(s, length, FORM, BC, BJ)
@@ -328,8 +348,10 @@ def backward_input(
     factor = by_lane(scale.to(F), length, FORM, BC, BJ)
     constant = by_lane(a.to(F), length, FORM, BC, BJ)
     slope = by_lane(b.to(F), length, FORM, BC, BJ)
-    for t in range(begin, end):
-        o, lane, ok = cell(t, group, blocks, outer, limit, FORM, UNIT, BN, BJ)
+    row, block = place(begin, blocks, FORM, BN)
+    for _ in range(begin, end):
+        o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
+        row, block = following(row, block, blocks, FORM, BN)
         at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
                       FORM, OUTER, UNIT, BC, XF)  # fmt: skip
         of = offsets(o, lane, group, length, e1, e2, e3, g0, g1, g2, g3, gg, gl,

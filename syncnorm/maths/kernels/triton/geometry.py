@@ -33,16 +33,19 @@ class Work(NamedTuple):
     """How a kernel likes to be cut."""
 
     tile: int
-    """Elements of a tile for 4 warps, of 4 bytes or less."""
-    programs: int
-    """Programs that are at work at once on a multiprocessor."""
-    whole: int
-    """Channels of so few tiles are not split."""
+    """Elements of a tile for 4 warps, at most."""
+    tile_bytes: int
+    """Bytes of such a tile of one tensor, at most."""
+    programs: tuple[int, int, int]
+    """Programs of planes, runs and rows that a multiprocessor has registers for at once."""
+    least: int
+    """Elements of a program, where its channels have so many."""
 
 
-# A thread has 8 elements of a tile of sums, while several other tiles are on their way.
-SUMS = Work(tile=1024, programs=4, whole=16)
-ELEMENTWISE = Work(tile=2048, programs=8, whole=1)
+# A thread has four vectors of 16 bytes of a tile.
+SUMS_OF_ONE = Work(tile=4096, tile_bytes=8192, programs=(6, 4, 5), least=12288)
+SUMS_OF_TWO = Work(tile=2048, tile_bytes=4096, programs=(6, 4, 5), least=12288)
+ELEMENTWISE = Work(tile=2048, tile_bytes=8192, programs=(8, 7, 8), least=4096)
 
 
 class Plan(NamedTuple):
@@ -121,16 +124,14 @@ def _run_channels(channels: int, length: int, itemsize: int) -> int:
     return 1 if size >= _RUN_BYTES and count * size % _VECTOR_BYTES != 0 else count
 
 
-def _splits(groups: int, tiles: int, programs: int, whole: int) -> int:
+def _splits(groups: int, programs: int, most: int) -> int:
     """Programs for each group of channels: such that the last wave of programs is nearly full."""
-    if tiles <= whole:
-        return 1
     least = max(1, programs // groups)
 
     def fullness(splits: int) -> float:
         return groups * splits / (-(-groups * splits // programs) * programs)
 
-    return min(max(range(least, least + 4), key=fullness), -(-tiles // 2))
+    return max(1, min(max(range(least, least + 4), key=fullness), most))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -167,7 +168,7 @@ def plan(
     else:
         along = [1] * len(given)
     outer = math.prod(sizes)
-    tile = work.tile if itemsize < 8 else work.tile // 2
+    tile = min(work.tile, work.tile_bytes // itemsize)
     of_run = 1
     if not is_rows and outer > 1 and along[0] == 1 and across[0] == length:
         of_run = _run_channels(channels, length, itemsize)
@@ -201,7 +202,8 @@ def plan(
     units = [unit if is_flat else 1 for is_flat in flat]
     tiles = -(-outer // bn) * blocks
     groups = -(-channels // bc)
-    per = -(-tiles // _splits(groups, tiles, work.programs * processors, work.whole))
+    programs = work.programs[form] * processors
+    per = -(-tiles // _splits(groups, programs, tiles * bn * bj // work.least))
     splits = -(-tiles // per)
     farthest = max(
         math.prod(shape), *(sum(step * (n - 1) for step, n in zip(s, shape)) for s in given)

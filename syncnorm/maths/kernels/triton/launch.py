@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from syncnorm.maths.kernels.triton import channels, device
-from syncnorm.maths.kernels.triton.geometry import ELEMENTWISE, SUMS, Plan, Work, plan
+from syncnorm.maths.kernels.triton.geometry import (
+    ELEMENTWISE,
+    SUMS_OF_ONE,
+    SUMS_OF_TWO,
+    Plan,
+    Work,
+    plan,
+)
 
 # For tensors of the CPU, where Triton's interpreter runs one program after the other.
 _INTERPRETED = 1
@@ -88,7 +95,7 @@ def _combining(splits: int, channels: int) -> tuple[int, int, int]:
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    p = _plan(mask, SUMS, x)
+    p = _plan(mask, SUMS_OF_ONE if mask is None else SUMS_OF_TWO, x)
     if p is None:
         return moments(x.contiguous(), None if mask is None else mask.contiguous())
     of, c, splits = x.device, x.shape[1], p.splits
@@ -177,7 +184,7 @@ def backward_sums(
     weight_dtype: torch.dtype | None,
     bias_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    p = _plan(None, SUMS, x, g)
+    p = _plan(None, SUMS_OF_TWO, x, g)
     if p is None:
         return backward_sums(g.contiguous(), x.contiguous(), rows, weight_dtype, bias_dtype)
     of, c, splits = x.device, x.shape[1], p.splits

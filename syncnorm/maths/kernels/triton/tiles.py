@@ -31,23 +31,44 @@ def program(groups, per, tiles, WIDE: tl.constexpr):
 
 
 @triton.jit
+def place(t, blocks, FORM: tl.constexpr, BN: tl.constexpr):
+    """The first row of a tile, and its block of lanes."""
+    if FORM == PLANES:
+        row = t // blocks * BN
+        block = t % blocks
+    else:
+        row = t * BN
+        block = t * 0
+    return row, block
+
+
+@triton.jit
+def following(row, block, blocks, FORM: tl.constexpr, BN: tl.constexpr):
+    """The place of the next tile, without a division."""
+    if FORM == PLANES:
+        block += 1
+        row = tl.where(block == blocks, row + BN, row)
+        block = tl.where(block == blocks, 0, block)
+    else:
+        row += BN
+    return row, block
+
+
+@triton.jit
 def cell(
-    t, group, blocks, outer, limit,
+    row, block, group, outer, limit,
     FORM: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, BJ: tl.constexpr,
 ):  # fmt: skip
     """The outer indices (BN, 1) and lanes (1, BJ) of a tile, and where it is within the tensor."""
     # In as many bits as the group: a lane's stride may lead beyond 32 of them.
-    row = tl.arange(0, BN)[:, None].to(group.dtype)
+    o = row + tl.arange(0, BN)[:, None].to(group.dtype)
     lane = tl.arange(0, BJ)[None, :].to(group.dtype)
     end = limit * UNIT
     if FORM == ROWS:
         # The channels that are left: of the last group they may be fewer than its lanes.
         end -= group * BJ
     if FORM == PLANES:
-        o = t // blocks * BN + row
-        lane = t % blocks * BJ + lane
-    else:
-        o = t * BN + row
+        lane += block * BJ
     return o, lane, (o < outer) & (lane < end)
 
 
@@ -109,12 +130,26 @@ def weights(
 
 
 @triton.jit
+def add_vectors(v, FORM: tl.constexpr, VECTORS: tl.constexpr):
+    """A tile of which each thread has VECTORS vectors, with those added up, in the thread."""
+    BN: tl.constexpr = v.shape[0]
+    BJ: tl.constexpr = v.shape[1]
+    DOWN: tl.constexpr = VECTORS if BN >= VECTORS else BN
+    ALONG: tl.constexpr = VECTORS // DOWN
+    v = tl.sum(tl.reshape(v, [DOWN, BN // DOWN, BJ]), 0)
+    if FORM == PLANES and ALONG > 1 and BJ >= ALONG:
+        v = tl.sum(tl.reshape(v, [BN // DOWN, ALONG, BJ // ALONG]), 1)
+    return v
+
+
+@triton.jit
 def fold(acc, FORM: tl.constexpr):
     """The sum of a tile for each lane, (BJ,); for planes of the whole, (1,)."""
     if FORM == PLANES:
         total = tl.sum(tl.sum(acc, 1), 0, keep_dims=True)
     else:
-        total = tl.sum(acc, 0)
+        # A thread that has 8 lanes would keep the totals of all 8. This way it keeps one.
+        total = tl.gather(tl.sum(acc, 0), tl.arange(0, acc.shape[1]), 0)
     return total
 
 
