@@ -1,7 +1,6 @@
 """Observers of a call's operators rather than of its numbers: transforms, tracers, fake tensors.
 
-torch.compile and torch.export are not among them: code can ask whether it is being compiled (see
-`syncnorm.compiled`).
+torch.compile is not among them: code can ask whether it is being compiled (see `syncnorm.compiled`).
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from syncnorm.undocumented import (
     has_proxy_mode,
     has_transform,
     is_tracing,
+    traced_observer,
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -36,7 +36,10 @@ FAKE = "fake tensors"
 
 def observer(t: Tensor) -> str | None:
     """Name the observer of the operators on `t`, as errors do; None in an ordinary call."""
-    if torch.compiler.is_compiling() or not (
+    if torch.compiler.is_compiling():
+        # What is exported or transformed is the operators: the gradient has to be found in them.
+        return traced_observer()
+    if not (
         has_transform()
         or is_tracing()
         or count_dispatch_modes()

@@ -126,6 +126,24 @@ def plain_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 has_transform: Callable[[], bool] = torch._C._are_functorch_transforms_active
 """True within a transform of torch.func."""
 
+
+def traced_observer() -> str | None:
+    """What is given the operators of code that is being compiled or exported; None: the compiler.
+
+    Dynamo enters the transforms of torch.func while it traces what is within them, and guards on
+    them, so the answer is a constant of the graph.
+    """
+    if torch.compiler.is_exporting():
+        return "torch.export"
+    if has_transform():
+        return "a transform of torch.func"
+    return "forward-mode differentiation" if forward_mode_level() >= 0 else None
+
+
+# As torch.compiler.assume_constant_result, without its import of Dynamo, which would otherwise
+# answer for itself: in torch 2.11, that whatever it compiles is exported.
+traced_observer._dynamo_marked_constant = True  # pyright: ignore[reportFunctionMemberAccess]
+
 is_tracing: Callable[[], bool] = torch._C._is_tracing
 """True within torch.jit.trace."""
 

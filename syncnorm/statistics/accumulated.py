@@ -49,6 +49,7 @@ class Accumulating(Lent):
         self.total = None
         super().discard(layer)
 
+    @disable_dynamo
     def apply(self, layer: SyncNorm) -> None:
         """Have the running statistics follow all that was recorded."""
         if self.total is not None:

@@ -313,6 +313,7 @@ class LaggedSource(PooledSource):
         self.settle()
         return {**self.__dict__, "_averages": None}
 
+    @disable_dynamo
     def add_gradients(
         self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None, number: int
     ) -> None:
@@ -340,6 +341,7 @@ class LaggedSource(PooledSource):
         self._backward.expected += 1
         return self._backward
 
+    @disable_dynamo
     def _send_gradients(self) -> None:
         parts = dict(self._late)
         for name, sums in self._gradients.items():

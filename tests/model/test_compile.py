@@ -23,7 +23,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from syncnorm import RenormSchedule, SyncBatchNorm, SyncBatchRenorm, functional, prepare_ddp
+from syncnorm import (
+    RenormSchedule,
+    SyncBatchNorm,
+    SyncBatchRenorm,
+    accumulate,
+    functional,
+    prepare_ddp,
+)
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
@@ -46,7 +53,7 @@ SCHEDULE = RenormSchedule.constant(1.5, 0.5)
 KINDS = pytest.mark.parametrize("options", [{}, RENORM], ids=["norm", "renorm"])
 
 
-def _compiled(module: nn.Module, backend: Any = "aot_eager", fullgraph: bool = True) -> Any:
+def _compiled(module: Any, backend: Any = "aot_eager", fullgraph: bool = True) -> Any:
     torch._dynamo.reset()
     return torch.compile(module, fullgraph=fullgraph, backend=backend)
 
@@ -334,6 +341,39 @@ def _modes_that_break(sync: str, is_compiled: bool, kind: str) -> list[Tensor]:
 def test_modes_in_which_layers_act_together_run_beside_the_graph(pool, sync, kind):
     plain = pool(2).run(_modes_that_break, sync, False, kind)
     for got, expected in zip(pool(2).run(_modes_that_break, sync, True, kind), plain, strict=True):
+        for a, b in zip(got, expected, strict=True):
+            assert_close(a, b, torch.float64, sync)
+
+
+def _whole_steps(sync: str, is_compiled: bool, is_accumulated: bool) -> list[Tensor]:
+    torch.manual_seed(0)
+    layers = [SyncBatchNorm(CHANNELS, sync=sync), SyncBatchNorm(CHANNELS, sync=sync)]
+    model = prepare_ddp(nn.Sequential(layers[0], nn.Linear(CHANNELS, CHANNELS), layers[1]).double())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        if is_accumulated:
+            with accumulate(model):
+                for part in x.chunk(2):
+                    model(part).sin().sum().backward()
+        else:
+            model(x).sin().sum().backward()
+        optimizer.step()
+
+    run = _compiled(step, fullgraph=False) if is_compiled else step
+    for number in range(4):
+        run(_sample(4 + 2 * dist.get_rank(), 10 * number + dist.get_rank())[..., 0])
+    return [t.detach().clone() for t in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("is_accumulated", [False, True])
+@pytest.mark.parametrize("sync", ["running", "lagged"])
+def test_a_whole_step_may_be_compiled(pool, sync, is_accumulated):
+    """What the layers do together in a backward pass, and at a block's end, runs as it is."""
+    plain = pool(2).run(_whole_steps, sync, False, is_accumulated)
+    compiled = pool(2).run(_whole_steps, sync, True, is_accumulated)
+    for got, expected in zip(compiled, plain, strict=True):
         for a, b in zip(got, expected, strict=True):
             assert_close(a, b, torch.float64, sync)
 

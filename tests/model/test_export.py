@@ -74,6 +74,21 @@ def test_a_training_forward_is_exported_or_refused(sync, prepared):
     assert int(model[1].num_batches_tracked) > 0 or sync in ("running", "lagged")
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["", "strict"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_training_program_has_the_gradients_of_the_layer(kind, strict):
+    layer = KINDS[kind]("batch").double()
+    x, v = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    program = torch.export.export(copy.deepcopy(layer), (x,), strict=strict).module()
+    gradients = []
+    for module in (layer, program):
+        given = x.clone().requires_grad_()
+        inputs = [given, *module.parameters()]
+        gradients.append(torch.autograd.grad((module(given) * v).sum(), inputs))
+    for expected, got in zip(*gradients, strict=True):
+        assert_close(got, expected, torch.float64, "gradient")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_onnx_export_gives_a_batch_normalization_node(kind, tmp_path: Path):
     pytest.importorskip("onnxscript", reason="torch.onnx.export needs onnxscript")

@@ -7,6 +7,7 @@ they would not see.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -139,6 +140,27 @@ def test_transforms_of_a_layer_with_running_statistics_update_them(use):
         )
 
 
+COMPILED: dict[str, Callable[..., Any]] = {
+    "grad": lambda f, x, v: grad(lambda x: (f(x) * v).sum())(x),
+    "vjp": lambda f, x, v: vjp(f, x)[1](v)[0],
+    "jvp": lambda f, x, v: jvp(f, (x,), (v,))[1],
+    "grad of grad": lambda f, x, v: grad(
+        lambda x: (grad(lambda x: (f(x).pow(3) * v).sum())(x) * v).sum()
+    )(x),
+    "vmap of grad": lambda f, x, v: vmap(grad(lambda x: (f(x) * v).sum()))(torch.stack([x, v])),
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("use", COMPILED)
+def test_compiled_transforms_differentiate_what_they_do_uncompiled(use, training):
+    torch._dynamo.reset()
+    layers = [layer.train(training) for layer in pair(track_running_stats=False)]
+    expected = COMPILED[use](layers[0], sample(), sample(1))
+    run = torch.compile(functools.partial(COMPILED[use], layers[1]), backend="aot_eager")
+    assert_close(run(sample(), sample(1)), expected, torch.float64, use, factor=10)
+
+
 def test_buffers_that_are_arguments_are_updated_within_a_transform():
     expected, got = map(_of_parameters, pair())
     assert_close(got, expected, torch.float64, "gradients and buffers", factor=10)
@@ -203,6 +225,8 @@ def _refused(use: str, sync: str) -> tuple[str, list[str], list[float]]:
     tools = {
         "jit": lambda m: torch.jit.trace(m, sample(), check_trace=False)(sample()),
         "make_fx": lambda m: make_fx(m)(sample())(sample()),
+        "export": lambda m: torch.export.export(m, (sample(),)).module()(sample()),
+        "compiled grad": lambda m: torch.compile(grad(_loss(m)), backend="aot_eager")(sample()),
     }
     said, kinds, result = "", [], []
     with exchange.record() as exchanges, warnings.catch_warnings():
@@ -225,6 +249,8 @@ def _refused(use: str, sync: str) -> tuple[str, list[str], list[float]]:
         ("dual gradient", "forward-mode differentiation"),
         ("jit", "torch.jit.trace"),
         ("make_fx", "make_fx"),
+        ("export", "torch.export"),
+        ("compiled grad", "a transform of torch.func"),
     ],
 )
 def test_what_would_lose_an_exchange_is_refused_before_one_on_all_workers(pool, use, who):
