@@ -11,26 +11,18 @@ import pytest
 from syncnorm.bench import runner
 from syncnorm.bench.cases import cases
 from syncnorm.bench.report import CaseResult, Cut, Ratio, Report, Result
-from syncnorm.cli import main
+from tests.launch.commands import call
 
 ROOT = Path(__file__).parents[2]
 OURS = "tests.bench.layers"
-
-
-def _called(capfd, *arguments: str) -> tuple[int, str, str]:
-    try:
-        main(["bench", *arguments])
-    except SystemExit as exit:
-        return int(exit.code or 0), *capfd.readouterr()
-    raise AssertionError("the command did not exit")
 
 
 def test_figures_of_layers_on_two_workers(capfd, tmp_path):
     json, plot = tmp_path / "all.json", tmp_path / "all.svg"
     files = ["--output", str(json), "--plot", str(plot)]
     layers = ["--layer", f"{OURS}:Twice", "--layer", f"{OURS}:RaisesOnOne"]
-    status, out, err = _called(
-        capfd, "--case", "8x64x8x8", "--rounds", "2", "--seconds", "600", *files, *layers
+    status, out, err = call(
+        capfd, "bench", "--case", "8x64x8x8", "--rounds", "2", "--seconds", "600", *files, *layers
     )
     # One error, and the other layers have their figures.
     assert status == 1
@@ -75,12 +67,12 @@ def test_figures_of_compiled_layers_and_of_a_model(capfd, tmp_path):
     json = tmp_path / "all.json"
     which = ["--case", "8x64x8x8", "--case", "resnet18", "--batch", "2"]
     options = ["--rounds", "1", "--seconds", "1800", "--output", str(json)]
-    status, _, err = _called(capfd, *which, *options)
+    status, _, err = call(capfd, "bench", *which, *options)
     assert status == 0, err
     (model,) = [c for c in Report.model_validate_json(json.read_text()).cases if c.kind == "model"]
     messages = {result.layer: result.messages for result in model.results}
     assert messages["sync=batch"] == 40
-    status, _, err = _called(capfd, "--case", "8x64x8x8", "--compile", *options)
+    status, _, err = call(capfd, "bench", "--case", "8x64x8x8", "--compile", *options)
     assert status == 0, err
     for case in Report.model_validate_json(json.read_text()).cases:
         assert sum(result.compiled for result in case.results) == 5
@@ -111,7 +103,7 @@ def test_what_there_is_no_time_for_is_told(monkeypatch):
 def test_bad_arguments_are_status_2_and_start_nothing(capfd, monkeypatch, arguments, message):
     monkeypatch.setattr(runner, "RankPool", None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    status, out, err = _called(capfd, *arguments)
+    status, out, err = call(capfd, "bench", *arguments)
     assert (status, out) == (2, "")
     assert message in err
 
@@ -119,7 +111,7 @@ def test_bad_arguments_are_status_2_and_start_nothing(capfd, monkeypatch, argume
 def test_a_plot_without_matplotlib_says_how_to_install_it(capfd, monkeypatch):
     monkeypatch.setattr(runner, "RankPool", None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    status, _, err = _called(capfd, "--plot", "plot.svg")
+    status, _, err = call(capfd, "bench", "--plot", "plot.svg")
     assert status == 2
     assert "pip install 'syncnorm[report]'" in err
 
@@ -131,7 +123,7 @@ def test_compiling_without_a_compiler_is_refused(capfd, monkeypatch):
         raise RuntimeError("no compiler found")
 
     monkeypatch.setattr("torch.compile", broken)
-    status, _, err = _called(capfd, "--compile")
+    status, _, err = call(capfd, "bench", "--compile")
     assert status == 2
     assert "`--compile` needs what torch.compile works with, got RuntimeError: no compiler" in err
 

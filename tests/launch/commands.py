@@ -8,8 +8,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import pytest
+
+from syncnorm.cli import main
 from tests.launch.forked import Forked
 
 SYNCNORM = [sys.executable, "-m", "syncnorm"]
@@ -60,6 +63,21 @@ def started(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+class Called(NamedTuple):
+    """What came of a command."""
+
+    status: int
+    out: str
+    err: str
+
+
+def call(capture: Any, *arguments: object) -> Called:
+    """Run a command in this process, under `capsys` or `capfd`."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(each) for each in arguments])
+    return Called(int(caught.value.code or 0), *capture.readouterr())
 
 
 def run(

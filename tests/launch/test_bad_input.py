@@ -99,10 +99,9 @@ def in_empty_folder(tmp_path, monkeypatch):
 )
 def test_bad_input(arguments, message, in_empty_folder, capsys):
     (in_empty_folder / "taken").write_text("a file")
-    with pytest.raises(SystemExit) as caught:
-        main(["train", *arguments])
-    assert caught.value.code == 2
-    out, err = capsys.readouterr()
+    called = commands.call(capsys, "train", *arguments)
+    assert called.status == 2
+    _, out, err = called
     assert out == ""
     assert err.startswith("syncnorm: ")
     assert message in err
@@ -161,22 +160,19 @@ def code_here(in_empty_folder, monkeypatch):
 
 
 def test_a_dry_run_finds_code_here_and_tells_a_bug_in_a_line(code_here, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "mine.yaml", "--dry-run", "--allow", "lying_here"])
-    assert caught.value.code == 1
-    assert capsys.readouterr().err == (
+    called = commands.call(capsys, "train", "mine.yaml", "--dry-run", "--allow", "lying_here")
+    assert called.status == 1
+    assert called.err == (
         "syncnorm: worker 0 failed: AttributeError: 'NoneType' object has no attribute 'parent' "
         f"({code_here / 'lying_here.py'}, line 2, in load)\n"
     )
 
 
 def test_verify_finds_code_here(code_here, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["verify", "--layer", "lying_here:LIMIT"])
-    assert caught.value.code == 2
+    called = commands.call(capsys, "verify", "--layer", "lying_here:LIMIT")
+    assert called.status == 2
     assert (
-        "`--layer` must name a class of torch.nn.Module, got 'lying_here:LIMIT': 3."
-        in capsys.readouterr().err
+        "`--layer` must name a class of torch.nn.Module, got 'lying_here:LIMIT': 3." in called.err
     )
 
 
@@ -288,21 +284,18 @@ def refuse_apart(folder: str, resume: str | None) -> str:
     [["train"], ["train", "train.lr=1"], ["tarin", "digits"], ["train", "digits", "--epochs", "3"]],
 )
 def test_wrong_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 2
-    assert "Usage" in capsys.readouterr().err
+    called = commands.call(capsys, *arguments)
+    assert called.status == 2
+    assert "Usage" in called.err
 
 
 def test_half_an_environment(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "digits"])
-    assert caught.value.code == 2
+    called = commands.call(capsys, "train", "digits")
+    assert called.status == 2
     assert (
-        "environment variable WORLD_SIZE must be a number where RANK is set, got ''"
-        in capsys.readouterr().err
+        "environment variable WORLD_SIZE must be a number where RANK is set, got ''" in called.err
     )
 
 

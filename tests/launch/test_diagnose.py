@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 
-from syncnorm.cli import main
 from syncnorm.train.config.file import load_config
 from syncnorm.train.report.diagnosis import render
 from tests.launch import commands
+from tests.launch.commands import call
 from tests.launch.test_report_browser import CHROMIUM, browse
 from tests.launch.test_use import make
 from tests.train.report_page import Page
@@ -33,18 +33,11 @@ def run(made, tmp_path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "digits"))
 
 
-def command(capfd, *arguments: object) -> tuple[int, list[str], str]:
-    with pytest.raises(SystemExit) as caught:
-        main(["diagnose", *map(str, arguments)])
-    out, err = capfd.readouterr()
-    return int(caught.value.code or 0), out.splitlines(), err
-
-
 def test_a_page_and_numbers_beside_an_unchanged_run(run, capfd):
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    status, out, err = command(capfd, run, "--batches", 1)
+    status, out, err = call(capfd, "diagnose", run, "--batches", 1)
     assert status == 0
-    assert out == ["- nothing stands out", str(run / "diagnosis.html")]
+    assert out.splitlines() == ["- nothing stands out", str(run / "diagnosis.html")]
     assert err.startswith("about ")
     assert "the loss around the weights" in err
     added = {run / "diagnosis.html", run / "diagnosis.json"}
@@ -84,9 +77,11 @@ def test_workers_of_its_own_find_the_same(run):
     ],
 )
 def test_bad_input_is_one_line(run, capfd, options, message):
-    status, out, err = command(capfd, *(run if each == "RUN" else each for each in options))
+    status, out, err = call(
+        capfd, "diagnose", *(run if each == "RUN" else each for each in options)
+    )
     assert status == 2
-    assert out == []
+    assert out == ""
     assert message in err.splitlines()[-1]
     assert not (run / "diagnosis.json").exists()
 
@@ -112,7 +107,7 @@ def _found(**changes: Any) -> dict[str, Any]:
 def test_a_run_that_cannot_be_written_to_is_refused_at_once(run, capfd):
     # For root, permissions do not say no.
     with mock.patch.object(os, "access", return_value=False):
-        status, _, err = command(capfd, run)
+        status, _, err = call(capfd, "diagnose", run)
     assert status == 2
     assert "must be writable, for diagnosis.json" in err.splitlines()[-1]
 

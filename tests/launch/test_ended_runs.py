@@ -11,7 +11,6 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from syncnorm.cli import main
 from syncnorm.run.folder import find_relaunched
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
@@ -183,10 +182,9 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on_on_another_number_of_worke
     assert load_config(str(run / "config.yaml")).train.epochs == 4
 
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "digits", "train.lr=0.2", "--resume", str(run)])
-    assert caught.value.code == 2
-    assert "which differs: train.lr: 0.1 there, 0.2 here. Only " in capsys.readouterr().err
+    called = commands.call(capsys, "train", "digits", "train.lr=0.2", "--resume", str(run))
+    assert called.status == 2
+    assert "which differs: train.lr: 0.1 there, 0.2 here. Only " in called.err
 
 
 def test_a_second_signal_ends_at_once(tmp_path):

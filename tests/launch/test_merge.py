@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import syncnorm
-from syncnorm.cli import main
 from syncnorm.merge import interpolate, match_weights
 from syncnorm.run.folder import write_config
 from syncnorm.train.config.file import load_config
 from tests.launch import commands
+from tests.launch.commands import call
 from tests.train import runs
 
 
@@ -39,17 +39,10 @@ def made(pool, tmp_path_factory) -> list[Path]:
     return folders
 
 
-def command(capfd, *arguments: object) -> tuple[int, list[str], str]:
-    with pytest.raises(SystemExit) as caught:
-        main([str(each) for each in arguments])
-    out, err = capfd.readouterr()
-    return int(caught.value.code or 0), out.splitlines(), err
-
-
-def _accuracies(lines: list[str]) -> list[float]:
+def _accuracies(out: str) -> list[float]:
     (found,) = (
         re.fullmatch(r"test accuracy ([\d.]+) % and ([\d.]+) %, merged ([\d.]+) %", line)
-        for line in lines
+        for line in out.splitlines()
         if "accuracy" in line
     )
     assert found is not None
@@ -59,10 +52,10 @@ def _accuracies(lines: list[str]) -> list[float]:
 def test_a_merged_run_is_a_run(made, tmp_path, capfd):
     a, b, _ = made
     output = tmp_path / "merged"
-    status, lines, err = command(capfd, "merge", a, b, "-o", output, "--alpha", "0.25")
+    status, out, err = call(capfd, "merge", a, b, "-o", output, "--alpha", "0.25")
     assert (status, err) == (0, "")
-    assert lines[-1] == str(output)
-    first, second, merged = _accuracies(lines)
+    assert out.splitlines()[-1] == str(output)
+    first, second, merged = _accuracies(out)
     assert min(first, second) > 80
 
     networks = [syncnorm.load(each).network for each in (a, b, output)]
@@ -72,9 +65,9 @@ def test_a_merged_run_is_a_run(made, tmp_path, capfd):
     differing = {name for name, value in got.items() if not torch.equal(value, expected[name])}
     assert differing == {name for name in got if "running" in name}
 
-    status, lines, err = command(capfd, "evaluate", output, "--json")
+    status, out, err = call(capfd, "evaluate", output, "--json")
     assert (status, err) == (0, "")
-    assert 100 * json.loads(lines[0])["metrics"]["accuracy"] == pytest.approx(merged, abs=0.006)
+    assert 100 * json.loads(out)["metrics"]["accuracy"] == pytest.approx(merged, abs=0.006)
 
     resumed = commands.run([*commands.SYNCNORM, "train", "--resume", str(output)], tmp_path)
     assert resumed.returncode == 2
@@ -83,12 +76,12 @@ def test_a_merged_run_is_a_run(made, tmp_path, capfd):
 
 def test_on_two_workers_without_matching(made, tmp_path, capfd):
     a, b, _ = made
-    status, lines, _ = command(capfd, "merge", a, b, "-o", tmp_path / "one", "--no-match")
+    status, out, _ = call(capfd, "merge", a, b, "-o", tmp_path / "one", "--no-match")
     assert status == 0
     words = ["-m", "syncnorm", "merge", a, b, "-o", tmp_path / "two", "--no-match"]
     done = commands.run([*commands.TORCHRUN, *map(str, words)], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert _accuracies(done.stdout.splitlines()) == _accuracies(lines)
+    assert _accuracies(done.stdout) == _accuracies(out)
     one, two = (syncnorm.load(tmp_path / name).network.state_dict() for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6)
@@ -96,9 +89,9 @@ def test_on_two_workers_without_matching(made, tmp_path, capfd):
 
 def test_a_run_merged_with_itself_stays_what_it_is(made, tmp_path, capfd):
     output = tmp_path / "merged"
-    status, lines, _ = command(capfd, "merge", made[0], made[0], "-o", output)
+    status, out, _ = call(capfd, "merge", made[0], made[0], "-o", output)
     assert status == 0
-    first, second, merged = _accuracies(lines)
+    first, second, merged = _accuracies(out)
     assert first == second
     assert abs(merged - first) < 5
 
@@ -109,8 +102,8 @@ def test_a_disk_without_room_leaves_nothing(made, tmp_path, capfd):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 14, before[1]))
     try:
-        failed, _, merging = command(capfd, "merge", made[0], made[1], "-o", merged)
-        exporting = [command(capfd, "export", made[0], "-o", each) for each in exported]
+        failed, _, merging = call(capfd, "merge", made[0], made[1], "-o", merged)
+        exporting = [call(capfd, "export", made[0], "-o", each) for each in exported]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert failed == 1
@@ -138,7 +131,7 @@ def test_bad_input(made, tmp_path, capfd):
         (a, tmp_path / "y", "-o", tmp_path / "x"): "has no config.yaml",
     }
     for arguments, message in refused.items():
-        status, _, err = command(capfd, "merge", *arguments)
+        status, _, err = call(capfd, "merge", *arguments)
         assert status == 2
         assert message in err
     assert not (tmp_path / "x").exists()

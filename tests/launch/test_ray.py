@@ -5,7 +5,6 @@ import os
 import re
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -15,10 +14,10 @@ pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[r
 
 from ray.job_submission import JobSubmissionClient
 
-from syncnorm.cli import main
 from syncnorm.run.folder import write_config
 from syncnorm.train.config.file import load_config
 from tests.launch import commands, record
+from tests.launch.commands import Called
 from tests.launch.ray_cluster import PATIENCE_SECONDS, wait_until
 from tests.train.runs import events
 
@@ -35,15 +34,6 @@ def undisturbed(tmp_path_factory) -> tuple[Path, CompletedProcess[str]]:
     folder = tmp_path_factory.mktemp("undisturbed")
     done = commands.run([*commands.SYNCNORM, "train", *LONGER], folder)
     return record.run_folder(folder, done), done
-
-
-@dataclass(frozen=True)
-class Called:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture
@@ -63,9 +53,7 @@ def call(cluster, tmp_path, monkeypatch, capfd) -> Callable[..., Called]:
         ):
             monkeypatch.setenv(name, "")  # so that it is put back whatever the command does
             monkeypatch.delenv(name)
-        with pytest.raises(SystemExit) as caught:
-            main([*arguments, "--address", cluster.address])
-        return Called(int(caught.value.code or 0), *capfd.readouterr())
+        return commands.call(capfd, *arguments, "--address", cluster.address)
 
     return run
 
@@ -85,7 +73,7 @@ def last_step(run: Path) -> int:
 
 def jobs(call) -> dict[str, dict]:
     listed = call("list", "--json")
-    assert listed.code == 0, listed.err
+    assert listed.status == 0, listed.err
     return {job["submission_id"]: job for job in json.loads(listed.out)}
 
 
@@ -114,7 +102,7 @@ def test_two_jobs_at_once_of_which_one_fails(cluster, call, tmp_path):
     (tmp_path / "mine.py").write_text(BREAKS)
     fails = ["model.name=mine:net", "--allow", "mine"]
     submitted = call("submit", *SHORT, "launch.workers=2", "--id", "one", "--no-wait", "--json")
-    assert submitted.code == 0, submitted.err
+    assert submitted.status == 0, submitted.err
     assert json.loads(submitted.out)["folder"] == str(tmp_path / "runs" / "one")
     failed = call("submit", *SHORT, *fails, "launch.workers=2", "--id", "mine")
     done = call("logs", "--follow", "one")
@@ -129,7 +117,7 @@ def test_two_jobs_at_once_of_which_one_fails(cluster, call, tmp_path):
     assert "test accuracy" in call("logs", "one").out
     # What is done stays done, and what it said before is not said again.
     again = call("submit", *SHORT, "launch.workers=2", "--id", "one")
-    assert again.code == 0
+    assert again.status == 0
     begin, *_, accuracy, folder = again.out.splitlines()
     assert begin == "done already, after step 12; --id NEW runs it again"
     assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
@@ -141,7 +129,7 @@ def check_as_on_one_machine(done: Called, folder: Path) -> None:
     """The job `one` is the run that two workers of one machine make."""
     alone = commands.run([*commands.SYNCNORM, "train", *SHORT], folder)
     run = folder / "runs" / "one"
-    assert done.code == 0, done.err
+    assert done.status == 0, done.err
     *_, accuracy, last = done.out.splitlines()
     assert re.fullmatch(r"test accuracy \d\d\.\d\d %", accuracy)
     assert last == str(run)
@@ -155,7 +143,7 @@ def check_as_on_one_machine(done: Called, folder: Path) -> None:
 
 def check_failure(done: Called, run: Path) -> None:
     """It is told once, by the worker that failed, and not tried again: it would fail again."""
-    assert (done.code, done.out) == (1, "")
+    assert (done.status, done.out) == (1, "")
     assert (
         done.err.splitlines()[-1]
         == f"syncnorm: worker 1 failed: RuntimeError: no forward on rank 1; {run}/traceback.txt"
@@ -169,7 +157,7 @@ def check_failure(done: Called, run: Path) -> None:
 
 def test_a_sweep_of_two_trials_names_the_best(call, tmp_path):
     done = call("sweep", *SHORT, "data.validation=0.2", "train.lr=0.05,1e-6")
-    assert done.code == 0, done.err
+    assert done.status == 0, done.err
     folder = Path(done.out.splitlines()[-1])
     assert folder.parent == tmp_path / "runs"
     record = json.loads((folder / "sweep.json").read_text())
@@ -207,7 +195,7 @@ def by_id(cluster, *ids):
 def test_a_bad_configuration_starts_nothing(call, tmp_path, arguments, message):
     before = jobs(call)
     done = call("submit", *arguments)
-    assert (done.code, done.out) == (2, "")
+    assert (done.status, done.out) == (2, "")
     assert done.err.startswith("syncnorm: ")
     assert message in done.err
     assert jobs(call) == before
@@ -217,13 +205,13 @@ def test_a_bad_configuration_starts_nothing(call, tmp_path, arguments, message):
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])
 def test_an_unknown_job_is_named(call, command):
     done = call(command, "nobody")
-    assert (done.code, done.out) == (2, "")
+    assert (done.status, done.out) == (2, "")
     assert done.err.startswith("syncnorm: no job 'nobody' on this cluster.")
 
 
 def test_too_many_workers_are_refused_with_the_numbers(call):
     done = call("submit", *SHORT, "launch.workers=5", "--id", "crowd")
-    assert (done.code, done.out) == (2, "")
+    assert (done.status, done.out) == (2, "")
     message = (
         "syncnorm: `launch.workers` must be at most 4 on this cluster, which has 4 CPUs and 0 GPUs "
         "on 2 node(s), "
@@ -239,7 +227,7 @@ def test_another_configuration_of_the_same_name_is_not_sent(call, tmp_path):
     write_config(load_config("digits", []), run)
     before = jobs(call)
     done = call("submit", "digits", "train.lr=0.3", "--id", "mine")
-    assert (done.code, done.out) == (2, "")
+    assert (done.status, done.out) == (2, "")
     message = "`--id` must be a new name, or that of a run of the same configuration, got 'mine': "
     assert message in done.err
     assert "train.lr" in done.err
@@ -249,7 +237,7 @@ def test_another_configuration_of_the_same_name_is_not_sent(call, tmp_path):
 def test_killed_stopped_and_gone_on_with_the_run_is_the_same(cluster, call, tmp_path, undisturbed):
     submit = ["submit", *LONGER, "launch.workers=2", "--id", "disturbed"]
     run = tmp_path / "runs" / "disturbed"
-    assert call(*submit, "--no-wait").code == 0
+    assert call(*submit, "--no-wait").status == 0
     with (
         cluster.started(*submit, folder=tmp_path) as detached,
         cluster.started(*submit, folder=tmp_path) as follower,
@@ -267,7 +255,7 @@ def test_killed_stopped_and_gone_on_with_the_run_is_the_same(cluster, call, tmp_
     note = json.loads((run / "exit.json").read_text())
     assert (note["status"], note["exit_code"]) == ("stopped", 75)
     assert note["step"] < 184
-    assert stopped.code == 0
+    assert stopped.status == 0
     assert f"stopped after step {note['step']}, saved." in stopped.err
     assert follower.returncode == 75, err
     assert detached.returncode == 0
@@ -275,7 +263,7 @@ def test_killed_stopped_and_gone_on_with_the_run_is_the_same(cluster, call, tmp_
     assert jobs(call)["disturbed"]["exit_code"] == 75
 
     done = call(*submit)
-    assert done.code == 0, done.err
+    assert done.status == 0, done.err
     first, again, last = (event["step"] for event in events(run, "start"))
     assert first == 0 < 10 <= again <= last == note["step"]
     assert curve(run) == curve(undisturbed[0])

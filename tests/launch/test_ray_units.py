@@ -19,7 +19,6 @@ from ray.train.v2._internal.execution.context import TrainContext, set_train_con
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from syncnorm.cli import main
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit
@@ -36,6 +35,7 @@ from syncnorm.run.ray.job import STOP, Job, check_folder, make_job, prepare_fold
 from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, RayWatch
 from syncnorm.train.config.file import load_config
+from tests.launch import commands
 from tests.launch.ray_cluster import free_port, wait_until
 
 SMALL = {"CPU": 2.0, "memory": 1e9}
@@ -141,10 +141,9 @@ def test_a_cluster_whose_agent_did_not_come_up(clean):
 
 def test_nobody_answers(clean, capsys):
     address = f"http://127.0.0.1:{free_port()}"
-    with pytest.raises(SystemExit) as caught:
-        main(["list", "--address", address])
-    assert caught.value.code == 1
-    assert capsys.readouterr().err.startswith(f"syncnorm: no Ray cluster answers at {address} (")
+    called = commands.call(capsys, "list", "--address", address)
+    assert called.status == 1
+    assert called.err.startswith(f"syncnorm: no Ray cluster answers at {address} (")
 
 
 def test_the_environment_gives_address_and_token(clean, tmp_path):
@@ -165,11 +164,10 @@ def test_the_environment_gives_address_and_token(clean, tmp_path):
 
 def test_a_token_file_that_is_not_there(clean, tmp_path, capsys):
     clean.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
-    with pytest.raises(SystemExit) as caught:
-        main(["list"])
-    assert caught.value.code == 2
+    called = commands.call(capsys, "list")
+    assert called.status == 2
     message = f"syncnorm: RAY_AUTH_TOKEN_PATH must name a file, got {str(tmp_path / 'token')!r}\n"
-    assert capsys.readouterr().err == message
+    assert called.err == message
 
 
 def test_the_same_training_is_the_same_job(tmp_path, monkeypatch):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from syncnorm.cli import main
 from syncnorm.train.checkpoint.snapshot import Snapshot
 from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.launch import commands
@@ -42,10 +41,9 @@ def running(snapshot: Snapshot, prefix: str = "", name: str = "model") -> dict[s
 
 
 def test_a_new_checkpoint_beside_the_old_one(run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(run)])
-    assert not caught.value.code
-    accuracy, loss, last = capsys.readouterr().out.splitlines()
+    called = commands.call(capsys, "recalibrate", str(run))
+    assert called.status == 0
+    accuracy, loss, last = called.out.splitlines()
     assert accuracy.startswith("test accuracy ")
     assert loss.startswith("test loss ")
     assert Path(last) == run / "recalibrated" / "step-00000012"
@@ -75,10 +73,9 @@ def test_a_new_checkpoint_beside_the_old_one(run, tmp_path, capsys):
 
 def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, monkeypatch, capsys):
     monkeypatch.setattr("syncnorm.run.recalibrate.os.access", lambda path, mode: False)
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(run)])
-    assert caught.value.code == 2
-    assert "must be writable, for the new checkpoint" in capsys.readouterr().err
+    called = commands.call(capsys, "recalibrate", str(run))
+    assert called.status == 2
+    assert "must be writable, for the new checkpoint" in called.err
 
 
 @pytest.mark.parametrize(
@@ -90,10 +87,9 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_work(run, monkeyp
 )
 def test_bad_input(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", *arguments])
-    assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    called = commands.call(capsys, "recalibrate", *arguments)
+    assert called.status == 2
+    assert message in called.err
 
 
 def test_code_of_a_package_that_is_allowed(run, tmp_path, capsys):
@@ -101,20 +97,16 @@ def test_code_of_a_package_that_is_allowed(run, tmp_path, capsys):
     shutil.copytree(run, folder)
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("digits_resnet", "tests.train.nets:same_net"))
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(folder), "--allow", "tests"])
-    assert not caught.value.code
-    assert capsys.readouterr().out.splitlines()[-1] == str(
-        folder / "recalibrated" / "step-00000012"
-    )
+    called = commands.call(capsys, "recalibrate", str(folder), "--allow", "tests")
+    assert called.status == 0
+    assert called.out.splitlines()[-1] == str(folder / "recalibrated" / "step-00000012")
 
     (folder / "config.yaml").write_text(
         text.replace("name: digits\n", "name: tests.train.nets:fails\n")
     )
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(folder), "--allow", "tests"])
-    assert caught.value.code == 1
-    err = capsys.readouterr().err
+    called = commands.call(capsys, "recalibrate", str(folder), "--allow", "tests")
+    assert called.status == 1
+    err = called.err
     assert err.startswith("syncnorm: worker 0 failed: IndexError: index 7 is out of bounds")
     assert re.search(r"\(.*/nets.py, line \d+, in fails\)\n$", err)
     assert err.count("\n") == 1
@@ -127,9 +119,8 @@ def test_what_was_recalibrated_last_is_the_recalibrated_one(run, tmp_path, capsy
     later = CheckpointStore(folder / "recalibrated").write(
         replace(newest(folder / "checkpoints"), step=99)
     )
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(folder)])
-    assert not caught.value.code
+    called = commands.call(capsys, "recalibrate", str(folder))
+    assert called.status == 0
     (found,) = (path for path in later.parent.iterdir() if path.name.startswith("step-"))
     assert found == later.with_name("step-00000012")
 
@@ -171,10 +162,9 @@ def test_a_run_that_is_none(spoil, message, run, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(run, folder)
     spoil(folder)
-    with pytest.raises(SystemExit) as caught:
-        main(["recalibrate", str(folder)])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
+    called = commands.call(capsys, "recalibrate", str(folder))
+    assert called.status == 2
+    err = called.err
     assert message in err
     assert err.count("\n") == 1
     assert newest(run / "checkpoints").step == 12

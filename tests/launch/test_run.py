@@ -12,7 +12,6 @@ from subprocess import CompletedProcess
 
 import pytest
 
-from syncnorm.cli import main
 from syncnorm.run.ending import read_exit
 from syncnorm.train.checkpoint.store import CheckpointStore
 from syncnorm.train.config.file import load_config
@@ -173,10 +172,9 @@ def test_a_callable_needs_permission(tmp_path, monkeypatch, capsys):
         "train: {epochs: 1, global_batch: 500, lr: 0.1}\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        main(["train", "mine.yaml"])
-    assert caught.value.code == 2
-    err = capsys.readouterr().err
+    called = commands.call(capsys, "train", "mine.yaml")
+    assert called.status == 2
+    err = called.err
     assert "`model.name`" in err
     assert "--allow mine" in err
     assert not (tmp_path / "runs").exists()

@@ -26,7 +26,6 @@ from PIL import Image
 from torch import nn
 
 import syncnorm
-from syncnorm.cli import main
 from syncnorm.errors import ConfigError, InputError
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import write_config
@@ -43,6 +42,7 @@ from syncnorm.train.finished.predict import predict
 from syncnorm.train.metrics import last_step
 from syncnorm.train.models import MODELS
 from tests.launch import commands
+from tests.launch.commands import call
 from tests.train import runs
 
 TEST = digits(None).test
@@ -87,14 +87,6 @@ def images(tmp_path_factory) -> Path:
     return folder
 
 
-def command(capfd, *arguments: object) -> tuple[int, str, str]:
-    """Run a command in this process; its status, output and errors."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(each) for each in arguments])
-    out, err = capfd.readouterr()
-    return int(caught.value.code or 0), out, err
-
-
 def accuracy(outputs: Any) -> float:
     classes = torch.as_tensor(outputs).argmax(1)
     return int((classes == TEST.labels).sum()) / len(TEST)
@@ -123,7 +115,7 @@ def test_a_loaded_model_takes_raw_images(name, made):
 @pytest.mark.parametrize("name", RUNS)
 def test_evaluate_gives_the_runs_metrics(name, made, capfd):
     folder, metrics = made[name]
-    status, out, err = command(capfd, "evaluate", folder, "--json")
+    status, out, err = call(capfd, "evaluate", folder, "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
     assert found["metrics"] == pytest.approx(metrics, rel=1e-12)
@@ -144,7 +136,7 @@ def test_evaluate_on_several_workers_and_on_other_data(made, tmp_path, capfd):
     # Other data are standardised as the run's own: the same test set beside other training images.
     other = "data.name=tests.launch.test_use:other_digits"
     options = ["--data", other.removeprefix("data."), "--allow", "tests", "--json"]
-    status, out, err = command(capfd, "evaluate", folder, *options)
+    status, out, err = call(capfd, "evaluate", folder, *options)
     assert status == 0, err
     assert json.loads(out)["metrics"]["accuracy"] == metrics["accuracy"]
 
@@ -185,7 +177,7 @@ def test_one_that_fails_then_has_its_steps(made, pool, tmp_path):
 def test_other_data_on_another_scale_are_told_of(made, capfd, monkeypatch, factor):
     monkeypatch.setattr(sys.modules[__name__], "FACTOR", factor)
     data = ["--data", "name=tests.launch.test_use:scaled_digits", "--allow", "tests"]
-    status, _, err = command(capfd, "evaluate", made["norm"].folder, *data)
+    status, _, err = call(capfd, "evaluate", made["norm"].folder, *data)
     assert status == 0
     assert err.startswith("syncnorm: --data: by the run's mean and std its samples have a mean of ")
     assert err.endswith("are its numbers on another scale?\n")
@@ -236,14 +228,14 @@ def test_other_data_may_be_mappings(pool, tmp_path, capfd):
     )
     folder, metrics = make(pool, tmp_path / "run", config)
     other = ["--data", "options.seed=5", "--allow", "tests", "--json"]
-    status, out, err = command(capfd, "evaluate", folder, *other)
+    status, out, err = call(capfd, "evaluate", folder, *other)
     assert (status, err) == (0, "")
     assert json.loads(out)["metrics"] == pytest.approx(metrics)
 
 
 def test_other_data_have_no_more_classes_than_the_run(made, capfd):
     data = ["--data", "name=tests.launch.test_use:digits_of_12_classes", "--allow", "tests"]
-    status, _, err = command(capfd, "evaluate", made["norm"].folder, *data)
+    status, _, err = call(capfd, "evaluate", made["norm"].folder, *data)
     assert (status, err) == (2, "syncnorm: `--data` must have the run's 10 classes, got 12\n")
 
 
@@ -261,7 +253,7 @@ def leaving(root):
 
 def test_code_that_ends_the_program_is_no_success(made, tmp_path, capfd):
     data = ["--data", "name=tests.launch.test_use:leaving", "--allow", "tests"]
-    status, out, err = command(capfd, "evaluate", made["norm"].folder, *data)
+    status, out, err = call(capfd, "evaluate", made["norm"].folder, *data)
     assert (status, out) == (1, "")
     assert err.startswith("syncnorm: worker 0 failed: SystemExit: 0 (")
     whole = [*commands.SYNCNORM, "evaluate", str(made["norm"].folder), *data, "--workers", "2"]
@@ -275,7 +267,7 @@ def test_evaluate_by_other_statistics(made, tmp_path, capfd):
     losses = {"running": metrics["loss"]}
     for statistics in ("batch", "mix:0.7", "prior:16"):
         options = ["evaluate", str(folder), "--json", "--statistics", statistics]
-        status, out, err = command(capfd, *options)
+        status, out, err = call(capfd, *options)
         assert (status, err) == (0, "")
         found = json.loads(out)["metrics"]
         losses[statistics] = found["loss"]
@@ -294,7 +286,7 @@ def test_statistics_of_the_batch_mend_other_light(made, capfd):
     other = ["--data", "name=tests.launch.test_use:dim_digits", "--allow", "tests", "--json"]
     accuracies = {}
     for statistics in ("running", "mix:0.5", "batch"):
-        status, out, err = command(capfd, "evaluate", folder, "--statistics", statistics, *other)
+        status, out, err = call(capfd, "evaluate", folder, "--statistics", statistics, *other)
         assert status == 0, err
         accuracies[statistics] = json.loads(out)["metrics"]["accuracy"]
     assert metrics["accuracy"] > 0.9
@@ -326,7 +318,7 @@ def test_predictions_of_files_and_arrays_are_as_accurate(name, made, images, tmp
     folder, metrics = made[name]
     out = tmp_path / "out.csv"
     files = [images, images / "x.npy"]
-    assert command(capfd, "predict", folder, *files, "-o", out, "--top", "2")[0] == 0
+    assert call(capfd, "predict", folder, *files, "-o", out, "--top", "2")[0] == 0
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     for some in (rows[:360], rows[360:]):
@@ -345,7 +337,7 @@ def test_names_that_are_no_text_are_written_by_numbers(made, images, tmp_path, c
     odd.parent.mkdir()
     shutil.copy(images / "0" / "003.png", odd)
     for name in ("out.jsonl", "out.csv"):
-        status, _, err = command(capfd, "predict", made["norm"].folder, odd.parent, "-o", name)
+        status, _, err = call(capfd, "predict", made["norm"].folder, odd.parent, "-o", name)
         assert status == 0, err
     row = json.loads(Path("out.jsonl").read_text())
     assert row["file"] == str(odd)
@@ -354,7 +346,7 @@ def test_names_that_are_no_text_are_written_by_numbers(made, images, tmp_path, c
     assert row["file"] == str(odd).replace("\udce9", "\\udce9")
     narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", narrow)
-    assert command(capfd, "predict", made["norm"].folder, odd)[0] == 0
+    assert call(capfd, "predict", made["norm"].folder, odd)[0] == 0
     assert json.loads(narrow.buffer.getvalue())["file"] == str(odd)
 
 
@@ -367,7 +359,7 @@ def test_a_file_that_is_no_image_stops_no_other(made, images, tmp_path, capfd):
     good = images / "0" / "003.png"
     names = ("text.png", "empty", "rows.npy", "none.jpg", "none.npy", "none.npz")
     bad = [tmp_path / name for name in names]
-    status, out, err = command(capfd, "predict", made["norm"].folder, *bad, good, "--top", 3)
+    status, out, err = call(capfd, "predict", made["norm"].folder, *bad, good, "--top", 3)
     assert status == 1
     row = json.loads(out)
     assert row["file"] == str(good)
@@ -396,7 +388,7 @@ def test_numbers_of_another_type_than_the_training_data_are_refused(
 ):
     path = tmp_path / "x.npy"
     np.save(path, array)
-    status, out, err = command(capfd, "predict", made["norm"].folder, path)
+    status, out, err = call(capfd, "predict", made["norm"].folder, path)
     assert (status, out) == (1, "")
     assert err.splitlines() == [
         f"syncnorm: {path}: must be (N, 1, 8, 8) of uint8, as the training data are stored, got torch.{got}",
@@ -404,7 +396,7 @@ def test_numbers_of_another_type_than_the_training_data_are_refused(
     ]
     # A whole number is as good as another, if it is a byte's.
     np.save(path, TEST.images[:3].numpy().astype(int))
-    assert command(capfd, "predict", made["norm"].folder, path)[0] == 0
+    assert call(capfd, "predict", made["norm"].folder, path)[0] == 0
 
 
 def test_numbers_on_another_scale_are_told_of(made, tmp_path, capfd):
@@ -412,7 +404,7 @@ def test_numbers_on_another_scale_are_told_of(made, tmp_path, capfd):
     folder = made["norm"].folder
     for name in ("a.png", "b.png"):
         Image.fromarray(TEST.images[3, 0].numpy() * 15).save(tmp_path / name)
-    status, out, err = command(capfd, "predict", folder, tmp_path)
+    status, out, err = call(capfd, "predict", folder, tmp_path)
     assert (status, len(out.splitlines())) == (0, 2)
     (line,) = err.splitlines()
     where = f"syncnorm: {tmp_path}/a.png: the mean of its pixels is "
@@ -451,22 +443,22 @@ def test_a_file_is_what_it_was_until_all_is_predicted(
 
     with monkeypatch.context() as patch:
         patch.setattr("syncnorm.run.predict.predict", fail)
-        status, _, err = command(capfd, "predict", made["norm"].folder, some, "-o", output)
+        status, _, err = call(capfd, "predict", made["norm"].folder, some, "-o", output)
     assert (status, "no more memory" in err) == (1, True)
     assert {each.name: each.read_text() for each in tmp_path.glob("*out*")} == {
         output.name: "of an earlier one"
     }
     broken = tmp_path / "broken.png"
     broken.write_text("no image")
-    assert command(capfd, "predict", made["norm"].folder, broken, "-o", output)[0] == 1
+    assert call(capfd, "predict", made["norm"].folder, broken, "-o", output)[0] == 1
     assert output.read_text() == "of an earlier one"
-    assert command(capfd, "predict", made["norm"].folder, some, "-o", output)[0] == 0
+    assert call(capfd, "predict", made["norm"].folder, some, "-o", output)[0] == 0
     assert output.read_bytes() != b"of an earlier one"
     assert len(list(tmp_path.glob("*out*"))) == 1
     (tmp_path / f"folder.{suffix}").mkdir()
     for bad, why in (("nowhere/out", "No such file or directory"), ("folder", "Is a directory")):
         name = tmp_path / f"{bad}.{suffix}"
-        status, _, err = command(capfd, "predict", made["norm"].folder, some, "-o", name)
+        status, _, err = call(capfd, "predict", made["norm"].folder, some, "-o", name)
         assert (status, err) == (
             2,
             f"syncnorm: `--output` must be writable, got {str(name)!r}: {why}\n",
@@ -482,7 +474,7 @@ def test_outputs_that_are_no_numbers_are_no_prediction(made, tmp_path, capfd, mo
 
     monkeypatch.setattr("syncnorm.run.predict.predict", second_is_nan)
     np.save(tmp_path / "x.npy", TEST.images[:3].numpy())
-    status, out, err = command(capfd, "predict", made["norm"].folder, tmp_path / "x.npy")
+    status, out, err = call(capfd, "predict", made["norm"].folder, tmp_path / "x.npy")
     assert status == 1
     assert [json.loads(line)["index"] for line in out.splitlines()] == [0, 2]
     # Libraries may have something to say, too.
@@ -491,7 +483,7 @@ def test_outputs_that_are_no_numbers_are_no_prediction(made, tmp_path, capfd, mo
     assert line.startswith(f"syncnorm: {tmp_path / 'x.npy'}, sample 1: must have outputs that are")
     assert last == "syncnorm: 1 of the files or samples could not be predicted"
     output = tmp_path / "out.npz"
-    assert command(capfd, "predict", made["norm"].folder, tmp_path / "x.npy", "-o", output)[0] == 0
+    assert call(capfd, "predict", made["norm"].folder, tmp_path / "x.npy", "-o", output)[0] == 0
     assert np.isnan(np.load(output)["outputs"]).any(1).tolist() == [False, True, False]
 
 
@@ -509,7 +501,7 @@ def test_a_metric_that_is_no_number_is_written_as_json_has_it(made, tmp_path, ca
     }
     shutil.rmtree(path)
     store.write(replace(snapshot, tensors={**snapshot.tensors, "model": model}))
-    status, out, err = command(capfd, "evaluate", folder, "--json")
+    status, out, err = call(capfd, "evaluate", folder, "--json")
     assert status == 0, err
     assert json.loads(out, parse_constant=pytest.fail)["metrics"]["loss"] == "nan"
 
@@ -566,7 +558,7 @@ def test_a_program_runs_without_syncnorm(suffix, made, tmp_path, capfd, request)
     np.save(tmp_path / "y.npy", TEST.labels.numpy())
     for name, (folder, _) in made.items():
         path = tmp_path / f"{name}.{suffix}"
-        assert command(capfd, "export", folder, "-o", path) == (0, f"{path}\n", "")
+        assert call(capfd, "export", folder, "-o", path) == (0, f"{path}\n", "")
     names = [f"{name}.{suffix}" for name in RUNS]
     done = commands.run([sys.executable, "-c", STRANGER, ".", *names], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -582,7 +574,7 @@ def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, onnx, tmp_path, 
     path = tmp_path / "new" / "model.onnx"
     (path.parent / ".tmp-model.onnx" / "of an export that was killed").mkdir(parents=True)
     path.write_bytes(b"of an earlier one")
-    assert command(capfd, "export", made["norm"].folder, "-o", path) == (0, f"{path}\n", "")
+    assert call(capfd, "export", made["norm"].folder, "-o", path) == (0, f"{path}\n", "")
     assert {each.name for each in path.parent.iterdir()} == {"model.onnx", "model.onnx.data"}
     # Opens the file that it names.
     assert onnx.load(path).graph.initializer[0].raw_data
@@ -591,7 +583,7 @@ def test_weights_too_large_for_an_onnx_file_lie_beside_it(made, onnx, tmp_path, 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx", "safetensors"])
 def test_an_export_makes_no_folder(suffix, made, tmp_path, capfd):
     path = tmp_path / "nowhere" / f"model.{suffix}"
-    assert command(capfd, "export", made["norm"].folder, "-o", path) == (
+    assert call(capfd, "export", made["norm"].folder, "-o", path) == (
         2,
         "",
         f"syncnorm: `--output` must be a file that can be written, got {str(path)!r}: No such file or "
@@ -603,7 +595,7 @@ def test_an_export_makes_no_folder(suffix, made, tmp_path, capfd):
 @pytest.mark.parametrize("name", RUNS)
 def test_exported_weights_fit_plain_batch_norms(name, made, tmp_path, capfd):
     path = tmp_path / "model.safetensors"
-    assert command(capfd, "export", made[name].folder, "-o", path)[0] == 0
+    assert call(capfd, "export", made[name].folder, "-o", path)[0] == 0
     plain = MODELS["digits_resnet"](in_channels=1, num_classes=10, norm_layer=nn.BatchNorm2d)
     plain.load_state_dict(safetensors.torch.load_file(path))
     with safetensors.safe_open(path, "pt") as file:  # pyright: ignore[reportAttributeAccessIssue]
@@ -656,7 +648,7 @@ def test_a_run_that_is_none(spoil, message, made, images, tmp_path, capfd):
         ["predict", folder, images / "x.npy"],
         ["export", folder, "-o", tmp_path / "model.safetensors"],
     ):
-        status, out, err = command(capfd, *arguments)
+        status, out, err = call(capfd, *arguments)
         assert (status, out) == (2, "")
         assert message in err
         assert err.count("\n") == 1
@@ -693,7 +685,7 @@ def test_several_workers_do_not_write_the_same(arguments, made, tmp_path, monkey
 def test_bad_input(arguments, message, made, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     words = [made["norm"].folder if word == "RUN" else word for word in arguments]
-    status, out, err = command(capfd, *words)
+    status, out, err = call(capfd, *words)
     assert (status, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
@@ -711,7 +703,7 @@ def test_the_page_works_as_it_stands(made, images, tmp_path, monkeypatch, capfd)
     for line in lines:
         # Others start processes of their own, or need a package more; each has its test.
         if "--workers" not in line and not line.endswith((".onnx", ".pt2")):
-            status, out, err = command(capfd, *shlex.split(line))
+            status, out, err = call(capfd, *shlex.split(line))
             assert (status, err) == (0, ""), line
             assert out or "-o" in line
     assert len(Path("predictions.csv").read_text().splitlines()) == 101

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from syncnorm.cli import main
 from syncnorm.verify.checks import all_checks
 from tests.launch import commands
+from tests.launch.commands import call
 
 # A launched process finds the tests' layers there.
 HERE = {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -25,14 +25,10 @@ LAUNCHED = {
 }
 
 
-def _called(capfd, *arguments: str) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as caught:
-        main(["verify", *arguments])
-    return int(caught.value.code or 0), *capfd.readouterr()
-
-
 def test_the_command_prints_lines_and_says_by_its_status_what_came_of_it(capfd):
-    status, out, err = _called(capfd, "--workers", "1", "--layer", "tests.verify.layers:OneProcess")
+    status, out, err = call(
+        capfd, "verify", "--workers", "1", "--layer", "tests.verify.layers:OneProcess"
+    )
     assert status == 1
     lines = [line.rstrip() for line in out.splitlines()]
     assert any(re.fullmatch(r"passed +equal-shards +outputs, .*", line) for line in lines)
@@ -56,8 +52,8 @@ def test_the_command_prints_lines_and_says_by_its_status_what_came_of_it(capfd):
 
 
 def test_json_is_one_object_on_standard_output(capfd):
-    status, out, err = _called(
-        capfd, "--workers", "1", "--json", "--layer", "syncnorm:SyncBatchNorm"
+    status, out, err = call(
+        capfd, "verify", "--workers", "1", "--json", "--layer", "syncnorm:SyncBatchNorm"
     )
     found = json.loads(out)
     assert (status, err) == (0, "")
@@ -101,7 +97,7 @@ def test_json_is_one_object_on_standard_output(capfd):
     ids=str,
 )
 def test_bad_arguments_are_status_2(capfd, arguments, message):
-    status, out, err = _called(capfd, *arguments)
+    status, out, err = call(capfd, "verify", *arguments)
     assert (status, out) == (2, "")
     assert message in err
 
@@ -151,6 +147,6 @@ def test_under_torchrun_what_the_other_rank_does_not_answer_is_told(tmp_path):
 def test_under_a_launcher_the_number_of_workers_is_the_launchers(capfd, monkeypatch):
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
-    status, out, err = _called(capfd, "--workers", "2")
+    status, out, err = call(capfd, "verify", "--workers", "2")
     assert (status, out) == (2, "")
     assert "`--workers` must be left to the launcher, which started 2, got 2" in err
