@@ -104,15 +104,6 @@ def _central_differences(f, x: torch.Tensor, step: float = 1e-5) -> torch.Tensor
     return gradient
 
 
-@pytest.mark.parametrize(
-    "options", [{"bounds": (2.0, 1.0)}, {"bounds": (2.0, 1.0), "affine": False}], ids=str
-)
-def test_no_further_message(pool, options):
-    batch = Batch.random((6, 5, 4), torch.float32)
-    for outcomes in run_steps(pool(3), [batch], (1, 0, 5), options):
-        assert outcomes[0].exchanges == [("moments", 2 * 5 + 2), ("gradients", 2 * 5 + 2)]
-
-
 def _under_ddp(x: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     layer = SyncBatchRenorm(3, schedule=RenormSchedule.constant(2.0, 1.0), dtype=torch.float64)

@@ -12,10 +12,11 @@ from tests.distributed.steps import Batch, check_against_oracle, run_steps, trai
 
 
 @pytest.mark.parametrize("sizes", [(3, 3), (6, 0), (1, 2, 3), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("bounds", [{}, {"bounds": (2.0, 1.0)}], ids=["norm", "renorm"])
 @pytest.mark.parametrize("options", [{}, {"affine": False}], ids=str)
-def test_one_exchange_forward_and_one_backward(pool, sizes, options):
+def test_one_exchange_forward_and_one_backward(pool, sizes, options, bounds):
     batch = Batch.random((sum(sizes), 5, 4, 4), torch.float32)
-    for outcomes in run_steps(pool(len(sizes)), [batch], sizes, options):
+    for outcomes in run_steps(pool(len(sizes)), [batch], sizes, options | bounds):
         assert outcomes[0].exchanges == [("moments", 2 * 5 + 2), ("gradients", 2 * 5 + 2)]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from syncnorm import convert, join, prepare_ddp, revert, scale_loss
-from syncnorm.family import MABN, OnlineNorm, PowerNorm, UnifiedNorm
+from syncnorm.family import MABN, L1BatchNorm, OnlineNorm, PowerNorm, UnifiedNorm
 from syncnorm.testing import shard
 
 STEPS = 8
@@ -21,6 +21,7 @@ NORMS: dict[str, Callable[[int], nn.Module]] = {
     "mabn": partial(MABN, window=2, warmup=3, renorm_after=4),
     "unified": partial(UnifiedNorm, window=2, warmup=3, lagged=True),
     "online": OnlineNorm,
+    "l1": L1BatchNorm,
 }
 
 

@@ -19,7 +19,6 @@ from syncnorm import (
     convert,
     explain,
     frozen_statistics,
-    join,
     prepare_ddp,
     revert,
     scale_loss,
@@ -386,24 +385,6 @@ def test_workers_with_other_layers_are_told(pool):
     first, second = pool(2).run(with_other_variant)
     assert first == second
     assert "must have the same layers" in first
-
-
-def joined(count: int) -> dict[str, Tensor]:
-    """Train on `count` batches, fewer than another worker's, perhaps."""
-    model = DistributedDataParallel(prepare_ddp(network(L1BatchNorm)))
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with join(model, optimizer):
-        for _ in range(count):
-            optimizer.zero_grad()
-            scale_loss(model(batch(2)).square().mean(), 2).backward()
-            optimizer.step()
-    return dict(model.module.state_dict())
-
-
-def test_join_takes_the_family_along(pool):
-    first, second = pool(2).run_each(joined, [(3,), (1,)])
-    assert all(torch.equal(first[key], second[key]) for key in first)
-    assert int(first["1.num_batches_tracked"]) == 3
 
 
 @pytest.mark.parametrize("is_reentrant", [True, False])

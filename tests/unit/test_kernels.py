@@ -247,7 +247,7 @@ def test_blocks_cover_every_element_once():
         )
 
 
-def test_the_aten_operator_means_what_aten_py_takes_it_to_mean():
+def test_atens_operator_means_what_the_kernels_of_a_cpu_take_it_to_mean():
     """native_batch_norm_backward in evaluation mode: (sum g (x - mean) / std, sum g).
 
     Not a documented function.
