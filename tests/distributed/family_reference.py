@@ -16,6 +16,11 @@ from torch import Tensor
 from syncnorm.reference import affine, channels, moments, standardised
 
 
+def close(got: Tensor, expected: Tensor) -> None:
+    """The tolerance of float64."""
+    torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
+
+
 def evo_norm(
     x: Tensor, state: dict[str, Tensor], variant: str, eps: float, momentum: float
 ) -> Tensor:

@@ -17,6 +17,7 @@ from syncnorm.errors import FaultError, InputError
 from syncnorm.family import BalancedBatchNorm, EvoNorm, momentum_at, tasks_of
 from syncnorm.testing import shard
 from tests.distributed import family_reference as reference
+from tests.distributed.family_reference import close
 
 CHANNELS, TASKS = 3, 4
 
@@ -59,10 +60,6 @@ def test_the_term_of_the_loss_equals_the_whole_batch(pool, sizes):
     close(sum(r["weight"] for r in by_rank), grads[2])
     assert (grads[1][[0, 1, 3]] != 0).all()
     assert grads[1][2] == 0, "a task that is not there learns nothing"
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 def network() -> nn.Sequential:

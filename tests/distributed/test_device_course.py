@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from syncnorm import (
     RenormSchedule,
@@ -25,6 +24,7 @@ from syncnorm.testing import assert_close
 from tests.as_device import as_device, call_as_device
 from tests.covering import covering
 from tests.distributed.steps import Batch, check_against_oracle, train_step
+from tests.model.parts import Checkpointed
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: list[dict[str, Any]] = [
@@ -87,7 +87,7 @@ def _course(sync: str, is_renorm: bool, way: str) -> list[Tensor]:
         for _ in range(2)
     ]
     body = nn.Sequential(layers[0], nn.ReLU(), layers[1])
-    model = prepare_ddp(_Checkpointed(body) if way == "checkpointed" else body)
+    model = prepare_ddp(Checkpointed(body) if way == "checkpointed" else body)
     ddp = DistributedDataParallel(model)
     seen = []
     for step in range(3):
@@ -111,15 +111,6 @@ def _course(sync: str, is_renorm: bool, way: str) -> list[Tensor]:
     figures = [v for f in figures.values() for v in f.values() if v is not None]
     seen.append(torch.tensor(figures, dtype=torch.float64))
     return [*seen, *(b.double() for b in model.state_dict().values())]
-
-
-class _Checkpointed(nn.Module):
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.body, x, use_reentrant=False)
 
 
 @pytest.mark.parametrize("is_renorm", [False, True], ids=["norm", "renorm"])

@@ -33,6 +33,7 @@ from syncnorm.family import (
 from syncnorm.testing import shard
 from tests.distributed import family_reference as reference
 from tests.distributed import planted_averages, planted_family
+from tests.distributed.family_reference import close
 
 # Beyond the steps in which averages begin.
 STEPS = 12
@@ -286,10 +287,6 @@ def test_the_regions_of_a_soft_mask_in_a_half_type_make_a_whole(dtype):
     soft = (mask * torch.linspace(0.1, 0.9, mask.numel()).view_as(mask)).to(dtype)
     layer = RegionNorm(CHANNELS).double()
     close(layer(x, soft), layer(x, soft.double()))
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if METHODS[name].is_derivative])

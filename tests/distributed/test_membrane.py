@@ -13,6 +13,7 @@ from syncnorm.errors import ExchangeError
 from syncnorm.family import MembranePotentialBatchNorm
 from syncnorm.testing import shard
 from tests.distributed import family_reference as reference
+from tests.distributed.family_reference import close
 
 CHANNELS, TIMES = 3, 4
 
@@ -72,10 +73,6 @@ def test_time_steps_equal_the_whole_batch(pool, sizes):
         close(each["state"]["running_var"], state["running_var"])
         assert each["state"]["num_batches_tracked"] == TIMES
         assert each["sent"] == ["moments"] * TIMES + ["gradients"] * TIMES
-
-
-def close(got: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(got, expected.detach(), rtol=1e-10, atol=1e-10)
 
 
 def other_times(rank: int) -> str:

@@ -15,6 +15,13 @@ from torch.nn.utils import parametrize
 from syncnorm.train.models import MODELS, Bottleneck, ResNet
 
 
+class OwnForward(nn.BatchNorm2d):
+    """A subclass that evaluates in a way of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
 class Tied(nn.Module):
     """One batch norm under two names."""
 

@@ -44,7 +44,7 @@ from tests.distributed.steps import (
     oracle_steps,
     parameters,
 )
-from tests.model.parts import selective_contexts
+from tests.model.parts import Checkpointed, selective_contexts
 from tests.operators import Operators
 
 CHANNELS = 3
@@ -390,20 +390,11 @@ def test_checkpointing_a_compiled_layer_updates_once(how):
     )
 
 
-class _Checkpointed(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.layer, x, use_reentrant=False)
-
-
 @pytest.mark.parametrize("how", ["inside", "outside", "selective"])
 def test_checkpointing_a_compiled_renormalisation_is_an_error(how):
     """It would see running statistics that have moved, and be wrong without a word."""
     layer = SyncBatchRenorm(CHANNELS, schedule=SCHEDULE, sync="none", dtype=torch.float64)
-    compiled = _compiled(_Checkpointed(layer) if how == "inside" else layer)
+    compiled = _compiled(Checkpointed(layer) if how == "inside" else layer)
     x = _sample(4).requires_grad_()
     options = {"context_fn": partial(selective_contexts, True)} if how == "selective" else {}
     y = compiled(x) if how == "inside" else checkpoint(compiled, x, use_reentrant=False, **options)

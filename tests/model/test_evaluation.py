@@ -41,6 +41,7 @@ from syncnorm.family import (
 from syncnorm.family.layer import FamilyLayer
 from syncnorm.model import mixed
 from syncnorm.testing import assert_close, shard
+from tests.model.foreign import OwnForward
 from tests.model.parts import HomeMade, selective_contexts, state_of
 
 C = 3
@@ -527,11 +528,6 @@ class Unknown(FamilyLayer):
 
     def evaluate(self, x: Tensor) -> Tensor:
         return x / 2
-
-
-class OwnForward(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 2
 
 
 @pytest.mark.parametrize(

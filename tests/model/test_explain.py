@@ -29,13 +29,9 @@ from syncnorm import (
 from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.model.explain import mean_ratio
+from tests.model.foreign import OwnForward
 
 COTANGENT = torch.randn(6, 4, generator=torch.Generator().manual_seed(8))
-
-
-class OwnForward(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(input) * 2
 
 
 def test_one_row_for_each_normalisation_layer():

@@ -53,7 +53,7 @@ def sample(seed: int = 0) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _weights(y: Tensor) -> Tensor:
+def weights(y: Tensor) -> Tensor:
     return torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
 
 
@@ -179,7 +179,7 @@ def test_a_trace_is_that_of_torchs_layer_for_any_batch_size(training, track):
         loaded = torch.jit.load(file)
         x = torch.cat([sample(), 3 * sample(1)]).requires_grad_()
         y = loaded(x)
-        y.backward(_weights(y))
+        y.backward(weights(y))
         results.append([y, x.grad, loaded.weight.grad, *dict(loaded.named_buffers()).values()])
     for expected, got in zip(*results, strict=True):
         assert_close(got, expected, torch.float64, "traced", factor=10)

@@ -26,13 +26,9 @@ from syncnorm.comm import exchange
 from syncnorm.errors import InputError
 from syncnorm.testing import assert_close
 from tests import ways
-from tests.model.test_tools import CHANNELS, KINDS, SHAPE, pair, sample
+from tests.model.test_tools import CHANNELS, KINDS, SHAPE, pair, sample, weights
 
 NUMBER = 4 * CHANNELS * 3
-
-
-def _weights(y: Tensor) -> Tensor:
-    return torch.linspace(-1, 2, y.numel(), dtype=torch.float64).view(y.shape)
 
 
 def _batched(m: nn.Module, create_graph: bool = False) -> Tensor:
@@ -40,7 +36,7 @@ def _batched(m: nn.Module, create_graph: bool = False) -> Tensor:
     y = m(x).pow(2)
     cotangents = torch.eye(NUMBER, dtype=torch.float64).view(NUMBER, *SHAPE)[::5]
     (dx,) = torch.autograd.grad(y, x, cotangents, is_grads_batched=True, create_graph=create_graph)
-    return torch.autograd.grad((dx.pow(2) * _weights(dx)).sum(), x)[0] if create_graph else dx
+    return torch.autograd.grad((dx.pow(2) * weights(dx)).sum(), x)[0] if create_graph else dx
 
 
 def _vmapped_backward(m: nn.Module) -> Tensor:
@@ -76,18 +72,18 @@ def _of_parameters(m: nn.Module) -> Tensor:
 
     def loss(parameters: Any, buffers: Any) -> tuple[Tensor, Any]:
         y = functional_call(m, (parameters, buffers), (sample(),))
-        return (y.pow(2) * _weights(y)).sum(), buffers
+        return (y.pow(2) * weights(y)).sum(), buffers
 
     grads, buffers = grad(loss, has_aux=True)(parameters, buffers)
     return torch.cat([*grads.values(), *(b.double().flatten() for b in buffers.values())])
 
 
 def _loss(m: nn.Module) -> Callable[[Tensor], Tensor]:
-    return lambda x: (m(x).pow(3) * _weights(x)).sum()
+    return lambda x: (m(x).pow(3) * weights(x)).sum()
 
 
 def _product(x: Tensor, derivative: Tensor) -> Tensor:
-    return (derivative.pow(2) * _weights(x)).sum()
+    return (derivative.pow(2) * weights(x)).sum()
 
 
 USES: dict[str, Callable[[nn.Module], Tensor]] = {

@@ -12,11 +12,6 @@ from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import NEW, OLD, assert_equal, make_snapshot, names
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints")
-
-
 def test_a_run_whose_folder_is_gone_does_not_come_back_in_part(tmp_path):
     store = CheckpointStore(tmp_path / "gone" / "checkpoints")
     with pytest.raises(FileNotFoundError):

@@ -47,11 +47,6 @@ def gate(monkeypatch):
     gate.is_open.set()
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints")
-
-
 def test_it_writes_what_was_while_training_goes_on(store, gate):
     saver = BackgroundSaver(store)
     snapshot = make_snapshot()

@@ -15,7 +15,6 @@ import torch
 from syncnorm.errors import InputError
 from syncnorm.train.checkpoint.capture import Progress
 from syncnorm.train.checkpoint.snapshot import Snapshot
-from syncnorm.train.checkpoint.store import CheckpointStore
 from tests.train.snapshots import assert_equal, make_snapshot, names
 
 DTYPES = [
@@ -27,11 +26,6 @@ DTYPES = [
     torch.uint8,
     torch.bool,
 ]
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints")
 
 
 def test_what_lies_on_disk(store):

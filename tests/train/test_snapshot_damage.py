@@ -19,11 +19,6 @@ from tests.train.snapshots import assert_equal, make_snapshot, names
 SEED = 20
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(tmp_path / "checkpoints")
-
-
 def check_refused(store: CheckpointStore, path: Path, message: str) -> None:
     """`path` is refused with `message`, and the newest good one is another."""
     with pytest.raises(CheckpointError, match=re.escape(message)) as caught:
