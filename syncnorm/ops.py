@@ -258,12 +258,8 @@ def _is_alone(process_group: groups.Spec | groups.GroupHandle) -> bool:
     """True if there is nobody to pool with. No group is made, since one worker may ask alone."""
     if not groups.is_shared():
         return True
-    return (
-        groups.least_size(
-            groups.to_handle(process_group), len(groups.ranks(groups.existing_group(None)))
-        )
-        == 1
-    )
+    world_size = len(groups.ranks(groups.existing_group(None)))
+    return groups.least_size(groups.to_handle(process_group), world_size) == 1
 
 
 def local_statistic(local: LocalSums, name: str) -> Statistic:

@@ -24,6 +24,7 @@ from syncnorm.comm import exchange, hosts, naming, rules
 from syncnorm.comm.handles import (
     GivenGroup,
     GroupHandle,
+    NamedGroup,
     NotMember,
     Spec,
     existing_group,
@@ -126,7 +127,7 @@ def statistics_group(process_group: Spec | GroupHandle = None) -> Group | None:
     """
     if torch.compiler.is_compiling():
         # Of another type, since it is only passed on to `exchange.sum_`.
-        return to_name(process_group)  # pyright: ignore[reportReturnType]
+        return NamedGroup(to_name(process_group))  # pyright: ignore[reportReturnType]
     handle = None if process_group is None else to_handle(process_group)
     world = dist.group.WORLD
     if world is None:

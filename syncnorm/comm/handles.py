@@ -148,12 +148,8 @@ class NamedGroup(NamedTuple):
     name: str
 
 
-def to_name(process_group: Spec | GroupHandle) -> NamedGroup:
+def to_name(process_group: Spec | GroupHandle) -> str:
     """Return the name of a group, mesh, rule or handle; `of_name` reads it."""
-    return NamedGroup(_name(process_group))
-
-
-def _name(process_group: Spec | GroupHandle) -> str:
     if process_group is None:
         return ""
     if isinstance(process_group, GivenGroup):

@@ -56,7 +56,7 @@ class Placed:
                 before._remove(model)
         self = cls(sampler, layers)
         if self._groups is not None:
-            self._groups.attach(model)
+            self._groups.steps.attach(model)
         # Before the hooks that delimit the steps.
         self._handles.append(model.register_forward_pre_hook(self._before, prepend=True))
         if has_stand_ins:

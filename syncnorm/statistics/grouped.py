@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from syncnorm import ops
 from syncnorm.comm import groups
@@ -36,10 +36,6 @@ class StatisticGroups(RunningSource):
         super().__init__(layers)
         self._over: groups.Group | None = None
         self._parts: list[int] = []
-
-    def attach(self, model: nn.Module) -> None:
-        """Have the forwards of `model` delimit the steps."""
-        self._steps.attach(model)
 
     def place(self, over: groups.Group | None, parts: Sequence[int]) -> None:
         """Say what the statistics of the next forwards are taken over.

@@ -435,7 +435,7 @@ def _attach_statistic_groups(config: Config, model: nn.Module) -> StatisticGroup
     if not config.is_grouped or not layers:
         return None
     statistic_groups = StatisticGroups(layers)
-    statistic_groups.attach(model)
+    statistic_groups.steps.attach(model)
     return statistic_groups
 
 

@@ -35,7 +35,7 @@ def _model() -> tuple[nn.Module, StatisticGroups]:
         layer.weight.copy_(torch.linspace(0.5, 2, 4))
     model = prepare_ddp(nn.Sequential(layer))
     grouped = StatisticGroups({"0": layer})
-    grouped.attach(model)
+    grouped.steps.attach(model)
     return model, grouped
 
 
@@ -158,7 +158,7 @@ def test_sync_batch_norm_layers_take_parts_too():
     layer = SyncBatchNorm(4, dtype=torch.float64)
     model = prepare_ddp(nn.Sequential(layer))
     grouped = StatisticGroups({"0": layer})
-    grouped.attach(model)
+    grouped.steps.attach(model)
     grouped.place(None, [2, 3])
     x = uneven_batch(5, 0)
     expected = torch.cat([reference.batch_norm(part) for part in x.split([2, 3])])

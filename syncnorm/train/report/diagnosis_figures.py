@@ -71,7 +71,10 @@ def by_layer(
         axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=None))
     _rows(axes, layers)
     if len(series) > 1:
-        _legend(figure, len(series))
+        count = len(series)
+        figure.legend(
+            loc="outside upper left", ncols=count, frameon=False, fontsize=8, handlelength=1
+        )
     return to_svg(figure, key, f"{title}: a row for each of {rows} layers.")
 
 
@@ -79,10 +82,6 @@ def _rows(axes: Axes, layers: Sequence[str]) -> None:
     axes.grid(True, axis="both")
     axes.set_ylim(len(layers) - 0.5, -0.5)
     axes.set_yticks(range(len(layers)), [shorten(plain(name), 22) for name in layers], fontsize=8)
-
-
-def _legend(figure: Figure, count: int) -> None:
-    figure.legend(loc="outside upper left", ncols=count, frameon=False, fontsize=8, handlelength=1)
 
 
 def along_gradient(found: Mapping[str, Any]) -> Markup | None:
