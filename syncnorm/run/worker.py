@@ -186,15 +186,10 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
         # A run that is refused before it goes on stays as it was, in its store, too.
         is_refused = isinstance(error, ConfigError) and not has_begun
         if workers.is_first and not is_refused:
-            code = 2 if isinstance(error, ConfigError) else 1
-            reason = in_one_line(error)
-            with suppress(OSError):  # a full disk, which may be what the error is of
-                # A resumed run that fails early has not read its checkpoint.
-                step = max(progress.step, last_step(folder / "metrics.jsonl"))
-                Exit("failed", reason, step, code).write(folder)
-        if mirror is not None and not is_refused and (folder / "metrics.jsonl").exists():
-            mirror.close()
-            mirror.is_over(_LAST_COPY_SECONDS)
+            _record_failure(error, folder, progress)
+            if mirror is not None and (folder / "metrics.jsonl").exists():
+                mirror.close()
+                mirror.is_over(_LAST_COPY_SECONDS)
         raise
     if workers.is_first:
         _exit_record(outcome).write(folder)
@@ -202,6 +197,15 @@ def train_in(folder: Path, request: RunRequest, workers: Workers, watch: Watch) 
         _write_page(folder, workers, watch)
     _finish_copy(mirror, folder, outcome.step, watch)
     return outcome
+
+
+def _record_failure(error: Exception, folder: Path, progress: Progress) -> None:
+    """Write `exit.json`, unless the disk is full, which may be what the error is of."""
+    code = 2 if isinstance(error, ConfigError) else 1
+    with suppress(OSError):
+        # A resumed run that fails early has not read its checkpoint.
+        step = max(progress.step, last_step(folder / "metrics.jsonl"))
+        Exit("failed", in_one_line(error), step, code).write(folder)
 
 
 def _begin(config: Config, folder: Path) -> None:
