@@ -7,6 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+# Tests empty it: tensors of the CPU then take the course of a device's.
 _HOSTS = ("cpu",)
 
 

@@ -34,7 +34,7 @@ _TORCH_HAS_BIAS = "bias" in inspect.signature(_BatchNorm.__init__).parameters
 
 
 class Seen(NamedTuple):
-    """The last training forward of a layer, for those who watch."""
+    """The last training forward of a layer, for `monitor` and for repetitions in no known checkpoint."""
 
     sums: Tensor
     """The local sums, shape (2C+1,)."""
@@ -48,11 +48,7 @@ MODE_BUFFERS = {name for mode in MODES.values() for name in mode().buffer_names}
 
 
 def _kept_type(before: torch.dtype, after: torch.dtype) -> torch.dtype:
-    """The type of a running statistic that a cast of the layer would take from one type to another:
-    at least float32.
-
-    One that was a half type already was asked for.
-    """
+    """The type that a running statistic has after a cast of its layer: no half type, unless it had one."""
     return torch.float32 if after in HALF_TYPES and before not in HALF_TYPES else after
 
 
@@ -164,10 +160,10 @@ class SyncNorm(_BatchNorm):
             x = checks.one_input(x, input)
         checks.check_input(x, self.num_features)
         weights = None if mask is None else checks.expand_mask(mask, x)
-        normalize = self.statistics.forward if self.training else self.statistics.evaluate
+        forward = self.statistics.forward if self.training else self.statistics.evaluate
         if not torch.compiler.is_compiling() and count_dispatch_modes():
-            normalize = unseen_by_selective_checkpoint(normalize)
-        return normalize(self, x, weights)
+            forward = unseen_by_selective_checkpoint(forward)
+        return forward(self, x, weights)
 
     def evaluate(self, x: Tensor) -> Tensor:
         """Normalise x by the running statistics, or by the local batch without them.
