@@ -177,7 +177,7 @@ class PooledMeans:
     def totals(self, local: Tensor) -> tuple[Tensor, Tensor | None]:
         total = exchange.sum_(local, self.group, "gradients", self.name)
         if self.shard is not None:
-            self.shard.check(self._moments.n, groups.ranks(self.group), self.name)
+            self.shard.on_backward(self._moments.n, groups.ranks(self.group), self.name)
         return total, self._moments.count
 
     def double_backward_means(self, local: Tensor) -> Tensor:

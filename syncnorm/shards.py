@@ -31,8 +31,8 @@ class Shard:
         """True if a loss was scaled since the forward."""
         return Shard.scaled_losses != self._scaled
 
-    def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
-        """Warn, once, if the shards are uneven and no loss was scaled. Called in the backward pass.
+    def on_backward(self, n: float | Tensor, ranks: list[int], name: str) -> None:
+        """Warn, once, if the shards are uneven and no loss was scaled before the backward pass.
 
         Args:
             n: the pooled count; on CUDA a tensor, which is not looked at.
@@ -92,6 +92,6 @@ class LateShard(Shard):
         """Add the count of another call of the layer in the same step."""
         self._count = self._count + count
 
-    def check(self, n: float | Tensor, ranks: list[int], name: str) -> None:
-        """Note how the backward pass finds it; `n` is this worker's own count here."""
+    def on_backward(self, n: float | Tensor, ranks: list[int], name: str) -> None:
+        """Note if no loss was scaled; `n` is this worker's own count here."""
         self.is_due = self.is_due or not self.is_scaled

@@ -59,7 +59,7 @@ class Sent(NamedTuple):
     """A message on its way, with what it takes to apply it: that may have changed by then."""
 
     message: FlatMessage
-    rules: list[tuple[bool, float | None]]
+    updates: list[tuple[bool, float | None]]
     """Whether each layer's running statistics follow, and its momentum."""
     members: list[int]
     shard: LateShard | None
@@ -193,12 +193,12 @@ class RunningPool:
         collected, self._collected = self._collected, Collected()
         group = self.group
         tracked = self._tracked() if collected.tracked is None else collected.tracked
-        rules = [(name in tracked, layer.momentum) for name, layer in self.layers.items()]
+        updates = [(name in tracked, layer.momentum) for name, layer in self.layers.items()]
         members = groups.ranks(group)
         faults = self._faults(collected, members)
         parts = {name: [sums] for name, sums in collected.sums.items()}
         message = FlatMessage(self.layers, parts, faults, group, "all moments", self._buffers)
-        self._sent = Sent(message, rules, members, collected.shard)
+        self._sent = Sent(message, updates, members, collected.shard)
 
     def _tracked(self) -> set[str]:
         return {name for name, layer in self.layers.items() if layer.is_tracking}
@@ -211,7 +211,7 @@ class RunningPool:
     @disable_dynamo
     def _apply(self) -> None:
         assert self._sent is not None
-        (message, rules, members, shard), self._sent = self._sent, None
+        (message, updates, members, shard), self._sent = self._sent, None
         with torch.no_grad():
             arrived = message.settle()
             if arrived is None:
@@ -224,8 +224,9 @@ class RunningPool:
                 self._fault = self._describe(faults, members)
                 if self._fault is not None:
                     return
-            for layer, sums, rule in zip(message.layers, parts, rules, strict=True):
-                batch, (is_tracking, momentum) = Raw(sums), rule
+            each = zip(message.layers, parts, updates, strict=True)
+            for layer, sums, (is_tracking, momentum) in each:
+                batch = Raw(sums)
                 if is_tracking:
                     layer.update_running(batch, momentum)
                 if self._follow is not None:

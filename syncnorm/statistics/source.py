@@ -8,6 +8,12 @@ what the running statistics should follow:
     y, statistic = ops.normalize_batch(x, weight, bias, statistic, eps, local)
     source.record(layer, local, statistic.moments)     # here running statistics follow, or will
 
+Whoever else touches a layer's statistics says so first:
+
+    settle    they are about to be read: what is on its way is waited for    exchanges and raises nothing
+    discard   they are about to be replaced: what is on its way is dropped   exchanges and raises nothing
+    release   the layer is about to become another, or to be left out        every worker must call
+
 A mode is a fact about a layer; it is one of `syncnorm.statistics.MODES` and alone knows its name,
 its buffers and what it sends. A source is what a layer of that mode is given, and may be lent
 another one for a while (within `accumulate` and `evaluation_statistics`, by `recalibrate`).
