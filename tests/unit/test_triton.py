@@ -314,6 +314,15 @@ def test_variance_at_large_means(shape, how, masked):
     assert ((got.mean - mean).abs() <= 1e-6 * var.sqrt()).all()
 
 
+@pytest.mark.parametrize("how", ["contiguous", "channels_last"])
+def test_values_next_to_the_largest_of_their_type(how):
+    """The pivot is of the type of x, whose largest value would be rounded to infinity there."""
+    x = torch.full((16, 2, 8, 8), torch.finfo(torch.float16).max, dtype=torch.float16)
+    x[0, :, 0, 0] = 0.0
+    got = launch.moments(_arrange(x, how), None)
+    assert_close(got, _raw_sums(x, None), F32, "moments")
+
+
 @pytest.mark.parametrize("dtype", [F32, F64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("how", ["contiguous", "channels_last"])
 def test_the_mean_of_integers_is_exact_however_they_are_sharded(how, dtype):
