@@ -16,7 +16,8 @@ from syncnorm.train.data.inputs import Signature, Standardise
 from syncnorm.train.data.sources.images import ImageReader, read_pixels
 from syncnorm.train.finished.load import LoadedModel
 from syncnorm.train.finished.predict import rows_of
-from tests.launch.test_use import command, make
+from tests.launch.commands import call
+from tests.launch.test_use import make
 
 # By task, the shapes of a sample and of a target, and the network.
 TASKS = {
@@ -46,30 +47,28 @@ def test_other_tasks(task, pool, tmp_path, capfd):
     np.save(tmp_path / "x.npy", x)
     raw, allow = tmp_path / "raw.npz", ["--allow", "tests"]
     predict = ["predict", folder, tmp_path / "x.npy", *allow]
-    assert command(capfd, *predict, "-o", raw)[0] == 0
+    assert call(capfd, *predict, "-o", raw)[0] == 0
     with np.load(raw) as file:
         outputs = file["outputs"]
         assert file["indices"].tolist() == list(range(40))
     if task == "segment":
-        status, _, err = command(capfd, *predict)
+        status, _, err = call(capfd, *predict)
         assert status == 2
         assert "`--output` must be a folder" in err
         Image.fromarray(x[7].transpose(1, 2, 0)).save(tmp_path / "seven.png")
         masks = tmp_path / "masks"
-        assert command(capfd, *predict, tmp_path / "seven.png", "-o", masks)[0] == 0
+        assert call(capfd, *predict, tmp_path / "seven.png", "-o", masks)[0] == 0
         # A mask has its image's name.
         image = (tmp_path / "seven.png").read_bytes()
         for output in (tmp_path, masks, tmp_path / "not there yet"):
-            status, _, err = command(
-                capfd, *predict, tmp_path / "seven.png", tmp_path, "-o", output
-            )
+            status, _, err = call(capfd, *predict, tmp_path / "seven.png", tmp_path, "-o", output)
             assert (status, "`--output` must be apart from what is predicted" in err) == (2, True)
         assert (tmp_path / "seven.png").read_bytes() == image
         found = np.stack([np.asarray(Image.open(masks / f"x-{n}.png")) for n in range(40)])
         assert (found == y).mean() == pytest.approx(metrics["accuracy"])
         assert (np.asarray(Image.open(masks / "seven.png")) == found[7]).all()
         return
-    status, out, err = command(capfd, *predict)
+    status, out, err = call(capfd, *predict)
     assert status == 0, err
     rows = [json.loads(line) for line in out.splitlines()]
     if task == "regress":

@@ -30,7 +30,8 @@ _PANEL = "On a Ray cluster"
 _Address = Annotated[
     str | None,
     typer.Option(
-        help="http(s)://HOST:PORT of the dashboard; RAY_ADDRESS if it is set, else this machine's."
+        metavar="URL",
+        help="The dashboard's http(s)://HOST:PORT; RAY_ADDRESS if it is set, else this machine's.",
     ),
 ]
 _Json = Annotated[
@@ -72,13 +73,14 @@ def submit(
     allow: Allow = None,
     runtime_env: _RuntimeEnv = None,
     entrypoint_num_cpus: Annotated[
-        float | None, typer.Option(min=0, help="CPUs of the job's driver, besides its workers'.")
+        float | None,
+        typer.Option(min=0, metavar="N", help="CPUs of the job's driver, besides its workers'."),
     ] = None,
     entrypoint_num_gpus: Annotated[
-        float | None, typer.Option(min=0, help="GPUs of the job's driver.")
+        float | None, typer.Option(min=0, metavar="N", help="GPUs of the job's driver.")
     ] = None,
     entrypoint_memory: Annotated[
-        int | None, typer.Option(min=0, help="Bytes of memory of the job's driver.")
+        int | None, typer.Option(min=0, metavar="BYTES", help="Memory of the job's driver.")
     ] = None,
     entrypoint_resources: Annotated[
         str | None,
@@ -135,7 +137,8 @@ def sweep(
     address: Annotated[
         str | None,
         typer.Option(
-            help="http(s)://HOST:PORT of a Ray dashboard; runs the trials as a job of its cluster."
+            metavar="URL",
+            help="A Ray dashboard's http(s)://HOST:PORT; runs the trials as a job of its cluster.",
         ),
     ] = None,
     wait: _Wait = True,
