@@ -4,7 +4,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -43,60 +43,56 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         raise ConfigError(
             f"configuration {request.name!r} of workers {different} differs from that of worker 0"
         )
-    held, made = None, None
-    ended: list[tuple[Path, bytes]] = []
+    made = None
     # In a thread, for a copy from a store may take longer than the others' collectives.
     choose = partial(_choose_folder, request, launched) if launched.rank == 0 else None
     chosen = in_thread_of_first(choose, lambda: None)
 
     def take() -> Path:
-        nonlocal held, made
+        nonlocal made
         assert chosen is not None
         mine, is_new = chosen.result()
         made = mine.absolute() if is_new else None
-        held = lock(mine)
-        ended.extend(_remove_end(mine))
+        stack.enter_context(closing(lock(mine)))
+        stack.enter_context(without_end(mine))
         return mine
 
-    try:
-        named = from_first(chosen is not None, take)
-        folder = named.absolute()
-        lacking = [] if uses_store(request) else _without_folder(folder, chosen is not None)
-        if lacking:
-            raise ConfigError(
-                f"`run_dir` must be a folder that all machines share, got {str(named)!r}, which workers "
-                f"{lacking} do not see. Start them in one folder, or give a path that is the same"
-            )
-        yield named
-    except ConfigError:
-        if made is not None:
-            remove_unstarted(made)
-        for path, before in ended:
-            _put_back(path, before)
-        raise
-    finally:
-        if held is not None:
-            held.close()
+    with ExitStack() as stack:
+        try:
+            named = from_first(chosen is not None, take)
+            folder = named.absolute()
+            lacking = [] if uses_store(request) else _without_folder(folder, chosen is not None)
+            if lacking:
+                raise ConfigError(
+                    f"`run_dir` must be a folder that all machines share, got {str(named)!r}, which "
+                    f"workers {lacking} do not see. Start them in one folder, or give a path that is "
+                    "the same"
+                )
+            yield named
+        except ConfigError:
+            if made is not None:
+                remove_unstarted(made)
+            raise
 
 
-def _remove_end(folder: Path) -> list[tuple[Path, bytes]]:
-    """Remove the record of the last end, for the run goes on; return it, if there was one."""
+@contextmanager
+def without_end(folder: Path) -> Iterator[None]:
+    """Remove the record of the last end, for the run goes on; put it back if the run is refused."""
     path = folder.absolute() / "exit.json"
     try:
-        found = [(path, read_regular(path, follows_links=True))] if path.exists() else []
+        before = read_regular(path, follows_links=True) if path.exists() else None
         path.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
             f"run {str(folder)!r} must be writable, its exit.json too: {error.strerror}"
         ) from None
-    return found
-
-
-def _put_back(path: Path, before: bytes) -> None:
-    """Leave a run that was refused before it went on with the record that it had."""
-    if not path.exists():
-        with suppress(OSError), written_whole(path) as file:
-            file.write(before)
+    try:
+        yield
+    except ConfigError:
+        if before is not None and not path.exists():
+            with suppress(OSError), written_whole(path) as file:
+                file.write(before)
+        raise
 
 
 def _without_folder(folder: Path, is_first: bool) -> list[int]:

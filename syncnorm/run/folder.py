@@ -157,17 +157,21 @@ def check_resumable(config: Config, source: Path | str) -> Path:
     return folder
 
 
-def lock(folder: Path) -> Any:
+def lock(folder: Path, name: str = "run.lock") -> Any:
     """Lock a run's folder for as long as the returned file is open.
+
+    Args:
+        folder: of the run.
+        name: of the file; Ray's driver has one of its own, since a worker of its takes the run's.
 
     Raises:
         ConfigError: another process has locked it, or it cannot be written.
     """
     try:
-        file = os.fdopen(regular(folder / "run.lock", os.O_WRONLY | os.O_CREAT), "w")
+        file = os.fdopen(regular(folder / name, os.O_WRONLY | os.O_CREAT), "w")
     except OSError as error:
         raise ConfigError(
-            f"run {str(folder)!r} must be writable, its run.lock too: {error.strerror}"
+            f"run {str(folder)!r} must be writable, its {name} too: {error.strerror}"
         ) from None
     try:
         system.lock(file.fileno())

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -26,7 +27,9 @@ from ray.util.state import list_actors
 from syncnorm.errors import ConfigError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit, read_exit
+from syncnorm.run.entering import without_end
 from syncnorm.run.errors import RESUMABLE
+from syncnorm.run.folder import lock
 from syncnorm.run.joining import GROUP_MARGIN_SECONDS
 from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity
 from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
@@ -71,17 +74,23 @@ def run_job(job: Job) -> int:
         The exit status: 0 done, 1 failed, 75 stopped and saved.
 
     Raises:
-        ConfigError: the cluster is too small, or the run's folder does not fit; nothing was
-            started.
+        ConfigError: the cluster is too small, or the run's folder does not fit, or the workers
+            refuse, or another driver runs it; the run's record of its last end is as it was.
     """
     env.set_for_ray_driver()
     epochs = _recorded_epochs(Path(job.folder))
     folder = prepare_folder(job)
     has_more = epochs is not None and job.request().config.train.epochs > epochs
-    if (end := read_exit(folder)) is not None and end.status == "done" and not has_more:
-        print("\n".join([*_describe_done(end), str(folder)]))
-        return 0
-    for name in (STOP, RESIZE, TRACEBACK, "exit.json"):
+    with closing(lock(folder, "driver.lock")):  # a running one needs its STOP
+        if (end := read_exit(folder)) is not None and end.status == "done" and not has_more:
+            print("\n".join([*_describe_done(end), str(folder)]))
+            return 0
+        with without_end(folder):
+            return _run(job, folder)
+
+
+def _run(job: Job, folder: Path) -> int:
+    for name in (STOP, RESIZE, TRACEBACK):
         (folder / name).unlink(missing_ok=True)
     ray.init(address="auto", logging_level=logging.WARNING)
     config = job.request().config
@@ -224,7 +233,11 @@ def _stop_status(folder: Path) -> int:
 
 
 def _report_result(ended: WorkerResult, folder: Path) -> int:
-    """Print the end of the run, make sure it is recorded, and return the exit status."""
+    """Print the end of the run, make sure it is recorded, and return the exit status.
+
+    Raises:
+        ConfigError: the workers refused; there is no end to record.
+    """
     traceback = folder / TRACEBACK
     if traceback.exists():
         return _fail(
@@ -233,7 +246,10 @@ def _report_result(ended: WorkerResult, folder: Path) -> int:
     if ended.exit_code in (0, RESUMABLE):
         print("\n".join([*ended.lines, str(folder)]))
         return ended.exit_code
-    return _fail("; ".join(ended.lines), folder, ended.exit_code)
+    reason = "; ".join(ended.lines)
+    if ended.exit_code == 2:
+        raise ConfigError(reason)
+    return _fail(reason, folder)
 
 
 def _reason(error: TrainingFailedError, config: Config) -> str:
@@ -245,11 +261,11 @@ def _reason(error: TrainingFailedError, config: Config) -> str:
     return f"workers were lost {config.launch.restarts + 1} time(s), the last time {lost or error}"
 
 
-def _fail(reason: str, folder: Path, code: int = 1, where: Path | None = None) -> int:
-    Exit("failed", reason, _step(folder), code).write(folder)
+def _fail(reason: str, folder: Path, where: Path | None = None) -> int:
+    Exit("failed", reason, _step(folder), 1).write(folder)
     # On one line: its prefix tells `syncnorm submit` that it is no result.
     print(f"syncnorm: {' '.join(reason.split())}; {where or folder}", file=sys.stderr)
-    return code
+    return 1
 
 
 def _step(folder: Path) -> int:
