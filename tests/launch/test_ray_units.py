@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
 
 from ray._private.runtime_env.packaging import create_package
+from ray.job_submission import JobDetails
 from ray.train.v2._internal.execution.context import TrainContext, set_train_context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -376,7 +377,7 @@ test accuracy 96.67 %
 
 
 def test_a_log_is_told_without_rays_own_words(capsys):
-    lines = submit.LogLines(sys.stdout, 0)
+    lines = submit.LogLines(sys.stdout)
     lines.feed(LOG[:400])
     lines.feed(LOG[400:-3])
     # The connection broke: all comes again.
@@ -395,10 +396,59 @@ def test_a_log_is_told_without_rays_own_words(capsys):
 
 
 def test_a_log_of_before_is_not_told_again(capsys):
-    lines = submit.LogLines(sys.stdout, LOG.count("\n"))
+    lines = submit.LogLines(sys.stdout, LOG.splitlines())
     lines.restart()
     lines.feed(LOG + "new\n")
     assert capsys.readouterr() == ("new\n", "")
+
+
+def test_a_log_on_another_node_is_told_from_its_beginning(capsys):
+    lines = submit.LogLines(sys.stdout, LOG.splitlines())
+    for _ in range(2):
+        lines.restart()
+        lines.feed("other\ntest accuracy 96.67 %\n")
+    assert capsys.readouterr() == ("other\ntest accuracy 96.67 %\n", "")
+
+
+# Words of Ray 2.60's dashboard.
+NODE_GONE = (
+    "Request failed with status code 500: Traceback (most recent call last): ... "
+    "aiohttp.client_exceptions.ClientConnectorError: Cannot connect to host 127.0.0.3:20365 ssl:default"
+)
+
+
+def job_details(status: str, **facts) -> JobDetails:
+    return JobDetails(type="SUBMISSION", submission_id="a", status=status, entrypoint="", **facts)
+
+
+class Jobs:
+    """A client of a job server with one job, whose node is gone and its log with it."""
+
+    def __init__(self):
+        self.calls: list[str] = []
+
+    def get_address(self):
+        return "http://127.0.0.1:8265"
+
+    def get_job_info(self, submission_id):
+        return job_details("FAILED")
+
+    def get_job_logs(self, submission_id):
+        raise RuntimeError(NODE_GONE)
+
+    def delete_job(self, submission_id):
+        self.calls.append(f"delete {submission_id}")
+
+    def submit_job(self, *, submission_id, **_):
+        self.calls.append(f"submit {submission_id}")
+
+
+def test_a_job_whose_node_is_gone_is_submitted_again():
+    jobs = Jobs()
+    assert submit.start(jobs, submit.Entry("a", "driver", "{}", "digits", "/runs/a", {})) == []
+    assert jobs.calls == ["delete a", "submit a"]
+    with pytest.raises(ClusterError, match="does not reach the node that had the job's driver"):
+        submit.logs(jobs, "a")
 
 
 def test_what_ray_cannot_pack_is_left_out(tmp_path, clean):

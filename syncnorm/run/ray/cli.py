@@ -220,7 +220,7 @@ def _start(
         _print_note(note)
         _print_status(submit.get_status(client, id), json)
         return
-    status = _follow(client, id, json, old or 0, note)
+    status = _follow(client, id, json, old or (), note)
     if json:
         _print_status(status, json)
     elif status.exit_code == 75:
@@ -256,7 +256,7 @@ def logs(
         from syncnorm.run.ray import submit
 
         if follow:
-            _follow(client, submission_id, json, 0)
+            _follow(client, submission_id, json)
             return
         text = submit.logs(client, submission_id)
         if json:
@@ -312,11 +312,15 @@ def _client(address: str | None, insecure: bool) -> "Iterator[JobSubmissionClien
 
 
 def _follow(
-    client: "JobSubmissionClient", submission_id: str, json: bool, skip: int, note: str = ""
+    client: "JobSubmissionClient",
+    submission_id: str,
+    json: bool,
+    printed: Sequence[str] = (),
+    note: str = "",
 ) -> "JobStatus":
     from syncnorm.run.ray import submit
 
-    lines = submit.LogLines(sys.stderr if json else sys.stdout, skip)
+    lines = submit.LogLines(sys.stderr if json else sys.stdout, printed)
     while True:
         try:
             # Ctrl-C may come as soon as this is read.

@@ -99,6 +99,11 @@ def translated_errors(address: str) -> Iterator[None]:
                 "Try again in a minute; if it stays so, dashboard_agent.log in the head's logs "
                 "says why: start the head with --dashboard-agent-listen-port below 32768."
             ) from None
+        if "Cannot connect to host" in str(error):
+            raise ClusterError(
+                f"the Ray cluster at {address} does not reach the node that had the job's driver, "
+                "and has its log"
+            ) from None
         if "Maximum request body size" in str(error):
             raise ConfigError(
                 "the working folder, which is sent for the code in it, must not be larger than a Ray "

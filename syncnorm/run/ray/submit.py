@@ -1,10 +1,12 @@
 """Operations on a cluster's jobs through its job server: submit, follow, stop, list."""
 
 import asyncio
+import contextlib
 import re
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -108,22 +110,24 @@ class Entry:
     resources: dict[str, Any] = field(default_factory=dict)
 
 
-def start(client: JobSubmissionClient, job: Entry) -> int | None:
+def start(client: JobSubmissionClient, job: Entry) -> list[str] | None:
     """Submit a job, unless it is running.
 
     A run that is submitted again resumes from its newest checkpoint.
 
     Returns:
-        The number of lines that its log holds from earlier runs: Ray appends to the same file.
-        None if the job is running already.
+        The lines that its log may hold from earlier runs: Ray appends to the same file where the
+        driver is on the same node. None if the job is running already.
     """
     found = _find(client, job.submission_id)
-    lines = 0
+    lines: list[str] = []
     with translated_errors(client.get_address()):
         if found is not None:
             if found.status in _RUNNING:
                 return None
-            lines = client.get_job_logs(job.submission_id).count("\n")
+            # Of a node that is gone there is no log.
+            with contextlib.suppress(RuntimeError):
+                lines = client.get_job_logs(job.submission_id).split("\n")[:-1]
             _outwait_monitor(found)
             client.delete_job(job.submission_id)
         client.submit_job(
@@ -239,32 +243,32 @@ class LogLines:
 
     Args:
         result: stream for the driver's lines, the result; all others go to standard error.
-        printed: number of old lines at the beginning of the log, which are not printed.
+        printed: old lines, which are not printed if the log begins with them.
     """
 
-    def __init__(self, result: TextIO, printed: int) -> None:
+    def __init__(self, result: TextIO, printed: Sequence[str] = ()) -> None:
         self._result = result
         self._rest = ""
-        self._printed = printed
-        self._skip = 0
+        self._printed = list(printed)
+        self._at = len(self._printed)
 
     def restart(self) -> None:
         """Prepare for the log from its beginning."""
-        self._rest, self._skip = "", self._printed
+        self._rest, self._at = "", 0
 
     def feed(self, text: str) -> None:
         """Print the new lines that the next piece of the log completes."""
         *lines, self._rest = (self._rest + text).split("\n")
         for line in lines:
-            if self._skip:
-                self._skip -= 1
-                continue
-            self._printed += 1
-            print_log_line(line, self._result)
+            if self._printed[self._at : self._at + 1] != [line]:
+                # Also if another node has the driver, and a log of its own.
+                self._printed[self._at :] = [line]
+                print_log_line(line, self._result)
+            self._at += 1
 
     def flush(self) -> None:
         """Print the rest, a line without an end."""
-        if self._rest and not self._skip:
+        if self._rest and self._at == len(self._printed):
             print_log_line(self._rest, self._result)
 
 

@@ -48,7 +48,7 @@ def submit_verify(
         client.submit_job(
             entrypoint=shlex.join(command), submission_id=name, runtime_env=environment
         )
-    status = follow(client, name, LogLines(sys.stdout, 0))
+    status = follow(client, name, LogLines(sys.stdout))
     return 1 if status.exit_code is None else status.exit_code
 
 
