@@ -23,11 +23,11 @@ from ray.train.v2._internal.execution.context import TrainContext, set_train_con
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2.api.preemption import PreemptionInfo
 
-from syncnorm.errors import ConfigError
+from syncnorm.errors import ConfigError, ExchangeError, FaultError, InputError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import lock
-from syncnorm.run.ray import cli, driver, submit
+from syncnorm.run.ray import cli, driver, submit, worker
 from syncnorm.run.ray.client import ClusterError, check_address, translated_errors
 from syncnorm.run.ray.cluster import capacity_of, check_capacity
 from syncnorm.run.ray.environment import (
@@ -629,6 +629,25 @@ class Fits:
         if isinstance(end, Exception):
             raise end
         return SimpleNamespace(return_value=asdict(end))
+
+
+@pytest.mark.parametrize("kind", [InputError, ExchangeError])
+def test_what_one_worker_alone_may_raise_ends_it(tmp_path, monkeypatch, kind):
+    """A result would leave it alive, and the others waiting for it."""
+    job = make_job("digits", [f"run_dir={tmp_path}"], (), "run").to_json()
+    (tmp_path / "run").mkdir()
+
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(worker, "_train", fails)
+    error: Exception = FaultError("of all")
+    assert worker.work({"job": job}) == {"exit_code": 1, "lines": ["of all"]}
+    error = kind("of this one")
+    with pytest.raises(kind):
+        worker.work({"job": job})
+    text = (tmp_path / "run" / "traceback.txt").read_text()
+    assert text.startswith(f"worker ? failed: {kind.__name__}: of this one\n")
 
 
 @pytest.fixture

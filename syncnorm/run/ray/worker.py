@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from syncnorm.errors import ConfigError, SyncnormError
+from syncnorm.errors import ConfigError, ExchangeError, InputError, SyncnormError
 from syncnorm.run.entering import open_run_folder
 from syncnorm.run.env import read_launched
 from syncnorm.run.errors import RESUMABLE
@@ -107,7 +107,8 @@ def work(loop_config: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         if is_peer_loss(f"{type(error).__name__}: {error}"):
             raise WorkerLost(str(error)) from None
-        if isinstance(error, SyncnormError):
+        # These may be of one worker alone, which must end, for the others wait for it.
+        if isinstance(error, SyncnormError) and not isinstance(error, InputError | ExchangeError):
             return asdict(WorkerResult(2 if isinstance(error, ConfigError) else 1, [str(error)]))
         _write_traceback(folder, error)
         raise
