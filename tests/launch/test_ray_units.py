@@ -21,6 +21,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobDetails
 from ray.train.v2._internal.execution.context import TrainContext, set_train_context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train import WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from syncnorm.errors import ConfigError, ExchangeError, FaultError, InputError
@@ -626,9 +627,7 @@ class Fits:
 
     def fit(self):
         end = self._ends.pop(0)
-        if isinstance(end, Exception):
-            raise end
-        return SimpleNamespace(return_value=asdict(end))
+        return SimpleNamespace(return_value=asdict(end() if callable(end) else end))
 
 
 @pytest.mark.parametrize("kind", [InputError, ExchangeError])
@@ -675,6 +674,20 @@ def test_a_second_driver_leaves_a_running_run_alone(drive, tmp_path, capsys):
     assert "is being trained by another process. Stop that one first." in capsys.readouterr().err
     assert (tmp_path / "run" / STOP).exists()
     assert not (tmp_path / "run" / "exit.json").exists()
+
+
+def test_code_that_fails_is_named_with_no_restart_left(drive, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+
+    def fails():
+        (tmp_path / "run" / "traceback.txt").write_text("worker 1 failed: ValueError: mine\n\n...")
+        raise WorkerGroupError("lost", {1: ValueError("mine")})
+
+    assert drive(fails, restarts=0) == 1
+    end = read_exit(tmp_path / "run")
+    assert end is not None
+    assert end.reason == "worker 1 failed: ValueError: mine"
+    assert capsys.readouterr().err.endswith(f"{end.reason}; {tmp_path}/run/traceback.txt\n")
 
 
 @pytest.mark.parametrize("workers", [2, 3], ids=["by_workers", "for_room"])

@@ -129,6 +129,9 @@ def _fit_until_done(
                 file=sys.stderr,
             )
         except TrainingFailedError as error:
+            # With no restart left no worker is started that would find it.
+            if (folder / TRACEBACK).exists():
+                return _report_result(WorkerResult(1, []), folder)
             return _fail(_reason(error, config), folder)
         else:
             ended = WorkerResult(**cast(dict[str, Any], result.return_value))
