@@ -18,10 +18,11 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'syncnorm[ray]'")
 
 from ray._private.runtime_env.packaging import create_package
+from ray.exceptions import RayActorError
 from ray.job_submission import JobDetails
+from ray.train import WorkerGroupError
 from ray.train.v2._internal.execution.context import TrainContext, set_train_context
 from ray.train.v2._internal.execution.preemption import PreemptionContext
-from ray.train import WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
 
 from syncnorm.errors import ConfigError, ExchangeError, FaultError, InputError
@@ -688,6 +689,18 @@ def test_code_that_fails_is_named_with_no_restart_left(drive, tmp_path, capsys):
     assert end is not None
     assert end.reason == "worker 1 failed: ValueError: mine"
     assert capsys.readouterr().err.endswith(f"{end.reason}; {tmp_path}/run/traceback.txt\n")
+
+
+def test_a_lost_controller_is_started_again(drive, tmp_path, capsys):
+    def loses():
+        raise RayActorError(error_msg="killed")
+
+    assert drive(loses, WorkerResult(0, ["done"]), restarts=1) == 0
+    assert "syncnorm: Ray's controller was lost; starting again\n" in capsys.readouterr().err
+    assert drive(loses, loses, restarts=1) == 1
+    end = read_exit(tmp_path / "run")
+    assert end is not None
+    assert end.reason.startswith("Ray's controller was lost 2 time(s), the last time ")
 
 
 @pytest.mark.parametrize("workers", [2, 3], ids=["by_workers", "for_room"])

@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any, cast
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
@@ -118,6 +119,7 @@ def _describe_done(end: Exit) -> list[str]:
 def _fit_until_done(
     job: Job, config: Config, capacity: Capacity, folder: Path, stopping: "StopHandler"
 ) -> int:
+    lost = 0
     while True:
         try:
             result = _trainer(job, config, capacity, folder).fit()
@@ -133,6 +135,13 @@ def _fit_until_done(
             if (folder / TRACEBACK).exists():
                 return _report_result(WorkerResult(1, []), folder)
             return _fail(_reason(error, config), folder)
+        except RayActorError as error:
+            lost += 1
+            if lost > config.launch.restarts:
+                return _fail(
+                    f"Ray's controller was lost {lost} time(s), the last time {error}", folder
+                )
+            print("syncnorm: Ray's controller was lost; starting again", file=sys.stderr)
         else:
             ended = WorkerResult(**cast(dict[str, Any], result.return_value))
             if ended.exit_code == RESUMABLE and not (folder / STOP).exists():
