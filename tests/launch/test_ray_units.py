@@ -365,6 +365,38 @@ def test_exit_status(status, driver, noted, expected):
     assert submit._exit_code(status, driver, noted) == expected
 
 
+SUPERVISOR = "Job supervisor actor died:\n\tclass_name: JobSupervisor\nThe actor died."
+KILLED = "Job entrypoint command failed with exit code -9, last available logs (truncated to 20,000 chars):\nx"
+
+
+@pytest.mark.parametrize(
+    ("status", "driver", "message", "noted", "expected"),
+    [
+        ("FAILED", None, SUPERVISOR, 0, "Job supervisor actor died: class_name: JobSupervisor The"),
+        ("FAILED", -9, KILLED, None, "Job entrypoint command failed with exit code -9"),
+        # The driver has said why, in the log.
+        ("FAILED", 2, "Job entrypoint command failed", 75, None),
+        ("FAILED", 1, "Job entrypoint command failed", None, None),
+        ("FAILED", 1, "Job entrypoint command failed", 1, "noted"),
+        ("STOPPED", None, "Job was intentionally stopped.", 75, "noted"),
+        ("PENDING", None, "Job has not started yet.", 75, "Job has not started yet."),
+        ("RUNNING", None, "Job is currently running.", 75, None),
+    ],
+)
+def test_why_a_job_waits_or_has_ended(tmp_path, status, driver, message, noted, expected):
+    if noted is not None:
+        Exit("stopped", "noted", 3, noted).write(tmp_path)
+    folder = {"syncnorm_folder": str(tmp_path)}
+    facts = {"driver_exit_code": driver, "message": message, "metadata": folder}
+    reason = submit._to_status(job_details(status, **facts)).reason
+    is_lost = status == "FAILED" and driver not in (1, 2)
+    assert (reason or "").startswith(submit.LOST) == is_lost
+    said = (reason or "").removeprefix(f"{submit.LOST}: ")
+    assert said.startswith(expected or "")
+    assert bool(said) == bool(expected)
+    assert "last available logs" not in said
+
+
 LOG = """\
 2026-11-20 10:30:03,569\tINFO job_manager.py:581 -- Runtime env is setting up.
 Running entrypoint for job a: exec python -m syncnorm.run.ray.driver '{}'

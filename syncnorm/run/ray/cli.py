@@ -226,11 +226,8 @@ def _start(
     elif status.exit_code == 75:
         after = f" after step {status.step}" if status.step else ""
         _print_note(f"stopped{after}. To go on: the same command")
-    elif status.exit_code != 0 and not status.reason:
-        _print_note(
-            f"{id} ended without a record of why, and Ray says {status.status}. To go on: the same "
-            "command"
-        )
+    elif (status.reason or "").startswith(submit.LOST):
+        _print_note(f"{id} {status.reason}. To go on: the same command")
     raise typer.Exit(1 if status.exit_code is None else status.exit_code)
 
 

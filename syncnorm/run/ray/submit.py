@@ -22,6 +22,11 @@ _POLL_SECONDS = 0.5
 # Three of the periods in which Ray looks after its jobs.
 _MONITOR_SECONDS = 3.0
 _RUNNING = ("PENDING", "RUNNING")
+# Exit statuses of a driver that has said why in the job's log.
+_OF_DRIVER = (0, 1, 2, RESUMABLE)
+# Begin of the reason of others.
+LOST = "ended without a record of why; Ray says"
+_MOST_CHARACTERS = 500
 # Ray's prefix of a line that another process of the job has written.
 _FROM_WORKER = re.compile(
     r"^(?:\x1b\[\d+m)?\((?:\w+ pid=\d+(?:, ip=[^)]*)?|raylet)\)(?:\x1b\[0m)? ?"
@@ -43,7 +48,8 @@ class JobStatus:
         folder: of the run.
         exit_code: of a run that is over: 0 done, 1 failed, 2 bad input, 75 stopped and saved.
         step: optimizer steps on record, if the folder is visible from here.
-        reason: of its end, if the folder is visible from here.
+        reason: of its end, if the folder is visible from here; Ray's, if it was no end of its
+            driver's own, or while it waits.
         version: of syncnorm that submitted it.
         started, ended: seconds since 1970; None before.
     """
@@ -211,18 +217,30 @@ def _to_status(job: Any) -> JobStatus:
     is_visible = bool(folder) and Path(folder).is_dir()
     end = read_exit(Path(folder)) if is_visible else None
     status = job.status.value
+    code = _exit_code(status, job.driver_exit_code, None if end is None else end.exit_code)
     return JobStatus(
         submission_id=job.submission_id,
         status=status,
         config=metadata.get("syncnorm_config", ""),
         folder=folder,
-        exit_code=_exit_code(status, job.driver_exit_code, None if end is None else end.exit_code),
+        exit_code=code,
         step=last_step(Path(folder) / "metrics.jsonl") if is_visible else None,
-        reason=None if end is None or status in _RUNNING else end.reason,
+        # The record may be that of an earlier end.
+        reason=end.reason if end is not None and end.exit_code == code else _rays_reason(job),
         version=metadata.get("syncnorm_version", ""),
         started=_seconds(job.start_time),
         ended=_seconds(job.end_time),
     )
+
+
+def _rays_reason(job: Any) -> str | None:
+    """Return what Ray says of a job that waits, or has failed without its driver's own doing."""
+    status = job.status.value
+    if status == "FAILED" and job.driver_exit_code not in _OF_DRIVER:
+        # Without the end of the log, which the message may have.
+        said = (job.message or "").partition(", last available logs")[0]
+        return f"{LOST}: {' '.join(said.split()).rstrip('.')[:_MOST_CHARACTERS]}"
+    return job.message if status == "PENDING" else None
 
 
 def _seconds(milliseconds: int | None) -> float | None:
@@ -235,7 +253,7 @@ def _exit_code(status: str, driver: int | None, noted: int | None) -> int | None
         return None
     if status == "STOPPED":
         return RESUMABLE if noted is None else noted
-    return driver if driver in (0, 1, 2, RESUMABLE) else 1
+    return driver if driver in _OF_DRIVER else 1
 
 
 class LogLines:
