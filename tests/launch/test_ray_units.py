@@ -456,16 +456,21 @@ def job_details(status: str, **facts) -> JobDetails:
 
 
 class Jobs:
-    """A client of a job server with one job, whose node is gone and its log with it."""
+    """A client of a job server with one job, in these states one after the other.
 
-    def __init__(self):
+    Its node is gone, and its log with it.
+    """
+
+    def __init__(self, *states):
+        self.states = list(states)
         self.calls: list[str] = []
 
     def get_address(self):
         return "http://127.0.0.1:8265"
 
     def get_job_info(self, submission_id):
-        return job_details("FAILED")
+        status = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        return job_details(status, message=f"Ray says {status}.", end_time=0)
 
     def get_job_logs(self, submission_id):
         raise RuntimeError(NODE_GONE)
@@ -476,9 +481,25 @@ class Jobs:
     def submit_job(self, *, submission_id, **_):
         self.calls.append(f"submit {submission_id}")
 
+    def stop_job(self, submission_id):
+        self.calls.append(f"stop {submission_id}")
+
+    async def tail_job_logs(self, submission_id):
+        yield "done\n"
+
+
+def test_a_job_that_does_not_begin_is_explained(monkeypatch, capsys):
+    monkeypatch.setattr(submit, "_SILENT_SECONDS", 0.0)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.0)
+    jobs = Jobs("PENDING", "PENDING", "RUNNING", "SUCCEEDED")
+    assert submit.follow(jobs, "a", submit.LogLines(sys.stdout)).status == "SUCCEEDED"
+    assert capsys.readouterr() == ("done\n", "syncnorm: a waits: Ray says PENDING.\n")
+    cli._stop(Jobs("PENDING", "PENDING", "STOPPED"), "a", json=False)
+    assert "stopping a: Ray ends it when it begins. Ray says PENDING.\n" in capsys.readouterr().err
+
 
 def test_a_job_whose_node_is_gone_is_submitted_again():
-    jobs = Jobs()
+    jobs = Jobs("FAILED")
     assert submit.start(jobs, submit.Entry("a", "driver", "{}", "digits", "/runs/a", {})) == []
     assert jobs.calls == ["delete a", "submit a"]
     with pytest.raises(ClusterError, match="does not reach the node that had the job's driver"):

@@ -353,7 +353,12 @@ def _stop(client: "JobSubmissionClient", submission_id: str, json: bool) -> None
     if status.is_over:
         _print_note(f"{submission_id} is over already: {_format(status)}")
     else:
-        _print_note(f"stopping {submission_id}: its workers finish their step and save")
+        what = (
+            f"Ray ends it when it begins. {status.reason}"
+            if status.status == "PENDING"
+            else "its workers finish their step and save"
+        )
+        _print_note(f"stopping {submission_id}: {what}")
         status = submit.stop(client, submission_id)
         if status.reason is None:
             _print_note(

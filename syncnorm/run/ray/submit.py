@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import math
 import re
 import shlex
 import sys
@@ -19,6 +20,8 @@ from syncnorm.run.ray.client import JobSubmissionClient, translated_errors
 from syncnorm.train.metrics import last_step
 
 _POLL_SECONDS = 0.5
+# A job begins within a few seconds on a cluster that has room for it.
+_SILENT_SECONDS = 10.0
 # Three of the periods in which Ray looks after its jobs.
 _MONITOR_SECONDS = 3.0
 _RUNNING = ("PENDING", "RUNNING")
@@ -169,7 +172,7 @@ def follow(client: JobSubmissionClient, submission_id: str, lines: "LogLines") -
         submission_id: of the job.
         lines: what was printed before, which is not printed again.
     """
-    get_status(client, submission_id)
+    _outwait_pending(client, submission_id)
     while True:
         try:
             asyncio.run(_tail(client, submission_id, lines))
@@ -182,6 +185,16 @@ def follow(client: JobSubmissionClient, submission_id: str, lines: "LogLines") -
         if status.is_over:
             lines.flush()
             return status
+        time.sleep(_POLL_SECONDS)
+
+
+def _outwait_pending(client: JobSubmissionClient, submission_id: str) -> None:
+    """Wait until a job has begun; after a while say once what Ray says of it."""
+    says_at = time.monotonic() + _SILENT_SECONDS
+    while (status := get_status(client, submission_id)).status == "PENDING":
+        if time.monotonic() >= says_at:
+            print(f"syncnorm: {submission_id} waits: {status.reason}", file=sys.stderr, flush=True)
+            says_at = math.inf
         time.sleep(_POLL_SECONDS)
 
 
