@@ -210,12 +210,14 @@ def test_an_unknown_job_is_named(call, command):
 
 
 def test_too_many_workers_are_refused_with_the_numbers(call):
-    done = call("submit", *SHORT, "launch.workers=5", "--id", "crowd")
+    # The driver takes one of the four.
+    crowd = [*SHORT, "launch.workers=4", "--entrypoint-num-cpus", "1", "--id", "crowd"]
+    done = call("submit", *crowd)
     assert (done.status, done.out) == (2, "")
     message = (
-        "syncnorm: `launch.workers` must be at most 4 on this cluster, which has 4 CPUs and 0 GPUs "
-        "on 2 node(s), "
-        "got 5: each takes 1 CPU of one node."
+        "syncnorm: `launch.workers` must be at most 3 on this cluster, which has 3 CPUs and 0 GPUs "
+        "on 2 node(s) besides the driver's, "
+        "got 4: each takes 1 CPU of one node."
     )
     assert message in done.err
     assert jobs(call)["crowd"]["exit_code"] == 2

@@ -29,7 +29,7 @@ from syncnorm.errors import ConfigError, ExchangeError, FaultError, InputError
 from syncnorm.run import env
 from syncnorm.run.ending import Exit, read_exit
 from syncnorm.run.folder import lock
-from syncnorm.run.ray import cli, driver, submit, worker
+from syncnorm.run.ray import cli, cluster, driver, submit, worker
 from syncnorm.run.ray.client import ClusterError, check_address, translated_errors
 from syncnorm.run.ray.cluster import capacity_of, check_capacity
 from syncnorm.run.ray.environment import (
@@ -81,6 +81,18 @@ def test_what_never_fits_is_refused_with_the_numbers():
         check_capacity(config, capacity)
     assert message in str(caught.value)
     check_capacity(load_config("digits", ["launch.workers=[2, 9]"]), capacity)
+
+
+def test_the_drivers_own_share_is_none_for_workers(monkeypatch):
+    nodes = [{"NodeID": name, "Alive": True, "Resources": {"CPU": 1.0}} for name in ("a", "b")]
+    here = SimpleNamespace(get_node_id=lambda: "b")
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(cluster.ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr(cluster._state, "get_max_resources_from_cluster_config", lambda: None)
+    config = load_config("digits", ["launch.workers=2"])
+    check_capacity(config, cluster.read_capacity(config, {}))
+    with pytest.raises(ConfigError, match="at most 1 on this cluster, which has 1 CPUs and 0 GPUs"):
+        check_capacity(config, cluster.read_capacity(config, {"CPU": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -461,8 +473,8 @@ class Jobs:
     Its node is gone, and its log with it.
     """
 
-    def __init__(self, *states):
-        self.states = list(states)
+    def __init__(self, *states, folder=""):
+        self.states, self.folder = list(states), str(folder)
         self.calls: list[str] = []
 
     def get_address(self):
@@ -470,7 +482,8 @@ class Jobs:
 
     def get_job_info(self, submission_id):
         status = self.states.pop(0) if len(self.states) > 1 else self.states[0]
-        return job_details(status, message=f"Ray says {status}.", end_time=0)
+        message, metadata = f"Ray says {status}.", {"syncnorm_folder": self.folder}
+        return job_details(status, message=message, metadata=metadata, end_time=0)
 
     def get_job_logs(self, submission_id):
         raise RuntimeError(NODE_GONE)
@@ -488,14 +501,17 @@ class Jobs:
         yield "done\n"
 
 
-def test_a_job_that_does_not_begin_is_explained(monkeypatch, capsys):
+def test_a_job_that_does_not_begin_is_explained(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(submit, "_SILENT_SECONDS", 0.0)
     monkeypatch.setattr(submit, "_POLL_SECONDS", 0.0)
     jobs = Jobs("PENDING", "PENDING", "RUNNING", "SUCCEEDED")
     assert submit.follow(jobs, "a", submit.LogLines(sys.stdout)).status == "SUCCEEDED"
     assert capsys.readouterr() == ("done\n", "syncnorm: a waits: Ray says PENDING.\n")
-    cli._stop(Jobs("PENDING", "PENDING", "STOPPED"), "a", json=False)
-    assert "stopping a: Ray ends it when it begins. Ray says PENDING.\n" in capsys.readouterr().err
+    Exit("stopped", "no worker was running", 0, 75).write(tmp_path)
+    cli._stop(Jobs("PENDING", "PENDING", "STOPPED", folder=tmp_path), "a", json=False)
+    err = capsys.readouterr().err
+    assert "stopping a: Ray ends it when it begins. Ray says PENDING.\n" in err
+    assert "stopped before its first step. To go on: submit it again\n" in err
 
 
 def test_a_job_whose_node_is_gone_is_submitted_again():
@@ -709,6 +725,7 @@ def drive(tmp_path, monkeypatch) -> Callable[..., int]:
     monkeypatch.setattr(os, "environ", dict(os.environ))
     monkeypatch.setattr(driver.ray, "init", lambda **_: None)
     monkeypatch.setattr(driver, "read_capacity", lambda *_: capacity_of([SMALL], "cpu", 1))
+    monkeypatch.setattr(driver, "read_reserved", lambda _: {})
     monkeypatch.setattr(driver, "StopHandler", lambda _: SimpleNamespace(is_asked=False))
 
     def run(*ends, workers=2, restarts=1):

@@ -365,7 +365,8 @@ def _stop(client: "JobSubmissionClient", submission_id: str, json: bool) -> None
                 f"stopped; {status.folder} cannot be seen from here, or says nothing of its end"
             )
         elif status.exit_code == 75:
-            _print_note(f"stopped after step {status.step}, saved. To go on: submit it again")
+            after = f"after step {status.step}, saved" if status.step else "before its first step"
+            _print_note(f"stopped {after}. To go on: submit it again")
         else:
             _print_note(f"it ended by itself before: {status.reason}")
     if json:

@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from ray._private.state import state as _state  # Ray Train asks it the same
+from ray.util.state import list_actors
 
 from syncnorm.errors import ConfigError
 from syncnorm.train.config.schema import Config
@@ -28,13 +30,37 @@ class Capacity:
     totals: str
 
 
-def read_capacity(config: Config) -> Capacity:
-    """Count the workers that fit on the connected cluster's nodes, busy or not."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def read_reserved(submission_id: str) -> dict[str, float]:
+    """Read what Ray reserves on this node for the driver of a job."""
+    name = f"_ray_internal_job_actor_{submission_id}"
+    try:
+        found: list[Any] = list_actors(
+            filters=[("name", "=", name), ("state", "=", "ALIVE")], detail=True
+        )
+    except Exception:  # whatever keeps the cluster from answering; then the check is less strict
+        return {}
+    return dict(found[0].required_resources or {}) if found else {}
+
+
+def read_capacity(config: Config, reserved: Mapping[str, float]) -> Capacity:
+    """Count the workers that fit on the connected cluster's nodes, busy or not.
+
+    Args:
+        config: of the run.
+        reserved: on this node, for its driver.
+    """
+    here = ray.get_runtime_context().get_node_id()
+    nodes = [
+        _without(node["Resources"], reserved) if node["NodeID"] == here else node["Resources"]
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
     if limits := _state.get_max_resources_from_cluster_config():
         # An autoscaler may add nodes; of what sizes is its affair.
-        nodes = [limits]
-    return capacity_of(nodes, config.launch.device, config.launch.fewest_workers)
+        nodes = [_without(limits, reserved)]
+    capacity = capacity_of(nodes, config.launch.device, config.launch.fewest_workers)
+    besides = " besides the driver's" if reserved else ""
+    return replace(capacity, totals=capacity.totals + besides)
 
 
 def capacity_of(nodes: Sequence[Mapping[str, float]], device: str, fewest: int) -> Capacity:
@@ -71,6 +97,10 @@ def check_capacity(config: Config, capacity: Capacity) -> None:
             f"{capacity.totals}, got {fewest}: each takes {each} of one node. Take fewer, or add "
             "nodes first."
         )
+
+
+def _without(node: Mapping[str, float], reserved: Mapping[str, float]) -> dict[str, float]:
+    return {name: number - reserved.get(name, 0) for name, number in node.items()}
 
 
 def _fit(nodes: Sequence[Mapping[str, float]], per_worker: Mapping[str, float]) -> int:

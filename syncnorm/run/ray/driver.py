@@ -32,7 +32,7 @@ from syncnorm.run.entering import without_end
 from syncnorm.run.errors import RESUMABLE
 from syncnorm.run.folder import lock
 from syncnorm.run.joining import GROUP_MARGIN_SECONDS
-from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity
+from syncnorm.run.ray.cluster import Capacity, check_capacity, read_capacity, read_reserved
 from syncnorm.run.ray.job import STOP, Job, make_job, prepare_folder
 from syncnorm.run.ray.resize import SaveBeforeResize
 from syncnorm.run.ray.worker import RESIZE, TRACEBACK, WorkerResult, work
@@ -95,7 +95,7 @@ def _run(job: Job, folder: Path) -> int:
         (folder / name).unlink(missing_ok=True)
     ray.init(address="auto", logging_level=logging.WARNING)
     config = job.request().config
-    capacity = read_capacity(config)
+    capacity = read_capacity(config, read_reserved(job.submission_id))
     check_capacity(config, capacity)
     stopping = StopHandler(folder)
     code = _fit_until_done(job, config, capacity, folder, stopping)

@@ -328,7 +328,7 @@ def _resources(config: Config) -> dict[str, float]:
         ConfigError: no node has so much.
     """
     count = config.launch.most_workers
-    per_worker = read_capacity(config).per_worker
+    per_worker = read_capacity(config, {}).per_worker
     wanted = {name: number * count for name, number in per_worker.items()}
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= each for name, each in wanted.items()) for node in nodes):
