@@ -618,8 +618,33 @@ def test_a_runtime_environment_of_ones_own(tmp_path, clean):
         path.write_text(text)
         with pytest.raises(ConfigError, match="`--runtime-env` must hold a mapping"):
             read_runtime_env(path)
+    path.write_text("working_dir: .\nexcludes: null\nenv_vars: null\n")
+    made = make_runtime_env(config, read_runtime_env(path))
+    assert made["env_vars"].keys() == {"RAY_JOB_STOP_WAIT_TIME_S"}
+    assert "/code/token" in made["excludes"]
+    path.write_text("working_dir: null\n")
+    assert "working_dir" not in make_runtime_env(config, read_runtime_env(path))
     with pytest.raises(ConfigError, match="nowhere"):
         read_runtime_env(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("env_vars: {OMP_NUM_THREADS: 1}", "the value 1 is of type"),
+        ("pip: 3", "pip"),
+        ("working_dir: .\nexcludes: '*.csv'", "excludes"),
+        ("working_dir: nowhere", "nowhere is not a valid path"),
+    ],
+)
+def test_what_is_no_runtime_environment_is_said_before_anything_is_sent(
+    tmp_path, clean, text, said
+):
+    clean.chdir(tmp_path)
+    Path("env.yaml").write_text(text)
+    with pytest.raises(ConfigError, match="must hold what Ray's runtime_env takes") as caught:
+        read_runtime_env(Path("env.yaml"))
+    assert said in str(caught.value)
 
 
 def test_resources_of_the_driver():

@@ -13,6 +13,7 @@ try:
     set_for_ray()
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
+    from ray.runtime_env import RuntimeEnv as RuntimeEnv
     from requests.exceptions import RequestException
 except ImportError:
     raise ConfigError("this command needs Ray: pip install 'syncnorm[ray]'") from None

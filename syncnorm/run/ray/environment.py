@@ -31,20 +31,30 @@ def read_runtime_env(path: Path | None) -> dict[str, Any]:
     """Read a runtime environment of Ray's from a YAML or JSON file; empty without one.
 
     Raises:
-        ConfigError: it cannot be read, or is no mapping.
+        ConfigError: it cannot be read, or Ray would not take it.
     """
     if path is None:
         return {}
+    # After what Ray must be told before it is imported.
+    from syncnorm.run.ray.client import RuntimeEnv
+
     try:
         values = strict_yaml.parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"`--runtime-env` must be a YAML or JSON file, got {str(path)!r}: {error}"
         ) from None
-    if not isinstance(values, dict) or not isinstance(values.get("env_vars", {}), dict):
+    if not isinstance(values, dict) or not isinstance(values.get("env_vars") or {}, dict):
         raise ConfigError(
             f"`--runtime-env` must hold a mapping, as Ray's runtime_env is one, got {str(path)!r}"
         )
+    values = {key: value for key, value in values.items() if value is not None}
+    try:
+        RuntimeEnv(**values)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"`--runtime-env` must hold what Ray's runtime_env takes, got {str(path)!r}: {error}"
+        ) from None
     return values
 
 
