@@ -53,6 +53,8 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
         assert chosen is not None
         mine, is_new = chosen.result()
         made = mine.absolute() if is_new else None
+        # Made by a launcher on another machine.
+        _check_shared(mine, [] if mine.is_dir() else [0])
         stack.enter_context(closing(lock(mine)))
         stack.enter_context(without_end(mine))
         return mine
@@ -62,17 +64,20 @@ def open_run_folder(request: RunRequest, launched: Launched) -> Iterator[Path]:
             named = from_first(chosen is not None, take)
             folder = named.absolute()
             lacking = [] if uses_store(request) else _without_folder(folder, chosen is not None)
-            if lacking:
-                raise ConfigError(
-                    f"`run_dir` must be a folder that all machines share, got {str(named)!r}, which "
-                    f"workers {lacking} do not see. Start them in one folder, or give a path that is "
-                    "the same"
-                )
+            _check_shared(named, lacking)
             yield named
         except ConfigError:
             if made is not None:
                 remove_unstarted(made)
             raise
+
+
+def _check_shared(folder: Path, lacking: list[int]) -> None:
+    if lacking:
+        raise ConfigError(
+            f"`run_dir` must be a folder that all machines share, got {str(folder)!r}, which workers "
+            f"{lacking} do not see. Start them in one folder, or give a path that is the same"
+        )
 
 
 @contextmanager

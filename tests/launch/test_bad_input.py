@@ -226,6 +226,25 @@ def refuse_different(run_dir: str, resume: str | None) -> str:
         return str(error)
 
 
+def test_a_folder_that_the_first_workers_machine_does_not_have(pool, tmp_path):
+    """Ray's driver has made it, on a machine of its own."""
+    for error in pool(2).run(enter_elsewhere, str(tmp_path / "runs" / "mine")):
+        assert error.startswith(
+            "`run_dir` must be a folder that all machines share, got "
+            f"{str(tmp_path / 'runs' / 'mine')!r}, which workers [0] do not see."
+        )
+
+
+def enter_elsewhere(run: str) -> str:
+    rank = dist.get_rank()
+    launched = Launched(rank, 2, 0, 1, run_folder=Path(run))
+    try:
+        with open_run_folder(RunRequest(load_config("digits", []), "digits"), launched):
+            return "it was opened"
+    except ConfigError as error:
+        return str(error)
+
+
 def test_a_run_that_is_refused_before_it_goes_on_stays_as_it_was(pool, in_empty_folder):
     """The data are gone; a next resume would have the epochs of the one that was refused."""
     run = in_empty_folder / "runs" / "mine"
