@@ -210,7 +210,7 @@ def test_more_than_four_dimensions_are_copied():
 @pytest.mark.parametrize("how", ["contiguous", "channels_last", "strided"])
 def test_many_small_tiles_and_splits(how, monkeypatch):
     """Small tiles bring every loop to more than one turn, and are added in a fixed order."""
-    for name in ("SUMS_OF_ONE", "SUMS_OF_TWO", "ELEMENTWISE"):
+    for name in ("SUMS_OF_ONE", "SUMS_OF_TWO", "SUMS_OF_MASKED", "ELEMENTWISE"):
         monkeypatch.setattr(launch, name, geometry.Work(8, 64, (3, 3, 3), 1))
     x, mask = _arrange(randn(20, 4, 3) * 2 + 3, how), _rand(20, 1, 3)
     _check_all(x, randn(20, 4, 3, seed=1), mask)
@@ -221,7 +221,7 @@ def test_many_small_tiles_and_splits(how, monkeypatch):
 
 
 def test_more_tiles_than_float32_adds(monkeypatch):
-    for name in ("SUMS_OF_ONE", "SUMS_OF_TWO"):
+    for name in ("SUMS_OF_ONE", "SUMS_OF_TWO", "SUMS_OF_MASKED"):
         monkeypatch.setattr(launch, name, geometry.Work(8, 64, (3, 3, 3), 1))
     x, g = randn(20, 1, 35) + 1, randn(20, 1, 35, seed=1)
     plan = geometry.plan((20, 1, 35), (x.stride(),), None, 4, launch.SUMS_OF_ONE, 1)

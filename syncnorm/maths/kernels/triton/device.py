@@ -1,11 +1,11 @@
 """The kernels that go over a tensor, in Triton's language. `geometry` says what the sizes mean.
 
 A program goes through `per` tiles of one group of channels. Of a tile that is added a thread loads
-64 bytes before it uses any, and several programs of a multiprocessor keep the memory busy. Copies
-to shared memory while the last tile is added would cost nearly twice the instructions: by its data
-sheet an H200 has time for 14 while it reads a value in bfloat16.
+64 bytes before it uses any (but for masks), and several programs of a multiprocessor keep the
+memory busy. Copies to shared memory while the last tile is added would cost nearly twice the
+instructions: by its data sheet an H200 has time for 14 while it reads a value in bfloat16.
 
-Float32 sums are short: 16 values of a lane, then the lanes of a tile; from there on all is float64,
+Float32 sums are short: 32 values of a lane, then the lanes of a tile; from there on all is float64,
 added in a fixed order. Coefficients are made in float64 and rounded once.
 """
 
@@ -37,6 +37,7 @@ from syncnorm.maths.kernels.triton.tiles import (
     cell,
     fold,
     following,
+    kept,
     largest,
     offsets,
     place,
@@ -49,8 +50,8 @@ from syncnorm.maths.kernels.triton.tiles import (
 # Vectors of 16 bytes that a thread has of a tile, of one tensor, and of each of two.
 OF_ONE: tl.constexpr = tl.constexpr(4)
 OF_TWO: tl.constexpr = tl.constexpr(2)
-# Values of a lane that are added in the type of the arithmetic.
-SHORT: tl.constexpr = tl.constexpr(16)
+# Values of a lane that are added in the type of the arithmetic, those of vectors first.
+SHORT: tl.constexpr = tl.constexpr(32)
 # 2^17 times a distance, added to a float32 number and taken away again, leaves multiples of a 64th
 # of the distance.
 COARSE: tl.constexpr = tl.constexpr(131072.0)
@@ -77,15 +78,19 @@ def moments(
     F: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     group, split, begin, end = program(groups, per, tiles, WIDE)
     # About a pivot near the mean, so that a large mean costs no digits of the variance: the mean of
-    # the first tile, of which something counts.
+    # the first rows, or of the first tile of which something counts.
     if w is None:
+        # One vector of each thread is enough.
+        FEW: tl.constexpr = (BN + OF_ONE - 1) // OF_ONE
         row, block = place(begin, blocks, FORM, BN)
-        o, lane, ok = cell(row, block, group, outer, limit, FORM, UNIT, BN, BJ)
-        at = offsets(o, lane, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
-                      FORM, OUTER, UNIT, BC, XF)  # fmt: skip
-        v = tl.load(x + at, ok, other=0).to(F)
-        pivot = quotient(fold(v, FORM), fold(ok.to(F), FORM))
-        counts = ok
+        few, some, counts = cell(row, block, group, outer, limit, FORM, UNIT, FEW, BJ)
+        near = offsets(few, some, group, length, e1, e2, e3, x0, x1, x2, x3, xg, xl,
+                        FORM, OUTER, UNIT, BC, XF)  # fmt: skip
+        v = tl.load(x + near, counts, other=0).to(F)
+        there = tl.minimum(outer - row, FEW)
+        if FORM == PLANES:
+            there *= tl.minimum(limit * UNIT - block * BJ, BJ)
+        pivot = quotient(fold(v, FORM), there.to(F))
     else:
         v = tl.zeros([BN, BJ], F)
         pivot = fold(v, FORM)
@@ -115,7 +120,8 @@ def moments(
     far = largest(tl.where(counts, v - pivot[None, :], 0.0), FORM) * COARSE
     coarse = ((pivot + far) - far).to(x.dtype.element_ty).to(F)
     pivot = tl.where(tl.abs(coarse) < float("inf"), coarse, pivot)
-    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0)
+    pivot = tl.where(tl.abs(pivot) < float("inf"), pivot, 0.0).to(x.dtype.element_ty).to(F)
+    p = kept(pivot).to(tl.float64)
     first = tl.zeros_like(pivot).to(tl.float64)
     second = first
     if w is None:
@@ -128,12 +134,12 @@ def moments(
     else:
         number = tl.zeros([1], tl.float64)
     # What is not there is read as the pivot, and adds nothing.
-    other = pivot[None, :].to(x.dtype.element_ty)
-    centre = other.to(F)
+    centre = pivot[None, :]
+    other = centre.to(x.dtype.element_ty)
     VECTORS: tl.constexpr = OF_ONE if w is None else OF_TWO
     nothing = add_vectors(tl.zeros([BN, BJ], F), FORM, VECTORS)
-    no_weight = add_vectors(tl.zeros([BN, 1 if FORM == ROWS else BJ], F), FORM, VECTORS)
-    wrong = add_vectors(tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32), FORM, VECTORS)
+    no_weight = tl.zeros([BN, 1 if FORM == ROWS else BJ], F)
+    wrong = tl.zeros([BN, 1 if FORM == ROWS else BJ], tl.int32)
     row, block = place(begin, blocks, FORM, BN)
     for start in range(begin, end, SHORT // VECTORS):
         s1 = nothing
@@ -150,15 +156,14 @@ def moments(
                 c, is_wrong = weights(w, o, lane, ok, outer, length, e1, e2, e3,
                                        w0, w1, w2, w3, wl, F, FORM, OUTER, UNIT, WF)  # fmt: skip
                 wb = c * b
-                s0 += add_vectors(c, FORM, VECTORS)
-                wrong |= add_vectors(is_wrong.to(tl.int32), FORM, VECTORS)
+                s0 += c
+                wrong |= is_wrong.to(tl.int32)
             s1 += add_vectors(wb, FORM, VECTORS)
             s2 += add_vectors(wb * b, FORM, VECTORS)
         first += fold(s1, FORM).to(tl.float64)
         second += fold(s2, FORM).to(tl.float64)
         if w is not None:
             number += fold(s0, FORM).to(tl.float64)
-    p = tl.reshape(centre, [1 if FORM == PLANES else BJ]).to(tl.float64)
     # In this order: the sum of squares is changed by the sum about the pivot.
     second += p * (2.0 * first + number * p)
     first += number * p

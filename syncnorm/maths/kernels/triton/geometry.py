@@ -37,7 +37,7 @@ class Work(NamedTuple):
     tile_bytes: int
     """Bytes of such a tile of one tensor, at most."""
     programs: tuple[int, int, int]
-    """Programs of planes, runs and rows that a multiprocessor has registers for at once."""
+    """Programs of planes, runs and rows that a multiprocessor is to have at once."""
     least: int
     """Elements of a program, where its channels have so many."""
 
@@ -45,7 +45,8 @@ class Work(NamedTuple):
 # A thread has four vectors of 16 bytes of a tile.
 SUMS_OF_ONE = Work(tile=4096, tile_bytes=8192, programs=(6, 4, 5), least=12288)
 SUMS_OF_TWO = Work(tile=2048, tile_bytes=4096, programs=(6, 4, 5), least=12288)
-ELEMENTWISE = Work(tile=2048, tile_bytes=8192, programs=(8, 7, 8), least=4096)
+SUMS_OF_MASKED = Work(tile=2048, tile_bytes=4096, programs=(4, 2, 5), least=12288)
+ELEMENTWISE = Work(tile=2048, tile_bytes=8192, programs=(8, 8, 8), least=4096)
 
 
 class Plan(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 from syncnorm.maths.kernels.triton import channels, device
 from syncnorm.maths.kernels.triton.geometry import (
     ELEMENTWISE,
+    SUMS_OF_MASKED,
     SUMS_OF_ONE,
     SUMS_OF_TWO,
     Plan,
@@ -95,7 +96,7 @@ def _combining(splits: int, channels: int) -> tuple[int, int, int]:
 
 
 def moments(x: Tensor, mask: Tensor | None) -> Tensor:
-    p = _plan(mask, SUMS_OF_ONE if mask is None else SUMS_OF_TWO, x)
+    p = _plan(mask, SUMS_OF_ONE if mask is None else SUMS_OF_MASKED, x)
     if p is None:
         return moments(x.contiguous(), None if mask is None else mask.contiguous())
     of, c, splits = x.device, x.shape[1], p.splits

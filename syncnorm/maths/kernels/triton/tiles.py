@@ -126,7 +126,7 @@ def weights(
         )
     given = tl.load(w + offset, inside, other=0)
     is_valid = (given >= 0) & (given < float("inf"))
-    return tl.where(is_valid, given, 0).to(F), inside & (is_valid == 0)
+    return tl.where(is_valid, given, 0).to(F), is_valid == 0
 
 
 @triton.jit
@@ -148,9 +148,16 @@ def fold(acc, FORM: tl.constexpr):
     if FORM == PLANES:
         total = tl.sum(tl.sum(acc, 1), 0, keep_dims=True)
     else:
-        # A thread that has 8 lanes would keep the totals of all 8. This way it keeps one.
-        total = tl.gather(tl.sum(acc, 0), tl.arange(0, acc.shape[1]), 0)
+        total = kept(tl.sum(acc, 0))
     return total
+
+
+@triton.jit
+def kept(v):
+    """Numbers of lanes of which a thread keeps one: else it would have those of its 8 lanes."""
+    if v.shape[0] > 1:
+        v = tl.gather(v, tl.arange(0, v.shape[0]), 0)
+    return v
 
 
 @triton.jit
