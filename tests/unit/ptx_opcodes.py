@@ -144,8 +144,14 @@ def _convert_two(m: Machine, kind: str, to: str, high: str, low: str) -> None:
 
 @_opcode(r"mov\.(?:pred|[a-z](\d+))")
 def _move(m: Machine, bits: str | None, to: str, a: str) -> None:
-    """Also from several registers to one, or the other way round."""
+    """Also from several registers to one, or the other way round.
+
+    LLVM packs a half that nobody reads from a register that nobody writes: here it is not a number.
+    """
     of, kind = (f"b{int(bits) // len(listed(each))}" if bits else "pred" for each in (a, to))
+    for each in listed(a) if bits == "32" and of == "b16" else ():
+        if each.startswith("%") and each not in m.registers:
+            m.assign(each, np.full(m.threads, 0x7FC1, np.uint16), of)
     m.assign_bytes(to, m.bytes_of(a, of), kind)
 
 
