@@ -22,6 +22,7 @@ from syncnorm.errors import InputError
 from syncnorm.maths import formula, kernels
 from syncnorm.maths.double_backward import SecondDerivative
 from syncnorm.maths.moments import reciprocal
+from syncnorm.undocumented import leave_uncompiled
 
 _THIRD = (
     "the gradient of this layer must be differentiated once, got a third derivative through it. "
@@ -85,6 +86,7 @@ class Normalize(torch.autograd.Function):
         return kernels.normalize(x, mean, scale, shift)
 
     @staticmethod
+    @leave_uncompiled
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, grad_output: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -19,7 +19,7 @@ from syncnorm import observed
 from syncnorm.autograd import GradientMeans, differentiable_gradient, formula_gradient
 from syncnorm.maths.kernels import Reference
 from syncnorm.maths.moments import Moments
-from syncnorm.undocumented import plain_apply
+from syncnorm.undocumented import leave_uncompiled, plain_apply
 
 # Of what follows x, weight and bias among the arguments below.
 _NO_GRADIENTS = (None,) * 7
@@ -49,6 +49,7 @@ class FusedNormalize(torch.autograd.Function):
         return y
 
     @staticmethod
+    @leave_uncompiled
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, g: Tensor
     ) -> tuple[Tensor | None, ...]:

@@ -225,13 +225,15 @@ def disable_dynamo(function: F) -> F:
 
 
 def leave_uncompiled(function: F) -> F:
-    """Have torch.compile run `function` as it is where torch calls it, with no import of Dynamo.
+    """Have torch.compile run `function`, and what it calls, as it is where torch calls it.
+
+    With no import of Dynamo.
 
     `disable_dynamo` is for calls in code that is compiled: where nothing but the call is, its
     wrapper would be compiled.
     """
     own = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
-    strategy = own._FrameExecStrategy(own._FrameAction.SKIP, own._FrameAction.DEFAULT)
+    strategy = own._FrameExecStrategy(own._FrameAction.SKIP, own._FrameAction.SKIP)
     own.set_code_exec_strategy(function.__code__, strategy)
     return function
 

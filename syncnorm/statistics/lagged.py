@@ -268,6 +268,7 @@ class LaggedSource(PooledSource):
         # Somebody may have written them since.
         self._averages = None
 
+    @disable_dynamo
     def send(self) -> None:
         """Send the moments, and the gradient means if they are complete. Every worker must call."""
         self.settle()
@@ -313,7 +314,6 @@ class LaggedSource(PooledSource):
         self.settle()
         return {**self.__dict__, "_averages": None}
 
-    @disable_dynamo
     def add_gradients(
         self, layer: SyncNorm, local: Tensor, count: Tensor, backward: Backward | None, number: int
     ) -> None:
@@ -341,7 +341,6 @@ class LaggedSource(PooledSource):
         self._backward.expected += 1
         return self._backward
 
-    @disable_dynamo
     def _send_gradients(self) -> None:
         parts = dict(self._late)
         for name, sums in self._gradients.items():

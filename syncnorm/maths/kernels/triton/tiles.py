@@ -204,9 +204,8 @@ def by_lane(
     if FORM == RUNS:
         v = tl.gather(v, tl.minimum(tl.arange(0, BJ) // length, BC - 1), 0)
     elif FORM == ROWS and BC < 128:
-        # A thread that has 8 lanes would compute the numbers of all 8 channels, as 16 others do, in
-        # as many more registers. This way each is computed once.
-        v = tl.gather(v, tl.arange(0, BJ), 0)
+        # They are computed once, too: else 16 threads would compute the same 8.
+        v = kept(v)
     return v[None, :]
 
 
