@@ -67,7 +67,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         )
     alone = {m: Accumulating(m.statistics) for m in layers if m.statistics.steps is None}
     for each in steps:
-        each.listener.begin()
+        each.begin_block()
     for layer, accumulating in alone.items():
         layer.statistics = accumulating
     for each in steps:
@@ -78,7 +78,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
             for layer, accumulating in alone.items():
                 accumulating.apply(layer)
         for each in steps:
-            each.listener.send()
+            each.end_block()
     except BaseException:
         for each in steps:
             each.listener.drop()

@@ -69,7 +69,7 @@ class Placed:
     def end_step(self) -> None:
         """Send what the rounds of a step have left for the running statistics."""
         if self._is_open and self._groups is not None:
-            self._groups.steps.listener.send()
+            self._groups.steps.end_block()
             self._close()
 
     def drop_step(self) -> None:
@@ -98,7 +98,7 @@ class Placed:
             return
         # Not by the number of rounds: that depends on how many workers there are.
         if sampler.micro_batch is not None and not self._is_open:
-            self._groups.steps.listener.begin()
+            self._groups.steps.begin_block()
             self._is_open = self._groups.steps.is_held = True
         if self.is_stand_in:
             # Its rows are in the first statistic. The others have none, and are exchanged as well.

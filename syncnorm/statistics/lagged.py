@@ -268,7 +268,6 @@ class LaggedSource(PooledSource):
         # Somebody may have written them since.
         self._averages = None
 
-    @disable_dynamo
     def send(self) -> None:
         """Send the moments, and the gradient means if they are complete. Every worker must call."""
         self.settle()

@@ -155,7 +155,6 @@ class RunningPool:
         self._collected.shard = LateShard(local.sums[-1], self.names[layer])
         return self._collected.shard
 
-    @disable_dynamo
     def begin(self) -> None:
         """Start a step; drop what an unfinished one has left. Every worker must call.
 
@@ -186,7 +185,6 @@ class RunningPool:
         """Forget what a step has collected since `keep`."""
         self._collected, self._kept = self._kept, Collected()
 
-    @disable_dynamo
     def send(self) -> None:
         """Send what was collected, for all layers, on its way. Every worker must call."""
         self.settle()

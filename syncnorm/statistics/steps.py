@@ -86,6 +86,16 @@ class Steps:
             self._delimit(begins=None)
 
     @disable_dynamo
+    def begin_block(self) -> None:
+        """Begin a step that lasts longer than a forward. Every worker must call."""
+        self.listener.begin()
+
+    @disable_dynamo
+    def end_block(self) -> None:
+        """Send what such a step has collected. Every worker must call."""
+        self.listener.send()
+
+    @disable_dynamo
     @unseen_by_selective_checkpoint
     def _delimit(self, begins: bool | None) -> None:
         """Begin a forward, of training or not, or end it (None). A repeated one is no step."""
