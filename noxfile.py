@@ -109,7 +109,11 @@ PARTS: dict[str, tuple[list[str], list[str], list[str]]] = {
     "ray": (
         ["train", "report", "ray"],
         [],
-        ["tests/launch/test_ray_units.py", "tests/launch/test_sweep_units.py"],
+        [
+            "tests/launch/test_ray_units.py",
+            "tests/launch/test_ray_driver.py",
+            "tests/launch/test_sweep_units.py",
+        ],
     ),
 }
 
