@@ -289,11 +289,12 @@ def _install_triton() -> None:
         }
 
     def launch_both(
-        kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4
+        kernel: Any, programs: int, of: torch.device, tensors: Any, numbers: Any, warps: int = 4
     ) -> None:
+        args = (*tensors, *numbers)
         with lock:
             if of.type == "cuda":
-                launch_compiled(kernel, programs, of, *args, warps=warps)
+                launch_compiled(kernel, programs, of, tensors, numbers, warps)
             module = interpreted_modules[kernel.fn.__module__]
             host = [on_host(a) if isinstance(a, Tensor) and a.is_cuda else a for a in args]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -59,6 +61,25 @@ def check(
     for name, value in layer.named_parameters():
         assert value.grad is not None
         assert_close(value.grad.cpu(), expected.parameters[name], wide, f"grad_{name}", factor)
+
+
+def _shifted(t: Tensor, by: int) -> Tensor:
+    """The same values, some elements behind the start of their memory."""
+    return torch.cat([t.new_zeros(by), t.flatten()])[by:].view(t.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tensors_of_one_shape_at_other_addresses(device, dtype):
+    """A kernel is compiled for an alignment; what starts it is kept, for tensors of that alone."""
+    batch = Batch.random((8, 24, 6, 6), dtype)
+    for x, g in itertools.product((0, 1, 0, 8), (0, 1)):
+        check(
+            device,
+            batch,
+            None,
+            functools.partial(_shifted, by=x),
+            functools.partial(_shifted, by=g),
+        )
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "masked"])

@@ -99,9 +99,11 @@ class _Counter:
     def __exit__(self, *args: Any) -> None:
         self._stack.close()
 
-    def _launch(self, kernel: Any, programs: int, of: Any, *args: Any, warps: int = 4) -> None:
+    def _launch(
+        self, kernel: Any, programs: int, of: Any, tensors: Any, numbers: Any, warps: int = 4
+    ) -> None:
         self._kernels.append(kernel.__name__)
-        self._bytes += sum(size_of(t) for t in args if isinstance(t, Tensor))
+        self._bytes += sum(size_of(t) for t in tensors if t is not None)
 
     def _message(self, send: Any, *args: Any) -> Any:
         before = len(self._log.names)

@@ -233,7 +233,10 @@ def run(code: Ptx, args: list[Any], programs: int) -> None:
 def launcher(arch: int, change: Callable[[Ptx], Ptx] = lambda code: code) -> Callable[..., None]:
     """In place of `launch._launch`, for tensors of the CPU; with a change to what is run."""
 
-    def launch(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4) -> None:
+    def launch(
+        kernel: Any, programs: int, of: torch.device, tensors: Any, numbers: Any, warps: int = 4
+    ) -> None:
+        args = (*tensors, *numbers)
         given = [v for p, v in zip(kernel.params, args) if not p.is_constexpr and v is not None]
         run(change(ptx(kernel, args, warps, arch)), given, programs)
 

@@ -187,16 +187,16 @@ def overlapping(x, STEP: tl.constexpr):
     tl.store(x + tl.program_id(0) * STEP + tl.arange(0, 128), tl.arange(0, 128))
 
 
-def _run(kernel: Any, *args: Any) -> None:
-    launcher(90)(kernel, 2, torch.device("cpu"), *args)
+def _run(kernel: Any, x: Tensor, number: int) -> None:
+    launcher(90)(kernel, 2, x.device, (x,), (number,))
 
 
 def test_threads_that_wait_for_no_one():
     x, y = torch.zeros(2, 128, dtype=torch.int32)
-    launcher(90)(turned, 1, x.device, x, y, True)
+    launcher(90)(turned, 1, x.device, (x, y), (True,))
     assert torch.equal(y, x.flip(0))
     with pytest.raises(PtxError, match=r"^turned, .* reads byte .* of it with no barrier between"):
-        launcher(90)(turned, 1, x.device, x, y, False)
+        launcher(90)(turned, 1, x.device, (x, y), (False,))
 
 
 def test_programs_that_share_a_place():

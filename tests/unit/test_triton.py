@@ -654,6 +654,13 @@ def test_what_is_written_in_place_is_known_to_autograd():
     batch = moments.Raw(_batch(6.0, True))
     kernels.triton.update_running_(mean, var, count, batch, 0.1, EPS, False)
     assert (mean._version, var._version, count._version) == (1, 1, 1)
+    options, waits = lagged.Lagged(), torch.tensor(1)
+    mean, var, gradient = (t.double() for t in (randn(5), _rand(5), randn(2, 5)))
+    updates = torch.zeros(2, dtype=torch.int64)
+    kernels.triton.follow_moments_(batch, mean, var, updates[0], waits, EPS, options)
+    assert (mean._version, var._version, updates._version, waits._version) == (1, 1, 1, 1)
+    kernels.triton.follow_gradients_(_batch(6.0, True), gradient, updates[1], options)
+    assert (gradient._version, updates._version) == (1, 2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
 

@@ -43,8 +43,10 @@ def _launches(run: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, tupl
     """The kernels of a call, with their arguments and warps, as a card of 132 processors has them."""
     found: list[tuple[Any, tuple[Any, ...], int]] = []
 
-    def note(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4) -> None:
-        found.append((kernel, args, warps))
+    def note(
+        kernel: Any, programs: int, of: torch.device, tensors: Any, numbers: Any, warps: int = 4
+    ) -> None:
+        found.append((kernel, (*tensors, *numbers), warps))
 
     with monkeypatch.context() as context:
         context.setattr(launch, "_launch", note)

@@ -67,7 +67,7 @@ _INTEGERS = [
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def moments(
-    x, w, sums, count, parts, channels, splits,
+    x, w, sums, parts, count, channels, splits,
     groups, per, tiles, blocks, outer, limit, length, e1, e2, e3,
     x0, x1, x2, x3, xg, xl, w0, w1, w2, w3, wg, wl,
     FORM: tl.constexpr, OUTER: tl.constexpr, UNIT: tl.constexpr,

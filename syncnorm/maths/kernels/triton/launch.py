@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,17 @@ _CHANNELS = 128
 # Channels that a program takes at a time that goes through all of them.
 _ALONE = 512
 _NOTHING, _GIVEN, _SCHEDULE = 0, 1, 2
+
+# Triton compiles for tensors of a type whose address this divides or does not, and for numbers of
+# certain kinds. On AMD's devices it looks at more.
+_ALIGNMENT = 16
+_IS_KEPT = torch.version.hip is None
+_MOST_KEPT = 4096
+_kept: dict[tuple[Any, ...], Callable[..., object]] = {}
+"""What starts a compiled kernel, by what it was compiled for and its numbers.
+
+Triton's own search for it takes three times as long as the rest of a launch.
+"""
 
 
 @functools.lru_cache
@@ -58,14 +69,44 @@ def _operator(name: str) -> Any:
     return getattr(torch.ops.syncnorm, name)
 
 
-def _launch(kernel: Any, programs: int, of: torch.device, *args: Any, warps: int = 4) -> None:
+def _launch(
+    kernel: Any,
+    programs: int,
+    of: torch.device,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    warps: int = 4,
+) -> None:
+    """Start a kernel, whose parameters are the tensors and then the numbers."""
     if of.type == "meta":
-        _operator(kernel.__name__)([t.detach() for t in args if isinstance(t, Tensor)])
+        _operator(kernel.__name__)([t.detach() for t in tensors if t is not None])
     elif of.type == "cuda" and of.index != torch.cuda.current_device():
         with torch.cuda.device(of):
-            kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
+            _start(kernel, programs, of, tensors, numbers, warps)
     else:
-        kernel[(programs,)](*args, num_warps=warps, enable_fp_fusion=True)
+        _start(kernel, programs, of, tensors, numbers, warps)
+
+
+def _start(
+    kernel: Any,
+    programs: int,
+    of: torch.device,
+    tensors: tuple[Tensor | None, ...],
+    numbers: tuple[int, ...],
+    warps: int,
+) -> None:
+    kinds = [None if t is None else (t.dtype, t.data_ptr() % _ALIGNMENT == 0) for t in tensors]
+    key = (kernel.fn, programs, of.index, numbers, warps, *kinds)
+    start = _kept.get(key)
+    if start is not None:
+        start(*tensors, *numbers)
+        return
+    compiled = kernel[(programs,)](*tensors, *numbers, num_warps=warps, enable_fp_fusion=True)
+    # The interpreter has nothing to give.
+    if compiled is not None and _IS_KEPT:
+        if len(_kept) == _MOST_KEPT:
+            _kept.clear()
+        _kept[key] = compiled[(programs, 1, 1)]
 
 
 def _plan(mask: Tensor | None, work: Work, x: Tensor, *others: Tensor) -> Plan | None:
@@ -107,13 +148,14 @@ def moments(x: Tensor, mask: Tensor | None) -> Tensor:
     count = x.numel() // c
     strides, flat = _strides(p, mask)
     _launch(
-        device.moments, p.programs, of, x, mask, sums, count, parts, c, splits,
-        *p.sizes, *strides, *p.shape, *flat, splits == 1, warps=p.warps,
+        device.moments, p.programs, of, (x, mask, sums, parts),
+        (count, c, splits, *p.sizes, *strides, *p.shape, *flat, splits == 1), p.warps,
     )  # fmt: skip
     if splits > 1:
         programs, *blocks = _combining(splits, c)
         _launch(
-            channels.add_moments, programs, of, parts, sums, count, c, splits, mask is not None, *blocks,
+            channels.add_moments, programs, of, (parts, sums),
+            (count, c, splits, mask is not None, *blocks),
         )  # fmt: skip
     return sums
 
@@ -145,11 +187,12 @@ def normalize(
     rows = torch.empty(9 if bounds else 3, c, dtype=torch.float64, device=x.device)
     r_end, d_end, *steps = schedule or (0.0, 0.0, 0, 0, 0)
     _launch(
-        device.normalize, p.programs, x.device, x, y, batch, rows, _one_row(weight), _one_row(bias),
-        _one_row(running_mean), _one_row(running_var), r_max, d_max, step,
-        _bits(eps), _bits(r_end), _bits(d_end), *map(int, steps), c,
-        *p.sizes, *p.strides[0], *p.strides[1], *p.shape, *p.flat, is_raw, bounds,
-        warps=p.warps,
+        device.normalize, p.programs, x.device,
+        (x, y, batch, rows, _one_row(weight), _one_row(bias),
+         _one_row(running_mean), _one_row(running_var), r_max, d_max, step),
+        (_bits(eps), _bits(r_end), _bits(d_end), *map(int, steps), c,
+         *p.sizes, *p.strides[0], *p.strides[1], *p.shape, *p.flat, is_raw, bounds),
+        p.warps,
     )  # fmt: skip
     return y, rows
 
@@ -173,8 +216,8 @@ def update_running_(
     c = running_mean.numel()
     _launch(
         channels.update_running, 1 if momentum is None else -(-c // _CHANNELS), batch.device,
-        running_mean, running_var, counter, batch, _bits(eps), _bits(momentum or 0.0), c,
-        is_raw, is_std, momentum is None, _CHANNELS,
+        (running_mean, running_var, counter, batch),
+        (_bits(eps), _bits(momentum or 0.0), c, is_raw, is_std, momentum is None, _CHANNELS),
     )  # fmt: skip
 
 
@@ -197,15 +240,16 @@ def backward_sums(
     parts = None if splits == 1 else torch.empty(2 * c * splits, dtype=torch.float64, device=of)
     is_corrected = rows.shape[0] > 3
     _launch(
-        device.backward_sums, p.programs, of, g, x, rows, local, dweight, dbias, parts, c, splits,
-        *p.sizes, *p.strides[0], *p.strides[1], *p.shape, *p.flat, splits == 1, is_corrected,
-        warps=p.warps,
+        device.backward_sums, p.programs, of, (g, x, rows, local, dweight, dbias, parts),
+        (c, splits, *p.sizes, *p.strides[0], *p.strides[1], *p.shape, *p.flat, splits == 1,
+         is_corrected),
+        p.warps,
     )  # fmt: skip
     if splits > 1:
         programs, *blocks = _combining(splits, c)
         _launch(
-            channels.add_gradients, programs, of, parts, rows, local, dweight, dbias, c, splits,
-            is_corrected, *blocks,
+            channels.add_gradients, programs, of, (parts, rows, local, dweight, dbias),
+            (c, splits, is_corrected, *blocks),
         )  # fmt: skip
     return local, dweight, dbias
 
@@ -228,8 +272,9 @@ def backward_input(
         )
     strides, flat = _strides(p, mask)
     _launch(
-        device.backward_input, p.programs, x.device, g, x, dx, mask, rows, _one_row(weight), totals,
-        n, x.shape[1], *p.sizes, *strides, *p.shape, *flat, rows.shape[0] > 3, warps=p.warps,
+        device.backward_input, p.programs, x.device,
+        (g, x, dx, mask, rows, _one_row(weight), totals, n),
+        (x.shape[1], *p.sizes, *strides, *p.shape, *flat, rows.shape[0] > 3), p.warps,
     )  # fmt: skip
     return dx
 
@@ -247,13 +292,13 @@ def follow_moments_(
     rate: float,
 ) -> None:
     _launch(
-        channels.follow_moments, 1, mean.device, batch, mean, var, updates, waits,
-        _bits(eps), _bits(max_drift), _bits(max_ratio), _bits(rate), mean.numel(), is_raw, _ALONE,
+        channels.follow_moments, 1, mean.device, (batch, mean, var, updates, waits),
+        (_bits(eps), _bits(max_drift), _bits(max_ratio), _bits(rate), mean.numel(), is_raw, _ALONE),
     )  # fmt: skip
 
 
 def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, rate: float) -> None:
     _launch(
-        channels.follow_gradients, 1, gradient.device, sums, gradient, updates, _bits(rate),
-        gradient.shape[1], _ALONE,
+        channels.follow_gradients, 1, gradient.device, (sums, gradient, updates),
+        (_bits(rate), gradient.shape[1], _ALONE),
     )  # fmt: skip
