@@ -31,6 +31,7 @@ from syncnorm.comm.tally import Exchange, Tally, Total, record
 from syncnorm.comm.world import device_for, ranks
 from syncnorm.device import is_host
 from syncnorm.errors import ExchangeError, InputError
+from syncnorm.maths import kernels
 
 __all__ = [
     "NO_DATA",
@@ -166,8 +167,7 @@ def _wire(message: Tensor, flight: InFlight) -> Tensor:
     size, identity = flight.envelope
     if not identity:
         return message
-    tail = message.new_full((size - message.numel(),), identity)
-    return torch.cat([message.reshape(-1), tail])
+    return kernels.fused_for_message(message).seal(message, size, identity)
 
 
 def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bool]:
@@ -178,10 +178,12 @@ def _unpack(wire: Tensor, message: Tensor, flight: InFlight) -> tuple[Tensor, bo
     _, identity = flight.envelope
     if not identity:
         return wire, True
-    total = wire[: message.numel()].view(message.shape)
+    count = message.numel()
+    total = wire[:count].view(message.shape)
     if is_host(wire) or debug.is_on:
         return total, math.fmod(wire[-1].item(), identity) == 0
-    return total.masked_fill_(torch.remainder(wire[-1], identity) != 0, torch.nan), True
+    kernels.fused_for_message(wire).unseal_(wire, count, identity)
+    return total, True
 
 
 Failure = InFlight | ExchangeError

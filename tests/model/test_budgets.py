@@ -45,7 +45,8 @@ BUDGETS = {
     "lagged": ((6, 3), (3, 5)),
 }
 # Packed with its identity, sent, and its identity compared.
-MESSAGE = ["new_full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
+MESSAGE = ["seal", "allreduce_", "unseal"]
+WITHOUT_TRITON = ["new_full", "cat", "allreduce_", "remainder", "ne", "masked_fill_"]
 # Of an H100.
 PROCESSORS = 132
 PAGE = Path(__file__).parents[2] / "docs" / "cuda.md"
@@ -70,7 +71,6 @@ class _Counter:
     def __init__(self, x: Tensor) -> None:
         self._x = x
         self._log = Log("cpu")
-        self._kernels: list[str] = []
         self._bytes = 0
         self._messages: list[str] = []
         self._looks = 0
@@ -102,7 +102,7 @@ class _Counter:
     def _launch(
         self, kernel: Any, programs: int, of: Any, tensors: Any, numbers: Any, warps: int = 4
     ) -> None:
-        self._kernels.append(kernel.__name__)
+        self._log.names.append(kernel.__name__)
         self._bytes += sum(size_of(t) for t in tensors if t is not None)
 
     def _message(self, send: Any, *args: Any) -> Any:
@@ -115,7 +115,7 @@ class _Counter:
     def cost(self) -> Cost:
         assert "_local_scalar_dense" not in self._log.names, "a value was looked at"
         return Cost(
-            self._kernels + self._log.names,
+            self._log.names,
             self._messages,
             (self._bytes + self._log.bytes) / self._x.nbytes,
             self._log.largest / self._x.nbytes,
@@ -257,6 +257,7 @@ def test_a_layer_without_triton(pool, is_renorm, dtype, how, traffic):
         torch.bfloat16: (66, 19) if is_renorm else (25, 15),
     }[dtype]
     for cost, most, number in zip(costs, traffic, launches, strict=True):
+        assert cost.messages == WITHOUT_TRITON
         assert cost.traffic <= most
         assert len(cost.launches) <= number
 

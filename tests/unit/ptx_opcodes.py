@@ -136,6 +136,11 @@ def _convert(
     m.assign(to, m.value(a, of or of_integer), float_ or integer)
 
 
+@_opcode(r"cvt\.rmi\.(f\d+)\.\1")
+def _floor(m: Machine, kind: str, to: str, a: str) -> None:
+    m.assign(to, np.floor(m.value(a, kind)), kind)
+
+
 @_opcode(r"cvt\.rn\.(b?f16)x2\.f32")
 def _convert_two(m: Machine, kind: str, to: str, high: str, low: str) -> None:
     pair = np.stack([m.value(each, "f32") for each in (low, high)], 1)

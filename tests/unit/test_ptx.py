@@ -5,6 +5,7 @@ do to each other and where they read and write.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable
 from functools import partial
@@ -85,6 +86,10 @@ CHECKS = {
     "averages of moments": partial(
         formulas.test_averages_of_moments_follow_as_they_do_elsewhere, True, 6.0, 1e3, 3
     ),
+    "identity of a message": partial(formulas.test_messages_carry_their_identity, 512, 700),
+    "identity of a sum": partial(formulas.test_sums_of_other_messages_are_nan, 2**38 - 1, 2**15, 0),
+    "another message": partial(formulas.test_sums_of_other_messages_are_nan, 2**38 - 1, 2**15, -1),
+    "no identity": partial(formulas.test_sums_of_other_messages_are_nan, 2**38 - 1, 1, math.inf),
     "averages of gradients": partial(
         formulas.test_averages_of_gradients_follow_as_they_do_elsewhere, 6.0, 3
     ),

@@ -646,6 +646,31 @@ def test_averages_of_gradients_follow_as_they_do_elsewhere(n, updates):
     assert torch.equal(number, count)
 
 
+@pytest.mark.parametrize("count", [1, 2, 511, 512, 1300])
+@pytest.mark.parametrize("padding", [1, 700])
+def test_messages_carry_their_identity(count, padding):
+    message, identity, size = randn(count).double(), 2**38 - 1, count + padding
+    message[0] = math.nan
+    wire = kernels.triton.seal(message[:, None].expand(-1, 2)[:, 1], size, identity)
+    expected = kernels.composed.seal(message, size, identity)
+    torch.testing.assert_close(wire, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("identity", [2**37, 2**37 + 1, 2**38 - 1])
+@pytest.mark.parametrize("times", [0, 1, 3, 2**15])
+@pytest.mark.parametrize("more", [0, 1, -1, 2**36, math.nan, math.inf, -math.inf])
+def test_sums_of_other_messages_are_nan(identity, times, more):
+    last = torch.tensor([5.0, times * identity + more], dtype=torch.float64)
+    wire = torch.cat([randn(700).double(), last])
+    expected = wire.clone()
+    if more != 0:
+        expected[:700] = math.nan
+    for own in (kernels.triton, kernels.composed):
+        found = wire.clone()
+        own.unseal_(found, 700, identity)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 def test_what_is_written_in_place_is_known_to_autograd():
     """Evaluation keeps the running statistics for its backward pass: moved since, it must raise."""
     mean, var, count = randn(5), _rand(5) + 0.1, torch.tensor(0)

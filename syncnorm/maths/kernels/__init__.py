@@ -46,6 +46,7 @@ __all__ = [
     "backward_sums",
     "fused_for",
     "fused_for_lagged",
+    "fused_for_message",
     "fused_for_running",
     "is_weight",
     "local_moments",
@@ -81,6 +82,11 @@ def fused_for(x: Tensor, *others: Tensor | None) -> ModuleType | None:
     if x.numel() == 0 or any(t is not None and t.is_neg() for t in (x, *others)):
         return composed
     return _preferred(x.device)
+
+
+def fused_for_message(message: Tensor) -> ModuleType:
+    """The module that adds the identity of a message, and compares that of a sum, unread."""
+    return _preferred(message.device)
 
 
 def fused_for_running(*tensors: Tensor) -> ModuleType | None:

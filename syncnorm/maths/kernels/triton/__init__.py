@@ -182,3 +182,13 @@ def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, options: 
     """Move the averages of gradient means, as of `syncnorm.maths.lagged`."""
     _launch().follow_gradients_(sums, gradient, updates, options.backward_rate)
     mark_written(gradient, updates)
+
+
+def seal(message: Tensor, size: int, identity: int) -> Tensor:
+    """[message, identity, identity, ...], shape (size,), float64."""
+    return _launch().seal(message, size, identity)
+
+
+def unseal_(wire: Tensor, count: int, identity: int) -> None:
+    """Write NaN over the first `count` numbers of a sum if the last is no multiple of `identity`."""
+    _launch().unseal_(wire, count, identity)

@@ -15,7 +15,7 @@ import triton.language as tl
 # Integers that would otherwise be told apart as 1, as multiples of 16, and as others.
 INTEGERS = [
     "channels", "count", "splits", "max_drift", "max_ratio", "rate", "eps", "momentum", "warmup",
-    "r_end", "d_end", "r_steps", "d_steps",
+    "r_end", "d_end", "r_steps", "d_steps", "identity", "size",
 ]  # fmt: skip
 
 
@@ -244,6 +244,24 @@ def follow_moments(
         tl.store(mean + channel, old + weight * (new - old), inside)
         spread = tl.load(var + channel, inside, other=0.0)
         tl.store(var + channel, spread + weight * (m2 * reciprocal(n) - spread), inside)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def seal(message, wire, identity, count, size, B: tl.constexpr):
+    """Copy `count` numbers of a message; behind them comes the identity, up to `size`."""
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    sent = tl.load(message + i, i < count, other=0.0)
+    tl.store(wire + i, tl.where(i < count, sent, identity.to(tl.float64)), i < size)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def unseal(wire, identity, count, size, B: tl.constexpr):
+    """Write NaN over a sum whose last number is no multiple of the identity."""
+    i = tl.program_id(0) * B + tl.arange(0, B)
+    last, one = tl.load(wire + size - 1), identity.to(tl.float64)
+    # Whole numbers below 2^53: where the quotient is one this is 0, and elsewhere it is not.
+    rest = last - tl.floor(last / one) * one
+    tl.store(wire + i, float("nan"), i < tl.where(rest == 0, 0, count))
 
 
 @triton.jit(do_not_specialize=INTEGERS)

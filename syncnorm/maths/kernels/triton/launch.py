@@ -29,6 +29,8 @@ _NO_STRIDES = (0,) * 6
 _CHANNELS = 128
 # Channels that a program takes at a time that goes through all of them.
 _ALONE = 512
+# Numbers of a message that a program takes.
+_NUMBERS = 512
 _NOTHING, _GIVEN, _SCHEDULE = 0, 1, 2
 
 # Triton compiles for tensors of a type whose address this divides or does not, and for numbers of
@@ -301,4 +303,21 @@ def follow_gradients_(sums: Tensor, gradient: Tensor, updates: Tensor, rate: flo
     _launch(
         channels.follow_gradients, 1, gradient.device, (sums, gradient, updates),
         (_bits(rate), gradient.shape[1], _ALONE),
+    )  # fmt: skip
+
+
+def seal(message: Tensor, size: int, identity: int) -> Tensor:
+    wire = torch.empty(size, dtype=torch.float64, device=message.device)
+    _launch(
+        channels.seal, -(-size // _NUMBERS), message.device, (message.contiguous(), wire),
+        (identity, message.numel(), size, _NUMBERS),
+    )  # fmt: skip
+    return wire
+
+
+def unseal_(wire: Tensor, count: int, identity: int) -> None:
+    size = wire.numel()
+    _launch(
+        channels.unseal, -(-count // _NUMBERS), wire.device, (wire,),
+        (identity, count, size, _NUMBERS),
     )  # fmt: skip
