@@ -3,6 +3,7 @@
     python -m drills.stand_in                           the tests that are marked `cuda`
     python -m drills.stand_in COMMAND ...               a command, such as -m syncnorm train digits
     python -m drills.stand_in --without-triton ...      with torch's operators in place of kernels
+    python -m drills.stand_in --host-time               what a layer costs the host
 
 It needs a build of torch for CUDA (`nox --session stand_in` installs one), gcc and nm.
 
